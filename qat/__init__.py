@@ -1,0 +1,56 @@
+"""Quantization-aware training of timm vision transformers at 2, 3 and 4 bits.
+
+Names are loaded on first use: the commands answer `--help` without waiting for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qat import functional as functional
+    from qat.checkpoint import load as load
+    from qat.checkpoint import save as save
+    from qat.conversion import conversion_report as conversion_report
+    from qat.conversion import convert as convert
+    from qat.errors import UsageError as UsageError
+    from qat.scales import assert_ready as assert_ready
+    from qat.scales import initialize_scales as initialize_scales
+    from qat.sites import Site as Site
+    from qat.sites import iter_quantizers as iter_quantizers
+    from qat.spec import QuantRecipe as QuantRecipe
+    from qat.spec import QuantSpec as QuantSpec
+    from qat.spec import recipe as recipe
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "QuantRecipe": "qat.spec",
+    "QuantSpec": "qat.spec",
+    "Site": "qat.sites",
+    "UsageError": "qat.errors",
+    "assert_ready": "qat.scales",
+    "conversion_report": "qat.conversion",
+    "convert": "qat.conversion",
+    "initialize_scales": "qat.scales",
+    "iter_quantizers": "qat.sites",
+    "load": "qat.checkpoint",
+    "recipe": "qat.spec",
+    "save": "qat.checkpoint",
+}
+__all__ = [*sorted(_HOME), "functional"]  # noqa: PLE0604  (names only)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "functional":
+        return importlib.import_module("qat.functional")
+    if name not in _HOME:
+        raise AttributeError(f"module 'qat' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

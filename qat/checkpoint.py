@@ -1,0 +1,183 @@
+"""Checkpoints that rebuild a net from the file alone: constructor, recipe and weights, as plain data."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from qat.conversion import conversion_of, convert
+from qat.errors import UsageError
+from qat.files import write_torch
+from qat.spec import QuantRecipe
+
+FORMAT_VERSION = 1
+META_KEY = "qat"
+NET_PREFIX = "net."
+FORMATS = ("auto", "qat", "timm")
+
+
+def is_plain(value: object) -> bool:
+    """True for what `torch.load(weights_only=True)` reads back without help: None, numbers, text, lists and dicts of them."""
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and is_plain(v) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return all(is_plain(v) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def describe(net: nn.Module, *, model: str | None = None, model_kwargs: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a checkpoint says of a net beside its weights.
+
+    Args:
+        net: converted or float.
+        model: timm name; None = the name timm itself wrote on the net.
+        model_kwargs: arguments of `timm.create_model`; None = those timm noted.
+        data: config of the data it was trained on, stored as it is.
+
+    Raises:
+        UsageError: the net does not say how it was built, or not in plain data.
+    """
+    name = model or (getattr(net, "pretrained_cfg", None) or {}).get("architecture")
+    kwargs = getattr(net, "_model_args", None) if model_kwargs is None else dict(model_kwargs)
+    if not name or kwargs is None:
+        raise UsageError("save: this net does not say how timm built it; give model='timm name' and model_kwargs={...}")
+    num_classes = getattr(net, "num_classes", None)
+    if isinstance(num_classes, int):
+        kwargs = {**kwargs, "num_classes": num_classes}
+    for key, value in kwargs.items():
+        if not is_plain(value):
+            raise UsageError(f"save: model argument {key}={value!r} is not plain data; give model_kwargs={{...}} of numbers and text")
+    done = conversion_of(net)
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": {"name": name, "kwargs": dict(kwargs)},
+        "recipe": None if done is None else done.recipe.to_dict(),
+        "input_size": None if done is None else list(done.input_size),
+        "data": None if data is None else dict(data),
+    }
+
+
+def save(net: nn.Module, path: str | os.PathLike[str], *, model: str | None = None, model_kwargs: Mapping[str, Any] | None = None) -> None:
+    """Write a net to one file that `qat.load` rebuilds without data; readable with `torch.load(weights_only=True)`.
+
+    Raises:
+        UsageError: see `describe`.
+    """
+    write_torch(path, {META_KEY: describe(net, model=model, model_kwargs=model_kwargs), "state_dict": net.state_dict()})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file read into memory.
+
+    Attributes:
+        path: where it came from.
+        state: weights by name, without wrapper prefixes.
+        meta: what `describe` wrote; None for a timm or plain state dict.
+        step: optimizer steps taken, for a training checkpoint.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    meta: dict[str, Any] | None
+    step: int | None = None
+
+
+def _read_file(path: Path, setting: str) -> Any:
+    if not path.is_file():
+        raise UsageError(f"{setting}={str(path)!r}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise UsageError(f"{setting}={str(path)!r}: the file is damaged (checksum of {damaged} does not fit)")
+        # timm writes its training arguments into its checkpoints; nothing else than plain data and tensors is read.
+        import argparse
+
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UsageError:
+        raise
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UsageError(f"{setting}={str(path)!r}: not a checkpoint that can be read safely ({first_line})") from error
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting: str = "ckpt") -> Checkpoint:
+    """Read a file of ours, of timm, or a plain state dict (torch or safetensors). Nothing in it is executed.
+
+    Args:
+        path: the file.
+        fmt: `auto`, `qat` or `timm`.
+        setting: the name by which an error calls the file.
+
+    Raises:
+        UsageError: no such file, damaged, not plain data, or not of the format asked for.
+    """
+    if fmt not in FORMATS:
+        raise UsageError(f"ckpt_format={fmt!r}: allowed are {', '.join(FORMATS)}")
+    path = Path(path)
+    content = _read_file(path, setting)
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{setting}={str(path)!r}: holds a {type(content).__name__}, expected a dictionary of tensors")
+    meta = content.get(META_KEY)
+    if fmt == "qat" and not isinstance(meta, Mapping):
+        raise UsageError(f"{setting}={str(path)!r}: not a checkpoint of qat (ckpt_format=qat); allowed here are auto, timm")
+    state = next((content[k] for k in ("state_dict", "model", "state_dict_ema") if isinstance(content.get(k), Mapping)), content)
+    tensors = {_bare(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise UsageError(f"{setting}={str(path)!r}: holds no weights")
+    use_meta = isinstance(meta, Mapping) and fmt != "timm"
+    if use_meta:
+        tensors = {k.removeprefix(NET_PREFIX): v for k, v in tensors.items()}
+    step = content.get("global_step")
+    return Checkpoint(path, tensors, dict(meta) if use_meta else None, step if isinstance(step, int) else None)
+
+
+def _bare(key: str) -> str:
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def build_from(checkpoint: Checkpoint) -> nn.Module:
+    """The net of a checkpoint of ours, with its weights.
+
+    Raises:
+        UsageError: the file does not say what net it holds, or its weights do not fit.
+    """
+    meta = checkpoint.meta
+    if meta is None:
+        raise UsageError(f"ckpt={str(checkpoint.path)!r}: does not say what net it holds; give model=... and use train.py or qat.load_weights")
+    if meta.get("format_version", 0) > FORMAT_VERSION:
+        raise UsageError(f"ckpt={str(checkpoint.path)!r}: written by a newer qat (format {meta['format_version']}); this one reads up to {FORMAT_VERSION}")
+    net: nn.Module = timm.create_model(meta["model"]["name"], **meta["model"]["kwargs"])
+    if meta.get("recipe") is not None:
+        channels, height, width = meta["input_size"]
+        convert(net, QuantRecipe(**meta["recipe"]), input_size=(channels, height, width))
+    try:
+        net.load_state_dict(checkpoint.state, strict=True)
+    except RuntimeError as error:
+        raise UsageError(f"ckpt={str(checkpoint.path)!r}: weights do not fit {meta['model']['name']} ({' '.join(str(error).split())[:300]})") from error
+    return net.eval()
+
+
+def load(path: str | os.PathLike[str]) -> nn.Module:
+    """Rebuild a net from a file of `qat.save` or a `last.ckpt` / `best.ckpt`: strict, without data, in eval mode.
+
+    Raises:
+        UsageError: see `read_checkpoint` and `build_from`.
+    """
+    return build_from(read_checkpoint(path))

@@ -1,0 +1,173 @@
+"""Surgery on a timm net: the same object comes out, with some modules swapped."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qat.errors import UsageError
+from qat.nn import SwapContext, find_swap
+from qat.quantizers import Quantizer
+from qat.sites import iter_quantizers
+from qat.spec import QuantRecipe
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done to a net; kept as `net.qat_conversion` and written into its checkpoints.
+
+    Attributes:
+        recipe: what to quantize and how.
+        input_size: (channels, height, width) of the images; scales and offsets are made for it.
+    """
+
+    recipe: QuantRecipe
+    input_size: tuple[int, int, int]
+
+
+def conversion_of(net: nn.Module) -> Conversion | None:
+    """How `net` was converted, or None for a float net."""
+    found = getattr(net, "qat_conversion", None)
+    return found if isinstance(found, Conversion) else None
+
+
+def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, int]) -> nn.Module:
+    """Quantize a timm net in place. All weights are kept; scales exist in their final shape, NaN until initialised.
+
+    Args:
+        net: a timm model (or any module with Linears) in float.
+        recipe: `qat.recipe(...)`; `fp` leaves the net untouched.
+        input_size: (channels, height, width) of its images.
+
+    Returns:
+        `net` itself.
+
+    Raises:
+        UsageError: the net is converted already, a rule of `overrides` matches no module, QKR cannot hold, or no image of
+            `input_size` passes through.
+    """
+    if conversion_of(net) is not None:
+        raise UsageError("convert: the net is quantized already; build a fresh one, or load a checkpoint into another recipe with ckpt=")
+    _check_rules(net, recipe)
+    if recipe.name == "fp":
+        return net
+    channels, height, width = (int(n) for n in input_size)
+    _walk(net, "", recipe, _places(net), {})
+    net.qat_conversion = Conversion(recipe, (channels, height, width))  # type: ignore[assignment]
+    _allocate(net, (channels, height, width))
+    return net
+
+
+def _check_rules(net: nn.Module, recipe: QuantRecipe) -> None:
+    names = [name for name, _ in net.named_modules()]
+    for pattern in recipe.overrides:
+        if not fnmatch.filter(names, pattern):
+            example = next((n for n in names if n.count(".") >= 2), names[-1])
+            raise UsageError(f"quant.overrides[{pattern!r}] matches no module; patterns see names like {example!r}")
+
+
+def _as_names(value: object) -> set[str]:
+    return {value} if isinstance(value, str) else set(value) if isinstance(value, Iterable) else set()
+
+
+def _places(net: nn.Module) -> dict[str, str]:
+    """Names of the first convolution (`stem`) and the classifiers (`head`), from timm's own description of the net."""
+    described = getattr(net, "pretrained_cfg", None) or {}
+    first_conv = next((name for name, m in net.named_modules() if isinstance(m, nn.Conv2d)), "")
+    stems = _as_names(described.get("first_conv")) or {first_conv}
+    heads = _as_names(described.get("classifier")) or {"head"}
+    return dict.fromkeys(stems, "stem") | dict.fromkeys(heads, "head")
+
+
+def _walk(module: nn.Module, name: str, recipe: QuantRecipe, places: dict[str, str], inputs: dict[str, str]) -> None:
+    """One pre-order walk; after a swap it goes on into the new module's children."""
+    for child_name, child in list(module.named_children()):
+        path = f"{name}.{child_name}".lstrip(".")
+        if isinstance(child, Quantizer):
+            continue
+        context = SwapContext(recipe.at(path), places.get(path, "block"), inputs.get(child_name, "signed"))
+        swap = find_swap(child, context)
+        hints: dict[str, str] = {}
+        if swap is not None:
+            done = swap(child, context)
+            setattr(module, child_name, done.module.train(child.training))
+            child, hints = done.module, dict(done.inputs)
+        _walk(child, path, recipe, places, hints)
+
+
+def _allocate(net: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Give every quantizer its shapes by one probe forward: scales per position depend on the token count."""
+    device = next(net.parameters()).device
+    handles: list[RemovableHandle] = [site.quantizer.register_forward_pre_hook(_allocate_hook) for site in iter_quantizers(net)]
+    training = net.training
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, *input_size, device=device))
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"input_size={input_size}: no image of this size passes through the net ({error})") from error
+    finally:
+        net.train(training)
+        for handle in handles:
+            handle.remove()
+
+
+def _allocate_hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    assert isinstance(module, Quantizer)  # noqa: S101  (narrows a type)
+    module.allocate(args[0].shape, args[0].device)
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One quantizer of a conversion report."""
+
+    module: str
+    role: str
+    quantizer: str
+    bits: int
+    axis: int | None
+    scales: int
+    offsets: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What is quantized and what stays float.
+
+    Attributes:
+        rows: one per quantizer.
+        stays_float: name and class of every module with parameters of its own and no weight quantizer.
+    """
+
+    rows: tuple[ReportRow, ...]
+    stays_float: tuple[tuple[str, str], ...]
+
+    def to_text(self) -> str:
+        """The report as a plain table."""
+        names = [f.name for f in dataclasses.fields(ReportRow)]
+        table = [names, *([str(v) for v in dataclasses.astuple(row)] for row in self.rows)]
+        widths = [max(len(row[i]) for row in table) for i in range(len(names))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        return "\n".join([*lines, "", "stays float:", *(f"  {name}  {cls}" for name, cls in self.stays_float)])
+
+
+def conversion_report(net: nn.Module) -> ConversionReport:
+    """The conversion report of a net; a float net has no rows."""
+    sites = list(iter_quantizers(net))
+    rows = tuple(
+        ReportRow(s.name.rpartition(".")[0], s.role, s.quantizer.spec.quantizer, s.quantizer.spec.bits, s.quantizer.axis, s.quantizer.n_scales, s.quantizer.spec.offsets)
+        for s in sites
+    )
+    owners = {id(s.owner) for s in sites if s.is_weight}
+    inside = {id(m) for s in sites for m in s.quantizer.modules()}
+    floats = [
+        (name or "(net)", type(module).__name__)
+        for name, module in net.named_modules()
+        if id(module) not in owners | inside and next(module.parameters(recurse=False), None) is not None
+    ]
+    return ConversionReport(rows, tuple(floats))

@@ -1,0 +1,26 @@
+"""Distillation loss of OFQ (arXiv 2302.02210) and DeiT: hard labels for the class head, the teacher for the distillation head."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Mean over the batch of -sum softmax(teacher) * log_softmax(student), temperature 1, in float32; logits (B, K)."""
+    return F.cross_entropy(logits.float(), teacher_logits.float().softmax(-1))
+
+
+def distillation_loss(student_cls: Tensor, student_dist: Tensor, teacher_cls: Tensor, target: Tensor) -> Tensor:
+    """CE(student_cls, target) + CE(student_dist, softmax(teacher_cls)), equal weights.
+
+    Args:
+        student_cls: (B, K) logits of the class head.
+        student_dist: (B, K) logits of the distillation head; the same tensor for a net with one head.
+        teacher_cls: (B, K) logits of the teacher.
+        target: (B,) class ids or (B, K) probabilities.
+
+    Returns:
+        Scalar, float32.
+    """
+    return F.cross_entropy(student_cls.float(), target) + soft_cross_entropy(student_dist, teacher_cls)

@@ -1,0 +1,45 @@
+"""Query-key reparameterization: query and key weights folded into one matrix per head. Source: OFQ, arXiv 2302.02210."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qat.errors import UsageError
+
+
+def fold_qk(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
+    """M_h = Wq_h^T Wk_h for every head, stacked.
+
+    Args:
+        wq: (h*d, C), rows grouped by head.
+        wk: (h*d, C), likewise.
+        num_heads: h.
+
+    Returns:
+        (h*C, C); row head*C + i holds row i of that head's product. Computed in float32 whatever autocast says.
+
+    Raises:
+        UsageError: the rows do not divide into heads.
+    """
+    if wq.shape != wk.shape or wq.shape[0] % num_heads:
+        raise UsageError(f"num_heads={num_heads}: wq {tuple(wq.shape)} and wk {tuple(wk.shape)} must agree and divide into heads")
+    with torch.autocast(wq.device.type, enabled=False):
+        q, k = (w.float().unflatten(0, (num_heads, -1)) for w in (wq, wk))
+        return torch.bmm(q.transpose(1, 2), k).flatten(0, 1)
+
+
+def fold_q_bias(wk: Tensor, q_bias: Tensor, num_heads: int) -> Tensor:
+    """c_h = Wk_h^T b_q,h: what the query bias adds to the score of a key x is c_h . x.
+
+    Args:
+        wk: (h*d, C), rows grouped by head.
+        q_bias: (h*d,).
+        num_heads: h.
+
+    Returns:
+        (h, C), float32.
+    """
+    with torch.autocast(wk.device.type, enabled=False):
+        k, b = wk.float().unflatten(0, (num_heads, -1)), q_bias.float().unflatten(0, (num_heads, -1))
+        return torch.bmm(b.unsqueeze(1), k).squeeze(1)

@@ -1,0 +1,79 @@
+"""StatsQ weight quantizer. Source: OFQ, arXiv 2302.02210. Deviations from its code: docs/deviations.md#statsq."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from qat.functional.ste import code_dtype
+from qat.spec import check_bits
+
+TOP_CLIP = 1 - 1e-6
+# Keeps 0/0 out of an all-zero row without moving any other scale.
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def statsq_scale(w: Tensor) -> Tensor:
+    """Scale of StatsQ: twice the mean magnitude, in float32, without gradient.
+
+    Args:
+        w: (out, in), (d0, d1, d2) or (O, I, kh, kw).
+
+    Returns:
+        (out, 1) for 2-D, (1, d1, 1) for 3-D, (O, 1, 1, 1) for 4-D, in the unit of `w`. Zero for an all-zero row.
+    """
+    dims = {2: (1,), 3: (0, 2), 4: (1, 2, 3)}
+    if w.ndim not in dims:
+        raise ValueError(f"statsq: w has {w.ndim} dimensions, expected 2, 3 or 4")
+    return 2 * w.detach().float().abs().mean(dims[w.ndim], keepdim=True)
+
+
+def _codes(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    n = 2 ** (bits - 1)
+    u = (w.float() / scale.clamp(min=_TINY)).clamp(-1.0, TOP_CLIP)
+    return (u * n - 0.5).round()
+
+
+class _StatsQ(torch.autograd.Function):
+    """Forward on the grid, identity backward: nothing is kept for it."""
+
+    @staticmethod
+    def forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+        return ((_codes(w, scale, bits) + 0.5) / 2 ** (bits - 1) * scale).to(w.dtype)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
+def statsq_with_scale(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """StatsQ on a given scale that broadcasts against `w`; see `statsq`."""
+    return _StatsQ.apply(w, scale, bits)
+
+
+def statsq(w: Tensor, bits: int) -> Tensor:
+    """Quantize a weight to the 2^bits levels s * (k + 1/2) / 2^(bits-1), k in [-2^(bits-1), 2^(bits-1)-1].
+
+    Args:
+        w: (out, in), (d0, d1, d2) or (O, I, kh, kw); any float dtype, computed in float32.
+        bits: 2 to 8.
+
+    Returns:
+        The shape and dtype of `w`. An all-zero row gives zeros. The gradient is the identity everywhere, also outside the clip
+        range; none flows through the scale.
+    """
+    check_bits("bits", bits)
+    return statsq_with_scale(w, statsq_scale(w), bits)
+
+
+def statsq_codes(w: Tensor, bits: int) -> Tensor:
+    """Integer codes k of `statsq`, in [-2^(bits-1), 2^(bits-1)-1], int8, the shape of `w`."""
+    check_bits("bits", bits)
+    n = 2 ** (bits - 1)
+    return _codes(w.detach(), statsq_scale(w), bits).to(code_dtype(-n, n - 1))

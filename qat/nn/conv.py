@@ -1,0 +1,47 @@
+"""Quantized patch embedding: image and weight of the first convolution."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from qat.nn.base import QuantModule
+from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.quantizers import Quantizer
+
+
+class QuantConv2d(nn.Conv2d, QuantModule):
+    """conv(q(x), q(W)) + b. Parameters keep timm's names and are the very objects of the convolution it replaces.
+
+    Args:
+        conv: the module to replace.
+        input_quantizer: quantizer of x (B, I, H, W).
+        weight_quantizer: quantizer of W (O, I/groups, kh, kw).
+    """
+
+    def __init__(self, conv: nn.Conv2d, input_quantizer: nn.Module, weight_quantizer: Quantizer) -> None:
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+            device="meta",
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.input_quantizer = input_quantizer
+        self.weight_quantizer = weight_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, I, H, W) to (B, O, H', W')."""
+        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+@register_swap(nn.Conv2d, "conv")
+def swap_stem(module: nn.Module, context: SwapContext) -> Swap:
+    """The first convolution of a net; its input is the image."""
+    assert isinstance(module, nn.Conv2d)  # noqa: S101  (narrows a type)
+    return Swap(QuantConv2d(module, context.input_quantizer("image"), context.weight()))

@@ -1,0 +1,11 @@
+"""Quantizer modules: thin shells with parameters around `qat.functional`."""
+
+from qat.quantizers.affine import DynamicMinMax, MinMax
+from qat.quantizers.base import Quantizer
+from qat.quantizers.float import Float
+from qat.quantizers.lsq import LSQ, AutoSignLSQ
+from qat.quantizers.registry import build_quantizer, register
+from qat.quantizers.shifted import Shifted
+from qat.quantizers.statsq import ActStatsQ, StatsQ
+
+__all__ = ["LSQ", "ActStatsQ", "AutoSignLSQ", "DynamicMinMax", "Float", "MinMax", "Quantizer", "Shifted", "StatsQ", "build_quantizer", "register"]

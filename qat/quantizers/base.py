@@ -1,0 +1,66 @@
+"""What every quantizer does: allocate its state, calibrate it from data, fake-quantize, return codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.spec import QuantSpec
+
+
+class Quantizer(nn.Module):
+    """Maps a tensor to its low-bit grid.
+
+    A subclass implements `forward` and `codes`; one with scales also `allocate` and `calibrate`. Scales exist in their final
+    shape, filled with NaN, from conversion on: the parameter set never changes afterwards, and a net that was not initialised
+    yields NaN instead of plausible numbers.
+
+    Args:
+        spec: how the tensor is quantized.
+    """
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.axis = spec.axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize `x`: same shape and dtype, values on the grid."""
+        raise NotImplementedError
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of `x`, same shape."""
+        raise NotImplementedError
+
+    def allocate(self, shape: torch.Size, device: torch.device) -> None:
+        """Create the state for inputs of `shape` (any batch size), scales filled with NaN.
+
+        A negative axis that would meet the batch dimension gives way to one scale for the tensor: a scale per image of a batch
+        means nothing.
+        """
+        if self.spec.axis is not None and self.spec.axis < 0 and self.spec.axis + len(shape) == 0:
+            self.axis = None
+
+    def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
+        """Fold one more batch into `state` and set the scales from all batches in it."""
+
+    @property
+    def n_scales(self) -> int:
+        """Number of scales that are stored with the net."""
+        scale = getattr(self, "scale", None)
+        return 0 if scale is None else scale.numel()
+
+    def n_groups(self, shape: torch.Size) -> int:
+        """Number of scales that a tensor of `shape` needs, stored or recomputed."""
+        return 1 if self.axis is None else shape[self.axis]
+
+    def nan_tensor(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """One NaN per scale."""
+        return torch.full((self.n_groups(shape),), torch.nan, device=device)
+
+    def extra_repr(self) -> str:
+        """The spec and the axis in force."""
+        kind = {True: "signed", False: "unsigned", None: "sign from data"}[self.spec.signed]
+        return f"{self.spec.quantizer}, bits={self.spec.bits}, {kind}, axis={self.axis}, role={self.spec.role}"

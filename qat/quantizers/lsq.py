@@ -1,0 +1,100 @@
+"""LSQ as a module. Papers: arXiv 1902.08153 (LSQ), 2302.02210 (OFQ's granularities). Deviations: docs/deviations.md#lsq."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.functional.lsq import lsq, lsq_codes, lsq_init_scale
+from qat.quantizers.base import Quantizer
+from qat.quantizers.registry import register
+from qat.spec import QuantSpec
+
+
+@register("lsq")
+def build_lsq(spec: QuantSpec) -> Quantizer:
+    """LSQ, or `AutoSignLSQ` where the sign is found from the data."""
+    return LSQ(spec) if spec.signed is not None else AutoSignLSQ(spec)
+
+
+def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
+    """Mean of the values handed in so far; `state` remembers it under `mean` and their number under `n`."""
+    state["n"] = state.get("n", 0) + 1
+    state["mean"] = value if state["n"] == 1 else state["mean"] + (value - state["mean"]) / state["n"]
+    return state["mean"]
+
+
+class LSQ(Quantizer):
+    """Learned step size.
+
+    Attributes:
+        scale: step size, (n,) with one per slice along the axis, in the unit of the input; NaN until initialised.
+        grad_factor: factor on the gradient of `scale`. A trainer sets 1/sqrt(world size x accumulation) on activations, so that
+            LSQ's 1/sqrt(qmax * m) counts the elements of the global batch (docs/deviations.md#lsq-global-batch).
+    """
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__(spec)
+        self.grad_factor = 1.0
+        self.register_parameter("scale", None)
+
+    def allocate(self, shape: torch.Size, device: torch.device) -> None:
+        """One NaN step per slice along the axis."""
+        super().allocate(shape, device)
+        self.scale = nn.Parameter(self.nan_tensor(shape, device))
+
+    def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
+        """Step = LSQ's initial step, averaged over the batches in `state`."""
+        step = running_mean(state, lsq_init_scale(x, self.spec.qmin, self.spec.qmax, self.axis))
+        with torch.no_grad():
+            self.scale.copy_(step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`lsq` on the learned step."""
+        return lsq(x, self.scale, self.spec.qmin, self.spec.qmax, self.axis, grad_factor=self.grad_factor)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """`lsq_codes` on the learned step."""
+        return lsq_codes(x, self.scale, self.spec.qmin, self.spec.qmax, self.axis)
+
+
+class AutoSignLSQ(LSQ):
+    """LSQ for images: signed or unsigned as the calibration data are.
+
+    Attributes:
+        signed: 1.0 or 0.0, NaN until initialised. A buffer and not a Python flag: it is in every checkpoint, and a forward
+            reads it without waiting for the device.
+    """
+
+    # The reference calls an image signed once a value is below this.
+    NEGATIVE = -1e-5
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__(spec)
+        low, high = 2 ** (spec.bits - 1), 2**spec.bits
+        self.bounds = {True: (-low, low - 1), False: (0, high - 1)}
+        self.signed: Tensor
+        self.register_buffer("signed", torch.tensor(torch.nan))
+
+    def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
+        """Sign from the smallest value seen, step from factor 2 whatever the sign (the reference's rule for images)."""
+        lowest = torch.minimum(x.detach().amin().float(), state.get("lowest", torch.tensor(torch.inf, device=x.device)))
+        state["lowest"] = lowest
+        signed = bool(lowest < self.NEGATIVE)
+        # With bounds -1 and 1 this is twice the mean magnitude: one statistic, whatever sign later batches turn out to need.
+        twice_mean_abs = running_mean(state, lsq_init_scale(x, -1, 1, self.axis))
+        with torch.no_grad():
+            self.signed.fill_(float(signed))
+            self.scale.copy_(twice_mean_abs / self.bounds[signed][1] ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`lsq` with the bounds of the sign that was found."""
+        signed, unsigned = (lsq(x, self.scale, *self.bounds[s], self.axis, grad_factor=self.grad_factor) for s in (True, False))
+        return torch.where(self.signed > 0, signed, unsigned)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes with the bounds of the sign that was found, int16."""
+        signed, unsigned = (lsq_codes(x, self.scale, *self.bounds[s], self.axis).to(torch.int16) for s in (True, False))
+        return torch.where(self.signed > 0, signed, unsigned)

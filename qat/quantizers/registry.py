@@ -1,0 +1,50 @@
+"""From a quantizer's name to the module. A new quantizer is a class with `@register`, or `package.module:Class` in a config."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from qat.errors import UsageError
+from qat.quantizers.base import Quantizer
+from qat.quantizers.shifted import Shifted
+from qat.spec import QuantSpec
+
+_BUILDERS: dict[str, Callable[[QuantSpec], Quantizer]] = {}
+
+
+def register(name: str) -> Callable[[Callable[[QuantSpec], Quantizer]], Callable[[QuantSpec], Quantizer]]:
+    """Make `quantizer=name` build the decorated class or function."""
+
+    def add(builder: Callable[[QuantSpec], Quantizer]) -> Callable[[QuantSpec], Quantizer]:
+        _BUILDERS[name] = builder
+        return builder
+
+    return add
+
+
+def _imported(path: str) -> type[Quantizer]:
+    module_name, class_name = path.split(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"quantizer={path!r}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Quantizer)):
+        raise UsageError(f"quantizer={path!r}: allowed are subclasses of qat.quantizers.Quantizer")
+    return found
+
+
+def build_quantizer(spec: QuantSpec) -> Quantizer:
+    """The quantizer module of a spec, inside `Shifted` if the spec asks for offsets.
+
+    Raises:
+        UsageError: the name is neither registered nor importable.
+    """
+    if ":" in spec.quantizer:
+        builder: Callable[[QuantSpec], Quantizer] = _imported(spec.quantizer)
+    elif spec.quantizer in _BUILDERS:
+        builder = _BUILDERS[spec.quantizer]
+    else:
+        raise UsageError(f"quantizer={spec.quantizer!r}: allowed are {', '.join(sorted(_BUILDERS))} and package.module:Class")
+    quantizer = builder(spec)
+    return quantizer if spec.offsets == "none" else Shifted(quantizer)

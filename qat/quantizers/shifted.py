@@ -1,0 +1,57 @@
+"""Learnable offsets before and after any quantizer. Source: OFQ, arXiv 2302.02210."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.quantizers.base import Quantizer
+
+
+class Shifted(Quantizer):
+    """q(x + a) + c with two independent offsets, zero at first: how a symmetric grid serves asymmetric inputs.
+
+    Attributes:
+        quantizer: the quantizer in the middle.
+        offset_before: a, over the last `spec.offset_ndim` dimensions of the input, in its unit.
+        offset_after: c, likewise; absent where it could have no effect (`spec.offsets = "before"`).
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__(quantizer.spec)
+        self.quantizer = quantizer
+        self.register_parameter("offset_before", None)
+        self.register_parameter("offset_after", None)
+
+    def allocate(self, shape: torch.Size, device: torch.device) -> None:
+        """Zero offsets, and the state of the quantizer in the middle."""
+        self.quantizer.allocate(shape, device)
+        self.axis = self.quantizer.axis
+        over = shape[len(shape) - self.spec.offset_ndim :]
+        self.offset_before = nn.Parameter(torch.zeros(over, device=device))
+        if self.spec.offsets == "both":
+            self.offset_after = nn.Parameter(torch.zeros(over, device=device))
+
+    def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
+        """Calibrate the quantizer in the middle on the shifted input."""
+        self.quantizer.calibrate(x.detach() + self.offset_before.detach(), state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """q(x + a) + c in float32, returned in the dtype of `x`."""
+        y = self.quantizer(x + self.offset_before)
+        return (y if self.offset_after is None else y + self.offset_after).to(x.dtype)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes of x + a."""
+        return self.quantizer.codes(x + self.offset_before)
+
+    @property
+    def n_scales(self) -> int:
+        """Scales of the quantizer in the middle."""
+        return self.quantizer.n_scales
+
+    def extra_repr(self) -> str:
+        """The offsets; the quantizer prints itself."""
+        return f"offsets={self.spec.offsets}"

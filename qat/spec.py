@@ -1,0 +1,242 @@
+"""What is quantized and how: one frozen `QuantSpec` per tensor, one `QuantRecipe` per net. Plain data, validated when built."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qat.errors import UsageError
+
+FLOAT_BITS = 32
+LOWEST_BITS, HIGHEST_BITS = 2, 8
+ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
+PLACES = ("stem", "block", "head")
+QUANTIZERS = ("statsq", "lsq", "minmax", "float")
+ATTENTIONS = ("qkr", "standard", "float")
+QK_BIASES = ("drop", "fold")
+OFFSETS = ("none", "before", "both")
+
+# StatsQ is for the blocks: stem and heads have 8-bit learned steps in OFQ (spec of the paper, section 3).
+_OUTSIDE_BLOCKS = {"statsq": "lsq"}
+# The range of a weight is read from the weight itself in every forward; that of an activation is calibrated.
+_WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
+
+
+def check_choice(setting: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise `UsageError` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise UsageError(f"{setting}={value!r}: allowed are {', '.join(allowed)}")
+
+
+def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
+    """Raise `UsageError` unless `bits` is a width that the quantizers can represent.
+
+    Two bits at least: at one bit the mid-rise grid of StatsQ would have three levels. Eight at most: codes fit one byte.
+    """
+    if quantizer == "float" and bits == FLOAT_BITS:
+        return
+    if isinstance(bits, bool) or not isinstance(bits, int) or not LOWEST_BITS <= bits <= HIGHEST_BITS:
+        raise UsageError(f"{setting}={bits!r}: allowed are whole numbers from {LOWEST_BITS} to {HIGHEST_BITS}")
+
+
+def check_quantizer(setting: str, name: object) -> None:
+    """Raise `UsageError` unless `name` is a built-in quantizer or has the form `package.module:Class`."""
+    if isinstance(name, str) and name.count(":") == 1 and all(part.isidentifier() for part in name.replace(":", ".").split(".")):
+        return
+    if name not in QUANTIZERS:
+        raise UsageError(f"{setting}={name!r}: allowed are {', '.join(QUANTIZERS)} and package.module:Class")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized.
+
+    Attributes:
+        role: what the tensor is, one of `ROLES`.
+        quantizer: registered name, or `package.module:Class`.
+        bits: width of a code; 32 with the float quantizer.
+        signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1]; None = found from the data when scales are initialised.
+        axis: dimension that keeps scales of its own, None = one scale for the tensor.
+        offsets: learnable offsets around the quantizer: none, before it, or both before and after.
+        offset_ndim: number of trailing dimensions over which an offset varies (1 = channel, 2 = a map over pixels).
+    """
+
+    role: str
+    quantizer: str
+    bits: int
+    signed: bool | None = True
+    axis: int | None = None
+    offsets: str = "none"
+    offset_ndim: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("role", self.role, ROLES)
+        check_bits("bits", self.bits, self.quantizer)
+        check_choice("offsets", self.offsets, OFFSETS)
+
+    @property
+    def qmin(self) -> int:
+        """Lowest code."""
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """Highest code."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+
+# Per role: sign, axis and offsets of an activation inside a block (OFQ; axis -2 = token or query position, -1 = channel).
+# An offset after the key only shifts whole softmax rows: it is not created.
+_ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "input": {"signed": True, "axis": -2, "offsets": "both"},
+    "q": {"signed": True, "axis": -2, "offsets": "both"},
+    "k": {"signed": True, "axis": -2, "offsets": "before"},
+    "v": {"signed": True, "axis": -1, "offsets": "both"},
+    "probs": {"signed": False, "axis": -2},
+    "image": {"signed": None, "axis": 1, "offsets": "both", "offset_ndim": 2},
+}
+
+
+@dataclass(frozen=True)
+class QuantRecipe:
+    """What to do to a whole net: the knobs of `quant/*.yaml`.
+
+    Attributes:
+        name: the preset it came from; `fp` leaves a net untouched.
+        bits: width of the weights in blocks, 2 to 8.
+        act_bits: width of the activations in blocks; None = `bits`.
+        attention: `qkr` (query-key reparameterization), `standard`, or `float` (only its Linears are quantized).
+        qk_bias: under QKR, `drop` the query bias as the paper's code does, or `fold` it exactly into a per-key score.
+        weight_quantizer: one of `QUANTIZERS`, or `package.module:Class`.
+        act_quantizer: likewise.
+        stem_bits: weights and input of the first convolution.
+        head_bits: weights and input of the classifier(s).
+        offsets: learnable offsets before and after activation quantizers.
+        overrides: `{module name glob: {knob: value}}`; later rules win.
+
+    Raises:
+        UsageError: a knob has a value that cannot work.
+    """
+
+    name: str = "custom"
+    bits: int = 4
+    act_bits: int | None = None
+    attention: str = "qkr"
+    qk_bias: str = "drop"
+    weight_quantizer: str = "statsq"
+    act_quantizer: str = "lsq"
+    stem_bits: int = 8
+    head_bits: int = 8
+    offsets: bool = True
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.act_bits is None:
+            object.__setattr__(self, "act_bits", self.bits)
+        check_quantizer("quant.weight_quantizer", self.weight_quantizer)
+        check_quantizer("quant.act_quantizer", self.act_quantizer)
+        weights_float = "float" if self.weight_quantizer == "float" else ""
+        acts_float = "float" if self.act_quantizer == "float" else ""
+        check_bits("quant.bits", self.bits, weights_float)
+        check_bits("quant.act_bits", self.act_bits, acts_float)
+        check_bits("quant.stem_bits", self.stem_bits, weights_float)
+        check_bits("quant.head_bits", self.head_bits, weights_float)
+        check_choice("quant.attention", self.attention, ATTENTIONS)
+        check_choice("quant.qk_bias", self.qk_bias, QK_BIASES)
+        if not isinstance(self.offsets, bool):
+            raise UsageError(f"quant.offsets={self.offsets!r}: allowed are true and false")
+        self._check_float_name()
+        self._check_overrides()
+
+    def _check_float_name(self) -> None:
+        quantized = [k for k in ("weight_quantizer", "act_quantizer") if getattr(self, k) != "float"]
+        if self.name == "fp" and (quantized or self.bits != FLOAT_BITS):
+            raise UsageError(f"quant.{(quantized or ['bits'])[0]}: quant=fp leaves the net in float; choose another quant=... to set it")
+
+    def _check_overrides(self) -> None:
+        if not isinstance(self.overrides, Mapping):
+            raise UsageError(f"quant.overrides={self.overrides!r}: allowed is a mapping of module globs to knobs")
+        knobs = {f.name for f in dataclasses.fields(self)} - {"name", "overrides"}
+        for pattern, rule in self.overrides.items():
+            if not isinstance(rule, Mapping) or set(rule) - knobs:
+                raise UsageError(f"quant.overrides[{pattern!r}]={rule!r}: allowed knobs are {', '.join(sorted(knobs))}")
+            dataclasses.replace(self, overrides={}, **dict(rule))
+        object.__setattr__(self, "overrides", {p: dict(rule) for p, rule in self.overrides.items()})
+
+    def at(self, module_name: str) -> QuantRecipe:
+        """The recipe for one module: the rules of `overrides` whose glob matches its name are applied.
+
+        A rule's `bits` also sets `stem_bits` and `head_bits`, so that it means the same wherever it matches.
+        """
+        knobs: dict[str, Any] = {}
+        for pattern, rule in self.overrides.items():
+            if not fnmatch.fnmatchcase(module_name, pattern):
+                continue
+            if "bits" in rule:
+                knobs |= {"stem_bits": rule["bits"], "head_bits": rule["bits"]}
+            knobs |= rule
+        return dataclasses.replace(self, overrides={}, **knobs) if knobs else self
+
+    def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
+        """Spec of a weight (out, ...) at `place`: one scale per output row; `role` is `weight` or `qk`."""
+        check_choice("place", place, PLACES)
+        name = self.weight_quantizer if place == "block" else _OUTSIDE_BLOCKS.get(self.weight_quantizer, self.weight_quantizer)
+        bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
+        return QuantSpec(role, _WEIGHT_VARIANT.get(name, name), FLOAT_BITS if name == "float" else bits, signed=True, axis=0)
+
+    def act_spec(self, role: str, place: str, *, signed: bool | None = True) -> QuantSpec:
+        """Spec of an activation.
+
+        Args:
+            role: one of `ROLES` but `weight` and `qk`.
+            place: one of `PLACES`; the input of a head has one scale for the tensor.
+            signed: False for an `input` that comes from an activation function without a negative tail.
+        """
+        check_choice("place", place, PLACES)
+        layout = dict(_ACTIVATIONS[role])
+        if role == "input" and not signed:
+            layout["signed"] = False
+        if place == "head":
+            layout["axis"] = None
+        if not self.offsets or self.act_quantizer == "float":
+            layout["offsets"] = "none"
+        bits = {"stem": self.stem_bits, "block": self.act_bits, "head": self.head_bits}[place]
+        name = self.act_quantizer
+        return QuantSpec(role, name, FLOAT_BITS if name == "float" else int(bits or 0), **layout)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for checkpoints; `QuantRecipe(**d)` gives it back."""
+        return dataclasses.asdict(self)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fp": {"bits": FLOAT_BITS, "stem_bits": FLOAT_BITS, "head_bits": FLOAT_BITS, "attention": "float", "weight_quantizer": "float", "act_quantizer": "float", "offsets": False},
+    "ofq": {"attention": "qkr", "weight_quantizer": "statsq", "act_quantizer": "lsq"},
+    "ofq_noqkr": {"attention": "standard", "weight_quantizer": "statsq", "act_quantizer": "lsq"},
+    "lsq": {"attention": "standard", "weight_quantizer": "lsq", "act_quantizer": "lsq", "offsets": False},
+    "minmax": {"attention": "standard", "weight_quantizer": "minmax", "act_quantizer": "minmax", "offsets": False},
+}
+
+
+def recipe(name: str, **knobs: Any) -> QuantRecipe:
+    """A named recipe with knobs turned.
+
+    Args:
+        name: one of `PRESETS`: fp, ofq, ofq_noqkr, lsq, minmax.
+        knobs: fields of `QuantRecipe`.
+
+    Raises:
+        UsageError: unknown name or knob, or a value that cannot work.
+
+    Example:
+        >>> recipe("ofq", bits=2).act_bits
+        2
+    """
+    check_choice("recipe", name, tuple(PRESETS))
+    unknown = set(knobs) - {f.name for f in dataclasses.fields(QuantRecipe)}
+    if unknown:
+        raise UsageError(f"recipe knob {sorted(unknown)[0]!r}: allowed are {', '.join(f.name for f in dataclasses.fields(QuantRecipe))}")
+    return QuantRecipe(**{"name": name, **PRESETS[name], **knobs})

@@ -1,0 +1,129 @@
+"""Pure functions against the papers' own code. Oracle: tests/goldens, made by running it."""
+
+import math
+
+import torch
+from torch.testing import assert_close
+
+from qat import functional as F
+from qat.lit.optim import cosine_schedule
+from tests import golden
+
+OFQ, PTQ = "ofq_goldens.npz", "ptq_goldens.npz"
+FORWARD = {"rtol": 1e-6, "atol": 1e-6}
+GRADIENT = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def bits_of(case: str) -> int:
+    if golden.has(OFQ, f"{case}/bits"):
+        return int(golden.number(OFQ, f"{case}/bits"))
+    return int(case.partition("_b")[2][:1] or 2)
+
+
+@golden.parametrize(OFQ, r"statsq(2d|3d|_ties|_zero_row|_qk).*")
+def test_statsq(case):
+    w = golden.tensor(OFQ, f"{case}/w").requires_grad_()
+    bits = bits_of(case)
+    out = F.statsq(w, bits)
+    expected = golden.tensor(OFQ, f"{case}/out").nan_to_num(0.0)  # the reference gives NaN for an all-zero row
+    assert_close(out, expected, **FORWARD)
+    if golden.has(OFQ, f"{case}/scale"):
+        assert_close(F.statsq_scale(w).flatten(), golden.tensor(OFQ, f"{case}/scale").flatten(), **FORWARD)
+    if golden.has(OFQ, f"{case}/upstream"):
+        out.backward(golden.tensor(OFQ, f"{case}/upstream"))
+        assert torch.equal(w.grad, golden.tensor(OFQ, f"{case}/grad_w"))
+
+
+def lsq_axis(case: str) -> int | None:
+    axes = {"token3d": 1, "token4d": 2, "softmax4d": 2, "channel3d": 2, "2d": 0, "tensor": None, "weight2d": 0, "conv4d": 0, "image": 1}
+    return axes[case.split("_")[1]]
+
+
+@golden.parametrize(OFQ, r"lsq_.*")
+def test_lsq(case):
+    axis = lsq_axis(case)
+    qmin, qmax = (int(t) for t in golden.tensor(OFQ, f"{case}/thd"))
+    x = golden.tensor(OFQ, f"{case}/x").requires_grad_()
+    s = golden.tensor(OFQ, f"{case}/s").requires_grad_()
+    out = F.lsq(x, s, qmin, qmax, axis)
+    assert_close(out, golden.tensor(OFQ, f"{case}/out"), **FORWARD)
+    out.backward(golden.tensor(OFQ, f"{case}/upstream"))
+    assert_close(x.grad, golden.tensor(OFQ, f"{case}/grad_x"), **GRADIENT)
+    assert_close(s.grad, golden.tensor(OFQ, f"{case}/grad_s"), **GRADIENT)
+
+
+@golden.parametrize(OFQ, r"lsq_.*")
+def test_lsq_first_scale(case):
+    qmin, qmax = (int(t) for t in golden.tensor(OFQ, f"{case}/thd"))
+    scale = F.lsq_init_scale(golden.tensor(OFQ, f"{case}/x_init"), qmin, qmax, lsq_axis(case))
+    factor = 0.5 if "image_unsigned" in case else 1.0  # images have factor 2 whatever the sign
+    assert_close(scale * factor, golden.tensor(OFQ, f"{case}/s_init"), **FORWARD)
+
+
+@golden.parametrize(OFQ, r"qkr_product_b\d")
+def test_qkr_product(case):
+    wq = golden.tensor(OFQ, f"{case}/wq").requires_grad_()
+    wk = golden.tensor(OFQ, f"{case}/wk").requires_grad_()
+    heads = golden.tensor(OFQ, f"{case}/product").shape[0] // wq.shape[1]
+    product = F.fold_qk(wq, wk, heads)
+    assert_close(product, golden.tensor(OFQ, f"{case}/product"), **FORWARD)
+    out = F.statsq(product, bits_of(case.replace("product", "")))
+    assert_close(out, golden.tensor(OFQ, f"{case}/out"), **FORWARD)
+    out.backward(golden.tensor(OFQ, f"{case}/upstream"))
+    assert_close(wq.grad, golden.tensor(OFQ, f"{case}/grad_wq"), **GRADIENT)
+    assert_close(wk.grad, golden.tensor(OFQ, f"{case}/grad_wk"), **GRADIENT)
+
+
+@golden.parametrize(OFQ, r"kd_loss_.*")
+def test_distillation_loss(case):
+    single = golden.has(OFQ, f"{case}/student")
+    names = ("student", "student", "teacher") if single else ("student_cls", "student_dist", "teacher_cls")
+    inputs = {name: golden.tensor(OFQ, f"{case}/{name}").requires_grad_() for name in set(names)}
+    loss = F.distillation_loss(*(inputs[name] for name in names), golden.tensor(OFQ, f"{case}/target"))
+    assert_close(loss.detach(), golden.tensor(OFQ, f"{case}/loss"), **FORWARD)
+    loss.backward()
+    for name, value in inputs.items():
+        if golden.has(OFQ, f"{case}/grad_{name}"):
+            assert_close(value.grad, golden.tensor(OFQ, f"{case}/grad_{name}"), **GRADIENT)
+
+
+def ptq_axis(tensor: str, mode: str) -> int | None:
+    return None if mode == "layer_wise" else -1 if tensor in {"acts", "pos"} else 0
+
+
+@golden.parametrize(PTQ, r"obs/minmax/.*")
+def test_minmax_observer(case):
+    _, _, kind, name, mode = case.split("/")
+    x = golden.tensor(PTQ, f"in/{name}")
+    axis = ptq_axis(name, mode)
+    if name in {"acts", "pos"} and axis is not None:
+        axis = x.ndim - 1
+    scale, zero_point = F.affine_scale(x, int(kind[-1]), kind.startswith("int"), axis)
+    assert_close(scale, golden.tensor(PTQ, f"{case}/scale").reshape(-1), rtol=1e-6, atol=1e-7)
+    assert torch.equal(zero_point, golden.tensor(PTQ, f"{case}/zero_point").reshape(-1))
+
+
+@golden.parametrize(PTQ, r"uniform/u?int\d/(acts|w_lin|w_conv)")
+def test_fake_quantize_affine(case):
+    _, kind, name = case.split("/")
+    x = golden.tensor(PTQ, f"in/{name}")
+    x = x[2] if name == "acts" else x
+    scale, zero = (golden.tensor(PTQ, f"{case}/{k}").float().reshape(-1) for k in ("scale", "zero_point"))
+    axis = None if scale.numel() == 1 else 0
+    qmin, qmax = F.code_range(int(kind[-1]), signed=kind.startswith("int"))
+    assert_close(F.fake_quantize_affine(x, scale, zero, qmin, qmax, axis), golden.tensor(PTQ, f"{case}/dequant"), rtol=1e-6, atol=1e-7)
+    assert torch.equal(F.affine_codes(x, scale, zero, qmin, qmax, axis).float(), golden.tensor(PTQ, f"{case}/int").float())
+
+
+@golden.parametrize(OFQ, r"lr_.*")
+def test_learning_rate_per_epoch(case):
+    expected = golden.tensor(OFQ, f"{case}/lr_per_epoch").double()
+    warmup = 5 if math.isclose(expected[0].item(), 1e-6, rel_tol=1e-3) else 0
+    peak = 1e-6 + warmup * (expected[1].item() - 1e-6) if warmup else expected[0].item()
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+    schedule = cosine_schedule(optimizer, periods=300, warmup=warmup, min_lr=1e-5, warmup_lr=1e-6, interval="epoch")
+    got = []
+    for epoch in range(len(expected)):
+        schedule.step(epoch)
+        got.append(optimizer.param_groups[0]["lr"])
+    assert_close(torch.tensor(got, dtype=torch.float64), expected, rtol=1e-6, atol=1e-12)

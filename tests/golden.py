@@ -1,0 +1,53 @@
+"""Golden cases: which exist in `$QAT_GOLDENS`, and their arrays as tensors."""
+
+import functools
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(os.environ.get("QAT_GOLDENS", Path(__file__).parent / "goldens"))
+
+
+@functools.cache
+def _arrays(file: str) -> dict[str, np.ndarray]:
+    path = FOLDER / file
+    if not path.is_file():
+        return {}
+    with np.load(path, allow_pickle=False) as content:
+        return {key: content[key] for key in content.files}
+
+
+def cases(file: str, pattern: str) -> list[str]:
+    """Names of the cases (everything before a key's last slash) that match a pattern as a whole."""
+    names = {key.rpartition("/")[0] for key in _arrays(file)}
+    return sorted(name for name in names if re.fullmatch(pattern, name))
+
+
+def parametrize(file: str, pattern: str):
+    """One golden test per case found; no test where the file has none of the family."""
+    found = cases(file, pattern)
+    return lambda test: pytest.mark.golden(pytest.mark.parametrize("case", found)(test))
+
+
+def tensor(file: str, key: str) -> torch.Tensor:
+    """One array of a case, as a tensor of its own."""
+    return torch.from_numpy(np.array(_arrays(file)[key]))
+
+
+def number(file: str, key: str) -> float:
+    """One scalar of a case."""
+    return float(_arrays(file)[key].reshape(()))
+
+
+def below(file: str, prefix: str) -> dict[str, torch.Tensor]:
+    """All arrays whose key starts with `prefix/`, by the rest of the key."""
+    return {k.removeprefix(prefix + "/"): torch.from_numpy(np.array(v)) for k, v in _arrays(file).items() if k.startswith(prefix + "/")}
+
+
+def has(file: str, key: str) -> bool:
+    """True if the file holds the array."""
+    return key in _arrays(file)
