@@ -34,7 +34,9 @@ def is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def describe(net: nn.Module, *, model: str | None = None, model_kwargs: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def describe(
+    net: nn.Module, *, model: str | None = None, model_kwargs: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What a checkpoint says of a net beside its weights.
 
     Args:
@@ -160,9 +162,13 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
     """
     meta = checkpoint.meta
     if meta is None:
-        raise UsageError(f"ckpt={str(checkpoint.path)!r}: does not say what net it holds; give model=... and use train.py or qat.load_weights")
+        raise UsageError(
+            f"ckpt={str(checkpoint.path)!r}: does not say what net it holds; give model=... and use train.py or qat.load_weights"
+        )
     if meta.get("format_version", 0) > FORMAT_VERSION:
-        raise UsageError(f"ckpt={str(checkpoint.path)!r}: written by a newer qat (format {meta['format_version']}); this one reads up to {FORMAT_VERSION}")
+        raise UsageError(
+            f"ckpt={str(checkpoint.path)!r}: written by a newer qat (format {meta['format_version']}); this one reads up to {FORMAT_VERSION}"
+        )
     net: nn.Module = timm.create_model(meta["model"]["name"], **meta["model"]["kwargs"])
     if meta.get("recipe") is not None:
         channels, height, width = meta["input_size"]
@@ -170,7 +176,9 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
     try:
         net.load_state_dict(checkpoint.state, strict=True)
     except RuntimeError as error:
-        raise UsageError(f"ckpt={str(checkpoint.path)!r}: weights do not fit {meta['model']['name']} ({' '.join(str(error).split())[:300]})") from error
+        raise UsageError(
+            f"ckpt={str(checkpoint.path)!r}: weights do not fit {meta['model']['name']} ({' '.join(str(error).split())[:300]})"
+        ) from error
     return net.eval()
 
 

@@ -160,7 +160,15 @@ def conversion_report(net: nn.Module) -> ConversionReport:
     """The conversion report of a net; a float net has no rows."""
     sites = list(iter_quantizers(net))
     rows = tuple(
-        ReportRow(s.name.rpartition(".")[0], s.role, s.quantizer.spec.quantizer, s.quantizer.spec.bits, s.quantizer.axis, s.quantizer.n_scales, s.quantizer.spec.offsets)
+        ReportRow(
+            s.name.rpartition(".")[0],
+            s.role,
+            s.quantizer.spec.quantizer,
+            s.quantizer.spec.bits,
+            s.quantizer.axis,
+            s.quantizer.n_scales,
+            s.quantizer.spec.offsets,
+        )
         for s in sites
     )
     owners = {id(s.owner) for s in sites if s.is_weight}

@@ -213,7 +213,15 @@ class QuantRecipe:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fp": {"bits": FLOAT_BITS, "stem_bits": FLOAT_BITS, "head_bits": FLOAT_BITS, "attention": "float", "weight_quantizer": "float", "act_quantizer": "float", "offsets": False},
+    "fp": {
+        "bits": FLOAT_BITS,
+        "stem_bits": FLOAT_BITS,
+        "head_bits": FLOAT_BITS,
+        "attention": "float",
+        "weight_quantizer": "float",
+        "act_quantizer": "float",
+        "offsets": False,
+    },
     "ofq": {"attention": "qkr", "weight_quantizer": "statsq", "act_quantizer": "lsq"},
     "ofq_noqkr": {"attention": "standard", "weight_quantizer": "statsq", "act_quantizer": "lsq"},
     "lsq": {"attention": "standard", "weight_quantizer": "lsq", "act_quantizer": "lsq", "offsets": False},

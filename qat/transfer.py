@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -94,7 +93,7 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
 
 
 def from_pretrained(model: str, kwargs: Mapping[str, Any]) -> Start:
-    """timm's own pretrained weights, from the local cache or the hub.
+    """Timm's own pretrained weights, from the local cache or the hub.
 
     Raises:
         UsageError: the model has none, or they are not in the cache and the hub does not answer within 4 s.
@@ -102,10 +101,18 @@ def from_pretrained(model: str, kwargs: Mapping[str, Any]) -> Start:
     described = _create(model, kwargs).pretrained_cfg  # also says clearly what is wrong with name or arguments
     hub_id = described.get("hf_hub_id")  # type: ignore[union-attr, operator]
     if not hub_id and not described.get("url"):  # type: ignore[union-attr, operator]
-        raise UsageError(f"model.pretrained=true: timm has no pretrained weights for {model!r}; use model.weights=FILE or model.pretrained=false")
-    cached = hub_id and next((p for n in ("model.safetensors", "pytorch_model.bin") if isinstance(p := huggingface_hub.try_to_load_from_cache(hub_id, n), str)), None)
+        raise UsageError(
+            f"model.pretrained=true: timm has no pretrained weights for {model!r}; use model.weights=FILE or model.pretrained=false"
+        )
+    cached = hub_id and next(
+        (p for n in ("model.safetensors", "pytorch_model.bin") if isinstance(p := huggingface_hub.try_to_load_from_cache(hub_id, n), str)),
+        None,
+    )
     if cached:
-        return Start(_create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": cached}), [f"timm's pretrained weights of {model} (cached)"])
+        return Start(
+            _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": cached}),
+            [f"timm's pretrained weights of {model} (cached)"],
+        )
     _require_hub(model)
     return Start(_create(model, kwargs, pretrained=True), [f"timm's pretrained weights of {model}"])
 
@@ -120,7 +127,7 @@ def _require_hub(model: str) -> None:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_S)  # noqa: S310  (https endpoint of the hub client)
     except urllib.error.HTTPError:
         return
-    except (OSError, socket.timeout) as error:
+    except (TimeoutError, OSError) as error:
         raise UsageError(
             f"model.pretrained=true: the weights of {model!r} are not in the local cache and {endpoint} cannot be reached ({error}); use model.weights=FILE or model.pretrained=false"
         ) from error
@@ -150,7 +157,9 @@ def from_state(model: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor
         if found is not None and found.shape[0] == classes:
             continue
         if keep_head:
-            raise UsageError(f"{origin}: has {0 if found is None else found.shape[0]} classes, the data {classes}; model.reset_head=true gives it a new head")
+            raise UsageError(
+                f"{origin}: has {0 if found is None else found.shape[0]} classes, the data {classes}; model.reset_head=true gives it a new head"
+            )
         notes.append(f"new {name} for {classes} classes" + ("" if found is None else f" (the file has {found.shape[0]})"))
         state |= {k: own[k] for k in (f"{name}.weight", f"{name}.bias") if k in own}
     stem = state.get(f"{cfg['first_conv']}.weight")
@@ -224,6 +233,10 @@ def _agree(a: Quantizer, b: Quantizer) -> bool:
 def _copy_product_offset(source: nn.Module, target: nn.Module) -> None:
     if not (isinstance(source, QkrAttention) and isinstance(target, QkrAttention)):
         return
-    if source.product_offset is not None and target.product_offset is not None and source.product_offset.shape == target.product_offset.shape:
+    if (
+        source.product_offset is not None
+        and target.product_offset is not None
+        and source.product_offset.shape == target.product_offset.shape
+    ):
         with torch.no_grad():
             target.product_offset.copy_(source.product_offset)

@@ -52,10 +52,14 @@ def parameter_groups(net: nn.Module, *, weight_decay: float, scale_lr_factor: fl
         plain = parameter.ndim <= 1 or name.endswith(".bias") or name in no_decay_names or parameter in offsets
         groups["scales" if parameter in scales else "no_decay" if plain else "decay"].append(parameter)
     settings = {"decay": (weight_decay, 1.0), "no_decay": (0.0, 1.0), "scales": (0.0, scale_lr_factor)}
-    return [{"params": ps, "weight_decay": settings[name][0], "lr_scale": settings[name][1], "name": name} for name, ps in groups.items() if ps]
+    return [
+        {"params": ps, "weight_decay": settings[name][0], "lr_scale": settings[name][1], "name": name} for name, ps in groups.items() if ps
+    ]
 
 
-def build_optimizer(net: nn.Module, *, opt: str = "adamw", lr: float, weight_decay: float, scale_lr_factor: float = 1.0, **options: Any) -> torch.optim.Optimizer:
+def build_optimizer(
+    net: nn.Module, *, opt: str = "adamw", lr: float, weight_decay: float, scale_lr_factor: float = 1.0, **options: Any
+) -> torch.optim.Optimizer:
     """An optimizer of timm's by name, over `parameter_groups`.
 
     Args:
@@ -85,8 +89,16 @@ def build_optimizer(net: nn.Module, *, opt: str = "adamw", lr: float, weight_dec
         raise UsageError(f"optimizer.opt={opt!r} does not take {options} ({error})") from error
 
 
-def cosine_schedule(optimizer: torch.optim.Optimizer, *, periods: int, warmup: int = 0, min_lr: float = 1e-5, warmup_lr: float = 1e-6, interval: str = "epoch") -> CosineLRScheduler:
-    """timm's cosine with linear warm-up; the cosine is not shifted by the warm-up, and stays at `min_lr` after its end.
+def cosine_schedule(
+    optimizer: torch.optim.Optimizer,
+    *,
+    periods: int,
+    warmup: int = 0,
+    min_lr: float = 1e-5,
+    warmup_lr: float = 1e-6,
+    interval: str = "epoch",
+) -> CosineLRScheduler:
+    """Timm's cosine with linear warm-up; the cosine is not shifted by the warm-up, and stays at `min_lr` after its end.
 
     Args:
         optimizer: its groups' `lr` are the peaks.
@@ -105,4 +117,6 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, *, periods: int, warmup: i
     for group in optimizer.param_groups:
         # timm multiplies by lr_scale in every update: the base it starts from must not hold it already.
         group["initial_lr"] = group["lr"] / group.get("lr_scale", 1.0)
-    return CosineLRScheduler(optimizer, t_initial=periods, lr_min=min_lr, warmup_t=warmup, warmup_lr_init=warmup_lr, t_in_epochs=interval == "epoch")
+    return CosineLRScheduler(
+        optimizer, t_initial=periods, lr_min=min_lr, warmup_t=warmup, warmup_lr_init=warmup_lr, t_in_epochs=interval == "epoch"
+    )

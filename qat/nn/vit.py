@@ -149,5 +149,7 @@ def swap_qkr_attention(module: nn.Module, context: SwapContext) -> Swap:
     """
     assert isinstance(module, timm_layers.Attention)  # noqa: S101  (narrows a type)
     if not (isinstance(module.q_norm, nn.Identity) and isinstance(module.k_norm, nn.Identity)):
-        raise UsageError("quant.attention='qkr': this net normalises queries and keys, so Wq^T Wk is not its score; allowed here are standard, float")
+        raise UsageError(
+            "quant.attention='qkr': this net normalises queries and keys, so Wq^T Wk is not its score; allowed here are standard, float"
+        )
     return Swap(QkrAttention(module, context), {"v": "quantized"})

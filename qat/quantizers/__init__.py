@@ -8,4 +8,16 @@ from qat.quantizers.registry import build_quantizer, register
 from qat.quantizers.shifted import Shifted
 from qat.quantizers.statsq import ActStatsQ, StatsQ
 
-__all__ = ["LSQ", "ActStatsQ", "AutoSignLSQ", "DynamicMinMax", "Float", "MinMax", "Quantizer", "Shifted", "StatsQ", "build_quantizer", "register"]
+__all__ = [
+    "LSQ",
+    "ActStatsQ",
+    "AutoSignLSQ",
+    "DynamicMinMax",
+    "Float",
+    "MinMax",
+    "Quantizer",
+    "Shifted",
+    "StatsQ",
+    "build_quantizer",
+    "register",
+]

@@ -4,9 +4,7 @@ import re
 from functools import partial
 from types import SimpleNamespace
 
-import pytest
 import timm.layers
-import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.testing import assert_close
