@@ -142,8 +142,8 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
     if not tensors:
         raise UsageError(f"{setting}={str(path)!r}: holds no weights")
     use_meta = isinstance(meta, Mapping) and fmt != "timm"
-    if use_meta:
-        tensors = {k.removeprefix(NET_PREFIX): v for k, v in tensors.items()}
+    if use_meta and "pytorch-lightning_version" in content:
+        tensors = {k.removeprefix(NET_PREFIX): v for k, v in tensors.items() if k.startswith(NET_PREFIX)}
     step = content.get("global_step")
     return Checkpoint(path, tensors, dict(meta) if use_meta else None, step if isinstance(step, int) else None)
 

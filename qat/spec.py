@@ -157,6 +157,8 @@ class QuantRecipe:
             raise UsageError(f"quant.{(quantized or ['bits'])[0]}: quant=fp leaves the net in float; choose another quant=... to set it")
 
     def _check_overrides(self) -> None:
+        if self.overrides is None:  # how a yaml file says that there are none
+            object.__setattr__(self, "overrides", {})
         if not isinstance(self.overrides, Mapping):
             raise UsageError(f"quant.overrides={self.overrides!r}: allowed is a mapping of module globs to knobs")
         knobs = {f.name for f in dataclasses.fields(self)} - {"name", "overrides"}

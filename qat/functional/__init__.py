@@ -4,7 +4,7 @@ from qat.functional.affine import affine_codes, affine_from_range, affine_scale,
 from qat.functional.distillation import distillation_loss, soft_cross_entropy
 from qat.functional.lsq import lsq, lsq_codes, lsq_init_scale
 from qat.functional.qkr import fold_q_bias, fold_qk
-from qat.functional.statsq import statsq, statsq_codes, statsq_scale, statsq_with_scale
+from qat.functional.statsq import statsq, statsq_codes, statsq_codes_with_scale, statsq_scale, statsq_with_scale
 from qat.functional.ste import mean_abs, round_ste, view_along
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "soft_cross_entropy",
     "statsq",
     "statsq_codes",
+    "statsq_codes_with_scale",
     "statsq_scale",
     "statsq_with_scale",
     "view_along",

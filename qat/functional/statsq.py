@@ -72,8 +72,13 @@ def statsq(w: Tensor, bits: int) -> Tensor:
     return statsq_with_scale(w, statsq_scale(w), bits)
 
 
+def statsq_codes_with_scale(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Integer codes of `statsq_with_scale`; see `statsq_codes`."""
+    n = 2 ** (bits - 1)
+    return _codes(w.detach(), scale, bits).to(code_dtype(-n, n - 1))
+
+
 def statsq_codes(w: Tensor, bits: int) -> Tensor:
     """Integer codes k of `statsq`, in [-2^(bits-1), 2^(bits-1)-1], int8, the shape of `w`."""
     check_bits("bits", bits)
-    n = 2 ** (bits - 1)
-    return _codes(w.detach(), statsq_scale(w), bits).to(code_dtype(-n, n - 1))
+    return statsq_codes_with_scale(w, statsq_scale(w), bits)

@@ -38,10 +38,11 @@ class MinMax(Quantizer):
         self.scale, self.zero_point = self.nan_tensor(shape, device), self.nan_tensor(shape, device)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Smallest and largest value over the batches in `state`."""
+        """Smallest and largest value over the batches in `state`, and zero: a zero point in the code range needs it inside."""
         low, high = min_max(x, self.axis)
-        state["low"] = torch.minimum(low, state.get("low", low))
-        state["high"] = torch.maximum(high, state.get("high", high))
+        zero = torch.zeros_like(low)
+        state["low"] = torch.minimum(low, state.get("low", zero))
+        state["high"] = torch.maximum(high, state.get("high", zero))
         scale, zero_point = affine_from_range(state["low"], state["high"], self.spec.bits, signed=False)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)

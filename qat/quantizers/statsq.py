@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qat.functional.statsq import statsq, statsq_codes, statsq_scale, statsq_with_scale
+from qat.functional.statsq import statsq, statsq_codes, statsq_codes_with_scale, statsq_scale, statsq_with_scale
 from qat.functional.ste import mean_abs, view_along
 from qat.quantizers.base import Quantizer
 from qat.quantizers.registry import register
@@ -38,11 +38,12 @@ class ActStatsQ(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """StatsQ with one scale per slice along the axis."""
-        scale = view_along(2 * mean_abs(x.detach(), self.axis), x.ndim, self.axis)
-        return statsq_with_scale(x, scale, self.spec.bits)
+        return statsq_with_scale(x, self.scale_of(x), self.spec.bits)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes in [-2^(b-1), 2^(b-1)-1]."""
-        rows = x.detach().reshape(1, -1) if self.axis is None else x.detach().movedim(self.axis, 0).flatten(1)
-        codes = statsq_codes(rows, self.spec.bits)
-        return codes.view_as(x) if self.axis is None else codes.view(x.movedim(self.axis, 0).shape).movedim(0, self.axis)
+        return statsq_codes_with_scale(x, self.scale_of(x), self.spec.bits)
+
+    def scale_of(self, x: Tensor) -> Tensor:
+        """The scale in force for `x`; broadcasts against it."""
+        return view_along(2 * mean_abs(x.detach(), self.axis), x.ndim, self.axis)

@@ -1,0 +1,17 @@
+"""Accuracy of a checkpoint, rebuilt from the file alone: `python eval.py ckpt=PATH`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from qat.tasks import cli
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="eval")
+def main(cfg: DictConfig) -> float | None:
+    """Hand the composed config to the task."""
+    return cli.run("evaluate", cfg)
+
+
+if __name__ == "__main__":
+    main()
+    raise SystemExit(cli.exit_code())

@@ -1,0 +1,7 @@
+"""Lightning callbacks of our own; `conf/callbacks/` composes them with Lightning's."""
+
+from qat.callbacks.epoch_log import EpochLog
+from qat.callbacks.progress import terminal_progress
+from qat.callbacks.throughput import Throughput
+
+__all__ = ["EpochLog", "Throughput", "terminal_progress"]

@@ -1,0 +1,16 @@
+"""A progress bar where somebody looks at it."""
+
+from __future__ import annotations
+
+import sys
+
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+
+
+def terminal_progress(refresh_rate: int = 10) -> Callback:
+    """Lightning's rich bar with time elapsed and left; none where the output is no terminal.
+
+    Args:
+        refresh_rate: steps between refreshes; each one waits for the device.
+    """
+    return RichProgressBar(refresh_rate=refresh_rate, leave=False) if sys.stdout.isatty() else Callback()

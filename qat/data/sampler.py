@@ -1,0 +1,70 @@
+"""Order and randomness as functions of (seed, epoch, index), so that kills, workers and process counts do not change them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+Key = tuple[int, int]
+
+
+class SeededSampler(Sampler[Key]):
+    """Yields (epoch, index) for one process.
+
+    Args:
+        length: number of images.
+        seed: of the order.
+        shuffle: a new permutation each epoch, cut to a multiple of the world size; else the order of the data, uncut, so that no
+            image is counted twice.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, length: int, *, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.seed, self.shuffle = length, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of an epoch."""
+        self.epoch = epoch
+
+    def _mine(self) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.rank, self.length, self.world_size))
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mix(self.seed, self.epoch)))
+        return order[: self.length - self.length % self.world_size][self.rank :: self.world_size].tolist()
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter([(self.epoch, index) for index in self._mine()])
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return self.length // self.world_size
+        return len(range(self.rank, self.length, self.world_size))
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers; near inputs give far seeds."""
+    return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextlib.contextmanager
+def isolated_rng(*numbers: int) -> Generator[None]:
+    """Seed the three global generators that augmentations draw from, and give them back as they were."""
+    seed = mix(*numbers)
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed & 0xFFFFFFFF)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

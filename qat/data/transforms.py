@@ -1,0 +1,78 @@
+"""From decoded pixels to normalised tensors; augmentation is torchvision's and timm's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import timm.data
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+if TYPE_CHECKING:
+    from qat.data.base import DataSettings
+
+AUGMENTATIONS = ("none", "light", "timm")
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
+ERASE_PROBABILITY = 0.25
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Maps an image (H, W, C) uint8 to (C, H, W) float32.
+
+    Attributes:
+        apply: the mapping.
+        is_random: True if it draws random numbers.
+    """
+
+    apply: Callable[[NDArray[np.uint8]], Tensor]
+    is_random: bool = False
+
+    def __call__(self, image: NDArray[np.uint8]) -> Tensor:
+        """Transform one image."""
+        return self.apply(image)
+
+
+def _to_tensor(image: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+
+
+def _normalise(settings: DataSettings) -> list[Callable[[Tensor], Tensor]]:
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(settings.mean), list(settings.std))]
+
+
+def eval_transform(settings: DataSettings) -> Transform:
+    """Scale to [0, 1] and normalise."""
+    return Transform(v2.Compose([_to_tensor, *_normalise(settings)]))
+
+
+def train_transform(settings: DataSettings) -> Transform:
+    """The evaluation transform behind the augmentation that the settings ask for."""
+    size = settings.image_size
+    if settings.augment == "none":
+        return eval_transform(settings)
+    if settings.augment == "light":
+        crop = v2.RandomCrop(size, padding=max(size // 8, 1))
+        return Transform(v2.Compose([_to_tensor, crop, v2.RandomHorizontalFlip(settings.hflip), *_normalise(settings)]), is_random=True)
+    timm_transform = timm.data.create_transform(
+        (settings.in_chans, size, size),
+        is_training=True,
+        hflip=settings.hflip,
+        auto_augment=RAND_AUGMENT,
+        re_prob=ERASE_PROBABILITY,
+        re_mode="pixel",
+        interpolation="random",
+        mean=tuple(settings.mean),
+        std=tuple(settings.std),
+    )
+    return Transform(v2.Compose([_to_pil, timm_transform]), is_random=True)
+
+
+def _to_pil(image: NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)

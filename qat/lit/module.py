@@ -1,0 +1,144 @@
+"""The LightningModule: a net, a composed loss, a teacher, metrics; one training step for every recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from qat.checkpoint import META_KEY
+from qat.lit.teacher import Teacher
+from qat.losses import CompositeLoss, StepContext
+from qat.quantizers import LSQ
+from qat.sites import iter_quantizers
+
+OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
+
+
+class PercentAccuracy(MulticlassAccuracy):
+    """torchmetrics' accuracy times 100: the unit of every published row."""
+
+    def compute(self) -> Tensor:
+        """Accuracy in percent."""
+        return 100 * super().compute()
+
+
+def accuracy_metrics(num_classes: int, prefix: str) -> MetricCollection:
+    """Top-1 and top-5 accuracy in percent (top-k with all classes where there are fewer than five)."""
+    metrics = {f"top{k}": PercentAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
+    return MetricCollection(metrics, prefix=prefix)  # type: ignore[arg-type]
+
+
+class QATModule(LightningModule):
+    """Trains and evaluates one net.
+
+    Args:
+        net: float or converted and initialised; its state dict is the checkpoint's, under `net.`.
+        loss: what to minimise.
+        num_classes: number of classes.
+        optimizer: makes the optimizer from the net.
+        scheduler: makes the schedule and its interval from the optimizer, the number of epochs and the steps per epoch.
+        teacher: its logits reach the loss; not part of checkpoints.
+        describe: what checkpoints say beside the weights (`qat.checkpoint.describe`).
+    """
+
+    # Lightning's throughput monitor asks for it; a count of float operations says nothing of a quantized step.
+    flops_per_batch: int | None = None
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: CompositeLoss,
+        *,
+        num_classes: int,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        teacher: Teacher | None = None,
+        describe: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.loss = loss
+        self.teacher = teacher
+        self._optimizer, self._scheduler, self._describe = optimizer, scheduler, describe
+        self.val_metrics = accuracy_metrics(num_classes, "val/")
+        self.test_metrics = accuracy_metrics(num_classes, "test/")
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W)."""
+        return self.net(images)
+
+    def setup(self, stage: str) -> None:
+        """Bring the teacher to the device, and count the global batch in LSQ's gradient scale."""
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+        if stage == "fit":
+            processes_and_batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
+            for site in iter_quantizers(self.net):
+                if not site.is_weight:
+                    set_grad_factor(site.quantizer, processes_and_batches**-0.5)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch (images, targets)."""
+        images, target = batch
+        teacher_logits = None if self.teacher is None else self.teacher(images)
+        total, parts = self.loss(StepContext(self.net(images), target, teacher_logits, self.net))
+        self.log("train/loss", total.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
+        for name, value in parts.items():
+            self.log(f"train/loss_{name}", value, on_step=False, on_epoch=True, batch_size=len(images))
+        return total
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accumulate validation metrics."""
+        self._evaluate(batch, self.val_metrics, self.val_loss, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accumulate test metrics."""
+        self._evaluate(batch, self.test_metrics, self.test_loss, "test")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanMetric, stage: str) -> None:
+        images, target = batch
+        logits = self.net(images).float()
+        metrics.update(logits, target)
+        mean_loss.update(nn.functional.cross_entropy(logits, target), weight=len(images))
+        self.log_dict(metrics, prog_bar=True, batch_size=len(images))  # type: ignore[arg-type]
+        self.log(f"{stage}/loss", mean_loss, batch_size=len(images))
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and the schedule if there is one."""
+        if self._optimizer is None:
+            raise RuntimeError("QATModule was built without an optimizer: it can evaluate, not train")
+        optimizer = self._optimizer(self.net)
+        if self._scheduler is None:
+            return optimizer
+        epochs = self.trainer.max_epochs or 1
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule, interval = self._scheduler(optimizer, epochs, max(steps // max(epochs, 1), 1))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """timm's schedules are functions of the epoch or step that comes next."""
+        if scheduler.t_in_epochs:
+            scheduler.step(self.current_epoch + 1)
+        else:
+            scheduler.step_update(self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write what is needed to rebuild the net from the file alone."""
+        if self._describe is not None:
+            checkpoint[META_KEY] = self._describe
+
+
+def set_grad_factor(quantizer: nn.Module, factor: float) -> None:
+    """Set the gradient factor of every learned step inside a quantizer."""
+    for module in quantizer.modules():
+        if isinstance(module, LSQ):
+            module.grad_factor = factor

@@ -1,0 +1,38 @@
+"""A frozen net whose logits a student follows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qat.spec import check_choice
+
+HEADS = ("cls", "mean")
+
+
+class Teacher:
+    """A net in eval mode, outside optimizer and checkpoint. Not a module on purpose: nothing registers its weights.
+
+    Args:
+        net: the float net; its parameters are frozen.
+        head: `cls` = the class head alone, which the paper's code uses; `mean` = the net's own evaluation, for a distilled net the
+            mean of both heads. The same for a net with one head.
+    """
+
+    def __init__(self, net: nn.Module, head: str = "cls") -> None:
+        check_choice("loss.teacher_head", head, HEADS)
+        self.net = net.eval().requires_grad_(requires_grad=False)
+        self.head = head
+
+    def to(self, device: torch.device) -> Teacher:
+        """Move the net in place."""
+        self.net.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W)."""
+        net = self.net
+        if self.head == "cls" and hasattr(net, "head_dist"):
+            return net.head(net.forward_features(images)[:, 0])  # type: ignore[operator]
+        return net(images)

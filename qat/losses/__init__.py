@@ -1,0 +1,8 @@
+"""Loss terms, composed in config."""
+
+from qat.losses.compose import CompositeLoss, LossTerm
+from qat.losses.context import StepContext
+from qat.losses.distillation import Distillation
+from qat.losses.task import CrossEntropy
+
+__all__ = ["CompositeLoss", "CrossEntropy", "Distillation", "LossTerm", "StepContext"]

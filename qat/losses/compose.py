@@ -1,0 +1,65 @@
+"""A loss is a weighted sum of named terms; a new term is one class and a few lines of yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+
+from qat.errors import UsageError
+from qat.losses.context import StepContext
+
+
+class LossTerm(nn.Module):
+    """Maps a `StepContext` to a scalar.
+
+    Args:
+        weight: factor in the sum, >= 0.
+
+    Attributes:
+        needs_teacher: True if the term reads `teacher_logits`.
+    """
+
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        if not weight >= 0:
+            raise UsageError(f"loss term {type(self).__name__}: weight={weight!r}, allowed are numbers from 0")
+        self.weight = weight
+
+    def forward(self, step: StepContext) -> Tensor:
+        """Scalar, not yet weighted."""
+        raise NotImplementedError
+
+
+class CompositeLoss(nn.Module):
+    """Sum of weight * term.
+
+    Args:
+        terms: terms by the name under which their value is logged.
+    """
+
+    def __init__(self, terms: Mapping[str, LossTerm]) -> None:
+        super().__init__()
+        if not terms:
+            raise UsageError("loss.terms={}: at least one term is needed")
+        for name, term in terms.items():
+            if not isinstance(term, LossTerm):
+                raise UsageError(f"loss.terms.{name}: {type(term).__name__} is not a subclass of qat.losses.LossTerm")
+        self.terms = nn.ModuleDict(dict(terms))
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True if a term reads the teacher's logits."""
+        return any(cast(LossTerm, term).needs_teacher for term in self.terms.values())
+
+    def forward(self, step: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum, and each term's unweighted value (detached) by name."""
+        values = {name: term(step) for name, term in self.terms.items()}
+        weighted = [cast(LossTerm, self.terms[name]).weight * value for name, value in values.items()]
+        total = weighted[0]
+        for value in weighted[1:]:
+            total = total + value
+        return total, {name: value.detach() for name, value in values.items()}

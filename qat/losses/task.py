@@ -1,0 +1,29 @@
+"""The task's own loss."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from qat.errors import UsageError
+from qat.losses.compose import LossTerm
+from qat.losses.context import StepContext
+
+
+class CrossEntropy(LossTerm):
+    """Cross-entropy of the prediction, in float32; targets are class ids or probabilities.
+
+    Args:
+        label_smoothing: mass moved from the target to all classes, in [0, 1).
+        weight: factor in the sum.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        if not 0 <= label_smoothing < 1:
+            raise UsageError(f"loss.label_smoothing={label_smoothing!r}: allowed are numbers from 0 to below 1")
+        self.label_smoothing = label_smoothing
+
+    def forward(self, step: StepContext) -> Tensor:
+        """Scalar."""
+        return F.cross_entropy(step.prediction.float(), step.target, label_smoothing=self.label_smoothing)

@@ -1,0 +1,209 @@
+"""From a config to objects, each of them built and checked before the first step."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+import timm.scheduler.scheduler
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from qat.checkpoint import Checkpoint, read_checkpoint
+from qat.conversion import convert
+from qat.data import ImageData
+from qat.errors import UsageError
+from qat.lit.checkpoint_io import AtomicCheckpointIO
+from qat.lit.optim import build_optimizer, cosine_schedule
+from qat.lit.teacher import Teacher
+from qat.losses import CompositeLoss
+from qat.scales import assert_ready, initialize_scales
+from qat.spec import QuantRecipe
+from qat.transfer import Start, copy_scales, from_checkpoint, from_pretrained, from_scratch, from_weights
+
+log = logging.getLogger(__name__)
+
+# Lightning repeats what the first lines of a run say already, and comes with a handler of its own.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
+warnings.filterwarnings("ignore", message=".*does not have many workers")  # small data are in memory
+warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval")
+
+
+def plain(cfg: Any) -> Any:
+    """A config node as dicts, lists and scalars, interpolations resolved."""
+    return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+
+
+def build_data(cfg: DictConfig) -> ImageData:
+    """The dataset of `cfg.data`.
+
+    Raises:
+        UsageError: it is not an `ImageData`.
+    """
+    data = hydra.utils.instantiate(cfg.data, _convert_="all")
+    if not isinstance(data, ImageData):
+        raise UsageError(f"data._target_={cfg.data.get('_target_')!r}: allowed are subclasses of qat.data.ImageData")
+    return data
+
+
+def build_recipe(cfg: DictConfig) -> QuantRecipe:
+    """The recipe of `cfg.quant`."""
+    return QuantRecipe(**plain(cfg.quant))
+
+
+def model_args(cfg: DictConfig) -> dict[str, Any]:
+    """Arguments for `timm.create_model`: those of the config that are not null."""
+    return {k: v for k, v in plain(cfg.model.args).items() if v is not None}
+
+
+def build_start(cfg: DictConfig) -> Start:
+    """The float net and its weights: `ckpt`, `model.weights`, `model.pretrained` or scratch.
+
+    Raises:
+        UsageError: more than one of them is set, or the one that is does not work.
+    """
+    given = [name for name in ("ckpt", "model.weights", "model.pretrained") if OmegaConf.select(cfg, name)]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} are set: a net starts from one of them")
+    name, args = cfg.model.name, model_args(cfg)
+    if cfg.get("ckpt"):
+        checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
+        return from_checkpoint(name, args, checkpoint, reset_head=bool(cfg.model.reset_head))
+    if cfg.model.weights:
+        is_jax = str(cfg.model.weights).endswith(".npz")
+        state = None if is_jax else read_checkpoint(cfg.model.weights, fmt="timm", setting="model.weights").state
+        return from_weights(name, args, cfg.model.weights, state)
+    return from_pretrained(name, args) if cfg.model.pretrained else from_scratch(name, args)
+
+
+def quantize(start: Start, recipe: QuantRecipe, data: ImageData) -> list[str]:
+    """Convert the net in place and fill its scales: copied where the start has them, else from data.
+
+    Returns:
+        What a person should be told, a line each.
+    """
+    convert(start.net, recipe, input_size=data.input_size)
+    if recipe.name == "fp":
+        return []
+    copied, missing = ([], []) if start.source is None else copy_scales(start.source, start.net)
+    batches = data.calibration_batches()
+    initialize_scales(start.net, batches)
+    assert_ready(start.net)
+    images = sum(len(batch) for batch in batches)
+    if not copied:
+        return [f"scales initialised from {images} training images"]
+    if not missing:
+        return [f"scales of all {len(copied)} quantizers copied"]
+    return [f"scales of {len(copied)} quantizers copied, of {len(missing)} initialised from {images} images: {', '.join(missing)}"]
+
+
+def build_loss(cfg: DictConfig) -> CompositeLoss:
+    """The terms of `cfg.loss`."""
+    return CompositeLoss({name: hydra.utils.instantiate(term, _convert_="all") for name, term in cfg.loss.terms.items()})
+
+
+def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teacher | None:
+    """The teacher that the loss needs: `teacher.*`, or the float weights that the student starts from.
+
+    Raises:
+        UsageError: the loss distils and there are no trained weights to follow.
+    """
+    if not loss.needs_teacher:
+        return None
+    own = OmegaConf.create({"ckpt": cfg.teacher.ckpt, "ckpt_format": "auto", "model": plain(cfg.model)})
+    own.model.name = cfg.teacher.model or cfg.model.name
+    own.model.update(pretrained=cfg.teacher.pretrained, weights=None)
+    if not (cfg.teacher.ckpt or cfg.teacher.pretrained):
+        if cfg.teacher.model:
+            raise UsageError(f"teacher.model={cfg.teacher.model!r}: give its weights with teacher.ckpt=FILE or teacher.pretrained=true")
+        own = OmegaConf.create({"ckpt": cfg.ckpt, "ckpt_format": cfg.ckpt_format, "model": plain(cfg.model)})
+    if not any(OmegaConf.select(own, key) for key in ("ckpt", "model.weights", "model.pretrained")):
+        raise UsageError("loss with distillation: no teacher; give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights")
+    if own.ckpt and (rebuilt := _rebuilt_teacher(read_checkpoint(own.ckpt, fmt=own.ckpt_format), data)) is not None:
+        return Teacher(rebuilt, cfg.loss.teacher_head)
+    return Teacher(build_start(own).net, cfg.loss.teacher_head)
+
+
+def _rebuilt_teacher(checkpoint: Checkpoint, data: ImageData) -> nn.Module | None:
+    """The net of a checkpoint of ours as it is; None for other files."""
+    from qat.checkpoint import build_from
+
+    if checkpoint.meta is None:
+        return None
+    net = build_from(checkpoint)
+    classes = getattr(net, "num_classes", data.settings.num_classes)
+    if classes != data.settings.num_classes:
+        raise UsageError(f"teacher.ckpt={str(checkpoint.path)!r}: has {classes} classes, the data {data.settings.num_classes}")
+    return net
+
+
+def build_optimizer_factory(cfg: DictConfig) -> Any:
+    """A function from a net to its optimizer."""
+    return partial(build_optimizer, **plain(cfg.optimizer))
+
+
+def build_scheduler_factory(cfg: DictConfig) -> Any:
+    """A function from (optimizer, epochs, steps per epoch) to (schedule, interval)."""
+    settings = plain(cfg.scheduler)
+    warmup_epochs = settings.pop("warmup_epochs")
+    if cfg.trainer.fast_dev_run:
+        warmup_epochs = 0
+
+    def make(optimizer: torch.optim.Optimizer, epochs: int, steps: int) -> tuple[timm.scheduler.scheduler.Scheduler, str]:
+        unit = 1 if settings["interval"] == "epoch" else steps
+        return cosine_schedule(optimizer, periods=epochs * unit, warmup=int(warmup_epochs * unit), **settings), settings["interval"]
+
+    return make
+
+
+def build_callbacks(cfg: DictConfig) -> list[Callback]:
+    """The callbacks of `cfg.callbacks`; checkpoints go to `checkpoints/` in the run directory."""
+    callbacks: list[Callback] = []
+    for callback_cfg in (cfg.get("callbacks") or {}).values():
+        callback = hydra.utils.instantiate(callback_cfg, _convert_="all")
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
+        callbacks.append(callback)
+    return callbacks
+
+
+def build_loggers(cfg: DictConfig) -> list[Logger]:
+    """The loggers of `cfg.logger`."""
+    return [hydra.utils.instantiate(one, _convert_="all") for one in (cfg.get("logger") or {}).values()]
+
+
+def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
+    """Lightning's trainer on `cfg.trainer`.
+
+    Raises:
+        UsageError: Lightning does not take one of the settings, or the accelerator is not there.
+    """
+    settings: Mapping[str, Any] = plain(cfg.trainer)
+    monitors = [c for c in callbacks if loggers or type(c).__name__ not in {"LearningRateMonitor", "Throughput"}]
+    try:
+        return Trainer(
+            **settings,
+            callbacks=monitors,
+            logger=loggers or False,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=cfg.run_dir,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_progress_bar=any("Progress" in type(c).__name__ for c in monitors),
+        )
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+        raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        if "Misconfiguration" in type(error).__name__:
+            raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
+        raise

@@ -1,0 +1,81 @@
+"""`results.json`: the same keys from every command, null where one does not apply."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qat.files import write_text
+
+KEYS = (
+    "command",
+    "model",
+    "quant",
+    "data",
+    "seed",
+    "split",
+    "weights",
+    "top1",
+    "top5",
+    "loss",
+    "val_top1",
+    "top1_fp",
+    "n_params",
+    "size_bytes",
+    "bitops",
+    "wall_seconds",
+    "git_commit",
+    "versions",
+)
+PACKAGES = ("qat", "torch", "timm", "lightning")
+
+
+def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
+    """Write `results.json` into the run directory, atomically.
+
+    Args:
+        cfg: the job's config; gives command, model, quant, data and seed unless `values` do.
+        values: keys of `KEYS`, or `error`.
+
+    Returns:
+        What was written; accuracies are in percent, sizes in bytes, times in seconds.
+    """
+    known: dict[str, Any] = {
+        "command": cfg.get("command"),
+        "model": OmegaConf.select(cfg, "model.name"),
+        "quant": OmegaConf.select(cfg, "quant.name"),
+        "data": str(OmegaConf.select(cfg, "data._target_") or "").rpartition(".")[2].lower() or None,
+        "seed": cfg.get("seed"),
+        "git_commit": _git_commit(),
+        "versions": _versions(),
+    }
+    results = dict.fromkeys(KEYS) | known | values
+    results = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in results.items()}
+    write_text(Path(cfg.run_dir) / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

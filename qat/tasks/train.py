@@ -1,0 +1,142 @@
+"""`train.py`: build, train, evaluate the best checkpoint, write `results.json`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from qat.checkpoint import build_from, describe, read_checkpoint
+from qat.conversion import conversion_report
+from qat.cost import cost
+from qat.data import ImageData
+from qat.errors import UsageError
+from qat.files import write_text
+from qat.lit import QATModule, Teacher
+from qat.lit.evaluate import evaluate
+from qat.losses import CompositeLoss
+from qat.spec import QuantRecipe
+from qat.tasks import build, summary
+from qat.tasks.results import write_results
+from qat.transfer import Start
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> float:
+    """Train one net.
+
+    Args:
+        cfg: composed from `conf/train.yaml`; `cfg.run_dir` is the job's directory.
+
+    Returns:
+        Best validation top-1 in percent (of the final weights under `fast_dev_run`).
+
+    Raises:
+        UsageError: a setting, path or file cannot work; raised before the first step.
+    """
+    began = time.monotonic()
+    run_dir = Path(cfg.run_dir)
+    _refuse_used(run_dir, overwrite=bool(cfg.overwrite))
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    recipe = build.build_recipe(cfg)
+    loss = build.build_loss(cfg)
+    data = build.build_data(cfg)
+    start = build.build_start(cfg)
+    trainer = build.build_trainer(cfg, build.build_callbacks(cfg), build.build_loggers(cfg))
+    start.notes += build.quantize(start, recipe, data)
+    teacher = build.build_teacher(cfg, loss, data)
+    _announce(cfg, start, recipe, data, trainer)
+    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    module = _module(cfg, start.net, loss, teacher, data)
+    top1_fp = _announce_teacher(teacher, data)
+    trainer.fit(module, datamodule=data)
+    val_top1, weights = _take_best(trainer, module)
+    (metrics,) = trainer.test(module, datamodule=data, verbose=False)
+    costs = cost(module.net, data.input_size)
+    results = write_results(
+        cfg,
+        split=data.evaluation_split,
+        weights=weights,
+        top1=metrics["test/top1"],
+        top5=metrics["test/top5"],
+        loss=metrics["test/loss"],
+        val_top1=val_top1,
+        top1_fp=top1_fp,
+        n_params=costs.n_params,
+        size_bytes=costs.size_bytes,
+        bitops=costs.bitops,
+        wall_seconds=round(time.monotonic() - began, 1),
+    )
+    log.info("%s top-1 %.2f %%, top-5 %.2f %% (%s); %d bytes", results["split"], results["top1"], results["top5"], weights, costs.size_bytes)
+    log.info("outputs in %s", run_dir)
+    return val_top1
+
+
+def _refuse_used(run_dir: Path, *, overwrite: bool) -> None:
+    used = sorted((run_dir / "checkpoints").glob("*.ckpt"))
+    if used and not overwrite:
+        raise UsageError(f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true")
+    for path in used:
+        path.unlink()
+
+
+def _module(cfg: DictConfig, net: nn.Module, loss: CompositeLoss, teacher: Teacher | None, data: ImageData) -> QATModule:
+    if loss.needs_teacher and hasattr(net, "set_distilled_training"):
+        net.set_distilled_training(True)  # type: ignore[operator]  # noqa: FBT003  (timm's signature)
+    return QATModule(
+        net,
+        loss,
+        num_classes=data.settings.num_classes,
+        optimizer=build.build_optimizer_factory(cfg),
+        scheduler=build.build_scheduler_factory(cfg),
+        teacher=teacher,
+        describe=describe(net, model=cfg.model.name, model_kwargs=build.model_args(cfg), data=build.plain(cfg.data)),
+    )
+
+
+def _announce(cfg: DictConfig, start: Start, recipe: QuantRecipe, data: ImageData, trainer: Trainer) -> None:
+    batch = cfg.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    optimizer = f"{cfg.optimizer.opt} lr {cfg.optimizer.lr:.3g}, weight decay {cfg.optimizer.weight_decay:g}"
+    entries = {
+        "model": summary.describe_model(cfg.model.name, start.net, data),
+        "recipe": summary.describe_recipe(recipe),
+        "data": summary.describe_data(type(data).__name__.lower(), data),
+        "start": "; ".join(start.notes),
+        "loss": ", ".join(cfg.loss.terms),
+        "training": f"{cfg.trainer.max_epochs} epochs, global batch {batch}, {optimizer}, seed {cfg.seed}",
+        "device": f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision {trainer.precision}",
+        "outputs": str(cfg.run_dir),
+    }
+    log.info(summary.lines("qat: training", entries))
+    if recipe.name != "fp":
+        report = conversion_report(start.net)
+        write_text(Path(cfg.run_dir) / "conversion.txt", report.to_text() + "\n")
+        log.info(summary.compact(report))
+
+
+def _announce_teacher(teacher: Teacher | None, data: ImageData) -> float | None:
+    """Evaluate the teacher once: a wrong teacher is the most expensive mistake of a distillation run."""
+    if teacher is None:
+        return None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher.to(device)
+    scores: dict[str, Any] = evaluate(teacher, data.test_dataloader(), data.settings.num_classes, device)
+    log.info("teacher: %s top-1 %.2f %% (its %s head)", data.evaluation_split, scores["top1"], teacher.head)
+    return scores["top1"]
+
+
+def _take_best(trainer: Trainer, module: QATModule) -> tuple[float, str]:
+    """Put the weights of `best.ckpt` into the module; the final ones stay where no checkpoint was written."""
+    best = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor and c.best_model_path), None)  # type: ignore[attr-defined]
+    if best is None or best.best_model_score is None:
+        return float(trainer.callback_metrics.get("val/top1", torch.tensor(torch.nan))), "final"
+    module.net.load_state_dict(build_from(read_checkpoint(best.best_model_path)).state_dict())
+    return float(best.best_model_score), Path(best.best_model_path).name

@@ -1,0 +1,108 @@
+"""Affine quantization. Oracle: closed forms and round trips."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import qat
+from qat import functional as F
+
+BITS = [2, 4, 8]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("bits", "signed", "expected"), [(2, True, (-2, 1)), (8, True, (-128, 127)), (2, False, (0, 3)), (8, False, (0, 255))])
+def test_code_range(bits, signed, expected):
+    assert F.code_range(bits, signed=signed) == expected
+
+
+def test_code_range_needs_representable_bits():
+    with pytest.raises(qat.UsageError, match="bits=9: allowed are whole numbers from 2 to 8"):
+        F.code_range(9, signed=True)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, -3, None])
+def test_min_max(axis):
+    x = randn(2, 3, 4)
+    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+    low, high = F.min_max(x, axis)
+    assert torch.equal(low, rows.amin(1))
+    assert torch.equal(high, rows.amax(1))
+
+
+def test_scale_by_hand():
+    x = torch.tensor([-1.0, 2.0])
+    scale, zero_point = F.affine_scale(x, 2, False, None)
+    assert_close((scale, zero_point), (torch.tensor([1.0]), torch.tensor([1.0])))
+    scale, zero_point = F.affine_scale(x, 2, True, None)
+    assert_close((scale, zero_point), (torch.tensor([2 / 1.5]), torch.tensor([0.0])))
+
+
+@given(st.integers(0, 2**31), st.sampled_from(BITS), st.booleans(), st.sampled_from([0, 1, 2, -1, None]))
+@settings(max_examples=60, deadline=None)
+def test_codes_survive_a_round_trip(seed, bits, signed, axis):
+    x = randn(3, 4, 5, seed=seed)
+    scale, zero_point = F.affine_scale(x, bits, signed, axis)
+    bounds = F.code_range(bits, signed=signed)
+    codes = F.affine_codes(x, scale, zero_point, *bounds, axis)
+    out = F.fake_quantize_affine(x, scale, zero_point, *bounds, axis)
+    assert bounds[0] <= codes.min()
+    assert codes.max() <= bounds[1]
+    assert_close(out, (codes.float() - F.view_along(zero_point, 3, axis)) * F.view_along(scale, 3, axis))
+    assert torch.equal(F.affine_codes(out, scale, zero_point, *bounds, axis), codes)
+
+
+@given(st.integers(0, 2**31), st.sampled_from(BITS), st.sampled_from([0, 1, -1, None]))
+@settings(max_examples=60, deadline=None)
+def test_unsigned_codes_miss_by_one_step_at_most(seed, bits, axis):
+    x = randn(3, 40, seed=seed)
+    scale, zero_point = F.affine_scale(x, bits, False, axis)
+    low, high = F.min_max(x, axis)
+    spans_zero = F.view_along((low <= 0) & (high >= 0), 2, axis).expand_as(x)
+    out = F.fake_quantize_affine(x, scale, zero_point, *F.code_range(bits, signed=False), axis)
+    # Half a step, and another half at the ends because the zero point is rounded.
+    assert ((out - x).abs() <= F.view_along(scale, 2, axis) * 1.001)[spans_zero].all()
+
+
+@given(st.integers(0, 2**31), st.sampled_from(BITS), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_zero_is_exact(seed, bits, signed):
+    x = randn(4, 20, seed=seed)
+    x[:, 0] = 0.0
+    scale, zero_point = F.affine_scale(x, bits, signed, 0)
+    out = F.fake_quantize_affine(x, scale, zero_point, *F.code_range(bits, signed=signed), 0)
+    assert (out[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
+def test_constant_tensors_give_finite_numbers(value, signed):
+    x = torch.full((2, 5), value)
+    scale, zero_point = F.affine_scale(x, 4, signed, 0)
+    assert (scale > 0).all()
+    assert zero_point.isfinite().all()
+    assert F.fake_quantize_affine(x, scale, zero_point, *F.code_range(4, signed=signed), 0).isfinite().all()
+
+
+def test_clipped_values_have_no_gradient():
+    x = torch.tensor([-9.0, -1.2, 0.3, 9.0], requires_grad=True)
+    F.fake_quantize_affine(x, torch.ones(1), torch.ones(1), 0, 3, None).sum().backward()
+    assert x.grad.tolist() == [0, 0, 1, 0]
+
+
+def test_scale_and_input_keep_their_dtypes():
+    x = randn(3, 8).bfloat16()
+    scale, zero_point = F.affine_scale(x, 8, True, 0)
+    out = F.fake_quantize_affine(x, scale, zero_point, -128, 127, 0)
+    assert (scale.dtype, out.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(out, F.fake_quantize_affine(x.float(), scale, zero_point, -128, 127, 0).bfloat16())
+
+
+def test_unknown_method():
+    with pytest.raises(qat.UsageError, match="method='median': allowed are minmax"):
+        F.affine_scale(randn(2, 2), 4, True, None, method="median")

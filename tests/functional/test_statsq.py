@@ -1,0 +1,155 @@
+"""StatsQ. Oracle: its closed form, levels s * (k + 1/2) / 2^(b-1) with s = 2 * mean|w| per output row."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import qat
+from qat import functional as F
+
+BITS = [2, 3, 4, 8]
+
+
+def weight(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(rows, columns, seed, magnitude):
+    return weight(rows, columns, seed=seed) * magnitude
+
+
+weights = st.builds(
+    drawn, st.integers(1, 5), st.integers(1, 33), st.integers(0, 2**31), st.sampled_from([1e-20, 1e-6, 1.0, 1e6])
+)
+
+
+def test_two_bits_by_hand():
+    # mean |w| = 1, so s = 2: thresholds at -1, 0, 1 and levels -1.5, -0.5, 0.5, 1.5.
+    w = torch.tensor([[-2.2, -0.3, 0.4, 1.1]])
+    assert_close(F.statsq(w, 2), torch.tensor([[-1.5, -0.5, 0.5, 1.5]]))
+    assert F.statsq_codes(w, 2).tolist() == [[-2, -1, 0, 1]]
+    assert_close(F.statsq_scale(w), torch.tensor([[2.0]]))
+
+
+def test_two_bit_levels_are_quarters_of_the_scale():
+    w = weight(4, 200)
+    relative = F.statsq(w, 2) / F.statsq_scale(w)
+    for row in relative:
+        assert_close(row.unique(), torch.tensor([-0.75, -0.25, 0.25, 0.75]))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_value_is_the_level_nearest_to_it(bits):
+    w = weight(3, 50)
+    n = 2 ** (bits - 1)
+    levels = (F.statsq_scale(w).unsqueeze(-1) * (torch.arange(-n, n) + 0.5) / n).expand(3, 50, 2 * n)
+    nearest = (w.unsqueeze(-1) - levels).abs().argmin(-1, keepdim=True)
+    assert_close(F.statsq(w, bits), levels.gather(-1, nearest).squeeze(-1))
+
+
+@given(weights, st.sampled_from(BITS))
+@settings(max_examples=60, deadline=None)
+def test_output_is_codes_on_the_grid(w, bits):
+    n = 2 ** (bits - 1)
+    codes = F.statsq_codes(w, bits)
+    assert codes.dtype == torch.int8
+    assert codes.min() >= -n
+    assert codes.max() <= n - 1
+    assert torch.equal(F.statsq(w, bits), (codes.float() + 0.5) / n * F.statsq_scale(w))
+
+
+@given(weights, st.sampled_from(BITS))
+@settings(max_examples=60, deadline=None)
+def test_codes_grow_with_the_weight(w, bits):
+    codes = F.statsq_codes(w, bits).int()
+    order = w.argsort(dim=1)
+    assert (codes.gather(1, order).diff(dim=1) >= 0).all()
+
+
+@given(weights, st.sampled_from(BITS), st.integers(-10, 10))
+@settings(max_examples=60, deadline=None)
+def test_codes_do_not_depend_on_the_unit(w, bits, exponent):
+    assert torch.equal(F.statsq_codes(w, bits), F.statsq_codes(w * 2.0**exponent, bits))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_both_ends_of_the_range_are_reached(bits):
+    n = 2 ** (bits - 1)
+    w = torch.tensor([[-100.0, 100.0] + [0.0] * 18])
+    assert F.statsq_codes(w, bits)[0, :2].tolist() == [-n, n - 1]
+
+
+def test_zero_on_a_threshold_goes_up():
+    w = torch.tensor([[0.0, 1.0, -1.0]])
+    assert F.statsq_codes(w, 2)[0, 0] == 0
+    assert_close(F.statsq(w, 2)[0, 0], F.statsq_scale(w)[0, 0] / 4)
+
+
+@pytest.mark.parametrize(("shape", "scale_shape"), [((5, 7), (5, 1)), ((2, 5, 7), (1, 5, 1)), ((5, 3, 2, 2), (5, 1, 1, 1))])
+def test_scale_per_output(shape, scale_shape):
+    w = weight(*shape)
+    expected = 2 * w.abs().movedim(1 if w.ndim == 3 else 0, 0).flatten(1).mean(1)
+    scale = F.statsq_scale(w)
+    assert scale.shape == scale_shape
+    assert_close(scale.flatten(), expected)
+
+
+def test_a_scale_needs_rows():
+    with pytest.raises(ValueError, match="1 dimensions, expected 2, 3 or 4"):
+        F.statsq_scale(torch.ones(3))
+
+
+def test_nan_stays_in_its_row():
+    w = weight(3, 8)
+    w[1, 2] = torch.nan
+    out = F.statsq(w, 2)
+    assert out[1].isnan().all()
+    assert not out[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gradient_is_the_upstream_bit_for_bit(bits):
+    w = weight(4, 30)
+    w[0, 0] = 50.0  # far outside the clip range
+    w.requires_grad_()
+    upstream = weight(4, 30, seed=1)
+    F.statsq(w, bits).backward(upstream)
+    assert torch.equal(w.grad, upstream)
+
+
+def test_backward_keeps_nothing():
+    kept = []
+    w = weight(4, 30).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        F.statsq(w, 2)
+    assert kept == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", BITS)
+def test_low_precision_input_is_quantized_in_float32(bits, dtype):
+    w = weight(8, 64).to(dtype)
+    w[0, 0] = 30.0  # the top clip would round to 1 in bfloat16 and leave the grid
+    out = F.statsq(w, bits)
+    assert out.dtype == dtype
+    assert torch.equal(out, F.statsq(w.float(), bits).to(dtype))
+    assert F.statsq_codes(w, bits).max() == 2 ** (bits - 1) - 1
+
+
+def test_autocast_changes_nothing():
+    w = weight(8, 64)
+    expected = F.statsq(w, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, codes = F.statsq(w, 3), F.statsq_codes(w, 3)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected)
+    assert torch.equal(codes, F.statsq_codes(w, 3))
+
+
+@pytest.mark.parametrize("function", [F.statsq, F.statsq_codes])
+@pytest.mark.parametrize("bits", [1, 9, 2.5, True])
+def test_bits_that_cannot_be_represented(function, bits):
+    with pytest.raises(qat.UsageError, match=rf"bits={bits}: allowed are whole numbers from 2 to 8"):
+        function(weight(2, 2), bits)

@@ -1,0 +1,74 @@
+"""Min-max quantizers. Oracle: the range of the data, written out."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from qat import functional as F
+from tests.quantizers.common import allocated, build, calibrated, randn
+
+
+@pytest.mark.parametrize("axis", [-1, 1, None])
+@pytest.mark.parametrize("signed", [True, False])
+def test_range_of_the_data_is_kept(axis, signed):
+    x = randn(4, 5, 6)
+    made = calibrated("minmax", x, axis=axis, signed=signed)
+    scale, zero_point = F.affine_scale(x, 4, False, axis)
+    assert torch.equal(made.scale, scale)
+    assert torch.equal(made.zero_point, zero_point)
+    assert torch.equal(made(x), F.fake_quantize_affine(x, scale, zero_point, 0, 15, axis))
+    codes = made.codes(x)
+    assert (codes.min(), codes.max()) == (0, 15)
+
+
+def test_several_batches_join_their_ranges():
+    batches = [randn(4, 5, seed=s) * (s + 1) for s in range(3)]
+    made, state = allocated("minmax", batches[0], axis=-1), {}
+    for batch in batches:
+        made.calibrate(batch, state)
+    scale, zero_point = F.affine_scale(torch.cat(batches), 4, False, -1)
+    assert torch.equal(made.scale, scale)
+    assert torch.equal(made.zero_point, zero_point)
+
+
+def test_a_forward_does_not_move_the_range():
+    made = calibrated("minmax", randn(4, 5))
+    before = made.scale.clone()
+    out = made(100 * randn(4, 5, seed=1))
+    assert torch.equal(made.scale, before)
+    assert out.abs().max() <= 15 * before
+
+
+def test_scales_are_stored_but_not_trained():
+    made = calibrated("minmax", randn(4, 5), axis=-1)
+    assert list(made.parameters()) == []
+    assert set(made.state_dict()) == {"scale", "zero_point"}
+
+
+@pytest.mark.parametrize("offset", [5.0, -5.0])
+def test_a_range_beside_zero_is_not_clipped_away(offset):
+    x = randn(50).clamp(-1, 1) + offset
+    made = calibrated("minmax", x, bits=8)
+    assert_close(made(x), x, rtol=0, atol=made.scale.item())
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
+def test_a_constant_comes_back(value):
+    x = torch.full((4, 5), value)
+    assert_close(calibrated("minmax", x, axis=-1)(x), x)
+
+
+def test_weights_follow_their_own_range():
+    made = build("minmax_dynamic", role="weight", axis=0)
+    for w in (randn(4, 6), 10 * randn(4, 6, seed=1)):
+        scale = w.abs().amax(1) / 7.5
+        assert_close(made(w), (w / scale.view(-1, 1)).round().clamp(-8, 7) * scale.view(-1, 1))
+        assert torch.equal(made.codes(w), (w / scale.view(-1, 1)).round().clamp(-8, 7).to(torch.int8))
+
+
+def test_weights_receive_a_gradient():
+    w = randn(4, 6)
+    w[:, 0] = -5.0  # the lowest code holds the largest magnitude, so nothing is clipped
+    w.requires_grad_()
+    build("minmax_dynamic", role="weight", axis=0)(w).sum().backward()
+    assert_close(w.grad, torch.ones(4, 6))

@@ -1,0 +1,103 @@
+"""LSQ modules. Oracle: the pure functions, and averages written out."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from qat import functional as F
+from tests.quantizers.common import allocated, calibrated, randn
+
+
+@pytest.mark.parametrize(("signed", "bounds"), [(True, (-8, 7)), (False, (0, 15))])
+def test_one_batch_gives_the_first_step(signed, bounds):
+    x = randn(2, 3, 4)
+    made = calibrated("lsq", x, axis=-2, signed=signed)
+    assert torch.equal(made.scale.detach(), F.lsq_init_scale(x, *bounds, -2))
+
+
+def test_several_batches_average():
+    batches = [randn(2, 3, 4, seed=s) for s in range(3)]
+    made, state = allocated("lsq", batches[0], axis=-2), {}
+    for batch in batches:
+        made.calibrate(batch, state)
+    assert_close(made.scale.detach(), sum(F.lsq_init_scale(b, -8, 7, -2) for b in batches) / 3)
+
+
+def test_calibration_keeps_the_parameter_object():
+    x = randn(2, 3, 4)
+    made = allocated("lsq", x, axis=-2)
+    scale = made.scale
+    made.calibrate(x, {})
+    assert made.scale is scale
+    assert scale.requires_grad
+
+
+@pytest.mark.parametrize("axis", [-1, -2, 1, None])
+@pytest.mark.parametrize("signed", [True, False])
+def test_forward_and_codes_are_the_functions(axis, signed):
+    x = randn(2, 3, 4)
+    made = calibrated("lsq", x, axis=axis, signed=signed)
+    arguments = (made.scale, *((-8, 7) if signed else (0, 15)), axis)
+    assert torch.equal(made(x), F.lsq(x, *arguments))
+    assert torch.equal(made.codes(x), F.lsq_codes(x, *arguments))
+
+
+def test_grad_factor_reaches_the_scale():
+    x = randn(2, 3, 4)
+    made = calibrated("lsq", x, axis=-2)
+    made(x).sum().backward()
+    whole = made.scale.grad.clone()
+    made.scale.grad, made.grad_factor = None, 0.5
+    made(x).sum().backward()
+    assert_close(made.scale.grad, whole / 2)
+
+
+def image(lowest, seed=0):
+    x = randn(2, 3, 4, 4, seed=seed).abs()
+    x[0, 0, 0, 0] = lowest
+    return x
+
+
+@pytest.mark.parametrize(("lowest", "signed"), [(-0.5, True), (-2e-5, True), (-1e-6, False), (0.0, False)])
+def test_sign_of_an_image_comes_from_the_data(lowest, signed):
+    x = image(lowest)
+    made = calibrated("lsq", x, role="image", bits=8, signed=None, axis=1)
+    assert made.signed.item() == signed
+    high = 127 if signed else 255
+    assert_close(made.scale.detach(), 2 * x.abs().mean((0, 2, 3)) / high**0.5)
+    codes = made.codes(100 * x)
+    assert codes.max() == high
+    assert codes.min() == (-128 if lowest == -0.5 else 0 if not signed else codes.min())
+    assert torch.equal(made(x), made.codes(x).float() * made.scale.view(3, 1, 1))
+
+
+def test_a_later_batch_can_still_show_the_sign():
+    batches = [image(0.0, seed=0), image(-1.0, seed=1), image(0.0, seed=2)]
+    made, state = allocated("lsq", batches[0], role="image", bits=8, signed=None, axis=1), {}
+    for batch in batches:
+        made.calibrate(batch, state)
+    assert made.signed.item() == 1
+    mean_abs = sum(b.abs().mean((0, 2, 3)) for b in batches) / 3
+    assert_close(made.scale.detach(), 2 * mean_abs / 127**0.5)
+
+
+def test_the_sign_is_stored_and_not_revised_by_a_forward():
+    made = calibrated("lsq", image(0.0), role="image", bits=8, signed=None, axis=1)
+    made(image(-3.0))
+    assert made.signed.item() == 0
+    other = allocated("lsq", image(0.0), role="image", bits=8, signed=None, axis=1)
+    other.load_state_dict(made.state_dict(), strict=True)
+    x = image(-3.0)
+    assert torch.equal(other(x), made(x))
+    assert other.codes(x).min() == 0
+
+
+def test_gradients_use_the_sign_that_was_found():
+    made = calibrated("lsq", image(0.0), role="image", bits=8, signed=None, axis=1)
+    x = image(-1.0).requires_grad_()
+    made(x).sum().backward()
+    assert x.grad[0, 0, 0, 0] == 0
+    found = made.scale.grad.clone()
+    scale = made.scale.detach().clone().requires_grad_()
+    F.lsq(x, scale, 0, 255, 1).sum().backward()
+    assert_close(found, scale.grad)

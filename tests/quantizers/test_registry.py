@@ -1,0 +1,86 @@
+"""From a name to a quantizer. Oracle: the class that comes out, and the message where none does."""
+
+import pytest
+import torch
+
+import qat
+from qat.quantizers import LSQ, AutoSignLSQ, DynamicMinMax, Float, MinMax, Shifted, build_quantizer, register, registry
+from qat.spec import QuantSpec
+from tests.quantizers.common import build
+from tests.tiny import images, logits, quantized, sites
+
+SOURCE = """
+import torch
+from qat.quantizers import Quantizer
+
+class Half(Quantizer):
+    def forward(self, x):
+        return torch.round(2 * x) / 2
+    def codes(self, x):
+        return torch.round(2 * x).to(torch.int16)
+
+class NotOne(torch.nn.Module):
+    pass
+
+half = Half
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    (tmp_path / "plugged_quantizers.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "plugged_quantizers"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("lsq", LSQ), ("minmax", MinMax), ("minmax_dynamic", DynamicMinMax), ("float", Float)])
+def test_built_in_names(name, expected):
+    assert type(build(name)) is expected
+
+
+def test_unknown_sign_is_found_from_the_data():
+    assert type(build("lsq", signed=None)) is AutoSignLSQ
+
+
+def test_offsets_wrap():
+    made = build("lsq", offsets="both")
+    assert type(made) is Shifted
+    assert type(made.quantizer) is LSQ
+
+
+def test_unknown_name_lists_what_there_is():
+    with pytest.raises(qat.UsageError, match="quantizer='lsqq': allowed are float, lsq, minmax, minmax_dynamic, statsq and package.module:Class"):
+        build("lsqq")
+
+
+def test_register_makes_a_name(monkeypatch):
+    monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
+    register("mine")(Float)
+    assert type(build_quantizer(QuantSpec("input", "mine", 4))) is Float
+
+
+def test_own_class_by_its_path(plugin):
+    x = torch.tensor([0.2, 0.3])
+    assert build(f"{plugin}:Half")(x).tolist() == [0.0, 0.5]
+
+
+def test_own_class_in_a_net(plugin, tmp_path):
+    net = quantized("lsq", weight_quantizer=f"{plugin}:Half")
+    weight = sites(net)["blocks.0.mlp.fc1.weight_quantizer"]
+    assert torch.equal(2 * weight.quantizer(weight.latent()), weight.quantizer.codes(weight.latent()).float())
+    qat.save(net, tmp_path / "net.ckpt")
+    assert torch.equal(logits(qat.load(tmp_path / "net.ckpt")), logits(net, images()))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no_such_module_anywhere:Half", "No module named 'no_such_module_anywhere'"),
+        ("plugged_quantizers:Nothing", "no attribute 'Nothing'"),
+        ("plugged_quantizers:NotOne", "allowed are subclasses of qat.quantizers.Quantizer"),
+        ("math:pi", "allowed are subclasses of qat.quantizers.Quantizer"),
+    ],
+)
+def test_paths_that_lead_nowhere(plugin, name, said):
+    with pytest.raises(qat.UsageError, match=f"quantizer='{name}'.*{said}"):
+        build(name)

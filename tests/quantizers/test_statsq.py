@@ -1,0 +1,49 @@
+"""StatsQ modules. Oracle: the pure function on rows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qat import functional as F
+from qat.quantizers import ActStatsQ, StatsQ
+from tests.quantizers.common import allocated, build, randn
+
+
+@pytest.mark.parametrize("role", ["weight", "qk"])
+def test_weights(role):
+    w = randn(6, 10)
+    made = build("statsq", role=role, bits=3, axis=0)
+    assert isinstance(made, StatsQ)
+    assert torch.equal(made(w), F.statsq(w, 3))
+    assert torch.equal(made.codes(w), F.statsq_codes(w, 3))
+    assert torch.equal(made.scale_of(w), F.statsq_scale(w))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, None])
+def test_activations_are_rows_along_the_axis(axis):
+    x = randn(4, 5, 6)
+    made = allocated("statsq", x, bits=3, axis=axis)
+    assert isinstance(made, ActStatsQ)
+    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+    expected = F.statsq(rows, 3)
+    expected = expected.view(4, 5, 6) if axis is None else expected.view(x.movedim(axis, 0).shape).movedim(0, axis)
+    torch.testing.assert_close(made(x), expected)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1, 2, -1, -2, None]), st.sampled_from([2, 3, 8]), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_codes_are_those_of_the_forward(seed, axis, bits, same_magnitude):
+    x = randn(3, 7, 5, seed=seed)
+    if same_magnitude:  # every value sits on a threshold: the last bit of the scale decides
+        x = x.sign() * x[0, 0, 0]
+    made = allocated("statsq", x, bits=bits, axis=axis)
+    n = 2 ** (bits - 1)
+    scale = F.view_along(2 * F.mean_abs(x, axis), 3, axis)
+    assert torch.equal(made(x), (made.codes(x).float() + 0.5) / n * scale)
+
+
+def test_gradient_is_the_upstream():
+    x, upstream = randn(4, 5, 6).requires_grad_(), randn(4, 5, 6, seed=1)
+    allocated("statsq", x, axis=-1)(x).backward(upstream)
+    assert torch.equal(x.grad, upstream)

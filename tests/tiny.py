@@ -1,0 +1,67 @@
+"""Small nets and images for the tests: 8x8 pixels, one channel, 16 patches, two blocks of width 32."""
+
+import timm
+import torch
+from torch import nn
+
+import qat
+
+SIZE = (1, 8, 8)
+KWARGS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depth": 2, "num_heads": 2}
+VIT = "vit_tiny_patch16_224"
+DISTILLED = "deit_tiny_distilled_patch16_224"
+
+
+def shake(net):
+    """Draw every parameter anew, so that no bias is zero and attention is far from uniform."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * noise)
+            else:
+                parameter.copy_(noise * (1.5 / parameter[0].numel() ** 0.5))
+    return net
+
+
+def vit(name=VIT, **changes):
+    """A float net in eval mode; `changes` go to timm."""
+    torch.manual_seed(0)
+    return shake(timm.create_model(name, **{**KWARGS, **changes})).eval()
+
+
+def images(n=8, seed=0):
+    """Random images with both signs."""
+    return torch.randn(n, *SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def converted(preset="ofq", name=VIT, **knobs):
+    """A quantized net, scales NaN."""
+    return qat.convert(vit(name), qat.recipe(preset, **knobs), input_size=SIZE)
+
+
+def quantized(preset="ofq", name=VIT, **knobs):
+    """A quantized net with scales from data, in eval mode."""
+    return qat.initialize_scales(converted(preset, name, **knobs), [images()])
+
+
+def sites(net):
+    """Sites of a net by name."""
+    return {site.name: site for site in qat.iter_quantizers(net)}
+
+
+def float_recipe(attention, **knobs):
+    """All swaps, no rounding."""
+    return qat.recipe("ofq", attention=attention, qk_bias="fold", weight_quantizer="float", act_quantizer="float", **knobs)
+
+
+def logits(net, x=None):
+    """Output of a net in eval mode."""
+    with torch.no_grad():
+        return net.eval()(images() if x is None else x)
+
+
+def parameters(net: nn.Module):
+    """Names, shapes and identities."""
+    return [(name, tuple(p.shape), id(p)) for name, p in net.named_parameters()]

@@ -1,0 +1,17 @@
+"""Train a vision transformer, quantization-aware or in float: `python train.py model=deit_t quant=ofq_2bit`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from qat.tasks import cli
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Hand the composed config to the task."""
+    return cli.run("train", cfg)
+
+
+if __name__ == "__main__":
+    main()
+    raise SystemExit(cli.exit_code())
