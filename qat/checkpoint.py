@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 META_KEY = "qat"
 NET_PREFIX = "net."
 FORMATS = ("auto", "qat", "timm")
+_FOLDER_MARK = 0x10
 
 
 def is_plain(value: object) -> bool:
@@ -102,7 +103,9 @@ def _read_file(path: Path, setting: str) -> Any:
             return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
+                # torch would leave the memory of an entry marked as a folder as it finds it, and no checksum covers that mark.
+                folder = next((entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER_MARK), None)
+                damaged = archive.testzip() or folder
             if damaged is not None:
                 raise UsageError(f"{setting}={str(path)!r}: the file is damaged (checksum of {damaged} does not fit)")
         # timm writes its training arguments into its checkpoints; nothing else than plain data and tensors is read.

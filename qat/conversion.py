@@ -50,26 +50,43 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
 
     Raises:
         UsageError: the net is converted already, a rule of `overrides` matches no module, QKR cannot hold, or no image of
-            `input_size` passes through.
+            `input_size` passes through. The net is then as it was.
     """
     if conversion_of(net) is not None:
         raise UsageError("convert: the net is quantized already; build a fresh one, or load a checkpoint into another recipe with ckpt=")
-    _check_rules(net, recipe)
     if recipe.name == "fp":
+        _check_rules(net, recipe)
         return net
-    channels, height, width = (int(n) for n in input_size)
-    _walk(net, "", recipe, _places(net), {})
-    net.qat_conversion = Conversion(recipe, (channels, height, width))  # type: ignore[assignment]
-    _allocate(net, (channels, height, width))
+    size = _checked_size(input_size)
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        _walk(net, "", _Walk(recipe, _places(net), swapped), {})
+        _check_rules(net, recipe)
+        _allocate(net, size)
+    except Exception:
+        for parent, name, child in reversed(swapped):
+            setattr(parent, name, child)
+        raise
+    net.qat_conversion = Conversion(recipe, size)  # type: ignore[assignment]
     return net
 
 
+def _checked_size(input_size: tuple[int, int, int]) -> tuple[int, int, int]:
+    try:
+        channels, height, width = (int(n) for n in input_size)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"input_size={input_size!r}: allowed are three whole numbers, (channels, height, width)") from error
+    return channels, height, width
+
+
 def _check_rules(net: nn.Module, recipe: QuantRecipe) -> None:
+    """A rule has to reach a module that owns quantizers; one about `attention` may be the reason why there are none."""
+    owners = list(dict.fromkeys(site.name.rpartition(".")[0] for site in iter_quantizers(net)))
     names = [name for name, _ in net.named_modules()]
-    for pattern in recipe.overrides:
-        if not fnmatch.filter(names, pattern):
-            example = next((n for n in names if n.count(".") >= 2), names[-1])
-            raise UsageError(f"quant.overrides[{pattern!r}] matches no module; patterns see names like {example!r}")
+    for pattern, rule in recipe.overrides.items():
+        if not fnmatch.filter(names if "attention" in rule else owners, pattern):
+            example = next((n for n in owners or names if n.count(".") >= 2), names[-1])
+            raise UsageError(f"quant.overrides[{pattern!r}] matches no module that is quantized; patterns see names like {example!r}")
 
 
 def _as_names(value: object) -> set[str]:
@@ -85,20 +102,30 @@ def _places(net: nn.Module) -> dict[str, str]:
     return dict.fromkeys(stems, "stem") | dict.fromkeys(heads, "head")
 
 
-def _walk(module: nn.Module, name: str, recipe: QuantRecipe, places: dict[str, str], inputs: dict[str, str]) -> None:
+@dataclass(frozen=True)
+class _Walk:
+    """What stays the same during a walk; `swapped` collects (parent, name, replaced module)."""
+
+    recipe: QuantRecipe
+    places: dict[str, str]
+    swapped: list[tuple[nn.Module, str, nn.Module]]
+
+
+def _walk(module: nn.Module, name: str, walk: _Walk, inputs: dict[str, str]) -> None:
     """One pre-order walk; after a swap it goes on into the new module's children."""
     for child_name, child in list(module.named_children()):
         path = f"{name}.{child_name}".lstrip(".")
         if isinstance(child, Quantizer):
             continue
-        context = SwapContext(recipe.at(path), places.get(path, "block"), inputs.get(child_name, "signed"))
+        context = SwapContext(walk.recipe.at(path), walk.places.get(path, "block"), inputs.get(child_name, "signed"))
         swap = find_swap(child, context)
         hints: dict[str, str] = {}
         if swap is not None:
             done = swap(child, context)
+            walk.swapped.append((module, child_name, child))
             setattr(module, child_name, done.module.train(child.training))
             child, hints = done.module, dict(done.inputs)
-        _walk(child, path, recipe, places, hints)
+        _walk(child, path, walk, hints)
 
 
 def _allocate(net: nn.Module, input_size: tuple[int, int, int]) -> None:

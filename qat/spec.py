@@ -138,6 +138,7 @@ class QuantRecipe:
             object.__setattr__(self, "act_bits", self.bits)
         check_quantizer("quant.weight_quantizer", self.weight_quantizer)
         check_quantizer("quant.act_quantizer", self.act_quantizer)
+        self._check_float_name()
         weights_float = "float" if self.weight_quantizer == "float" else ""
         acts_float = "float" if self.act_quantizer == "float" else ""
         check_bits("quant.bits", self.bits, weights_float)
@@ -148,13 +149,14 @@ class QuantRecipe:
         check_choice("quant.qk_bias", self.qk_bias, QK_BIASES)
         if not isinstance(self.offsets, bool):
             raise UsageError(f"quant.offsets={self.offsets!r}: allowed are true and false")
-        self._check_float_name()
         self._check_overrides()
 
     def _check_float_name(self) -> None:
         quantized = [k for k in ("weight_quantizer", "act_quantizer") if getattr(self, k) != "float"]
-        if self.name == "fp" and (quantized or self.bits != FLOAT_BITS):
-            raise UsageError(f"quant.{(quantized or ['bits'])[0]}: quant=fp leaves the net in float; choose another quant=... to set it")
+        quantized += [k for k in ("bits", "act_bits", "stem_bits", "head_bits") if getattr(self, k) != FLOAT_BITS]
+        if self.name == "fp" and quantized:
+            knob = quantized[0]
+            raise UsageError(f"quant.{knob}={getattr(self, knob)!r}: quant=fp leaves the net in float; choose another quant=... to set it")
 
     def _check_overrides(self) -> None:
         if self.overrides is None:  # how a yaml file says that there are none

@@ -58,13 +58,15 @@ def mix(*numbers: int) -> int:
 def isolated_rng(*numbers: int) -> Generator[None]:
     """Seed the three global generators that augmentations draw from, and give them back as they were."""
     seed = mix(*numbers)
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    # The CPU generator itself: torch.manual_seed would also queue a seeding of every accelerator, with a traceback each.
+    generator = torch.default_generator
+    states = random.getstate(), np.random.get_state(), generator.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed & 0xFFFFFFFF)
-            yield
+        generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        generator.set_state(states[2])

@@ -70,7 +70,7 @@ def affine_codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: 
 
 
 def fake_quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
-    """(clamp(round(x / s + z), qmin, qmax) - z) * s, straight through the rounding; clipped values have no gradient.
+    """(clamp(round(x / s + z), qmin, qmax) - z) * s, straight through the rounding; codes outside the range have no gradient.
 
     Args:
         x: any shape and float dtype; computed in float32.
@@ -84,5 +84,7 @@ def fake_quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int
         The shape and dtype of `x`.
     """
     step, zero = view_along(scale.float(), x.ndim, axis), view_along(zero_point.float(), x.ndim, axis)
-    codes = round_ste(x.float() / step + zero).clamp(qmin, qmax)
+    codes = round_ste(x.float() / step + zero)
+    # Not a plain clamp: whether that passes a gradient at its bounds depends on the version of torch.
+    codes = torch.where((codes >= qmin) & (codes <= qmax), codes, codes.detach().clamp(qmin, qmax))
     return ((codes - zero) * step).to(x.dtype)

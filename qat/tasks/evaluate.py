@@ -28,7 +28,7 @@ TRUSTED_DATA = "qat.data."
 DEFAULT_DATA = {
     "_target_": "qat.data.Digits",
     "image_size": 8,
-    "patch_size": 2,
+    "patch_size": 4,
     "in_chans": 1,
     "num_classes": 10,
     "mean": [0.3051],

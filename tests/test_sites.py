@@ -1,0 +1,103 @@
+"""How quantizers are found. Oracle: the list written out for both forms of attention."""
+
+import pytest
+import torch
+
+import qat
+from qat import functional as F
+from tests.tiny import DISTILLED, converted, logits, quantized, sites
+
+STEM = [("patch_embed.proj.input_quantizer", "image"), ("patch_embed.proj.weight_quantizer", "weight")]
+MLP = [
+    ("mlp.fc1.input_quantizer", "input"),
+    ("mlp.fc1.weight_quantizer", "weight"),
+    ("mlp.fc2.input_quantizer", "input"),
+    ("mlp.fc2.weight_quantizer", "weight"),
+]
+PROJ = [("attn.proj.input_quantizer", "input"), ("attn.proj.weight_quantizer", "weight")]
+ATTENTION = {
+    "qkr": [
+        ("attn.input_quantizer", "input"),
+        ("attn.qk_quantizer", "qk"),
+        ("attn.k_quantizer", "k"),
+        ("attn.v.weight_quantizer", "weight"),
+        ("attn.v_quantizer", "v"),
+        ("attn.probs_quantizer", "probs"),
+        *PROJ,
+    ],
+    "standard": [
+        ("attn.qkv.input_quantizer", "input"),
+        ("attn.qkv.weight_quantizer", "weight"),
+        ("attn.q_quantizer", "q"),
+        ("attn.k_quantizer", "k"),
+        ("attn.v_quantizer", "v"),
+        ("attn.probs_quantizer", "probs"),
+        *PROJ,
+    ],
+    "float": [("attn.qkv.input_quantizer", "input"), ("attn.qkv.weight_quantizer", "weight"), *PROJ],
+}
+
+
+def head(name):
+    return [(f"{name}.input_quantizer", "input"), (f"{name}.weight_quantizer", "weight")]
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_names_and_roles(attention):
+    found = [(s.name, s.role) for s in qat.iter_quantizers(converted(attention=attention))]
+    blocks = [(f"blocks.{i}.{name}", role) for i in range(2) for name, role in ATTENTION[attention] + MLP]
+    assert sorted(found) == sorted(STEM + blocks + head("head"))
+
+
+def test_both_heads_of_a_distilled_net():
+    names = {s.name for s in qat.iter_quantizers(converted(name=DISTILLED)) if s.quantizer.spec.bits == 8}
+    assert names == {n for n, _ in STEM + head("head") + head("head_dist")}
+
+
+def test_a_float_net_has_none():
+    assert sites(converted("fp")) == {}
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_owner_and_quantizer_are_the_modules_of_that_name(attention):
+    net = converted(attention=attention)
+    for site in qat.iter_quantizers(net):
+        assert net.get_submodule(site.name) is site.quantizer
+        assert net.get_submodule(site.name.rpartition(".")[0]) is site.owner
+        assert site.is_weight == (site.role in {"weight", "qk"})
+
+
+def test_latents_are_the_float_weights():
+    net = converted()
+    for site in qat.iter_quantizers(net):
+        if site.role == "weight":
+            assert site.latent() is site.owner.weight
+    qk = sites(net)["blocks.1.attn.qk_quantizer"]
+    assert torch.equal(qk.latent(), F.fold_qk(qk.owner.q_weight, qk.owner.k_weight, 2))
+
+
+def test_an_activation_has_no_latent():
+    with pytest.raises(TypeError, match=r"head.input_quantizer quantizes an activation; only roles weight, qk"):
+        sites(converted())["head.input_quantizer"].latent()
+
+
+def inputs_of(net):
+    """What every quantizer receives in one forward."""
+    seen = {}
+    handles = [s.quantizer.register_forward_pre_hook(lambda m, args, n=s.name: seen.setdefault(n, args[0])) for s in qat.iter_quantizers(net)]
+    logits(net)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "minmax"])
+def test_codes_are_whole_numbers_within_the_bits(preset):
+    net = quantized(preset, bits=3)
+    for name, x in inputs_of(net).items():
+        quantizer = sites(net)[name].quantizer
+        codes = quantizer.codes(x)
+        assert codes.shape == x.shape
+        assert codes.dtype in {torch.int8, torch.int16}
+        assert len(codes.unique()) >= 2
+        assert codes.max().item() - codes.min().item() < 2**quantizer.spec.bits
