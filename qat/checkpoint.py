@@ -144,11 +144,11 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
     tensors = {_bare(k): v for k, v in state.items() if isinstance(v, Tensor)}
     if not tensors:
         raise UsageError(f"{setting}={str(path)!r}: holds no weights")
-    use_meta = isinstance(meta, Mapping) and fmt != "timm"
-    if use_meta and "pytorch-lightning_version" in content:
+    ours = dict(meta) if isinstance(meta, Mapping) and fmt != "timm" else None
+    if ours is not None and "pytorch-lightning_version" in content:
         tensors = {k.removeprefix(NET_PREFIX): v for k, v in tensors.items() if k.startswith(NET_PREFIX)}
     step = content.get("global_step")
-    return Checkpoint(path, tensors, dict(meta) if use_meta else None, step if isinstance(step, int) else None)
+    return Checkpoint(path, tensors, ours, step if isinstance(step, int) else None)
 
 
 def _bare(key: str) -> str:
@@ -165,13 +165,10 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
     """
     meta = checkpoint.meta
     if meta is None:
-        raise UsageError(
-            f"ckpt={str(checkpoint.path)!r}: does not say what net it holds; give model=... and use train.py or qat.load_weights"
-        )
+        raise UsageError(f"ckpt={str(checkpoint.path)!r}: does not say what net it holds; give model=...")
     if meta.get("format_version", 0) > FORMAT_VERSION:
-        raise UsageError(
-            f"ckpt={str(checkpoint.path)!r}: written by a newer qat (format {meta['format_version']}); this one reads up to {FORMAT_VERSION}"
-        )
+        newer = f"written by a newer qat (format {meta['format_version']}); this one reads up to {FORMAT_VERSION}"
+        raise UsageError(f"ckpt={str(checkpoint.path)!r}: {newer}")
     net: nn.Module = timm.create_model(meta["model"]["name"], **meta["model"]["kwargs"])
     if meta.get("recipe") is not None:
         channels, height, width = meta["input_size"]

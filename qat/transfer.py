@@ -128,9 +128,8 @@ def _require_hub(model: str) -> None:
     except urllib.error.HTTPError:
         return
     except (TimeoutError, OSError) as error:
-        raise UsageError(
-            f"model.pretrained=true: the weights of {model!r} are not in the local cache and {endpoint} cannot be reached ({error}); use model.weights=FILE or model.pretrained=false"
-        ) from error
+        missing = f"the weights of {model!r} are not in the local cache and {endpoint} cannot be reached ({error})"
+        raise UsageError(f"model.pretrained=true: {missing}; use model.weights=FILE or model.pretrained=false") from error
 
 
 def from_state(model: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor], *, origin: str, keep_head: bool) -> Start:
@@ -157,9 +156,8 @@ def from_state(model: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor
         if found is not None and found.shape[0] == classes:
             continue
         if keep_head:
-            raise UsageError(
-                f"{origin}: has {0 if found is None else found.shape[0]} classes, the data {classes}; model.reset_head=true gives it a new head"
-            )
+            has = 0 if found is None else found.shape[0]
+            raise UsageError(f"{origin}: has {has} classes, the data {classes}; model.reset_head=true gives it a new head")
         notes.append(f"new {name} for {classes} classes" + ("" if found is None else f" (the file has {found.shape[0]})"))
         state |= {k: own[k] for k in (f"{name}.weight", f"{name}.bias") if k in own}
     stem = state.get(f"{cfg['first_conv']}.weight")

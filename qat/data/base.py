@@ -60,7 +60,14 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         check_choice("data.augment", self.augment, AUGMENTATIONS)
-        for name, lowest in (("image_size", 1), ("in_chans", 1), ("num_classes", 1), ("batch_size", 1), ("num_workers", 0), ("calibration_images", 1)):
+        for name, lowest in (
+            ("image_size", 1),
+            ("in_chans", 1),
+            ("num_classes", 1),
+            ("batch_size", 1),
+            ("num_workers", 0),
+            ("calibration_images", 1),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise UsageError(f"data.{name}={value!r}: allowed are whole numbers from {lowest}")

@@ -109,7 +109,7 @@ class QATModule(LightningModule):
         logits = self.net(images).float()
         metrics.update(logits, target)
         mean_loss.update(nn.functional.cross_entropy(logits, target), weight=len(images))
-        self.log_dict(metrics, prog_bar=True, batch_size=len(images))  # type: ignore[arg-type]
+        self.log_dict(metrics, prog_bar=True, batch_size=len(images))
         self.log(f"{stage}/loss", mean_loss, batch_size=len(images))
 
     def configure_optimizers(self) -> Any:
@@ -125,7 +125,7 @@ class QATModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """timm's schedules are functions of the epoch or step that comes next."""
+        """Move a schedule of timm's on: they are functions of the epoch or step that comes next."""
         if scheduler.t_in_epochs:
             scheduler.step(self.current_epoch + 1)
         else:

@@ -82,7 +82,7 @@ def build_optimizer(
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
     try:
-        return timm.optim.create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, **options)  # type: ignore[arg-type]
+        return timm.optim.create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, **options)
     except (ValueError, KeyError, AssertionError) as error:
         raise UsageError(f"optimizer.opt={opt!r}: timm has no such optimizer ({error})") from error
     except TypeError as error:

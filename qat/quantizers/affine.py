@@ -27,8 +27,8 @@ class MinMax(Quantizer):
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
         self.qmin, self.qmax = code_range(spec.bits, signed=False)
-        self.scale: Tensor | None
-        self.zero_point: Tensor | None
+        self.scale: Tensor
+        self.zero_point: Tensor
         self.register_buffer("scale", None)
         self.register_buffer("zero_point", None)
 
@@ -69,4 +69,4 @@ class DynamicMinMax(Quantizer):
         return affine_codes(x, *self._range(x), self.spec.qmin, self.spec.qmax, self.axis)
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return affine_scale(x, self.spec.bits, True, self.axis)
+        return affine_scale(x, self.spec.bits, signed=True, axis=self.axis)

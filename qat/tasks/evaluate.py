@@ -19,7 +19,7 @@ from qat.lit import QATModule
 from qat.losses import CompositeLoss, CrossEntropy
 from qat.spec import recipe
 from qat.tasks import build, summary
-from qat.tasks.results import write_results
+from qat.tasks.results import recipe_fields, write_results
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def evaluate(cfg: DictConfig) -> float:
     results = write_results(
         cfg,
         model=name,
-        quant=in_force.name,
+        **recipe_fields(in_force),
         split=data.evaluation_split,
         weights=str(cfg.get("ckpt") or "timm"),
         top1=metrics["test/top1"],
@@ -119,4 +119,6 @@ def _check_fit(net: nn.Module, data: ImageData) -> None:
         raise UsageError(f"data.num_classes={data.settings.num_classes}: the net has {classes} classes")
     done = conversion_of(net)
     if done is not None and done.input_size != data.input_size:
-        raise UsageError(f"data.image_size={data.settings.image_size}: the net is quantized for images of {done.input_size}, got {data.input_size}")
+        raise UsageError(
+            f"data.image_size={data.settings.image_size}: the net is quantized for images of {done.input_size}, got {data.input_size}"
+        )

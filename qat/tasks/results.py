@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qat.files import write_text
+from qat.spec import QuantRecipe
 
 KEYS = (
     "command",
@@ -51,6 +52,7 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
         "command": cfg.get("command"),
         "model": OmegaConf.select(cfg, "model.name"),
         "quant": OmegaConf.select(cfg, "quant.name"),
+        "recipe": None,
         "data": str(OmegaConf.select(cfg, "data._target_") or "").rpartition(".")[2].lower() or None,
         "seed": cfg.get("seed"),
         "git_commit": _git_commit(),
@@ -60,6 +62,12 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
     results = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in results.items()}
     write_text(Path(cfg.run_dir) / "results.json", json.dumps(results, indent=2) + "\n")
     return results
+
+
+def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
+    """`quant`, the name a config of this recipe has (`ofq_2bit`), and `recipe`, all its knobs."""
+    width = f"{recipe.bits}bit" if recipe.bits == recipe.act_bits else f"w{recipe.bits}a{recipe.act_bits}"
+    return {"quant": "fp" if recipe.name == "fp" else f"{recipe.name}_{width}", "recipe": recipe.to_dict()}
 
 
 def _versions() -> dict[str, str]:

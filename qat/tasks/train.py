@@ -24,7 +24,7 @@ from qat.lit.evaluate import evaluate
 from qat.losses import CompositeLoss
 from qat.spec import QuantRecipe
 from qat.tasks import build, summary
-from qat.tasks.results import write_results
+from qat.tasks.results import recipe_fields, write_results
 from qat.transfer import Start
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ def train(cfg: DictConfig) -> float:
     costs = cost(module.net, data.input_size)
     results = write_results(
         cfg,
+        **recipe_fields(recipe),
         split=data.evaluation_split,
         weights=weights,
         top1=metrics["test/top1"],
@@ -75,7 +76,9 @@ def train(cfg: DictConfig) -> float:
         bitops=costs.bitops,
         wall_seconds=round(time.monotonic() - began, 1),
     )
-    log.info("%s top-1 %.2f %%, top-5 %.2f %% (%s); %d bytes", results["split"], results["top1"], results["top5"], weights, costs.size_bytes)
+    log.info(
+        "%s top-1 %.2f %%, top-5 %.2f %% (%s); %d bytes", results["split"], results["top1"], results["top5"], weights, costs.size_bytes
+    )
     log.info("outputs in %s", run_dir)
     return val_top1
 

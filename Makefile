@@ -1,0 +1,53 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Each sets up .venv first if it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := outputs/demo
+
+.PHONY: help setup demo test test-fast check lint types imports clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
+
+setup: $(READY) ## create .venv with all extras (downloads several GB of wheels)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,export,sweep,loggers]"
+	touch $@
+
+demo: $(READY) ## train a float ViT and its 2-bit twin on digits, compare them (4 minutes)
+	$(BIN)/python train.py experiment=demo_fp run_dir=$(DEMO)/fp overwrite=true
+	$(BIN)/python train.py experiment=demo_ofq_2bit ckpt=$(DEMO)/fp/checkpoints/last.ckpt run_dir=$(DEMO)/ofq_2bit overwrite=true
+	$(BIN)/python eval.py ckpt=$(DEMO)/fp/checkpoints/best.ckpt run_dir=$(DEMO)/eval_fp
+	$(BIN)/python eval.py ckpt=$(DEMO)/ofq_2bit/checkpoints/best.ckpt run_dir=$(DEMO)/eval_ofq_2bit
+	@$(BIN)/python -m qat.report $(DEMO)/eval_fp $(DEMO)/eval_ofq_2bit
+
+demo-seeds: $(READY) ## the demo over three seeds: mean and spread (15 minutes)
+	for seed in 0 1 2; do \
+	  $(BIN)/python train.py experiment=demo_fp seed=$$seed run_dir=$(DEMO)/seed$$seed/fp overwrite=true || exit 1; \
+	  $(BIN)/python train.py experiment=demo_ofq_2bit seed=$$seed ckpt=$(DEMO)/seed$$seed/fp/checkpoints/last.ckpt run_dir=$(DEMO)/seed$$seed/ofq_2bit overwrite=true || exit 1; \
+	done
+	@$(BIN)/python -m qat.report $(DEMO)/seed*/fp $(DEMO)/seed*/ofq_2bit
+
+test: $(READY) ## all tests
+	$(BIN)/python -m pytest -q
+
+test-fast: $(READY) ## tests that take seconds
+	$(BIN)/python -m pytest -q -m "not slow"
+
+check: lint types imports test ## everything that must be green: style, types, import directions, tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+imports: $(READY)
+	$(BIN)/lint-imports
+
+clean: ## remove outputs and caches
+	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
