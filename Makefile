@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## train a float ViT and its 2-bit twin on digits, compare them (4 minutes)
 	$(BIN)/python train.py experiment=demo_fp run_dir=$(DEMO)/fp overwrite=true
-	$(BIN)/python train.py experiment=demo_ofq_2bit ckpt=$(DEMO)/fp/checkpoints/last.ckpt run_dir=$(DEMO)/ofq_2bit overwrite=true
+	$(BIN)/python train.py experiment=demo_ofq_2bit ckpt=$(DEMO)/fp/checkpoints/best.ckpt run_dir=$(DEMO)/ofq_2bit overwrite=true
 	$(BIN)/python eval.py ckpt=$(DEMO)/fp/checkpoints/best.ckpt run_dir=$(DEMO)/eval_fp
 	$(BIN)/python eval.py ckpt=$(DEMO)/ofq_2bit/checkpoints/best.ckpt run_dir=$(DEMO)/eval_ofq_2bit
 	@$(BIN)/python -m qat.report $(DEMO)/eval_fp $(DEMO)/eval_ofq_2bit
@@ -27,7 +27,7 @@ demo: $(READY) ## train a float ViT and its 2-bit twin on digits, compare them (
 demo-seeds: $(READY) ## the demo over three seeds: mean and spread (15 minutes)
 	for seed in 0 1 2; do \
 	  $(BIN)/python train.py experiment=demo_fp seed=$$seed run_dir=$(DEMO)/seed$$seed/fp overwrite=true || exit 1; \
-	  $(BIN)/python train.py experiment=demo_ofq_2bit seed=$$seed ckpt=$(DEMO)/seed$$seed/fp/checkpoints/last.ckpt run_dir=$(DEMO)/seed$$seed/ofq_2bit overwrite=true || exit 1; \
+	  $(BIN)/python train.py experiment=demo_ofq_2bit seed=$$seed ckpt=$(DEMO)/seed$$seed/fp/checkpoints/best.ckpt run_dir=$(DEMO)/seed$$seed/ofq_2bit overwrite=true || exit 1; \
 	done
 	@$(BIN)/python -m qat.report $(DEMO)/seed*/fp $(DEMO)/seed*/ofq_2bit
 

@@ -169,10 +169,12 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
     if meta.get("format_version", 0) > FORMAT_VERSION:
         newer = f"written by a newer qat (format {meta['format_version']}); this one reads up to {FORMAT_VERSION}"
         raise UsageError(f"ckpt={str(checkpoint.path)!r}: {newer}")
-    net: nn.Module = timm.create_model(meta["model"]["name"], **meta["model"]["kwargs"])
-    if meta.get("recipe") is not None:
-        channels, height, width = meta["input_size"]
-        convert(net, QuantRecipe(**meta["recipe"]), input_size=(channels, height, width))
+    try:
+        net = _described(meta)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"ckpt={str(checkpoint.path)!r}: cannot build the net it describes ({' '.join(str(error).split()) or type(error).__name__})"
+        ) from error
     try:
         net.load_state_dict(checkpoint.state, strict=True)
     except RuntimeError as error:
@@ -180,6 +182,14 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
             f"ckpt={str(checkpoint.path)!r}: weights do not fit {meta['model']['name']} ({' '.join(str(error).split())[:300]})"
         ) from error
     return net.eval()
+
+
+def _described(meta: Mapping[str, Any]) -> nn.Module:
+    net: nn.Module = timm.create_model(meta["model"]["name"], **meta["model"]["kwargs"])
+    if meta.get("recipe") is not None:
+        channels, height, width = meta["input_size"]
+        convert(net, QuantRecipe(**meta["recipe"]), input_size=(channels, height, width))
+    return net
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:

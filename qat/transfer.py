@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qat.checkpoint import Checkpoint, build_from
 from qat.errors import UsageError
-from qat.nn import QkrAttention
+from qat.nn import QkrAttention, QuantAttention
 from qat.quantizers import Quantizer
 from qat.sites import iter_quantizers
 
@@ -221,6 +221,22 @@ def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[s
         copied.append(site.name)
         _copy_product_offset(donor.owner, site.owner)
     return copied, missing
+
+
+def forget_attention_weights(net: nn.Module) -> list[str]:
+    """Draw anew what the reference's conversion loses: `proj` of every attention, and `qkv` where there is no QKR.
+
+    Returns:
+        Names of the Linears that were reset.
+    """
+    reset = []
+    for name, module in net.named_modules():
+        if isinstance(module, QkrAttention | QuantAttention):
+            lost = ("proj",) if isinstance(module, QkrAttention) else ("qkv", "proj")
+            for child in lost:
+                module.get_submodule(child).reset_parameters()  # type: ignore[operator]
+            reset += [f"{name}.{child}" for child in lost]
+    return reset
 
 
 def _agree(a: Quantizer, b: Quantizer) -> bool:

@@ -17,8 +17,10 @@ from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, StepContext
 from qat.quantizers import LSQ
 from qat.sites import iter_quantizers
+from qat.spec import check_choice
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
+LSQ_GRAD_BATCHES = ("global", "process")
 SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
 
 
@@ -47,6 +49,8 @@ class QATModule(LightningModule):
         scheduler: makes the schedule and its interval from the optimizer, the number of epochs and the steps per epoch.
         teacher: its logits reach the loss; not part of checkpoints.
         describe: what checkpoints say beside the weights (`qat.checkpoint.describe`).
+        lsq_grad_batch: `global` = LSQ's gradient scale counts the global batch, so that one process and several agree; `process` = the
+            batch of one process, as in the paper's code.
     """
 
     # Lightning's throughput monitor asks for it; a count of float operations says nothing of a quantized step.
@@ -62,8 +66,11 @@ class QATModule(LightningModule):
         scheduler: SchedulerFactory | None = None,
         teacher: Teacher | None = None,
         describe: dict[str, Any] | None = None,
+        lsq_grad_batch: str = "global",
     ) -> None:
         super().__init__()
+        check_choice("lsq_grad_batch", lsq_grad_batch, LSQ_GRAD_BATCHES)
+        self.lsq_grad_batch = lsq_grad_batch
         self.net = net
         self.loss = loss
         self.teacher = teacher
@@ -80,7 +87,7 @@ class QATModule(LightningModule):
         """Bring the teacher to the device, and count the global batch in LSQ's gradient scale."""
         if self.teacher is not None:
             self.teacher.to(self.device)
-        if stage == "fit":
+        if stage == "fit" and self.lsq_grad_batch == "global":
             processes_and_batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
             for site in iter_quantizers(self.net):
                 if not site.is_weight:

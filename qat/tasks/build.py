@@ -27,8 +27,8 @@ from qat.lit.optim import build_optimizer, cosine_schedule
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss
 from qat.scales import assert_ready, initialize_scales
-from qat.spec import QuantRecipe
-from qat.transfer import Start, copy_scales, from_checkpoint, from_pretrained, from_scratch, from_weights
+from qat.spec import QuantRecipe, check_choice
+from qat.transfer import Start, copy_scales, forget_attention_weights, from_checkpoint, from_pretrained, from_scratch, from_weights
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
 warnings.filterwarnings("ignore", message=".*does not have many workers")  # small data are in memory
 warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval")
+
+
+INITS = ("full", "reference")
 
 
 def plain(cfg: Any) -> Any:
@@ -86,15 +89,28 @@ def build_start(cfg: DictConfig) -> Start:
     return from_pretrained(name, args) if cfg.model.pretrained else from_scratch(name, args)
 
 
-def quantize(start: Start, recipe: QuantRecipe, data: ImageData) -> list[str]:
+def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str = "full") -> list[str]:
     """Convert the net in place and fill its scales: copied where the start has them, else from data.
+
+    Args:
+        start: the float net, and the quantized one it came from.
+        recipe: what to do to it.
+        data: where calibration images come from.
+        init: `full` keeps all weights; `reference` loses those that the paper's code loses.
 
     Returns:
         What a person should be told, a line each.
     """
+    check_choice("model.init", init, INITS)
     convert(start.net, recipe, input_size=data.input_size)
     if recipe.name == "fp":
         return []
+    lost = forget_attention_weights(start.net) if init == "reference" else []
+    notes = [f"drawn anew, as in the paper's code: {', '.join(lost)}"] if lost else []
+    return notes + _fill_scales(start, data)
+
+
+def _fill_scales(start: Start, data: ImageData) -> list[str]:
     copied, missing = ([], []) if start.source is None else copy_scales(start.source, start.net)
     batches = data.calibration_batches()
     initialize_scales(start.net, batches)

@@ -51,7 +51,7 @@ def train(cfg: DictConfig) -> float:
     data = build.build_data(cfg)
     start = build.build_start(cfg)
     trainer = build.build_trainer(cfg, build.build_callbacks(cfg), build.build_loggers(cfg))
-    start.notes += build.quantize(start, recipe, data)
+    start.notes += build.quantize(start, recipe, data, init=cfg.model.init)
     teacher = build.build_teacher(cfg, loss, data)
     _announce(cfg, start, recipe, data, trainer)
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
@@ -101,6 +101,7 @@ def _module(cfg: DictConfig, net: nn.Module, loss: CompositeLoss, teacher: Teach
         optimizer=build.build_optimizer_factory(cfg),
         scheduler=build.build_scheduler_factory(cfg),
         teacher=teacher,
+        lsq_grad_batch=cfg.lsq_grad_batch,
         describe=describe(net, model=cfg.model.name, model_kwargs=build.model_args(cfg), data=build.plain(cfg.data)),
     )
 
