@@ -84,14 +84,17 @@ class QATModule(LightningModule):
         return self.net(images)
 
     def setup(self, stage: str) -> None:
-        """Bring the teacher to the device, and count the global batch in LSQ's gradient scale."""
-        if self.teacher is not None:
-            self.teacher.to(self.device)
+        """Count the global batch in LSQ's gradient scale."""
         if stage == "fit" and self.lsq_grad_batch == "global":
             processes_and_batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
             for site in iter_quantizers(self.net):
                 if not site.is_weight:
                     set_grad_factor(site.quantizer, processes_and_batches**-0.5)
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to where the net is now: Lightning does not know of it."""
+        if self.teacher is not None:
+            self.teacher.to(self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch (images, targets)."""

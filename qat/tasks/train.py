@@ -51,12 +51,14 @@ def train(cfg: DictConfig) -> float:
     data = build.build_data(cfg)
     start = build.build_start(cfg)
     trainer = build.build_trainer(cfg, build.build_callbacks(cfg), build.build_loggers(cfg))
+    device = trainer.strategy.root_device
+    start.net.to(device)
     start.notes += build.quantize(start, recipe, data, init=cfg.model.init)
     teacher = build.build_teacher(cfg, loss, data)
     _announce(cfg, start, recipe, data, trainer)
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     module = _module(cfg, start.net, loss, teacher, data)
-    top1_fp = _announce_teacher(teacher, data)
+    top1_fp = _announce_teacher(teacher, data, device)
     trainer.fit(module, datamodule=data)
     val_top1, weights = _take_best(trainer, module)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
@@ -126,11 +128,10 @@ def _announce(cfg: DictConfig, start: Start, recipe: QuantRecipe, data: ImageDat
         log.info(summary.compact(report))
 
 
-def _announce_teacher(teacher: Teacher | None, data: ImageData) -> float | None:
+def _announce_teacher(teacher: Teacher | None, data: ImageData, device: torch.device) -> float | None:
     """Evaluate the teacher once: a wrong teacher is the most expensive mistake of a distillation run."""
     if teacher is None:
         return None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher.to(device)
     scores: dict[str, Any] = evaluate(teacher, data.test_dataloader(), data.settings.num_classes, device)
     log.info("teacher: %s top-1 %.2f %% (its %s head)", data.evaluation_split, scores["top1"], teacher.head)
