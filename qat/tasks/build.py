@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
 warnings.filterwarnings("ignore", message=".*does not have many workers")  # small data are in memory
+warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")  # Hydra made it
 warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval")
 
 
