@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,20 @@ def check_choice(setting: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise `UsageError` unless `value` is one of `allowed`."""
     if value not in allowed:
         raise UsageError(f"{setting}={value!r}: allowed are {', '.join(allowed)}")
+
+
+def check_number(setting: str, value: object, lowest: float, *, above: bool = False, below: float = math.inf) -> None:
+    """Raise `UsageError` unless `value` is a number from `lowest` (or above it), up to but not including `below`."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value < below and not (above and value == lowest)
+    if not fits:
+        end = "" if below == math.inf else f" to below {below:g}"
+        raise UsageError(f"{setting}={value!r}: allowed are numbers {'above' if above else 'from'} {lowest:g}{end}")
+
+
+def check_whole(setting: str, value: object, lowest: int) -> None:
+    """Raise `UsageError` unless `value` is a whole number from `lowest`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise UsageError(f"{setting}={value!r}: allowed are whole numbers from {lowest}")
 
 
 def check_bits(setting: str, bits: object, quantizer: str = "") -> None:

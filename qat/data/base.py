@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from qat.data.sampler import Key, SeededSampler, isolated_rng
 from qat.data.transforms import AUGMENTATIONS, Transform, eval_transform, train_transform
 from qat.errors import UsageError
-from qat.spec import check_choice
+from qat.spec import check_choice, check_whole
 
 SPLITS = ("train", "val", "test")
 # One fixed division into train, val and test: results of different runs and seeds are on the same images.
@@ -60,17 +60,9 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         check_choice("data.augment", self.augment, AUGMENTATIONS)
-        for name, lowest in (
-            ("image_size", 1),
-            ("in_chans", 1),
-            ("num_classes", 1),
-            ("batch_size", 1),
-            ("num_workers", 0),
-            ("calibration_images", 1),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise UsageError(f"data.{name}={value!r}: allowed are whole numbers from {lowest}")
+        lowest = {"image_size": 1, "in_chans": 1, "num_classes": 1, "batch_size": 1, "num_workers": 0, "calibration_images": 1}
+        for name, bound in lowest.items():
+            check_whole(f"data.{name}", getattr(self, name), bound)
         if not 0 <= self.hflip <= 1:
             raise UsageError(f"data.hflip={self.hflip!r}: allowed are numbers from 0 to 1")
         for name in ("mean", "std"):
@@ -174,9 +166,9 @@ class ImageData(LightningDataModule):
         return "test" if "test" in self._splits else "val"
 
     def _checked(self, name: str, arrays: ImageArrays) -> ImageArrays:
-        highest = int(arrays.labels.max(initial=0))
-        if highest >= self.settings.num_classes:
-            raise UsageError(f"data.num_classes={self.settings.num_classes}: the {name} split has a label {highest}")
+        wrong = arrays.labels[(arrays.labels < 0) | (arrays.labels >= self.settings.num_classes)]
+        if len(wrong):
+            raise UsageError(f"data.num_classes={self.settings.num_classes}: the {name} split has a label {wrong.max()}")
         if arrays.images.shape[3] != self.settings.in_chans:
             raise UsageError(f"data.in_chans={self.settings.in_chans}: the images have {arrays.images.shape[3]} channels")
         return arrays

@@ -42,6 +42,14 @@ def _column(table: pa.Table, names: tuple[str, ...], file: Path) -> pa.ChunkedAr
     raise UsageError(f"{file}: has columns {', '.join(table.column_names)}; one of {', '.join(names)} is needed")
 
 
+def _labels(table: pa.Table, file: Path) -> list[int]:
+    labels = _column(table, LABEL_COLUMNS, file).to_pylist()
+    for row, label in enumerate(labels):
+        if not isinstance(label, int):
+            raise UsageError(f"{file}: label {label!r} of image {row} is not a whole number")
+    return labels
+
+
 def decode(content: bytes, chans: int) -> NDArray[np.uint8]:
     """One encoded image as (H, W, chans) uint8; chans 1 = grey, 3 = RGB."""
     image = Image.open(io.BytesIO(content)).convert("L" if chans == 1 else "RGB")
@@ -52,22 +60,24 @@ def read_parquet(files: list[Path], chans: int) -> ImageArrays:
     """Decode all images of the files, which must be of one size.
 
     Raises:
-        UsageError: a file is not such a parquet, an image cannot be decoded, or sizes differ.
+        UsageError: a file is not such a parquet, a label is missing, an image cannot be decoded, there are none, or sizes differ.
     """
     images: list[NDArray[np.uint8]] = []
     labels: list[int] = []
     for file in files:
         try:
             table = pq.read_table(file)
-        except pa.ArrowInvalid as error:
-            raise UsageError(f"{file}: not a parquet file ({error})") from error
+        except (pa.ArrowException, OSError) as error:
+            raise UsageError(f"{file}: cannot be read as parquet ({error})") from error
         column = _column(table, IMAGE_COLUMNS, file)
-        labels += _column(table, LABEL_COLUMNS, file).to_pylist()
+        labels += _labels(table, file)
         for row, cell in enumerate(column.to_pylist()):
             try:
                 images.append(decode(cell["bytes"], chans))
             except (UnidentifiedImageError, OSError, TypeError, KeyError) as error:
                 raise UsageError(f"{file}: image {row} cannot be decoded ({error})") from error
+    if not images:
+        raise UsageError(f"{files[0].parent}: no images in {', '.join(file.name for file in files)}")
     if len({image.shape for image in images}) > 1:
         raise UsageError(f"{files[0].parent}: images have different sizes, one size is needed here")
     return ImageArrays(np.stack(images), np.asarray(labels, dtype=np.int64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 AUGMENTATIONS = ("none", "light", "timm")
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
+RAND_AUGMENT_HIGHEST = 10
 ERASE_PROBABILITY = 0.25
 
 
@@ -71,6 +73,10 @@ def train_transform(settings: DataSettings) -> Transform:
         mean=tuple(settings.mean),
         std=tuple(settings.std),
     )
+    for step in timm_transform.transforms:
+        for operation in getattr(step, "ops", ()):
+            # At the very highest magnitude posterize would ask for 0 bits, which Pillow refuses.
+            operation.magnitude_max = math.nextafter(RAND_AUGMENT_HIGHEST, 0)
     return Transform(v2.Compose([_to_pil, timm_transform]), is_random=True)
 
 

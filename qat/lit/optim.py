@@ -12,7 +12,7 @@ from torch import nn
 from qat.errors import UsageError
 from qat.nn import QkrAttention
 from qat.quantizers import Quantizer
-from qat.spec import check_choice
+from qat.spec import check_choice, check_number
 
 INTERVALS = ("epoch", "step")
 
@@ -73,11 +73,9 @@ def build_optimizer(
     Raises:
         UsageError: unknown optimizer, or a rate that is not positive.
     """
-    for name, value, lowest in (("lr", lr, "above 0"), ("scale_lr_factor", scale_lr_factor, "above 0")):
-        if not value > 0:
-            raise UsageError(f"optimizer.{name}={value!r}: allowed are numbers {lowest}")
-    if not weight_decay >= 0:
-        raise UsageError(f"optimizer.weight_decay={weight_decay!r}: allowed are numbers from 0")
+    check_number("optimizer.lr", lr, 0, above=True)
+    check_number("optimizer.scale_lr_factor", scale_lr_factor, 0, above=True)
+    check_number("optimizer.weight_decay", weight_decay, 0)
     groups = parameter_groups(net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.losses.context import StepContext
+from qat.spec import check_number
 
 
 class LossTerm(nn.Module):
@@ -25,8 +26,7 @@ class LossTerm(nn.Module):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        if not weight >= 0:
-            raise UsageError(f"loss term {type(self).__name__}: weight={weight!r}, allowed are numbers from 0")
+        check_number(f"loss term {type(self).__name__}: weight", weight, 0)
         self.weight = weight
 
     def forward(self, step: StepContext) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.errors import UsageError
 from qat.losses.compose import LossTerm
 from qat.losses.context import StepContext
+from qat.spec import check_number
 
 
 class CrossEntropy(LossTerm):
@@ -20,8 +20,7 @@ class CrossEntropy(LossTerm):
 
     def __init__(self, label_smoothing: float = 0.0, weight: float = 1.0) -> None:
         super().__init__(weight)
-        if not 0 <= label_smoothing < 1:
-            raise UsageError(f"loss.label_smoothing={label_smoothing!r}: allowed are numbers from 0 to below 1")
+        check_number("loss.label_smoothing", label_smoothing, 0, below=1)
         self.label_smoothing = label_smoothing
 
     def forward(self, step: StepContext) -> Tensor:

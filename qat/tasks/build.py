@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -23,11 +25,11 @@ from qat.conversion import convert
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit.checkpoint_io import AtomicCheckpointIO
-from qat.lit.optim import build_optimizer, cosine_schedule
+from qat.lit.optim import INTERVALS, build_optimizer, cosine_schedule
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss
 from qat.scales import assert_ready, initialize_scales
-from qat.spec import QuantRecipe, check_choice
+from qat.spec import QuantRecipe, check_choice, check_number, check_whole
 from qat.transfer import Start, copy_scales, forget_attention_weights, from_checkpoint, from_pretrained, from_scratch, from_weights
 
 log = logging.getLogger(__name__)
@@ -66,8 +68,16 @@ def build_recipe(cfg: DictConfig) -> QuantRecipe:
 
 
 def model_args(cfg: DictConfig) -> dict[str, Any]:
-    """Arguments for `timm.create_model`: those of the config that are not null."""
-    return {k: v for k, v in plain(cfg.model.args).items() if v is not None}
+    """Arguments for `timm.create_model`: those of the config that are not null.
+
+    Raises:
+        UsageError: they contradict the data.
+    """
+    args = {k: v for k, v in plain(cfg.model.args).items() if v is not None}
+    for name in ("num_classes", "in_chans"):
+        if name in args and args[name] != cfg.data[name]:
+            raise UsageError(f"model.args.{name}={args[name]!r}: the data have {cfg.data[name]}; set data.{name} if that is wrong")
+    return args
 
 
 def build_start(cfg: DictConfig) -> Start:
@@ -165,14 +175,20 @@ def _rebuilt_teacher(checkpoint: Checkpoint, data: ImageData) -> nn.Module | Non
 
 
 def build_optimizer_factory(cfg: DictConfig) -> Any:
-    """A function from a net to its optimizer."""
-    return partial(build_optimizer, **plain(cfg.optimizer))
+    """A function from a net to its optimizer; tried on one parameter, so that a mistake shows before anything is trained."""
+    make: Any = partial(build_optimizer, **plain(cfg.optimizer))
+    make(nn.Linear(1, 1))
+    return make
 
 
 def build_scheduler_factory(cfg: DictConfig) -> Any:
     """A function from (optimizer, epochs, steps per epoch) to (schedule, interval)."""
     settings = plain(cfg.scheduler)
-    warmup_epochs = settings.pop("warmup_epochs")
+    check_choice("scheduler.interval", settings["interval"], INTERVALS)
+    for name in ("warmup_lr", "min_lr"):
+        check_number(f"scheduler.{name}", settings[name], 0)
+    warmup_epochs, max_epochs = settings.pop("warmup_epochs"), cfg.trainer.max_epochs
+    check_number("scheduler.warmup_epochs", warmup_epochs, 0, below=max_epochs if max_epochs > 0 else math.inf)
     if cfg.trainer.fast_dev_run:
         warmup_epochs = 0
 
@@ -206,6 +222,8 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         UsageError: Lightning does not take one of the settings, or the accelerator is not there.
     """
     settings: Mapping[str, Any] = plain(cfg.trainer)
+    if settings.get("max_epochs") != -1:
+        check_whole("trainer.max_epochs", settings.get("max_epochs"), 1)
     monitors = [c for c in callbacks if loggers or type(c).__name__ not in {"LearningRateMonitor", "Throughput"}]
     try:
         return Trainer(
@@ -218,9 +236,10 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
             enable_model_summary=False,
             enable_progress_bar=any("Progress" in type(c).__name__ for c in monitors),
         )
-    except (TypeError, ValueError, RuntimeError, ImportError) as error:
-        raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
-    except Exception as error:
-        if "Misconfiguration" in type(error).__name__:
-            raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
-        raise
+    except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
+        raise UsageError(f"{_blamed(settings)}: {' '.join(str(error).split())}") from error
+
+
+def _blamed(settings: Mapping[str, Any]) -> str:
+    """The settings that Lightning's complaints are about, with their values."""
+    return ", ".join(f"trainer.{key}={settings.get(key)!r}" for key in ("accelerator", "devices", "strategy", "precision"))

@@ -17,7 +17,7 @@ from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit import QATModule
 from qat.losses import CompositeLoss, CrossEntropy
-from qat.spec import recipe
+from qat.spec import check_whole, recipe
 from qat.tasks import build, summary
 from qat.tasks.results import recipe_fields, write_results
 
@@ -49,6 +49,7 @@ def evaluate(cfg: DictConfig) -> float:
         UsageError: a setting, path or file cannot work.
     """
     began = time.monotonic()
+    check_whole("seed", cfg.seed, 0)
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format) if cfg.get("ckpt") else None
     settle_data(cfg, checkpoint)

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from qat.checkpoint import build_from, describe, read_checkpoint
 from qat.conversion import conversion_report
@@ -21,8 +20,7 @@ from qat.errors import UsageError
 from qat.files import write_text
 from qat.lit import QATModule, Teacher
 from qat.lit.evaluate import evaluate
-from qat.losses import CompositeLoss
-from qat.spec import QuantRecipe
+from qat.spec import QuantRecipe, check_whole
 from qat.tasks import build, summary
 from qat.tasks.results import recipe_fields, write_results
 from qat.transfer import Start
@@ -45,9 +43,11 @@ def train(cfg: DictConfig) -> float:
     began = time.monotonic()
     run_dir = Path(cfg.run_dir)
     _refuse_used(run_dir, overwrite=bool(cfg.overwrite))
+    check_whole("seed", cfg.seed, 0)
     seed_everything(cfg.seed, workers=True, verbose=False)
     recipe = build.build_recipe(cfg)
     loss = build.build_loss(cfg)
+    optimizer, scheduler = build.build_optimizer_factory(cfg), build.build_scheduler_factory(cfg)
     data = build.build_data(cfg)
     start = build.build_start(cfg)
     trainer = build.build_trainer(cfg, build.build_callbacks(cfg), build.build_loggers(cfg))
@@ -57,7 +57,16 @@ def train(cfg: DictConfig) -> float:
     teacher = build.build_teacher(cfg, loss, data)
     _announce(cfg, start, recipe, data, trainer)
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    module = _module(cfg, start.net, loss, teacher, data)
+    module = QATModule(
+        start.net,
+        loss,
+        num_classes=data.settings.num_classes,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        teacher=teacher,
+        lsq_grad_batch=cfg.lsq_grad_batch,
+        describe=describe(start.net, model=cfg.model.name, model_kwargs=build.model_args(cfg), data=build.plain(cfg.data)),
+    )
     top1_fp = _announce_teacher(teacher, data, device)
     trainer.fit(module, datamodule=data)
     val_top1, weights = _take_best(trainer, module)
@@ -91,21 +100,6 @@ def _refuse_used(run_dir: Path, *, overwrite: bool) -> None:
         raise UsageError(f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true")
     for path in used:
         path.unlink()
-
-
-def _module(cfg: DictConfig, net: nn.Module, loss: CompositeLoss, teacher: Teacher | None, data: ImageData) -> QATModule:
-    if loss.needs_teacher and hasattr(net, "set_distilled_training"):
-        net.set_distilled_training(True)  # type: ignore[operator]  # noqa: FBT003  (timm's signature)
-    return QATModule(
-        net,
-        loss,
-        num_classes=data.settings.num_classes,
-        optimizer=build.build_optimizer_factory(cfg),
-        scheduler=build.build_scheduler_factory(cfg),
-        teacher=teacher,
-        lsq_grad_batch=cfg.lsq_grad_batch,
-        describe=describe(net, model=cfg.model.name, model_kwargs=build.model_args(cfg), data=build.plain(cfg.data)),
-    )
 
 
 def _announce(cfg: DictConfig, start: Start, recipe: QuantRecipe, data: ImageData, trainer: Trainer) -> None:
