@@ -71,7 +71,7 @@ class QATModule(LightningModule):
         super().__init__()
         check_choice("lsq_grad_batch", lsq_grad_batch, LSQ_GRAD_BATCHES)
         if loss.needs_teacher and hasattr(net, "set_distilled_training"):
-            net.set_distilled_training(enable=True)  # a distilled timm net then gives both heads' logits in training
+            net.set_distilled_training(enable=True)  # type: ignore[operator]  # a distilled timm net then gives both heads' logits in training
         self.lsq_grad_batch = lsq_grad_batch
         self.net = net
         self.loss = loss
