@@ -25,15 +25,6 @@ log = logging.getLogger(__name__)
 
 # A dataset named inside a checkpoint is built from this package alone: the name is an instruction to import code.
 TRUSTED_DATA = "qat.data."
-DEFAULT_DATA = {
-    "_target_": "qat.data.Digits",
-    "image_size": 8,
-    "patch_size": 4,
-    "in_chans": 1,
-    "num_classes": 10,
-    "mean": [0.3051],
-    "std": [0.3759],
-}
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -102,7 +93,7 @@ def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
     if stored and not str(stored.get("_target_", "")).startswith(TRUSTED_DATA):
         raise UsageError(f"ckpt={cfg.ckpt!r} was trained on {stored.get('_target_')!r}, which is not part of qat; choose it with data=...")
     with open_dict(cfg):
-        cfg.data = OmegaConf.create({**(stored or DEFAULT_DATA), **wanted})
+        cfg.data = OmegaConf.create({**(stored or build.plain(cfg.default_data)), **wanted})
 
 
 def _net(cfg: DictConfig, checkpoint: Checkpoint | None) -> tuple[nn.Module, str]:
