@@ -84,7 +84,9 @@ def test_an_activation_has_no_latent():
 def inputs_of(net):
     """What every quantizer receives in one forward."""
     seen = {}
-    handles = [s.quantizer.register_forward_pre_hook(lambda m, args, n=s.name: seen.setdefault(n, args[0])) for s in qat.iter_quantizers(net)]
+    handles = [
+        s.quantizer.register_forward_pre_hook(lambda m, args, n=s.name: seen.setdefault(n, args[0])) for s in qat.iter_quantizers(net)
+    ]
     logits(net)
     for handle in handles:
         handle.remove()

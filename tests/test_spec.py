@@ -47,7 +47,8 @@ def test_unknown_recipe():
 
 
 @pytest.mark.parametrize(
-    ("knob", "value"), [("bits", 4), ("act_bits", 4), ("stem_bits", 8), ("head_bits", 8), ("weight_quantizer", "lsq"), ("act_quantizer", "lsq")]
+    ("knob", "value"),
+    [("bits", 4), ("act_bits", 4), ("stem_bits", 8), ("head_bits", 8), ("weight_quantizer", "lsq"), ("act_quantizer", "lsq")],
 )
 def test_float_takes_no_quantization(knob, value):
     with pytest.raises(qat.UsageError, match=f"quant.{knob}={value!r}: quant=fp leaves the net in float"):

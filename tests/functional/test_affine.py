@@ -16,7 +16,9 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("bits", "signed", "expected"), [(2, True, (-2, 1)), (8, True, (-128, 127)), (2, False, (0, 3)), (8, False, (0, 255))])
+@pytest.mark.parametrize(
+    ("bits", "signed", "expected"), [(2, True, (-2, 1)), (8, True, (-128, 127)), (2, False, (0, 3)), (8, False, (0, 255))]
+)
 def test_code_range(bits, signed, expected):
     assert F.code_range(bits, signed=signed) == expected
 

@@ -20,9 +20,7 @@ def drawn(rows, columns, seed, magnitude):
     return weight(rows, columns, seed=seed) * magnitude
 
 
-weights = st.builds(
-    drawn, st.integers(1, 5), st.integers(1, 33), st.integers(0, 2**31), st.sampled_from([1e-20, 1e-6, 1.0, 1e6])
-)
+weights = st.builds(drawn, st.integers(1, 5), st.integers(1, 33), st.integers(0, 2**31), st.sampled_from([1e-20, 1e-6, 1.0, 1e6]))
 
 
 def test_two_bits_by_hand():

@@ -28,7 +28,14 @@ def test_image_and_weight_have_eight_bits_each():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"stride": 2, "padding": 1}, {"padding": 1, "padding_mode": "reflect"}, {"groups": 2}, {"dilation": 2}, {"bias": False}, {"padding": "same"}],
+    [
+        {"stride": 2, "padding": 1},
+        {"padding": 1, "padding_mode": "reflect"},
+        {"groups": 2},
+        {"dilation": 2},
+        {"bias": False},
+        {"padding": "same"},
+    ],
 )
 def test_settings_of_the_convolution_are_kept(settings):
     torch.manual_seed(0)

@@ -50,7 +50,9 @@ class Tail(nn.Module):
         return x.tanh()
 
 
-@pytest.mark.parametrize(("activation", "norm", "signed"), [(nn.ReLU, None, False), (nn.GELU, None, False), (Tail, None, True), (nn.GELU, nn.LayerNorm, True)])
+@pytest.mark.parametrize(
+    ("activation", "norm", "signed"), [(nn.ReLU, None, False), (nn.GELU, None, False), (Tail, None, True), (nn.GELU, nn.LayerNorm, True)]
+)
 def test_sign_follows_what_stands_in_front(activation, norm, signed):
     net = nn.Sequential(timm.layers.Mlp(8, 16, act_layer=activation, norm_layer=norm))
     qat.convert(net, qat.recipe("ofq"), input_size=(1, 2, 8))

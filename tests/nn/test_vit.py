@@ -42,7 +42,15 @@ def tokens(seed=0):
     return torch.randn(3, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-SETTINGS = [{}, {"qkv_bias": False}, {"proj_bias": False}, {"gated": True}, {"scale_norm": True, "norm_layer": nn.LayerNorm}, {"attn_head_dim": 4}, {"dim_out": 10}]
+SETTINGS = [
+    {},
+    {"qkv_bias": False},
+    {"proj_bias": False},
+    {"gated": True},
+    {"scale_norm": True, "norm_layer": nn.LayerNorm},
+    {"attn_head_dim": 4},
+    {"dim_out": 10},
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -55,7 +63,11 @@ def test_without_rounding_it_is_timms(kind, settings):
 
 
 @pytest.mark.parametrize("kind", ["qkr", "standard"])
-@pytest.mark.parametrize("masking", [{"is_causal": True}, {"attn_mask": torch.ones(TOKENS, TOKENS).tril(1).bool()}, {"attn_mask": torch.randn(TOKENS, TOKENS)}], ids=["causal", "bool", "additive"])
+@pytest.mark.parametrize(
+    "masking",
+    [{"is_causal": True}, {"attn_mask": torch.ones(TOKENS, TOKENS).tril(1).bool()}, {"attn_mask": torch.randn(TOKENS, TOKENS)}],
+    ids=["causal", "bool", "additive"],
+)
 def test_masks_are_timms(kind, masking):
     plain = attention()
     out = plain(tokens(), **masking)

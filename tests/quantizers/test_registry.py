@@ -49,7 +49,9 @@ def test_offsets_wrap():
 
 
 def test_unknown_name_lists_what_there_is():
-    with pytest.raises(qat.UsageError, match="quantizer='lsqq': allowed are float, lsq, minmax, minmax_dynamic, statsq and package.module:Class"):
+    with pytest.raises(
+        qat.UsageError, match="quantizer='lsqq': allowed are float, lsq, minmax, minmax_dynamic, statsq and package.module:Class"
+    ):
         build("lsqq")
 
 

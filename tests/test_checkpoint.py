@@ -1,0 +1,373 @@
+"""Checkpoints. Oracle: the net that was saved, and one line for every file that is none."""
+
+import copy
+import pickle
+import zipfile
+from functools import partial
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import qat
+from qat.checkpoint import build_from, read_checkpoint
+from tests.tiny import DISTILLED, KWARGS, SIZE, VIT, converted, images, logits, quantized, shake, vit
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "net.ckpt"
+
+
+def saved(net, path, **arguments):
+    qat.save(net, path, **arguments)
+    return torch.load(path, weights_only=True)
+
+
+def refused(path, *said):
+    """The message of `qat.load`: one line that names the file and says what is wrong."""
+    with pytest.raises(qat.UsageError) as caught:
+        qat.load(path)
+    message = str(caught.value)
+    assert f"ckpt={str(path)!r}: " in message
+    assert "\n" not in message
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "minmax", "fp"])
+@pytest.mark.parametrize("name", [VIT, DISTILLED])
+def test_round_trip(preset, name, path):
+    net = quantized(preset, name, **({} if preset == "fp" else {"bits": 2})).train()
+    qat.save(net, path)
+    loaded = qat.load(path)
+    assert not loaded.training
+    assert type(loaded) is type(net)
+    assert torch.equal(logits(loaded), logits(net))
+    assert loaded.state_dict().keys() == net.state_dict().keys()
+    assert qat.conversion_report(loaded) == qat.conversion_report(net)
+
+
+def test_round_trip_with_every_knob(path):
+    net = quantized(
+        "ofq",
+        bits=2,
+        act_bits=3,
+        qk_bias="fold",
+        head_bits=4,
+        overrides={"blocks.0.*": {"bits": 4}, "blocks.1.attn": {"attention": "float"}},
+    )
+    qat.save(net, path)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
+def test_loading_does_not_touch_the_random_state_of_the_result(path):
+    qat.save(quantized(), path)
+    torch.manual_seed(1)
+    first = qat.load(path)
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), qat.load(path).state_dict().values(), strict=True))
+
+
+def test_missing_scales_survive_as_missing(path):
+    qat.save(converted(), path)
+    with pytest.raises(qat.UsageError, match="not initialised"):
+        qat.assert_ready(qat.load(path))
+
+
+def test_a_new_head_is_rebuilt(path):
+    net = vit()
+    net.reset_classifier(3)
+    qat.convert(net, qat.recipe("lsq"), input_size=SIZE)
+    qat.initialize_scales(net, [images()])
+    qat.save(net, path)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+    assert logits(qat.load(path)).shape == (8, 3)
+
+
+def test_content_is_plain_data(path):
+    content = saved(quantized("ofq", bits=2), path)
+    assert set(content) == {"qat", "state_dict"}
+    meta = content["qat"]
+    assert meta["format_version"] == 1
+    assert meta["model"] == {"name": VIT, "kwargs": KWARGS}
+    assert (meta["recipe"]["name"], meta["recipe"]["bits"], meta["input_size"]) == ("ofq", 2, [1, 8, 8])
+
+
+def test_float_net_has_no_recipe(path):
+    meta = saved(vit(), path)["qat"]
+    assert meta["recipe"] is None
+    assert meta["input_size"] is None
+
+
+def test_saving_replaces(path):
+    qat.save(quantized("lsq"), path)
+    qat.save(quantized("ofq"), path)
+    assert torch.equal(logits(qat.load(path)), logits(quantized("ofq")))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_net_not_built_by_timm_says_what_it_needs(path):
+    with pytest.raises(qat.UsageError, match="save: this net does not say how timm built it; give model='timm name' and model_kwargs="):
+        qat.save(nn.Sequential(nn.Linear(2, 2)), path)
+    assert not path.exists()
+
+
+def test_a_net_built_by_hand_is_described_by_its_caller(path):
+    torch.manual_seed(0)
+    net = shake(VisionTransformer(**{**KWARGS, "num_classes": 10}))
+    qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
+    qat.initialize_scales(net, [images()])
+    with pytest.raises(qat.UsageError, match="give model='timm name'"):
+        qat.save(net, path)
+    qat.save(net, path, model=VIT, model_kwargs=KWARGS)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
+@pytest.mark.parametrize("value", [partial(nn.LayerNorm, eps=1e-5), nn.LayerNorm, torch.ones(1)], ids=["partial", "class", "tensor"])
+def test_model_arguments_have_to_be_plain(path, value):
+    net = vit()
+    net._model_args = {**net._model_args, "norm_layer": value}
+    with pytest.raises(qat.UsageError, match=r"save: model argument norm_layer=.* is not plain data; give model_kwargs="):
+        qat.save(net, path)
+    qat.save(net, path, model_kwargs=KWARGS)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
+def test_missing_file(tmp_path):
+    refused(tmp_path / "nowhere.ckpt", "no such file")
+    refused(tmp_path, "no such file")
+
+
+def test_text_file(path):
+    path.write_text("this is no checkpoint\n" * 50)
+    refused(path, "not a checkpoint that can be read safely")
+
+
+def test_empty_file(path):
+    path.write_bytes(b"")
+    refused(path, "not a checkpoint that can be read safely")
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.999])
+def test_truncated_file(path, fraction):
+    qat.save(quantized(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(fraction * len(whole))])
+    refused(path, "not a checkpoint that can be read safely")
+
+
+def test_flipped_byte_in_the_middle_of_a_tensor(path):
+    qat.save(quantized(), path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+    refused(path, "the file is damaged (checksum of", largest.filename)
+
+
+def same(a, b):
+    return a.meta == b.meta and a.state.keys() == b.state.keys() and all(torch.equal(a.state[k], b.state[k]) for k in a.state)
+
+
+def test_a_flipped_byte_anywhere_is_noticed_or_harmless(path):
+    qat.save(quantized(), path)
+    whole, good = path.read_bytes(), read_checkpoint(path)
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+    noticed = 0
+    for i in [*range(0, directory, 1009), *range(directory, len(whole), 17)]:
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x55]) + whole[i + 1 :])
+        try:
+            assert same(read_checkpoint(path), good)
+        except qat.UsageError:
+            noticed += 1
+    assert noticed > 200
+
+
+def test_an_entry_marked_as_a_folder_is_damage(path):
+    qat.save(quantized(), path)
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\x01\x02", directory + 46)  # the second entry: the first is the pickle
+    content[entry + 38] ^= 0x10
+    path.write_bytes(content)
+    refused(path, "the file is damaged")
+
+
+class Malicious:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("legacy", [True, False])
+def test_code_in_a_pickle_is_not_run(path, tmp_path, legacy):
+    victim = tmp_path / "executed"
+    torch.save({"state_dict": {"w": torch.ones(1)}, "x": Malicious(str(victim))}, path, _use_new_zipfile_serialization=not legacy)
+    refused(path, "not a checkpoint that can be read safely")
+    path.write_bytes(pickle.dumps(Malicious(str(victim))))
+    refused(path, "not a checkpoint that can be read safely")
+    assert not victim.exists()
+
+
+def test_a_whole_pickled_net_is_refused(path):
+    torch.save(vit(), path)
+    refused(path, "not a checkpoint that can be read safely")
+
+
+def changed(path, change):
+    """A checkpoint of ours after `change(content)`."""
+    content = saved(quantized(), path)
+    change(content)
+    torch.save(content, path)
+
+
+def test_newer_format(path):
+    changed(path, lambda c: c["qat"].update(format_version=2))
+    refused(path, "written by a newer qat (format 2); this one reads up to 1")
+
+
+def test_weights_of_another_shape(path):
+    changed(path, lambda c: c["state_dict"].update({"head.bias": torch.zeros(7)}))
+    refused(path, f"weights do not fit {VIT}", "head.bias")
+
+
+def test_missing_weights(path):
+    changed(path, lambda c: c["state_dict"].pop("head.bias"))
+    refused(path, f"weights do not fit {VIT}", "head.bias")
+
+
+def test_extra_weights(path):
+    changed(path, lambda c: c["state_dict"].update({"extra": torch.zeros(1)}))
+    refused(path, "weights do not fit", "extra")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [([1, 2], "holds a list, expected a dictionary of tensors"), ({"a": 1}, "holds no weights"), ({}, "holds no weights")],
+)
+def test_content_without_weights(path, content, said):
+    torch.save(content, path)
+    refused(path, said)
+
+
+def test_a_plain_state_dict_does_not_say_what_it_is(path):
+    torch.save(vit().state_dict(), path)
+    refused(path, "does not say what net it holds; give model=")
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({}, "model"),
+        ({"model": {}}, "name"),
+        ({"model": {"name": "no_such_net", "kwargs": {}}}, "no_such_net"),
+        ({"model": {"name": VIT, "kwargs": {"colour": 1}}}, "colour"),
+        ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {"bits": 99}, "input_size": [1, 8, 8]}, "quant.bits=99"),
+        ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {"colour": 1}, "input_size": [1, 8, 8]}, "colour"),
+        ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {}, "input_size": [1, 9, 9]}, "input_size=(1, 9, 9)"),
+        ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {}}, "input_size"),
+    ],
+    ids=str,
+)
+def test_a_description_that_cannot_be_followed(path, meta, said):
+    changed(path, lambda c: c.update(qat={"format_version": 1, **meta}))
+    refused(path, "cannot build the net it describes", said)
+
+
+def test_a_quantizer_that_is_not_installed(path):
+    changed(path, lambda c: c["qat"]["recipe"].update(act_quantizer="not_installed_here:Quantizer"))
+    refused(path, "quantizer='not_installed_here:Quantizer': No module named 'not_installed_here'")
+
+
+def test_formats(path):
+    qat.save(quantized(), path)
+    assert read_checkpoint(path, fmt="auto").meta == read_checkpoint(path, fmt="qat").meta
+    assert read_checkpoint(path, fmt="timm").meta is None
+    torch.save(vit().state_dict(), path)
+    assert read_checkpoint(path, fmt="timm").meta is None
+    with pytest.raises(qat.UsageError, match="not a checkpoint of qat"):
+        read_checkpoint(path, fmt="qat")
+    with pytest.raises(qat.UsageError, match="ckpt_format='zip': allowed are auto, qat, timm"):
+        read_checkpoint(path, fmt="zip")
+
+
+def test_the_setting_is_named(tmp_path):
+    with pytest.raises(qat.UsageError, match=r"teacher.ckpt='.*nowhere': no such file"):
+        read_checkpoint(tmp_path / "nowhere", setting="teacher.ckpt")
+
+
+def test_safetensors(tmp_path):
+    state = vit().state_dict()
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    read = read_checkpoint(tmp_path / "model.safetensors")
+    assert read.meta is None
+    assert read.state.keys() == state.keys()
+    assert all(torch.equal(read.state[k], state[k]) for k in state)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path / "half.safetensors", "not a checkpoint that can be read safely")
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "state_dict_ema"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrappers_leave_no_trace(path, key, prefix):
+    state = {prefix + k: v for k, v in vit().state_dict().items()}
+    torch.save({key: state, "epoch": 3} if key else state, path)
+    assert read_checkpoint(path).state.keys() == vit().state_dict().keys()
+
+
+def test_wrapped_net_of_ours(path):
+    net = quantized()
+    changed(path, lambda c: c.update(state_dict={f"module.{k}": v for k, v in c["state_dict"].items()}))
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
+def test_compiled_in_place_saves_the_same_names(path):
+    net = quantized()
+    net.compile(backend="eager")
+    qat.save(net, path)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
+def test_training_checkpoint(path):
+    net = quantized()
+    lightning = {"pytorch-lightning_version": "2.6.6", "global_step": 7, "optimizer_states": [{"lr": 0.1}]}
+    changed(
+        path, lambda c: c.update(lightning, state_dict={"loss.weight": torch.ones(1)} | {f"net.{k}": v for k, v in c["state_dict"].items()})
+    )
+    read = read_checkpoint(path)
+    assert read.step == 7
+    assert torch.equal(logits(build_from(read)), logits(net))
+
+
+def test_arguments_of_timms_trainer_are_read(path):
+    import argparse
+
+    torch.save({"state_dict": vit().state_dict(), "args": argparse.Namespace(lr=0.1)}, path)
+    assert read_checkpoint(path).state.keys() == vit().state_dict().keys()
+
+
+def test_saved_in_bfloat16_comes_back_in_the_dtype_of_the_net(path):
+    net = copy.deepcopy(quantized()).bfloat16()
+    qat.save(net, path)
+    assert {p.dtype for p in qat.load(path).parameters()} == {torch.float32}
+
+
+def test_describes_the_net_timm_builds(path):
+    net = timm.create_model("deit_tiny_patch16_224", depth=1, num_classes=4, drop_path_rate=0.1)
+    meta = saved(net, path)["qat"]
+    assert meta["model"] == {"name": "deit_tiny_patch16_224", "kwargs": {"depth": 1, "num_classes": 4, "drop_path_rate": 0.1}}
