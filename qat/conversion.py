@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
 from qat.nn import SwapContext, find_swap
+from qat.probing import probing
 from qat.quantizers import Quantizer
 from qat.sites import iter_quantizers
 from qat.spec import QuantRecipe
@@ -131,17 +131,12 @@ def _walk(module: nn.Module, name: str, walk: _Walk, inputs: dict[str, str]) -> 
 def _allocate(net: nn.Module, input_size: tuple[int, int, int]) -> None:
     """Give every quantizer its shapes by one probe forward: scales per position depend on the token count."""
     device = next(net.parameters()).device
-    handles: list[RemovableHandle] = [site.quantizer.register_forward_pre_hook(_allocate_hook) for site in iter_quantizers(net)]
-    training = net.training
+    hooks = [site.quantizer.register_forward_pre_hook(_allocate_hook) for site in iter_quantizers(net)]
     try:
-        with torch.no_grad():
-            net.eval()(torch.zeros(1, *input_size, device=device))
+        with probing(net, hooks):
+            net(torch.zeros(1, *input_size, device=device))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"input_size={input_size}: no image of this size passes through the net ({error})") from error
-    finally:
-        net.train(training)
-        for handle in handles:
-            handle.remove()
 
 
 def _allocate_hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qat.nn import QkrAttention, QuantAttention
+from qat.probing import probing
 from qat.quantizers import Quantizer
 from qat.sites import iter_quantizers
 from qat.spec import FLOAT_BITS
@@ -82,19 +83,13 @@ def matmuls(net: nn.Module, input_size: tuple[int, int, int]) -> Iterator[Matmul
     """Every matrix product of one image, by one forward pass on zeros."""
     found: list[Matmul] = []
     inherited = {id(m.v): _bits(m.input_quantizer) for m in net.modules() if isinstance(m, QkrAttention)}
-    handles = []
+    hooks = []
     for name, module in net.named_modules():
         count = next((f for cls, f in _COUNTERS.items() if isinstance(module, cls)), None)
         if count is not None:
-            handles.append(module.register_forward_hook(_recorder(name, count, found, inherited.get(id(module)))))
-    training, device = net.training, next(net.parameters()).device
-    try:
-        with torch.no_grad():
-            net.eval()(torch.zeros(1, *input_size, device=device))
-    finally:
-        net.train(training)
-        for handle in handles:
-            handle.remove()
+            hooks.append(module.register_forward_hook(_recorder(name, count, found, inherited.get(id(module)))))
+    with probing(net, hooks):
+        net(torch.zeros(1, *input_size, device=next(net.parameters()).device))
     return iter(found)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
+from qat.probing import probing
 from qat.quantizers import Quantizer
 from qat.sites import iter_quantizers
 
@@ -45,17 +45,9 @@ def initialize_scales(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     if not pending:
         return net
     device = next(net.parameters()).device
-    handles = [quantizer.register_forward_pre_hook(_calibrating({})) for quantizer in pending]
-    training = net.training
-    try:
-        with torch.no_grad():
-            net.eval()
-            for batch in batches:
-                net(batch.to(device))
-    finally:
-        net.train(training)
-        for handle in handles:
-            handle.remove()
+    with probing(net, [quantizer.register_forward_pre_hook(_calibrating({})) for quantizer in pending]):
+        for batch in batches:
+            net(batch.to(device))
     assert_ready(net)
     return net
 

@@ -1,26 +1,13 @@
-"""Carry weights between nets: float to quantized, one recipe to another, a timm file into any of our models."""
+"""Carry weights and scales between nets of different recipes."""
 
 from __future__ import annotations
 
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import huggingface_hub
-import timm
 import torch
 from torch import Tensor, nn
 
-from qat.checkpoint import Checkpoint, build_from
-from qat.errors import UsageError
 from qat.nn import QkrAttention, QuantAttention
 from qat.quantizers import Quantizer
 from qat.sites import iter_quantizers
-
-HUB_TIMEOUT_S = 4
 
 
 def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
@@ -55,146 +42,6 @@ def _stacked_qkv(attention: QkrAttention) -> dict[str, Tensor]:
     zeros = torch.zeros_like(attention.v.bias)
     q_bias = zeros if attention.q_bias is None else attention.q_bias
     return {"qkv.weight": weight, "qkv.bias": torch.cat([q_bias, zeros, attention.v.bias]).detach()}
-
-
-@dataclass
-class Start:
-    """Where a net's weights came from.
-
-    Attributes:
-        net: the float timm model.
-        notes: what a person should be told, a line each.
-        source: the quantized net whose scales may be copied after conversion, if the start was a checkpoint of ours.
-    """
-
-    net: nn.Module
-    notes: list[str] = field(default_factory=list)
-    source: nn.Module | None = None
-
-
-def from_scratch(model: str, kwargs: Mapping[str, Any]) -> Start:
-    """Random weights.
-
-    Raises:
-        UsageError: timm has no such model, or does not take the arguments.
-    """
-    return Start(_create(model, kwargs), ["random weights"])
-
-
-def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
-    if not timm.is_model(model):
-        near = ", ".join(timm.list_models(f"*{model.split('_', maxsplit=1)[0]}*")[:5])
-        raise UsageError(f"model.name={model!r}: timm has no such model{'; near are ' + near if near else ''}")
-    try:
-        net: nn.Module = timm.create_model(model, **kwargs, **loading)
-    except (TypeError, AssertionError, ValueError) as error:
-        raise UsageError(f"model.name={model!r} with {dict(kwargs)}: {' '.join(str(error).split())}") from error
-    return net
-
-
-def from_pretrained(model: str, kwargs: Mapping[str, Any]) -> Start:
-    """Timm's own pretrained weights, from the local cache or the hub.
-
-    Raises:
-        UsageError: the model has none, or they are not in the cache and the hub does not answer within 4 s.
-    """
-    described = _create(model, kwargs).pretrained_cfg  # also says clearly what is wrong with name or arguments
-    hub_id = described.get("hf_hub_id")  # type: ignore[union-attr, operator]
-    if not hub_id and not described.get("url"):  # type: ignore[union-attr, operator]
-        raise UsageError(
-            f"model.pretrained=true: timm has no pretrained weights for {model!r}; use model.weights=FILE or model.pretrained=false"
-        )
-    cached = hub_id and next(
-        (p for n in ("model.safetensors", "pytorch_model.bin") if isinstance(p := huggingface_hub.try_to_load_from_cache(hub_id, n), str)),
-        None,
-    )
-    if cached:
-        return Start(
-            _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": cached}),
-            [f"timm's pretrained weights of {model} (cached)"],
-        )
-    _require_hub(model)
-    return Start(_create(model, kwargs, pretrained=True), [f"timm's pretrained weights of {model}"])
-
-
-def _require_hub(model: str) -> None:
-    """Ask the hub for a sign of life: its own client would retry in silence for most of a minute."""
-    endpoint = huggingface_hub.constants.ENDPOINT
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
-    try:
-        if offline:
-            raise OSError("HF_HUB_OFFLINE is set")
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_S)  # noqa: S310  (https endpoint of the hub client)
-    except urllib.error.HTTPError:
-        return
-    except (TimeoutError, OSError) as error:
-        missing = f"the weights of {model!r} are not in the local cache and {endpoint} cannot be reached ({error})"
-        raise UsageError(f"model.pretrained=true: {missing}; use model.weights=FILE or model.pretrained=false") from error
-
-
-def from_state(model: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor], *, origin: str, keep_head: bool) -> Start:
-    """Weights under timm's names, adapted as timm does: position embedding, patch size, input channels.
-
-    Args:
-        model: timm name of the net to build.
-        kwargs: arguments of `timm.create_model`.
-        state: weights of a net of the same family.
-        origin: how to call them in messages, `ckpt='x.pt'`.
-        keep_head: another class count is an error (True), or gets a new head (False).
-
-    Raises:
-        UsageError: the class count differs under `keep_head`, or the weights are of another net.
-    """
-    fresh = _create(model, kwargs)
-    state = dict(state)
-    notes = [f"weights of {origin}"]
-    cfg = dict(fresh.pretrained_cfg)  # type: ignore[arg-type]
-    heads = [cfg["classifier"]] if isinstance(cfg["classifier"], str) else list(cfg["classifier"])
-    own = fresh.state_dict()
-    for name in heads:
-        classes, found = own[f"{name}.weight"].shape[0], state.get(f"{name}.weight")
-        if found is not None and found.shape[0] == classes:
-            continue
-        if keep_head:
-            has = 0 if found is None else found.shape[0]
-            raise UsageError(f"{origin}: has {has} classes, the data {classes}; model.reset_head=true gives it a new head")
-        notes.append(f"new {name} for {classes} classes" + ("" if found is None else f" (the file has {found.shape[0]})"))
-        state |= {k: own[k] for k in (f"{name}.weight", f"{name}.bias") if k in own}
-    stem = state.get(f"{cfg['first_conv']}.weight")
-    chans = cfg["input_size"][0] if stem is None else stem.shape[1]
-    overlay = {"state_dict": state, "num_classes": fresh.num_classes, "input_size": (chans, *cfg["input_size"][1:])}
-    try:
-        net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay=overlay)
-    except (RuntimeError, KeyError) as error:
-        raise UsageError(f"{origin}: its weights are not those of {model} ({' '.join(str(error).split())[:300]})") from error
-    net.pretrained_cfg = cfg  # type: ignore[assignment]
-    net.default_cfg = cfg  # type: ignore[assignment]
-    if stem is not None and stem.shape != own[f"{cfg['first_conv']}.weight"].shape:
-        notes.append(f"patch embedding adapted from {tuple(stem.shape)} to {tuple(own[cfg['first_conv'] + '.weight'].shape)}")
-    return Start(net, notes)
-
-
-def from_checkpoint(model: str, kwargs: Mapping[str, Any], checkpoint: Checkpoint, *, reset_head: bool) -> Start:
-    """Start from a file: one of ours (any recipe), a timm checkpoint or a plain state dict.
-
-    Raises:
-        UsageError: see `from_state`; with a checkpoint of ours another class count needs `reset_head`.
-    """
-    origin = f"ckpt={str(checkpoint.path)!r}"
-    if checkpoint.meta is None:
-        return from_state(model, kwargs, checkpoint.state, origin=origin, keep_head=False)
-    source = build_from(checkpoint)
-    start = from_state(model, kwargs, timm_state_dict(source), origin=origin, keep_head=not reset_head)
-    start.source = source
-    return start
-
-
-def from_weights(model: str, kwargs: Mapping[str, Any], path: str, state: Mapping[str, Tensor] | None) -> Start:
-    """Start from a local weight file in any format timm reads; `state` is its content, None for original JAX `.npz` files."""
-    if state is None:
-        net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": path, "custom_load": True})
-        return Start(net, [f"weights of model.weights={path!r}"])
-    return from_state(model, kwargs, state, origin=f"model.weights={str(Path(path))!r}", keep_head=False)
 
 
 def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[str]]:

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 import qat
 from qat.checkpoint import read_checkpoint
-from qat.transfer import copy_scales, from_checkpoint, from_pretrained, from_scratch, from_state, from_weights, timm_state_dict
+from qat.start import from_checkpoint, from_pretrained, from_scratch, from_state, from_weights
+from qat.transfer import copy_scales, timm_state_dict
 from tests.tiny import DISTILLED, KWARGS, SIZE, VIT, converted, images, logits, quantized, shake, sites, vit
 
 

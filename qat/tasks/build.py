@@ -30,7 +30,8 @@ from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss
 from qat.scales import assert_ready, initialize_scales
 from qat.spec import QuantRecipe, check_choice, check_number, check_whole
-from qat.transfer import Start, copy_scales, forget_attention_weights, from_checkpoint, from_pretrained, from_scratch, from_weights
+from qat.start import Start, from_checkpoint, from_pretrained, from_scratch, from_weights
+from qat.transfer import copy_scales, forget_attention_weights
 
 log = logging.getLogger(__name__)
 

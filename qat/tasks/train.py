@@ -21,9 +21,9 @@ from qat.files import write_text
 from qat.lit import QATModule, Teacher
 from qat.lit.evaluate import evaluate
 from qat.spec import QuantRecipe, check_whole
+from qat.start import Start
 from qat.tasks import build, summary
 from qat.tasks.results import recipe_fields, write_results
-from qat.transfer import Start
 
 log = logging.getLogger(__name__)
 
