@@ -11,6 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import timm
+import torch
 from torch import Tensor, nn
 
 from qat.checkpoint import Checkpoint, build_from
@@ -56,42 +57,44 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
 
 
 def from_pretrained(model: str, kwargs: Mapping[str, Any]) -> Start:
-    """Timm's own pretrained weights, from the local cache or the hub.
+    """Weights that timm keeps for the model, from the local caches or from their host.
 
     Raises:
-        UsageError: the model has none, or they are not in the cache and the hub does not answer within 4 s.
+        UsageError: the model has none, or they are not cached and their host does not answer within 4 s.
     """
-    described = _create(model, kwargs).pretrained_cfg  # also says clearly what is wrong with name or arguments
-    hub_id = described.get("hf_hub_id")  # type: ignore[union-attr, operator]
-    if not hub_id and not described.get("url"):  # type: ignore[union-attr, operator]
+    described = dict(_create(model, kwargs).pretrained_cfg)  # type: ignore[arg-type]  # also says what is wrong with name or arguments
+    hub_id, url = described.get("hf_hub_id"), described.get("url")
+    if not hub_id and not url:
         raise UsageError(
             f"model.pretrained=true: timm has no pretrained weights for {model!r}; use model.weights=FILE or model.pretrained=false"
         )
-    cached = hub_id and next(
-        (p for n in ("model.safetensors", "pytorch_model.bin") if isinstance(p := huggingface_hub.try_to_load_from_cache(hub_id, n), str)),
-        None,
-    )
-    if cached:
-        return Start(
-            _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": cached}),
-            [f"timm's pretrained weights of {model} (cached)"],
-        )
-    _require_hub(model)
+    cached = _cached_on_hub(hub_id) if hub_id else None
+    if cached is not None:
+        net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": cached})
+        return Start(net, [f"timm's pretrained weights of {model} (cached)"])
+    if hub_id or not (Path(torch.hub.get_dir()) / "checkpoints" / str(url).rpartition("/")[2]).is_file():
+        _require_host(model, huggingface_hub.constants.ENDPOINT if hub_id else str(url))
     return Start(_create(model, kwargs, pretrained=True), [f"timm's pretrained weights of {model}"])
 
 
-def _require_hub(model: str) -> None:
-    """Ask the hub for a sign of life: its own client would retry in silence for most of a minute."""
-    endpoint = huggingface_hub.constants.ENDPOINT
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+def _cached_on_hub(hub_id: str) -> str | None:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path = huggingface_hub.try_to_load_from_cache(hub_id, name)
+        if isinstance(path, str):
+            return path
+    return None
+
+
+def _require_host(model: str, address: str) -> None:
+    """Ask for a sign of life: the hub's own client would retry in silence for most of a minute."""
     try:
-        if offline:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_S)  # noqa: S310  (https endpoint of the hub client)
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_TIMEOUT_S)
     except urllib.error.HTTPError:
         return
-    except (TimeoutError, OSError) as error:
-        missing = f"the weights of {model!r} are not in the local cache and {endpoint} cannot be reached ({error})"
+    except OSError as error:
+        missing = f"the weights of {model!r} are not in the local cache and {address} cannot be reached ({error})"
         raise UsageError(f"model.pretrained=true: {missing}; use model.weights=FILE or model.pretrained=false") from error
 
 
