@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ from qat.tasks.results import recipe_fields, write_results
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Run:
+    """Everything that a training run is made of, built and checked."""
+
+    start: Start
+    recipe: QuantRecipe
+    data: ImageData
+    teacher: Teacher | None
+    module: QATModule
+    trainer: Trainer
+
+
 def train(cfg: DictConfig) -> float:
     """Train one net.
 
@@ -41,22 +54,29 @@ def train(cfg: DictConfig) -> float:
         UsageError: a setting, path or file cannot work; raised before the first step.
     """
     began = time.monotonic()
-    run_dir = Path(cfg.run_dir)
-    _refuse_used(run_dir, overwrite=bool(cfg.overwrite))
+    _refuse_used(Path(cfg.run_dir), overwrite=bool(cfg.overwrite))
+    run = _build(cfg)
+    _announce(cfg, run)
+    write_text(Path(cfg.run_dir) / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    top1_fp = _announce_teacher(run)
+    run.trainer.fit(run.module, datamodule=run.data)
+    val_top1, weights = _take_best(run.trainer, run.module)
+    _conclude(cfg, run, {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": round(time.monotonic() - began, 1)})
+    return val_top1
+
+
+def _build(cfg: DictConfig) -> Run:
+    """Settings first, then what costs time: a mistake in the last of them shows before the first image is read."""
     check_whole("seed", cfg.seed, 0)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    recipe = build.build_recipe(cfg)
-    loss = build.build_loss(cfg)
+    recipe, loss = build.build_recipe(cfg), build.build_loss(cfg)
     optimizer, scheduler = build.build_optimizer_factory(cfg), build.build_scheduler_factory(cfg)
+    trainer = build.build_trainer(cfg, build.build_callbacks(cfg), build.build_loggers(cfg))
     data = build.build_data(cfg)
     start = build.build_start(cfg)
-    trainer = build.build_trainer(cfg, build.build_callbacks(cfg), build.build_loggers(cfg))
-    device = trainer.strategy.root_device
-    start.net.to(device)
+    start.net.to(trainer.strategy.root_device)
     start.notes += build.quantize(start, recipe, data, init=cfg.model.init)
     teacher = build.build_teacher(cfg, loss, data)
-    _announce(cfg, start, recipe, data, trainer)
-    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     module = QATModule(
         start.net,
         loss,
@@ -67,31 +87,28 @@ def train(cfg: DictConfig) -> float:
         lsq_grad_batch=cfg.lsq_grad_batch,
         describe=describe(start.net, model=cfg.model.name, model_kwargs=build.model_args(cfg), data=build.plain(cfg.data)),
     )
-    top1_fp = _announce_teacher(teacher, data, device)
-    trainer.fit(module, datamodule=data)
-    val_top1, weights = _take_best(trainer, module)
-    (metrics,) = trainer.test(module, datamodule=data, verbose=False)
-    costs = cost(module.net, data.input_size)
+    return Run(start, recipe, data, teacher, module, trainer)
+
+
+def _conclude(cfg: DictConfig, run: Run, outcome: dict[str, Any]) -> None:
+    """Evaluate the weights now in the module, write `results.json`, say where things are."""
+    (metrics,) = run.trainer.test(run.module, datamodule=run.data, verbose=False)
+    costs = cost(run.module.net, run.data.input_size)
     results = write_results(
         cfg,
-        **recipe_fields(recipe),
-        split=data.evaluation_split,
-        weights=weights,
+        **recipe_fields(run.recipe),
+        split=run.data.evaluation_split,
         top1=metrics["test/top1"],
         top5=metrics["test/top5"],
         loss=metrics["test/loss"],
-        val_top1=val_top1,
-        top1_fp=top1_fp,
         n_params=costs.n_params,
         size_bytes=costs.size_bytes,
         bitops=costs.bitops,
-        wall_seconds=round(time.monotonic() - began, 1),
+        **outcome,
     )
-    log.info(
-        "%s top-1 %.2f %%, top-5 %.2f %% (%s); %d bytes", results["split"], results["top1"], results["top5"], weights, costs.size_bytes
-    )
-    log.info("outputs in %s", run_dir)
-    return val_top1
+    scores = f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % ({results['weights']})"
+    log.info("%s %s; %d bytes as stored", results["split"], scores, costs.size_bytes)
+    log.info("outputs in %s", cfg.run_dir)
 
 
 def _refuse_used(run_dir: Path, *, overwrite: bool) -> None:
@@ -102,33 +119,35 @@ def _refuse_used(run_dir: Path, *, overwrite: bool) -> None:
         path.unlink()
 
 
-def _announce(cfg: DictConfig, start: Start, recipe: QuantRecipe, data: ImageData, trainer: Trainer) -> None:
+def _announce(cfg: DictConfig, run: Run) -> None:
+    trainer = run.trainer
     batch = cfg.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     optimizer = f"{cfg.optimizer.opt} lr {cfg.optimizer.lr:.3g}, weight decay {cfg.optimizer.weight_decay:g}"
     entries = {
-        "model": summary.describe_model(cfg.model.name, start.net, data),
-        "recipe": summary.describe_recipe(recipe),
-        "data": summary.describe_data(type(data).__name__.lower(), data),
-        "start": "; ".join(start.notes),
+        "model": summary.describe_model(cfg.model.name, run.start.net, run.data),
+        "recipe": summary.describe_recipe(run.recipe),
+        "data": summary.describe_data(type(run.data).__name__.lower(), run.data),
+        "start": "; ".join(run.start.notes),
         "loss": ", ".join(cfg.loss.terms),
         "training": f"{cfg.trainer.max_epochs} epochs, global batch {batch}, {optimizer}, seed {cfg.seed}",
         "device": f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision {trainer.precision}",
         "outputs": str(cfg.run_dir),
     }
     log.info(summary.lines("qat: training", entries))
-    if recipe.name != "fp":
-        report = conversion_report(start.net)
+    if run.recipe.name != "fp":
+        report = conversion_report(run.start.net)
         write_text(Path(cfg.run_dir) / "conversion.txt", report.to_text() + "\n")
         log.info(summary.compact(report))
 
 
-def _announce_teacher(teacher: Teacher | None, data: ImageData, device: torch.device) -> float | None:
+def _announce_teacher(run: Run) -> float | None:
     """Evaluate the teacher once: a wrong teacher is the most expensive mistake of a distillation run."""
-    if teacher is None:
+    if run.teacher is None:
         return None
-    teacher.to(device)
-    scores: dict[str, Any] = evaluate(teacher, data.test_dataloader(), data.settings.num_classes, device)
-    log.info("teacher: %s top-1 %.2f %% (its %s head)", data.evaluation_split, scores["top1"], teacher.head)
+    device = run.trainer.strategy.root_device
+    run.teacher.to(device)
+    scores = evaluate(run.teacher, run.data.test_dataloader(), run.data.settings.num_classes, device)
+    log.info("teacher: %s top-1 %.2f %% (its %s head)", run.data.evaluation_split, scores["top1"], run.teacher.head)
     return scores["top1"]
 
 
