@@ -13,6 +13,7 @@ from typing import Any
 import hydra.utils
 import timm.scheduler.scheduler
 import torch
+from hydra.errors import InstantiationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -51,13 +52,27 @@ def plain(cfg: Any) -> Any:
     return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
 
 
+def instantiate(node: DictConfig, setting: str) -> Any:
+    """What `_target_` of a config node makes, from plain arguments.
+
+    Raises:
+        UsageError: there is no such class, or it does not take the arguments; names `setting`.
+    """
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UsageError):
+            raise error.__cause__ from error
+        raise UsageError(f"{setting}._target_={node.get('_target_')!r}: {' '.join(str(error.__cause__ or error).split())}") from error
+
+
 def build_data(cfg: DictConfig) -> ImageData:
     """The dataset of `cfg.data`.
 
     Raises:
         UsageError: it is not an `ImageData`.
     """
-    data = hydra.utils.instantiate(cfg.data, _convert_="all")
+    data = instantiate(cfg.data, "data")
     if not isinstance(data, ImageData):
         raise UsageError(f"data._target_={cfg.data.get('_target_')!r}: allowed are subclasses of qat.data.ImageData")
     return data
@@ -137,7 +152,7 @@ def _fill_scales(start: Start, data: ImageData) -> list[str]:
 
 def build_loss(cfg: DictConfig) -> CompositeLoss:
     """The terms of `cfg.loss`."""
-    return CompositeLoss({name: hydra.utils.instantiate(term, _convert_="all") for name, term in cfg.loss.terms.items()})
+    return CompositeLoss({name: instantiate(term, f"loss.terms.{name}") for name, term in cfg.loss.terms.items()})
 
 
 def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teacher | None:
@@ -203,8 +218,8 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
     """The callbacks of `cfg.callbacks`; checkpoints go to `checkpoints/` in the run directory."""
     callbacks: list[Callback] = []
-    for callback_cfg in (cfg.get("callbacks") or {}).values():
-        callback = hydra.utils.instantiate(callback_cfg, _convert_="all")
+    for name, callback_cfg in (cfg.get("callbacks") or {}).items():
+        callback = instantiate(callback_cfg, f"callbacks.{name}")
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
         callbacks.append(callback)
@@ -213,7 +228,7 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
 
 def build_loggers(cfg: DictConfig) -> list[Logger]:
     """The loggers of `cfg.logger`."""
-    return [hydra.utils.instantiate(one, _convert_="all") for one in (cfg.get("logger") or {}).values()]
+    return [instantiate(one, f"logger.{name}") for name, one in (cfg.get("logger") or {}).items()]
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
