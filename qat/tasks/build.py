@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import logging
 import math
 import warnings
@@ -21,13 +23,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qat.checkpoint import Checkpoint, read_checkpoint
+from qat.checkpoint import read_checkpoint
 from qat.conversion import convert
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit.checkpoint_io import AtomicCheckpointIO
 from qat.lit.optim import INTERVALS, build_optimizer, cosine_schedule
-from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss
 from qat.scales import assert_ready, initialize_scales
 from qat.spec import QuantRecipe, check_choice, check_number, check_whole
@@ -79,7 +80,15 @@ def build_data(cfg: DictConfig) -> ImageData:
 
 
 def build_recipe(cfg: DictConfig) -> QuantRecipe:
-    """The recipe of `cfg.quant`."""
+    """The recipe of `cfg.quant`.
+
+    Raises:
+        UsageError: it has a key that is no knob, or a value that cannot work.
+    """
+    knobs = [field.name for field in dataclasses.fields(QuantRecipe)]
+    for key in cfg.quant:
+        if key not in knobs:
+            raise UsageError(f"quant.{key}: allowed are {', '.join(knobs)}")
     return QuantRecipe(**plain(cfg.quant))
 
 
@@ -96,12 +105,26 @@ def model_args(cfg: DictConfig) -> dict[str, Any]:
     return args
 
 
+def import_modules(cfg: DictConfig) -> None:
+    """Import `model.imports`: files that register swaps for a model family, or models with timm.
+
+    Raises:
+        UsageError: one of them cannot be imported.
+    """
+    for name in plain(OmegaConf.select(cfg, "model.imports")) or []:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UsageError(f"model.imports={name!r}: {error}") from error
+
+
 def build_start(cfg: DictConfig) -> Start:
     """The float net and its weights: `ckpt`, `model.weights`, `model.pretrained` or scratch.
 
     Raises:
         UsageError: more than one of them is set, or the one that is does not work.
     """
+    import_modules(cfg)
     given = [name for name in ("ckpt", "model.weights", "model.pretrained") if OmegaConf.select(cfg, name)]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} are set: a net starts from one of them")
@@ -153,41 +176,6 @@ def _fill_scales(start: Start, data: ImageData) -> list[str]:
 def build_loss(cfg: DictConfig) -> CompositeLoss:
     """The terms of `cfg.loss`."""
     return CompositeLoss({name: instantiate(term, f"loss.terms.{name}") for name, term in cfg.loss.terms.items()})
-
-
-def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teacher | None:
-    """The teacher that the loss needs: `teacher.*`, or the float weights that the student starts from.
-
-    Raises:
-        UsageError: the loss distils and there are no trained weights to follow.
-    """
-    if not loss.needs_teacher:
-        return None
-    own = OmegaConf.create({"ckpt": cfg.teacher.ckpt, "ckpt_format": "auto", "model": plain(cfg.model)})
-    own.model.name = cfg.teacher.model or cfg.model.name
-    own.model.update(pretrained=cfg.teacher.pretrained, weights=None)
-    if not (cfg.teacher.ckpt or cfg.teacher.pretrained):
-        if cfg.teacher.model:
-            raise UsageError(f"teacher.model={cfg.teacher.model!r}: give its weights with teacher.ckpt=FILE or teacher.pretrained=true")
-        own = OmegaConf.create({"ckpt": cfg.ckpt, "ckpt_format": cfg.ckpt_format, "model": plain(cfg.model)})
-    if not any(OmegaConf.select(own, key) for key in ("ckpt", "model.weights", "model.pretrained")):
-        raise UsageError("loss with distillation: no teacher; give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights")
-    if own.ckpt and (rebuilt := _rebuilt_teacher(read_checkpoint(own.ckpt, fmt=own.ckpt_format), data)) is not None:
-        return Teacher(rebuilt, cfg.loss.teacher_head)
-    return Teacher(build_start(own).net, cfg.loss.teacher_head)
-
-
-def _rebuilt_teacher(checkpoint: Checkpoint, data: ImageData) -> nn.Module | None:
-    """The net of a checkpoint of ours as it is; None for other files."""
-    from qat.checkpoint import build_from
-
-    if checkpoint.meta is None:
-        return None
-    net = build_from(checkpoint)
-    classes = getattr(net, "num_classes", data.settings.num_classes)
-    if classes != data.settings.num_classes:
-        raise UsageError(f"teacher.ckpt={str(checkpoint.path)!r}: has {classes} classes, the data {data.settings.num_classes}")
-    return net
 
 
 def build_optimizer_factory(cfg: DictConfig) -> Any:

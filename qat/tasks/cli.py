@@ -90,4 +90,6 @@ def _report(cfg: DictConfig, message: str, unexpected: BaseException | None) -> 
 
     _failed_jobs.append(message)
     log.error("error: %s", " ".join(message.split()), exc_info=unexpected)
-    write_results(cfg, error=message)
+    # Results that are there belong to an older run: a run that replaces them removes them once it is checked.
+    if not (Path(cfg.run_dir) / "results.json").exists():
+        write_results(cfg, error=message)

@@ -10,6 +10,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
+import qat.data
 from qat.checkpoint import Checkpoint, build_from, read_checkpoint
 from qat.conversion import conversion_of
 from qat.cost import cost
@@ -22,9 +23,6 @@ from qat.tasks import build, summary
 from qat.tasks.results import recipe_fields, write_results
 
 log = logging.getLogger(__name__)
-
-# A dataset named inside a checkpoint is built from this package alone: the name is an instruction to import code.
-TRUSTED_DATA = "qat.data."
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -55,7 +53,7 @@ def evaluate(cfg: DictConfig) -> float:
         "model": summary.describe_model(name, net, data),
         "recipe": summary.describe_recipe(in_force),
         "data": summary.describe_data(type(data).__name__.lower(), data),
-        "weights": str(cfg.get("ckpt") or "timm"),
+        "weights": _origin(cfg),
         "device": f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}",
     }
     log.info(summary.lines("qat: evaluation", entries))
@@ -66,7 +64,7 @@ def evaluate(cfg: DictConfig) -> float:
         model=name,
         **recipe_fields(in_force),
         split=data.evaluation_split,
-        weights=str(cfg.get("ckpt") or "timm"),
+        weights=_origin(cfg),
         top1=metrics["test/top1"],
         top5=metrics["test/top5"],
         loss=metrics["test/loss"],
@@ -90,13 +88,32 @@ def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
     if "_target_" in wanted:
         return
     stored = (checkpoint.meta or {}).get("data") if checkpoint is not None else None
-    if stored and not str(stored.get("_target_", "")).startswith(TRUSTED_DATA):
-        raise UsageError(f"ckpt={cfg.ckpt!r} was trained on {stored.get('_target_')!r}, which is not part of qat; choose it with data=...")
+    if stored:
+        _refuse_foreign(stored, cfg.ckpt)
     with open_dict(cfg):
         cfg.data = OmegaConf.create({**(stored or build.plain(cfg.default_data)), **wanted})
 
 
+def _refuse_foreign(stored: dict[str, Any], path: str) -> None:
+    """A dataset named in a file is an instruction to run code: only our own classes are built, from plain values.
+
+    Raises:
+        UsageError: it names anything else, or hides a name or an interpolation among the values.
+    """
+    ours = {f"qat.data.{name}" for name in qat.data.__all__}
+    values = [value for key, value in stored.items() if key != "_target_"]
+    if stored.get("_target_") not in ours or any(mark in repr(values) for mark in ("_target_", "${")):
+        raise UsageError(f"ckpt={path!r} was trained on {stored.get('_target_')!r}, which is not part of qat; choose it with data=...")
+
+
+def _origin(cfg: DictConfig) -> str:
+    """Where the weights come from, in a word or as a path."""
+    pretrained = "timm's pretrained" if OmegaConf.select(cfg, "model.pretrained") else "random"
+    return str(cfg.get("ckpt") or OmegaConf.select(cfg, "model.weights") or pretrained)
+
+
 def _net(cfg: DictConfig, checkpoint: Checkpoint | None) -> tuple[nn.Module, str]:
+    build.import_modules(cfg)
     if checkpoint is not None and checkpoint.meta is not None:
         return build_from(checkpoint), checkpoint.meta["model"]["name"]
     if OmegaConf.select(cfg, "model.name") is None:

@@ -25,6 +25,7 @@ from qat.spec import QuantRecipe, check_whole
 from qat.start import Start
 from qat.tasks import build, summary
 from qat.tasks.results import recipe_fields, write_results
+from qat.tasks.teacher import build_teacher, is_float
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,10 @@ def train(cfg: DictConfig) -> float:
         UsageError: a setting, path or file cannot work; raised before the first step.
     """
     began = time.monotonic()
-    _refuse_used(Path(cfg.run_dir), overwrite=bool(cfg.overwrite))
+    old_outputs = _outputs_of_an_old_run(Path(cfg.run_dir), overwrite=bool(cfg.overwrite))
     run = _build(cfg)
+    for path in old_outputs:
+        path.unlink()
     _announce(cfg, run)
     write_text(Path(cfg.run_dir) / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     top1_fp = _announce_teacher(run)
@@ -76,7 +79,7 @@ def _build(cfg: DictConfig) -> Run:
     start = build.build_start(cfg)
     start.net.to(trainer.strategy.root_device)
     start.notes += build.quantize(start, recipe, data, init=cfg.model.init)
-    teacher = build.build_teacher(cfg, loss, data)
+    teacher = build_teacher(cfg, loss, data)
     module = QATModule(
         start.net,
         loss,
@@ -111,12 +114,16 @@ def _conclude(cfg: DictConfig, run: Run, outcome: dict[str, Any]) -> None:
     log.info("outputs in %s", cfg.run_dir)
 
 
-def _refuse_used(run_dir: Path, *, overwrite: bool) -> None:
+def _outputs_of_an_old_run(run_dir: Path, *, overwrite: bool) -> list[Path]:
+    """What a new run in a used directory replaces, once everything is checked and a `ckpt` from there is in memory.
+
+    Raises:
+        UsageError: there are checkpoints, and they may not be overwritten.
+    """
     used = sorted((run_dir / "checkpoints").glob("*.ckpt"))
     if used and not overwrite:
         raise UsageError(f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true")
-    for path in used:
-        path.unlink()
+    return used + [path for name in ("results.json", "metrics.csv") if (path := run_dir / name).is_file()]
 
 
 def _announce(cfg: DictConfig, run: Run) -> None:
@@ -148,7 +155,7 @@ def _announce_teacher(run: Run) -> float | None:
     run.teacher.to(device)
     scores = evaluate(run.teacher, run.data.test_dataloader(), run.data.settings.num_classes, device)
     log.info("teacher: %s top-1 %.2f %% (its %s head)", run.data.evaluation_split, scores["top1"], run.teacher.head)
-    return scores["top1"]
+    return scores["top1"] if is_float(run.teacher) else None
 
 
 def _take_best(trainer: Trainer, module: QATModule) -> tuple[float, str]:

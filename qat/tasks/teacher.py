@@ -1,0 +1,90 @@
+"""Which net a distilling loss follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+from torch import nn
+
+from qat.checkpoint import build_from, read_checkpoint
+from qat.conversion import conversion_of
+from qat.data import ImageData
+from qat.errors import UsageError
+from qat.lit import Teacher
+from qat.losses import CompositeLoss
+from qat.start import from_pretrained, from_state, from_weights
+from qat.tasks.build import model_args
+
+# What every vision transformer takes; the rest of the student's arguments may not fit another model.
+COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
+
+
+def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teacher | None:
+    """The teacher that the loss needs: `teacher.*`, or the float weights that the student starts from.
+
+    Raises:
+        UsageError: the loss distils and there are no trained weights to follow, or they are for other classes.
+    """
+    if not loss.needs_teacher:
+        return None
+    net = _own_teacher(cfg) or _students_start(cfg)
+    classes = getattr(net, "num_classes", data.settings.num_classes)
+    if classes != data.settings.num_classes:
+        raise UsageError(f"teacher.ckpt={cfg.teacher.ckpt or cfg.ckpt!r}: has {classes} classes, the data {data.settings.num_classes}")
+    return Teacher(net, cfg.loss.teacher_head)
+
+
+def is_float(teacher: Teacher) -> bool:
+    """True if the teacher is not quantized: its accuracy is then that of the float net."""
+    return conversion_of(teacher.net) is None
+
+
+def _own_teacher(cfg: DictConfig) -> nn.Module | None:
+    """The net of `teacher.*`; None if nothing is set there."""
+    name = cfg.teacher.model or cfg.model.name
+    args = model_args(cfg)
+    if cfg.teacher.model:
+        args = {key: args[key] for key in COMMON_ARGS if key in args}
+    if cfg.teacher.ckpt:
+        return _from_file(cfg.teacher.ckpt, "teacher.ckpt", "auto", name, args)
+    if cfg.teacher.pretrained:
+        return _pretrained("teacher.pretrained", name, args)
+    if cfg.teacher.model:
+        raise UsageError(f"teacher.model={name!r}: give its weights with teacher.ckpt=FILE or teacher.pretrained=true")
+    return None
+
+
+def _students_start(cfg: DictConfig) -> nn.Module:
+    name, args = cfg.model.name, model_args(cfg)
+    if cfg.ckpt:
+        net = _from_file(cfg.ckpt, "ckpt", cfg.ckpt_format, name, args)
+        if conversion_of(net) is not None:
+            raise UsageError(
+                f"ckpt={cfg.ckpt!r} is quantized already and no float teacher; give teacher.ckpt=FILE or teacher.pretrained=true"
+            )
+        return net
+    if cfg.model.weights:
+        return _from_file(cfg.model.weights, "model.weights", "timm", name, args)
+    if cfg.model.pretrained:
+        return _pretrained("model.pretrained", name, args)
+    raise UsageError("loss with distillation: no teacher; give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights")
+
+
+def _from_file(path: str, setting: str, fmt: str, name: str, args: dict) -> nn.Module:
+    if Path(path).suffix == ".npz":
+        return from_weights(name, args, path, None).net
+    checkpoint = read_checkpoint(path, fmt=fmt, setting=setting)
+    if checkpoint.meta is not None:
+        return build_from(checkpoint)
+    return from_state(name, args, checkpoint.state, origin=f"{setting}={str(path)!r}", keep_head=True).net
+
+
+def _pretrained(setting: str, name: str, args: dict) -> nn.Module:
+    net = from_pretrained(name, args).net
+    trained_for = (getattr(net, "pretrained_cfg", None) or {}).get("num_classes")
+    if trained_for != args["num_classes"]:
+        raise UsageError(
+            f"{setting}=true: {name} is trained for {trained_for} classes, the data have {args['num_classes']}; give teacher.ckpt=FILE"
+        )
+    return net

@@ -1,0 +1,61 @@
+"""The line an epoch prints. Oracle: what the trainer's own metrics say."""
+
+import logging
+import re
+from unittest.mock import Mock
+
+from lightning.pytorch import Callback
+
+from qat.callbacks import EpochLog
+from tests.lit.test_module import batches, module, trainer
+from tests.tiny import vit
+
+
+class Metrics(Callback):
+    """Copies of the metrics after every epoch."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.epochs.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def lines(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "qat.callbacks.epoch_log"]
+
+
+def test_one_line_an_epoch(caplog):
+    caplog.set_level(logging.INFO)
+    seen = Metrics()
+    trainer(max_epochs=2, callbacks=[seen, EpochLog()]).fit(module(vit()), batches(8), batches(16))
+    found = lines(caplog)
+    assert len(found) == 2
+    for number, (line, metrics) in enumerate(zip(found, seen.epochs, strict=True), start=1):
+        assert line.startswith(f"epoch {number}/2  ")
+        assert f"loss {metrics['train/loss_epoch']:.4g}  val top1 {metrics['val/top1']:.4g}  lr 1.00e-02" in line
+        assert int(re.search(r"(\d+) img/s", line)[1]) > 0
+    assert found[-1].endswith("left 0:00:00")
+
+
+def test_without_validation_the_line_leaves_it_out(caplog):
+    caplog.set_level(logging.INFO)
+    trainer(callbacks=[EpochLog()]).fit(module(vit()), batches(8))
+    (line,) = lines(caplog)
+    assert "loss" in line
+    assert "val" not in line
+
+
+def test_speed_counts_images_of_all_processes(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    clock = iter([100.0, 104.0])
+    monkeypatch.setattr("qat.callbacks.epoch_log.time.monotonic", lambda: next(clock))
+    log = EpochLog()
+    run = Mock(current_epoch=0, max_epochs=3, world_size=2, callback_metrics={}, optimizers=[], is_global_zero=True)
+    log.on_train_start(run, None)
+    for _ in range(5):
+        log.on_train_batch_end(run, None, None, (list(range(8)), None), 0)
+    log.on_train_epoch_end(run, None)
+    # 5 batches x 8 images x 2 processes in 4 seconds; two more epochs of 4 seconds each.
+    assert "20 img/s" in lines(caplog)[0]
+    assert lines(caplog)[0].endswith("left 0:00:08")

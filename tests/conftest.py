@@ -1,0 +1,114 @@
+"""Composed configs, small runs that several tests share, and data files in the formats that commands read."""
+
+import io
+import json
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+# Nets here are too small for threads to help, and threads that wait for a busy core cost more than all else.
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+# One block of width 24 and two steps: a run takes a third of a second.
+TINY = (
+    "++model.args.embed_dim=24",
+    "++model.args.depth=1",
+    "++model.args.num_heads=3",
+    "trainer.limit_train_batches=2",
+    "trainer.max_epochs=1",
+)
+
+
+def compose(config, *overrides):
+    """The config of a command, as Hydra hands it to the task."""
+    from qat.tasks import cli  # noqa: F401  (registers the resolver of run_dir)
+
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return hydra.compose(config, overrides=[str(o) for o in overrides])
+
+
+def tiny(run_dir, *overrides):
+    """Config of a tiny training run."""
+    return compose("train", *TINY, f"run_dir={run_dir}", *overrides)
+
+
+def train(run_dir, *overrides):
+    """Train a tiny net; gives `run_dir` back."""
+    from qat.tasks.train import train as task
+
+    task(tiny(run_dir, *overrides))
+    return run_dir
+
+
+def evaluate(run_dir, *overrides):
+    """Evaluate; gives the results back."""
+    from qat.tasks.evaluate import evaluate as task
+
+    task(compose("eval", f"run_dir={run_dir}", *overrides))
+    return results(run_dir)
+
+
+def results(run_dir):
+    """`results.json` of a run."""
+    return json.loads((run_dir / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def float_run(tmp_path_factory):
+    """A finished float run."""
+    return train(tmp_path_factory.mktemp("float") / "run", "quant=fp")
+
+
+@pytest.fixture(scope="session")
+def run_4bit(tmp_path_factory, float_run):
+    """A finished 4-bit run that started from the float one."""
+    return train(tmp_path_factory.mktemp("four") / "run", "quant=ofq_4bit", f"ckpt={float_run}/checkpoints/last.ckpt")
+
+
+@pytest.fixture
+def refused(caplog):
+    """Run a command that has to fail on a known mistake; gives the line it prints."""
+    from qat.tasks import cli
+
+    def line(task, cfg):
+        caplog.clear()
+        with pytest.raises(SystemExit) as stop:
+            cli.run(task, cfg)
+        assert stop.value.code == 1
+        (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+        assert record.exc_info is None
+        assert "\n" not in record.getMessage()
+        return record.getMessage()
+
+    return line
+
+
+def encoded(pixels, fmt="PNG"):
+    """An (H, W) or (H, W, 3) uint8 array as the bytes of an image file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, fmt)
+    return buffer.getvalue()
+
+
+def write_parquet(path, contents, labels, column="img", label_column="label"):
+    """Write a file as Hugging Face's `datasets` does: a struct of encoded bytes and a path, and an integer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = pa.array([None if c is None else {"bytes": c, "path": None} for c in contents], type=struct)
+    pq.write_table(pa.table({column: cells, label_column: pa.array(labels, type=pa.int64())}), path)
+
+
+def write_cifar(root, train=40, test=10, seed=0):
+    """A folder like CIFAR-10's with random 32 x 32 images, four classes."""
+    rng = np.random.default_rng(seed)
+    for split, n in (("train", train), ("test", test)):
+        pixels = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        write_parquet(root / f"{split}.parquet", [encoded(p) for p in pixels], [i % 4 for i in range(n)])
+    return root

@@ -1,0 +1,188 @@
+"""What every dataset shares. Oracles: arrays written here, properties, and loaders with another number of workers."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import qat
+from qat.data import Digits, ImageArrays, ImageData
+from qat.data.base import DataSettings
+
+SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.25], "std": [0.5]}
+
+
+class Numbered(ImageData):
+    """Image i has the value i everywhere, and class i % 10."""
+
+    sizes = {"train": 30, "val": 7}
+    shape = (8, 8, 1)
+    first_label = 0
+
+    def read(self):
+        return {name: self.arrays(n) for name, n in self.sizes.items()}
+
+    def arrays(self, n):
+        images = np.arange(n, dtype=np.uint8)[:, None, None, None] * np.ones(self.shape, dtype=np.uint8)
+        return ImageArrays(images, self.first_label + np.arange(n, dtype=np.int64) % 10)
+
+
+def numbers(batches):
+    """Which image of `Numbered` each entry is."""
+    return [round((image.mean().item() * 0.5 + 0.25) * 255) for images, _ in batches for image in images]
+
+
+def loaded(loader, epoch=0):
+    loader.sampler.set_epoch(epoch)
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_evaluation_batches_are_the_normalised_images_in_order():
+    images, labels = loaded(Numbered(**SETTINGS, batch_size=3).val_dataloader())
+    assert labels.tolist() == list(range(7))
+    expected = (torch.arange(7.0) / 255 - 0.25) / 0.5
+    assert_close(images, expected[:, None, None, None].expand(7, 1, 8, 8))
+
+
+def test_without_a_test_split_validation_is_evaluated():
+    data = Numbered(**SETTINGS)
+    assert data.evaluation_split == "val"
+    assert numbers(data.test_dataloader()) == list(range(7))
+    with pytest.raises(qat.UsageError, match="Numbered has no split 'test'; it has train, val"):
+        data.split("test")
+
+
+def test_training_leaves_out_the_last_incomplete_batch():
+    loader = Numbered(**SETTINGS, batch_size=8).train_dataloader()
+    assert [len(target) for _, target in loader] == [8, 8, 8]
+    assert len(loader) == 3
+
+
+def test_a_batch_larger_than_the_data_is_all_of_it():
+    loader = Numbered(**SETTINGS, batch_size=64).train_dataloader()
+    assert [len(target) for _, target in loader] == [30]
+
+
+def test_each_epoch_of_a_seed_has_one_order():
+    def order(seed, epoch):
+        loader = Numbered(**SETTINGS, seed=seed, batch_size=10).train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return numbers(loader)
+
+    assert order(1, 2) == order(1, 2)
+    assert sorted(order(1, 2)) == list(range(30))
+    assert len({tuple(order(*key)) for key in ((1, 2), (1, 3), (2, 2))}) == 3
+
+
+@pytest.mark.parametrize("augment", ["none", "light", "timm"])
+def test_worker_processes_change_neither_order_nor_augmentation(augment):
+    def epoch(workers):
+        return loaded(Digits(**SETTINGS, augment=augment, batch_size=100, num_workers=workers).train_dataloader(), epoch=3)
+
+    (images, labels), (images_2, labels_2) = epoch(0), epoch(2)
+    assert torch.equal(labels, labels_2)
+    assert torch.equal(images, images_2)
+
+
+@pytest.mark.parametrize("augment", ["light", "timm"])
+def test_augmentation_is_a_function_of_seed_epoch_and_image(augment):
+    def images(augment, seed, epoch, order=range(20)):
+        dataset = Digits(**SETTINGS, augment=augment, seed=seed).train_dataloader().dataset
+        return torch.stack([dataset[epoch, i][0] for i in order])
+
+    first = images(augment, 0, 1)
+    assert torch.equal(images(augment, 0, 1, order=range(19, -1, -1)).flip(0), first)
+    for other in (("none", 0, 1), (augment, 0, 2), (augment, 1, 1)):
+        assert not torch.equal(images(*other), first)
+
+
+@pytest.mark.parametrize("augment", ["light", "timm"])
+def test_augmentation_leaves_the_global_generators_alone(augment):
+    images = Digits(**SETTINGS, augment=augment).train_dataloader().dataset
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    for i in range(20):
+        images[0, i]
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_calibration_batches_are_seeded_training_images_without_augmentation():
+    def batches(**settings):
+        return Numbered(**SETTINGS, calibration_images=20, batch_size=8, **settings).calibration_batches()
+
+    first = batches(seed=1)
+    assert [tuple(b.shape) for b in first] == [(8, 1, 8, 8), (8, 1, 8, 8), (4, 1, 8, 8)]
+    chosen = [round((image.mean().item() * 0.5 + 0.25) * 255) for image in torch.cat(first)]
+    assert len(set(chosen)) == 20
+    assert max(chosen) > 7
+    for again in (batches(seed=1), batches(seed=1, augment="timm"), batches(seed=1, num_workers=2)):
+        assert torch.equal(torch.cat(again), torch.cat(first))
+    assert not torch.equal(torch.cat(batches(seed=2)), torch.cat(first))
+
+
+def test_calibration_takes_what_there_is():
+    assert sum(len(b) for b in Numbered(**SETTINGS, calibration_images=1000).calibration_batches()) == 30
+
+
+def test_images_are_resized_when_read():
+    data = Digits(**{**SETTINGS, "image_size": 12})
+    small = Digits(**SETTINGS).split("val").images[3, :, :, 0]
+    expected = np.asarray(Image.fromarray(small).resize((12, 12), Image.Resampling.BICUBIC))
+    assert np.array_equal(data.split("val").images[3, :, :, 0], expected)
+    assert data.calibration_batches()[0].shape[1:] == (1, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"augment": "bad"}, r"data\.augment='bad': allowed are none, light, timm"),
+        ({"batch_size": 0}, r"data\.batch_size=0: allowed are whole numbers from 1"),
+        ({"batch_size": 2.5}, r"data\.batch_size=2\.5: allowed are whole numbers from 1"),
+        ({"batch_size": True}, r"data\.batch_size=True: allowed are whole numbers from 1"),
+        ({"num_workers": -1}, r"data\.num_workers=-1: allowed are whole numbers from 0"),
+        ({"calibration_images": 0}, r"data\.calibration_images=0: allowed are whole numbers from 1"),
+        ({"image_size": 0}, r"data\.image_size=0"),
+        ({"hflip": 1.5}, r"data\.hflip=1\.5: allowed are numbers from 0 to 1"),
+        ({"mean": [0.1, 0.2, 0.3]}, r"data\.mean=\[0\.1, 0\.2, 0\.3\]: needs one number for each of the 1 channels"),
+        ({"std": []}, r"data\.std=\[\]: needs one number for each of the 1 channels"),
+        ({"colour": 3}, r"data: .*unexpected keyword argument 'colour'"),
+    ],
+)
+def test_bad_settings_name_themselves(settings, message):
+    with pytest.raises(qat.UsageError, match=message):
+        Digits(**{**SETTINGS, **settings})
+
+
+def test_a_missing_setting_is_named():
+    with pytest.raises(qat.UsageError, match="data: .*image_size"):
+        Digits(**{k: v for k, v in SETTINGS.items() if k != "image_size"})
+
+
+def test_settings_cannot_change_afterwards():
+    with pytest.raises(AttributeError):
+        DataSettings(**SETTINGS).batch_size = 3
+
+
+def test_a_label_that_is_no_class_is_refused():
+    with pytest.raises(qat.UsageError, match=r"data\.num_classes=9: the train split has a label 9"):
+        Numbered(**{**SETTINGS, "num_classes": 9}).train_dataloader()
+
+
+def test_a_negative_label_is_refused():
+    # Hugging Face marks the images of a test set without published labels by -1.
+    data = Numbered(**SETTINGS)
+    data.first_label = -1
+    with pytest.raises(qat.UsageError, match=r"data\.num_classes=10: the train split has a label -1"):
+        data.train_dataloader()
+
+
+def test_images_with_another_number_of_channels_are_refused():
+    data = Numbered(**SETTINGS)
+    data.shape = (8, 8, 3)
+    with pytest.raises(qat.UsageError, match=r"data\.in_chans=1: the images have 3 channels"):
+        data.train_dataloader()

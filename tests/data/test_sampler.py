@@ -1,0 +1,100 @@
+"""Order as a function of (seed, epoch), shared out over processes. Oracle: properties of sets."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from qat.data.sampler import SeededSampler, isolated_rng, mix
+
+
+def indices(sampler):
+    return [index for _, index in sampler]
+
+
+def shuffled(seed=0, epoch=0, **kwargs):
+    sampler = SeededSampler(103, seed=seed, shuffle=True, **kwargs)
+    sampler.set_epoch(epoch)
+    return sampler
+
+
+def test_every_image_once_in_an_order_of_its_own():
+    order = indices(shuffled())
+    assert sorted(order) == list(range(103))
+    assert order != list(range(103))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    torch.manual_seed(1)
+    first = indices(shuffled(seed=3, epoch=5))
+    torch.manual_seed(2)
+    assert indices(shuffled(seed=3, epoch=5)) == first
+    assert indices(shuffled(seed=3, epoch=6)) != first
+    assert indices(shuffled(seed=4, epoch=5)) != first
+    assert indices(shuffled(seed=5, epoch=3)) != first
+
+
+def test_keys_carry_the_epoch():
+    assert {epoch for epoch, _ in shuffled(epoch=7)} == {7}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_training_shards_are_disjoint_and_of_equal_length(world):
+    shards = [indices(shuffled(rank=r, world_size=world)) for r in range(world)]
+    assert [len(s) for s in shards] == [103 // world] * world
+    assert [len(shuffled(rank=r, world_size=world)) for r in range(world)] == [103 // world] * world
+    assert len(set().union(*shards)) == 103 - 103 % world
+
+
+def test_shards_interleave_to_the_order_of_one_process():
+    # A step sees the same images whatever the number of processes.
+    shards = [indices(shuffled(epoch=2, rank=r, world_size=2)) for r in range(2)]
+    assert [i for pair in zip(*shards, strict=True) for i in pair] == indices(shuffled(epoch=2))[:102]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_evaluation_shards_hold_every_image_exactly_once(world):
+    samplers = [SeededSampler(103, seed=0, shuffle=False, rank=r, world_size=world) for r in range(world)]
+    assert sorted(sum((indices(s) for s in samplers), [])) == list(range(103))
+    assert [len(s) for s in samplers] == [len(indices(s)) for s in samplers]
+
+
+def test_mixed_seeds_depend_on_every_number_and_its_place():
+    seeds = [mix(0, 1), mix(1, 0), mix(0, 0), mix(1, 1), mix(0, 1, 2), mix(-1, 0)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def test_isolated_draws_repeat_and_leave_the_generators_as_they_were():
+    with isolated_rng(1, 2):
+        first = draws()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    expected = draws()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    with isolated_rng(1, 2):
+        assert draws() == first
+    with isolated_rng(1, 3):
+        assert all(a != b for a, b in zip(draws(), first, strict=True))
+    assert draws() == expected
+
+
+def test_generators_come_back_after_an_error():
+    def dies():
+        with isolated_rng(1):
+            draws()
+            raise KeyError
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    with pytest.raises(KeyError):
+        dies()
+    assert torch.equal(torch.get_rng_state(), before)

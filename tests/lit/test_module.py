@@ -1,0 +1,200 @@
+"""The training module in a real trainer. Oracles: one big batch, hand computation, the files that come out."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import qat
+from qat.checkpoint import describe, is_plain
+from qat.lit import QATModule, Teacher, build_optimizer, cosine_schedule
+from qat.lit.checkpoint_io import AtomicCheckpointIO
+from qat.losses import CompositeLoss, CrossEntropy, Distillation, LossTerm
+from qat.quantizers import LSQ
+from tests.tiny import DISTILLED, images, logits, quantized, sites, vit
+
+CLASSES = torch.arange(16) % 10
+
+
+def trainer(**settings):
+    return Trainer(**{
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "plugins": [AtomicCheckpointIO()],
+        **settings,
+    })
+
+
+def batches(size, n=16):
+    return DataLoader(TensorDataset(images(n), CLASSES[:n]), batch_size=size)
+
+
+def module(net, terms=None, **kwargs):
+    loss = CompositeLoss({"ce": CrossEntropy()} if terms is None else terms)
+    kwargs.setdefault("optimizer", lambda n: build_optimizer(n, lr=0.01, weight_decay=0.0))
+    return QATModule(net.train(), loss, num_classes=10, **kwargs)
+
+
+class Gradients(Callback):
+    """Copies of all gradients and rates in front of every step."""
+
+    def __init__(self):
+        self.steps, self.rates = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.steps.append({n: p.grad.clone() for n, p in pl_module.net.named_parameters() if p.grad is not None})
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def lsq_factors(net, *, weights):
+    return [m.grad_factor for s in sites(net).values() if s.is_weight == weights for m in s.quantizer.modules() if isinstance(m, LSQ)]
+
+
+def test_the_gradient_scale_counts_the_global_batch_on_activations_only(monkeypatch):
+    net = quantized("lsq")
+    learner = module(net)
+    monkeypatch.setattr(QATModule, "trainer", SimpleNamespace(world_size=3, accumulate_grad_batches=12))
+    learner.setup("fit")
+    assert lsq_factors(net, weights=False) == pytest.approx([1 / 6] * (2 + 2 * 8))
+    assert lsq_factors(net, weights=True) == [1.0] * (2 + 2 * 4)
+
+
+def test_the_papers_code_counts_the_batch_of_a_process(monkeypatch):
+    net = quantized("lsq")
+    learner = module(net, lsq_grad_batch="process")
+    monkeypatch.setattr(QATModule, "trainer", SimpleNamespace(world_size=3, accumulate_grad_batches=12))
+    learner.setup("fit")
+    assert set(lsq_factors(net, weights=False)) == {1.0}
+
+
+def test_unknown_batch_is_refused():
+    with pytest.raises(qat.UsageError, match="lsq_grad_batch='rank': allowed are global, process"):
+        module(vit(), lsq_grad_batch="rank")
+
+
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq"])
+def test_two_accumulated_half_batches_are_one_batch(preset):
+    net, whole, halves = quantized(preset), Gradients(), Gradients()
+    trainer(callbacks=[whole]).fit(module(copy.deepcopy(net)), batches(16))
+    trainer(callbacks=[halves], accumulate_grad_batches=2).fit(module(net), batches(8))
+    assert len(whole.steps) == len(halves.steps) == 1
+    found, expected = halves.steps[0], whole.steps[0]
+    assert found.keys() == expected.keys()
+    scales = [name for name in expected if name.endswith(".scale")]
+    assert len(scales) > 10
+    for name in scales:
+        error = (found[name] - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_rates_follow_the_schedule(interval):
+    seen = Gradients()
+
+    def schedule(optimizer, epochs, steps):
+        assert (epochs, steps) == (3, 2)
+        periods, warmup = (6, 2) if interval == "step" else (3, 1)
+        return cosine_schedule(optimizer, periods=periods, warmup=warmup, min_lr=0.0, warmup_lr=0.002, interval=interval), interval
+
+    trainer(max_epochs=3, callbacks=[seen]).fit(module(vit(), scheduler=schedule), batches(8))
+    # 0.01/2 * (1 + cos(pi t/T)); the warm-up goes from 0.002 to 0.01.
+    by_step = [0.002, 0.006, 0.0075, 0.005, 0.0025, 0.01 / 2 * (1 - 3**0.5 / 2)]
+    by_epoch = [0.002, 0.002, 0.0075, 0.0075, 0.0025, 0.0025]
+    assert seen.rates == pytest.approx(by_step if interval == "step" else by_epoch)
+
+
+def test_accumulation_counts_optimizer_steps():
+    seen, asked = Gradients(), []
+
+    def schedule(optimizer, epochs, steps):
+        asked.append((epochs, steps))
+        return cosine_schedule(optimizer, periods=epochs * steps, min_lr=0.0, interval="step"), "step"
+
+    trainer(max_epochs=2, callbacks=[seen], accumulate_grad_batches=2).fit(module(vit(), scheduler=schedule), batches(4))
+    assert asked == [(2, 2)]
+    assert seen.rates == pytest.approx([0.01, 0.01 / 2 * (1 + 0.5**0.5), 0.005, 0.01 / 2 * (1 - 0.5**0.5)])
+
+
+def test_terms_are_logged_by_name():
+    class Two(LossTerm):
+        def forward(self, step):
+            return step.prediction.sum() * 0 + 2
+
+    learner = module(vit(), {"ce": CrossEntropy(weight=0.5), "two": Two()})
+    run = trainer()
+    run.fit(learner, batches(8))
+    logged = {k: float(v) for k, v in run.callback_metrics.items()}
+    assert logged["train/loss_two"] == 2.0
+    assert logged["train/loss_epoch"] == pytest.approx(0.5 * logged["train/loss_ce"] + 2.0)
+
+
+def test_accuracies_are_percentages_of_all_images():
+    net = quantized("ofq", bits=2)
+    answers = logits(net, images(16))
+    run = trainer()
+    (found,) = run.test(module(net), batches(5), verbose=False)
+    assert set(found) == {"test/top1", "test/top5", "test/loss"}
+    top5 = (answers.topk(5).indices == CLASSES[:, None]).any(-1)
+    assert found["test/top1"] == pytest.approx(100 * (answers.argmax(-1) == CLASSES).float().mean().item())
+    assert found["test/top5"] == pytest.approx(100 * top5.float().mean().item())
+    assert found["test/loss"] == pytest.approx(-answers.log_softmax(-1)[torch.arange(16), CLASSES].mean().item(), rel=1e-5)
+
+
+def test_the_teacher_leaves_no_trace(tmp_path):
+    teacher_net, net = vit(DISTILLED).train(), quantized("ofq", name=DISTILLED)
+    before = copy.deepcopy(teacher_net.state_dict())
+    learner = module(net, {"kd": Distillation()}, teacher=Teacher(teacher_net))
+    run = trainer()
+    run.fit(learner, batches(8))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    of_teacher = {p.data_ptr() for p in teacher_net.parameters()}
+    assert not any(p.data_ptr() in of_teacher for p in learner.parameters())
+    assert not any(p.data_ptr() in of_teacher for g in run.optimizers[0].param_groups for p in g["params"])
+    assert not teacher_net.training
+    assert all(p.grad is None for p in teacher_net.parameters())
+    for name, tensor in teacher_net.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == {f"net.{name}" for name in net.state_dict()}
+
+
+def test_both_heads_learn_from_a_teacher():
+    net = quantized("ofq", name=DISTILLED)
+    teacher, seen = vit(DISTILLED), Gradients()
+    trainer(callbacks=[seen]).fit(module(copy.deepcopy(net), {"kd": Distillation()}, teacher=Teacher(teacher)), batches(16))
+    net.set_distilled_training(True)
+    cls, dist = net.train()(images(16))
+    target = teacher.head(teacher.forward_features(images(16))[:, 0]).softmax(-1)
+    loss = -cls.log_softmax(-1)[torch.arange(16), CLASSES].mean() - (target * dist.log_softmax(-1)).sum(-1).mean()
+    heads = {f"{head}.bias": net.get_parameter(f"{head}.bias") for head in ("head", "head_dist")}
+    for name, expected in zip(heads, torch.autograd.grad(loss, heads.values()), strict=True):
+        assert_close(seen.steps[0][name], expected)
+
+
+def test_a_checkpoint_is_plain_data_and_rebuilds_the_net(tmp_path):
+    net = quantized("ofq", bits=2)
+    data = {"_target_": "qat.data.Digits", "mean": [0.3]}
+    run = trainer()
+    run.fit(module(net, describe=describe(net, data=data)), batches(8))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert content["global_step"] == 2
+    assert all(key.startswith("net.") for key in content["state_dict"])
+    assert content["optimizer_states"]
+    assert is_plain(content["qat"])
+    assert content["qat"]["data"] == data
+    assert content["qat"]["recipe"] == net.qat_conversion.recipe.to_dict()
+    assert_close(logits(qat.load(tmp_path / "a.ckpt")), logits(net), rtol=0, atol=0)
+
+
+def test_without_an_optimizer_it_can_only_evaluate():
+    with pytest.raises(RuntimeError, match="without an optimizer"):
+        trainer().fit(module(vit(), optimizer=None), batches(8))

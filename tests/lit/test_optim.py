@@ -1,0 +1,154 @@
+"""Optimizer groups and schedules. Oracles: names listed by hand, closed forms of the schedule (spec of the paper's recipes)."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import qat
+from qat.lit import build_optimizer, cosine_schedule, parameter_groups
+from tests.tiny import DISTILLED, SIZE, vit
+
+WEIGHTS = {
+    "patch_embed.proj.weight",
+    "blocks.0.attn.proj.weight",
+    "blocks.0.mlp.fc1.weight",
+    "blocks.0.mlp.fc2.weight",
+    "head.weight",
+    "head_dist.weight",
+}
+QKR_WEIGHTS = {"blocks.0.attn.q_weight", "blocks.0.attn.k_weight", "blocks.0.attn.v.weight"}
+PLAIN = {
+    "cls_token",
+    "dist_token",
+    "pos_embed",
+    "patch_embed.proj.bias",
+    "blocks.0.norm1.weight",
+    "blocks.0.norm1.bias",
+    "blocks.0.norm2.weight",
+    "blocks.0.norm2.bias",
+    "norm.weight",
+    "norm.bias",
+    "blocks.0.attn.proj.bias",
+    "blocks.0.mlp.fc1.bias",
+    "blocks.0.mlp.fc2.bias",
+    "head.bias",
+    "head_dist.bias",
+}
+
+
+def net(preset, **knobs):
+    return qat.convert(vit(DISTILLED, depth=1), qat.recipe(preset, **knobs), input_size=SIZE)
+
+
+def names(net, groups):
+    known = {id(p): name for name, p in net.named_parameters()}
+    return {group["name"]: [known[id(p)] for p in group["params"]] for group in groups}
+
+
+def test_groups_of_a_float_net():
+    model = net("fp")
+    found = names(model, parameter_groups(model, weight_decay=0.1))
+    assert {name: set(members) for name, members in found.items()} == {
+        "decay": WEIGHTS | {"blocks.0.attn.qkv.weight"},
+        "no_decay": PLAIN | {"blocks.0.attn.qkv.bias"},
+    }
+
+
+def test_groups_of_a_quantized_net():
+    model = net("ofq", bits=2)
+    found = names(model, parameter_groups(model, weight_decay=0.1))
+    scales = {name for name, _ in model.named_parameters() if name.endswith(".scale")}
+    offsets = {name for name, _ in model.named_parameters() if "offset" in name}
+    assert {"blocks.0.attn.product_offset", "patch_embed.proj.input_quantizer.offset_before"} <= offsets
+    assert model.get_parameter("patch_embed.proj.input_quantizer.offset_before").ndim == 2
+    assert set(found["decay"]) == WEIGHTS | QKR_WEIGHTS
+    assert set(found["no_decay"]) == PLAIN | {"blocks.0.attn.v.bias"} | offsets
+    assert set(found["scales"]) == scales
+
+
+@pytest.mark.parametrize("preset", ["fp", "ofq", "ofq_noqkr", "lsq", "minmax"])
+def test_every_parameter_is_in_one_group(preset):
+    model = net(preset)
+    found = names(model, parameter_groups(model, weight_decay=0.1))
+    assert sorted(sum(found.values(), [])) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_frozen_parameters_are_left_out():
+    model = net("fp")
+    model.patch_embed.requires_grad_(requires_grad=False)
+    found = names(model, parameter_groups(model, weight_decay=0.1))
+    assert not any("patch_embed" in name for name in sum(found.values(), []))
+
+
+def test_decay_and_rates_of_the_groups():
+    optimizer = build_optimizer(net("ofq"), lr=0.01, weight_decay=0.3, scale_lr_factor=0.25)
+    found = {g["name"]: (g["weight_decay"], g["lr"]) for g in optimizer.param_groups}
+    assert found == {"decay": (0.3, 0.01), "no_decay": (0.0, 0.01), "scales": (0.0, 0.0025)}
+    assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def test_options_reach_the_optimizer():
+    optimizer = build_optimizer(nn.Linear(2, 2), opt="sgd", lr=0.1, weight_decay=0.0, momentum=0.7)
+    assert optimizer.param_groups[0]["momentum"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, r"optimizer\.lr=0\.0: allowed are numbers above 0"),
+        ({"lr": float("nan")}, r"optimizer\.lr=nan: allowed are numbers above 0"),
+        ({"weight_decay": -0.1}, r"optimizer\.weight_decay=-0\.1: allowed are numbers from 0"),
+        ({"scale_lr_factor": 0}, r"optimizer\.scale_lr_factor=0: allowed are numbers above 0"),
+        ({"opt": "nope"}, r"optimizer\.opt='nope'"),
+        ({"opt": "adamw", "nesterov": True}, r"optimizer\.opt='adamw' does not take .*nesterov"),
+    ],
+)
+def test_bad_settings_name_themselves(settings, message):
+    with pytest.raises(qat.UsageError, match=message):
+        build_optimizer(nn.Linear(2, 2), **{"lr": 0.1, "weight_decay": 0.0, **settings})
+
+
+def optimizer_of(lr, lr_scale=1.0):
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr * s, "lr_scale": s} for s in (1.0, lr_scale)]
+    return torch.optim.SGD(groups, lr=lr)
+
+
+def cosine(t, length, lr, low):
+    return low + (lr - low) / 2 * (1 + math.cos(math.pi * t / length))
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_cosine_with_warm_up(interval):
+    optimizer = optimizer_of(0.1, lr_scale=0.5)
+    schedule = cosine_schedule(optimizer, periods=20, warmup=5, min_lr=0.01, warmup_lr=0.001, interval=interval)
+    advance = schedule.step if interval == "epoch" else schedule.step_update
+    rates = [optimizer.param_groups[0]["lr"]]
+    for t in range(1, 25):
+        advance(t)
+        rates.append(optimizer.param_groups[0]["lr"])
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(rates[-1] / 2)
+    warm = [0.001 + t * (0.1 - 0.001) / 5 for t in range(5)]
+    assert rates == pytest.approx(warm + [cosine(t, 20, 0.1, 0.01) for t in range(5, 20)] + [0.01] * 5)
+
+
+def test_an_epoch_schedule_ignores_steps():
+    optimizer = optimizer_of(0.1)
+    schedule = cosine_schedule(optimizer, periods=4, interval="epoch")
+    schedule.step_update(3)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    schedule.step(2)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(cosine(2, 4, 0.1, 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"interval": "batch"}, r"scheduler\.interval='batch': allowed are epoch, step"),
+        ({"warmup": 4}, r"scheduler\.warmup_epochs: a warm-up of 4 epochs leaves nothing of a schedule of 4"),
+    ],
+)
+def test_bad_schedules_name_themselves(settings, message):
+    with pytest.raises(qat.UsageError, match=message):
+        cosine_schedule(optimizer_of(0.1), periods=4, **settings)

@@ -1,0 +1,42 @@
+"""The frozen net that a student follows. Oracle: timm's own layers."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import qat
+from qat.lit import Teacher
+from tests.tiny import DISTILLED, images, logits, vit
+
+
+def test_class_head_of_a_distilled_net():
+    net = vit(DISTILLED)
+    with torch.no_grad():
+        expected = net.head(net.forward_features(images())[:, 0])
+    assert_close(Teacher(net)(images()), expected, rtol=0, atol=0)
+    assert (expected - logits(net)).abs().max() > 0.1
+
+
+def test_mean_of_both_heads_is_the_nets_own_evaluation():
+    net = vit(DISTILLED)
+    assert_close(Teacher(net, "mean")(images()), logits(net), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("head", ["cls", "mean"])
+def test_a_plain_net_has_one_answer(head):
+    net = vit()
+    assert_close(Teacher(net, head)(images()), logits(net), rtol=0, atol=0)
+
+
+def test_it_is_frozen_and_in_eval_mode():
+    net = vit(DISTILLED).train()
+    net.set_distilled_training(True)
+    answer = Teacher(net)(images().requires_grad_())
+    assert not answer.requires_grad
+    assert not net.training
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_unknown_head_is_refused():
+    with pytest.raises(qat.UsageError, match=r"loss\.teacher_head='dist': allowed are cls, mean"):
+        Teacher(vit(), "dist")

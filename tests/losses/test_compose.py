@@ -1,0 +1,65 @@
+"""The sum of terms. Oracle: closed form."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import qat
+from qat.losses import CompositeLoss, CrossEntropy, Distillation, LossTerm, StepContext
+
+
+class Square(LossTerm):
+    """Mean square of the logits."""
+
+    def forward(self, step):
+        return step.prediction.square().mean()
+
+
+class Mean(LossTerm):
+    """Mean of the logits."""
+
+    def forward(self, step):
+        return step.prediction.mean()
+
+
+def step(logits):
+    return StepContext(logits, torch.tensor([0]), None, nn.Identity())
+
+
+def test_total_is_the_weighted_sum_and_parts_are_unweighted():
+    logits = torch.tensor([[1.0, 2.0, 6.0]], requires_grad=True)
+    total, parts = CompositeLoss({"square": Square(weight=0.5), "mean": Mean(weight=3.0)})(step(logits))
+    assert {name: float(value) for name, value in parts.items()} == {"square": pytest.approx(41 / 3), "mean": 3.0}
+    assert total.item() == pytest.approx(0.5 * 41 / 3 + 3.0 * 3.0)
+    total.backward()
+    assert_close(logits.grad, 0.5 * 2 * logits.detach() / 3 + 3.0 / 3)
+    assert not any(value.requires_grad for value in parts.values())
+
+
+def test_a_term_of_weight_zero_is_logged_and_changes_nothing():
+    logits = torch.tensor([[1.0, 2.0, 6.0]])
+    total, parts = CompositeLoss({"mean": Mean(), "square": Square(weight=0.0)})(step(logits))
+    assert float(total) == 3.0
+    assert float(parts["square"]) == pytest.approx(41 / 3)
+
+
+def test_a_teacher_is_needed_if_any_term_needs_one():
+    assert CompositeLoss({"ce": CrossEntropy(), "kd": Distillation()}).needs_teacher
+    assert not CompositeLoss({"ce": CrossEntropy(), "mean": Mean()}).needs_teacher
+
+
+def test_no_terms_are_refused():
+    with pytest.raises(qat.UsageError, match=r"loss\.terms=\{\}: at least one term"):
+        CompositeLoss({})
+
+
+def test_a_term_of_another_class_is_refused_by_name():
+    with pytest.raises(qat.UsageError, match=r"loss\.terms\.mine: Linear is not a subclass of qat\.losses\.LossTerm"):
+        CompositeLoss({"mine": nn.Linear(1, 1)})
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan")])
+def test_weights_below_zero_are_refused(weight):
+    with pytest.raises(qat.UsageError, match=rf"CrossEntropy: weight={weight}: allowed are numbers from 0"):
+        CrossEntropy(weight=weight)

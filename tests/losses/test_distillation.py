@@ -1,0 +1,52 @@
+"""OFQ's distillation term. Oracle: closed form, spec of the paper's loss: CE(cls, target) - mean sum softmax(teacher) log_softmax(dist)."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from qat.losses import CrossEntropy, Distillation, StepContext
+
+CLS, DIST, TEACHER = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+CLASSES = torch.tensor([0, 3, 1, 1, 2])
+
+
+def hard(logits):
+    return -logits.log_softmax(-1)[torch.arange(5), CLASSES].mean()
+
+
+def soft(logits):
+    return -(TEACHER.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def loss(logits, target=CLASSES, teacher=TEACHER):
+    return Distillation()(StepContext(logits, target, teacher, nn.Identity()))
+
+
+def test_each_head_has_its_own_target():
+    assert_close(loss((CLS, DIST)), hard(CLS) + soft(DIST))
+
+
+def test_one_head_gets_both_targets():
+    assert_close(loss(CLS), hard(CLS) + soft(CLS))
+
+
+def test_probabilities_as_target():
+    target = torch.rand(5, 4, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    assert_close(loss((CLS, DIST), target), -(target * CLS.log_softmax(-1)).sum(-1).mean() + soft(DIST))
+
+
+def test_it_is_smallest_at_the_teacher():
+    logits = TEACHER.clone().requires_grad_()
+    loss((CLS, logits)).backward()
+    assert_close(logits.grad, torch.zeros(5, 4), rtol=0, atol=1e-7)
+
+
+def test_only_terms_that_follow_a_teacher_ask_for_one():
+    assert Distillation().needs_teacher
+    assert not CrossEntropy().needs_teacher
+
+
+def test_a_step_without_teacher_is_refused():
+    with pytest.raises(ValueError, match="needs teacher logits"):
+        loss(CLS, teacher=None)

@@ -1,0 +1,121 @@
+"""The commands as processes: exit codes and the lines on the terminal."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT, TINY, compose, results, tiny
+
+PYTHON = sys.executable
+
+
+def command(script, *overrides, cwd, **env):
+    """Run one of the root scripts."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "HYDRA"))} | {"OMP_NUM_THREADS": "1"} | env
+    done = subprocess.run(
+        [PYTHON, str(ROOT / script), *overrides], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_train_then_evaluate(tmp_path):
+    code, out, err = command("train.py", *TINY, "run_dir=run", cwd=tmp_path)
+    assert code == 0, err
+    run = tmp_path / "run"
+    top1 = results(run)["top1"]
+    assert f"test top-1 {top1:.2f} %" in out
+    assert (run / "train.log").read_text().count("epoch 1/1") == 1
+    assert "Warning" not in out + err
+    code, out, err = command("eval.py", "ckpt=run/checkpoints/best.ckpt", "run_dir=eval", cwd=tmp_path)
+    assert code == 0, err
+    assert f"top-1  {top1:.2f} %" in out
+    assert results(tmp_path / "eval")["top1"] == top1
+
+
+def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
+    code, out, err = command("train.py", *TINY, "quant.bits=9", "run_dir=run", cwd=tmp_path)
+    assert code == 1
+    assert out.strip() == "error: quant.bits=9: allowed are whole numbers from 2 to 8"
+    assert "Traceback" not in err
+    assert "quant.bits=9" in results(tmp_path / "run")["error"]
+
+
+def test_with_debug_the_traceback_comes_through(tmp_path):
+    code, out, err = command("train.py", *TINY, "quant.bits=9", "debug=fast", "run_dir=run", cwd=tmp_path)
+    assert code == 1
+    assert "UsageError: quant.bits=9" in out + err
+    assert "check_bits" in out + err
+
+
+def test_an_unknown_choice_is_answered_with_the_choices(tmp_path):
+    code, out, err = command("train.py", "quant=ofq_9bit", cwd=tmp_path)
+    assert code == 1
+    assert "ofq_2bit" in out + err
+    assert "Traceback" not in out + err
+
+
+def test_help_is_quick_and_lists_the_choices(tmp_path):
+    began = time.monotonic()
+    code, out, _ = command("train.py", "--help", cwd=tmp_path)
+    assert time.monotonic() - began < 4
+    assert code == 0
+    assert "quant: fp, lsq_2bit" in out
+    assert "optimizer:" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_multirun_is_the_product_of_lists(tmp_path):
+    code, out, err = command("train.py", "-m", *TINY, "quant=ofq_2bit,ofq_4bit", "seed=1,2", cwd=tmp_path)
+    assert code == 0, out + err
+    (root,) = (tmp_path / "outputs" / "train").iterdir()
+    found = [(r["recipe"]["bits"], r["seed"]) for r in (results(root / str(i)) for i in range(4))]
+    assert found == [(2, 1), (2, 2), (4, 1), (4, 2)]
+    assert all((root / str(i) / "checkpoints" / "last.ckpt").exists() for i in range(4))
+
+
+@pytest.mark.slow
+def test_in_a_multirun_a_mistake_stops_its_job_alone(tmp_path):
+    code, out, err = command("train.py", "-m", *TINY, "quant.bits=9,2,4", "run_dir=sweep", cwd=tmp_path)
+    assert code == 1
+    failed, *fine = (results(tmp_path / "sweep" / str(i)) for i in range(3))
+    assert "quant.bits=9" in failed["error"]
+    assert failed["top1"] is None
+    assert [r["recipe"]["bits"] for r in fine] == [2, 4]
+    assert not any("error" in r for r in fine)
+    assert out.count("error: quant.bits=9") == 1
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("config", ["train", "eval"])
+def test_under_slurm_the_job_names_the_run_directory(monkeypatch, config):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert compose(config).run_dir == f"outputs/{config}/slurm-4711"
+
+
+def test_without_slurm_date_and_time_do(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    run_dir = compose("train").run_dir
+    time.strptime(run_dir, "outputs/train/%Y-%m-%d_%H-%M-%S")
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(tmp_path, monkeypatch):
+    from qat.tasks import cli, train
+
+    def fails(cfg):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train, "train", fails)
+    with pytest.raises(ZeroDivisionError):
+        cli.run("train", tiny(tmp_path / "run"))
+
+
+def test_the_result_of_the_task_is_handed_on(tmp_path, monkeypatch):
+    from qat.tasks import cli, train
+
+    monkeypatch.setattr(train, "train", lambda cfg: 42.0)
+    assert cli.run("train", tiny(tmp_path / "run")) == 42.0

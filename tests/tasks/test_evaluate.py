@@ -1,0 +1,140 @@
+"""`eval.py`: a net from its file alone. Oracle: logits of the rebuilt net, counted here."""
+
+import pytest
+import timm
+import torch
+
+import qat
+from qat.checkpoint import META_KEY
+from qat.data import Cifar10, Digits
+from qat.tasks import build
+from tests.conftest import TINY, compose, evaluate, results, train, write_cifar
+
+DIGITS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.3051], "std": [0.3759]}
+MODEL = [o for o in TINY if "model.args" in o]
+
+
+@torch.no_grad()
+def counted(net, data):
+    """Top-1 in percent and mean cross-entropy on the test split."""
+    batches = [(net.eval()(images).log_softmax(-1), target) for images, target in data.test_dataloader()]
+    log_p, target = (torch.cat(t) for t in zip(*batches, strict=True))
+    return 100 * (log_p.argmax(-1) == target).float().mean().item(), -log_p[torch.arange(len(target)), target].mean().item()
+
+
+def edited(path, target, data):
+    """A copy of a checkpoint with another description of its data."""
+    content = torch.load(path, weights_only=True)
+    content[META_KEY]["data"] = data
+    torch.save(content, target)
+    return target
+
+
+def last(run):
+    return run / "checkpoints" / "last.ckpt"
+
+
+def test_accuracy_is_that_of_the_rebuilt_net(tmp_path, run_4bit):
+    found = evaluate(tmp_path, f"ckpt={last(run_4bit)}")
+    top1, loss = counted(qat.load(last(run_4bit)), Digits(**DIGITS))
+    assert found["top1"] == pytest.approx(top1)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert (found["command"], found["quant"], found["data"], found["split"]) == ("eval", "ofq_4bit", "digits", "test")
+    assert found["weights"] == str(last(run_4bit))
+
+
+@pytest.mark.parametrize("size", [7, 360])
+def test_batch_size_does_not_change_the_result(tmp_path, run_4bit, size):
+    found = evaluate(tmp_path, f"ckpt={last(run_4bit)}", f"data.batch_size={size}", "data.num_workers=0")
+    top1, loss = counted(qat.load(last(run_4bit)), Digits(**DIGITS))
+    assert found["top1"] == pytest.approx(top1)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_files_of_save_are_evaluated_on_digits(tmp_path, run_4bit):
+    # `qat.save` knows of no data.
+    qat.save(qat.load(last(run_4bit)), tmp_path / "net.ckpt")
+    assert evaluate(tmp_path / "a", f"ckpt={tmp_path}/net.ckpt")["loss"] == evaluate(tmp_path / "b", f"ckpt={last(run_4bit)}")["loss"]
+
+
+def test_the_stored_data_with_another_root(tmp_path):
+    roots = [write_cifar(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b"))]
+    small = ["data=cifar10", "data.num_workers=0", "data.batch_size=16", "data.num_classes=4", "data.image_size=8"]
+    run = train(tmp_path / "run", *small, f"data.root={roots[0]}", "quant=fp")
+    stored = {"image_size": 8, "patch_size": 4, "in_chans": 3, "num_classes": 4, "mean": compose("train", "data=cifar10").data.mean}
+    for number, override in enumerate(([], [f"data.root={roots[1]}"])):
+        found = evaluate(tmp_path / f"eval{number}", f"ckpt={last(run)}", *override)
+        data = Cifar10(**stored, std=compose("train", "data=cifar10").data.std, root=str(roots[number]))
+        top1, loss = counted(qat.load(last(run)), data)
+        assert found["data"] == "cifar10"
+        assert found["top1"] == pytest.approx(top1)
+        assert found["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_timm_model_from_a_weight_file(tmp_path):
+    net = timm.create_model("vit_tiny_patch16_224", **build.model_args(compose("train", *MODEL)))
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    found = evaluate(tmp_path, "model=vit_tiny_demo", *MODEL, f"model.weights={tmp_path}/w.pt")
+    top1, loss = counted(net, Digits(**DIGITS))
+    assert found["top1"] == pytest.approx(top1)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert (found["model"], found["quant"]) == ("vit_tiny_patch16_224", "fp")
+    assert found["weights"] == f"{tmp_path}/w.pt"
+
+
+def test_a_timm_state_dict_needs_the_model(tmp_path, refused, float_run):
+    torch.save(qat.load(last(float_run)).state_dict(), tmp_path / "w.pt")
+    message = refused("evaluate", compose("eval", f"ckpt={tmp_path}/w.pt", f"run_dir={tmp_path}/a"))
+    assert f"ckpt='{tmp_path}/w.pt' does not say what net it holds; give model=..." in message
+    found = evaluate(tmp_path / "b", f"ckpt={tmp_path}/w.pt", "model=vit_tiny_demo", *MODEL)
+    assert found["loss"] == evaluate(tmp_path / "c", f"ckpt={last(float_run)}")["loss"]
+
+
+def test_nothing_to_evaluate_is_refused(tmp_path, refused):
+    message = refused("evaluate", compose("eval", f"run_dir={tmp_path}"))
+    assert "ckpt is not set; give model=... (with model.pretrained=true, model.weights=FILE or ckpt=FILE)" in message
+    assert results(tmp_path)["command"] == "eval"
+    assert "ckpt is not set" in results(tmp_path)["error"]
+
+
+def test_random_weights_are_not_called_timms(tmp_path):
+    assert "random" in evaluate(tmp_path, "model=vit_tiny_demo", "model.args.depth=1")["weights"]
+
+
+def test_data_with_other_classes_are_refused(tmp_path, refused, run_4bit):
+    cfg = compose("eval", f"ckpt={last(run_4bit)}", "data=digits", "data.num_classes=12", f"run_dir={tmp_path}")
+    assert "data.num_classes=12: the net has 10 classes" in refused("evaluate", cfg)
+
+
+def test_images_of_another_size_are_refused(tmp_path, refused, run_4bit):
+    cfg = compose("eval", f"ckpt={last(run_4bit)}", "data=digits", "data.image_size=16", f"run_dir={tmp_path}")
+    assert "data.image_size=16: the net is quantized for images of (1, 8, 8), got (1, 16, 16)" in refused("evaluate", cfg)
+
+
+def test_a_damaged_file_is_refused(tmp_path, refused, run_4bit):
+    content = bytearray(last(run_4bit).read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (tmp_path / "bad.ckpt").write_bytes(content)
+    message = refused("evaluate", compose("eval", f"ckpt={tmp_path}/bad.ckpt", f"run_dir={tmp_path}/a"))
+    assert f"ckpt='{tmp_path}/bad.ckpt'" in message
+
+
+def test_a_dataset_from_elsewhere_is_only_used_when_asked_for(tmp_path, refused, run_4bit):
+    path = edited(last(run_4bit), tmp_path / "a.ckpt", {**DIGITS, "_target_": "somebody.elses.Digits"})
+    message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/a"))
+    assert f"ckpt='{path}' was trained on 'somebody.elses.Digits', which is not part of qat; choose it with data=..." in message
+    assert evaluate(tmp_path / "b", f"ckpt={path}", "data=digits")["top1"] is not None
+
+
+@pytest.mark.parametrize("where", ["through our imports", "in a field", "in a list"])
+def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where):
+    code = {"_target_": "os.mkdir", "path": str(tmp_path / "made")}
+    data = {
+        "through our imports": {**code, "_target_": "qat.data.sampler.random._os.mkdir"},
+        "in a field": {"_target_": "qat.data.Digits", **DIGITS, "root": code},
+        "in a list": {"_target_": "qat.data.Digits", **DIGITS, "mean": [code]},
+    }[where]
+    path = edited(last(run_4bit), tmp_path / "a.ckpt", data)
+    message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/run"))
+    assert not (tmp_path / "made").exists()
+    assert "choose it with data=..." in message

@@ -1,0 +1,365 @@
+"""Training runs from config to files. Oracles: what the files say about each other, and nets rebuilt from them."""
+
+import csv
+import json
+
+import pytest
+import timm
+import torch
+from lightning.pytorch import Callback
+from omegaconf import OmegaConf
+from torch.testing import assert_close
+
+import qat
+from qat.checkpoint import is_plain, read_checkpoint
+from qat.losses import Distillation
+from qat.tasks import build
+from tests.conftest import compose, evaluate, results, tiny, train, write_cifar
+
+KEYS = [
+    *("command", "model", "quant", "data", "seed", "split", "weights", "top1", "top5", "loss", "val_top1", "top1_fp"),
+    *("n_params", "size_bytes", "bitops", "wall_seconds", "git_commit", "versions"),
+]  # what scripts outside this repository rely on
+
+
+# Two steps at this rate move zeros alone, by less than the tolerance.
+STILL, STANDSTILL = ("optimizer.lr=1e-30", "scheduler.min_lr=0"), 1e-29
+
+
+def state(run_dir, name="last.ckpt"):
+    return read_checkpoint(run_dir / "checkpoints" / name).state
+
+
+def column(run_dir, name):
+    return [float(row[name]) for row in csv.DictReader((run_dir / "metrics.csv").open()) if row.get(name)]
+
+
+def plain_weights(path, classes=10):
+    """A timm state dict of the tiny net."""
+    torch.manual_seed(5)
+    cfg = tiny("a")
+    net = timm.create_model(cfg.model.name, **{**build.model_args(cfg), "num_classes": classes})
+    torch.save(net.state_dict(), path)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def run_2bit(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("two") / "run", "trainer.max_epochs=3", "seed=3")
+
+
+def test_outputs(run_2bit):
+    names = {str(p.relative_to(run_2bit)) for p in run_2bit.rglob("*") if p.is_file()}
+    assert names >= {"config.yaml", "conversion.txt", "metrics.csv", "results.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    assert [n for n in names if n.endswith(".ckpt")] == [n for n in names if n in {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}]
+
+
+def test_results(run_2bit):
+    found = results(run_2bit)
+    assert set(KEYS) <= set(found)
+    assert (found["command"], found["model"], found["quant"], found["data"]) == ("train", "vit_tiny_patch16_224", "ofq_2bit", "digits")
+    assert (found["seed"], found["split"], found["weights"], found["top1_fp"]) == (3, "test", "best.ckpt", None)
+    assert found["val_top1"] == pytest.approx(max(column(run_2bit, "val/top1")))
+    assert 0 <= found["top1"] <= found["top5"] <= 100
+    assert found["n_params"] == sum(p.numel() for p in qat.load(run_2bit / "checkpoints" / "last.ckpt").parameters())
+    assert set(found["versions"]) >= {"python", "torch", "timm", "lightning"}
+
+
+def test_evaluation_of_the_file_alone_repeats_the_result(run_2bit, tmp_path):
+    trained = results(run_2bit)
+    found = evaluate(tmp_path / "eval", f"ckpt={run_2bit}/checkpoints/best.ckpt")
+    for key in ("model", "quant", "data", "split", "top1", "top5", "loss", "n_params", "size_bytes", "bitops"):
+        assert found[key] == trained[key], key
+    assert found["command"] == "eval"
+
+
+def test_checkpoints_are_plain_data(run_2bit):
+    content = torch.load(run_2bit / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 6
+    assert all(key.startswith("net.") for key in content["state_dict"])
+    assert is_plain(content["qat"])
+    assert content["qat"]["data"]["_target_"] == "qat.data.Digits"
+
+
+def test_config_is_written_resolved(run_2bit):
+    cfg = OmegaConf.load(run_2bit / "config.yaml")
+    assert OmegaConf.to_yaml(cfg) == OmegaConf.to_yaml(cfg, resolve=True)
+    assert (cfg.data.seed, cfg.quant.act_bits, cfg.model.args.num_classes) == (3, 2, 10)
+
+
+def test_conversion_report_lists_every_quantizer(run_2bit):
+    text = (run_2bit / "conversion.txt").read_text()
+    sites = list(qat.iter_quantizers(qat.load(run_2bit / "checkpoints" / "last.ckpt")))
+    table, _, floats = text.partition("stays float:")
+    assert len(table.strip().splitlines()) == 1 + len(sites)
+    assert "blocks.0.norm1" in floats
+
+
+def test_a_float_run_has_no_conversion_report(float_run):
+    assert not (float_run / "conversion.txt").exists()
+    assert results(float_run)["quant"] == "fp"
+    assert set(KEYS) <= set(results(float_run))
+
+
+def test_metrics_hold_every_epoch_and_the_parts_of_the_loss(run_2bit):
+    assert len(column(run_2bit, "val/top1")) == 3
+    assert column(run_2bit, "train/loss_ce") == column(run_2bit, "train/loss_epoch")
+
+
+def test_a_run_is_a_function_of_its_seed(tmp_path, run_2bit):
+    again = train(tmp_path / "again", "trainer.max_epochs=3", "seed=3", "data.num_workers=1")
+    other = train(tmp_path / "other", "trainer.max_epochs=3", "seed=4")
+    first, second, third = state(run_2bit), state(again), state(other)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["head.weight"], third["head.weight"])
+
+
+def test_training_moves_weights_scales_and_offsets(tmp_path, run_4bit):
+    run = train(tmp_path / "run", "quant=ofq_4bit", f"ckpt={run_4bit}/checkpoints/last.ckpt")
+    before, after = state(run_4bit), state(run)
+    for name in ("blocks.0.attn.q_weight", "blocks.0.mlp.fc1.input_quantizer.quantizer.scale", "blocks.0.attn.product_offset"):
+        assert not torch.equal(before[name], after[name]), name
+
+
+def test_fast_dev_run_writes_results_and_no_checkpoint(tmp_path):
+    run = train(tmp_path / "run", "trainer.fast_dev_run=true", "trainer.max_epochs=30", "scheduler.warmup_epochs=5")
+    assert not list(run.rglob("*.ckpt"))
+    assert set(KEYS) <= set(results(run))
+    assert results(run)["weights"] == "final"
+
+
+def test_without_logger_or_callbacks(tmp_path):
+    run = train(tmp_path / "run", "~logger", "~callbacks")
+    assert results(run)["weights"] == "final"
+    assert not (run / "metrics.csv").exists()
+
+
+# --- the run directory
+
+
+def test_a_used_run_dir_is_refused_and_stays_as_it_is(tmp_path, refused):
+    run = train(tmp_path / "run")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    message = refused("train", tiny(run))
+    assert f"run_dir='{run}' holds best.ckpt already; choose another run_dir or set overwrite=true" in message
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_overwrite_replaces_the_old_run(tmp_path):
+    run = train(tmp_path / "run")
+    before = state(run)
+    train(run, "overwrite=true", "seed=1")
+    assert results(run)["seed"] == 1
+    assert sorted(p.name for p in run.rglob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
+    assert not torch.equal(state(run)["head.weight"], before["head.weight"])
+
+
+def test_overwrite_can_start_from_the_old_run(tmp_path):
+    run = train(tmp_path / "run")
+    train(run, "overwrite=true", f"ckpt={run}/checkpoints/last.ckpt")
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt").step == 2
+
+
+def test_a_mistake_costs_no_old_checkpoints(tmp_path, refused):
+    run = train(tmp_path / "run")
+    refused("train", tiny(run, "overwrite=true", "quant.bits=9"))
+    assert sorted(p.name for p in run.rglob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
+
+
+# --- where weights come from
+
+
+def test_from_float_all_scales_are_initialised(tmp_path, float_run, caplog):
+    caplog.set_level("INFO")
+    train(tmp_path / "run", f"ckpt={float_run}/checkpoints/last.ckpt", "data.calibration_images=100")
+    assert "scales initialised from 100 training images" in caplog.text
+
+
+def test_from_4_to_2_bits_only_stem_and_head_scales_are_copied(tmp_path, run_4bit, caplog):
+    caplog.set_level("INFO")
+    train(tmp_path / "run", f"ckpt={run_4bit}/checkpoints/last.ckpt")
+    (note,) = [line for line in caplog.text.splitlines() if line.strip().startswith("start ")]
+    copied, _, missing = note.partition(" quantizers copied, of ")
+    assert copied.endswith("scales of 4")
+    assert "blocks.0.attn.probs_quantizer" in missing
+    assert "patch_embed" not in missing
+    assert "head" not in missing
+
+
+def test_between_equal_recipes_all_scales_are_copied(tmp_path, run_4bit, caplog):
+    caplog.set_level("INFO")
+    train(tmp_path / "run", "quant=ofq_4bit", f"ckpt={run_4bit}/checkpoints/last.ckpt", *STILL)
+    assert "scales of all 11 quantizers copied" in caplog.text
+    assert_close(state(tmp_path / "run"), state(run_4bit), rtol=0, atol=STANDSTILL)
+
+
+def five_classes(tmp_path):
+    root = write_cifar(tmp_path / "data", train=80)
+    return ["data=cifar10", f"data.root={root}", "data.batch_size=16", "data.num_workers=0", "data.num_classes=5"]
+
+
+def test_another_class_count_needs_reset_head(tmp_path, refused):
+    run = train(tmp_path / "five", *five_classes(tmp_path), "quant=fp", "data.image_size=8")
+    start = f"ckpt={run}/checkpoints/last.ckpt"
+    message = refused("train", tiny(tmp_path / "run", start))
+    assert "has 5 classes, the data 10; model.reset_head=true gives it a new head" in message
+    train(tmp_path / "reset", start, "model.reset_head=true")
+    assert state(tmp_path / "reset")["head.weight"].shape[0] == 10
+
+
+def test_a_weight_file_with_other_classes_gets_a_new_head_and_says_so(tmp_path, caplog):
+    caplog.set_level("INFO")
+    plain_weights(tmp_path / "w.pt", classes=5)
+    train(tmp_path / "run", f"model.weights={tmp_path}/w.pt", "quant=fp")
+    assert "new head for 10 classes (the file has 5)" in caplog.text
+
+
+@pytest.mark.parametrize("setting", ["model.weights", "ckpt"])
+def test_a_plain_state_dict_is_taken_as_it_is(tmp_path, setting):
+    net = plain_weights(tmp_path / "w.pt")
+    run = train(tmp_path / "run", f"{setting}={tmp_path}/w.pt", "quant=fp", *STILL)
+    assert_close(state(run), dict(net.state_dict()), rtol=0, atol=STANDSTILL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["ckpt=a.ckpt", "model.weights=b.pt"], "ckpt and model.weights are set: a net starts from one of them"),
+        (["model.weights=b.pt", "model.pretrained=true"], "model.weights and model.pretrained are set"),
+        (["ckpt=/no/such.ckpt"], "ckpt='/no/such.ckpt': no such file"),
+        (["model.weights=/no/such.pt"], "model.weights='/no/such.pt': no such file"),
+        (["ckpt=train.py"], "ckpt='train.py': not a checkpoint that can be read safely"),
+        (["ckpt_format=zip", "ckpt=train.py"], "ckpt_format='zip': allowed are auto, qat, timm"),
+        (["quant.bits=9"], "quant.bits=9: allowed are whole numbers from 2 to 8"),
+        (["quant.act_bits=1"], "quant.act_bits=1: allowed are whole numbers from 2 to 8"),
+        (["quant.attention=foo"], "quant.attention='foo': allowed are qkr, standard, float"),
+        (["quant.weight_quantizer=foo"], "quant.weight_quantizer='foo': allowed are statsq, lsq, minmax, float"),
+        (["+quant.colour=3"], "quant.colour"),
+        (["quant=fp", "quant.bits=4"], "quant.bits=4: quant=fp leaves the net in float"),
+        (["quant.overrides={blocks.7.*:{bits:4}}"], "quant.overrides['blocks.7.*'] matches no module"),
+        (["data.augment=bad"], "data.augment='bad': allowed are none, light, timm"),
+        (["data.batch_size=0"], "data.batch_size=0: allowed are whole numbers from 1"),
+        (["+data.colour=3"], "data: got an unexpected keyword argument 'colour'"),
+        (["data=cifar10"], "data.root is not set"),
+        (["data._target_=torch.nn.Identity"], "data._target_='torch.nn.Identity': allowed are subclasses of qat.data.ImageData"),
+        (["data.num_classes=9"], "data.num_classes=9: the train split has a label 9"),
+        (["optimizer.opt=nope"], "optimizer.opt='nope'"),
+        (["model.init=new"], "model.init='new': allowed are full, reference"),
+        (["lsq_grad_batch=all"], "lsq_grad_batch='all': allowed are global, process"),
+        (["seed=-1"], "seed=-1: allowed are whole numbers from 0"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs=0: allowed are whole numbers from 1"),
+        (["trainer.accelerator=tpu"], "trainer.accelerator='tpu'"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1: allowed are numbers above 0"),
+        (["model.name=nope"], "model.name='nope': timm has no such model"),
+        (["+model.args.colour=3"], "model.name='vit_tiny_patch16_224' with"),
+        (["scheduler.warmup_epochs=1"], "scheduler.warmup_epochs=1: allowed are numbers from 0 to below 1"),
+        (["scheduler.interval=batch"], "scheduler.interval='batch': allowed are epoch, step"),
+        (["loss.label_smoothing=2"], "loss.label_smoothing=2: allowed are numbers from 0 to below 1"),
+        (["loss.terms.ce._target_=torch.nn.Identity", "~loss.terms.ce.label_smoothing"], "loss.terms.ce: Identity is not a subclass of"),
+        (["trainer.precision=3"], "trainer.precision=3: Precision 3 is invalid"),
+        (["+trainer.colour=3"], "unexpected keyword argument 'colour'"),
+        (["loss=kd"], "no teacher; give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights"),
+        (["loss=kd", "teacher.ckpt=/no/such.ckpt"], "teacher.ckpt='/no/such.ckpt': no such file"),
+        (
+            ["loss=kd", "teacher.model=deit_tiny_patch16_224"],
+            "teacher.model='deit_tiny_patch16_224': give its weights with teacher.ckpt=FILE",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_name_the_setting(tmp_path, refused, settings, message):
+    cfg = tiny(tmp_path / "run", *settings)
+    found = refused("train", cfg)
+    assert message in found
+    assert results(tmp_path / "run")["error"] in found
+    assert results(tmp_path / "run")["top1"] is None
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+def test_pretrained_weights_out_of_reach_fail_at_once(tmp_path, refused, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    message = refused("train", compose("train", "model=deit_t", "data.image_size=32", "model.pretrained=true", f"run_dir={tmp_path}/run"))
+    assert "model.pretrained=true: the weights of 'deit_tiny_patch16_224' are not in the local cache" in message
+    assert "no route to host" in message
+    assert "model.weights=FILE" in message
+
+
+# --- distillation
+
+
+class Watch(Callback):
+    """What the loss and the teacher are at the end."""
+
+    seen: dict = {}
+
+    def on_train_end(self, trainer, pl_module):
+        Watch.seen = {"teacher": pl_module.teacher, "net": pl_module.net}
+
+
+def test_the_teacher_is_the_float_start_and_its_accuracy_is_kept(tmp_path, float_run, caplog):
+    caplog.set_level("INFO")
+    run = train(
+        tmp_path / "run", "loss=kd", f"ckpt={float_run}/checkpoints/last.ckpt", "+callbacks.watch._target_=tests.tasks.test_train.Watch"
+    )
+    teacher = Watch.seen["teacher"].net.state_dict()
+    assert all(torch.equal(teacher[name], tensor) for name, tensor in state(float_run).items())
+    accuracy = evaluate(tmp_path / "eval", f"ckpt={float_run}/checkpoints/last.ckpt")["top1"]
+    assert results(run)["top1_fp"] == pytest.approx(accuracy)
+    assert f"teacher: test top-1 {accuracy:.2f} %" in caplog.text
+    assert set(state(run)) == set(Watch.seen["net"].state_dict())
+    assert len(column(run, "train/loss_kd")) == 1
+
+
+def test_a_teacher_of_its_own(tmp_path, float_run):
+    run = train(tmp_path / "run", "loss=kd", f"teacher.ckpt={float_run}/checkpoints/best.ckpt", "loss.teacher_head=mean")
+    assert results(run)["top1_fp"] is not None
+
+
+def test_a_teacher_with_other_classes_is_refused(tmp_path, refused):
+    run = train(tmp_path / "five", *five_classes(tmp_path), "quant=fp", "data.image_size=8")
+    message = refused("train", tiny(tmp_path / "run", "loss=kd", f"teacher.ckpt={run}/checkpoints/last.ckpt"))
+    assert "teacher.ckpt=" in message
+    assert "has 5 classes, the data 10" in message
+
+
+@pytest.mark.parametrize("setting", ["teacher.ckpt", "model.weights"])
+def test_a_timm_file_as_teacher(tmp_path, setting):
+    net = plain_weights(tmp_path / "w.pt")
+    watch = "+callbacks.watch._target_=tests.tasks.test_train.Watch"
+    run = train(tmp_path / "run", "loss=kd", f"{setting}={tmp_path}/w.pt", watch)
+    assert_close(dict(Watch.seen["teacher"].net.state_dict()), dict(net.state_dict()), rtol=0, atol=0)
+    assert results(run)["top1_fp"] is not None
+
+
+@pytest.mark.parametrize("setting", ["teacher.ckpt", "model.weights"])
+def test_a_teacher_with_a_new_head_is_refused(tmp_path, refused, setting):
+    # Its logits would be random.
+    plain_weights(tmp_path / "w.pt", classes=5)
+    message = refused("train", tiny(tmp_path / "run", "loss=kd", f"{setting}={tmp_path}/w.pt"))
+    assert f"{setting}='{tmp_path}/w.pt'" in message
+    assert "5 classes, the data 10" in message
+
+
+def test_both_heads_of_a_distilled_student_are_trained(tmp_path, monkeypatch):
+    seen = []
+    forward = Distillation.forward
+    monkeypatch.setattr(Distillation, "forward", lambda self, step: (seen.append(step), forward(self, step))[1])
+    run = train(tmp_path / "fp", "model=deit_t_distilled", "quant=fp")
+    train(tmp_path / "run", "model=deit_t_distilled", "loss=kd", f"ckpt={run}/checkpoints/last.ckpt")
+    assert len(seen) == 2
+    for step in seen:
+        assert isinstance(step.logits, tuple)
+        assert (step.logits[0] - step.logits[1]).abs().max() > 0
+        assert step.teacher_logits.shape == (64, 10)
+    assert evaluate(tmp_path / "eval", f"ckpt={tmp_path}/run/checkpoints/best.ckpt")["top1"] == results(tmp_path / "run")["top1"]
+
+
+def test_results_are_strict_json(tmp_path):
+    # NaN is no JSON: a validation that never ran is null.
+    run = train(tmp_path / "run", "trainer.limit_val_batches=0", "~callbacks.best")
+    text = (run / "results.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["val_top1"] is None

@@ -1,0 +1,205 @@
+"""Every yaml composes, every recipe fits every model, and every key is one that something reads."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+
+import pytest
+from hydra.errors import HydraException
+from lightning.pytorch import Trainer
+from omegaconf import OmegaConf
+
+import qat
+from qat.data.base import DataSettings
+from qat.lit import build_optimizer, cosine_schedule
+from qat.spec import PRESETS
+from qat.tasks import build
+from tests.conftest import ROOT, TINY, compose, results, train
+
+CONF = ROOT / "conf"
+
+
+def choices(group):
+    """Names of a group's files; those with an underscore are parts of others."""
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml") if not p.stem.startswith("_"))
+
+
+GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra")
+RECIPES = {f"{name}_{bits}bit": (name, {"bits": bits}) for name in PRESETS if name != "fp" for bits in (2, 3, 4, 8)} | {"fp": ("fp", {})}
+LARGE = {name for name in choices("model") if name.endswith(("_b", "_b_distilled"))}
+# What one block of a model needs; the demo model sets its own depth.
+ONE_BLOCK = "++model.args.depth=1"
+
+
+@pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
+def test_every_choice_composes(group, choice):
+    cfg = compose("train", f"{group}={choice}", "run_dir=a")
+    assert not OmegaConf.missing_keys(cfg)
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize("group", ["model", "data", "trainer", "logger"])
+def test_eval_takes_the_same_choices(group):
+    for choice in choices(group):
+        compose("eval", f"{group}={choice}", "run_dir=a")
+
+
+@pytest.mark.parametrize("name", sorted({c for g in ("experiment", "debug") for c in choices(g)}))
+def test_experiments_say_what_they_are(name):
+    (path,) = [p for g in ("experiment", "debug") for p in (CONF / g).glob(f"{name}.yaml")]
+    lines = path.read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith("# ")
+    if path.parent.name == "experiment":
+        assert f"experiment={name}" in path.read_text()
+        assert "Cost: " in path.read_text()
+        assert "Expected: " in path.read_text()
+
+
+def test_defaults():
+    cfg = compose("train", "run_dir=a")
+    assert cfg.model.args.depth == 4
+    assert (cfg.quant.name, cfg.quant.bits, cfg.quant.attention) == ("ofq", 2, "qkr")
+    assert cfg.data._target_ == "qat.data.Digits"
+    assert cfg.trainer.accelerator == "cpu"
+    assert list(cfg.loss.terms) == ["ce"]
+
+
+@pytest.mark.parametrize(
+    ("model", "quant"),
+    [pytest.param(m, q, marks=pytest.mark.slow if m in LARGE else ()) for m, q in itertools.product(choices("model"), choices("quant"))],
+)
+def test_every_recipe_fits_every_model(model, quant):
+    cfg = compose("train", f"model={model}", f"quant={quant}", ONE_BLOCK, "run_dir=a")
+    start = build.build_start(cfg)
+    recipe = build.build_recipe(cfg)
+    qat.convert(start.net, recipe, input_size=(1, 8, 8))
+    roles = {site.role for site in qat.iter_quantizers(start.net)}
+    expected = {
+        "float": set(),
+        "qkr": {"weight", "input", "v", "k", "qk", "probs", "image"},
+        "standard": {"weight", "input", "q", "k", "v", "probs", "image"},
+    }
+    assert roles == expected[recipe.attention]
+
+
+@pytest.mark.parametrize("name", choices("quant"))
+def test_a_quant_file_has_all_knobs_and_is_the_recipe_of_its_name(name):
+    knobs = OmegaConf.to_container(compose("train", f"quant={name}", "run_dir=a").quant, resolve=True)
+    assert set(knobs) == {f.name for f in dataclasses.fields(qat.QuantRecipe)}
+    preset, settings = RECIPES[name]
+    assert qat.QuantRecipe(**knobs) == qat.recipe(preset, **settings)
+
+
+def test_bits_of_weights_and_activations_turn_separately():
+    recipe = build.build_recipe(compose("train", "quant.bits=3", "quant.act_bits=4", "run_dir=a"))
+    assert recipe == qat.recipe("ofq", bits=3, act_bits=4)
+    assert build.build_recipe(compose("train", "quant.bits=3", "run_dir=a")).act_bits == 3
+
+
+def test_overrides_from_the_command_line(tmp_path):
+    run = train(tmp_path / "run", "quant.overrides={blocks.0.*:{bits:4,act_bits:5},*.fc2:{bits:8}}")
+    net = qat.load(run / "checkpoints" / "last.ckpt")
+    bits = {site.name: site.quantizer.spec.bits for site in qat.iter_quantizers(net)}
+    assert bits["blocks.0.mlp.fc1.weight_quantizer"] == 4
+    assert bits["blocks.0.mlp.fc1.input_quantizer"] == 5
+    assert bits["blocks.0.mlp.fc2.weight_quantizer"] == 8
+    assert results(run)["recipe"]["overrides"] == {"blocks.0.*": {"bits": 4, "act_bits": 5}, "*.fc2": {"bits": 8}}
+
+
+@pytest.mark.parametrize("name", choices("quant"))
+def test_the_example_of_overrides_in_a_file_can_be_typed(name):
+    text = (CONF / "quant" / f"{name}.yaml").read_text()
+    example = text.partition("e.g. '")[2].partition("'")[0]
+    overrides = OmegaConf.to_container(compose("train", example, "run_dir=a").quant.overrides)
+    assert overrides == {"blocks.0.*": {"bits": 4}}
+
+
+SHORT_PATHS = [
+    *("quant.bits", "quant.act_bits", "quant.attention", "quant.overrides", "data.root", "data.batch_size", "data.num_workers"),
+    *("data.augment", "data.calibration_images", "optimizer.lr", "optimizer.weight_decay", "trainer.max_epochs", "trainer.devices"),
+    *("trainer.precision", "trainer.fast_dev_run", "trainer.limit_train_batches", "trainer.accumulate_grad_batches", "teacher.model"),
+    *("teacher.ckpt", "model.pretrained", "model.weights", "seed", "ckpt", "run_dir"),
+]
+
+
+@pytest.mark.parametrize("path", SHORT_PATHS)
+def test_short_paths_need_no_plus(path):
+    assert OmegaConf.select(compose("train", f"{path}=7"), path) == 7
+
+
+def test_a_key_that_does_not_exist_is_refused_by_hydra():
+    with pytest.raises(HydraException, match="quant.bit"):
+        compose("train", "quant.bit=3")
+
+
+def accepted(function, *, without=()):
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - set(without)
+
+
+@pytest.mark.parametrize("name", choices("trainer"))
+def test_trainer_keys_are_lightnings(name):
+    assert set(compose("train", f"trainer={name}", "run_dir=a").trainer) <= accepted(Trainer.__init__)
+
+
+@pytest.mark.parametrize("name", choices("data"))
+def test_data_files_have_all_settings(name):
+    keys = set(compose("train", f"data={name}", "run_dir=a").data)
+    assert keys == {f.name for f in dataclasses.fields(DataSettings)} | {"_target_"}
+
+
+@pytest.mark.parametrize("name", choices("optimizer"))
+def test_optimizer_files_work_as_they_are(name):
+    settings = OmegaConf.to_container(compose("train", f"optimizer={name}", "run_dir=a").optimizer)
+    assert accepted(build_optimizer, without=("net",)) <= set(settings)
+    made = build_optimizer(build.nn.Linear(2, 2), **settings)
+    own = set(settings) - accepted(build_optimizer, without=())
+    assert own, "an optimizer has settings of its own"
+    for key in own:
+        value = settings[key]
+        assert made.defaults[key] == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize("name", choices("scheduler"))
+def test_scheduler_keys_are_all_read(name):
+    keys = set(compose("train", f"scheduler={name}", "run_dir=a").scheduler)
+    assert keys - {"warmup_epochs"} == accepted(cosine_schedule, without=("optimizer", "periods", "warmup"))
+
+
+def read_in_tasks():
+    """Every attribute name and every piece of text in the code that sees configs."""
+    for path in (ROOT / "qat" / "tasks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                yield node.attr
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield from node.value.split(".")
+
+
+@pytest.mark.parametrize("config", ["train", "eval"])
+def test_top_level_keys_are_read(config):
+    cfg = compose(config, "model=vit_tiny_demo", "run_dir=a")
+    keys = {*cfg, *cfg.model, *cfg.get("teacher", {})} - {"args"}
+    assert keys - set(read_in_tasks()) == set()
+
+
+@pytest.mark.parametrize("name", choices("loss"))
+def test_every_loss_trains(tmp_path, float_run, name):
+    run = train(tmp_path / "run", f"loss={name}", f"ckpt={float_run}/checkpoints/last.ckpt")
+    assert results(run)["top1"] is not None
+
+
+@pytest.mark.parametrize("debug", choices("debug"))
+def test_debug_configs_run(tmp_path, debug):
+    run = train(tmp_path / "run", f"debug={debug}")
+    assert not list(run.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_experiments_run(tmp_path, float_run, name):
+    start = [f"ckpt={float_run}/checkpoints/last.ckpt"] if "kd" in compose("train", f"experiment={name}").loss.terms else []
+    small = ("trainer.fast_dev_run=true", *(o for o in TINY if "model.args" in o), *start)
+    run = train(tmp_path / "run", f"experiment={name}", *small, "trainer.max_epochs=60")
+    assert results(run)["weights"] == "final"

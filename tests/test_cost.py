@@ -1,0 +1,117 @@
+"""What a net costs. Oracle: counted by hand for one block of width 32: 17 tokens, 2 heads of 16, MLP of 128, 10 classes."""
+
+import pytest
+import torch
+from torch import nn
+
+import qat
+from qat.cost import cost, matmuls
+from tests.tiny import SIZE, images, vit
+
+TOKENS, WIDTH, HEADS, HIDDEN, CLASSES = 17, 32, 2, 128, 10
+PATCH = 2 * 2
+# Parameters that stay float32 whatever the recipe: tokens, position embedding, norms, biases behind weights (attention's without qkv).
+FLOAT_REST = WIDTH + TOKENS * WIDTH + 3 * 2 * WIDTH + (WIDTH + WIDTH + HIDDEN + WIDTH + CLASSES)
+# Weights of stem, proj, fc1, fc2, head.
+STEM, PROJ, FC, HEAD = WIDTH * PATCH, WIDTH * WIDTH, HIDDEN * WIDTH, CLASSES * WIDTH
+MACS = {
+    "patch_embed.proj": 16 * STEM,
+    "attn.proj": TOKENS * PROJ,
+    "mlp.fc1": TOKENS * FC,
+    "mlp.fc2": TOKENS * FC,
+    "head": HEAD,
+    "qkv": TOKENS * 3 * WIDTH * WIDTH,
+    "scores": TOKENS**2 * WIDTH,  # over all heads
+    "values": TOKENS**2 * WIDTH,
+}
+# Learned at 8 bit in stem and head: a step per row; a step and two offset maps for the image and its sign; a step and two offsets.
+STEM_AND_HEAD = (WIDTH + 1 + 2 * 64 + 1) + (CLASSES + 1 + 2 * WIDTH)
+# Inputs of proj, fc1, fc2: a step per token, two offsets per channel. Values: a step and two offsets per channel. Probabilities: a
+# step per token.
+INPUTS = 3 * TOKENS + 2 * (WIDTH + WIDTH + HIDDEN) + 3 * WIDTH + TOKENS
+
+
+def net(preset, **knobs):
+    return qat.convert(vit(depth=1), qat.recipe(preset, **knobs), input_size=SIZE)
+
+
+def test_float():
+    found = cost(net("fp"), SIZE)
+    params = FLOAT_REST + 3 * WIDTH * WIDTH + 3 * WIDTH + STEM + PROJ + 2 * FC + HEAD
+    assert found.n_params == params
+    assert found.size_bytes == 4 * params
+    assert found.macs == sum(MACS.values())
+    assert found.bitops == 32 * 32 * found.macs
+
+
+def test_standard_attention_at_2_bits():
+    found = cost(net("ofq_noqkr", bits=2), SIZE)
+    codes = STEM + HEAD + (3 * WIDTH * WIDTH + PROJ + 2 * FC) // 4
+    row_scales = 4 * (3 * WIDTH + WIDTH + HIDDEN + WIDTH)  # StatsQ's, made from the weights in training and stored for deployment
+    # Input of qkv and q: a step per token, two offsets; k: one offset.
+    qkv = 3 * WIDTH + 3 * TOKENS + 2 * WIDTH + 2 * WIDTH + WIDTH
+    assert found.size_bytes == codes + row_scales + 4 * (FLOAT_REST + STEM_AND_HEAD + INPUTS + qkv)
+    blocks = sum(n for name, n in MACS.items() if name not in {"patch_embed.proj", "head"})
+    assert found.macs == sum(MACS.values())
+    assert found.bitops == 64 * (MACS["patch_embed.proj"] + MACS["head"]) + 4 * blocks
+
+
+def test_query_key_reparameterization_at_2_bits():
+    found = cost(net("ofq", bits=2), SIZE)
+    folded, v = HEADS * WIDTH * WIDTH, WIDTH * WIDTH
+    codes = STEM + HEAD + (folded + v + PROJ + 2 * FC) // 4
+    row_scales = 4 * (HEADS * WIDTH + WIDTH + WIDTH + HIDDEN + WIDTH)
+    # v bias; input: a step per token, two offsets; product: a step per token and head, an offset per row of the folded matrix.
+    attention = WIDTH + TOKENS + 2 * WIDTH + TOKENS * HEADS + HEADS * WIDTH
+    assert found.size_bytes == codes + row_scales + 4 * (FLOAT_REST + STEM_AND_HEAD + INPUTS + attention)
+    products = {
+        "product": HEADS * TOKENS * WIDTH**2,
+        "score": HEADS * TOKENS**2 * WIDTH,
+        "v": TOKENS * v,
+        "values": MACS["values"],
+        **{name: MACS[name] for name in ("attn.proj", "mlp.fc1", "mlp.fc2")},
+    }
+    ends = MACS["patch_embed.proj"] + MACS["head"]
+    assert found.macs == sum(products.values()) + ends
+    assert found.bitops == 4 * sum(products.values()) + 64 * ends
+
+
+def test_bits_of_both_operands_count():
+    block = {m.module: m.bits for m in matmuls(net("ofq_noqkr", bits=2, act_bits=5), SIZE)}
+    assert block["blocks.0.mlp.fc1"] == (2, 5)
+    assert block["blocks.0.attn"] == (5, 5)
+    assert block["head"] == (8, 8)
+    qkr = [m for m in matmuls(net("ofq", bits=2, act_bits=5), SIZE) if m.module.startswith("blocks.0.attn")]
+    assert {(m.module, m.bits) for m in qkr} == {
+        ("blocks.0.attn", (2, 5)),
+        ("blocks.0.attn", (5, 5)),
+        ("blocks.0.attn.v", (2, 5)),
+        ("blocks.0.attn.proj", (2, 5)),
+    }
+
+
+def test_codes_that_do_not_fill_a_byte_are_packed():
+    # 3 bits x 1024 codes = 384 bytes, not 1024.
+    three, two = (cost(net("ofq_noqkr", bits=b), SIZE).size_bytes for b in (3, 2))
+    assert three - two == (3 * WIDTH * WIDTH + PROJ + 2 * FC) // 8
+
+
+def test_attention_that_stays_float_costs_float_operations():
+    block = {(m.module, m.bits) for m in matmuls(net("ofq", bits=2, attention="float"), SIZE)}
+    assert ("blocks.0.attn", (32, 32)) in block
+    assert ("blocks.0.attn.qkv", (2, 2)) in block
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_changes_nothing(training):
+    model = qat.initialize_scales(net("ofq"), [images()]).train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cost(model, SIZE)
+    assert model.training == training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_any_module_with_linears():
+    found = cost(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), SIZE)
+    assert (found.macs, found.n_params, found.size_bytes) == (192, 195, 780)

@@ -1,0 +1,236 @@
+"""One python file and one yaml add a quantizer, a dataset, a loss term, a callback, a model family. Oracle: doing it."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import timm.models._registry as timm_registry
+import torch
+
+import qat
+from qat.nn import registry
+from tests.conftest import ROOT, TINY, compose, evaluate, results, tiny, train
+
+FILES = {
+    "quantizer": '''
+        """Keep the sign and the mean magnitude."""
+        import torch
+        from qat.quantizers import Quantizer
+
+        class Sign(Quantizer):
+            def forward(self, x):
+                return x + (x.sign() * x.abs().mean() - x).detach()
+
+            def codes(self, x):
+                return x.sign().to(torch.int8)
+    ''',
+    "dataset": '''
+        """Bright images are class 1."""
+        import numpy as np
+        from qat.data import ImageArrays, ImageData
+
+        class Bright(ImageData):
+            def read(self):
+                labels = np.arange(32) % 2
+                images = np.broadcast_to(labels[:, None, None, None] * 255, (32, 8, 8, 1)).astype(np.uint8)
+                return {"train": ImageArrays(images, labels), "val": ImageArrays(images[:8], labels[:8])}
+    ''',
+    "loss": '''
+        """The mean square of the head's weight."""
+        from qat.losses import LossTerm
+
+        class HeadDecay(LossTerm):
+            def forward(self, step):
+                return step.net.head.weight.square().mean()
+    ''',
+    "callback": '''
+        """Count steps."""
+        from pathlib import Path
+        from lightning.pytorch import Callback
+
+        class Count(Callback):
+            def __init__(self, file):
+                self.file, self.n = file, 0
+
+            def on_train_batch_end(self, *args):
+                self.n += 1
+
+            def on_train_end(self, *args):
+                Path(self.file).write_text(str(self.n))
+    ''',
+    "family": '''
+        """A net that is no timm transformer, and the swap that quantizes its layers."""
+        from timm.models import register_model
+        from torch import nn
+        from qat.nn import QuantLinear, Swap, register_swap
+
+        class Gate(nn.Linear):
+            def forward(self, x):
+                return super().forward(x).sigmoid()
+
+        class QuantGate(QuantLinear):
+            def forward(self, x):
+                return super().forward(x).sigmoid()
+
+        @register_swap(Gate, "linear")
+        def swap_gate(module, context):
+            return Swap(QuantGate(module, context.input_quantizer(), context.weight()))
+
+        class GateNet(nn.Module):
+            def __init__(self, img_size, in_chans, num_classes, width):
+                super().__init__()
+                self.num_classes = num_classes
+                self.gate = Gate(in_chans * img_size**2, width)
+                self.head = nn.Linear(width, num_classes)
+
+            def forward(self, x):
+                return self.head(self.gate(x.flatten(1)))
+
+        @register_model
+        def gate_net(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+            return GateNet(**kwargs)
+    ''',
+}
+YAMLS = {
+    "quant/mine.yaml": """
+        defaults: [ofq_noqkr_2bit]
+        name: mine
+        weight_quantizer: ext_quantizer:Sign
+    """,
+    "data/mine.yaml": """
+        defaults: [digits]
+        _target_: ext_dataset.Bright
+        num_classes: 2
+        batch_size: 16
+    """,
+    "loss/mine.yaml": """
+        defaults: [ce]
+        terms:
+          decay:
+            _target_: ext_loss.HeadDecay
+            weight: 0.5
+    """,
+    "callbacks/mine.yaml": """
+        count:
+          _target_: ext_callback.Count
+          file: ${run_dir}/count.txt
+    """,
+    "model/mine.yaml": """
+        name: gate_net
+        pretrained: false
+        weights: null
+        reset_head: false
+        init: full
+        imports: [ext_family]
+        args:
+          img_size: ${data.image_size}
+          in_chans: ${data.in_chans}
+          num_classes: ${data.num_classes}
+          width: 12
+    """,
+}
+
+
+@pytest.fixture
+def extended(tmp_path, monkeypatch):
+    """A folder beside the package with python files and a config folder, found by both; gives the override."""
+    for name, text in FILES.items():
+        (tmp_path / f"ext_{name}.py").write_text(textwrap.dedent(text))
+    for name, text in YAMLS.items():
+        path = tmp_path / "conf" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(tmp_path)
+    swaps = dict(registry._SWAPS)
+    yield f"hydra.searchpath=[file://{tmp_path}/conf]"
+    for name in FILES:
+        sys.modules.pop(f"ext_{name}", None)
+    registry._SWAPS.clear()
+    registry._SWAPS.update(swaps)
+    timm_registry._model_entrypoints.pop("gate_net", None)
+
+
+def test_a_quantizer(tmp_path, extended):
+    run = train(tmp_path / "run", extended, "quant=mine")
+    net = qat.load(run / "checkpoints" / "last.ckpt")
+    weights = [site for site in qat.iter_quantizers(net) if site.is_weight]
+    assert {type(site.quantizer).__name__ for site in weights} == {"Sign"}
+    for site in weights:
+        assert site.quantizer.codes(site.latent()).unique().tolist() == [-1, 1]
+    assert evaluate(tmp_path / "eval", f"ckpt={run}/checkpoints/best.ckpt")["top1"] == results(run)["top1"]
+
+
+def test_a_dataset(tmp_path, extended):
+    run = train(tmp_path / "run", extended, "data=mine")
+    found = results(run)
+    assert (found["data"], found["split"]) == ("bright", "val")
+    assert qat.load(run / "checkpoints" / "last.ckpt").num_classes == 2
+    again = evaluate(tmp_path / "eval", extended, "data=mine", f"ckpt={run}/checkpoints/best.ckpt")
+    assert again["top1"] == found["top1"]
+
+
+def test_a_dataset_of_ones_own_has_to_be_named_for_evaluation(tmp_path, extended, refused):
+    run = train(tmp_path / "run", extended, "data=mine")
+    cfg = compose("eval", f"ckpt={run}/checkpoints/best.ckpt", f"run_dir={tmp_path}/eval")
+    assert "was trained on 'ext_dataset.Bright', which is not part of qat; choose it with data=..." in refused("evaluate", cfg)
+
+
+def test_a_loss_term(tmp_path, extended):
+    run = train(tmp_path / "run", extended, "loss=mine")
+    header, *_ = (run / "metrics.csv").read_text().splitlines()
+    assert {"train/loss_ce", "train/loss_decay"} <= set(header.split(","))
+
+
+def test_a_callback(tmp_path, extended):
+    run = train(tmp_path / "run", extended, "callbacks=[default,mine]")
+    assert (run / "count.txt").read_text() == "2"
+    assert (run / "checkpoints" / "best.ckpt").exists()
+
+
+def test_a_model_family(tmp_path, extended):
+    # timm and the registry of swaps learn of a file when it is imported: the model's yaml names it.
+    args = [o for o in TINY if "model.args" not in o]
+    cfg = compose("train", extended, *args, "model=mine", "quant=ofq_2bit", f"run_dir={tmp_path}/run")
+    from qat.tasks.train import train as task
+
+    task(cfg)
+    net = qat.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert type(net.gate).__name__ == "QuantGate"
+    assert {site.name for site in qat.iter_quantizers(net) if site.is_weight} == {"gate.weight_quantizer", "head.weight_quantizer"}
+    with torch.no_grad():
+        assert net(torch.zeros(1, 1, 8, 8)).isfinite().all()
+    again = evaluate(tmp_path / "eval", f"ckpt={tmp_path}/run/checkpoints/best.ckpt", "model.imports=[ext_family]")
+    assert again["top1"] == results(tmp_path / "run")["top1"]
+
+
+@pytest.mark.slow
+def test_all_at_once_from_the_command_line(tmp_path, extended):
+    overrides = ["quant=mine", "data=mine", "loss=mine", "callbacks=[default,mine]", *TINY, "run_dir=run"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--config-dir", "conf", *overrides],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run" / "count.txt").read_text() == "2"
+    assert (results(tmp_path / "run")["data"], results(tmp_path / "run")["recipe"]["name"]) == ("bright", "mine")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("quant.weight_quantizer=ext_quantizer:Nope", "quantizer='ext_quantizer:Nope'"),
+        ("quant.weight_quantizer=ext_nope:Sign", "quantizer='ext_nope:Sign'"),
+        ("quant.weight_quantizer=ext_loss:HeadDecay", "allowed are subclasses of qat.quantizers.Quantizer"),
+        ("data._target_=ext_nope.Bright", "ext_nope.Bright"),
+        ("loss.terms.ce._target_=ext_nope.Term", "ext_nope.Term"),
+        ("callbacks.epoch_log._target_=ext_nope.Callback", "ext_nope.Callback"),
+    ],
+)
+def test_a_class_that_is_not_there_is_named(tmp_path, extended, refused, override, message):
+    assert message in refused("train", tiny(tmp_path / "run", override))
