@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
 from qat.nn import SwapContext, find_swap
@@ -54,10 +55,11 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
     """
     if conversion_of(net) is not None:
         raise UsageError("convert: the net is quantized already; build a fresh one, or load a checkpoint into another recipe with ckpt=")
+    size = _checked_size(input_size)
     if recipe.name == "fp":
         _check_rules(net, recipe)
+        check_input(net, size)
         return net
-    size = _checked_size(input_size)
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         _walk(net, "", _Walk(recipe, _places(net), swapped), {})
@@ -128,15 +130,19 @@ def _walk(module: nn.Module, name: str, walk: _Walk, inputs: dict[str, str]) -> 
         _walk(child, path, walk, hints)
 
 
-def _allocate(net: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Give every quantizer its shapes by one probe forward: scales per position depend on the token count."""
-    device = next(net.parameters()).device
-    hooks = [site.quantizer.register_forward_pre_hook(_allocate_hook) for site in iter_quantizers(net)]
+def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterable[RemovableHandle] = ()) -> None:
+    """Raise `UsageError` unless an image of `input_size` (channels, height, width) passes through the net."""
     try:
         with probing(net, hooks):
-            net(torch.zeros(1, *input_size, device=device))
+            net(torch.zeros(1, *input_size, device=next(net.parameters()).device))
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"input_size={input_size}: no image of this size passes through the net ({error})") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"input_size={input_size}: no image of this size passes through the net ({reason})") from error
+
+
+def _allocate(net: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Give every quantizer its shapes by one probe forward: scales per position depend on the token count."""
+    check_input(net, input_size, [site.quantizer.register_forward_pre_hook(_allocate_hook) for site in iter_quantizers(net)])
 
 
 def _allocate_hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +121,7 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
             return self.transform(image), label
 
 
-class ImageData(LightningDataModule):
+class ImageData(LightningDataModule, ABC):
     """Base of all datasets; a subclass implements `read`.
 
     Args:
@@ -138,9 +139,9 @@ class ImageData(LightningDataModule):
             raise UsageError(f"data: {str(error).replace('DataSettings.__init__() ', '')}") from error
         self._splits: dict[str, ImageArrays] = {}
 
+    @abstractmethod
     def read(self) -> dict[str, ImageArrays]:
         """Read all images: `train`, `val`, and `test` where there is one. Called once, when first needed."""
-        raise NotImplementedError
 
     @property
     def input_size(self) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, cast
 
@@ -12,7 +13,7 @@ from qat.losses.context import StepContext
 from qat.spec import check_number
 
 
-class LossTerm(nn.Module):
+class LossTerm(nn.Module, ABC):
     """Maps a `StepContext` to a scalar.
 
     Args:
@@ -29,9 +30,9 @@ class LossTerm(nn.Module):
         check_number(f"loss term {type(self).__name__}: weight", weight, 0)
         self.weight = weight
 
+    @abstractmethod
     def forward(self, step: StepContext) -> Tensor:
         """Scalar, not yet weighted."""
-        raise NotImplementedError
 
 
 class CompositeLoss(nn.Module):

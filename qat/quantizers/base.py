@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from qat.spec import QuantSpec
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """Maps a tensor to its low-bit grid.
 
     A subclass implements `forward` and `codes`; one with scales also `allocate` and `calibrate`. Scales exist in their final
@@ -26,13 +27,13 @@ class Quantizer(nn.Module):
         self.spec = spec
         self.axis = spec.axis
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize `x`: same shape and dtype, values on the grid."""
-        raise NotImplementedError
 
+    @abstractmethod
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, same shape."""
-        raise NotImplementedError
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
         """Create the state for inputs of `shape` (any batch size), scales filled with NaN.

@@ -12,7 +12,7 @@ from torch import nn
 
 import qat.data
 from qat.checkpoint import Checkpoint, build_from, read_checkpoint
-from qat.conversion import conversion_of
+from qat.conversion import check_input, conversion_of
 from qat.cost import cost
 from qat.data import ImageData
 from qat.errors import UsageError
@@ -20,7 +20,7 @@ from qat.lit import QATModule
 from qat.losses import CompositeLoss, CrossEntropy
 from qat.spec import check_whole, recipe
 from qat.tasks import build, summary
-from qat.tasks.results import recipe_fields, write_results
+from qat.tasks.results import measured, recipe_fields, write_results
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +65,7 @@ def evaluate(cfg: DictConfig) -> float:
         **recipe_fields(in_force),
         split=data.evaluation_split,
         weights=_origin(cfg),
-        top1=metrics["test/top1"],
-        top5=metrics["test/top5"],
-        loss=metrics["test/loss"],
-        n_params=costs.n_params,
-        size_bytes=costs.size_bytes,
-        bitops=costs.bitops,
+        **measured(metrics, costs),
         wall_seconds=round(time.monotonic() - began, 1),
     )
     shown = {"top-1": f"{results['top1']:.2f} %", "top-5": f"{results['top5']:.2f} %", "loss": f"{results['loss']:.4f}"}
@@ -131,3 +126,4 @@ def _check_fit(net: nn.Module, data: ImageData) -> None:
         raise UsageError(
             f"data.image_size={data.settings.image_size}: the net is quantized for images of {done.input_size}, got {data.input_size}"
         )
+    check_input(net, data.input_size)

@@ -24,7 +24,7 @@ from qat.lit.evaluate import evaluate
 from qat.spec import QuantRecipe, check_whole
 from qat.start import Start
 from qat.tasks import build, summary
-from qat.tasks.results import recipe_fields, write_results
+from qat.tasks.results import measured, recipe_fields, write_results
 from qat.tasks.teacher import build_teacher, is_float
 
 log = logging.getLogger(__name__)
@@ -100,13 +100,8 @@ def _conclude(cfg: DictConfig, run: Run, outcome: dict[str, Any]) -> None:
     results = write_results(
         cfg,
         **recipe_fields(run.recipe),
+        **measured(metrics, costs),
         split=run.data.evaluation_split,
-        top1=metrics["test/top1"],
-        top5=metrics["test/top5"],
-        loss=metrics["test/loss"],
-        n_params=costs.n_params,
-        size_bytes=costs.size_bytes,
-        bitops=costs.bitops,
         **outcome,
     )
     scores = f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % ({results['weights']})"
