@@ -78,6 +78,11 @@ class AutoSignLSQ(LSQ):
         self.signed: Tensor
         self.register_buffer("signed", torch.tensor(torch.nan))
 
+    def allocate(self, shape: torch.Size, device: torch.device) -> None:
+        """One NaN step per slice along the axis; the sign goes to the same device."""
+        super().allocate(shape, device)
+        self.signed = self.signed.to(device)
+
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Sign from the smallest value seen, step from factor 2 whatever the sign (the reference's rule for images)."""
         lowest = torch.minimum(x.detach().amin().float(), state.get("lowest", torch.tensor(torch.inf, device=x.device)))
