@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import zipfile
 from collections.abc import Mapping
@@ -109,8 +110,6 @@ def _read_file(path: Path, setting: str) -> Any:
             if damaged is not None:
                 raise UsageError(f"{setting}={str(path)!r}: the file is damaged (checksum of {damaged} does not fit)")
         # timm writes its training arguments into its checkpoints; nothing else than plain data and tensors is read.
-        import argparse
-
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UsageError:

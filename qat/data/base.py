@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -214,7 +215,5 @@ class ImageData(LightningDataModule, ABC):
 
 def stratified_split(labels: NDArray[np.int64], held_out: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Indices of the kept and the held-out images, class shares equal, always the same for the same labels."""
-    from sklearn.model_selection import train_test_split
-
     kept, out = train_test_split(np.arange(len(labels)), test_size=held_out, random_state=SPLIT_SEED, stratify=labels)
     return np.sort(kept), np.sort(out)
