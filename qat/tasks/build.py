@@ -37,8 +37,9 @@ from qat.transfer import copy_scales, forget_attention_weights
 
 log = logging.getLogger(__name__)
 
-# Lightning repeats what the first lines of a run say already, and comes with a handler of its own.
+# Both repeat what the first lines of a run say already.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+logging.getLogger("timm").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
 warnings.filterwarnings("ignore", message=".*does not have many workers")  # small data are in memory
 warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")  # Hydra made it
