@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -13,8 +14,13 @@ import torch
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
-    """Yield a temporary path beside `path`; on success it takes the place of `path`, on an error nothing is left of it."""
+def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> Generator[Path]:
+    """Yield a temporary path beside `path`; on success it takes the place of `path`, on an error nothing is left of it.
+
+    Args:
+        path: the file to write.
+        previous: name beside it under which the file that is replaced stays; at no moment is there no complete `path`.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -25,6 +31,8 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
+        if previous is not None and target.exists():
+            _keep(target, target.with_name(previous))
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -33,6 +41,17 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _keep(present: Path, previous: Path) -> None:
+    """Give a file a second name, taking that name from another file if need be; a copy where links are not to be had."""
+    link = previous.with_name(f".{previous.name}.{os.getpid()}")
+    link.unlink(missing_ok=True)
+    try:
+        link.hardlink_to(present)
+    except OSError:
+        shutil.copyfile(present, link)
+    link.replace(previous)
 
 
 def _umask() -> int:
@@ -47,7 +66,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_torch(path: str | os.PathLike[str], content: Any) -> None:
-    """`torch.save` atomically."""
-    with replacing(path) as temporary:
+def write_torch(path: str | os.PathLike[str], content: Any, *, previous: str | None = None) -> None:
+    """`torch.save` atomically; see `replacing`."""
+    with replacing(path, previous=previous) as temporary:
         torch.save(content, temporary)

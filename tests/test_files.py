@@ -60,3 +60,31 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     write_text(tmp_path / "ours", "x")
     (tmp_path / "plain").write_text("x")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_file_that_is_replaced_stays_under_another_name(tmp_path):
+    path = tmp_path / "last.ckpt"
+    for content in ("one", "two", "three"):
+        with replacing(path, previous="last.prev.ckpt") as temporary:
+            temporary.write_text(content)
+    assert (path.read_text(), (tmp_path / "last.prev.ckpt").read_text()) == ("three", "two")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_failed_write_keeps_both(tmp_path):
+    path = tmp_path / "last.ckpt"
+    for content in ("one", "two"):
+        with replacing(path, previous="last.prev.ckpt") as temporary:
+            temporary.write_text(content)
+    with pytest.raises(OSError, match="disk full"), replacing(path, previous="last.prev.ckpt"):
+        raise OSError("disk full")
+    assert (path.read_text(), (tmp_path / "last.prev.ckpt").read_text()) == ("two", "one")
+
+
+def test_without_links_the_previous_file_is_copied(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    path.write_text("one")
+    monkeypatch.setattr(type(path), "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    with replacing(path, previous="last.prev.ckpt") as temporary:
+        temporary.write_text("two")
+    assert (path.read_text(), (tmp_path / "last.prev.ckpt").read_text()) == ("two", "one")

@@ -1,7 +1,13 @@
 """Datasets as LightningDataModules, one file each."""
 
-from qat.data.base import DataSettings, ImageArrays, ImageData
+from qat.data.arrays import ImageArrays
+from qat.data.base import ImageData
 from qat.data.cifar import Cifar10
 from qat.data.digits import Digits
+from qat.data.fashion_mnist import FashionMnist
+from qat.data.hf_parquet import HfParquet
+from qat.data.imagefolder import ImageFolder
+from qat.data.imagenet import ImageNet
+from qat.data.settings import DataSettings
 
-__all__ = ["Cifar10", "DataSettings", "Digits", "ImageArrays", "ImageData"]
+__all__ = ["Cifar10", "DataSettings", "Digits", "FashionMnist", "HfParquet", "ImageArrays", "ImageData", "ImageFolder", "ImageNet"]

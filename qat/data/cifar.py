@@ -1,13 +1,20 @@
-"""CIFAR-10 as Hugging Face stores it: parquet files with encoded images."""
+"""CIFAR-10 as Hugging Face stores it (parquet files with encoded images), or in its original pickled batches."""
 
 from __future__ import annotations
 
-from qat.data.base import ImageArrays, ImageData, stratified_split
+from qat.data.arrays import ImageArrays, stratified_split
+from qat.data.base import ImageData
+from qat.data.folders import data_folder
 from qat.data.parquet import find_parquet, read_parquet
+from qat.data.pickled import FOLDER, TEST, TRAIN, find_batches, read_batches
+from qat.errors import UsageError
 
 
 class Cifar10(ImageData):
-    """`train*.parquet` and `test*.parquet` below `root`; a tenth of train is held out as val, always the same images."""
+    """A tenth of train is held out as val, always the same images.
+
+    Below `root` are `train*.parquet` and `test*.parquet`, or else `cifar-10-batches-py` as torchvision unpacks it.
+    """
 
     HELD_OUT = 0.1
 
@@ -15,10 +22,21 @@ class Cifar10(ImageData):
         """All three splits.
 
         Raises:
-            UsageError: `data.root` is not set or holds no such files.
+            UsageError: `data.root` is not set or holds no such files, or one of them is damaged.
         """
-        root, chans = self.settings.root, self.settings.in_chans
-        everything = read_parquet(find_parquet(root, "train"), chans)
-        test = read_parquet(find_parquet(root, "test"), chans)
+        everything, test = self._parts()
         train, val = stratified_split(everything.labels, self.HELD_OUT)
         return {"train": everything.take(train), "val": everything.take(val), "test": test}
+
+    def _parts(self) -> tuple[ImageArrays, ImageArrays]:
+        settings = self.settings
+        root = data_folder(settings.root, f"train*.parquet and test*.parquet, or {FOLDER}")
+        if any(root.rglob("train*.parquet")):
+            files = (find_parquet(settings.root, split) for split in ("train", "test"))
+            train, test = (read_parquet(found, settings.in_chans, settings.on_error) for found in files)
+            return train, test
+        batches = find_batches(root)
+        if batches is None:
+            raise UsageError(f"data.root={settings.root!r}: holds neither train*.parquet nor {FOLDER}/{TRAIN[0]}")
+        train, test = (read_batches(batches, names, settings.in_chans) for names in (TRAIN, TEST))
+        return train, test

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from sklearn.datasets import load_digits
 
-from qat.data.base import ImageArrays, ImageData, stratified_split
+from qat.data.arrays import ImageArrays, stratified_split
+from qat.data.base import ImageData
 
 BRIGHTEST = 16
 

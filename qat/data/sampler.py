@@ -23,12 +23,16 @@ class SeededSampler(Sampler[Key]):
             image is counted twice.
         rank: this process.
         world_size: number of processes.
+
+    Attributes:
+        skip: images of this process that the next iteration leaves out at its start; zero again afterwards.
     """
 
     def __init__(self, length: int, *, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1) -> None:
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
+        self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of an epoch."""
@@ -41,7 +45,8 @@ class SeededSampler(Sampler[Key]):
         return order[: self.length - self.length % self.world_size][self.rank :: self.world_size].tolist()
 
     def __iter__(self) -> Iterator[Key]:
-        return iter([(self.epoch, index) for index in self._mine()])
+        skip, self.skip = self.skip, 0
+        return iter([(self.epoch, index) for index in self._mine()[skip:]])
 
     def __len__(self) -> int:
         if self.shuffle:
@@ -70,3 +75,14 @@ def isolated_rng(*numbers: int) -> Generator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         generator.set_state(states[2])
+
+
+def seed_step(*numbers: int) -> None:
+    """Seed what a training step draws from (dropout, drop path), so that a resumed run draws the same.
+
+    Accelerators are seeded only where one is in use: `torch.manual_seed` would queue it for each of them, at half a millisecond a step.
+    """
+    seed = mix(*numbers)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(seed)

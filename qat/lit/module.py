@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
@@ -20,6 +21,7 @@ from qat.sites import iter_quantizers
 from qat.spec import check_choice
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
+MEANS_KEY = "epoch_means"
 LSQ_GRAD_BATCHES = ("global", "process")
 SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
 
@@ -80,6 +82,9 @@ class QATModule(LightningModule):
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        # Without a look for NaN, which would wait for the device in every step.
+        names = ("loss", *(f"loss_{name}" for name in loss.terms))
+        self.train_means = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
@@ -98,14 +103,23 @@ class QATModule(LightningModule):
         if self.teacher is not None:
             self.teacher.to(self.device)
 
+    def on_train_start(self) -> None:
+        """Put the learning rate where the schedule has it now: a resumed run begins in the middle of it."""
+        for config in self.trainer.lr_scheduler_configs:
+            schedule: Any = config.scheduler
+            schedule.step(self.current_epoch)
+            schedule.step_update(self.global_step)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch (images, targets)."""
         images, target = batch
         teacher_logits = None if self.teacher is None else self.teacher(images)
         total, parts = self.loss(StepContext(self.net(images), target, teacher_logits, self.net))
-        self.log("train/loss", total.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
-        for name, value in parts.items():
-            self.log(f"train/loss_{name}", value, on_step=False, on_epoch=True, batch_size=len(images))
+        self.log("train/loss_step", total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=len(images))
+        for name, value in {"loss": total.detach(), **{f"loss_{k}": v for k, v in parts.items()}}.items():
+            mean = cast(MeanMetric, self.train_means[name])
+            mean.update(value, weight=len(images))
+            self.log(f"train/{name}", mean, on_step=False, on_epoch=True, batch_size=len(images))
         return total
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -132,8 +146,7 @@ class QATModule(LightningModule):
         if self._scheduler is None:
             return optimizer
         epochs = self.trainer.max_epochs or 1
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule, interval = self._scheduler(optimizer, epochs, max(steps // max(epochs, 1), 1))
+        schedule, interval = self._scheduler(optimizer, epochs, steps_per_epoch(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
@@ -144,9 +157,17 @@ class QATModule(LightningModule):
             scheduler.step_update(self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write what is needed to rebuild the net from the file alone."""
+        """Write what is needed to rebuild the net from the file alone, and the means of an epoch that is under way."""
         if self._describe is not None:
             checkpoint[META_KEY] = self._describe
+        if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            checkpoint[MEANS_KEY] = {name: dict(cast(MeanMetric, mean).metric_state) for name, mean in self.train_means.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the means of the epoch that was under way."""
+        for name, state in checkpoint.get(MEANS_KEY, {}).items():
+            for key, value in state.items():
+                setattr(self.train_means[name], key, value.to(self.device))
 
 
 def set_grad_factor(quantizer: nn.Module, factor: float) -> None:
@@ -154,3 +175,17 @@ def set_grad_factor(quantizer: nn.Module, factor: float) -> None:
     for module in quantizer.modules():
         if isinstance(module, LSQ):
             module.grad_factor = factor
+
+
+def steps_per_epoch(trainer: Trainer) -> int:
+    """Optimizer steps of one epoch, at least 1.
+
+    Not from `trainer.estimated_stepping_batches`: asked before a checkpoint is restored, that makes Lightning set up the train loader
+    for good, and the loader of a resumed run would never learn where its epoch was left.
+    """
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if datamodule is None:
+        return max(int(trainer.estimated_stepping_batches) // max(trainer.max_epochs or 1, 1), 1)
+    batches, limit = len(datamodule.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    return max(math.ceil(batches / trainer.accumulate_grad_batches), 1)

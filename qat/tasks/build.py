@@ -18,16 +18,18 @@ import torch
 from hydra.errors import InstantiationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qat.checkpoint import read_checkpoint
+from qat.callbacks import LastCheckpoint, StepSeed
+from qat.checkpoint import Checkpoint, build_from, read_checkpoint
 from qat.conversion import convert
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit.checkpoint_io import AtomicCheckpointIO
+from qat.lit.csv_log import continue_csv
 from qat.lit.optim import INTERVALS, build_optimizer, cosine_schedule
 from qat.losses import CompositeLoss
 from qat.scales import assert_ready, initialize_scales
@@ -140,6 +142,11 @@ def build_start(cfg: DictConfig) -> Start:
     return from_pretrained(name, args) if cfg.model.pretrained else from_scratch(name, args)
 
 
+def build_resumed(checkpoint: Checkpoint) -> Start:
+    """The net of a run that is continued, whatever it started from."""
+    return Start(build_from(checkpoint).train(), [f"step {checkpoint.step} of this run ({checkpoint.path.name})"])
+
+
 def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str = "full") -> list[str]:
     """Convert the net in place and fill its scales: copied where the start has them, else from data.
 
@@ -206,18 +213,24 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
     """The callbacks of `cfg.callbacks`; checkpoints go to `checkpoints/` in the run directory."""
-    callbacks: list[Callback] = []
+    callbacks: list[Callback] = [StepSeed(cfg.seed)]
     for name, callback_cfg in (cfg.get("callbacks") or {}).items():
+        if callback_cfg is None:  # switched off: callbacks.best=null
+            continue
         callback = instantiate(callback_cfg, f"callbacks.{name}")
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+        if isinstance(callback, ModelCheckpoint | LastCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
         callbacks.append(callback)
     return callbacks
 
 
-def build_loggers(cfg: DictConfig) -> list[Logger]:
-    """The loggers of `cfg.logger`."""
-    return [instantiate(one, f"logger.{name}") for name, one in (cfg.get("logger") or {}).items()]
+def build_loggers(cfg: DictConfig, rows: list[dict[str, str]] | None = None) -> list[Logger]:
+    """The loggers of `cfg.logger`; a CSV file goes on behind `rows`, those of the run that is continued."""
+    loggers = [instantiate(one, f"logger.{name}") for name, one in (cfg.get("logger") or {}).items() if one is not None]
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            continue_csv(logger, rows or [])
+    return loggers
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:

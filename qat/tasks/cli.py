@@ -68,6 +68,8 @@ def _enter_run_dir(cfg: DictConfig) -> None:
     if HydraConfig.initialized():
         with open_dict(cfg):
             cfg.run_dir = HydraConfig.get().runtime.output_dir
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                cfg.sweep_dir = str(Path(cfg.run_dir).parent)  # for what its jobs share
     Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
 
 

@@ -17,6 +17,7 @@ from qat.cost import cost
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit import QATModule
+from qat.lit.loggers import close
 from qat.losses import CompositeLoss, CrossEntropy
 from qat.spec import check_whole, recipe
 from qat.tasks import build, summary
@@ -58,6 +59,7 @@ def evaluate(cfg: DictConfig) -> float:
     }
     log.info(summary.lines("qat: evaluation", entries))
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
+    close(trainer.loggers)
     costs = cost(net, data.input_size)
     results = write_results(
         cfg,

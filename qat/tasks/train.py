@@ -21,10 +21,12 @@ from qat.errors import UsageError
 from qat.files import write_text
 from qat.lit import QATModule, Teacher
 from qat.lit.evaluate import evaluate
+from qat.lit.loggers import close
 from qat.spec import QuantRecipe, check_whole
 from qat.start import Start
 from qat.tasks import build, summary
 from qat.tasks.results import measured, recipe_fields, write_results
+from qat.tasks.resume import Resume, find_resume
 from qat.tasks.teacher import build_teacher, is_float
 
 log = logging.getLogger(__name__)
@@ -55,30 +57,35 @@ def train(cfg: DictConfig) -> float:
         UsageError: a setting, path or file cannot work; raised before the first step.
     """
     began = time.monotonic()
-    old_outputs = _outputs_of_an_old_run(Path(cfg.run_dir), overwrite=bool(cfg.overwrite))
-    run = _build(cfg)
+    resume = find_resume(cfg, build.build_recipe(cfg), build.model_args(cfg))
+    old_outputs = [] if resume else _outputs_of_an_old_run(Path(cfg.run_dir), overwrite=bool(cfg.overwrite))
+    run = _build(cfg, resume)
     for path in old_outputs:
         path.unlink()
     _announce(cfg, run)
     write_text(Path(cfg.run_dir) / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     top1_fp = _announce_teacher(run)
-    run.trainer.fit(run.module, datamodule=run.data)
+    run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resume.path if resume else None)
     val_top1, weights = _take_best(run.trainer, run.module)
     _conclude(cfg, run, {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": round(time.monotonic() - began, 1)})
+    close(run.trainer.loggers)
     return val_top1
 
 
-def _build(cfg: DictConfig) -> Run:
+def _build(cfg: DictConfig, resume: Resume | None) -> Run:
     """Settings first, then what costs time: a mistake in the last of them shows before the first image is read."""
     check_whole("seed", cfg.seed, 0)
     seed_everything(cfg.seed, workers=True, verbose=False)
+    build.import_modules(cfg)
     recipe, loss = build.build_recipe(cfg), build.build_loss(cfg)
     optimizer, scheduler = build.build_optimizer_factory(cfg), build.build_scheduler_factory(cfg)
-    trainer = build.build_trainer(cfg, build.build_callbacks(cfg), build.build_loggers(cfg))
+    loggers = build.build_loggers(cfg, resume.rows if resume else [])
+    trainer = build.build_trainer(cfg, build.build_callbacks(cfg), loggers)
     data = build.build_data(cfg)
-    start = build.build_start(cfg)
+    start = build.build_resumed(resume.checkpoint) if resume else build.build_start(cfg)
     start.net.to(trainer.strategy.root_device)
-    start.notes += build.quantize(start, recipe, data, init=cfg.model.init)
+    if not resume:
+        start.notes += build.quantize(start, recipe, data, init=cfg.model.init)
     teacher = build_teacher(cfg, loss, data)
     module = QATModule(
         start.net,
@@ -118,7 +125,8 @@ def _outputs_of_an_old_run(run_dir: Path, *, overwrite: bool) -> list[Path]:
     used = sorted((run_dir / "checkpoints").glob("*.ckpt"))
     if used and not overwrite:
         raise UsageError(f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true")
-    return used + [path for name in ("results.json", "metrics.csv") if (path := run_dir / name).is_file()]
+    events = sorted(run_dir.glob("events.out.tfevents.*"))
+    return used + events + [path for name in ("results.json", "metrics.csv") if (path := run_dir / name).is_file()]
 
 
 def _announce(cfg: DictConfig, run: Run) -> None:

@@ -33,7 +33,7 @@ def test_one_line_an_epoch(caplog):
     assert len(found) == 2
     for number, (line, metrics) in enumerate(zip(found, seen.epochs, strict=True), start=1):
         assert line.startswith(f"epoch {number}/2  ")
-        assert f"loss {metrics['train/loss_epoch']:.4g}  val top1 {metrics['val/top1']:.4g}  lr 1.00e-02" in line
+        assert f"loss {metrics['train/loss']:.4g}  val top1 {metrics['val/top1']:.4g}  lr 1.00e-02" in line
         assert int(re.search(r"(\d+) img/s", line)[1]) > 0
     assert found[-1].endswith("left 0:00:00")
 

@@ -115,7 +115,7 @@ def test_a_missing_label_is_refused(tmp_path):
 
 def test_a_file_without_rows_is_refused(tmp_path):
     write_parquet(tmp_path / "train.parquet", [], [])
-    with pytest.raises(qat.UsageError, match=rf"{tmp_path}: no images in train\.parquet"):
+    with pytest.raises(qat.UsageError, match=rf"{tmp_path}/train\.parquet: no images"):
         read_parquet([tmp_path / "train.parquet"], chans=3)
 
 

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+import qat
 from qat.lit.checkpoint_io import AtomicCheckpointIO
 
 
@@ -27,7 +28,7 @@ def test_a_write_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", dies)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(qat.UsageError, match="disk full"):
         AtomicCheckpointIO().save_checkpoint({"n": 2}, path)
     assert AtomicCheckpointIO().load_checkpoint(path) == {"n": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
@@ -38,3 +39,28 @@ def test_code_inside_a_file_is_refused_whatever_the_caller_says(tmp_path, weight
     torch.save({"x": pathlib.PurePosixPath("a")}, tmp_path / "a.ckpt")
     with pytest.raises(pickle.UnpicklingError):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc] . unexpected pos")]
+)
+def test_a_full_disk_is_one_line_and_costs_nothing(error, tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"a": 1}, path)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(qat.UsageError, match=r"last.ckpt cannot be written \(.*\); the checkpoint that was there is intact"):
+        AtomicCheckpointIO().save_checkpoint({"a": 2}, path)
+    assert AtomicCheckpointIO().load_checkpoint(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_the_last_but_one_stays(tmp_path):
+    for number in (1, 2, 3):
+        for name in ("last.ckpt", "best.ckpt"):
+            AtomicCheckpointIO().save_checkpoint({"a": number}, tmp_path / name)
+    found = {p.name: torch.load(p, weights_only=True)["a"] for p in tmp_path.iterdir()}
+    assert found == {"last.ckpt": 3, "last.prev.ckpt": 2, "best.ckpt": 3}

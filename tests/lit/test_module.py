@@ -133,7 +133,7 @@ def test_terms_are_logged_by_name():
     run.fit(learner, batches(8))
     logged = {k: float(v) for k, v in run.callback_metrics.items()}
     assert logged["train/loss_two"] == 2.0
-    assert logged["train/loss_epoch"] == pytest.approx(0.5 * logged["train/loss_ce"] + 2.0)
+    assert logged["train/loss"] == pytest.approx(0.5 * logged["train/loss_ce"] + 2.0)
 
 
 def test_accuracies_are_percentages_of_all_images():

@@ -1,0 +1,105 @@
+"""Decoded images in memory, and what the rest of the package expects of any images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.model_selection import train_test_split
+
+from qat.errors import UsageError
+
+# One fixed division into train, val and test: results of different runs and seeds are on the same images.
+SPLIT_SEED = 0
+
+
+class ImageSource(Protocol):
+    """Images and labels by index, of one split."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(N,), class ids."""
+
+    @property
+    def chans(self) -> int:
+        """Colour channels of every image."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        """Image (H, W, C) and class id."""
+
+    def resized(self, size: int) -> ImageSource:
+        """The same with all images squeezed into `size` x `size` pixels."""
+
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """Decoded images in memory.
+
+    Attributes:
+        images: (N, H, W, C), uint8.
+        labels: (N,), class ids.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    @property
+    def chans(self) -> int:
+        """Colour channels."""
+        return self.images.shape[3]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        return self.images[index], int(self.labels[index])
+
+    def take(self, indices: NDArray[np.int64]) -> ImageArrays:
+        """The images at `indices`."""
+        return ImageArrays(self.images[indices], self.labels[indices])
+
+    def resized(self, size: int) -> ImageArrays:
+        """All images as `size` x `size` pixels, bicubic; itself if they are."""
+        if self.images.shape[1:3] == (size, size):
+            return self
+        return ImageArrays(np.stack([squeeze(image, size) for image in self.images]), self.labels)
+
+
+def to_pil(image: NDArray[np.uint8]) -> Image.Image:
+    """An image (H, W, C) as Pillow's."""
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+
+
+def squeeze(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """An image (H, W, C) as (size, size, C), bicubic, its proportions lost."""
+    if image.shape[:2] == (size, size):
+        return image
+    return np.asarray(to_pil(image).resize((size, size), Image.Resampling.BICUBIC)).reshape(size, size, image.shape[2])
+
+
+def with_channels(images: NDArray[np.uint8], chans: int) -> NDArray[np.uint8]:
+    """Images (N, H, W, 1 or 3) as (N, H, W, chans): grey is repeated, colours become Pillow's luminance where one channel is wanted."""
+    if images.shape[3] == 1:
+        return np.repeat(images, chans, axis=3)
+    if chans != 1:
+        return images
+    grey = [np.asarray(to_pil(image).convert("L")) for image in images]
+    return np.stack(grey)[..., None]
+
+
+def stratified_split(labels: NDArray[np.int64], held_out: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the kept and the held-out images, class shares equal, always the same for the same labels.
+
+    Raises:
+        UsageError: there are too few images of a class.
+    """
+    try:
+        kept, out = train_test_split(np.arange(len(labels)), test_size=held_out, random_state=SPLIT_SEED, stratify=labels)
+    except ValueError as error:
+        raise UsageError(f"data: {held_out:.0%} of {len(labels)} images cannot be held out ({error})") from error
+    return np.sort(kept), np.sort(out)

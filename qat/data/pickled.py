@@ -1,0 +1,117 @@
+"""CIFAR-10's original files, which are pickles, read without running what a pickle may ask for.
+
+A pickle is a program that names functions to call. Here only the four names that an array is stored with are known, and they stand
+for records of our own: neither numpy nor anything else is called with what the file says. Source: the "python version" of
+cs.toronto.edu/~kriz/cifar.html; torchvision's `CIFAR10` leaves the same folder behind.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qat.data.arrays import ImageArrays, with_channels
+from qat.errors import UsageError
+
+FOLDER = "cifar-10-batches-py"
+TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
+TEST = ("test_batch",)
+SIDE, CHANS = 32, 3
+
+
+class _Record:
+    """What a pickle builds in place of an array or a dtype: the arguments and the state, unread."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args, self.state = args, ()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Latin1:
+    """How Python 3 writes bytes into old pickles: a text and the name of its encoding."""
+
+    __slots__ = ()
+
+    def __call__(self, text: str, encoding: str) -> bytes:
+        if encoding != "latin1":
+            raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+        return text.encode("latin1")
+
+    def __setstate__(self, state: Any) -> None:
+        # On a plain function a pickle could set attributes.
+        raise pickle.UnpicklingError("it changes a function")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds lists, dicts, numbers, bytes and `_Record`."""
+
+    KNOWN: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy.core.multiarray", "_reconstruct"): _Record,
+        ("numpy._core.multiarray", "_reconstruct"): _Record,
+        ("numpy", "ndarray"): _Record,
+        ("numpy", "dtype"): _Record,
+        ("_codecs", "encode"): _Latin1(),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Called for every name in the file.
+
+        Raises:
+            UnpicklingError: the name is none of those that arrays need.
+        """
+        if (module, name) not in self.KNOWN:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 file needs")
+        return self.KNOWN[module, name]
+
+
+def _pixels(record: Any) -> NDArray[np.uint8]:
+    """(N, 3072) from an array's record: state = (version, shape, dtype, is Fortran order, bytes)."""
+    _, shape, dtype, is_fortran, content = record.state
+    if dtype.args[0] not in {b"u1", "u1"} or is_fortran or math.prod(shape) != len(content):
+        raise ValueError("data is not an array of bytes in rows")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _read_batch(path: Path) -> ImageArrays:
+    """One file: a dict with `data` (N, 3072), channel by channel, and `labels`.
+
+    Raises:
+        UsageError: it is no such file, or asks for anything but an array.
+    """
+    try:
+        batch = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        images = _pixels(batch[b"data"]).reshape(-1, CHANS, SIDE, SIDE).transpose(0, 2, 3, 1)
+        labels = np.asarray(batch[b"labels"], dtype=np.int64).reshape(len(images))
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UsageError(f"{path}: cannot be read as a batch of CIFAR-10 ({' '.join(f'{error}'.split())})") from error
+    return ImageArrays(np.ascontiguousarray(images), labels)
+
+
+def find_batches(root: Path) -> Path | None:
+    """The folder with the batches: `root` or one below it; None where there is none."""
+    candidates = (root, root / FOLDER)
+    return next((folder for folder in candidates if (folder / TRAIN[0]).is_file()), None)
+
+
+def read_batches(folder: Path, names: tuple[str, ...], chans: int) -> ImageArrays:
+    """The images of some batches, joined.
+
+    Args:
+        folder: with the files.
+        names: of the files.
+        chans: colour channels of the result; 1 = grey.
+
+    Raises:
+        UsageError: a file is missing, damaged, or asks for anything but an array.
+    """
+    batches = [_read_batch(folder / name) for name in names]
+    images = np.concatenate([batch.images for batch in batches])
+    return ImageArrays(with_channels(images, chans), np.concatenate([batch.labels for batch in batches]))

@@ -1,0 +1,51 @@
+"""`last.ckpt`. Oracle: the steps at which it has to be there."""
+
+import pytest
+import torch
+
+import qat
+from qat.callbacks import LastCheckpoint
+from tests.conftest import tiny
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "2"])
+def test_interval(every):
+    with pytest.raises(qat.UsageError, match=r"checkpoint.every_n_steps=.*: allowed are whole numbers from 1"):
+        LastCheckpoint(every_n_steps=every)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(None, [5, 10]), (2, [2, 4, 5, 6, 8, 10]), (5, [5, 10]), (1, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])]
+)
+def test_when(every, steps, tmp_path, monkeypatch):
+    from lightning.pytorch import Trainer
+
+    from qat.tasks.train import train
+
+    saved = []
+    save = Trainer.save_checkpoint
+
+    def spy(trainer, path, *args, **kwargs):
+        if str(path).endswith("last.ckpt"):
+            saved.append(trainer.global_step)
+        save(trainer, path, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", spy)
+    every_n = "null" if every is None else every
+    train(tiny(tmp_path / "run", "trainer.limit_train_batches=5", "trainer.max_epochs=2", f"checkpoint.every_n_steps={every_n}"))
+    assert saved == steps
+    folder = tmp_path / "run" / "checkpoints"
+    assert [torch.load(folder / n, weights_only=True)["global_step"] for n in ("last.prev.ckpt", "last.ckpt")] == steps[-2:]
+    assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "last.ckpt", "last.prev.ckpt"]
+
+
+def test_accumulated_batches_are_one_step(tmp_path, monkeypatch):
+    from lightning.pytorch import Trainer
+
+    from qat.tasks.train import train
+
+    saved = []
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda trainer, path, *a, **k: saved.append(trainer.global_step))
+    settings = ("trainer.limit_train_batches=8", "trainer.accumulate_grad_batches=2", "checkpoint.every_n_steps=2", "callbacks.best=null")
+    train(tiny(tmp_path / "run", *settings))
+    assert saved == [2, 4]

@@ -1,0 +1,155 @@
+"""Images decoded when needed, and images that cannot be. Oracle: Pillow's own decoding of the same files."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch._utils import ExceptionWrapper
+
+import qat
+from qat.data import ImageFolder
+from qat.data.encoded import ImageError, read_all
+from qat.data.imagefolder import list_files
+from qat.data.lazy import LazyImages
+from tests.data.files import write_folder, write_image
+
+SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 3, "num_classes": 2, "mean": [0.5] * 3, "std": [0.25] * 3}
+
+
+def images(tmp_path, damaged=(), n=6):
+    """Files 0 ... n-1 of one class; image i has the value 10 * i everywhere."""
+    for i in range(n):
+        path = write_image(tmp_path / "a" / f"{i}.png", 8, 8, value=10 * i)
+        if i in damaged:
+            path.write_bytes(path.read_bytes()[:40])
+    return list_files(tmp_path, ["a"])
+
+
+def values(source):
+    return [int(source[i][0].mean()) for i in range(len(source))]
+
+
+def warnings(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_raise_names_file_and_reason(tmp_path, content):
+    encoded = images(tmp_path, damaged=[2])
+    if content is not None:
+        (tmp_path / "a" / "2.png").write_bytes(content)
+    lazy = LazyImages(encoded, chans=3, on_error="raise")
+    assert lazy[1][0].shape == (8, 8, 3)
+    for read in (lambda: lazy[2], lambda: read_all(encoded, 3, "raise", "here")):
+        with pytest.raises(qat.UsageError, match=rf"{tmp_path}/a/2\.png cannot be decoded \(.+\)") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_has_gone_is_named(tmp_path):
+    encoded = images(tmp_path)
+    (tmp_path / "a" / "2.png").unlink()
+    with pytest.raises(qat.UsageError, match=r"2\.png cannot be decoded \(.*No such file"):
+        LazyImages(encoded, chans=3, on_error="raise")[2]
+
+
+def test_skip_leaves_out_what_is_read_into_memory(tmp_path, caplog):
+    arrays = read_all(images(tmp_path, damaged=[2, 5]), 3, "skip", "here")
+    assert values(arrays) == [0, 10, 30, 40]
+    assert len(arrays.labels) == 4
+    (line,) = warnings(caplog)
+    assert line.startswith("data.on_error=skip: left out 2 of 6 images: ")
+    assert f"{tmp_path}/a/2.png cannot be decoded (" in line
+    assert f"{tmp_path}/a/5.png cannot be decoded (" in line
+
+
+def test_skip_replaces_by_the_next_that_can_be_decoded(tmp_path, caplog):
+    lazy = LazyImages(images(tmp_path, damaged=[2, 3, 5]), chans=3, on_error="skip")
+    assert values(lazy) == [0, 10, 40, 40, 40, 0]
+    assert values(lazy) == [0, 10, 40, 40, 40, 0]
+    named = warnings(caplog)
+    assert len(named) == 3
+    for number, (line, file) in enumerate(zip(named, (2, 3, 5), strict=True)):
+        assert f"{tmp_path}/a/{file}.png cannot be decoded (" in line
+        assert line.endswith(f"; the next image replaces it ({number + 1} so far)")
+    backwards = LazyImages(images(tmp_path, damaged=[2, 3, 5]), chans=3, on_error="skip")
+    assert [int(backwards[i][0].mean()) for i in range(5, -1, -1)] == [0, 40, 40, 40, 10, 0]
+
+
+@pytest.mark.parametrize("read", ["memory", "lazy"])
+def test_nothing_but_damaged_images_is_refused(tmp_path, read):
+    encoded = images(tmp_path, damaged=range(6))
+    with pytest.raises(qat.UsageError, match="no images|none of 6 images can be decoded"):
+        read_all(encoded, 3, "skip", "here") if read == "memory" else LazyImages(encoded, 3, "skip")[4]
+
+
+@pytest.mark.parametrize("chans", [1, 3])
+def test_grey_and_colour(tmp_path, chans):
+    encoded = images(tmp_path)
+    image, label = LazyImages(encoded, chans, "raise")[3]
+    assert image.shape == (8, 8, chans)
+    assert image.dtype == np.uint8
+    assert label == 0
+    assert np.array_equal(image[..., 0], np.full((8, 8), 30))
+
+
+def test_lazy_images_are_squeezed_like_those_in_memory(tmp_path):
+    encoded = list_files(write_folder(tmp_path, size=20) / "train", ["ant", "bee"])
+    lazy, arrays = LazyImages(encoded, 3, "raise").resized(8), read_all(encoded, 3, "raise", "here").resized(8)
+    assert all(np.array_equal(lazy[i][0], arrays[i][0]) for i in range(len(arrays)))
+    expected = Image.open(tmp_path / "train" / "ant" / "000.png").resize((8, 8), Image.Resampling.BICUBIC)
+    assert np.array_equal(lazy[0][0], np.asarray(expected))
+
+
+def test_the_line_survives_the_way_out_of_a_worker_process(tmp_path):
+    lazy = LazyImages(images(tmp_path, damaged=[2]), chans=3, on_error="raise")
+    try:
+        lazy[2]
+    except ImageError:
+        # What a loader's worker process sends; a real one would take seconds to be cleared away after an error.
+        sent = ExceptionWrapper(where="in DataLoader worker process 0")
+    assert "Traceback" in sent.exc_msg
+    with pytest.raises(ImageError, match=rf"^{tmp_path}/a/2\.png cannot be decoded \([^\n]*\)$"):
+        sent.reraise()
+
+
+def test_worker_processes_replace_the_same_images_and_name_each_once(tmp_path):
+    root = write_folder(tmp_path / "data")
+    damaged = [root / "train" / "ant" / "003.JPEG", root / "train" / "bee" / "019.JPEG"]
+    for path in damaged:
+        path.write_bytes(b"no image")
+
+    def epochs(workers):
+        data = ImageFolder(**SETTINGS, root=str(root), num_workers=workers, batch_size=8, augment="timm", on_error="skip")
+        loader = data.train_dataloader()
+        return torch.cat([batch for epoch in range(4) if loader.sampler.set_epoch(epoch) is None for batch, _ in loader])
+
+    here = epochs(0)
+    # What a worker process logs is seen in a file only.
+    handler = logging.FileHandler(tmp_path / "log")
+    logging.getLogger("qat.data.lazy").addHandler(handler)
+    try:
+        assert torch.equal(epochs(2), here)
+    finally:
+        logging.getLogger("qat.data.lazy").removeHandler(handler)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [sum(f"{path} cannot be decoded" in line for line in lines) for path in damaged] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"on_error": "ignore"}, r"data\.on_error='ignore': allowed are raise, skip"),
+        ({"in_memory": "yes"}, r"data\.in_memory='yes': allowed are true and false"),
+        ({"crop_pct": 0}, r"data\.crop_pct=0: allowed are numbers above 0 to 1 and null"),
+        ({"crop_pct": 1.1}, r"data\.crop_pct=1\.1: "),
+        ({"crop_pct": True}, r"data\.crop_pct=True: "),
+        ({"crop_pct": "a"}, r"data\.crop_pct='a': "),
+        ({"interpolation": "best"}, r"data\.interpolation='best': allowed are nearest, bilinear, bicubic, lanczos"),
+    ],
+)
+def test_bad_settings_name_themselves(settings, message):
+    with pytest.raises(qat.UsageError, match=message):
+        ImageFolder(**{**SETTINGS, **settings})

@@ -1,0 +1,55 @@
+"""A loader that goes on in the middle of an epoch. Oracle: the same epoch from its start."""
+
+import pytest
+import torch
+
+from qat.data.loader import ResumableLoader
+from qat.data.sampler import SeededSampler
+
+
+class Keys(torch.utils.data.Dataset):
+    """Gives its keys back."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, key):
+        return torch.tensor(key)
+
+
+def loader(workers=0):
+    sampler = SeededSampler(20, seed=1, shuffle=True)
+    return ResumableLoader(Keys(), batch_size=4, sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
+
+
+def epoch(made, number):
+    made.sampler.set_epoch(number)
+    return [batch.tolist() for batch in made]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("done", [0, 1, 3, 5])
+def test_goes_on_behind_what_was_handed_out(workers, done):
+    whole, next_epoch = epoch(loader(), 3), epoch(loader(), 4)
+    made = loader(workers)
+    made.load_state_dict({"batches": done})
+    assert epoch(made, 3) == whole[done:]
+    assert made.state_dict() == {"batches": 5}
+    assert epoch(made, 4) == next_epoch
+
+
+def test_counts_what_was_handed_out_not_what_was_fetched():
+    made = loader(workers=2)
+    iterator = iter(made)
+    for count in (1, 2):
+        next(iterator)
+        assert made.state_dict() == {"batches": count}
+
+
+def test_the_epoch_counts_that_is_set_behind_iter():
+    # Lightning asks for the iterator first and sets the epoch afterwards.
+    made = loader()
+    iterator = iter(made)
+    made.sampler.set_epoch(7)
+    assert {epoch for epoch, _ in next(iterator).tolist()} == {7}
+    assert len(made) == 5
