@@ -41,6 +41,7 @@ def evaluate(cfg: DictConfig) -> float:
     began = time.monotonic()
     check_whole("seed", cfg.seed, 0)
     seed_everything(cfg.seed, workers=True, verbose=False)
+    build.import_modules(cfg)
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format) if cfg.get("ckpt") else None
     settle_data(cfg, checkpoint)
     data = build.build_data(cfg)
@@ -83,6 +84,8 @@ def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
     """
     wanted: dict[str, Any] = {k: v for k, v in build.plain(cfg.data).items() if v is not None}
     if "_target_" in wanted:
+        if checkpoint is not None and checkpoint.meta is not None and "model" in cfg.data and cfg.data.model is None:
+            cfg.data.model = checkpoint.meta["model"]["name"]  # photos are cropped and normalised as that model wants them
         return
     stored = (checkpoint.meta or {}).get("data") if checkpoint is not None else None
     if stored:
@@ -110,7 +113,6 @@ def _origin(cfg: DictConfig) -> str:
 
 
 def _net(cfg: DictConfig, checkpoint: Checkpoint | None) -> tuple[nn.Module, str]:
-    build.import_modules(cfg)
     if checkpoint is not None and checkpoint.meta is not None:
         return build_from(checkpoint), checkpoint.meta["model"]["name"]
     if OmegaConf.select(cfg, "model.name") is None:

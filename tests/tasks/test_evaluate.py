@@ -5,9 +5,10 @@ import timm
 import torch
 
 import qat
-from qat.checkpoint import META_KEY
+from qat.checkpoint import META_KEY, read_checkpoint
 from qat.data import Cifar10, Digits
 from qat.tasks import build
+from qat.tasks.evaluate import settle_data
 from tests.conftest import TINY, compose, evaluate, results, train, write_cifar
 
 DIGITS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.3051], "std": [0.3759]}
@@ -138,3 +139,12 @@ def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where):
     message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/run"))
     assert not (tmp_path / "made").exists()
     assert "choose it with data=..." in message
+
+
+def test_photos_are_treated_as_the_checkpoint_s_model_wants(float_run, tmp_path):
+    # Its normalisation and crop come from the model; with ckpt= alone no model is named on the command line.
+    checkpoint = read_checkpoint(float_run / "checkpoints" / "best.ckpt")
+    cfg = compose("eval", "data=imagenet", f"data.root={tmp_path}", f"run_dir={tmp_path}/eval")
+    assert cfg.data.model is None
+    settle_data(cfg, checkpoint)
+    assert cfg.data.model == "vit_tiny_patch16_224"
