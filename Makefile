@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := outputs/demo
 
-.PHONY: help setup demo demo-seeds test test-fast check lint types imports clean
+.PHONY: help setup demo demo-seeds golden-deviations test test-fast check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -17,14 +17,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,export,sweep,loggers]"
 	touch $@
 
-demo: $(READY) ## train a float ViT and its 2-bit twin on digits, compare them (4 minutes)
+demo: $(READY) ## train a float ViT and its 2-bit twin on digits, compare them (2 minutes)
 	$(BIN)/python train.py experiment=demo_fp run_dir=$(DEMO)/fp overwrite=true
 	$(BIN)/python train.py experiment=demo_ofq_2bit ckpt=$(DEMO)/fp/checkpoints/best.ckpt run_dir=$(DEMO)/ofq_2bit overwrite=true
 	$(BIN)/python eval.py ckpt=$(DEMO)/fp/checkpoints/best.ckpt run_dir=$(DEMO)/eval_fp
 	$(BIN)/python eval.py ckpt=$(DEMO)/ofq_2bit/checkpoints/best.ckpt run_dir=$(DEMO)/eval_ofq_2bit
 	@$(BIN)/python -m qat.report $(DEMO)/eval_fp $(DEMO)/eval_ofq_2bit
 
-demo-seeds: $(READY) ## the demo over three seeds, with the float net given the same extra epochs as control (6 minutes)
+demo-seeds: $(READY) ## the demo over three seeds, with the float net given the same extra epochs as control (8 minutes)
 	for seed in 0 1 2; do \
 	  $(BIN)/python train.py experiment=demo_fp seed=$$seed run_dir=$(DEMO)/seed$$seed/fp overwrite=true || exit 1; \
 	  start="seed=$$seed ckpt=$(DEMO)/seed$$seed/fp/checkpoints/best.ckpt overwrite=true"; \
@@ -32,6 +32,9 @@ demo-seeds: $(READY) ## the demo over three seeds, with the float net given the 
 	  $(BIN)/python train.py experiment=demo_ofq_2bit quant=fp $$start run_dir=$(DEMO)/seed$$seed/fp_control || exit 1; \
 	done
 	@$(BIN)/python -m qat.report $(DEMO)/seed*/fp $(DEMO)/seed*/ofq_2bit $(DEMO)/seed*/fp_control
+
+golden-deviations: $(READY) ## how far we are from the papers' own code
+	@PYTHONPATH=. $(BIN)/python benchmarks/golden_deviations.py
 
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest -q

@@ -1,0 +1,51 @@
+"""Largest absolute difference from the papers' own code, family by family: `make golden-deviations`.
+
+Runs the golden tests' own comparisons and records how far apart the two sides are instead of judging it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+import tests.functional.test_goldens as functions
+import tests.nn.test_goldens as modules
+from tests import golden
+
+OFQ, PTQ = "ofq_goldens.npz", "ptq_goldens.npz"
+FAMILIES: dict[str, tuple[ModuleType, str, str, str]] = {
+    "StatsQ, forward and scale": (functions, "test_statsq", OFQ, r"statsq(2d|3d|_ties|_zero_row|_qk).*"),
+    "LSQ, forward and gradients": (functions, "test_lsq", OFQ, r"lsq_.*"),
+    "LSQ, first scale": (functions, "test_lsq_first_scale", OFQ, r"lsq_.*"),
+    "QK product, with gradients": (functions, "test_qkr_product", OFQ, r"qkr_product_b\d"),
+    "distillation loss": (functions, "test_distillation_loss", OFQ, r"kd_loss_.*"),
+    "min-max scales": (functions, "test_minmax_observer", PTQ, r"obs/minmax/.*"),
+    "affine fake quantization": (functions, "test_fake_quantize_affine", PTQ, r"uniform/u?int\d/(acts|w_lin|w_conv)"),
+    "learning rates": (functions, "test_learning_rate_per_epoch", OFQ, r"lr_.*"),
+    "modules, forward": (modules, "test_output", OFQ, modules.FAMILIES),
+    "modules, gradients": (modules, "test_gradients", OFQ, modules.FAMILIES + "/grad"),
+}
+
+
+def largest(module: ModuleType, test: str, file: str, pattern: str) -> tuple[int, float]:
+    """Number of cases of a family, and the largest difference that its test compares."""
+    seen = [0.0]
+
+    def record(ours: torch.Tensor, theirs: torch.Tensor, **_: object) -> None:
+        seen.append((ours.detach().double() - theirs.detach().double().reshape(ours.shape)).abs().max().item())
+
+    judge, module.assert_close = module.assert_close, record
+    try:
+        cases = golden.cases(file, pattern)
+        for case in cases:
+            getattr(module, test)(case)
+    finally:
+        module.assert_close = judge
+    return len(cases), max(seen)
+
+
+if __name__ == "__main__":
+    for name, family in FAMILIES.items():
+        count, deviation = largest(*family)
+        print(f"{name:28}  {count:3d} cases  {deviation:.1e}")
