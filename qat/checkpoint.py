@@ -25,6 +25,7 @@ META_KEY = "qat"
 NET_PREFIX = "net."
 FORMATS = ("auto", "qat", "timm")
 _FOLDER_MARK = 0x10
+_FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 def is_plain(value: object) -> bool:
@@ -184,7 +185,13 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
 
 
 def _described(meta: Mapping[str, Any]) -> nn.Module:
-    net: nn.Module = timm.create_model(meta["model"]["name"], **meta["model"]["kwargs"])
+    name, kwargs = meta["model"]["name"], meta["model"]["kwargs"]
+    # timm would also take hub:repository for a name, and arguments that fetch or read further files.
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}")
+    for argument in sorted(_FETCHING_ARGS & set(kwargs)):
+        raise ValueError(f"argument {argument} would read something else")
+    net: nn.Module = timm.create_model(name, **kwargs)
     if meta.get("recipe") is not None:
         channels, height, width = meta["input_size"]
         convert(net, QuantRecipe(**meta["recipe"]), input_size=(channels, height, width))

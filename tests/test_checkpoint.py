@@ -276,6 +276,12 @@ def test_a_plain_state_dict_does_not_say_what_it_is(path):
         ({"model": {}}, "name"),
         ({"model": {"name": "no_such_net", "kwargs": {}}}, "no_such_net"),
         ({"model": {"name": VIT, "kwargs": {"colour": 1}}}, "colour"),
+        ({"model": {"name": "hf-hub:someone/net", "kwargs": {}}}, "timm has no model 'hf-hub:someone/net'"),
+        ({"model": {"name": VIT, "kwargs": {**KWARGS, "pretrained": True}}}, "argument pretrained would read something else"),
+        (
+            {"model": {"name": VIT, "kwargs": {**KWARGS, "checkpoint_path": "/etc/hosts"}}},
+            "argument checkpoint_path would read something else",
+        ),
         ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {"bits": 99}, "input_size": [1, 8, 8]}, "quant.bits=99"),
         ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {"colour": 1}, "input_size": [1, 8, 8]}, "colour"),
         ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {}, "input_size": [1, 9, 9]}, "input_size=(1, 9, 9)"),

@@ -34,8 +34,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a training run is made of, built and checked."""
+    """Everything that a training run is made of, built and checked.
 
+    Attributes:
+        resume: where it goes on, None = it starts.
+        replaces: outputs of an older run in its directory.
+    """
+
+    resume: Resume | None
+    replaces: list[Path]
     start: Start
     recipe: QuantRecipe
     data: ImageData
@@ -57,27 +64,27 @@ def train(cfg: DictConfig) -> float:
         UsageError: a setting, path or file cannot work; raised before the first step.
     """
     began = time.monotonic()
-    resume = find_resume(cfg, build.build_recipe(cfg), build.model_args(cfg))
-    old_outputs = [] if resume else _outputs_of_an_old_run(Path(cfg.run_dir), overwrite=bool(cfg.overwrite))
-    run = _build(cfg, resume)
-    for path in old_outputs:
+    run = _build(cfg)
+    for path in run.replaces:
         path.unlink()
     _announce(cfg, run)
     write_text(Path(cfg.run_dir) / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     top1_fp = _announce_teacher(run)
-    run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resume.path if resume else None)
+    run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume.path if run.resume else None)
     val_top1, weights = _take_best(run.trainer, run.module)
     _conclude(cfg, run, {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": round(time.monotonic() - began, 1)})
     close(run.trainer.loggers)
     return val_top1
 
 
-def _build(cfg: DictConfig, resume: Resume | None) -> Run:
+def _build(cfg: DictConfig) -> Run:
     """Settings first, then what costs time: a mistake in the last of them shows before the first image is read."""
     check_whole("seed", cfg.seed, 0)
     seed_everything(cfg.seed, workers=True, verbose=False)
     build.import_modules(cfg)
     recipe, loss = build.build_recipe(cfg), build.build_loss(cfg)
+    resume = find_resume(cfg, recipe, build.model_args(cfg))
+    replaces = [] if resume else _outputs_of_an_old_run(Path(cfg.run_dir), overwrite=bool(cfg.overwrite))
     optimizer, scheduler = build.build_optimizer_factory(cfg), build.build_scheduler_factory(cfg)
     loggers = build.build_loggers(cfg, resume.rows if resume else [])
     trainer = build.build_trainer(cfg, build.build_callbacks(cfg), loggers)
@@ -97,7 +104,7 @@ def _build(cfg: DictConfig, resume: Resume | None) -> Run:
         lsq_grad_batch=cfg.lsq_grad_batch,
         describe=describe(start.net, model=cfg.model.name, model_kwargs=build.model_args(cfg), data=build.plain(cfg.data)),
     )
-    return Run(start, recipe, data, teacher, module, trainer)
+    return Run(resume, replaces, start, recipe, data, teacher, module, trainer)
 
 
 def _conclude(cfg: DictConfig, run: Run, outcome: dict[str, Any]) -> None:
