@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := outputs/demo
+# A process a core; a test needs no more than one.
+PARALLEL := -n auto --maxprocesses 8
 
-.PHONY: help setup demo demo-seeds golden-deviations test test-fast check lint types imports clean
+.PHONY: help setup demo demo-seeds golden-deviations recipes-check kill-resume cga-seeds evolq-seeds map-scales models-page search-cost test test-fast check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -36,11 +38,32 @@ demo-seeds: $(READY) ## the demo over three seeds, with the float net given the 
 golden-deviations: $(READY) ## how far we are from the papers' own code
 	@PYTHONPATH=. $(BIN)/python benchmarks/golden_deviations.py
 
+recipes-check: $(READY) ## two steps of both stages of each published recipe at full size, on random images (15 minutes)
+	$(BIN)/python benchmarks/recipes_check.py
+
+kill-resume: $(READY) ## kill -9 a run at several moments, resume it, count the tensors that differ (3 minutes)
+	$(BIN)/python benchmarks/kill_resume.py
+
+cga-seeds: $(READY) ## a 2-bit net annealed and not annealed, accuracy and oscillation over three seeds (15 minutes)
+	$(BIN)/python benchmarks/cga_seeds.py
+
+evolq-seeds: $(READY) ## calibration and the search over scales on digits: bits, fitness functions, methods, three seeds (20 minutes)
+	$(BIN)/python benchmarks/evolq_seeds.py
+
+map-scales: $(READY) ## a 2-bit Swin with one scale for a map and with one a column, over seeds (10 minutes)
+	@PYTHONPATH=. $(BIN)/python benchmarks/map_scales.py
+
+models-page: $(READY) ## write docs/models.md: what conversion does to each timm family
+	@PYTHONPATH=. $(BIN)/python benchmarks/models_page.py
+
+search-cost: $(READY) ## a look at the calibration images during a search, in float forwards, DeiT-T on one thread (10 minutes)
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search_cost.py
+
 test: $(READY) ## all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-fast: $(READY) ## tests that take seconds
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow"
 
 check: lint types imports test ## everything that must be green: style, types, import directions, tests
 

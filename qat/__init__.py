@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qat import functional as functional
+    from qat import ptq as ptq
     from qat.checkpoint import load as load
     from qat.checkpoint import save as save
     from qat.conversion import conversion_report as conversion_report
     from qat.conversion import convert as convert
     from qat.errors import UsageError as UsageError
+    from qat.inference import transform as transform
+    from qat.interop import load_ofq_checkpoint as load_ofq_checkpoint
+    from qat.ptq_spec import PtqRecipe as PtqRecipe
     from qat.scales import assert_ready as assert_ready
     from qat.scales import initialize_scales as initialize_scales
     from qat.sites import Site as Site
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "PtqRecipe": "qat.ptq_spec",
     "QuantRecipe": "qat.spec",
     "QuantSpec": "qat.spec",
     "Site": "qat.sites",
@@ -36,15 +41,17 @@ _HOME = {
     "initialize_scales": "qat.scales",
     "iter_quantizers": "qat.sites",
     "load": "qat.checkpoint",
+    "load_ofq_checkpoint": "qat.interop",
     "recipe": "qat.spec",
     "save": "qat.checkpoint",
+    "transform": "qat.inference",
 }
-__all__ = [*sorted(_HOME), "functional"]  # noqa: PLE0604  (names only)
+__all__ = [*sorted(_HOME), "functional", "ptq"]  # noqa: PLE0604  (names only)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "functional":
-        return importlib.import_module("qat.functional")
+    if name in {"functional", "ptq"}:
+        return importlib.import_module(f"qat.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'qat' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,18 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from qat.biases import grow_biases, grown_biases
 from qat.conversion import conversion_of, convert
 from qat.errors import UsageError
 from qat.files import write_torch
-from qat.spec import QuantRecipe
+from qat.ptq_spec import recipe_from
+from qat.torchvision_swin import timm_names
 
 FORMAT_VERSION = 1
 META_KEY = "qat"
 NET_PREFIX = "net."
-FORMATS = ("auto", "qat", "timm")
+FORMATS = ("auto", "qat", "timm", "ofq")
+_DATA, _CLASSES = "qat_data", "qat_classes"  # where a net keeps what its file said of its data
 _FOLDER_MARK = 0x10
 _FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
@@ -38,7 +41,12 @@ def is_plain(value: object) -> bool:
 
 
 def describe(
-    net: nn.Module, *, model: str | None = None, model_kwargs: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None
+    net: nn.Module,
+    *,
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint says of a net beside its weights.
 
@@ -46,11 +54,15 @@ def describe(
         net: converted or float.
         model: timm name; None = the name timm itself wrote on the net.
         model_kwargs: arguments of `timm.create_model`; None = those timm noted.
-        data: config of the data it was trained on, stored as it is.
+        data: config of the data it was trained on, stored as it is; None = what `load` found in the net's file, if it came from one.
+        classes: names of its classes, in the order of its outputs; None likewise.
 
     Raises:
         UsageError: the net does not say how it was built, or not in plain data.
     """
+    data, classes = data_of(net) if data is None else data, classes_of(net) if classes is None else classes
+    if not is_plain(data):
+        raise UsageError("save: data is not plain: allowed are numbers, text, lists and dicts of them")
     name = model or (getattr(net, "pretrained_cfg", None) or {}).get("architecture")
     kwargs = getattr(net, "_model_args", None) if model_kwargs is None else dict(model_kwargs)
     if not name or kwargs is None:
@@ -65,19 +77,48 @@ def describe(
     return {
         "format_version": FORMAT_VERSION,
         "model": {"name": name, "kwargs": dict(kwargs)},
+        "biases": grown_biases(net),
         "recipe": None if done is None else done.recipe.to_dict(),
         "input_size": None if done is None else list(done.input_size),
         "data": None if data is None else dict(data),
+        "classes": None if classes is None else list(classes),
     }
 
 
-def save(net: nn.Module, path: str | os.PathLike[str], *, model: str | None = None, model_kwargs: Mapping[str, Any] | None = None) -> None:
+def data_of(net: nn.Module) -> dict[str, Any] | None:
+    """Config of the data that a net was trained on, as its file had it; None where it came from no such file."""
+    return getattr(net, _DATA, None)
+
+
+def classes_of(net: nn.Module) -> list[str] | None:
+    """Names of a net's classes, likewise."""
+    return getattr(net, _CLASSES, None)
+
+
+def save(
+    net: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+) -> None:
     """Write a net to one file that `qat.load` rebuilds without data; readable with `torch.load(weights_only=True)`.
+
+    Args:
+        net: converted or float.
+        path: the file.
+        model: see `describe`.
+        model_kwargs: see `describe`.
+        data: how images are to be prepared, as in `data/*.yaml`, for `qat.transform` and `eval.py`: `image_size`, `mean`, `std` ...
+        classes: names of the classes, in the order of the net's outputs.
 
     Raises:
         UsageError: see `describe`.
     """
-    write_torch(path, {META_KEY: describe(net, model=model, model_kwargs=model_kwargs), "state_dict": net.state_dict()})
+    meta = describe(net, model=model, model_kwargs=model_kwargs, data=data, classes=classes)
+    write_torch(path, {META_KEY: meta, "state_dict": net.state_dict()})
 
 
 @dataclass(frozen=True)
@@ -89,17 +130,29 @@ class Checkpoint:
         state: weights by name, without wrapper prefixes.
         meta: what `describe` wrote; None for a timm or plain state dict.
         step: optimizer steps taken, for a training checkpoint.
+        args: arguments of the script that wrote it, as timm's scripts store them.
     """
 
     path: Path
     state: dict[str, Tensor]
     meta: dict[str, Any] | None
     step: int | None = None
+    args: dict[str, Any] | None = None
+
+
+def _check_file(path: Path, setting: str) -> None:
+    if path.is_dir():
+        names = ("checkpoints/best.ckpt", "best.ckpt", "quantized.ckpt")
+        within = next((found for name in names if (found := path / name).is_file()), None)
+        raise UsageError(f"{setting}={str(path)!r}: a folder, not a file{f'; {setting}={within} is in it' if within else ''}")
+    if not path.is_file():
+        raise UsageError(f"{setting}={str(path)!r}: no such file")
+    if not path.stat().st_size:
+        raise UsageError(f"{setting}={str(path)!r}: not a checkpoint that can be read safely (the file is empty)")
 
 
 def _read_file(path: Path, setting: str) -> Any:
-    if not path.is_file():
-        raise UsageError(f"{setting}={str(path)!r}: no such file")
+    _check_file(path, setting)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -116,8 +169,22 @@ def _read_file(path: Path, setting: str) -> Any:
     except UsageError:
         raise
     except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise UsageError(f"{setting}={str(path)!r}: not a checkpoint that can be read safely ({first_line})") from error
+        raise UsageError(f"{setting}={str(path)!r}: not a checkpoint that can be read safely ({_why(path, error)})") from error
+
+
+def _why(path: Path, error: Exception) -> str:
+    """The objects that stand in the way of reading a file, and the way around; else what torch says."""
+    try:
+        objects = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"})
+    except Exception:
+        objects = []
+    if not objects and isinstance(error, OSError | EOFError):
+        return "it is damaged or cut short"
+    if not objects and "Weights only load failed" in str(error):  # torch goes on with advice to turn the check off
+        return "it is no file of tensors: neither torch nor safetensors wrote it"
+    if not objects:
+        return str(error).strip().partition("\n")[0]
+    return f"it holds {', '.join(objects)}; where it was made, save the weights alone: torch.save(model.state_dict(), 'weights.pth')"
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting: str = "ckpt") -> Checkpoint:
@@ -125,7 +192,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
 
     Args:
         path: the file.
-        fmt: `auto`, `qat` or `timm`.
+        fmt: one of `FORMATS`; `ofq` (the paper's code) is read like `timm`, `qat.interop` makes a net of it.
         setting: the name by which an error calls the file.
 
     Raises:
@@ -139,16 +206,17 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
         raise UsageError(f"{setting}={str(path)!r}: holds a {type(content).__name__}, expected a dictionary of tensors")
     meta = content.get(META_KEY)
     if fmt == "qat" and not isinstance(meta, Mapping):
-        raise UsageError(f"{setting}={str(path)!r}: not a checkpoint of qat (ckpt_format=qat); allowed here are auto, timm")
+        raise UsageError(f"{setting}={str(path)!r}: not a checkpoint of qat (ckpt_format=qat); allowed here are auto, timm, ofq")
     state = next((content[k] for k in ("state_dict", "model", "state_dict_ema") if isinstance(content.get(k), Mapping)), content)
-    tensors = {_bare(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = timm_names({_bare(k): v for k, v in state.items() if isinstance(v, Tensor)})
     if not tensors:
         raise UsageError(f"{setting}={str(path)!r}: holds no weights")
-    ours = dict(meta) if isinstance(meta, Mapping) and fmt != "timm" else None
+    ours = dict(meta) if isinstance(meta, Mapping) and fmt not in {"timm", "ofq"} else None
     if ours is not None and "pytorch-lightning_version" in content:
         tensors = {k.removeprefix(NET_PREFIX): v for k, v in tensors.items() if k.startswith(NET_PREFIX)}
-    step = content.get("global_step")
-    return Checkpoint(path, tensors, ours, step if isinstance(step, int) else None)
+    step, args = content.get("global_step"), content.get("args")
+    said = vars(args) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, Mapping) else None
+    return Checkpoint(path, tensors, ours, step if isinstance(step, int) else None, said)
 
 
 def _bare(key: str) -> str:
@@ -181,6 +249,8 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
         raise UsageError(
             f"ckpt={str(checkpoint.path)!r}: weights do not fit {meta['model']['name']} ({' '.join(str(error).split())[:300]})"
         ) from error
+    setattr(net, _DATA, meta.get("data"))
+    setattr(net, _CLASSES, meta.get("classes"))
     return net.eval()
 
 
@@ -192,9 +262,10 @@ def _described(meta: Mapping[str, Any]) -> nn.Module:
     for argument in sorted(_FETCHING_ARGS & set(kwargs)):
         raise ValueError(f"argument {argument} would read something else")
     net: nn.Module = timm.create_model(name, **kwargs)
+    grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
         channels, height, width = meta["input_size"]
-        convert(net, QuantRecipe(**meta["recipe"]), input_size=(channels, height, width))
+        convert(net, recipe_from(meta["recipe"]), input_size=(channels, height, width))
     return net
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
-from qat.nn import SwapContext, find_swap
+from qat.nn import FqNet, ScoredAttention, Swap, SwapContext, find_swap, swap_net
 from qat.probing import probing
+from qat.products import watching
 from qat.quantizers import Quantizer
-from qat.sites import iter_quantizers
+from qat.sites import Site, iter_quantizers
 from qat.spec import QuantRecipe
 
 
@@ -26,10 +27,12 @@ class Conversion:
     Attributes:
         recipe: what to quantize and how.
         input_size: (channels, height, width) of the images; scales and offsets are made for it.
+        float_products: names of the modules that multiply activations with each other in float, in the order they first ran.
     """
 
     recipe: QuantRecipe
     input_size: tuple[int, int, int]
+    float_products: tuple[str, ...] = ()
 
 
 def conversion_of(net: nn.Module) -> Conversion | None:
@@ -61,15 +64,20 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
         check_input(net, size)
         return net
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    before = type(net), dict(net._modules)
     try:
-        _walk(net, "", _Walk(recipe, _places(net), swapped), {})
+        _walk(net, "", _Walk(recipe, _places(net), swapped), swap_net(net, SwapContext(recipe.at(""), "block")))
+        if isinstance(net, FqNet):
+            net.connect()
         _check_rules(net, recipe)
-        _allocate(net, size)
+        float_products = _allocate(net, size, swapped)
+        _check_rules(net, recipe)
     except Exception:
         for parent, name, child in reversed(swapped):
             setattr(parent, name, child)
+        net.__class__, net._modules = before
         raise
-    net.qat_conversion = Conversion(recipe, size)  # type: ignore[assignment]
+    net.qat_conversion = Conversion(recipe, size, float_products)  # type: ignore[assignment]
     return net
 
 
@@ -88,7 +96,8 @@ def _check_rules(net: nn.Module, recipe: QuantRecipe) -> None:
     for pattern, rule in recipe.overrides.items():
         if not fnmatch.filter(names if "attention" in rule else owners, pattern):
             example = next((n for n in owners or names if n.count(".") >= 2), names[-1])
-            raise UsageError(f"quant.overrides[{pattern!r}] matches no module that is quantized; patterns see names like {example!r}")
+            setting = f"{recipe.GROUP}.overrides[{pattern!r}]"
+            raise UsageError(f"{setting} matches no module that is quantized; patterns see names like {example!r}")
 
 
 def _as_names(value: object) -> set[str]:
@@ -113,21 +122,26 @@ class _Walk:
     swapped: list[tuple[nn.Module, str, nn.Module]]
 
 
-def _walk(module: nn.Module, name: str, walk: _Walk, inputs: dict[str, str]) -> None:
+def _walk(module: nn.Module, name: str, walk: _Walk, done: Swap) -> None:
     """One pre-order walk; after a swap it goes on into the new module's children."""
     for child_name, child in list(module.named_children()):
         path = f"{name}.{child_name}".lstrip(".")
-        if isinstance(child, Quantizer):
+        arrives = done.inputs.get(child_name, "signed")
+        if isinstance(child, Quantizer) or arrives == "float":
             continue
-        context = SwapContext(walk.recipe.at(path), walk.places.get(path, "block"), inputs.get(child_name, "signed"))
+        if child_name in done.children:
+            child = _put(module, child_name, done.children[child_name], walk)
+        context = SwapContext(walk.recipe.at(path), walk.places.get(path, "block"), arrives)
         swap = find_swap(child, context)
-        hints: dict[str, str] = {}
-        if swap is not None:
-            done = swap(child, context)
-            walk.swapped.append((module, child_name, child))
-            setattr(module, child_name, done.module.train(child.training))
-            child, hints = done.module, dict(done.inputs)
-        _walk(child, path, walk, hints)
+        inner = Swap(child) if swap is None else swap(child, context)
+        _walk(child if inner.module is child else _put(module, child_name, inner.module, walk), path, walk, inner)
+
+
+def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module:
+    old = getattr(parent, name)
+    walk.swapped.append((parent, name, old))
+    setattr(parent, name, new.train(old.training))
+    return new
 
 
 def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterable[RemovableHandle] = ()) -> None:
@@ -140,14 +154,36 @@ def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterabl
         raise UsageError(f"input_size={input_size}: no image of this size passes through the net ({reason})") from error
 
 
-def _allocate(net: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Give every quantizer its shapes by one probe forward: scales per position depend on the token count."""
-    check_input(net, input_size, [site.quantizer.register_forward_pre_hook(_allocate_hook) for site in iter_quantizers(net)])
+def _allocate(net: nn.Module, input_size: tuple[int, int, int], swapped: list[tuple[nn.Module, str, nn.Module]]) -> tuple[str, ...]:
+    """Give every quantizer its shapes by one probe forward: scales per position depend on the token count.
+
+    Returns:
+        `Conversion.float_products`.
+    """
+    groups: dict[Quantizer, int] = {}
+
+    def allocate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, Quantizer)  # noqa: S101  (narrows a type)
+        if groups.setdefault(module, module.n_groups(args[0].shape)) != module.n_groups(args[0].shape):
+            module.share_scale()
+        module.allocate(args[0].shape, args[0].device)
+
+    with watching(net) as products:
+        check_input(net, input_size, [site.quantizer.register_forward_pre_hook(allocate) for site in iter_quantizers(net)])
+    _give_back_unused(net, set(groups), swapped)
+    inside = {name for name, m in net.named_modules() if isinstance(m, ScoredAttention) and m.probs_quantizer.spec.quantizer != "float"}
+    return tuple(dict.fromkeys(p.module for p in products if p.of_activations and p.module not in inside))
 
 
-def _allocate_hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    assert isinstance(module, Quantizer)  # noqa: S101  (narrows a type)
-    module.allocate(args[0].shape, args[0].device)
+def _give_back_unused(net: nn.Module, used: set[Quantizer], swapped: list[tuple[nn.Module, str, nn.Module]]) -> None:
+    """Undo swaps of modules that the net never calls: it reads their weight past the quantizers, which would never get a scale."""
+    reached: dict[nn.Module, bool] = {}
+    for site in iter_quantizers(net):
+        reached[site.owner] = reached.get(site.owner, False) or site.quantizer in used
+    for entry in [(parent, name, old) for parent, name, old in swapped if not reached.get(getattr(parent, name), True)]:
+        parent, name, old = entry
+        setattr(parent, name, old.train(getattr(parent, name).training))
+        swapped.remove(entry)
 
 
 @dataclass(frozen=True)
@@ -169,7 +205,8 @@ class ConversionReport:
 
     Attributes:
         rows: one per quantizer.
-        stays_float: name and class of every module with parameters of its own and no weight quantizer.
+        stays_float: name and class of every module with parameters of its own and no weight quantizer, and of every module that
+            multiplies activations with each other in float, as an attention of an unknown family does; it says so behind the class.
     """
 
     rows: tuple[ReportRow, ...]
@@ -189,7 +226,7 @@ def conversion_report(net: nn.Module) -> ConversionReport:
     sites = list(iter_quantizers(net))
     rows = tuple(
         ReportRow(
-            s.name.rpartition(".")[0],
+            s.name.rpartition(".")[0] or "(net)",
             s.role,
             s.quantizer.spec.quantizer,
             s.quantizer.spec.bits,
@@ -199,11 +236,15 @@ def conversion_report(net: nn.Module) -> ConversionReport:
         )
         for s in sites
     )
+    return ConversionReport(rows, tuple(_stays_float(net, sites)))
+
+
+def _stays_float(net: nn.Module, sites: list[Site]) -> Iterator[tuple[str, str]]:
     owners = {id(s.owner) for s in sites if s.is_weight}
     inside = {id(m) for s in sites for m in s.quantizer.modules()}
-    floats = [
-        (name or "(net)", type(module).__name__)
-        for name, module in net.named_modules()
-        if id(module) not in owners | inside and next(module.parameters(recurse=False), None) is not None
-    ]
-    return ConversionReport(rows, tuple(floats))
+    done = conversion_of(net)
+    products = () if done is None else done.float_products
+    for name, module in net.named_modules():
+        has_weights = id(module) not in owners | inside and next(module.parameters(recurse=False), None) is not None
+        if has_weights or name in products:
+            yield name or "(net)", type(module).__name__ + (" (products of activations)" if name in products else "")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import timm.layers as timm_layers
 import torch
 from torch import nn
 
-from qat.nn import QkrAttention, QuantAttention
+from qat.nn import QkrAttention, QuantAttention, ScoredAttention
 from qat.probing import probing
+from qat.products import watching
 from qat.quantizers import Quantizer
 from qat.sites import iter_quantizers
 from qat.spec import FLOAT_BITS
@@ -80,16 +79,17 @@ def size_bytes(net: nn.Module) -> int:
 
 
 def matmuls(net: nn.Module, input_size: tuple[int, int, int]) -> Iterator[Matmul]:
-    """Every matrix product of one image, by one forward pass on zeros."""
+    """Every matrix product of one image, by one forward pass on zeros: layers and float attentions as they run, ours by formula."""
+    modules = dict(net.named_modules())
+    ours = {name: m for name, m in modules.items() if isinstance(m, ScoredAttention)}
+    inherited = {id(m.v): _bits(m.input_quantizer) for m in ours.values() if isinstance(m, QkrAttention)}
     found: list[Matmul] = []
-    inherited = {id(m.v): _bits(m.input_quantizer) for m in net.modules() if isinstance(m, QkrAttention)}
-    hooks = []
-    for name, module in net.named_modules():
-        count = next((f for cls, f in _COUNTERS.items() if isinstance(module, cls)), None)
-        if count is not None:
-            hooks.append(module.register_forward_hook(_recorder(name, count, found, inherited.get(id(module)))))
-    with probing(net, hooks):
+    with watching(net) as products, probing(net, [m.register_forward_hook(_recorder(name, found)) for name, m in ours.items()]):
         net(torch.zeros(1, *input_size, device=next(net.parameters()).device))
+    for product in products:
+        if product.module not in ours:
+            bits = (FLOAT_BITS, FLOAT_BITS) if product.of_activations else _layer_bits(modules[product.module], inherited)
+            found.append(Matmul(product.module, product.macs, bits))
     return iter(found)
 
 
@@ -97,38 +97,28 @@ def _bits(quantizer: object) -> int:
     return quantizer.spec.bits if isinstance(quantizer, Quantizer) else FLOAT_BITS
 
 
-def _layer(module: Any, x: torch.Tensor, out: torch.Tensor, inherited: int | None) -> list[tuple[int, int, int]]:
-    per_output = module.weight[0].numel()
-    act = _bits(getattr(module, "input_quantizer", None)) if inherited is None else inherited
-    return [(out.numel() * per_output, _bits(getattr(module, "weight_quantizer", None)), act)]
+def _layer_bits(layer: nn.Module, inherited: dict[int, int]) -> tuple[int, int]:
+    """Weight and input."""
+    return _bits(getattr(layer, "weight_quantizer", None)), inherited.get(id(layer), _bits(getattr(layer, "input_quantizer", None)))
 
 
-def _attention(module: Any, x: torch.Tensor, out: torch.Tensor, inherited: int | None) -> list[tuple[int, int, int]]:
-    pairs = module.num_heads * x.shape[1] ** 2
-    q, k, v, p = (_bits(getattr(module, f"{role}_quantizer", None)) for role in ("q", "k", "v", "probs"))
-    return [(pairs * module.head_dim, q, k), (pairs * module.head_dim, p, v)]
+def _attention(module: QuantAttention, x: torch.Tensor) -> list[tuple[int, int, int]]:
+    macs = module.n_scores(x) * module.head_dim
+    joint = getattr(module, "qkv_quantizer", None)
+    q, k, v = (_bits(joint or getattr(module, f"{role}_quantizer", None)) for role in ("q", "k", "v"))
+    return [(macs, q, k), (macs, _bits(module.probs_quantizer), v)]
 
 
-def _qkr(module: Any, x: torch.Tensor, out: torch.Tensor, inherited: int | None) -> list[tuple[int, int, int]]:
-    tokens, width, heads = x.shape[1], x.shape[2], module.num_heads
+def _qkr(module: QkrAttention, x: torch.Tensor) -> list[tuple[int, int, int]]:
+    width = x.shape[-1]
     act, weight, key = _bits(module.input_quantizer), _bits(module.qk_quantizer), _bits(module.k_quantizer)
-    values = heads * tokens**2 * module.head_dim
-    product, score = heads * tokens * width**2, heads * tokens**2 * width
+    product, score, values = module.num_heads * x.numel() * width, module.n_scores(x) * width, module.n_scores(x) * module.head_dim
     return [(product, weight, act), (score, act, key), (values, _bits(module.probs_quantizer), _bits(module.v_quantizer))]
 
 
-Counter = Callable[[Any, torch.Tensor, torch.Tensor, int | None], list[tuple[int, int, int]]]
-_COUNTERS: dict[type[nn.Module], Counter] = {
-    nn.Linear: _layer,
-    nn.Conv2d: _layer,
-    QkrAttention: _qkr,
-    QuantAttention: _attention,
-    timm_layers.Attention: _attention,
-}
-
-
-def _recorder(name: str, count: Counter, found: list[Matmul], inherited: int | None) -> Callable[..., None]:
+def _recorder(name: str, found: list[Matmul]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        found.extend(Matmul(name, macs, (a, b)) for macs, a, b in count(module, args[0], out, inherited))
+        counted = _qkr(module, args[0]) if isinstance(module, QkrAttention) else _attention(module, args[0])  # type: ignore[arg-type]
+        found.extend(Matmul(name, macs, (a, b)) for macs, a, b in counted)
 
     return hook

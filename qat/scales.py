@@ -39,7 +39,7 @@ def initialize_scales(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         `net` itself.
 
     Raises:
-        UsageError: no batch, or a quantizer that no batch reached.
+        UsageError: no batch, images that are not finite, or a quantizer that no batch reached.
     """
     pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]
     if not pending:
@@ -47,6 +47,8 @@ def initialize_scales(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     device = next(net.parameters()).device
     with probing(net, [quantizer.register_forward_pre_hook(_calibrating({})) for quantizer in pending]):
         for batch in batches:
+            if not batch.isfinite().all():
+                raise UsageError("calibration images hold NaN or infinity; look at data.mean, data.std and the files")
             net(batch.to(device))
     assert_ready(net)
     return net

@@ -7,18 +7,21 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from qat.errors import UsageError
 
 FLOAT_BITS = 32
 LOWEST_BITS, HIGHEST_BITS = 2, 8
 ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
+# Where post-training quantization also rounds what leaves a layer.
+OUTPUT_ROLES = ("qkv", "scores", "output", "residual")
 PLACES = ("stem", "block", "head")
 QUANTIZERS = ("statsq", "lsq", "minmax", "float")
 ATTENTIONS = ("qkr", "standard", "float")
 QK_BIASES = ("drop", "fold")
 OFFSETS = ("none", "before", "both")
+MAP_SCALES = ("tensor", "column")
 
 # StatsQ is for the blocks: stem and heads have 8-bit learned steps in OFQ (spec of the paper, section 3).
 _OUTSIDE_BLOCKS = {"statsq": "lsq"}
@@ -32,11 +35,13 @@ def check_choice(setting: str, value: object, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"{setting}={value!r}: allowed are {', '.join(allowed)}")
 
 
-def check_number(setting: str, value: object, lowest: float, *, above: bool = False, below: float = math.inf) -> None:
-    """Raise `UsageError` unless `value` is a number from `lowest` (or above it), up to but not including `below`."""
+def check_number(
+    setting: str, value: object, lowest: float, *, above: bool = False, below: float = math.inf, highest: float = math.inf
+) -> None:
+    """Raise `UsageError` unless `value` is a number from `lowest` (or above it), up to `highest`, or up to but not including `below`."""
     fits = isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value < below and not (above and value == lowest)
-    if not fits:
-        end = "" if below == math.inf else f" to below {below:g}"
+    if not (fits and value <= highest):  # type: ignore[operator]
+        end = f" to below {below:g}" if below < math.inf else f" to {highest:g}" if highest < math.inf else ""
         raise UsageError(f"{setting}={value!r}: allowed are numbers {'above' if above else 'from'} {lowest:g}{end}")
 
 
@@ -70,13 +75,16 @@ class QuantSpec:
     """How one tensor is quantized.
 
     Attributes:
-        role: what the tensor is, one of `ROLES`.
+        role: what the tensor is, one of `ROLES` or `OUTPUT_ROLES`.
         quantizer: registered name, or `package.module:Class`.
         bits: width of a code; 32 with the float quantizer.
         signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1]; None = found from the data when scales are initialised.
         axis: dimension that keeps scales of its own, None = one scale for the tensor.
         offsets: learnable offsets around the quantizer: none, before it, or both before and after.
         offset_ndim: number of trailing dimensions over which an offset varies (1 = channel, 2 = a map over pixels).
+        map_scales: for the input of a Linear on a feature map (B, H, W, C): one scale for the `tensor`, or `column`: along `axis`.
+        observer: how post-training quantization finds the range; says nothing about the result, so specs that differ in it are equal.
+        bias_correction: give every row of a fake-quantized weight the mean and the spread of its float row.
     """
 
     role: str
@@ -86,9 +94,13 @@ class QuantSpec:
     axis: int | None = None
     offsets: str = "none"
     offset_ndim: int = 1
+    map_scales: str = "tensor"
+    observer: str | None = field(default=None, compare=False)
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("role", self.role, ROLES)
+        check_choice("role", self.role, ROLES + OUTPUT_ROLES)
+        check_choice("map_scales", self.map_scales, MAP_SCALES)
         check_bits("bits", self.bits, self.quantizer)
         check_choice("offsets", self.offsets, OFFSETS)
 
@@ -113,6 +125,8 @@ _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "probs": {"signed": False, "axis": -2},
     "image": {"signed": None, "axis": 1, "offsets": "both", "offset_ndim": 2},
 }
+# What `attention=float` leaves alone.
+_SCORED = ("q", "k", "v", "probs")
 
 
 @dataclass(frozen=True)
@@ -130,6 +144,8 @@ class QuantRecipe:
         stem_bits: weights and input of the first convolution.
         head_bits: weights and input of the classifier(s).
         offsets: learnable offsets before and after activation quantizers.
+        map_scales: where a Linear sees a feature map (B, H, W, C), as Swin's MLPs do: one scale for the `tensor`, which knows no
+            resolution, or one per `column` of the map as in the paper's code.
         overrides: `{module name glob: {knob: value}}`; later rules win.
 
     Raises:
@@ -146,7 +162,15 @@ class QuantRecipe:
     stem_bits: int = 8
     head_bits: int = 8
     offsets: bool = True
+    map_scales: str = "tensor"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    # The config group that the knobs come from; quantizers stand at what enters a product, and norms are float.
+    GROUP: ClassVar[str] = "quant"
+    placement: ClassVar[str] = "inputs"
+    layernorm: ClassVar[str] = "float"
+    # What a rule of `overrides` cannot set.
+    NET_WIDE: ClassVar[frozenset[str]] = frozenset({"name", "overrides"})
 
     def __post_init__(self) -> None:
         if self.act_bits is None:
@@ -162,6 +186,7 @@ class QuantRecipe:
         check_bits("quant.head_bits", self.head_bits, weights_float)
         check_choice("quant.attention", self.attention, ATTENTIONS)
         check_choice("quant.qk_bias", self.qk_bias, QK_BIASES)
+        check_choice("quant.map_scales", self.map_scales, MAP_SCALES)
         if not isinstance(self.offsets, bool):
             raise UsageError(f"quant.offsets={self.offsets!r}: allowed are true and false")
         self._check_overrides()
@@ -177,12 +202,15 @@ class QuantRecipe:
         if self.overrides is None:  # how a yaml file says that there are none
             object.__setattr__(self, "overrides", {})
         if not isinstance(self.overrides, Mapping):
-            raise UsageError(f"quant.overrides={self.overrides!r}: allowed is a mapping of module globs to knobs")
-        knobs = {f.name for f in dataclasses.fields(self)} - {"name", "overrides"}
+            raise UsageError(f"{self.GROUP}.overrides={self.overrides!r}: allowed is a mapping of module globs to knobs")
+        knobs = {f.name for f in dataclasses.fields(self)} - self.NET_WIDE
         for pattern, rule in self.overrides.items():
             if not isinstance(rule, Mapping) or set(rule) - knobs:
-                raise UsageError(f"quant.overrides[{pattern!r}]={rule!r}: allowed knobs are {', '.join(sorted(knobs))}")
-            dataclasses.replace(self, overrides={}, **dict(rule))
+                raise UsageError(f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: allowed knobs are {', '.join(sorted(knobs))}")
+            try:
+                dataclasses.replace(self, overrides={}, **dict(rule))
+            except UsageError as error:
+                raise UsageError(f"{self.GROUP}.overrides[{pattern!r}]: {error}") from error
         object.__setattr__(self, "overrides", {p: dict(rule) for p, rule in self.overrides.items()})
 
     def at(self, module_name: str) -> QuantRecipe:
@@ -216,14 +244,14 @@ class QuantRecipe:
         """
         check_choice("place", place, PLACES)
         layout = dict(_ACTIVATIONS[role])
-        if role == "input" and not signed:
-            layout["signed"] = False
+        if role == "input":
+            layout |= {"signed": bool(signed), "map_scales": self.map_scales}
         if place == "head":
             layout["axis"] = None
-        if not self.offsets or self.act_quantizer == "float":
-            layout["offsets"] = "none"
         bits = {"stem": self.stem_bits, "block": self.act_bits, "head": self.head_bits}[place]
-        name = self.act_quantizer
+        name = "float" if self.attention == "float" and role in _SCORED else self.act_quantizer
+        if not self.offsets or name == "float":
+            layout["offsets"] = "none"
         return QuantSpec(role, name, FLOAT_BITS if name == "float" else int(bits or 0), **layout)
 
     def to_dict(self) -> dict[str, Any]:
@@ -243,6 +271,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "ofq": {"attention": "qkr", "weight_quantizer": "statsq", "act_quantizer": "lsq"},
     "ofq_noqkr": {"attention": "standard", "weight_quantizer": "statsq", "act_quantizer": "lsq"},
+    "statsq": {"attention": "standard", "weight_quantizer": "statsq", "act_quantizer": "float"},
     "lsq": {"attention": "standard", "weight_quantizer": "lsq", "act_quantizer": "lsq", "offsets": False},
     "minmax": {"attention": "standard", "weight_quantizer": "minmax", "act_quantizer": "minmax", "offsets": False},
 }
@@ -252,7 +281,7 @@ def recipe(name: str, **knobs: Any) -> QuantRecipe:
     """A named recipe with knobs turned.
 
     Args:
-        name: one of `PRESETS`: fp, ofq, ofq_noqkr, lsq, minmax.
+        name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (weights alone), lsq, minmax.
         knobs: fields of `QuantRecipe`.
 
     Raises:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from qat.biases import grow_biases, grown_biases
 from qat.checkpoint import Checkpoint, build_from
 from qat.errors import UsageError
 from qat.transfer import timm_state_dict
 
 HUB_TIMEOUT_S = 4
+ALIKE = 0.6  # difflib's own threshold for a close match
+GATEWAY_ERRORS = {407, 502, 503, 504}  # a proxy says that it cannot get there
 
 
 @dataclass
@@ -46,14 +50,24 @@ def from_scratch(model: str, kwargs: Mapping[str, Any]) -> Start:
 
 
 def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
-    if not timm.is_model(model):
-        near = ", ".join(timm.list_models(f"*{model.split('_', maxsplit=1)[0]}*")[:5])
+    if not isinstance(model, str) or not timm.is_model(model):
+        near = ", ".join(_near(str(model)))
         raise UsageError(f"model.name={model!r}: timm has no such model{'; near are ' + near if near else ''}")
+    failures: tuple[type[Exception], ...] = (TypeError, AssertionError, ValueError, ArithmeticError)
+    if not loading:  # where weights are read as well, a RuntimeError says that they do not fit
+        failures += (RuntimeError,)
     try:
         net: nn.Module = timm.create_model(model, **kwargs, **loading)
-    except (TypeError, AssertionError, ValueError) as error:
+    except failures as error:
         raise UsageError(f"model.name={model!r} with {dict(kwargs)}: {' '.join(str(error).split())}") from error
     return net
+
+
+def _near(model: str, at_most: int = 4) -> list[str]:
+    """Names of timm that begin as `model` does, or nearly so; the most similar first."""
+    beginnings = {name: name[: len(model) + 1] for name in timm.list_models()}
+    likeness = {name: difflib.SequenceMatcher(None, model, begin).ratio() for name, begin in beginnings.items()}
+    return [name for name in sorted(likeness, key=lambda name: -likeness[name]) if likeness[name] > ALIKE][:at_most]
 
 
 def from_pretrained(model: str, kwargs: Mapping[str, Any]) -> Start:
@@ -91,14 +105,16 @@ def _require_host(model: str, address: str) -> None:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_TIMEOUT_S)
-    except urllib.error.HTTPError:
-        return
     except OSError as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code not in GATEWAY_ERRORS:
+            return
         missing = f"the weights of {model!r} are not in the local cache and {address} cannot be reached ({error})"
         raise UsageError(f"model.pretrained=true: {missing}; use model.weights=FILE or model.pretrained=false") from error
 
 
-def from_state(model: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor], *, origin: str, keep_head: bool) -> Start:
+def from_state(
+    model: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor], *, origin: str, keep_head: bool, biases: Sequence[str] = ()
+) -> Start:
     """Weights under timm's names, adapted as timm does: position embedding, patch size, input channels.
 
     Args:
@@ -107,12 +123,14 @@ def from_state(model: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor
         state: weights of a net of the same family.
         origin: how to call them in messages, `ckpt='x.pt'`.
         keep_head: another class count is an error (True), or gets a new head (False).
+        biases: Linears that have a bias in `state` and none in timm's net; they get one.
 
     Raises:
         UsageError: the class count differs under `keep_head`, or the weights are of another net.
     """
     fresh = _create(model, kwargs)
-    state = dict(state)
+    own_biases = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
+    state = {name: tensor for name, tensor in state.items() if name not in own_biases}
     notes = [f"weights of {origin}"]
     cfg = dict(fresh.pretrained_cfg)  # type: ignore[arg-type]
     heads = [cfg["classifier"]] if isinstance(cfg["classifier"], str) else list(cfg["classifier"])
@@ -135,9 +153,19 @@ def from_state(model: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor
         raise UsageError(f"{origin}: its weights are not those of {model} ({' '.join(str(error).split())[:300]})") from error
     net.pretrained_cfg = cfg  # type: ignore[assignment]
     net.default_cfg = cfg  # type: ignore[assignment]
+    grow_biases(net, biases)
+    net.load_state_dict(own_biases, strict=False)
     if stem is not None and stem.shape != own[f"{cfg['first_conv']}.weight"].shape:
         notes.append(f"patch embedding adapted from {tuple(stem.shape)} to {tuple(own[cfg['first_conv'] + '.weight'].shape)}")
+    check_finite(net, origin)
     return Start(net, notes)
+
+
+def check_finite(net: nn.Module, origin: str) -> None:
+    """Raise `UsageError` if a weight of a net from `origin` is NaN or infinite: whatever it computes would be, too."""
+    damaged = next((name for name, weight in net.named_parameters() if not weight.isfinite().all()), None)
+    if damaged is not None:
+        raise UsageError(f"{origin}: its weight {damaged} holds NaN or infinity; take an earlier checkpoint")
 
 
 def from_checkpoint(model: str, kwargs: Mapping[str, Any], checkpoint: Checkpoint, *, reset_head: bool) -> Start:
@@ -149,8 +177,17 @@ def from_checkpoint(model: str, kwargs: Mapping[str, Any], checkpoint: Checkpoin
     origin = f"ckpt={str(checkpoint.path)!r}"
     if checkpoint.meta is None:
         return from_state(model, kwargs, checkpoint.state, origin=origin, keep_head=False)
-    source = build_from(checkpoint)
-    start = from_state(model, kwargs, timm_state_dict(source), origin=origin, keep_head=not reset_head)
+    return from_net(model, kwargs, build_from(checkpoint), origin=origin, reset_head=reset_head)
+
+
+def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin: str, reset_head: bool) -> Start:
+    """Start from a net of any recipe; its scales may be copied after conversion.
+
+    Raises:
+        UsageError: see `from_state`; another class count needs `reset_head`.
+    """
+    state, biases = timm_state_dict(source), grown_biases(source)
+    start = from_state(model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases)
     start.source = source
     return start
 

@@ -9,6 +9,9 @@ from qat.nn import QkrAttention, QuantAttention
 from qat.quantizers import Quantizer
 from qat.sites import iter_quantizers
 
+# Swin's biases, and the spread of their first values there and in the reference.
+_TABLE, _TABLE_STD = "relative_position_bias_table", 0.02
+
 
 def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
     """The float weights of a net under timm's names, whatever its recipe: quantizers dropped, QKR's factors stacked to `qkv`.
@@ -25,7 +28,7 @@ def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
         return
     consumed: set[str] = set()
     if isinstance(module, QkrAttention):
-        state |= {prefix + name: tensor for name, tensor in _stacked_qkv(module).items()}
+        state |= {prefix + name: tensor for name, tensor in module.timm_weights().items()}
         consumed = {"v"}
     else:
         own = {*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))}
@@ -33,15 +36,6 @@ def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
     for name, child in module.named_children():
         if name not in consumed:
             _collect(child, f"{prefix}{name}.", state)
-
-
-def _stacked_qkv(attention: QkrAttention) -> dict[str, Tensor]:
-    weight = torch.cat([attention.q_weight, attention.k_weight, attention.v.weight]).detach()
-    if attention.v.bias is None:
-        return {"qkv.weight": weight}
-    zeros = torch.zeros_like(attention.v.bias)
-    q_bias = zeros if attention.q_bias is None else attention.q_bias
-    return {"qkv.weight": weight, "qkv.bias": torch.cat([q_bias, zeros, attention.v.bias]).detach()}
 
 
 def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[str]]:
@@ -71,18 +65,23 @@ def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[s
 
 
 def forget_attention_weights(net: nn.Module) -> list[str]:
-    """Draw anew what the reference's conversion loses: `proj` of every attention, and `qkv` where there is no QKR.
+    """Draw anew what the reference's conversion loses: `proj` of every attention, `qkv` where there is no QKR, Swin's table of biases.
 
     Returns:
-        Names of the Linears that were reset.
+        Names of the Linears and tables that were reset.
     """
     reset = []
     for name, module in net.named_modules():
-        if isinstance(module, QkrAttention | QuantAttention):
-            lost = ("proj",) if isinstance(module, QkrAttention) else ("qkv", "proj")
-            for child in lost:
-                module.get_submodule(child).reset_parameters()  # type: ignore[operator]
-            reset += [f"{name}.{child}" for child in lost]
+        if not isinstance(module, QkrAttention | QuantAttention):
+            continue
+        lost = {child for child, layer in module.named_children() if child in {"qkv", "proj"} and isinstance(layer, nn.Linear)}
+        for child in sorted(lost, reverse=True):
+            module.get_submodule(child).reset_parameters()  # type: ignore[operator]
+            reset.append(f"{name}.{child}")
+        table = getattr(module, _TABLE, None)
+        if isinstance(table, nn.Parameter):
+            nn.init.trunc_normal_(table, std=_TABLE_STD)
+            reset.append(f"{name}.{_TABLE}")
     return reset
 
 

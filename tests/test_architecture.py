@@ -18,7 +18,7 @@ LIBRARIES = {
     "hydra": ("tasks",),
     "omegaconf": ("tasks",),
     "lightning": ("lit", "callbacks", "data", "tasks"),
-    "timm": ("nn", "data", "lit", "checkpoint.py", "start.py", "cost.py", "interop", "tasks"),
+    "timm": ("nn", "data", "lit", "checkpoint.py", "start.py", "cost.py", "inference.py", "interop", "tasks"),
     "sklearn": ("data",),
     "pyarrow": ("data",),
 }

@@ -139,7 +139,7 @@ def test_model_arguments_have_to_be_plain(path, value):
 
 def test_missing_file(tmp_path):
     refused(tmp_path / "nowhere.ckpt", "no such file")
-    refused(tmp_path, "no such file")
+    refused(tmp_path, "a folder, not a file")
 
 
 def test_text_file(path):

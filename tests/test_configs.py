@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import qat
 from qat.data.base import DataSettings
-from qat.lit import build_optimizer, cosine_schedule
+from qat.lit import build_optimizer, cosine_schedule, scaled_lr
 from qat.spec import PRESETS
 from qat.tasks import build
 from tests.conftest import ROOT, TINY, compose, results, train
@@ -28,13 +28,21 @@ def choices(group):
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra")
 RECIPES = {f"{name}_{bits}bit": (name, {"bits": bits}) for name in PRESETS if name != "fp" for bits in (2, 3, 4, 8)} | {"fp": ("fp", {})}
 LARGE = {name for name in choices("model") if name.endswith(("_b", "_b_distilled"))}
-# What one block of a model needs; the demo model sets its own depth.
-ONE_BLOCK = "++model.args.depth=1"
+# Queries and keys of these are rotated or normalised.
+NO_QKR = {"eva02_t", "swinv2_t"}
+# A recipe of each kind; what a net makes of it does not depend on the bits.
+OF_PTQ = {"ptq", "search"}  # groups that only ptq.py has
+KINDS = ("fp", "ofq_2bit", "ofq_noqkr_2bit", "lsq_2bit", "minmax_8bit")
+
+
+def one_block(model):
+    """Overrides for the smallest net of a family."""
+    return "++model.args.depths=[1,1,1,1]" if model.startswith("swin") else "++model.args.depth=1"
 
 
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
 def test_every_choice_composes(group, choice):
-    cfg = compose("train", f"{group}={choice}", "run_dir=a")
+    cfg = compose("ptq" if group in OF_PTQ or choice.startswith("evolq_") else "train", f"{group}={choice}", "run_dir=a")
     assert not OmegaConf.missing_keys(cfg)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
@@ -68,12 +76,19 @@ def test_defaults():
 
 @pytest.mark.parametrize(
     ("model", "quant"),
-    [pytest.param(m, q, marks=pytest.mark.slow if m in LARGE else ()) for m, q in itertools.product(choices("model"), choices("quant"))],
+    [
+        *(pytest.param(m, q, marks=pytest.mark.slow if m in LARGE else ()) for m, q in itertools.product(choices("model"), KINDS)),
+        *(("vit_tiny_demo", q) for q in choices("quant") if q not in KINDS),
+    ],
 )
 def test_every_recipe_fits_every_model(model, quant):
-    cfg = compose("train", f"model={model}", f"quant={quant}", ONE_BLOCK, "run_dir=a")
+    cfg = compose("train", f"model={model}", f"quant={quant}", one_block(model), "run_dir=a")
     start = build.build_start(cfg)
     recipe = build.build_recipe(cfg)
+    if model in NO_QKR and recipe.attention == "qkr":
+        with pytest.raises(qat.UsageError, match="quant.attention='qkr': this net (normalises|rotates) queries and keys"):
+            qat.convert(start.net, recipe, input_size=(1, 8, 8))
+        return
     qat.convert(start.net, recipe, input_size=(1, 8, 8))
     roles = {site.role for site in qat.iter_quantizers(start.net)}
     expected = {
@@ -81,7 +96,9 @@ def test_every_recipe_fits_every_model(model, quant):
         "qkr": {"weight", "input", "v", "k", "qk", "probs", "image"},
         "standard": {"weight", "input", "q", "k", "v", "probs", "image"},
     }
-    assert roles == expected[recipe.attention]
+    # A pooling by attention has a learnt query of its own.
+    pooled = {"q"} if model == "siglip_b" and recipe.attention == "qkr" else set()
+    assert roles == expected[recipe.attention] | pooled
 
 
 @pytest.mark.parametrize("name", choices("quant"))
@@ -152,10 +169,12 @@ def test_data_files_have_all_settings(name):
 
 @pytest.mark.parametrize("name", choices("optimizer"))
 def test_optimizer_files_work_as_they_are(name):
-    settings = OmegaConf.to_container(compose("train", f"optimizer={name}", "run_dir=a").optimizer)
-    assert accepted(build_optimizer, without=("net",)) <= set(settings)
-    made = build_optimizer(build.nn.Linear(2, 2), **settings)
-    own = set(settings) - accepted(build_optimizer, without=())
+    cfg = compose("train", f"optimizer={name}", "run_dir=a")
+    settings = OmegaConf.to_container(cfg.optimizer)
+    taken = accepted(build_optimizer, without=("net",)) | accepted(scaled_lr, without=("global_batch",))
+    assert taken <= set(settings)
+    made = build.build_optimizer_factory(cfg, build.build_trainer(cfg, [], []))(build.nn.Linear(2, 2))
+    own = set(settings) - taken
     assert own, "an optimizer has settings of its own"
     for key in own:
         value = settings[key]
@@ -165,7 +184,7 @@ def test_optimizer_files_work_as_they_are(name):
 @pytest.mark.parametrize("name", choices("scheduler"))
 def test_scheduler_keys_are_all_read(name):
     keys = set(compose("train", f"scheduler={name}", "run_dir=a").scheduler)
-    assert keys - {"warmup_epochs"} == accepted(cosine_schedule, without=("optimizer", "periods", "warmup"))
+    assert keys - {"warmup_epochs", "cooldown_epochs"} == accepted(cosine_schedule, without=("optimizer", "periods", "warmup"))
 
 
 def read_in_tasks():
@@ -178,7 +197,7 @@ def read_in_tasks():
                 yield from node.value.split(".")
 
 
-@pytest.mark.parametrize("config", ["train", "eval"])
+@pytest.mark.parametrize("config", ["train", "eval", "ptq"])
 def test_top_level_keys_are_read(config):
     cfg = compose(config, "model=vit_tiny_demo", "run_dir=a")
     keys = {*cfg, *cfg.model, *cfg.get("teacher", {})} - {"args"}
@@ -197,7 +216,10 @@ def test_debug_configs_run(tmp_path, debug):
     assert not list(run.rglob("*.ckpt"))
 
 
-@pytest.mark.parametrize("name", choices("experiment"))
+ELSEWHERE = ("ofq_", "evolq_")  # tests/tasks/test_recipes.py, tests/tasks/test_search.py
+
+
+@pytest.mark.parametrize("name", [name for name in choices("experiment") if not name.startswith(ELSEWHERE)])
 def test_experiments_run(tmp_path, float_run, name):
     start = [f"ckpt={float_run}/checkpoints/last.ckpt"] if "kd" in compose("train", f"experiment={name}").loss.terms else []
     small = ("trainer.fast_dev_run=true", *(o for o in TINY if "model.args" in o), *start)

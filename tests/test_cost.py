@@ -1,11 +1,13 @@
 """What a net costs. Oracle: counted by hand for one block of width 32: 17 tokens, 2 heads of 16, MLP of 128, 10 classes."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import qat
-from qat.cost import cost, matmuls
+from qat.cost import cost, matmuls, size_bytes
+from tests.nets import ATTENTIONS, FAMILIES
 from tests.tiny import SIZE, images, vit
 
 TOKENS, WIDTH, HEADS, HIDDEN, CLASSES = 17, 32, 2, 128, 10
@@ -115,3 +117,61 @@ def test_measuring_changes_nothing(training):
 def test_any_module_with_linears():
     found = cost(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), SIZE)
     assert (found.macs, found.n_params, found.size_bytes) == (192, 195, 780)
+
+
+def swin_macs(attention):
+    """Of `ATTENTIONS["swin"]` by hand: 8 x 8 tokens of width 16 in four windows, then 4 x 4 of width 32 in one; windows of 16."""
+    layers, products = 64 * 16 * 48 + 16 * 64 * 32 + 32 * 10, 0  # patches, merging, head
+    for tokens, width, heads in ((64, 16, 2), (16, 32, 4)):
+        mlp, proj = 2 * tokens * width * 4 * width, tokens * width**2
+        values = tokens * 16 * width
+        if attention == "qkr":
+            layers += 2 * (mlp + proj + proj)  # v
+            products += 2 * (heads * tokens * width**2 + heads * tokens * 16 * width + values)
+        else:
+            layers += 2 * (mlp + proj + 3 * proj)
+            products += 2 * (2 * values)
+    return layers, products
+
+
+@pytest.mark.parametrize("attention", ["qkr", "standard", "float"])
+def test_attention_in_windows(attention):
+    swin = ATTENTIONS["swin"]
+    model = qat.convert(swin.build(), qat.recipe("ofq", bits=2, attention=attention), input_size=swin.input_size)
+    layers, products = swin_macs(attention)
+    found = cost(model, swin.input_size)
+    assert found.macs == layers + products
+    ends = 64 * 16 * 48 + 32 * 10
+    assert found.bitops == 64 * ends + 4 * (layers - ends) + (32**2 if attention == "float" else 4) * products
+
+
+def test_size_of_windows():
+    swin = ATTENTIONS["swin"]
+    model = qat.convert(swin.build(), qat.recipe("ofq", bits=2), input_size=swin.input_size)
+    merging = 64 * 32
+    codes, rows = 16 * 48 + 32 * 10 + merging // 4, 32
+    for width, heads in ((16, 2), (32, 4)):
+        codes += 2 * (heads * width**2 + 2 * width**2 + 8 * width**2) // 4  # M, v and proj, both MLP layers
+        rows += 2 * (heads * width + 2 * width + 5 * width)
+    latent = sum(
+        p.numel() for n, p in model.named_parameters() if n.endswith(("q_weight", "k_weight")) or (n.endswith("weight") and p.ndim > 1)
+    )
+    rest = sum(t.numel() for t in (*model.parameters(), *model.buffers())) - latent
+    assert size_bytes(model) == codes + 4 * (rows + rest)
+
+
+@pytest.mark.parametrize("name", ["levit", "xcit", "dinov3"])
+def test_any_attention_counts(name):
+    # What an unknown attention multiplies is the same whether its layers are quantized or not.
+    family = FAMILIES[name]
+    plain = list(matmuls(family.build(), family.input_size))
+    ours = list(matmuls(qat.convert(family.build(), qat.recipe("ofq", attention="float"), input_size=family.input_size), family.input_size))
+    assert sum(m.macs for m in ours) == sum(m.macs for m in plain)
+    assert sum(m.macs for m in ours if m.bits == (32, 32)) > 0
+
+
+def test_swin_tiny_as_published():
+    # Swin (arXiv 2103.14030), table 1: 4.5 G multiply-accumulates, 29 M parameters.
+    found = cost(timm.create_model("swin_tiny_patch4_window7_224"), (3, 224, 224))
+    assert found.macs / 1e9 == pytest.approx(4.5, abs=0.05)
+    assert found.n_params / 1e6 == pytest.approx(29, abs=1)

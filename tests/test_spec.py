@@ -42,7 +42,7 @@ def test_wrong_knobs_are_named(knobs, message):
 
 
 def test_unknown_recipe():
-    with pytest.raises(qat.UsageError, match="recipe='oqf': allowed are fp, ofq, ofq_noqkr, lsq, minmax"):
+    with pytest.raises(qat.UsageError, match="recipe='oqf': allowed are fp, ofq, ofq_noqkr, statsq, lsq, minmax"):
         recipe("oqf")
 
 
@@ -72,6 +72,7 @@ def test_presets():
         "fp": ("float", "float", "float", False),
         "ofq": ("qkr", "statsq", "lsq", True),
         "ofq_noqkr": ("standard", "statsq", "lsq", True),
+        "statsq": ("standard", "statsq", "float", True),
         "lsq": ("standard", "lsq", "lsq", False),
         "minmax": ("standard", "minmax", "minmax", False),
     }

@@ -35,6 +35,7 @@ class EpochLog(Callback):
         seconds = time.monotonic() - self._start
         metrics = trainer.callback_metrics
         values = [f"{label} {metrics[key]:.4g}" for label, key in (("loss", "train/loss"), ("val top1", "val/top1")) if key in metrics]
-        rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else 0.0
+        group = trainer.optimizers[0].param_groups[0] if trainer.optimizers else {"lr": 0.0}
+        rate = group["lr"] / group.get("lr_scale", 1.0)
         left = datetime.timedelta(seconds=round(seconds / (done - self._first_epoch) * max(total - done, 0)))
         log.info("epoch %d/%d  %s  lr %.2e  %.0f img/s  left %s", done, total, "  ".join(values), rate, self._images / seconds, left)

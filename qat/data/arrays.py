@@ -75,6 +75,11 @@ def to_pil(image: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
+def to_pixels(image: Image.Image, chans: int) -> NDArray[np.uint8]:
+    """Pillow's image of any mode as (H, W, 1), grey, where `chans` is 1, else as (H, W, 3), RGB."""
+    return np.asarray(image.convert("L" if chans == 1 else "RGB")).reshape(image.height, image.width, -1)
+
+
 def squeeze(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """An image (H, W, C) as (size, size, C), bicubic, its proportions lost."""
     if image.shape[:2] == (size, size):
@@ -88,8 +93,7 @@ def with_channels(images: NDArray[np.uint8], chans: int) -> NDArray[np.uint8]:
         return np.repeat(images, chans, axis=3)
     if chans != 1:
         return images
-    grey = [np.asarray(to_pil(image).convert("L")) for image in images]
-    return np.stack(grey)[..., None]
+    return np.stack([to_pixels(to_pil(image), chans) for image in images])
 
 
 def stratified_split(labels: NDArray[np.int64], held_out: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -13,14 +14,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from qat.data.arrays import ImageSource
 from qat.data.loader import ResumableLoader
+from qat.data.mixup import BatchMixup
 from qat.data.sampler import Key, SeededSampler, isolated_rng
 from qat.data.settings import DataSettings
 from qat.data.transforms import Transform, eval_transform, train_transform
 from qat.errors import UsageError
 
+SPLITS = ("train", "val", "test")
+
 
 class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """Images behind a transform. Every random draw is a function of (seed, epoch, index): worker count and order do not matter."""
+    """Images behind a transform. Every random draw is a function of (seed, epoch, index, copy): worker count and order do not matter."""
 
     def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
@@ -29,11 +33,11 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
         return len(self.source)
 
     def __getitem__(self, key: Key | int) -> tuple[Tensor, int]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
         image, label = self.source[index]
         if not self.transform.is_random:
             return self.transform(image), label
-        with isolated_rng(self.seed, epoch, index):
+        with isolated_rng(self.seed, epoch, index, *copy):
             return self.transform(image), label
 
 
@@ -47,17 +51,32 @@ class ImageData(LightningDataModule, ABC):
         UsageError: unknown setting, or a value that cannot work.
     """
 
+    CLASSES: ClassVar[Sequence[str]] = ()
+
     def __init__(self, **settings: Any) -> None:
         super().__init__()
+        self.settings = self.complete(settings)
+        self._splits: dict[str, ImageSource] = {}
+
+    @classmethod
+    def complete(cls, settings: dict[str, Any]) -> DataSettings:
+        """The settings as this dataset takes them; a subclass may fill in what is None.
+
+        Raises:
+            UsageError: unknown setting, or a value that cannot work.
+        """
         try:
-            self.settings = DataSettings(**settings)
+            return DataSettings(**settings)
         except TypeError as error:
             raise UsageError(f"data: {str(error).replace('DataSettings.__init__() ', '')}") from error
-        self._splits: dict[str, ImageSource] = {}
 
     @abstractmethod
     def read(self) -> Mapping[str, ImageSource]:
         """Read all images: `train`, `val`, and `test` where there is one. Called once, when first needed."""
+
+    def named_classes(self) -> list[str] | None:
+        """Names of the classes in the order of their ids, None where they are not known; no image is read."""
+        return list(self.CLASSES) if len(self.CLASSES) == self.settings.num_classes else None
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -70,17 +89,28 @@ class ImageData(LightningDataModule, ABC):
         Raises:
             UsageError: there is no such split, or a label is not a class.
         """
+        if name not in self.splits:
+            where = f"data: {type(self).__name__}" if self.settings.root is None else f"data.root={self.settings.root!r}:"
+            raise UsageError(f"{where} has no split {name!r}; it has {', '.join(self.splits)}")
+        return self._splits[name]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that there are, in the order of `SPLITS`."""
         if not self._splits:
             self._splits = {name: self._prepared(name, source) for name, source in self.read().items()}
-        if name not in self._splits:
-            raise UsageError(f"data: {type(self).__name__} has no split {name!r}; it has {', '.join(self._splits)}")
-        return self._splits[name]
+        return tuple(sorted(self._splits, key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS)))
 
     @property
     def evaluation_split(self) -> str:
         """`test`, or `val` where there is no test split."""
-        self.split("train")
-        return "test" if "test" in self._splits else "val"
+        return "test" if "test" in self.splits else "val"
+
+    def _training_images(self, purpose: str) -> ImageSource:
+        if "train" not in self.splits:
+            has = ", ".join(self.splits)
+            raise UsageError(f"data.root={self.settings.root!r}: has no train images, from which {purpose}; it has {has}")
+        return self.split("train")
 
     def _prepared(self, split: str, source: ImageSource) -> ImageSource:
         wrong = source.labels[(source.labels < 0) | (source.labels >= self.settings.num_classes)]
@@ -92,9 +122,39 @@ class ImageData(LightningDataModule, ABC):
         return source if self.settings.crop_pct is not None else source.resized(self.settings.image_size)
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled, augmented; the last incomplete batch is left out."""
-        images = TransformedImages(self.split("train"), train_transform(self.settings), self.settings.seed)
-        return self._loader(images, shuffle=True)
+        """Shuffled, augmented; the last incomplete batch is left out.
+
+        Raises:
+            UsageError: there are no train images, or batches that are to be mixed cannot be.
+        """
+        self._check_pairs()
+        images = self._training_images("a net learns")
+        return self._loader(TransformedImages(images, train_transform(self.settings), self.settings.seed), shuffle=True)
+
+    def batch_mixup(self) -> BatchMixup | None:
+        """What a training step does to its batch; None where both `mixup` and `cutmix` are 0.
+
+        Raises:
+            UsageError: batches have an odd number of images.
+        """
+        self._check_pairs()
+        return BatchMixup(self.settings) if self.settings.mixes else None
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Mix a training batch on its device; Lightning calls this in front of every step."""
+        if self.trainer is None or not self.trainer.training or self._mixup is None:
+            return batch
+        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready  # of all epochs, a resumed run's earlier ones included
+        return self._mixup(*batch, epoch=self.trainer.current_epoch, step=step, rank=self.trainer.global_rank)
+
+    @functools.cached_property
+    def _mixup(self) -> BatchMixup | None:
+        return self.batch_mixup()
+
+    def _check_pairs(self) -> None:
+        # Not in the settings, which a checkpoint holds too: evaluation takes batches of any size.
+        if self.settings.mixes and self.settings.batch_size % 2:
+            raise UsageError(f"data.batch_size={self.settings.batch_size}: allowed are even numbers with data.mixup or data.cutmix")
 
     def val_dataloader(self) -> DataLoader:
         """The validation split in order."""
@@ -109,22 +169,51 @@ class ImageData(LightningDataModule, ABC):
 
     def _loader(self, images: TransformedImages, *, shuffle: bool) -> DataLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = SeededSampler(len(images), seed=self.settings.seed, shuffle=shuffle, rank=rank, world_size=world)
+        # Copies without augmentation would be the same image again.
+        repeats = self.settings.repeats if self.settings.augment != "none" else 1
+        options = {"rank": rank, "world_size": world, "repeats": repeats}
+        sampler = SeededSampler(len(images), seed=self.settings.seed, shuffle=shuffle, **options)
+        batch_size = self._mixable(len(sampler)) if shuffle and self.settings.mixes else self.settings.batch_size
         workers = self.settings.num_workers
         loader = ResumableLoader if shuffle else DataLoader
         return loader(
             images,
-            batch_size=self.settings.batch_size,
+            batch_size=batch_size,
             sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            drop_last=shuffle and len(sampler) >= self.settings.batch_size,
+            drop_last=shuffle and len(sampler) >= batch_size,
         )
 
-    def calibration_batches(self) -> list[Tensor]:
-        """Training images with the evaluation transform, the same for a seed: batches (B, C, H, W) from which scales are made."""
-        images = TransformedImages(self.split("train"), eval_transform(self.settings), self.settings.seed)
+    def _mixable(self, images: int) -> int:
+        """The batch size, or the largest even one where a process has fewer images than that."""
+        size = min(self.settings.batch_size, images)
+        if size < 2:
+            raise UsageError(
+                f"data.mixup={self.settings.mixup}, data.cutmix={self.settings.cutmix}: a process has {images} image(s) to mix"
+            )
+        return size - size % 2
+
+    def calibration_batches(self, batch_size: int | None = None) -> list[Tensor]:
+        """Training images with the evaluation transform, the same for a seed: batches (B, C, H, W) from which scales are made.
+
+        Args:
+            batch_size: images of a batch; None = `data.batch_size`.
+
+        Raises:
+            UsageError: there are no train images, or one of those chosen is not finite once normalised.
+        """
+        source = self._training_images("scales are initialised")
+        images = TransformedImages(source, eval_transform(self.settings), self.settings.seed)
         count = min(self.settings.calibration_images, len(images))
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.settings.seed))[:count]
-        return [torch.stack([images[int(i)][0] for i in chunk]) for chunk in order.split(self.settings.batch_size)]
+        chunks = order.split(batch_size or self.settings.batch_size)
+        return [self._finite(torch.stack([images[int(i)][0] for i in chunk]), chunk) for chunk in chunks]
+
+    def _finite(self, batch: Tensor, indices: Tensor) -> Tensor:
+        is_wrong = ~batch.isfinite().flatten(1).all(1)
+        if is_wrong.any():
+            statistics = f"data.mean={list(self.settings.mean)}, data.std={list(self.settings.std)}"
+            raise UsageError(f"data: calibration image {int(indices[is_wrong][0])} of the train split is not finite ({statistics})")
+        return batch

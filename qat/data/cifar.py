@@ -17,6 +17,7 @@ class Cifar10(ImageData):
     """
 
     HELD_OUT = 0.1
+    CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
     def read(self) -> dict[str, ImageArrays]:
         """All three splits.

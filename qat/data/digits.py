@@ -14,6 +14,8 @@ BRIGHTEST = 16
 class Digits(ImageData):
     """70 % train, 10 % val, 20 % test; always the same images."""
 
+    CLASSES = "0123456789"
+
     def read(self) -> dict[str, ImageArrays]:
         """All three splits."""
         digits = load_digits()

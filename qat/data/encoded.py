@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from qat.data.arrays import ImageArrays
+from qat.data.arrays import ImageArrays, to_pixels
 from qat.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,7 @@ class EncodedImages(Protocol):
 
 def decode(content: bytes, chans: int) -> NDArray[np.uint8]:
     """One encoded image as (H, W, chans) uint8; chans 1 = grey, 3 = RGB."""
-    image = Image.open(io.BytesIO(content)).convert("L" if chans == 1 else "RGB")
-    return np.asarray(image).reshape(image.height, image.width, -1)
+    return to_pixels(Image.open(io.BytesIO(content)), chans)
 
 
 def read_one(encoded: EncodedImages, index: int, chans: int) -> NDArray[np.uint8]:

@@ -15,6 +15,7 @@ class FashionMnist(ImageData):
     """`{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]` below `root`; a tenth of train is held out as val, always the same images."""
 
     HELD_OUT = 0.1
+    CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
     def read(self) -> dict[str, ImageArrays]:
         """All three splits.

@@ -52,7 +52,8 @@ class FileImages:
 class ImageFolder(Photos):
     """`root/{train,val|validation|valid,test}/<class>/*`; class ids are those of the sorted folder names of train.
 
-    Without val a tenth of train is held out, always the same images. Without test, val is evaluated.
+    Without val a tenth of train is held out, always the same images. Without test, val is evaluated. Without train a net can be evaluated
+    where another split has a folder for every class.
     """
 
     HELD_OUT = 0.1
@@ -64,34 +65,48 @@ class ImageFolder(Photos):
             UsageError: `data.root` is not set or not such a folder, or the classes are not those of the settings.
         """
         root = data_folder(self.settings.root, LAYOUT)
-        classes = self.classes(root)
+        classes, source = self.classes(root), classes_folder(root)
         if len(classes) != self.settings.num_classes:
-            raise UsageError(f"data.num_classes={self.settings.num_classes}: {root / 'train'} has {len(classes)} class folders")
-        folders = {split: _first_folder(root, split) for split in FOLDERS}
-        files = {split: list_files(folder, classes) for split, folder in folders.items() if folder is not None}
-        if "val" not in files:
+            why = "" if source.name == "train" else "; without train it needs one for every class, ids are those of the sorted names"
+            raise UsageError(f"data.num_classes={self.settings.num_classes}: {source} has {len(classes)} class folders{why}")
+        folders = {split: folder for split in FOLDERS if (folder := _first_folder(root, split)) is not None}
+        files = {split: list_files(folder, classes, source.name) for split, folder in folders.items()}
+        if "train" in files and "val" not in files:
             kept, out = stratified_split(files["train"].labels, self.HELD_OUT)
             files |= {"train": files["train"].take(kept), "val": files["train"].take(out)}
-        return {split: load(images, self.settings, where=str(folders[split] or folders["train"])) for split, images in files.items()}
+        return {split: load(images, self.settings, where=str(folders.get(split, source))) for split, images in files.items()}
 
     def classes(self, root: Path) -> list[str]:
-        """Sorted names of the folders below train.
+        """Sorted names of the folders below train, or where there is no train below the first split that there is.
 
         Raises:
             UsageError: there are none.
         """
-        folder = _first_folder(root, "train")
-        if folder is None:
-            raise UsageError(f"data.root={str(root)!r}: has no folder train; needed are {LAYOUT}")
-        return class_names(folder)
+        return class_names(classes_folder(root))
+
+    def named_classes(self) -> list[str] | None:
+        """Names of the folders below train; None without `data.root`."""
+        return self.classes(Path(self.settings.root)) if self.settings.root else None
 
     def count_classes(self, settings: dict[str, Any]) -> int:
-        """Number of class folders below train."""
+        """Number of class folders."""
         return len(self.classes(data_folder(settings.get("root"), LAYOUT)))
 
 
 def _first_folder(root: Path, split: str) -> Path | None:
     return next((root / name for name in FOLDERS[split] if (root / name).is_dir()), None)
+
+
+def classes_folder(root: Path) -> Path:
+    """The folder of the split that says what classes there are: train, else val, else test.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = [folder for split in FOLDERS if (folder := _first_folder(root, split)) is not None]
+    if not found:
+        raise UsageError(f"data.root={str(root)!r}: has no folder train; needed are {LAYOUT}, or one of the others to evaluate alone")
+    return found[0]
 
 
 def class_names(folder: Path) -> list[str]:
@@ -106,8 +121,13 @@ def class_names(folder: Path) -> list[str]:
     return names
 
 
-def list_files(folder: Path, classes: list[str]) -> FileImages:
+def list_files(folder: Path, classes: list[str], source: str = "train") -> FileImages:
     """All image files of one split, by class and then by path.
+
+    Args:
+        folder: of the split.
+        classes: names of the class folders, in the order of their ids.
+        source: name of the split that has them.
 
     Raises:
         UsageError: a folder is none of `classes`, or there is no image.
@@ -117,7 +137,7 @@ def list_files(folder: Path, classes: list[str]) -> FileImages:
     labels: list[int] = []
     for name in class_names(folder):
         if name not in ids:
-            raise UsageError(f"{folder / name}: is no class of train; its classes are {_shown(classes)}")
+            raise UsageError(f"{folder / name}: is no class of {source}; its classes are {_shown(classes)}")
         walked = (os.path.join(at, file) for at, _, files in os.walk(folder / name, followlinks=True) for file in files)
         found = sorted(path for path in walked if path.lower().endswith(EXTENSIONS) and not os.path.basename(path).startswith("."))
         paths += [os.fsencode(path) for path in found]

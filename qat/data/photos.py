@@ -9,6 +9,7 @@ from typing import Any
 import timm
 
 from qat.data.base import ImageData
+from qat.data.settings import DataSettings
 from qat.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,12 @@ class Photos(ImageData):
             # The model is built from the config, so the number has to stand there, not only here.
             root, found = settings.get("root"), self.count_classes(settings)
             raise UsageError(f"data.num_classes is not set: data.root={root!r} has {found} classes; set data.num_classes={found}")
-        super().__init__(**completed(settings))
+        super().__init__(**settings)
+
+    @classmethod
+    def complete(cls, settings: dict[str, Any]) -> DataSettings:
+        """The settings, None filled in from `model`."""
+        return super().complete(completed(settings))
 
     @abstractmethod
     def count_classes(self, settings: dict[str, Any]) -> int:

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-Key = tuple[int, int]
+# (epoch, index), with repeats (epoch, index, copy).
+Key = tuple[int, ...]
 
 
 class SeededSampler(Sampler[Key]):
-    """Yields (epoch, index) for one process.
+    """Yields (epoch, index) for one process; with repeats (epoch, index, copy).
 
     Args:
         length: number of images.
@@ -23,13 +24,15 @@ class SeededSampler(Sampler[Key]):
             image is counted twice.
         rank: this process.
         world_size: number of processes.
+        repeats: copies of an image, which stand next to each other in the order of all processes, so that they go to different ones
+            where there are several; the length stays. Source: `RepeatAugSampler` of DeiT. Only where it shuffles.
 
     Attributes:
         skip: images of this process that the next iteration leaves out at its start; zero again afterwards.
     """
 
-    def __init__(self, length: int, *, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1) -> None:
-        self.length, self.seed, self.shuffle = length, seed, shuffle
+    def __init__(self, length: int, *, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1, repeats: int = 1) -> None:
+        self.length, self.seed, self.shuffle, self.repeats = length, seed, shuffle, repeats
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self.skip = 0
@@ -38,15 +41,20 @@ class SeededSampler(Sampler[Key]):
         """Called by Lightning at the start of an epoch."""
         self.epoch = epoch
 
-    def _mine(self) -> list[int]:
+    def _mine(self) -> list[Key]:
         if not self.shuffle:
-            return list(range(self.rank, self.length, self.world_size))
+            return [(self.epoch, index) for index in range(self.rank, self.length, self.world_size)]
         order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mix(self.seed, self.epoch)))
-        return order[: self.length - self.length % self.world_size][self.rank :: self.world_size].tolist()
+        places = torch.arange(self.rank, self.length - self.length % self.world_size, self.world_size)
+        indices = order[places // self.repeats].tolist()
+        if self.repeats == 1:
+            return [(self.epoch, index) for index in indices]
+        copies = (places % self.repeats).tolist()
+        return [(self.epoch, index, copy) for index, copy in zip(indices, copies, strict=True)]
 
     def __iter__(self) -> Iterator[Key]:
         skip, self.skip = self.skip, 0
-        return iter([(self.epoch, index) for index in self._mine()[skip:]])
+        return iter(self._mine()[skip:])
 
     def __len__(self) -> int:
         if self.shuffle:
@@ -75,6 +83,17 @@ def isolated_rng(*numbers: int) -> Generator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         generator.set_state(states[2])
+
+
+@contextlib.contextmanager
+def isolated_numpy(*numbers: int) -> Generator[None]:
+    """Seed numpy's global generator alone, and give it back as it was."""
+    state = np.random.get_state()
+    try:
+        np.random.seed(mix(*numbers) & 0xFFFFFFFF)
+        yield
+    finally:
+        np.random.set_state(state)
 
 
 def seed_step(*numbers: int) -> None:

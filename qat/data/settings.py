@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qat.data.transforms import AUGMENTATIONS, INTERPOLATIONS
+from qat.data.checks import check_augmentation, check_mixing, check_normalisation
+from qat.data.transforms import INTERPOLATIONS
 from qat.errors import UsageError
 from qat.spec import check_choice, check_whole
 
@@ -25,8 +26,26 @@ class DataSettings:
         std: likewise.
         batch_size: images per process and step.
         num_workers: loader processes.
-        augment: `none`, `light` (shifted crop, flip; with a `crop_pct` random resized crop, flip) or `timm` (RandAugment, random erasing).
+        augment: `none` (all that follows is off, `repeats` too), `light` (shifted crop, flip; with a `crop_pct` random resized crop, flip)
+            or `timm` (random resized crop, flip and what follows). Under `light`, a knob that only `timm` has is refused unless it has its
+            default or asks for nothing.
         hflip: probability of a horizontal flip under `light` and `timm`; 0 where left and right matter.
+        scale: lowest and highest area of a random resized crop as shares of the image's; under `timm`, and `light` with a `crop_pct`.
+        rand_augment: timm's string (`rand-...`, `augmix-...`, `original`, `v0`, `3a` ...); None = off; `timm` only.
+        color_jitter: range of factors of brightness, contrast and saturation: one number, or a list of three or with hue four; None =
+            off; `timm` only, and there only where `rand_augment` is None or has `3a` in it, since timm leaves it out beside the others.
+        random_erasing: probability that a rectangle is erased; `timm` only.
+        erase_mode: fill of an erased rectangle: normal noise per `pixel`, `const` = the mean, `rand` = one normal colour; `timm` only.
+        erase_count: rectangles at most; `timm` only.
+        train_interpolation: of the random resized crop; `random` = bilinear or bicubic by chance; `timm` only.
+        repeats: how often an image appears in the order of an epoch, each time augmented anew, while the epoch's length stays: it then sees
+            one image in `repeats`. Source: Hoffer et al., "Augment Your Batch", CVPR 2020; DeiT has 3.
+        mixup: alpha of mixup (arXiv 1710.09412), pairs of images of a batch blended, their classes too; 0 = off.
+        cutmix: alpha of cutmix (arXiv 1905.04899), a rectangle from the other image; 0 = off.
+        mixup_prob: probability that a batch (`pair`, `elem`: a pair, an image) is mixed at all.
+        mixup_switch_prob: probability of cutmix where both are on.
+        mixup_mode: one draw per `batch`, `pair` of images or `elem` (image).
+        mixup_off_epoch: nothing is mixed from this epoch on; 0 = always mixed.
         calibration_images: images from which scales are initialised.
         seed: of order, augmentation and calibration images.
         root: folder with the data.
@@ -50,6 +69,20 @@ class DataSettings:
     num_workers: int = 0
     augment: str = "none"
     hflip: float = 0.5
+    scale: Sequence[float] = (0.08, 1.0)
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    color_jitter: float | Sequence[float] | None = None
+    random_erasing: float = 0.25
+    erase_mode: str = "pixel"
+    erase_count: int = 1
+    train_interpolation: str = "random"
+    repeats: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = "batch"
+    mixup_off_epoch: int = 0
     calibration_images: int = 256
     seed: int = 0
     root: str | None = None
@@ -62,21 +95,21 @@ class DataSettings:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        check_choice("data.augment", self.augment, AUGMENTATIONS)
         check_choice("data.on_error", self.on_error, ON_ERROR)
         lowest = {"image_size": 1, "in_chans": 1, "num_classes": 1, "batch_size": 1, "num_workers": 0, "calibration_images": 1}
         for name, bound in lowest.items():
             check_whole(f"data.{name}", getattr(self, name), bound)
         if not isinstance(self.in_memory, bool):
             raise UsageError(f"data.in_memory={self.in_memory!r}: allowed are true and false")
-        if not 0 <= self.hflip <= 1:
-            raise UsageError(f"data.hflip={self.hflip!r}: allowed are numbers from 0 to 1")
         self._check_crop()
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if not isinstance(values, Sequence) or len(values) != self.in_chans:
-                shown = values if values is None else list(values)
-                raise UsageError(f"data.{name}={shown}: needs one number for each of the {self.in_chans} channels")
+        check_normalisation(self)
+        check_augmentation(self)
+        check_mixing(self)
+
+    @property
+    def mixes(self) -> bool:
+        """True if batches are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
 
     def _check_crop(self) -> None:
         if self.interpolation is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,16 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import v2
 
-from qat.data.arrays import to_pil
+from qat.data.arrays import squeeze, to_pil
+from qat.data.auto_augment import tamed
 
 if TYPE_CHECKING:
     from qat.data.settings import DataSettings
 
 AUGMENTATIONS = ("none", "light", "timm")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
-RAND_AUGMENT_HIGHEST = 10
-ERASE_PROBABILITY = 0.25
+ERASE_MODES = ("pixel", "const", "rand")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Transform:
 
 
 def _to_tensor(image: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1)
 
 
 def _normalise(settings: DataSettings) -> list[Callable[[Tensor], Tensor]]:
@@ -52,9 +51,12 @@ def _normalise(settings: DataSettings) -> list[Callable[[Tensor], Tensor]]:
 
 
 def eval_transform(settings: DataSettings) -> Transform:
-    """Scale to [0, 1] and normalise; with a `crop_pct` behind timm's scaling and centre crop."""
+    """Everything that evaluation does to an image of any size and the right channels.
+
+    It is squeezed into the square, or with a `crop_pct` scaled and cropped by timm; then scaled to [0, 1] and normalised.
+    """
     if settings.crop_pct is None:
-        return Transform(v2.Compose([_to_tensor, *_normalise(settings)]))
+        return Transform(v2.Compose([partial(squeeze, size=settings.image_size), _to_tensor, *_normalise(settings)]))
     scaling = {"crop_pct": settings.crop_pct, "interpolation": settings.interpolation or "bicubic"}
     return Transform(v2.Compose([to_pil, _timm_transform(settings, **scaling)]))
 
@@ -72,25 +74,25 @@ def _light(settings: DataSettings) -> Transform:
         crop = v2.RandomCrop(size, padding=max(size // 8, 1))
         return Transform(v2.Compose([_to_tensor, crop, v2.RandomHorizontalFlip(settings.hflip), *_normalise(settings)]), is_random=True)
     interpolation = settings.interpolation or "bicubic"
-    crop_and_flip = _timm_transform(settings, is_training=True, hflip=settings.hflip, color_jitter=None, interpolation=interpolation)
+    crop_and_flip = _timm_training(settings, color_jitter=None, interpolation=interpolation)
     return Transform(v2.Compose([to_pil, crop_and_flip]), is_random=True)
 
 
 def _timm(settings: DataSettings) -> Transform:
-    timm_transform = _timm_transform(
+    augmentation = _timm_training(
         settings,
-        is_training=True,
-        hflip=settings.hflip,
-        auto_augment=RAND_AUGMENT,
-        re_prob=ERASE_PROBABILITY,
-        re_mode="pixel",
-        interpolation="random",
+        auto_augment=settings.rand_augment,
+        color_jitter=settings.color_jitter,
+        re_prob=settings.random_erasing,
+        re_mode=settings.erase_mode,
+        re_count=settings.erase_count,
+        interpolation=settings.train_interpolation,
     )
-    for step in timm_transform.transforms:
-        for operation in getattr(step, "ops", ()):
-            # At the very highest magnitude posterize would ask for 0 bits, which Pillow refuses.
-            operation.magnitude_max = math.nextafter(RAND_AUGMENT_HIGHEST, 0)
-    return Transform(v2.Compose([to_pil, timm_transform]), is_random=True)
+    return Transform(v2.Compose([to_pil, tamed(augmentation)]), is_random=True)
+
+
+def _timm_training(settings: DataSettings, **options: Any) -> Any:
+    return _timm_transform(settings, is_training=True, hflip=settings.hflip, scale=tuple(settings.scale), **options)
 
 
 def _timm_transform(settings: DataSettings, **options: Any) -> Any:

@@ -1,26 +1,67 @@
-"""Pure functions: tensors in, tensors out, no state. `axis` is the dimension that keeps scales of its own, None = one scale."""
+"""Pure functions: tensors in, tensors out, no state. `axis` is the dimension that keeps scales of its own, None = one scale.
 
-from qat.functional.affine import affine_codes, affine_from_range, affine_scale, code_range, fake_quantize_affine, min_max
+The search is a module of its own, `qat.functional.evolution`.
+"""
+
+from qat.functional.affine import affine_codes, affine_from_range, code_range, fake_quantize_affine, fake_quantize_affine_, min_max
+from qat.functional.bias_correction import correct_mean_and_std
+from qat.functional.confidence import near_step_threshold, near_threshold
 from qat.functional.distillation import distillation_loss, soft_cross_entropy
+from qat.functional.infonce import info_nce, logit_fitness
+from qat.functional.int_layer_norm import integer_layer_norm
+from qat.functional.log2 import fake_quantize_log2, log2_codes, log_int_softmax
 from qat.functional.lsq import lsq, lsq_codes, lsq_init_scale
+from qat.functional.observers import RangeState, affine_from_state, affine_scale, empty_range, observe
+from qat.functional.oscillation import (
+    FreezingState,
+    OscillationState,
+    PackedOscillation,
+    freezing_step,
+    oscillation_step,
+    pack_oscillation,
+    packing_error,
+    unpack_oscillation,
+    with_frozen,
+)
 from qat.functional.qkr import fold_q_bias, fold_qk
 from qat.functional.statsq import statsq, statsq_codes, statsq_codes_with_scale, statsq_scale, statsq_with_scale
 from qat.functional.ste import mean_abs, round_ste, view_along
 
 __all__ = [
+    "FreezingState",
+    "OscillationState",
+    "PackedOscillation",
+    "RangeState",
     "affine_codes",
     "affine_from_range",
+    "affine_from_state",
     "affine_scale",
     "code_range",
+    "correct_mean_and_std",
     "distillation_loss",
+    "empty_range",
     "fake_quantize_affine",
+    "fake_quantize_affine_",
+    "fake_quantize_log2",
     "fold_q_bias",
     "fold_qk",
+    "freezing_step",
+    "info_nce",
+    "integer_layer_norm",
+    "log2_codes",
+    "log_int_softmax",
+    "logit_fitness",
     "lsq",
     "lsq_codes",
     "lsq_init_scale",
     "mean_abs",
     "min_max",
+    "near_step_threshold",
+    "near_threshold",
+    "observe",
+    "oscillation_step",
+    "pack_oscillation",
+    "packing_error",
     "round_ste",
     "soft_cross_entropy",
     "statsq",
@@ -28,5 +69,7 @@ __all__ = [
     "statsq_codes_with_scale",
     "statsq_scale",
     "statsq_with_scale",
+    "unpack_oscillation",
     "view_along",
+    "with_frozen",
 ]

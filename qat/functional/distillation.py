@@ -11,7 +11,9 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), teacher_logits.float().softmax(-1))
 
 
-def distillation_loss(student_cls: Tensor, student_dist: Tensor, teacher_cls: Tensor, target: Tensor) -> Tensor:
+def distillation_loss(
+    student_cls: Tensor, student_dist: Tensor, teacher_cls: Tensor, target: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
     """CE(student_cls, target) + CE(student_dist, softmax(teacher_cls)), equal weights.
 
     Args:
@@ -19,8 +21,9 @@ def distillation_loss(student_cls: Tensor, student_dist: Tensor, teacher_cls: Te
         student_dist: (B, K) logits of the distillation head; the same tensor for a net with one head.
         teacher_cls: (B, K) logits of the teacher.
         target: (B,) class ids or (B, K) probabilities.
+        label_smoothing: mass moved from the target to all classes, in [0, 1); the teacher's probabilities stay.
 
     Returns:
         Scalar, float32.
     """
-    return F.cross_entropy(student_cls.float(), target) + soft_cross_entropy(student_dist, teacher_cls)
+    return F.cross_entropy(student_cls.float(), target, label_smoothing=label_smoothing) + soft_cross_entropy(student_dist, teacher_cls)

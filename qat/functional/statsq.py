@@ -29,10 +29,15 @@ def statsq_scale(w: Tensor) -> Tensor:
     return 2 * w.detach().float().abs().mean(dims[w.ndim], keepdim=True)
 
 
-def _codes(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+def statsq_coordinate(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Place of `w` on the axis of codes, in [-n - 1/2, n - 1/2) with n = 2^(bits-1): rounding it gives the code."""
     n = 2 ** (bits - 1)
     u = (w.float() / scale.clamp(min=_TINY)).clamp(-1.0, TOP_CLIP)
-    return (u * n - 0.5).round()
+    return u * n - 0.5
+
+
+def _codes(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return statsq_coordinate(w, scale, bits).round()
 
 
 class _StatsQ(torch.autograd.Function):

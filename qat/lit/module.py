@@ -8,12 +8,14 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from qat.checkpoint import META_KEY
+from qat.errors import UsageError
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, StepContext
 from qat.quantizers import LSQ
@@ -79,6 +81,7 @@ class QATModule(LightningModule):
         self.loss = loss
         self.teacher = teacher
         self._optimizer, self._scheduler, self._describe = optimizer, scheduler, describe
+        self._steps = math.inf  # of the whole run, known once the loader is set up
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
@@ -105,6 +108,7 @@ class QATModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Put the learning rate where the schedule has it now: a resumed run begins in the middle of it."""
+        self._steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
         for config in self.trainer.lr_scheduler_configs:
             schedule: Any = config.scheduler
             schedule.step(self.current_epoch)
@@ -114,7 +118,7 @@ class QATModule(LightningModule):
         """Loss of one batch (images, targets)."""
         images, target = batch
         teacher_logits = None if self.teacher is None else self.teacher(images)
-        total, parts = self.loss(StepContext(self.net(images), target, teacher_logits, self.net))
+        total, parts = self.loss(StepContext(self.net(images), target, teacher_logits, self.net, self.global_step / self._steps))
         self.log("train/loss_step", total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=len(images))
         for name, value in {"loss": total.detach(), **{f"loss_{k}": v for k, v in parts.items()}}.items():
             mean = cast(MeanMetric, self.train_means[name])
@@ -164,7 +168,14 @@ class QATModule(LightningModule):
             checkpoint[MEANS_KEY] = {name: dict(cast(MeanMetric, mean).metric_state) for name, mean in self.train_means.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the means of the epoch that was under way."""
+        """Go on with the means of the epoch that was under way.
+
+        Raises:
+            UsageError: the run averaged its weights, and no callback would go on with that.
+        """
+        averages = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if "averaging_state" in checkpoint and not averages:
+            raise UsageError("resume: the run averages its weights; go on with callbacks=[default,ema], or start from them with ckpt=PATH")
         for name, state in checkpoint.get(MEANS_KEY, {}).items():
             for key, value in state.items():
                 setattr(self.train_means[name], key, value.to(self.device))
@@ -186,6 +197,10 @@ def steps_per_epoch(trainer: Trainer) -> int:
     datamodule: Any = getattr(trainer, "datamodule", None)
     if datamodule is None:
         return max(int(trainer.estimated_stepping_batches) // max(trainer.max_epochs or 1, 1), 1)
-    batches, limit = len(datamodule.train_dataloader()), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    batches = limited(len(datamodule.train_dataloader()), trainer.limit_train_batches)
     return max(math.ceil(batches / trainer.accumulate_grad_batches), 1)
+
+
+def limited(batches: int, limit: float | None) -> int:
+    """What `trainer.limit_*_batches` leaves: a whole number is a count, any other a share."""
+    return min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from typing import Any
 
 import timm.optim
 import torch
+from timm.models import group_parameters
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from qat.errors import UsageError
 from qat.nn import QkrAttention
 from qat.quantizers import Quantizer
-from qat.spec import check_choice, check_number
+from qat.spec import check_choice, check_number, check_whole
 
 INTERVALS = ("epoch", "step")
+GROUPS = ("decay", "no_decay", "scales")
+LR_BATCH_RULES = ("linear", "sqrt")
 
 
 def quantizer_parameters(net: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
@@ -30,7 +35,9 @@ def quantizer_parameters(net: nn.Module) -> tuple[set[nn.Parameter], set[nn.Para
     return scales, offsets
 
 
-def parameter_groups(net: nn.Module, *, weight_decay: float, scale_lr_factor: float = 1.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    net: nn.Module, *, weight_decay: float, scale_lr_factor: float = 1.0, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
     """Three groups: weights with decay; biases, norms, tokens and offsets without; scales without, at their own rate.
 
     Source: OFQ's recipe skips decay for 1-D tensors, biases, position embedding and tokens, hence for scales and offsets.
@@ -39,26 +46,80 @@ def parameter_groups(net: nn.Module, *, weight_decay: float, scale_lr_factor: fl
         net: the net to train.
         weight_decay: of the first group.
         scale_lr_factor: learning rate of the scales relative to the others'.
+        layer_decay: factor on the learning rate from one layer to the one in front of it (the head has 1); three groups for each layer.
+            None = all layers alike.
 
     Returns:
         Groups for an optimizer; `lr_scale` is the key by which timm's schedulers scale a group's rate.
+
+    Raises:
+        UsageError: `layer_decay` is set and timm does not say which layer a parameter belongs to.
     """
     scales, offsets = quantizer_parameters(net)
     no_decay_names = net.no_weight_decay() if hasattr(net, "no_weight_decay") else set()  # type: ignore[operator]
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "scales": []}
+    layers = {} if layer_decay is None else layers_of(net)
+    last = max(layers.values(), default=0)
+    groups: dict[tuple[str, int], list[nn.Parameter]] = {(name, layer): [] for layer in range(last + 1) for name in GROUPS}
     for name, parameter in net.named_parameters():
         if not parameter.requires_grad:
             continue
         plain = parameter.ndim <= 1 or name.endswith(".bias") or name in no_decay_names or parameter in offsets
-        groups["scales" if parameter in scales else "no_decay" if plain else "decay"].append(parameter)
+        kind = "scales" if parameter in scales else "no_decay" if plain else "decay"
+        groups[kind, layers.get(name, last)].append(parameter)
     settings = {"decay": (weight_decay, 1.0), "no_decay": (0.0, 1.0), "scales": (0.0, scale_lr_factor)}
+    factor = 1.0 if layer_decay is None else layer_decay
     return [
-        {"params": ps, "weight_decay": settings[name][0], "lr_scale": settings[name][1], "name": name} for name, ps in groups.items() if ps
+        {
+            "params": parameters,
+            "weight_decay": settings[kind][0],
+            "lr_scale": settings[kind][1] * factor ** (last - layer),
+            "name": kind if layer_decay is None else f"layer{layer}_{kind}",
+        }
+        for (kind, layer), parameters in groups.items()
+        if parameters
     ]
 
 
+def layers_of(net: nn.Module) -> dict[str, int]:
+    """Layer of every parameter by name, as timm counts them: 0 = embedding, the highest = head.
+
+    Raises:
+        UsageError: the net is not timm's, or its parameters cannot be told apart.
+    """
+    if not hasattr(net, "group_matcher"):
+        raise UsageError(f"optimizer.layer_decay: {type(net).__name__} does not group its parameters by layer; set it to null")
+    return group_parameters(net, net.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+
+
+def scaled_lr(lr: float, *, global_batch: int, lr_base_batch: int | None = None, lr_batch_rule: str = "linear") -> float:
+    """Learning rate for the batch in use.
+
+    Args:
+        lr: the rate that is meant for `lr_base_batch` images.
+        global_batch: images per optimizer step: batch size x processes x accumulated batches.
+        lr_base_batch: None = `lr` holds for any batch.
+        lr_batch_rule: `linear` = proportional to the batch (as timm and DeiT scale it), `sqrt` = to its square root.
+
+    Raises:
+        UsageError: the base is not a whole number from 1, or the rule is unknown.
+    """
+    check_choice("optimizer.lr_batch_rule", lr_batch_rule, LR_BATCH_RULES)
+    if lr_base_batch is None:
+        return lr
+    check_whole("optimizer.lr_base_batch", lr_base_batch, 1)
+    ratio = global_batch / lr_base_batch
+    return lr * (ratio if lr_batch_rule == "linear" else math.sqrt(ratio))
+
+
 def build_optimizer(
-    net: nn.Module, *, opt: str = "adamw", lr: float, weight_decay: float, scale_lr_factor: float = 1.0, **options: Any
+    net: nn.Module,
+    *,
+    opt: str = "adamw",
+    lr: float,
+    weight_decay: float,
+    scale_lr_factor: float = 1.0,
+    layer_decay: float | None = None,
+    **options: Any,
 ) -> torch.optim.Optimizer:
     """An optimizer of timm's by name, over `parameter_groups`.
 
@@ -68,6 +129,7 @@ def build_optimizer(
         lr: base learning rate.
         weight_decay: of weights.
         scale_lr_factor: learning rate of the scales relative to `lr`.
+        layer_decay: see `parameter_groups`; in (0, 1].
         options: further arguments of the optimizer (`betas`, `eps`, `momentum`).
 
     Raises:
@@ -76,14 +138,15 @@ def build_optimizer(
     check_number("optimizer.lr", lr, 0, above=True)
     check_number("optimizer.scale_lr_factor", scale_lr_factor, 0, above=True)
     check_number("optimizer.weight_decay", weight_decay, 0)
-    groups = parameter_groups(net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor)
+    if not isinstance(opt, str) or opt.lower() not in timm.optim.list_optimizers():
+        near = difflib.get_close_matches(str(opt).lower(), map(str, timm.optim.list_optimizers()), n=4)
+        raise UsageError(f"optimizer.opt={opt!r}: timm has no such optimizer; near are {', '.join(near or ['adamw', 'sgd'])}")
+    groups = parameter_groups(net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor, layer_decay=layer_decay)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
     try:
         return timm.optim.create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, **options)
-    except (ValueError, KeyError, AssertionError) as error:
-        raise UsageError(f"optimizer.opt={opt!r}: timm has no such optimizer ({error})") from error
-    except TypeError as error:
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
         raise UsageError(f"optimizer.opt={opt!r} does not take {options} ({error})") from error
 
 

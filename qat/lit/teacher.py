@@ -24,6 +24,10 @@ class Teacher:
         self.net = net.eval().requires_grad_(requires_grad=False)
         self.head = head
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Teacher:
+        """The same teacher: it never changes, and a copy of a module that holds it (averaged weights) need not hold another."""
+        return self
+
     def to(self, device: torch.device) -> Teacher:
         """Move the net in place."""
         self.net.to(device)

@@ -16,12 +16,14 @@ class StepContext:
         target: (B,) class ids or (B, K) probabilities.
         teacher_logits: (B, K), None without a teacher.
         net: the net in training, for terms on its weights.
+        progress: share of the run's optimizer steps that are done, 0 to 1.
     """
 
     logits: Tensor | tuple[Tensor, Tensor]
     target: Tensor
     teacher_logits: Tensor | None
     net: nn.Module
+    progress: float = 0.0
 
     @property
     def heads(self) -> tuple[Tensor, Tensor]:

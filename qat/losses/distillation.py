@@ -7,16 +7,27 @@ from torch import Tensor
 from qat.functional.distillation import distillation_loss
 from qat.losses.compose import LossTerm
 from qat.losses.context import StepContext
+from qat.spec import check_number
 
 
 class Distillation(LossTerm):
-    """Equal parts of hard cross-entropy and soft cross-entropy to the teacher; a net with one head gets both on it."""
+    """Equal parts of hard cross-entropy and soft cross-entropy to the teacher; a net with one head gets both on it.
+
+    Args:
+        label_smoothing: of the hard part, mass moved from the target to all classes, in [0, 1).
+        weight: factor in the sum.
+    """
 
     needs_teacher = True
+
+    def __init__(self, label_smoothing: float = 0.0, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        check_number("loss.label_smoothing", label_smoothing, 0, below=1)
+        self.label_smoothing = label_smoothing
 
     def forward(self, step: StepContext) -> Tensor:
         """Scalar."""
         if step.teacher_logits is None:
             raise ValueError("Distillation needs teacher logits; build QATModule with a teacher")
         cls, dist = step.heads
-        return distillation_loss(cls, dist, step.teacher_logits, step.target)
+        return distillation_loss(cls, dist, step.teacher_logits, step.target, label_smoothing=self.label_smoothing)

@@ -1,24 +1,36 @@
 """Modules that own quantizers, one file per timm family. Importing the package registers every swap."""
 
-from qat.nn import conv, linear, vit
+from qat.nn import beit, conv, eva, fqvit, fqvit_swin, linear, pool, relpos, swin, swinv2, vit
+from qat.nn.attention import QkrAttention, QuantAttention, ScoredAttention
 from qat.nn.base import QuantModule
 from qat.nn.conv import QuantConv2d
+from qat.nn.fqvit import FqNet
 from qat.nn.linear import QuantLinear
-from qat.nn.registry import INTENTS, Swap, SwapContext, find_swap, register_swap
-from qat.nn.vit import QkrAttention, QuantAttention
+from qat.nn.registry import INTENTS, Swap, SwapContext, find_swap, register_swap, swap_net
 
 __all__ = [
     "INTENTS",
+    "FqNet",
     "QkrAttention",
     "QuantAttention",
     "QuantConv2d",
     "QuantLinear",
     "QuantModule",
+    "ScoredAttention",
     "Swap",
     "SwapContext",
+    "beit",
     "conv",
+    "eva",
     "find_swap",
+    "fqvit",
+    "fqvit_swin",
     "linear",
+    "pool",
     "register_swap",
+    "relpos",
+    "swap_net",
+    "swin",
+    "swinv2",
     "vit",
 ]

@@ -1,4 +1,4 @@
-"""Quantized patch embedding: image and weight of the first convolution."""
+"""Quantized `nn.Conv2d`: the patch embedding, and convolutions inside other nets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class QuantConv2d(nn.Conv2d, QuantModule):
 
 
 @register_swap(nn.Conv2d, "conv")
-def swap_stem(module: nn.Module, context: SwapContext) -> Swap:
-    """The first convolution of a net; its input is the image."""
+def swap_conv(module: nn.Module, context: SwapContext) -> Swap:
+    """Any convolution; the input of the first one is the image."""
     assert isinstance(module, nn.Conv2d)  # noqa: S101  (narrows a type)
-    return Swap(QuantConv2d(module, context.input_quantizer("image"), context.weight()))
+    image = context.place == "stem"
+    return Swap(QuantConv2d(module, context.input_quantizer("image") if image else context.planes(), context.weight()))

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from qat.errors import UsageError
 from qat.quantizers import Quantizer, build_quantizer
 from qat.spec import QuantRecipe
 
-INTENTS = ("linear", "conv", "attention", "qkr_attention")
+# `float_attention` is for classes that would go around a quantized Linear: they use its weight without calling it.
+# `fqvit` comes first where post-training quantization also stands behind layers, `fqvit_net` is for the net itself.
+INTENTS = ("linear", "conv", "attention", "qkr_attention", "float_attention", "fqvit", "fqvit_net")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class SwapContext:
         recipe: the recipe at this module, overrides applied.
         place: `stem`, `block` or `head`.
         input: what arrives: `signed`, `unsigned` (behind an activation without negative tail), or `quantized` already.
+            A child whose parent calls it `float` is left alone with all that is in it.
     """
 
     recipe: QuantRecipe
@@ -47,13 +51,25 @@ class SwapContext:
         """The quantizer of the module's input; nothing where it is quantized already."""
         return nn.Identity() if self.input == "quantized" else self.act(role)
 
+    def planes(self) -> Quantizer:
+        """A convolution's input (B, C, H, W): one scale, and no offsets: the zeros that it pads with have to be on the grid."""
+        spec = self.recipe.act_spec("input", self.place, signed=self.input != "unsigned")
+        return build_quantizer(dataclasses.replace(spec, axis=None, offsets="none"))
+
 
 @dataclass(frozen=True)
 class Swap:
-    """What a swap gives back: the module that takes the place, and what its children receive (`SwapContext.input` by name)."""
+    """What a swap gives back.
+
+    Attributes:
+        module: takes the place; may be the module that was there.
+        inputs: what its children receive (`SwapContext.input`), by name.
+        children: modules that take the place of its children, by name.
+    """
 
     module: nn.Module
     inputs: Mapping[str, str] = field(default_factory=dict)
+    children: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 SwapFunction = Callable[[nn.Module, SwapContext], Swap]
@@ -77,9 +93,18 @@ def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
 
     An attention class without a swap of the recipe's intent stays float around its quantized Linears.
     """
-    attention = {"qkr": "qkr_attention", "standard": "attention", "float": ""}[context.recipe.attention]
-    convolution = "conv" if context.place == "stem" else ""
-    for intent in (attention, "linear", convolution):
-        if (type(module), intent) in _SWAPS:
-            return _SWAPS[type(module), intent]
-    return None
+    attention = {"qkr": "qkr_attention", "standard": "attention", "float": "float_attention"}[context.recipe.attention]
+    intents = (*(("fqvit",) if context.recipe.placement == "fqvit" else ()), attention, "linear", "conv")
+    return next((_SWAPS[type(module), intent] for intent in intents if (type(module), intent) in _SWAPS), None)
+
+
+def swap_net(net: nn.Module, context: SwapContext) -> Swap:
+    """What the recipe's placement does to the net itself; it stays the same object.
+
+    Raises:
+        UsageError: integer norms are wanted of a net that nobody taught what stands around its norms.
+    """
+    swap = _SWAPS.get((type(net), f"{context.recipe.placement}_net"))
+    if swap is None and context.recipe.layernorm == "integer":
+        raise UsageError(f"ptq.layernorm='integer': only for ViT and DeiT, not {type(net).__name__}; allowed here is float")
+    return Swap(net) if swap is None else swap(net, context)

@@ -1,8 +1,9 @@
 """Quantizer modules: thin shells with parameters around `qat.functional`."""
 
-from qat.quantizers.affine import DynamicMinMax, MinMax
+from qat.quantizers.affine import Affine, DynamicMinMax, MinMax
 from qat.quantizers.base import Quantizer
 from qat.quantizers.float import Float
+from qat.quantizers.log2 import Log2
 from qat.quantizers.lsq import LSQ, AutoSignLSQ
 from qat.quantizers.registry import build_quantizer, register
 from qat.quantizers.shifted import Shifted
@@ -11,9 +12,11 @@ from qat.quantizers.statsq import ActStatsQ, StatsQ
 __all__ = [
     "LSQ",
     "ActStatsQ",
+    "Affine",
     "AutoSignLSQ",
     "DynamicMinMax",
     "Float",
+    "Log2",
     "MinMax",
     "Quantizer",
     "Shifted",

@@ -1,4 +1,4 @@
-"""Min-max affine quantizers: a calibrated range for activations, the present range for weights."""
+"""Affine quantizers: ranges found by post-training calibration, min-max of calibration data, and the present range for weights."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.functional.affine import affine_codes, affine_from_range, affine_scale, code_range, fake_quantize_affine, min_max
+from qat.errors import UsageError
+from qat.functional.affine import affine_codes, affine_from_range, code_range, fake_quantize_affine, min_max
+from qat.functional.bias_correction import correct_mean_and_std
+from qat.functional.observers import affine_scale
 from qat.quantizers.base import Quantizer
 from qat.quantizers.registry import register
 from qat.spec import QuantSpec
 
 
-@register("minmax")
-class MinMax(Quantizer):
-    """Range of the calibration data, then fixed: asymmetric with a zero point.
-
-    An activation is asymmetric whatever the sign of its spec: the zero point serves the tail of GELU and signed inputs alike.
+@register("affine")
+class Affine(Quantizer):
+    """A fixed range: codes with a zero point. `qat.ptq.calibrate` fills it.
 
     Attributes:
-        scale: (n,) buffer, in the unit of the input; NaN until initialised.
+        scale: (n,) buffer, in the unit of the input; NaN until filled.
         zero_point: (n,) buffer, in codes, a whole number stored as float.
     """
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
-        self.qmin, self.qmax = code_range(spec.bits, signed=False)
+        self.qmin, self.qmax = code_range(spec.bits, signed=bool(spec.signed))
         self.scale: Tensor
         self.zero_point: Tensor
         self.register_buffer("scale", None)
@@ -38,6 +39,35 @@ class MinMax(Quantizer):
         self.scale, self.zero_point = self.nan_tensor(shape, device), self.nan_tensor(shape, device)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
+        """Nothing to be done in passing: ranges are found on a net that runs in float.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(f"scales of role {self.spec.role!r} are found by qat.ptq.calibrate(net, batches), not by initialize_scales")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`fake_quantize_affine` on the fixed range, corrected for a weight whose spec says so."""
+        y = fake_quantize_affine(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
+        return correct_mean_and_std(y, x, self.axis or 0) if self.spec.bias_correction else y
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes, zero point included."""
+        return affine_codes(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
+
+
+@register("minmax")
+class MinMax(Affine):
+    """Range of the calibration data, then fixed: asymmetric with a zero point.
+
+    An activation is asymmetric whatever the sign of its spec: the zero point serves the tail of GELU and signed inputs alike.
+    """
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__(spec)
+        self.qmin, self.qmax = code_range(spec.bits, signed=False)
+
+    def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Smallest and largest value over the batches in `state`, and zero: a zero point in the code range needs it inside."""
         low, high = min_max(x, self.axis)
         zero = torch.zeros_like(low)
@@ -46,14 +76,6 @@ class MinMax(Quantizer):
         scale, zero_point = affine_from_range(state["low"], state["high"], self.spec.bits, signed=False)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`fake_quantize_affine` on the calibrated range."""
-        return fake_quantize_affine(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
-
-    def codes(self, x: Tensor) -> Tensor:
-        """Codes in [0, 2^b - 1]."""
-        return affine_codes(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
 
 
 @register("minmax_dynamic")

@@ -39,10 +39,16 @@ class Quantizer(nn.Module, ABC):
         """Create the state for inputs of `shape` (any batch size), scales filled with NaN.
 
         A negative axis that would meet the batch dimension gives way to one scale for the tensor: a scale per image of a batch
-        means nothing.
+        means nothing. So does the axis of an input that is a feature map (B, H, W, C), unless the spec wants its columns apart.
         """
-        if self.spec.axis is not None and self.spec.axis < 0 and self.spec.axis + len(shape) == 0:
+        meets_batch = self.spec.axis is not None and self.spec.axis < 0 and self.spec.axis + len(shape) == 0
+        is_map = self.spec.role == "input" and len(shape) > 3
+        if meets_batch or (is_map and self.spec.map_scales == "tensor"):
             self.axis = None
+
+    def share_scale(self) -> None:
+        """Give up the axis: the tensor comes in several lengths. Holds for the next `allocate`."""
+        self.axis = None
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Fold one more batch into `state` and set the scales from all batches in it."""

@@ -34,6 +34,11 @@ class Shifted(Quantizer):
         if self.spec.offsets == "both":
             self.offset_after = nn.Parameter(torch.zeros(over, device=device))
 
+    def share_scale(self) -> None:
+        """Passed on to the quantizer in the middle."""
+        self.quantizer.share_scale()
+        self.axis = None
+
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Calibrate the quantizer in the middle on the shifted input."""
         self.quantizer.calibrate(x.detach() + self.offset_before.detach(), state)

@@ -1,83 +1,119 @@
-"""`eval.py`: accuracy of a checkpoint, rebuilt from the file alone, or of a timm model."""
+"""`eval.py`: accuracy of a checkpoint, rebuilt from the file alone, or of a timm model; or its predictions."""
 
 from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 import qat.data
-from qat.checkpoint import Checkpoint, build_from, read_checkpoint
+from qat.checkpoint import Checkpoint, build_from, classes_of, read_checkpoint
 from qat.conversion import check_input, conversion_of
-from qat.cost import cost
+from qat.cost import Cost, cost
 from qat.data import ImageData
 from qat.errors import UsageError
+from qat.files import write_text
+from qat.inference import data_config
 from qat.lit import QATModule
 from qat.lit.loggers import close
 from qat.losses import CompositeLoss, CrossEntropy
-from qat.spec import check_whole, recipe
+from qat.spec import recipe
+from qat.start import check_finite
 from qat.tasks import build, summary
-from qat.tasks.results import measured, recipe_fields, write_results
+from qat.tasks.checks import check_patches, check_settings
+from qat.tasks.predict import Subject, class_names, find_images, predict
+from qat.tasks.repeat import recorded
+from qat.tasks.results import measured, recipe_fields, sizes, write_results
 
 log = logging.getLogger(__name__)
 
 
-def evaluate(cfg: DictConfig) -> float:
-    """Evaluate one net on the test split (val where there is none).
+def evaluate(cfg: DictConfig) -> float | None:
+    """Evaluate one net on the test split (val where there is none), or with `predict` on images without labels.
 
     Args:
         cfg: composed from `conf/eval.yaml`; `cfg.run_dir` is the job's directory.
 
     Returns:
-        Top-1 in percent.
+        Top-1 in percent; None with `predict`.
 
     Raises:
         UsageError: a setting, path or file cannot work.
     """
     began = time.monotonic()
-    check_whole("seed", cfg.seed, 0)
+    check_settings(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     build.import_modules(cfg)
+    paths = None if cfg.predict is None else find_images(str(cfg.predict))
+    subject = build_subject(cfg)
+    if not (Path(cfg.run_dir) / "checkpoints").exists():  # else the config there is that of the training run
+        write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
+    trainer = build.build_trainer(cfg, [], build.build_loggers(cfg))
+    data = subject.data
+    entries = {
+        "model": summary.describe_model(subject.name, subject.net, data),
+        "recipe": summary.describe_recipe(subject.recipe),
+        "data": summary.describe_data(type(data).__name__.lower(), data) if paths is None else f"{len(paths)} images of {cfg.predict}",
+        "weights": origin(cfg),
+        "device": f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}",
+    }
+    log.info(summary.lines("qat: evaluation" if paths is None else "qat: prediction", entries))
+    costs = cost(subject.net, data.input_size)
+    if paths is None:
+        found = measure(subject, trainer, costs)
+    else:
+        predict(cfg, subject, paths, trainer)
+        found = {"data": None, **sizes(costs)}
+    close(trainer.loggers)
+    top1 = write_results(
+        cfg,
+        model=subject.name,
+        **recipe_fields(subject.recipe),
+        weights=origin(cfg),
+        **found,
+        wall_seconds=round(time.monotonic() - began, 1),
+    )["top1"]
+    return None if top1 is None else float(top1)
+
+
+def build_subject(cfg: DictConfig) -> Subject:
+    """The net of `ckpt` or `model`, its data and their classes.
+
+    Raises:
+        UsageError: a setting or file cannot work, or they do not fit.
+    """
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format) if cfg.get("ckpt") else None
     settle_data(cfg, checkpoint)
     data = build.build_data(cfg)
     net, name = _net(cfg, checkpoint)
+    check_finite(net, f"ckpt={origin(cfg)!r}")
     _check_fit(net, data)
     done = conversion_of(net)
-    in_force = recipe("fp") if done is None else done.recipe
-    module = QATModule(net, CompositeLoss({"ce": CrossEntropy()}), num_classes=data.settings.num_classes)
-    trainer = build.build_trainer(cfg, [], build.build_loggers(cfg))
-    entries = {
-        "model": summary.describe_model(name, net, data),
-        "recipe": summary.describe_recipe(in_force),
-        "data": summary.describe_data(type(data).__name__.lower(), data),
-        "weights": _origin(cfg),
-        "device": f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}",
-    }
-    log.info(summary.lines("qat: evaluation", entries))
+    classes = class_names(classes_of(net), data, data.settings.num_classes) if cfg.get("predict") is not None else []
+    return Subject(net, name, recipe("fp") if done is None else done.recipe, data, classes)
+
+
+def measure(subject: Subject, trainer: Trainer, costs: Cost) -> dict[str, Any]:
+    """Accuracies in percent, loss, sizes: the keys of `results.json` that a test split gives."""
+    data = subject.data
+    module = QATModule(subject.net, CompositeLoss({"ce": CrossEntropy()}), num_classes=data.settings.num_classes)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
-    close(trainer.loggers)
-    costs = cost(net, data.input_size)
-    results = write_results(
-        cfg,
-        model=name,
-        **recipe_fields(in_force),
-        split=data.evaluation_split,
-        weights=_origin(cfg),
-        **measured(metrics, costs),
-        wall_seconds=round(time.monotonic() - began, 1),
-    )
-    shown = {"top-1": f"{results['top1']:.2f} %", "top-5": f"{results['top5']:.2f} %", "loss": f"{results['loss']:.4f}"}
+    found = measured(metrics, costs)
+    shown = {"top-1": f"{found['top1']:.2f} %", "top-5": f"{found['top5']:.2f} %", "loss": f"{found['loss']:.4f}"}
     log.info(summary.lines(f"{data.evaluation_split} split", shown | {"size": f"{costs.size_bytes} bytes as stored"}))
-    return float(results["top1"])
+    return found | {"split": data.evaluation_split}
 
 
 def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
     """Put the data config in force into `cfg.data`: the one asked for, else the checkpoint's, else digits.
+
+    For predictions nothing but the treatment of an image is wanted: the checkpoint's data need not be there, and a net of unknown data
+    gets its images as `qat.transform` has it, one of timm's as ImageNet.
 
     Raises:
         UsageError: the checkpoint names a dataset from outside this package.
@@ -90,8 +126,19 @@ def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
     stored = (checkpoint.meta or {}).get("data") if checkpoint is not None else None
     if stored:
         _refuse_foreign(stored, cfg.ckpt)
+    if not stored or "_target_" not in stored:
+        stored = build.plain(cfg.default_data if cfg.get("predict") is None else cfg.default_photos)
+    base = stored if cfg.get("predict") is None else stored | _of_the_net(checkpoint) | {"root": None}
     with open_dict(cfg):
-        cfg.data = OmegaConf.create({**(stored or build.plain(cfg.default_data)), **wanted})
+        cfg.data = OmegaConf.create({**base, **wanted})
+
+
+def _of_the_net(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Treatment of images by a net of ours whose file knows no data."""
+    meta = {} if checkpoint is None else checkpoint.meta or {}
+    if checkpoint is None or not meta or "_target_" in (meta.get("data") or {}):
+        return {}
+    return {"_target_": "qat.data.ImageFolder", "num_workers": 0, **data_config(build_from(checkpoint))}
 
 
 def _refuse_foreign(stored: dict[str, Any], path: str) -> None:
@@ -100,13 +147,13 @@ def _refuse_foreign(stored: dict[str, Any], path: str) -> None:
     Raises:
         UsageError: it names anything else, or hides a name or an interpolation among the values.
     """
-    ours = {f"qat.data.{name}" for name in qat.data.__all__}
-    values = [value for key, value in stored.items() if key != "_target_"]
-    if stored.get("_target_") not in ours or any(mark in repr(values) for mark in ("_target_", "${")):
-        raise UsageError(f"ckpt={path!r} was trained on {stored.get('_target_')!r}, which is not part of qat; choose it with data=...")
+    ours = {f"qat.data.{name}" for name, kind in vars(qat.data).items() if isinstance(kind, type) and issubclass(kind, ImageData)}
+    target, values = stored.get("_target_"), [value for key, value in stored.items() if key != "_target_"]
+    if ("_target_" in stored and target not in ours) or any(mark in repr(values) for mark in ("_target_", "${")):
+        raise UsageError(f"ckpt={path!r} was trained on {target!r}, which is not part of qat; choose it with data=...")
 
 
-def _origin(cfg: DictConfig) -> str:
+def origin(cfg: DictConfig) -> str:
     """Where the weights come from, in a word or as a path."""
     pretrained = "timm's pretrained" if OmegaConf.select(cfg, "model.pretrained") else "random"
     return str(cfg.get("ckpt") or OmegaConf.select(cfg, "model.weights") or pretrained)
@@ -114,7 +161,14 @@ def _origin(cfg: DictConfig) -> str:
 
 def _net(cfg: DictConfig, checkpoint: Checkpoint | None) -> tuple[nn.Module, str]:
     if checkpoint is not None and checkpoint.meta is not None:
+        held, wanted = checkpoint.meta["model"]["name"], OmegaConf.select(cfg, "model.name")
+        if wanted not in {None, held}:
+            raise UsageError(f"model.name={wanted!r}: ckpt={cfg.ckpt!r} holds {held}, and says so itself; leave model out")
         return build_from(checkpoint), checkpoint.meta["model"]["name"]
+    theirs = None if checkpoint is None else build.authors_net(cfg, checkpoint)
+    if theirs is not None:
+        log.info("%s", "\n".join(theirs.notes))
+        return theirs.net, theirs.model
     if OmegaConf.select(cfg, "model.name") is None:
         what = "ckpt is not set" if checkpoint is None else f"ckpt={cfg.ckpt!r} does not say what net it holds"
         raise UsageError(f"{what}; give model=... (with model.pretrained=true, model.weights=FILE or ckpt=FILE)")
@@ -130,4 +184,5 @@ def _check_fit(net: nn.Module, data: ImageData) -> None:
         raise UsageError(
             f"data.image_size={data.settings.image_size}: the net is quantized for images of {done.input_size}, got {data.input_size}"
         )
+    check_patches(net, data)
     check_input(net, data.input_size)

@@ -68,14 +68,20 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
 
 def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
     """`quant`, the name a config of this recipe has (`ofq_2bit`), and `recipe`, all its knobs."""
-    width = f"{recipe.bits}bit" if recipe.bits == recipe.act_bits else f"w{recipe.bits}a{recipe.act_bits}"
+    alike = recipe.GROUP == "quant" and recipe.bits == recipe.act_bits
+    width = f"{recipe.bits}bit" if alike else f"w{recipe.bits}a{recipe.act_bits}"
     return {"quant": "fp" if recipe.name == "fp" else f"{recipe.name}_{width}", "recipe": recipe.to_dict()}
 
 
 def measured(metrics: Mapping[str, float], costs: Cost) -> dict[str, Any]:
     """The keys that a test loop and `qat.cost` fill."""
     scores = {key: metrics[f"test/{key}"] for key in ("top1", "top5", "loss")}
-    return scores | {"n_params": costs.n_params, "size_bytes": costs.size_bytes, "bitops": costs.bitops}
+    return scores | sizes(costs)
+
+
+def sizes(costs: Cost) -> dict[str, Any]:
+    """The keys that `qat.cost` fills."""
+    return {"n_params": costs.n_params, "size_bytes": costs.size_bytes, "bitops": costs.bitops}
 
 
 def _versions() -> dict[str, str]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from omegaconf import DictConfig
 from torch import nn
 
 from qat.conversion import ConversionReport
 from qat.data import ImageData
+from qat.lit import scaled_lr
+from qat.lit.estimate import StepCost
+from qat.ptq_spec import PtqRecipe
 from qat.spec import QuantRecipe
 
 
@@ -29,6 +33,8 @@ def describe_recipe(recipe: QuantRecipe) -> str:
     """One line of bits and quantizers."""
     if recipe.name == "fp":
         return "fp: float, nothing is quantized"
+    if isinstance(recipe, PtqRecipe):
+        return _describe_ptq(recipe)
     bias = f" (query bias: {recipe.qk_bias})" if recipe.attention == "qkr" else ""
     rules = f", {len(recipe.overrides)} override(s)" if recipe.overrides else ""
     return (
@@ -37,11 +43,60 @@ def describe_recipe(recipe: QuantRecipe) -> str:
     )
 
 
+def _describe_ptq(recipe: PtqRecipe) -> str:
+    grids = {False: "", True: " symmetric"}
+    weights = f"weights {recipe.bits} bit{grids[recipe.weight_signed]} ({recipe.weight_observer})"
+    acts = f"activations {recipe.act_bits} bit{grids[recipe.act_signed]} per {recipe.act_scales} ({recipe.act_observer})"
+    softmax = f"softmax {recipe.softmax_bits} bit {recipe.softmax_quantizer}"
+    extras = (
+        [f"residual {recipe.residual_observer}"] if recipe.placement == "fqvit" and recipe.residual_observer != recipe.act_observer else []
+    )
+    extras += ["bias correction"] if recipe.bias_correction else []
+    extras += ["integer norms"] if recipe.layernorm == "integer" else []
+    extras += [f"{len(recipe.overrides)} override(s)"] if recipe.overrides else []
+    return ", ".join([f"{recipe.name}: placement {recipe.placement}", weights, acts, softmax, *extras])
+
+
+def describe_lr(cfg: DictConfig, global_batch: int) -> str:
+    """The learning rate in force, and how it came about where it follows the batch."""
+    optimizer = cfg.optimizer
+    base, rule = optimizer.get("lr_base_batch"), optimizer.get("lr_batch_rule", "linear")
+    lr = scaled_lr(optimizer.lr, global_batch=global_batch, lr_base_batch=base, lr_batch_rule=rule)
+    if base is None:
+        return f"lr {lr:.3g}"
+    ratio = f"{global_batch}/{base}"
+    return f"lr {lr:.3g} ({optimizer.lr:.3g} x {ratio if rule == 'linear' else f'sqrt({ratio})'})"
+
+
+def describe_estimate(cost: StepCost, *, batch_size: int, train_images: int, val_images: int, epochs: int) -> str:
+    """Time and memory of a run, in words.
+
+    Args:
+        cost: of a step.
+        batch_size: images of one process and step.
+        train_images: images of one process and epoch.
+        val_images: likewise, of validation.
+        epochs: epochs to go.
+    """
+    epoch = train_images * cost.train_s + val_images * cost.eval_s
+    activations = batch_size * cost.saved_bytes
+    memory = f"{(activations + cost.weight_bytes) / 1e9:.1f} GB ({activations / 1e9:.1f} GB of it activations of {batch_size} images)"
+    return (
+        f"about {_duration(batch_size * cost.train_s)} a step, {_duration(epoch)} an epoch, "
+        f"{_duration(epochs * epoch)} for {epochs} epochs of computing; about {memory}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def describe_data(name: str, data: ImageData) -> str:
     """Sizes of the splits."""
-    counts = ", ".join(f"{len(data.split(s))} {s}" for s in ("train", "val"))
-    test = f", {len(data.split('test'))} test" if data.evaluation_split == "test" else ""
-    return f"{name}: {counts}{test} images, {data.settings.num_classes} classes"
+    counts = ", ".join(f"{len(data.split(s))} {s}" for s in data.splits)
+    return f"{name}: {counts} images, {data.settings.num_classes} classes"
 
 
 def compact(report: ConversionReport) -> str:

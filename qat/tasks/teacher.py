@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -11,10 +12,13 @@ from qat.checkpoint import build_from, read_checkpoint
 from qat.conversion import conversion_of
 from qat.data import ImageData
 from qat.errors import UsageError
+from qat.interop import is_ofq
 from qat.lit import Teacher
 from qat.losses import CompositeLoss
-from qat.start import from_pretrained, from_state, from_weights
+from qat.start import check_finite, from_pretrained, from_scratch, from_state, from_weights
 from qat.tasks.build import model_args
+
+log = logging.getLogger(__name__)
 
 # What every vision transformer takes; the rest of the student's arguments may not fit another model.
 COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
@@ -68,6 +72,9 @@ def _students_start(cfg: DictConfig) -> nn.Module:
         return _from_file(cfg.model.weights, "model.weights", "timm", name, args)
     if cfg.model.pretrained:
         return _pretrained("model.pretrained", name, args)
+    if cfg.trainer.fast_dev_run:
+        log.warning("no teacher: random weights stand in for it, which only a dry run (trainer.fast_dev_run) may do")
+        return from_scratch(name, args).net
     raise UsageError("loss with distillation: no teacher; give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights")
 
 
@@ -76,12 +83,20 @@ def _from_file(path: str, setting: str, fmt: str, name: str, args: dict) -> nn.M
         return from_weights(name, args, path, None).net
     checkpoint = read_checkpoint(path, fmt=fmt, setting=setting)
     if checkpoint.meta is not None:
-        return build_from(checkpoint)
+        net = build_from(checkpoint)
+        check_finite(net, f"{setting}={str(path)!r}")
+        return net
+    if is_ofq(checkpoint.state):
+        raise UsageError(f"{setting}={path!r} is quantized already and no float teacher; give teacher.ckpt=FILE or teacher.pretrained=true")
     return from_state(name, args, checkpoint.state, origin=f"{setting}={str(path)!r}", keep_head=True).net
 
 
 def _pretrained(setting: str, name: str, args: dict) -> nn.Module:
-    net = from_pretrained(name, args).net
+    try:
+        net = from_pretrained(name, args).net
+    except UsageError as error:
+        reason = str(error).removeprefix("model.pretrained=true: ").partition("; use ")[0]
+        raise UsageError(f"{setting}=true: {reason}; give teacher.ckpt=FILE") from error
     trained_for = (getattr(net, "pretrained_cfg", None) or {}).get("num_classes")
     if trained_for != args["num_classes"]:
         raise UsageError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from qat.checkpoint import build_from, describe, read_checkpoint
 from qat.conversion import conversion_report
@@ -20,16 +20,22 @@ from qat.data import ImageData
 from qat.errors import UsageError
 from qat.files import write_text
 from qat.lit import QATModule, Teacher
+from qat.lit.estimate import measure_step
 from qat.lit.evaluate import evaluate
 from qat.lit.loggers import close
-from qat.spec import QuantRecipe, check_whole
+from qat.lit.module import limited
+from qat.spec import QuantRecipe
 from qat.start import Start
-from qat.tasks import build, summary
+from qat.tasks import build, options, summary
+from qat.tasks.checks import check_patches, check_settings, check_shares
+from qat.tasks.repeat import recorded
 from qat.tasks.results import measured, recipe_fields, write_results
 from qat.tasks.resume import Resume, find_resume
 from qat.tasks.teacher import build_teacher, is_float
 
 log = logging.getLogger(__name__)
+
+LONG_RUN_S = 60
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,10 @@ def train(cfg: DictConfig) -> float:
     for path in run.replaces:
         path.unlink()
     _announce(cfg, run)
-    write_text(Path(cfg.run_dir) / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
     top1_fp = _announce_teacher(run)
+    _announce_estimate(cfg, run)
+    options.compile_net(cfg, run.module.net)
     run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume.path if run.resume else None)
     val_top1, weights = _take_best(run.trainer, run.module)
     _conclude(cfg, run, {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": round(time.monotonic() - began, 1)})
@@ -79,21 +87,30 @@ def train(cfg: DictConfig) -> float:
 
 def _build(cfg: DictConfig) -> Run:
     """Settings first, then what costs time: a mistake in the last of them shows before the first image is read."""
-    check_whole("seed", cfg.seed, 0)
+    check_settings(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     build.import_modules(cfg)
     recipe, loss = build.build_recipe(cfg), build.build_loss(cfg)
     resume = find_resume(cfg, recipe, build.model_args(cfg))
     replaces = [] if resume else _outputs_of_an_old_run(Path(cfg.run_dir), overwrite=bool(cfg.overwrite))
-    optimizer, scheduler = build.build_optimizer_factory(cfg), build.build_scheduler_factory(cfg)
+    scheduler = build.build_scheduler_factory(cfg)
     loggers = build.build_loggers(cfg, resume.rows if resume else [])
     trainer = build.build_trainer(cfg, build.build_callbacks(cfg), loggers)
+    optimizer = build.build_optimizer_factory(cfg, trainer)
+    options.check_precision(cfg, recipe)
+    options.check_compiler(cfg, trainer.strategy.root_device)
     data = build.build_data(cfg)
+    data.batch_mixup()  # refuses what cannot be mixed before an image is read
     start = build.build_resumed(resume.checkpoint) if resume else build.build_start(cfg)
+    check_patches(start.net, data)
     start.net.to(trainer.strategy.root_device)
     if not resume:
         start.notes += build.quantize(start, recipe, data, init=cfg.model.init)
+        optimizer = build.take_optimizer_state(cfg, optimizer, start)
+    options.use_grad_checkpointing(cfg, start.net)
     teacher = build_teacher(cfg, loss, data)
+    if not cfg.trainer.fast_dev_run:
+        check_shares(cfg.trainer, data)
     module = QATModule(
         start.net,
         loss,
@@ -102,7 +119,9 @@ def _build(cfg: DictConfig) -> Run:
         scheduler=scheduler,
         teacher=teacher,
         lsq_grad_batch=cfg.lsq_grad_batch,
-        describe=describe(start.net, model=cfg.model.name, model_kwargs=build.model_args(cfg), data=build.plain(cfg.data)),
+        describe=describe(
+            start.net, model=cfg.model.name, model_kwargs=build.model_args(cfg), data=build.plain(cfg.data), classes=data.named_classes()
+        ),
     )
     return Run(resume, replaces, start, recipe, data, teacher, module, trainer)
 
@@ -110,7 +129,8 @@ def _build(cfg: DictConfig) -> Run:
 def _conclude(cfg: DictConfig, run: Run, outcome: dict[str, Any]) -> None:
     """Evaluate the weights now in the module, write `results.json`, say where things are."""
     (metrics,) = run.trainer.test(run.module, datamodule=run.data, verbose=False)
-    costs = cost(run.module.net, run.data.input_size)
+    with torch.compiler.set_stance("force_eager"):  # its hooks belong to no compiled graph
+        costs = cost(run.module.net, run.data.input_size)
     results = write_results(
         cfg,
         **recipe_fields(run.recipe),
@@ -138,8 +158,8 @@ def _outputs_of_an_old_run(run_dir: Path, *, overwrite: bool) -> list[Path]:
 
 def _announce(cfg: DictConfig, run: Run) -> None:
     trainer = run.trainer
-    batch = cfg.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-    optimizer = f"{cfg.optimizer.opt} lr {cfg.optimizer.lr:.3g}, weight decay {cfg.optimizer.weight_decay:g}"
+    batch = build.global_batch(cfg, trainer)
+    optimizer = f"{cfg.optimizer.opt} {summary.describe_lr(cfg, batch)}, weight decay {cfg.optimizer.weight_decay:g}"
     entries = {
         "model": summary.describe_model(cfg.model.name, run.start.net, run.data),
         "recipe": summary.describe_recipe(run.recipe),
@@ -166,6 +186,28 @@ def _announce_teacher(run: Run) -> float | None:
     scores = evaluate(run.teacher, run.data.test_dataloader(), run.data.settings.num_classes, device)
     log.info("teacher: %s top-1 %.2f %% (its %s head)", run.data.evaluation_split, scores["top1"], run.teacher.head)
     return scores["top1"] if is_float(run.teacher) else None
+
+
+def _announce_estimate(cfg: DictConfig, run: Run) -> None:
+    """Say what a long run will take, from a few steps on random images."""
+    trainer, data = run.trainer, run.data
+    if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        return
+    run_cost = measure_step(
+        run.module,
+        data.input_size,
+        batch_size=cfg.data.batch_size,
+        num_classes=data.settings.num_classes,
+        device=trainer.strategy.root_device,
+        autocast=trainer.precision_plugin.forward_context,
+        opt=cfg.optimizer.opt,
+    )
+    batches = limited(len(data.train_dataloader()) // trainer.world_size, trainer.limit_train_batches)
+    done = (run.resume.checkpoint.step or 0) * trainer.accumulate_grad_batches // max(batches, 1) if run.resume else 0
+    images = {"train_images": batches * cfg.data.batch_size, "val_images": len(data.split("val")) // trainer.world_size}
+    epochs = cfg.trainer.max_epochs - done
+    if epochs * (images["train_images"] * run_cost.train_s + images["val_images"] * run_cost.eval_s) > LONG_RUN_S:
+        log.info("estimate: %s", summary.describe_estimate(run_cost, batch_size=cfg.data.batch_size, epochs=epochs, **images))
 
 
 def _take_best(trainer: Trainer, module: QATModule) -> tuple[float, str]:

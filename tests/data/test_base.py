@@ -137,6 +137,44 @@ def test_images_are_resized_when_read():
     assert data.calibration_batches()[0].shape[1:] == (1, 12, 12)
 
 
+@pytest.mark.parametrize("augment", ["light", "timm"])
+def test_each_copy_of_an_image_has_its_own_augmentation(augment):
+    data = Digits(**SETTINGS, augment=augment, repeats=3, batch_size=30)
+    images, labels = loaded(data.train_dataloader(), epoch=1)
+    assert len(labels) == 1257 // 30 * 30
+    copies, classes = images.unflatten(0, (-1, 3)), labels.unflatten(0, (-1, 3))
+    assert (classes == classes[:, :1]).all()
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert (copies[:, first] != copies[:, second]).flatten(1).any(1).float().mean() > 0.9
+    dataset = data.train_dataloader().dataset
+    assert torch.equal(dataset[1, 5, 2][0], dataset[1, 5, 2][0])
+    # The first copy is the image as an epoch without repeats has it.
+    assert torch.equal(dataset[1, 5, 0][0], dataset[1, 5][0])
+
+
+def test_repeats_without_augmentation_would_be_the_same_image_again():
+    loader = Numbered(**SETTINGS, augment="none", repeats=3, batch_size=10).train_dataloader()
+    assert sorted(numbers(loader)) == list(range(30))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_with_repeats_goes_on_in_its_middle(workers):
+    def images(**state):
+        loader = Digits(**SETTINGS, augment="timm", repeats=3, batch_size=200, num_workers=workers).train_dataloader()
+        loader.load_state_dict({"batches": 0, **state})
+        return loaded(loader, epoch=2)[0]
+
+    assert torch.equal(images(batches=4), images()[800:])
+
+
+def test_calibration_images_that_are_not_finite_are_named():
+    data = Numbered(**{**SETTINGS, "std": [1e-45]}, seed=2)
+    with pytest.raises(qat.UsageError) as caught:
+        data.calibration_batches()
+    first = int(torch.randperm(30, generator=torch.Generator().manual_seed(2))[0])
+    assert str(caught.value) == f"data: calibration image {first} of the train split is not finite (data.mean=[0.25], data.std=[1e-45])"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -10,7 +10,7 @@ from torchvision import datasets
 import qat
 from qat.data import ImageArrays, ImageFolder
 from qat.data.lazy import LazyImages
-from tests.conftest import compose, evaluate, results, train
+from tests.conftest import TINY, compose, evaluate, results, train
 from tests.data.files import write_folder, write_image
 
 SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 3, "num_classes": 2, "mean": [0.5] * 3, "std": [0.25] * 3}
@@ -193,3 +193,52 @@ def test_a_damaged_image_stops_a_run_with_its_name(tmp_path, refused):
     line = refused("train", compose("train", "data=imagefolder", f"data.root={root}", *small, f"run_dir={tmp_path}/run"))
     assert f"{root}/train/ant/0" in line
     assert "cannot be decoded (" in line
+
+
+@pytest.mark.parametrize("split", ["val", "valid", "test"])
+@pytest.mark.parametrize("size", [None, 16])
+def test_one_split_without_train_is_enough_for_evaluation(tmp_path, split, size):
+    root = write_folder(tmp_path / "whole", (("train", 20), (split, 6)), classes=("b", "a", "C"), size=size)
+    settings = {**SETTINGS, "num_classes": 3, "batch_size": 5}
+    whole = list(ImageFolder(**settings, root=str(root)).test_dataloader())
+    (tmp_path / "alone").mkdir()
+    (root / split).rename(tmp_path / "alone" / split)
+    alone = ImageFolder(**settings, root=str(tmp_path / "alone"))
+    for (images, labels), (expected, ids) in zip(alone.test_dataloader(), whole, strict=True):
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, ids)
+    assert alone.splits == (("test",) if split == "test" else ("val",))
+
+
+def test_training_and_calibration_say_that_they_need_train(tmp_path):
+    data = ImageFolder(**SETTINGS, root=str(write_folder(tmp_path, (("val", 4),))))
+    for use, purpose in ((data.train_dataloader, "a net learns"), (data.calibration_batches, "scales are initialised")):
+        with pytest.raises(qat.UsageError, match=rf"^data\.root='{tmp_path}': has no train images, from which {purpose}; it has val$"):
+            use()
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_without_train_every_class_needs_a_folder(tmp_path, classes):
+    data = ImageFolder(**{**SETTINGS, "num_classes": classes}, root=str(write_folder(tmp_path, (("val", 4),))))
+    line = rf"^data\.num_classes={classes}: {tmp_path}/val has 2 class folders; without train it needs one for every class"
+    with pytest.raises(qat.UsageError, match=line):
+        data.val_dataloader()
+
+
+def test_without_train_another_split_has_no_further_classes(tmp_path):
+    write_image(write_folder(tmp_path, (("val", 4), ("test", 4))) / "test" / "cat" / "a.png", 12, 12)
+    with pytest.raises(qat.UsageError, match=rf"{tmp_path}/test/cat: is no class of val; its classes are ant, bee"):
+        ImageFolder(**SETTINGS, root=str(tmp_path)).val_dataloader()
+
+
+@pytest.mark.parametrize("quant", ["fp", "ofq_4bit"])
+def test_a_net_is_evaluated_but_not_trained_on_val_alone(tmp_path, refused, quant):
+    root = write_folder(tmp_path / "data", (("train", 8), ("val", 4)))
+    small = ["data.image_size=16", "data.patch_size=8", "data.num_workers=0", "data.batch_size=8", "data.num_classes=2", f"quant={quant}"]
+    run = train(tmp_path / "run", "data=imagefolder", f"data.root={root}", *small)
+    alone = write_folder(tmp_path / "alone", (("val", 4),))
+    found = evaluate(tmp_path / "eval", f"ckpt={run}/checkpoints/best.ckpt", f"data.root={alone}")
+    assert (found["loss"], found["split"]) == (pytest.approx(results(run)["loss"], rel=1e-5), "val")
+    line = refused("train", compose("train", "data=imagefolder", f"data.root={alone}", *small, *TINY, f"run_dir={tmp_path}/refused"))
+    assert f"data.root='{alone}': has no " in line
+    assert line.endswith("; it has val")

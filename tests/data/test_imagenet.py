@@ -80,3 +80,18 @@ def test_a_net_trains(tmp_path):
     assert results(run)["split"] == "val"
     # The file holds the model's name, so its mean and crop are the same when it is evaluated.
     assert evaluate(tmp_path / "eval", f"ckpt={run}/checkpoints/best.ckpt")["loss"] == pytest.approx(results(run)["loss"], rel=1e-5)
+
+
+def test_validation_images_alone_are_evaluated_by_the_sorted_wnids(tmp_path):
+    root = write_folder(tmp_path, (("val", 3),), classes=WNIDS[::-1])
+    settings = {"image_size": 8, "patch_size": 4, "in_chans": 3, "num_classes": 3, "mean": None, "std": None, "root": str(root)}
+    data = ImageNet(**settings)
+    assert data.split("val").labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert data.split("val").encoded.name(0).startswith(f"{root}/val/{WNIDS[0]}/")
+    with pytest.raises(
+        qat.UsageError, match=r"^data\.num_classes=1000: .*/val has 3 class folders; without train it needs one for every class"
+    ):
+        ImageNet(**{**settings, "num_classes": 1000}).val_dataloader()
+    write_image(root / "val" / "tench" / "a.png", 12, 12)
+    with pytest.raises(qat.UsageError, match=rf"{root}/val/tench: is no wnid like n01440764"):
+        ImageNet(**{**settings, "num_classes": 4}).val_dataloader()

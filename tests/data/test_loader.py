@@ -17,8 +17,8 @@ class Keys(torch.utils.data.Dataset):
         return torch.tensor(key)
 
 
-def loader(workers=0):
-    sampler = SeededSampler(20, seed=1, shuffle=True)
+def loader(workers=0, repeats=1):
+    sampler = SeededSampler(20, seed=1, shuffle=True, repeats=repeats)
     return ResumableLoader(Keys(), batch_size=4, sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
 
 
@@ -29,9 +29,10 @@ def epoch(made, number):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("done", [0, 1, 3, 5])
-def test_goes_on_behind_what_was_handed_out(workers, done):
-    whole, next_epoch = epoch(loader(), 3), epoch(loader(), 4)
-    made = loader(workers)
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_goes_on_behind_what_was_handed_out(workers, done, repeats):
+    whole, next_epoch = epoch(loader(repeats=repeats), 3), epoch(loader(repeats=repeats), 4)
+    made = loader(workers, repeats)
     made.load_state_dict({"batches": done})
     assert epoch(made, 3) == whole[done:]
     assert made.state_dict() == {"batches": 5}

@@ -1,12 +1,13 @@
-"""Order as a function of (seed, epoch), shared out over processes. Oracle: properties of sets."""
+"""Order as a function of (seed, epoch), shared out over processes. Oracles: properties of sets, timm's sampler."""
 
 import random
 
 import numpy as np
 import pytest
 import torch
+from timm.data.distributed_sampler import RepeatAugSampler
 
-from qat.data.sampler import SeededSampler, isolated_rng, mix
+from qat.data.sampler import SeededSampler, isolated_numpy, isolated_rng, mix
 
 
 def indices(sampler):
@@ -98,3 +99,83 @@ def test_generators_come_back_after_an_error():
     with pytest.raises(KeyError):
         dies()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_numpy_alone_is_seeded_and_given_back():
+    np.random.seed(0)
+    expected = np.random.rand(2).tolist()
+    np.random.seed(0)
+    first = np.random.rand()
+    torch.manual_seed(0)
+    random.seed(0)
+    before = torch.get_rng_state(), random.getstate()
+    made = []
+    for numbers in ((1, 2), (1, 2), (2, 1)):
+        with isolated_numpy(*numbers):
+            made.append(np.random.rand())
+    assert made[0] == made[1] != made[2]
+    assert [first, np.random.rand()] == expected
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_without_repeats_the_order_is_what_it_always_was():
+    sampler = shuffled(seed=3, epoch=5, rank=1, world_size=2, repeats=1)
+    assert list(sampler)[:6] == [(5, 85), (5, 30), (5, 48), (5, 99), (5, 81), (5, 46)]
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_repeats_are_dealt_out_as_timm_deals_them(repeats, world):
+    # Both shuffle in their own way, so what is compared is which image of the shuffled order stands where.
+    def ranks(orders):
+        first_seen = {}
+        for step in zip(*orders, strict=True):
+            for image in step:
+                first_seen.setdefault(image, len(first_seen))
+        return [[first_seen[image] for image in order] for order in orders]
+
+    n = 103 - 103 % world
+    data = range(n)
+    timms = [list(RepeatAugSampler(data, world, r, num_repeats=repeats, selected_round=0)) for r in range(world)]
+    samplers = [SeededSampler(n, seed=0, shuffle=True, rank=r, world_size=world, repeats=repeats) for r in range(world)]
+    ours = [[index for _, index, _ in sampler] for sampler in samplers]
+    assert ranks(ours) == ranks(timms)
+    assert [len(sampler) for sampler in samplers] == [len(one) for one in ours] == [n // world] * world
+
+
+def test_copies_of_an_image_stand_next_to_each_other_on_different_processes():
+    samplers = [list(shuffled(epoch=2, rank=r, world_size=2, repeats=2)) for r in range(2)]
+    for first, second in zip(*samplers, strict=True):
+        assert first[:2] == second[:2]
+        assert (first[2], second[2]) == (0, 1)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_copy_of_an_epoch_is_there_once(world):
+    keys = [key for r in range(world) for key in shuffled(epoch=4, rank=r, world_size=world, repeats=3)]
+    assert len(set(keys)) == len(keys) == 103 - 103 % world
+    assert {epoch for epoch, _, _ in keys} == {4}
+    copies = {}
+    for _, index, copy in keys:
+        copies.setdefault(index, set()).add(copy)
+    # The end of the epoch may cut through the copies of one image.
+    assert sum(seen != {0, 1, 2} for seen in copies.values()) <= 1
+    assert [i for _, i, c in sorted(keys) if c == 0] == sorted(copies)
+
+
+def test_images_come_in_the_order_of_a_plain_epoch():
+    plain, repeated = indices(shuffled(epoch=1)), [index for _, index, _ in shuffled(epoch=1, repeats=3)]
+    assert repeated[::3] == plain[:35]
+
+
+def test_evaluation_repeats_nothing():
+    assert list(SeededSampler(5, seed=0, shuffle=False, repeats=3)) == [(0, i) for i in range(5)]
+
+
+def test_repeats_go_on_where_they_were_left():
+    whole = list(shuffled(epoch=3, repeats=3))
+    sampler = shuffled(epoch=3, repeats=3)
+    sampler.skip = 40
+    assert list(sampler) == whole[40:]
+    assert list(sampler) == whole

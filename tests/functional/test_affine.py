@@ -136,3 +136,54 @@ def test_scale_and_input_keep_their_dtypes():
 def test_unknown_method():
     with pytest.raises(qat.UsageError, match="method='median': allowed are minmax"):
         F.affine_scale(randn(2, 2), 4, True, None, method="median")
+
+
+def as_bits(x):
+    """The bit patterns, -0 as 0."""
+    return (x + 0.0).view(torch.int32)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([2, 3, 4, 8]), st.booleans(), st.sampled_from([0, 1, 2, -1, None]))
+@settings(max_examples=60, deadline=None)
+def test_in_place_equals_the_other_to_the_last_bit(seed, bits, signed, axis):
+    x = 3 * randn(3, 4, 50, seed=seed)
+    scale, zero_point = F.affine_scale(0.7 * x, bits, signed, axis)
+    bounds = F.code_range(bits, signed=signed)
+    x[0] = ((x[0] * 4).round() + 0.5) * F.view_along(scale, 3, axis).expand_as(x)[0]  # ties
+    expected = F.fake_quantize_affine(x, scale, zero_point, *bounds, axis)
+    out = F.fake_quantize_affine_(x, scale, zero_point, *bounds, axis)
+    assert out is x
+    assert torch.equal(as_bits(out), as_bits(expected))
+
+
+def test_in_place_rounds_ties_to_even():
+    x = torch.arange(-4.0, 9.0) / 2
+    F.fake_quantize_affine_(x, torch.ones(1), torch.ones(1), 0, 4, None)
+    assert x.tolist() == [-1, -1, -1, -1, 0, 1, 1, 1, 2, 3, 3, 3, 3]
+
+
+def test_in_place_on_half_precision_and_strided_memory():
+    scale, zero_point = torch.tensor([0.3, 0.07]), torch.tensor([3.0, 8.0])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        base = randn(5, 4).to(dtype)
+        view = base[:, ::2]
+        expected = F.fake_quantize_affine(view, scale, zero_point, 0, 15, 1)
+        F.fake_quantize_affine_(view, scale, zero_point, 0, 15, 1)
+        assert torch.equal(base[:, ::2], expected)
+        assert torch.equal(base[:, 1::2], randn(5, 4).to(dtype)[:, 1::2])
+
+
+def test_in_place_keeps_no_graph():
+    x = (2 * randn(4, 4).requires_grad_())[:2].detach()
+    scale = torch.full((1,), 0.1, requires_grad=True)
+    assert not F.fake_quantize_affine_(x, scale, torch.zeros(1), -8, 7, None).requires_grad
+
+
+def test_in_place_compiles_in_one_graph_with_equal_bits():
+    scale, zero_point = torch.tensor([0.3, 0.07]), torch.tensor([3.0, 8.0])
+
+    def function(x):
+        return F.fake_quantize_affine_(x + 0.0, scale, zero_point, 0, 15, -1)
+
+    x = randn(50, 2)
+    assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))

@@ -9,7 +9,7 @@ from qat import functional as F
 from qat.lit.optim import cosine_schedule
 from tests import golden
 
-OFQ, PTQ = "ofq_goldens.npz", "ptq_goldens.npz"
+OFQ = "ofq_goldens.npz"
 FORWARD = {"rtol": 1e-6, "atol": 1e-6}
 GRADIENT = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -85,34 +85,6 @@ def test_distillation_loss(case):
     for name, value in inputs.items():
         if golden.has(OFQ, f"{case}/grad_{name}"):
             assert_close(value.grad, golden.tensor(OFQ, f"{case}/grad_{name}"), **GRADIENT)
-
-
-def ptq_axis(tensor: str, mode: str) -> int | None:
-    return None if mode == "layer_wise" else -1 if tensor in {"acts", "pos"} else 0
-
-
-@golden.parametrize(PTQ, r"obs/minmax/.*")
-def test_minmax_observer(case):
-    _, _, kind, name, mode = case.split("/")
-    x = golden.tensor(PTQ, f"in/{name}")
-    axis = ptq_axis(name, mode)
-    if name in {"acts", "pos"} and axis is not None:
-        axis = x.ndim - 1
-    scale, zero_point = F.affine_scale(x, int(kind[-1]), kind.startswith("int"), axis)
-    assert_close(scale, golden.tensor(PTQ, f"{case}/scale").reshape(-1), rtol=1e-6, atol=1e-7)
-    assert torch.equal(zero_point, golden.tensor(PTQ, f"{case}/zero_point").reshape(-1))
-
-
-@golden.parametrize(PTQ, r"uniform/u?int\d/(acts|w_lin|w_conv)")
-def test_fake_quantize_affine(case):
-    _, kind, name = case.split("/")
-    x = golden.tensor(PTQ, f"in/{name}")
-    x = x[2] if name == "acts" else x
-    scale, zero = (golden.tensor(PTQ, f"{case}/{k}").float().reshape(-1) for k in ("scale", "zero_point"))
-    axis = None if scale.numel() == 1 else 0
-    qmin, qmax = F.code_range(int(kind[-1]), signed=kind.startswith("int"))
-    assert_close(F.fake_quantize_affine(x, scale, zero, qmin, qmax, axis), golden.tensor(PTQ, f"{case}/dequant"), rtol=1e-6, atol=1e-7)
-    assert torch.equal(F.affine_codes(x, scale, zero, qmin, qmax, axis).float(), golden.tensor(PTQ, f"{case}/int").float())
 
 
 @golden.parametrize(OFQ, r"lr_.*")

@@ -3,11 +3,12 @@
 import math
 
 import pytest
+import timm.optim
 import torch
 from torch import nn
 
 import qat
-from qat.lit import build_optimizer, cosine_schedule, parameter_groups
+from qat.lit import build_optimizer, cosine_schedule, parameter_groups, scaled_lr
 from tests.tiny import DISTILLED, SIZE, vit
 
 WEIGHTS = {
@@ -152,3 +153,63 @@ def test_an_epoch_schedule_ignores_steps():
 def test_bad_schedules_name_themselves(settings, message):
     with pytest.raises(qat.UsageError, match=message):
         cosine_schedule(optimizer_of(0.1), periods=4, **settings)
+
+
+def rates(net, groups, scale_lr_factor=1.0):
+    """Factor on the learning rate of every parameter by name."""
+    known = {id(p): name for name, p in net.named_parameters()}
+    return {known[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+
+
+def test_layer_decay_is_timms():
+    model = vit(DISTILLED, depth=2)
+    theirs = rates(model, timm.optim.param_groups_layer_decay(model, layer_decay=0.6))
+    assert rates(model, parameter_groups(model, weight_decay=0.1, layer_decay=0.6)) == pytest.approx(theirs)
+    assert sorted(set(theirs.values())) == pytest.approx([0.6**3, 0.6**2, 0.6, 1.0])  # embedding, first block, second block and norm, heads
+
+
+def test_layer_decay_of_a_quantized_net():
+    model = qat.convert(vit(depth=2), qat.recipe("ofq", bits=2), input_size=SIZE)
+    groups = parameter_groups(model, weight_decay=0.1, scale_lr_factor=0.5, layer_decay=0.6)
+    found = rates(model, groups)
+    by_layer = {"patch_embed": 3, "cls_token": 3, "pos_embed": 3, "blocks.0": 2, "blocks.1": 1, "norm": 1, "head": 0}
+    for name, factor in found.items():
+        steps = next(n for start, n in by_layer.items() if name.startswith(start))
+        assert factor == pytest.approx(0.6**steps * (0.5 if name.endswith(".scale") else 1)), name
+    plain = {g["name"].partition("_")[2]: g["weight_decay"] for g in groups}
+    assert plain == {"decay": 0.1, "no_decay": 0.0, "scales": 0.0}
+
+
+def test_without_layer_decay_one_group_of_each_kind():
+    model = net("ofq")
+    assert [g["name"] for g in parameter_groups(model, weight_decay=0.1)] == ["decay", "no_decay", "scales"]
+
+
+def test_layer_decay_needs_layers():
+    with pytest.raises(qat.UsageError, match=r"optimizer.layer_decay: Linear does not group its parameters by layer"):
+        parameter_groups(nn.Linear(2, 2), weight_decay=0.1, layer_decay=0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 0.1),
+        ({"lr_base_batch": 512}, 0.2),
+        ({"lr_base_batch": 512, "lr_batch_rule": "sqrt"}, 0.1 * math.sqrt(2)),
+        ({"lr_base_batch": 1024, "lr_batch_rule": "sqrt"}, 0.1),
+    ],
+)
+def test_rate_follows_the_batch(settings, expected):
+    assert scaled_lr(0.1, global_batch=1024, **settings) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_base_batch": 0}, r"optimizer.lr_base_batch=0: allowed are whole numbers from 1"),
+        ({"lr_batch_rule": "cube"}, r"optimizer.lr_batch_rule='cube': allowed are linear, sqrt"),
+    ],
+)
+def test_wrong_rules_for_the_rate(settings, message):
+    with pytest.raises(qat.UsageError, match=message):
+        scaled_lr(0.1, global_batch=8, **settings)

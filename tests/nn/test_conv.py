@@ -48,8 +48,16 @@ def test_settings_of_the_convolution_are_kept(settings):
     assert torch.equal(net(x), expected)
 
 
-def test_only_the_first_convolution_is_quantized():
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3))
-    qat.convert(net, qat.recipe("ofq"), input_size=(1, 8, 8))
-    assert [type(m) for m in net] == [QuantConv2d, nn.Conv2d]
-    assert ("1", "Conv2d") in qat.conversion_report(net).stays_float
+def test_convolutions_inside_have_one_scale_and_no_offsets():
+    # What a convolution pads with is zero, and has to be on the grid.
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 4, 3, padding=1, groups=2))
+    qat.convert(net, qat.recipe("ofq", bits=2), input_size=(1, 8, 8))
+    assert [type(m) for m in net] == [QuantConv2d, QuantConv2d]
+    qat.initialize_scales(net, [images()])
+    inner = net[1].input_quantizer
+    assert (inner.spec.role, inner.spec.bits, inner.n_scales) == ("input", 2, 1)
+    assert [n for n, _ in net[1].named_parameters() if "offset" in n] == []
+    x = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    expected = F.conv2d(inner(x), net[1].weight_quantizer(net[1].weight), net[1].bias, padding=1, groups=2)
+    assert_close(net[1](x), expected)
+    assert inner(torch.zeros(1, 2, 6, 6)).eq(0).all()

@@ -1,10 +1,12 @@
 """Quantized modules against the reference's: outputs, gradients, and every stored tensor has a place. Oracle: tests/goldens."""
 
+import math
 import re
 from functools import partial
 from types import SimpleNamespace
 
 import timm.layers
+from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.testing import assert_close
@@ -32,7 +34,7 @@ RENAMES = [
     (r"move_([qv])_aft\.bias", r"\1_quantizer.offset_after"),
     (r"(?<![\w])([qk])\.weight", r"\1_weight"),
 ]
-DEAD = r"clip_val|move_qkx_aft|move_k_aft"
+DEAD = r"clip_val|move_qkx_aft|move_k_aft|relative_position_index"
 
 
 def renamed(tensors):
@@ -68,7 +70,26 @@ def source_module(case, sd, x):
         return timm.layers.Mlp(dim, sd["fc1.weight"].shape[0])
     if case.startswith("qattn"):
         return timm.layers.Attention(dim, num_heads=2, qkv_bias=True)
+    if case.startswith("qswin"):
+        rows, heads = sd["relative_position_bias_table"].shape
+        window = (math.isqrt(rows) + 1) // 2
+        shift = window // 2 if case.endswith("_shift") else 0
+        return Windows(SwinTransformerBlock(dim, tuple(x.shape[1:3]), heads, window_size=window, shift_size=shift))
     return Block(dim, num_heads=2, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-5))
+
+
+class Windows(nn.Module):
+    """The attention of a Swin block between timm's own partition into windows and back: (B, H, W, C) to the same shape."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.attn = block.attn
+        self.block = [block]
+
+    def forward(self, x):
+        (block,) = self.block
+        block.attn = self.attn
+        return block._attn(x)
 
 
 class Drop(nn.Module):
@@ -100,13 +121,14 @@ def converted(case):
         net[1] = mlp.fc2
     else:
         qat.convert(net, recipe, input_size=tuple(size))
-    ours = net[1].state_dict()
+    owner = net[1].attn if case.startswith("qswin") else net[1]
+    ours = owner.state_dict()
     theirs = {k: v.reshape(ours[k].shape) if k in ours else v for k, v in renamed(sd).items()}
-    result = net[1].load_state_dict(theirs, strict=False)
-    return SimpleNamespace(module=net[1], missing=result.missing_keys, unexpected=result.unexpected_keys, x=x)
+    result = owner.load_state_dict(theirs, strict=False)
+    return SimpleNamespace(module=net[1], owner=owner, missing=result.missing_keys, unexpected=result.unexpected_keys, x=x)
 
 
-FAMILIES = r"q(linear|mlp|attn|attn_qkr|block_qkr|head|patch)_w\da\d(_[su])?"
+FAMILIES = r"q(linear|mlp|attn|attn_qkr|block_qkr|head|patch|swin|swin_qkr)_w\da\d(_[su]|_shift)?"
 
 
 @golden.parametrize(OFQ, FAMILIES)
@@ -129,7 +151,7 @@ def test_gradients(case):
     made.module(x).backward(golden.tensor(OFQ, f"{case}/upstream"))
     assert_close(x.grad, golden.tensor(OFQ, f"{case}/grad_x"), rtol=1e-4, atol=1e-4)
     expected = renamed(golden.below(OFQ, f"{case}/grad"))
-    ours = {name: p.grad for name, p in made.module.named_parameters()}
+    ours = {name: p.grad for name, p in made.owner.named_parameters()}
     assert set(expected) == set(ours)
     for name, grad in expected.items():
         assert_close(ours[name], grad.reshape(ours[name].shape), rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -58,7 +58,7 @@ SETTINGS = [
 def test_without_rounding_it_is_timms(kind, settings):
     plain = attention(**settings)
     ours = swapped(plain, float_recipe(kind))
-    assert type(ours) is {"qkr": QkrAttention, "standard": QuantAttention, "float": timm.layers.Attention}[kind]
+    assert isinstance(ours, {"qkr": QkrAttention, "standard": QuantAttention, "float": timm.layers.Attention}[kind])
     assert_close(ours(tokens()), plain(tokens()), rtol=1e-5, atol=1e-5)
 
 

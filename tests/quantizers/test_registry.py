@@ -50,7 +50,8 @@ def test_offsets_wrap():
 
 def test_unknown_name_lists_what_there_is():
     with pytest.raises(
-        qat.UsageError, match="quantizer='lsqq': allowed are float, lsq, minmax, minmax_dynamic, statsq and package.module:Class"
+        qat.UsageError,
+        match="quantizer='lsqq': allowed are affine, float, log2, lsq, minmax, minmax_dynamic, statsq and package.module:Class",
     ):
         build("lsqq")
 

@@ -91,6 +91,35 @@ def test_in_a_multirun_a_mistake_stops_its_job_alone(tmp_path):
     assert "Traceback" not in out + err
 
 
+@pytest.mark.slow
+def test_in_a_multirun_a_run_that_turns_into_nan_stops_alone(tmp_path):
+    spoil = ("+callbacks.spoil._target_=tests.callbacks.test_finite.SpoiledNet", "+callbacks.spoil.step=1,99")
+    code, out, err = command("train.py", "-m", *TINY, *spoil, "run_dir=sweep", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert code == 1
+    failed, fine = (results(tmp_path / "sweep" / str(i)) for i in range(2))
+    assert "the loss of step 1 is nan; first not finite: blocks.0.mlp.fc1.weight" in failed["error"]
+    assert failed["top1"] is None
+    assert fine["top1"] is not None
+    assert out.count("error: training stopped") == 1
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("run_dir", ["file", "file/run", "/proc/run"])
+def test_a_run_dir_that_cannot_be_made_is_one_line(tmp_path, run_dir):
+    (tmp_path / "file").touch()
+    code, out, err = command("train.py", f"run_dir={run_dir}", cwd=tmp_path)
+    assert code == 1
+    assert (out + err).strip().startswith(f"error: run_dir='{run_dir}': cannot be written (")
+    assert "Traceback" not in out + err
+
+
+def test_a_tilde_is_the_home_folder(tmp_path):
+    code, out, err = command("train.py", "data=cifar10", "data.root=~/nowhere", "run_dir=~/run", cwd=tmp_path, HOME=str(tmp_path))
+    assert code == 1
+    assert out.strip() == f"error: data.root='{tmp_path}/nowhere': no such folder", err
+    assert "nowhere" in results(tmp_path / "run")["error"]
+
+
 @pytest.mark.parametrize("config", ["train", "eval"])
 def test_under_slurm_the_job_names_the_run_directory(monkeypatch, config):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")

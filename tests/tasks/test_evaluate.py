@@ -1,8 +1,11 @@
 """`eval.py`: a net from its file alone. Oracle: logits of the rebuilt net, counted here."""
 
+import shutil
+
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 
 import qat
 from qat.checkpoint import META_KEY, read_checkpoint
@@ -10,6 +13,7 @@ from qat.data import Cifar10, Digits
 from qat.tasks import build
 from qat.tasks.evaluate import settle_data
 from tests.conftest import TINY, compose, evaluate, results, train, write_cifar
+from tests.data.files import write_image
 
 DIGITS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.3051], "std": [0.3759]}
 MODEL = [o for o in TINY if "model.args" in o]
@@ -56,6 +60,27 @@ def test_files_of_save_are_evaluated_on_digits(tmp_path, run_4bit):
     # `qat.save` knows of no data.
     qat.save(qat.load(last(run_4bit)), tmp_path / "net.ckpt")
     assert evaluate(tmp_path / "a", f"ckpt={tmp_path}/net.ckpt")["loss"] == evaluate(tmp_path / "b", f"ckpt={last(run_4bit)}")["loss"]
+
+
+def test_a_file_of_save_that_only_says_how_to_treat_images(tmp_path, run_4bit):
+    # No dataset is named, so the digits are evaluated.
+    qat.save(qat.load(last(run_4bit)), tmp_path / "net.ckpt", data={"mean": [0.5], "std": [0.5]})
+    assert evaluate(tmp_path / "a", f"ckpt={tmp_path}/net.ckpt")["loss"] == evaluate(tmp_path / "b", f"ckpt={last(run_4bit)}")["loss"]
+
+
+def test_the_config_is_written_with_the_data_in_force(tmp_path, run_4bit):
+    evaluate(tmp_path, f"ckpt={last(run_4bit)}", "data.batch_size=90")
+    cfg = OmegaConf.load(tmp_path / "config.yaml")
+    assert (cfg.data._target_, cfg.data.batch_size, cfg.data.seed) == ("qat.data.Digits", 90, 0)
+    assert (cfg.ckpt, cfg.run_dir) == (str(last(run_4bit)), str(tmp_path))
+
+
+def test_the_config_of_a_training_run_stays(tmp_path, run_4bit):
+    run = tmp_path / "run"
+    shutil.copytree(run_4bit, run)
+    before = (run / "config.yaml").read_bytes()
+    evaluate(run, f"ckpt={last(run)}")
+    assert (run / "config.yaml").read_bytes() == before
 
 
 def test_the_stored_data_with_another_root(tmp_path):
@@ -127,16 +152,21 @@ def test_a_dataset_from_elsewhere_is_only_used_when_asked_for(tmp_path, refused,
     assert evaluate(tmp_path / "b", f"ckpt={path}", "data=digits")["top1"] is not None
 
 
-@pytest.mark.parametrize("where", ["through our imports", "in a field", "in a list"])
-def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where):
+@pytest.mark.parametrize("asked", [[], ["predict=photo.png"]])
+@pytest.mark.parametrize("where", ["through our imports", "a function of ours", "in a field", "in a list", "without a dataset"])
+def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where, asked, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "photo.png", 8, 8)
     code = {"_target_": "os.mkdir", "path": str(tmp_path / "made")}
     data = {
         "through our imports": {**code, "_target_": "qat.data.sampler.random._os.mkdir"},
+        "a function of ours": {"_target_": "qat.data.image_transform", "settings": code},
+        "without a dataset": {**DIGITS, "mean": [code]},
         "in a field": {"_target_": "qat.data.Digits", **DIGITS, "root": code},
         "in a list": {"_target_": "qat.data.Digits", **DIGITS, "mean": [code]},
     }[where]
     path = edited(last(run_4bit), tmp_path / "a.ckpt", data)
-    message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/run"))
+    message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/run", *asked))
     assert not (tmp_path / "made").exists()
     assert "choose it with data=..." in message
 

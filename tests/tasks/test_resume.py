@@ -15,13 +15,19 @@ import qat
 from qat.tasks import build
 from tests.conftest import ROOT, compose, results
 
-# Nine steps an epoch, three epochs; shifted crops, dropout and drop path draw random numbers in loader and step.
+# Nine steps an epoch, three epochs. Order, repeated augmentation, shifted crops, mixup, cutmix, dropout and drop path draw random
+# numbers in loader and step; the averaged weights are state of a callback.
 SETTINGS = (
     "model.args.embed_dim=24",
     "model.args.depth=1",
     "+model.args.drop_path_rate=0.2",
     "+model.args.proj_drop_rate=0.2",
     "data.batch_size=128",
+    "data.repeats=2",
+    "data.mixup=0.8",
+    "data.cutmix=1.0",
+    "callbacks=[default,ema]",
+    "callbacks.ema.decay=0.8",
     "trainer.max_epochs=3",
     "checkpoint.every_n_steps=2",
 )
@@ -74,7 +80,9 @@ def metrics(run_dir):
 def assert_same_run(run_dir, full):
     ours, theirs = last(run_dir), last(full)
     assert ours["global_step"] == theirs["global_step"] == 27
-    assert [n for n in theirs["state_dict"] if not torch.equal(ours["state_dict"][n], theirs["state_dict"][n])] == []
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        assert [n for n in theirs[key] if not torch.equal(ours[key][n], theirs[key][n])] == []
+    assert any(not torch.equal(theirs["state_dict"][n], value) for n, value in theirs["current_model_state"].items())
     moments = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (ours, theirs)]
     for index, state in moments[1].items():
         assert all(torch.equal(moments[0][index][key], state[key]) for key in ("step", "exp_avg", "exp_avg_sq"))

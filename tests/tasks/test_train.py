@@ -256,7 +256,7 @@ def test_a_plain_state_dict_is_taken_as_it_is(tmp_path, setting):
         (["scheduler.interval=batch"], "scheduler.interval='batch': allowed are epoch, step"),
         (["loss.label_smoothing=2"], "loss.label_smoothing=2: allowed are numbers from 0 to below 1"),
         (["loss.terms.ce._target_=torch.nn.Identity", "~loss.terms.ce.label_smoothing"], "loss.terms.ce: Identity is not a subclass of"),
-        (["trainer.precision=3"], "trainer.precision=3: Precision 3 is invalid"),
+        (["trainer.precision=3"], "trainer.precision=3: allowed are 32-true, 16-mixed"),
         (["+trainer.colour=3"], "unexpected keyword argument 'colour'"),
         (["loss=kd"], "no teacher; give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights"),
         (["loss=kd", "teacher.ckpt=/no/such.ckpt"], "teacher.ckpt='/no/such.ckpt': no such file"),
@@ -350,8 +350,7 @@ def test_both_heads_of_a_distilled_student_are_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(Distillation, "forward", lambda self, step: (seen.append(step), forward(self, step))[1])
     run = train(tmp_path / "fp", "model=deit_t_distilled", "quant=fp")
     train(tmp_path / "run", "model=deit_t_distilled", "loss=kd", f"ckpt={run}/checkpoints/last.ckpt")
-    assert len(seen) == 2
-    for step in seen:
+    for step in seen[-2:]:  # behind those that measure what a step costs
         assert isinstance(step.logits, tuple)
         assert (step.logits[0] - step.logits[1]).abs().max() > 0
         assert step.teacher_logits.shape == (64, 10)

@@ -1,0 +1,67 @@
+"""What the search over scales adds to calibration: bits, fitness functions and methods at an equal number of forward passes, over seeds.
+
+Run by `make evolq-seeds`. Selection is by the fitness on calibration images; test accuracy is read once, at the end of each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = {
+    **{f"W{bits}A8 calibrated": (f"ptq=evolq_w{bits}a8", "~search") for bits in (8, 4, 3)},
+    **{f"W{bits}A8 infonce": (f"ptq=evolq_w{bits}a8",) for bits in (8, 4, 3)},
+    **{f"W3A8 {kind}": ("ptq=evolq_w3a8", f"search.fitness={kind}") for kind in ("mse", "kl", "cosine")},
+    "W3A8 random search": ("ptq=evolq_w3a8", "search.method=random"),
+    "W3A8 adam": ("ptq=evolq_w3a8", "search.method=adam"),
+    "W3A8 sgd": ("ptq=evolq_w3a8", "search.method=sgd"),
+}
+
+
+def run(script: str, run_dir: Path, *settings: str) -> dict:
+    """Run a command unless its results are there, and give them."""
+    results = run_dir / "results.json"
+    if not results.exists():
+        command = [sys.executable, str(ROOT / script), f"run_dir={run_dir}", *settings]
+        print("+", " ".join(["python", script, *command[2:]]), flush=True)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(results.read_text())
+
+
+def cell(values: list[float], form: str) -> str:
+    """Mean and sample deviation."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):{form}} +- {spread:{form}}"
+
+
+def main() -> None:
+    """Run what is not there yet, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=50, help="of the float nets")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("outputs/evolq"))
+    args = parser.parse_args()
+    found: dict[str, list[dict]] = {arm: [] for arm in ARMS}
+    for seed in args.seeds:
+        folder = args.out.absolute() / f"seed{seed}"
+        training = (f"trainer.max_epochs={args.epochs}", "optimizer.lr=3e-3", "scheduler.warmup_epochs=2")
+        run("train.py", folder / "fp", f"seed={seed}", "quant=fp", *training)
+        for arm, settings in ARMS.items():
+            start = f"ckpt={folder}/fp/checkpoints/best.ckpt"
+            found[arm].append(run("ptq.py", folder / arm.replace(" ", "_"), f"seed={seed}", start, *settings))
+    print(f"{'':22}{'top-1':>18}{'float top-1':>18}{'fitness before':>24}{'fitness':>24}{'seconds':>18}")
+    for arm, results in found.items():
+        row = [cell([r["top1"] for r in results], ".2f"), cell([r["top1_fp"] for r in results], ".2f")]
+        searches = [r["search"] for r in results if r.get("search")]
+        row += [cell([s[key] for s in searches], ".5f") if searches else "" for key in ("fitness_before", "fitness")]
+        row.append(cell([r["wall_seconds"] for r in results], ".1f"))
+        print(f"{arm:22}" + "".join(f"{value:>{width}}" for value, width in zip(row, (18, 18, 24, 24, 18), strict=True)))
+
+
+if __name__ == "__main__":
+    main()

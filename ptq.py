@@ -1,0 +1,18 @@
+"""Quantize a float net after its training: `python ptq.py ptq=fqvit_w4a8 ckpt=PATH`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from qat.tasks import cli
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="ptq")
+def main(cfg: DictConfig) -> float | None:
+    """Hand the composed config to the task."""
+    return cli.run("ptq", cfg)
+
+
+if __name__ == "__main__":
+    cli.expand_home()
+    main()
+    raise SystemExit(cli.exit_code())

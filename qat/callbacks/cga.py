@@ -1,0 +1,207 @@
+"""Confidence-guided annealing: late in training only weights near a decision threshold move. Source: OFQ, arXiv 2302.02210."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from qat.callbacks.common import layer_of, logs_now, net_of, parameter_of
+from qat.callbacks.freezing import IterativeFreezing
+from qat.callbacks.holding import Hold
+from qat.errors import UsageError
+from qat.functional.confidence import check_boundary, near_threshold
+from qat.quantizers import StatsQ
+from qat.sites import Site, iter_quantizers
+from qat.spec import check_choice, check_number, check_whole
+
+log = logging.getLogger(__name__)
+
+QK_POLICIES = ("reference", "product", "freeze")
+# 30 of 340 epochs in the paper's recipes.
+_DEFAULT_SHARE = 0.1
+
+
+class BandGate:
+    """Lets the gradient of a folded query-key matrix pass only where the matrix is near a threshold; a hook on its quantizer.
+
+    Args:
+        bits: of the quantizer.
+        boundary_range: half-width of the band, in codes.
+
+    Attributes:
+        active: off until annealing begins.
+    """
+
+    def __init__(self, bits: int, boundary_range: float) -> None:
+        self.bits, self.boundary_range, self.active = bits, boundary_range, False
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        """The matrix, detached outside the band."""
+        if not self.active:
+            return None
+        (matrix,) = args
+        return (torch.where(near_threshold(matrix, self.bits, self.boundary_range), matrix, matrix.detach()),)
+
+
+class CGA(Callback):
+    """In the epochs of annealing, freezes every weight of StatsQ that is not near a threshold, anew in each step.
+
+    Frozen entries get no gradient and are written back behind the step (`Hold`), so neither weight decay nor momentum moves them;
+    the moments go on decaying. Which entries these are is a function of the weights alone: all processes agree, nothing is
+    stored, a resumed run goes on exactly. Biases, norms, tokens, scales, offsets, stem and heads train as before.
+
+    Args:
+        boundary_range: half-width of the band around a threshold, in codes, 0 < value < 0.5.
+        epochs: how many epochs; None = up to the end of the run or, without `start_epoch`, its last tenth.
+        start_epoch: first epoch, counted from 0; None = such that the last `epochs` epochs anneal.
+        lr: constant learning rate while annealing; the schedule does not change it.
+        qk: what query and key weights do under query-key reparameterization. `reference` = they train freely, which is what the
+            paper's code does in effect; `product` = the gradient of the folded matrix is gated by that matrix's own band;
+            `freeze` = they are held.
+
+    Raises:
+        UsageError: a setting cannot work. In `setup`: the epochs do not fit the run, or there is nothing to anneal.
+    """
+
+    def __init__(
+        self,
+        boundary_range: float = 0.005,
+        epochs: int | None = None,
+        start_epoch: int | None = None,
+        lr: float = 1e-5,
+        qk: str = "reference",
+    ) -> None:
+        check_boundary("callbacks.cga.boundary_range", boundary_range)
+        check_number("callbacks.cga.lr", lr, 0, above=True)
+        check_choice("callbacks.cga.qk", qk, QK_POLICIES)
+        if epochs is not None:
+            check_whole("callbacks.cga.epochs", epochs, 1)
+        if start_epoch is not None:
+            check_whole("callbacks.cga.start_epoch", start_epoch, 0)
+        self.boundary_range, self.epochs, self.start_epoch, self.lr, self.qk = boundary_range, epochs, start_epoch, lr, qk
+        self._first, self._stop = 0.0, math.inf
+        self._active = False
+        self._sites: list[Site] = []
+        self._products: list[tuple[Site, BandGate]] = []
+        self._hold = Hold()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the epochs and the weights."""
+        if stage != "fit":
+            return
+        self._first, self._stop = self._span(trainer)
+        if any(isinstance(callback, IterativeFreezing) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise UsageError("callbacks.cga: callbacks.freeze holds the same weights; choose one of the two")
+        found = [site for site in iter_quantizers(net_of(pl_module)) if site.is_weight and isinstance(site.quantizer, StatsQ)]
+        self._sites = [site for site in found if site.role == "weight"]
+        self._products = [(s, BandGate(s.quantizer.spec.bits, self.boundary_range)) for s in found if s.role == "qk"]
+        if not found:
+            raise UsageError("callbacks.cga: this net has no weights with the statsq quantizer; use another quant=... or leave cga out")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hook into the optimizer's step, and into the folded matrices if they are gated."""
+        self._release()
+        self._active = False
+        self._hold.attach(trainer.optimizers)
+        if self.qk == "product":
+            self._handles = [site.quantizer.register_forward_pre_hook(gate) for site, gate in self._products]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the rate for whoever logs it by the epoch."""
+        self._pin_rate(trainer, trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Open or close the gates, keep the rate. Not by the epoch alone: a run resumed in the middle of one starts no epoch."""
+        active, was_active = self._anneals(trainer.current_epoch), self._active
+        self._active = active
+        for _, gate in self._products:
+            gate.active = active
+        self._pin_rate(trainer, trainer.current_epoch)
+        if active and not was_active:
+            log.info("cga: annealing from here, lr %.2e, band %g, %d weights, q and k: %s", self.lr, self.boundary_range, *self._kinds())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Set the rate of the next step, so that whoever logs rates sees the one in force."""
+        self._pin_rate(trainer, trainer.current_epoch + int(trainer.is_last_batch))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """Zero the gradients of frozen entries and remember their values; gradients are complete here, and clipped afterwards."""
+        if not self._anneals(trainer.current_epoch):
+            return
+        shares: dict[str, tuple[Tensor, int]] = {}
+        self._hold.hold(self._frozen(shares))
+        if logs_now(trainer):
+            self._log(pl_module, shares)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the hooks."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the hooks."""
+        self._release()
+
+    def _frozen(self, trainable: dict[str, tuple[Tensor, int]]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Every weight with its frozen entries; notes in `trainable` how many entries of each are not."""
+        for site in self._sites:
+            weight = parameter_of(site.latent())
+            near = near_threshold(weight, site.quantizer.spec.bits, self.boundary_range)
+            trainable[layer_of(site)] = (near.sum(), near.numel())
+            yield weight, ~near
+        if self.qk == "freeze":
+            for site, _ in self._products:
+                for name in ("q_weight", "k_weight"):
+                    weight = parameter_of(getattr(site.owner, name))
+                    yield weight, torch.ones_like(weight, dtype=torch.bool)
+
+    def _log(self, pl_module: LightningModule, trainable: dict[str, tuple[Tensor, int]]) -> None:
+        values = {f"cga/trainable/{layer}": near / n for layer, (near, n) in trainable.items()}
+        if trainable:
+            values["cga/trainable"] = torch.stack([near for near, _ in trainable.values()]).sum() / sum(n for _, n in trainable.values())
+        if self.qk == "product":
+            for site, gate in self._products:
+                near = near_threshold(site.latent(), gate.bits, gate.boundary_range)
+                values[f"cga/trainable_product/{layer_of(site)}"] = near.float().mean()
+        pl_module.log_dict(values, on_step=True, on_epoch=False)
+
+    def _anneals(self, epoch: int) -> bool:
+        return self._first <= epoch < self._stop
+
+    def _pin_rate(self, trainer: Trainer, epoch: int) -> None:
+        if not self._anneals(epoch):
+            return
+        for group in (g for optimizer in trainer.optimizers for g in optimizer.param_groups):
+            group["lr"] = self.lr * group.get("lr_scale", 1.0)
+
+    def _span(self, trainer: Trainer) -> tuple[float, float]:
+        """First epoch, and the one behind the last; that is infinity where annealing lasts to the end."""
+        total = trainer.max_epochs
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return 0, math.inf
+        if self.start_epoch is None:
+            if total is None or total < 0:
+                raise UsageError("callbacks.cga.start_epoch=None: a run without trainer.max_epochs has no last epochs; set it")
+            length = self.epochs or math.ceil(total * _DEFAULT_SHARE)
+            if length > total:
+                raise UsageError(f"callbacks.cga.epochs={length}: allowed are whole numbers from 1 to trainer.max_epochs={total}")
+            return total - length, math.inf
+        if total is not None and 0 <= total <= self.start_epoch:
+            raise UsageError(f"callbacks.cga.start_epoch={self.start_epoch}: allowed are 0 to below trainer.max_epochs={total}")
+        stop = math.inf if self.epochs is None else self.start_epoch + self.epochs
+        return self.start_epoch, math.inf if total is None or stop >= total >= 0 else stop
+
+    def _kinds(self) -> tuple[int, str]:
+        return len(self._sites), self.qk if self._products else "none"
+
+    def _release(self) -> None:
+        self._hold.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

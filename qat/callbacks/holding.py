@@ -1,0 +1,60 @@
+"""Keep entries of parameters where they are through an optimizer step, whatever the optimizer does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Hold:
+    """Zeroes gradients in front of a step and writes values back behind it.
+
+    A zero gradient is not enough: weight decay and the momentum of earlier steps would still move an entry. The values are written back in
+    a hook of the optimizer, so whoever looks at the weights after a step (averages, checkpoints) sees the held ones. Values that no step
+    followed, as when a gradient scaler skips one, are forgotten.
+
+    Args:
+        behind: called after values were written back.
+    """
+
+    def __init__(self, behind: Callable[[], None] | None = None) -> None:
+        self._behind = behind
+        self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Hook into the optimizers' steps."""
+        self.detach()
+        self._handles = [optimizer.register_step_post_hook(self._restore) for optimizer in optimizers]
+
+    def detach(self) -> None:
+        """Remove the hooks and forget what was held."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._held = [], []
+
+    @torch.no_grad()
+    def hold(self, entries: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        """Hold these entries, and no others, through the next step.
+
+        Args:
+            entries: parameters, and bool masks of their shape, True = hold.
+        """
+        self._held = []
+        for parameter, mask in entries:
+            if parameter.grad is not None:
+                # Not a product with the mask: NaN * 0 is NaN.
+                parameter.grad.masked_fill_(mask, 0.0)
+            self._held.append((parameter, mask, parameter.detach().clone()))
+
+    @torch.no_grad()
+    def _restore(self, *_: Any) -> None:
+        held, self._held = self._held, []
+        for parameter, mask, values in held:
+            parameter.copy_(torch.where(mask, values, parameter))
+        if held and self._behind is not None:
+            self._behind()

@@ -1,0 +1,194 @@
+"""How often weight codes flip while training, and activation codes between validations. Sources: Nagel et al., arXiv 2203.11086; OFQ."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from qat.callbacks.activation_codes import ActivationCodes, mean_share
+from qat.callbacks.common import layer_of, logs_now, net_of
+from qat.errors import UsageError
+from qat.files import write_text
+from qat.functional.confidence import check_boundary, near_step_threshold, near_threshold
+from qat.functional.oscillation import PackedOscillation, oscillation_step, pack_oscillation, unpack_oscillation
+from qat.quantizers import LSQ, StatsQ
+from qat.sites import Site, iter_quantizers
+from qat.spec import check_number, check_whole
+
+log = logging.getLogger(__name__)
+
+# Below it the 16 bits of a packed frequency no longer hold a whole step of its decay.
+_LOWEST_MOMENTUM = 0.0005
+FILE = "oscillation.csv"
+
+
+class Oscillation(Callback):
+    """Tracks the codes of weights in front of every n-th optimizer step, and of activations on one batch at every validation.
+
+    Logs, by layer and in total: `osc/share` of weights that oscillate, `osc/band` = share near a threshold; in total the mean
+    `osc/frequency`, and `osc/flips` so far; by site and as their mean: `osc/act_flipped` = share of activation codes that differ
+    from the validation before. The end of the run writes a table.
+
+    Memory: 3 bytes for each tracked weight (`PackedOscillation`, with its error bound), and one for each activation code of the probe.
+
+    Args:
+        momentum: weight of one look in the frequency, from 0.0005 to below 1.
+        threshold: a weight oscillates if its frequency is above it.
+        boundary_range: half-width of the band that `osc/band` counts, in codes, 0 < value < 0.5.
+        every_n_steps: optimizer steps between looks.
+        max_bits: weights of more bits are not tracked.
+        probe_images: images of the first validation batch whose activation codes are compared; 0 = none.
+        dirpath: folder of `oscillation.csv`; None = no file.
+
+    Raises:
+        UsageError: a setting cannot work. In `setup`: there is nothing to track.
+    """
+
+    def __init__(
+        self,
+        momentum: float = 0.01,
+        threshold: float = 0.005,
+        boundary_range: float = 0.005,
+        every_n_steps: int = 1,
+        max_bits: int = 4,
+        probe_images: int = 4,
+        dirpath: str | None = None,
+    ) -> None:
+        check_number("callbacks.oscillation.momentum", momentum, _LOWEST_MOMENTUM, below=1)
+        check_number("callbacks.oscillation.threshold", threshold, 0)
+        check_boundary("callbacks.oscillation.boundary_range", boundary_range)
+        check_whole("callbacks.oscillation.every_n_steps", every_n_steps, 1)
+        check_whole("callbacks.oscillation.max_bits", max_bits, 2)
+        check_whole("callbacks.oscillation.probe_images", probe_images, 0)
+        self.momentum, self.threshold, self.boundary_range = momentum, threshold, boundary_range
+        self.every_n_steps, self.max_bits, self.probe_images, self.dirpath = every_n_steps, max_bits, probe_images, dirpath
+        self._sites: list[Site] = []
+        self._packed: dict[str, PackedOscillation] = {}
+        self._flips: dict[str, Tensor] = {}
+        self._activations = ActivationCodes()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the weights."""
+        if stage != "fit":
+            return
+        self._packed, self._flips, self._activations = {}, {}, ActivationCodes()
+        self._sites = [s for s in iter_quantizers(net_of(pl_module)) if s.is_weight and s.quantizer.spec.bits <= self.max_bits]
+        if not self._sites:
+            raise UsageError(f"callbacks.oscillation.max_bits={self.max_bits}: this net has no quantized weights of so few bits")
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """Look at the codes of the forward pass that was."""
+        if trainer.global_step % self.every_n_steps == 0:
+            for site in self._sites:
+                self._look(site)
+        if logs_now(trainer) and self._packed:
+            pl_module.log_dict(self._figures(), on_step=True, on_epoch=False)
+
+    def _look(self, site: Site) -> None:
+        codes = site.quantizer.codes(site.latent())
+        packed = self._packed.get(site.name)
+        state = None
+        if packed is not None:
+            state = unpack_oscillation(PackedOscillation(*(t.to(codes.device) for t in packed)), self.momentum)
+        seen = oscillation_step(state, codes, self.momentum)
+        self._packed[site.name] = pack_oscillation(seen, self.momentum)
+        before = self._flips.get(site.name)
+        flips = seen.flips.sum(dtype=torch.int64)
+        self._flips[site.name] = flips if before is None else flips + before.to(flips.device)
+
+    def _in_band(self, site: Site) -> Tensor:
+        weight, quantizer = site.latent().detach(), site.quantizer
+        if isinstance(quantizer, StatsQ):
+            return near_threshold(weight, quantizer.spec.bits, self.boundary_range)
+        if isinstance(quantizer, LSQ):
+            spec = quantizer.spec
+            return near_step_threshold(weight, quantizer.scale, spec.qmin, spec.qmax, quantizer.axis, self.boundary_range)
+        return torch.zeros_like(weight, dtype=torch.bool)
+
+    def _measure(self, site: Site) -> Tensor:
+        """Of one tensor: weights, how many of them oscillate, sum of their frequencies, how many are in the band, flips; (5,) float32."""
+        frequency = unpack_oscillation(self._packed[site.name], self.momentum).frequency
+        sums = ((frequency > self.threshold).sum(), frequency.sum(), self._in_band(site).sum(), self._flips[site.name])
+        return torch.stack([s.float() for s in (torch.full_like(sums[0], frequency.numel()), *sums)])
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, Tensor]:
+        """By site name, (5,): weights, how many oscillate, sum of frequencies, how many are in the band, flips."""
+        return {site.name: self._measure(site) for site in self._sites if site.name in self._packed}
+
+    def _figures(self) -> dict[str, Tensor]:
+        measured = self.measure()
+        values: dict[str, Tensor] = {}
+        for site in self._sites:
+            n, oscillating, _, near, _ = measured[site.name].unbind()
+            values |= {f"osc/share/{layer_of(site)}": oscillating / n, f"osc/band/{layer_of(site)}": near / n}
+        n, oscillating, frequency, near, flips = torch.stack(list(measured.values())).sum(0).unbind()
+        return {**values, "osc/share": oscillating / n, "osc/frequency": frequency / n, "osc/band": near / n, "osc/flips": flips}
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Compare the activation codes of the probe with those of the validation before."""
+        outside = trainer.sanity_checking or trainer.state.fn != "fit"
+        if outside or batch_idx or dataloader_idx or not self.probe_images:
+            return
+        images = batch[0][: self.probe_images]
+        shares = self._activations.look(net_of(pl_module), images, trainer.precision_plugin.val_step_context())
+        if shares:
+            values = {"osc/act_flipped": mean_share(shares), **{f"osc/act_flipped/{name}": share for name, share in shares.items()}}
+            # Each process has a probe of its own; what is told is that of the first.
+            pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the table, say the totals."""
+        if not (trainer.is_global_zero and self._packed):
+            return
+        rows = [_row(site, values) for site, values in zip(self._sites, self.measure().values(), strict=True)]
+        total = {"layer": "total", "bits": "", **{k: sum(row[k] for row in rows) for k in ("weights", "oscillating", "in_band", "flips")}}
+        total["mean_frequency"] = sum(row["mean_frequency"] * row["weights"] for row in rows) / total["weights"]
+        share, near = (100 * total[key] / total["weights"] for key in ("oscillating", "in_band"))
+        log.info("oscillation: %.2f %% of %d weights oscillate, %.2f %% are near a threshold", share, total["weights"], near)
+        if self.dirpath is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_text(Path(self.dirpath) / FILE, _table([*rows, total]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen so far."""
+        weights = {name: {**packed._asdict(), "flips": self._flips[name]} for name, packed in self._packed.items()}
+        return {"weights": weights, "activations": dict(self._activations.codes)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        weights = state_dict["weights"]
+        self._packed = {name: PackedOscillation(state["codes"], state["memory"]) for name, state in weights.items()}
+        self._flips = {name: state["flips"] for name, state in weights.items()}
+        self._activations.codes = dict(state_dict["activations"])
+
+
+def _row(site: Site, values: Tensor) -> dict[str, Any]:
+    weights, oscillating, frequency, near, flips = values.tolist()
+    return {
+        "layer": layer_of(site),
+        "role": site.role,
+        "bits": site.quantizer.spec.bits,
+        "weights": int(weights),
+        "oscillating": int(oscillating),
+        "in_band": int(near),
+        "flips": int(flips),
+        "mean_frequency": frequency / weights,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

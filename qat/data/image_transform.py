@@ -1,0 +1,79 @@
+"""What evaluation does to one image from anywhere: a file, Pillow's image or an array."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from qat.data.arrays import to_pil, to_pixels
+from qat.data.base import ImageData
+from qat.data.encoded import as_labels, read_one
+from qat.data.imagefolder import FileImages
+from qat.data.settings import DataSettings
+from qat.data.transforms import eval_transform
+from qat.errors import UsageError
+
+AnyImage = Image.Image | NDArray[np.uint8] | str | Path
+CHANNELS = (1, 3)
+
+
+def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[AnyImage], Tensor]:
+    """A function from an image of any size to the tensor (C, H, W), float32, on which a net is evaluated.
+
+    It takes a path, Pillow's image, or an array (H, W), (H, W, 1) or (H, W, 3) of uint8; colours become grey or grey RGB where the
+    net wants that. It raises `UsageError` for anything else, and for a file that cannot be decoded.
+
+    Args:
+        settings: of a dataset (`data.settings`), or a data config as checkpoints hold it: a mapping with `_target_`, of which no code
+            is imported, or without it, of plain settings.
+
+    Raises:
+        UsageError: the settings cannot work, or `_target_` is a dataset that is not known here.
+    """
+    known = settings if isinstance(settings, DataSettings) else _settings(settings)
+    if known.in_chans not in CHANNELS:
+        raise UsageError(f"data.in_chans={known.in_chans}: image files have 1 (grey) or 3 (RGB) channels")
+    transform = eval_transform(known)
+
+    def apply(image: AnyImage) -> Tensor:
+        return transform(_pixels(image, known.in_chans))
+
+    return apply
+
+
+def _settings(config: Mapping[str, Any]) -> DataSettings:
+    target = config.get("_target_")
+    values = {key: value for key, value in config.items() if key != "_target_"}
+    if target is None:
+        return ImageData.complete(values)
+    for dataset in _datasets(ImageData):
+        if target in {f"{dataset.__module__}.{dataset.__qualname__}", f"qat.data.{dataset.__name__}"}:
+            return dataset.complete(values)
+    raise UsageError(f"data._target_={target!r}: is no dataset of qat, nor one that has been imported; import it, or give its settings")
+
+
+def _datasets(cls: Any) -> Iterator[type[ImageData]]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _datasets(subclass)
+
+
+def _pixels(image: AnyImage, chans: int) -> NDArray[np.uint8]:
+    """(H, W, chans)."""
+    if isinstance(image, str | Path):
+        return read_one(FileImages(np.asarray([os.fsencode(image)]), as_labels([0])), 0, chans)
+    if isinstance(image, Image.Image):
+        return to_pixels(image, chans)
+    if not isinstance(image, np.ndarray):
+        raise UsageError(f"image of type {type(image).__name__}: allowed are a path, Pillow's image and an array of uint8")
+    shaped = image[..., None] if image.ndim == 2 else image
+    if shaped.dtype != np.uint8 or shaped.ndim != 3 or shaped.shape[2] not in CHANNELS:
+        raise UsageError(f"image array {image.shape} of {image.dtype}: allowed are (H, W), (H, W, 1) and (H, W, 3) of uint8")
+    return to_pixels(to_pil(shaped), chans)

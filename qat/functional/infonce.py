@@ -1,0 +1,64 @@
+"""How far quantized logits are from float ones: the fitness of a search. Source: infoNCE of Evol-Q, arXiv 2308.10814; the rest is ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qat.spec import check_choice, check_number
+
+Fitness = Callable[[Tensor, Tensor], Tensor]
+FITNESSES = ("infonce", "mse", "kl", "cosine")
+TEMPERATURE = 3.0
+
+
+def info_nce(q: Tensor, k: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """2 T mean_i of -log softmax(S_i)[i], S = cosines between the rows of q and of k, divided by T.
+
+    All rows of `k` in the batch are candidates, so a batch must not be split.
+
+    Args:
+        q: (N, D) quantized logits.
+        k: (N, D) float logits; no gradient flows into them.
+        temperature: T, above 0.
+
+    Returns:
+        Scalar, float32, 0 for N = 1.
+    """
+    cosines = F.normalize(q.float(), dim=1) @ F.normalize(k.detach().float(), dim=1).T
+    return 2 * temperature * F.cross_entropy(cosines / temperature, torch.arange(len(q), device=q.device))
+
+
+def _mse(q: Tensor, k: Tensor) -> Tensor:
+    return F.mse_loss(q.float(), k.detach().float())
+
+
+def _kl(q: Tensor, k: Tensor) -> Tensor:
+    return F.kl_div(q.float().log_softmax(-1), k.detach().float().log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+def _cosine(q: Tensor, k: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(q.float(), k.detach().float(), dim=-1).mean()
+
+
+def logit_fitness(kind: str, temperature: float = TEMPERATURE) -> Fitness:
+    """A function (q, k) -> scalar, float32, the smaller the better, of quantized and float logits (N, D) each.
+
+    `infonce`: `info_nce`. `mse`: mean of (q - k)^2 over all entries. `kl`: mean over the rows of KL(softmax k || softmax q). `cosine`:
+    1 - mean cosine of q_i and k_i. The last three are 0 for equal logits and may be averaged over parts of a batch.
+
+    Args:
+        kind: one of `FITNESSES`.
+        temperature: of `infonce`, above 0.
+
+    Raises:
+        UsageError: unknown kind, temperature not above 0.
+    """
+    check_choice("fitness", kind, FITNESSES)
+    check_number("temperature", temperature, 0, above=True)
+    fitnesses: dict[str, Fitness] = {"infonce": partial(info_nce, temperature=temperature), "mse": _mse, "kl": _kl, "cosine": _cosine}
+    return fitnesses[kind]

@@ -1,0 +1,51 @@
+"""Dampening: a pull of weights towards the middle of their quantization cell. Source: Nagel et al., arXiv 2203.11086."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qat.errors import UsageError
+from qat.functional.oscillation import cosine_between
+from qat.losses.compose import LossTerm
+from qat.losses.context import StepContext
+from qat.quantizers.grid import has_grid, weight_grid
+from qat.sites import Site, iter_quantizers
+from qat.spec import check_whole
+
+
+class Dampening(LossTerm):
+    """Sum over weights of (w_q - clip(w, lowest level, highest level))^2, w_q held fixed; its factor grows from 0 along a cosine.
+
+    A weight on a level, and one beyond the outermost level, are left alone; one between two levels is pulled to the nearer. Under
+    QKR the folded matrix counts like any weight, and the gradient reaches both of its factors.
+
+    Args:
+        weight: factor at the end of the run, lambda in the paper.
+        max_bits: weights of more bits are left alone.
+    """
+
+    def __init__(self, weight: float = 0.1, max_bits: int = 4) -> None:
+        super().__init__(weight)
+        check_whole("loss term Dampening: max_bits", max_bits, 2)
+        self.max_bits = max_bits
+
+    def forward(self, step: StepContext) -> Tensor:
+        """Scalar, on the part of `weight` that is in force.
+
+        Raises:
+            UsageError: the net has no statsq or lsq weights of so few bits.
+        """
+        sites = [s for s in iter_quantizers(step.net) if s.is_weight and s.quantizer.spec.bits <= self.max_bits]
+        terms = [distance(site) for site in sites if has_grid(site.quantizer)]
+        if not terms:
+            raise UsageError(f"loss term Dampening: max_bits={self.max_bits}: this net has no statsq or lsq weights of so few bits")
+        return cosine_between(0.0, 1.0, step.progress) * torch.stack(terms).sum()
+
+
+def distance(site: Site) -> Tensor:
+    """Squared distance of the weights of a site to their levels, summed; float32, without gradient to the step size."""
+    weight, spec = site.latent().float(), site.quantizer.spec
+    step, shift = weight_grid(site.quantizer, weight.detach())
+    inside = weight.clamp((spec.qmin + shift) * step, (spec.qmax + shift) * step)
+    return (site.quantizer(weight).detach() - inside).square().sum()

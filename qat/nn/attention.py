@@ -1,0 +1,185 @@
+"""What quantized attentions of all families share: standard, and with query-key reparameterization. Source: OFQ, arXiv 2302.02210."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat.errors import UsageError
+from qat.functional.qkr import fold_q_bias, fold_qk
+from qat.nn.base import QuantModule
+from qat.nn.registry import SwapContext
+
+
+def refuse_qkr(why: str) -> NoReturn:
+    """Raise the `UsageError` of a net whose scores are no product x^T Wq^T Wk y.
+
+    Args:
+        why: what stands between, as in `this net <why>`.
+    """
+    raise UsageError(f"quant.attention='qkr': this net {why}, so Wq^T Wk is not its score; allowed here are standard, float")
+
+
+def split_heads(t: Tensor, num_heads: int) -> Tensor:
+    """(B, N, h*d) to (B, h, N, d)."""
+    return t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def qkv_bias(attention: nn.Module) -> Tensor | None:
+    """(3*h*d,), zeros for keys, of modules that keep `q_bias` and `v_bias` beside their `qkv`; None where they have none."""
+    q_bias, v_bias = attention.q_bias, attention.v_bias
+    if q_bias is None or v_bias is None:
+        return None
+    assert isinstance(q_bias, Tensor)  # noqa: S101  (narrows a type)
+    assert isinstance(v_bias, Tensor)  # noqa: S101
+    return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+
+
+def _quantized(t: Tensor, quantizer: nn.Module) -> Tensor:
+    """Quantize (B, h, N, d) as (B, N, h*d)."""
+    return split_heads(quantizer(t.transpose(1, 2).flatten(2)), t.shape[1])
+
+
+def add_window_mask(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Keep windows that a cyclic shift put together from seeing across the seam.
+
+    Args:
+        scores: (B*windows, h, N, N).
+        mask: (windows, N, N), 0 or -100, or None without a shift.
+    """
+    if mask is None:
+        return scores
+    return (scores.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1)).flatten(0, 1)
+
+
+class ScoredAttention(nn.Module):
+    """What both forms share: everything from the scores on.
+
+    Args:
+        attention: the timm module whose settings and output layers are taken over.
+        context: recipe and place.
+    """
+
+    def __init__(self, attention: Any, context: SwapContext) -> None:
+        super().__init__()
+        self.num_heads: int = attention.num_heads
+        self.head_dim: int = attention.head_dim if hasattr(attention, "head_dim") else attention.proj.in_features // attention.num_heads
+        self.groups: int = getattr(attention, "num_kv_groups", 1)
+        self.v_quantizer = context.act("v")
+        self.probs_quantizer = context.act("probs")
+        self.attn_drop = getattr(attention, "attn_drop", nn.Identity())
+        self.norm = getattr(attention, "norm", nn.Identity())
+        self.gate = getattr(attention, "gate", None)
+        self.proj = attention.proj
+        self.proj_drop = attention.proj_drop
+
+    def gather(self, scores: Tensor, v: Tensor) -> Tensor:
+        """Softmax, probabilities times values.
+
+        Args:
+            scores: (B, h, N, M), scaled, biased and masked.
+            v: (B, M, h*d), not yet quantized; fewer heads where groups of heads share theirs.
+
+        Returns:
+            (B, N, h*d).
+        """
+        probs = self.attn_drop(self.probs_quantizer(scores.softmax(dim=-1)))
+        values = self.shared(split_heads(self.v_quantizer(v), v.shape[-1] // self.head_dim))
+        return (probs @ values).transpose(1, 2).flatten(2)
+
+    def attend(self, scores: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """`gather`, then norm, gate and projection: (B, N, C_out). Only a gate reads x (B, N, C), the input of the attention."""
+        out = self.norm(self.gather(scores, v))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+    def shared(self, t: Tensor) -> Tensor:
+        """(B, h/groups, M, d) to (B, h, M, d): a group of query heads sees the same keys and values."""
+        return t if self.groups == 1 else t.repeat_interleave(self.groups, dim=1)
+
+    def n_scores(self, x: Tensor) -> int:
+        """Number of scores that an input (B, N, C) leads to; B counts windows."""
+        return x.shape[0] * self.num_heads * x.shape[1] ** 2
+
+
+class QuantAttention(ScoredAttention):
+    """Attention with quantized q, k, v and probabilities; a family adds `forward` and its own Linears for q, k and v."""
+
+    def __init__(self, attention: Any, context: SwapContext) -> None:
+        super().__init__(attention, context)
+        self.q_norm = getattr(attention, "q_norm", nn.Identity())
+        self.k_norm = getattr(attention, "k_norm", nn.Identity())
+        self.q_quantizer = context.act("q")
+        self.k_quantizer = context.act("k")
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Unscaled scores (B, h, N, M) of q (B, h, N, d) and k (B, h, M, d), each with one step per token, shared by the heads."""
+        return _quantized(q, self.q_quantizer) @ self.shared(_quantized(k, self.k_quantizer)).transpose(-2, -1)
+
+
+class QkrAttention(ScoredAttention, QuantModule):
+    """Query-key reparameterization: score[n, m] = Xq[n] . Q(M_h Xq[m]) with the quantized M_h = Wq_h^T Wk_h.
+
+    The four quantizers in front of a score are those of the input, of M, of the product (role `k`) and of the probabilities.
+
+    Args:
+        attention: the timm module, with its weights in `qkv`.
+        context: recipe and place.
+        bias: (3*h*d,) of queries, keys and values, or None. The key's is dropped: a softmax is blind to it.
+
+    Attributes:
+        q_weight: Wq (h*d, C), rows grouped by head; k_weight likewise.
+        q_bias: (h*d,) under `qk_bias=fold`, else None: the paper's code drops it, which changes the function.
+        product_offset: (h*C,) learnable offset in front of the product's quantizer: a bias of the folded linear map.
+    """
+
+    def __init__(self, attention: Any, context: SwapContext, bias: Tensor | None) -> None:
+        super().__init__(attention, context)
+        wq, wk, wv = attention.qkv.weight.detach().clone().chunk(3)
+        bq, _, bv = (None, None, None) if bias is None else bias.detach().clone().chunk(3)
+        self.q_weight, self.k_weight = nn.Parameter(wq), nn.Parameter(wk)
+        self.v = nn.Linear(wv.shape[1], wv.shape[0], bias=bv is not None, device="meta")
+        self.v.weight = nn.Parameter(wv)
+        if bv is not None:
+            self.v.bias = nn.Parameter(bv)
+        self.q_bias = nn.Parameter(bq) if bq is not None and context.recipe.qk_bias == "fold" else None
+        self.input_quantizer = context.act("input")
+        self.qk_quantizer = context.weight("qk")
+        self.k_quantizer = context.product()
+        offsets = context.recipe.offsets and context.recipe.act_quantizer != "float"
+        self.product_offset = nn.Parameter(wq.new_zeros(self.num_heads * wq.shape[1])) if offsets else None
+
+    def latent(self, role: str) -> Tensor:
+        """The folded matrix M (h*C, C) for `qk`."""
+        if role != "qk":
+            raise KeyError(role)
+        return fold_qk(self.q_weight, self.k_weight, self.num_heads)
+
+    def scores(self, xq: Tensor) -> Tensor:
+        """Unscaled scores (B, h, N, N) of the quantized input (B, N, C)."""
+        product = F.linear(xq, self.qk_quantizer(self.latent("qk")), self.product_offset)
+        # One step per (token, head): index token*h + head.
+        keys = self.k_quantizer(product.unflatten(-1, (self.num_heads, -1)).flatten(1, 2))
+        keys = keys.unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1)
+        scores = torch.matmul(xq.unsqueeze(1), keys)
+        if self.q_bias is None:
+            return scores
+        per_key = F.linear(xq, fold_q_bias(self.k_weight, self.q_bias, self.num_heads))
+        return scores + per_key.transpose(1, 2).unsqueeze(2)
+
+    def timm_weights(self) -> dict[str, Tensor]:
+        """The attention's own tensors as timm's module keeps them, detached; those of `proj` and further children are not among them.
+
+        A query bias that was dropped comes back as zeros, and so does the key bias.
+        """
+        state = {"qkv.weight": torch.cat([self.q_weight, self.k_weight, self.v.weight]).detach()}
+        if self.v.bias is not None:
+            state["qkv.bias"] = torch.cat([self._query_bias(), torch.zeros_like(self.v.bias), self.v.bias]).detach()
+        return state
+
+    def _query_bias(self) -> Tensor:
+        return torch.zeros_like(self.v.bias) if self.q_bias is None else self.q_bias

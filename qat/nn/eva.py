@@ -1,0 +1,77 @@
+"""Quantized attention with rotary positions: EVA-02, DINOv3, Perception Encoder (arXiv 2104.09864, 2303.11331)."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+
+from qat.nn.attention import QuantAttention, qkv_bias, refuse_qkr, split_heads
+from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.vit import masked
+
+
+class QuantRopeAttention(QuantAttention):
+    """Attention whose queries and keys are rotated by position, then quantized. Keeps timm's names, `qkv` fused or not.
+
+    Keys and values may have fewer heads than queries (grouped queries): each is quantized once, then shared by its group.
+    """
+
+    def __init__(self, attention: EvaAttention | AttentionRope, context: SwapContext) -> None:
+        super().__init__(attention, context)
+        self.scale = attention.scale
+        self.num_prefix_tokens = attention.num_prefix_tokens
+        self.rotate_half = attention.rotate_half
+        self.qkv = attention.qkv
+        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
+        self.q_bias, self.v_bias = getattr(attention, "q_bias", None), getattr(attention, "v_bias", None)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,  # noqa: FBT001, FBT002  (timm's signature)
+    ) -> Tensor:
+        """Map (B, N, C) to (B, N, C_out); rope (N - prefix, 2*d) or broadcastable, as timm makes it."""
+        q, k, v = self._projected(x)
+        q = self._rotated(self.q_norm(split_heads(q, self.num_heads)), rope)
+        k = self._rotated(self.k_norm(split_heads(k, self.num_heads // self.groups)), rope)
+        scores = self.scores(q, k) * self.scale
+        return self.attend(masked(scores, attn_mask, is_causal=is_causal), v, x)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries (B, N, h*d), keys and values."""
+        if self.qkv is None:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        qkv, bias = self.qkv(x), qkv_bias(self)
+        return (qkv if bias is None else qkv + bias).chunk(3, dim=-1)
+
+    def _rotated(self, t: Tensor, rope: Tensor | None) -> Tensor:
+        if rope is None:
+            return t
+        prefix, patches = t[:, :, : self.num_prefix_tokens], t[:, :, self.num_prefix_tokens :]
+        return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=self.rotate_half)], dim=2).type_as(t)
+
+
+@register_swap(EvaAttention, "attention")
+@register_swap(EvaAttention, "float_attention")
+@register_swap(AttentionRope, "attention")
+def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
+    """Standard attention, with a float recipe around float q, k, v and probabilities."""
+    assert isinstance(module, EvaAttention | AttentionRope)  # noqa: S101  (narrows a type)
+    return Swap(QuantRopeAttention(module, context))
+
+
+@register_swap(EvaAttention, "qkr_attention")
+@register_swap(AttentionRope, "qkr_attention")
+def swap_qkr_attention(module: nn.Module, context: SwapContext) -> NoReturn:
+    """Not possible.
+
+    Raises:
+        UsageError: always.
+    """
+    refuse_qkr("rotates queries and keys by position")

@@ -1,0 +1,244 @@
+"""Placement `fqvit`: quantizers also behind a layer, on scores and on the residual stream. Source: FQ-ViT, arXiv 2111.13824.
+
+What leaves a norm, an attention's values or GELU enters a Linear next, whose input quantizer does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import timm.layers as timm_layers
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat.errors import UsageError
+from qat.functional.int_layer_norm import integer_layer_norm
+from qat.nn.attention import ScoredAttention, split_heads
+from qat.nn.linear import QuantLinear
+from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.vit import masked
+from qat.quantizers import Affine
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def adopt(cls: type[M], module: nn.Module) -> M:
+    """A module of class `cls` with everything that `module` has: its parameters, buffers, children and settings, none of them copied."""
+    made = cls.__new__(cls)
+    made.__dict__.update(module.__dict__)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        made.__dict__[kind] = dict(module.__dict__[kind])
+    return made
+
+
+class IntegerLayerNorm(nn.LayerNorm):
+    """LayerNorm in integer arithmetic, between the quantizer in front of it and the one behind it.
+
+    Attributes:
+        between: these two; they belong to other modules.
+    """
+
+    between: tuple[Affine, Affine]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C) to multiples of the step behind."""
+        before, behind = self.between
+        if behind.scale is None:  # while `convert` finds out how many scales there are
+            return self.in_float(x)
+        return integer_layer_norm(x, before.scale, behind.scale, self.weight, self.bias).to(x.dtype)
+
+    def in_float(self, x: Tensor) -> Tensor:
+        """The norm that it stands for."""
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def wanted_norm(norm: nn.Module, context: SwapContext) -> nn.Module:
+    """The norm itself, or its integer form where the recipe has `layernorm=integer`."""
+    integer = context.recipe.layernorm == "integer" and isinstance(norm, nn.LayerNorm)
+    return adopt(IntegerLayerNorm, norm) if integer else norm
+
+
+class FqAttention(ScoredAttention):
+    """What leaves `qkv` has one quantizer, and there are two more, for the scores and for what leaves `proj`."""
+
+    def __init__(self, attention: Any, context: SwapContext) -> None:
+        super().__init__(attention, context)
+        self.scale = attention.scale
+        self.qkv = attention.qkv
+        self.v_quantizer = nn.Identity()  # type: ignore[assignment]
+        self.qkv_quantizer = context.act("qkv")
+        self.scores_quantizer = context.act("scores")
+        self.output_quantizer = context.act("output")
+
+    def quantized_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys (B, h, N, d), values (B, N, h*d)."""
+        q, k, v = self.qkv_quantizer(self.qkv(x)).chunk(3, dim=-1)
+        return split_heads(q, self.num_heads), split_heads(k, self.num_heads), v
+
+    def attend(self, scores: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """The base's, quantized."""
+        return self.output_quantizer(super().attend(scores, v, x))
+
+
+class FqVitAttention(FqAttention):
+    """`timm.layers.Attention`."""
+
+    def __init__(self, attention: timm_layers.Attention, context: SwapContext) -> None:
+        super().__init__(attention, context)
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (timm's signature)
+        """Map (B, N, C) to (B, N, C_out)."""
+        q, k, v = self.quantized_qkv(x)
+        scores = self.scores_quantizer(self.q_norm(q) @ self.k_norm(k).transpose(-2, -1) * self.scale)
+        return self.attend(masked(scores, attn_mask, is_causal=is_causal), v, x)
+
+
+class FqBlock(Block):
+    """`Block` with quantizers behind its MLP and behind both sums."""
+
+    norm1: nn.Module
+    norm2: nn.Module
+
+    def __init__(self, block: Block, context: SwapContext) -> None:
+        nn.Module.__init__(self)
+        self._modules.update(block._modules)
+        self.norm1, self.norm2 = wanted_norm(block.norm1, context), wanted_norm(block.norm2, context)
+        self.residual1_quantizer = context.act("residual")
+        self.mlp_quantizer = context.act("output")
+        self.residual2_quantizer = context.act("residual")
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (timm's signature)
+        """Map (B, N, C) to the same shape."""
+        attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        x = self.residual1_quantizer(x + self.drop_path1(self.ls1(attended)))
+        return self.residual2_quantizer(x + self.drop_path2(self.ls2(self.mlp_quantizer(self.mlp(self.norm2(x))))))
+
+
+class FqPatchEmbed(timm_layers.PatchEmbed):
+    """`PatchEmbed` with a quantizer behind it; made by `adopt`."""
+
+    output_quantizer: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, I, H, W) to (B, N, C), or what else timm makes of it."""
+        out: Tensor = self.output_quantizer(super().forward(x))
+        return out
+
+
+class FqHead(QuantLinear):
+    """A classifier with quantized logits."""
+
+    def __init__(self, linear: nn.Linear, context: SwapContext) -> None:
+        super().__init__(linear, context.input_quantizer(), context.weight())
+        self.output_quantizer = context.act("output")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., classes)."""
+        return self.output_quantizer(super().forward(x))
+
+
+class FqNet(VisionTransformer):
+    """The net itself: quantizers behind the joined tokens, the position embedding, and their sum."""
+
+    def add_quantizers(self, context: SwapContext) -> None:
+        """Put the quantizers beside timm's modules."""
+        self.tokens_quantizer = context.act("output")
+        self.positions_quantizer = nn.Identity() if self.pos_embed is None else context.act("output")
+        self.embedding_quantizer = context.act("residual")
+
+    def prefix(self) -> list[Tensor]:
+        """Class, distillation and register tokens, (1, n, C) each, in timm's order."""
+        found = (getattr(self, name, None) for name in ("cls_token", "dist_token", "reg_token"))
+        return [token for token in found if token is not None]
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        tokens = [token.expand(x.shape[0], -1, -1) for token in self.prefix()]
+        positions = None if self.pos_embed is None else self.positions_quantizer(self.pos_embed)
+        if positions is not None and self.no_embed_class:
+            x = x + positions
+        x = self.tokens_quantizer(torch.cat([*tokens, x], dim=1))
+        if positions is not None and not self.no_embed_class:
+            x = x + positions
+        return self.pos_drop(self.embedding_quantizer(x))
+
+    def connect(self) -> None:
+        """Tell each integer norm what stands on both sides of it.
+
+        Raises:
+            UsageError: one of them is no affine quantizer.
+        """
+        for name, norm, before, behind in self._norms():
+            if not isinstance(norm, IntegerLayerNorm):
+                continue
+            if not (isinstance(before, Affine) and isinstance(behind, Affine)):
+                raise UsageError(f"ptq.layernorm='integer': {name} has no affine quantizer on both sides; allowed here is float")
+            norm.between = (before, behind)
+
+    def _norms(self) -> Iterator[tuple[str, nn.Module, object, object]]:
+        """Name and module of each norm, and what stands in front of it and behind it."""
+        before: object = self.embedding_quantizer
+        for i, block in enumerate(self.blocks):
+            if not isinstance(block, FqBlock):
+                continue
+            yield f"blocks.{i}.norm1", block.norm1, before, getattr(getattr(block.attn, "qkv", None), "input_quantizer", None)
+            first = getattr(block.mlp, "fc1", None)
+            yield f"blocks.{i}.norm2", block.norm2, block.residual1_quantizer, getattr(first, "input_quantizer", None)
+            before = block.residual2_quantizer
+        yield "norm", self.norm, before, getattr(self.head, "input_quantizer", None)
+
+
+class FqDistilledNet(FqNet, VisionTransformerDistilled):
+    """With a distillation token and two heads."""
+
+
+@register_swap(VisionTransformer, "fqvit_net")
+@register_swap(VisionTransformerDistilled, "fqvit_net")
+def swap_net(module: nn.Module, context: SwapContext) -> Swap:
+    """The net stays the object it is and learns where its own quantizers are.
+
+    Raises:
+        UsageError: its position embedding follows the size of the image.
+    """
+    assert isinstance(module, VisionTransformer)  # noqa: S101  (narrows a type)
+    if module.dynamic_img_size:
+        raise UsageError("ptq.placement='fqvit': this net takes images of any size, and positions are quantized; allowed here is inputs")
+    ends_in_token = module.global_pool == "token" and isinstance(module.fc_norm, nn.Identity)
+    module.__class__ = FqDistilledNet if isinstance(module, VisionTransformerDistilled) else FqNet
+    module.add_quantizers(context)  # type: ignore[operator]
+    return Swap(module, children={"norm": wanted_norm(module.norm, context)} if ends_in_token else {})
+
+
+@register_swap(timm_layers.Attention, "fqvit")
+def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
+    """Attention of ViT."""
+    assert isinstance(module, timm_layers.Attention)  # noqa: S101  (narrows a type)
+    return Swap(FqVitAttention(module, context))
+
+
+@register_swap(Block, "fqvit")
+def swap_block(module: nn.Module, context: SwapContext) -> Swap:
+    """Block of ViT."""
+    assert isinstance(module, Block)  # noqa: S101  (narrows a type)
+    return Swap(FqBlock(module, context))
+
+
+@register_swap(timm_layers.PatchEmbed, "fqvit")
+def swap_patch_embed(module: nn.Module, context: SwapContext) -> Swap:
+    """Patch embedding."""
+    made = adopt(FqPatchEmbed, module)
+    made.output_quantizer = context.act("output")
+    return Swap(made)
+
+
+@register_swap(nn.Linear, "fqvit")
+def swap_linear(module: nn.Module, context: SwapContext) -> Swap:
+    """A Linear; the logits of a head are quantized."""
+    assert isinstance(module, nn.Linear)  # noqa: S101  (narrows a type)
+    if context.place == "head":
+        return Swap(FqHead(module, context))
+    return Swap(QuantLinear(module, context.input_quantizer(), context.weight()))

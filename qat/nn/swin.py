@@ -1,0 +1,118 @@
+"""Quantized Swin: window attention, and MLPs that see their input as a map. Source: OFQ, arXiv 2302.02210.
+
+Padding and the cyclic shift come before the attention, in timm's block; scales are per position inside a window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm.layers as timm_layers
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from torch import Tensor, nn
+
+from qat.nn.attention import QkrAttention, QuantAttention, add_window_mask, split_heads
+from qat.nn.linear import hint_mlp
+from qat.nn.registry import Swap, SwapContext, register_swap
+
+
+class _RelativeBias(nn.Module):
+    """timm's table of biases, one per head and pair of relative positions; float, added to scaled scores.
+
+    Attributes:
+        relative_position_bias_table: (relative positions, h).
+        relative_position_index: (N, N) rows of the table; made again by timm, not stored.
+    """
+
+    relative_position_bias_table: nn.Parameter
+    relative_position_index: Tensor
+
+    def take_table(self, attention: Any) -> None:
+        """Take over the table and its index."""
+        self.relative_position_bias_table = attention.relative_position_bias_table
+        self.register_buffer("relative_position_index", attention.relative_position_index, persistent=False)
+
+    def position_bias(self) -> Tensor:
+        """(h, N, N)."""
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+
+
+class QuantWindowAttention(QuantAttention, _RelativeBias):
+    """Standard window attention. Keeps timm's `qkv`, `proj` and `relative_position_bias_table`."""
+
+    def __init__(self, attention: WindowAttention, context: SwapContext) -> None:
+        super().__init__(attention, context)
+        self.scale = attention.scale
+        self.qkv = attention.qkv
+        self.take_table(attention)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map (B*windows, N, C) to the same shape; the mask (windows, N, N) is that of a cyclic shift."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        scores = self.scores(split_heads(q, self.num_heads), split_heads(k, self.num_heads)) * self.scale
+        return self.attend(add_window_mask(scores + self.position_bias(), mask), v, x)
+
+
+class QkrWindowAttention(QkrAttention, _RelativeBias):
+    """Query-key reparameterization inside each window."""
+
+    def __init__(self, attention: WindowAttention, context: SwapContext) -> None:
+        super().__init__(attention, context, attention.qkv.bias)
+        self.scale = attention.scale
+        self.take_table(attention)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map (B*windows, N, C) to the same shape; the mask (windows, N, N) is that of a cyclic shift."""
+        xq = self.input_quantizer(x)
+        scores = self.scores(xq) * self.scale + self.position_bias()
+        return self.attend(add_window_mask(scores, mask), self.v(xq), x)
+
+    def timm_weights(self) -> dict[str, Tensor]:
+        """The base's tensors and the table."""
+        return super().timm_weights() | {"relative_position_bias_table": self.relative_position_bias_table.detach()}
+
+
+class MapMlp(timm_layers.Mlp):
+    """timm's `Mlp` on the tokens of a map, seen as the map they are: (B, H*W, C) is worked on as (B, H, W, C).
+
+    Args:
+        mlp: the module whose layers are taken over.
+        columns: W, or 0 = one row of any length, where nothing depends on the shape of the map.
+    """
+
+    def __init__(self, mlp: timm_layers.Mlp, columns: int) -> None:
+        nn.Module.__init__(self)
+        self._modules.update(mlp._modules)
+        self.columns = columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H*W, C) to (B, H*W, C_out)."""
+        grid = (-1, self.columns) if self.columns else (1, -1)
+        return super().forward(x.unflatten(1, grid)).flatten(1, 2)
+
+
+register_swap(MapMlp, "linear")(hint_mlp)
+
+
+@register_swap(WindowAttention, "attention")
+def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
+    """Standard attention."""
+    assert isinstance(module, WindowAttention)  # noqa: S101  (narrows a type)
+    return Swap(QuantWindowAttention(module, context))
+
+
+@register_swap(WindowAttention, "qkr_attention")
+def swap_qkr_attention(module: nn.Module, context: SwapContext) -> Swap:
+    """Query-key reparameterization; the input of `v` is quantized already."""
+    assert isinstance(module, WindowAttention)  # noqa: S101  (narrows a type)
+    return Swap(QkrWindowAttention(module, context), {"v": "quantized"})
+
+
+@register_swap(SwinTransformerBlock, "linear")
+@register_swap(SwinTransformerV2Block, "linear")
+def see_map(module: nn.Module, context: SwapContext) -> Swap:
+    """The block stays; its `mlp`, to which timm hands a flattened map, learns the map's shape."""
+    assert isinstance(module, SwinTransformerBlock | SwinTransformerV2Block)  # noqa: S101  (narrows a type)
+    _, columns = timm_layers.to_2tuple(module.input_resolution) if context.recipe.map_scales == "column" else (0, 0)
+    return Swap(module, children={"mlp": MapMlp(module.mlp, columns)})

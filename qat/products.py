@@ -1,0 +1,112 @@
+"""Watch which matrix products a forward pass makes, whatever module makes them and by whatever function."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product.
+
+    Attributes:
+        module: name of the innermost module that was running.
+        macs: multiply-accumulates.
+        of_activations: no operand is a parameter; False for a layer's weight times its input.
+    """
+
+    module: str
+    macs: int
+    of_activations: bool
+
+
+def _matmul_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
+    return [out.numel() * args[0].shape[-1]]
+
+
+def _added_matmul_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
+    return [out.numel() * args[1].shape[-1]]
+
+
+def _attention_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
+    query, key = args[0], args[1] if len(args) > 1 else kwargs["key"]
+    scores = query[..., 0].numel() * key.shape[-2]
+    return [scores * query.shape[-1], scores * out.shape[-1]]
+
+
+def _einsum_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
+    """The product of all dimensions that occur, for two operands and an equation without ellipsis."""
+    equation, operands = args[0], args[1:] if isinstance(args[1], Tensor) else args[1]
+    if len(operands) != 2:
+        return []
+    sizes: dict[str, int] = {}
+    for letters, operand in zip(equation.split("->")[0].replace(" ", "").split(","), operands, strict=True):
+        sizes |= dict(zip(letters, operand.shape, strict=False))
+    macs = 1
+    for size in sizes.values():
+        macs *= size
+    return [macs]
+
+
+def _weight_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
+    return [out.numel() * weight[0].numel()]
+
+
+_Count = Callable[[tuple[Any, ...], dict[str, Any], Tensor], list[int]]
+_OF_ACTIVATIONS: dict[Any, _Count] = {
+    **dict.fromkeys([torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__], _matmul_macs),
+    **dict.fromkeys([torch.baddbmm, torch.addmm, Tensor.baddbmm, Tensor.addmm], _added_matmul_macs),
+    F.scaled_dot_product_attention: _attention_macs,
+    torch.einsum: _einsum_macs,
+}
+_OF_WEIGHTS: dict[Any, _Count] = dict.fromkeys([F.linear, F.conv1d, F.conv2d, F.conv3d], _weight_macs)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes products while it is on; `running` is the stack of names of modules."""
+
+    def __init__(self, running: list[str], found: list[Product]) -> None:
+        super().__init__()
+        self.running, self.found = running, found
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = _OF_ACTIVATIONS.get(func) or _OF_WEIGHTS.get(func)
+        if count is not None:
+            where = self.running[-1] if self.running else ""
+            by_weight = func in _OF_WEIGHTS or any(isinstance(a, nn.Parameter) for a in args)
+            self.found.extend(Product(where, macs, not by_weight) for macs in count(args, kwargs, out))
+        return out
+
+
+@contextlib.contextmanager
+def watching(net: nn.Module) -> Generator[list[Product]]:
+    """Collect the matrix products of what runs inside the block; the list fills as the net runs."""
+    running: list[str] = []
+    found: list[Product] = []
+    names = {id(module): name for name, module in net.named_modules()}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        running.append(names[id(module)])
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        running.pop()
+
+    handles = [m.register_forward_pre_hook(enter) for m in net.modules()]
+    handles += [m.register_forward_hook(leave, always_call=True) for m in net.modules()]
+    try:
+        with _Watch(running, found):
+            yield found
+    finally:
+        for handle in handles:
+            handle.remove()

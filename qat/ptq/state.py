@@ -1,0 +1,109 @@
+"""What a search leaves on the disk: every evaluation in `search.csv`, and after each visit all it needs to go on in `search.ckpt`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.errors import UsageError
+from qat.files import write_text, write_torch
+from qat.ptq.settings import SearchSettings
+
+STATE, LOG = "search.ckpt", "search.csv"
+COLUMNS = ("pass", "block", "cycle", "fitness", "accepted", "seconds", "images")
+
+
+@dataclass
+class SearchState:
+    """A search between two visits.
+
+    Attributes:
+        visits: how many are done.
+        fitness: of the scales as they are.
+        first: of the scales it began with.
+        scales: of all blocks, by block.
+        memory: what drivers remember, by block.
+        best: scales kept for what they did on validation images, and their accuracy; only with `reference_selection`.
+        lines: of `search.csv`, its header not counted.
+        evaluations: candidates so far.
+        accepted: candidates that became the incumbent.
+        given_up: candidates that lost a race.
+        images: forwarded for candidates, over all processes.
+        seconds: taken so far.
+    """
+
+    visits: int
+    fitness: float
+    first: float
+    scales: dict[str, Tensor]
+    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+    lines: int = 0
+    evaluations: int = 0
+    accepted: int = 0
+    given_up: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Digest of the values of some tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class SearchFiles:
+    """The two files of a search, in its run directory.
+
+    Args:
+        folder: the run directory.
+        settings: of the search.
+        inputs: `fingerprint` of all it starts from.
+    """
+
+    def __init__(self, folder: Path, settings: SearchSettings, inputs: str) -> None:
+        self.state_file, self.log_file = folder / STATE, folder / LOG
+        self.settings, self.inputs = settings, inputs
+
+    def write(self, state: SearchState) -> None:
+        """Replace `search.ckpt`; at every moment there is a complete one."""
+        write_torch(self.state_file, {"settings": self.settings.to_dict(), "inputs": self.inputs, **asdict(state)})
+
+    def read(self) -> SearchState | None:
+        """The state to go on from, None where there is none.
+
+        Raises:
+            UsageError: it is of another search, or cannot be read.
+        """
+        if not self.state_file.is_file():
+            return None
+        try:
+            content = torch.load(self.state_file, map_location="cpu", weights_only=True)
+            settings, inputs = content.pop("settings"), content.pop("inputs")
+            state = SearchState(**content)
+        except Exception as error:
+            raise UsageError(f"resume: {self.state_file} cannot be read; delete it to search from the start") from error
+        for name, value in self.settings.to_dict().items():
+            if settings.get(name) != value:
+                raise UsageError(f"search.{name}={value!r}: the search to resume has {settings.get(name)!r} ({self.state_file})")
+        if inputs != self.inputs:
+            raise UsageError(f"resume: {self.state_file} is of a net, or of calibration images, with other values than these")
+        return state
+
+    def start_log(self, lines: int) -> None:
+        """Cut `search.csv` to its header and `lines` more: those of a visit that was not finished are made again."""
+        kept = self.log_file.read_text(encoding="utf-8").splitlines()[1 : lines + 1] if lines and self.log_file.is_file() else []
+        write_text(self.log_file, "\n".join([",".join(COLUMNS), *kept]) + "\n")
+
+    def log(self, lines: Sequence[Sequence[Any]]) -> None:
+        """Append lines."""
+        with self.log_file.open("a", encoding="utf-8") as file:
+            file.writelines(",".join(str(value) for value in line) + "\n" for line in lines)

@@ -1,0 +1,64 @@
+"""Switches that change how a step is computed, not what it computes."""
+
+from __future__ import annotations
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from qat.errors import UsageError
+from qat.spec import QuantRecipe
+
+HALF_MASTERS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
+
+
+def use_grad_checkpointing(cfg: DictConfig, net: nn.Module) -> None:
+    """Keep only what enters each block under `model.grad_checkpointing=true`; the rest is computed again in the backward pass.
+
+    Raises:
+        UsageError: the model cannot.
+    """
+    if not OmegaConf.select(cfg, "model.grad_checkpointing"):
+        return
+    try:
+        net.set_grad_checkpointing(enable=True)  # type: ignore[operator]
+    except (AttributeError, TypeError, AssertionError) as error:
+        raise UsageError(f"model.grad_checkpointing=true: {cfg.model.name} cannot do that; allowed is false") from error
+
+
+def check_precision(cfg: DictConfig, recipe: QuantRecipe) -> None:
+    """Quantized nets need float masters: a step of 1e-3 of a weight is lost in 8 bits of mantissa, and no code ever changes.
+
+    Raises:
+        UsageError: `trainer.precision` would turn the weights of a quantized net into bf16 or fp16.
+    """
+    if recipe.name != "fp" and str(cfg.trainer.precision) in HALF_MASTERS:
+        allowed = "32-true, bf16-mixed, 16-mixed, 64-true"
+        raise UsageError(f"trainer.precision={cfg.trainer.precision!r}: a quantized net needs float master weights; allowed are {allowed}")
+
+
+def check_compiler(cfg: DictConfig, device: torch.device) -> None:
+    """Compile one addition under `compile=true`, so that a missing compiler shows at once.
+
+    Raises:
+        UsageError: `compile` is neither true nor false, or torch cannot compile for `device`.
+    """
+    if not isinstance(cfg.compile, bool):
+        raise UsageError(f"compile={cfg.compile!r}: allowed are true and false")
+    if not cfg.compile:
+        return
+    try:
+        torch.compile(_increment)(torch.zeros(2, device=device))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"compile=true: torch cannot compile for {device.type} here ({reason}); allowed is false") from error
+
+
+def _increment(x: Tensor) -> Tensor:
+    return x + 1
+
+
+def compile_net(cfg: DictConfig, net: nn.Module) -> None:
+    """Compile the net in place, as one graph, under `compile=true`; names in its state dict stay what they are."""
+    if cfg.compile:
+        net.compile(fullgraph=True)

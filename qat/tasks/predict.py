@@ -1,0 +1,182 @@
+"""`eval.py predict=FOLDER_OR_IMAGE`: what a net takes images without labels for."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from qat.data import DataSettings, ImageData, image_transform
+from qat.data.encoded import ImageError
+from qat.data.imagefolder import EXTENSIONS
+from qat.errors import UsageError
+from qat.files import write_text
+from qat.spec import QuantRecipe
+from qat.tasks import summary
+
+log = logging.getLogger(__name__)
+
+RANKS = 5
+SHOWN_IMAGES, SHOWN_RANKS = 10, 3
+FILE = "predictions.csv"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A net and what it is evaluated on, built and checked.
+
+    Attributes:
+        name: the net's, by timm.
+        recipe: how it is quantized.
+        data: how its images are prepared; read only for an accuracy.
+        classes: names of its classes, or their ids as text.
+    """
+
+    net: nn.Module
+    name: str
+    recipe: QuantRecipe
+    data: ImageData
+    classes: list[str]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one image.
+
+    Attributes:
+        path: of its file.
+        ranks: names and probabilities, the likeliest first.
+    """
+
+    path: str
+    ranks: list[tuple[str, float]]
+
+
+def find_images(where: str) -> list[Path]:
+    """One image, or all below a folder in the order of their paths, hidden ones left out.
+
+    Raises:
+        UsageError: there is no such file or folder, or it holds no images.
+    """
+    root = Path(where)
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise UsageError(f"predict={where!r}: no such file or folder")
+    found: list[Path] = []
+    for at, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(at) / name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    if not found:
+        raise UsageError(f"predict={where!r}: the folder holds no images; known are {', '.join(EXTENSIONS)}")
+    return sorted(found)
+
+
+def predict(cfg: DictConfig, subject: Subject, paths: list[Path], trainer: Trainer) -> None:
+    """Write `predictions.csv` into the run directory and show its first lines.
+
+    Raises:
+        UsageError: more than one device is asked for, or an image cannot be decoded (under `data.on_error=skip`, all of them).
+    """
+    if trainer.world_size > 1:
+        raise UsageError(f"trainer.devices={cfg.trainer.devices!r}: predictions are made on one device; allowed is 1")
+    settings = subject.data.settings
+    module = _Ranking(subject.net, min(RANKS, len(subject.classes)))
+    batches = trainer.predict(module, dataloaders=_loader(paths, settings), return_predictions=True) or []
+    done = [
+        Prediction(str(paths[row]), [(subject.classes[one], share) for one, share in zip(ids, shares, strict=True)])
+        for rows, all_ids, all_shares in batches
+        for row, ids, shares in zip(rows.tolist(), all_ids.tolist(), all_shares.tolist(), strict=True)
+    ]
+    if not done:
+        raise UsageError(f"data.on_error=skip: none of {len(paths)} images below predict={str(cfg.predict)!r} can be decoded")
+    write_text(Path(cfg.run_dir) / FILE, as_csv(done))
+    log.info(summary.lines("predictions", _table(done)))
+    left_out = f", {len(paths) - len(done)} left out" if len(done) < len(paths) else ""
+    log.info("%d images%s: %s", len(done), left_out, Path(cfg.run_dir) / FILE)
+
+
+def as_csv(predictions: list[Prediction]) -> str:
+    """A line per image: path, then class and probability by rank."""
+    columns = [f"{what}_{rank}" for rank in range(1, len(predictions[0].ranks) + 1) for what in ("class", "probability")]
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", *columns])
+    for one in predictions:
+        writer.writerow([one.path, *(cell for name, share in one.ranks for cell in (name, f"{share:.6f}"))])
+    return text.getvalue()
+
+
+def _table(predictions: list[Prediction]) -> dict[str, str]:
+    def shown(one: Prediction) -> str:
+        return ", ".join(f"{name.partition(',')[0]} {100 * share:.1f} %" for name, share in one.ranks[:SHOWN_RANKS])
+
+    rows = {one.path: shown(one) for one in predictions[:SHOWN_IMAGES]}
+    more = len(predictions) - len(rows)
+    return rows | ({"...": f"{more} more"} if more else {})
+
+
+class _Files(Dataset[tuple[int, Tensor] | None]):
+    """Image files behind the evaluation transform; None for one that is skipped."""
+
+    def __init__(self, paths: list[Path], settings: DataSettings) -> None:
+        self.paths, self.on_error = paths, settings.on_error
+        self.transform: Callable[[Path], Tensor] = image_transform(settings)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> tuple[int, Tensor] | None:
+        try:
+            return row, self.transform(self.paths[row])
+        except ImageError as error:
+            if self.on_error == "raise":
+                raise
+            log.warning("data.on_error=skip: %s; left out", error)
+            return None
+
+
+def _collate(items: list[tuple[int, Tensor] | None]) -> tuple[Tensor, Tensor]:
+    """Indices (B,) and images (B, C, H, W) of those that could be decoded."""
+    decoded = [item for item in items if item is not None]
+    return torch.tensor([row for row, _ in decoded], dtype=torch.long), torch.stack([x for _, x in decoded]) if decoded else torch.empty(0)
+
+
+def _loader(paths: list[Path], settings: DataSettings) -> DataLoader:
+    # Starting workers costs more than one batch.
+    workers = settings.num_workers if len(paths) > settings.batch_size else 0
+    return DataLoader(_Files(paths, settings), batch_size=settings.batch_size, num_workers=workers, collate_fn=_collate)
+
+
+class _Ranking(LightningModule):
+    """The `ranks` likeliest classes of each image."""
+
+    def __init__(self, net: nn.Module, ranks: int) -> None:
+        super().__init__()
+        self.net, self.ranks = net, ranks
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices of the images (B,), class ids and probabilities (B, ranks)."""
+        rows, images = batch
+        if not len(rows):
+            return rows, rows.new_empty(0, self.ranks), torch.empty(0, self.ranks)
+        shares, ids = self.net(images).float().softmax(dim=-1).topk(self.ranks)
+        return rows, ids, shares
+
+
+def class_names(stored: object, data: ImageData, count: int) -> list[str]:
+    """Names of `count` classes: those stored with the net, else those known for the data, else ids."""
+    for names in (stored, data.named_classes()):
+        if isinstance(names, list) and len(names) == count:
+            return [str(name) for name in names]
+    return [str(number) for number in range(count)]

@@ -1,0 +1,191 @@
+"""`ptq.py`: quantize a float net after its training: calibrate, evaluate once, write `quantized.ckpt`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer, seed_everything
+from omegaconf import DictConfig
+from torch import Tensor
+
+from qat.checkpoint import read_checkpoint, save
+from qat.conversion import conversion_of, conversion_report, convert
+from qat.cost import cost
+from qat.data import ImageData
+from qat.errors import UsageError
+from qat.files import write_text
+from qat.lit.loggers import close
+from qat.ptq import calibrate
+from qat.ptq.ranks import Ranks
+from qat.ptq.settings import SearchSettings
+from qat.ptq_spec import PtqRecipe
+from qat.spec import check_whole
+from qat.tasks import build, summary
+from qat.tasks.checks import check_settings
+from qat.tasks.evaluate import build_subject, measure, origin
+from qat.tasks.predict import Subject
+from qat.tasks.repeat import recorded
+from qat.tasks.results import recipe_fields, write_results
+from qat.tasks.search import build_search, run_search
+
+log = logging.getLogger(__name__)
+
+FILE = "quantized.ckpt"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a run is made of, built and checked.
+
+    Attributes:
+        subject: the float net.
+        quantized: a copy of it that is converted; its scales are filled later on.
+        search: what follows the calibration, None = nothing.
+        batches: calibration images, (batch, C, H, W) each.
+    """
+
+    subject: Subject
+    quantized: Subject
+    search: SearchSettings | None
+    batches: list[Tensor]
+    trainer: Trainer
+
+
+def ptq(cfg: DictConfig) -> float:
+    """Quantize one float net.
+
+    Args:
+        cfg: composed from `conf/ptq.yaml`; `cfg.run_dir` is the job's directory.
+
+    Returns:
+        Top-1 of the quantized net in percent.
+
+    Raises:
+        UsageError: a setting, path or file cannot work.
+    """
+    began = time.monotonic()
+    run = _build(cfg)
+    subject, net = run.quantized, run.quantized.net
+    write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
+    _announce(cfg, run)
+    top1_fp = _measure(run.trainer, run.subject, "float")["top1"]
+    net.to(run.trainer.strategy.root_device)
+    ranks = Ranks(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else Ranks()
+    figures: dict[str, Any] = {"calibration": _calibrate(run, ranks)}
+    figures |= run_search(cfg, run.search, subject, run.batches, run.trainer, ranks)
+    if not cfg.trainer.fast_dev_run and run.trainer.is_global_zero:
+        save(net, Path(cfg.run_dir) / FILE, **_described(cfg, subject.data))
+    found = _measure(run.trainer, subject, "quantized")
+    close(run.trainer.loggers)
+    outcome = {"weights": origin(cfg), "top1_fp": top1_fp, "wall_seconds": round(time.monotonic() - began, 1)}
+    results = write_results(cfg, model=subject.name, **recipe_fields(subject.recipe), **found, **figures, **outcome)
+    log.info("%s top-1 %.2f %% in float, %.2f %% quantized; outputs in %s", found["split"], top1_fp, found["top1"], cfg.run_dir)
+    return float(results["top1"])
+
+
+def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe:
+    """The recipe of `cfg.ptq`.
+
+    Raises:
+        UsageError: it has a key that is no knob, or a value that cannot work.
+    """
+    settings = build.plain(cfg.ptq)
+    knobs = [field.name for field in dataclasses.fields(PtqRecipe)]
+    for key in settings:
+        if key not in {*knobs, "batch"}:
+            raise UsageError(f"ptq.{key}: allowed are batch, {', '.join(knobs)}")
+    return PtqRecipe(**{key: value for key, value in settings.items() if key != "batch"})
+
+
+def calibration_batches(cfg: DictConfig, data: ImageData) -> list[Tensor]:
+    """Training images in whole batches of `ptq.batch`; a rest that fills none is left out.
+
+    Raises:
+        UsageError: there are too few images for one batch.
+    """
+    wanted, size = data.settings.calibration_images, cfg.ptq.batch
+    if wanted < size:
+        raise UsageError(f"data.calibration_images={wanted}: less than one batch; allowed are whole numbers from ptq.batch={size}")
+    batches = [batch for batch in data.calibration_batches(size) if len(batch) == size]
+    if not batches:
+        raise UsageError(f"ptq.batch={size}: the data have {len(data.split('train'))} training images, which fill no batch of this size")
+    return batches
+
+
+def _build(cfg: DictConfig) -> Run:
+    check_settings(cfg)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    check_whole("ptq.batch", cfg.ptq.batch, 1)
+    recipe, search = build_ptq_recipe(cfg), build_search(cfg)
+    _refuse_used(Path(cfg.run_dir), allowed=bool(cfg.overwrite or cfg.resume))
+    build.import_modules(cfg)
+    subject = build_subject(cfg)
+    if cfg.data.seed == cfg.seed:  # so that a run that is repeated from its config.yaml with another seed has other images
+        cfg.data.seed = "${seed}"
+    if conversion_of(subject.net) is not None:
+        held = summary.describe_recipe(subject.recipe).partition(":")[0]
+        raise UsageError(f"ckpt={str(cfg.ckpt)!r}: is quantized already ({held}); post-training quantization starts from a float net")
+    batches = calibration_batches(cfg, subject.data)
+    trainer = build.build_trainer(cfg, [], build.build_loggers(cfg))
+    net = convert(copy.deepcopy(subject.net), recipe, input_size=subject.data.input_size)
+    (Path(cfg.run_dir) / FILE).unlink(missing_ok=True)
+    return Run(subject, dataclasses.replace(subject, net=net, recipe=recipe), search, batches, trainer)
+
+
+def _refuse_used(run_dir: Path, *, allowed: bool) -> None:
+    used = sorted([*run_dir.glob("*.ckpt"), *run_dir.glob("checkpoints/*.ckpt")])
+    if used and not allowed:
+        held = used[-1].relative_to(run_dir)
+        raise UsageError(f"run_dir={str(run_dir)!r} holds {held} already; choose another run_dir or set overwrite=true")
+
+
+def _announce(cfg: DictConfig, run: Run) -> None:
+    data, trainer = run.subject.data, run.trainer
+    entries = {
+        "model": summary.describe_model(run.subject.name, run.subject.net, data),
+        "recipe": summary.describe_recipe(run.quantized.recipe),
+        "data": summary.describe_data(type(data).__name__.lower(), data),
+        "calibration": f"{len(run.batches)} batches of {cfg.ptq.batch} training images, seed {data.settings.seed}",
+        "weights": origin(cfg),
+        "device": f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}",
+        "outputs": str(cfg.run_dir),
+    }
+    log.info(summary.lines("qat: post-training quantization", entries))
+    report = conversion_report(run.quantized.net)
+    write_text(Path(cfg.run_dir) / "conversion.txt", report.to_text() + "\n")
+    log.info(summary.compact(report))
+
+
+def _measure(trainer: Trainer, subject: Subject, what: str) -> dict[str, Any]:
+    """Evaluate a net: keys of `results.json`."""
+    log.info("%s net", what)
+    return measure(subject, trainer, cost(subject.net, subject.data.input_size))
+
+
+def _calibrate(run: Run, ranks: Ranks) -> dict[str, Any]:
+    """Fill the scales; gives what `results.json` says of it."""
+    began = time.monotonic()
+    count = len(run.batches)
+    if ranks.world > count:
+        raise UsageError(
+            f"trainer.devices={ranks.world}: {count} batches of calibration images leave some with none; allowed are up to {count}"
+        )
+    done = calibrate(run.quantized.net, [run.batches[i] for i in ranks.own(count)], ranks=ranks)
+    seconds, images = round(time.monotonic() - began, 2), sum(len(batch) for batch in run.batches)
+    log.info("%d scales from %d images in %.1f s", done.scales, images, seconds)
+    all_of_them = {"images": images, "batches": count, "seconds": seconds, "seed": run.subject.data.settings.seed}
+    return dataclasses.asdict(done) | all_of_them
+
+
+def _described(cfg: DictConfig, data: ImageData) -> dict[str, Any]:
+    """What `qat.save` is told beside the net: its constructor and its data."""
+    meta = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format).meta if cfg.ckpt else None
+    model = {"name": cfg.model.name, "kwargs": build.model_args(cfg)} if meta is None else meta["model"]
+    return {"model": model["name"], "model_kwargs": model["kwargs"], "data": build.plain(cfg.data), "classes": data.named_classes()}

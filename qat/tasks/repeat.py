@@ -1,0 +1,93 @@
+"""`config.yaml`: what a run was made of, and the input of a run like it.
+
+The file has every value as it was. What the composed config had by reference to other keys (`data.seed: ${seed}`) is listed under
+`follows`, so that a run that is repeated with another directory, seed or number of bits is all of one piece. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from qat.errors import UsageError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+FOLLOWS = "follows"
+# In the file a reference is written with another mark: there it is text.
+MARK, IN_FILE = "${", "@{"
+# What Hydra has to be told by a primary config: the job's directory, and the lines on the terminal.
+DEFAULTS = ["_self_", *({f"override hydra/{group}": "qat"} for group in ("output", "job_logging", "help"))]
+# They speak of a run's directory, not of the run.
+OF_THE_DIRECTORY = {"resume": False, "overwrite": False}
+
+
+class ConfFolder(SearchPathPlugin):
+    """Has Hydra look into `conf/` also where the primary config is somewhere else (`--config-path`)."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append it, behind whatever is there."""
+        search_path.append(provider="qat", path=f"file://{CONF}")
+
+
+def register() -> None:
+    """Make `ConfFolder` known to Hydra."""
+    Plugins.instance().register(ConfFolder)
+
+
+def recorded(cfg: DictConfig) -> str:
+    """The text of `config.yaml`.
+
+    Args:
+        cfg: config of a run, `cfg.run_dir` its directory.
+    """
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    follows = dict(_references(OmegaConf.to_container(cfg, resolve=False)))
+    # A sweep's directory is that of the jobs beside it.
+    kept = {key: value for key, value in values.items() if key not in {"sweep_dir", FOLLOWS}}
+    settled = {key: value for key, value in OF_THE_DIRECTORY.items() if key in kept}
+    return OmegaConf.to_yaml(OmegaConf.create({"defaults": DEFAULTS, **kept, **settled, FOLLOWS: follows}))
+
+
+def _references(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Keys whose value is made of others', and how."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _references(value, (*path, str(key)))
+    elif isinstance(node, str) and MARK in node:
+        yield ".".join(path), node.replace(MARK, IN_FILE)
+
+
+def follow(cfg: DictConfig, overrides: list[str]) -> None:
+    """Put the references back into a config that Hydra read from a run's `config.yaml`; leave any other as it is.
+
+    Args:
+        cfg: as Hydra composed it, `cfg.run_dir` the directory of the new run.
+        overrides: of the command line, `seed=1`; what they set stays.
+
+    Raises:
+        UsageError: the run would write into the directory of the one that it repeats.
+    """
+    follows = cfg.get(FOLLOWS)
+    if follows is None:
+        return
+    given = {override.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".") for override in overrides}
+    if "run_dir" not in given:
+        raise UsageError("run_dir is not set: the run that is repeated has its outputs there; choose another directory with run_dir=PATH")
+    with open_dict(cfg):
+        for key, reference in follows.items():
+            if not any(key == one or key.startswith(f"{one}.") for one in given):
+                _put(cfg, key, reference.replace(IN_FILE, MARK))
+        del cfg[FOLLOWS]
+
+
+def _put(cfg: DictConfig, key: str, reference: str) -> None:
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if OmegaConf.is_dict(node) and name in node:
+        node[name] = reference

@@ -1,0 +1,32 @@
+"""Functions that config files call as `${name:arguments}`. Imports nothing heavy, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from omegaconf import OmegaConf
+
+SWIN_STAGES = 4
+
+
+def swin_patch(image_size: int, wanted: int | None) -> int:
+    """Patch of a Swin, in pixels: the one wanted (4 if that is None), halved until its four stages have something to merge."""
+    patch = wanted or 4
+    while patch > 1 and image_size // patch < 2 ** (SWIN_STAGES - 1):
+        patch //= 2
+    return patch
+
+
+def swin_window(image_size: int, patch: int, own: int) -> int:
+    """Window of a Swin, in patches: its own, or the largest below it that divides the side of the map; shifting needs two windows."""
+    side = image_size // patch
+    return next((window for window in (own, *range(own - 1, 1, -1)) if side % window == 0 and window < side), own)
+
+
+def none_of(*values: object) -> bool:
+    """True if no value is set: a recipe's own start gives way to another one, and to a dry run that downloads nothing."""
+    return not any(values)
+
+
+def register() -> None:
+    """Make them known to OmegaConf."""
+    for function in (swin_patch, swin_window, none_of):
+        OmegaConf.register_new_resolver(function.__name__, function, replace=True)

@@ -1,0 +1,75 @@
+"""The step of `ptq.py` between calibration and evaluation: `search=...` changes scales until the logits are closer to the float ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from qat.errors import UsageError
+from qat.lit.evaluate import evaluate
+from qat.ptq import in_float
+from qat.ptq.fitness import logits_of
+from qat.ptq.ranks import Ranks
+from qat.ptq.search import SearchOptions, search
+from qat.ptq.settings import SearchSettings
+from qat.ptq.state import STATE
+from qat.tasks import build
+from qat.tasks.predict import Subject
+
+log = logging.getLogger(__name__)
+
+
+def build_search(cfg: DictConfig) -> SearchSettings | None:
+    """The settings of `cfg.search`, None where there is no search.
+
+    Raises:
+        UsageError: it has a key that is no setting, or a value that cannot work.
+    """
+    if cfg.resume not in {False, True, "auto"}:
+        raise UsageError(f"resume={cfg.resume!r}: allowed are false, true, auto")
+    if cfg.resume is True and not (Path(cfg.run_dir) / STATE).is_file():
+        raise UsageError(f"resume=true: run_dir={str(cfg.run_dir)!r} has no {STATE}; resume=auto starts where there is none")
+    settings = build.plain(OmegaConf.select(cfg, "search"))
+    if not settings:
+        return None
+    names = [field.name for field in dataclasses.fields(SearchSettings)]
+    for key in settings:
+        if key not in names:
+            raise UsageError(f"search.{key}: allowed are {', '.join(names)}")
+    return SearchSettings(**settings)
+
+
+def run_search(
+    cfg: DictConfig, settings: SearchSettings | None, subject: Subject, batches: list[Tensor], trainer: Trainer, ranks: Ranks
+) -> dict[str, Any]:
+    """Search on a calibrated net, in place; gives what `results.json` says of it, nothing where there is no search.
+
+    Args:
+        cfg: the job's config; `search.csv` and `search.ckpt` go to its `run_dir`.
+        settings: see `build_search`.
+        subject: the net, which is on its device.
+        batches: calibration images, the same in every process.
+        trainer: whose device validation images go to.
+        ranks: processes that share the work.
+    """
+    if settings is None:
+        return {}
+    net, data = subject.net.eval(), subject.data
+    with torch.no_grad(), in_float(net):
+        targets = [logits_of(net, batch, settings.micro_batch) for batch in batches]
+
+    def accuracy() -> float:
+        device = trainer.strategy.root_device
+        return evaluate(net, data.val_dataloader(), data.settings.num_classes, device)["top1"]
+
+    options = SearchOptions(group=ranks.group)
+    found = search(net, batches, targets, settings, run_dir=cfg.run_dir, resume=bool(cfg.resume), validate=accuracy, options=options)
+    log.info("search: fitness %.6g to %.6g in %.1f s", found.fitness_before, found.fitness, found.seconds)
+    return {"search": found.to_dict()}

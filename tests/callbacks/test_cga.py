@@ -1,0 +1,491 @@
+"""Annealing in real trainers. Oracles: `near_threshold` on the weights in front of a step, runs without annealing, gradients by hand."""
+
+import csv
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
+from torch.testing import assert_close
+
+import qat
+from qat import functional as F
+from qat.callbacks import CGA, IterativeFreezing
+from qat.callbacks.cga import BandGate
+from qat.lit import cosine_schedule
+from tests.callbacks.fitting import Steps, batches, differing, fit, module, moved, net
+from tests.conftest import tiny
+from tests.tasks.test_resume import killed_at, last, metrics, run
+from tests.tiny import images, sites, vit
+
+MASKED = ("attn.proj", "mlp.fc1", "mlp.fc2")
+RANGE = 0.05
+
+
+def annealing(**settings):
+    """From the first epoch on, with a wide band, in steps that leave it filled."""
+    return CGA(**{"boundary_range": RANGE, "start_epoch": 0, "lr": 1e-3, **settings})
+
+
+def masked(preset):
+    own = "attn.v" if preset == "ofq" else "attn.qkv"
+    return [f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in (*MASKED, own)]
+
+
+def near(weight):
+    return F.near_threshold(weight, 2, RANGE)
+
+
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
+def test_only_what_is_near_a_threshold_moves(preset):
+    steps = Steps()
+    fit(module(net(preset)), annealing(), steps)
+    assert len(steps.after) == 8
+    shares = []
+    for t in range(8):
+        for name in masked(preset):
+            allowed = near(steps.before[t][name])
+            changed = moved(steps, t, name)
+            assert not (changed & ~allowed).any()
+            assert not steps.gradients[t][name][~allowed].any()
+            shares.append((changed.sum() / allowed.sum()).item())
+    assert sum(shares) / len(shares) > 0.9
+    masks = [near(steps.before[t]["blocks.0.mlp.fc1.weight"]) for t in range(8)]
+    assert not torch.equal(masks[0], masks[-1]), "the band is looked at anew in every step"
+
+
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
+def test_everything_else_trains_as_before(preset):
+    # Until the first frozen weight matters, after one step, a run without annealing is the oracle.
+    plain, annealed = Steps(), Steps()
+    start = net(preset)
+    fit(module(start), plain, max_epochs=1, limit_train_batches=1)
+    fit(module(start), annealing(lr=0.01), annealed, max_epochs=1, limit_train_batches=1)
+    for name, expected in plain.after[0].items():
+        found = annealed.after[0][name]
+        if name in masked(preset):
+            allowed = near(plain.before[0][name])
+            expected = torch.where(allowed, expected, plain.before[0][name])
+        assert torch.equal(found, expected), name
+    heads = ("head.weight", "patch_embed.proj.weight", "head.bias", "blocks.0.mlp.fc1.bias", "blocks.0.norm1.weight", "pos_embed")
+    assert all(moved(annealed, 0, name).any() for name in heads)
+
+
+def test_before_it_begins_nothing_differs():
+    start = net()
+    plain, annealed = module(start), module(start)
+    fit(plain, max_epochs=1)
+    steps = Steps()
+    fit(annealed, CGA(start_epoch=1), steps)
+    now = dict(annealed.net.named_parameters())
+    assert differing(steps.after[3], dict(plain.net.named_parameters())) == []
+    assert differing(now, steps.after[3]) != []
+
+
+def test_reference_leaves_queries_and_keys_free():
+    steps = Steps()
+    fit(module(net()), annealing(qk="reference"), steps)
+    for name in ("blocks.0.attn.q_weight", "blocks.1.attn.k_weight"):
+        assert all(moved(steps, t, name).all() for t in range(8))
+
+
+def test_freeze_holds_queries_and_keys():
+    steps = Steps()
+    fit(module(net()), annealing(qk="freeze"), steps)
+    for name in (f"blocks.{i}.attn.{w}_weight" for i in (0, 1) for w in "qk"):
+        assert torch.equal(steps.after[-1][name], steps.before[0][name])
+        assert not steps.gradients[0][name].any()
+
+
+def test_product_gates_the_gradient_of_the_folded_matrix():
+    # dWq_h = Wk_h G_h^T and dWk_h = Wq_h G_h (spec section 4) with G masked by the band of M; G from a run that gates nothing.
+    start = net()
+    attention = sites(start)["blocks.0.attn.qk_quantizer"].owner
+    wq, wk, heads = attention.q_weight.detach(), attention.k_weight.detach(), attention.num_heads
+    matrix = F.fold_qk(wq, wk, heads)
+    caught = []
+    learner = module(start)
+
+    class Catch(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            site = sites(pl_module.net)["blocks.0.attn.qk_quantizer"]
+            site.quantizer.register_full_backward_hook(lambda m, grad_in, grad_out: caught.append(grad_out[0]))
+
+    fit(learner, Catch(), max_epochs=1, limit_train_batches=1)
+    gated, steps = module(start), Steps()
+    fit(gated, annealing(qk="product"), steps, max_epochs=1, limit_train_batches=1)
+    g = torch.where(near(matrix), caught[0], 0.0).unflatten(0, (heads, -1))
+    q, k = wq.unflatten(0, (heads, -1)), wk.unflatten(0, (heads, -1))
+    assert_close(steps.gradients[0]["blocks.0.attn.q_weight"], (k @ g.transpose(1, 2)).flatten(0, 1), rtol=1e-4, atol=1e-7)
+    assert_close(steps.gradients[0]["blocks.0.attn.k_weight"], (q @ g).flatten(0, 1), rtol=1e-4, atol=1e-7)
+    assert moved(steps, 0, "blocks.0.attn.q_weight").all()
+
+
+def test_product_changes_no_output():
+    start = net()
+    plain, gated = module(start), module(start)
+    callback = CGA(start_epoch=0, qk="product")
+    seen = {}
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.setdefault(id(pl_module), []).append(pl_module.net(batch[0]).detach())
+
+    fit(plain, Look(), max_epochs=1, limit_train_batches=1)
+    fit(gated, callback, Look(), max_epochs=1, limit_train_batches=1)
+    first, second = seen.values()
+    assert torch.equal(first[0], second[0])
+
+
+def test_the_gate_closes_in_a_compiled_net_too():
+    # A graph compiled before annealing knows of the gate: it is compiled anew when the gate closes.
+    quantizer = sites(net())["blocks.0.attn.qk_quantizer"].quantizer
+    gate = BandGate(2, RANGE)
+    quantizer.register_forward_pre_hook(gate)
+    matrix = torch.randn(40, 20, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    compiled = torch.compile(quantizer, fullgraph=True, backend="eager")
+    for gate.active in (False, True, False):
+        matrix.grad = None
+        out = compiled(matrix)
+        out.sum().backward()
+        expected = near(matrix).float() if gate.active else torch.ones_like(matrix)
+        assert torch.equal(matrix.grad, expected)
+        assert torch.equal(out, F.statsq(matrix, 2))
+
+
+@pytest.mark.slow
+def test_annealing_begins_in_a_compiled_net():
+    start, gradients = net(), {}
+    for compiled in (False, True):
+        learner, steps = module(start), Steps()
+        if compiled:
+            learner.net.compile(fullgraph=True, backend="eager")
+        fit(learner, annealing(start_epoch=1, qk="product"), steps, limit_train_batches=1)
+        gradients[compiled] = steps.gradients
+    for t in range(2):
+        for name, expected in gradients[False][t].items():
+            assert_close(gradients[True][t][name], expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradients_that_are_no_numbers_do_not_reach_frozen_weights():
+    class Poison(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            weight = pl_module.net.blocks[0].mlp.fc1.weight
+            weight.grad[~near(weight)] = torch.nan
+
+    learner = module(net())
+    fit(learner, Poison(), annealing())
+    assert all(p.isfinite().all() for p in learner.parameters())
+
+
+def test_clipping_comes_afterwards_and_sees_the_zeros():
+    learner, seen, norms, steps = module(net()), [], [], Steps()
+
+    def norm():
+        return torch.stack([p.grad.norm() for p in learner.net.parameters()]).norm().item()
+
+    def clip(optimizer, gradient_clip_val, gradient_clip_algorithm):
+        seen.append({n: p.grad.clone() for n, p in learner.net.named_parameters()})
+        learner.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        norms.append(norm())
+
+    learner.configure_gradient_clipping = clip
+    fit(learner, annealing(), steps, gradient_clip_val=1e-3)
+    assert norms == pytest.approx([1e-3] * 8, rel=1e-3)
+    for t in range(8):
+        for name in masked("ofq"):
+            allowed = near(steps.before[t][name])
+            assert not seen[t][name][~allowed].any()
+            assert not (moved(steps, t, name) & ~allowed).any()
+
+
+def test_accumulated_batches_are_one_step():
+    steps = Steps()
+    fit(module(net()), annealing(), steps, accumulate_grad_batches=2)
+    assert len(steps.after) == 4
+    for t in range(4):
+        for name in masked("ofq"):
+            changed = moved(steps, t, name)
+            assert changed.any()
+            assert not (changed & ~near(steps.before[t][name])).any()
+
+
+def test_bfloat16():
+    steps = Steps()
+    fit(module(net()), annealing(), steps, precision="bf16-mixed")
+    for t in range(8):
+        for name in masked("ofq"):
+            assert not (moved(steps, t, name) & ~near(steps.before[t][name])).any()
+
+
+def test_a_skipped_step_of_a_scaler():
+    # One step overflows: nothing moves in it, and the next one holds the right values.
+    class Overflow(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            if trainer.global_step == 2:
+                pl_module.net.head.weight.grad.fill_(torch.inf)
+
+    steps = Steps()
+    amp = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    fit(module(net()), Overflow(), annealing(), steps, plugins=[amp])
+    assert differing(steps.before[2], steps.after[2]) == []
+    for t in (1, 3, 4):
+        assert moved(steps, t, "head.weight").any()
+        for name in masked("ofq"):
+            changed = moved(steps, t, name)
+            assert changed.any()
+            assert not (changed & ~near(steps.before[t][name])).any()
+
+
+def test_averages_see_held_weights():
+    # With decay 0 the average is the weights at the moment of its update.
+    steps, average = Steps(), EMAWeightAveraging(decay=0.0, use_buffers=False)
+    copies = []
+
+    class Copy(Callback):
+        def on_train_batch_end(self, *_):
+            copies.append({n: p.detach().clone() for n, p in average._average_model.module.net.named_parameters()})
+
+    fit(module(net()), average, annealing(), steps, Copy())
+    for t in range(8):
+        assert differing(copies[t], steps.after[t]) == []
+        for name in masked("ofq"):
+            frozen = ~near(steps.before[t][name])
+            assert torch.equal(copies[t][name][frozen], steps.before[t][name][frozen])
+
+
+class Rates(Callback):
+    """The optimizer's rates as a callback behind the batch sees them, and in front of the next."""
+
+    def __init__(self):
+        self.behind, self.ahead = [], []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.ahead.append([g["lr"] for g in trainer.optimizers[0].param_groups])
+
+
+@pytest.mark.parametrize(("interval", "first", "epochs"), [("step", 1, None), ("epoch", 1, 2), ("step", 2, 1), ("epoch", 2, 1)])
+def test_the_rate_is_its_own(interval, first, epochs):
+    def schedule(optimizer, epochs, steps):
+        return cosine_schedule(optimizer, periods=epochs if interval == "epoch" else epochs * steps, interval=interval), interval
+
+    def optimizer(net):
+        return qat.lit.build_optimizer(net, lr=0.01, weight_decay=0.0, scale_lr_factor=0.5)
+
+    plain, annealed = Steps(), Steps()
+    fit(module(net(), optimizer=optimizer, scheduler=schedule), plain, max_epochs=4)
+    logged = Rates()
+    callbacks = (logged, CGA(start_epoch=first, epochs=epochs, lr=3e-5), annealed)
+    fit(module(net(), optimizer=optimizer, scheduler=schedule), *callbacks, max_epochs=4)
+    stop = 4 if epochs is None else first + epochs
+    for t, (found, expected) in enumerate(zip(annealed.rates, plain.rates, strict=True)):
+        inside = first <= t // 4 < stop
+        assert found == pytest.approx([3e-5, 3e-5, 1.5e-5] if inside else expected), t
+    assert logged.ahead == annealed.rates, "what a monitor in front of it logs is the rate of the step"
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs"),
+    [
+        ({}, [9]),
+        ({"epochs": 3}, [7, 8, 9]),
+        ({"start_epoch": 8}, [8, 9]),
+        ({"start_epoch": 2, "epochs": 2}, [2, 3]),
+        ({"start_epoch": 8, "epochs": 30}, [8, 9]),
+        ({"start_epoch": 0}, list(range(10))),
+    ],
+)
+def test_which_epochs(settings, epochs):
+    steps = Steps()
+    fit(module(net()), annealing(**{"start_epoch": None, **settings}), steps, data=batches(16), max_epochs=10)
+    frozen = [t for t in range(10) if moved(steps, t, "blocks.0.mlp.fc1.weight").float().mean() < 0.5]
+    assert frozen == epochs
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"boundary_range": 0.5}, r"callbacks\.cga\.boundary_range=0\.5: allowed are numbers above 0 to below 0\.5"),
+        ({"boundary_range": 0}, r"callbacks\.cga\.boundary_range=0: allowed are numbers above 0"),
+        ({"epochs": 0}, r"callbacks\.cga\.epochs=0: allowed are whole numbers from 1"),
+        ({"start_epoch": -1}, r"callbacks\.cga\.start_epoch=-1: allowed are whole numbers from 0"),
+        ({"lr": 0}, r"callbacks\.cga\.lr=0: allowed are numbers above 0"),
+        ({"qk": "both"}, r"callbacks\.cga\.qk='both': allowed are reference, product, freeze"),
+    ],
+)
+def test_impossible_settings(settings, message):
+    with pytest.raises(qat.UsageError, match=message):
+        CGA(**settings)
+
+
+@pytest.mark.parametrize(
+    ("start", "callbacks", "message"),
+    [
+        ("ofq", [CGA(start_epoch=2)], r"callbacks\.cga\.start_epoch=2: allowed are 0 to below trainer\.max_epochs=2"),
+        ("ofq", [CGA(epochs=3)], r"callbacks\.cga\.epochs=3: allowed are whole numbers from 1 to trainer\.max_epochs=2"),
+        ("lsq", [CGA()], r"callbacks\.cga: this net has no weights with the statsq quantizer"),
+        ("fp", [CGA()], r"callbacks\.cga: this net has no weights with the statsq quantizer"),
+        ("ofq", [IterativeFreezing(), CGA()], r"callbacks\.cga: callbacks\.freeze holds the same weights"),
+    ],
+)
+def test_runs_that_it_cannot_anneal(start, callbacks, message):
+    learner = module(vit() if start == "fp" else net(start))
+    with pytest.raises(qat.UsageError, match=message):
+        fit(learner, *callbacks)
+
+
+def test_a_mistake_is_one_line(tmp_path, refused):
+    line = refused("train", tiny(tmp_path / "run", "callbacks=[default,cga]", "callbacks.cga.start_epoch=4"))
+    assert line == "error: callbacks.cga.start_epoch=4: allowed are 0 to below trainer.max_epochs=1"
+
+
+def test_without_a_last_epoch_it_needs_a_first():
+    with pytest.raises(qat.UsageError, match=r"callbacks\.cga\.start_epoch=None: a run without trainer\.max_epochs has no last epochs"):
+        fit(module(net()), CGA(), max_epochs=-1, max_steps=2)
+    steps = Steps()
+    fit(module(net()), CGA(start_epoch=0), steps, max_epochs=-1, max_steps=2)
+    assert not moved(steps, 1, "blocks.0.mlp.fc1.weight").all()
+
+
+def hooks(trainer, learner):
+    gates = sum(len(s.quantizer._forward_pre_hooks) for s in sites(learner.net).values())
+    return len(trainer.optimizers[0]._optimizer_step_post_hooks), gates
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_hooks_are_gone_afterwards(fails):
+    seen = []
+
+    class Fail(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            seen.append(hooks(trainer, pl_module))
+            if fails:
+                raise KeyError
+
+    learner, callback = module(net()), CGA(qk="product", start_epoch=0)
+    trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback, Fail()], logger=False, enable_checkpointing=False)
+    if fails:
+        with pytest.raises(KeyError):
+            trainer.fit(learner, batches())
+    else:
+        trainer.fit(learner, batches())
+        assert hooks(trainer, learner) == (0, 0)
+    assert seen[0] == (1, 2)
+    assert sum(len(s.quantizer._forward_pre_hooks) for s in sites(learner.net).values()) == 0
+
+
+def test_shares_are_logged():
+    logged, steps = [], Steps()
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            logged.append({k: v.item() for k, v in trainer.logged_metrics.items() if k.startswith("cga/")})
+
+    callback = annealing(start_epoch=1, qk="product")
+    fit(module(net()), callback, steps, Look(), log_every_n_steps=3)
+    assert [bool(values) for values in logged[:6]] == [False] * 5 + [True]
+    assert logged[6] == logged[7] == logged[5], "steps that are not logged look at nothing"
+    bands = {name: near(steps.before[5][name]) for name in masked("ofq")}
+    for name, band in bands.items():
+        assert logged[5][f"cga/trainable/{name.removesuffix('.weight')}"] == pytest.approx(band.float().mean().item())
+    total = sum(b.sum() for b in bands.values()) / sum(b.numel() for b in bands.values())
+    assert logged[5]["cga/trainable"] == pytest.approx(total.item())
+    q, k = (steps.before[5][f"blocks.1.attn.{w}_weight"] for w in "qk")
+    assert logged[5]["cga/trainable_product/blocks.1.attn"] == pytest.approx(near(F.fold_qk(q, k, 2)).float().mean().item())
+
+
+def test_beside_the_default_callbacks(tmp_path):
+    from qat.tasks.train import train
+
+    cfg = tiny(
+        tmp_path / "run", "callbacks=[default,cga]", "callbacks.cga.start_epoch=1", "trainer.max_epochs=2", "trainer.log_every_n_steps=1"
+    )
+    assert {"best", "last", "cga"} <= set(cfg.callbacks)
+    assert cfg.callbacks.cga.boundary_range == 0.005
+    train(cfg)
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rates = [float(row["lr-AdamW/decay"]) for row in rows if row["lr-AdamW/decay"]]
+    assert rates[2:] == [1e-5, 1e-5]
+    assert min(rates[:2]) > 1e-4
+    shares = [float(row["cga/trainable"]) for row in rows if row["cga/trainable"]]
+    assert len(shares) == 2
+    assert all(0 < share < 0.05 for share in shares)
+
+
+SETTINGS = (
+    "callbacks=[default,ema,cga,oscillation]",
+    "callbacks.throughput=null",  # it logs durations
+    "callbacks.cga.start_epoch=1",
+    "callbacks.cga.boundary_range=0.1",
+    "callbacks.cga.qk=product",
+    "trainer.log_every_n_steps=1",
+)
+
+
+@pytest.fixture(scope="module")
+def annealed(tmp_path_factory):
+    """A run that anneals in two of its three epochs."""
+    return run(tmp_path_factory.mktemp("annealed") / "run", *SETTINGS)
+
+
+# In front of annealing, so that the resumed run begins it; in the middle of an epoch of it.
+@pytest.mark.parametrize("step", [pytest.param(7, marks=pytest.mark.slow), 14])
+def test_resumed_equals_uninterrupted(step, tmp_path, monkeypatch, annealed):
+    run_dir = killed_at(step, tmp_path / "run", monkeypatch, *SETTINGS)
+    run(run_dir, "resume=true", *SETTINGS)
+    ours, theirs = last(run_dir), last(annealed)
+    assert ours["global_step"] == theirs["global_step"] == 27
+    assert "averaging_state" in theirs
+    assert differing(ours["state_dict"], theirs["state_dict"]) == []
+    states = [content["optimizer_states"][0]["state"] for content in (ours, theirs)]
+    assert all(differing(states[0][i], states[1][i]) == [] for i in states[1])
+    assert metrics(run_dir) == metrics(annealed)
+    assert any("cga/trainable" in row for row in metrics(annealed))
+    (tracked, expected) = (content["callbacks"]["Oscillation"] for content in (ours, theirs))
+    for name, state in expected["weights"].items():
+        assert differing(tracked["weights"][name], state) == []
+    assert differing(tracked["activations"], expected["activations"]) == []
+    tables = [(folder / "oscillation.csv").read_text() for folder in (run_dir, annealed)]
+    assert tables[0] == tables[1]
+
+
+class Report(Callback):
+    """Writes the weights of every process."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.net.state_dict(), self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_two_processes_agree(tmp_path):
+    learner = module(net())
+    start = {n: p.detach().clone() for n, p in learner.net.state_dict().items()}
+    fit(learner, annealing(qk="product"), Report(tmp_path), strategy="ddp_fork", devices=2, max_epochs=1, limit_train_batches=1)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert differing(first, second) == []
+    for name in masked("ofq"):
+        changed = first[name] != start[name]
+        assert changed.any()
+        assert torch.equal(changed, changed & near(start[name]))
+
+
+def test_no_step_waits_for_the_device(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a tensor was read on the host")
+
+    learner = module(net())
+    callback = annealing(qk="product")
+    callback.setup(trainer := Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False), learner, "fit")
+    optimizer = learner._optimizer(learner.net)
+    callback._hold.attach([optimizer])
+    learner.net(images()).square().mean().backward()
+    for name in ("item", "__bool__", "__float__", "__int__", "tolist", "cpu", "numpy", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    monkeypatch.setattr(learner, "log_dict", lambda values, **_: None)
+    monkeypatch.setattr(type(trainer), "global_step", 49)
+    callback.on_before_optimizer_step(trainer, learner, optimizer)
+    callback._hold._restore()

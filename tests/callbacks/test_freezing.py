@@ -1,0 +1,191 @@
+"""Iterative freezing in real trainers. Oracles: `freezing_step` on the codes that were used, bit equality of what is held."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+import qat
+from qat import functional as F
+from qat.callbacks import IterativeFreezing
+from qat.quantizers.grid import weight_grid
+from tests.callbacks.fitting import QUIET, Steps, batches, differing, fit, module, moved, net
+from tests.tiny import sites
+
+LAYERS = [f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn.proj", "attn.v", "mlp.fc1", "mlp.fc2")]
+# A low threshold in a run with large steps: freezes hundreds of weights within a few steps.
+EAGER = {"threshold": 0.15, "final_threshold": 0.05, "momentum": 0.1}
+
+
+class Codes(Callback):
+    """Codes that every forward pass uses."""
+
+    def __init__(self):
+        self.used = []
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        found = {n: s.quantizer.codes(s.latent()) for n, s in sites(pl_module.net).items() if s.role == "weight"}
+        self.used.append({n: c.clone() for n, c in found.items()})
+
+
+def run(preset="ofq", lr=0.03, callback=None, **settings):
+    codes, steps = Codes(), Steps()
+    callback = IterativeFreezing(**EAGER) if callback is None else callback
+    learner = module(net(preset), lr=lr)
+    trainer = fit(learner, callback, codes, steps, **{"max_epochs": 4, **settings})
+    return trainer, learner, callback, codes, steps
+
+
+def replay(callback, used, name):
+    """The tracker of the pure functions over the codes that the passes used; which entries were frozen at each of them."""
+    state = frozen = None
+    history = []
+    for t, looks in enumerate(used):
+        codes = F.with_frozen(frozen, looks[name])
+        state = F.oscillation_step(state, codes, callback.momentum)
+        frozen = F.freezing_step(frozen, codes, state.frequency, callback.threshold_at(t), callback.momentum)
+        history.append((frozen.frozen.clone(), frozen.codes.clone()))
+    return history
+
+
+@pytest.mark.parametrize("preset", ["ofq", "lsq"])
+def test_what_is_frozen_follows_the_functions(preset):
+    _, _, callback, codes, _ = run(preset)
+    total = 0
+    for name, state in callback._frozen.items():
+        mask, values = replay(callback, codes.used, name)[-1]
+        assert torch.equal(state.frozen, mask)
+        assert torch.equal(state.codes[mask].float(), values[mask])
+        total += mask.sum().item()
+    assert total > 100
+
+
+@pytest.mark.parametrize("preset", ["ofq", "lsq"])
+def test_frozen_codes_are_in_force_from_the_next_forward(preset):
+    _, learner, callback, codes, _ = run(preset)
+    final = {n: s.quantizer.codes(s.latent()) for n, s in sites(learner.net).items() if s.role == "weight"}
+    followers = [*codes.used[1:], final]
+    checked = 0
+    for name in callback._frozen:
+        for (mask, values), after in zip(replay(callback, codes.used, name), followers, strict=True):
+            assert torch.equal(after[name][mask].float(), values[mask])
+            checked += mask.sum().item()
+    assert checked > 500
+
+
+@pytest.mark.parametrize("preset", ["ofq", "lsq"])
+def test_frozen_weights_get_no_gradient_and_stay_in_the_middle_of_their_cell(preset):
+    _, learner, callback, codes, steps = run(preset)
+    for name, site in sites(learner.net).items():
+        if name not in callback._frozen:
+            continue
+        weight_name = name.removesuffix("_quantizer")
+        for t, (mask, _) in enumerate(replay(callback, codes.used, name)):
+            assert not steps.gradients[t][weight_name][mask].any()
+        state = callback._frozen[name]
+        step, shift = weight_grid(site.quantizer, site.latent().detach())
+        away = (site.latent() / step - shift - state.codes).abs()[state.frozen]
+        assert (away <= 0.3).all()  # the quarter of a cell at which it is put back, and what the scale moved by that
+
+
+def test_held_in_every_bit_while_the_cell_stays_where_it_is():
+    _, _, callback, codes, steps = run()
+    name = "blocks.0.mlp.fc1.weight_quantizer"
+    history = replay(callback, codes.used, name)
+    held = [history[t - 1][0] & ~moved(steps, t, name.removesuffix("_quantizer")) for t in range(2, 16)]
+    frozen = [history[t - 1][0] for t in range(2, 16)]
+    assert sum(h.sum() for h in held) > 0.9 * sum(f.sum() for f in frozen)
+
+
+def test_the_folded_matrix_and_wide_weights_are_left_alone():
+    _, _, callback, _, _ = run()
+    assert {name.removesuffix(".weight_quantizer") for name in callback._codes} == set(LAYERS)
+
+
+def test_until_something_is_frozen_nothing_differs():
+    plain, watched = Steps(), Steps()
+    start = net()
+    fit(module(start), plain)
+    fit(module(start), IterativeFreezing(threshold=1.0, final_threshold=1.0), watched)
+    assert differing(plain.after[-1], watched.after[-1]) == []
+
+
+def test_the_threshold_falls_along_a_cosine_from_the_start_epoch_on():
+    callback = IterativeFreezing(threshold=0.3, final_threshold=0.1, start_epoch=1)
+    run(callback=callback)
+    expected = [0, 0, 0, 0, 0.3, 0.2, 0.1]
+    assert [callback.threshold_at(step) for step in (0, 1, 2, 3, 4, 10, 16)] == pytest.approx(expected)
+
+
+def test_nothing_is_frozen_before_the_start_epoch():
+    callback = IterativeFreezing(**EAGER, start_epoch=3)
+    first = Steps()
+    fit(module(net(), lr=0.03), first, max_epochs=3)
+    _, _, callback, _, second = run(callback=callback)
+    assert differing(first.after[11], second.after[11]) == []
+    assert sum(state.frozen.sum() for state in callback._frozen.values()) > 0
+
+
+def test_shares_are_logged():
+    logged = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            logged.append({k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("freeze/")})
+
+    callback = IterativeFreezing(**EAGER)
+    fit(module(net(), lr=0.03), callback, Look(), max_epochs=4, log_every_n_steps=16)
+    assert not any(logged[:15])
+    masks = {name.rpartition(".")[0]: state.frozen for name, state in callback._frozen.items()}
+    for layer, mask in masks.items():
+        assert logged[-1][f"freeze/frozen/{layer}"] == pytest.approx(mask.float().mean().item())
+    total = sum(m.sum() for m in masks.values()) / sum(m.numel() for m in masks.values())
+    assert logged[-1]["freeze/frozen"] == pytest.approx(total.item())
+    assert logged[-1]["freeze/threshold"] == pytest.approx(callback.threshold_at(15))
+    assert logged[-1]["freeze/strayed"] == 0
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    # The second half from a checkpoint between two epochs.
+    start = net()
+
+    class Save(Callback):
+        def on_train_epoch_end(self, trainer, *_):
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    whole, half = module(start, lr=0.03), module(start, lr=0.03)
+    first, second = IterativeFreezing(**EAGER), IterativeFreezing(**EAGER)
+    fit(whole, first, Save(), max_epochs=4)
+    resumed = Trainer(accelerator="cpu", max_epochs=4, callbacks=[second, Save()], **QUIET)
+    resumed.fit(half, batches(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert differing(whole.net.state_dict(), half.net.state_dict()) == []
+    for name, state in first._frozen.items():
+        assert all(torch.equal(a, b) for a, b in zip(state, second._frozen[name], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first._codes[name], second._codes[name], strict=True))
+
+
+def test_the_hook_is_gone_afterwards():
+    trainer, *_ = run(max_epochs=1)
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threshold": 0}, r"callbacks\.freeze\.threshold=0: allowed are numbers above 0"),
+        ({"final_threshold": -1}, r"callbacks\.freeze\.final_threshold=-1: allowed are numbers above 0"),
+        ({"momentum": 1}, r"callbacks\.freeze\.momentum=1: allowed are numbers above 0 to below 1"),
+        ({"start_epoch": -1}, r"callbacks\.freeze\.start_epoch=-1: allowed are whole numbers from 0"),
+        ({"max_bits": 1}, r"callbacks\.freeze\.max_bits=1: allowed are whole numbers from 2"),
+    ],
+)
+def test_impossible_settings(settings, message):
+    with pytest.raises(qat.UsageError, match=message):
+        IterativeFreezing(**settings)
+
+
+@pytest.mark.parametrize("preset", ["minmax", "ofq"])
+def test_nothing_to_freeze(preset):
+    learner = module(net(preset) if preset == "minmax" else net(overrides={"blocks.*": {"bits": 8}}))
+    with pytest.raises(qat.UsageError, match=r"callbacks\.freeze\.max_bits=4: this net has no statsq or lsq weights of so few bits"):
+        fit(learner, IterativeFreezing())

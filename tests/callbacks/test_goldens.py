@@ -1,0 +1,186 @@
+"""Annealing and oscillation tracking against the papers' own code. Oracle: tests/goldens, made by running it."""
+
+import re
+from functools import partial
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import qat
+from qat import functional as F
+from qat.callbacks import CGA
+from qat.lit import QATModule, build_optimizer
+from qat.losses import CompositeLoss, CrossEntropy
+from tests import golden
+from tests.nn.test_goldens import renamed
+
+OFQ = "ofq_goldens.npz"
+ALIVE = 1e-5  # a gradient below it may be rounding noise
+
+
+def bits_of(case):
+    return int(re.search(r"_[bw](\d)", case).group(1))
+
+
+def fit(module, batches, *callbacks):
+    """Run a trainer over batches, one step each."""
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Trainer(accelerator="cpu", max_epochs=1, callbacks=list(callbacks), **settings).fit(module, batches)
+
+
+class Steps(Callback):
+    """Copies of all parameters behind every step, and of the first step's gradients as the optimizer sees them."""
+
+    def __init__(self):
+        self.parameters, self.gradients = [], {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if not self.parameters:
+            self.gradients = {n: p.grad.clone() for n, p in pl_module.net.named_parameters()}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.parameters.append({n: p.detach().clone() for n, p in pl_module.net.named_parameters()})
+
+
+class TakeNoise(Callback):
+    """Behind the first step, gives the case's own values to entries without a true gradient.
+
+    Adam makes steps of up to the learning rate of their rounding noise. In keys, where such an entry is the part of a bias that moves all
+    keys alike, the code of another value may flip by it, and the next steps then differ by far more than rounding.
+    """
+
+    def __init__(self, gradients, parameters):
+        self.gradients, self.theirs = gradients, parameters
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step != 1:
+            return
+        for name, parameter in pl_module.net.named_parameters():
+            gradient, value = (source[name].reshape(parameter.shape) for source in (self.gradients, self.theirs))
+            parameter.data = torch.where(gradient.abs() > ALIVE, parameter.data, value)
+
+
+@golden.parametrize(OFQ, r"cga_mask_b\d_br[\d.]+")
+def test_mask(case):
+    boundary = float(case.partition("_br")[2])
+    near = F.near_threshold(golden.tensor(OFQ, f"{case}/w"), bits_of(case), boundary)
+    assert torch.equal(~near, golden.tensor(OFQ, f"{case}/frozen"))
+
+
+class Prescribed(LightningModule):
+    """One quantized Linear whose weight gets the gradients that the batches say."""
+
+    def __init__(self, weight, bits):
+        super().__init__()
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear.weight = nn.Parameter(weight)
+        recipe = qat.recipe("ofq", bits=bits, act_quantizer="float")
+        self.net = qat.convert(nn.Sequential(linear), recipe, input_size=(1, 1, weight.shape[1]))
+
+    @property
+    def weight(self):
+        return self.net[0].weight
+
+    def training_step(self, batch, batch_idx):
+        return (self.net[0].weight_quantizer(self.weight) * batch[0][0]).sum()
+
+    def configure_optimizers(self):
+        self.optimizer = torch.optim.AdamW([self.weight], lr=0.5, weight_decay=0.05)
+        return self.optimizer
+
+
+@golden.parametrize(OFQ, r"cga_weight_b\d")
+def test_weight(case):
+    n = sum(golden.has(OFQ, f"{case}/grad{t}") for t in range(100))
+    expected = [golden.tensor(OFQ, f"{case}/w{t}") for t in range(n + 1)]
+    for t in range(n):
+        assert torch.equal(~F.near_threshold(expected[t], bits_of(case), 0.05), golden.tensor(OFQ, f"{case}/frozen{t}"))
+    module, steps = Prescribed(expected[0].clone(), bits_of(case)), Steps()
+    gradients = torch.stack([golden.tensor(OFQ, f"{case}/grad{t}") for t in range(n)])
+    fit(module, DataLoader(TensorDataset(gradients)), CGA(boundary_range=0.05, start_epoch=0, lr=1e-3), steps)
+    for t in range(n):
+        found, frozen = steps.parameters[t]["0.weight"], golden.tensor(OFQ, f"{case}/frozen{t}")
+        assert_close(found, expected[t + 1], rtol=1e-6, atol=1e-6)
+        before = steps.parameters[t - 1]["0.weight"] if t else expected[0]
+        assert torch.equal(found[frozen], before[frozen])
+    state = module.optimizer.state[module.weight]
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert_close(state[name], golden.tensor(OFQ, f"{case}/{name}"), rtol=1e-6, atol=1e-6)
+
+
+def small_vit(case):
+    """The net of a case with its state: the patch embedding float, the rest quantized."""
+    state = renamed(golden.below(OFQ, f"{case}/sd0"))
+    settings = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "num_classes": 5}
+    net = VisionTransformer(**settings, norm_layer=partial(nn.LayerNorm, eps=1e-5))
+    net.pretrained_cfg = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    unquantized = {"bits": 32, "act_bits": 32, "weight_quantizer": "float", "act_quantizer": "float"}
+    attention = "qkr" if "qkr" in case else "standard"
+    recipe = qat.recipe("ofq", bits=bits_of(case), attention=attention, overrides={"patch_embed.proj": unquantized})
+    qat.convert(net, recipe, input_size=(3, 16, 16))
+    net.load_state_dict({name: value.reshape(net.state_dict()[name].shape) for name, value in state.items()}, strict=True)
+    return net
+
+
+@golden.parametrize(OFQ, r"cga_step_(qkr|plain)_w\d")
+def test_net(case):
+    number = partial(golden.number, OFQ)
+    net, steps = small_vit(case), Steps()
+    optimizer = partial(build_optimizer, lr=0.5, weight_decay=number(f"{case}/weight_decay"))
+    (decayed, *_) = optimizer(net).param_groups
+    names = {id(p): name for name, p in net.named_parameters()}
+    theirs = {str(name): torch.zeros(()) for name in golden._arrays(OFQ)[f"{case}/decay_names"]}
+    assert {names[id(p)] for p in decayed["params"]} == set(renamed(theirs))
+
+    images = torch.cat([golden.tensor(OFQ, f"{case}/x{t}") for t in range(3)])
+    target = torch.cat([golden.tensor(OFQ, f"{case}/y{t}") for t in range(3)])
+    gradients, *theirs = (renamed(golden.below(OFQ, f"{case}/{part}")) for part in ("grad0", "param1", "param3"))
+    module = QATModule(net.train(), CompositeLoss({"ce": CrossEntropy()}), num_classes=5, optimizer=optimizer)
+    annealing = CGA(boundary_range=number(f"{case}/boundary_range"), start_epoch=0, lr=number(f"{case}/lr"), qk="reference")
+    batches = DataLoader(TensorDataset(images, target), batch_size=len(images) // 3)
+    fit(module, batches, annealing, steps, TakeNoise(gradients, theirs[0]))
+
+    assert set(gradients) == set(steps.gradients)
+    for name, gradient in gradients.items():
+        found = steps.gradients[name]
+        assert_close(found, gradient.reshape(found.shape), rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for t, expected in zip((1, 3), theirs, strict=True):
+        for name, found in steps.parameters[t - 1].items():
+            alive = gradients[name].reshape(found.shape).abs() > ALIVE
+            value = expected[name].reshape(found.shape)
+            assert_close(found[alive], value[alive], rtol=1e-5, atol=1e-5, msg=lambda m, n=name, t=t: f"{n} after step {t}: {m}")
+
+
+@golden.parametrize(OFQ, r"cga_step_(qkr|plain)_w\d/moved_fraction")
+def test_what_moves_is_near_a_threshold(case):
+    case = case.partition("/")[0]
+    before, after = (renamed(golden.below(OFQ, f"{case}/{part}")) for part in ("sd0", "param1"))
+    boundary = golden.number(OFQ, f"{case}/boundary_range")
+    masked = [site for site in qat.iter_quantizers(small_vit(case)) if site.role == "weight" and site.name.startswith("blocks")]
+    assert len(masked) == 4
+    for site in masked:
+        name = site.name.removesuffix("_quantizer")
+        moved = before[name] != after[name]
+        assert moved.any()
+        assert torch.equal(moved, moved & F.near_threshold(before[name], bits_of(case), boundary))
+
+
+@golden.parametrize(OFQ, r"osc_\w+")
+def test_tracker(case):
+    x, momentum, threshold = (golden.tensor(OFQ, f"{case}/{k}") for k in ("x_int", "momentum", "threshold"))
+    state = frozen = None
+    for t, raw in enumerate(x):
+        codes = F.with_frozen(frozen, raw)
+        assert torch.equal(codes, golden.tensor(OFQ, f"{case}/out")[t])
+        state = F.oscillation_step(state, codes, float(momentum))
+        frozen = F.freezing_step(frozen, codes, state.frequency, float(threshold), float(momentum))
+        assert torch.equal(state.frequency, golden.tensor(OFQ, f"{case}/ema")[t])
+    assert torch.equal(state.flips, golden.tensor(OFQ, f"{case}/total"))
+    if golden.has(OFQ, f"{case}/frozen"):
+        assert torch.equal(frozen.frozen, golden.tensor(OFQ, f"{case}/frozen"))
+        assert torch.equal(frozen.codes, golden.tensor(OFQ, f"{case}/frozen_x_int"))
+        assert torch.equal(frozen.mean, golden.tensor(OFQ, f"{case}/ema_x_int"))

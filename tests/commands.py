@@ -1,0 +1,42 @@
+"""The root scripts as they are typed, in this process: imports, which take most of a command's time, are done once."""
+
+import contextlib
+import io
+import logging
+import os
+import runpy
+import sys
+from unittest import mock
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+from qat.tasks import cli
+from tests.conftest import ROOT
+
+
+def typed(script, *arguments, cwd):
+    """Run `python SCRIPT ARGUMENTS` in the folder `cwd`; gives its exit code and what it printed."""
+    root, out = logging.getLogger(), io.StringIO()
+    handlers, level, environment = root.handlers[:], root.level, dict(os.environ)
+    argv = [str(ROOT / script), *map(str, arguments)]
+    try:
+        with (
+            contextlib.chdir(cwd),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(out),
+            mock.patch.object(sys, "argv", argv),
+            mock.patch.object(cli, "_failed_jobs", []),
+        ):
+            runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as stop:
+        return stop.code or 0, out.getvalue()
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            handler.close()
+        root.handlers[:], root.level = handlers, level
+        GlobalHydra.instance().clear()
+        HydraConfig.instance().cfg = None
+        os.environ.clear()
+        os.environ.update(environment)
+    return 0, out.getvalue()

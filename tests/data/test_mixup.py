@@ -1,0 +1,184 @@
+"""Mixup and cutmix. Oracles: timm's `Mixup` from the same seed, and closed forms on constant images."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from timm.data.mixup import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch.testing import assert_close
+
+import qat
+from qat.data import BatchMixup, DataSettings, Digits
+from qat.data.mixup import STREAM
+from qat.data.sampler import isolated_numpy
+from qat.losses import CrossEntropy, StepContext
+from tests.data.test_base import Numbered
+
+SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.25], "std": [0.5]}
+MODES = ("batch", "pair", "elem")
+
+
+def mixing(**changes):
+    return BatchMixup(DataSettings(**{**SETTINGS, "mixup": 0.8, "cutmix": 1.0, "seed": 3, **changes}))
+
+
+def batch(n=8, chans=2, size=10):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, chans, size, size + 3, generator=generator), torch.randint(10, (n,), generator=generator)
+
+
+def constant(n=8):
+    """Image i is i everywhere, and of class i."""
+    return torch.arange(float(n))[:, None, None, None].expand(n, 1, 8, 8), torch.arange(n)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mixup", "cutmix", "prob"), [(0.8, 0, 1.0), (0, 1.0, 1.0), (0.8, 1.0, 1.0), (0.8, 1.0, 0.5)])
+def test_images_and_targets_are_timms(mode, mixup, cutmix, prob):
+    ours = mixing(mixup=mixup, cutmix=cutmix, mixup_prob=prob, mixup_mode=mode, mixup_switch_prob=0.4)
+    options = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "prob": prob, "switch_prob": 0.4, "mode": mode}
+    timms = Mixup(**options, label_smoothing=0.0, num_classes=10)
+    images, target = batch()
+    for step in range(20):
+        found = ours(images, target, epoch=0, step=step, rank=1)
+        with isolated_numpy(3, step, 1, STREAM):
+            expected = timms(images.clone(), target)
+        assert_close(found[0], expected[0], rtol=0, atol=1e-6)
+        assert_close(found[1], expected[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_share_of_a_class_is_that_of_its_pixels(mode):
+    # On constant images mixup and cutmix both give a mean that the targets have to explain.
+    images, target = constant()
+    ours = mixing(mixup_mode=mode)
+    seen = []
+    for step in range(20):
+        mixed, shares = ours(images, target, epoch=0, step=step)
+        assert_close(mixed.mean((1, 2, 3)), shares @ torch.arange(10.0), rtol=0, atol=1e-5)
+        assert_close(shares.sum(1), torch.ones(8))
+        seen.append(shares.max(1).values)
+    assert torch.stack(seen).std() > 0.05
+
+
+def test_draws_are_a_function_of_seed_step_and_rank_alone():
+    images, target = batch()
+
+    def mixed(seed=3, global_seed=0, **place):
+        for seeding in (random.seed, np.random.seed, torch.manual_seed):
+            seeding(global_seed)
+        return mixing(seed=seed)(images, target, **{"epoch": 0, "step": 5, "rank": 0, **place})[0]
+
+    first = mixed()
+    assert torch.equal(mixed(global_seed=1), first)
+    assert torch.equal(mixed(epoch=7), first)
+    for other in (mixed(seed=4), mixed(step=6), mixed(rank=1)):
+        assert not torch.equal(other, first)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generators_and_the_callers_images_stay_as_they_are(mode):
+    images, target = batch()
+    kept = images.clone()
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    mixed, _ = mixing(mixup_mode=mode)(images, target, epoch=0, step=1)
+    assert torch.equal(images, kept)
+    assert not torch.equal(mixed, kept)
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_nothing_is_mixed_from_the_epoch_on_that_says_so():
+    images, target = batch()
+    ours = mixing(mixup_off_epoch=2)
+    assert ours(images, target, epoch=1, step=0)[1].shape == (8, 10)
+    for epoch in (2, 3):
+        same, ids = ours(images, target, epoch=epoch, step=0)
+        assert same is images
+        assert ids is target
+    assert mixing()(images, target, epoch=10**6, step=0)[1].shape == (8, 10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_that_is_not_mixed_has_its_classes_as_probabilities(mode):
+    images, target = batch()
+    same, shares = mixing(mixup_prob=0.0, mixup_mode=mode)(images, target, epoch=0, step=0)
+    assert torch.equal(same, images)
+    assert torch.equal(shares, torch.nn.functional.one_hot(target, 10).float())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_keep_their_dtype_and_targets_are_float32(mode, dtype):
+    images, target = batch()
+    mixed, shares = mixing(mixup_mode=mode)(images.to(dtype), target, epoch=0, step=2)
+    assert mixed.dtype == dtype
+    assert shares.dtype == torch.float32
+    exact, exact_shares = mixing(mixup_mode=mode)(images, target, epoch=0, step=2)
+    assert_close(mixed.float(), exact, rtol=0, atol=0.05)
+    assert torch.equal(shares, exact_shares)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mode", MODES)
+def test_smoothing_in_the_loss_is_timms_smoothing_of_targets(smoothing, mode):
+    images, target = batch()
+    logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(1))
+    _, shares = mixing(mixup_mode=mode)(images, target, epoch=0, step=4)
+    found = CrossEntropy(label_smoothing=smoothing)(StepContext(logits, shares, None, torch.nn.Identity()))
+    timms = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, label_smoothing=smoothing, num_classes=10)
+    with isolated_numpy(3, 4, 0, STREAM):
+        _, smoothed = timms(images.clone(), target)
+    assert_close(found, SoftTargetCrossEntropy()(logits, smoothed), rtol=1e-6, atol=1e-6)
+
+
+def test_data_build_what_their_settings_say():
+    assert Digits(**SETTINGS).batch_mixup() is None
+    images, target = batch()
+    data = Digits(**SETTINGS, mixup=0.8, cutmix=1.0, seed=3)
+    assert torch.equal(data.batch_mixup()(images, target, epoch=0, step=9)[0], mixing()(images, target, epoch=0, step=9)[0])
+    for one in ({"mixup": 0.8}, {"cutmix": 1.0}):
+        assert isinstance(Digits(**SETTINGS, **one).batch_mixup(), BatchMixup)
+
+
+@pytest.mark.parametrize("alpha", ["mixup", "cutmix"])
+def test_an_odd_batch_size_trains_no_mixed_batches_but_evaluates(alpha):
+    data = Digits(**SETTINGS, batch_size=25, **{alpha: 1.0})
+    for use in (data.batch_mixup, data.train_dataloader):
+        with pytest.raises(qat.UsageError, match=r"^data\.batch_size=25: allowed are even numbers with data\.mixup or data\.cutmix$"):
+            use()
+    assert sum(len(target) for _, target in data.test_dataloader()) == 360
+    assert Digits(**SETTINGS, batch_size=25).batch_mixup() is None
+
+
+def test_an_odd_batch_is_refused():
+    images, target = batch(n=7)
+    with pytest.raises(qat.UsageError, match=r"data\.batch_size: mixup and cutmix need an even number of images in a batch, got 7"):
+        mixing()(images, target, epoch=0, step=0)
+
+
+class Few(Numbered):
+    sizes = {"train": 7, "val": 7}
+
+
+def test_a_split_smaller_than_a_batch_gives_its_largest_even_number():
+    loader = Few(**SETTINGS, batch_size=64, mixup=0.8).train_dataloader()
+    left_out = set()
+    for epoch in range(20):
+        loader.sampler.set_epoch(epoch)
+        ((_, labels),) = loader
+        assert len(set(labels.tolist())) == 6
+        left_out |= set(range(7)) - set(labels.tolist())
+    assert len(left_out) > 3
+    assert [len(target) for _, target in Few(**SETTINGS, batch_size=64).train_dataloader()] == [7]
+    assert [len(target) for _, target in Few(**SETTINGS, batch_size=4, mixup=0.8).train_dataloader()] == [4]
+
+
+def test_one_image_cannot_be_mixed():
+    data = Few(**SETTINGS, mixup=0.8)
+    data.sizes = {"train": 1, "val": 7}
+    with pytest.raises(qat.UsageError, match=r"^data\.mixup=0\.8, data\.cutmix=0\.0: a process has 1 image\(s\) to mix$"):
+        data.train_dataloader()

@@ -1,0 +1,128 @@
+"""Scales found by search. Oracle: every candidate tried one by one."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from qat import functional as F
+from qat.functional.affine import asymmetric_scale
+from qat.functional.affine_search import SHRINK_FACTORS, affine_error
+
+SEEDS = st.integers(0, 2**31)
+AXES = st.sampled_from([0, 1, -1, None])
+
+
+def randn(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) * torch.rand(shape[-1], generator=generator) * 3
+
+
+def errors(x, bits, signed, axis, method):
+    """Mean squared error per slice."""
+    scale, zero_point = F.affine_scale(x, bits, signed, axis, method)
+    return affine_error(x, scale, zero_point, F.code_range(bits, signed=signed), axis, axis)
+
+
+def test_error_by_hand():
+    x = torch.tensor([[0.0, 0.4, 1.0], [2.0, 9.0, 1.6]])
+    one, zero = torch.ones(2), torch.zeros(2)
+    expected = torch.tensor([0.16, 36.16]) / 3
+    assert_close(affine_error(x, one, zero, (0, 3), 0, 0), expected)
+    assert_close(affine_error(x, one, zero, (0, 3), 0, None), expected.mean().reshape(1))
+
+
+def test_shrink_factors():
+    assert len(SHRINK_FACTORS) == 90
+    assert SHRINK_FACTORS[0] == 1
+    assert SHRINK_FACTORS[-1] == pytest.approx(0.11)
+
+
+@given(SEEDS, st.sampled_from([2, 3, 4, 8]), st.booleans(), AXES)
+@settings(max_examples=30, deadline=None)
+def test_mse_is_never_worse_than_minmax_in_any_slice(seed, bits, signed, axis):
+    x = randn(6, 5, 4, seed=seed)
+    assert (errors(x, bits, signed, axis, "mse") <= errors(x, bits, signed, axis, "minmax")).all()
+
+
+@given(SEEDS, st.sampled_from([2, 3, 4]), AXES)
+@settings(max_examples=30, deadline=None)
+def test_one_factor_for_all_is_between_minmax_and_a_factor_each(seed, bits, axis):
+    x = randn(6, 5, 4, seed=seed)
+    minmax, omse, mse = (errors(x, bits, False, axis, method).mean() for method in ("minmax", "omse", "mse"))
+    assert mse <= omse * (1 + 1e-6)
+    assert omse <= minmax * (1 + 1e-6)
+
+
+def test_a_far_value_is_cut_off_in_its_own_channel_alone():
+    x = torch.linspace(-1, 1, 101).repeat(2, 1)
+    x[0, 0] = 2.0
+    scale, _ = F.affine_scale(x, 3, True, 0, "mse")
+    assert_close(scale[1:], F.affine_scale(x[1:], 3, True, 0, "mse")[0])
+    assert scale[0] < F.affine_scale(x, 3, True, 0)[0][0]
+    shared, _ = F.affine_scale(x, 3, True, 0, "omse")
+    ratio = shared / ((x.amax(1) - x.amin(1)) / 7)
+    assert_close(ratio[0], ratio[1])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_omse_is_asymmetric_whatever_the_sign(signed):
+    x = randn(4, 9).abs()  # a symmetric range would waste half of its codes
+    low, high = F.min_max(x, 0)
+    bounds = F.code_range(4, signed=signed)
+    tried = [asymmetric_scale(low * f, high * f, *bounds) for f in SHRINK_FACTORS]
+    best = min(tried, key=lambda found: affine_error(x, *found, bounds, 0, None).item())
+    assert_close(F.affine_scale(x, 4, signed, 0, "omse"), best)
+
+
+@pytest.mark.parametrize("method", ["omse", "mse"])
+@pytest.mark.parametrize("axis", [0, None])
+def test_of_equal_errors_the_widest_range_wins(method, axis):
+    # All zeros: every candidate is exact.
+    scale, zero_point = F.affine_scale(torch.zeros(3, 4), 4, False, axis, method)
+    assert (scale == torch.finfo(torch.float32).eps).all()
+    assert (zero_point == 0).all()
+    # Whole numbers that several ranges represent exactly: only factor 1 keeps both ends.
+    x = torch.arange(4.0).repeat(3, 1)
+    assert_close(F.affine_scale(x, 2, False, axis, method), F.affine_scale(x, 2, False, axis))
+
+
+@given(SEEDS, st.sampled_from([2, 4, 8]), st.booleans(), st.sampled_from([0, 1, -1]))
+@settings(max_examples=30, deadline=None)
+def test_ptf_factors_are_powers_of_two_under_one_zero_point(seed, bits, signed, axis):
+    x = randn(6, 5, 4, seed=seed)
+    scale, zero_point = F.affine_scale(x, bits, signed, axis, "ptf")
+    whole, zero = asymmetric_scale(*F.min_max(x, None), *F.code_range(bits, signed=signed))
+    assert set((scale / whole).tolist()) <= {0.125, 0.25, 0.5, 1.0}
+    assert torch.equal(zero_point, zero.expand_as(scale))
+
+
+def test_ptf_factors_follow_the_size_of_a_channel():
+    steps = torch.linspace(-1, 1, 201)
+    x = torch.stack([steps, steps / 2, steps / 4, steps / 8, steps / 100, torch.zeros(201)], -1)
+    scale, _ = F.affine_scale(x, 8, False, -1, "ptf")
+    # All factors are exact for the last channel: the first one is taken.
+    assert (scale / scale[0]).tolist() == [1, 0.5, 0.25, 0.125, 0.125, 0.125]
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "omse", "mse", "ptf"])
+def test_no_number_makes_up_for_a_nan(method):
+    x = randn(3, 8)
+    x[1, 2] = torch.nan
+    scale, _ = F.affine_scale(x, 4, False, 0, method)
+    assert scale[1].isnan()
+    if method in {"minmax", "percentile", "mse"}:  # these treat every slice alone
+        assert torch.equal(scale[[0, 2]], F.affine_scale(x[[0, 2]], 4, False, 0, method)[0])
+
+
+@pytest.mark.parametrize("method", ["omse", "mse", "ptf"])
+def test_data_is_left_alone(method):
+    x = randn(3, 8).requires_grad_()
+    before = x.detach().clone()
+    scale, zero_point = F.affine_scale(x, 4, True, 0, method)
+    assert torch.equal(x, before)
+    assert not scale.requires_grad
+    assert not zero_point.requires_grad
+    half = F.affine_scale(x.bfloat16(), 4, True, 0, method)
+    assert_close(half, F.affine_scale(x.bfloat16().float(), 4, True, 0, method), rtol=0, atol=0)

@@ -1,0 +1,87 @@
+"""The band of annealing. Oracles: the definition written out threshold by threshold, shares given by the paper's code, hand-made rows."""
+
+import numpy as np
+import pytest
+import torch
+
+import qat
+from qat import functional as F
+
+
+def by_definition(z, boundary):
+    """Near = within the boundary of i + 1/2, for i from the lowest code to below the highest; z as float32."""
+    z = z.numpy()
+    codes = np.rint(z)
+    near = np.zeros(z.shape, dtype=bool)
+    for i in range(int(codes.min()), int(codes.max())):
+        above = z - np.float32(i)
+        near |= (above >= np.float32(0.5 - boundary)) & (above <= np.float32(0.5 + boundary))
+    return torch.from_numpy(near)
+
+
+def gaussian(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape", [(12, 500), (6, 10, 40), (8, 10, 6, 6)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_definition(shape, bits):
+    w, n = gaussian(*shape), 2 ** (bits - 1)
+    z = (w / F.statsq_scale(w)).clamp(-1, 1 - 1e-6) * n - 0.5
+    for boundary in (0.003, 0.05, 0.3):
+        near = F.near_threshold(w, bits, boundary)
+        assert near.dtype == torch.bool
+        assert torch.equal(near, by_definition(z, boundary))
+
+
+@pytest.mark.parametrize(("boundary", "percent"), [(0.003, (0.48, 0.51, 0.52)), (0.005, (0.79, 0.86, 0.86)), (0.01, (1.55, 1.69, 1.74))])
+def test_shares_of_gaussian_rows(boundary, percent):
+    w = gaussian(1000, 1000)
+    for bits, expected in zip((2, 3, 4), percent, strict=True):
+        assert 100 * F.near_threshold(w, bits, boundary).float().mean().item() == pytest.approx(expected, abs=0.03)
+
+
+def test_a_row_by_hand():
+    # Mean magnitude 0.5, so the scale is 1: thresholds of 2 bits at -0.5, 0 and 0.5, the band is 0.05/2 wide on each side.
+    w = torch.tensor([[0.5, 0.524, 0.527, 0.476, 0.473, -0.02, 0.03, -1.0, 1.0, -0.954]])
+    w[0, -1] = -(5 - w[0, :-1].abs().sum())
+    assert F.statsq_scale(w).item() == pytest.approx(1.0)
+    assert F.near_threshold(w, 2, 0.05).tolist() == [[True, True, False, True, False, True, False, False, False, False]]
+
+
+def test_only_thresholds_between_codes_that_occur():
+    # All codes are 0 or 1: what is near zero or beyond is not near the threshold between them.
+    w = torch.tensor([[1e-4, 0.5, 0.99, 0.51]])
+    assert F.statsq_codes(w, 2).tolist() == [[0, 0, 1, 1]]
+    assert not F.near_threshold(w, 2, 0.01)[0, 0]
+    assert F.near_threshold(torch.cat([w, -w]), 2, 0.01)[0, 0]
+
+
+def test_zeros_sit_on_a_threshold():
+    w = torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 0.5]])
+    assert F.near_threshold(w, 2, 0.005).tolist() == [[True, True, True], [False, False, False]]
+
+
+def test_bfloat16_is_computed_in_float32():
+    w = gaussian(20, 200).bfloat16()
+    assert torch.equal(F.near_threshold(w, 3, 0.05), F.near_threshold(w.float(), 3, 0.05))
+
+
+@pytest.mark.parametrize("boundary", [0, 0.5, -0.1, "a", True, float("nan")])
+def test_impossible_bands(boundary):
+    with pytest.raises(qat.UsageError, match=r"boundary=.*: allowed are numbers above 0 to below 0\.5"):
+        F.near_threshold(gaussian(2, 3), 2, boundary)
+
+
+def test_it_traces():
+    compiled = torch.compile(F.near_threshold, fullgraph=True, backend="eager")
+    w = gaussian(10, 100)
+    assert torch.equal(compiled(w, 2, 0.05), F.near_threshold(w, 2, 0.05))
+
+
+@pytest.mark.parametrize("axis", [0, None])
+def test_the_band_of_a_stored_step(axis):
+    w = gaussian(8, 300)
+    scale = torch.rand(8 if axis == 0 else 1, generator=torch.Generator().manual_seed(1)) + 0.3
+    z = (w / (scale[:, None] if axis == 0 else scale)).clamp(-4, 3)
+    assert torch.equal(F.near_step_threshold(w, scale, -4, 3, axis, 0.02), by_definition(z, 0.02))

@@ -1,0 +1,116 @@
+"""Powers of two. Oracle: closed forms; a softmax in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import qat
+from qat import functional as F
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_powers_of_two_are_exact(bits):
+    codes = torch.arange(min(2**bits, 120))
+    x = torch.exp2(-codes.double()).float()
+    assert torch.equal(F.log2_codes(x, bits).long(), codes)
+    assert torch.equal(F.fake_quantize_log2(x, bits), x)
+
+
+@pytest.mark.parametrize(("x", "code", "value"), [(0.8, 0, 1.0), (0.7, 1, 0.5), (3.0, 0, 1.0), (0.26, 2, 0.25), (0.089, 3, 0.125)])
+def test_by_hand(x, code, value):
+    assert F.log2_codes(torch.tensor(x), 2) == code
+    assert F.fake_quantize_log2(torch.tensor(x), 2) == value
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_deviates_from_reference_zero_of_log2(bits):
+    # There inf - inf in its straight-through rounding makes a NaN.
+    x = torch.zeros(3, requires_grad=True)
+    out = F.fake_quantize_log2(x, bits)
+    assert out.tolist() == [0, 0, 0]
+    assert F.log2_codes(x, bits).tolist() == [2**bits - 1] * 3
+    out.sum().backward()
+    assert x.grad.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_small_values_become_zero_not_the_smallest_power(bits):
+    x = torch.exp2(-torch.tensor([2.0**bits - 1, 2.0**bits - 0.51, 2.0**bits - 0.49, 2.0**bits + 3]))
+    least = 2.0 ** -(2**bits - 1)
+    assert F.fake_quantize_log2(x, bits).tolist() == [least, least, 0, 0]
+    assert F.log2_codes(x, bits).tolist() == [2**bits - 1] * 4
+
+
+@given(st.integers(0, 2**31), st.sampled_from([2, 4, 8]))
+@settings(max_examples=40, deadline=None)
+def test_values_are_within_half_an_octave(seed, bits):
+    x = rand(50, seed=seed).exp2().sub(1).clamp(1e-6, 1)
+    out = F.fake_quantize_log2(x, bits)
+    kept = out > 0
+    assert ((out / x)[kept].log2().abs() <= 0.5 + 1e-5).all()
+    assert (x[~kept] < 2.0 ** -(2**bits - 0.501)).all()
+    assert torch.equal(F.fake_quantize_log2(out, bits), out)
+
+
+def test_gradient_passes_through_the_rounding_of_the_logarithm():
+    x = torch.tensor([1.9, 0.9, 0.3, 0.13, 1e-3], requires_grad=True)
+    upstream = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    F.fake_quantize_log2(x, 2).backward(upstream)
+    assert_close(x.grad, upstream * torch.tensor([0.0, 1 / 0.9, 0.25 / 0.3, 0.125 / 0.13, 0.0]))
+
+
+def test_dtypes():
+    x = rand(4, 5).bfloat16()
+    out = F.fake_quantize_log2(x, 4)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out.float(), F.fake_quantize_log2(x.float(), 4))
+    assert (F.log2_codes(x, 4).dtype, F.log2_codes(x, 8).dtype) == (torch.int8, torch.int16)
+
+
+@pytest.mark.parametrize("function", [F.fake_quantize_log2, F.log2_codes, lambda x, bits: F.log_int_softmax(x, torch.ones(1), bits)])
+def test_bits_have_to_fit_a_byte(function):
+    with pytest.raises(qat.UsageError, match="bits=1: allowed are whole numbers from 2 to 8"):
+        function(rand(3), 1)
+
+
+@given(st.integers(0, 2**31), st.floats(0.002, 0.02), st.integers(1, 30))
+@settings(max_examples=40, deadline=None)
+def test_log_int_softmax_is_a_softmax_to_less_than_an_octave(seed, scale, length):
+    steps = (rand(3, length, seed=seed) * 10 / scale).round()
+    out = F.log_int_softmax(steps * scale, torch.tensor([scale]), 8)
+    exact = (steps.double() * scale).softmax(-1)
+    likely = exact > 2.0**-5
+    # A ratio above 2.5 is rounded to 3 and goes to 4. The integer exponential counts ln 2 in whole steps, an error of up to scale / ln 2
+    # in each of 5 octaves; rounding the constants of its polynomial adds less than 2 scale.
+    assert ((out / exact).log2()[likely].abs() < math.log2(4 / 2.5) + 10 * scale).all()
+
+
+def test_log_int_softmax_by_hand():
+    scale = torch.tensor([0.01])
+    assert F.log_int_softmax(torch.zeros(1), scale).tolist() == [1]
+    assert F.log_int_softmax(torch.zeros(4), scale).tolist() == [0.25] * 4
+    # Three equal scores: 1/3 is nearer to 1/2 on a logarithmic scale, and 3 = 1.5 * 2 goes to the next power.
+    assert F.log_int_softmax(torch.zeros(3), scale).tolist() == [0.25] * 3
+    assert F.log_int_softmax(torch.tensor([0.0, -30.0]), scale).tolist() == [1, 0]
+    assert F.log_int_softmax(torch.tensor([5.0, 5.0, -30.0]), scale).tolist() == [0.5, 0.5, 0]
+
+
+def test_log_int_softmax_knows_no_offset():
+    x = (rand(2, 3, 7) * 100).round() * 0.5
+    scale = torch.tensor([0.5])
+    assert torch.equal(F.log_int_softmax(x + 64, scale), F.log_int_softmax(x, scale))
+
+
+@pytest.mark.parametrize("function", [lambda x: F.fake_quantize_log2(x, 4), lambda x: F.log_int_softmax(x, torch.full((1,), 0.1))])
+def test_one_graph(function):
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x = rand(3, 6)
+    assert torch.equal(compiled(x), function(x))

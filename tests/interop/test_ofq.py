@@ -1,0 +1,207 @@
+"""Files of the paper's code. Oracles: logits and block outputs of that code ($QAT_GOLDENS/interop), and plain formulas on files with
+its names and shapes (tests/interop/authors.py)."""
+
+import argparse
+import logging
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch.testing import assert_close
+
+import qat
+from tests.golden import FOLDER
+from tests.interop import authors
+from tests.tiny import logits
+
+TINY, SWIN = "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"
+GOLDENS = sorted(path.stem for path in (FOLDER / "interop").glob("*.npz"))
+
+
+def written(tmp_path, content):
+    path = tmp_path / "theirs.pth.tar"
+    torch.save(content, path)
+    return path
+
+
+def images(side, chans=3, n=4):
+    return torch.randn(n, chans, side, side, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="module")
+def state():
+    return authors.deit()
+
+
+def block_outputs(net, names, x):
+    """Outputs of stem, blocks and mergings, by the names that the golden cases have for them."""
+    seen = {}
+    modules = dict(net.named_modules())
+    for name in names:
+        place = {"stem": "patch_embed"}.get(name, name)
+        if name.startswith("features."):
+            stage, _, block = name.removeprefix("features.").partition(".")
+            place = f"layers.{int(stage) // 2}.blocks.{block}" if block else f"layers.{int(stage) // 2}.downsample"
+        modules[place].register_forward_hook(lambda m, args, out, name=name: seen.update({name: out}))
+    return logits(net, x), seen
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", GOLDENS)
+def test_logits_and_blocks_are_those_of_the_reference(case):
+    with np.load(FOLDER / "interop" / f"{case}.npz") as file:
+        golden = dict(file)
+    knobs = {"bits": int(golden["weight_bits"]), "act_bits": int(golden["act_bits"]), "qkr": bool(golden["qkr"])}
+    net = qat.load_ofq_checkpoint(FOLDER / "interop" / f"{case}.pth.tar", **knobs)
+    names = [str(name) for name in golden["block_names"]]
+    out, seen = block_outputs(net, ["stem", *names], torch.from_numpy(golden["images"]))
+    assert_close(out, torch.from_numpy(golden["logits"]), rtol=0, atol=1e-4)
+    for name, block in seen.items():
+        rows = block[0].flatten(0, -2)[:6, :8]
+        assert_close(rows, torch.from_numpy(golden[f"sample/{name}"]), rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(block.flatten(1).std(1), torch.from_numpy(golden[f"per_image_std/{name}"]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "act_bits", "shape"),
+    [
+        (2, 2, {}),
+        (3, 4, {"depth": 2, "side": 8, "patch": 4, "chans": 1}),
+        (4, 4, {"qkr": False}),
+        (2, 2, {"width": 384, "classes": 3}),
+        (2, 3, {"qkr": False, "distilled": False}),
+    ],
+)
+def test_deit(tmp_path, bits, act_bits, shape):
+    state = authors.deit(**shape)
+    net = qat.load_ofq_checkpoint(written(tmp_path, state), bits=bits, act_bits=act_bits)
+    x = images(shape.get("side", 16), shape.get("chans", 3))
+    assert_close(logits(net, x), authors.deit_logits(state, x, bits, act_bits), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "shape"), [(2, {}), (4, {"qkr": False, "depths": (1, 2), "classes": 7})])
+def test_swin(tmp_path, bits, shape):
+    state = authors.swin(**shape)
+    net = qat.load_ofq_checkpoint(written(tmp_path, state), model=SWIN, bits=bits)
+    expected = authors.swin_logits(state, images(32), bits, bits)
+    assert_close(logits(net, images(32)), expected, rtol=0, atol=1e-4)
+    assert_close(net.layers[1].downsample.reduction.bias, state["features.2.reduction.bias"])
+    assert net.layers[0].blocks[0].mlp.fc1.input_quantizer.n_scales == 8, "one per column"
+    qat.save(net, tmp_path / "ours.ckpt")
+    again = qat.load(tmp_path / "ours.ckpt")
+    assert torch.equal(logits(again, images(32)), logits(net, images(32)))
+
+
+ARGS = {"wq_bitw": 2, "aq_bitw": 2, "model": TINY}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"model": state},
+        lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 309, "args": argparse.Namespace(**ARGS)},
+        lambda state: {"state_dict": state, "optimizer": {"state": {}, "param_groups": []}, "args": ARGS, "metric": 12.5},
+    ],
+)
+def test_wrappers_of_all_kinds(tmp_path, state, wrap):
+    net = qat.load_ofq_checkpoint(written(tmp_path, wrap(state)), TINY, bits=2)
+    assert_close(logits(net, images(16)), authors.deit_logits(state, images(16), 2, 2), rtol=0, atol=1e-4)
+    assert not net.training
+
+
+def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
+    path = written(tmp_path, {"state_dict": state, "args": argparse.Namespace(wq_bitw=3, aq_bitw=4)})
+    recipe = qat.load_ofq_checkpoint(path).qat_conversion.recipe
+    assert (recipe.bits, recipe.act_bits, recipe.attention, recipe.qk_bias) == (3, 4, "qkr", "drop")
+
+
+def test_bits_beside_a_quantized_teacher_are_the_teachers(tmp_path, state):
+    path = written(tmp_path, {"state_dict": state, "args": argparse.Namespace(wq_bitw=4, aq_bitw=4, quant_teacher=True)})
+    with pytest.raises(qat.UsageError, match="does not say its bits"):
+        qat.load_ofq_checkpoint(path)
+    assert qat.load_ofq_checkpoint(path, bits=2).qat_conversion.recipe.act_bits == 2
+
+
+def test_what_is_left_out_is_named(tmp_path, state, caplog):
+    with caplog.at_level(logging.INFO):
+        qat.load_ofq_checkpoint(written(tmp_path, state), bits=2)
+    assert "left out, without effect on any output: blocks.0.attn.move_qkx_aft.bias" in caplog.text
+
+
+def test_steps_of_another_width_are_noticed(tmp_path, state, caplog):
+    name = "blocks.0.attn.quant_x_4_qkv.input_quant_fn.s"
+    with caplog.at_level(logging.INFO):
+        qat.load_ofq_checkpoint(written(tmp_path, state | {name: torch.full((6,), 1.6)}), bits=2)
+        assert "would fit" not in caplog.text
+        qat.load_ofq_checkpoint(written(tmp_path, state | {name: torch.full((6,), 0.6)}), bits=2)
+    assert "activation steps of 0.60 on average would fit 4 bits better than 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "knobs", "message"),
+    [
+        ({}, {}, "bits=None: {} does not say its bits, and no tensor tells them; give bits= (ckpt_bits= in a command)"),
+        ({}, {"bits": 9}, "quant.bits=9: allowed are whole numbers from 2 to 8"),
+        ({}, {"bits": 2, "qkr": False}, "qkr=False: {} holds attn.q and attn.k (qkr=True)"),
+        ({}, {"bits": 2, "model": "nope"}, f"model='nope': timm has no such model; the file looks like '{TINY}'"),
+        (
+            {},
+            {"bits": 2, "model": "deit_tiny_patch16_224"},
+            f"model='deit_tiny_patch16_224': the weights of {{}} are not of its shape; they look like '{TINY}'",
+        ),
+        ({}, {"bits": 2, "model": SWIN}, f"model='{SWIN}': the weights of {{}} are not of its shape; they look like '{TINY}'"),
+        ({"blocks.0.attn.quan_a_v_fn.s": None}, {"bits": 2}, "{}: tensor blocks.0.attn.quan_a_v_fn.s is missing"),
+        ({"head.weight": None}, {"bits": 2}, "{}: tensor head.weight is missing"),
+        ({"blocks.0.attn.q.weight": None}, {"bits": 2}, "{}: tensor blocks.0.attn.q.weight is missing"),
+        ({"blocks.0.gamma": torch.ones(1)}, {"bits": 2}, "{}: nothing in the net corresponds to blocks.0.gamma"),
+        (
+            {"blocks.0.attn.qk_quant.clip_val": torch.ones(1)},
+            {"bits": 2},
+            "{}: nothing in the net corresponds to blocks.0.attn.qk_quant.clip_val",
+        ),
+        (
+            {"blocks.0.mlp.fc1.input_quant_fn.s": torch.ones(5)},
+            {"bits": 2},
+            "{}: blocks.0.mlp.fc1.input_quant_fn.s has shape (5,), expected (6,)",
+        ),
+        (
+            {"blocks.0.attn.proj.weight": torch.ones(96, 384)},
+            {"bits": 2},
+            "{}: blocks.0.attn.proj.weight has shape (96, 384), expected (192, 192)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tmp_path, state, change, knobs, message):
+    content = {k: v for k, v in (state | change).items() if v is not None}
+    path = written(tmp_path, content)
+    with pytest.raises(qat.UsageError) as error:
+        qat.load_ofq_checkpoint(path, **knobs)
+    assert str(error.value) == message.format(f"ckpt={str(path)!r}")
+
+
+def test_bits_that_contradict_the_file_are_refused(tmp_path, state):
+    path = written(tmp_path, {"state_dict": state, "args": argparse.Namespace(**ARGS)})
+    with pytest.raises(qat.UsageError, match="bits=3: .* was trained with 2, as its own arguments say"):
+        qat.load_ofq_checkpoint(path, bits=3)
+    with pytest.raises(qat.UsageError, match="act_bits=4: .* was trained with 2, as its own arguments say"):
+        qat.load_ofq_checkpoint(path, act_bits=4)
+
+
+def test_a_file_of_another_code_is_refused(tmp_path):
+    path = written(tmp_path, timm.create_model("vit_tiny_patch16_224", depth=1).state_dict())
+    with pytest.raises(qat.UsageError, match="no tensor ends with input_quant_fn.s"):
+        qat.load_ofq_checkpoint(path, bits=2)
+
+
+class Foreign:
+    """What no safe file holds."""
+
+
+def test_a_file_that_would_run_code_is_refused_with_a_way_out(tmp_path, state):
+    path = written(tmp_path, {"state_dict": state, "logger": Foreign()})
+    with pytest.raises(qat.UsageError) as error:
+        qat.load_ofq_checkpoint(path, bits=2)
+    assert "it holds tests.interop.test_ofq.Foreign; where it was made, save the weights alone: torch.save(" in str(error.value)
+    assert "\n" not in str(error.value)

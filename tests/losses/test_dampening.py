@@ -1,0 +1,109 @@
+"""Dampening. Oracles: the sum written out on the quantizer's own levels, finite schedule values, the sign of its gradient."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import qat
+from qat.losses import Dampening, LossTerm, StepContext
+from qat.tasks import build
+from tests.callbacks.fitting import fit, module
+from tests.conftest import compose
+from tests.tiny import quantized, sites, vit
+
+
+def step(net, progress=1.0):
+    return StepContext(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), None, net, progress)
+
+
+def by_hand(site):
+    """Sum of (w_q - w)^2 over weights between the outermost levels; what lies beyond them counts nothing."""
+    latent = site.latent().detach()
+    levels = site.quantizer(latent)
+    codes, spec = site.quantizer.codes(latent), site.quantizer.spec
+    beyond = ((codes == spec.qmin) & (latent < levels)) | ((codes == spec.qmax) & (latent > levels))
+    return torch.where(beyond, 0.0, levels - latent).square().sum()
+
+
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq"])
+def test_the_sum(preset):
+    net = quantized(preset, bits=2)
+    inside = [site for site in sites(net).values() if site.is_weight and site.quantizer.spec.bits <= 4]
+    assert len(inside) == {"ofq": 10, "ofq_noqkr": 8, "lsq": 8}[preset]
+    assert_close(Dampening()(step(net)), sum(by_hand(site) for site in inside))
+    outside = [site for site in sites(net).values() if site.is_weight and site.quantizer.spec.bits == 8]
+    assert_close(Dampening(max_bits=8)(step(net)), sum(by_hand(site) for site in inside + outside))
+
+
+@pytest.mark.parametrize(("progress", "share"), [(0.0, 0.0), (0.25, 0.5 - 0.5 * 0.5**0.5), (0.5, 0.5), (1.0, 1.0)])
+def test_it_grows_along_a_cosine(progress, share):
+    net = quantized(bits=2)
+    assert_close(Dampening()(step(net, progress)), share * Dampening()(step(net)))
+
+
+@pytest.mark.parametrize("preset", ["ofq_noqkr", "lsq"])
+def test_the_gradient_pulls_to_the_level(preset):
+    net = quantized(preset, bits=2)
+    Dampening()(step(net)).backward()
+    site = sites(net)["blocks.0.mlp.fc1.weight_quantizer"]
+    weight = site.owner.weight
+    pull, distance = -weight.grad, site.quantizer(weight).detach() - weight.detach()
+    free = pull == 0
+    assert_close(pull[~free], 2 * distance[~free])
+    codes = site.quantizer.codes(weight)[free]
+    assert set(codes.tolist()) <= {-2, 1}, "only beyond the outermost levels"
+    assert 0 < free.float().mean() < 0.5
+    assert all(p.grad is None for name, p in net.named_parameters() if name.endswith("scale"))
+
+
+def test_under_qkr_both_factors_are_pulled():
+    net = quantized("ofq", bits=2)
+    Dampening()(step(net)).backward()
+    attention = net.blocks[0].attn
+    assert attention.q_weight.grad.abs().sum() > 0
+    assert attention.k_weight.grad.abs().sum() > 0
+
+
+def test_a_net_without_such_weights():
+    with pytest.raises(qat.UsageError, match=r"loss term Dampening: max_bits=4: this net has no statsq or lsq weights of so few bits"):
+        Dampening()(step(vit()))
+
+
+def test_impossible_settings():
+    with pytest.raises(qat.UsageError, match=r"loss term Dampening: max_bits=1: allowed are whole numbers from 2"):
+        Dampening(max_bits=1)
+    with pytest.raises(qat.UsageError, match=r"weight=-1"):
+        Dampening(weight=-1)
+
+
+def test_a_strong_pull_brings_weights_to_their_levels():
+    start = quantized(bits=2)
+    distances = []
+    for terms in ({}, {"dampening": Dampening(weight=10.0)}):
+        learner = module(start, terms=terms)
+        fit(learner, max_epochs=10)
+        distances.append(Dampening()(step(learner.net)).item())
+    assert distances[1] < 0.8 * distances[0]
+
+
+def test_training_says_how_far_it_is():
+    seen = []
+
+    class Look(LossTerm):
+        def forward(self, step):
+            seen.append(step.progress)
+            return step.prediction.sum() * 0
+
+    fit(module(quantized(bits=2), terms={"look": Look()}), accumulate_grad_batches=2)
+    assert seen == pytest.approx([t / 4 for t in range(4) for _ in range(2)])
+
+
+@pytest.mark.parametrize("loss", ["ce_dampening", "kd_dampening"])
+def test_configs(loss):
+    cfg = compose("train", f"loss={loss}", "run_dir=a", "loss.terms.dampening.weight=0.3")
+    terms = build.build_loss(cfg).terms
+    assert isinstance(terms["dampening"], Dampening)
+    assert terms["dampening"].weight == 0.3
+    assert set(terms) == {loss.partition("_")[0], "dampening"}
+    added = compose("train", "run_dir=a", "+loss.terms.dampening={_target_:qat.losses.Dampening,weight:0.2}")
+    assert build.build_loss(added).terms["dampening"].weight == 0.2

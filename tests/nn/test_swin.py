@@ -1,0 +1,204 @@
+"""Window attention and Swin's layers on maps. Oracle: timm's where nothing is rounded, the formula written out where something is."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import qat
+from qat import functional as QF
+from qat.nn.swin import MapMlp
+from tests.nets import ATTENTIONS
+from tests.tiny import float_recipe, logits, shake, sites
+
+HEADS, WIDTH, WINDOW = 2, 16, 4
+SWIN = ATTENTIONS["swin"]
+
+
+class Holder(nn.Module):
+    """Shows a block to `convert`: (B, C, H, W) to (B, H, W, C)."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return self.block(x.permute(0, 2, 3, 1))
+
+
+def block(side=8, shift=0, **settings):
+    torch.manual_seed(0)
+    return shake(SwinTransformerBlock(WIDTH, (side, side), HEADS, window_size=WINDOW, shift_size=shift, **settings)).eval()
+
+
+def maps(side=8, n=2, seed=0):
+    return torch.randn(n, WIDTH, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def swapped(plain, recipe, side=8):
+    return qat.convert(Holder(copy.deepcopy(plain)), recipe, input_size=(WIDTH, side, side))
+
+
+@pytest.mark.parametrize("kind", ["qkr", "standard", "float"])
+@pytest.mark.parametrize(
+    ("side", "shift", "settings"),
+    [(8, 0, {}), (8, 2, {}), (7, 2, {}), (3, 2, {}), (8, 2, {"qkv_bias": False}), (8, 2, {"head_dim": 4}), (6, 2, {"dynamic_mask": True})],
+    ids=str,
+)
+def test_without_rounding_it_is_timms(kind, side, shift, settings):
+    plain = block(side, shift, **settings)
+    ours = swapped(plain, float_recipe(kind), side)
+    assert_close(logits(ours, maps(side)), logits(Holder(plain), maps(side)), rtol=1e-5, atol=1e-5)
+
+
+def test_the_mask_matters():
+    plain = block(8, 2)
+    out = logits(Holder(plain), maps())
+    plain.attn_mask.zero_()
+    assert (out - logits(Holder(plain), maps())).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
+def test_scales_are_those_of_positions_in_a_window(preset):
+    found = sites(swapped(block(12), qat.recipe(preset), 12))
+    scales = {
+        name.removeprefix("block.attn."): s.quantizer.n_scales for name, s in found.items() if "attn" in name and s.quantizer.n_scales
+    }
+    n = WINDOW**2
+    of_input = (
+        {"input_quantizer": n, "k_quantizer": n * HEADS}
+        if preset == "ofq"
+        else {"qkv.input_quantizer": n, "q_quantizer": n, "k_quantizer": n}
+    )
+    assert scales == {**of_input, "v_quantizer": WIDTH, "probs_quantizer": n, "proj.input_quantizer": n}
+
+
+def windows(x, shift):
+    """Normalised tokens (B*windows, N, C) as timm's block cuts them."""
+    x = torch.roll(x, (-shift, -shift), (1, 2)).unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW))
+    return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
+
+
+def heads(t):
+    return t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
+@pytest.mark.parametrize("shift", [0, 2])
+def test_step_by_step(preset, shift):
+    net = qat.initialize_scales(swapped(block(8, shift), qat.recipe(preset, bits=2)), [maps(seed=1)])
+    whole, attn = net.block, net.block.attn
+    x = windows(whole.norm1(maps().permute(0, 2, 3, 1)), shift)
+    if preset == "ofq":
+        xq = attn.input_quantizer(x)
+        folded = QF.statsq(QF.fold_qk(attn.q_weight, attn.k_weight, HEADS), 2).unflatten(0, (HEADS, WIDTH))
+        step = attn.k_quantizer.scale.view(-1, HEADS)
+        keys = [QF.lsq(xq @ folded[h].T + attn.product_offset.view(HEADS, WIDTH)[h], step[:, h], -2, 1, 1) for h in range(HEADS)]
+        scores = torch.stack([xq @ k.transpose(1, 2) for k in keys], 1)
+        v = attn.v(xq)
+    else:
+        q, k, v = attn.qkv(x).chunk(3, -1)
+        scores = heads(attn.q_quantizer(q)) @ heads(attn.k_quantizer(k)).transpose(-1, -2)
+    bias = attn.relative_position_bias_table[attn.relative_position_index.flatten()].view(16, 16, HEADS).permute(2, 0, 1)
+    scores = scores / (WIDTH // HEADS) ** 0.5 + bias
+    if shift:
+        scores = scores + whole.attn_mask.repeat(2, 1, 1).unsqueeze(1)
+    probs = attn.probs_quantizer(scores.softmax(-1))
+    expected = attn.proj((probs @ heads(attn.v_quantizer(v))).transpose(1, 2).flatten(2))
+    assert_close(attn(x, whole.attn_mask), expected)
+
+
+def test_the_table_learns():
+    net = qat.initialize_scales(swapped(block(8, 2), qat.recipe("ofq", bits=2)), [maps()])
+    net(maps()).square().sum().backward()
+    assert net.block.attn.relative_position_bias_table.grad.any()
+
+
+@pytest.mark.parametrize(("map_scales", "mlp", "reduction"), [("tensor", [1, 1], 1), ("column", [8, 4], 4)])
+def test_scales_on_maps(map_scales, mlp, reduction):
+    found = sites(qat.convert(SWIN.build(), qat.recipe("ofq", map_scales=map_scales), input_size=SWIN.input_size))
+    for i, n in enumerate(mlp):
+        for layer in ("fc1", "fc2"):
+            assert found[f"layers.{i}.blocks.1.mlp.{layer}.input_quantizer"].quantizer.n_scales == n
+    assert found["layers.1.downsample.reduction.input_quantizer"].quantizer.n_scales == reduction
+    signs = {name.rpartition(".mlp.")[2]: s.quantizer.spec.signed for name, s in found.items() if ".mlp." in name and s.role == "input"}
+    assert signs == {"fc1.input_quantizer": True, "fc2.input_quantizer": False}
+
+
+def test_columns_are_columns():
+    net = qat.initialize_scales(swapped(block(), qat.recipe("ofq", bits=2, map_scales="column")), [maps()])
+    mlp = net.block.mlp
+    x = torch.randn(2, 64, WIDTH, generator=torch.Generator().manual_seed(1))
+    quantizer = mlp.fc1.input_quantizer
+    step = quantizer.quantizer.scale
+    expected = torch.empty_like(x)
+    for column in range(8):
+        expected[:, column::8] = QF.lsq(x[:, column::8], step[column : column + 1], -2, 1, None)
+    seen = []
+    handle = mlp.fc1.input_quantizer.register_forward_hook(lambda module, args, out: seen.append(out))
+    mlp(x)
+    handle.remove()
+    assert step.unique().numel() == 8
+    assert_close(seen[0].flatten(1, 2), expected)
+
+
+def test_one_scale_knows_no_resolution():
+    mlp = qat.initialize_scales(swapped(block(), qat.recipe("ofq", bits=2)), [maps()]).block.mlp
+    x = torch.randn(2, 64, WIDTH, generator=torch.Generator().manual_seed(1))
+    assert isinstance(mlp, MapMlp)
+    assert_close(mlp(x[:, :35]), mlp(x)[:, :35])
+
+
+def test_merging_keeps_having_no_bias():
+    net = qat.convert(SWIN.build(), qat.recipe("ofq", bits=2), input_size=SWIN.input_size)
+    reduction = net.layers[1].downsample.reduction
+    assert reduction.bias is None
+    assert reduction.weight_quantizer.spec.bits == 2
+
+
+def test_positions_that_are_always_padding():
+    # A window larger than the map: the last row and column of every window are zeros, so their first step is zero too.
+    net = swapped(block(3, 2, always_partition=True), qat.recipe("ofq", bits=2), 3)
+    qat.initialize_scales(net, [maps(3)])
+    step = sites(net)["block.attn.input_quantizer"].quantizer.quantizer.scale.view(WINDOW, WINDOW)
+    assert (step == 0).any()
+    net.train()(maps(3)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["swin_small_patch4_window7_224", "swin_base_patch4_window7_224"])
+def test_other_sizes_of_windows_and_images(name):
+    changes = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 3}
+    for img_size, window, positions in (((48, 40), 5, [25, 25]), (56, 7, [49, 49])):
+        net = timm.create_model(name, img_size=img_size, window_size=window, **changes)
+        size = (3, *img_size) if isinstance(img_size, tuple) else (3, img_size, img_size)
+        qat.convert(net, qat.recipe("ofq", bits=2), input_size=size)
+        x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+        qat.initialize_scales(net, [x])
+        assert [sites(net)[f"layers.{i}.blocks.0.attn.input_quantizer"].quantizer.n_scales for i in (0, 1)] == positions
+        assert logits(net, x).isfinite().all()
+
+
+def test_fold_keeps_the_query_bias():
+    plain = block()
+    expected = logits(Holder(plain), maps())
+    assert (
+        logits(swapped(plain, qat.recipe("ofq", weight_quantizer="float", act_quantizer="float")), maps()) - expected
+    ).abs().max() > 0.01
+    assert_close(logits(swapped(plain, float_recipe("qkr")), maps()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_masks_of_windows_are_added_per_window():
+    attn = swapped(block(8, 2), float_recipe("standard")).block.attn
+    x, mask = torch.randn(4, 16, WIDTH), torch.zeros(2, 16, 16)
+    mask[1, :, 3] = -100
+    shifted = attn(x, mask)
+    plain = attn(x)
+    assert_close(shifted[::2], plain[::2])
+    assert (shifted[1::2] - plain[1::2]).abs().amax((1, 2)).min() > 1e-3
+    assert F.softmax(mask[1], -1)[:, 3].max() < 1e-6

@@ -1,0 +1,42 @@
+"""A small calibrated net, its calibration images and float logits, for the tests of the search."""
+
+import copy
+import functools
+
+import torch
+
+import qat
+from qat.ptq.fitness import logits_of
+from tests import tiny
+
+# Weights with a stored scale and a zero point, quantizers where training has them.
+WEIGHTS = "qat.quantizers.affine:MinMax"
+BATCHES = (8, 8, 5)
+
+
+def batches():
+    return [tiny.images(n, seed) for seed, n in enumerate(BATCHES)]
+
+
+@functools.cache
+def _made(name, preset, knobs):
+    net = tiny.vit(name)
+    targets = [logits_of(net, images, 8) for images in batches()]
+    qat.convert(net, qat.recipe(preset, **dict(knobs)), input_size=tiny.SIZE)
+    return qat.initialize_scales(net, batches()).eval(), targets
+
+
+def quantized(name=tiny.VIT, preset="minmax", **knobs):
+    """A net of its own, and the float logits of `batches()`."""
+    knobs = {"bits": 4, "weight_quantizer": WEIGHTS} | knobs
+    net, targets = _made(name, preset, tuple(sorted(knobs.items())))
+    return copy.deepcopy(net), targets
+
+
+def state(net):
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def changed(before, net):
+    """Names of tensors that differ."""
+    return {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}

@@ -1,0 +1,167 @@
+"""Evaluations: equal to plain forwards bit for bit, races, gradients, and processes that share the batches."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.testing import assert_close
+
+from qat.functional.infonce import FITNESSES, logit_fitness
+from qat.ptq.blocks import trace
+from qat.ptq.fitness import Evaluator, Race, logits_of, plain_fitness, row_losses
+from qat.ptq.ranks import Ranks
+from qat.ptq.search import SearchOptions, search
+from qat.ptq.settings import SearchSettings
+from qat.ptq.vector import find_blocks, scale_vectors
+from tests.ptq.searching import batches, changed, quantized, state
+
+
+def evaluator(net, targets, **knobs):
+    settings = SearchSettings(**{"micro_batch": 3, **knobs})
+    traced = trace(net, find_blocks(net), batches()[0][:1])
+    made = Evaluator(net, batches(), targets, settings, traced, Ranks())
+    return made, settings, scale_vectors(net, settings.targets, traced.order)
+
+
+@pytest.mark.parametrize("cache_gib", [4.0, 0.0])
+@pytest.mark.parametrize("micro_batch", [3, 100])
+def test_fitness_is_that_of_plain_forwards_bit_for_bit(micro_batch, cache_gib):
+    """The plain forwards run on the very net before its evaluator is active, and with scales that were drawn."""
+    net, targets = quantized()
+    made, settings, vectors = evaluator(net, targets, micro_batch=micro_batch, cache_gib=cache_gib)
+    start = {name: vector.read() for name, vector in vectors.items()}
+    for block in reversed(vectors):
+        candidates = [
+            start[block] * (1 + 0.1 * torch.rand(len(start[block]), generator=torch.Generator().manual_seed(i))) for i in range(2)
+        ]
+        plain = []
+        for candidate in candidates:
+            vectors[block].write(candidate)
+            plain.append(plain_fitness(net, batches(), targets, settings))
+        with made.active():
+            for candidate, expected in zip(candidates, plain, strict=True):
+                vectors[block].write(candidate)
+                made.changed(vectors[block])
+                assert made.fitness(block).fitness == expected
+        assert len(set(plain)) == 2
+
+
+def test_only_the_changed_weights_are_quantized_again_and_once(monkeypatch):
+    net, targets = quantized()
+    made, _, vectors = evaluator(net, targets)
+    asked = []
+    for name, module in net.named_modules():
+        if name.endswith("weight_quantizer"):
+            original = module.forward
+            monkeypatch.setattr(module, "forward", lambda w, name=name, original=original: (asked.append(name), original(w))[1])
+    with made.active():
+        made.fitness("blocks.1")
+        assert len(asked) == len(set(asked)) == 10
+        asked.clear()
+        made.changed(vectors["blocks.1"])
+        made.fitness("blocks.1")
+        assert asked == ["blocks.1.attn.qkv.weight_quantizer", "blocks.1.attn.proj.weight_quantizer"]
+
+
+@pytest.mark.parametrize("kind", FITNESSES)
+def test_a_fitness_is_the_mean_of_its_rows(kind):
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(9, 10, generator=generator), torch.randn(9, 10, generator=generator)
+    rows = row_losses(kind, 0.7)
+    found = torch.cat([rows(q[i : i + 4], k, i) for i in range(0, 9, 4)])
+    assert_close(found.mean(), logit_fitness(kind, 0.7)(q, k), rtol=1e-6, atol=1e-7)
+
+
+def test_a_race_is_lost_when_clearly_worse():
+    """For even n the mean difference is 1 and three standard errors are 3 / sqrt(n - 1): it takes more than ten images."""
+    incumbent = torch.zeros(40, dtype=torch.float64)
+    rows = torch.tensor([0.0, 2.0] * 20, dtype=torch.float64)
+    race = Race(incumbent, 2, Ranks())
+    assert [n for n in range(1, 41) if race.lost(rows[:n])][0] == 12
+    assert race.images == 40
+    assert not Race(incumbent, 30, Ranks()).lost(rows[:29])
+    assert Race(incumbent, 30, Ranks()).lost(rows[:30])
+    assert not Race(incumbent, 2, Ranks()).lost(-rows)
+    assert not Race(incumbent, 2, Ranks()).lost(incumbent)
+
+
+def test_racing_gives_up_what_would_have_been_turned_away_and_says_so():
+    knobs = {"passes": 2, "cycles": 5, "micro_batch": 3, "radius": 0.3, "relative": True}
+    whole, targets = quantized()
+    plain = search(whole, batches(), targets, SearchSettings(**knobs))
+    raced = quantized()[0]
+    result = search(raced, batches(), targets, SearchSettings(racing=6, **knobs))
+    assert plain.given_up == 0
+    assert result.given_up > 0
+    assert result.images < plain.images == 20 * 21
+    assert result.evaluations == plain.evaluations
+    assert (result.accepted, result.fitness) == (plain.accepted, plain.fitness)
+    assert changed(state(whole), raced) == set()
+
+
+@pytest.mark.parametrize("kind", FITNESSES)
+def test_gradient_of_the_scales(kind):
+    """Against autograd over one whole forward of each batch, micro-batched or not."""
+    net, targets = quantized()
+    made, _, vectors = evaluator(net, targets, fitness=kind)
+    vector = vectors["blocks.1"]
+    with torch.no_grad(), made.active():
+        found = made.gradient("blocks.1", vector)
+    for scale in vector.scales:
+        scale.requires_grad_()
+    loss = logit_fitness(kind)
+    total = sum(loss(net(images), target) for images, target in zip(batches(), targets, strict=True)) / len(targets)
+    expected = torch.cat(torch.autograd.grad(total, vector.scales)).double()
+    assert expected.abs().max() > 0
+    assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_logits_in_micro_batches():
+    net, _ = quantized()
+    assert logits_of(net, batches()[0], 3).shape == (8, 10)
+    assert_close(logits_of(net, batches()[0], 3), logits_of(net, batches()[0], 8))
+
+
+KNOBS = {"passes": 2, "micro_batch": 3, "radius": 0.2, "relative": True}
+
+
+SEARCHES = {"plain": {}, "racing": {"racing": 6}, "adam": {"method": "adam"}}
+
+
+def _process(rank, folder, port):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for name, knobs in SEARCHES.items():
+        net, targets = quantized()
+        options = SearchOptions(group=dist.group.WORLD)
+        result = search(net, batches(), targets, SearchSettings(**KNOBS, **knobs), run_dir=folder / name, options=options)
+        torch.save((state(net), result.to_dict()), folder / f"{name}{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_search_as_one(tmp_path):
+    """Three batches over two processes. A fitness is the mean of the same numbers in the same order, so it is equal to the last bit."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, args=(tmp_path, port), nprocs=2)
+    for name, knobs in SEARCHES.items():
+        alone, targets = quantized()
+        expected = search(alone, batches(), targets, SearchSettings(**KNOBS, **knobs), run_dir=tmp_path / "alone" / name)
+        for rank in range(2):
+            found, result = torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True)
+            # The gradients of the two processes are summed in another order.
+            tolerance = 1e-5 if name == "adam" else 0
+            assert_close(found, state(alone), rtol=tolerance, atol=0)
+            assert (result["accepted"], result["evaluations"]) == (expected.accepted, expected.evaluations)
+            assert result["fitness"] == pytest.approx(expected.fitness, rel=tolerance / 10)
+        accepted = [_column(folder / name / "search.csv", 4) for folder in (tmp_path, tmp_path / "alone")]
+        assert accepted[0] == accepted[1]
+        assert "1" in accepted[0][2:]
+
+
+def _column(file, number):
+    return [line.split(",")[number] for line in file.read_text().splitlines()]

@@ -1,0 +1,112 @@
+"""The paper's own checkpoints in the commands. Oracles: the file's tensors, and its logits by plain formulas (tests/interop/authors.py)."""
+
+import argparse
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import qat
+from qat.data import Digits
+from tests.conftest import compose, evaluate, results
+from tests.interop import authors
+from tests.tiny import DISTILLED
+
+NET = ("model=deit_t_distilled", "++model.args.depth=1", "++model.args.embed_dim=192")
+STILL = ("optimizer.lr=1e-30", "scheduler.min_lr=0", "trainer.max_epochs=1", "trainer.limit_train_batches=1")
+DIGITS = {"side": 8, "patch": 4, "chans": 1, "classes": 10}
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return authors.deit(**DIGITS)
+
+
+@pytest.fixture
+def path(tmp_path, theirs):
+    file = tmp_path / "theirs.pth.tar"
+    torch.save({"state_dict": theirs, "args": argparse.Namespace(wq_bitw=2, aq_bitw=2), "arch": DISTILLED}, file)
+    return file
+
+
+def train(run_dir, *overrides):
+    from qat.tasks.train import train as task
+
+    task(compose("train", *NET, *STILL, f"run_dir={run_dir}", *overrides))
+    return run_dir
+
+
+@pytest.mark.parametrize("how", [(), ("ckpt_format=ofq",), ("ckpt_format=ofq", "model=deit_t_distilled")])
+def test_eval_gives_the_accuracy_of_their_logits(tmp_path, path, theirs, how):
+    out = evaluate(tmp_path / "run", f"ckpt={path}", *how)
+    cfg = compose("train", "run_dir=a").data
+    batches = list(Digits(**{k: v for k, v in cfg.items() if k != "_target_"}).test_dataloader())
+    hits = sum((authors.deit_logits(theirs, images, 2, 2).argmax(1) == target).sum().item() for images, target in batches)
+    assert out["top1"] == pytest.approx(100 * hits / sum(len(target) for _, target in batches))
+    assert (out["quant"], out["model"]) == ("ofq_2bit", DISTILLED)
+
+
+def test_train_starts_from_their_weights_and_scales(tmp_path, path, theirs):
+    run = train(tmp_path / "run", f"ckpt={path}", "ckpt_format=ofq", "quant=ofq_2bit")
+    net = qat.load(run / "checkpoints" / "last.ckpt")
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_close(net(x), authors.deit_logits(theirs, x, 2, 2), rtol=0, atol=1e-4)
+
+
+def test_train_at_other_bits_takes_the_latent_weights(tmp_path, path, theirs):
+    run = train(tmp_path / "run", f"ckpt={path}", "quant=ofq_4bit")
+    net = qat.load(run / "checkpoints" / "last.ckpt")
+    assert_close(net.blocks[0].mlp.fc1.weight, theirs["blocks.0.mlp.fc1.weight"])
+    assert_close(net.blocks[0].attn.q_weight, theirs["blocks.0.attn.q.weight"])
+    assert_close(net.head.input_quantizer.quantizer.scale, theirs["head.input_quant_fn.s"])
+    assert net.blocks[0].mlp.fc1.input_quantizer.quantizer.scale.shape == (6,)
+
+
+def test_a_swin_of_theirs_keeps_the_biases_of_its_mergings(tmp_path):
+    theirs = authors.swin(depths=(1, 1, 1, 1), window=4)
+    torch.save(theirs, tmp_path / "theirs.pth.tar")
+    model = ("model=swin_t", "++model.args.depths=[1,1,1,1]", "data=cifar10", "data.num_classes=5")
+    cfg = compose("train", *model, f"ckpt={tmp_path}/theirs.pth.tar", "ckpt_bits=2", "run_dir=a")
+    from qat.tasks import build
+
+    start = build.build_start(cfg)
+    merging = start.net.layers[1].downsample.reduction
+    assert_close(merging.bias, theirs["features.2.reduction.bias"])
+    qat.save(start.net, tmp_path / "float.ckpt")
+    assert_close(qat.load(tmp_path / "float.ckpt").layers[1].downsample.reduction.bias, merging.bias)
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "message"),
+    [
+        ("evaluate", ["ckpt_bits=3"], "bits=3: ckpt='{}' was trained with 2, as its own arguments say"),
+        (
+            "evaluate",
+            ["data=digits", "data.image_size=16"],
+            "data.image_size=16: the net is quantized for images of (1, 8, 8), got (1, 16, 16)",
+        ),
+        ("evaluate", ["ckpt_format=qat"], "ckpt='{}': not a checkpoint of qat (ckpt_format=qat); allowed here are auto, timm, ofq"),
+        (
+            "train",
+            [*NET, "model=deit_s_distilled"],
+            "model='deit_small_distilled_patch16_224': the weights of ckpt='{}' are not of its shape",
+        ),
+        ("train", [*NET, "loss=kd"], "ckpt='{}' is quantized already and no float teacher; give teacher.ckpt=FILE"),
+        ("train", [*NET, "data.num_classes=4"], "ckpt='{}': has 10 classes, the data 4; model.reset_head=true gives it a new head"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, refused, path, command, overrides, message):
+    config = "eval" if command == "evaluate" else "train"
+    line = refused(command, compose(config, f"ckpt={path}", f"run_dir={tmp_path / 'run'}", *overrides))
+    assert message.format(path) in line
+
+
+def test_bits_are_not_for_files_of_ours(tmp_path, refused, float_run):
+    cfg = compose("train", f"ckpt={float_run}/checkpoints/last.ckpt", "ckpt_bits=2", f"run_dir={tmp_path / 'run'}")
+    assert "ckpt_bits=2: only for files of the paper's code (ckpt_format=ofq)" in refused("train", cfg)
+
+
+def test_results_say_where_the_weights_come_from(tmp_path, path):
+    evaluate(tmp_path / "run", f"ckpt={path}", "ckpt_format=ofq")
+    assert results(tmp_path / "run")["weights"] == str(path)

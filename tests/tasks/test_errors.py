@@ -1,0 +1,300 @@
+"""Mistakes of a first hour: what is typed, and the one line that answers it before the first step. Oracle: the table.
+
+`tests/tasks/test_train.py` and `test_evaluate.py` have those that belong to one feature; docs/errors.md has them all.
+"""
+
+import os
+import pickle
+import re
+import socket
+import time
+
+import pytest
+import timm
+import torch
+from lightning.pytorch import Trainer
+
+from qat import start
+from qat.tasks import cli
+from tests.conftest import ROOT, compose, results, tiny
+
+WHOLE = "allowed are whole numbers from"
+LIMIT = r"allowed are whole numbers from 1, and shares of all batches above 0 to 1\.0"
+NUMBERS = "allowed are numbers"
+FLAGS = ("overwrite", "model.pretrained", "model.reset_head", "teacher.pretrained", "compile")
+OBJECT = "allowed is what makes an object"
+
+
+def shown(values):
+    """Pairs of what is typed and what a message shows."""
+    words = {"x": "'x'", "null": "None", "true": "True"}
+    return [(value, words.get(value, value)) for value in values.split()]
+
+
+TRAIN = [
+    # the recipe
+    *((f"quant.bits={v}", rf"quant\.bits={s}: {WHOLE} 2 to 8") for v, s in shown("0 1 9 1.5 x null")),
+    ("quant.act_bits=9", rf"quant\.act_bits=9: {WHOLE} 2 to 8"),
+    ("quant.stem_bits=1", rf"quant\.stem_bits=1: {WHOLE} 2 to 8"),
+    ("quant.head_bits=16", rf"quant\.head_bits=16: {WHOLE} 2 to 8"),
+    ("quant.overrides={blocks.0.*:{bits:9}}", rf"quant\.overrides\['blocks\.0\.\*'\]: quant\.bits=9: {WHOLE} 2 to 8"),
+    ("quant.overrides={blocks.0.*:{bit:4}}", r"quant\.overrides\['blocks\.0\.\*'\]=\{'bit': 4\}: allowed knobs are act_bits, "),
+    ("quant.overrides={block.0.*:{bits:4}}", r"quant\.overrides\['block\.0\.\*'\] matches no module .* names like 'blocks\.0\.attn"),
+    ("quant.overrides=x", r"quant\.overrides='x': allowed is a mapping"),
+    ("quant.offsets=maybe", r"quant\.offsets='maybe': allowed are true and false"),
+    ("+quant.colour=3", r"quant\.colour: allowed are name, bits"),
+    ("+model.args.qk_norm=true", r"quant\.attention='qkr': this net normalises queries and keys.*allowed here are standard, float"),
+    # the optimizer and its schedule
+    *((f"optimizer.lr={v}", rf"optimizer\.lr={s}: {NUMBERS} above 0") for v, s in shown("0 -1 x null true")),
+    ("optimizer.weight_decay=-1", rf"optimizer\.weight_decay=-1: {NUMBERS} from 0"),
+    ("optimizer.betas=[2,3]", r"optimizer\.opt='adamw' does not take .*'betas': \[2, 3\]"),
+    ("+optimizer.colour=1", r"optimizer\.opt='adamw' does not take .*'colour'"),
+    ("optimizer.opt=adammw", r"optimizer\.opt='adammw': timm has no such optimizer; near are .*adamw"),
+    ("optimizer.opt=null", r"optimizer\.opt=None: timm has no such optimizer"),
+    ("scheduler.interval=batch", r"scheduler\.interval='batch': allowed are epoch, step"),
+    ("scheduler.warmup_epochs=50", rf"scheduler\.warmup_epochs=50: {NUMBERS} from 0 to below 1"),
+    ("scheduler.warmup_epochs=x", rf"scheduler\.warmup_epochs='x': {NUMBERS} from 0"),
+    ("scheduler.min_lr=-1", rf"scheduler\.min_lr=-1: {NUMBERS} from 0"),
+    ("+scheduler.colour=1", r"scheduler\.colour is none of them: the settings are interval, warmup_epochs"),
+    ("~scheduler.interval", r"scheduler\.interval is missing: the settings are interval, warmup_epochs"),
+    ("~optimizer", "config: Key 'optimizer'"),
+    # the trainer
+    *((f"trainer.max_epochs={v}", rf"trainer\.max_epochs={s}: {WHOLE} 1") for v, s in shown("0 -1 -3 1.5 x")),
+    *((f"trainer.accumulate_grad_batches={v}", rf"accumulate_grad_batches={s}: {WHOLE} 1") for v, s in shown("0 1.5 x")),
+    ("trainer.gradient_clip_val=-1", rf"trainer\.gradient_clip_val=-1: {NUMBERS} from 0"),
+    ("trainer.precision=foo", r"trainer\.precision='foo': allowed are 32-true, 16-mixed, bf16-mixed"),
+    *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: {LIMIT}") for v, s in shown("0 0.0 2.0 -1 x")),
+    ("trainer.limit_train_batches=0.001", r"limit_train_batches=0\.001: less than one of 20 batches; allowed are shares from 0\.05"),
+    ("trainer.limit_val_batches=-1", r"limit_val_batches=-1: allowed are whole numbers from 0 \(off\)"),
+    ("trainer.limit_test_batches=0", rf"limit_test_batches=0: {LIMIT}"),
+    ("trainer.fast_dev_run=x", r"trainer\.fast_dev_run='x': allowed are true, false and a number of batches"),
+    ("trainer.log_every_n_steps=-1", rf"trainer\.log_every_n_steps=-1: {WHOLE} 0"),
+    ("trainer.devices=0", r"trainer\.devices=0: .*not a valid input using cpu"),
+    ("trainer.devices=x", r"trainer\.devices='x': .*should be an int > 0"),
+    ("trainer.accelerator=foo", r"trainer\.accelerator='foo': .*Available names are: auto, .*cpu"),
+    ("trainer.strategy=foo", r"trainer\.strategy='foo': .*invalid strategy name"),
+    ("+trainer.colour=3", "unexpected keyword argument 'colour'"),
+    # data and model
+    *((f"data.batch_size={v}", rf"data\.batch_size={s}: {WHOLE} 1") for v, s in shown("0 -1 1.5 x")),
+    ("data.num_workers=-1", rf"data\.num_workers=-1: {WHOLE} 0"),
+    ("data.image_size=10", r"data\.image_size=10: no multiple of the model's patch size 4"),
+    ("data.num_classes=3", r"data\.num_classes=3: the train split has a label 9"),
+    ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': no such folder"),
+    ("data=cifar10 data.root=3", r"data\.root=3: allowed is a path"),
+    ("data._target_=qat.data.Nope", r"data\._target_='qat\.data\.Nope'"),
+    ("model.name=vit_tinny_patch16_224", r"model\.name='vit_tinny_patch16_224': timm has no such model; near are .*vit_tiny_patch16_224"),
+    ("model.name=null", r"model\.name=None: timm has no such model"),
+    ("model.name=resnet18", r"model\.name='resnet18' with .*unexpected keyword argument 'img_size'"),
+    ("model.args.num_heads=5", r"model\.name='vit_tiny_patch16_224' with .*'num_heads': 5.*divisible by num_heads"),
+    ("model.args.patch_size=0", r"model\.name='vit_tiny_patch16_224' with .*'patch_size': 0.*division"),
+    ("model.args.embed_dim=-1", r"model\.name='vit_tiny_patch16_224' with .*'embed_dim': -1.*negative dimension"),
+    ("model.imports=[nope.nope]", r"model\.imports='nope\.nope': No module named 'nope'"),
+    ("model.imports=3", r"model\.imports=3: allowed is a list"),
+    # losses, callbacks, loggers
+    ("loss=kd", r"no teacher; give teacher\.ckpt=FILE"),
+    ("loss.terms.ce._target_=qat.losses.Nope", r"loss\.terms\.ce\._target_='qat\.losses\.Nope'"),
+    ("+loss.terms.x=3", rf"loss\.terms\.x=3: {OBJECT}: loss\.terms\.x\._target_="),
+    ("+callbacks.x._target_=nowhere.Nope", r"callbacks\.x\._target_='nowhere\.Nope'"),
+    ("+callbacks.x=3", rf"callbacks\.x=3: {OBJECT}"),
+    ("+callbacks.x._target_=torch.nn.Identity", r"callbacks\.x: Identity is not a subclass of lightning\.pytorch\.Callback"),
+    ("callbacks.best.monitor=val/nope", r"callbacks\.best\.monitor='val/nope': allowed .* val/top1, val/top5, val/loss"),
+    ("checkpoint.every_n_steps=0", rf"checkpoint\.every_n_steps=0: {WHOLE} 1"),
+    ("+logger.x._target_=nowhere.Nope", r"logger\.x\._target_='nowhere\.Nope'"),
+    ("+logger.x._target_=torch.nn.Identity", r"logger: Identity is not a subclass of"),
+    # the rest
+    *((f"seed={v}", rf"seed={s}: {WHOLE} 0") for v, s in shown("-1 x 1.5 99999999999")),
+    *((f"{name}=no", rf"{name}='no': allowed are true and false") for name in FLAGS),
+    ("resume=yes", r"resume='yes': allowed are false, true, auto"),
+    ("resume=true", r"resume=true: run_dir='.*' has no checkpoints/last\.ckpt; resume=auto starts"),
+    ("ckpt=/nowhere.ckpt", r"ckpt='/nowhere\.ckpt': no such file"),
+    ("ckpt=3", "ckpt=3: allowed is a path"),
+    ("ckpt=a.ckpt model.weights=b.pt", "ckpt and model.weights are set: a net starts from one of them"),
+    ("ckpt_format=zip ckpt={best}", "ckpt_format='zip': allowed are auto, qat, timm"),
+    ("ckpt={run}", r"ckpt='.*': a folder, not a file; ckpt=.*/checkpoints/best\.ckpt is in it"),
+    ("ckpt={run}/config.yaml", r"ckpt='.*config\.yaml': not a checkpoint .*no file of tensors"),
+    ("ckpt={files}/empty.ckpt", r"ckpt='.*empty\.ckpt': not a checkpoint .*the file is empty"),
+    ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged or cut short"),
+    ("ckpt={files}/number.pt", r"ckpt='.*number\.pt': holds no weights"),
+    ("ckpt={files}/nan.ckpt", r"ckpt='.*nan\.ckpt': its weight blocks\.0\.mlp\.fc1\.weight holds NaN or infinity"),
+    ("loss=kd teacher.ckpt={files}/nan.ckpt", r"teacher\.ckpt='.*nan\.ckpt': its weight blocks\.0\.mlp\.fc1\.weight holds NaN"),
+    ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt': its weights are not those of vit_tiny_patch16_224"),
+    ("ckpt={best} model.args.depth=2", r"ckpt='.*best\.ckpt': its weights are not those of vit_tiny_patch16_224"),
+    ("run_dir={run}", r"run_dir='.*' holds best\.ckpt already; choose another run_dir or set overwrite=true"),
+    ("run_dir={run} resume=true", r"resume: .*last\.ckpt has another recipe \(quant: act_bits, .*use ckpt=PATH"),
+    ("run_dir={run} resume=true quant=fp model.args.depth=2", r"resume: .*last\.ckpt holds .* not model .*use ckpt=PATH"),
+    ("run_dir={run} overwrite=true ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint"),
+]  # fmt: skip
+
+EVAL = [
+    ("", r"ckpt is not set; give model=\.\.\."),
+    ("ckpt={run}", r"ckpt='.*': a folder, not a file; ckpt=.*/checkpoints/best\.ckpt is in it"),
+    ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged or cut short"),
+    ("ckpt={files}/nan.ckpt", r"ckpt='.*nan\.ckpt': its weight blocks\.0\.mlp\.fc1\.weight holds NaN"),
+    ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not say what net it holds; give model=\.\.\."),
+    ("ckpt={files}/resnet.pt model=vit_tiny_demo", r"ckpt='.*resnet\.pt': its weights are not those of vit_tiny_patch16_224"),
+    ("ckpt={best} model=deit_t", r"model\.name='deit_tiny_patch16_224': ckpt='.*' holds vit_tiny_patch16_224"),
+    ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the net has 10 classes"),
+    ("ckpt={best} data=digits data.image_size=10", r"data\.image_size=10: no multiple of the model's patch size 4"),
+    ("ckpt={best} data.batch_size=0", rf"data\.batch_size=0: {WHOLE} 1"),
+    ("ckpt={best} trainer.limit_test_batches=0", rf"limit_test_batches=0: {LIMIT}"),
+    ("ckpt={best} seed=-1", rf"seed=-1: {WHOLE} 0"),
+]  # fmt: skip
+
+# What docs/errors.md says of a command that is complete; its dots stand for anything.
+PAGE = {
+    typed: ".*".join(map(re.escape, line.split("...")))
+    for typed, line in re.findall(
+        r"^\| `train\.py ([^`]*)` \| `([^`]*)` \|$", (ROOT / "docs" / "errors.md").read_text(), flags=re.MULTILINE
+    )
+}
+
+
+class Payload:
+    """What must never run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, float_run):
+    """A finished run, and files that are no checkpoints."""
+    files = tmp_path_factory.mktemp("files")
+    best = float_run / "checkpoints" / "best.ckpt"
+    (files / "empty.ckpt").touch()
+    (files / "cut.ckpt").write_bytes(best.read_bytes()[: best.stat().st_size // 2])
+    torch.save({"number": 1}, files / "number.pt")
+    torch.save(timm.create_model("resnet18").state_dict(), files / "resnet.pt")
+    content = torch.load(best, weights_only=True)
+    content["state_dict"]["net.blocks.0.mlp.fc1.weight"][0, 0] = torch.nan
+    torch.save(content, files / "nan.ckpt")
+    return {"run": str(float_run), "best": str(best), "files": str(files)}
+
+
+@pytest.fixture
+def no_step(monkeypatch):
+    """Fails a test that begins to train or test."""
+    for loop in ("fit", "test"):
+        monkeypatch.setattr(Trainer, loop, lambda *args, **kwargs: pytest.fail("a step was taken"))
+
+
+def overrides(typed, places):
+    """What is typed, with the places filled in; other braces are Hydra's."""
+    for name, path in places.items():
+        typed = typed.replace(f"{{{name}}}", path)
+    return typed.split()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("typed", "line"), TRAIN, ids=[typed for typed, _ in TRAIN])
+def test_train(tmp_path, refused, no_step, float_run, places, typed, line):
+    before = contents(float_run)
+    message = refused("train", tiny(tmp_path / "run", *overrides(typed, places)))
+    assert re.search(line, message), message
+    assert re.search(PAGE.get(typed, ""), message), message
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert contents(float_run) == before
+
+
+@pytest.mark.parametrize(("typed", "line"), EVAL, ids=[typed for typed, _ in EVAL])
+def test_evaluate(tmp_path, refused, no_step, places, typed, line):
+    message = refused("evaluate", compose("eval", f"run_dir={tmp_path}/run", *overrides(typed, places)))
+    assert re.search(line, message), message
+
+
+@pytest.mark.parametrize("setting", ["ckpt", "model.weights", "loss=kd teacher.ckpt"])
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))], ids=["torch", "pickle"])
+def test_code_in_a_file_is_never_run(tmp_path, refused, no_step, write, setting):
+    write({"state_dict": {"a": torch.zeros(1)}, "more": Payload(tmp_path / "made")}, tmp_path / "a.ckpt")
+    message = refused("train", tiny(tmp_path / "run", *f"{setting}={tmp_path}/a.ckpt".split()))
+    assert "a.ckpt': not a checkpoint that can be read safely" in message
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_host_that_takes_calls_and_says_nothing_costs_less_than_five_seconds(tmp_path, refused, no_step, monkeypatch):
+    assert start.HUB_TIMEOUT_S < 5
+    monkeypatch.setattr(start, "HUB_TIMEOUT_S", 0.2)
+    monkeypatch.setenv("no_proxy", "*")
+    cfg = compose("train", "model=deit_t", "data.image_size=32", "model.pretrained=true", f"run_dir={tmp_path}/run")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        message = refused("train", cfg)
+    assert "model.pretrained=true: the weights of 'deit_tiny_patch16_224' are not in the local cache" in message
+    assert "timed out" in message
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(("setting", "data"), [("data.root", "data=cifar10"), ("ckpt", "data=digits")])
+def test_a_tilde_is_the_home_folder(tmp_path, refused, no_step, monkeypatch, setting, data):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{setting}='{tmp_path}/nowhere'" in refused("train", tiny(tmp_path / "run", data, f"{setting}='~/nowhere'"))
+    monkeypatch.setattr("sys.argv", ["train.py", f"{setting}=~/nowhere", "a=b~/c", "~logger", "run_dir=~"])
+    cli.expand_home()
+    assert cli.sys.argv[1:] == [f"{setting}={tmp_path}/nowhere", "a=b~/c", "~logger", f"run_dir={tmp_path}"]
+
+
+@pytest.mark.parametrize("run_dir", ["{file}", "{file}/run", "/proc/run"])
+def test_a_run_dir_that_cannot_be_made_ends_the_process(tmp_path, run_dir):
+    file = tmp_path / "file"
+    file.touch()
+    path = run_dir.format(file=file)
+    with pytest.raises(SystemExit, match=rf"error: run_dir='{path}': cannot be written \(.*\); allowed is a folder that is or can be made"):
+        cli.writable(path)
+
+
+def test_a_run_dir_that_can_be_made_is_left_to_hydra(tmp_path):
+    assert cli.writable(str(tmp_path / "a" / "b")) == str(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_outside_of_checkpoints_is_one_line_too(tmp_path, refused, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "config.yaml")
+
+    monkeypatch.setattr("qat.tasks.train.write_text", full)
+    monkeypatch.setattr("qat.tasks.results.write_text", full)
+    assert "cannot be written: config.yaml (No space left on device)" in refused("train", tiny(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")], ids=["full", "denied"]
+)
+def test_a_checkpoint_that_cannot_be_written_costs_only_itself(tmp_path, refused, monkeypatch, error):
+    save, calls = torch.save, []
+
+    def fails_later(content, path):
+        calls.append(path)
+        if len(calls) > 1:
+            path.write_bytes(b"half")
+            raise error
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", fails_later)
+    run = tmp_path / "run"
+    message = refused("train", tiny(run, "trainer.limit_train_batches=6", "checkpoint.every_n_steps=2"))
+    assert re.search(rf"last\.ckpt cannot be written \(.*{error.strerror}.*\); the checkpoint that was there is intact", message)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert "cannot be written" in results(run)["error"]
+
+
+def test_a_mistake_after_the_checks_leaves_an_old_run_as_it_was(tmp_path, refused, float_run):
+    # The most that can be known before anything is replaced: a checkpoint of another net.
+    before = contents(float_run)
+    refused("train", tiny(float_run, "overwrite=true", f"ckpt={float_run}/checkpoints/best.ckpt", "model.args.depth=2"))
+    assert contents(float_run) == before
+    assert "error" not in results(float_run)
+
+
+def test_the_page_of_errors_shows_what_the_table_tries():
+    tried = {typed for typed, _ in TRAIN}
+    complete = {typed for typed in PAGE if not re.search("FILE|DIR", typed)}
+    assert len(complete) > 30
+    assert complete - tried == set()

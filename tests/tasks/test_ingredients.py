@@ -1,0 +1,232 @@
+"""What recipes of vision transformers are made of, switched on by config. Oracles: hand computation over the steps of the same run."""
+
+import csv
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+import qat
+from qat.checkpoint import read_checkpoint
+from qat.tasks import build
+from tests.conftest import compose, evaluate, results, tiny, train
+
+SGD = (
+    "optimizer=sgd",
+    "optimizer.opt=momentum",
+    "optimizer.momentum=0",
+    "optimizer.weight_decay=0",
+    "scheduler.min_lr=0",
+    "data.augment=none",
+    "quant=fp",
+)
+
+
+class Steps(Callback):
+    """Weights behind every step, and what each step was given."""
+
+    def __init__(self):
+        self.weights, self.batches, self.norms = [], [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append([part.clone() for part in batch])
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.weights.append({name: p.detach().clone() for name, p in pl_module.net.named_parameters()})
+
+
+@pytest.fixture
+def watched(monkeypatch, tmp_path):
+    """Train with `Steps` in front of the config's callbacks; gives the run directory and the callback."""
+
+    def run(*overrides, name="run"):
+        steps, make = Steps(), build.build_callbacks
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "build_callbacks", lambda cfg: [steps, *make(cfg)])
+            train(tmp_path / name, *overrides)
+        return tmp_path / name, steps
+
+    return run
+
+
+def load(run_dir, name="last.ckpt"):
+    return torch.load(run_dir / "checkpoints" / name, weights_only=True)
+
+
+def column(run_dir, name):
+    return [float(row[name]) for row in csv.DictReader((run_dir / "metrics.csv").open()) if row.get(name)]
+
+
+def test_averaged_weights(watched):
+    run_dir, steps = watched("callbacks=[default,ema]", "callbacks.ema.decay=0.5", "trainer.limit_train_batches=4")
+    average = steps.weights[0]
+    for weights in steps.weights[1:]:
+        average = {name: 0.5 * average[name] + 0.5 * value for name, value in weights.items()}
+    file = load(run_dir)
+    for name, value in average.items():
+        torch.testing.assert_close(file["state_dict"][f"net.{name}"], value, rtol=0, atol=1e-6)
+        assert torch.equal(file["current_model_state"][f"net.{name}"], steps.weights[-1][name])
+    moved = max((average[n] - steps.weights[-1][n]).abs().max() for n in average)
+    assert moved > 1e-5
+
+
+def test_results_are_the_averages(watched, tmp_path):
+    run_dir, _ = watched("callbacks=[default,ema]", "callbacks.ema.decay=0.9", "trainer.limit_train_batches=8", "optimizer.lr=0.01")
+    assert results(run_dir)["weights"] == "best.ckpt"
+    again = evaluate(tmp_path / "eval", f"ckpt={run_dir}/checkpoints/best.ckpt")
+    assert [again[k] for k in ("top1", "top5", "loss")] == [results(run_dir)[k] for k in ("top1", "top5", "loss")]
+
+
+def test_no_buffer_is_averaged():
+    assert compose("train", "callbacks=[default,ema]", "run_dir=a").callbacks.ema.use_buffers is False
+
+
+def test_a_teacher_is_not_averaged(watched, float_run):
+    """The average is a copy of the module, and the teacher is no part of it."""
+    copies = []
+    original = torch.optim.swa_utils.deepcopy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.swa_utils, "deepcopy", lambda module: copies.append(original(module)) or copies[-1])
+        _, steps = watched("callbacks=[default,ema]", "loss=kd", f"ckpt={float_run}/checkpoints/last.ckpt")
+    (copy,) = copies
+    assert steps.weights
+    assert not any("teacher" in name for name, _ in copy.named_parameters())
+    assert copy.teacher is not None
+
+
+def test_averages_are_not_dropped_on_resume(tmp_path):
+    train(tmp_path / "run", "callbacks=[default,ema]")
+    with pytest.raises(qat.UsageError, match=r"resume: the run averages its weights; go on with callbacks=\[default,ema\]"):
+        train(tmp_path / "run", "resume=true", "trainer.max_epochs=2")
+
+
+def test_accumulated_batches_are_one_large_one(watched):
+    _, small = watched(*SGD, "data.batch_size=32", "trainer.accumulate_grad_batches=4", "trainer.limit_train_batches=8", name="small")
+    _, large = watched(*SGD, "data.batch_size=128", name="large")
+    for name, value in large.weights[-1].items():
+        torch.testing.assert_close(small.weights[-1][name], value, rtol=1e-5, atol=1e-6)
+    assert len(small.weights) == 8
+    assert any((small.weights[2][n] != small.weights[3][n]).any() for n in small.weights[0])  # a step after four batches
+    assert all(torch.equal(small.weights[0][n], small.weights[2][n]) for n in small.weights[0])  # and none before
+
+
+def test_gradients_are_clipped(watched):
+    def length(overrides, name):
+        _, steps = watched(*SGD, "optimizer.lr=0.5", "scheduler.interval=epoch", *overrides, name=name)
+        return torch.cat([(steps.weights[1][n] - steps.weights[0][n]).flatten() for n in steps.weights[0]]).norm().item()
+
+    assert length(["trainer.gradient_clip_val=0.001"], "clipped") == pytest.approx(0.5 * 0.001, rel=1e-3)
+    assert length([], "free") > 0.5 * 0.01
+
+
+def test_bf16(watched, tmp_path):
+    full, _ = watched("seed=1", "trainer.limit_train_batches=6", name="full")
+    run_dir, steps = watched("seed=1", "trainer.limit_train_batches=6", "trainer.precision=bf16-mixed", name="bf16")
+    assert all(value.dtype == torch.float32 for value in steps.weights[-1].values())
+    assert any(
+        (value != read_checkpoint(full / "checkpoints" / "last.ckpt").state[name]).any() for name, value in steps.weights[-1].items()
+    )
+    (ours,), (theirs,) = column(run_dir, "train/loss"), column(full, "train/loss")
+    assert ours == pytest.approx(theirs, rel=0.02)
+    assert evaluate(tmp_path / "eval", f"ckpt={run_dir}/checkpoints/last.ckpt")["loss"] == pytest.approx(results(full)["loss"], rel=0.1)
+
+
+def test_half_precision_masters_are_refused(tmp_path):
+    with pytest.raises(qat.UsageError, match=r"trainer.precision='bf16-true': .*allowed are 32-true, bf16-mixed, 16-mixed, 64-true"):
+        train(tmp_path / "run", "trainer.precision=bf16-true")
+
+
+def test_a_part_of_an_epoch(watched):
+    _, few = watched("trainer.limit_train_batches=3", name="few")
+    _, share = watched("trainer.limit_train_batches=0.25", name="share")
+    assert (len(few.weights), len(share.weights)) == (3, 19 // 4)
+
+
+def test_the_schedule_ends_with_the_part(watched):
+    run_dir, _ = watched(
+        "trainer.limit_train_batches=3", "trainer.max_epochs=2", "optimizer.lr=1", "scheduler.min_lr=0", "trainer.log_every_n_steps=1"
+    )
+    rates = column(run_dir, "lr-AdamW/decay")
+    assert rates[0] == pytest.approx(1)
+    assert rates[3] == pytest.approx(0.5)
+    assert len(rates) == 6
+
+
+def test_mixup_reaches_the_step(watched):
+    _, steps = watched(
+        "data.mixup=0.8", "data.cutmix=1.0", "data.augment=none", "trainer.limit_train_batches=4", "data.batch_size=64", name="mixed"
+    )
+    _, plain = watched("data.augment=none", "trainer.limit_train_batches=4", name="plain")
+    for (mixed, target), (images, ids) in zip(steps.batches, plain.batches, strict=True):
+        assert target.shape == (len(ids), 10)
+        assert target.sum(1) == pytest.approx(torch.ones(len(ids)))
+        one_hot = torch.nn.functional.one_hot(ids, 10)
+        other = int((ids != ids.flip(0)).nonzero()[0])
+        share = target[other, ids[other]]
+        torch.testing.assert_close(target, share * one_hot + (1 - share) * one_hot.flip(0), atol=1e-6, rtol=0)
+        assert not torch.equal(mixed, images)
+
+
+def test_mixup_ends(watched):
+    _, steps = watched("data.mixup=0.8", "data.mixup_off_epoch=1", "trainer.max_epochs=2")
+    assert [target.ndim for _, target in steps.batches] == [2, 2, 1, 1]
+
+
+def test_mixup_leaves_evaluation_alone(tmp_path, watched):
+    run_dir, _ = watched("data.mixup=0.8")
+    again = evaluate(tmp_path / "eval", f"ckpt={run_dir}/checkpoints/best.ckpt")
+    assert [again[k] for k in ("top1", "loss")] == [results(run_dir)[k] for k in ("top1", "loss")]
+
+
+def test_two_batches_by_heart(watched):
+    run_dir, steps = watched("debug=overfit", "quant=fp", "trainer.max_epochs=60", "optimizer.lr=0.01")
+    losses = column(run_dir, "train/loss")
+    assert losses[-1] < 0.1 * losses[0]
+    assert all(torch.equal(steps.batches[i][0], steps.batches[i % 2][0]) for i in range(len(steps.batches)))
+
+
+def test_profile(tmp_path):
+    train(tmp_path / "run", "debug=profile", "trainer.limit_train_batches=20")
+    assert "addmm" in (tmp_path / "run" / "fit-profile.txt").read_text()
+
+
+def test_a_long_run_says_what_it_takes(tmp_path, caplog, monkeypatch):
+    from qat.tasks import train as task
+
+    caplog.set_level("INFO")
+    train(tmp_path / "short")
+    assert "estimate" not in caplog.text
+    monkeypatch.setattr(task, "LONG_RUN_S", 0)
+    train(tmp_path / "long")
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("estimate: ")]
+    assert " a step, " in line
+    assert " for 1 epochs of computing; about " in line
+
+
+def test_drop_path_is_in_training_alone(watched):
+    run_dir, _ = watched("model.args.drop_path_rate=0.5", "++model.args.depth=2")
+    net = qat.load(run_dir / "checkpoints" / "last.ckpt")
+    assert net.blocks[1].drop_path1.drop_prob == pytest.approx(0.5)
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(net(x), net(x))
+
+
+def test_the_rate_follows_the_batch(watched, caplog):
+    caplog.set_level("INFO")
+    scaling = ("optimizer.lr_base_batch=32", "data.batch_size=16", "trainer.accumulate_grad_batches=4", "trainer.limit_train_batches=4")
+    run_dir, _ = watched("optimizer.lr=0.001", *scaling, "trainer.log_every_n_steps=1")
+    assert "global batch 64, adamw lr 0.002 (0.001 x 64/32)" in caplog.text
+    assert column(run_dir, "lr-AdamW/decay")[0] == pytest.approx(0.002)
+
+
+def test_layer_decay_from_the_config():
+    cfg = tiny("a", "optimizer.layer_decay=0.5")
+    make = build.build_optimizer_factory(cfg, build.build_trainer(cfg, [], []))
+    groups = make(build.build_start(cfg).net).param_groups
+    assert {group["lr_scale"] for group in groups} == {1.0, 0.5, 0.25}
+
+
+def test_layer_decay_out_of_range():
+    cfg = tiny("a", "optimizer.layer_decay=1.5")
+    with pytest.raises(qat.UsageError, match=r"optimizer.layer_decay=1.5: allowed are numbers above 0 to 1"):
+        build.build_optimizer_factory(cfg, build.build_trainer(cfg, [], []))

@@ -1,0 +1,228 @@
+"""`eval.py predict=...`. Oracle: softmax of the rebuilt net on what `qat.transform` makes of each file, one by one."""
+
+import csv
+
+import pytest
+import timm
+import torch
+
+import qat
+from qat.data import Cifar10, FashionMnist, ImageNet
+from qat.tasks.predict import class_names, find_images
+from tests.conftest import TINY, compose, results, train
+from tests.data.files import write_folder, write_image
+
+MODEL = [o for o in TINY if "model.args" in o]
+SMALL = ("data.num_workers=0", "data.image_size=16", "data.patch_size=8", "data.batch_size=8")
+KEYS = {"command", "model", "quant", "data", "seed", "split", "weights", "top1", "top5", "loss", "n_params", "size_bytes", "wall_seconds"}
+
+
+@pytest.fixture(scope="module")
+def folder_run(tmp_path_factory):
+    """A float net trained on two classes of photographs; its data are gone afterwards."""
+    root = write_folder(tmp_path_factory.mktemp("bees") / "root")
+    run = train(root.parent / "run", "data=imagefolder", f"data.root={root}", "data.num_classes=2", *SMALL, "quant=fp")
+    root.rename(root.parent / "gone")
+    return run
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Twelve images in two folders, and things that are none."""
+    paths = [
+        write_image(tmp_path / "photos" / "ab"[i % 2] / f"x{i:02}.{('png', 'JPG')[i % 3 == 0]}", 10 + i, 20, seed=i) for i in range(12)
+    ]
+    for other in ("a/notes.txt", "a/._x00.png", ".cache/y.png"):
+        (tmp_path / "photos" / other).parent.mkdir(exist_ok=True)
+        (tmp_path / "photos" / other).write_bytes(b"not an image")
+    return sorted(paths)
+
+
+def predict(run_dir, *overrides):
+    """Run the command's task; gives the header and the rows of its file."""
+    from qat.tasks.evaluate import evaluate
+
+    assert evaluate(compose("eval", f"run_dir={run_dir}", *overrides)) is None
+    with (run_dir / "predictions.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    return header, rows
+
+
+@torch.no_grad()
+def expected(net, path, names):
+    """Classes and probabilities of one image, the likeliest first."""
+    shares = net(qat.transform(net)(path)[None]).softmax(-1)[0]
+    order = shares.argsort(descending=True)[:5].tolist()
+    return [(names[i], shares[i].item()) for i in order]
+
+
+def ranks(row):
+    """Classes and probabilities of a row."""
+    return [(name, float(share)) for name, share in zip(row[1::2], row[2::2], strict=True)]
+
+
+def same(found, wanted):
+    return [name for name, _ in found] == [name for name, _ in wanted] and [s for _, s in found] == pytest.approx(
+        [s for _, s in wanted], abs=1e-6
+    )
+
+
+def last(run):
+    return run / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize("size", [5, 64])
+def test_every_image_gets_its_five_likeliest_classes(tmp_path, photos, run_4bit, size, caplog):
+    caplog.set_level("INFO")
+    header, rows = predict(tmp_path / "run", f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos", f"data.batch_size={size}")
+    assert header == ["path", *(f"{what}_{rank}" for rank in range(1, 6) for what in ("class", "probability"))]
+    assert [row[0] for row in rows] == [str(path) for path in photos]
+    net = qat.load(last(run_4bit))
+    assert all(same(ranks(row), expected(net, path, "0123456789")) for row, path in zip(rows, photos, strict=True))
+    assert str(photos[9]) in caplog.text
+    assert str(photos[10]) not in caplog.text
+    assert "2 more" in caplog.text
+    assert "12 images: " in caplog.text
+
+
+def test_results_have_the_usual_keys_and_no_accuracy(tmp_path, photos, run_4bit):
+    predict(tmp_path / "run", f"ckpt={last(run_4bit)}", f"predict={photos[0]}")
+    found = results(tmp_path / "run")
+    assert set(found) >= KEYS
+    assert [found[key] for key in ("command", "quant", "weights", "data", "split")] == ["eval", "ofq_4bit", str(last(run_4bit)), None, None]
+    assert [found[key] for key in ("top1", "top5", "loss")] == [None] * 3
+    assert found["size_bytes"] > 0
+
+
+def test_one_image_of_any_name(tmp_path, photos, run_4bit):
+    path = photos[0].rename(tmp_path / "picture")
+    _, (row,) = predict(tmp_path / "run", f"ckpt={last(run_4bit)}", f"predict={path}")
+    assert same(ranks(row), expected(qat.load(last(run_4bit)), path, "0123456789"))
+
+
+def test_two_classes_by_name_when_the_training_data_are_gone(tmp_path, photos, folder_run):
+    header, rows = predict(tmp_path / "run", f"ckpt={last(folder_run)}", f"predict={tmp_path}/photos")
+    assert header == ["path", "class_1", "probability_1", "class_2", "probability_2"]
+    net = qat.load(last(folder_run))
+    assert all(same(ranks(row), expected(net, path, ["ant", "bee"])) for row, path in zip(rows, photos, strict=True))
+
+
+def test_names_and_data_survive_load_and_save(tmp_path, photos, folder_run):
+    qat.save(qat.load(last(folder_run)), tmp_path / "net.ckpt")
+    again = predict(tmp_path / "a", f"ckpt={tmp_path}/net.ckpt", f"predict={tmp_path}/photos")
+    assert again == predict(tmp_path / "b", f"ckpt={last(folder_run)}", f"predict={tmp_path}/photos")
+
+
+def test_a_file_that_knows_no_data_gets_images_as_transform_has_them(tmp_path, photos):
+    torch.manual_seed(0)
+    net = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=7).eval()
+    qat.save(net, tmp_path / "net.ckpt")
+    _, rows = predict(tmp_path / "run", f"ckpt={tmp_path}/net.ckpt", f"predict={tmp_path}/photos")
+    assert all(same(ranks(row), expected(net, path, "0123456")) for row, path in zip(rows, photos, strict=True))
+
+
+def test_a_timm_model_knows_imagenets_classes(tmp_path, photos):
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_patch16_224", embed_dim=24, depth=1, num_heads=3).eval()
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    _, rows = predict(
+        tmp_path / "run", "model=vit_t", *MODEL, f"model.weights={tmp_path}/w.pt", f"predict={photos[0]}", "data.num_workers=0"
+    )
+    info = timm.data.ImageNetInfo()
+    names = [info.index_to_description(i) for i in range(1000)]
+    assert same(ranks(rows[0]), expected(net, photos[0], names))
+
+
+def test_with_data_of_another_root_the_folders_there_name_the_classes(tmp_path, photos, folder_run):
+    state = qat.load(last(folder_run)).state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    root = write_folder(tmp_path / "root", classes=("cat", "dog"), splits=(("train", 1),))
+    data = ("data=imagefolder", f"data.root={root}", "data.num_classes=2", *SMALL)
+    header, rows = predict(tmp_path / "run", "model=vit_tiny_demo", *MODEL, f"ckpt={tmp_path}/w.pt", *data, f"predict={photos[0]}")
+    assert sorted(rows[0][1::2]) == ["cat", "dog"]
+
+
+def test_an_unreadable_image_stops_or_is_left_out(tmp_path, photos, run_4bit, refused, caplog):
+    photos[3].write_bytes(photos[3].read_bytes()[:40])
+    asked = (f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos")
+    message = refused("evaluate", compose("eval", *asked, f"run_dir={tmp_path}/a"))
+    assert f"{photos[3]} cannot be decoded" in message
+    assert not (tmp_path / "a" / "predictions.csv").exists()
+    caplog.set_level("INFO")
+    # Batches of one: that of the damaged file is empty.
+    for size in (1, 12):
+        _, rows = predict(tmp_path / f"b{size}", *asked, "data.on_error=skip", f"data.batch_size={size}")
+        assert [row[0] for row in rows] == [str(path) for path in photos if path != photos[3]]
+    net = qat.load(last(run_4bit))
+    assert same(ranks(rows[3]), expected(net, photos[4], "0123456789"))
+    assert "11 images, 1 left out" in caplog.text
+
+
+def test_loader_processes_do_not_change_the_result(tmp_path, photos, run_4bit, refused):
+    asked = (f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos", "data.batch_size=5")
+    assert predict(tmp_path / "a", *asked, "data.num_workers=2") == predict(tmp_path / "b", *asked, "data.num_workers=0")
+    photos[3].write_bytes(b"")
+    message = refused("evaluate", compose("eval", *asked, "data.num_workers=1", f"run_dir={tmp_path}/c"))
+    assert message.startswith(f"error: {photos[3]} cannot be decoded")
+
+
+def test_nothing_that_can_be_decoded_is_refused(tmp_path, run_4bit, refused):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "x.png").write_bytes(b"")
+    cfg = compose("eval", f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos", "data.on_error=skip", f"run_dir={tmp_path}/a")
+    assert "data.on_error=skip: none of 1 images" in refused("evaluate", cfg)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [("nowhere", "predict='nowhere': no such file or folder"), (".", "predict='.': the folder holds no images; known are .jpg, .jpeg")],
+)
+def test_wrong_paths_are_refused_before_a_net_is_read(tmp_path, refused, monkeypatch, where, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused("evaluate", compose("eval", "ckpt=nothing.ckpt", f"predict={where}", f"run_dir={tmp_path}/a"))
+
+
+def test_predictions_need_a_net(tmp_path, photos, refused):
+    message = refused("evaluate", compose("eval", f"predict={photos[0]}", f"run_dir={tmp_path}/a"))
+    assert "ckpt is not set; give model=... (with model.pretrained=true, model.weights=FILE or ckpt=FILE)" in message
+
+
+def test_the_data_of_a_file_are_not_read(tmp_path, photos, run_4bit, monkeypatch):
+    monkeypatch.setattr("qat.data.Digits.read", lambda self: pytest.fail("the dataset was read"))
+    predict(tmp_path / "run", f"ckpt={last(run_4bit)}", f"predict={photos[0]}")
+
+
+def test_a_net_without_scales_predicts_nothing(tmp_path, photos, refused):
+    net = timm.create_model("vit_tiny_patch16_224", img_size=16, depth=1)
+    qat.convert(net, qat.recipe("ofq"), input_size=(3, 16, 16))
+    qat.save(net, tmp_path / "net.ckpt")
+    message = refused("evaluate", compose("eval", f"ckpt={tmp_path}/net.ckpt", f"predict={photos[0]}", f"run_dir={tmp_path}/a"))
+    assert "quantizer.scale holds NaN" in message
+
+
+def test_known_classes():
+    # The orders in which the makers of the data number their classes.
+    photos = {"image_size": 32, "patch_size": 4, "in_chans": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
+    grey = {"image_size": 28, "patch_size": 4, "in_chans": 1, "mean": [0.5], "std": [0.5]}
+    assert class_names(None, Cifar10(**photos, num_classes=10), 10)[2:4] == ["bird", "cat"]
+    assert class_names(None, Cifar10(**photos, num_classes=4), 4) == ["0", "1", "2", "3"]
+    assert class_names(None, FashionMnist(**grey, num_classes=10), 10)[::9] == ["T-shirt/top", "Ankle boot"]
+    assert class_names(None, ImageNet(**photos, num_classes=1000), 1000)[1] == "goldfish, Carassius auratus"
+    assert class_names(["a", "b"], Cifar10(**photos, num_classes=2), 2) == ["a", "b"]
+    assert class_names(["a", "b"], Cifar10(**photos, num_classes=3), 3) == ["0", "1", "2"]
+
+
+def test_imagenet_names_its_folders_in_words(tmp_path):
+    for wnid in ("n02012849", "n99999999"):
+        write_image(tmp_path / "train" / wnid / "a.png", 8, 8)
+    data = ImageNet(image_size=8, patch_size=4, in_chans=3, num_classes=2, mean=[0.5] * 3, std=[0.5] * 3, root=str(tmp_path))
+    assert data.named_classes() == ["crane", "n99999999"]
+
+
+def test_images_are_found_through_links_in_order(tmp_path):
+    (tmp_path / "all").mkdir()
+    for name in ("b/2.webp", "b/1.BMP", "a/9.tiff"):
+        write_image(tmp_path / name, 4, 4)
+    for link, target in (("z", "a"), ("b", "b")):
+        (tmp_path / "all" / link).symlink_to(tmp_path / target)
+    assert [str(p.relative_to(tmp_path / "all")) for p in find_images(str(tmp_path / "all"))] == ["b/1.BMP", "b/2.webp", "z/9.tiff"]

@@ -1,0 +1,283 @@
+"""`ptq.py`: a float checkpoint in, a quantized one out. Oracle: `qat.load` of the file, counted here, and the float net it came from."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.testing import assert_close
+
+import qat
+from qat.data import Digits
+from qat.tasks import build
+from qat.tasks.ptq import build_ptq_recipe
+from qat.tasks.results import recipe_fields
+from qat.tasks.search import build_search
+from tests.commands import typed
+from tests.conftest import ROOT, TINY, compose, evaluate, results, tiny, train
+from tests.tasks.test_evaluate import DIGITS, counted, last
+from tests.test_configs import choices
+
+SMALL = ("data.calibration_images=60", "ptq.batch=20")
+MODEL = ("model=vit_tiny_demo", *(o for o in TINY if "model.args" in o))
+
+
+def quantize(run_dir, *overrides):
+    """Quantize; gives the results back."""
+    from qat.tasks.ptq import ptq as task
+
+    task(compose("ptq", f"run_dir={run_dir}", *overrides))
+    return results(run_dir)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A float net that reads digits."""
+    size = ("++model.args.embed_dim=48", "++model.args.depth=2", "data.augment=none", "optimizer.lr=2e-3", "trainer.max_epochs=8")
+    return train(tmp_path_factory.mktemp("trained") / "run", "quant=fp", *size, "trainer.limit_train_batches=1.0")
+
+
+@pytest.fixture(scope="module")
+def quantized_run(tmp_path_factory, trained):
+    """Its 4-bit twin."""
+    run = tmp_path_factory.mktemp("quantized") / "run"
+    quantize(run, f"ckpt={last(trained)}", "ptq=fqvit_w4a8")
+    return run
+
+
+def test_what_a_run_leaves_behind(quantized_run, trained):
+    found = results(quantized_run)
+    assert {p.name for p in quantized_run.iterdir()} >= {"quantized.ckpt", "results.json", "config.yaml", "conversion.txt"}
+    assert (found["command"], found["quant"], found["data"], found["split"]) == ("ptq", "fqvit_w4a8", "digits", "test")
+    assert (found["weights"], found["model"]) == (str(last(trained)), "vit_tiny_patch16_224")
+    calibration = found["calibration"]
+    assert (calibration["images"], calibration["batches"], calibration["seed"]) == (1000, 10, 0)
+    assert sum(calibration["observers"].values()) == len(list(qat.iter_quantizers(qat.load(quantized_run / "quantized.ckpt"))))
+    rows = [line.split() for line in (quantized_run / "conversion.txt").read_text().splitlines()]
+    assert ["blocks.1.attn.qkv", "weight", "affine", "4", "0", "144", "none"] in rows
+
+
+def test_its_numbers_are_those_of_the_two_nets(quantized_run, trained):
+    found = results(quantized_run)
+    top1, loss = counted(qat.load(quantized_run / "quantized.ckpt"), Digits(**DIGITS))
+    assert found["top1"] == pytest.approx(top1)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["top1_fp"] == pytest.approx(counted(qat.load(last(trained)), Digits(**DIGITS))[0])
+
+
+def test_eval_gives_the_same_numbers(tmp_path, quantized_run):
+    again, found = evaluate(tmp_path, f"ckpt={quantized_run}/quantized.ckpt"), results(quantized_run)
+    for key in ("top1", "top5", "loss", "size_bytes", "bitops", "n_params", "quant", "recipe"):
+        assert again[key] == found[key], key
+
+
+@pytest.mark.parametrize("choice", ["minmax_w8a8", "fqvit_w8a8", "percentile_w8a8", "inputs_w8a8"])
+def test_8_bits_are_within_a_point_of_float(tmp_path, trained, choice):
+    found = quantize(tmp_path, f"ckpt={last(trained)}", f"ptq={choice}", "data.calibration_images=200")
+    assert found["top1_fp"] > 85
+    assert abs(found["top1"] - found["top1_fp"]) <= 1
+    assert found["quant"] == choice
+
+
+def test_float_weights_are_in_the_file(quantized_run, trained):
+    theirs, ours = qat.load(last(trained)).state_dict(), qat.load(quantized_run / "quantized.ckpt").state_dict()
+    assert set(theirs) < set(ours)
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+def test_the_same_command_gives_the_same_file(tmp_path, quantized_run, trained):
+    quantize(tmp_path, f"ckpt={last(trained)}", "ptq=fqvit_w4a8")
+    one, two = (torch.load(run / "quantized.ckpt", weights_only=True)["state_dict"] for run in (tmp_path, quantized_run))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_another_seed_calibrates_on_other_images(tmp_path, quantized_run, trained):
+    found = quantize(tmp_path, f"ckpt={last(trained)}", "ptq=fqvit_w4a8", "seed=1")
+    scale = "blocks.0.attn.qkv.input_quantizer.scale"
+    one, two = (qat.load(run / "quantized.ckpt").state_dict()[scale] for run in (tmp_path, quantized_run))
+    assert found["calibration"]["seed"] == 1
+    assert not torch.equal(one, two)
+    assert_close(one, two, rtol=0.2, atol=0)
+
+
+def test_deviates_from_reference_calibration_images_do_not_depend_on_the_model(monkeypatch, tmp_path):
+    # There they are drawn by a generator that has made the weights before.
+    from qat.tasks import ptq as module
+
+    seen = []
+    monkeypatch.setattr(module, "calibration_batches", lambda *args, made=module.calibration_batches: seen.append(made(*args)) or seen[-1])
+    for depth in (1, 2):
+        quantize(tmp_path / str(depth), *MODEL, *SMALL, f"++model.args.depth={depth}", "ptq=minmax_w8a8")
+    assert all(torch.equal(one, two) for one, two in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("quant", ["ofq_4bit", "fp"])
+def test_training_starts_from_the_file(tmp_path, quantized_run, trained, quant):
+    start = build.build_start(tiny(tmp_path, *size(), f"quant={quant}", f"ckpt={quantized_run}/quantized.ckpt"))
+    theirs = qat.load(last(trained)).state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in start.net.state_dict().items())
+    run = train(tmp_path / "run", *size(), f"quant={quant}", f"ckpt={quantized_run}/quantized.ckpt")
+    assert results(run)["quant"] == quant
+    assert results(run)["top1"] is not None
+
+
+def size():
+    """The trained net's."""
+    return ("++model.args.embed_dim=48", "++model.args.depth=2")
+
+
+@pytest.mark.parametrize("name", choices("ptq"))
+def test_a_file_has_all_knobs_and_the_name_that_results_give_it(name):
+    cfg = compose("ptq", f"ptq={name}", "run_dir=a")
+    assert set(cfg.ptq) == {f.name for f in dataclasses.fields(qat.PtqRecipe)} - {"qk_bias", "offsets", "map_scales"} | {"batch"}
+    assert recipe_fields(build_ptq_recipe(cfg))["quant"] == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "method"),
+    [(["ptq=evolq_w4a8"], "evolution"), (["ptq=evolq_w3a8", "search=random"], "random"), (["ptq=evolq_w8a8", "~search"], None), ([], None)],
+)
+def test_one_recipe_brings_its_search_along(overrides, method):
+    settings = build_search(compose("ptq", *overrides, "run_dir=a"))
+    assert (settings and settings.method) == method
+
+
+def test_the_example_of_overrides_can_be_typed():
+    example = (ROOT / "conf" / "ptq" / "_base.yaml").read_text().partition("e.g. '")[2].partition("'")[0]
+    assert build_ptq_recipe(compose("ptq", example, "run_dir=a")).overrides == {"head": {"bits": 8}}
+
+
+def test_a_timm_model_needs_no_checkpoint(tmp_path):
+    found = quantize(tmp_path, *MODEL, *SMALL, "ptq=minmax_w8a8")
+    assert (found["weights"], found["data"]) == ("random", "digits")
+    assert found["top1"] is not None
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("ptq=fqvit_integer_w4a8",),
+        ("ptq=fqvit_w4a4", "ptq.softmax_bits=3"),
+        ("ptq.overrides={head:{bits:8}}", "ptq.act_scales=channel"),
+        ("model=deit_t_distilled", "++model.args.depth=1"),
+        pytest.param(
+            ("model=swin_t", "++model.args.depths=[1,1,1,1]", "ptq.batch=10", "data.calibration_images=10", "trainer.limit_test_batches=1"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_other_recipes_and_models(tmp_path, overrides):
+    model = () if any(o.startswith("model=") for o in overrides) else MODEL
+    found = quantize(tmp_path, *model, *SMALL, *overrides)
+    assert qat.load(tmp_path / "quantized.ckpt") is not None
+    assert found["loss"] == found["loss"]
+
+
+def test_a_rest_that_fills_no_batch_is_left_out(tmp_path, float_run):
+    found = quantize(tmp_path, f"ckpt={last(float_run)}", "data.calibration_images=50", "ptq.batch=20")
+    assert (found["calibration"]["images"], found["calibration"]["batches"]) == (40, 2)
+
+
+def test_a_dry_run_writes_no_file(tmp_path, float_run):
+    found = quantize(tmp_path, f"ckpt={last(float_run)}", *SMALL, "trainer.fast_dev_run=true")
+    assert not (tmp_path / "quantized.ckpt").exists()
+    assert found["top1"] is not None
+
+
+def test_the_config_gives_the_same_run_again(tmp_path, quantized_run):
+    code, out = typed("ptq.py", "--config-dir", quantized_run, "--config-name", "config", f"run_dir={tmp_path}/again", cwd=tmp_path)
+    assert code == 0, out
+    again, found = results(tmp_path / "again"), results(quantized_run)
+    assert [again[key] for key in ("command", "quant", "loss", "top1_fp")] == [
+        found[key] for key in ("command", "quant", "loss", "top1_fp")
+    ]
+    follows = OmegaConf.load(quantized_run / "config.yaml").follows
+    assert follows["data.seed"] == "@{seed}"
+
+
+def test_the_script_as_it_is_typed(tmp_path, float_run):
+    (tmp_path / "runs").mkdir()
+    shutil.copy(last(float_run), tmp_path / "runs" / "fp.ckpt")
+    code, out = typed("ptq.py", "ckpt=runs/fp.ckpt", "run_dir=runs/a", *SMALL, cwd=tmp_path)
+    assert code == 0, out
+    assert "qat: post-training quantization" in out
+    assert qat.load(tmp_path / "runs" / "a" / "quantized.ckpt") is not None
+    code, out = typed("ptq.py", "ckpt=runs/fp.ckpt", "run_dir=runs/b", "ptq.bits=99", cwd=tmp_path)
+    assert (code, out.strip()) == (1, "error: ptq.bits=99: allowed are whole numbers from 2 to 8")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("ptq.bits=9",), "ptq.bits=9: allowed are whole numbers from 2 to 8"),
+        (("ptq.act_observer=median",), "ptq.act_observer='median': allowed are minmax, percentile, omse, mse, ema"),
+        (("+ptq.colour=red",), "ptq.colour: allowed are batch, name, bits"),
+        (("ptq.batch=0",), "ptq.batch=0: allowed are whole numbers from 1"),
+        (("data.calibration_images=50",), "data.calibration_images=50: less than one batch; allowed are whole numbers from ptq.batch=100"),
+        (("ptq.batch=2000", "data.calibration_images=2000"), "ptq.batch=2000: the data have 1257 training images"),
+        (("ptq.overrides={nothing:{bits:8}}",), "ptq.overrides['nothing'] matches no module"),
+        (("ckpt=missing.ckpt",), "ckpt='missing.ckpt': no such file"),
+        (("seed=-1",), "seed=-1: allowed are"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, float_run, refused, overrides, message):
+    start = () if any(o.startswith("ckpt") for o in overrides) else (f"ckpt={last(float_run)}",)
+    line = refused("ptq", compose("ptq", f"run_dir={tmp_path}/run", *start, *overrides))
+    assert message in line
+    assert not (tmp_path / "run" / "quantized.ckpt").exists()
+
+
+def test_a_quantized_checkpoint_is_refused(tmp_path, refused, run_4bit, quantized_run):
+    for path, name in ((last(run_4bit), "ofq"), (quantized_run / "quantized.ckpt", "fqvit")):
+        line = refused("ptq", compose("ptq", f"run_dir={tmp_path}", f"ckpt={path}"))
+        assert f"is quantized already ({name}); post-training quantization starts from a float net" in line
+
+
+def test_the_directory_of_a_training_run_is_not_written_into(float_run, refused):
+    before = (float_run / "results.json").read_bytes()
+    line = refused("ptq", compose("ptq", f"run_dir={float_run}", f"ckpt={last(float_run)}"))
+    assert "holds checkpoints/last.ckpt already; choose another run_dir or set overwrite=true" in line
+    assert (float_run / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("resume=maybe",), "resume='maybe': allowed are false, true, auto"),
+        (("resume=true",), "has no search.ckpt; resume=auto starts where there is none"),
+        (("+search.colour=red",), "search.colour: allowed are method, passes"),
+        (("+search.passes=-1",), "search.passes=-1: allowed are"),
+    ],
+)
+def test_mistakes_about_the_search(tmp_path, float_run, refused, overrides, message):
+    assert message in refused("ptq", compose("ptq", f"run_dir={tmp_path}", f"ckpt={last(float_run)}", *overrides))
+
+
+def test_without_a_net_it_says_what_is_missing(tmp_path, refused):
+    assert "ckpt is not set; give model=..." in refused("ptq", compose("ptq", f"run_dir={tmp_path}"))
+
+
+def test_a_directory_with_a_result_is_not_overwritten(tmp_path, refused, float_run, quantized_run):
+    run = tmp_path / "run"
+    shutil.copytree(quantized_run, run)
+    before = (run / "quantized.ckpt").read_bytes()
+    arguments = (f"run_dir={run}", f"ckpt={last(float_run)}", *SMALL)
+    assert "holds quantized.ckpt already; choose another run_dir or set overwrite=true" in refused("ptq", compose("ptq", *arguments))
+    assert (run / "quantized.ckpt").read_bytes() == before
+    quantize(run, *arguments[1:], "overwrite=true")
+    assert (run / "quantized.ckpt").read_bytes() != before
+
+
+def test_a_search_runs_between_calibration_and_evaluation(tmp_path, trained):
+    start = (f"ckpt={last(trained)}", "ptq=minmax_w4a8", *SMALL)
+    found = quantize(tmp_path, *start, "+search.passes=1", "+search.cycles=2", "+search.population=3")
+    assert found["search"]["fitness"] <= found["search"]["fitness_before"]
+    assert found["search"]["evaluations"] == 2 * 2
+    net = qat.load(tmp_path / "quantized.ckpt")
+    assert found["top1"] == pytest.approx(counted(net, Digits(**DIGITS))[0])
+    quantize(tmp_path / "without", *start)
+    before = qat.load(tmp_path / "without" / "quantized.ckpt").state_dict()
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed <= {f"blocks.{b}.attn.{layer}.weight_quantizer.scale" for b in range(2) for layer in ("qkv", "proj")}

@@ -1,0 +1,187 @@
+"""The published recipes. Oracles: the table of the paper's scripts, learning rates from that code (tests/goldens), and small runs."""
+
+import logging
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+import qat
+from qat.tasks import build, resolvers
+from tests import golden
+from tests.conftest import ROOT, compose, results
+
+ROWS = [f"ofq_{model}_w{bits}a{bits}" for model in ("deit_t", "deit_s", "swin_t") for bits in (2, 3, 4)]
+STAGES = [*ROWS, *(f"{row}_cga" for row in ROWS)]
+SMALL = {
+    "deit": ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3"),
+    "swin": ("++model.args.embed_dim=8", "++model.args.depths=[2,1,1,1]", "++model.args.num_heads=[1,1,2,2]"),
+}
+# Rows that share a schedule, by the golden case that has it.
+SCHEDULES = {
+    "deit_w2": ["ofq_deit_t_w2a2", "ofq_deit_t_w3a3", "ofq_deit_t_w4a4", "ofq_deit_s_w2a2"],
+    "deit_s_w3": ["ofq_deit_s_w3a3", "ofq_deit_s_w4a4"],
+    "swin_w2": ["ofq_swin_t_w2a2"],
+    "swin_w3": ["ofq_swin_t_w3a3", "ofq_swin_t_w4a4"],
+}
+GPUS = {"deit_w2": 4, "deit_s_w3": 8, "swin_w2": 8, "swin_w3": 8}
+# Source: train_scripts and configs of nbasyl/OFQ 7ed37d1: GPUs x batch, weight decay, mixup, cutmix, smoothing, repeated augmentation.
+TABLE = {
+    "ofq_deit_t_w2a2": (140, 0.05, 0, 0, 0.0, 1),
+    "ofq_deit_t_w3a3": (140, 0.05, 0, 0, 0.0, 1),
+    "ofq_deit_t_w4a4": (140, 0.05, 0, 0, 0.0, 1),
+    "ofq_deit_s_w2a2": (140, 0.05, 0, 0, 0.0, 1),
+    "ofq_deit_s_w3a3": (100, 0.0, 0.8, 1.0, 0.1, 3),
+    "ofq_deit_s_w4a4": (100, 0.0, 0.8, 1.0, 0.1, 3),
+    "ofq_swin_t_w2a2": (64, 0.05, 0, 0, 0.0, 1),
+    "ofq_swin_t_w3a3": (64, 0.0, 0.8, 1.0, 0.1, 1),
+    "ofq_swin_t_w4a4": (64, 0.0, 0.8, 1.0, 0.1, 1),
+}
+
+
+def recipe_of(name, *overrides):
+    return compose("train", f"experiment={name}", "run_dir=a", *overrides)
+
+
+class Processes:
+    """As much of a trainer as the learning rate needs."""
+
+    accumulate_grad_batches = 1
+
+    def __init__(self, world_size):
+        self.world_size = world_size
+
+
+def rates(name, world_size):
+    """Learning rate of each epoch, on the way that a run takes from its config."""
+    cfg = recipe_of(name)
+    optimizer = build.build_optimizer_factory(cfg, Processes(world_size))(nn.Linear(2, 2))
+    schedule, interval = build.build_scheduler_factory(cfg)(optimizer, cfg.trainer.max_epochs, 1000)
+    assert interval == "epoch"
+    found = []
+    for epoch in range(cfg.trainer.max_epochs):
+        schedule.step(epoch)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", golden.cases("ofq_goldens.npz", r"lr_.*"))
+def test_learning_rates_of_both_stages(case):
+    expected = golden.tensor("ofq_goldens.npz", f"{case}/lr_per_epoch").double().tolist()
+    kind = case.removeprefix("lr_")
+    for row in SCHEDULES[kind]:
+        assert rates(row, GPUS[kind]) + rates(f"{row}_cga", GPUS[kind]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("stage", ["", "_cga"])
+def test_settings_are_the_published_ones(row, stage):
+    cfg = recipe_of(row + stage)
+    found = (cfg.data.batch_size, cfg.optimizer.weight_decay, cfg.data.mixup, cfg.data.cutmix, cfg.loss.label_smoothing, cfg.data.repeats)
+    assert found == TABLE[row]
+    assert (cfg.data.augment, cfg.data.rand_augment, cfg.data.random_erasing) == ("timm", "rand-m9-mstd0.5-inc1", 0.25)
+    assert (cfg.optimizer.opt, list(cfg.optimizer.betas), cfg.optimizer.eps, cfg.seed) == ("adamw", [0.9, 0.999], 1e-8, 42)
+    assert (cfg.quant.name, f"w{cfg.quant.bits}a{cfg.quant.act_bits}") == ("ofq", row[-4:])
+    assert (cfg.quant.map_scales == "column") == row.startswith("ofq_swin")
+    assert (cfg.trainer.precision, cfg.trainer.gradient_clip_val, cfg.model.args.drop_path_rate) == ("32-true", None, 0.0)
+    assert list(cfg.loss.terms) == ["kd"]
+    assert cfg.loss.teacher_head == "cls"
+
+
+def test_the_second_stage_anneals_from_its_first_step():
+    cfg = recipe_of("ofq_deit_t_w2a2_cga")
+    assert (cfg.trainer.max_epochs, cfg.callbacks.cga.boundary_range, cfg.callbacks.cga.start_epoch) == (30, 0.005, 0)
+    assert (cfg.ckpt_optimizer, cfg.model.pretrained, cfg.teacher.pretrained) == (True, False, True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pretrained"),
+    [([], True), (["ckpt=a"], False), (["model.weights=a"], False), (["trainer.fast_dev_run=true"], False)],
+)
+def test_pretrained_weights_unless_another_start_is_given(overrides, pretrained):
+    assert recipe_of("ofq_swin_t_w2a2", *overrides).model.pretrained is pretrained
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_command_in_the_header_composes(name):
+    header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    line = header.partition("#   python train.py ")[2].partition("\n")[0]
+    cfg = compose("train", "run_dir=a", *line.split())
+    assert OmegaConf.missing_keys(cfg) == set()
+    devices = cfg.trainer.devices
+    assert f"# GPUs x batch: {devices} x {cfg.data.batch_size}" in header
+    assert cfg.optimizer.lr_base_batch in {devices * cfg.data.batch_size, None}
+    assert (cfg.ckpt is not None) == name.endswith("_cga")
+
+
+@pytest.mark.parametrize("family", ["deit", "swin"])
+def test_a_dry_run_needs_neither_downloads_nor_a_teacher(tmp_path, family, caplog):
+    from qat.tasks.train import train
+
+    with caplog.at_level(logging.INFO):
+        train(recipe_of(f"ofq_{family}_t_w2a2", "data=digits", "trainer.fast_dev_run=true", f"run_dir={tmp_path}", *SMALL[family]))
+    assert results(tmp_path)["weights"] == "final"
+    assert "no teacher: random weights stand in for it, which only a dry run (trainer.fast_dev_run) may do" in caplog.text
+    batch = 140 if family == "deit" else 64
+    base, lr = (560, "0.000547") if family == "deit" else (512, "0.0005")
+    assert f"global batch {batch}, adamw lr {float(lr) * batch / base:.3g} ({lr} x {batch}/{base})" in caplog.text
+
+
+def test_without_a_dry_run_there_has_to_be_a_teacher(tmp_path, refused):
+    cfg = recipe_of(
+        "ofq_deit_t_w2a2", "data=digits", "model.pretrained=false", f"run_dir={tmp_path}", *SMALL["deit"], "trainer.max_epochs=20"
+    )
+    assert "no teacher; give teacher.ckpt=FILE" in refused("train", cfg)
+
+
+@pytest.mark.parametrize("family", ["deit", pytest.param("swin", marks=pytest.mark.slow)])
+def test_both_stages_of_a_row(tmp_path, family):
+    from qat.tasks.train import train
+
+    row, small = (
+        f"ofq_{family}_{'s' if family == 'deit' else 't'}_w3a3",
+        [
+            *("data=digits", "data.batch_size=16", "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"),
+            *("scheduler.warmup_epochs=0", "scheduler.cooldown_epochs=0", *SMALL[family]),
+        ],
+    )
+    float_net = build.build_start(compose("train", f"experiment={row}", *small, "model.pretrained=false", "run_dir=a")).net
+    qat.save(float_net, tmp_path / "float.ckpt")
+    train(recipe_of(row, *small, f"ckpt={tmp_path / 'float.ckpt'}", f"run_dir={tmp_path / 'first'}"))
+    first = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    train(recipe_of(f"{row}_cga", *small, f"ckpt={first}", f"teacher.ckpt={tmp_path / 'float.ckpt'}", f"run_dir={tmp_path / 'second'}"))
+    before, after = qat.load(first).state_dict(), qat.load(tmp_path / "second" / "checkpoints" / "last.ckpt").state_dict()
+    weight = next(name for name in before if name.endswith("mlp.fc1.weight"))
+    moved = (before[weight] != after[weight]).float().mean().item()
+    assert 0 < moved < 0.1, "most weights are frozen"
+    bias = weight.replace("weight", "bias")
+    assert not torch.equal(before[bias], after[bias])
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted", "patch"), [(224, None, 4), (224, 4, 4), (32, 4, 4), (8, 4, 1), (28, 4, 2), (16, 4, 2), (4, 4, 1)]
+)
+def test_patch_of_a_swin(size, wanted, patch):
+    assert resolvers.swin_patch(size, wanted) == patch
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "own", "window"), [(224, 4, 7, 7), (256, 4, 8, 8), (256, 4, 7, 4), (32, 4, 7, 4), (28, 2, 7, 7), (8, 1, 8, 4)]
+)
+def test_window_of_a_swin(size, patch, own, window):
+    assert resolvers.swin_window(size, patch, own) == window
+
+
+def test_cooldown_is_part_of_the_epochs(refused, tmp_path):
+    cfg = compose("train", "trainer.max_epochs=12", "scheduler.cooldown_epochs=2", "scheduler.interval=epoch", "run_dir=a")
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    schedule, _ = build.build_scheduler_factory(cfg)(optimizer, 12, 5)
+    schedule.step(5)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-5 + (0.1 - 1e-5) / 2 * (1 + math.cos(math.pi / 2)))
+    schedule.step(10)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
+    bad = compose("train", "trainer.max_epochs=3", "scheduler.warmup_epochs=1", "scheduler.cooldown_epochs=2", f"run_dir={tmp_path}")
+    assert refused("train", bad) == "error: scheduler.cooldown_epochs=2: allowed are numbers from 0 to below 2"

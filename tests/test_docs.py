@@ -1,0 +1,195 @@
+"""Every command and Python example of the documentation is run, on small nets and data. Oracle: exit codes, files that come out.
+
+What a test cannot have is replaced, and named here: placeholders by small files, GPUs by the CPU, fetched weights by random ones, long
+runs by two batches. As they stand, all settings of a command are composed by Hydra before that.
+"""
+
+import re
+import shlex
+
+import pytest
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from qat.tasks import build
+from tests.commands import typed
+from tests.conftest import ROOT, compose, write_cifar
+from tests.data.files import write_folder, write_image
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = {"train.py": "train", "eval.py": "eval", "ptq.py": "ptq"}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"`(python (?:train|eval|ptq)\.py [^`]*)`")
+# What takes longer than all else: compilers, databases.
+HEAVY = ("compile=true", "mlflow", "wandb")
+# What only a machine with GPUs has.
+DEVICES = re.compile(r"trainer=|trainer\.(devices|strategy)=")
+TINY_NET = ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3")
+SHORT = {
+    "trainer.max_epochs": 1,
+    "trainer.limit_train_batches": 2,
+    "trainer.limit_val_batches": 2,
+    "trainer.limit_test_batches": 2,
+    "scheduler.warmup_epochs": 0,
+    "scheduler.cooldown_epochs": 0,
+    "data.calibration_images": 8,
+    "data.batch_size": 8,
+    "data.num_workers": 0,
+}
+
+
+def fenced(page, *languages):
+    return [code for language, code in FENCE.findall(page.read_text()) if language in languages]
+
+
+def commands(page):
+    """The commands of a page as they are typed, without the word `python`, in their order."""
+    lines = [line for code in fenced(page, "", "bash", "sh") for line in code.replace("\\\n", " ").splitlines()]
+    prose = FENCE.sub("", page.read_text())
+    found = [line for line in lines if line.startswith(tuple(f"python {script}" for script in SCRIPTS))]
+    return [shlex.split(line, comments=True)[1:] for line in [*found, *INLINE.findall(prose)]]
+
+
+def is_slow(command):
+    return any(word in argument for argument in command for word in HEAVY)
+
+
+def cases():
+    """Each page once for all that is quick, and once for each heavy command."""
+    for page in PAGES:
+        found = commands(page)
+        quick = [command for command in found if not is_slow(command)]
+        if quick:
+            yield pytest.param(quick, id=page.name)
+        for command in found:
+            if is_slow(command):
+                yield pytest.param([command], id=f"{page.name}: {' '.join(command)}", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory, float_run):
+    """What placeholders stand for."""
+    root = tmp_path_factory.mktemp("shelf")
+    write_image(root / "photos" / "a.png", 30, 40)
+    write_image(root / "photos" / "b" / "c.jpg", 40, 30)
+    return {
+        "cifar10": write_cifar(root / "cifar10"),
+        "imagefolder": write_folder(root / "folder"),
+        "imagenet": write_folder(root / "imagenet", classes=("n01440764", "n02012849")),
+        "PHOTOS": root / "photos",
+        "best.ckpt": float_run / "checkpoints" / "best.ckpt",
+        "weights": root,
+    }
+
+
+def prints_only(command):
+    return not {"--help", "--cfg"}.isdisjoint(command)
+
+
+def settings(command):
+    """The arguments that are settings, as a dictionary; flags of Hydra and their values are none."""
+    return dict(argument.split("=", 1) for argument in command if "=" in argument and not argument.startswith("-"))
+
+
+def filled_in(command, shelf):
+    """The command with things in place of placeholders."""
+    said = settings(command)
+    data = "imagenet" if "experiment" in said and "data.root" in said else said.get("data", "imagefolder")
+    things = {"FOLDER": shelf.get(data), "IMAGENET": shelf["imagenet"], "PHOTOS": shelf["PHOTOS"]}
+    things["PATH"] = shelf["best.ckpt"]
+    return [f"{key}{sign}{things.get(value, value)}" for key, sign, value in (argument.partition("=") for argument in command)]
+
+
+def composed(script, overrides):
+    """The config of the settings as they stand; of lists in a sweep the first."""
+    parsed = OverridesParser.create().parse_overrides([one for one in overrides if "=" in one])
+    single = [
+        f"{one.input_line.partition('=')[0]}={next(one.sweep_string_iterator())}" if one.is_sweep_override() else one.input_line
+        for one in parsed
+    ]
+    return compose(SCRIPTS[script], *single)
+
+
+def with_weights(command, cfg, shelf):
+    """Random weights in a file in place of fetched ones, or of the placeholder FILE."""
+    wants_file = settings(command).get("model.weights") == "FILE"
+    if not wants_file and not OmegaConf.select(cfg, "model.pretrained"):
+        return command
+    # A file has a head as timm's have, here with as many classes as the data.
+    kept = [one for one in command if not one.startswith(("model.pretrained=", "model.weights="))]
+    small = [one for one in kept if "=" in one and not one.startswith(("ptq", "search"))]
+    start = build.build_start(compose("train", *small, *TINY_NET, "model.pretrained=false"))
+    torch.save(start.net.state_dict(), shelf["weights"] / "w.pt")
+    return [*kept, *TINY_NET, "model.pretrained=false", f"model.weights={shelf['weights']}/w.pt"]
+
+
+def shortened(command, shelf):
+    """What is run in place of a documented command, after its own settings have been composed."""
+    script, *arguments = filled_in(command, shelf)
+    said = settings(arguments)
+    if prints_only(command):
+        return command
+    repeats = any(argument.startswith("--config") for argument in arguments)
+    cfg = None if repeats else composed(script, arguments)
+    arguments = [one for one in arguments if not DEVICES.match(one)] + few_classes(said, shelf)
+    if not repeats:
+        arguments = with_weights(arguments, cfg, shelf)
+    if script == "eval.py":
+        return [script, *arguments, *(() if "predict" in said else ("trainer.limit_test_batches=2",))]
+    if script == "ptq.py":
+        return [script, *arguments, "data.calibration_images=4", "ptq.batch=4", "trainer.limit_test_batches=2"]
+    net = () if any(one in arguments for one in TINY_NET) else TINY_NET
+    phases = [f"{key}=1" for key in said if key.startswith("callbacks.") and key.endswith(".epochs")]
+    return [script, *arguments, *net, *phases, *(f"{key}={value}" for key, value in SHORT.items())]
+
+
+def few_classes(said, shelf):
+    """The classes that the small files have in place of those of a dataset that is known to have more."""
+    if said.get("data") == "cifar10":
+        return ["data.num_classes=4"]
+    return ["data.num_classes=2"] if str(shelf["imagenet"]) == said.get("data.root") else []
+
+
+@pytest.mark.parametrize("wanted", list(cases()))
+def test_commands_do_what_they_should(wanted, shelf, tmp_path):
+    before = shelf["best.ckpt"].parents[1]
+    for number, command in enumerate(wanted):
+        # RUN is the directory of the run before.
+        command = [one.replace("=RUN/", f"={before}/") for one in command]
+        said = settings(command)
+        run_dir = said.get("run_dir", f"runs/number{number}")
+        arguments = shortened(command, shelf) + ([] if "run_dir" in said else [f"run_dir={run_dir}"])
+        code, out = typed(*(one.replace("$PWD", str(tmp_path)) for one in arguments), cwd=tmp_path)
+        assert code == 0, f"python {shlex.join(command)}\nrun as {shlex.join(arguments)}\n{out[-3000:]}"
+        outputs = {path.name for path in (tmp_path / run_dir).rglob("*")}
+        expected = {"predictions.csv", "results.json"} if "predict" in said else {"results.json"}
+        assert prints_only(command) or outputs >= expected, shlex.join(command)
+        before = run_dir
+
+
+@pytest.mark.parametrize(
+    ("page", "code"), [pytest.param(page, code, id=f"{page.name}-{i}") for page in PAGES for i, code in enumerate(fenced(page, "python"))]
+)
+def test_python_examples_run(page, code, tmp_path, monkeypatch, shelf):
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "photo.jpg", 40, 30)
+    (tmp_path / "net.ckpt").write_bytes(shelf["best.ckpt"].read_bytes())
+    # What an example leaves to its reader.
+    exec(compile(code, page.name, "exec"), {"batches": [torch.randn(2, 3, 224, 224)]})
+
+
+def test_there_are_commands_and_examples():
+    # An extraction that finds nothing would pass everything above.
+    assert len(commands(ROOT / "docs" / "training.md")) > 20
+    assert len(commands(ROOT / "README.md")) > 10
+    assert fenced(ROOT / "README.md", "python")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_make_targets_exist(page):
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) - targets == set()

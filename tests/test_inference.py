@@ -1,0 +1,118 @@
+"""`qat.transform`. Oracles: the tensors that a dataset's own test loader gives, and timm's own evaluation transform."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import qat
+from qat.data import Digits, ImageFolder
+from tests.conftest import ROOT, train
+from tests.data.files import write_folder, write_image
+
+DIGITS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.3051], "std": [0.3759]}
+NETS = {"grey": {"img_size": 16, "in_chans": 1, "num_classes": 3}, "colour": {"img_size": 32}, "own size": {}}
+
+
+def net(name="deit_tiny_patch16_224", **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, depth=1, **kwargs).eval()
+
+
+def saved(tmp_path, model, **options):
+    qat.save(model, tmp_path / "net.ckpt", **options)
+    return qat.load(tmp_path / "net.ckpt")
+
+
+def test_digits_as_the_loader_has_them(run_4bit):
+    loaded = qat.load(run_4bit / "checkpoints" / "best.ckpt")
+    data = Digits(**DIGITS)
+    pixels = data.split("test").images
+    wanted = torch.cat([images for images, _ in data.test_dataloader()])
+    made = [qat.transform(loaded)(image) for image in pixels]
+    assert torch.equal(torch.stack(made), wanted)
+    assert made[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["path", "text", "Pillow's image", "array"])
+def test_photos_as_the_loader_has_them(tmp_path, kind):
+    root = write_folder(tmp_path / "root", splits=(("train", 4), ("val", 4)))
+    settings = {"image_size": 16, "patch_size": 8, "in_chans": 3, "num_classes": 2, "root": str(root), "crop_pct": None}
+    settings |= {"mean": None, "std": None, "interpolation": None, "model": "deit3_small_patch16_224"}
+    wanted = torch.cat([images for images, _ in ImageFolder(**settings).test_dataloader()])
+    apply = qat.transform(saved(tmp_path, net(img_size=16, num_classes=2), data={"_target_": "qat.data.ImageFolder", **settings}))
+    paths = sorted(p for p in (root / "val").rglob("*") if p.is_file())
+    read = {"path": lambda p: p, "text": str, "Pillow's image": Image.open, "array": lambda p: np.asarray(Image.open(p))}[kind]
+    assert torch.equal(torch.stack([apply(read(p)) for p in paths]), wanted)
+
+
+def test_the_data_of_a_run_are_kept_by_load_and_save(tmp_path):
+    root = write_folder(tmp_path / "root")
+    size = ("data.image_size=16", "data.patch_size=8", "data.num_workers=0", "data.batch_size=8")
+    run = train(tmp_path / "run", "data=imagefolder", f"data.root={root}", "data.num_classes=2", *size, "quant=fp")
+    loaded = qat.load(run / "checkpoints" / "last.ckpt")
+    image = write_image(tmp_path / "x.png", 40, 30)
+    assert torch.equal(qat.transform(saved(tmp_path, loaded))(image), qat.transform(loaded)(image))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("name", NETS)
+def test_without_data_it_is_timms_own(tmp_path, name, quantized):
+    model = net(**NETS[name])
+    chans, size = NETS[name].get("in_chans", 3), NETS[name].get("img_size", 224)
+    if quantized:
+        qat.convert(model, qat.recipe("lsq", bits=4), input_size=(chans, size, size))
+    config = timm.data.resolve_data_config({"input_size": (3, size, size)}, pretrained_cfg=model.pretrained_cfg)
+    if chans == 1:
+        config |= {"input_size": (1, size, size), "mean": [sum(config["mean"]) / 3], "std": [sum(config["std"]) / 3]}
+    image = Image.open(write_image(tmp_path / "x.png", 300, 260)).convert("L" if chans == 1 else "RGB")
+    wanted = timm.data.create_transform(**config)(image)
+    assert torch.equal(qat.transform(model)(image), wanted)
+    assert torch.equal(qat.transform(saved(tmp_path, model))(tmp_path / "x.png"), wanted)
+
+
+def test_what_data_says_comes_before_timm(tmp_path):
+    model = saved(tmp_path, net(img_size=16), data={"mean": [0.0] * 3, "std": [1.0] * 3, "crop_pct": None})
+    pixels = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    wanted = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+    found = qat.transform(model)(pixels)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-7)  # a division by 255 rounds otherwise than a multiplication
+    assert torch.equal(qat.transform(saved(tmp_path, model))(pixels), found)
+
+
+def test_data_that_a_file_cannot_hold_are_refused(tmp_path):
+    with pytest.raises(qat.UsageError, match="save: data is not plain"):
+        qat.save(net(img_size=16), tmp_path / "net.ckpt", data={"mean": torch.zeros(3)})
+    assert not (tmp_path / "net.ckpt").exists()
+
+
+def test_a_wrong_image_is_named(tmp_path):
+    apply = qat.transform(net(img_size=16))
+    (tmp_path / "x.png").write_bytes(b"nothing")
+    with pytest.raises(qat.UsageError, match="x.png cannot be decoded"):
+        apply(tmp_path / "x.png")
+    with pytest.raises(qat.UsageError, match="float32"):
+        apply(np.zeros((8, 8, 3), np.float32))
+
+
+def test_nets_that_say_nothing_are_refused(tmp_path):
+    with pytest.raises(qat.UsageError, match="does not say what data it is for"):
+        qat.transform(torch.nn.Linear(2, 2))
+    with pytest.raises(qat.UsageError, match="16 x 32 pixels, only squares"):
+        qat.transform(net(img_size=(16, 32)))
+
+
+def test_a_dataset_from_elsewhere_is_not_imported(tmp_path):
+    model = saved(tmp_path, net(img_size=16), data={**DIGITS, "_target_": "antigravity.Digits"})
+    with pytest.raises(qat.UsageError, match="antigravity.Digits"):
+        qat.transform(model)
+    assert "antigravity" not in sys.modules
+
+
+def test_it_needs_neither_hydra_nor_lightning_to_be_found():
+    code = "import sys, qat; qat.transform, qat.load; sys.exit(any(m in sys.modules for m in ('hydra', 'omegaconf', 'lightning')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,77 @@
+"""Which matrix products run. Oracle: multiply-accumulates counted by hand."""
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qat.products import Product, watching
+
+
+class Every(nn.Module):
+    """A product of each kind: (B, 3, 4)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 5)
+        self.weight = nn.Parameter(torch.ones(4, 2))
+
+    def forward(self, x):
+        t = x.transpose(1, 2)
+        x @ t
+        torch.bmm(x, t)
+        x.matmul(t)
+        torch.baddbmm(torch.zeros(3, 3), x, t)
+        torch.einsum("bnc,bmc->bnm", x, x)
+        F.scaled_dot_product_attention(x, x, x)
+        x @ self.weight
+        return self.layer(x)
+
+
+def test_every_kind():
+    net = nn.Sequential(Every())
+    with watching(net) as found:
+        net(torch.randn(2, 3, 4))
+    square = [Product("0", 2 * 3 * 3 * 4, True)] * 7
+    assert found == [*square, Product("0", 2 * 3 * 4 * 2, False), Product("0.layer", 2 * 3 * 4 * 5, False)]
+
+
+def test_convolutions_count_their_own_channels():
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, padding=1))
+    with watching(net) as found:
+        net(torch.randn(1, 4, 5, 5))
+    assert found == [Product("0", 8 * 25 * 2 * 9, False)]
+
+
+def test_nothing_is_left_behind():
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    x = torch.randn(1, 3, 32, 32)
+    expected = net.eval()(x)
+    with watching(net) as found:
+        assert torch.equal(net(x), expected)
+    n = len(found)
+    net(x)
+    assert len(found) == n > 0
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_an_error_inside_leaves_the_stack_in_order():
+    class Breaks(nn.Module):
+        def forward(self, x):
+            raise ValueError
+
+    class Tries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.breaks = Breaks()
+
+        def forward(self, x):
+            try:
+                self.breaks(x)
+            except ValueError:
+                return x @ x
+
+    net = Tries()
+    with watching(net) as found:
+        net(torch.randn(2, 2))
+    assert found == [Product("", 8, True)]
