@@ -45,15 +45,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=50, help="of the float nets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("outputs/evolq"))
+    parser.add_argument("--passes", type=int, default=10)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     args = parser.parse_args()
-    found: dict[str, list[dict]] = {arm: [] for arm in ARMS}
+    found: dict[str, list[dict]] = {arm: [] for arm in args.arms}
     for seed in args.seeds:
         folder = args.out.absolute() / f"seed{seed}"
         training = (f"trainer.max_epochs={args.epochs}", "optimizer.lr=3e-3", "scheduler.warmup_epochs=2")
         run("train.py", folder / "fp", f"seed={seed}", "quant=fp", *training)
-        for arm, settings in ARMS.items():
-            start = f"ckpt={folder}/fp/checkpoints/best.ckpt"
-            found[arm].append(run("ptq.py", folder / arm.replace(" ", "_"), f"seed={seed}", start, *settings))
+        for arm in args.arms:
+            start = (f"seed={seed}", f"ckpt={folder}/fp/checkpoints/best.ckpt")
+            passes = () if "~search" in ARMS[arm] else (f"search.passes={args.passes}",)
+            found[arm].append(run("ptq.py", folder / f"{arm.replace(' ', '_')}_{args.passes}", *start, *ARMS[arm], *passes))
     print(f"{'':22}{'top-1':>18}{'float top-1':>18}{'fitness before':>24}{'fitness':>24}{'seconds':>18}")
     for arm, results in found.items():
         row = [cell([r["top1"] for r in results], ".2f"), cell([r["top1_fp"] for r in results], ".2f")]

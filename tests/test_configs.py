@@ -9,12 +9,13 @@ import pytest
 from hydra.errors import HydraException
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
+from torch import nn
 
 import qat
 from qat.data.base import DataSettings
 from qat.lit import build_optimizer, cosine_schedule, scaled_lr
 from qat.spec import PRESETS
-from qat.tasks import build
+from qat.tasks import build, fit
 from tests.conftest import ROOT, TINY, compose, results, train
 
 CONF = ROOT / "conf"
@@ -173,7 +174,7 @@ def test_optimizer_files_work_as_they_are(name):
     settings = OmegaConf.to_container(cfg.optimizer)
     taken = accepted(build_optimizer, without=("net",)) | accepted(scaled_lr, without=("global_batch",))
     assert taken <= set(settings)
-    made = build.build_optimizer_factory(cfg, build.build_trainer(cfg, [], []))(build.nn.Linear(2, 2))
+    made = fit.build_optimizer_factory(cfg, fit.build_trainer(cfg, [], []))(nn.Linear(2, 2))
     own = set(settings) - taken
     assert own, "an optimizer has settings of its own"
     for key in own:

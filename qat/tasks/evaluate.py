@@ -24,7 +24,7 @@ from qat.lit.loggers import close
 from qat.losses import CompositeLoss, CrossEntropy
 from qat.spec import recipe
 from qat.start import check_finite
-from qat.tasks import build, summary
+from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_patches, check_settings
 from qat.tasks.predict import Subject, class_names, find_images, predict
 from qat.tasks.repeat import recorded
@@ -53,7 +53,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     subject = build_subject(cfg)
     if not (Path(cfg.run_dir) / "checkpoints").exists():  # else the config there is that of the training run
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
-    trainer = build.build_trainer(cfg, [], build.build_loggers(cfg))
+    trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
     data = subject.data
     entries = {
         "model": summary.describe_model(subject.name, subject.net, data),

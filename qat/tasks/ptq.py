@@ -27,7 +27,7 @@ from qat.ptq.ranks import Ranks
 from qat.ptq.settings import SearchSettings
 from qat.ptq_spec import PtqRecipe
 from qat.spec import check_whole
-from qat.tasks import build, summary
+from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, measure, origin
 from qat.tasks.predict import Subject
@@ -133,7 +133,7 @@ def _build(cfg: DictConfig) -> Run:
         held = summary.describe_recipe(subject.recipe).partition(":")[0]
         raise UsageError(f"ckpt={str(cfg.ckpt)!r}: is quantized already ({held}); post-training quantization starts from a float net")
     batches = calibration_batches(cfg, subject.data)
-    trainer = build.build_trainer(cfg, [], build.build_loggers(cfg))
+    trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
     net = convert(copy.deepcopy(subject.net), recipe, input_size=subject.data.input_size)
     (Path(cfg.run_dir) / FILE).unlink(missing_ok=True)
     return Run(subject, dataclasses.replace(subject, net=net, recipe=recipe), search, batches, trainer)

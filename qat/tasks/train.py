@@ -26,7 +26,7 @@ from qat.lit.loggers import close
 from qat.lit.module import limited
 from qat.spec import QuantRecipe
 from qat.start import Start
-from qat.tasks import build, options, summary
+from qat.tasks import build, fit, options, summary
 from qat.tasks.checks import check_patches, check_settings, check_shares
 from qat.tasks.repeat import recorded
 from qat.tasks.results import measured, recipe_fields, write_results
@@ -93,10 +93,10 @@ def _build(cfg: DictConfig) -> Run:
     recipe, loss = build.build_recipe(cfg), build.build_loss(cfg)
     resume = find_resume(cfg, recipe, build.model_args(cfg))
     replaces = [] if resume else _outputs_of_an_old_run(Path(cfg.run_dir), overwrite=bool(cfg.overwrite))
-    scheduler = build.build_scheduler_factory(cfg)
-    loggers = build.build_loggers(cfg, resume.rows if resume else [])
-    trainer = build.build_trainer(cfg, build.build_callbacks(cfg), loggers)
-    optimizer = build.build_optimizer_factory(cfg, trainer)
+    scheduler = fit.build_scheduler_factory(cfg)
+    loggers = fit.build_loggers(cfg, resume.rows if resume else [])
+    trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), loggers)
+    optimizer = fit.build_optimizer_factory(cfg, trainer)
     options.check_precision(cfg, recipe)
     options.check_compiler(cfg, trainer.strategy.root_device)
     data = build.build_data(cfg)
@@ -106,7 +106,7 @@ def _build(cfg: DictConfig) -> Run:
     start.net.to(trainer.strategy.root_device)
     if not resume:
         start.notes += build.quantize(start, recipe, data, init=cfg.model.init)
-        optimizer = build.take_optimizer_state(cfg, optimizer, start)
+        optimizer = fit.take_optimizer_state(cfg, optimizer, start)
     options.use_grad_checkpointing(cfg, start.net)
     teacher = build_teacher(cfg, loss, data)
     if not cfg.trainer.fast_dev_run:
@@ -158,7 +158,7 @@ def _outputs_of_an_old_run(run_dir: Path, *, overwrite: bool) -> list[Path]:
 
 def _announce(cfg: DictConfig, run: Run) -> None:
     trainer = run.trainer
-    batch = build.global_batch(cfg, trainer)
+    batch = fit.global_batch(cfg, trainer)
     optimizer = f"{cfg.optimizer.opt} {summary.describe_lr(cfg, batch)}, weight decay {cfg.optimizer.weight_decay:g}"
     entries = {
         "model": summary.describe_model(cfg.model.name, run.start.net, run.data),

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import qat
 from qat.callbacks import StopOnNaN, finite
 from qat.callbacks.finite import find_cause
-from qat.tasks import build
+from qat.tasks import fit as parts
 from tests.conftest import results, tiny, train
 
 
@@ -205,9 +205,9 @@ SIX = ("trainer.limit_train_batches=6", "checkpoint.every_n_steps=2")
 
 
 def poisoned(monkeypatch, refused, run_dir, poison, *overrides):
-    make = build.build_callbacks
+    make = parts.build_callbacks
     with monkeypatch.context() as patch:
-        patch.setattr(build, "build_callbacks", lambda cfg: [*make(cfg), poison])
+        patch.setattr(parts, "build_callbacks", lambda cfg: [*make(cfg), poison])
         return refused("train", tiny(run_dir, *SIX, *overrides))
 
 

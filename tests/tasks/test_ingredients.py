@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 
 import qat
 from qat.checkpoint import read_checkpoint
-from qat.tasks import build
+from qat.tasks import build, fit
 from tests.conftest import compose, evaluate, results, tiny, train
 
 SGD = (
@@ -40,9 +40,9 @@ def watched(monkeypatch, tmp_path):
     """Train with `Steps` in front of the config's callbacks; gives the run directory and the callback."""
 
     def run(*overrides, name="run"):
-        steps, make = Steps(), build.build_callbacks
+        steps, make = Steps(), fit.build_callbacks
         with monkeypatch.context() as patch:
-            patch.setattr(build, "build_callbacks", lambda cfg: [steps, *make(cfg)])
+            patch.setattr(fit, "build_callbacks", lambda cfg: [steps, *make(cfg)])
             train(tmp_path / name, *overrides)
         return tmp_path / name, steps
 
@@ -221,7 +221,7 @@ def test_the_rate_follows_the_batch(watched, caplog):
 
 def test_layer_decay_from_the_config():
     cfg = tiny("a", "optimizer.layer_decay=0.5")
-    make = build.build_optimizer_factory(cfg, build.build_trainer(cfg, [], []))
+    make = fit.build_optimizer_factory(cfg, fit.build_trainer(cfg, [], []))
     groups = make(build.build_start(cfg).net).param_groups
     assert {group["lr_scale"] for group in groups} == {1.0, 0.5, 0.25}
 
@@ -229,4 +229,4 @@ def test_layer_decay_from_the_config():
 def test_layer_decay_out_of_range():
     cfg = tiny("a", "optimizer.layer_decay=1.5")
     with pytest.raises(qat.UsageError, match=r"optimizer.layer_decay=1.5: allowed are numbers above 0 to 1"):
-        build.build_optimizer_factory(cfg, build.build_trainer(cfg, [], []))
+        fit.build_optimizer_factory(cfg, fit.build_trainer(cfg, [], []))

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import qat
-from qat.tasks import build, resolvers
+from qat.tasks import build, fit, resolvers
 from tests import golden
 from tests.conftest import ROOT, compose, results
 
@@ -57,8 +57,8 @@ class Processes:
 def rates(name, world_size):
     """Learning rate of each epoch, on the way that a run takes from its config."""
     cfg = recipe_of(name)
-    optimizer = build.build_optimizer_factory(cfg, Processes(world_size))(nn.Linear(2, 2))
-    schedule, interval = build.build_scheduler_factory(cfg)(optimizer, cfg.trainer.max_epochs, 1000)
+    optimizer = fit.build_optimizer_factory(cfg, Processes(world_size))(nn.Linear(2, 2))
+    schedule, interval = fit.build_scheduler_factory(cfg)(optimizer, cfg.trainer.max_epochs, 1000)
     assert interval == "epoch"
     found = []
     for epoch in range(cfg.trainer.max_epochs):
@@ -178,7 +178,7 @@ def test_window_of_a_swin(size, patch, own, window):
 def test_cooldown_is_part_of_the_epochs(refused, tmp_path):
     cfg = compose("train", "trainer.max_epochs=12", "scheduler.cooldown_epochs=2", "scheduler.interval=epoch", "run_dir=a")
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
-    schedule, _ = build.build_scheduler_factory(cfg)(optimizer, 12, 5)
+    schedule, _ = fit.build_scheduler_factory(cfg)(optimizer, 12, 5)
     schedule.step(5)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-5 + (0.1 - 1e-5) / 2 * (1 + math.cos(math.pi / 2)))
     schedule.step(10)

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 
 import qat
-from qat.tasks import build
+from qat.tasks import fit
 from tests.conftest import ROOT, compose, results
 
 # Nine steps an epoch, three epochs. Order, repeated augmentation, shifted crops, mixup, cutmix, dropout and drop path draw random
@@ -57,9 +57,9 @@ def run(run_dir, *overrides):
 
 def killed_at(step, run_dir, monkeypatch, *overrides):
     """Run until just before a step."""
-    make = build.build_callbacks
+    make = fit.build_callbacks
     with monkeypatch.context() as patch:
-        patch.setattr(build, "build_callbacks", lambda cfg: [*make(cfg), Kill(step)])
+        patch.setattr(fit, "build_callbacks", lambda cfg: [*make(cfg), Kill(step)])
         with pytest.raises(Killed):
             run(run_dir, *overrides)
     return run_dir
