@@ -46,6 +46,6 @@ def test_traced_forward_and_backward(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["swin", "eva02"])
+@pytest.mark.parametrize("name", ["eva02"])  # a minute of compilation each for the others, whose graphs are traced above
 def test_compiled_forward_and_backward(name):
     compare(name, "inductor")
