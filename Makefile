@@ -38,7 +38,7 @@ demo-seeds: $(READY) ## the demo over three seeds, with the float net given the 
 golden-deviations: $(READY) ## how far we are from the papers' own code
 	@PYTHONPATH=. $(BIN)/python benchmarks/golden_deviations.py
 
-recipes-check: $(READY) ## two steps of both stages of each published recipe at full size, on random images (15 minutes)
+recipes-check: $(READY) ## two steps of both stages of each published recipe at full size, on random images (36 minutes on two busy cores)
 	$(BIN)/python benchmarks/recipes_check.py
 
 kill-resume: $(READY) ## kill -9 a run at several moments, resume it, count the tensors that differ (3 minutes)
