@@ -7,7 +7,7 @@ DEMO := outputs/demo
 # A process a core; a test needs no more than one.
 PARALLEL := -n auto --maxprocesses 8
 
-.PHONY: help setup demo demo-seeds golden-deviations recipes-check kill-resume cga-seeds evolq-seeds map-scales models-page search-cost test test-fast check lint types imports clean
+.PHONY: help setup demo demo-seeds golden-deviations recipes-check kill-resume cga-seeds evolq-seeds map-scales models-page search-cost weights-figures kure-seeds kure-cost robustness-figures test test-fast check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -56,8 +56,32 @@ map-scales: $(READY) ## a 2-bit Swin with one scale for a map and with one a col
 models-page: $(READY) ## write docs/models.md: what conversion does to each timm family
 	@PYTHONPATH=. $(BIN)/python benchmarks/models_page.py
 
-search-cost: $(READY) ## a look at the calibration images during a search, in float forwards, DeiT-T on one thread (10 minutes)
-	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search_cost.py
+search-cost: $(READY) ## a look at the calibration images during a search, in float forwards, one thread; MODEL=deit_small_patch16_224 (10 minutes, 35)
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search_cost.py --model $(or $(MODEL),deit_tiny_patch16_224)
+
+kure-seeds: $(READY) ## float nets with and without kurtosis regularization, weights quantized at 2 and 3 bits; 2-bit training; three seeds (20 minutes)
+	@PYTHONPATH=. $(BIN)/python benchmarks/kure_seeds.py --qat-epochs 6
+
+kure-cost: $(READY) ## share of kurtosis regularization in a DeiT-T training step on one thread (5 minutes)
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kure_cost.py
+
+robustness-figures: $(READY) ## draw the figures of docs/robustness.md, from the runs of kure-seeds
+	@PYTHONPATH=. $(BIN)/python benchmarks/robustness_figures.py --runs outputs/kure/digits
+
+WEIGHTS := outputs/weights
+weights-figures: $(READY) ## the pictures of weights, oscillation and cost in docs/analysis.md: a short 2-bit run, plain and annealed (4 minutes)
+	$(BIN)/python train.py quant=fp trainer.max_epochs=3 run_dir=$(WEIGHTS)/fp overwrite=true
+	for run in "plain callbacks=[default,oscillation]" "annealed callbacks=[default,cga,oscillation] callbacks.cga.epochs=6"; do \
+	  $(BIN)/python train.py quant=ofq_2bit ckpt=$(WEIGHTS)/fp/checkpoints/best.ckpt trainer.max_epochs=20 trainer.log_every_n_steps=5 \
+	    run_dir=$(WEIGHTS)/$${run%% *} overwrite=true $${run#* } || exit 1; \
+	done
+	$(BIN)/python analyze.py ckpt=$(WEIGHTS)/annealed/checkpoints/last.ckpt analysis=weights run_dir=$(WEIGHTS)/weights
+	$(BIN)/python analyze.py ckpt=[$(WEIGHTS)/plain/checkpoints/last.ckpt,$(WEIGHTS)/annealed/checkpoints/last.ckpt] labels=[plain,annealed] \
+	  analysis=oscillation run_dir=$(WEIGHTS)/oscillation
+	$(BIN)/python analyze.py ckpt=$(WEIGHTS)/annealed/checkpoints/last.ckpt labels=[2bit] analysis=cost run_dir=$(WEIGHTS)/cost
+	cp $(WEIGHTS)/weights/weights_histograms.svg docs/figures/weights-digits.svg
+	cp $(WEIGHTS)/oscillation/oscillation_curves.svg docs/figures/oscillation-digits.svg
+	cp $(WEIGHTS)/cost/cost_bytes.svg docs/figures/cost-digits.svg
 
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest -q $(PARALLEL)

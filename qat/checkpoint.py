@@ -20,6 +20,7 @@ from qat.conversion import conversion_of, convert
 from qat.errors import UsageError
 from qat.files import write_torch
 from qat.ptq_spec import recipe_from
+from qat.spec import QuantRecipe
 from qat.torchvision_swin import timm_names
 
 FORMAT_VERSION = 1
@@ -267,6 +268,17 @@ def _described(meta: Mapping[str, Any]) -> nn.Module:
         channels, height, width = meta["input_size"]
         convert(net, recipe_from(meta["recipe"]), input_size=(channels, height, width))
     return net
+
+
+def built_alike(net: nn.Module, recipe: QuantRecipe, input_size: tuple[int, int, int]) -> nn.Module:
+    """A net of the same constructor with fresh weights, under another recipe; in eval mode.
+
+    Raises:
+        UsageError: the net does not say how timm built it, or the recipe does not fit.
+        LookupError, TypeError, ValueError, RuntimeError: what it says cannot be built.
+    """
+    alike = _described({**describe(net), "recipe": recipe.to_dict(), "input_size": list(input_size)})
+    return alike.eval()
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:

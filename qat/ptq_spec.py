@@ -16,6 +16,7 @@ QUANTIZERS = ("affine", "float")
 SOFTMAX_QUANTIZERS = ("affine", "log2", "float")
 ATTENTIONS = ("standard", "float")
 ACT_SCALES = ("tensor", "token", "channel")
+WEIGHT_SCALES = ("channel", "tensor")
 LAYERNORMS = ("float", "integer")
 # A single tensor has no channels that powers of two could tell apart.
 ACT_OBSERVERS = tuple(name for name in OBSERVERS if name != "ptf")
@@ -29,7 +30,7 @@ _CHANNEL_AXIS = {"scores": 1, "probs": 1, "image": 1}
 
 @dataclass(frozen=True)
 class PtqRecipe(QuantRecipe):
-    """The knobs of `ptq/*.yaml`. Weights have a scale per output channel.
+    """The knobs of `ptq/*.yaml`.
 
     Attributes:
         name: what the recipe is called in results.
@@ -48,6 +49,7 @@ class PtqRecipe(QuantRecipe):
         residual_observer: likewise, of sums on the residual stream (`fqvit`); `ptf` = a power of two per channel; None = `act_observer`.
         weight_signed: symmetric signed codes; False = unsigned ones with a zero point.
         act_signed: likewise; probabilities are always unsigned.
+        weight_scales: weights have a scale per output `channel`, or one for the `tensor`.
         act_scales: activations have a scale per `tensor`, `token` or `channel` (attention scores and probabilities: per head).
         bias_correction: give each output channel of a quantized weight the mean and the spread of the float one.
         layernorm: `float`, or `integer` arithmetic on the scales around it (`fqvit` only).
@@ -74,6 +76,7 @@ class PtqRecipe(QuantRecipe):
     residual_observer: str | None = None
     weight_signed: bool = False
     act_signed: bool = False
+    weight_scales: str = "channel"
     act_scales: str = "tensor"
     bias_correction: bool = False
     layernorm: str = "float"  # type: ignore[misc]
@@ -93,6 +96,7 @@ class PtqRecipe(QuantRecipe):
             ("act_observer", ACT_OBSERVERS),
             ("residual_observer", OBSERVERS),
             ("act_scales", ACT_SCALES),
+            ("weight_scales", WEIGHT_SCALES),
             ("layernorm", LAYERNORMS),
         ):
             check_choice(f"ptq.{knob}", getattr(self, knob), allowed)
@@ -121,7 +125,7 @@ class PtqRecipe(QuantRecipe):
                 object.__setattr__(self, knob, getattr(self, source))
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
-        """Spec of a weight (out, ...) at `place`: one scale per output channel."""
+        """Spec of a weight (out, ...) at `place`."""
         check_choice("place", place, PLACES)
         bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         name = self.weight_quantizer
@@ -130,7 +134,7 @@ class PtqRecipe(QuantRecipe):
             name,
             FLOAT_BITS if name == "float" else int(bits or 0),
             signed=self.weight_signed,
-            axis=0,
+            axis=0 if self.weight_scales == "channel" else None,
             observer=self.weight_observer,
             bias_correction=self.bias_correction and name != "float",
         )

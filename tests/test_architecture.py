@@ -20,6 +20,7 @@ LIBRARIES = {
     "lightning": ("lit", "callbacks", "data", "tasks"),
     "timm": ("nn", "data", "lit", "checkpoint.py", "start.py", "cost.py", "inference.py", "interop", "tasks"),
     "sklearn": ("data",),
+    "matplotlib": ("analysis", "report"),
     "pyarrow": ("data",),
 }
 

@@ -38,12 +38,15 @@ KINDS = ("fp", "ofq_2bit", "ofq_noqkr_2bit", "lsq_2bit", "minmax_8bit")
 
 def one_block(model):
     """Overrides for the smallest net of a family."""
-    return "++model.args.depths=[1,1,1,1]" if model.startswith("swin") else "++model.args.depth=1"
+    stages = {"swin": "depths", "resnet": "layers"}
+    kind = next((kind for kind in stages if model.startswith(kind)), None)
+    return f"++model.args.{stages[kind]}=[1,1,1,1]" if kind else "++model.args.depth=1"
 
 
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
 def test_every_choice_composes(group, choice):
-    cfg = compose("ptq" if group in OF_PTQ or choice.startswith("evolq_") else "train", f"{group}={choice}", "run_dir=a")
+    config = {"analysis": "analyze"}.get(group, "ptq" if group in OF_PTQ or choice.startswith("evolq_") else "train")
+    cfg = compose(config, f"{group}={choice}", "run_dir=a")
     assert not OmegaConf.missing_keys(cfg)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
@@ -99,7 +102,8 @@ def test_every_recipe_fits_every_model(model, quant):
     }
     # A pooling by attention has a learnt query of its own.
     pooled = {"q"} if model == "siglip_b" and recipe.attention == "qkr" else set()
-    assert roles == expected[recipe.attention] | pooled
+    present = {"weight", "input", "image"} if model.startswith("resnet") else {"weight", "input", "image", *expected[recipe.attention]}
+    assert roles == (expected[recipe.attention] & present) | pooled
 
 
 @pytest.mark.parametrize("name", choices("quant"))

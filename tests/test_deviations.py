@@ -18,7 +18,7 @@ from qat.callbacks import CGA, Oscillation
 from qat.data import Digits
 from qat.data.sampler import SeededSampler
 from qat.lit import Teacher
-from qat.losses import Distillation, StepContext
+from qat.losses import Distillation, Kure, StepContext
 from qat.nn import QkrAttention
 from qat.quantizers import build_quantizer
 from qat.transfer import forget_attention_weights
@@ -423,3 +423,20 @@ def test_deviates_from_reference_merging_of_patches_has_no_bias():
     swin = ATTENTIONS["swin"]
     net = qat.convert(swin.build(), qat.recipe("ofq"), input_size=swin.input_size)
     assert net.layers[1].downsample.reduction.bias is None
+
+
+def test_deviates_from_reference_kure_counts_the_layers_that_are_there():
+    # There the mean divides by 19, 51 or 52, for three networks, and by nothing for any other; Linears are no layers.
+    net = vit()
+    term = Kure()
+    value = term(StepContext(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), None, net))
+    linears = [m.weight for n, m in net.named_modules() if isinstance(m, nn.Linear) and n != "head"]
+    assert len(linears) == 8
+    assert_close(value, torch.stack([(F.kurtosis(w) - 1.8) ** 2 for w in linears]).mean())
+
+
+def test_deviates_from_reference_a_constant_weight_has_a_kurtosis():
+    # There it is 0/0.
+    w = torch.zeros(4, 4, requires_grad=True)
+    F.kure_loss([w]).backward()
+    assert w.grad.tolist() == torch.zeros(4, 4).tolist()

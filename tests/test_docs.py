@@ -6,6 +6,8 @@ runs by two batches. As they stand, all settings of a command are composed by Hy
 
 import re
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +20,9 @@ from tests.conftest import ROOT, compose, write_cifar
 from tests.data.files import write_folder, write_image
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {"train.py": "train", "eval.py": "eval", "ptq.py": "ptq"}
+SCRIPTS = {"train.py": "train", "eval.py": "eval", "ptq.py": "ptq", "analyze.py": "analyze"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-INLINE = re.compile(r"`(python (?:train|eval|ptq)\.py [^`]*)`")
+INLINE = re.compile(r"`(python (?:train|eval|ptq|analyze)\.py [^`]*)`")
 # What takes longer than all else: compilers, databases.
 HEAVY = ("compile=true", "mlflow", "wandb")
 # What only a machine with GPUs has.
@@ -36,6 +38,7 @@ SHORT = {
     "data.calibration_images": 8,
     "data.batch_size": 8,
     "data.num_workers": 0,
+    "report": "false",  # tests/tasks/test_report.py has runs with one
 }
 
 
@@ -68,7 +71,7 @@ def cases():
 
 
 @pytest.fixture(scope="session")
-def shelf(tmp_path_factory, float_run):
+def shelf(tmp_path_factory, float_run, run_4bit):
     """What placeholders stand for."""
     root = tmp_path_factory.mktemp("shelf")
     write_image(root / "photos" / "a.png", 30, 40)
@@ -79,6 +82,8 @@ def shelf(tmp_path_factory, float_run):
         "imagenet": write_folder(root / "imagenet", classes=("n01440764", "n02012849")),
         "PHOTOS": root / "photos",
         "best.ckpt": float_run / "checkpoints" / "best.ckpt",
+        "float": float_run,
+        "quantized": run_4bit,
         "weights": root,
     }
 
@@ -124,6 +129,20 @@ def with_weights(command, cfg, shelf):
     return [*kept, *TINY_NET, "model.pretrained=false", f"model.weights={shelf['weights']}/w.pt"]
 
 
+def provide(command, shelf, folder):
+    """Runs that a command starts from and that no command before it has made: a float one where the name says so, else a 4-bit one."""
+    said = settings(command)
+    files = [path.strip("[]'") for name in ("ckpt", "teacher.ckpt") for path in said.get(name, "").split(",") if path]
+    wanted = [Path(path).parts[:-2] for path in files if "/checkpoints/" in path] + [
+        Path(said[name]).parts for name in ("run",) if name in said
+    ]
+    for parts in wanted:
+        run = folder.joinpath(*parts)
+        is_float = parts[-1].startswith(("fp", "float")) or "analysis.float_bits" in said
+        if not run.exists():
+            shutil.copytree(shelf["float" if is_float else "quantized"], run)
+
+
 def shortened(command, shelf):
     """What is run in place of a documented command, after its own settings have been composed."""
     script, *arguments = filled_in(command, shelf)
@@ -137,9 +156,13 @@ def shortened(command, shelf):
         arguments = with_weights(arguments, cfg, shelf)
     if script == "eval.py":
         return [script, *arguments, *(() if "predict" in said else ("trainer.limit_test_batches=2",))]
+    if script == "analyze.py":
+        few = ["analysis.points=3"] if said.get("analysis") == "landscape" else []
+        return [script, *arguments] if "run" in said else [script, *arguments, *few, "images=4", "data.batch_size=4"]
     if script == "ptq.py":
-        return [script, *arguments, "data.calibration_images=4", "ptq.batch=4", "trainer.limit_test_batches=2"]
-    net = () if any(one in arguments for one in TINY_NET) else TINY_NET
+        return [script, *arguments, "data.calibration_images=4", "ptq.batch=4", "trainer.limit_test_batches=2", "report=false"]
+    fixed = any(one in arguments for one in TINY_NET) or said.get("model", "").startswith("resnet")
+    net = () if fixed else TINY_NET
     phases = [f"{key}=1" for key in said if key.startswith("callbacks.") and key.endswith(".epochs")]
     return [script, *arguments, *net, *phases, *(f"{key}={value}" for key, value in SHORT.items())]
 
@@ -159,11 +182,17 @@ def test_commands_do_what_they_should(wanted, shelf, tmp_path):
         command = [one.replace("=RUN/", f"={before}/") for one in command]
         said = settings(command)
         run_dir = said.get("run_dir", f"runs/number{number}")
+        if command[0] == "analyze.py":
+            provide(command, shelf, tmp_path)
         arguments = shortened(command, shelf) + ([] if "run_dir" in said else [f"run_dir={run_dir}"])
         code, out = typed(*(one.replace("$PWD", str(tmp_path)) for one in arguments), cwd=tmp_path)
         assert code == 0, f"python {shlex.join(command)}\nrun as {shlex.join(arguments)}\n{out[-3000:]}"
         outputs = {path.name for path in (tmp_path / run_dir).rglob("*")}
         expected = {"predictions.csv", "results.json"} if "predict" in said else {"results.json"}
+        if command[0] == "analyze.py":
+            expected = {"results.json", "report.html"}
+        if "run" in said:  # has no outputs of its own
+            outputs, expected = {path.name for path in (tmp_path / said["run"]).iterdir()}, {"report.html"}
         assert prints_only(command) or outputs >= expected, shlex.join(command)
         before = run_dir
 

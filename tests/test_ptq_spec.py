@@ -20,6 +20,7 @@ WRONG = [
     ({"act_observer": "ptf"}, "ptq.act_observer='ptf': allowed are minmax, percentile, omse, mse, ema"),
     ({"weight_quantizer": "lsq"}, "ptq.weight_quantizer='lsq': allowed are affine, float"),
     ({"softmax_quantizer": "log3"}, "ptq.softmax_quantizer='log3': allowed are affine, log2, float"),
+    ({"weight_scales": "row"}, "ptq.weight_scales='row': allowed are channel, tensor"),
     ({"act_scales": "row"}, "ptq.act_scales='row': allowed are tensor, token, channel"),
     ({"bias_correction": "yes"}, "ptq.bias_correction='yes': allowed are"),
     ({"layernorm": "int"}, "ptq.layernorm='int': allowed are float, integer"),

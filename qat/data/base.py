@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from qat.data.arrays import ImageSource
 from qat.data.loader import ResumableLoader
@@ -166,6 +166,18 @@ class ImageData(LightningDataModule, ABC):
 
     def _evaluation_loader(self, split: str) -> DataLoader:
         return self._loader(TransformedImages(self.split(split), eval_transform(self.settings), self.settings.seed), shuffle=False)
+
+    def sample(self, split: str, count: int | None = None) -> DataLoader:
+        """Images of a split under the evaluation transform, spread evenly over it.
+
+        Args:
+            split: which.
+            count: of images; None, or more than there are = all.
+        """
+        images = TransformedImages(self.split(split), eval_transform(self.settings), self.settings.seed)
+        total = len(images)
+        chosen = range(total) if count is None or count >= total else [i * total // count for i in range(count)]
+        return DataLoader(Subset(images, chosen), batch_size=self.settings.batch_size, num_workers=self.settings.num_workers)
 
     def _loader(self, images: TransformedImages, *, shuffle: bool) -> DataLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

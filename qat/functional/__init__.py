@@ -9,6 +9,7 @@ from qat.functional.confidence import near_step_threshold, near_threshold
 from qat.functional.distillation import distillation_loss, soft_cross_entropy
 from qat.functional.infonce import info_nce, logit_fitness
 from qat.functional.int_layer_norm import integer_layer_norm
+from qat.functional.kurtosis import kure_loss, kurtoses, kurtosis
 from qat.functional.log2 import fake_quantize_log2, log2_codes, log_int_softmax
 from qat.functional.lsq import lsq, lsq_codes, lsq_init_scale
 from qat.functional.observers import RangeState, affine_from_state, affine_scale, empty_range, observe
@@ -48,6 +49,9 @@ __all__ = [
     "freezing_step",
     "info_nce",
     "integer_layer_norm",
+    "kure_loss",
+    "kurtoses",
+    "kurtosis",
     "log2_codes",
     "log_int_softmax",
     "logit_fitness",

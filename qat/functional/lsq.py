@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qat.functional.ste import code_dtype, group_size, mean_abs, sum_along, view_along
 
@@ -39,7 +38,6 @@ class _LSQ(torch.autograd.Function):
         ctx.save_for_backward(x, scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, scale = ctx.saved_tensors
         u = x.float() / _step(scale, x.ndim, ctx.axis)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from qat.functional.ste import code_dtype
 from qat.spec import check_bits
@@ -52,7 +52,6 @@ class _StatsQ(torch.autograd.Function):
         """Nothing is kept."""
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad, None, None
 

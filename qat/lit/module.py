@@ -76,6 +76,7 @@ class QATModule(LightningModule):
         check_choice("lsq_grad_batch", lsq_grad_batch, LSQ_GRAD_BATCHES)
         if loss.needs_teacher and hasattr(net, "set_distilled_training"):
             net.set_distilled_training(enable=True)  # type: ignore[operator]  # a distilled timm net then gives both heads' logits in training
+        loss.prepare(net)
         self.lsq_grad_batch = lsq_grad_batch
         self.net = net
         self.loss = loss
@@ -120,6 +121,7 @@ class QATModule(LightningModule):
         teacher_logits = None if self.teacher is None else self.teacher(images)
         total, parts = self.loss(StepContext(self.net(images), target, teacher_logits, self.net, self.global_step / self._steps))
         self.log("train/loss_step", total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=len(images))
+        self.log_dict({f"train/{name}": value for name, value in self.loss.watched().items()}, on_step=True, on_epoch=False)
         for name, value in {"loss": total.detach(), **{f"loss_{k}": v for k, v in parts.items()}}.items():
             mean = cast(MeanMetric, self.train_means[name])
             mean.update(value, weight=len(images))

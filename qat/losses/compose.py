@@ -21,14 +21,25 @@ class LossTerm(nn.Module, ABC):
 
     Attributes:
         needs_teacher: True if the term reads `teacher_logits`.
+        differentiates_twice: True if the term is made of gradients, so that its own gradient goes through a step's backward pass.
+        watched: values of the last step that are logged beside the term's own, by name; detached scalars.
     """
 
     needs_teacher: ClassVar[bool] = False
+    differentiates_twice: ClassVar[bool] = False
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
         check_number(f"loss term {type(self).__name__}: weight", weight, 0)
         self.weight = weight
+        self.watched: dict[str, Tensor] = {}
+
+    def prepare(self, net: nn.Module) -> None:
+        """Find in the net what the term works on, once, before the first step.
+
+        Raises:
+            UsageError: there is nothing of the kind.
+        """
 
     @abstractmethod
     def forward(self, step: StepContext) -> Tensor:
@@ -55,6 +66,20 @@ class CompositeLoss(nn.Module):
     def needs_teacher(self) -> bool:
         """True if a term reads the teacher's logits."""
         return any(cast(LossTerm, term).needs_teacher for term in self.terms.values())
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """True if a term is made of gradients."""
+        return any(cast(LossTerm, term).differentiates_twice for term in self.terms.values())
+
+    def prepare(self, net: nn.Module) -> None:
+        """Have every term find what it works on; see `LossTerm.prepare`."""
+        for term in self.terms.values():
+            cast(LossTerm, term).prepare(net)
+
+    def watched(self) -> dict[str, Tensor]:
+        """What the terms of the last step have to log beside their values."""
+        return {name: value for term in self.terms.values() for name, value in cast(LossTerm, term).watched.items()}
 
     def forward(self, step: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum, and each term's unweighted value (detached) by name."""

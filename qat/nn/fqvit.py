@@ -94,7 +94,7 @@ class FqVitAttention(FqAttention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (timm's signature)
         """Map (B, N, C) to (B, N, C_out)."""
         q, k, v = self.quantized_qkv(x)
-        scores = self.scores_quantizer(self.q_norm(q) @ self.k_norm(k).transpose(-2, -1) * self.scale)
+        scores = self.scores_quantizer((self.q_norm(q) @ self.k_norm(k).transpose(-2, -1)).mul_(self.scale))
         return self.attend(masked(scores, attn_mask, is_causal=is_causal), v, x)
 
 

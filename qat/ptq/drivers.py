@@ -1,7 +1,8 @@
-"""How a visit of a block looks for better scales. Every driver spends `search.cycles` forward passes over the calibration images.
+"""How a visit looks for better scales. Every driver spends the visit's cycles, forward passes over the calibration images.
 
-A gradient driver's backward counts as a forward: it goes through the same blocks, and of the weights' gradients only those of the
-block's targets are made.
+`evolution` and `random` visit one block after the other. A gradient driver's visit is of all blocks at once, with the cycles of all: one
+backward has the gradients of all their scales. It counts as a forward: it goes through the same blocks, and of the weights' gradients
+only those of the targets are made.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from qat.errors import UsageError
 from qat.functional.evolution import Draw, draw, evolved_child, initial_population, insert, random_child
 from qat.ptq.fitness import Evaluation, Evaluator
-from qat.ptq.settings import GRADIENT_STEP_CYCLES, SearchSettings
+from qat.ptq.settings import SearchSettings
 from qat.ptq.vector import ScaleVector
 
 # (pass, block, cycle), each from 0, and the radius of each scale (n,), to what is random in that cycle.
@@ -51,22 +52,24 @@ class Trial:
 
 @dataclass
 class Visit:
-    """A block while its scales are searched. The best of what was evaluated is what it leaves behind.
+    """A block, or several, while the scales are searched. The best of what was evaluated is what it leaves behind.
 
     Attributes:
-        name: of the block.
+        name: of the block, the first of several.
         place: (pass, block), each from 0, blocks counted from the first.
+        cycles: forward passes over the calibration images to be spent.
         vector: its scales.
         evaluator: of the net.
         best: scales (n,) with the lowest fitness so far, at first those of the net.
         fitness: theirs.
         rows: theirs, by image; see `Evaluation.rows`.
-        memory: what a driver wants to find again at the next visit of this block.
+        memory: what a driver wants to find again at the next visit.
         trials: all evaluations so far.
     """
 
     name: str
     place: tuple[int, int]
+    cycles: int
     vector: ScaleVector
     evaluator: Evaluator
     best: Tensor
@@ -85,7 +88,26 @@ class Visit:
             UsageError: it is not a finite number.
         """
         began = time.perf_counter()
-        found = self._measured(scales)
+        self.put(scales)
+        # Against what the visit began with: a child that is worse than that is no member of any population.
+        found = self.evaluator.fitness(self.name, self.start_rows)
+        self._take(scales, cycle, found, began)
+        return found.fitness
+
+    def gradient(self, scales: Tensor, cycle: int | None) -> Tensor:
+        """Gradient (n,) of the fitness at scales (n,), which counts as an evaluation of them unless `cycle` is None.
+
+        Raises:
+            UsageError: the fitness is not a finite number.
+        """
+        began = time.perf_counter()
+        self.put(scales)
+        found, gradient = self.evaluator.gradient(self.name, self.vector)
+        if cycle is not None:
+            self._take(scales, cycle, found, began)
+        return gradient
+
+    def _take(self, scales: Tensor, cycle: int, found: Evaluation, began: float) -> None:
         given_up = found.images < self.evaluator.n_images
         if not (given_up or math.isfinite(found.fitness)):
             where = f"candidate {cycle} of block {self.name} in pass {self.place[0]}"
@@ -94,12 +116,6 @@ class Visit:
         if accepted:
             self.best, self.fitness, self.rows = scales, found.fitness, found.rows
         self.trials.append(Trial(cycle, found.fitness, accepted, found.images, time.perf_counter() - began))
-        return found.fitness
-
-    def _measured(self, scales: Tensor) -> Evaluation:
-        self.put(scales)
-        # Against what the visit began with: a child that is worse than that is no member of any population.
-        return self.evaluator.fitness(self.name, self.start_rows)
 
     def put(self, scales: Tensor) -> None:
         """Write scales (n,) into the net."""
@@ -115,14 +131,14 @@ class Driver(Protocol):
     """Tries scales at a visit; the visit remembers the best."""
 
     def __call__(self, visit: Visit, settings: SearchSettings, draws: Draws) -> None:
-        """Spend `settings.cycles` forward passes."""
+        """Spend `visit.cycles` forward passes."""
 
 
 def evolution(visit: Visit, settings: SearchSettings, draws: Draws) -> None:
     """Steady state: the tournament's winner mutates, the worst of all leaves. Source: Evol-Q's code."""
     population = initial_population(visit.best, visit.fitness, settings.population)
     radius = visit.radius(settings)
-    for cycle in range(settings.cycles):
+    for cycle in range(visit.cycles):
         child = evolved_child(population, draws((*visit.place, cycle), radius), relative=settings.relative)
         population = insert(population, child, visit.evaluate(child, cycle)).population
 
@@ -130,12 +146,12 @@ def evolution(visit: Visit, settings: SearchSettings, draws: Draws) -> None:
 def random(visit: Visit, settings: SearchSettings, draws: Draws) -> None:
     """All candidates are mutations of the scales that the visit began with."""
     start, radius = visit.best, visit.radius(settings)
-    for cycle in range(settings.cycles):
+    for cycle in range(visit.cycles):
         visit.evaluate(random_child(start, draws((*visit.place, cycle), radius), relative=settings.relative), cycle)
 
 
 def adam(visit: Visit, settings: SearchSettings, draws: Draws) -> None:
-    """Adam (arXiv 1412.6980) with the radius as learning rate; its moments last from visit to visit of a block."""
+    """Adam (arXiv 1412.6980) with the radius as learning rate; its moments last from visit to visit."""
     _descend(visit, settings, _adam_direction)
 
 
@@ -161,19 +177,21 @@ def _sgd_direction(gradient: Tensor, memory: Memory) -> Tensor:
 
 
 def _descend(visit: Visit, settings: SearchSettings, direction_of: Callable[[Tensor, Memory], Tensor]) -> None:
-    """A step is a gradient (forward and backward) and a look at where it leads; one that leads up is taken back and halves the next.
+    """Steps are never taken back: each goes on from where the last one led, in the next visit too, and the best is remembered.
 
+    A gradient is a forward and a backward; its forward says where the step before has led, and one more forward says it of the last.
     A relative radius makes it a descent in the logarithm of the scales.
     """
-    for cycle in range(2, settings.cycles, GRADIENT_STEP_CYCLES):
-        visit.put(visit.best)
-        factor = visit.best if settings.relative else torch.ones_like(visit.best)
-        gradient = visit.evaluator.gradient(visit.name, visit.vector) * factor
-        shrunk = visit.memory.get("shrunk", torch.ones((), dtype=torch.float64))
-        step = direction_of(gradient, visit.memory) * visit.radius(settings) * shrunk * factor
-        before = visit.fitness
-        if visit.evaluate((visit.best - step).abs(), cycle) >= before:
-            visit.memory["shrunk"] = shrunk / 2
+    radius = visit.radius(settings)
+    here, cycle = visit.memory.get("here", visit.best), None
+    for step in range((visit.cycles - 1) // 2):
+        factor = here if settings.relative else torch.ones_like(here)
+        gradient = visit.gradient(here, cycle) * factor
+        here = (here - direction_of(gradient, visit.memory) * radius * factor).abs()
+        cycle = step
+    if cycle is not None:
+        visit.evaluate(here, cycle)
+    visit.memory["here"] = here
 
 
 DRIVERS: Mapping[str, Driver] = MappingProxyType({"evolution": evolution, "random": random, "adam": adam, "sgd": sgd})

@@ -21,8 +21,9 @@ from qat.ptq.settings import SearchSettings
 from qat.ptq.vector import ScaleVector
 from qat.ptq.weights import WeightCache
 
-# A candidate is given up when it is worse by this many standard errors of the paired differences.
-CLEARLY = 3.0
+# A candidate is given up when it is worse by this many standard errors of what the images to come may change.
+# Of candidates given up so, 1 % would have been accepted (2 % with 100 images): docs/evolq.md.
+CLEARLY = 2.25
 RowLosses = Callable[[Tensor, Tensor, int], Tensor]
 
 
@@ -116,26 +117,32 @@ class Race:
     Attributes:
         incumbent: loss of every image of this process, in the order in which they are run.
         after: images to see before the first answer.
+        total: images that all processes have.
         ranks: the processes whose images count together.
         images: seen so far by all of them.
     """
 
     incumbent: Tensor
     after: int
+    total: int
     ranks: Ranks
     images: int = 0
 
     def lost(self, rows: Tensor) -> bool:
-        """Judge by the candidate's losses so far (n,), n up to all images; all processes get the same answer."""
+        """Judge by the candidate's losses so far (n,), n up to all images; all processes get the same answer.
+
+        What counts is the mean over all images, not over all that could ever be: the standard error of its estimate shrinks to zero
+        with the images that are left (sampling without replacement, factor 1 - n / total).
+        """
         worse = rows - self.incumbent[: len(rows)]
         sums = torch.stack([worse.new_tensor(len(worse)), worse.sum(), worse.square().sum()])
-        n, total, squares = self.ranks.total(sums).tolist()
+        n, summed, squares = self.ranks.total(sums).tolist()
         self.images = int(n)
-        if n < max(self.after, 2):
+        if n < max(self.after, 2) or n >= self.total:
             return False
-        mean = total / n
+        mean = summed / n
         variance = max(squares / n - mean * mean, 0.0) * n / (n - 1)
-        return bool(mean > CLEARLY * math.sqrt(variance / n))
+        return bool(mean > CLEARLY * math.sqrt(variance * (1 / n - 1 / self.total)))
 
 
 class _Tally:
@@ -151,13 +158,17 @@ class _Tally:
         """Run a micro-batch; None = this process has no more."""
         if micro is None:
             return
-        target = self.evaluator.targets[micro.batch]
         logits = self.evaluator.forward(micro)
+        target = self.evaluator.targets[micro.batch]
+        self.add(micro, logits, self.evaluator.row_losses(logits, target, micro.start) if rows else None)
+
+    def add(self, micro: MicroBatch, logits: Tensor, rows: Tensor | None) -> None:
+        """Count the logits (n, classes) of a micro-batch, and the losses of its images (n,) if wanted."""
         self.joined.append(logits)
-        if rows:
-            self.rows.append(self.evaluator.row_losses(logits, target, micro.start).double().cpu())
+        if rows is not None:
+            self.rows.append(rows.double().cpu())
         if micro.last:
-            self.losses[micro.batch] = self.evaluator.loss(torch.cat(self.joined), target).double()
+            self.losses[micro.batch] = self.evaluator.loss(torch.cat(self.joined), self.evaluator.targets[micro.batch]).double()
             self.joined.clear()
 
     def all_rows(self) -> Tensor:
@@ -193,8 +204,10 @@ class Evaluator:
         self.loss = logit_fitness(settings.fitness, settings.temperature)
         self.row_losses = row_losses(settings.fitness, settings.temperature)
         self.weights = WeightCache(net)
-        kept = {name for prefix in traced.prefixes.values() for name in prefix}
-        self.overwriting = overwriting(net, kept, torch.cat([batches[0][:1]] * 2).to(device))
+        kept = {name for block in traced.prefixes for name in traced.needed(block)}
+        # An evaluation runs half of the blocks on average.
+        passes = self.n_images * settings.passes * settings.cycles * len(traced.prefixes) / 2
+        self.overwriting = overwriting(net, kept, torch.cat([batches[0][:1]] * 2).to(device), passes)
         self.prefixes = PrefixCache(net, traced, [m.images for m in self.micro_batches], settings.cache_gib * GIB)
 
     @contextlib.contextmanager
@@ -227,7 +240,7 @@ class Evaluator:
             block: no scale in front of it has changed since `new_pass`.
             incumbent: loss of every image of this process with the scales to beat, (n,) float64; None = no race.
         """
-        race = Race(incumbent, self.settings.racing, self.ranks) if incumbent is not None and self.settings.racing else None
+        race = Race(incumbent, self.settings.racing, self.n_images, self.ranks) if incumbent is not None and self.settings.racing else None
         tally = _Tally(self)
         with torch.no_grad(), self.prefixes.replaying(block):
             for _, micro in zip(range(self.rounds), itertools.chain(self.micro_batches, itertools.repeat(None)), strict=False):
@@ -236,24 +249,28 @@ class Evaluator:
                     return Evaluation(math.inf, race.images, torch.empty(0))
         return Evaluation(float(self.ranks.total(tally.losses).mean()), self.n_images, tally.all_rows())
 
-    def gradient(self, block: str, vector: ScaleVector) -> Tensor:
-        """Gradient (n,) float64 of the fitness for the scales of a block, straight through the roundings."""
+    def gradient(self, block: str, vector: ScaleVector) -> tuple[Evaluation, Tensor]:
+        """Fitness, and its gradient (n,) float64 for the scales of a block, straight through the roundings; one forward, one backward."""
         scales = vector.scales
         asked = [scale.requires_grad for scale in scales]
         total = torch.zeros(sum(s.numel() for s in scales), dtype=torch.float64)
+        tally = _Tally(self)
         with torch.enable_grad(), self.prefixes.replaying(block), self.weights.live(vector.sites):
             try:
                 for scale in scales:
                     scale.requires_grad_()
                 for micro in self.micro_batches:
-                    total += self._gradient(micro, scales)
+                    total += self._gradient(micro, scales, tally)
             finally:
                 for scale, was in zip(scales, asked, strict=True):
                     scale.requires_grad_(was)
-        return self.ranks.total(total)
+        found = Evaluation(float(self.ranks.total(tally.losses).mean()), self.n_images, tally.all_rows())
+        return found, self.ranks.total(total)
 
-    def _gradient(self, micro: MicroBatch, scales: list[Tensor]) -> Tensor:
+    def _gradient(self, micro: MicroBatch, scales: list[Tensor], tally: _Tally) -> Tensor:
         target = self.targets[micro.batch]
-        loss = self.row_losses(self.forward(micro), target, micro.start).sum() / (len(target) * self.n_batches)
-        grads = torch.autograd.grad(loss, scales, materialize_grads=True)
+        logits = self.forward(micro)
+        rows = self.row_losses(logits, target, micro.start)
+        grads = torch.autograd.grad(rows.sum() / (len(target) * self.n_batches), scales, materialize_grads=True)
+        tally.add(micro, logits.detach(), rows.detach() if self.settings.racing else None)
         return torch.cat([grad.cpu().double().flatten() for grad in grads])

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.ptq.blocks import trace, verified
+from qat.ptq.blocks import GIB, trace, verified
 from qat.ptq.drivers import DRIVERS, Draws, Visit, seeded_draws
 from qat.ptq.fitness import Evaluator
 from qat.ptq.ranks import Ranks
-from qat.ptq.settings import SearchSettings
+from qat.ptq.settings import GRADIENT_METHODS, SearchSettings
 from qat.ptq.state import SearchFiles, SearchState, fingerprint
-from qat.ptq.vector import ScaleVector, find_blocks, scale_vectors
+from qat.ptq.vector import ScaleVector, find_blocks, joined, scale_vectors
 from qat.scales import assert_ready
 
 log = logging.getLogger(__name__)
@@ -137,9 +137,16 @@ class _Search:
             )
         images = batches[0][: settings.micro_batch].to(next(net.parameters()).device)
         traced = trace(net, find_blocks(net), images[:1])
-        self.vectors: dict[str, ScaleVector] = scale_vectors(net, settings.targets, traced.order)
+        by_block = scale_vectors(net, settings.targets, traced.order)
+        # One backward has the gradients of all blocks: those methods visit all at once, with the forward passes of all.
+        at_once = settings.method in GRADIENT_METHODS
+        self.vectors: dict[str, ScaleVector] = joined(by_block) if at_once else by_block
+        self.cycles = settings.cycles * (len(by_block) if at_once else 1)
         self.inputs = fingerprint([*net.state_dict().values(), *batches, *targets])
-        self.evaluator = Evaluator(net, batches, targets, settings, verified(net, traced, images[:2]), self.ranks)
+        sites = {name: [site.name for site in vector.sites] for name, vector in self.vectors.items()}
+        share = sum(len(batch) for batch in batches[:: self.ranks.world])
+        inner = traced.entering(sites, settings.cache_gib * GIB / share)
+        self.evaluator = Evaluator(net, batches, targets, settings, verified(net, traced, images[:2], inner), self.ranks)
         self.draws = options.draws or seeded_draws(settings)
         self.numbers = {name: number for number, name in enumerate(find_blocks(net))}
         self.rows = torch.empty(0)
@@ -186,7 +193,7 @@ class _Search:
         began, before = time.perf_counter(), state.fitness
         vector, memory = self.vectors[name], state.memory.setdefault(name, {})
         place = (number, self.numbers[name])
-        visit = Visit(name, place, vector, self.evaluator, vector.read(), state.fitness, self.rows, memory)
+        visit = Visit(name, place, self.cycles, vector, self.evaluator, vector.read(), state.fitness, self.rows, memory)
         start = visit.best
         try:
             DRIVERS[self.settings.method](visit, self.settings, self.draws)

@@ -15,7 +15,8 @@ METHODS = ("evolution", "random", "adam", "sgd")
 GRADIENT_METHODS = ("adam", "sgd")
 # A step needs a forward, a backward, which counts as another, and a forward that measures what came out.
 GRADIENT_STEP_CYCLES = 3
-TARGETS = ("attn.*.weight", "attn.qk")
+# The weights of attentions, whatever follows their name (LeViT: attn_downsample).
+TARGETS = ("attn*.*.weight", "attn*.qk")
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qat.errors import UsageError
 from qat.files import write_text, write_torch
-from qat.ptq.settings import SearchSettings
 
 STATE, LOG = "search.ckpt", "search.csv"
 COLUMNS = ("pass", "block", "cycle", "fitness", "accepted", "seconds", "images")
@@ -60,6 +59,13 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
+class Settings(Protocol):
+    """What a search was asked to do."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+
+
 class SearchFiles:
     """The two files of a search, in its run directory.
 
@@ -67,41 +73,46 @@ class SearchFiles:
         folder: the run directory.
         settings: of the search.
         inputs: `fingerprint` of all it starts from.
+        state: dataclass of what `search.ckpt` holds.
+        columns: of `search.csv`.
     """
 
-    def __init__(self, folder: Path, settings: SearchSettings, inputs: str) -> None:
+    def __init__(self, folder: Path, settings: Settings, inputs: str, state: type = SearchState, columns: Sequence[str] = COLUMNS) -> None:
         self.state_file, self.log_file = folder / STATE, folder / LOG
-        self.settings, self.inputs = settings, inputs
+        self.settings, self.inputs, self.state, self.columns = settings, inputs, state, columns
 
-    def write(self, state: SearchState) -> None:
+    def write(self, state: Any) -> None:
         """Replace `search.ckpt`; at every moment there is a complete one."""
         write_torch(self.state_file, {"settings": self.settings.to_dict(), "inputs": self.inputs, **asdict(state)})
 
-    def read(self) -> SearchState | None:
-        """The state to go on from, None where there is none.
+    def read(self) -> Any:
+        """The state to go on from, of the class given; None where there is none.
 
         Raises:
             UsageError: it is of another search, or cannot be read.
         """
         if not self.state_file.is_file():
             return None
+        unreadable = f"resume: {self.state_file} cannot be read; delete it to search from the start"
         try:
             content = torch.load(self.state_file, map_location="cpu", weights_only=True)
             settings, inputs = content.pop("settings"), content.pop("inputs")
-            state = SearchState(**content)
         except Exception as error:
-            raise UsageError(f"resume: {self.state_file} cannot be read; delete it to search from the start") from error
+            raise UsageError(unreadable) from error
         for name, value in self.settings.to_dict().items():
             if settings.get(name) != value:
                 raise UsageError(f"search.{name}={value!r}: the search to resume has {settings.get(name)!r} ({self.state_file})")
         if inputs != self.inputs:
             raise UsageError(f"resume: {self.state_file} is of a net, or of calibration images, with other values than these")
-        return state
+        try:
+            return self.state(**content)
+        except TypeError as error:
+            raise UsageError(unreadable) from error
 
     def start_log(self, lines: int) -> None:
         """Cut `search.csv` to its header and `lines` more: those of a visit that was not finished are made again."""
         kept = self.log_file.read_text(encoding="utf-8").splitlines()[1 : lines + 1] if lines and self.log_file.is_file() else []
-        write_text(self.log_file, "\n".join([",".join(COLUMNS), *kept]) + "\n")
+        write_text(self.log_file, "\n".join([",".join(self.columns), *kept]) + "\n")
 
     def log(self, lines: Sequence[Sequence[Any]]) -> None:
         """Append lines."""

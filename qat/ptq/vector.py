@@ -14,7 +14,7 @@ from qat.functional.evolution import noise_radius
 from qat.quantizers import Quantizer
 from qat.sites import Site, iter_quantizers
 
-CONTAINER = "blocks"
+CONTAINER, DOWNSAMPLE, ATTENTION = "blocks", "downsample", "attn"
 # A scale divides; the calibration keeps the same distance from zero.
 _LOWEST_SCALE = torch.finfo(torch.float32).eps
 
@@ -59,19 +59,32 @@ def stored_scale(quantizer: Quantizer) -> Tensor | None:
 
 
 def find_blocks(net: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a net by name, first block first: children of a module called `blocks`, as timm calls it, the outermost."""
+    """The blocks of a net by name, in the order of its modules: children of a module called `blocks`, as timm calls it, the outermost.
+
+    So is a `downsample` that has an attention (LeViT).
+    """
     found: dict[str, nn.Module] = {}
     for name, module in net.named_modules():
-        parent = name.rpartition(".")[0]
-        if parent.rpartition(".")[2] == CONTAINER and not any(name.startswith(f"{outer}.") for outer in found):
+        if _is_block(name, module) and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     return found
+
+
+def _is_block(name: str, module: nn.Module) -> bool:
+    parent, _, own = name.rpartition(".")
+    attends = any(child.startswith(ATTENTION) for child, _ in module.named_children())
+    return parent.rpartition(".")[2] == CONTAINER or (own == DOWNSAMPLE and attends)
 
 
 def place_in(block: str, site: Site) -> str:
     """What `search.targets` calls a site: the path of its owner in the block, and its role."""
     owner = site.name.rpartition(".")[0]
     return f"{owner.removeprefix(block)}.{site.role}".lstrip(".")
+
+
+def joined(vectors: Mapping[str, ScaleVector]) -> dict[str, ScaleVector]:
+    """All vectors as one, under the name of the first block."""
+    return {next(iter(vectors)): ScaleVector(tuple(site for vector in vectors.values() for site in vector.sites))}
 
 
 def scale_vectors(net: nn.Module, targets: Iterable[str], order: Mapping[str, int]) -> dict[str, ScaleVector]:

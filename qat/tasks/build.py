@@ -185,5 +185,7 @@ def _fill_scales(start: Start, data: ImageData) -> list[str]:
 
 
 def build_loss(cfg: DictConfig) -> CompositeLoss:
-    """The terms of `cfg.loss`."""
-    return CompositeLoss({name: instantiate(term, f"loss.terms.{name}") for name, term in cfg.loss.terms.items()})
+    """The terms of `cfg.loss`, and those of its regularizers whose weight is not 0: what is off costs a step nothing."""
+    terms = {name: instantiate(term, f"loss.terms.{name}") for name, term in cfg.loss.terms.items()}
+    added = {name: instantiate(term, f"loss.regularizers.{name}") for name, term in (cfg.loss.get("regularizers") or {}).items()}
+    return CompositeLoss(terms | {name: term for name, term in added.items() if getattr(term, "weight", None) != 0})

@@ -15,7 +15,7 @@ from qat.errors import UsageError
 from qat.spec import check_number, check_whole
 from qat.tasks.cli import PATHS
 
-FLAGS = ("overwrite", "ckpt_optimizer", "compile", "model.pretrained", "model.reset_head", "teacher.pretrained")
+FLAGS = ("overwrite", "ckpt_optimizer", "compile", "model.pretrained", "model.reset_head", "teacher.pretrained", "report")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
 HIGHEST_SEED = 2**32 - 1  # numpy's
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")

@@ -25,7 +25,7 @@ from qat.tasks import repeat, resolvers
 log = logging.getLogger(__name__)
 _failed_jobs: list[str] = []
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache on a fresh machine
-PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict")
+PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run")
 _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -138,6 +138,9 @@ def _report(cfg: DictConfig, message: str, unexpected: BaseException | None) -> 
     _failed_jobs.append(message)
     log.error("error: %s", " ".join(message.split()), exc_info=unexpected)
     # Results that are there belong to an older run: a run that replaces them removes them once it is checked.
-    if not (Path(cfg.run_dir) / "results.json").exists():
-        with contextlib.suppress(OSError):  # the line above is what matters, and may be about this very folder
-            write_results(cfg, error=message)
+    if (Path(cfg.run_dir) / "results.json").exists():
+        return
+    with contextlib.suppress(OSError):  # the line above is what matters, and may be about this very folder
+        write_results(cfg, error=message)
+        if (Path(cfg.run_dir) / "config.yaml").exists():  # its settings were checked, so it had begun
+            importlib.import_module("qat.tasks.report").report_run(cfg)

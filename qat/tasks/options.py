@@ -7,8 +7,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from qat.errors import UsageError
+from qat.losses import CompositeLoss
 from qat.spec import QuantRecipe
 
+FP16 = ("16-mixed", "16-true", "16", "transformer-engine-float16")
 HALF_MASTERS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 
 
@@ -35,6 +37,22 @@ def check_precision(cfg: DictConfig, recipe: QuantRecipe) -> None:
     if recipe.name != "fp" and str(cfg.trainer.precision) in HALF_MASTERS:
         allowed = "32-true, bf16-mixed, 16-mixed, 64-true"
         raise UsageError(f"trainer.precision={cfg.trainer.precision!r}: a quantized net needs float master weights; allowed are {allowed}")
+
+
+def check_second_derivatives(cfg: DictConfig, loss: CompositeLoss) -> None:
+    """A term made of gradients needs a backward pass that can be differentiated, with gradients that half precision does not round to 0.
+
+    Raises:
+        UsageError: such a term with a setting under which there is none.
+    """
+    if not loss.differentiates_twice:
+        return
+    weight = f"loss.grad_l1={OmegaConf.select(cfg, 'loss.grad_l1')}"
+    if cfg.compile is True:
+        raise UsageError(f"compile=true: {weight} differentiates twice, which compiled nets cannot; allowed is false")
+    if str(cfg.trainer.precision) in FP16:
+        allowed = "32-true, bf16-mixed, 64-true"
+        raise UsageError(f"trainer.precision={cfg.trainer.precision!r}: {weight} has gradients below fp16's range; allowed are {allowed}")
 
 
 def check_compiler(cfg: DictConfig, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""`ptq.py`: quantize a float net after its training: calibrate, evaluate once, write `quantized.ckpt`."""
+"""`ptq.py`: quantize a net after its training: calibrate or keep what it has, search, evaluate, write `quantized.ckpt`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.checkpoint import read_checkpoint, save
 from qat.conversion import conversion_of, conversion_report, convert
@@ -22,16 +22,20 @@ from qat.data import ImageData
 from qat.errors import UsageError
 from qat.files import write_text
 from qat.lit.loggers import close
-from qat.ptq import calibrate
+from qat.ptq import calibrate, in_float
+from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.ranks import Ranks
 from qat.ptq.settings import SearchSettings
 from qat.ptq_spec import PtqRecipe
 from qat.spec import check_whole
+from qat.spec import recipe as preset
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, measure, origin
+from qat.tasks.kept import build_target_net, check_start, is_kept
 from qat.tasks.predict import Subject
 from qat.tasks.repeat import recorded
+from qat.tasks.report import remember, report_run, studied
 from qat.tasks.results import recipe_fields, write_results
 from qat.tasks.search import build_search, run_search
 
@@ -46,20 +50,27 @@ class Run:
 
     Attributes:
         subject: the float net.
-        quantized: a copy of it that is converted; its scales are filled later on.
+        quantized: a copy of it that is converted, its scales are filled later on; under `ptq=keep` the net as it came, and `subject` too.
         search: what follows the calibration, None = nothing.
         batches: calibration images, (batch, C, H, W) each.
+        teacher: the net whose logits a search comes close to; None = `subject`, in float.
     """
 
     subject: Subject
     quantized: Subject
-    search: SearchSettings | None
+    search: SearchSettings | BitsSettings | None
     batches: list[Tensor]
     trainer: Trainer
+    teacher: nn.Module | None
+
+    @property
+    def keeps(self) -> bool:
+        """The net was quantized already."""
+        return self.subject is self.quantized
 
 
 def ptq(cfg: DictConfig) -> float:
-    """Quantize one float net.
+    """Quantize one net, or search over the scales of one that is quantized already.
 
     Args:
         cfg: composed from `conf/ptq.yaml`; `cfg.run_dir` is the job's directory.
@@ -74,12 +85,15 @@ def ptq(cfg: DictConfig) -> float:
     run = _build(cfg)
     subject, net = run.quantized, run.quantized.net
     write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
+    remember(cfg)
     _announce(cfg, run)
-    top1_fp = _measure(run.trainer, run.subject, "float")["top1"]
+    top1_fp = _measure_float(run)
+    figures = _measure_start(run)
     net.to(run.trainer.strategy.root_device)
     ranks = Ranks(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else Ranks()
-    figures: dict[str, Any] = {"calibration": _calibrate(run, ranks)}
-    figures |= run_search(cfg, run.search, subject, run.batches, run.trainer, ranks)
+    figures["calibration"] = None if run.keeps else _calibrate(run, ranks)
+    figures |= run_search(cfg, run.search, subject, run.batches, run.trainer, ranks, teacher=run.teacher)
+    subject = _as_it_is(subject)
     if not cfg.trainer.fast_dev_run and run.trainer.is_global_zero:
         save(net, Path(cfg.run_dir) / FILE, **_described(cfg, subject.data))
     found = _measure(run.trainer, subject, "quantized")
@@ -87,7 +101,14 @@ def ptq(cfg: DictConfig) -> float:
     outcome = {"weights": origin(cfg), "top1_fp": top1_fp, "wall_seconds": round(time.monotonic() - began, 1)}
     results = write_results(cfg, model=subject.name, **recipe_fields(subject.recipe), **found, **figures, **outcome)
     log.info("%s top-1 %.2f %% in float, %.2f %% quantized; outputs in %s", found["split"], top1_fp, found["top1"], cfg.run_dir)
+    report_run(cfg, [studied(net, subject.name, subject.data.input_size)], is_first=run.trainer.is_global_zero)
     return float(results["top1"])
+
+
+def _as_it_is(subject: Subject) -> Subject:
+    """With the recipe that the net has by now: a search may have chosen other bits."""
+    done = conversion_of(subject.net)
+    return subject if done is None else dataclasses.replace(subject, recipe=done.recipe)
 
 
 def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe:
@@ -123,20 +144,22 @@ def _build(cfg: DictConfig) -> Run:
     check_settings(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     check_whole("ptq.batch", cfg.ptq.batch, 1)
-    recipe, search = build_ptq_recipe(cfg), build_search(cfg)
+    recipe, search = None if is_kept(cfg) else build_ptq_recipe(cfg), build_search(cfg)
     _refuse_used(Path(cfg.run_dir), allowed=bool(cfg.overwrite or cfg.resume))
     build.import_modules(cfg)
     subject = build_subject(cfg)
     if cfg.data.seed == cfg.seed:  # so that a run that is repeated from its config.yaml with another seed has other images
         cfg.data.seed = "${seed}"
-    if conversion_of(subject.net) is not None:
-        held = summary.describe_recipe(subject.recipe).partition(":")[0]
-        raise UsageError(f"ckpt={str(cfg.ckpt)!r}: is quantized already ({held}); post-training quantization starts from a float net")
+    check_start(cfg, subject, search)
+    teacher = build_target_net(cfg, subject, _constructor(cfg)["kwargs"])
     batches = calibration_batches(cfg, subject.data)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
-    net = convert(copy.deepcopy(subject.net), recipe, input_size=subject.data.input_size)
+    quantized = subject
+    if recipe is not None:
+        net = convert(copy.deepcopy(subject.net), recipe, input_size=subject.data.input_size)
+        quantized = dataclasses.replace(subject, net=net, recipe=recipe)
     (Path(cfg.run_dir) / FILE).unlink(missing_ok=True)
-    return Run(subject, dataclasses.replace(subject, net=net, recipe=recipe), search, batches, trainer)
+    return Run(subject, quantized, search, batches, trainer, teacher)
 
 
 def _refuse_used(run_dir: Path, *, allowed: bool) -> None:
@@ -152,7 +175,9 @@ def _announce(cfg: DictConfig, run: Run) -> None:
         "model": summary.describe_model(run.subject.name, run.subject.net, data),
         "recipe": summary.describe_recipe(run.quantized.recipe),
         "data": summary.describe_data(type(data).__name__.lower(), data),
-        "calibration": f"{len(run.batches)} batches of {cfg.ptq.batch} training images, seed {data.settings.seed}",
+        (
+            "targets" if run.keeps else "calibration"
+        ): f"{len(run.batches)} batches of {cfg.ptq.batch} training images, seed {data.settings.seed}",
         "weights": origin(cfg),
         "device": f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}",
         "outputs": str(cfg.run_dir),
@@ -167,6 +192,18 @@ def _measure(trainer: Trainer, subject: Subject, what: str) -> dict[str, Any]:
     """Evaluate a net: keys of `results.json`."""
     log.info("%s net", what)
     return measure(subject, trainer, cost(subject.net, subject.data.input_size))
+
+
+def _measure_float(run: Run) -> float:
+    """Top-1 in percent of the net that gives the targets."""
+    subject = run.subject if run.teacher is None else dataclasses.replace(run.subject, net=run.teacher, recipe=preset("fp"))
+    with in_float(subject.net):
+        return float(_measure(run.trainer, subject, "float")["top1"])
+
+
+def _measure_start(run: Run) -> dict[str, Any]:
+    """What `results.json` says of a net that came quantized."""
+    return {"top1_start": _measure(run.trainer, run.subject, "quantized, as it came,")["top1"]} if run.keeps else {}
 
 
 def _calibrate(run: Run, ranks: Ranks) -> dict[str, Any]:
@@ -186,6 +223,11 @@ def _calibrate(run: Run, ranks: Ranks) -> dict[str, Any]:
 
 def _described(cfg: DictConfig, data: ImageData) -> dict[str, Any]:
     """What `qat.save` is told beside the net: its constructor and its data."""
-    meta = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format).meta if cfg.ckpt else None
-    model = {"name": cfg.model.name, "kwargs": build.model_args(cfg)} if meta is None else meta["model"]
+    model = _constructor(cfg)
     return {"model": model["name"], "model_kwargs": model["kwargs"], "data": build.plain(cfg.data), "classes": data.named_classes()}
+
+
+def _constructor(cfg: DictConfig) -> dict[str, Any]:
+    """Name and arguments (`kwargs`) of the timm model: the checkpoint's, else those of `model`."""
+    meta = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format).meta if cfg.ckpt else None
+    return {"name": cfg.model.name, "kwargs": build.model_args(cfg)} if meta is None else meta["model"]

@@ -47,15 +47,20 @@ def recorded(cfg: DictConfig) -> str:
         cfg: config of a run, `cfg.run_dir` its directory.
     """
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    follows = dict(_references(OmegaConf.to_container(cfg, resolve=False)))
+    follows = references(OmegaConf.to_container(cfg, resolve=False))
     # A sweep's directory is that of the jobs beside it.
     kept = {key: value for key, value in values.items() if key not in {"sweep_dir", FOLLOWS}}
     settled = {key: value for key, value in OF_THE_DIRECTORY.items() if key in kept}
     return OmegaConf.to_yaml(OmegaConf.create({"defaults": DEFAULTS, **kept, **settled, FOLLOWS: follows}))
 
 
+def references(node: Any) -> dict[str, str]:
+    """Keys whose value is made of others', and how, as the file has it."""
+    return dict(_references(node))
+
+
 def _references(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """Keys whose value is made of others', and how."""
+    """The same, one after the other, below a path."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _references(value, (*path, str(key)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import math
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from qat.cost import Cost
@@ -57,6 +59,8 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
         "recipe": None,
         "data": str(OmegaConf.select(cfg, "data._target_") or "").rpartition(".")[2].lower() or None,
         "seed": cfg.get("seed"),
+        "device": _device(cfg),
+        "finished": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
         "git_commit": _git_commit(),
         "versions": _versions(),
     }
@@ -82,6 +86,14 @@ def measured(metrics: Mapping[str, float], costs: Cost) -> dict[str, Any]:
 def sizes(costs: Cost) -> dict[str, Any]:
     """The keys that `qat.cost` fills."""
     return {"n_params": costs.n_params, "size_bytes": costs.size_bytes, "bitops": costs.bitops}
+
+
+def _device(cfg: DictConfig) -> str:
+    """What computes, by its name."""
+    if OmegaConf.select(cfg, "trainer.accelerator") != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _versions() -> dict[str, str]:

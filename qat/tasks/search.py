@@ -1,4 +1,4 @@
-"""The step of `ptq.py` between calibration and evaluation: `search=...` changes scales until the logits are closer to the float ones."""
+"""The step of `ptq.py` between calibration and evaluation: `search=...` brings the logits closer to the float ones."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.lit.evaluate import evaluate
 from qat.ptq import in_float
+from qat.ptq.bits_settings import METHOD, BitsSettings
 from qat.ptq.fitness import logits_of
 from qat.ptq.ranks import Ranks
 from qat.ptq.search import SearchOptions, search
 from qat.ptq.settings import SearchSettings
 from qat.ptq.state import STATE
 from qat.tasks import build
+from qat.tasks.bits import run_bits
 from qat.tasks.predict import Subject
 
 log = logging.getLogger(__name__)
 
 
-def build_search(cfg: DictConfig) -> SearchSettings | None:
+def build_search(cfg: DictConfig) -> SearchSettings | BitsSettings | None:
     """The settings of `cfg.search`, None where there is no search.
 
     Raises:
@@ -39,15 +41,23 @@ def build_search(cfg: DictConfig) -> SearchSettings | None:
     settings = build.plain(OmegaConf.select(cfg, "search"))
     if not settings:
         return None
-    names = [field.name for field in dataclasses.fields(SearchSettings)]
+    kind = BitsSettings if settings.get("method") == METHOD else SearchSettings
+    names = [field.name for field in dataclasses.fields(kind)]
     for key in settings:
         if key not in names:
             raise UsageError(f"search.{key}: allowed are {', '.join(names)}")
-    return SearchSettings(**settings)
+    return kind(**settings)
 
 
 def run_search(
-    cfg: DictConfig, settings: SearchSettings | None, subject: Subject, batches: list[Tensor], trainer: Trainer, ranks: Ranks
+    cfg: DictConfig,
+    settings: SearchSettings | BitsSettings | None,
+    subject: Subject,
+    batches: list[Tensor],
+    trainer: Trainer,
+    ranks: Ranks,
+    *,
+    teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Search on a calibrated net, in place; gives what `results.json` says of it, nothing where there is no search.
 
@@ -58,12 +68,17 @@ def run_search(
         batches: calibration images, the same in every process.
         trainer: whose device validation images go to.
         ranks: processes that share the work.
+        teacher: the float net whose logits are the targets; None = the net itself in float.
     """
     if settings is None:
         return {}
     net, data = subject.net.eval(), subject.data
-    with torch.no_grad(), in_float(net):
-        targets = [logits_of(net, batch, settings.micro_batch) for batch in batches]
+    followed = net if teacher is None else teacher.to(trainer.strategy.root_device).eval()
+    with torch.no_grad(), in_float(followed):
+        targets = [logits_of(followed, batch, settings.micro_batch) for batch in batches]
+
+    if isinstance(settings, BitsSettings):
+        return run_bits(cfg, settings, subject, batches, targets, trainer, ranks)
 
     def accuracy() -> float:
         device = trainer.strategy.root_device

@@ -51,7 +51,7 @@ def _own_teacher(cfg: DictConfig) -> nn.Module | None:
     if cfg.teacher.model:
         args = {key: args[key] for key in COMMON_ARGS if key in args}
     if cfg.teacher.ckpt:
-        return _from_file(cfg.teacher.ckpt, "teacher.ckpt", "auto", name, args)
+        return net_of_file(cfg.teacher.ckpt, "teacher.ckpt", "auto", name, args)
     if cfg.teacher.pretrained:
         return _pretrained("teacher.pretrained", name, args)
     if cfg.teacher.model:
@@ -62,14 +62,14 @@ def _own_teacher(cfg: DictConfig) -> nn.Module | None:
 def _students_start(cfg: DictConfig) -> nn.Module:
     name, args = cfg.model.name, model_args(cfg)
     if cfg.ckpt:
-        net = _from_file(cfg.ckpt, "ckpt", cfg.ckpt_format, name, args)
+        net = net_of_file(cfg.ckpt, "ckpt", cfg.ckpt_format, name, args)
         if conversion_of(net) is not None:
             raise UsageError(
                 f"ckpt={cfg.ckpt!r} is quantized already and no float teacher; give teacher.ckpt=FILE or teacher.pretrained=true"
             )
         return net
     if cfg.model.weights:
-        return _from_file(cfg.model.weights, "model.weights", "timm", name, args)
+        return net_of_file(cfg.model.weights, "model.weights", "timm", name, args)
     if cfg.model.pretrained:
         return _pretrained("model.pretrained", name, args)
     if cfg.trainer.fast_dev_run:
@@ -78,7 +78,19 @@ def _students_start(cfg: DictConfig) -> nn.Module:
     raise UsageError("loss with distillation: no teacher; give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights")
 
 
-def _from_file(path: str, setting: str, fmt: str, name: str, args: dict) -> nn.Module:
+def net_of_file(path: str, setting: str, fmt: str, name: str, args: dict) -> nn.Module:
+    """The net of a file.
+
+    Args:
+        path: a checkpoint of ours, which says what it holds, or weights of timm's.
+        setting: that gave the path.
+        fmt: see `ckpt_format`.
+        name: of the timm model that weights of timm's are for.
+        args: its arguments.
+
+    Raises:
+        UsageError: there is no such file, it cannot be read or does not fit, or holds weights of OFQ's authors.
+    """
     if Path(path).suffix == ".npz":
         return from_weights(name, args, path, None).net
     checkpoint = read_checkpoint(path, fmt=fmt, setting=setting)

@@ -29,6 +29,7 @@ from qat.start import Start
 from qat.tasks import build, fit, options, summary
 from qat.tasks.checks import check_patches, check_settings, check_shares
 from qat.tasks.repeat import recorded
+from qat.tasks.report import remember, report_run, studied
 from qat.tasks.results import measured, recipe_fields, write_results
 from qat.tasks.resume import Resume, find_resume
 from qat.tasks.teacher import build_teacher, is_float
@@ -75,6 +76,7 @@ def train(cfg: DictConfig) -> float:
         path.unlink()
     _announce(cfg, run)
     write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
+    remember(cfg)
     top1_fp = _announce_teacher(run)
     _announce_estimate(cfg, run)
     options.compile_net(cfg, run.module.net)
@@ -82,6 +84,7 @@ def train(cfg: DictConfig) -> float:
     val_top1, weights = _take_best(run.trainer, run.module)
     _conclude(cfg, run, {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": round(time.monotonic() - began, 1)})
     close(run.trainer.loggers)
+    report_run(cfg, [studied(run.module.net, cfg.model.name, run.data.input_size)], is_first=run.trainer.is_global_zero)
     return val_top1
 
 
@@ -98,6 +101,7 @@ def _build(cfg: DictConfig) -> Run:
     trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), loggers)
     optimizer = fit.build_optimizer_factory(cfg, trainer)
     options.check_precision(cfg, recipe)
+    options.check_second_derivatives(cfg, loss)
     options.check_compiler(cfg, trainer.strategy.root_device)
     data = build.build_data(cfg)
     data.batch_mixup()  # refuses what cannot be mixed before an image is read
@@ -165,7 +169,7 @@ def _announce(cfg: DictConfig, run: Run) -> None:
         "recipe": summary.describe_recipe(run.recipe),
         "data": summary.describe_data(type(run.data).__name__.lower(), run.data),
         "start": "; ".join(run.start.notes),
-        "loss": ", ".join(cfg.loss.terms),
+        "loss": ", ".join(run.module.loss.terms),
         "training": f"{cfg.trainer.max_epochs} epochs, global batch {batch}, {optimizer}, seed {cfg.seed}",
         "device": f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision {trainer.precision}",
         "outputs": str(cfg.run_dir),

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import qat
+from qat.functional import affine_scale, fake_quantize_affine
 from qat.ptq import calibrate, in_float
 from qat.ptq_spec import PtqRecipe
 from qat.scales import is_ready
@@ -125,6 +126,21 @@ def test_activations_may_have_a_scale_per_token_or_channel(scales, n):
     by_name = sites(ptq(act_scales=scales))
     assert by_name["blocks.0.mlp.fc1.input_quantizer"].quantizer.n_scales == n
     assert by_name["blocks.0.attn.scores_quantizer"].quantizer.n_scales == {"tensor": 1, "token": 17, "channel": 2}[scales]
+
+
+@pytest.mark.parametrize("observer", ["minmax", "omse", "mse"])
+def test_weights_may_have_one_scale(observer):
+    site = sites(ptq(bits=3, weight_scales="tensor", weight_observer=observer))["blocks.0.mlp.fc1.weight_quantizer"]
+    w = site.latent().detach()
+    scale, zero = affine_scale(w, 3, False, None, observer)
+    assert_close(site.quantizer(w), fake_quantize_affine(w, scale, zero, 0, 7, None))
+    assert site.quantizer.n_scales == 1
+
+
+def test_weights_alone():
+    net = ptq(bits=3, act_quantizer="float", act_bits=32)
+    assert {site.quantizer.spec.bits for site in sites(net).values() if not site.is_weight} == {32}
+    assert {site.quantizer.spec.bits for site in sites(net).values() if site.is_weight} == {3}
 
 
 def test_bias_correction_keeps_mean_and_spread_of_every_channel():

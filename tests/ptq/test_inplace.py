@@ -27,12 +27,12 @@ def prefixes(net):
     return {name for prefix in traced.prefixes.values() for name in prefix}
 
 
-# Read again: the image, the position embedding, and q, k of one tensor that the quantizer of k or v reads next.
+# Read again: the image, the position embedding, and q, k of one tensor that the quantizers of k and v read next.
 @pytest.mark.parametrize(
     ("placement", "spared"),
     [
         ("fqvit", {"positions_quantizer", "patch_embed.proj.input_quantizer"}),
-        ("inputs", {"patch_embed.proj.input_quantizer", "attn.q_quantizer"}),
+        ("inputs", {"patch_embed.proj.input_quantizer", "attn.q_quantizer", "attn.k_quantizer"}),
     ],
 )
 def test_all_but_those_whose_input_is_read_again(placement, spared):

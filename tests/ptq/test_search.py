@@ -11,7 +11,7 @@ from qat.errors import UsageError
 from qat.ptq.drivers import DRIVERS
 from qat.ptq.fitness import Evaluator, plain_fitness
 from qat.ptq.search import search
-from qat.ptq.settings import SearchSettings
+from qat.ptq.settings import GRADIENT_METHODS, SearchSettings
 from tests import tiny
 from tests.ptq.searching import batches, changed, quantized, state
 
@@ -45,17 +45,33 @@ def test_fitness_never_rises_and_only_the_chosen_scales_change(method, tmp_path)
     assert not any(buffer.requires_grad for buffer in net.buffers())
 
 
-@pytest.mark.parametrize(("method", "looks"), [("evolution", 6), ("random", 6), ("adam", 2), ("sgd", 2)])
-def test_every_method_spends_the_same_number_of_forward_passes(method, looks, monkeypatch):
-    """A gradient is a forward and a backward, which counts as one, and is followed by a look: 6 cycles are 2 steps."""
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_spends_the_same_number_of_forward_passes(method, monkeypatch):
+    """Six cycles for each of two blocks. A gradient is a forward and a backward, which counts as one; one of twelve is left over."""
     net, targets = quantized()
     forwards, gradients = [], []
     monkeypatch.setattr(Evaluator, "fitness", _counted(Evaluator.fitness, forwards))
     monkeypatch.setattr(Evaluator, "gradient", _counted(Evaluator.gradient, gradients))
     result = search(net, batches(), targets, settings(method=method, passes=1, cycles=6))
-    visits, incumbent = 2, 1
-    assert result.evaluations == looks * visits == len(forwards) - incumbent
-    assert len(forwards) - incumbent + 2 * len(gradients) == 6 * visits
+    incumbent = 1
+    spent = len(forwards) - incumbent + 2 * len(gradients)
+    assert (spent, result.evaluations) == ((11, 5) if method in GRADIENT_METHODS else (12, 12))
+
+
+@pytest.mark.parametrize("method", GRADIENT_METHODS)
+def test_gradient_methods_move_all_blocks_and_go_on_from_where_they_are(method, tmp_path):
+    """Two passes of five steps are ten steps on one way, which leads up at first: the radius is too large for an early success."""
+    net, targets = quantized()
+    before = state(net)
+    search(net, batches(), targets, settings(method=method, cycles=6, radius=0.2), run_dir=tmp_path)
+    once = [float(line["fitness"]) for line in lines(tmp_path)]
+    assert {line["accepted"] for line in lines(tmp_path)} == {"0", "1"}
+    assert len({name.split(".")[1] for name in changed(before, net)}) == 2
+    net, targets = quantized()
+    search(net, batches(), targets, settings(method=method, cycles=11, passes=1, radius=0.2), run_dir=tmp_path)
+    alike = [float(line["fitness"]) for line in lines(tmp_path)]
+    assert len(once) == len(alike) == 1 + 10
+    assert once == alike
 
 
 def test_deviates_from_reference_the_incumbent_is_measured_once(monkeypatch):
@@ -184,7 +200,7 @@ def test_what_cannot_be_searched():
     with pytest.raises(UsageError, match="reference_selection=True: validation images"):
         search(net, batches(), targets, settings(reference_selection=True))
     statsq, targets = quantized(preset="ofq_noqkr", weight_quantizer="statsq")
-    with pytest.raises(UsageError, match=r"search.targets=\['attn.\*.weight', 'attn.qk'\]: no block has such a scale"):
+    with pytest.raises(UsageError, match=r"search.targets=\['attn\*.\*.weight', 'attn\*.qk'\]: no block has such a scale"):
         search(statsq, batches(), targets, settings())
     flat = qat.convert(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), qat.recipe("lsq"), input_size=tiny.SIZE)
     with pytest.raises(UsageError, match="no blocks; they are looked for in modules called 'blocks'"):

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from torch.testing import assert_close
 
 from qat.functional.infonce import FITNESSES, logit_fitness
-from qat.ptq.blocks import trace
+from qat.ptq.blocks import trace, verified
 from qat.ptq.fitness import Evaluator, Race, logits_of, plain_fitness, row_losses
 from qat.ptq.ranks import Ranks
 from qat.ptq.search import SearchOptions, search
@@ -18,19 +18,24 @@ from qat.ptq.vector import find_blocks, scale_vectors
 from tests.ptq.searching import batches, changed, quantized, state
 
 
-def evaluator(net, targets, **knobs):
+def evaluator(net, targets, *, inner=False, **knobs):
     settings = SearchSettings(**{"micro_batch": 3, **knobs})
     traced = trace(net, find_blocks(net), batches()[0][:1])
-    made = Evaluator(net, batches(), targets, settings, traced, Ranks())
-    return made, settings, scale_vectors(net, settings.targets, traced.order)
+    vectors = scale_vectors(net, settings.targets, traced.order)
+    if inner:
+        sites = {name: [site.name for site in vector.sites] for name, vector in vectors.items()}
+        traced = verified(net, traced, batches()[0][:2], traced.entering(sites))
+    return Evaluator(net, batches(), targets, settings, traced, Ranks()), settings, vectors
 
 
 @pytest.mark.parametrize("cache_gib", [4.0, 0.0])
 @pytest.mark.parametrize("micro_batch", [3, 100])
-def test_fitness_is_that_of_plain_forwards_bit_for_bit(micro_batch, cache_gib):
+@pytest.mark.parametrize("inner", [False, True])
+def test_fitness_is_that_of_plain_forwards_bit_for_bit(inner, micro_batch, cache_gib, monkeypatch):
     """The plain forwards run on the very net before its evaluator is active, and with scales that were drawn."""
+    monkeypatch.setattr("qat.ptq.inplace.WORTH_COMPILING", 0 if inner else float("inf"))
     net, targets = quantized()
-    made, settings, vectors = evaluator(net, targets, micro_batch=micro_batch, cache_gib=cache_gib)
+    made, settings, vectors = evaluator(net, targets, inner=inner, micro_batch=micro_batch, cache_gib=cache_gib)
     start = {name: vector.read() for name, vector in vectors.items()}
     for block in reversed(vectors):
         candidates = [
@@ -75,16 +80,25 @@ def test_a_fitness_is_the_mean_of_its_rows(kind):
 
 
 def test_a_race_is_lost_when_clearly_worse():
-    """For even n the mean difference is 1 and three standard errors are 3 / sqrt(n - 1): it takes more than ten images."""
+    """For even n the mean difference is 1 with variance n / (n - 1); 2.25 standard errors are 2.25 sqrt((1 - n / 40) / (n - 1)).
+
+    That is below 1 from n = 5.4 on. Of 5 images the mean is 0.8, below 2.25 sqrt(1.2 (1 / 5 - 1 / 40)).
+    """
     incumbent = torch.zeros(40, dtype=torch.float64)
     rows = torch.tensor([0.0, 2.0] * 20, dtype=torch.float64)
-    race = Race(incumbent, 2, Ranks())
-    assert [n for n in range(1, 41) if race.lost(rows[:n])][0] == 12
-    assert race.images == 40
-    assert not Race(incumbent, 30, Ranks()).lost(rows[:29])
-    assert Race(incumbent, 30, Ranks()).lost(rows[:30])
-    assert not Race(incumbent, 2, Ranks()).lost(-rows)
-    assert not Race(incumbent, 2, Ranks()).lost(incumbent)
+
+    def race(after=2, total=40):
+        return Race(incumbent, after, total, Ranks())
+
+    started = race()
+    assert [n for n in range(1, 41) if started.lost(rows[:n])] == list(range(6, 40))
+    assert started.images == 40
+    # Of endlessly many images, 2.25 / sqrt(n - 1) is below 1 from n = 6.1 on; of 7 images 2.25 sqrt(8 / 49) is above their mean 6/7.
+    assert [n for n in range(1, 41) if race(total=10**9).lost(rows[:n])] == list(range(8, 41))
+    assert not race(after=30).lost(rows[:29])
+    assert race(after=30).lost(rows[:30])
+    assert not race().lost(-rows[:39])
+    assert not race().lost(incumbent[:39])
 
 
 def test_racing_gives_up_what_would_have_been_turned_away_and_says_so():
@@ -103,12 +117,13 @@ def test_racing_gives_up_what_would_have_been_turned_away_and_says_so():
 
 @pytest.mark.parametrize("kind", FITNESSES)
 def test_gradient_of_the_scales(kind):
-    """Against autograd over one whole forward of each batch, micro-batched or not."""
+    """Against autograd over one whole forward of each batch. What is known of the fitness on the way is the same to the last bit."""
     net, targets = quantized()
     made, _, vectors = evaluator(net, targets, fitness=kind)
     vector = vectors["blocks.1"]
     with torch.no_grad(), made.active():
-        found = made.gradient("blocks.1", vector)
+        looked, found = made.gradient("blocks.1", vector)
+        assert (looked.fitness, looked.images) == (made.fitness("blocks.1").fitness, 21)
     for scale in vector.scales:
         scale.requires_grad_()
     loss = logit_fitness(kind)

@@ -64,7 +64,7 @@ def test_synthetic_chain(case):
     bits, cycles = (int(part[1:]) for part in case.split("_")[1:])
     settings = SearchSettings(cycles=cycles, radius=1e-4 if bits == 8 else 1e-3)
     fake, start = Synthetic(values(f"{case}/target")), values(f"{case}/s0").double()
-    visit = Visit("block", (0, 0), fake, fake, start, fake.loss(start), torch.empty(0), {})
+    visit = Visit("block", (0, 0), cycles, fake, fake, start, fake.loss(start), torch.empty(0), {})
     evolution(visit, settings, reference_draws())
     assert torch.equal(torch.stack(fake.seen), scales[1:])
     assert_close(torch.tensor([fake.loss(start), *fake.losses], dtype=torch.float64), losses.flatten(), rtol=1e-9, atol=0)
@@ -81,15 +81,14 @@ def test_chain_of_a_tiny_vit(case, monkeypatch):
     def watched(visit, settings, draws):
         """One visit as the reference saves it: all it evaluated, the incumbent first."""
         row = {"init": visit.best, "losses": [visit.fitness], "scales": [visit.best]}
-        measured = visit._measured
+        evaluate = visit.evaluate
 
-        def measure(scales):
-            found = measured(scales)
-            row["losses"].append(found.fitness)
+        def recording(scales, cycle):
+            row["losses"].append(evaluate(scales, cycle))
             row["scales"].append(scales)
-            return found
+            return row["losses"][-1]
 
-        visit._measured = measure
+        visit.evaluate = recording
         evolution(visit, settings, draws)
         visits.append({**row, "best_loss": visit.fitness, "best_scales": visit.best})
 

@@ -6,8 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 
 import qat
+from qat.ptq.bits_settings import METHOD as BITS
 from qat.ptq.drivers import DRIVERS
-from qat.ptq.settings import METHODS, SearchSettings
+from qat.ptq.settings import GRADIENT_METHODS, METHODS, SearchSettings
 from qat.tasks.ptq import build_ptq_recipe
 from qat.tasks.search import build_search
 from tests.conftest import compose, results
@@ -26,14 +27,16 @@ def run(run_dir, *overrides):
 
 
 def test_a_file_for_every_method():
-    assert set(choices("search")) == set(METHODS) == set(DRIVERS)
+    assert set(choices("search")) == {*METHODS, BITS}
+    assert set(METHODS) == set(DRIVERS)
 
 
-@pytest.mark.parametrize("name", choices("search"))
+@pytest.mark.parametrize("name", METHODS)
 def test_a_file_has_all_settings_at_their_defaults(name):
     cfg = compose("ptq", f"search={name}", "seed=3", "run_dir=a")
     assert set(cfg.search) == {field.name for field in dataclasses.fields(SearchSettings)}
-    assert build_search(cfg) == SearchSettings(method=name, seed=3)
+    step = {"radius": 0.3, "relative": True} if name in GRADIENT_METHODS else {}
+    assert build_search(cfg) == SearchSettings(method=name, seed=3, **step)
 
 
 def test_the_rows_are_those_that_were_published():

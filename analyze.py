@@ -1,0 +1,18 @@
+"""What a checkpoint is like: `python analyze.py ckpt=PATH analysis=robustness`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from qat.tasks import cli
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
+def main(cfg: DictConfig) -> float | None:
+    """Hand the composed config to the task."""
+    return cli.run("analyze", cfg)
+
+
+if __name__ == "__main__":
+    cli.expand_home()
+    main()
+    raise SystemExit(cli.exit_code())

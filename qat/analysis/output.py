@@ -1,0 +1,80 @@
+"""What an analysis leaves in its folder: tables as CSV, pictures as SVG and PNG, and `<name>.json`, which names them all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qat.analysis.base import Drawing, Outcome, Row
+from qat.files import replacing, write_text
+
+DPI = 150
+
+
+def write_outcome(
+    folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, complete: bool = True, png: bool = True
+) -> None:
+    """Write everything; the index last, so that what it names is there.
+
+    Args:
+        folder: where to.
+        name: of the analysis.
+        settings: of the analysis, plain data.
+        outcome: what it found.
+        complete: False if it was interrupted.
+        png: also write pictures as PNG, which takes as long as all else.
+    """
+    for table in outcome.tables:
+        write_text(folder / f"{table.name}.csv", as_csv(table.rows))
+    for drawing in outcome.drawings:
+        save(folder, drawing, ("svg", "png") if png else ("svg",))
+    index = {
+        "analysis": name,
+        "complete": complete,
+        "settings": dict(settings),
+        "summary": outcome.summary,
+        "tables": [{"file": f"{table.name}.csv", "title": table.title} for table in outcome.tables],
+        "figures": [
+            {"file": f"{d.name}.svg", "png": f"{d.name}.png" if png else None, "title": d.title, "alt": d.alt} for d in outcome.drawings
+        ],
+        "warnings": [asdict(warning) for warning in outcome.warnings],
+    }
+    write_text(folder / f"{name}.json", json.dumps(finite(index), indent=2, allow_nan=False) + "\n")
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Rows as text; a key that a row lacks is an empty cell."""
+    text = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def save(folder: Path, drawing: Drawing, kinds: Sequence[str] = ("svg", "png")) -> None:
+    """Write a picture as SVG, whose text stays text, and as PNG."""
+    import matplotlib.pyplot as plt
+
+    # The same picture is the same file: no date, no random names in it.
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": drawing.name}):
+        for kind in kinds:
+            with replacing(folder / f"{drawing.name}.{kind}") as temporary:
+                metadata = {"Date": None, "Title": drawing.title, "Description": drawing.alt} if kind == "svg" else None
+                drawing.figure.savefig(temporary, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
+    plt.close(drawing.figure)
+
+
+def finite(value: Any) -> Any:
+    """Plain data with None for numbers that JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

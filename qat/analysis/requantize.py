@@ -1,0 +1,211 @@
+"""Weights of a net fake-quantized with other steps, at other widths, rounded or clipped in other ways; for a while, bit-exactly undone."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qat.analysis.grids import STEPS_FROM, Round, Scales, WeightGrid, derived, grid_of
+from qat.conversion import conversion_of, convert, places
+from qat.ptq.patching import patched
+from qat.quantizers import Float, Quantizer
+from qat.sites import iter_quantizers
+from qat.spec import FLOAT_BITS, QuantRecipe, check_bits, check_choice, check_number
+
+ROUNDINGS = ("nearest", "half_up", "floor", "stochastic")
+STEPS = ("any", "power_of_two")
+# Scales by the number of a weight, its width, where they come from, and a percentile.
+Found = dict[tuple[int, int, str, float], Scales]
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """How a weight is fake-quantized otherwise than its quantizer does. The default changes nothing, to the last bit.
+
+    Attributes:
+        bits: width, 2 to 8; 32 = the float weight; None = the present one.
+        steps_from: where steps come from, one of `STEPS_FROM`; `own` at the present width are those in force.
+        ratio: every step times this. The range of codes stays, so that values beyond it are clamped as in deployment.
+        steps: `any`, or the nearest `power_of_two` in log2, ratio included.
+        rounding: `nearest` (even), `half_up`, `floor` or `stochastic`, all on the axis of codes.
+        percentile: for steps from `percentile`.
+        seed: for stochastic rounding.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    bits: int | None = None
+    steps_from: str = "own"
+    ratio: float = 1.0
+    steps: str = "any"
+    rounding: str = "nearest"
+    percentile: float = 0.999
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits is not None:
+            check_bits("bits", self.bits, "float")
+        check_choice("steps_from", self.steps_from, STEPS_FROM)
+        check_number("ratio", self.ratio, 0, above=True)
+        check_choice("steps", self.steps, STEPS)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+
+
+@torch.no_grad()
+def requantized(grid: WeightGrid, weight: Tensor, change: WeightChange, number: int = 0, found: Found | None = None) -> Tensor:
+    """A weight, fake-quantized with a change.
+
+    Args:
+        grid: of its quantizer.
+        weight: the float master (out, ...), what the quantizer is called with.
+        change: what is different.
+        number: of the weight in its net; no two draw the same numbers for stochastic rounding.
+        found: remembers the scales that were searched for, of weights that stay as they are.
+
+    Returns:
+        The shape and dtype of `weight`. A float weight stays one unless the change has a width.
+    """
+    bits = change.bits or grid.bits
+    if bits == FLOAT_BITS:
+        return weight
+    rule = (change.steps_from, change.percentile)
+    scales = None if found is None else found.get((number, bits, *rule))
+    if scales is None:
+        scales = derived(grid, weight, bits, *rule)
+    if found is not None and change.steps_from != "own":
+        found[number, bits, *rule] = scales
+    scale = scales.scale * change.ratio
+    scales = scales._replace(scale=nearest_power_of_two(scale) if change.steps == "power_of_two" else scale)
+    return grid.fake_quantize(weight, scales, bits, _rounding(change, number)).to(weight.dtype)
+
+
+def nearest_power_of_two(x: Tensor) -> Tensor:
+    """2^round(log2 x) of non-negative numbers, exactly; 0 stays 0."""
+    mantissa, exponent = torch.frexp(x)
+    rounded = torch.where(mantissa >= 0.5**0.5, exponent, exponent - 1)
+    return torch.where(x > 0, torch.ldexp(torch.ones_like(x), rounded), x)
+
+
+def half_up(x: Tensor) -> Tensor:
+    """The nearest whole number, of two equally near the larger. Not floor(x + 1/2), whose sum rounds."""
+    below = x.floor()
+    return below + (x - below >= 0.5)
+
+
+def stochastic(x: Tensor, seed: int) -> Tensor:
+    """The whole number below or above, with the chances that make the expectation x; the same draws on every device."""
+    below = x.floor()
+    draws = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
+    return below + (draws < x - below)
+
+
+def _rounding(change: WeightChange, number: int) -> Round:
+    if change.rounding == "stochastic":
+        return functools.partial(stochastic, seed=change.seed * 1_000_003 + number)
+    plain: dict[str, Round] = {"nearest": torch.round, "half_up": half_up, "floor": torch.floor}
+    return plain[change.rounding]
+
+
+@dataclass(frozen=True)
+class GridSite:
+    """A weight whose quantization can be changed.
+
+    Attributes:
+        name: of the module that owns it.
+        place: `stem`, `block` or `head`.
+        quantizer: what the net calls.
+        grid: what it does.
+        numel: entries of the weight.
+    """
+
+    name: str
+    place: str
+    quantizer: Quantizer
+    grid: WeightGrid
+    numel: int
+
+
+@dataclass(frozen=True)
+class WeightSites:
+    """The weights of a net, which have to stay as they are: scales that have to be searched for are found once.
+
+    Attributes:
+        net: what to evaluate: the net itself, or of a net without quantizers a twin that shares its tensors.
+        sites: weights that can be changed.
+        left_alone: names of quantized weights of whose quantizer nothing is known.
+        is_float: none of the weights is quantized.
+    """
+
+    net: nn.Module
+    sites: tuple[GridSite, ...]
+    left_alone: tuple[str, ...] = ()
+    is_float: bool = False
+    _found: Found = field(default_factory=dict, repr=False, compare=False)
+
+    def changed(self, change: WeightChange, sites: Sequence[GridSite]) -> AbstractContextManager[None]:
+        """While it lasts these weights are quantized with the change; no tensor of the net is touched."""
+        numbers = {site.quantizer: number for number, site in enumerate(self.sites)}
+        return patched({s.quantizer: functools.partial(_forward, s.grid, change, numbers[s.quantizer], self._found) for s in sites})
+
+
+def _forward(grid: WeightGrid, change: WeightChange, number: int, found: Found, weight: Tensor) -> Tensor:
+    return requantized(grid, weight, change, number, found)
+
+
+def weight_sites(net: nn.Module, input_size: tuple[int, int, int], float_axis: int | None = 0) -> WeightSites:
+    """The weights of a net, quantized or not.
+
+    A quantizer is only counted as known if its grid gives back what it gives, bit for bit: a class that is derived from one of ours may
+    do anything.
+
+    Args:
+        net: quantized with scales filled, or float; stays as it is.
+        input_size: of its images.
+        float_axis: dimension of float weights that gets scales of its own when they are quantized, None = one for the tensor.
+    """
+    twin = net if conversion_of(net) is not None else _twin(net, input_size)
+    where = places(twin)
+    known, unknown = [], []
+    for site in iter_quantizers(twin):
+        if not site.is_weight:
+            continue
+        name, weight = site.name.rpartition(".")[0], site.latent().detach()
+        grid = grid_of(site.quantizer, float_axis)
+        if grid is None or not _same(grid, site.quantizer, weight):
+            unknown.append(name)
+            continue
+        known.append(GridSite(name, where.get(name, "block"), site.quantizer, grid, weight.numel()))
+    is_float = not unknown and all(isinstance(site.quantizer, Float) for site in known)
+    return WeightSites(twin, tuple(known), tuple(unknown), is_float)
+
+
+@torch.no_grad()
+def _same(grid: WeightGrid, quantizer: Quantizer, weight: Tensor) -> bool:
+    return torch.equal(requantized(grid, weight, WeightChange()), quantizer(weight))
+
+
+def _tensors(net: nn.Module) -> Iterator[Tensor]:
+    yield from net.parameters()
+    yield from net.buffers()
+
+
+def _twin(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
+    """The net with identities where weight quantizers would be; its tensors are the net's own."""
+    recipe = QuantRecipe(
+        attention="float",
+        weight_quantizer="float",
+        act_quantizer="float",
+        offsets=False,
+        bits=FLOAT_BITS,
+        act_bits=FLOAT_BITS,
+        stem_bits=FLOAT_BITS,
+        head_bits=FLOAT_BITS,
+    )
+    return convert(copy.deepcopy(net, {id(t): t for t in _tensors(net)}), recipe, input_size=input_size).eval()

@@ -1,0 +1,59 @@
+"""Kurtosis regularization. Source: KURE, Shkolnik et al., arXiv 2002.07686; docs/robustness.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from qat.functional.kurtosis import UNIFORM_KURTOSIS, check_kure, kure_of, kurtoses
+from qat.losses.compose import LossTerm
+from qat.losses.context import StepContext
+from qat.losses.masters import QK_FORMS, Master, check_layers, find_masters
+from qat.spec import check_choice, check_number
+
+
+class Kure(LossTerm):
+    """(Kurtosis - target)^2 of the float weights of each layer, reduced to one number: with 1.8 it pulls weights to a uniform distribution.
+
+    Args:
+        weight: factor in the sum; 1.0 in all published runs.
+        target: kurtosis, above 1.
+        reduction: `mean`, `sum` or `max` over the layers.
+        layers: globs of layers, or roles; None = all quantized Linears and convolutions (of a float net: all) but stem and heads.
+        qk: under query-key reparameterization, the folded `product`, its `factors`, or `both`.
+
+    Attributes:
+        masters: the weights it acts on.
+        values: (L,) kurtosis of each of them in the last step, detached; None before the first.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        target: float = UNIFORM_KURTOSIS,
+        reduction: str = "mean",
+        layers: str | Sequence[str] | None = None,
+        qk: str = "product",
+    ) -> None:
+        check_number("loss.kure", weight, 0)
+        check_kure("loss.kure_target", target, "loss.kure_reduction", reduction)
+        check_choice("loss.kure_qk", qk, QK_FORMS)
+        super().__init__(weight)
+        self.target, self.reduction, self.qk = target, reduction, qk
+        self.layers = check_layers("loss.kure_layers", layers)
+        self.masters: tuple[Master, ...] = ()
+        self.values: Tensor | None = None
+
+    def prepare(self, net: nn.Module) -> None:
+        """Choose the layers."""
+        self.masters = find_masters(net, "loss.kure_layers" if self.layers else f"loss.kure={self.weight:g}", self.layers, self.qk)
+
+    def forward(self, step: StepContext) -> Tensor:
+        """Scalar."""
+        if not self.masters:
+            self.prepare(step.net)
+        values = kurtoses(master.of(step.net) for master in self.masters)
+        self.values = values.detach()
+        self.watched = {"kurtosis_mean": self.values.mean(), "kurtosis_min": self.values.min(), "kurtosis_max": self.values.max()}
+        return kure_of(values, self.target, self.reduction)

@@ -1,0 +1,83 @@
+"""`ptq=keep`: a net that is quantized already keeps its quantizers, and a search changes their scales."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+from torch import nn
+
+from qat.conversion import check_input, conversion_of
+from qat.errors import UsageError
+from qat.ptq.bits_settings import BitsSettings
+from qat.ptq.settings import SearchSettings
+from qat.ptq_spec import PtqRecipe
+from qat.scales import assert_ready
+from qat.tasks import summary
+from qat.tasks.predict import Subject
+from qat.tasks.teacher import net_of_file
+
+KEEP = "keep"
+
+
+def is_kept(cfg: DictConfig) -> bool:
+    """True under `ptq=keep`."""
+    return bool(cfg.ptq.get("name") == KEEP)
+
+
+def check_start(cfg: DictConfig, subject: Subject, search: SearchSettings | BitsSettings | None) -> None:
+    """Is `ckpt` what the recipe starts from: a quantized net under `ptq=keep`, else a float one?
+
+    Raises:
+        UsageError: it is not, or there is nothing to be done, or nothing to compare with.
+    """
+    if is_kept(cfg):
+        _check_kept(cfg, subject, search)
+        return
+    held = _recipe_name(subject)
+    if held is not None:
+        refused = f"ckpt={str(cfg.ckpt)!r}: is quantized already ({held}); post-training quantization starts from a float net"
+        raise UsageError(f"{refused}, ptq=keep search=evolution from one like this")
+    if cfg.teacher.ckpt is not None:
+        raise UsageError(f"teacher.ckpt={cfg.teacher.ckpt!r}: only with ptq=keep; here the targets are the logits of the net itself")
+
+
+def _recipe_name(subject: Subject) -> str | None:
+    return None if conversion_of(subject.net) is None else summary.describe_recipe(subject.recipe).partition(":")[0]
+
+
+def _check_kept(cfg: DictConfig, subject: Subject, search: SearchSettings | BitsSettings | None) -> None:
+    for key in cfg.ptq:
+        if key not in {"name", "batch"}:
+            raise UsageError(f"ptq.{key}: the net stays as it is; of ptq=keep allowed is batch")
+    held = _recipe_name(subject)
+    if held is None:
+        raise UsageError("ptq=keep: the net is a float one; allowed are the recipes of conf/ptq, e.g. ptq=fqvit_w4a8")
+    if search is None:
+        raise UsageError("ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution")
+    if cfg.teacher.ckpt is None and not isinstance(subject.recipe, PtqRecipe):
+        refused = f"ckpt={str(cfg.ckpt)!r}: was trained quantized ({held}), so it has no float logits to follow"
+        raise UsageError(f"{refused}; give teacher.ckpt=FILE")
+    assert_ready(subject.net)
+
+
+def build_target_net(cfg: DictConfig, subject: Subject, args: dict) -> nn.Module | None:
+    """The float net of `teacher.ckpt`; None where the net's own weights give the targets.
+
+    Args:
+        cfg: the job's config.
+        subject: the quantized net.
+        args: of its timm model; for a file that holds weights alone.
+
+    Raises:
+        UsageError: the file cannot be read, is of a quantized net, or of one for other classes or images.
+    """
+    path = cfg.teacher.ckpt
+    if path is None:
+        return None
+    net = net_of_file(path, "teacher.ckpt", "auto", subject.name, args)
+    if conversion_of(net) is not None:
+        raise UsageError(f"teacher.ckpt={path!r}: is quantized; the targets of a search are the logits of a float net")
+    classes = getattr(net, "num_classes", subject.data.settings.num_classes)
+    if classes != subject.data.settings.num_classes:
+        raise UsageError(f"teacher.ckpt={path!r}: has {classes} classes, the data {subject.data.settings.num_classes}")
+    check_input(net, subject.data.input_size)
+    return net.eval()

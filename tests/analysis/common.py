@@ -1,0 +1,80 @@
+"""Nets of every kind of weight quantizer, and a small set of images, for the tests of analyses."""
+
+import copy
+import functools
+
+import torch
+
+import qat
+from qat.analysis import ImageSet, StudiedNet
+from qat.ptq import calibrate
+from qat.ptq_spec import PtqRecipe
+from tests import tiny
+
+# Weights with a stored scale and a zero point, as no recipe of ours has them.
+STORED = "qat.quantizers.affine:MinMax"
+QAT = {
+    **{f"ofq{bits}": ("ofq", {"bits": bits}) for bits in (2, 3, 4, 8)},
+    "fold": ("ofq", {"bits": 2, "qk_bias": "fold"}),
+    "noqkr": ("ofq_noqkr", {"bits": 2}),
+    "statsq": ("statsq", {"bits": 4}),
+    "lsq2": ("lsq", {"bits": 2}),
+    "lsq4": ("lsq", {"bits": 4}),
+    "minmax": ("minmax", {"bits": 3}),
+    "stored": ("minmax", {"bits": 4, "weight_quantizer": STORED}),
+}
+PTQ = {
+    "ptq4": {"bits": 4},
+    "ptq3": {"bits": 3, "weight_observer": "omse", "bias_correction": True},
+    "signed": {"bits": 4, "weight_signed": True, "weight_observer": "mse"},
+    "corrected": {"bits": 2, "bias_correction": True, "weight_observer": "percentile"},
+    "ptf": {"bits": 4, "weight_observer": "ptf"},
+    "inputs": {"bits": 4, "placement": "inputs"},
+}
+KINDS = (*QAT, *PTQ)
+
+
+def ptq(**knobs):
+    """A calibrated net of its own."""
+    return copy.deepcopy(_ptq(tuple(knobs.items())))
+
+
+def net_of(kind):
+    """A net of its own, ready to run."""
+    return ptq(**PTQ[kind]) if kind in PTQ else copy.deepcopy(_trained(kind))
+
+
+@functools.cache
+def _ptq(knobs):
+    net = qat.convert(tiny.vit(), PtqRecipe(**dict(knobs)), input_size=tiny.SIZE)
+    calibrate(net, [tiny.images(seed=1)])
+    return net.eval()
+
+
+@functools.cache
+def _trained(kind):
+    preset, knobs = QAT[kind]
+    return tiny.quantized(preset, **knobs).eval()
+
+
+def studied(net, label="net"):
+    """The net under a name."""
+    return StudiedNet(label, net, tiny.VIT, tiny.SIZE)
+
+
+def image_set(n=16, batch=6):
+    """Random images with random classes, in batches of which the last is smaller; pixels would be `0.5 * x + 0.5`."""
+    generator = torch.Generator().manual_seed(3)
+    images, classes = torch.rand(n, *tiny.SIZE, generator=generator) * 2 - 1, torch.randint(10, (n,), generator=generator)
+    return ImageSet(list(zip(images.split(batch), classes.split(batch), strict=True)), "test", (0.5,), (0.5,))
+
+
+def state(net):
+    """A copy of all tensors."""
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def is_as_before(net, before):
+    """True if no tensor has changed and no module has a function of its own in the place of its forward."""
+    same = all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    return same and not any("forward" in module.__dict__ for module in net.modules())

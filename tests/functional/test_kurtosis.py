@@ -1,0 +1,155 @@
+"""Kurtosis and KURE. Oracles: the paper's code (goldens), float64 formulas, exact values of small tensors."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import qat
+from qat.functional import kure_loss, kurtoses, kurtosis
+from qat.functional.kurtosis import PIECE, kure_of
+from tests import golden
+
+PTQ = "ptq_goldens.npz"
+FORWARD, GRADIENT = {"rtol": 1e-6, "atol": 1e-6}, {"rtol": 1e-5, "atol": 1e-5}
+
+
+def in_float64(w):
+    """Kurtosis and its gradient, written out."""
+    w = w.double()
+    n, std = w.numel(), w.std()
+    z = (w - w.mean()) / std
+    k = (z**4).mean()
+    return k, 4 / (n * std) * (z**3 - (z**3).mean()) - 4 * k * z / (std * (n - 1))
+
+
+def with_gradient(w, function=kurtosis):
+    w = w.detach().requires_grad_()
+    value = function(w)
+    value.backward()
+    return value.detach(), w.grad
+
+
+def exponential(n, seed=0):
+    return torch.empty(n).exponential_(generator=torch.Generator().manual_seed(seed))
+
+
+@golden.parametrize(PTQ, r"kure/(?!in$|multi$).*")
+def test_one_layer(case):
+    name = case.removeprefix("kure/")
+    w = golden.tensor(PTQ, f"kure/in/{name}")
+    if golden.has(PTQ, f"{case}/kurtosis"):
+        assert_close(kurtosis(w), golden.tensor(PTQ, f"{case}/kurtosis")[0], **FORWARD)
+    for key, expected in golden.below(PTQ, case).items():
+        if key.startswith("loss_t"):
+            target = float(key.removeprefix("loss_t"))
+            loss, grad = with_gradient(w, lambda t, target=target: kure_loss([t], target))
+            assert_close(loss, expected[0], **FORWARD)
+            assert_close(grad, golden.tensor(PTQ, f"{case}/grad_t{key.removeprefix('loss_t')}"), **GRADIENT)
+
+
+@golden.parametrize(PTQ, "kure/multi")
+def test_several_layers(case):
+    weights = [golden.tensor(PTQ, f"kure/in/{name}") for name in ("normal", "uniform", "laplace", "conv")]
+    expected = golden.below(PTQ, case)
+    if "per_layer" in expected:
+        per_layer = torch.stack([kure_loss([w]) for w in weights])
+        assert_close(per_layer, expected["per_layer"], **FORWARD)
+    for reduction in expected.keys() & {"mean", "sum", "max"}:
+        assert_close(kure_loss(weights, reduction=reduction), expected[reduction][0], **FORWARD)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([-1, 1], 1 / 4),
+        ([-1, -1, 1, 1], 9 / 16),
+        (torch.linspace(-1, 1, 1001).tolist(), 0.6 * (3 * 1001**2 - 7) / (1001**2 - 1) * (1000 / 1001) ** 2),
+    ],
+)
+def test_exact_values(values, expected):
+    assert kurtosis(torch.tensor(values, dtype=torch.float32)).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1e3, 1e5])
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e10])
+def test_far_from_zero_tiny_or_huge_weights_lose_no_digits(offset, scale):
+    w = (exponential(768 * 192) + offset) * scale
+    value, grad = with_gradient(w)
+    expected, expected_grad = in_float64(w)
+    assert value.item() == pytest.approx(expected.item(), rel=2e-6)
+    assert (grad - expected_grad).abs().max() < 2e-6 * expected_grad.abs().max()
+
+
+def test_a_large_tensor_is_worked_on_in_pieces():
+    w = exponential(5 * PIECE + 7).reshape(-1, 1)  # a rest behind the last whole piece
+    value, grad = with_gradient(w)
+    expected, expected_grad = in_float64(w)
+    assert value.item() == pytest.approx(expected.item(), rel=2e-6)
+    assert grad.shape == w.shape
+    assert (grad - expected_grad).abs().max() < 2e-6 * expected_grad.abs().max()
+
+
+def test_the_gradient_of_every_tensor_of_several():
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in ((3, 4), (2, 2, 3), (7,))]
+    assert torch.autograd.gradcheck(lambda *t: kurtoses(t), weights)
+
+
+@pytest.mark.parametrize("w", [torch.zeros(4, 3), torch.full((1000,), 0.1), torch.full((7,), 1e-45), torch.ones(1), torch.tensor(3.0)])
+def test_a_constant_tensor_has_neither_nan_nor_a_gradient(w):
+    value, grad = with_gradient(w)
+    assert value == 0
+    assert torch.equal(grad, torch.zeros_like(w))
+
+
+def test_nan_and_infinity_stay():
+    for bad in (torch.nan, torch.inf):
+        assert kurtosis(torch.tensor([1.0, 2.0, bad])).isnan()
+
+
+def test_it_is_float32_whatever_autocast_and_the_weights_say():
+    w = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    plain, grad = with_gradient(w)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(with_gradient(w), (plain, grad), rtol=0, atol=0)
+    value, half = with_gradient(w.half())
+    assert value.dtype == torch.float32
+    assert_close(value, kurtosis(w.half().float()), rtol=0, atol=0)
+    assert half.dtype == torch.float16
+    assert kurtosis(w.double()).dtype == torch.float64
+
+
+@pytest.mark.slow
+def test_the_step_compiles_as_one_graph():
+    weights = [exponential(n).requires_grad_() for n in (64, 300)]
+    compiled = torch.compile(lambda *t: kure_loss(t), fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(kure_loss(weights), weights)
+    assert_close(torch.autograd.grad(compiled(*weights), weights), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_kept_for_the_backward_pass_is_the_weights_themselves():
+    weights, kept = [exponential(n).requires_grad_() for n in (64, 300)], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        values = kurtoses(weights)
+    own = {w.data_ptr() for w in weights}
+    assert sum(t.numel() for t in kept if t.data_ptr() not in own) == 6 * len(weights)
+    values.sum().backward()
+
+
+def test_reductions():
+    values = torch.tensor([1.8, 2.8, 4.8], requires_grad=True)
+    assert kure_of(values).item() == pytest.approx(10 / 3)
+    assert kure_of(values, reduction="sum").item() == pytest.approx(10)
+    assert kure_of(values, 3.8, "max").item() == pytest.approx(4)
+    kure_of(values, 3.8, "max").backward()
+    assert values.grad.tolist() == pytest.approx([-4, 0, 0])
+
+
+def test_impossible_arguments():
+    w = torch.randn(4, 4)
+    with pytest.raises(qat.UsageError, match=r"target=1: allowed are numbers above 1"):
+        kure_loss([w], target=1)
+    with pytest.raises(qat.UsageError, match=r"reduction='avg': allowed are mean, sum, max"):
+        kure_loss([w], reduction="avg")
+    with pytest.raises(ValueError, match="there are no weights"):
+        kure_loss([])

@@ -1,0 +1,85 @@
+"""What a page warns of. Oracle: run directories made to have exactly one fault."""
+
+import json
+
+import pytest
+
+from qat.report.files import read_run
+from qat.report.html import Html
+from qat.report.notes import Note, notes_of, notes_section
+from tests.report.pages import RESULTS, origin
+
+
+def notes(folder, results=None, **files):
+    """Levels, places and texts of a directory with these files; a sound `results.json` unless another one is given."""
+    folder.mkdir(exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(RESULTS if results is None else results))
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return notes_of(read_run(folder, origin()))
+
+
+def test_a_sound_run_has_none(tmp_path):
+    assert notes(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "said", "advised"),
+    [
+        ({"error": "training stopped: loss not finite"}, "error", "training stopped: loss not finite", "resume=true"),
+        ({"error": "no such file"}, "error", "no such file", "had written by then"),
+        ({"top1": 11.0}, "warning", "guessing among 10 classes gives (10.00 %)", "eval.py"),
+        ({"top1": 80.0}, "warning", "10.0 points of top-1 are lost", "loss=kd"),
+        ({"top1": 80.0, "command": "ptq"}, "warning", "10.0 points of top-1 are lost", "train.py ckpt="),
+        ({"split": "val"}, "note", "no test split", "Keep images apart"),
+        ({"search": {"accepted": 0}}, "note", "No candidate was better", "search.radius"),
+        ({"search": {"accepted": 1, "selected_on": "validation"}}, "warning", "is no estimate", "reference_selection=false"),
+    ],
+)
+def test_results(tmp_path, changes, level, said, advised):
+    (found,) = notes(tmp_path, RESULTS | changes)
+    assert found.level == level
+    assert said in found.what
+    assert advised in found.advice
+
+
+def test_accuracy_that_falls_in_the_end(tmp_path):
+    (found,) = notes(tmp_path, metrics__csv="step,val/top1\n1,50.0\n2,90.0\n3,80.0\n")
+    assert "from 90.00 % to 80.00 %" in found.what
+
+
+def test_a_run_that_was_resumed(tmp_path):
+    (found,) = notes(tmp_path, train__log="[INFO] resumed at step 38 from x\n[INFO] resumed at step 76 from x\n")
+    assert found.what.startswith("Resumed at step 38, 76")
+
+
+def test_layers_that_oscillate(tmp_path):
+    table = "layer,role,weights,oscillating\na,weight,100,11\nb,qk,100,50\nc,weight,100,10\n"
+    assert [(note.where, note.what.partition(" o")[0]) for note in notes(tmp_path, oscillation__csv=table)] == [
+        ("a", "11 %"),
+        ("b", "50 %"),
+    ]
+
+
+def test_analyses_that_were_interrupted_and_what_they_warn_of(tmp_path):
+    worry = {"where": "head", "what": "dead offsets", "advice": "leave them out"}
+    index = {"analysis": "weights", "complete": False, "warnings": [worry], "tables": [], "figures": []}
+    found = notes(tmp_path, weights__json=json.dumps(index))
+    assert [note.where for note in found] == ["weights", "head"]
+    assert found[1] == Note("warning", "head", "dead offsets", "leave them out")
+
+
+def test_errors_are_first(tmp_path):
+    table = "layer,role,weights,oscillating\na,weight,100,11\n"
+    found = notes(tmp_path, RESULTS | {"error": "x", "split": "val"}, oscillation__csv=table)
+    assert [note.level for note in found] == ["error", "warning", "note"]
+
+
+def test_notes_with_the_same_advice_are_one_entry():
+    many = [Note("warning", f"layer{i}", "is bad", "Change it.") for i in range(20)]
+    section = notes_section([*many, Note("note", "", "<b>", "Nothing.")])
+    assert isinstance(section, Html)
+    assert section.count("Change it.") == 1
+    assert section.count("is bad") == 20
+    assert "12 more" in section
+    assert "&lt;b&gt;" in section

@@ -1,0 +1,200 @@
+"""The page of a run. Oracle: what was written into the run directory, and the rules of HTML."""
+
+import json
+import re
+
+import pytest
+
+from qat.analysis import Advice, Outcome, Table, write_outcome
+from qat.report import write_report
+from tests.report.pages import LAYERS, RESULTS, Reader, drawing, origin, write_run
+
+HOSTILE = "<script>document.title='hacked'</script>\"'&amp;</style><img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return write_report(write_run(tmp_path_factory.mktemp("page") / "run"), origin()).read_text()
+
+
+@pytest.fixture(scope="module")
+def read(page):
+    return Reader(page)
+
+
+def test_is_well_formed(read):
+    assert read.wrong == []
+    assert read.open == []
+    # A reader that sees nothing would pass.
+    assert len(read.found) > 100
+
+
+def test_a_reader_finds_what_is_wrong():
+    assert Reader("<p id=a><b></p><p id=a>").wrong != []
+    assert Reader('<a href="#nowhere">x</a>').wrong == ["nothing has the id nowhere"]
+
+
+def test_says_what_came_out(read):
+    for text in ("88.89", "90.00", "−1.11", "190 kB", "190,236", "10.0× smaller", "200× fewer", "34 s", "W2 A2", "2026-01-02"):
+        assert text in read.text, text
+
+
+def test_says_how_it_was_run(read):
+    for text in ("python train.py seed=0", "optimizer.lr", "0.002", "conf/train.yaml", "2.14.1", "command: train"):
+        assert text in read.text, text
+
+
+def test_warnings_come_first_with_advice(read):
+    assert read.text.index("9 of 16 levels are unused") < read.text.index("Accuracy on the test split")
+    assert "Give it fewer bits." in read.text
+
+
+def test_every_picture_has_words(read):
+    assert len(read.all("img")) == 2
+    assert {image["alt"] for image in read.all("img")} == {"The first bar has 1, the second 2."}
+    drawn = read.all("svg")
+    assert len(drawn) == 4
+    assert all(one["role"] == "img" and one["aria-labelledby"] for one in drawn)
+    assert "training loss: from 2.25 at step 9 to 1.5 at step 19" in read.text
+    assert "validation top-1: from 40 at step 9 to 80 at step 19" in read.text
+
+
+def test_tables_have_captions_and_headers(read, page):
+    assert len(read.all("caption")) == len(read.all("table")) >= 3
+    assert all(one.get("scope") in {"col", "row"} for one in read.all("th"))
+    assert "data-sortable" in page
+
+
+def test_landmarks_and_headings(read):
+    for tag in ("header", "nav", "main", "footer", "h1"):
+        assert len(read.all(tag)) == 1, tag
+    assert all(one["aria-labelledby"] for one in read.all("section"))
+    assert read.all("html") == [{"lang": "en"}]
+    assert "skip" in {one.get("class") for one in read.all("a")}
+    levels = [int(tag[1]) for tag, _ in read.found if re.fullmatch(r"h\d", tag)]
+    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+
+
+def test_nothing_is_fetched(page, read):
+    sources = [attrs[name] for _, attrs in read.found for name in ("src", "href", "xlink:href") if name in attrs]
+    assert [source for source in sources if not source.startswith(("#", "data:"))] == []
+    assert "@import" not in page
+    assert re.findall(r"url\((?!#|%23)", page) == []
+    policy = next(one["content"] for one in read.all("meta") if one.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:;")
+
+
+def test_is_small(page):
+    assert len(page) < 150_000
+
+
+def test_text_is_never_markup(tmp_path):
+    run = write_run(tmp_path / "run", model=HOSTILE, weights=HOSTILE, error=None, device=HOSTILE, split=HOSTILE)
+    rows = [{"layer": HOSTILE, HOSTILE: HOSTILE}, {"layer": "b", HOSTILE: "1"}]
+    outcome = Outcome({}, [Table("mean", HOSTILE, rows)], [drawing("plot", HOSTILE, HOSTILE)], [Advice(HOSTILE, HOSTILE, HOSTILE)])
+    write_outcome(run, "robustness", {}, outcome)
+    (run / "metrics.csv").write_text("step,val/top1,lr-<script>\n1,2,3\n2,3,4\n")
+    text = write_report(
+        run, origin(config_text=HOSTILE, command=HOSTILE, repeat=HOSTILE, compared=HOSTILE, differences=[(HOSTILE, HOSTILE, HOSTILE)])
+    ).read_text()
+    found = Reader(text)
+    assert found.wrong == []
+    assert len(found.all("script")) == 1
+    assert text.count("<script") == 1
+    assert "onerror" not in {name for _, attrs in found.found for name in attrs}
+    assert found.text.count("document.title='hacked'") > 10
+
+
+@pytest.mark.parametrize("missing", ["results.json", "metrics.csv", "analysis/weights.json", "analysis/weights.csv", "analysis/one.svg"])
+def test_a_file_that_is_missing_leaves_the_rest(tmp_path, missing):
+    run = write_run(tmp_path / "run")
+    (run / missing).unlink()
+    text = write_report(run, origin()).read_text()
+    assert Reader(text).wrong == []
+    assert ("88.89" in text) == (missing != "results.json")
+
+
+@pytest.mark.parametrize("broken", ["results.json", "analysis/weights.json"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, broken):
+    run = write_run(tmp_path / "run")
+    (run / broken).write_text('{"analysis": ')
+    text = write_report(run, origin()).read_text()
+    assert Reader(text).wrong == []
+    assert f"Cannot be read: {broken.rpartition('/')[2]}" in text
+
+
+def test_a_run_that_is_still_going(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.csv").write_text("step,train/loss_step,val/top1\n1,2.0,\n2,1.5,\n3,1.")
+    found = Reader(write_report(run, origin()).read_text())
+    assert found.wrong == []
+    assert "The run has not ended." in found.text
+    # The line that is being written is left out.
+    assert "from 2 at step 1 to 1.5 at step 2" in found.text
+
+
+def test_an_empty_directory(tmp_path):
+    assert Reader(write_report(tmp_path, origin(config={}, config_text="")).read_text()).wrong == []
+
+
+def test_points_of_long_runs_are_thinned(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = "\n".join(f"{step},{1 / (step + 1)}" for step in range(20_000))
+    (run / "metrics.csv").write_text(f"step,train/loss\n{lines}\n")
+    text = write_report(run, origin()).read_text()
+    assert len(text) < 150_000
+    # The ends and the extremes are those of all points.
+    assert "training loss: from 1 at step 0 to 5e-05 at step 19,999" in text
+
+
+def test_ids_in_pictures_are_unique(tmp_path):
+    run = write_run(tmp_path / "run")
+    text = write_report(run, origin()).read_text()
+    clips = re.findall(r'<clipPath id="([^"]+)"', text)
+    assert len(clips) == len(set(clips)) >= 4
+    assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(clips)
+
+
+def test_colours_come_from_the_page(page):
+    drawn = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert "var(--series-1)" in drawn
+    assert "currentColor" in drawn
+    assert re.findall(r"#0123\d\d", drawn) == []
+
+
+def test_png_where_a_drawing_is_large(tmp_path):
+    run = tmp_path / "run"
+    write_outcome(run, "robustness", {}, Outcome({}, [], [drawing("plot")]))
+    (run / "plot.svg").write_text(f"<svg>{'<path/>' * 100_000}</svg>")
+    text = write_report(run, origin()).read_text()
+    assert "data:image/png;base64" in text
+    assert len(text) < 150_000
+
+
+def test_search_and_front(tmp_path):
+    run = write_run(tmp_path / "run", command="ptq", search={"method": "bits", "accepted": 1, "bits": {"head": 4}})
+    (run / "search.csv").write_text("pass,fitness,accepted\n0,5.0,1\n0,6.0,0\n0,4.5,1\n")
+    points = [{"size_bytes": 100, "fitness": 4.5, "top1": 50.0, "selected": False, "bits": {"head": 4}}]
+    points += [{"size_bytes": 200, "fitness": 4.0, "top1": None, "selected": True, "bits": {"head": 8}}]
+    (run / "front.json").write_text(json.dumps({"points": points}))
+    found = Reader(write_report(run, origin()).read_text())
+    assert found.wrong == []
+    assert "3 candidates, 2 of them accepted" in found.text
+    assert "2, taken" in found.text
+
+
+def test_two_nets_are_no_list_of_layers(tmp_path):
+    run = tmp_path / "run"
+    rows = [*LAYERS, *({**row, "net": "other"} for row in LAYERS)]
+    write_outcome(run, "weights", {}, Outcome({}, [Table("weights", "Weights of two nets", rows)]))
+    text = write_report(run, origin()).read_text()
+    assert "Weights of two nets" in text
+    assert 'id="layers"' not in text
+
+
+def test_float_runs_have_one_row(tmp_path):
+    run = write_run(tmp_path / "run", quant="fp", recipe={"name": "fp"}, top1_fp=None)
+    text = write_report(run, origin()).read_text()
+    assert "Quantized" not in text
+    assert str(RESULTS["top1"]) in text

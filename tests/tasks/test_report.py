@@ -1,0 +1,179 @@
+"""`report.html` of commands. Oracle: the files of the run beside it; `report=false`, which leaves a run without it."""
+
+import json
+import shutil
+
+import pytest
+
+from qat.tasks import report
+from qat.tasks.report import origin_of, remake
+from tests.commands import typed
+from tests.conftest import TINY, compose, results, train
+from tests.report.pages import Reader
+
+SMALL = ("data.calibration_images=20", "ptq.batch=20")
+
+
+def page(run):
+    """The page of a run, which has to be well formed."""
+    found = Reader((run / "report.html").read_text())
+    assert found.wrong == []
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_command(tmp_path_factory):
+    """A 2-bit run by the command, with settings that are not the defaults."""
+    folder = tmp_path_factory.mktemp("report")
+    asked = (*TINY, "quant=ofq_3bit", "callbacks=[default,ema]", "optimizer.lr=2e-3", "seed=3", "run_dir=first")
+    code, out = typed("train.py", *asked, cwd=folder)
+    assert code == 0, out
+    assert "report.html" in out
+    return folder / "first"
+
+
+def test_a_training_run_has_a_page(by_command):
+    found = page(by_command)
+    top1 = results(by_command)["top1"]
+    for text in (f"{top1:.2f} % top-1 on the test split", "W3 A3", "blocks.0.mlp.fc1", "Weights before rounding", "Bytes as stored"):
+        assert text in found.text, text
+    assert len(found.all("img")) >= 4
+    assert (by_command / "report.html").stat().st_size < 500_000
+    assert (by_command / "analysis" / "weights.json").is_file()
+
+
+def test_it_has_the_command_and_what_it_changed(by_command):
+    origin = origin_of(by_command)
+    assert origin.command.startswith("python train.py ++model.args.embed_dim=24 ")
+    assert origin.command.endswith("quant=ofq_3bit 'callbacks=[default,ema]' optimizer.lr=2e-3 seed=3 run_dir=first")
+    assert origin.compared == "conf/train.yaml quant=ofq_3bit callbacks=[default,ema]"
+    found = {name: (here, default) for name, here, default in origin.differences}
+    # Three bits and averaging are those of the files that were chosen, data.seed follows the seed, run_dir is every run's own.
+    assert (
+        found
+        == {
+            "seed": ("3", "0"),
+            "optimizer.lr": ("0.002", "0.001"),
+            "trainer.max_epochs": ("1", "30"),
+            "trainer.limit_train_batches": ("2", "1.0"),
+            "model.args.embed_dim": ("24", "96"),
+            "model.args.depth": ("1", "4"),
+            "model.args.num_heads": ("3", "3"),
+        }
+        or {k: v for k, v in found.items() if v[0] != v[1]} == found
+    )
+
+
+def test_the_command_to_repeat_works(by_command):
+    argv = origin_of(by_command).repeat.removeprefix("python ").replace("NEW_FOLDER", "second").split()
+    code, out = typed(*argv, "report=false", cwd=by_command.parent)
+    assert code == 0, out
+    assert results(by_command.parent / "second")["top1"] == results(by_command)["top1"]
+
+
+def test_quantization_after_training_has_a_page(tmp_path, float_run):
+    from qat.tasks.ptq import ptq
+
+    ptq(compose("ptq", "report=true", f"ckpt={float_run}/checkpoints/last.ckpt", *SMALL, f"run_dir={tmp_path}"))
+    found = page(tmp_path)
+    assert "Post-training quantization" in found.text
+    assert f"{results(tmp_path)['top1_fp']:.2f} % in float" in found.text
+    # The data are those of the checkpoint: no settings of this run.
+    assert [name for name, _, _ in origin_of(tmp_path).differences] == ["ckpt", "data.calibration_images", "ptq.batch"]
+
+
+def test_an_analysis_has_a_page(tmp_path, run_4bit):
+    from qat.tasks.analyze import analyze
+
+    analyze(compose("analyze", "report=true", f"ckpt={run_4bit}/checkpoints/last.ckpt", "analysis=cost", f"run_dir={tmp_path}"))
+    found = page(tmp_path)
+    assert "Bit operations of one image" in found.text
+    assert not (tmp_path / "analysis").exists()
+
+
+@pytest.mark.parametrize("off", ["report=false", "trainer.fast_dev_run=true"])
+def test_no_page(tmp_path, off):
+    train(tmp_path / "run", "quant=fp", "report=true", off)
+    assert results(tmp_path / "run")["top1"] is not None
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert not (tmp_path / "run" / "analysis").exists()
+
+
+def test_a_page_that_fails_fails_no_run(tmp_path, monkeypatch, caplog):
+    def broken(*args):
+        raise RuntimeError("no ink\nat all")
+
+    monkeypatch.setattr(report, "write_report", broken)
+    monkeypatch.setattr(report, "STUDIES", ())
+    train(tmp_path / "run", "quant=fp", "report=true")
+    assert results(tmp_path / "run")["top1"] is not None
+    (record,) = [r for r in caplog.records if "report.html" in r.getMessage()]
+    assert record.getMessage() == "report.html was not made, everything else was: RuntimeError: no ink at all"
+    assert record.levelname == "WARNING"
+
+
+def test_the_flag_is_checked(tmp_path, refused):
+    assert "report='maybe': allowed are true and false" in refused("train", compose("train", *TINY, "report=maybe", f"run_dir={tmp_path}"))
+
+
+def test_run_makes_the_page_anew(tmp_path, run_4bit):
+    from qat.tasks.analyze import analyze
+
+    run = tmp_path / "run"
+    shutil.copytree(run_4bit, run)
+    assert not (run / "report.html").exists()
+    before = {path.name for path in run.iterdir()}
+    analyze(compose("analyze", f"run={run}", f"run_dir={tmp_path}/log"))
+    assert {path.name for path in run.iterdir()} - before == {"report.html", "analysis"}
+    # Its layers come from the checkpoint.
+    assert "blocks.0.mlp.fc1" in page(run).text
+
+
+def test_of_a_run_that_was_killed(tmp_path, run_4bit):
+    run = tmp_path / "run"
+    shutil.copytree(run_4bit, run)
+    (run / "results.json").unlink()
+    (run / "analysis").mkdir()  # what it looks at itself is there, if empty
+    remake(compose("analyze", f"run={run}", f"run_dir={tmp_path}/log"))
+    assert "The run has not ended." in page(run).text
+
+
+def test_a_run_that_fails_in_training_has_a_page(tmp_path, refused):
+    cfg = compose("train", *TINY, "quant=fp", "report=true", "optimizer.lr=1e30", "trainer.limit_train_batches=6", f"run_dir={tmp_path}")
+    line = refused("train", cfg)
+    assert "training stopped" in line
+    found = page(tmp_path)
+    assert "The run failed: training stopped" in found.text
+    assert "resume=true and a lower optimizer.lr" in found.text
+
+
+def test_a_resumed_run_shows_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "STUDIES", ())
+    run = train(tmp_path / "run", "quant=fp")
+    train(run, "quant=fp", "resume=true", "trainer.max_epochs=3", "report=true")
+    # Two steps an epoch.
+    assert "at step 1 to" in page(run).text
+    assert "at step 5" in page(run).text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "analysis is not set: allowed are cost,"),
+        (["run=/nowhere"], "run='/nowhere': neither config.yaml nor results.json is there"),
+        (["run=/nowhere", "analysis=cost"], "run='/nowhere': makes a report anew and analyses nothing"),
+        (["run=[a,b]"], "run=['a', 'b']: allowed is a path"),
+    ],
+)
+def test_mistakes(overrides, message, tmp_path, refused):
+    assert message in refused("analyze", compose("analyze", *overrides, f"run_dir={tmp_path}"))
+
+
+def test_differences_of_a_config_of_an_unknown_command(tmp_path):
+    (tmp_path / "config.yaml").write_text("command: fly\n")
+    assert origin_of(tmp_path).differences == []
+    (tmp_path / report.COMMAND).write_text(json.dumps({"command": "fly.py", "overrides": ["a=b c"], "chosen": []}))
+    assert origin_of(tmp_path).command == "python fly.py 'a=b c'"
+    (tmp_path / "config.yaml").write_text("command: train\n")
+    (tmp_path / report.COMMAND).write_text(json.dumps({"command": "train.py", "overrides": [], "chosen": ["quant=of_my_own"]}))
+    assert origin_of(tmp_path).differences == []
