@@ -47,6 +47,7 @@ from qat.ptq_spec import PtqRecipe
 RACING_AFTER = 10
 CLASSES = 10
 COARSE = 8
+WARMUP = 20
 
 
 @dataclass
@@ -86,15 +87,18 @@ def trained(model: str, steps: int) -> nn.Module:
     torch.manual_seed(0)
     net = timm.create_model(model, patch_drop_rate=0.75)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
     with torch.enable_grad():
         for step in range(steps):
             images, labels = patterned(32, net.default_cfg["input_size"][-1], 1000 + step)
             loss = F.cross_entropy(net(images), labels)
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
-            if step + 1 == steps:
-                print(f"trained for {steps} steps, cross-entropy {loss.item():.3f}", flush=True)
+            warmup.step()
+            if (step + 1) % 50 == 0 or step + 1 == steps:
+                print(f"trained for {step + 1} steps, cross-entropy {loss.item():.3f}", flush=True)
     whole = timm.create_model(model)
     whole.load_state_dict(net.state_dict())
     return whole
@@ -259,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="deit_tiny_patch16_224")
     parser.add_argument("--ckpt", help="weights of that timm model, in the place of a short training")
-    parser.add_argument("--steps", type=int, default=40, help="of the training")
+    parser.add_argument("--steps", type=int, default=150, help="of the training")
     parser.add_argument("--passes", type=int, default=2, help="of the search that goes before")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
