@@ -7,7 +7,7 @@ DEMO := outputs/demo
 # A process a core; a test needs no more than one.
 PARALLEL := -n auto --maxprocesses 8
 
-.PHONY: help setup demo demo-seeds golden-deviations recipes-check kill-resume cga-seeds evolq-seeds map-scales models-page search-cost weights-figures kure-seeds kure-cost robustness-figures test test-fast check lint types imports clean
+.PHONY: help setup demo demo-seeds golden-deviations recipes-check kill-resume cga-seeds evolq-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures test test-fast check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -58,6 +58,11 @@ models-page: $(READY) ## write docs/models.md: what conversion does to each timm
 
 search-cost: $(READY) ## a look at the calibration images during a search, in float forwards, one thread; MODEL=deit_small_patch16_224 (10 minutes, 35)
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search_cost.py --model $(or $(MODEL),deit_tiny_patch16_224)
+
+BITS := outputs/bits
+bits-seeds: $(READY) ## mixed precision by search against equal bits of the same size, on digits, three seeds (10 minutes)
+	test -f $(BITS)/fp/checkpoints/best.ckpt || $(BIN)/python train.py experiment=demo_fp run_dir=$(BITS)/fp overwrite=true
+	@PYTHONPATH=. $(BIN)/python benchmarks/bits_seeds.py --ckpt $(BITS)/fp/checkpoints/best.ckpt --images 200 --generations 12 --out $(BITS)
 
 kure-seeds: $(READY) ## float nets with and without kurtosis regularization, weights quantized at 2 and 3 bits; 2-bit training; three seeds (20 minutes)
 	@PYTHONPATH=. $(BIN)/python benchmarks/kure_seeds.py --qat-epochs 6

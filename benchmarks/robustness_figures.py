@@ -25,6 +25,12 @@ FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 SQRT3 = math.sqrt(3)
 UNIFORM, NORMAL = "C0", "C1"
 LAYER = "blocks.1.mlp.fc1.weight"
+PULLS = (
+    ("float net", "fp", NORMAL),
+    ("loss.kure=0.3", "kure_0.3", "C2"),
+    ("loss.kure=1", "kure", UNIFORM),
+    ("1, sum over layers", "kure_sum", "C3"),
+)
 mpl.rcParams.update({"svg.hashsalt": "qat", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
 
@@ -75,7 +81,7 @@ def course(run_dir: Path, column: str) -> tuple[list[int], list[float]]:
 
 
 def draw_runs(runs: Path, path: Path) -> None:
-    """Kurtosis over the steps of each seed; the weights of one layer before and after."""
+    """Kurtosis over the steps of each seed; the weights of one layer, by how hard they were pulled."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
     seeds = sorted(runs.glob("seed*"))
     for seed in seeds:
@@ -89,10 +95,10 @@ def draw_runs(runs: Path, path: Path) -> None:
     axes[0].axhline(1.8, color="0.5", lw=0.8, ls="--")
     axes[0].set(xlabel="step", ylabel="kurtosis", ylim=(1.5, None))
     axes[0].legend()
-    for name, colour, run in (("float net", NORMAL, "fp"), ("with the term", UNIFORM, "kure")):
+    for name, run, colour in PULLS:
         weight = qat.load(seeds[0] / run / "checkpoints" / "last.ckpt").get_parameter(LAYER).detach()
         standard = ((weight - weight.mean()) / weight.std()).flatten()
-        density, edges = torch.histogram(standard.clamp(-4, 4), bins=80, density=True)
+        density, edges = torch.histogram(standard.clamp(-4, 4), bins=60, density=True)
         axes[1].stairs(density.numpy(), edges.numpy(), color=colour, label=name)
     axes[1].set(xlabel=f"{LAYER}, in standard deviations", ylabel="density")
     axes[1].legend()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import pickle
 from collections.abc import Mapping, Sequence
@@ -156,12 +157,11 @@ def _logged(path: Path) -> tuple[dict[str, Series], dict[str, Series]]:
         return {}, {}
     found: dict[str, list[tuple[int, float]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = [name for name in reader.fieldnames or () if name in TOTALS or name.startswith(f"{SHARE}/")]
-        for row in reader:
-            for column in columns:
-                if row[column] and row.get("step"):
-                    found.setdefault(column, []).append((int(float(row["step"])), float(row[column])))
+        rows = [row for row in csv.DictReader(file) if row.get("step")]
+    columns = [name for name in (rows[0] if rows else ()) if name in TOTALS or name.startswith(f"{SHARE}/")]
+    for row, column in itertools.product(rows, columns):
+        if row[column]:
+            found.setdefault(column, []).append((int(float(row["step"])), float(row[column])))
     series = {name: _series(points) for name, points in found.items()}
     layers = {name.removeprefix(f"{SHARE}/"): values for name, values in series.items() if name.startswith(f"{SHARE}/")}
     return {name: values for name, values in series.items() if name in TOTALS}, layers

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 MOST_POINTS = 400  # of a line: more cannot be seen, and make the page large
+FEW = 25  # points that are told apart as dots
 STYLE: Any = {
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -135,17 +136,7 @@ def plot(
         if extra is not None:
             extra(axes)
         for one, color in zip(lines, SERIES, strict=False):
-            points = thinned(list(zip(one.x, one.y, strict=True)))
-            join = "-" if not step or all(a >= b for a, b in pairwise(one.y)) else ""
-            marker = "o" if len(points) <= 25 or not join else ""
-            how: Any = {
-                "linestyle": join,
-                "drawstyle": "steps-post" if step else "default",
-                "marker": marker,
-                "markersize": 3,
-                "linewidth": 1.6,
-            }
-            axes.plot(*zip(*points, strict=True), color=color, label=one.label, **how)
+            _draw(axes, one, color, step=step)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.6, alpha=0.6)
         axes.set_xlabel(over)
@@ -167,3 +158,11 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     stretches = [points[start : start + size] for start in range(0, len(points), size)]
     ends = ({pick(stretch, key=lambda point: point[1]) for pick in (min, max)} for stretch in stretches)
     return [point for pair in ends for point in sorted(pair)]
+
+
+def _draw(axes: Axes, line: Line, color: str, *, step: bool) -> None:
+    points = thinned(list(zip(line.x, line.y, strict=True)))
+    join = "-" if not step or all(a >= b for a, b in pairwise(line.y)) else ""
+    marker = "o" if len(points) <= FEW or not join else ""
+    how: Any = {"linestyle": join, "drawstyle": "steps-post" if step else "default", "marker": marker, "markersize": 3, "linewidth": 1.6}
+    axes.plot(*zip(*points, strict=True), color=color, label=line.label, **how)

@@ -96,7 +96,10 @@ TRAIN = [
         "loss.kure=1 loss.kure_layers=[blok.*]",
         r"loss\.kure_layers='blok\.\*' matches no layer; names are like 'blocks\.0\.attn', roles are weight, qk",
     ),
-    ("loss.grad_l1=0.05 compile=true", r"compile=true: loss\.grad_l1=0\.05 differentiates twice, which compiled nets cannot; allowed is false"),
+    (
+        "loss.grad_l1=0.05 compile=true",
+        r"compile=true: loss\.grad_l1=0\.05 differentiates twice, which compiled nets cannot; allowed is false",
+    ),
     ("loss=kd", r"no teacher; give teacher\.ckpt=FILE"),
     ("loss.terms.ce._target_=qat.losses.Nope", r"loss\.terms\.ce\._target_='qat\.losses\.Nope'"),
     ("+loss.terms.x=3", rf"loss\.terms\.x=3: {OBJECT}: loss\.terms\.x\._target_="),
