@@ -6,35 +6,18 @@ Selection is by the fitness on calibration images; test accuracy is read at the 
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from in_process import cell, run
+
 SEARCH = ("search=bits", "search.front_points=0")
 ARMS = {
     **{f"W{bits}": (f"ptq.bits={bits}",) for bits in (2, 3, 4, 8)},
     **{f"{bits} bits on average, infonce": (*SEARCH, f"search.average_bits={bits}") for bits in (2.5, 3, 4)},
     **{f"{bits} bits on average, kl": (*SEARCH, f"search.average_bits={bits}", "search.fitness=kl") for bits in (2.5, 3, 4)},
 }
-
-
-def run(run_dir: Path, *settings: str) -> dict:
-    """Quantize unless the results are there, and give them."""
-    results = run_dir / "results.json"
-    if not results.exists():
-        command = [sys.executable, str(ROOT / "ptq.py"), f"run_dir={run_dir}", *settings]
-        print("+", " ".join(["python", "ptq.py", *command[2:]]), flush=True)
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(results.read_text())
-
-
-def cell(values: list[float], form: str) -> str:
-    """Mean and sample deviation."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{form}} +- {spread:{form}}"
 
 
 def main() -> None:
@@ -48,6 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/bits"))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     args = parser.parse_args()
+    logging.disable(logging.INFO)
     found: dict[str, list[dict]] = {arm: [] for arm in args.arms}
     for seed in args.seeds:
         folder = args.out.absolute() / args.ptq / f"seed{seed}"
@@ -55,7 +39,7 @@ def main() -> None:
             name = f"{arm.replace(',', '').replace(' ', '_')}_{args.images}_{args.generations}"
             shared = (f"seed={seed}", f"ckpt={args.ckpt}", f"ptq={args.ptq}", f"data.calibration_images={args.images}")
             length = (f"search.generations={args.generations}",) if "search=bits" in ARMS[arm] else ()
-            found[arm].append(run(folder / name, *shared, *ARMS[arm], *length))
+            found[arm].append(run("ptq", folder / name, *shared, *ARMS[arm], *length))
     print(f"{'':32}{'kB':>16}{'top-1':>18}{'loss':>20}{'fitness':>24}{'evaluations':>14}{'seconds':>18}")
     for arm, results in found.items():
         searches = [r["search"] for r in results if r.get("search")]

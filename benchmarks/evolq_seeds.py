@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import statistics
-import subprocess
-import sys
+import logging
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from in_process import cell, run
+
 STEP = ("search.radius=0.1", "search.relative=true")
 ARMS = {
     **{f"W{bits}A8 calibrated": (f"ptq=evolq_w{bits}a8", "~search") for bits in (8, 4, 3)},
@@ -28,28 +26,12 @@ ARMS = {
 }
 
 
-def run(script: str, run_dir: Path, *settings: str) -> dict:
-    """Run a command unless its results are there, and give them."""
-    results = run_dir / "results.json"
-    if not results.exists():
-        command = [sys.executable, str(ROOT / script), f"run_dir={run_dir}", *settings]
-        print("+", " ".join(["python", script, *command[2:]]), flush=True)
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(results.read_text())
-
-
 def check_falling(run_dir: Path) -> None:
     """Stop if the fitness that a search kept ever rose."""
     with (run_dir / "search.csv").open() as file:
         kept = [float(line["fitness"]) for line in csv.DictReader(file) if line["accepted"] == "1"]
     if kept != sorted(kept, reverse=True):
-        sys.exit(f"{run_dir}: the fitness rose: {kept}")
-
-
-def cell(values: list[float], form: str) -> str:
-    """Mean and sample deviation."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{form}} +- {spread:{form}}"
+        raise SystemExit(f"{run_dir}: the fitness rose: {kept}")
 
 
 def main() -> None:
@@ -62,17 +44,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="for calibration and search")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     args = parser.parse_args()
+    logging.disable(logging.INFO)
     found: dict[str, list[dict]] = {arm: [] for arm in args.arms}
     for seed in args.seeds:
         folder = args.out.absolute() / f"seed{seed}"
         training = (f"trainer.max_epochs={args.epochs}", "optimizer.lr=3e-3", "scheduler.warmup_epochs=2")
-        run("train.py", folder / "fp", f"seed={seed}", "quant=fp", *training)
+        run("train", folder / "fp", f"seed={seed}", "quant=fp", *training)
         for arm in args.arms:
             start = (f"seed={seed}", f"ckpt={folder}/fp/checkpoints/best.ckpt", f"data.calibration_images={args.images}")
             searches = "~search" not in ARMS[arm] and arm != "W3A8 omse"
             passes = (f"search.passes={args.passes}",) if searches else ()
             run_dir = folder / f"{arm.replace(' ', '_')}_{args.passes}"
-            found[arm].append(run("ptq.py", run_dir, *start, *ARMS[arm], *passes))
+            found[arm].append(run("ptq", run_dir, *start, *ARMS[arm], *passes))
             if searches:
                 check_falling(run_dir)
     print(f"{'':22}{'top-1':>18}{'float top-1':>18}{'fitness before':>24}{'fitness':>24}{'seconds':>18}")

@@ -9,24 +9,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import statistics
 from pathlib import Path
 
-import hydra
 import torch
-from omegaconf import DictConfig
+from in_process import run
 
 import qat
 from qat.functional import kurtoses
 from qat.losses.masters import find_masters
-from qat.tasks import cli  # noqa: F401  (registers the resolvers of the configs)
-from qat.tasks.ptq import ptq
-from qat.tasks.train import train
 
-ROOT = Path(__file__).resolve().parents[1]
-TASKS = {"train": train, "ptq": ptq}
 SETS = {
     "digits": (),
     # Patches of 8 pixels and a quarter of the images an epoch: what two cores can do.
@@ -46,22 +39,6 @@ GRIDS = list(itertools.product((3, 2), ("tensor", "channel"), ("minmax", "mse"))
 QAT_ARMS = {"none": ("loss.kure=0",)} | {
     qk: ("loss.kure=1", "loss.kure_reduction=sum", f"loss.kure_qk={qk}") for qk in ("product", "factors")
 }
-
-
-def compose(command: str, *settings: str) -> DictConfig:
-    """The config of a command, as Hydra hands it to the task."""
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose(command, overrides=list(settings))
-
-
-def run(command: str, run_dir: Path, *settings: str) -> dict:
-    """Run a command unless its results are there, and give them."""
-    results = run_dir / "results.json"
-    if not results.exists():
-        print("+", f"python {command}.py run_dir={run_dir}", " ".join(settings), flush=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        TASKS[command](compose(command, f"run_dir={run_dir}", "overwrite=true", *settings))
-    return json.loads(results.read_text())
 
 
 def kurtosis_of(checkpoint: Path, qk: str = "product") -> torch.Tensor:

@@ -21,7 +21,7 @@ from qat.files import write_text
 from qat.ptq.state import fingerprint
 from qat.spec import check_choice, check_whole
 from qat.tasks import build, fit, summary
-from qat.tasks.checks import SPLITS, check_settings
+from qat.tasks.checks import SPLITS, check_flag, check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import Subject
 from qat.tasks.repeat import CONF, recorded
@@ -58,6 +58,7 @@ def analyze(cfg: DictConfig) -> None:
         UsageError: a setting, path or file cannot work.
     """
     if cfg.run is not None:
+        check_flag("report", cfg.report)
         remake(cfg)
         return
     began = time.monotonic()
