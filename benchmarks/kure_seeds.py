@@ -62,7 +62,8 @@ def run_seed(folder: Path, seed: int, args: argparse.Namespace) -> dict[str, dic
     shared = (*SETS[args.data], f"seed={seed}", *([f"data.root={args.root}"] if args.root else []))
     run("train", folder / "fp", *shared, "experiment=demo_fp", f"trainer.max_epochs={args.epochs}")
     found: dict[str, dict[str, float]] = {}
-    for net, settings in NETS.items():
+    for net in args.nets:
+        settings = NETS[net]
         run_dir = folder / ("fp" if settings is None else net.replace(" ", "_"))
         if settings is not None:
             start = (f"ckpt={folder}/fp/checkpoints/last.ckpt", f"trainer.max_epochs={args.fine_epochs}", *settings)
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--fine-epochs", type=int, default=60, help="with and without the term")
     parser.add_argument("--qat-epochs", type=int, default=0, help="of the 2-bit nets; 0 = none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS), metavar="NET", help="of the comparison; float first")
     parser.add_argument("--out", type=Path, default=Path("outputs/kure"))
     args = parser.parse_args()
     logging.disable(logging.INFO)
