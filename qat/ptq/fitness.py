@@ -22,8 +22,8 @@ from qat.ptq.vector import ScaleVector
 from qat.ptq.weights import WeightCache
 
 # A candidate is given up when it is worse by this many standard errors of what the images to come may change.
-# Of candidates given up so, 1 % would have been accepted (2 % with 100 images): docs/evolq.md.
-CLEARLY = 2.25
+# Of candidates given up so, 1.8 % would have been accepted (2.8 % with 100 images): docs/evolq.md.
+CLEARLY = 2.0
 RowLosses = Callable[[Tensor, Tensor, int], Tensor]
 
 

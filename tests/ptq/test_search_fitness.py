@@ -80,9 +80,9 @@ def test_a_fitness_is_the_mean_of_its_rows(kind):
 
 
 def test_a_race_is_lost_when_clearly_worse():
-    """For even n the mean difference is 1 with variance n / (n - 1); 2.25 standard errors are 2.25 sqrt((1 - n / 40) / (n - 1)).
+    """For even n the mean difference is 1 with variance n / (n - 1); two standard errors are 2 sqrt((1 - n / 40) / (n - 1)).
 
-    That is below 1 from n = 5.4 on. Of 5 images the mean is 0.8, below 2.25 sqrt(1.2 (1 / 5 - 1 / 40)).
+    That is below 1 from n = 4.5 on. Of 5 images the mean is 0.8, below 2 sqrt(1.2 (1 / 5 - 1 / 40)).
     """
     incumbent = torch.zeros(40, dtype=torch.float64)
     rows = torch.tensor([0.0, 2.0] * 20, dtype=torch.float64)
@@ -93,8 +93,8 @@ def test_a_race_is_lost_when_clearly_worse():
     started = race()
     assert [n for n in range(1, 41) if started.lost(rows[:n])] == list(range(6, 40))
     assert started.images == 40
-    # Of endlessly many images, 2.25 / sqrt(n - 1) is below 1 from n = 6.1 on; of 7 images 2.25 sqrt(8 / 49) is above their mean 6/7.
-    assert [n for n in range(1, 41) if race(total=10**9).lost(rows[:n])] == list(range(8, 41))
+    # Of endlessly many images, 2 / sqrt(n - 1) is below 1 from n = 5 on; of 5 images 2 sqrt(1.2 / 5) is above their mean 0.8.
+    assert [n for n in range(1, 41) if race(total=10**9).lost(rows[:n])] == list(range(6, 41))
     assert not race(after=30).lost(rows[:29])
     assert race(after=30).lost(rows[:30])
     assert not race().lost(-rows[:39])
