@@ -7,7 +7,7 @@ DEMO := outputs/demo
 # A process a core; a test needs no more than one.
 PARALLEL := -n auto --maxprocesses 8
 
-.PHONY: help setup demo demo-seeds golden-deviations recipes-check kill-resume cga-seeds evolq-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures test test-fast check lint types imports clean
+.PHONY: step-time decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress cga-seeds evolq-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-slurm check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -41,8 +41,9 @@ golden-deviations: $(READY) ## how far we are from the papers' own code
 recipes-check: $(READY) ## two steps of both stages of each published recipe at full size, on random images (36 minutes on two busy cores)
 	$(BIN)/python benchmarks/recipes_check.py
 
-kill-resume: $(READY) ## kill -9 a run at several moments, resume it, count the tensors that differ (3 minutes)
-	$(BIN)/python benchmarks/kill_resume.py
+SEED ?= 0
+stress: $(READY) ## kill -9 commands at random moments, run them again, compare all they leave with runs that were not killed; SEED=1 (10 minutes)
+	$(BIN)/python benchmarks/stress.py --fork --kills 40 --seed $(SEED)
 
 cga-seeds: $(READY) ## a 2-bit net annealed and not annealed, accuracy and oscillation over three seeds (15 minutes)
 	$(BIN)/python benchmarks/cga_seeds.py
@@ -88,11 +89,33 @@ weights-figures: $(READY) ## the pictures of weights, oscillation and cost in do
 	cp $(WEIGHTS)/oscillation/oscillation_curves.svg docs/figures/oscillation-digits.svg
 	cp $(WEIGHTS)/cost/cost_bytes.svg docs/figures/cost-digits.svg
 
+bad-inputs: $(READY) ## every mistake in every setting, path, checkpoint and data file: a table of the lines that answer them (8 minutes)
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bad_inputs.py --log docs/logs/bad-inputs.log
+
+step-time: $(READY) ## a quantized training step in float steps: DeiT-T, DeiT-S, Swin-T, one thread (15 minutes)
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_time.py --batch 4 --models deit_tiny_distilled_patch16_224 deit_small_distilled_patch16_224 swin_tiny_patch4_window7_224
+
+decode-rate: $(READY) ## training images a second that one core decodes and augments
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decode_rate.py
+
+RATIOS := deit_t=2.4 deit_s=2.4 swin_t=2.4
+cluster-costs: $(READY) ## the table of docs/cluster.md: hours of the published rows on eight GPUs, from measured ratios
+	@$(BIN)/python benchmarks/cluster_costs.py $(RATIOS)
+
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-fast: $(READY) ## tests that take seconds
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow"
+
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+test-slurm: $(READY) ## cluster jobs on the real SLURM, in a private directory; installs it where that is allowed (2 minutes)
+	@for name in slurmctld slurmd srun munged; do PATH="$$PATH:/usr/sbin" command -v $$name >/dev/null || absent=yes; done; \
+	if [ -n "$$absent" ]; then \
+	  test "$$(id -u)" = 0 && timeout 300 sh -c 'apt-get update -qq && apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES)' >/dev/null 2>&1 \
+	    || echo "not installed; as root: apt-get install --no-install-recommends $(SLURM_PACKAGES)"; \
+	fi
+	OMP_NUM_THREADS=1 timeout 600 $(BIN)/python -m pytest -q -rsP --log-level=INFO -m slurm tests/slurm
 
 check: lint types imports test ## everything that must be green: style, types, import directions, tests
 

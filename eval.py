@@ -13,6 +13,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    cli.expand_home()
-    main()
-    raise SystemExit(cli.exit_code())
+    raise SystemExit(cli.command(main))

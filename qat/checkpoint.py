@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qat.biases import grow_biases, grown_biases
 from qat.conversion import conversion_of, convert
 from qat.errors import UsageError
-from qat.files import write_torch
+from qat.files import damage_of, write_torch
 from qat.ptq_spec import recipe_from
 from qat.spec import QuantRecipe
 from qat.torchvision_swin import timm_names
@@ -26,9 +26,18 @@ from qat.torchvision_swin import timm_names
 FORMAT_VERSION = 1
 META_KEY = "qat"
 NET_PREFIX = "net."
+# What Lightning needs to go on with a run, and the kinds of it.
+TRAINING = {
+    "loops": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "callbacks": dict,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
 FORMATS = ("auto", "qat", "timm", "ofq")
 _DATA, _CLASSES = "qat_data", "qat_classes"  # where a net keeps what its file said of its data
-_FOLDER_MARK = 0x10
 _FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
@@ -132,6 +141,7 @@ class Checkpoint:
         meta: what `describe` wrote; None for a timm or plain state dict.
         step: optimizer steps taken, for a training checkpoint.
         args: arguments of the script that wrote it, as timm's scripts store them.
+        training: what a training checkpoint has beside the weights, by name: kinds, and of the optimizer's groups the settings and sizes.
     """
 
     path: Path
@@ -139,6 +149,7 @@ class Checkpoint:
     meta: dict[str, Any] | None
     step: int | None = None
     args: dict[str, Any] | None = None
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _check_file(path: Path, setting: str) -> None:
@@ -157,13 +168,8 @@ def _read_file(path: Path, setting: str) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                # torch would leave the memory of an entry marked as a folder as it finds it, and no checksum covers that mark.
-                folder = next((entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER_MARK), None)
-                damaged = archive.testzip() or folder
-            if damaged is not None:
-                raise UsageError(f"{setting}={str(path)!r}: the file is damaged (checksum of {damaged} does not fit)")
+        if (damage := damage_of(path)) is not None:
+            raise UsageError(f"{setting}={str(path)!r}: the file is damaged ({damage})")
         # timm writes its training arguments into its checkpoints; nothing else than plain data and tensors is read.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -215,9 +221,45 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
     ours = dict(meta) if isinstance(meta, Mapping) and fmt not in {"timm", "ofq"} else None
     if ours is not None and "pytorch-lightning_version" in content:
         tensors = {k.removeprefix(NET_PREFIX): v for k, v in tensors.items() if k.startswith(NET_PREFIX)}
+    if ours is not None:
+        _check_meta(ours, f"{setting}={str(path)!r}")
     step, args = content.get("global_step"), content.get("args")
     said = vars(args) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, Mapping) else None
-    return Checkpoint(path, tensors, ours, step if isinstance(step, int) else None, said)
+    return Checkpoint(path, tensors, ours, step if isinstance(step, int) else None, said, _training_of(content))
+
+
+def _check_meta(meta: Mapping[str, Any], origin: str) -> None:
+    """Raise `UsageError` if what a file of ours says of itself is not of the kind that `describe` writes."""
+    model = meta.get("model")
+    is_right = {
+        "format_version": isinstance(meta.get("format_version", 0), int),
+        "model": isinstance(model, Mapping) and isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), Mapping),
+        "recipe": isinstance(meta.get("recipe"), Mapping | None),
+        "input_size": meta.get("input_size") is None or _is_size(meta["input_size"]),
+        "biases": meta.get("biases") is None or _are_texts(meta["biases"]),
+        "data": isinstance(meta.get("data"), Mapping | None),
+        "classes": meta.get("classes") is None or _are_texts(meta["classes"]),
+    }
+    for key, fits in is_right.items():
+        if not fits:
+            raise UsageError(f"{origin}: is damaged, or not written by qat: it says {key}={meta.get(key)!r} of itself")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(n, int) and n > 0 for n in value)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+
+
+def _training_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    parts: dict[str, Any] = {key: type(content[key]) for key in TRAINING if key in content}
+    states = content.get("optimizer_states")
+    if isinstance(states, list) and len(states) == 1 and isinstance(states[0], Mapping):
+        groups = states[0].get("param_groups") or []
+        parts["groups"] = [(sorted(set(group) - {"params"}), len(group["params"])) for group in groups]
+    return parts
 
 
 def _bare(key: str) -> str:

@@ -144,14 +144,20 @@ def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module
     return new
 
 
-def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterable[RemovableHandle] = ()) -> None:
-    """Raise `UsageError` unless an image of `input_size` (channels, height, width) passes through the net."""
+def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterable[RemovableHandle] = ()) -> torch.Size | None:
+    """Shape of what a net makes of one image of `input_size` (channels, height, width), None if that is no tensor.
+
+    Raises:
+        UsageError: no such image passes through the net.
+    """
     try:
         with probing(net, hooks):
-            net(torch.zeros(1, *input_size, device=next(net.parameters()).device))
-    except (RuntimeError, AssertionError) as error:
+            out = net(torch.zeros(1, *input_size, device=next(net.parameters()).device))
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"input_size={input_size}: no image of this size passes through the net ({reason})") from error
+        fit = "data.image_size and model.args.img_size have to fit"
+        raise UsageError(f"input_size={input_size}: no image of this size passes through the net ({reason}); {fit}") from error
+    return out.shape if isinstance(out, Tensor) else None
 
 
 def _allocate(net: nn.Module, input_size: tuple[int, int, int], swapped: list[tuple[nn.Module, str, nn.Module]]) -> tuple[str, ...]:

@@ -1,16 +1,24 @@
-"""Outputs appear whole or not at all: write beside, flush to the disk, rename."""
+"""Outputs appear whole or not at all: write beside, flush to the disk, rename. Files of tensors are read only if they are whole."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
+import zipfile
+from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+
+_UNFINISHED = ".part"
+_FOLDER_MARK = 0x10
+# More than what is left of a block that is on the disk already.
+_PROBE = b"\0" * 2**16
 
 
 @contextlib.contextmanager
@@ -20,44 +28,117 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
     Args:
         path: the file to write.
         previous: name beside it under which the file that is replaced stays; at no moment is there no complete `path`.
+
+    Raises:
+        OSError: with the name of the file that was to be written.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
+    with _named(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _unfinished(target) as temporary:
+            yield temporary
+            flush(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            if previous is not None and target.exists():
+                _keep(target, target.with_name(previous))
+            temporary.replace(target)
+        flush(target.parent)
+
+
+@contextlib.contextmanager
+def _unfinished(target: Path) -> Generator[Path]:
+    """A new file beside another, held while it is written; what is left of it in the end is deleted."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=_UNFINISHED)
     temporary = Path(name)
     try:
+        _lock(handle)
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        if previous is not None and target.exists():
-            _keep(target, target.with_name(previous))
-        temporary.replace(target)
+    except BaseException:
+        if temporary.exists():
+            os.truncate(temporary, 0)  # a writer that failed may have it open for as long as its error is known, and so keep the disk full
+        raise
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(target.parent, os.O_RDONLY)
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def appending(path: Path) -> Generator[TextIO]:
+    """Yield a file whose end is written to; a kill leaves half a line at worst. On the disk after `flush`.
+
+    Raises:
+        OSError: with the name of the file.
+    """
+    with _named(path), path.open("a", encoding="utf-8", newline="") as file:
+        yield file
+
+
+def flush(path: Path) -> None:
+    """Put a file, or the names in a folder, onto the disk.
+
+    Raises:
+        OSError: with the name of the file.
+    """
+    with _named(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Generator[None]:
+    """Errors of the disk that do not say which file they are about, or call it by its temporary name, call it by its own."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _keep(present: Path, previous: Path) -> None:
     """Give a file a second name, taking that name from another file if need be; a copy where links are not to be had."""
-    link = previous.with_name(f".{previous.name}.{os.getpid()}")
-    link.unlink(missing_ok=True)
+    link = previous.with_name(f".{previous.name}.{os.getpid()}{_UNFINISHED}")
     try:
-        link.hardlink_to(present)
-    except OSError:
-        shutil.copyfile(present, link)
-    link.replace(previous)
+        link.unlink(missing_ok=True)
+        try:
+            link.hardlink_to(present)
+        except OSError:
+            shutil.copyfile(present, link)
+        link.replace(previous)
+    finally:
+        link.unlink(missing_ok=True)
 
 
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def _lock(handle: int) -> bool:
+    """Hold a file for as long as it is open or the process lives; False where another holds it, or the file system knows no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def remove_unfinished(folders: Iterable[Path]) -> list[Path]:
+    """Delete what writes that were killed have left in some folders, not below them; gives what it was.
+
+    A write that is under way in another process holds its file: then nothing is deleted.
+    """
+    found = [path for folder in folders for path in sorted(folder.glob(f".*{_UNFINISHED}"))]
+    with contextlib.ExitStack() as stack, contextlib.suppress(FileNotFoundError):
+        if all(_lock(stack.enter_context(path.open("rb")).fileno()) for path in found):
+            for path in found:
+                path.unlink(missing_ok=True)
+            return found
+    return []
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -69,4 +150,50 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_torch(path: str | os.PathLike[str], content: Any, *, previous: str | None = None) -> None:
     """`torch.save` atomically; see `replacing`."""
     with replacing(path, previous=previous) as temporary:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:
+            raise _write_error(temporary) or error from error
+
+
+def _write_error(path: Path) -> OSError | None:
+    """Why no more can be written to a file, None if more can; torch has a RuntimeError for it that does not say."""
+    try:
+        with path.open("ab") as file:
+            file.write(_PROBE)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def damage_of(path: str | os.PathLike[str]) -> str | None:
+    """What is wrong with the archive that `torch.save` writes, None if it is as it was written; torch itself does not look at checksums.
+
+    A file that is no such archive has no checksums, and nothing is said of it.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch would leave the memory of an entry marked as a folder as it finds it, and no checksum covers that mark.
+            folder = next((entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER_MARK), None)
+            damaged = archive.testzip() or folder
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        return " ".join(str(error).split())
+    return None if damaged is None else f"checksum of {damaged} does not fit"
+
+
+def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> Any:
+    """Plain data and tensors of a file whose checksums fit; nothing in it is executed.
+
+    Raises:
+        OSError: it is damaged.
+        pickle.UnpicklingError: it holds something else.
+        RuntimeError, EOFError: it is no file of `torch.save`.
+    """
+    damage = damage_of(path)
+    if damage is not None:
+        raise OSError(errno.EIO, f"it is damaged ({damage})", str(path))
+    return torch.load(path, map_location=map_location, weights_only=True)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from qat.errors import UsageError
 from qat.functional.observers import OBSERVERS
-from qat.spec import FLOAT_BITS, OUTPUT_ROLES, PLACES, ROLES, QuantRecipe, QuantSpec, check_bits, check_choice
+from qat.spec import FLOAT_BITS, OUTPUT_ROLES, PLACES, ROLES, QuantRecipe, QuantSpec, check_bits, check_choice, check_text
 
 PLACEMENTS = ("inputs", "fqvit")
 QUANTIZERS = ("affine", "float")
@@ -85,6 +85,7 @@ class PtqRecipe(QuantRecipe):
     NET_WIDE: ClassVar[frozenset[str]] = frozenset({"name", "overrides", "placement", "layernorm", "qk_bias", "offsets", "map_scales"})
 
     def __post_init__(self) -> None:
+        check_text("ptq.name", self.name)
         self._complete()
         for knob, allowed in (
             ("placement", PLACEMENTS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,6 +14,9 @@ from qat.errors import UsageError
 
 FLOAT_BITS = 32
 LOWEST_BITS, HIGHEST_BITS = 2, 8
+# Larger counts overflow in torch, or are typing mistakes.
+HIGHEST_WHOLE = 2**31 - 1
+HIGHEST_NUMBER = sys.float_info.max
 ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
 # Where post-training quantization also rounds what leaves a layer.
 OUTPUT_ROLES = ("qkv", "scores", "output", "residual")
@@ -40,15 +44,31 @@ def check_number(
 ) -> None:
     """Raise `UsageError` unless `value` is a number from `lowest` (or above it), up to `highest`, or up to but not including `below`."""
     fits = isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value < below and not (above and value == lowest)
-    if not (fits and value <= highest):  # type: ignore[operator]
+    if not (fits and value <= min(highest, HIGHEST_NUMBER)):  # type: ignore[operator]
         end = f" to below {below:g}" if below < math.inf else f" to {highest:g}" if highest < math.inf else ""
         raise UsageError(f"{setting}={value!r}: allowed are numbers {'above' if above else 'from'} {lowest:g}{end}")
 
 
-def check_whole(setting: str, value: object, lowest: int) -> None:
-    """Raise `UsageError` unless `value` is a whole number from `lowest`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise UsageError(f"{setting}={value!r}: allowed are whole numbers from {lowest}")
+def check_whole(setting: str, value: object, lowest: int, highest: int = HIGHEST_WHOLE) -> None:
+    """Raise `UsageError` unless `value` is a whole number from `lowest` to `highest`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        is_too_large = isinstance(value, int) and value > highest
+        end = f" to {highest}" if is_too_large or highest < HIGHEST_WHOLE else ""
+        raise UsageError(f"{setting}={value!r}: allowed are whole numbers from {lowest}{end}")
+
+
+def check_text(setting: str, value: object) -> None:
+    """Raise `UsageError` unless `value` is a text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"{setting}={value!r}: allowed is a text that is not empty")
+
+
+def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
+    """One glob or several as a tuple; raises `UsageError` unless `value` is a text or a list of texts, none of them empty."""
+    found = (value,) if isinstance(value, str) else value
+    if not isinstance(found, list | tuple) or not found or not all(isinstance(glob, str) and glob for glob in found):
+        raise UsageError(f"{setting}={value!r}: allowed is a list of globs such as {example}")
+    return tuple(found)
 
 
 def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
@@ -173,6 +193,7 @@ class QuantRecipe:
     NET_WIDE: ClassVar[frozenset[str]] = frozenset({"name", "overrides"})
 
     def __post_init__(self) -> None:
+        check_text("quant.name", self.name)
         if self.act_bits is None:
             object.__setattr__(self, "act_bits", self.bits)
         check_quantizer("quant.weight_quantizer", self.weight_quantizer)

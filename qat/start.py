@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qat.biases import grow_biases, grown_biases
 from qat.checkpoint import Checkpoint, build_from
 from qat.errors import UsageError
+from qat.signature import check_arguments
 from qat.transfer import timm_state_dict
 
 HUB_TIMEOUT_S = 4
@@ -49,17 +50,23 @@ def from_scratch(model: str, kwargs: Mapping[str, Any]) -> Start:
     return Start(_create(model, kwargs), ["random weights"])
 
 
-def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
+def check_model(setting: str, model: object) -> None:
+    """Raise `UsageError` unless `model` is a name of timm's."""
     if not isinstance(model, str) or not timm.is_model(model):
         near = ", ".join(_near(str(model)))
-        raise UsageError(f"model.name={model!r}: timm has no such model{'; near are ' + near if near else ''}")
-    failures: tuple[type[Exception], ...] = (TypeError, AssertionError, ValueError, ArithmeticError)
+        raise UsageError(f"{setting}={model!r}: timm has no such model{'; near are ' + near if near else ''}")
+
+
+def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
+    check_model("model.name", model)
+    failures: tuple[type[Exception], ...] = (TypeError, AssertionError, ValueError, ArithmeticError, LookupError, AttributeError)
     if not loading:  # where weights are read as well, a RuntimeError says that they do not fit
         failures += (RuntimeError,)
     try:
         net: nn.Module = timm.create_model(model, **kwargs, **loading)
     except failures as error:
         raise UsageError(f"model.name={model!r} with {dict(kwargs)}: {' '.join(str(error).split())}") from error
+    check_arguments("model.args", type(net), kwargs)
     return net
 
 

@@ -25,8 +25,8 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(python (?:train|eval|ptq|analyze)\.py [^`]*)`")
 # What takes longer than all else: compilers, databases.
 HEAVY = ("compile=true", "mlflow", "wandb")
-# What only a machine with GPUs has.
-DEVICES = re.compile(r"trainer=|trainer\.(devices|strategy)=")
+# What only a machine with GPUs or a cluster has.
+DEVICES = re.compile(r"trainer=|trainer\.(devices|strategy|num_nodes)=|hydra/launcher=|hydra\.launcher\.")
 TINY_NET = ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3")
 SHORT = {
     "trainer.max_epochs": 1,
@@ -136,6 +136,8 @@ def provide(command, shelf, folder):
     wanted = [Path(path).parts[:-2] for path in files if "/checkpoints/" in path] + [
         Path(said[name]).parts for name in ("run",) if name in said
     ]
+    if "sweep" in said and not (folder / said["sweep"]).exists():
+        shutil.copytree(shelf["quantized"], folder / said["sweep"] / "0")
     for parts in wanted:
         run = folder.joinpath(*parts)
         is_float = parts[-1].startswith(("fp", "float")) or "analysis.float_bits" in said
@@ -158,13 +160,20 @@ def shortened(command, shelf):
         return [script, *arguments, *(() if "predict" in said else ("trainer.limit_test_batches=2",))]
     if script == "analyze.py":
         few = ["analysis.points=3"] if said.get("analysis") == "landscape" else []
-        return [script, *arguments] if "run" in said else [script, *arguments, *few, "images=4", "data.batch_size=4"]
+        return [script, *arguments] if {"run", "sweep"} & said.keys() else [script, *arguments, *few, "images=4", "data.batch_size=4"]
     if script == "ptq.py":
         return [script, *arguments, "data.calibration_images=4", "ptq.batch=4", "trainer.limit_test_batches=2", "report=false"]
     fixed = any(one in arguments for one in TINY_NET) or said.get("model", "").startswith("resnet")
     net = () if fixed else TINY_NET
+    arguments = [two_values(one) for one in arguments] + (["hydra.sweeper.n_trials=2"] if "hparams_search" in said else [])
     phases = [f"{key}=1" for key in said if key.startswith("callbacks.") and key.endswith(".epochs")]
     return [script, *arguments, *net, *phases, *(f"{key}={value}" for key, value in SHORT.items())]
+
+
+def two_values(argument):
+    """Of a list in a sweep the first two values."""
+    key, sign, value = argument.partition("=")
+    return f"{key}{sign}{','.join(value.split(',')[:2])}" if re.fullmatch(r"[\w.,]+", value) else argument
 
 
 def few_classes(said, shelf):
@@ -191,8 +200,8 @@ def test_commands_do_what_they_should(wanted, shelf, tmp_path):
         expected = {"predictions.csv", "results.json"} if "predict" in said else {"results.json"}
         if command[0] == "analyze.py":
             expected = {"results.json", "report.html"}
-        if "run" in said:  # has no outputs of its own
-            outputs, expected = {path.name for path in (tmp_path / said["run"]).iterdir()}, {"report.html"}
+        if remade := said.get("run") or said.get("sweep"):  # has no outputs of its own
+            outputs, expected = {path.name for path in (tmp_path / remade).iterdir()}, {"report.html"}
         assert prints_only(command) or outputs >= expected, shlex.join(command)
         before = run_dir
 

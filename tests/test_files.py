@@ -1,11 +1,14 @@
 """Atomic files. Oracle: what a reader finds afterwards."""
 
+import contextlib
 import os
+import resource
+import signal
 
 import pytest
 import torch
 
-from qat.files import replacing, write_text, write_torch
+from qat.files import appending, damage_of, read_torch, remove_unfinished, replacing, write_text, write_torch
 
 
 def test_a_new_file_appears_whole(tmp_path):
@@ -88,3 +91,96 @@ def test_without_links_the_previous_file_is_copied(tmp_path, monkeypatch):
     with replacing(path, previous="last.prev.ckpt") as temporary:
         temporary.write_text("two")
     assert (path.read_text(), (tmp_path / "last.prev.ckpt").read_text()) == ("two", "one")
+
+
+@contextlib.contextmanager
+def room(size):
+    """No file can grow beyond `size` bytes: the system's own refusal, like that of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def append(path, text):
+    with appending(path) as file:
+        file.write(text)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_text(path, "x" * 20000),
+        lambda path: write_torch(path, {"a": torch.ones(20000)}),
+        lambda path: append(path, "x" * 20000),
+    ],
+)
+def test_without_room_the_error_names_the_file(write, tmp_path):
+    with room(10000), pytest.raises(OSError, match="File too large") as error:
+        write(tmp_path / "out")
+    assert error.value.filename == str(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir() if p.name != "out"] == []
+
+
+def test_a_write_that_failed_gives_its_room_back_at_once(tmp_path):
+    opened = []
+
+    def fail():
+        with replacing(tmp_path / "x") as temporary:
+            temporary.write_bytes(b"x" * 1000)
+            opened.append(temporary.open("rb"))
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fail()
+    with opened[0] as held:
+        assert os.fstat(held.fileno()).st_size == 0
+
+
+def die_writing(folder):
+    """Another process is killed in the middle of a write."""
+    if (pid := os.fork()) == 0:
+        with replacing(folder / "last.ckpt") as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def test_what_killed_writes_have_left_is_removed(tmp_path):
+    die_writing(tmp_path)
+    (left,) = tmp_path.iterdir()
+    (tmp_path / ".last.prev.ckpt.123.part").write_text("a link")
+    (tmp_path / ".mine").write_text("x")
+    with replacing(tmp_path / "metrics.csv") as temporary:
+        assert remove_unfinished([tmp_path]) == []
+        temporary.write_text("rows")
+    assert {p.name for p in remove_unfinished([tmp_path, tmp_path / "none"])} == {left.name, ".last.prev.ckpt.123.part"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine", "metrics.csv"]
+
+
+def read(path):
+    """What a file holds, None where it is refused."""
+    try:
+        return read_torch(path)
+    except Exception:
+        return None
+
+
+def test_a_damaged_file_is_refused_or_read_as_it_was(tmp_path):
+    content, path = {"a": torch.arange(64.0), "b": "text"}, tmp_path / "x.ckpt"
+    write_torch(path, content)
+    whole = path.read_bytes()
+    assert damage_of(path) is None
+    flipped = [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(0, len(whole), 5)]
+    cut = [whole[:length] for length in range(0, len(whole), 41)]
+    found = []
+    for damaged in [*flipped, *cut]:
+        path.write_bytes(damaged)
+        found.append(read(path))
+    assert found[len(flipped) :] == [None] * len(cut)
+    # Nothing depends on some of the bits, as those of the time of day.
+    as_it_was = [one for one in found if one is not None]
+    assert len(as_it_was) < len(flipped) / 2
+    assert all(one.keys() == content.keys() and torch.equal(one["a"], content["a"]) and one["b"] == "text" for one in as_it_was)

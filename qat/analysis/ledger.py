@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from qat.analysis.base import Key, Row
 from qat.errors import UsageError
-from qat.files import write_text
+from qat.files import appending, flush, remove_unfinished, write_text
 
 FILE = "points.jsonl"
 
@@ -27,6 +26,7 @@ class Ledger:
     """
 
     def __init__(self, folder: Path, inputs: str, *, resume: bool) -> None:
+        remove_unfinished([folder])
         self.path = folder / FILE
         self._done: dict[str, dict[str, Any]] = {}
         if resume and self.path.is_file():
@@ -45,10 +45,9 @@ class Ledger:
     def record(self, key: Key, values: Row) -> Row:
         """Keep an evaluation, on the disk when this returns; gives its row."""
         entry = {"key": dict(key), "values": values}
-        with self.path.open("a", encoding="utf-8") as file:
+        with appending(self.path) as file:
             file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        flush(self.path)
         self._done[_identity(key)] = entry
         return {**key, **values}
 

@@ -120,7 +120,7 @@ class Robustness(Analysis):
 
     def factors(self) -> list[float]:
         """The factors on the steps; what a table shows of them is what they are."""
-        return [round(value, 6) for value in torch.linspace(self.low, self.high, self.ratios, dtype=torch.float64).tolist()]
+        return [round(value, 6) for value in torch.linspace(float(self.low), float(self.high), self.ratios, dtype=torch.float64).tolist()]
 
     def subject(self, studied: StudiedNet) -> Subject:
         """What of a net is changed."""

@@ -51,7 +51,7 @@ class WeightAnalysis(Analysis):
     activation_images: int = 128
 
     def __post_init__(self) -> None:
-        if self.layers is not None and (isinstance(self.layers, str) or not all(isinstance(glob, str) for glob in self.layers)):
+        if self.layers is not None and not _is_list_of_globs(self.layers):
             raise UsageError(f"analysis.layers={self.layers!r}: allowed are null and lists of globs such as ['blocks.0.*']")
         check_whole("analysis.max_panels", self.max_panels, 1)
         check_whole("analysis.activation_images", self.activation_images, 1)
@@ -192,3 +192,7 @@ def _summary(weights: Sequence[WeightStats], activations: Sequence[ActivationSta
             "tensors_with_unused_levels": sum(codes.unused > 0 for _, codes in coded),
         }
     return summary
+
+
+def _is_list_of_globs(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(glob, str) and glob for glob in value)

@@ -1,23 +1,29 @@
 """Lightning callbacks of our own; `conf/callbacks/` composes them with Lightning's."""
 
+from qat.callbacks.best import BestCheckpoint
 from qat.callbacks.cga import CGA
 from qat.callbacks.epoch_log import EpochLog
-from qat.callbacks.finite import StopOnNaN
+from qat.callbacks.fault_policy import RollBack
+from qat.callbacks.finite import FaultGuard
 from qat.callbacks.freezing import IterativeFreezing
 from qat.callbacks.last import LastCheckpoint
 from qat.callbacks.oscillation import Oscillation
+from qat.callbacks.preemption import Preemption
 from qat.callbacks.progress import terminal_progress
 from qat.callbacks.step_seed import StepSeed
 from qat.callbacks.throughput import Throughput
 
 __all__ = [
     "CGA",
+    "BestCheckpoint",
     "EpochLog",
+    "FaultGuard",
     "IterativeFreezing",
     "LastCheckpoint",
     "Oscillation",
+    "Preemption",
+    "RollBack",
     "StepSeed",
-    "StopOnNaN",
     "Throughput",
     "terminal_progress",
 ]

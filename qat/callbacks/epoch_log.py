@@ -8,7 +8,16 @@ import time
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from qat.data import ImageData
+
 log = logging.getLogger(__name__)
+
+
+def images_left_out(trainer: Trainer) -> str:
+    """How many images could not be decoded so far, in words; empty where all could."""
+    data = getattr(trainer, "datamodule", None)
+    count = data.left_out() if isinstance(data, ImageData) else {}
+    return f"left out {', '.join(f'{n} {split}' for split, n in count.items())} images" if count else ""
 
 
 class EpochLog(Callback):
@@ -35,6 +44,8 @@ class EpochLog(Callback):
         seconds = time.monotonic() - self._start
         metrics = trainer.callback_metrics
         values = [f"{label} {metrics[key]:.4g}" for label, key in (("loss", "train/loss"), ("val top1", "val/top1")) if key in metrics]
+        if left_out := images_left_out(trainer):
+            values.append(left_out)
         group = trainer.optimizers[0].param_groups[0] if trainer.optimizers else {"lr": 0.0}
         rate = group["lr"] / group.get("lr_scale", 1.0)
         left = datetime.timedelta(seconds=round(seconds / (done - self._first_epoch) * max(total - done, 0)))

@@ -41,6 +41,9 @@ class IterativeFreezing(Callback):
         UsageError: a setting cannot work. In `setup`: there is nothing to freeze.
     """
 
+    # A step that is taken back (`FaultGuard`) takes the look in front of it back.
+    state_follows_steps = True
+
     def __init__(
         self,
         threshold: float = 0.1,

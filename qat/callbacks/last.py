@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
 from qat.spec import check_whole
 
 NAME = "last.ckpt"
 
 
+@runtime_checkable
+class RowLog(Protocol):
+    """A logger whose file a resumed run goes on with, row for row."""
+
+    def mark(self) -> int | None:
+        """How many rows there are; None where another process writes them."""
+
+    def go_back(self, rows: int, coming: dict[str, Any]) -> None:
+        """Leave the first rows and the one that came next, if any."""
+
+
 class LastCheckpoint(Checkpoint):
     """Writes `last.ckpt` at the end of every epoch, and every n steps if asked.
 
     Lightning's ModelCheckpoint with a step interval leaves `last.ckpt` at the last multiple of it, short of the final weights.
+
+    Its state is what a resumed run has of its table: the number of rows, and the row of the step or epoch that was complete, which
+    Lightning writes behind the callbacks, when a kill may have come in between. Best checkpoints have none of it.
 
     Args:
         every_n_steps: also after every n optimizer steps; None = at the end of epochs only.
@@ -32,21 +47,106 @@ class LastCheckpoint(Checkpoint):
             check_whole("checkpoint.every_n_steps", every_n_steps, 1)
         self.every_n_steps = every_n_steps
         self.dirpath = dirpath
-        self._saved_at = -1
+        self._step, self._saved_at, self._waits, self._has_trained = 0, -1, False, False
+        self._rows: dict[str, Any] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take back what the table has from behind the checkpoint that is gone on from."""
+        self._saved_at, self._waits, self._has_trained = -1, False, False
+        if self._rows.get("count") is not None:
+            for log in _row_logs(trainer):
+                log.go_back(self._rows["count"], self._rows["coming"])
+        self._rows = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning ends this run itself."""
+        self._has_trained = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember the step, to know whether this batch completes one."""
+        self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save after a step that completes an interval; the last batch of an epoch is left to the end of the epoch."""
-        step = trainer.global_step
-        due = self.every_n_steps is not None and step and step % self.every_n_steps == 0 and step != self._saved_at
-        if due and not trainer.is_last_batch:
-            self._save(trainer)
+        """Save after a step that completes an interval; the last batch of an epoch is left to the end of the epoch.
+
+        Not between batches that are accumulated: no file has their gradients.
+        """
+        if self.every_n_steps is None or trainer.global_step == self._step or trainer.is_last_batch:
+            return
+        if trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what was to be saved in front of it."""
+        if self._waits:
+            self._save(trainer, coming={})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save behind validation and behind the callbacks in front of this one, so that their state is in the file."""
-        self._save(trainer)
+        self._save(trainer, coming=_coming_row(trainer))
 
-    def _save(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run or self.dirpath is None:  # type: ignore[attr-defined]
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a run that was killed behind its last step: Lightning leaves out what ends it, as tables and averaged weights."""
+        if self._has_trained or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._saved_at = trainer.global_step
-        trainer.save_checkpoint(Path(self.dirpath) / NAME)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(callback, ProgressBar):
+                callback.on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows of the table, while `last.ckpt` is written."""
+        return self._rows
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember them for the start."""
+        self._rows = dict(state_dict)
+
+    def save(self, trainer: Trainer) -> Path | None:
+        """Save behind a step, or behind the validation that follows it: Lightning takes that for done when it goes on from in front of it.
+
+        Returns:
+            The file, which is there before the next step; None where none is written.
+        """
+        if _validates_now(trainer):
+            self._waits = True
+        elif self._saved_at != trainer.global_step:
+            self._save(trainer, coming=_coming_row(trainer) if trainer._logger_connector.should_update_logs else {})
+        return self._path(trainer)
+
+    def save_start(self, trainer: Trainer) -> None:
+        """Save in front of the first step."""
+        self._save(trainer, coming={})
+
+    def saved(self, trainer: Trainer) -> Path | None:
+        """The file, if it is of the step that was the last."""
+        return self._path(trainer) if self._saved_at == trainer.global_step else None
+
+    def _path(self, trainer: Trainer) -> Path | None:
+        return None if trainer.fast_dev_run or self.dirpath is None else Path(self.dirpath) / NAME  # type: ignore[attr-defined]
+
+    def _save(self, trainer: Trainer, coming: dict[str, Any]) -> None:
+        path, self._waits = self._path(trainer), False
+        if path is None:
+            return
+        counts = [log.mark() for log in _row_logs(trainer)]
+        self._rows = {"count": counts[0], "coming": coming} if counts else {}
+        trainer.save_checkpoint(path)
+        self._rows, self._saved_at = {}, trainer.global_step
+
+
+def _row_logs(trainer: Trainer) -> list[RowLog]:
+    return [logger for logger in trainer.loggers if isinstance(logger, RowLog)]
+
+
+def _coming_row(trainer: Trainer) -> dict[str, Any]:
+    """What Lightning logs once the callbacks are through, as it does."""
+    row: dict[str, Any] = convert_tensors_to_scalars(dict(trainer._logger_connector.metrics["log"]))
+    return {"epoch": trainer.current_epoch, **row, "step": trainer.global_step - 1} if row else {}
+
+
+def _validates_now(trainer: Trainer) -> bool:
+    """True if Lightning validates behind the batch that was the last."""
+    every = trainer.val_check_batch
+    across_epochs = trainer.check_val_every_n_epoch is None
+    number = trainer.fit_loop.total_batch_idx if across_epochs else trainer.fit_loop.batch_idx
+    return isinstance(every, int) and (number + 1) % every == 0

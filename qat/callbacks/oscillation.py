@@ -20,7 +20,7 @@ from qat.functional.confidence import check_boundary, near_step_threshold, near_
 from qat.functional.oscillation import PackedOscillation, oscillation_step, pack_oscillation, unpack_oscillation
 from qat.quantizers import LSQ, StatsQ
 from qat.sites import Site, iter_quantizers
-from qat.spec import check_number, check_whole
+from qat.spec import check_number, check_text, check_whole
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,9 @@ class Oscillation(Callback):
         UsageError: a setting cannot work. In `setup`: there is nothing to track.
     """
 
+    # A step that is taken back (`FaultGuard`) takes the look in front of it back.
+    state_follows_steps = True
+
     def __init__(
         self,
         momentum: float = 0.01,
@@ -67,6 +70,8 @@ class Oscillation(Callback):
         check_whole("callbacks.oscillation.every_n_steps", every_n_steps, 1)
         check_whole("callbacks.oscillation.max_bits", max_bits, 2)
         check_whole("callbacks.oscillation.probe_images", probe_images, 0)
+        if dirpath is not None:
+            check_text("callbacks.oscillation.dirpath", dirpath)
         self.momentum, self.threshold, self.boundary_range = momentum, threshold, boundary_range
         self.every_n_steps, self.max_bits, self.probe_images, self.dirpath = every_n_steps, max_bits, probe_images, dirpath
         self._sites: list[Site] = []

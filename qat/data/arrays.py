@@ -14,6 +14,7 @@ from qat.errors import UsageError
 
 # One fixed division into train, val and test: results of different runs and seeds are on the same images.
 SPLIT_SEED = 0
+HIGHEST_16_BIT = 2**16 - 1
 
 
 class ImageSource(Protocol):
@@ -43,10 +44,12 @@ class ImageArrays:
     Attributes:
         images: (N, H, W, C), uint8.
         labels: (N,), class ids.
+        left_out: how many images could not be decoded and are not among these.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
+    left_out: int = 0
 
     @property
     def chans(self) -> int:
@@ -67,7 +70,7 @@ class ImageArrays:
         """All images as `size` x `size` pixels, bicubic; itself if they are."""
         if self.images.shape[1:3] == (size, size):
             return self
-        return ImageArrays(np.stack([squeeze(image, size) for image in self.images]), self.labels)
+        return ImageArrays(np.stack([squeeze(image, size) for image in self.images]), self.labels, self.left_out)
 
 
 def to_pil(image: NDArray[np.uint8]) -> Image.Image:
@@ -76,8 +79,24 @@ def to_pil(image: NDArray[np.uint8]) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, chans: int) -> NDArray[np.uint8]:
-    """Pillow's image of any mode as (H, W, 1), grey, where `chans` is 1, else as (H, W, 3), RGB."""
-    return np.asarray(image.convert("L" if chans == 1 else "RGB")).reshape(image.height, image.width, -1)
+    """Pillow's image of any mode as (H, W, 1), grey, where `chans` is 1, else as (H, W, 3), RGB.
+
+    As torchvision and timm load them (`convert`): transparency is dropped, a rotation noted in EXIF is not carried out. Pillow would
+    cut 16-bit grey off at 255, which turns most of an image white; here it is scaled.
+
+    Raises:
+        ValueError: pixels of 32 bits, whose range a file does not say.
+    """
+    return np.asarray(_eight_bits(image).convert("L" if chans == 1 else "RGB")).reshape(image.height, image.width, -1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.size == 0 or values.min() < 0 or values.max() > HIGHEST_16_BIT:
+        raise ValueError(f"its pixels have 32 bits (mode {image.mode}), and what is white is not known; save it with 8 or 16")
+    return Image.fromarray(np.rint(values / (HIGHEST_16_BIT / 255)).astype(np.uint8))
 
 
 def squeeze(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -105,5 +124,5 @@ def stratified_split(labels: NDArray[np.int64], held_out: float) -> tuple[NDArra
     try:
         kept, out = train_test_split(np.arange(len(labels)), test_size=held_out, random_state=SPLIT_SEED, stratify=labels)
     except ValueError as error:
-        raise UsageError(f"data: {held_out:.0%} of {len(labels)} images cannot be held out ({error})") from error
+        raise UsageError(f"data.root: {held_out:.0%} of {len(labels)} images cannot be held out ({error})") from error
     return np.sort(kept), np.sort(out)

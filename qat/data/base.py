@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from qat.data.sampler import Key, SeededSampler, isolated_rng
 from qat.data.settings import DataSettings
 from qat.data.transforms import Transform, eval_transform, train_transform
 from qat.errors import UsageError
+from qat.preemption import outlive
 
 SPLITS = ("train", "val", "test")
 
@@ -65,10 +67,14 @@ class ImageData(LightningDataModule, ABC):
         Raises:
             UsageError: unknown setting, or a value that cannot work.
         """
-        try:
-            return DataSettings(**settings)
-        except TypeError as error:
-            raise UsageError(f"data: {str(error).replace('DataSettings.__init__() ', '')}") from error
+        fields = {field.name: field for field in dataclasses.fields(DataSettings)}
+        for name in settings:
+            if name not in fields:
+                raise UsageError(f"data.{name} is none of them: the settings are {', '.join(fields)}")
+        for name, field in fields.items():
+            if name not in settings and field.default is dataclasses.MISSING:
+                raise UsageError(f"data.{name} is missing")
+        return DataSettings(**settings)
 
     @abstractmethod
     def read(self) -> Mapping[str, ImageSource]:
@@ -93,6 +99,14 @@ class ImageData(LightningDataModule, ABC):
             where = f"data: {type(self).__name__}" if self.settings.root is None else f"data.root={self.settings.root!r}:"
             raise UsageError(f"{where} has no split {name!r}; it has {', '.join(self.splits)}")
         return self._splits[name]
+
+    def left_out(self) -> dict[str, int]:
+        """How many images of each split could not be decoded under `data.on_error=skip`, of those that were looked at so far.
+
+        Splits without any are not in it. Of several processes each counts the images that it met.
+        """
+        found = {name: int(getattr(source, "left_out", 0)) for name, source in self._splits.items()}
+        return {name: count for name, count in found.items() if count}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -194,6 +208,7 @@ class ImageData(LightningDataModule, ABC):
             sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=outlive,
             pin_memory=torch.cuda.is_available(),
             drop_last=shuffle and len(sampler) >= batch_size,
         )

@@ -20,6 +20,7 @@ MIXUP_MODES = ("batch", "pair", "elem")
 TIMM_ONLY = ("rand_augment", "random_erasing", "erase_mode", "erase_count", "color_jitter", "train_interpolation")
 NOTHING = (None, 0)
 HIGHEST_HUE = 0.5
+HIGHEST_REPEATS = 1000
 
 
 def check_augmentation(settings: DataSettings) -> None:
@@ -30,7 +31,7 @@ def check_augmentation(settings: DataSettings) -> None:
     check_choice("data.erase_mode", settings.erase_mode, ERASE_MODES)
     check_whole("data.erase_count", settings.erase_count, 1)
     check_choice("data.train_interpolation", settings.train_interpolation, ("random", *INTERPOLATIONS))
-    check_whole("data.repeats", settings.repeats, 1)
+    check_whole("data.repeats", settings.repeats, 1, HIGHEST_REPEATS)
     _check_scale(settings.scale)
     _check_color_jitter(settings.color_jitter)
     check_auto_augment("data.rand_augment", settings.rand_augment)

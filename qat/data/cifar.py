@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from qat.data.arrays import ImageArrays, stratified_split
 from qat.data.base import ImageData
 from qat.data.folders import data_folder
@@ -27,7 +29,9 @@ class Cifar10(ImageData):
         """
         everything, test = self._parts()
         train, val = stratified_split(everything.labels, self.HELD_OUT)
-        return {"train": everything.take(train), "val": everything.take(val), "test": test}
+        # What was left out is counted where it would be trained on.
+        kept = dataclasses.replace(everything.take(train), left_out=everything.left_out)
+        return {"train": kept, "val": everything.take(val), "test": test}
 
     def _parts(self) -> tuple[ImageArrays, ImageArrays]:
         settings = self.settings

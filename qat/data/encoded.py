@@ -93,7 +93,7 @@ def read_all(encoded: EncodedImages, chans: int, on_error: str, where: str) -> I
         raise UsageError(f"{where}: no images")
     if len({image.shape for image in images}) > 1:
         raise UsageError(f"{where}: images have different sizes, one size is needed here")
-    return ImageArrays(np.stack(images), encoded.labels[rows])
+    return ImageArrays(np.stack(images), encoded.labels[rows], len(failed))
 
 
 def as_labels(labels: Sequence[int]) -> NDArray[np.int64]:

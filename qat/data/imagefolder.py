@@ -130,20 +130,24 @@ def list_files(folder: Path, classes: list[str], source: str = "train") -> FileI
         source: name of the split that has them.
 
     Raises:
-        UsageError: a folder is none of `classes`, or there is no image.
+        UsageError: a folder is none of `classes`, there is no image, or none of a class in the split that has them.
     """
     ids = {name: number for number, name in enumerate(classes)}
     paths: list[bytes] = []
+    empty: list[str] = []
     labels: list[int] = []
     for name in class_names(folder):
         if name not in ids:
             raise UsageError(f"{folder / name}: is no class of {source}; its classes are {_shown(classes)}")
         walked = (os.path.join(at, file) for at, _, files in os.walk(folder / name, followlinks=True) for file in files)
         found = sorted(path for path in walked if path.lower().endswith(EXTENSIONS) and not os.path.basename(path).startswith("."))
+        empty += [name] if not found else []
         paths += [os.fsencode(path) for path in found]
         labels += [ids[name]] * len(found)
     if not paths:
         raise UsageError(f"{folder}: holds no images; known are {', '.join(EXTENSIONS)}")
+    if empty and folder.name == source:
+        raise UsageError(f"{folder / empty[0]}: holds no images; known are {', '.join(EXTENSIONS)}")
     return FileImages(np.asarray(paths), as_labels(labels))
 
 

@@ -62,6 +62,11 @@ class LazyImages:
         """(N,), class ids as stored; a replaced image comes with the label of its replacement."""
         return self.encoded.labels
 
+    @property
+    def left_out(self) -> int:
+        """How many images turned out so far, in any of the loader's processes, to be such that they cannot be decoded."""
+        return int(self._failed.sum())
+
     def __len__(self) -> int:
         return len(self.encoded)
 
@@ -90,4 +95,4 @@ class LazyImages:
         if self.on_error == "raise":
             raise error
         self._failed[row] = True
-        log.warning("data.on_error=skip: %s; the next image replaces it (%d so far)", error, int(self._failed.sum()))
+        log.warning("data.on_error=skip: %s; the next image replaces it (%d so far)", error, self.left_out)

@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from qat.data.sampler import SeededSampler
+from qat.errors import UsageError
 
 
 class ResumableLoader(DataLoader):
@@ -36,10 +37,22 @@ class ResumableLoader(DataLoader):
             self._handed_out += 1
             yield batch
 
+    @property
+    def _global_batch(self) -> int:
+        return (self.batch_size or 1) * self.sampler.world_size
+
     def state_dict(self) -> dict[str, int]:
-        """Number of batches handed out in this epoch."""
-        return {"batches": self._handed_out}
+        """Number of batches handed out in this epoch, and of images, those of all processes together."""
+        return {"batches": self._handed_out, "images": self._handed_out * self._global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next epoch begins behind the batches of `state`."""
-        self._skip = state["batches"]
+        """The next epoch begins behind the images of `state`, which as many processes or as few may have seen.
+
+        Raises:
+            UsageError: that is in the middle of a batch of all processes.
+        """
+        images = state.get("images", state["batches"] * self._global_batch)
+        if images % self._global_batch:
+            now = f"data.batch_size={self.batch_size} in {self.sampler.world_size} processes"
+            raise UsageError(f"resume: the run stopped behind {images} images of an epoch, no whole number of batches of {now}")
+        self._skip = images // self._global_batch

@@ -8,9 +8,20 @@ from dataclasses import dataclass
 from qat.data.checks import check_augmentation, check_mixing, check_normalisation
 from qat.data.transforms import INTERPOLATIONS
 from qat.errors import UsageError
-from qat.spec import check_choice, check_whole
+from qat.spec import check_choice, check_text, check_whole
 
 ON_ERROR = ("raise", "skip")
+# A typing mistake may ask for more processes or pixels than a machine survives.
+HIGHEST_WORKERS, HIGHEST_SIDE = 256, 2**14
+WHOLE = {
+    "image_size": (1, HIGHEST_SIDE),
+    "in_chans": (1,),
+    "num_classes": (1,),
+    "batch_size": (1,),
+    "num_workers": (0, HIGHEST_WORKERS),
+    "calibration_images": (1,),
+    "seed": (0,),
+}
 
 
 @dataclass(frozen=True)
@@ -96,9 +107,13 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         check_choice("data.on_error", self.on_error, ON_ERROR)
-        lowest = {"image_size": 1, "in_chans": 1, "num_classes": 1, "batch_size": 1, "num_workers": 0, "calibration_images": 1}
-        for name, bound in lowest.items():
-            check_whole(f"data.{name}", getattr(self, name), bound)
+        for name, bounds in WHOLE.items():
+            check_whole(f"data.{name}", getattr(self, name), *bounds)
+        for name in ("root", "image_column", "label_column", "model"):
+            if getattr(self, name) is not None:
+                check_text(f"data.{name}", getattr(self, name))
+        if self.patch_size is not None:
+            check_whole("data.patch_size", self.patch_size, 1, HIGHEST_SIDE)
         if not isinstance(self.in_memory, bool):
             raise UsageError(f"data.in_memory={self.in_memory!r}: allowed are true and false")
         self._check_crop()

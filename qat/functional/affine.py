@@ -75,9 +75,11 @@ def fake_quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int
     if not torch.is_grad_enabled():
         # The same steps in one buffer: several times faster, for the search above all.
         return x.float().div(step).add_(zero).round_().clamp_(qmin, qmax).sub_(zero).mul_(step).to(x.dtype)
-    codes = round_ste(x.float() / step + zero)
-    # Not a plain clamp: whether that passes a gradient at its bounds depends on the version of torch.
-    codes = torch.where((codes >= qmin) & (codes <= qmax), codes, codes.detach().clamp(qmin, qmax))
+    u = x.float() / step + zero
+    rounded = u.detach().round()
+    # Not a plain clamp: whether that passes a gradient at its bounds depends on the version of torch. And not of what goes straight
+    # through: where u overflows, that is inf - inf.
+    codes = torch.where((rounded >= qmin) & (rounded <= qmax), round_ste(u), rounded.clamp(qmin, qmax))
     return ((codes - zero) * step).to(x.dtype)
 
 

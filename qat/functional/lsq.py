@@ -47,7 +47,8 @@ class _LSQ(torch.autograd.Function):
         grad_scale = None
         if ctx.needs_input_grad[1]:
             gradient_scale = ctx.grad_factor / math.sqrt(ctx.bounds[1] * group_size(x, ctx.axis))
-            error = g * u.clamp(*ctx.bounds).round() - grad_x * u
+            clamped = u.clamp(*ctx.bounds)  # where u overflows, 0 * inf would be NaN; inside the range they are the same
+            error = g * clamped.round() - grad_x * clamped
             grad_scale = (sum_along(error, ctx.axis) * gradient_scale).to(scale.dtype)
         return grad_x.to(x.dtype), grad_scale, None, None, None
 

@@ -1,15 +1,14 @@
-"""Checkpoints written atomically, read without unpickling anything but plain data."""
+"""Checkpoints written atomically, read without unpickling anything but plain data, and only if they are whole."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from qat.errors import UsageError
-from qat.files import write_torch
+from qat.files import read_torch, write_torch
 
 PREVIOUS = {"last.ckpt": "last.prev.ckpt"}
 
@@ -21,10 +20,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write beside the path, flush to the disk, rename; the `last.ckpt` that is replaced stays as `last.prev.ckpt`."""
         try:
             write_torch(path, checkpoint, previous=PREVIOUS.get(Path(path).name))
-        except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
-            reason = " ".join(str(error).split())
+        except (OSError, RuntimeError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
             raise UsageError(f"{path} cannot be written ({reason}); the checkpoint that was there is intact") from error
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: FBT001  (Lightning's signature)
-        """Read plain data and tensors; `weights_only` is always on."""
-        return torch.load(path, map_location=map_location, weights_only=True)
+        """Read plain data and tensors of a file whose checksums fit; `weights_only` is always on."""
+        try:
+            checkpoint: dict[str, Any] = read_torch(path, map_location=map_location)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read ({error.strerror or error})") from error
+        return checkpoint

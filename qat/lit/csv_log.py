@@ -1,23 +1,116 @@
-"""Lightning's CSV logger, which goes on with the file of a run that is continued."""
+"""`metrics.csv`: Lightning's CSV logger, whose file survives a kill and goes on, row for row, where a checkpoint was written."""
 
 from __future__ import annotations
 
 import csv
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from qat.files import appending, flush, write_text
+
+Row = Mapping[str, Any]
 
 
-def read_rows(path: Path, *, before_step: int) -> list[dict[str, str]]:
-    """Rows of a metrics file that were written before an optimizer step; none if there is no file."""
+class CSVLog(CSVLogger):
+    """Lightning's logger; rows are appended, and a file that has to be written anew is replaced whole.
+
+    A checkpoint says how many rows there were when it was written, and which was under way: `mark` and `go_back`.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """The writer of the file."""
+        if self._experiment is None:
+            self._experiment = _Writer(self.log_dir)
+        return self._experiment  # type: ignore[return-value]
+
+    @rank_zero_only
+    def mark(self) -> int:
+        """How many rows there are; they are on the disk when this returns."""
+        writer: _Writer = self.experiment
+        writer.save()
+        if writer.count:
+            flush(writer.path)
+        return writer.count
+
+    @rank_zero_only
+    def go_back(self, rows: int, coming: Row) -> None:
+        """Leave the first rows and the one that came next, if any; what was written behind them is written again."""
+        writer: _Writer = self.experiment
+        writer.replace([*read_rows(writer.path)[:rows], *([coming] if coming else [])])
+
+
+class _Writer(ExperimentWriter):
+    """Writes to the end of the file; replaces it at the start, and where there is a new column.
+
+    Attributes:
+        count: rows in the file.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.count = 0
+        self._begun = False
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(self.metrics_file_path)
+
+    def _check_log_dir_exists(self) -> None:
+        """Lightning would delete the rows of a run that is to go on."""
+
+    def save(self) -> None:
+        """Write the rows since the last time."""
+        if not self.metrics:
+            return
+        new, self.metrics = self.metrics, []
+        if self._record_new_rows(new) or not self._begun:
+            self.replace([*(read_rows(self.path) if self._begun else []), *new])
+            return
+        with appending(self.path) as file:
+            file.write(_text(new, self.metrics_keys))
+        self.count += len(new)
+
+    def replace(self, rows: Sequence[Row]) -> None:
+        """Write the whole file."""
+        self._record_new_rows(rows)
+        header = io.StringIO(newline="")
+        csv.DictWriter(header, self.metrics_keys).writeheader()
+        write_text(self.path, header.getvalue() + _text(rows, self.metrics_keys))
+        self.count, self._begun = len(rows), True
+
+    def _record_new_rows(self, rows: Sequence[Row]) -> set[str]:
+        new = set().union(*rows) - set(self.metrics_keys)
+        self.metrics_keys = sorted([*self.metrics_keys, *new])
+        return new
+
+
+def _text(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns).writerows(rows)
+    return text.getvalue()
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a metrics file without their empty cells; none if there is no file. Half a row, as a kill leaves it, is none."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if int(row["step"]) < before_step]
+        whole = [line for line in file if line.endswith("\n")]
+    return [{key: value for key, value in row.items() if value} for row in csv.DictReader(whole)]
 
 
 def continue_csv(logger: CSVLogger, rows: list[dict[str, str]]) -> None:
-    """Put earlier rows in front of what the logger will write. Its own start deletes the file of an earlier run.
+    """Put earlier rows in front of what the logger will write.
 
     Args:
         logger: a fresh logger.
@@ -26,5 +119,5 @@ def continue_csv(logger: CSVLogger, rows: list[dict[str, str]]) -> None:
     if not rows:
         return
     writer = logger.experiment
-    writer.metrics = [{key: value for key, value in row.items() if value} for row in rows]
+    writer.metrics = list(rows)
     writer.save()

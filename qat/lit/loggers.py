@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from filelock import FileLock
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from qat.errors import UsageError
+from qat.spec import check_text
 
 # They report to their makers by default, and MLflow that it makes tables; who wants that sets the variable.
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "MLFLOW_LOGGING_LEVEL": "WARNING"}
@@ -26,9 +28,13 @@ def tensorboard(run_dir: str, **options: Any) -> TensorBoardLogger:
         options: for `TensorBoardLogger`.
 
     Raises:
-        UsageError: TensorBoard is not installed.
+        UsageError: TensorBoard is not installed, or a setting cannot work.
     """
+    check_text("logger.tensorboard.run_dir", run_dir)
     _require("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    _check_options("logger.tensorboard", options, TensorBoardLogger, SummaryWriter)
     return TensorBoardLogger(run_dir, **{"name": "", "version": "", "default_hp_metric": False, **options})
 
 
@@ -41,9 +47,14 @@ def wandb(run_dir: str, *, offline: bool = True, **options: Any) -> WandbLogger:
         options: for `WandbLogger` and `wandb.init`.
 
     Raises:
-        UsageError: W&B is not installed.
+        UsageError: W&B is not installed, or a setting cannot work.
     """
-    _require("wandb")
+    check_text("logger.wandb.run_dir", run_dir)
+    if not isinstance(offline, bool):
+        raise UsageError(f"logger.wandb.offline={offline!r}: allowed are true and false")
+    for name in {"project", "name", "group"} & options.keys():
+        check_text(f"logger.wandb.{name}", options[name])
+    _check_options("logger.wandb", options, WandbLogger, _require("wandb").init)
     run = Path(run_dir).absolute()
     # The jobs of a multirun share a process, not a run; train.log has the terminal's lines.
     settings = {"reinit": "create_new", "console": "off", "silent": offline, **options.pop("settings", {})}
@@ -60,8 +71,11 @@ def mlflow(run_dir: str, *, store: str | None = None, tracking_uri: str | None =
         options: for `MLFlowLogger`.
 
     Raises:
-        UsageError: MLflow is not installed.
+        UsageError: MLflow is not installed, or a setting cannot work.
     """
+    for name, value in {"run_dir": run_dir, "store": run_dir if store is None else store, "tracking_uri": tracking_uri}.items():
+        if name != "tracking_uri" or value is not None:
+            check_text(f"logger.mlflow.{name}", value)
     _require("mlflow")
     run, folder = Path(run_dir).absolute(), Path(store or run_dir).absolute()
     local = {"tracking_uri": f"sqlite:///{folder}/mlflow.db", "artifact_location": str(folder / "artifacts")}
@@ -90,7 +104,15 @@ def close(loggers: Iterable[Logger]) -> None:
             logger.experiment.finish()
 
 
-def _require(package: str) -> None:
+def _check_options(setting: str, options: Mapping[str, Any], *takers: Callable[..., Any]) -> None:
+    """Raise `UsageError` for an option that none of these takes: the packages say so only at the first step."""
+    known = {name for taker in takers for name in inspect.signature(taker).parameters}
+    for name in options:
+        if name not in known:
+            raise UsageError(f"{setting}.{name} is none of them: the settings are {', '.join(sorted(known))}")
+
+
+def _require(package: str) -> Any:
     """Import a package; Lightning would do so only at the first step.
 
     Raises:
@@ -101,6 +123,6 @@ def _require(package: str) -> None:
     # MLflow and its migrations tell every table.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
-        importlib.import_module(package)
+        return importlib.import_module(package)
     except ImportError as error:
         raise UsageError(f"logger={package!r}: cannot import {package} ({error}); install it with: pip install 'qat[loggers]'") from error

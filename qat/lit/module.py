@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -162,12 +163,25 @@ class QATModule(LightningModule):
         else:
             scheduler.step_update(self.global_step)
 
+    def on_validation_start(self) -> None:
+        """Validate one net, not one a process."""
+        self._average_batch_norms()
+
+    def _average_batch_norms(self) -> None:
+        """Give batch norms the mean of the processes' running statistics, in place."""
+        if self.trainer.world_size > 1 and self.trainer.training:
+            distribute_bn(self.net, self.trainer.world_size, reduce=True)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write what is needed to rebuild the net from the file alone, and the means of an epoch that is under way."""
+        self._average_batch_norms()  # the weights in the file are these tensors
         if self._describe is not None:
             checkpoint[META_KEY] = self._describe
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            checkpoint[MEANS_KEY] = {name: dict(cast(MeanMetric, mean).metric_state) for name, mean in self.train_means.items()}
+            states = {name: cast(MeanMetric, mean).metric_state for name, mean in self.train_means.items()}
+            checkpoint[MEANS_KEY] = {
+                name: {key: self._of_all(cast(Tensor, value)) for key, value in state.items()} for name, state in states.items()
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the means of the epoch that was under way.
@@ -180,7 +194,17 @@ class QATModule(LightningModule):
             raise UsageError("resume: the run averages its weights; go on with callbacks=[default,ema], or start from them with ckpt=PATH")
         for name, state in checkpoint.get(MEANS_KEY, {}).items():
             for key, value in state.items():
-                setattr(self.train_means[name], key, value.to(self.device))
+                setattr(self.train_means[name], key, self._of_this(value.to(self.device)))
+
+    def _of_all(self, value: Tensor) -> Tensor:
+        """A process's share of a sum, (), from all processes: (processes,)."""
+        return cast(Tensor, self.all_gather(value)).reshape(self.trainer.world_size, *value.shape)
+
+    def _of_this(self, shares: Tensor) -> Tensor:
+        """This process's share, as it was; where another number of processes goes on, the first has the sum."""
+        if len(shares) == self.trainer.world_size:
+            return shares[self.global_rank].clone()
+        return shares.sum(0) if self.global_rank == 0 else torch.zeros_like(shares[0])
 
 
 def set_grad_factor(quantizer: nn.Module, factor: float) -> None:

@@ -141,13 +141,25 @@ def build_optimizer(
     if not isinstance(opt, str) or opt.lower() not in timm.optim.list_optimizers():
         near = difflib.get_close_matches(str(opt).lower(), map(str, timm.optim.list_optimizers()), n=4)
         raise UsageError(f"optimizer.opt={opt!r}: timm has no such optimizer; near are {', '.join(near or ['adamw', 'sgd'])}")
+    _check_options(options)
     groups = parameter_groups(net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor, layer_decay=layer_decay)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
     try:
         return timm.optim.create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, **options)
-    except (TypeError, ValueError, KeyError, AssertionError) as error:
+    except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as error:
         raise UsageError(f"optimizer.opt={opt!r} does not take {options} ({error})") from error
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raise `UsageError` on a number that no optimizer can use; torch takes some of them, and trains to NaN."""
+    for name, value in options.items():
+        if name == "eps":
+            check_number("optimizer.eps", value, 0, above=True, below=1)
+        elif name == "momentum":
+            check_number("optimizer.momentum", value, 0, below=1)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"optimizer.{name}={value!r}: allowed are finite numbers")
 
 
 def cosine_schedule(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from qat.checkpoint import build_from, read_checkpoint
 from qat.errors import UsageError
+from qat.files import read_torch
 from qat.lit.optim import parameter_groups
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
@@ -27,7 +27,7 @@ def read_optimizer_state(path: str) -> State:
     """
     setting = f"ckpt_optimizer=true: ckpt={str(path)!r}"
     checkpoint = read_checkpoint(path)
-    content = torch.load(Path(path), map_location="cpu", weights_only=True) if checkpoint.meta is not None else {}
+    content = read_torch(path) if checkpoint.meta is not None else {}
     stored = content.get("optimizer_states") or []
     if len(stored) != 1 or not stored[0].get("state"):
         raise UsageError(f"{setting} holds no optimizer state; last.ckpt and best.ckpt of a training run do")

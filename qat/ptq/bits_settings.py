@@ -9,7 +9,7 @@ from typing import Any
 from qat.errors import UsageError
 from qat.functional.infonce import FITNESSES, TEMPERATURE
 from qat.ptq.settings import SearchSettings
-from qat.spec import check_bits, check_choice, check_number, check_whole
+from qat.spec import check_bits, check_choice, check_globs, check_number, check_whole
 
 METHOD = "bits"
 CHOICES = (2, 3, 4, 6, 8)
@@ -74,11 +74,7 @@ class BitsSettings:
         check_number("search.cache_gib", self.cache_gib, 0)
         self._check_budget()
         self._check_choices()
-        if isinstance(self.targets, str):
-            object.__setattr__(self, "targets", (self.targets,))
-        if not self.targets or not all(isinstance(pattern, str) for pattern in self.targets):
-            raise UsageError(f"search.targets={self.targets!r}: allowed is a list of globs such as blocks.*.mlp.*")
-        object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "targets", check_globs("search.targets", self.targets, "blocks.*.mlp.*"))
 
     def _check_budget(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
@@ -93,6 +89,8 @@ class BitsSettings:
         for bits in self.choices:
             check_bits("search.choices", bits)
         object.__setattr__(self, "choices", tuple(sorted(set(self.choices))))
+        if self.average_bits is not None:
+            check_number("search.average_bits", self.average_bits, self.choices[0])
 
     @property
     def budget(self) -> str:

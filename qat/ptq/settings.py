@@ -9,7 +9,7 @@ from typing import Any
 from qat.errors import UsageError
 from qat.functional.evolution import POPULATION, TOURNAMENT
 from qat.functional.infonce import FITNESSES, TEMPERATURE
-from qat.spec import check_choice, check_number, check_whole
+from qat.spec import check_choice, check_globs, check_number, check_whole
 
 METHODS = ("evolution", "random", "adam", "sgd")
 GRADIENT_METHODS = ("adam", "sgd")
@@ -85,10 +85,7 @@ class SearchSettings:
             raise UsageError(f"search.cycles={self.cycles}: {self.method} allows whole numbers from {GRADIENT_STEP_CYCLES}")
 
     def _check_targets(self) -> None:
-        found = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets or ())
-        if not found or not all(isinstance(pattern, str) for pattern in found):
-            raise UsageError(f"search.targets={self.targets!r}: allowed is a list of globs such as attn.qkv.weight")
-        object.__setattr__(self, "targets", found)
+        object.__setattr__(self, "targets", check_globs("search.targets", self.targets, "attn.qkv.weight"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `SearchSettings(**d)` gives it back."""

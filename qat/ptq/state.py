@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.files import write_text, write_torch
+from qat.files import appending, flush, read_torch, remove_unfinished, write_text, write_torch
 
 STATE, LOG = "search.ckpt", "search.csv"
 COLUMNS = ("pass", "block", "cycle", "fitness", "accepted", "seconds", "images")
@@ -79,6 +79,7 @@ class SearchFiles:
 
     def __init__(self, folder: Path, settings: Settings, inputs: str, state: type = SearchState, columns: Sequence[str] = COLUMNS) -> None:
         self.state_file, self.log_file = folder / STATE, folder / LOG
+        remove_unfinished([folder])
         self.settings, self.inputs, self.state, self.columns = settings, inputs, state, columns
 
     def write(self, state: Any) -> None:
@@ -95,7 +96,7 @@ class SearchFiles:
             return None
         unreadable = f"resume: {self.state_file} cannot be read; delete it to search from the start"
         try:
-            content = torch.load(self.state_file, map_location="cpu", weights_only=True)
+            content = read_torch(self.state_file)
             settings, inputs = content.pop("settings"), content.pop("inputs")
         except Exception as error:
             raise UsageError(unreadable) from error
@@ -116,5 +117,6 @@ class SearchFiles:
 
     def log(self, lines: Sequence[Sequence[Any]]) -> None:
         """Append lines."""
-        with self.log_file.open("a", encoding="utf-8") as file:
+        with appending(self.log_file) as file:
             file.writelines(",".join(str(value) for value in line) + "\n" for line in lines)
+        flush(self.log_file)

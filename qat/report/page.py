@@ -38,19 +38,31 @@ def write_report(folder: Path, origin: Origin) -> Path:
 def page(run: RunFiles) -> str:
     """The text of the page."""
     parts = [(ident, name, content) for ident, name, content in _parts(run) if content]
-    title = f"{TITLES.get(run.command, 'Run')}: {_subject(run)}"
+    return document(TITLES.get(run.command, "Run"), _subject(run), _lead(run), parts, str(run.folder))
+
+
+def document(kind: str, subject: str, lead: str, parts: list[tuple[str, str, Html]], source: str) -> str:
+    """A whole page.
+
+    Args:
+        kind: of what it is about: Training, Sweep.
+        subject: its heading.
+        lead: one sentence below that.
+        parts: id, title and content of each.
+        source: directory of the files that it was made from.
+    """
     links = [element("li", element("a", name, href=f"#{ident}")) for ident, name, _ in parts]
     body = [
         element("a", "Skip to the content", href="#main", class_="skip"),
         element(
             "header",
-            element("p", f"qat · {TITLES.get(run.command, 'Run')}", class_="kicker"),
-            element("h1", _subject(run)),
-            element("p", _lead(run), class_="lead"),
+            element("p", f"qat · {kind}", class_="kicker"),
+            element("h1", subject),
+            element("p", lead, class_="lead"),
         ),
         element("nav", element("ul", *links), aria_label="Parts of this page"),
         element("main", *(_section(ident, name, content) for ident, name, content in parts), id="main", tabindex="-1"),
-        element("footer", element("p", f"Made by qat from the files in {run.folder}. Nothing on this page is fetched from elsewhere.")),
+        element("footer", element("p", f"Made by qat from the files in {source}. Nothing on this page is fetched from elsewhere.")),
         element("div", id="said", class_="unseen", role="status", aria_live="polite"),
     ]
     script = Html(_asset("script.js"))
@@ -59,7 +71,7 @@ def page(run: RunFiles) -> str:
         element("meta", name_="viewport", content_="width=device-width, initial-scale=1"),
         element("meta", http_equiv="Content-Security-Policy", content_=_policy(script)),
         element("meta", name_="color-scheme", content_="light dark"),
-        element("title", title),
+        element("title", f"{kind}: {subject}"),
         element("link", rel="icon", href="data:,"),
         element("style", Html(_asset("style.css"))),
     ]

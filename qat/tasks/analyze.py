@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 from lightning.pytorch import seed_everything
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from qat.analysis import Analysis, ImageSet, Ledger, Outcome, Point, Row, StudiedNet, measure, write_outcome
 from qat.analysis.images import gathered
@@ -27,6 +26,7 @@ from qat.tasks.predict import Subject
 from qat.tasks.repeat import CONF, recorded
 from qat.tasks.report import remake, remember, report_run
 from qat.tasks.results import recipe_fields, write_results
+from qat.tasks.sweep import gather_sweep
 
 log = logging.getLogger(__name__)
 INTERRUPTED = 130  # what a shell says of a command ended by Ctrl-C
@@ -49,7 +49,7 @@ class Study:
 
 
 def analyze(cfg: DictConfig) -> None:
-    """Analyse one net or several, or make the report of a run anew (`run=DIR`).
+    """Analyse one net or several, make the report of a run anew (`run=DIR`), or gather a sweep (`sweep=DIR`).
 
     Args:
         cfg: composed from `conf/analyze.yaml`; `cfg.run_dir` is the job's directory.
@@ -57,6 +57,10 @@ def analyze(cfg: DictConfig) -> None:
     Raises:
         UsageError: a setting, path or file cannot work.
     """
+    if cfg.sweep is not None:
+        check_flag("report", cfg.report)
+        gather_sweep(cfg)
+        return
     if cfg.run is not None:
         check_flag("report", cfg.report)
         remake(cfg)
@@ -94,8 +98,11 @@ def build_analysis(cfg: DictConfig) -> Analysis:
     settings = build.plain(cfg.get("analysis"))
     if settings is None:
         choices = ", ".join(sorted(path.stem for path in (CONF / "analysis").glob("[!_]*.yaml")))
-        raise UsageError(f"analysis is not set: allowed are {choices}; or run=DIR to make the report of a run anew")
-    kind = hydra.utils.get_class(settings.pop("_target_"))
+        raise UsageError(
+            f"analysis is not set: allowed are {choices}; or run=DIR to make the report of a run anew; sweep=DIR to gather one"
+        )
+    target = settings.pop("_target_", None) if isinstance(settings, dict) else None
+    kind = _analysis_class(target)
     # `points` of a landscape is also what every analysis calls its evaluations.
     names = {field.metadata.get("setting", field.name): field.name for field in dataclasses.fields(kind)}
     for key in settings:
@@ -105,7 +112,16 @@ def build_analysis(cfg: DictConfig) -> Analysis:
     return made
 
 
+def _analysis_class(target: object) -> Any:
+    kind = build.located(target)
+    if not (isinstance(kind, type) and issubclass(kind, Analysis) and dataclasses.is_dataclass(kind)):
+        raise UsageError(f"analysis._target_={target!r}: allowed are subclasses of qat.analysis.Analysis")
+    return kind
+
+
 def _build(cfg: DictConfig) -> Study:
+    if cfg.ckpt is not None and not (isinstance(cfg.ckpt, str) or OmegaConf.is_list(cfg.ckpt)):
+        raise UsageError(f"ckpt={cfg.ckpt!r}: allowed are a path and a list of paths")
     paths = [cfg.ckpt] if cfg.ckpt is None or isinstance(cfg.ckpt, str) else list(cfg.ckpt)
     single = [_with_ckpt(cfg, path) for path in paths or [None]]
     for one in single:
@@ -144,7 +160,7 @@ def _with_ckpt(cfg: DictConfig, path: str | None) -> DictConfig:
 
 def _images(cfg: DictConfig, subject: Subject, analysis: Analysis, device: Any) -> ImageSet:
     data = subject.data
-    split: str = cfg.split or (data.evaluation_split if analysis.split == "test" else str(analysis.split))
+    split: str = cfg.split if cfg.split is not None else (data.evaluation_split if analysis.split == "test" else str(analysis.split))
     check_choice("split", split, SPLITS)
     settings = data.settings
     return gathered(data.sample(split, cfg.images), device, split, settings.mean, settings.std)
@@ -168,6 +184,8 @@ def _check_alike(subjects: Sequence[Subject], paths: Sequence[str]) -> None:
 def _labels(cfg: DictConfig, paths: Sequence[str]) -> list[str]:
     """Those given, else the shortest ends of the paths that differ."""
     if cfg.labels is not None:
+        if not OmegaConf.is_list(cfg.labels):
+            raise UsageError(f"labels={cfg.labels!r}: allowed is a list, as many as there are checkpoints ({len(paths)}), all different")
         labels = [str(label) for label in cfg.labels]
         if len(labels) != len(paths) or len(set(labels)) < len(labels):
             raise UsageError(f"labels={labels}: allowed are as many as there are checkpoints ({len(paths)}), all different")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import pydoc
 from typing import Any
 
 import hydra.utils
@@ -19,13 +20,16 @@ from qat.errors import UsageError
 from qat.interop import OfqNet, is_ofq, net_from_ofq
 from qat.losses import CompositeLoss
 from qat.scales import assert_ready, initialize_scales
-from qat.spec import QuantRecipe, check_choice
+from qat.signature import check_arguments
+from qat.spec import QuantRecipe
 from qat.start import Start, from_checkpoint, from_net, from_pretrained, from_scratch, from_weights
 from qat.transfer import copy_scales, forget_attention_weights
 
 log = logging.getLogger(__name__)
 
-INITS = ("full", "reference")
+CALIBRATION_BATCH = 1024  # at most: it has to fit one device
+REGULARIZERS = ("kure", "grad_l1")  # a loss of one's own may leave them out, and their settings stand
+LOSS_KEYS = ("terms", "regularizers", "teacher_head", "label_smoothing")
 
 
 def plain(cfg: Any) -> Any:
@@ -41,12 +45,25 @@ def instantiate(node: DictConfig, setting: str) -> Any:
     """
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UsageError(f"{setting}={plain(node)!r}: allowed is what makes an object: {setting}._target_=package.module.Class")
+    arguments = {key: value for key, value in plain(node).items() if not str(key).startswith("_")}
+    made_by = located(node["_target_"])
+    if made_by is not None:
+        check_arguments(setting, made_by, arguments, lowest=-1)
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UsageError):
             raise error.__cause__ from error
-        raise UsageError(f"{setting}._target_={node.get('_target_')!r}: {' '.join(str(error.__cause__ or error).split())}") from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UsageError(f"{setting}._target_={node.get('_target_')!r}: {reason} (with {arguments})") from error
+
+
+def located(target: object) -> Any:
+    """The class or function of a dotted name, None where it is not one; Hydra's own search would log an error of its own."""
+    try:
+        return pydoc.locate(target) if isinstance(target, str) else None
+    except pydoc.ErrorDuringImport:
+        return None
 
 
 def build_data(cfg: DictConfig) -> ImageData:
@@ -82,7 +99,8 @@ def model_args(cfg: DictConfig) -> dict[str, Any]:
     """
     args = {k: v for k, v in plain(cfg.model.args).items() if v is not None}
     for name in ("num_classes", "in_chans"):
-        if name in args and args[name] != cfg.data[name]:
+        args.setdefault(name, cfg.data[name])  # not timm's own defaults: the data are given
+        if args[name] != cfg.data[name] or isinstance(args[name], bool):
             raise UsageError(f"model.args.{name}={args[name]!r}: the data have {cfg.data[name]}; set data.{name} if that is wrong")
     return args
 
@@ -93,7 +111,8 @@ def import_modules(cfg: DictConfig) -> None:
     Raises:
         UsageError: one of them cannot be imported.
     """
-    names = plain(OmegaConf.select(cfg, "model.imports")) or []
+    names = plain(OmegaConf.select(cfg, "model.imports"))
+    names = [] if names is None else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"model.imports={names!r}: allowed is a list of Python modules, [package.module]")
     for name in names:
@@ -148,7 +167,7 @@ def build_resumed(checkpoint: Checkpoint) -> Start:
     return Start(build_from(checkpoint).train(), [f"step {checkpoint.step} of this run ({checkpoint.path.name})"])
 
 
-def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str = "full") -> list[str]:
+def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str = "full", processes: int = 1) -> list[str]:
     """Convert the net in place and fill its scales: copied where the start has them, else from data.
 
     Args:
@@ -156,11 +175,12 @@ def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str = 
         recipe: what to do to it.
         data: where calibration images come from.
         init: `full` keeps all weights; `reference` loses those that the paper's code loses, and invents the biases that it invents.
+        processes: of the run. Each fills the scales from the same images, in batches as large as those of all processes together: scales
+            are equal in all of them, and those of a single process with that batch size.
 
     Returns:
         What a person should be told, a line each.
     """
-    check_choice("model.init", init, INITS)
     as_there = init == "reference" and recipe.name != "fp"
     lost = invent_biases(start.net) if as_there else []
     convert(start.net, recipe, input_size=data.input_size)
@@ -168,12 +188,12 @@ def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str = 
         return []
     lost += forget_attention_weights(start.net) if as_there else []
     notes = [f"drawn anew, as in the paper's code: {', '.join(lost)}"] if lost else []
-    return notes + _fill_scales(start, data)
+    return notes + _fill_scales(start, data, min(data.settings.batch_size * processes, CALIBRATION_BATCH))
 
 
-def _fill_scales(start: Start, data: ImageData) -> list[str]:
+def _fill_scales(start: Start, data: ImageData, batch_size: int) -> list[str]:
     copied, missing = ([], []) if start.source is None else copy_scales(start.source, start.net)
-    batches = data.calibration_batches()
+    batches = data.calibration_batches(batch_size)
     initialize_scales(start.net, batches)
     assert_ready(start.net)
     images = sum(len(batch) for batch in batches)
@@ -185,7 +205,16 @@ def _fill_scales(start: Start, data: ImageData) -> list[str]:
 
 
 def build_loss(cfg: DictConfig) -> CompositeLoss:
-    """The terms of `cfg.loss`, and those of its regularizers whose weight is not 0: what is off costs a step nothing."""
+    """The terms of `cfg.loss`, and those of its regularizers whose weight is not 0: what is off costs a step nothing.
+
+    Raises:
+        UsageError: a term cannot be made, or a setting is read by none.
+    """
+    text = OmegaConf.to_yaml(cfg.loss)
+    regularizers = tuple(cfg.loss.get("regularizers") or REGULARIZERS)
+    for key in cfg.loss:
+        if key not in LOSS_KEYS and not key.startswith(regularizers) and f"loss.{key}}}" not in text:
+            raise UsageError(f"loss.{key}: none of loss.terms and loss.regularizers reads it")
     terms = {name: instantiate(term, f"loss.terms.{name}") for name, term in cfg.loss.terms.items()}
     added = {name: instantiate(term, f"loss.regularizers.{name}") for name, term in (cfg.loss.get("regularizers") or {}).items()}
     return CompositeLoss(terms | {name: term for name, term in added.items() if getattr(term, "weight", None) != 0})

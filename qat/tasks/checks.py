@@ -2,28 +2,70 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
+from qat.checkpoint import FORMATS
+from qat.conversion import check_input
 from qat.data import ImageData
 from qat.errors import UsageError
-from qat.spec import check_number, check_whole
+from qat.spec import HIGHEST_WHOLE, check_bits, check_choice, check_number, check_whole
 from qat.tasks.cli import PATHS
+from qat.tasks.ranks import HIGHEST_COUNT
 
-FLAGS = ("overwrite", "ckpt_optimizer", "compile", "model.pretrained", "model.reset_head", "teacher.pretrained", "report")
+FLAGS = (
+    "overwrite",
+    "ckpt_optimizer",
+    "compile",
+    "model.pretrained",
+    "model.reset_head",
+    "model.grad_checkpointing",
+    "teacher.pretrained",
+    "report",
+)
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
 HIGHEST_SEED = 2**32 - 1  # numpy's
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
+GROUPS = (
+    "model",
+    "model.args",
+    "data",
+    "trainer",
+    "quant",
+    "ptq",
+    "loss",
+    "optimizer",
+    "scheduler",
+    "teacher",
+    "checkpoint",
+    "loss.terms",
+    "loss.regularizers",
+)
+INITS = ("full", "reference")
+OPTIONAL_GROUPS = ("callbacks", "logger", "search", "analysis")
+MISSING = object()
+COMMANDS = ("train", "eval", "ptq", "analyze")
 SPLITS = ("train", "val", "test")
+KEYS = {
+    "model": ("name", "pretrained", "weights", "reset_head", "imports", "init", "grad_checkpointing", "args"),
+    "teacher": ("model", "ckpt", "pretrained"),
+    "checkpoint": ("every_n_steps",),
+}
 
 
 def check_settings(cfg: DictConfig) -> None:
     """Raise `UsageError` on the first of the settings of a command that cannot work."""
+    _check_groups(cfg)
+    check_choice("command", cfg.command, COMMANDS)
     check_whole("seed", cfg.seed, 0)
     if cfg.seed > HIGHEST_SEED:
         raise UsageError(f"seed={cfg.seed}: allowed are whole numbers from 0 to {HIGHEST_SEED}")
@@ -31,7 +73,42 @@ def check_settings(cfg: DictConfig) -> None:
         check_flag(name, OmegaConf.select(cfg, name, default=False))
     for name in PATHS:
         check_path(name, OmegaConf.select(cfg, name))
+    _check_keys_of_groups(cfg)
+    _check_file_settings(cfg)
     check_trainer(cfg.trainer)
+
+
+def _check_groups(cfg: DictConfig) -> None:
+    for name in GROUPS + OPTIONAL_GROUPS:
+        value = OmegaConf.select(cfg, name, default=MISSING)
+        if value is not MISSING and not OmegaConf.is_dict(value) and not (value is None and name in OPTIONAL_GROUPS):
+            raise UsageError(f"{name}={value!r}: allowed is a group of settings")
+
+
+def _check_keys_of_groups(cfg: DictConfig) -> None:
+    """Settings that no command reads would be passed over in silence: `model.pretrainde=true`."""
+    for group, keys in KEYS.items():
+        settings = OmegaConf.select(cfg, group) or {}
+        text = OmegaConf.to_yaml(settings)
+        for key in settings:
+            if key not in keys and f"{group}.{key}}}" not in text:  # others of the group may be made of it
+                raise UsageError(f"{group}.{key} is none of them: the settings are {', '.join(keys)}")
+
+
+def _check_file_settings(cfg: DictConfig) -> None:
+    """What is read only beside a file, and would be passed over without one."""
+    check_choice("ckpt_format", OmegaConf.select(cfg, "ckpt_format", default="auto"), FORMATS)
+    for name in ("ckpt_bits", "ckpt_act_bits"):
+        bits = OmegaConf.select(cfg, name)
+        if bits is not None:
+            check_bits(name, bits)
+            if not OmegaConf.select(cfg, "ckpt"):
+                raise UsageError(f"{name}={bits!r}: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE")
+    check_choice("model.init", OmegaConf.select(cfg, "model.init", default=INITS[0]), INITS)
+    for name in ("model.name", "teacher.model"):
+        value = OmegaConf.select(cfg, name)
+        if value is not None and not isinstance(value, str):
+            raise UsageError(f"{name}={value!r}: allowed is the name of a timm model")
 
 
 def check_flag(setting: str, value: object) -> None:
@@ -41,9 +118,13 @@ def check_flag(setting: str, value: object) -> None:
 
 
 def check_path(setting: str, value: object) -> None:
-    """Raise `UsageError` unless `value` is text or None."""
-    if value is not None and not isinstance(value, str):
-        raise UsageError(f"{setting}={value!r}: allowed is a path")
+    """Raise `UsageError` unless `value` is a text that can be a path, or None: an empty one is a variable of a shell that is not set."""
+    if value is not None and not (isinstance(value, str) and value and "\0" not in value):
+        raise UsageError(f"{setting}={value!r}: allowed is a path{'' if value else '; null = none'}")
+    try:
+        Path(value or ".").exists()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise UsageError(f"{setting}={value!r}: cannot be looked at ({error.strerror})") from error
 
 
 def check_keys(setting: str, settings: Mapping[str, Any], keys: tuple[str, ...]) -> None:
@@ -58,8 +139,26 @@ def check_callback(name: str, callback: object) -> None:
     if not isinstance(callback, Callback):
         raise UsageError(f"callbacks.{name}: {type(callback).__name__} is not a subclass of lightning.pytorch.Callback")
     monitor = getattr(callback, "monitor", None)
-    if isinstance(monitor, str) and monitor.startswith("val") and monitor not in VAL_METRICS:
+    if isinstance(monitor, str) and (monitor.startswith("val") or "/" not in monitor) and monitor not in VAL_METRICS:
         raise UsageError(f"callbacks.{name}.monitor={monitor!r}: allowed of the validation are {', '.join(VAL_METRICS)}")
+
+
+def check_averaging(name: str, settings: Mapping[str, Any], callback: object) -> None:
+    """Raise `UsageError` for a setting of averaged weights that torch would refuse at the first step."""
+    if not isinstance(callback, WeightAveraging):
+        return
+    known = {*inspect.signature(type(callback)).parameters, *inspect.signature(AveragedModel).parameters}
+    for key in settings:
+        if key not in known and not str(key).startswith("_"):
+            raise UsageError(f"callbacks.{name}.{key} is none of them: the settings are {', '.join(sorted(known))}")
+
+
+def check_classifier(net: nn.Module, data: ImageData) -> None:
+    """Raise `UsageError` unless images of the data pass through the net, and it gives a number for each class."""
+    shape = check_input(net, data.input_size)
+    if shape is not None and len(shape) != 2:
+        sizes = f"(1, {', '.join(map(str, shape[1:]))})"
+        raise UsageError(f"model.args.global_pool: the net gives {sizes} for an image; a classifier gives (1, classes)")
 
 
 def check_patches(net: nn.Module, data: ImageData) -> None:
@@ -86,7 +185,7 @@ def _whole_from(lowest: int) -> Callable[[str, object], None]:
 
 def _check_limit(setting: str, value: object) -> None:
     """A count of batches or a share of them: 2.0 is neither, and 0 would train or test on nothing."""
-    is_count = isinstance(value, int) and value >= (0 if "val" in setting else 1)
+    is_count = isinstance(value, int) and HIGHEST_WHOLE >= value >= (0 if "val" in setting else 1)
     is_share = isinstance(value, float) and 0 < value <= 1
     if isinstance(value, bool) or not (value is None or is_count or is_share):
         lowest = "0 (off)" if "val" in setting else "1"
@@ -94,7 +193,7 @@ def _check_limit(setting: str, value: object) -> None:
 
 
 def _check_fast_dev_run(setting: str, value: object) -> None:
-    if value is not None and not isinstance(value, bool) and not (isinstance(value, int) and value >= 0):
+    if value is not None and not isinstance(value, bool) and not (isinstance(value, int) and 0 <= value <= HIGHEST_WHOLE):
         raise UsageError(f"{setting}={value!r}: allowed are true, false and a number of batches")
 
 
@@ -109,8 +208,13 @@ def _check_precision(setting: str, value: object) -> None:
 
 
 def _check_devices(setting: str, value: object) -> None:
-    if isinstance(value, bool):
-        raise UsageError(f"{setting}={value!r}: allowed are a number of devices, auto, and a list of indices")
+    if isinstance(value, bool) or (isinstance(value, int) and value > HIGHEST_COUNT):
+        raise UsageError(f"{setting}={value!r}: allowed are a number of devices up to {HIGHEST_COUNT}, auto, and a list of indices")
+
+
+def _check_strategy(setting: str, value: object) -> None:
+    if isinstance(value, list | Mapping):
+        raise UsageError(f"{setting}={value!r}: allowed is the name of one of Lightning's strategies")
 
 
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
@@ -119,7 +223,9 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "gradient_clip_val": _check_clip,
     "precision": _check_precision,
     "devices": _check_devices,
+    "strategy": _check_strategy,
     "fast_dev_run": _check_fast_dev_run,
+    "num_nodes": _whole_from(1),
     "log_every_n_steps": _whole_from(0),
     "num_sanity_val_steps": _whole_from(-1),
     **{f"limit_{split}_batches": _check_limit for split in SPLITS},

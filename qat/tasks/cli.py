@@ -12,6 +12,8 @@ import os
 import re
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -19,23 +21,35 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from qat import preemption
 from qat.errors import UsageError
-from qat.tasks import repeat, resolvers
+from qat.preemption import Preempted
+from qat.tasks import ranks, repeat, resolvers, slurm, sweep
+from qat.tasks.watch import LOST
 
 log = logging.getLogger(__name__)
 _failed_jobs: list[str] = []
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache on a fresh machine
-PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run")
-_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run", "sweep")
+OTHERS_WAIT_S = 3
+# What gloo and NCCL say of it; torch has no common class for them.
+_LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|remote process exited|Broken pipe|failed to recv")
+_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class LostError(UsageError):
+    """Another process of the run has ended, and with it the connection to it."""
 
 
 def _run_name() -> str:
     job = os.environ.get("SLURM_JOB_ID")
-    return f"slurm-{job}" if job else f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
+    return f"slurm-{job}" if job else ranks.agreed("run_name", f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
 
 
 def writable(run_dir: str) -> str:
     """`run_dir` itself. Where it cannot be made the process ends here, with one line: Hydra would end it with a traceback."""
+    if not isinstance(run_dir, str) or not run_dir or "\0" in run_dir:
+        sys.exit(f"error: run_dir={run_dir!r}: allowed is a path")
     path = Path(run_dir).expanduser()
     try:
         if path.exists() and not path.is_dir():
@@ -50,12 +64,33 @@ def writable(run_dir: str) -> str:
 OmegaConf.register_new_resolver("run_name", _run_name, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("writable", writable, replace=True)
 resolvers.register()
+slurm.register()
 repeat.register()
 
 
-def exit_code() -> int:
-    """1 if a job of this process failed."""
+def command(main: Callable[[], None]) -> int:
+    """Do what a script is there for, and say at its end what came of a sweep, however that ended.
+
+    Args:
+        main: the function that Hydra has wrapped.
+
+    Returns:
+        Exit code: 1 if a job failed, here or in another process.
+    """
+    expand_home()
+    missing = sweep.missing_extra(sys.argv[1:])
+    if missing is not None:
+        sys.exit(f"error: {missing}")
+    try:
+        main()
+    finally:
+        sweep.conclude()
     return 1 if _failed_jobs else 0
+
+
+def failed_jobs() -> list[str]:
+    """What went wrong: a message for each job that failed, in this process or as a sweep has heard of it."""
+    return _failed_jobs
 
 
 def run(task: str, cfg: DictConfig) -> float | None:
@@ -72,22 +107,56 @@ def run(task: str, cfg: DictConfig) -> float | None:
         What the task returns: the number a sweep optimises.
     """
     _enter_run_dir(cfg)
-    _expand_homes(cfg)
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    # A process that was started for a job is not the one that goes on with the next job.
+    ends = not multirun or ranks.is_started_here()
     try:
-        if HydraConfig.initialized():
-            repeat.follow(cfg, list(HydraConfig.get().overrides.task))
-        function = getattr(importlib.import_module(f"qat.tasks.{task}"), task)
-        result: float | None = function(cfg)
+        return sweep.reported(_call(task, cfg))
+    except ranks.RankError as error:
+        if error.message is not None:
+            _report(cfg, error.message, None)
+        _failed_jobs.append(str(error))
+        code, ends = error.code, ends or preemption.ends(error.code)
     except Exception as error:
         mistake = _mistake(error)
+        if isinstance(mistake, LostError) and ranks.is_started_here():
+            sys.exit(LOST)
         if _wants_traceback(cfg) or (mistake is None and not multirun):
             raise
         message = str(mistake) if mistake is not None else f"{type(error).__name__}: {error}"
         _report(cfg, message, error if mistake is None else None)
-        if not multirun:
-            sys.exit(1)
-        return math.nan
+        code = 1
+    if ends:
+        sys.exit(code)
+    return sweep.reported(math.nan)
+
+
+def _call(task: str, cfg: DictConfig) -> float | None:
+    """Run the task; a signal to go ends the process, also in the middle of a multirun."""
+    with preemption.listening():
+        try:
+            return _start(task, cfg)
+        except Preempted as stop:
+            sys.exit(slurm.leave(stop, cfg))
+
+
+def _start(task: str, cfg: DictConfig) -> float | None:
+    """Run the task here, or in the processes that it needs."""
+    _expand_homes(cfg)
+    least = 0
+    if HydraConfig.initialized():
+        repeat.follow(cfg, list(HydraConfig.get().overrides.task))
+        least = sweep.begin_job()
+    slurm.continues(cfg)
+    slurm.check_place(cfg)
+    alone = task == "analyze" or cfg.get("predict") is not None  # they refuse several devices themselves
+    count = max(0 if alone else ranks.to_start(cfg), least)
+    if count:
+        return ranks.supervise(task, cfg, count)
+    if not ranks.is_first():
+        logging.getLogger().setLevel(logging.ERROR)
+    function = getattr(importlib.import_module(f"qat.tasks.{task}"), task)
+    result: float | None = function(cfg)
     return result
 
 
@@ -120,11 +189,19 @@ def _mistake(error: BaseException | None) -> UsageError | None:
         if isinstance(error, UsageError):
             return error
         if isinstance(error, OmegaConfBaseException):
-            return UsageError(f"config: {str(error).partition(chr(10))[0]}")
+            return UsageError(f"config: {_of_config(error)}")
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             return UsageError(f"cannot be written: {error.filename} ({error.strerror})")
+        if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+            return LostError(f"another process of this run is gone: {str(error).partition(chr(10))[0]}")
         error = error.__cause__
     return None
+
+
+def _of_config(error: OmegaConfBaseException) -> str:
+    """The first line of what OmegaConf says, and the whole name of the setting where the line has its last part alone."""
+    line, name = str(error).partition("\n")[0], str(error.full_key or "")
+    return f"{line} ({name})" if name not in line else line
 
 
 def _wants_traceback(cfg: DictConfig) -> bool:
@@ -136,7 +213,13 @@ def _report(cfg: DictConfig, message: str, unexpected: BaseException | None) -> 
     from qat.tasks.results import write_results
 
     _failed_jobs.append(message)
-    log.error("error: %s", " ".join(message.split()), exc_info=unexpected)
+    line = " ".join(message.split())
+    if not ranks.is_first():
+        if not ranks.is_started_here():
+            time.sleep(OTHERS_WAIT_S)  # the first process says it if it is its mistake too, and most launchers then end the others
+        log.error("error in process %d: %s", ranks.rank(), line, exc_info=unexpected)
+        return
+    log.error("error: %s", line, exc_info=unexpected)
     # Results that are there belong to an older run: a run that replaces them removes them once it is checked.
     if (Path(cfg.run_dir) / "results.json").exists():
         return

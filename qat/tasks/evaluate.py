@@ -13,7 +13,7 @@ from torch import nn
 
 import qat.data
 from qat.checkpoint import Checkpoint, build_from, classes_of, read_checkpoint
-from qat.conversion import check_input, conversion_of
+from qat.conversion import conversion_of
 from qat.cost import Cost, cost
 from qat.data import ImageData
 from qat.errors import UsageError
@@ -25,8 +25,10 @@ from qat.losses import CompositeLoss, CrossEntropy
 from qat.spec import recipe
 from qat.start import check_finite
 from qat.tasks import build, fit, summary
-from qat.tasks.checks import check_patches, check_settings
+from qat.tasks.checks import check_classifier, check_patches, check_settings
+from qat.tasks.group import meet
 from qat.tasks.predict import Subject, class_names, find_images, predict
+from qat.tasks.ranks import is_first
 from qat.tasks.repeat import recorded
 from qat.tasks.results import measured, recipe_fields, sizes, write_results
 
@@ -51,9 +53,10 @@ def evaluate(cfg: DictConfig) -> float | None:
     build.import_modules(cfg)
     paths = None if cfg.predict is None else find_images(str(cfg.predict))
     subject = build_subject(cfg)
-    if not (Path(cfg.run_dir) / "checkpoints").exists():  # else the config there is that of the training run
+    if is_first() and not (Path(cfg.run_dir) / "checkpoints").exists():  # else the config there is that of the training run
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
+    meet(cfg, trainer)
     data = subject.data
     entries = {
         "model": summary.describe_model(subject.name, subject.net, data),
@@ -185,4 +188,4 @@ def _check_fit(net: nn.Module, data: ImageData) -> None:
             f"data.image_size={data.settings.image_size}: the net is quantized for images of {done.input_size}, got {data.input_size}"
         )
     check_patches(net, data)
-    check_input(net, data.input_size)
+    check_classifier(net, data)

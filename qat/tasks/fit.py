@@ -21,24 +21,31 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qat.callbacks import CGA, LastCheckpoint, StepSeed
+from qat.callbacks import CGA, FaultGuard, LastCheckpoint, StepSeed
 from qat.errors import UsageError
 from qat.lit.checkpoint_io import AtomicCheckpointIO
 from qat.lit.csv_log import continue_csv
 from qat.lit.optim import INTERVALS, build_optimizer, cosine_schedule, scaled_lr
 from qat.lit.optimizer_state import with_optimizer_state
+from qat.lit.parallel import data_parallel
 from qat.spec import check_choice, check_number, check_whole
 from qat.start import Start
 from qat.tasks.build import instantiate, plain
-from qat.tasks.checks import check_callback, check_keys, check_trainer
+from qat.tasks.checks import check_averaging, check_callback, check_keys, check_trainer
+from qat.tasks.ranks import local_count
+from qat.tasks.slurm import environments
 
-# Both repeat what the first lines of a run say already.
+# All repeat what the first lines of a run say already.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 logging.getLogger("timm").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
+warnings.filterwarnings("ignore", message=".*all_gather.*is deprecated")  # likewise
 warnings.filterwarnings("ignore", message=".*does not have many workers")  # small data are in memory
 warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")  # Hydra made it
+warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # so it is when a run goes on
 warnings.filterwarnings("ignore", message="You requested to overfit but enabled .* dataloader shuffling")  # which is what it turns off
+warnings.filterwarnings("ignore", message="The `srun` command is available")  # a login node, or processes that are started here
 warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval")
 
 SCHEDULE = ("interval", "warmup_epochs", "cooldown_epochs", "warmup_lr", "min_lr")
@@ -47,6 +54,9 @@ SCHEDULE = ("interval", "warmup_epochs", "cooldown_epochs", "warmup_lr", "min_lr
 def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
     """A function from a net to its optimizer; tried on one parameter, so that a mistake shows before anything is trained."""
     settings = plain(cfg.optimizer)
+    for name in ("opt", "lr", "weight_decay"):
+        if name not in settings:
+            raise UsageError(f"optimizer.{name} is missing")
     check_number("optimizer.lr", settings.get("lr"), 0, above=True)
     scaling = {name: settings.pop(name) for name in ("lr_base_batch", "lr_batch_rule") if name in settings}
     settings["lr"] = scaled_lr(settings["lr"], global_batch=global_batch(cfg, trainer), **scaling)
@@ -109,11 +119,13 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
             continue
         callback = instantiate(callback_cfg, f"callbacks.{name}")
         check_callback(name, callback)
+        check_averaging(name, callback_cfg, callback)
         if isinstance(callback, ModelCheckpoint | LastCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
         callbacks.append(callback)
-    # Whoever logs the learning rate of a step looks behind the callback that sets it.
-    return sorted(callbacks, key=lambda callback: not isinstance(callback, StepSeed | CGA))
+    # Whoever logs the learning rate of a step looks behind the callback that sets it; whoever looks at the weights behind a step, as
+    # averages do, looks behind the one that takes it back.
+    return sorted(callbacks, key=lambda callback: (not isinstance(callback, StepSeed | CGA), not isinstance(callback, FaultGuard)))
 
 
 def build_loggers(cfg: DictConfig, rows: list[dict[str, str]] | None = None) -> list[Logger]:
@@ -138,13 +150,15 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         for key, value in cfg.trainer.items()
     }
     check_trainer(settings)
+    if settings.get("strategy", "auto") in {"auto", "ddp"} and local_count(settings) * settings.get("num_nodes", 1) > 1:
+        settings = {**settings, "strategy": data_parallel()}
     monitors = [c for c in callbacks if loggers or type(c).__name__ not in {"LearningRateMonitor", "Throughput"}]
     try:
         return Trainer(
             **settings,
             callbacks=monitors,
             logger=loggers or False,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), *environments()],
             default_root_dir=cfg.run_dir,
             use_distributed_sampler=False,
             enable_model_summary=False,

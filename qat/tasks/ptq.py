@@ -32,12 +32,14 @@ from qat.spec import recipe as preset
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, measure, origin
+from qat.tasks.group import meet
 from qat.tasks.kept import build_target_net, check_start, is_kept
 from qat.tasks.predict import Subject
+from qat.tasks.ranks import is_first
 from qat.tasks.repeat import recorded
 from qat.tasks.report import remember, report_run, studied
 from qat.tasks.results import recipe_fields, write_results
-from qat.tasks.search import build_search, run_search
+from qat.tasks.search import build_search, check_targets, run_search
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +86,11 @@ def ptq(cfg: DictConfig) -> float:
     began = time.monotonic()
     run = _build(cfg)
     subject, net = run.quantized, run.quantized.net
-    write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
-    remember(cfg)
-    _announce(cfg, run)
+    meet(cfg, run.trainer)
+    if is_first():
+        write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
+        remember(cfg)
+        _announce(cfg, run)
     top1_fp = _measure_float(run)
     figures = _measure_start(run)
     net.to(run.trainer.strategy.root_device)
@@ -158,6 +162,7 @@ def _build(cfg: DictConfig) -> Run:
     if recipe is not None:
         net = convert(copy.deepcopy(subject.net), recipe, input_size=subject.data.input_size)
         quantized = dataclasses.replace(subject, net=net, recipe=recipe)
+    check_targets(search, quantized.net)
     (Path(cfg.run_dir) / FILE).unlink(missing_ok=True)
     return Run(subject, quantized, search, batches, trainer, teacher)
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from qat.cost import Cost
 from qat.files import write_text
 from qat.spec import QuantRecipe
+from qat.tasks.ranks import is_first
 
 KEYS = (
     "command",
@@ -43,7 +45,7 @@ PACKAGES = ("qat", "torch", "timm", "lightning")
 
 
 def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
-    """Write `results.json` into the run directory, atomically.
+    """Write `results.json` into the run directory, atomically; the first process of a run does.
 
     Args:
         cfg: the job's config; gives command, model, quant, data and seed unless `values` do.
@@ -54,10 +56,10 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
     """
     known: dict[str, Any] = {
         "command": cfg.get("command"),
-        "model": OmegaConf.select(cfg, "model.name"),
-        "quant": OmegaConf.select(cfg, "quant.name"),
+        "model": _selected(cfg, "model.name"),
+        "quant": _selected(cfg, "quant.name"),
         "recipe": None,
-        "data": str(OmegaConf.select(cfg, "data._target_") or "").rpartition(".")[2].lower() or None,
+        "data": str(_selected(cfg, "data._target_") or "").rpartition(".")[2].lower() or None,
         "seed": cfg.get("seed"),
         "device": _device(cfg),
         "finished": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
@@ -66,8 +68,17 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
     }
     results = dict.fromkeys(KEYS) | known | values
     results = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in results.items()}
-    write_text(Path(cfg.run_dir) / "results.json", json.dumps(results, indent=2) + "\n")
+    if is_first():
+        write_text(Path(cfg.run_dir) / "results.json", json.dumps(results, indent=2, default=str) + "\n")
     return results
+
+
+def _selected(cfg: DictConfig, name: str) -> Any:
+    """A setting, None where it is missing or what it belongs to is no group: a run that is refused has results too."""
+    try:
+        return OmegaConf.select(cfg, name)
+    except OmegaConfBaseException:
+        return None
 
 
 def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
@@ -90,7 +101,7 @@ def sizes(costs: Cost) -> dict[str, Any]:
 
 def _device(cfg: DictConfig) -> str:
     """What computes, by its name."""
-    if OmegaConf.select(cfg, "trainer.accelerator") != "cpu" and torch.cuda.is_available():
+    if _selected(cfg, "trainer.accelerator") != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
-from qat.checkpoint import Checkpoint, read_checkpoint
+from qat.callbacks.last import NAME
+from qat.checkpoint import TRAINING, Checkpoint, read_checkpoint
 from qat.errors import UsageError
+from qat.files import remove_unfinished
+from qat.lit.checkpoint_io import PREVIOUS
 from qat.lit.csv_log import read_rows
 from qat.spec import QuantRecipe
+from qat.tasks.ranks import is_first
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +28,7 @@ class Resume:
 
     Attributes:
         checkpoint: its last complete checkpoint.
-        rows: what its `metrics.csv` said up to there.
+        rows: of its `metrics.csv`; `LastCheckpoint` takes back those from behind the checkpoint.
     """
 
     checkpoint: Checkpoint
@@ -38,7 +43,8 @@ class Resume:
 def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]) -> Resume | None:
     """What `resume` asks for: None to start, else the checkpoint to go on from.
 
-    A `last.ckpt` that cannot be read gives way to the one before it, with a warning.
+    A `last.ckpt` that is gone or cannot be read gives way to the one before it, with a warning. What writes that were killed have left is
+    deleted.
 
     Raises:
         UsageError: `resume` has another value than false, true and auto; there is nothing to go on from under `true`; or the run had
@@ -47,15 +53,20 @@ def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
     if cfg.resume not in {True, False, "auto"}:
         raise UsageError(f"resume={cfg.resume!r}: allowed are false, true, auto")
     folder = Path(cfg.run_dir) / "checkpoints"
-    found = [folder / name for name in ("last.ckpt", "last.prev.ckpt") if (folder / name).is_file()]
+    if is_first():
+        remove_unfinished([folder.parent, folder])
+    found = [folder / name for name in (NAME, PREVIOUS[NAME]) if (folder / name).is_file()]
     if cfg.resume is False or (cfg.resume == "auto" and not found):
         return None
     if not found:
         raise UsageError(f"resume=true: run_dir={str(cfg.run_dir)!r} has no checkpoints/last.ckpt; resume=auto starts where there is none")
     checkpoint = _read_first(found)
+    _check_complete(checkpoint)
     _check_same(checkpoint, cfg, recipe, model_args)
     log.info("resumed at step %d from %s", checkpoint.step or 0, checkpoint.path)
-    return Resume(checkpoint, read_rows(Path(cfg.run_dir) / "metrics.csv", before_step=checkpoint.step or 0))
+    # The first process may be writing the file by the time another would read it.
+    rows = read_rows(Path(cfg.run_dir) / "metrics.csv") if is_first() else []
+    return Resume(checkpoint, rows)
 
 
 def _read_first(paths: list[Path]) -> Checkpoint:
@@ -64,7 +75,26 @@ def _read_first(paths: list[Path]) -> Checkpoint:
             return read_checkpoint(path, fmt="qat", setting="resume")
         except UsageError as error:
             log.warning("%s; going on from %s", error, paths[-1].name)
+    if paths[-1].name != NAME and len(paths) == 1:
+        log.warning("resume: %s is not there; going on from %s", paths[-1].with_name(NAME), paths[-1].name)
     return read_checkpoint(paths[-1], fmt="qat", setting="resume")
+
+
+def check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+    """Raise `UsageError` unless the optimizer of a run that goes on is the one that it had: torch fails on it later, or mixes the two."""
+    had = checkpoint.training.get("groups")
+    groups = [(sorted(set(group) - {"params"}), len(group["params"])) for group in optimizer.state_dict()["param_groups"]]
+    have = [(sorted({*keys, "initial_lr"}), count) for keys, count in groups]
+    if had is None or [(sorted({*keys, "initial_lr"}), count) for keys, count in had] != have:
+        raise UsageError(f"resume: {checkpoint.path} has another optimizer, or one of other parameters; use ckpt=PATH to start from it")
+
+
+def _check_complete(checkpoint: Checkpoint) -> None:
+    for key, kind in TRAINING.items():
+        found = checkpoint.training.get(key)
+        if found is not kind:
+            kinds = "nothing" if found is None else found.__name__
+            raise UsageError(f"resume: {checkpoint.path} is no checkpoint that a run can go on from: {key} is {kinds}, not {kind.__name__}")
 
 
 def _check_same(checkpoint: Checkpoint, cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]) -> None:

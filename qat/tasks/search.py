@@ -21,6 +21,9 @@ from qat.ptq.ranks import Ranks
 from qat.ptq.search import SearchOptions, search
 from qat.ptq.settings import SearchSettings
 from qat.ptq.state import STATE
+from qat.ptq.vector import scale_vectors
+from qat.ptq.widths import Widths
+from qat.sites import iter_quantizers
 from qat.tasks import build
 from qat.tasks.bits import run_bits
 from qat.tasks.predict import Subject
@@ -47,6 +50,17 @@ def build_search(cfg: DictConfig) -> SearchSettings | BitsSettings | None:
         if key not in names:
             raise UsageError(f"search.{key}: allowed are {', '.join(names)}")
     return kind(**settings)
+
+
+def check_targets(settings: SearchSettings | BitsSettings | None, net: nn.Module) -> None:
+    """Raise `UsageError` if `search.targets` match nothing of a converted net: its calibration would be for nothing."""
+    if settings is None:
+        return
+    order = dict.fromkeys((site.name for site in iter_quantizers(net)), 0)
+    if isinstance(settings, BitsSettings):
+        Widths(net, settings.targets, order)
+    else:
+        scale_vectors(net, settings.targets, order)
 
 
 def run_search(

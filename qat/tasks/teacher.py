@@ -15,7 +15,7 @@ from qat.errors import UsageError
 from qat.interop import is_ofq
 from qat.lit import Teacher
 from qat.losses import CompositeLoss
-from qat.start import check_finite, from_pretrained, from_scratch, from_state, from_weights
+from qat.start import check_finite, check_model, from_pretrained, from_scratch, from_state, from_weights
 from qat.tasks.build import model_args
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,15 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
     Raises:
         UsageError: the loss distils and there are no trained weights to follow, or they are for other classes.
     """
+    if cfg.teacher.model is not None:
+        check_model("teacher.model", cfg.teacher.model)
+    given = [f"teacher.{name}={cfg.teacher[name]!r}" for name in ("ckpt", "pretrained") if cfg.teacher[name]]
     if not loss.needs_teacher:
+        if given:
+            log.warning("%s: no term of the loss follows a teacher, so it is not read", given[0])
         return None
+    if len(given) > 1:
+        raise UsageError(f"{', '.join(given)}: a teacher comes from one of them")
     net = _own_teacher(cfg) or _students_start(cfg)
     classes = getattr(net, "num_classes", data.settings.num_classes)
     if classes != data.settings.num_classes:

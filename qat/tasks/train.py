@@ -24,14 +24,18 @@ from qat.lit.estimate import measure_step
 from qat.lit.evaluate import evaluate
 from qat.lit.loggers import close
 from qat.lit.module import limited
+from qat.preemption import Preempted
 from qat.spec import QuantRecipe
 from qat.start import Start
-from qat.tasks import build, fit, options, summary
-from qat.tasks.checks import check_patches, check_settings, check_shares
+from qat.tasks import build, faults, fit, options, summary
+from qat.tasks.checks import check_classifier, check_patches, check_settings, check_shares
+from qat.tasks.group import meet
+from qat.tasks.ranks import is_first
 from qat.tasks.repeat import recorded
 from qat.tasks.report import remember, report_run, studied
 from qat.tasks.results import measured, recipe_fields, write_results
-from qat.tasks.resume import Resume, find_resume
+from qat.tasks.resume import Resume, check_optimizer, find_resume
+from qat.tasks.slurm import claim
 from qat.tasks.teacher import build_teacher, is_float
 
 log = logging.getLogger(__name__)
@@ -72,15 +76,23 @@ def train(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     run = _build(cfg)
-    for path in run.replaces:
-        path.unlink()
-    _announce(cfg, run)
-    write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
-    remember(cfg)
+    meet(cfg, run.trainer)
+    run.data.trainer = run.trainer  # from here on each process has its own share of the images
+    if is_first():
+        for path in run.replaces:
+            path.unlink()
+        claim(Path(cfg.run_dir))
+        _announce(cfg, run)
+        write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
+        remember(cfg)
     top1_fp = _announce_teacher(run)
     _announce_estimate(cfg, run)
     options.compile_net(cfg, run.module.net)
-    run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume.path if run.resume else None)
+    try:
+        faults.fit(run.trainer, run.module, run.data, run.resume.path if run.resume else None)
+    except Preempted:
+        close(run.trainer.loggers)
+        raise
     val_top1, weights = _take_best(run.trainer, run.module)
     _conclude(cfg, run, {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": round(time.monotonic() - began, 1)})
     close(run.trainer.loggers)
@@ -107,10 +119,13 @@ def _build(cfg: DictConfig) -> Run:
     data.batch_mixup()  # refuses what cannot be mixed before an image is read
     start = build.build_resumed(resume.checkpoint) if resume else build.build_start(cfg)
     check_patches(start.net, data)
+    check_classifier(start.net, data)
     start.net.to(trainer.strategy.root_device)
     if not resume:
-        start.notes += build.quantize(start, recipe, data, init=cfg.model.init)
+        start.notes += build.quantize(start, recipe, data, init=cfg.model.init, processes=trainer.world_size)
         optimizer = fit.take_optimizer_state(cfg, optimizer, start)
+    else:
+        check_optimizer(resume.checkpoint, optimizer(start.net))
     options.use_grad_checkpointing(cfg, start.net)
     teacher = build_teacher(cfg, loss, data)
     if not cfg.trainer.fast_dev_run:
@@ -141,7 +156,10 @@ def _conclude(cfg: DictConfig, run: Run, outcome: dict[str, Any]) -> None:
         **measured(metrics, costs),
         split=run.data.evaluation_split,
         **outcome,
+        **({"left_out": left_out} if (left_out := run.data.left_out()) else {}),
     )
+    if left_out:
+        log.warning("data.on_error=skip: %s could not be decoded", ", ".join(f"{n} {split} images" for split, n in left_out.items()))
     scores = f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % ({results['weights']})"
     log.info("%s %s; %d bytes as stored", results["split"], scores, costs.size_bytes)
     log.info("outputs in %s", cfg.run_dir)
@@ -195,7 +213,7 @@ def _announce_teacher(run: Run) -> float | None:
 def _announce_estimate(cfg: DictConfig, run: Run) -> None:
     """Say what a long run will take, from a few steps on random images."""
     trainer, data = run.trainer, run.data
-    if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+    if trainer.fast_dev_run or not is_first():  # type: ignore[attr-defined]
         return
     run_cost = measure_step(
         run.module,
@@ -206,7 +224,7 @@ def _announce_estimate(cfg: DictConfig, run: Run) -> None:
         autocast=trainer.precision_plugin.forward_context,
         opt=cfg.optimizer.opt,
     )
-    batches = limited(len(data.train_dataloader()) // trainer.world_size, trainer.limit_train_batches)
+    batches = limited(len(data.train_dataloader()), trainer.limit_train_batches)
     done = (run.resume.checkpoint.step or 0) * trainer.accumulate_grad_batches // max(batches, 1) if run.resume else 0
     images = {"train_images": batches * cfg.data.batch_size, "val_images": len(data.split("val")) // trainer.world_size}
     epochs = cfg.trainer.max_epochs - done

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import qat
-from qat.callbacks import StopOnNaN, finite
-from qat.callbacks.finite import find_cause
+from qat.callbacks import FaultGuard, finite
+from qat.callbacks.fault_cause import find_cause
 from qat.tasks import fit as parts
 from tests.conftest import results, tiny, train
 
@@ -71,7 +71,7 @@ def fit(module, *callbacks, images=None, steps=10, every=4, plugins=None):
         max_epochs=1,
         accelerator="cpu",
         plugins=plugins,
-        callbacks=[StopOnNaN(every), *callbacks],
+        callbacks=[FaultGuard(every_n_steps=every), *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -96,7 +96,7 @@ def spoil_first_layer(net):
 @pytest.fixture
 def late(monkeypatch):
     """As on an accelerator: no look at the loss is free."""
-    monkeypatch.setattr(finite, "_is_free", lambda trainer, loss: False)
+    monkeypatch.setattr(finite, "_is_free", lambda tensor: False)
 
 
 def test_a_healthy_run_is_left_alone():
@@ -142,10 +142,11 @@ def test_elsewhere_it_is_seen_at_the_next_look(late, every, seen):
 
 def test_looks_are_few(late, monkeypatch):
     looks = []
-    look = finite._all_finite
-    monkeypatch.setattr(finite, "_all_finite", lambda *args: looks.append(1) or look(*args))
+    for name in ("all_finite", "agreed"):
+        look = getattr(finite, name)
+        monkeypatch.setattr(finite, name, lambda *args, look=look: looks.append(1) or look(*args))
     fit(Small(), every=50, steps=40)
-    assert len(looks) == 5  # the first images, loss and gradients, the end of the epoch, the weights at the end
+    assert len(looks) == 4  # the first images, the first loss and its gradients, the end of the epoch, the weights at the end
 
 
 def test_steps_that_a_gradient_scaler_skips_are_no_error():
@@ -196,7 +197,7 @@ def test_a_teacher_can_be_at_fault():
 @pytest.mark.parametrize("every", [0, -1, 1.5, "x", None])
 def test_the_interval_is_checked(every):
     with pytest.raises(qat.UsageError, match=r"callbacks.finite.every_n_steps=.*: allowed are whole numbers from 1"):
-        StopOnNaN(every)
+        FaultGuard(every_n_steps=every)
 
 
 # --- in runs of the command
@@ -223,7 +224,7 @@ def checkpoints(run_dir):
 
 @pytest.mark.parametrize("is_late", [False, True])
 def test_damaged_weights_reach_no_file_and_the_run_goes_on_from_the_last_good_one(tmp_path, monkeypatch, refused, is_late):
-    monkeypatch.setattr(finite, "_is_free", lambda trainer, loss: not is_late)
+    monkeypatch.setattr(finite, "_is_free", lambda tensor: not is_late)
     run = tmp_path / "run"
     message = poisoned(monkeypatch, refused, run, Poison(3, damage))
     assert "training stopped: the loss of step 3 is nan" in message

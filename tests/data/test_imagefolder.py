@@ -168,7 +168,7 @@ def test_folders_without_images_are_named(tmp_path):
 
 def test_too_few_images_to_hold_some_out_are_refused(tmp_path):
     data = ImageFolder(**SETTINGS, root=str(write_folder(tmp_path, (("train", 1),))))
-    with pytest.raises(qat.UsageError, match="data: 10% of 2 images cannot be held out"):
+    with pytest.raises(qat.UsageError, match=r"data\.root: 10% of 2 images cannot be held out"):
         data.train_dataloader()
 
 

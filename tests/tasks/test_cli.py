@@ -88,6 +88,9 @@ def test_in_a_multirun_a_mistake_stops_its_job_alone(tmp_path):
     assert [r["recipe"]["bits"] for r in fine] == [2, 4]
     assert not any("error" in r for r in fine)
     assert out.count("error: quant.bits=9") == 1
+    assert "3 jobs: 2 done, 1 failed" in out
+    assert "job 0 (quant.bits=9): quant.bits=9: allowed are whole numbers from 2 to 8" in out
+    assert {"sweep.csv", "sweep_groups.csv", "report.html"} <= {path.name for path in (tmp_path / "sweep").iterdir()}
     assert "Traceback" not in out + err
 
 

@@ -1,19 +1,20 @@
 """A run that was stopped goes on as if nothing had happened. Oracle: the same run, uninterrupted."""
 
+import contextlib
 import csv
+import errno
 import os
-import signal
-import subprocess
-import sys
-import time
+import resource
+import shutil
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
 import qat
-from qat.tasks import fit
-from tests.conftest import ROOT, compose, results
+from qat.tasks import build, fit
+from qat.tasks.resume import find_resume
+from tests.conftest import compose, results
 
 # Nine steps an epoch, three epochs. Order, repeated augmentation, shifted crops, mixup, cutmix, dropout and drop path draw random
 # numbers in loader and step; the averaged weights are state of a callback.
@@ -38,13 +39,13 @@ class Killed(BaseException):
 
 
 class Kill(Callback):
-    """Stops a run in front of a step."""
+    """Stops a run in front of a step, or of a batch."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, batch=0):
+        self.step, self.batch = step, batch
 
-    def on_train_batch_start(self, trainer, *_):
-        if trainer.global_step == self.step:
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.step and batch_idx >= self.batch:
             raise Killed
 
 
@@ -55,11 +56,11 @@ def run(run_dir, *overrides):
     return run_dir
 
 
-def killed_at(step, run_dir, monkeypatch, *overrides):
-    """Run until just before a step."""
+def killed_at(step, run_dir, monkeypatch, *overrides, batch=0):
+    """Run until just before a step, or a batch for it."""
     make = fit.build_callbacks
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "build_callbacks", lambda cfg: [*make(cfg), Kill(step)])
+        patch.setattr(fit, "build_callbacks", lambda cfg: [*make(cfg), Kill(step, batch)])
         with pytest.raises(Killed):
             run(run_dir, *overrides)
     return run_dir
@@ -71,7 +72,7 @@ def last(run_dir):
 
 def metrics(run_dir):
     """Rows of `metrics.csv` without what the throughput monitor measures of the present process."""
-    measured = ("train/time", "train/batches", "train/samples", "train/device")
+    measured = tuple(f"{stage}/{what}" for stage in ("train", "validate", "test") for what in ("time", "batches", "samples", "device"))
     with (run_dir / "metrics.csv").open(newline="") as file:
         rows = [{k: v for k, v in row.items() if v and not k.startswith(measured)} for row in csv.DictReader(file)]
     return [row for row in rows if set(row) - {"epoch", "step"}]
@@ -111,6 +112,22 @@ def test_killed_twice_with_loader_processes(tmp_path, monkeypatch, full):
     killed_at(13, run_dir, monkeypatch, "resume=true", "data.num_workers=2")
     run(run_dir, "resume=true", "data.num_workers=1")
     assert_same_run(run_dir, full)
+
+
+def test_accumulated_batches_and_validations_in_the_middle(tmp_path, monkeypatch):
+    """Nothing is saved between batches that are accumulated, also not by a run that was resumed there; no validation is left out."""
+    settings = ("trainer.accumulate_grad_batches=2", "+trainer.val_check_interval=4", "trainer.log_every_n_steps=1")
+    settings += ("trainer.max_epochs=1", "checkpoint.every_n_steps=1", "trainer.limit_train_batches=8")
+    whole = run(tmp_path / "whole", *settings)
+    run_dir = killed_at(2, tmp_path / "run", monkeypatch, *settings)
+    assert last(run_dir)["global_step"] == 2
+    for _ in range(2):
+        killed_at(2, run_dir, monkeypatch, "resume=true", *settings, batch=5)
+    run(run_dir, "resume=true", *settings)
+    ours, theirs = last(run_dir)["current_model_state"], last(whole)["current_model_state"]
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert metrics(run_dir) == metrics(whole)
+    assert sum("val/top1" in row for row in metrics(whole)) == 2
 
 
 def test_resuming_says_where(tmp_path, monkeypatch, caplog):
@@ -156,19 +173,94 @@ def test_nothing_to_resume(tmp_path):
         run(tmp_path / "run", "resume=true")
 
 
-@pytest.mark.slow
-def test_killed_by_the_system(tmp_path, full):
-    run_dir = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), *SETTINGS, f"run_dir={run_dir}", "resume=auto"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (run_dir / "checkpoints" / "last.prev.ckpt").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed at step" in done.stdout
+def write(path, content):
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a bit": lambda path, whole: write(path, whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]),
+    "cut": lambda path, whole: write(path, whole[:-1000]),
+    "half": lambda path, whole: write(path, whole[: len(whole) // 2]),
+    "a few bytes": lambda path, whole: write(path, whole[:10]),
+    "empty": lambda path, whole: write(path, b""),
+    "zeros": lambda path, whole: write(path, b"\0" * len(whole)),
+    "gone": lambda path, whole: path.unlink(),
+}
+
+
+def resumed(run_dir):
+    """Where a run would go on."""
+    cfg = compose("train", *SETTINGS, f"run_dir={run_dir}", "resume=auto")
+    return find_resume(cfg, build.build_recipe(cfg), build.model_args(cfg))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_last_that_is_damaged_or_gone(damage, tmp_path, full, caplog):
+    folder = shutil.copytree(full / "checkpoints", tmp_path / "checkpoints")
+    path, before = folder / "last.ckpt", folder / "last.prev.ckpt"
+    DAMAGES[damage](path, path.read_bytes())
+    assert resumed(tmp_path).checkpoint.path == before
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "last.ckpt" in warning
+    assert warning.endswith("going on from last.prev.ckpt")
+    DAMAGES[damage](before, before.read_bytes())
+    if damage == "gone":
+        assert resumed(tmp_path) is None
+        return
+    with pytest.raises(qat.UsageError, match=r"resume='.*last.prev.ckpt': [^\n]+$"):
+        resumed(tmp_path)
+
+
+def test_what_killed_writes_left_is_removed(tmp_path, full):
+    folder = shutil.copytree(full / "checkpoints", tmp_path / "checkpoints")
+    for name in (".last.ckpt.abc.part", ".last.prev.ckpt.123.part", ".best.ckpt.abc.part"):
+        (folder / name).write_bytes(b"half")
+    (tmp_path / ".metrics.csv.abc.part").write_bytes(b"half")
+    resumed(tmp_path)
+    assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "last.ckpt", "last.prev.ckpt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
+
+
+@contextlib.contextmanager
+def full_disk(monkeypatch, name):
+    """A disk that has no room for one file, as the system says when it is flushed."""
+    flush = os.fsync
+
+    def fsync(handle):
+        if name in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        yield
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "metrics.csv", "results.json"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(name, tmp_path, monkeypatch, full, refused):
+    run_dir = killed_at(13, tmp_path / "run", monkeypatch)
+    with full_disk(monkeypatch, name):
+        line = refused("train", compose("train", *SETTINGS, f"run_dir={run_dir}", "resume=auto"))
+    assert line.startswith("error: ")
+    assert f"{run_dir}" in line
+    assert f"{name}" in line
+    assert "No space left on device" in line
+    run(run_dir, "resume=auto")
+    assert_same_run(run_dir, full)
+    assert metrics(run_dir) == metrics(full)
+
+
+def test_no_room_for_the_checkpoint(tmp_path, monkeypatch, full, refused):
+    run_dir = killed_at(5, tmp_path / "run", monkeypatch)
+    before = {path.name: path.read_bytes() for path in (run_dir / "checkpoints").iterdir()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["last.ckpt"]) // 2, limit[1]))
+    try:
+        line = refused("train", compose("train", *SETTINGS, f"run_dir={run_dir}", "resume=auto"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    path = run_dir / "checkpoints" / "last.ckpt"
+    assert line == f"error: {path} cannot be written (File too large); the checkpoint that was there is intact"
+    assert {path.name: path.read_bytes() for path in (run_dir / "checkpoints").iterdir()} == before
+    run(run_dir, "resume=auto")
     assert_same_run(run_dir, full)

@@ -239,7 +239,7 @@ def test_a_plain_state_dict_is_taken_as_it_is(tmp_path, setting):
         (["quant.overrides={blocks.7.*:{bits:4}}"], "quant.overrides['blocks.7.*'] matches no module"),
         (["data.augment=bad"], "data.augment='bad': allowed are none, light, timm"),
         (["data.batch_size=0"], "data.batch_size=0: allowed are whole numbers from 1"),
-        (["+data.colour=3"], "data: got an unexpected keyword argument 'colour'"),
+        (["+data.colour=3"], "data.colour is none of them: the settings are image_size"),
         (["data=cifar10"], "data.root is not set"),
         (["data._target_=torch.nn.Identity"], "data._target_='torch.nn.Identity': allowed are subclasses of qat.data.ImageData"),
         (["data.num_classes=9"], "data.num_classes=9: the train split has a label 9"),

@@ -1,0 +1,56 @@
+"""`best.ckpt`: Lightning's ModelCheckpoint, whose record after a kill is that of the file that is there."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from qat.files import read_torch
+
+log = logging.getLogger(__name__)
+_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint of the best epoch.
+
+    A resumed run goes on with the record of the file itself, not with that of `last.ckpt`, which is older where a kill came in between; the
+    run's directory may have been moved, upon which Lightning would forget the best score. Where the file is gone or damaged the record is
+    forgotten, with a warning: the best of the epochs to come is kept.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, and the step of the best epoch."""
+        return {**super().state_dict(), "step": self._last_global_step_saved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the record."""
+        state = self._settled(state_dict)
+        if state is None:
+            return
+        super().load_state_dict(state)
+        self.current_score = state["current_score"]
+        self._last_global_step_saved = state["step"]
+
+    def _settled(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """The state that fits the file that is there; None where there is none that can be read."""
+        if not state["best_model_path"]:
+            return {**state, "dirpath": self.dirpath}
+        best = self._here(state["best_model_path"])
+        try:
+            own = read_torch(best)["callbacks"][self.state_key]
+        except Exception as error:
+            why = (isinstance(error, OSError) and error.strerror) or "it cannot be read"
+            log.warning("resume: %s: %s; the best epoch is chosen among those to come", best, why)
+            return None
+        state = own if own["step"] > state["step"] else state
+        paths = {key: self._here(state[key]) for key in _PATHS}
+        scores = {self._here(path): score for path, score in state["best_k_models"].items()}
+        return {**state, **paths, "best_k_models": scores, "dirpath": self.dirpath}
+
+    def _here(self, path: str) -> str:
+        """A file of the record where the run is now."""
+        return str(Path(self.dirpath or "") / Path(path).name) if path else path

@@ -1,0 +1,23 @@
+"""Data-parallel training as quantized nets want it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
+
+
+def data_parallel() -> DDPStrategy:
+    """Lightning's DDP for nets whose buffers are the same in all processes.
+
+    Quantizers' buffers are, since they follow from the parameters; the statistics of batch norms are averaged where they are used
+    (`QATModule`). DDP's own way would send all buffers in front of every forward pass, and would wait for ever in a validation in which one
+    process has a batch more than another, as it has where no image is counted twice.
+    """
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    # torch 2.14 has another name for it.
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {sync_buffers: False, "gradient_as_bucket_view": True}
+    return DDPStrategy(**options)

@@ -1,0 +1,124 @@
+"""Signals by which a cluster or a person asks a run to end.
+
+SIGUSR1 and SIGUSR2 say that the machine is about to be taken away: save, go on elsewhere. SIGTERM says stop: save, and that is all; a
+cluster that preempts with it starts the job again by itself. Outside training a signal raises `Preempted` at once; inside, it is noted, and
+`qat.callbacks.Preemption` acts on it behind the step under way. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+LEAVING = (signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (*LEAVING, signal.SIGTERM)
+# Seconds that a loader process outlives a SIGTERM: the training process needs it until its step is done and saved.
+OUTLIVE_S = 20
+
+
+class Preempted(BaseException):
+    """A signal has ended this run. Like KeyboardInterrupt no `Exception`: nobody on the way takes it for an error of their own.
+
+    Args:
+        number: of the signal.
+        step: optimizer steps behind which the run stands; None outside training.
+        saved: what it goes on from, None where nothing was written.
+    """
+
+    def __init__(self, number: int, step: int | None = None, saved: Path | None = None) -> None:
+        super().__init__(number, step, saved)
+        self.signal, self.step, self.saved = signal.Signals(number), step, saved
+
+    @property
+    def wants_requeue(self) -> bool:
+        """True if the run is meant to go on as soon as it can."""
+        return self.signal in LEAVING
+
+
+def ends(code: int) -> bool:
+    """True for the exit code of a process that one of the signals has ended: no other job is to follow it."""
+    return code - 128 in SIGNALS
+
+
+@dataclass
+class _Arrivals:
+    """What has arrived in this process, and what becomes of it.
+
+    Attributes:
+        number: the signal that counts: of several the highest, so that a wish to stop outranks one to go on elsewhere. 0 = none.
+        is_deferred: noted only.
+        process: the one that listens; copies of it, which loaders make, leave signals to it.
+    """
+
+    number: int = 0
+    is_deferred: bool = False
+    process: int = 0
+
+
+_arrivals = _Arrivals()
+
+
+@contextlib.contextmanager
+def listening() -> Generator[None]:
+    """Take the signals, give them back to whom they belonged afterwards. Nothing outside the main thread, where none arrives."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    forget()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    listen()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        forget()
+
+
+def listen() -> None:
+    """Take the signals again from whoever took them since."""
+    if threading.current_thread() is threading.main_thread():
+        _arrivals.process = os.getpid()
+        for number in SIGNALS:
+            signal.signal(number, _note)
+
+
+def defer(*, on: bool) -> None:
+    """Note signals only, or have the next one raise `Preempted`."""
+    _arrivals.is_deferred = on
+
+
+def arrived() -> int:
+    """Number of the signal that has arrived, 0 = none."""
+    return _arrivals.number
+
+
+def forget() -> None:
+    """Begin anew: nothing has arrived, and the next signal counts at once."""
+    _arrivals.number, _arrivals.is_deferred = 0, False
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    if os.getpid() != _arrivals.process:
+        return
+    _arrivals.number = max(_arrivals.number, number)
+    if not _arrivals.is_deferred:
+        _arrivals.is_deferred = True  # what cleans up behind the exception is not interrupted by another one
+        raise Preempted(number)
+
+
+def outlive(worker: int) -> None:
+    """Have a loader process see its training process through: a scheduler may send the signal to all processes of a job.
+
+    Args:
+        worker: its number, which torch tells it.
+    """
+    for number in LEAVING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLIVE_S))

@@ -1,0 +1,304 @@
+"""Gather the jobs below a directory: what each was given, what came of it, and the mean over seeds of those that differ in nothing else."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qat.errors import UsageError
+from qat.files import write_text
+from qat.report.files import read_json
+
+JOBS, GROUPS = "sweep.csv", "sweep_groups.csv"
+# What is averaged over the jobs of a group, in the order of the columns.
+MEASURES = ("top1", "top5", "loss", "val_top1", "size_bytes", "wall_seconds")
+# They make no job another experiment; seeds are what is averaged over.
+IGNORED = {"seed", "run_dir", "resume", "overwrite", "report", "sweep_dir"}
+UNFINISHED = "no results.json: killed, or still going"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One directory of a job, read.
+
+    Attributes:
+        name: its directory below that of the sweep.
+        overrides: settings of the command line, by name, as text.
+        results: of `results.json`, empty where there is none.
+        trouble: why its numbers do not count; None if they do.
+        command: train, ptq, analyze, eval; None where nobody wrote it down.
+    """
+
+    name: str
+    overrides: Mapping[str, str]
+    results: Mapping[str, Any]
+    trouble: str | None
+    command: str | None = None
+
+    @property
+    def setting(self) -> dict[str, str]:
+        """What makes it another experiment: the overrides without seed and directories."""
+        return {key: value for key, value in self.overrides.items() if key not in IGNORED and not key.startswith("hydra.")}
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Of the known values of a group: arithmetic mean, and sample standard deviation (n - 1), None for fewer than two."""
+
+    mean: float
+    std: float | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Jobs that differ in nothing but their seed.
+
+    Attributes:
+        setting: the overrides that differ between groups; one that a group does not have is missing.
+        jobs: all of them.
+    """
+
+    setting: Mapping[str, str]
+    jobs: list[Job]
+
+    @property
+    def done(self) -> list[Job]:
+        """Those whose numbers count."""
+        return [job for job in self.jobs if job.trouble is None]
+
+    def values(self, measure: str) -> list[float]:
+        """The known numbers of one measure."""
+        found = [job.results.get(measure) for job in self.done]
+        return [float(value) for value in found if isinstance(value, int | float) and not isinstance(value, bool)]
+
+    def statistic(self, measure: str) -> Statistic | None:
+        """Mean and deviation; None where nothing is known."""
+        known = self.values(measure)
+        if not known:
+            return None
+        return Statistic(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All jobs below a directory.
+
+    Attributes:
+        command: of the sweep as it was typed, None where nobody knows.
+    """
+
+    folder: Path
+    jobs: list[Job]
+    command: list[str] | None = None
+    groups: list[Group] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Group the jobs, in the order in which the first of each comes."""
+        object.__setattr__(self, "groups", _grouped(self.jobs))
+
+    @property
+    def done(self) -> list[Job]:
+        """Jobs whose numbers count."""
+        return [job for job in self.jobs if job.trouble is None]
+
+    @property
+    def troubled(self) -> list[Job]:
+        """Jobs that failed, or have not finished."""
+        return [job for job in self.jobs if job.trouble is not None]
+
+    @property
+    def varied(self) -> list[str]:
+        """Names of the settings by which groups differ."""
+        return list(dict.fromkeys(key for group in self.groups for key in group.setting))
+
+    @property
+    def measures(self) -> list[str]:
+        """Those of `MEASURES` that a job has."""
+        return [name for name in MEASURES if any(group.values(name) for group in self.groups)]
+
+    @property
+    def best(self) -> Group | None:
+        """The group with the highest mean validation top-1: the test split chooses nothing. None where there is nothing to choose."""
+        known = [(found.mean, group) for group in self.groups if (found := group.statistic("val_top1")) is not None]
+        return max(known, key=lambda pair: pair[0])[1] if len(known) > 1 else None
+
+    @property
+    def counted(self) -> str:
+        """How many jobs, and what became of them."""
+        failed = sum(bool(job.results.get("error")) for job in self.troubled)
+        parts = [f"{len(self.done)} done", f"{failed} failed", f"{len(self.troubled) - failed} not finished"]
+        return f"{len(self.jobs)} jobs: {', '.join(part for part in parts if part[:2] != '0 ')}"
+
+
+def gather(folder: Path) -> Sweep:
+    """Read all jobs below a directory, nested ones too; those without results as well."""
+    jobs = [_job(folder, path) for path in sorted(_job_folders(folder), key=lambda path: _in_order(str(path.relative_to(folder))))]
+    return Sweep(folder, _without_accuracy(jobs), _command(folder))
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """The same of a directory that somebody names.
+
+    Raises:
+        UsageError: it is no directory, is a run itself, or holds no jobs with results.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"sweep={str(folder)!r}: no such folder")
+    if (folder / "results.json").is_file():
+        raise UsageError(f"sweep={str(folder)!r}: is a run itself; run={folder} makes its report, and a sweep is the folder above its jobs")
+    sweep = gather(folder)
+    if not any(job.results for job in sweep.jobs):
+        raise UsageError(f"sweep={str(folder)!r}: there is no results.json below it; allowed is the folder of a sweep, or of several runs")
+    return sweep
+
+
+def write_tables(sweep: Sweep) -> None:
+    """Write `sweep.csv`, a row for each job with all its keys, and `sweep_groups.csv`, a row for each group."""
+    write_text(sweep.folder / JOBS, csv_text([job_row(job) for job in sweep.jobs]))
+    write_text(sweep.folder / GROUPS, csv_text([group_row(group, sweep.measures) for group in sweep.groups]))
+
+
+def job_row(job: Job) -> dict[str, Any]:
+    """A job as one row: its overrides as `overrides.NAME`, then all scalars of `results.json`, nested ones by their path."""
+    status = "done" if job.trouble is None else "failed" if job.results.get("error") else "not finished"
+    own = {"job": job.name, "status": status, "error": job.trouble}
+    results = {key: value for key, value in _leaves(job.results) if key != "error"}
+    return own | {f"overrides.{key}": value for key, value in job.overrides.items()} | results
+
+
+def group_row(group: Group, measures: Sequence[str]) -> dict[str, Any]:
+    """A group as one row: its setting, how many jobs count of how many, their seeds, mean and deviation of each measure."""
+    seeds = " ".join(str(job.results.get("seed")) for job in group.done)
+    row: dict[str, Any] = {**group.setting, "n": len(group.done), "jobs": len(group.jobs), "seeds": seeds}
+    for name in measures:
+        found = group.statistic(name)
+        row |= {f"{name}_mean": found and found.mean, f"{name}_std": found and found.std}
+    return row
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with all columns that any of them has; a value that is missing is empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def overrides_of(folder: Path) -> dict[str, str]:
+    """What a job was given on the command line, by name; empty where nobody wrote it down.
+
+    The run itself wrote the first file, once it had begun; Hydra writes the second at each start, also of a job that is refused there.
+    """
+    for name, key in (("command.json", "overrides"), (".hydra/overrides.yaml", None)):
+        try:
+            found = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            continue
+        listed = found.get(key) if key and isinstance(found, dict) else found
+        if isinstance(listed, list):
+            return pairs([str(one) for one in listed])
+    return {}
+
+
+def pairs(overrides: Sequence[str]) -> dict[str, str]:
+    """Arguments `+key=value` as values by key."""
+    parts = (one.partition("=") for one in overrides)
+    return {left.lstrip("+~"): right for left, _, right in parts}
+
+
+def _job_folders(folder: Path) -> Iterator[Path]:
+    """Directories in which a job began; links are not followed."""
+    for at, folders, files in os.walk(folder):
+        if Path(at) != folder and ("results.json" in files or (Path(at) / ".hydra" / "overrides.yaml").is_file()):
+            yield Path(at)
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "checkpoints"]
+
+
+def _in_order(name: str) -> list[tuple[int, int, str]]:
+    """For sorting: numbers in a name count as such, 2 before 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _job(folder: Path, path: Path) -> Job:
+    try:
+        results = read_json(path / "results.json")
+        trouble = None if isinstance(results, dict) else "results.json cannot be read"
+    except FileNotFoundError:
+        results, trouble = {}, UNFINISHED
+    except (OSError, ValueError):
+        results, trouble = {}, "results.json cannot be read"
+    results = results if isinstance(results, dict) else {}
+    if results.get("error"):
+        trouble = " ".join(str(results["error"]).split())
+    name = str(path.relative_to(folder))
+    known = overrides_of(path) or {key: str(results[key]) for key in ("command", "model", "quant", "data", "seed") if results.get(key)}
+    return Job(name, known, results, trouble, results.get("command") or _command_of(path))
+
+
+def _command_of(path: Path) -> str | None:
+    """Of a job without results, as it was noted when it began."""
+    try:
+        return str(read_json(path / "command.json")["command"]).removesuffix(".py")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _without_accuracy(jobs: list[Job]) -> list[Job]:
+    """The same; where jobs have an accuracy, one that ended without any does not count."""
+    if not any(_is_number(job.results.get("top1")) for job in jobs):
+        return jobs
+    none = "its results.json has no accuracy"
+    lacks = [job.trouble is None and not _is_number(job.results.get("top1")) for job in jobs]
+    return [dataclasses.replace(job, trouble=none) if lacking else job for job, lacking in zip(jobs, lacks, strict=True)]
+
+
+def _grouped(jobs: Sequence[Job]) -> list[Group]:
+    found: dict[tuple[tuple[str, str], ...], list[Job]] = {}
+    several = len({job.command for job in jobs if job.command}) > 1
+    for job in jobs:
+        command = {"command": job.command} if several and job.command else {}
+        found.setdefault(tuple(sorted((command | job.setting).items())), []).append(job)
+    settings = [dict(pairs) for pairs in found]
+    names = dict.fromkeys(key for job in jobs for key in ["command", *job.setting])
+    varied = [name for name in names if len({setting.get(name) for setting in settings}) > 1]
+    return [
+        Group({name: setting[name] for name in varied if name in setting}, members)
+        for setting, members in zip(settings, found.values(), strict=True)
+    ]
+
+
+def _command(folder: Path) -> list[str] | None:
+    """Arguments of a sweep, as Hydra wrote them down."""
+    try:
+        found = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]
+        return [f"{found['job']['name']}.py", "-m", *found["overrides"]["task"], *_of_hydra(found["overrides"]["hydra"])]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def _of_hydra(overrides: Sequence[str]) -> list[str]:
+    return [one for one in overrides if one != "hydra.mode=MULTIRUN"]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _leaves(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", json.dumps(value) if isinstance(value, list) else value

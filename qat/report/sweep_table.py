@@ -1,0 +1,87 @@
+"""A sweep on the terminal: a row for each group of jobs, and the jobs whose numbers do not count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rich.table import Table
+from rich.text import Text
+
+from qat.report.numbers import number
+from qat.report.sweep import GROUPS, JOBS, Group, Job, Statistic, Sweep
+
+HEADINGS = {
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "loss": "loss",
+    "val_top1": "val top-1 %",
+    "size_bytes": "bytes",
+    "wall_seconds": "seconds",
+}
+FORMATS = {"loss": ".4f", "size_bytes": ",.0f", "wall_seconds": ",.1f"}
+MISSING = "–"
+LONG = 9  # characters of a number from which it is shortened
+
+
+def table(sweep: Sweep) -> Table:
+    """Settings that differ, how many jobs count, and mean ± sample deviation of what was measured."""
+    out = Table()
+    for name in sweep.varied:
+        out.add_column(name, overflow="fold")
+    for name in ("n", *(HEADINGS[measure] for measure in sweep.measures)):
+        out.add_column(name, justify="right", overflow="fold")
+    for group in sweep.groups:
+        setting = [Text(brief(group.setting.get(name, MISSING))) for name in sweep.varied]
+        out.add_row(*setting, number_of_jobs(group), *(shown(measure, group.statistic(measure)) for measure in sweep.measures))
+    return out
+
+
+def number_of_jobs(group: Group) -> str:
+    """How many count, and of how many where some do not: `2 of 3`."""
+    return str(len(group.done)) if len(group.done) == len(group.jobs) else f"{len(group.done)} of {len(group.jobs)}"
+
+
+def shown(measure: str, found: Statistic | None) -> str:
+    """`97.22 ± 0.28`; without a deviation where there is none, or where all values are equal sizes."""
+    if found is None:
+        return MISSING
+    spec = FORMATS.get(measure, ".2f")
+    if found.std is None or (measure == "size_bytes" and found.std == 0):
+        return f"{found.mean:{spec}}"
+    return f"{found.mean:{spec}} ± {found.std:{spec}}"
+
+
+def closing_lines(sweep: Sweep, refused: Mapping[str, str]) -> list[str]:
+    """Each job whose numbers do not count: where, what it was given, and why; the group that validation prefers; where the tables are.
+
+    Args:
+        sweep: all jobs.
+        refused: why jobs were not run whose directories hold good results already.
+    """
+    lines = [f"{_named(sweep, job)}: {refused.get(job.name) or job.trouble}" for job in sweep.jobs if job.trouble or job.name in refused]
+    if sweep.best is not None:
+        lines.append(best_line(sweep.best))
+    return [*lines, f"tables in {sweep.folder}: {JOBS}, {GROUPS}"]
+
+
+def best_line(group: Group) -> str:
+    """The group that is best on validation images, and how it does on them."""
+    return f"highest validation top-1: {label(group)} ({shown('val_top1', group.statistic('val_top1'))} %)"
+
+
+def label(group: Group) -> str:
+    """Its setting in one line."""
+    return " ".join(f"{key}={brief(value)}" for key, value in group.setting.items()) or "all jobs"
+
+
+def brief(value: str) -> str:
+    """A long number with four digits that count, anything else as it is."""
+    found = number(value)
+    return value if found is None or len(value) < LONG or not math.isfinite(found) else f"{found:.4g}"
+
+
+def _named(sweep: Sweep, job: Job) -> str:
+    """`job 3 (quant.bits=9 seed=1)`: what varies in the sweep, and the seed."""
+    given = [f"{key}={brief(job.overrides[key])}" for key in dict.fromkeys([*sweep.varied, "seed"]) if key in job.overrides]
+    return f"job {job.name}" + (f" ({' '.join(given)})" if given else "")

@@ -1,0 +1,263 @@
+"""Sweeps (`-m`): what Hydra calls around their jobs, the summary at the end, and `analyze.py sweep=DIR`. Imports nothing heavy.
+
+Jobs may run in other processes and on other machines, so what they tell the sweep is in files: `.hydra/job.json` of each says to which
+sweep it belongs, and how it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from qat.errors import UsageError
+from qat.tasks import ranks
+from qat.tasks.console import NumberedFormatter, TerminalHandler
+
+if TYPE_CHECKING:
+    from qat.report.sweep import Sweep
+
+log = logging.getLogger(__name__)
+
+RECORD = Path(".hydra") / "job.json"
+# Of a job that a signal ended there is no other word.
+KILLED = "it was killed, or is still going"
+CHOICES = ("hydra/launcher", "hydra/sweeper", "hparams_search")
+PACKAGES = {"optuna": "hydra_optuna_sweeper", "joblib": "hydra_joblib_launcher", "submitit": "hydra_submitit_launcher"}
+# In the environment of a job that shares its terminal with others.
+NO_BAR = "QAT_NO_PROGRESS_BAR"
+_running: list[SweepCallback] = []
+_refusals: list[str] = []
+
+
+class SweepCallback(Callback):
+    """Hydra makes one for each command; it travels to wherever the jobs of a sweep run."""
+
+    def __init__(self) -> None:
+        self.token = ""
+        self.folder = ""
+        self.varied: list[str] = []
+        self.report = True
+        self._failed_before = 0
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Give the sweep a name, and let a study of optuna go on where it was."""
+        self.token = uuid.uuid4().hex
+        self.folder = str(Path(config.hydra.sweep.dir).absolute())
+        self.report = bool(config.get("report", True))
+        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        self.varied = [one.get_key_element().lstrip("+~") for one in overrides if one.is_sweep_override()]
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, Path(self.folder) / "multirun.yaml")  # some sweepers do so, others do not
+        _running.append(self)
+        if "optuna" in config.hydra.sweeper._target_:
+            from qat.tasks.study import prepare
+
+            prepare(config, Path(self.folder))
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Note that the job began; refuse to go on with one of another setting."""
+        from qat.tasks import cli
+
+        _refusals.clear()
+        if not self.token:
+            return
+        folder = Path(config.hydra.runtime.output_dir)
+        if read_record(folder).get("sweep") != self.token:  # else another process of the same job was here
+            _write_record(folder, {"sweep": self.token})
+        self._failed_before = len(cli.failed_jobs())
+        if "optuna" not in config.hydra.sweeper._target_ and config.get("resume"):
+            _refusals.extend(_other_setting(folder, list(config.hydra.overrides.task), self.varied))
+        if is_parallel(config.hydra):
+            os.environ[NO_BAR] = "1"
+            _number_lines(config.hydra.job.num)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ARG002
+        """Note how it ended."""
+        from qat.tasks import cli
+
+        if not self.token:
+            return
+        folder = Path(config.hydra.runtime.output_dir)
+        failed = cli.failed_jobs()[self._failed_before :]
+        value = job_return._return_value
+        if job_return.status == JobStatus.FAILED:
+            failed, value = [f"{type(value).__name__}: {value}"], None
+        error = _said(folder, f"{config.hydra.job.name}.log", failed) if failed else read_record(folder).get("error")
+        _write_record(folder, {"sweep": self.token, "error": error, "value": None if error else value})
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Say what came of it."""
+        conclude()
+
+
+def is_parallel(hydra: HydraConf | DictConfig) -> bool:
+    """True if several jobs of a sweep run on this machine at the same time and write to one terminal."""
+    return hydra.mode == RunMode.MULTIRUN and "joblib" in str(hydra.launcher._target_)
+
+
+def begin_job() -> int:
+    """How many processes a job is to be given in any case: 1 where one that is killed would take its neighbours with it, else 0.
+
+    Raises:
+        UsageError: the job would go on with one of another setting.
+    """
+    if not is_parallel(HydraConfig.get()):
+        return _checked(0)
+    if not ranks.is_started_here():
+        return _checked(1)
+    _number_lines(HydraConfig.get().job.num)
+    return 0
+
+
+def _checked(count: int) -> int:
+    if _refusals:
+        raise UsageError(_refusals[0])
+    return count
+
+
+def _number_lines(number: int) -> None:
+    """Put the number of the job in front of what it says on the terminal."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, TerminalHandler):
+            handler.setFormatter(NumberedFormatter(number))
+
+
+def _said(folder: Path, log_name: str, failed: list[str]) -> str:
+    """What a job said of its failure; a process that it had started may have said it in its place."""
+    told = [message for message in failed if message and message != "None"]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        told = told or [json.loads((folder / "results.json").read_text(encoding="utf-8"))["error"]]
+    with contextlib.suppress(OSError):
+        lines = (folder / log_name).read_text(encoding="utf-8", errors="replace").splitlines()
+        told = told or [line.partition("error: ")[2] for line in reversed(lines) if "error: " in line]
+    return " ".join(told[0].split()) if told else "it failed"
+
+
+def reported(value: float | None) -> float | None:
+    """What a job returns to the sweeper: optuna takes no NaN, the sign of a failed job, and would end the sweep with a traceback."""
+    is_nan = value is not None and math.isnan(value)
+    return None if is_nan and HydraConfig.initialized() and "optuna" in str(HydraConfig.get().sweeper._target_) else value
+
+
+def missing_extra(arguments: list[str]) -> str | None:
+    """A line if the command line chooses a launcher or sweeper whose package is not installed: Hydra would list what it has."""
+    for argument in arguments:
+        key, _, choice = argument.partition("=")
+        for word, package in PACKAGES.items():
+            if key in CHOICES and choice.startswith(word) and importlib.util.find_spec(f"hydra_plugins.{package}") is None:
+                return f"{argument}: {package.replace('_', '-')} is not installed; pip install -e '.[sweep]' brings it"
+    return None
+
+
+def conclude() -> None:
+    """Say what came of the sweep of this process, if there was one, and write its tables and page; do so once."""
+    if not _running or not ranks.is_first():
+        return
+    from qat.report.sweep import gather
+    from qat.tasks import cli
+
+    callback = _running.pop()
+    _running.clear()
+    folder = Path(callback.folder)
+    sweep = gather(folder)
+    records = {job.name: read_record(folder / job.name) for job in sweep.jobs}
+    ours = {name: record for name, record in records.items() if record.get("sweep") == callback.token}
+    ended = {name: record.get("error") if "error" in record else KILLED for name, record in ours.items()}
+    for error in ended.values():
+        if error:
+            cli.failed_jobs().append(error)
+    if ours:
+        refused = {name: error for name, error in ended.items() if error and name not in {job.name for job in sweep.troubled}}
+        _publish(sweep, refused, report=callback.report)
+
+
+def gather_sweep(cfg: DictConfig) -> None:
+    """Gather the jobs below `cfg.sweep`: `analyze.py sweep=DIR`.
+
+    Raises:
+        UsageError: there are none, or something else is asked for as well.
+    """
+    from qat.report.sweep import read_sweep
+
+    if not isinstance(cfg.sweep, str):
+        raise UsageError(f"sweep={cfg.sweep!r}: allowed is the folder of a sweep")
+    for name in ("ckpt", "run", "analysis"):
+        if cfg.get(name) is not None:
+            raise UsageError(f"sweep={cfg.sweep!r} and {name} are set: gathering a sweep reads no nets; leave {name} out")
+    sweep = read_sweep(Path(cfg.sweep).expanduser())
+    _publish(sweep, {}, report=cfg.report)
+
+
+def _publish(sweep: Sweep, refused: dict[str, str], *, report: bool) -> None:
+    """Write the files; show the table, then a line for each job that failed.
+
+    Args:
+        sweep: all jobs of the directory.
+        refused: errors of jobs whose directories hold good results of an earlier run, by their names.
+        report: make the page too.
+    """
+    from rich.console import Console
+
+    from qat.report.sweep import write_tables
+    from qat.report.sweep_table import closing_lines, table
+
+    write_tables(sweep)
+    if report:
+        from qat.report.sweep_page import write_sweep_report
+
+        write_sweep_report(sweep)
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(sweep.counted, highlight=False)
+    console.print(table(sweep))
+    for line in closing_lines(sweep, refused):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _other_setting(folder: Path, overrides: list[str], varied: list[str]) -> list[str]:
+    """A line if what the directory holds was given other values of the settings that the sweep varies."""
+    from qat.report.sweep import overrides_of, pairs
+
+    if not (folder / "command.json").is_file():
+        return []
+    had, has = overrides_of(folder), pairs(overrides)
+    differ = [name for name in varied if had.get(name) != has.get(name)]
+    if not differ:
+        return []
+    then, now = (" ".join(f"{name}={values.get(name, '(default)')}" for name in differ) for values in (had, has))
+    return [
+        f"resume: {folder} is of a job with {then}, this one has {now}; a sweep goes on with the same lists, others need another run_dir"
+    ]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a job said of itself; empty where it said nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    path = folder / RECORD
+    beside = path.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):  # a full disk is the job's affair
+        beside.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        beside.replace(path)

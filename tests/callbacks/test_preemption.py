@@ -1,0 +1,127 @@
+"""A run that is told to go. Oracles: the same run, uninterrupted; the step at which the signal was sent."""
+
+import os
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from qat import preemption
+from qat.callbacks import LastCheckpoint, Preemption
+from qat.preemption import Preempted
+from qat.tasks import cli, fit
+from tests.callbacks.fitting import batches, module, net
+from tests.callbacks.fitting import fit as train_module
+from tests.conftest import compose
+from tests.processes import in_processes
+from tests.tasks.test_resume import SETTINGS, assert_same_run, last, metrics, run
+
+
+class Send(Callback):
+    """Sends this process signals in a step, or in the validation behind it."""
+
+    def __init__(self, step, *numbers, hook="on_train_batch_start"):
+        self.step, self.numbers = step, numbers
+        setattr(self, hook, self._send)
+
+    def _send(self, trainer, *_):
+        if trainer.global_step == self.step:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+            self.step = -1
+
+
+def stopped(run_dir, monkeypatch, sender, *overrides):
+    """Run the command until a signal ends it; gives the exit code."""
+    make = fit.build_callbacks
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "build_callbacks", lambda cfg: [*make(cfg), sender])
+        with pytest.raises(SystemExit) as stop:
+            cli.run("train", compose("train", *SETTINGS, "checkpoint.every_n_steps=null", f"run_dir={run_dir}", *overrides))
+    return stop.value.code
+
+
+@pytest.fixture(autouse=True)
+def outside_slurm(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """The uninterrupted run."""
+    return run(tmp_path_factory.mktemp("full") / "run")
+
+
+# In mid-epoch; at the last step in front of a validation; in the validation behind the last step of all.
+STOPS = [
+    (Send(4, signal.SIGUSR1), 5, 138, "preempted by SIGUSR1"),
+    (Send(17, signal.SIGUSR2), 18, 140, "preempted by SIGUSR2"),
+    (Send(27, signal.SIGUSR1, signal.SIGTERM, hook="on_validation_batch_start"), 27, 143, "stopped by SIGTERM"),
+]
+
+
+def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, caplog, full):
+    run_dir = tmp_path / "run"
+    for sender, saved_at, code, verb in STOPS:
+        caplog.clear()
+        assert stopped(run_dir, monkeypatch, sender, "resume=auto") == code
+        assert last(run_dir)["global_step"] == saved_at
+        (line,) = [record.getMessage() for record in caplog.records if " by SIG" in record.getMessage()]
+        assert line == f"{verb} at step {saved_at}: last.ckpt written; the same command goes on with resume=auto run_dir={run_dir}"
+        assert not (run_dir / "results.json").exists()
+    run(run_dir, "resume=auto")
+    assert_same_run(run_dir, full)
+    assert metrics(run_dir) == metrics(full)
+
+
+def test_accumulated_batches_are_not_torn_apart(tmp_path, monkeypatch):
+    # Nine batches an epoch in steps of two: the signal comes with the first batch of step 2, when batch 4 is at hand.
+    stopped(tmp_path / "run", monkeypatch, Send(2, signal.SIGUSR1), "trainer.accumulate_grad_batches=2")
+    state = last(tmp_path / "run")
+    assert state["global_step"] == 3
+    assert state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 6
+
+
+def test_where_nothing_is_written_the_line_says_so_and_loggers_are_closed(tmp_path, monkeypatch, caplog):
+    closed = []
+    monkeypatch.setattr("qat.tasks.train.close", closed.extend)
+    assert stopped(tmp_path / "run", monkeypatch, Send(2, signal.SIGTERM), "callbacks.last=null") == 143
+    assert "stopped by SIGTERM at step 3: this run writes no last.ckpt; the same command goes on" in caplog.text
+    assert [type(logger).__name__ for logger in closed] == ["CSVLog"]
+
+
+def test_handlers_are_gone_afterwards_and_lightnings_own_are_not_asked(tmp_path, monkeypatch):
+    before = [signal.getsignal(number) for number in preemption.SIGNALS]
+    writer = LastCheckpoint(dirpath=str(tmp_path))
+    with pytest.raises(Preempted) as stop:
+        train_module(module(net()), writer, Preemption(), Send(2, signal.SIGTERM), enable_checkpointing=True)
+    assert (stop.value.step, stop.value.saved) == (3, tmp_path / "last.ckpt")
+    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
+
+
+class Note(Callback):
+    """Writes the step at which a process stopped."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_exception(self, trainer, pl_module, exception):
+        (self.folder / f"{trainer.global_rank}.txt").write_text(f"{type(exception).__name__} {exception.signal} {exception.step}")
+
+
+def _one_of_two(folder):
+    learner = module(net())
+    rank = int(os.environ["RANK"])
+    sender = [Send(1, signal.SIGUSR1)] if rank == 1 else []
+    callbacks = [LastCheckpoint(dirpath=str(folder)), Preemption(), Note(folder), *sender]
+    train_module(learner, *callbacks, data=batches(4, 64), strategy="ddp", devices=2, enable_checkpointing=True)
+
+
+def test_all_processes_stop_at_the_same_step_when_one_gets_the_signal(tmp_path):
+    found = in_processes(2, _one_of_two, tmp_path)
+    assert all(one.startswith("Preempted") for one in found), found
+    # Sent in the second step, told behind it, acted on behind the third.
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["Preempted 10 3"] * 2
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3

@@ -1,0 +1,48 @@
+"""Several processes on one machine that train together, forked from the test's: they import nothing anew."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from qat.tasks import ranks
+
+
+def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[str]:
+    """Call a function in forked processes, as `qat.tasks.ranks` would place them; gives what each raised, "" for nothing."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("fork")
+    errors = context.SimpleQueue()
+    processes = [context.Process(target=_run, args=(number, count, port, errors, function, args)) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+    found = dict.fromkeys(range(count), "no answer")
+    while not errors.empty():
+        number, message = errors.get()
+        found[number] = message
+    return [found[number] for number in range(count)]
+
+
+def _run(number, count, port, errors, function, args):
+    place = {"LOCAL_RANK": number, "RANK": number, "WORLD_SIZE": count, "NODE_RANK": 0, "MASTER_PORT": port, ranks.OUTCOME: -1}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}})
+    rank_zero_only.rank = fabric_rank_zero_only.rank = number
+    torch.set_num_threads(1)
+    try:
+        function(*args)
+        errors.put((number, ""))
+    except BaseException as error:
+        errors.put((number, f"{type(error).__name__}: {error}"))
+        traceback.print_exc()

@@ -1,0 +1,255 @@
+"""A run of several processes. Oracle: the same run in one, with the same global batch."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+import qat
+from qat.data import Digits
+from qat.functional.ste import view_along
+from qat.quantizers import LSQ, StatsQ
+from qat.quantizers.grid import weight_grid
+from qat.tasks import fit, ranks
+from qat.tasks.train import train
+from tests.conftest import compose, results
+from tests.data.files import write_folder
+from tests.processes import in_processes
+
+NET = ("model.args.embed_dim=24", "model.args.depth=2", "report=false", "scheduler.warmup_epochs=0", "logger=[]")
+TEN_STEPS = (
+    *("optimizer.opt=sgd", "optimizer.lr=0.03", "trainer.max_epochs=1", "trainer.limit_train_batches=10", "trainer.limit_val_batches=0"),
+    *("callbacks.best=null", "data.calibration_images=64"),
+)
+MAKE_CALLBACKS = fit.build_callbacks
+
+
+class Notes(Callback):
+    """Writes what a process had in its first step and at its end."""
+
+    def __init__(self, folder):
+        self.folder, self.steps = folder, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        weights = {name: value.clone() for name, value in pl_module.net.state_dict().items()}
+        self.steps.append({"images": batch[0].clone(), "net": weights})
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 0:
+            gradients = {name: value.grad.clone() for name, value in pl_module.net.named_parameters() if value.grad is not None}
+            torch.save(gradients, self.folder / f"gradients-{trainer.global_rank}.pt")
+
+    def on_train_end(self, trainer, pl_module):
+        states = {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks}
+        kept = {name: state for name, state in states.items() if name in {"Oscillation", "IterativeFreezing"}}
+        torch.save({"net": pl_module.net.state_dict(), "states": kept, "steps": self.steps}, self.folder / f"end-{trainer.global_rank}.pt")
+
+
+def run(folder, *overrides):
+    folder.mkdir(exist_ok=True)
+    fit.build_callbacks = lambda cfg: [*MAKE_CALLBACKS(cfg), Notes(folder)]
+    try:
+        train(compose("train", f"run_dir={folder}", *NET, *overrides))
+    finally:
+        fit.build_callbacks = MAKE_CALLBACKS
+    return folder
+
+
+def run_in(count, folder, *overrides):
+    folder.mkdir(exist_ok=True)
+    assert in_processes(count, run, folder, f"trainer.devices={count}", "trainer.strategy=ddp", *overrides) == [""] * count
+    return folder
+
+
+def note(folder, name, rank=0):
+    return torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
+
+
+def known(noted):
+    """What processes have to agree on: not the images that one of them watches for its activations."""
+    return {name: leaf for name, leaf in leaves({"net": noted["net"], "states": noted["states"]}).items() if "/activations/" not in name}
+
+
+def leaves(node, prefix=""):
+    """Tensors of nested dicts and lists by their paths."""
+    if isinstance(node, torch.Tensor):
+        return {prefix: node}
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+    return {name: leaf for key, value in items for name, leaf in leaves(value, f"{prefix}/{key}").items()}
+
+
+def farthest(found, expected):
+    return max(float((found[name].float() - value.float()).abs().max()) for name, value in expected.items())
+
+
+# In none of these runs does a value lie on a tie: all that differs is the order in which float32 numbers are added.
+@pytest.mark.parametrize(("quant", "seed"), [("ofq_2bit", 0), ("ofq_2bit", 1), ("lsq_2bit", 2), ("ofq_noqkr_4bit", 3)])
+def test_two_processes_equal_one(tmp_path, quant, seed):
+    settings = (f"quant={quant}", f"seed={seed}", *TEN_STEPS)
+    one = run(tmp_path / "one", *settings, "data.batch_size=120")
+    two = run_in(2, tmp_path / "two", *settings, "data.batch_size=60")
+    expected, found = note(one, "gradients"), note(two, "gradients")
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+    first, second, alone = note(two, "end")["net"], note(two, "end", 1)["net"], note(one, "end")["net"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert farthest(first, alone) <= 1e-5
+    assert farthest(note(one, "end")["steps"][0]["net"], alone) > 1e-3  # so far have the weights moved
+
+
+def test_what_differs_more_is_a_tie(tmp_path):
+    settings = ("quant=ofq_2bit", "seed=0", *TEN_STEPS, "optimizer.lr=0.1")
+    one = run(tmp_path / "one", *settings, "data.batch_size=120")
+    two = run_in(2, tmp_path / "two", *settings, "data.batch_size=60")
+    pairs = list(zip(note(one, "end")["steps"], note(two, "end")["steps"], strict=True))
+    apart = next(i for i, (mine, theirs) in enumerate(pairs) if farthest(theirs["net"], mine["net"]) > 1e-6)
+    (mine, theirs), net = pairs[apart - 1], qat.load(one / "checkpoints" / "last.ckpt")
+    mine, theirs = (codes_and_values(net, weights, mine["images"]) for weights in (mine["net"], theirs["net"]))
+    # In the order of the forward pass: what comes behind the first code that differs has another input.
+    (codes, values), (others, nearly) = next(pair for pair in zip(mine, theirs, strict=True) if not torch.equal(pair[0][0], pair[1][0]))
+    assert (values - nearly)[codes != others].abs().max() < 1e-6
+
+
+def codes_and_values(net, weights, images):
+    """Of each quantizer of a net: its codes, those beyond the last apart since their gradient is another, and its input."""
+    found = []
+
+    def look(module, args, output):
+        (values,) = args
+        if isinstance(module, LSQ):
+            places, (low, high) = values / view_along(module.scale, values.ndim, module.axis), (module.spec.qmin, module.spec.qmax)
+        else:
+            step, shift = weight_grid(module, values)
+            places, high = values / step - shift, 2 ** (module.spec.bits - 1)
+            low, high = -high - shift, high - shift
+        found.append((module.codes(values).double() + 100 * (places < low) + 200 * (places > high), values))
+
+    net.load_state_dict(weights)
+    quantizers = [module for module in net.modules() if isinstance(module, StatsQ) or type(module) is LSQ]
+    handles = [quantizer.register_forward_hook(look) for quantizer in quantizers]
+    with torch.no_grad():
+        net(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_accumulated_batches_and_processes_equal_one(tmp_path):
+    # One batch of calibration images in either, so that the scales begin alike.
+    settings = ("quant=lsq_2bit", *TEN_STEPS, "data.calibration_images=60")
+    one = run(tmp_path / "one", *settings, "data.batch_size=120", "trainer.limit_train_batches=4")
+    two = run_in(2, tmp_path / "two", *settings, "data.batch_size=30", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=8")
+    assert farthest(note(two, "end")["net"], note(one, "end")["net"]) <= 1e-5
+
+
+def test_what_callbacks_know_is_the_same_in_all_processes(tmp_path):
+    callbacks = (
+        "callbacks=[default,cga,oscillation,ema]",
+        "callbacks.cga.start_epoch=0",
+        "callbacks.cga.epochs=1",
+        "callbacks.cga.lr=0.05",
+    )
+    frozen = ("callbacks=[default,oscillation,freeze]", "callbacks.freeze.threshold=0.02", "callbacks.freeze.momentum=0.1")
+    sgd = ("optimizer.opt=sgd", "optimizer.lr=0.03", "trainer.max_epochs=1")
+    for number, chosen in enumerate((callbacks, frozen)):
+        one = run(tmp_path / f"one{number}", *chosen, *sgd, "data.batch_size=120")
+        two = run_in(2, tmp_path / f"two{number}", *chosen, *sgd, "data.batch_size=60")
+        first, second, alone = (known(note(folder, "end", rank)) for folder, rank in ((two, 0), (two, 1), (one, 0)))
+        assert first.keys() == second.keys() == alone.keys()
+        assert any("/states/" in name for name in first)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert farthest(first, alone) <= 1e-5
+
+
+def odd(self, read=Digits.read):
+    """Validation and test images whose number no number of processes divides."""
+    splits = read(self)
+    cut = {name: replace(splits[name], images=splits[name].images[:count], labels=splits[name].labels[:count]) for name, count in SIZES}
+    return {**splits, **cut}
+
+
+SIZES = (("val", 37), ("test", 53))
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_demo", "resnet_tiny_demo"])
+def test_each_image_is_validated_once(tmp_path, monkeypatch, model):
+    monkeypatch.setattr(Digits, "read", odd)
+    # 37 images in two processes are batches of 16, 3 and 16, 2; in three, one has a batch more than another: 13 images, 12, 12.
+    args = () if model == "vit_tiny_demo" else (f"model={model}", "quant=fp")
+    settings = [*args, "optimizer.opt=sgd", "optimizer.lr=0.1", "trainer.max_epochs=1", "trainer.limit_train_batches=2"]
+    one = _train(tmp_path / "one", *settings, "data.batch_size=24")
+    for count, batch in ((2, 12), (3, 8)):
+        folder = tmp_path / str(count)
+        errors = in_processes(
+            count, _train, folder, *settings, f"data.batch_size={batch}", f"trainer.devices={count}", "trainer.strategy=ddp"
+        )
+        assert errors == [""] * count
+        found, expected = results(folder), results(one)
+        if model == "vit_tiny_demo":
+            assert {key: found[key] for key in ("top1", "top5", "val_top1")} == {key: expected[key] for key in ("top1", "top5", "val_top1")}
+            assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+        # A share of 37 images, not of 38 or 39.
+        assert found["val_top1"] * 37 / 100 == pytest.approx(round(found["val_top1"] * 37 / 100), abs=1e-4)
+        assert found["top1"] * 53 / 100 == pytest.approx(round(found["top1"] * 53 / 100), abs=1e-4)
+
+
+def _train(folder, *overrides):
+    folder.mkdir(exist_ok=True)
+    if ranks.is_first():
+        logging.basicConfig(filename=folder / "said.txt", level=logging.INFO, force=True)
+    train(compose("train", f"run_dir={folder}", "scheduler.warmup_epochs=0", "logger=[]", *overrides))
+    return folder
+
+
+def run_and_kill(folder, *overrides):
+    """Run up to the fourth step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Notes, "on_before_backward", kill_behind_four)
+        with pytest.raises(KilledError):
+            run(folder, *overrides)
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+def kill_behind_four(self, trainer, pl_module, loss):
+    if trainer.global_step == 4:
+        raise KilledError
+
+
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
+    settings = (*TEN_STEPS, "trainer.limit_train_batches=1.0", "checkpoint.every_n_steps=1")
+    whole, part = run(tmp_path / "whole", *settings, "data.batch_size=120"), tmp_path / "part"
+    run_and_kill(part, *settings, "data.batch_size=120")
+    run_in(2, part, *settings, "data.batch_size=60", "resume=true")
+    assert farthest(note(part, "end")["net"], note(whole, "end")["net"]) <= 1e-5
+    # 480 images were seen, 3.75 batches of 128.
+    run_and_kill(tmp_path / "odd", *settings, "data.batch_size=120")
+    rest = ("data.batch_size=64", "resume=true", "trainer.devices=2", "trainer.strategy=ddp")
+    errors = in_processes(2, run, tmp_path / "odd", *settings, *rest)
+    message = "resume: the run stopped behind 480 images of an epoch, no whole number of batches of data.batch_size=64 in 2 processes"
+    assert all(message in error for error in errors)
+
+
+@pytest.mark.parametrize("model", ["deit_t", "swin_t"])
+def test_a_published_recipe_takes_a_step_in_eight_processes(tmp_path, model):
+    small = {
+        "deit_t": ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3"),
+        "swin_t": ("++model.args.embed_dim=8", "++model.args.depths=[2,1,1,1]", "++model.args.num_heads=[1,1,2,2]"),
+    }[model]
+    root = write_folder(tmp_path / "imagenet", splits=(("train", 16), ("val", 5)), classes=("n01440764", "n02012849"))
+    folder = tmp_path / "run"
+    errors = in_processes(
+        8,
+        _train,
+        folder,
+        *(f"experiment=ofq_{model}_w2a2", f"data.root={root}", "trainer=ddp", "trainer.devices=8", "trainer.accelerator=cpu", *small),
+        *("data.batch_size=2", "data.num_workers=0", "data.calibration_images=4", "trainer.fast_dev_run=1", "data.num_classes=2"),
+        timeout=300,
+    )
+    assert errors == [""] * 8
+    assert "global batch 16" in (folder / "said.txt").read_text()

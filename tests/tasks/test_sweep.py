@@ -1,0 +1,203 @@
+"""Sweeps from the first job to the table. Oracle: what the jobs leave in their directories, exit codes, the lines at the end."""
+
+import json
+import os
+import re
+import signal
+
+import hydra
+import pytest
+from lightning.pytorch import Callback
+
+from qat.tasks import cli, study, sweep
+from tests.commands import typed
+from tests.conftest import ROOT, TINY, compose, results
+from tests.tasks.test_cli import command
+
+QUICK = (*TINY, "report=false")
+END = "+callbacks.end._target_=tests.tasks.test_sweep.Ends"
+
+
+class Ends(Callback):
+    """Ends the process in the middle of a job, the first time: as Ctrl-C does, or as the kernel does that has no memory left."""
+
+    def __init__(self, seed, victim, how):
+        self.hit, self.how = seed == victim, how
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if self.hit and trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL) if self.how == "kill" else exit(3)
+
+
+def record(folder):
+    return json.loads((folder / ".hydra" / "job.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Three jobs of two epochs: the second was ended in its second epoch, so the third never began."""
+    cwd = tmp_path_factory.mktemp("swept")
+    end = (END, "+callbacks.end.seed=${seed}", "+callbacks.end.victim=2", "+callbacks.end.how=exit")
+    given = ("-m", *QUICK, "trainer.max_epochs=2", "quant.bits=2", "seed=1,2,3", "run_dir=sweep")
+    code, out = typed("train.py", *given, *end, cwd=cwd)
+    return cwd, given, code, out
+
+
+def test_a_sweep_that_was_ended_says_how_far_it_came(swept):
+    cwd, _, code, out = swept
+    assert code == 3
+    assert "2 jobs: 1 done, 1 not finished" in out
+    assert "job 1 (seed=2): no results.json: killed, or still going" in out
+    assert (cwd / "sweep" / "sweep.csv").exists()
+    assert not (cwd / "sweep" / "2").exists()
+
+
+def test_with_other_lists_nothing_goes_on(swept):
+    cwd, given, _, _ = swept
+    code, out = typed("train.py", *(one.replace("seed=1,2,3", "seed=2,1") for one in given), "resume=auto", cwd=cwd)
+    assert code == 1
+    assert out.count("this one has seed=2; a sweep goes on with the same lists, others need another run_dir") == 2
+    assert results(cwd / "sweep" / "0")["seed"] == 1
+    assert "job 0 (seed=1): resume: " in out
+
+
+def test_the_same_command_goes_on(swept):
+    cwd, given, _, _ = swept
+    first = (cwd / "sweep" / "0" / "checkpoints" / "last.ckpt").read_bytes()
+    code, out = typed("train.py", *given, "resume=auto", cwd=cwd)
+    assert code == 0, out
+    assert "3 jobs: 3 done" in out
+    assert "resumed at step 4" in out, "the one that was done is not trained again"
+    assert "resumed at step 2" in out
+    assert (cwd / "sweep" / "0" / "checkpoints" / "last.ckpt").read_bytes() == first
+    found = [results(cwd / "sweep" / str(number)) for number in range(3)]
+    assert [one["seed"] for one in found] == [1, 2, 3]
+    mean = sum(one["top1"] for one in found) / 3
+    assert f"{mean:.2f} ± " in out
+    assert [record(cwd / "sweep" / str(number))["value"] for number in range(3)] == [one["val_top1"] for one in found]
+
+
+def test_analyze_gathers_it_again(swept):
+    cwd, *_ = swept
+    (cwd / "sweep" / "sweep.csv").unlink()
+    code, out = typed("analyze.py", "sweep=sweep", "run_dir=out", cwd=cwd)
+    assert code == 0, out
+    assert "jobs: " in out
+    assert {"sweep.csv", "sweep_groups.csv", "report.html"} <= {path.name for path in (cwd / "sweep").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("typed_in", "line"),
+    [
+        ("sweep=/nowhere", "sweep='/nowhere': no such folder"),
+        ("sweep=[a,b]", r"sweep=.*: allowed is the folder of a sweep"),
+        ("sweep=a ckpt=b", "sweep='a' and ckpt are set: gathering a sweep reads no nets; leave ckpt out"),
+        ("sweep=a analysis=cost", "sweep='a' and analysis are set"),
+        ("sweep=a run=b", "sweep='a' and run are set"),
+    ],
+)
+def test_what_cannot_be_gathered_is_one_line(tmp_path, refused, typed_in, line):
+    assert re.search(line, refused("analyze", compose("analyze", f"run_dir={tmp_path}", *typed_in.split())))
+
+
+def test_where_results_are_there_already_all_jobs_are_refused_and_stay(tmp_path):
+    given = ("-m", *QUICK, "seed=1", "run_dir=sweep")
+    assert typed("train.py", *given, cwd=tmp_path)[0] == 0
+    code, out = typed("train.py", *given, "optimizer.lr=0.5", cwd=tmp_path)
+    assert code == 1
+    assert "1 jobs: 1 done" in out
+    assert "job 0 (seed=1): run_dir='" in out
+    assert "holds best.ckpt already" in record(tmp_path / "sweep" / "0")["error"]
+    assert "error" not in results(tmp_path / "sweep" / "0")
+
+
+def test_a_study_survives_a_failed_trial_and_goes_on_behind_its_trials(tmp_path):
+    # A batch of -4 images is impossible; the seed draws it for some trials.
+    space = ("data.batch_size=choice(-4,64)", "hydra.sweeper.sampler.seed=2")
+    given = ("hparams_search=optuna_lr", *QUICK, *space, "run_dir=study", "resume=auto")
+    code, out = typed("train.py", *given, "hydra.sweeper.n_trials=4", cwd=tmp_path)
+    assert code == 1
+    assert "Traceback" not in out
+    first = [record(tmp_path / "study" / str(number)) for number in range(4)]
+    failed = [number for number, one in enumerate(first) if one["error"]]
+    assert 0 < len(failed) < 4
+    assert all(first[number]["error"].startswith("data.batch_size=-4: ") for number in failed)
+    assert f"4 jobs: {4 - len(failed)} done, {len(failed)} failed" in out
+    assert f"Best value: {max(one['value'] for one in first if one['value'] is not None)}" in out
+    # One of them is killed: it is tried again where it was.
+    killed = next(number for number in range(4) if number not in failed)
+    folder = tmp_path / "study" / str(killed)
+    folder.joinpath(".hydra", "job.json").write_text("{}")
+    (folder / "results.json").unlink()
+    before = study.overrides_of(folder)
+    code, out = typed("train.py", *given, "hydra.sweeper.n_trials=5", cwd=tmp_path)
+    assert "going on behind 4 trials, 1 of them to be tried again" in out
+    assert sorted(path.name for path in (tmp_path / "study").iterdir() if path.name.isdigit()) == ["0", "1", "2", "3", "4"]
+    after = [study.overrides_of(tmp_path / "study" / str(number)) for number in range(5)]
+    assert after[killed]["optimizer.lr"] == before["optimizer.lr"]
+    assert record(folder)["value"] is not None
+    assert len({one["optimizer.lr"] for one in after}) == 5, "a sampler that begins anew draws the same values again"
+
+
+def test_a_study_without_a_good_trial_ends_with_one_line(tmp_path):
+    given = ("hparams_search=optuna_lr", *QUICK, "data.batch_size=-4", "hydra.sweeper.n_trials=1", "run_dir=study")
+    code, out = typed("train.py", *given, cwd=tmp_path)
+    assert code == 1
+    assert "error: no trial of the study came to an end" in out
+    assert "1 jobs: 1 failed" in out
+    assert "Traceback" not in out
+
+
+def test_trials_of_another_study_do_not_count(tmp_path):
+    for number, (rate, bits) in enumerate([("0.001", 2), ("0.002", 4), ("5.0", 2), ("no", 2)]):
+        folder = tmp_path / str(number)
+        (folder / ".hydra").mkdir(parents=True)
+        overrides = [f"optimizer.lr={rate}", f"quant.bits={bits}", "run_dir=elsewhere"]
+        (folder / "command.json").write_text(json.dumps({"overrides": overrides}))
+        (folder / ".hydra" / "job.json").write_text('{"error": null, "value": 50.0}')
+    space = ["optimizer.lr=tag(log, interval(1e-4, 1e-2))", "quant.bits=2", "run_dir=here"]
+    assert study.earlier_trials(tmp_path, space) == [study.Trial(0, {"optimizer.lr": 0.001}, 50.0, ended=True)]
+
+
+def test_killed_trials_keep_their_folders_and_new_ones_follow():
+    assert [study.job_folder(number, 3, 5, 20) for number in range(5)] == [3, 5, 20, 21, 22]
+
+
+@pytest.mark.parametrize("search", sorted(path.stem for path in (ROOT / "conf" / "hparams_search").glob("*.yaml")))
+def test_searches_are_repeatable_and_name_settings_that_exist(search):
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = hydra.compose("train", [f"hparams_search={search}", "run_dir=a"], return_hydra_config=True)
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    sweeper = cfg.hydra.sweeper
+    assert sweeper.sampler.seed is not None
+    assert sweeper.direction == "maximize"
+    for name in sweeper.params:
+        parent, _, key = name.rpartition(".")
+        assert key in cli.OmegaConf.select(cfg, parent), name
+
+
+@pytest.mark.parametrize(
+    "argument", ["hparams_search=optuna_lr", "hydra/sweeper=optuna", "hydra/launcher=joblib", "hydra/launcher=submitit_local"]
+)
+def test_a_plugin_that_is_not_installed_is_named_with_what_to_do(tmp_path, monkeypatch, argument):
+    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
+    code, _ = typed("train.py", "-m", argument, cwd=tmp_path)
+    assert code.startswith(f"error: {argument}: hydra-")
+    assert code.endswith("is not installed; pip install -e '.[sweep]' brings it")
+
+
+@pytest.mark.slow
+def test_under_joblib_a_job_that_is_killed_takes_no_other_with_it(tmp_path):
+    end = (END, "+callbacks.end.seed=${seed}", "+callbacks.end.victim=1", "+callbacks.end.how=kill")
+    given = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *QUICK, "trainer.max_epochs=2", "seed=1,2", "run_dir=sweep")
+    code, out, err = command("train.py", "-m", *given, *end, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert code == 1, out + err
+    assert "2 jobs: 1 done, 1 failed" in out
+    assert "job 0 (seed=1): process 0 of 1 was killed (SIGKILL" in out
+    assert "#1 test top-1" in out
+    assert "Traceback" not in out + err
+    assert "was killed" in results(tmp_path / "sweep" / "0")["error"]
+    assert results(tmp_path / "sweep" / "1")["top1"] is not None
+    # Each log has what its own job said.
+    assert "seed 2" in (tmp_path / "sweep" / "1" / "train.log").read_text()
+    assert "seed 1" not in (tmp_path / "sweep" / "1" / "train.log").read_text()

@@ -1,0 +1,72 @@
+"""The presets for sweeps on a cluster: the batch script that submitit would hand in. Oracle: what sbatch's manual asks for."""
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+from tests.conftest import ROOT
+
+PRESETS = sorted(path.stem for path in (ROOT / "conf" / "hydra" / "launcher").glob("*.yaml"))
+EXPECTED = {
+    "slurm": {"nodes": "1", "ntasks-per-node": "1", "gpus-per-node": "1", "cpus-per-task": "8"},
+    "slurm_1gpu": {"nodes": "1", "ntasks-per-node": "1", "gpus-per-node": "1", "cpus-per-task": "8"},
+    "slurm_8gpu": {"nodes": "1", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "8"},
+    "slurm_2x8gpu": {"nodes": "2", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "8"},
+    "slurm_cpu": {"nodes": "1", "ntasks-per-node": "1", "gpus-per-node": None, "cpus-per-task": "4"},
+}
+
+
+def launcher(preset, *overrides):
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = hydra.compose("train", [f"hydra/launcher={preset}", "run_dir=sweep", *overrides], return_hydra_config=True)
+    cfg.hydra.job.name = "train"  # which Hydra takes from the script
+    cfg.hydra.sweep.dir = "sweep"
+    return OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
+
+
+def batch_script(preset, *overrides):
+    """Options of sbatch, and the lines behind them, that come of a preset; as the plugin hands its fields to submitit."""
+    slurm = pytest.importorskip("submitit.slurm.slurm")
+    fields = launcher(preset, *overrides)
+    names = slurm.SlurmExecutor._equivalence_dict()
+    ours = {
+        names.get(name, name): value for name, value in fields.items() if name not in {"_target_", "submitit_folder", "max_num_timeout"}
+    }
+    ours["mem"] = None if ours["mem"] is None else slurm._convert_mem(ours["mem"])
+    text = slurm._make_sbatch_string("COMMAND", fields["submitit_folder"], **ours)
+    lines = text.splitlines()
+    options = [line.removeprefix("#SBATCH --").partition("=") for line in lines if line.startswith("#SBATCH")]
+    return {name: value.strip("'") for name, _, value in options}, [line for line in lines if not line.startswith("#")]
+
+
+def test_every_preset_is_known_here():
+    assert set(EXPECTED) == set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_a_preset_asks_for(preset):
+    options, lines = batch_script(preset)
+    assert {name: options.get(name) for name in EXPECTED[preset]} == EXPECTED[preset]
+    assert options["signal"] == "USR1@120"
+    assert options["requeue"] == ""
+    assert options["open-mode"] == "append"
+    assert options["time"] == "1440"
+    assert options["job-name"] == "train"
+    assert not {"partition", "constraint", "account", "qos", "mem"} & set(options)
+    # Since 22.05 srun does not take this number from the job.
+    assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in lines
+    assert any(line.startswith("srun ") for line in lines)
+
+
+def test_every_field_is_an_ordinary_override():
+    fields = {"partition": "gpu", "constraint": "a100", "account": "me", "qos": "high", "timeout_min": 90, "nodes": 3, "gpus_per_node": 4}
+    fields |= {"cpus_per_task": 6, "mem_gb": 64, "signal_delay_s": 300, "tasks_per_node": 4}
+    options, _ = batch_script("slurm_8gpu", *(f"hydra.launcher.{name}={value}" for name, value in fields.items()))
+    expected = {"partition": "gpu", "constraint": "a100", "account": "me", "qos": "high", "time": "90", "nodes": "3", "mem": "64GB"}
+    expected |= {"gpus-per-node": "4", "ntasks-per-node": "4", "cpus-per-task": "6", "signal": "USR1@300"}
+    assert {name: options[name] for name in expected} == expected
+
+
+def test_a_process_a_gpu():
+    options, _ = batch_script("slurm", "hydra.launcher.gpus_per_node=4")
+    assert options["ntasks-per-node"] == "4"
