@@ -7,7 +7,7 @@ DEMO := outputs/demo
 # A process a core; a test needs no more than one.
 PARALLEL := -n auto --maxprocesses 8
 
-.PHONY: step-time decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress cga-seeds evolq-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-slurm check lint types imports clean
+.PHONY: step-time decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress cga-seeds evolq-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -93,7 +93,7 @@ bad-inputs: $(READY) ## every mistake in every setting, path, checkpoint and dat
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bad_inputs.py --log docs/logs/bad-inputs.log
 
 step-time: $(READY) ## a quantized training step in float steps: DeiT-T, DeiT-S, Swin-T, one thread (15 minutes)
-	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_time.py --batch 4 --models deit_tiny_distilled_patch16_224 deit_small_distilled_patch16_224 swin_tiny_patch4_window7_224
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_time.py --batch 4 --rounds 5 --models deit_tiny_distilled_patch16_224 deit_small_distilled_patch16_224 swin_tiny_patch4_window7_224
 
 decode-rate: $(READY) ## training images a second that one core decodes and augments
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decode_rate.py
@@ -102,11 +102,11 @@ RATIOS := deit_t=2.4 deit_s=2.4 swin_t=2.4
 cluster-costs: $(READY) ## the table of docs/cluster.md: hours of the published rows on eight GPUs, from measured ratios
 	@$(BIN)/python benchmarks/cluster_costs.py $(RATIOS)
 
-test: $(READY) ## all tests
+test: $(READY) ## all tests but those of test-long
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-fast: $(READY) ## tests that take seconds
-	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not long"
 
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 test-slurm: $(READY) ## cluster jobs on the real SLURM, in a private directory; installs it where that is allowed (2 minutes)
@@ -116,6 +116,9 @@ test-slurm: $(READY) ## cluster jobs on the real SLURM, in a private directory; 
 	    || echo "not installed; as root: apt-get install --no-install-recommends $(SLURM_PACKAGES)"; \
 	fi
 	OMP_NUM_THREADS=1 timeout 600 $(BIN)/python -m pytest -q -rsP --log-level=INFO -m slurm tests/slurm
+
+test-long: $(READY) ## compilers, sweeps and process starts that take minutes
+	$(BIN)/python -m pytest -q $(PARALLEL) -m long
 
 check: lint types imports test ## everything that must be green: style, types, import directions, tests
 

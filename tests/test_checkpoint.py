@@ -272,8 +272,6 @@ def test_a_plain_state_dict_does_not_say_what_it_is(path):
 @pytest.mark.parametrize(
     ("meta", "said"),
     [
-        ({}, "model"),
-        ({"model": {}}, "name"),
         ({"model": {"name": "no_such_net", "kwargs": {}}}, "no_such_net"),
         ({"model": {"name": VIT, "kwargs": {"colour": 1}}}, "colour"),
         ({"model": {"name": "hf-hub:someone/net", "kwargs": {}}}, "timm has no model 'hf-hub:someone/net'"),
@@ -292,6 +290,12 @@ def test_a_plain_state_dict_does_not_say_what_it_is(path):
 def test_a_description_that_cannot_be_followed(path, meta, said):
     changed(path, lambda c: c.update(qat={"format_version": 1, **meta}))
     refused(path, "cannot build the net it describes", said)
+
+
+@pytest.mark.parametrize(("meta", "model"), [({}, None), ({"model": {}}, {}), ({"model": 3}, 3)])
+def test_a_description_of_no_net(path, meta, model):
+    changed(path, lambda c: c.update(qat={"format_version": 1, **meta}))
+    refused(path, f"is damaged, or not written by qat: it says model={model!r} of itself")
 
 
 def test_a_quantizer_that_is_not_installed(path):

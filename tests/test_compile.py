@@ -55,6 +55,6 @@ def test_traced_forward_and_backward(preset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
+@pytest.mark.parametrize("preset", ["ofq", pytest.param("ofq_noqkr", marks=pytest.mark.long)])
 def test_compiled_forward_and_backward(preset):
     compare(preset, "inductor")

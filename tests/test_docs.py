@@ -67,7 +67,11 @@ def cases():
             yield pytest.param(quick, id=page.name)
         for command in found:
             if is_slow(command):
-                yield pytest.param([command], id=f"{page.name}: {' '.join(command)}", marks=pytest.mark.slow)
+                yield pytest.param(
+                    [command],
+                    id=f"{page.name}: {' '.join(command)}",
+                    marks=[pytest.mark.slow, *([pytest.mark.long] if "compile=true" in command else [])],
+                )
 
 
 @pytest.fixture(scope="session")

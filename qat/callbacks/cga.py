@@ -69,6 +69,9 @@ class CGA(Callback):
         UsageError: a setting cannot work. In `setup`: the epochs do not fit the run, or there is nothing to anneal.
     """
 
+    # It reads and holds weights between steps, entry by entry.
+    needs_whole_weights = True
+
     def __init__(
         self,
         boundary_range: float = 0.005,

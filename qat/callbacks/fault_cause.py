@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from qat.callbacks.common import net_of
 from qat.probing import probing
+from qat.shards import own
 
 Context = Callable[[], AbstractContextManager]
 UNKNOWN = "the loss or its gradient (the net's outputs are finite)"
+ELSEWHERE = "in another process"
 
 
 def find_cause(pl_module: LightningModule, batch: Any, context: Context = torch.no_grad) -> str:
@@ -29,17 +31,22 @@ def find_cause(pl_module: LightningModule, batch: Any, context: Context = torch.
     Returns:
         Words for a message. Nothing is changed; batch statistics are not updated.
     """
-    images = batch[0]
-    if not images.isfinite().all():
-        return "the images of the batch"
-    net = net_of(pl_module)
-    damaged = [name for name, value in net.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
-    if damaged:
-        return f"{damaged[0]}, the first of {len(damaged)} weights that hold NaN or infinity"
+    images, net = batch[0], net_of(pl_module)
+    at_rest = _at_rest(images, net)
+    if agreed(torch.tensor([at_rest is not None], device=images.device)).item():  # a net that processes share runs in all or in none
+        return at_rest or UNKNOWN
     found = first_not_finite(net, images, context)
     if found is not None:
         return found
     return "the teacher's logits" if _teacher_fails(pl_module, images, context) else UNKNOWN
+
+
+def _at_rest(images: Tensor, net: nn.Module) -> str | None:
+    """What is at fault before the net is run; of weights that processes share, this one's part is looked at."""
+    if not images.isfinite().all():
+        return "the images of the batch"
+    damaged = [name for name, value in net.state_dict().items() if value.is_floating_point() and not own(value).isfinite().all()]
+    return f"{damaged[0]}, the first of {len(damaged)} weights that hold NaN or infinity" if damaged else None
 
 
 def first_not_finite(net: nn.Module, images: Tensor, context: Context = torch.no_grad) -> str | None:
@@ -75,20 +82,20 @@ def all_finite(trainer: Trainer, tensors: Iterable[Tensor]) -> bool:
     return trainer.strategy.reduce_boolean_decision(finite, all=True)
 
 
-def told_by_any(cause: str) -> str:
+def told_by_any(cause: str, unknown: str = UNKNOWN) -> str:
     """The first process's words that name a place, where processes found different ones."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return cause
     told: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(told, cause)
-    rank, cause = next(((rank, one) for rank, one in enumerate(told) if one != UNKNOWN), (0, UNKNOWN))
+    rank, cause = next(((rank, one) for rank, one in enumerate(told) if one != unknown), (0, unknown))
     return cause if cause == told[0] else f"{cause} in process {rank}"
 
 
 def summary_of(tensors: Mapping[str, Tensor]) -> str:
     """How many of some tensors are not finite, and which is the first."""
     damaged = [name.removeprefix("net.") for name, value in tensors.items() if not value.isfinite().all()]
-    return f"{len(damaged)} tensors, first {damaged[0]}" if damaged else "in another process"
+    return f"{len(damaged)} tensors, first {damaged[0]}" if damaged else ELSEWHERE
 
 
 def _teacher_fails(pl_module: LightningModule, images: Tensor, context: Context) -> bool:

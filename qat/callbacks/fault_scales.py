@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.functional.lsq import SCALE_FLOOR
+from qat.shards import whole
 from qat.sites import iter_quantizers
 from qat.spec import check_number, check_whole
 
@@ -53,7 +54,10 @@ class ScaleWatch:
             for name, parameter in site.quantizer.named_parameters()
             if name.rpartition(".")[2] == "scale"
         ]
-        self.starts = {name: self.starts.get(name, step.detach().float()).to(step.device, copy=True) for name, step in self._steps}
+        self.starts = {
+            name: self.starts[name] if name in self.starts else whole(step.detach()).float().to(step.device, copy=True)
+            for name, step in self._steps
+        }
         if not self._steps:
             return
         starts = list(self.starts.values())
@@ -76,7 +80,7 @@ class ScaleWatch:
         """
         if not self._steps:
             return torch.zeros(3)
-        sizes = torch.cat([size.detach().float().flatten() for _, size in self._steps])
+        sizes = torch.cat([whole(size.detach()).float().flatten() for _, size in self._steps])
         is_low = sizes < self._low
         self._since = torch.where(is_low, self._since.clamp(max=step), torch.inf)
         is_dead = is_low & (step - self._since >= self.dead_steps)

@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from qat.shards import own
+
 # What schedules set behind a step, whether it counts or not.
 _SCHEDULED = ("lr", "initial_lr")
 Numbers = tuple[dict[str, Any], dict[str, Any]]
@@ -58,7 +60,7 @@ class StepUndo:
         tensors = [p.detach() for group in groups for p in group["params"]]
         kept = [(key, value) for owner in (*groups, *states) for key, value in owner.items()]
         tensors += [value for key, value in kept if isinstance(value, Tensor) and key not in _SCHEDULED]
-        self._tensors = [(tensor, tensor.clone()) for tensor in tensors]
+        self._tensors = [(own(tensor), own(tensor).clone()) for tensor in tensors]
         self._keys = [(state, set(state)) for state in states]
         self._numbers = [(owner, _counts(owner)) for owner in (*groups, *states)]
         self._states = [(callback, callback.state_dict()) for callback in self._followers]

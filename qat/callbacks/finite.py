@@ -14,12 +14,13 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
 from qat.callbacks.common import net_of
-from qat.callbacks.fault_cause import agreed, all_finite, find_cause, first_not_finite, summary_of, told_by_any
+from qat.callbacks.fault_cause import ELSEWHERE, agreed, all_finite, find_cause, first_not_finite, summary_of, told_by_any
 from qat.callbacks.fault_policy import Fault, Response
 from qat.callbacks.fault_scales import ScaleWatch
 from qat.callbacks.fault_undo import StepUndo
 from qat.callbacks.last import NAME, LastCheckpoint
 from qat.errors import UsageError
+from qat.shards import own
 from qat.spec import check_choice, check_whole
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class FaultGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Note the gradients, which are complete here and not yet clipped; look where that is free or asked for."""
         step = self._step
-        gradients = [value.grad for value in pl_module.parameters() if value.grad is not None]
+        gradients = [own(value.grad) for value in pl_module.parameters() if value.grad is not None and own(value.grad).numel()]
         step.gradient = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).to(step.losses[-1].device)
         closely = self._is_first or self.every_n_steps == 1 or _is_free(step.losses[-1]) or self._response.repeats(step.number)
         self._looks_closely, self._is_first, self._is_bad = closely, False, False
@@ -289,8 +290,8 @@ class FaultGuard(Callback):
             return
         late = "" if self._looks_closely or self._response.skips(step.number) else f", seen at step {trainer.global_step}"
         what, batch = self._told(step, loss=loss, gradient=gradient) if loss or gradient else (f"step {step.number} overflows", None)
-        cause = step.overflow or find_cause(pl_module, batch or step.batches[-1], trainer.precision_plugin.forward_context)
-        self._response.to(Fault(step.number, what + late, told_by_any(cause), seen))
+        cause = find_cause(pl_module, batch or step.batches[-1], trainer.precision_plugin.forward_context)
+        self._response.to(Fault(step.number, what + late, told_by_any(step.overflow or cause), seen))
 
     def _told(self, step: Step, *, loss: bool, gradient: bool) -> tuple[str, Any]:
         """The clause on a loss or a gradient, and the batch to look into."""
@@ -300,8 +301,8 @@ class FaultGuard(Callback):
             is_there = bad is not None and len(step.batches) == len(step.losses)
             return f"the loss of step {step.number} is {value}", step.batches[bad] if is_there and bad is not None else None
         _, pl_module = self._running()
-        gradients = {name: value.grad for name, value in pl_module.named_parameters() if value.grad is not None}
-        which = f" ({summary_of(gradients)})" if self._looks_closely else ""
+        gradients = {name: own(value.grad) for name, value in pl_module.named_parameters() if value.grad is not None}
+        which = f" ({told_by_any(summary_of(gradients), ELSEWHERE)})" if self._looks_closely else ""
         return f"gradients of step {step.number} hold NaN or infinity{which}", None
 
     @property
@@ -324,10 +325,10 @@ class FaultGuard(Callback):
             log.warning("%s, %s; a lower optimizer.lr, or a start from trained weights, may help", what, since)
 
     def _check_weights(self, trainer: Trainer, state: dict[str, Any]) -> None:
-        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()}
+        tensors = {name: own(value) for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()}
         if not all_finite(trainer, tensors.values()):
             taken = trainer.global_step - 1
-            what = f"weights hold NaN or infinity after step {taken} ({summary_of(tensors)})"
+            what = f"weights hold NaN or infinity after step {taken} ({told_by_any(summary_of(tensors), ELSEWHERE)})"
             self._response.to(Fault(trainer.global_step, what, "", taken, is_undone=False))
 
     def _scaler_acts(self) -> bool:

@@ -43,6 +43,7 @@ class IterativeFreezing(Callback):
 
     # A step that is taken back (`FaultGuard`) takes the look in front of it back.
     state_follows_steps = True
+    needs_whole_weights = True
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from qat.checkpoint import META_KEY
+from qat.checkpoint import META_KEY, Checkpoint, build_from
 from qat.errors import UsageError
+from qat.lit.sharded import shared_modules
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, StepContext
 from qat.quantizers import LSQ
+from qat.shards import whole
 from qat.sites import iter_quantizers
 from qat.spec import check_choice
 
@@ -162,6 +165,12 @@ class QATModule(LightningModule):
             scheduler.step(self.current_epoch + 1)
         else:
             scheduler.step_update(self.global_step)
+
+    def make_whole(self) -> None:
+        """Put a whole net in the place of one whose weights the processes share, once it is trained; all of them have to call it."""
+        if shared_modules(self.net):
+            state = {name: whole(value).cpu() for name, value in self.net.state_dict().items()}
+            self.net = build_from(Checkpoint(Path("last.ckpt"), state, self._describe))
 
     def on_validation_start(self) -> None:
         """Validate one net, not one a process."""

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
+
+from qat.lit.sharded import ShardedStrategy
+
+SHARDED = "fsdp"
+
+
+def strategy_of(name: Any, processes: int) -> Any:
+    """The strategy that a name stands for where there are so many processes; what has no meaning of its own here is Lightning's."""
+    if processes == 1:
+        return "auto" if name == SHARDED else name
+    ours: dict[Any, Callable[[], Strategy]] = {"auto": data_parallel, "ddp": data_parallel, SHARDED: ShardedStrategy}
+    return ours[name]() if isinstance(name, str) and name in ours else name
 
 
 def data_parallel() -> DDPStrategy:

@@ -22,11 +22,13 @@ class LossTerm(nn.Module, ABC):
     Attributes:
         needs_teacher: True if the term reads `teacher_logits`.
         differentiates_twice: True if the term is made of gradients, so that its own gradient goes through a step's backward pass.
+        needs_whole_weights: True if the term reads weights outside the net's forward pass.
         watched: values of the last step that are logged beside the term's own, by name; detached scalars.
     """
 
     needs_teacher: ClassVar[bool] = False
     differentiates_twice: ClassVar[bool] = False
+    needs_whole_weights: ClassVar[bool] = False
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()

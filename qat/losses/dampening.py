@@ -25,6 +25,8 @@ class Dampening(LossTerm):
         max_bits: weights of more bits are left alone.
     """
 
+    needs_whole_weights = True
+
     def __init__(self, weight: float = 0.1, max_bits: int = 4) -> None:
         super().__init__(weight)
         check_whole("loss term Dampening: max_bits", max_bits, 2)

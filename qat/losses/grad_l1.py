@@ -30,6 +30,7 @@ class GradL1(LossTerm):
     """
 
     differentiates_twice = True
+    needs_whole_weights = True
 
     def __init__(self, weight: float = 0.05, layers: str | Sequence[str] | None = None) -> None:
         check_number("loss.grad_l1", weight, 0)

@@ -28,6 +28,8 @@ class Kure(LossTerm):
         values: (L,) kurtosis of each of them in the last step, detached; None before the first.
     """
 
+    needs_whole_weights = True
+
     def __init__(
         self,
         weight: float = 1.0,

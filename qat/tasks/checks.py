@@ -18,6 +18,7 @@ from qat.checkpoint import FORMATS
 from qat.conversion import check_input
 from qat.data import ImageData
 from qat.errors import UsageError
+from qat.lit.parallel import SHARDED
 from qat.spec import HIGHEST_WHOLE, check_bits, check_choice, check_number, check_whole
 from qat.tasks.cli import PATHS
 from qat.tasks.ranks import HIGHEST_COUNT
@@ -161,6 +162,12 @@ def check_classifier(net: nn.Module, data: ImageData) -> None:
         raise UsageError(f"model.args.global_pool: the net gives {sizes} for an image; a classifier gives (1, classes)")
 
 
+def check_sharding(cfg: DictConfig, name: str, part: object) -> None:
+    """Raise `UsageError` if a callback or a term of the loss looks at whole weights, where each process has a part of them."""
+    if cfg.trainer.get("strategy") == SHARDED and (getattr(part, "needs_whole_weights", False) or isinstance(part, WeightAveraging)):
+        raise UsageError(f"trainer.strategy={SHARDED!r}: {name} needs whole weights; allowed is ddp")
+
+
 def check_patches(net: nn.Module, data: ImageData) -> None:
     """Raise `UsageError` if the images are no whole number of patches: timm would leave out the pixels at the edge."""
     embedding = getattr(net, "patch_embed", None)
@@ -215,6 +222,8 @@ def _check_devices(setting: str, value: object) -> None:
 def _check_strategy(setting: str, value: object) -> None:
     if isinstance(value, list | Mapping):
         raise UsageError(f"{setting}={value!r}: allowed is the name of one of Lightning's strategies")
+    if str(value).startswith(("fsdp_", "deepspeed", "model_parallel")):
+        raise UsageError(f"{setting}={value!r}: allowed are auto, ddp, fsdp")
 
 
 _CHECKS: dict[str, Callable[[str, Any], None]] = {

@@ -27,11 +27,11 @@ from qat.lit.checkpoint_io import AtomicCheckpointIO
 from qat.lit.csv_log import continue_csv
 from qat.lit.optim import INTERVALS, build_optimizer, cosine_schedule, scaled_lr
 from qat.lit.optimizer_state import with_optimizer_state
-from qat.lit.parallel import data_parallel
+from qat.lit.parallel import SHARDED, strategy_of
 from qat.spec import check_choice, check_number, check_whole
 from qat.start import Start
 from qat.tasks.build import instantiate, plain
-from qat.tasks.checks import check_averaging, check_callback, check_keys, check_trainer
+from qat.tasks.checks import check_averaging, check_callback, check_keys, check_sharding, check_trainer
 from qat.tasks.ranks import local_count
 from qat.tasks.slurm import environments
 
@@ -46,6 +46,7 @@ warnings.filterwarnings("ignore", message="Experiment logs directory .* exists a
 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # so it is when a run goes on
 warnings.filterwarnings("ignore", message="You requested to overfit but enabled .* dataloader shuffling")  # which is what it turns off
 warnings.filterwarnings("ignore", message="The `srun` command is available")  # a login node, or processes that are started here
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # timm's nets add to it out of place
 warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval")
 
 SCHEDULE = ("interval", "warmup_epochs", "cooldown_epochs", "warmup_lr", "min_lr")
@@ -120,6 +121,7 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
         callback = instantiate(callback_cfg, f"callbacks.{name}")
         check_callback(name, callback)
         check_averaging(name, callback_cfg, callback)
+        check_sharding(cfg, f"callbacks.{name}", callback)
         if isinstance(callback, ModelCheckpoint | LastCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
         callbacks.append(callback)
@@ -150,12 +152,13 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         for key, value in cfg.trainer.items()
     }
     check_trainer(settings)
-    if settings.get("strategy", "auto") in {"auto", "ddp"} and local_count(settings) * settings.get("num_nodes", 1) > 1:
-        settings = {**settings, "strategy": data_parallel()}
+    if settings.get("strategy") == SHARDED:  # what is gathered for a validation is trained with afterwards
+        settings = {**settings, "inference_mode": False}
+    strategy = strategy_of(settings.get("strategy", "auto"), local_count(settings) * settings.get("num_nodes", 1))
     monitors = [c for c in callbacks if loggers or type(c).__name__ not in {"LearningRateMonitor", "Throughput"}]
     try:
         return Trainer(
-            **settings,
+            **{**settings, "strategy": strategy},
             callbacks=monitors,
             logger=loggers or False,
             plugins=[AtomicCheckpointIO(), *environments()],

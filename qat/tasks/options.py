@@ -7,8 +7,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from qat.errors import UsageError
+from qat.lit.parallel import SHARDED
 from qat.losses import CompositeLoss
 from qat.spec import QuantRecipe
+from qat.tasks.checks import check_sharding
 
 FP16 = ("16-mixed", "16-true", "16", "transformer-engine-float16")
 HALF_MASTERS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
@@ -39,6 +41,12 @@ def check_precision(cfg: DictConfig, recipe: QuantRecipe) -> None:
         raise UsageError(f"trainer.precision={cfg.trainer.precision!r}: a quantized net needs float master weights; allowed are {allowed}")
 
 
+def check_loss(cfg: DictConfig, loss: CompositeLoss) -> None:
+    """Raise `UsageError` if a term of the loss cannot be computed the way a step is: `check_second_derivatives`, `check_sharded`."""
+    check_second_derivatives(cfg, loss)
+    check_sharded(cfg, loss)
+
+
 def check_second_derivatives(cfg: DictConfig, loss: CompositeLoss) -> None:
     """A term made of gradients needs a backward pass that can be differentiated, with gradients that half precision does not round to 0.
 
@@ -53,6 +61,25 @@ def check_second_derivatives(cfg: DictConfig, loss: CompositeLoss) -> None:
     if str(cfg.trainer.precision) in FP16:
         allowed = "32-true, bf16-mixed, 64-true"
         raise UsageError(f"trainer.precision={cfg.trainer.precision!r}: {weight} has gradients below fp16's range; allowed are {allowed}")
+
+
+def check_sharded(cfg: DictConfig, loss: CompositeLoss) -> None:
+    """What a run whose processes share the weights cannot do.
+
+    Raises:
+        UsageError: `trainer.strategy=fsdp` with one of these.
+    """
+    if cfg.trainer.get("strategy") != SHARDED:
+        return
+    setting = f"trainer.strategy={SHARDED!r}"
+    if cfg.compile is True:
+        raise UsageError(f"compile=true: {setting} gathers weights in the middle of the graph; allowed is false")
+    if str(cfg.trainer.precision) in FP16:
+        raise UsageError(
+            f"trainer.precision={cfg.trainer.precision!r}: {setting} has no scaler of gradients; allowed are 32-true, bf16-mixed"
+        )
+    for name, term in loss.terms.items():
+        check_sharding(cfg, f"the loss term {name}", term)
 
 
 def check_compiler(cfg: DictConfig, device: torch.device) -> None:

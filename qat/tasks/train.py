@@ -93,6 +93,7 @@ def train(cfg: DictConfig) -> float:
     except Preempted:
         close(run.trainer.loggers)
         raise
+    run.module.make_whole()
     val_top1, weights = _take_best(run.trainer, run.module)
     _conclude(cfg, run, {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": round(time.monotonic() - began, 1)})
     close(run.trainer.loggers)
@@ -113,7 +114,7 @@ def _build(cfg: DictConfig) -> Run:
     trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), loggers)
     optimizer = fit.build_optimizer_factory(cfg, trainer)
     options.check_precision(cfg, recipe)
-    options.check_second_derivatives(cfg, loss)
+    options.check_loss(cfg, loss)
     options.check_compiler(cfg, trainer.strategy.root_device)
     data = build.build_data(cfg)
     data.batch_mixup()  # refuses what cannot be mixed before an image is read

@@ -154,6 +154,7 @@ def test_the_gate_closes_in_a_compiled_net_too():
         assert torch.equal(out, F.statsq(matrix, 2))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_annealing_begins_in_a_compiled_net():
     start, gradients = net(), {}

@@ -68,6 +68,7 @@ def test_a_run_dir_that_is_none(tmp_path, run_dir):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_processes_of_their_own(tmp_path):
     """As many at once as there are commands here; the imports of each take seconds."""

@@ -168,6 +168,7 @@ def proxy():
         yield f"http://127.0.0.1:{server.getsockname()[1]}", requests
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_multirun_is_a_group_and_stays_on_this_machine(tmp_path, proxy):
     from tests.loggers import readers

@@ -168,6 +168,7 @@ def test_copies_of_a_module_look_at_their_own_net():
     assert both[1] < both[0]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_compiled_net_trains_with_it():
     torch.compiler.reset()

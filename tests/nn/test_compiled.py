@@ -40,7 +40,7 @@ def compare(name, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["swin", "dinov3", "eva02", "beit", "swinv2", "siglip"])
+@pytest.mark.parametrize("name", ["swin", "dinov3", "eva02", "beit", pytest.param("swinv2", marks=pytest.mark.long), "siglip"])
 def test_traced_forward_and_backward(name):
     compare(name, "aot_eager")
 

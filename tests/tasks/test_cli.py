@@ -94,6 +94,7 @@ def test_in_a_multirun_a_mistake_stops_its_job_alone(tmp_path):
     assert "Traceback" not in out + err
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_in_a_multirun_a_run_that_turns_into_nan_stops_alone(tmp_path):
     spoil = ("+callbacks.spoil._target_=tests.callbacks.test_finite.SpoiledNet", "+callbacks.spoil.step=1,99")

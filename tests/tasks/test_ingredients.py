@@ -144,11 +144,11 @@ def test_a_part_of_an_epoch(watched):
 
 def test_the_schedule_ends_with_the_part(watched):
     run_dir, _ = watched(
-        "trainer.limit_train_batches=3", "trainer.max_epochs=2", "optimizer.lr=1", "scheduler.min_lr=0", "trainer.log_every_n_steps=1"
+        "trainer.limit_train_batches=3", "trainer.max_epochs=2", "optimizer.lr=0.01", "scheduler.min_lr=0", "trainer.log_every_n_steps=1"
     )
     rates = column(run_dir, "lr-AdamW/decay")
-    assert rates[0] == pytest.approx(1)
-    assert rates[3] == pytest.approx(0.5)
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[3] == pytest.approx(0.005)
     assert len(rates) == 6
 
 

@@ -84,8 +84,15 @@ def farthest(found, expected):
     return max(float((found[name].float() - value.float()).abs().max()) for name, value in expected.items())
 
 
+CASES = [
+    ("ofq_2bit", 0),
+    ("lsq_2bit", 2),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in (("ofq_2bit", 1), ("ofq_noqkr_4bit", 3))),
+]
+
+
 # In none of these runs does a value lie on a tie: all that differs is the order in which float32 numbers are added.
-@pytest.mark.parametrize(("quant", "seed"), [("ofq_2bit", 0), ("ofq_2bit", 1), ("lsq_2bit", 2), ("ofq_noqkr_4bit", 3)])
+@pytest.mark.parametrize(("quant", "seed"), CASES)
 def test_two_processes_equal_one(tmp_path, quant, seed):
     settings = (f"quant={quant}", f"seed={seed}", *TEN_STEPS)
     one = run(tmp_path / "one", *settings, "data.batch_size=120")
@@ -235,7 +242,7 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     assert all(message in error for error in errors)
 
 
-@pytest.mark.parametrize("model", ["deit_t", "swin_t"])
+@pytest.mark.parametrize("model", ["deit_t", pytest.param("swin_t", marks=pytest.mark.long)])
 def test_a_published_recipe_takes_a_step_in_eight_processes(tmp_path, model):
     small = {
         "deit_t": ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3"),

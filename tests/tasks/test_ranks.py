@@ -186,6 +186,7 @@ def test_a_mistake_is_told_once(tmp_path):
     assert results(tmp_path / "run")["error"].startswith("optimizer.lr=-1")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killing_a_process_ends_the_run(tmp_path):
     command = [

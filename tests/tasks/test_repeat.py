@@ -96,6 +96,8 @@ def test_an_evaluation_gives_the_same_again(first):
     assert (new / "eval.log").is_file()
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_a_sweep_over_a_repeated_run(first):
     again = ("-m", "--config-dir", "first", "--config-name", "config")
     code, out = typed("train.py", *again, "seed=3,5", "run_dir=sweep", cwd=first.parent)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
 from qat.errors import UsageError
@@ -31,6 +32,8 @@ def place(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("MASTER_ADDR", "")  # so that what the code sets is taken back
     monkeypatch.delenv("MASTER_ADDR")
+
+    monkeypatch.setattr(rank_zero_only, "rank", rank_zero_only.rank)  # Lightning's environments set it for good
 
     def put(variables):
         for name, value in variables.items():

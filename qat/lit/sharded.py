@@ -1,0 +1,130 @@
+"""Training with weights, gradients and moments shared out among the processes: torch's `fully_shard` (FSDP2) under Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from qat.errors import UsageError
+from qat.shards import like, whole
+
+BLOCKS = "blocks"  # what timm calls the list of a net's, or of a stage's, blocks
+
+
+def share_out(net: nn.Module, mesh: DeviceMesh | None) -> None:
+    """Leave each process its part of every parameter of a net, in place; a block's are whole while the block is computed.
+
+    A parameter is cut along its first dimension. What is in no block is a group of its own, whole during forward and backward pass.
+
+    Raises:
+        UsageError: a parameter has no dimension to cut.
+    """
+    for name, parameter in net.named_parameters():
+        if parameter.ndim == 0:
+            raise UsageError(f"trainer.strategy='fsdp': {name} is a single number, which cannot be shared out; allowed is ddp")
+    blocks = [module for name, module in net.named_modules() if name.split(".")[-2:-1] == [BLOCKS]]
+    for module in (*reversed(blocks), net):  # inner ones first
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def shared_modules(net: nn.Module) -> list[FSDPModule]:
+    """The modules of a net that gather and share out weights; none in a net that is whole."""
+    return [module for module in net.modules() if isinstance(module, FSDPModule)]
+
+
+class ShardedStrategy(DDPStrategy):
+    """Lightning's DDP with the net's weights shared out in place of DDP's wrapper; evaluation alone has the whole net in each process.
+
+    Lightning's own strategies of the kind refuse CPUs (`fsdp`), or write and read checkpoints past the trainer's `CheckpointIO`
+    (`ModelParallelStrategy`). Here the file is the one that a single process writes: the first process has all tensors gathered, whole and
+    on the CPU, one after the other.
+    """
+
+    def configure_ddp(self) -> None:
+        """Share out the net, which is first made the same in all processes; once, also where a run goes back and fits again."""
+        net = self._net
+        if shared_modules(net):
+            return
+        for tensor in (*net.parameters(), *net.buffers()):
+            dist.broadcast(tensor.detach(), 0)
+        share_out(net, init_device_mesh(self.root_device.type, (dist.get_world_size(),)))
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Share out a state that optimizers begin with."""
+        super().setup_optimizers(trainer)
+        self._share_out_states()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole, in the first process; nothing in the others, which take part."""
+        return self._gathered(super().lightning_module_state_dict())
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Likewise."""
+        return self._gathered(super().optimizer_state(optimizer))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:  # noqa: FBT001, FBT002  (Lightning's signature)
+        """Read into a net that is whole, or that is shared out already."""
+        module = self._module
+        there = module.state_dict()
+        state = {name: like(value, there.get(name, value)) for name, value in checkpoint["state_dict"].items()}
+        module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Read whole moments."""
+        super().load_optimizer_state_dict(checkpoint)
+        self._share_out_states()
+
+    def on_validation_start(self) -> None:
+        """Gather all weights: one process may have a batch more than another, which must not wait for it."""
+        for module in shared_modules(self._net):
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+
+    def on_validation_end(self) -> None:
+        """Share them out again."""
+        for module in shared_modules(self._net):
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+    def teardown(self) -> None:
+        """Weights that are shared out stay on their device, to which the processes' exchange is bound; what optimizers keep goes."""
+        if self.lightning_module is None or not shared_modules(self._net):
+            super().teardown()
+            return
+        self.optimizers = []
+        for part in (self.cluster_environment, self.precision_plugin, self.accelerator):
+            if part is not None:
+                part.teardown()
+
+    @property
+    def _module(self) -> LightningModule:
+        if self.lightning_module is None:
+            raise RuntimeError("no module is connected")
+        return self.lightning_module
+
+    @property
+    def _net(self) -> nn.Module:
+        net: nn.Module = getattr(self._module, "net", self._module)
+        return net
+
+    def _share_out_states(self) -> None:
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                state.update({key: like(value, parameter) for key, value in state.items() if isinstance(value, Tensor)})
+
+    def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
+        def gather(tensor: DTensor) -> Tensor | None:
+            found = whole(tensor)
+            return found.cpu() if self.is_global_zero else None
+
+        state = apply_to_collection(state, DTensor, gather)
+        return state if self.is_global_zero else {}

@@ -1,0 +1,189 @@
+"""Runs whose processes share the weights. Oracle: the same run in one process, with the same global batch."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import qat
+from qat.callbacks import finite
+from qat.data import Digits
+from qat.errors import UsageError
+from qat.files import read_torch
+from qat.lit.sharded import share_out
+from qat.shards import own
+from qat.tasks import fit, ranks
+from qat.tasks.evaluate import evaluate
+from qat.tasks.train import train
+from tests.conftest import compose, results
+from tests.processes import in_processes
+from tests.tasks.test_processes import KilledError, farthest, leaves
+
+# W2A2 with QKR; momentum and clipping, so that moments and the norm of all gradients are shared out too.
+SETTINGS = (
+    *("model.args.embed_dim=24", "model.args.depth=1", "report=false", "scheduler.warmup_epochs=0", "quant=ofq_2bit", "logger=[]"),
+    *("optimizer.opt=sgd", "optimizer.lr=0.03", "trainer.max_epochs=2", "trainer.limit_train_batches=2", "trainer.gradient_clip_val=0.5"),
+    *("data.calibration_images=64", "checkpoint.every_n_steps=3"),
+)
+TWO = ("trainer=fsdp", "trainer.accelerator=cpu", "data.batch_size=60", *SETTINGS)
+SKIP = "callbacks.finite.policy=skip"
+READ, MAKE_CALLBACKS = Digits.read, fit.build_callbacks
+
+
+def odd(self):
+    """Two processes have 61 and 60 images to validate: two batches and one."""
+    splits = READ(self)
+    return {**splits, "val": replace(splits["val"], images=splits["val"].images[:121], labels=splits["val"].labels[:121])}
+
+
+class Act(Callback):
+    """Spoils a gradient of the second step. Kills a run in front of a step; damages a weight there, once and in the second process."""
+
+    def __init__(self, folder, kill=None, damage=None):
+        self.folder, self.kill, self.damage = folder, kill, damage
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.kill:
+            raise KilledError
+        if trainer.global_step == self.damage and trainer.global_rank == 1:
+            self.damage = None
+            pl_module.net.get_parameter("blocks.0.mlp.fc1.weight").detach().to_local()[0, 0] = torch.nan
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == 1 and trainer.global_rank == trainer.world_size - 1:
+            own(pl_module.net.get_parameter("blocks.0.mlp.fc1.weight").grad)[-1, 0] = torch.nan
+
+    @torch.no_grad()
+    def on_train_end(self, trainer, pl_module):
+        weights = dict(pl_module.net.named_parameters())
+        images = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)
+        parts = {name: value.to_local().numel() / value.numel() for name, value in weights.items() if isinstance(value, DTensor)}
+        noted = {"images": images, "logits": pl_module.net.eval()(images), "parts": parts, "count": len(weights)}
+        torch.save(noted, self.folder / f"end-{trainer.global_rank}.pt")
+
+
+def run(folder, *overrides, **what):
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Digits, "read", odd)
+        patch.setattr(fit, "build_callbacks", lambda cfg: [*MAKE_CALLBACKS(cfg), Act(folder, **what)])
+        train(compose("train", f"run_dir={folder}", *overrides))
+
+
+def runs(root):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finite, "_is_free", lambda tensor: False)  # as on an accelerator, where nobody waits for a flag
+        run(root / "whole", *TWO, SKIP)
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("qat.tasks.faults").addHandler(handler)
+    with pytest.raises(KilledError):
+        run(root / "again", *TWO, "callbacks.finite.policy=rollback", damage=2, kill=3)
+    (root / f"said-{ranks.rank()}.txt").write_text("\n".join(said))
+    run(root / "again", *TWO, "resume=true")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fsdp")
+    run(root / "one", "data.batch_size=120", *SETTINGS, SKIP)
+    assert in_processes(2, runs, root) == [""] * 2
+    return root
+
+
+def last(folder):
+    return read_torch(folder / "checkpoints" / "last.ckpt")
+
+
+def test_two_processes_equal_one(root):
+    found, alone = last(root / "whole"), last(root / "one")
+    assert farthest(found["state_dict"], alone["state_dict"]) <= 1e-5
+    assert farthest(leaves(found["optimizer_states"]), leaves(alone["optimizer_states"])) <= 1e-5
+    first, second = (torch.load(root / "whole" / f"end-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert len(first["parts"]) == first["count"]  # no parameter is whole in a process
+    assert all(part + second["parts"][name] == 1 for name, part in first["parts"].items())
+    assert 0.4 < first["parts"]["blocks.0.mlp.fc1.weight"] < 0.6
+
+
+def test_each_image_is_validated_once(root):
+    found, alone = results(root / "whole"), results(root / "one")
+    assert {key: found[key] for key in ("top1", "val_top1", "weights", "size_bytes")} == {
+        key: alone[key] for key in ("top1", "val_top1", "weights", "size_bytes")
+    }
+
+
+def test_the_file_is_that_of_one_process(root):
+    found, alone = last(root / "whole"), last(root / "one")
+    assert found.keys() == alone.keys()
+    assert list(found["state_dict"]) == list(alone["state_dict"])
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
+        assert {name: value.shape for name, value in leaves(found[part]).items()} == {
+            name: value.shape for name, value in leaves(alone[part]).items()
+        }
+    noted = torch.load(root / "whole" / "end-0.pt", weights_only=True)
+    with torch.no_grad():
+        assert torch.equal(qat.load(root / "whole" / "checkpoints" / "last.ckpt")(noted["images"]), noted["logits"])
+
+
+def test_it_is_evaluated_in_one_process(root, tmp_path):
+    evaluate(compose("eval", f"run_dir={tmp_path}", f"ckpt={root / 'whole' / 'checkpoints' / 'best.ckpt'}"))
+    assert results(tmp_path)["top1"] == results(root / "whole")["top1"]
+
+
+def test_a_run_that_goes_back_and_is_killed_equals_one_that_was_never_stopped(root):
+    found, whole = last(root / "again"), last(root / "whole")
+    for part in ("state_dict", "optimizer_states"):
+        expected, values = leaves(whole[part]), leaves(found[part])
+        assert values.keys() == expected.keys()
+        assert all(torch.equal(values[name], value) for name, value in expected.items())
+
+
+def test_a_fault_in_the_part_of_one_process_is_found_by_all(root):
+    gradient = "gradients of step 1 hold NaN or infinity (1 tensors, first blocks.0.mlp.fc1.weight in process 1)"
+    weight = "the loss of step 2 is nan; first not finite: blocks.0.mlp.fc1.weight, the first of 1 weights that hold NaN or infinity"
+    for rank in (0, 1):
+        first, second = (root / f"said-{rank}.txt").read_text().splitlines()
+        assert first.startswith(f"rolled back to step 0: {gradient}; ")
+        assert second == f"rolled back to step 2: {weight} in process 1"
+
+
+ALLOWED = "needs whole weights; allowed is ddp$"
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        *(((f"callbacks=[default,{name}]",), f"callbacks.{name} {ALLOWED}") for name in ("cga", "freeze", "oscillation", "ema")),
+        (("loss=ce_dampening",), f"the loss term dampening {ALLOWED}"),
+        (("loss.kure=1",), f"the loss term kure {ALLOWED}"),
+        (("loss.grad_l1=1",), f"the loss term grad_l1 {ALLOWED}"),
+    ],
+)
+def test_what_looks_at_weights_is_refused(tmp_path, settings, line):
+    with pytest.raises(UsageError, match=rf"^trainer\.strategy='fsdp': {line}"):
+        train(compose("train", f"run_dir={tmp_path}", "trainer=fsdp", "trainer.accelerator=cpu", *settings))
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("compile=true", r"^compile=true: trainer\.strategy='fsdp' .*; allowed is false$"),
+        ("trainer.precision=16-mixed", r"^trainer\.precision='16-mixed': trainer\.strategy='fsdp' .*; allowed are 32-true, bf16-mixed$"),
+        ("trainer.strategy=fsdp_cpu_offload", r"^trainer\.strategy='fsdp_cpu_offload': allowed are auto, ddp, fsdp$"),
+        ("trainer.strategy=deepspeed_stage_2", r"^trainer\.strategy='deepspeed_stage_2': allowed are auto, ddp, fsdp$"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, setting, line):
+    with pytest.raises(UsageError, match=line):
+        train(compose("train", f"run_dir={tmp_path}", "trainer=fsdp", "trainer.accelerator=cpu", setting))
+
+
+def test_a_single_number_cannot_be_shared_out():
+    net = nn.Linear(2, 2)
+    net.register_parameter("gain", nn.Parameter(torch.ones(())))
+    with pytest.raises(UsageError, match=r"^trainer\.strategy='fsdp': gain is a single number, .* allowed is ddp$"):
+        share_out(net, None)
