@@ -1,6 +1,6 @@
 """Every mistake of tests/campaign: what is printed, and whether it is right; a table on the terminal and in a file.
 
-PYTHONPATH=. python benchmarks/bad_inputs.py --log docs/logs/bad-inputs.log
+PYTHONPATH=. python benchmarks/bad_inputs.py --log outputs/bad-inputs.log
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What OFQ's published rows would cost on eight GPUs: arithmetic from measured step ratios and published float throughput. Prints a table.
 
-Run by `make cluster-costs RATIOS="deit_t=2.4 deit_s=2.3 swin_t=2.2"`, the ratios being those of `make step-time`: student with QKR and
+Run by `make cluster-costs RATIOS="deit_t=2.2 deit_s=2.4 swin_t=3.2"`, the ratios being those of `make step-time`: student with QKR and
 teacher in the step, in float steps. What is assumed is in the constants below.
 """
 

@@ -42,7 +42,7 @@ class ScaleWatch:
     def __init__(self, max_change: float, dead_steps: int) -> None:
         check_number("callbacks.finite.max_scale_change", max_change, 1, above=True)
         check_whole("callbacks.finite.dead_steps", dead_steps, 1)
-        self.max_change, self.dead_steps = max_change, dead_steps
+        self.max_change, self.dead_steps = float(max_change), dead_steps
         self.starts: dict[str, Tensor] = {}
         self._steps: list[tuple[str, nn.Parameter]] = []
 

@@ -65,6 +65,7 @@ NUMBERS = {
     "scheduler.min_lr": "zero fraction huge",
     "scheduler.warmup_lr": "zero fraction huge",
     "callbacks.cga.lr": "fraction huge",
+    "callbacks.finite.max_scale_change": "fraction huge",
     "callbacks.cga.start_epoch": "zero",
     "callbacks.ema.decay": "zero",
     "callbacks.freeze.threshold": "fraction huge",

@@ -6,6 +6,7 @@ import functools
 import logging
 import signal
 import time
+from pathlib import Path
 from unittest import mock
 
 import sklearn.datasets
@@ -15,6 +16,7 @@ from qat.lit import QATModule
 from qat.tasks import analyze, cli, predict, ranks, results
 
 LIMIT_S = 20
+LEDGER = "points.jsonl"
 
 
 class ReachedAStep(BaseException):
@@ -77,6 +79,12 @@ def no_steps():
         yield
 
 
+def _forget(cfg):
+    """Remove what an analysis would go on with, of the case before."""
+    with contextlib.suppress(Exception):  # the directory may be what is wrong
+        (Path(cfg.run_dir) / LEDGER).unlink(missing_ok=True)
+
+
 def attempt(task, cfg):
     """The outcome of a command with this config."""
     log, lines = logging.getLogger("qat.tasks.cli"), _Lines()
@@ -84,6 +92,7 @@ def attempt(task, cfg):
     log.addHandler(lines)
     log.setLevel(logging.ERROR)
     logging.disable(logging.NOTSET)
+    _forget(cfg)
     began = time.monotonic()
     signal.signal(signal.SIGALRM, _hang)
     signal.alarm(LIMIT_S)
