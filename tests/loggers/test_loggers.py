@@ -126,6 +126,7 @@ def test_overwriting_a_run_replaces_its_curves(tmp_path):
     assert len(readers.tensorboard(run).metrics["val/top1"]) == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_processes_that_begin_together_share_a_store(tmp_path):
     from tests.loggers import readers

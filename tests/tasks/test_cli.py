@@ -68,6 +68,7 @@ def test_help_is_quick_and_lists_the_choices(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_multirun_is_the_product_of_lists(tmp_path):
     code, out, err = command("train.py", "-m", *TINY, "quant=ofq_2bit,ofq_4bit", "seed=1,2", cwd=tmp_path)
