@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := outputs/demo
 # A process a core; a test needs no more than one.
-PARALLEL := -n auto --maxprocesses 8
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: step-time decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress cga-seeds evolq-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
 
