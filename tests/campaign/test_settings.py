@@ -15,7 +15,7 @@ from tests.campaign.running import attempt, no_steps
 from tests.conftest import train
 
 # A number that shares no factor with those of kinds and settings: all kinds come up.
-EVERY = int(os.environ.get("QAT_CAMPAIGN_EVERY", "37"))
+EVERY = int(os.environ.get("QAT_CAMPAIGN_EVERY", "31"))
 
 
 @pytest.fixture(scope="module")
