@@ -139,14 +139,11 @@ def supervise(task: str, cfg: DictConfig, count: int) -> float | None:
         RankError: one of them failed.
     """
     watch = Watch([Path(cfg.run_dir) / f"rank-{number}.log" for number in range(1, count)])
-    work, port = _order(task, cfg), _free_port()
     reading, writing = os.pipe()
     with os.fdopen(reading, encoding="utf-8") as outcome, _forwarding(watch):
         try:
             with os.fdopen(writing, "w"):  # closed here, so that reading ends where the first process does
-                for number in range(count):
-                    place = _place(cfg, number, count, port) | {OUTCOME: str(-1 if number else writing)}
-                    watch.processes.append(_start(place, work, [None, *watch.logs][number]))
+                _start_all(watch, _order(task, cfg), cfg, writing)
             watch.wait()
         except BaseException:  # Ctrl-C too
             watch.end(signal.SIGINT, signal.SIGKILL)
@@ -179,6 +176,14 @@ def told(order: str) -> tuple[str, DictConfig]:
     cfg = OmegaConf.create(read["cfg"])
     OmegaConf.set_struct(cfg, value=True)
     return read["task"], cfg
+
+
+def _start_all(watch: Watch, order: bytes, cfg: DictConfig, outcome: int) -> None:
+    """Start a process for each log and the first; it alone has the pipe."""
+    logs, port = [None, *watch.logs], _free_port()
+    for number, log_file in enumerate(logs):
+        place = _place(cfg, number, len(logs), port) | {OUTCOME: str(-1 if number else outcome)}
+        watch.processes.append(_start(place, order, log_file))
 
 
 @contextlib.contextmanager
