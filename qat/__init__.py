@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qat.errors import UsageError as UsageError
     from qat.inference import transform as transform
     from qat.interop import load_ofq_checkpoint as load_ofq_checkpoint
+    from qat.nn.execution import set_execution as set_execution
     from qat.ptq_spec import PtqRecipe as PtqRecipe
     from qat.scales import assert_ready as assert_ready
     from qat.scales import initialize_scales as initialize_scales
@@ -44,6 +45,7 @@ _HOME = {
     "load_ofq_checkpoint": "qat.interop",
     "recipe": "qat.spec",
     "save": "qat.checkpoint",
+    "set_execution": "qat.nn.execution",
     "transform": "qat.inference",
 }
 __all__ = [*sorted(_HOME), "functional", "ptq"]  # noqa: PLE0604  (names only)

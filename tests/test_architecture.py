@@ -22,6 +22,7 @@ LIBRARIES = {
     "sklearn": ("data",),
     "matplotlib": ("analysis", "report"),
     "pyarrow": ("data",),
+    "triton": ("kernels",),
 }
 
 

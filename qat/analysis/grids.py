@@ -14,8 +14,9 @@ from qat.functional.affine_search import SHRINK_FACTORS
 from qat.functional.bias_correction import correct_mean_and_std
 from qat.functional.lsq import SCALE_FLOOR, lsq_init_scale
 from qat.functional.observers import RangeState, affine_from_state, affine_scale, observe, quantiles
-from qat.functional.statsq import statsq_coordinate, statsq_scale
+from qat.functional.statsq import statsq_scale
 from qat.functional.ste import group_size, sum_along, view_along
+from qat.kernels import statsq_coordinate
 from qat.ptq.observers import reaching_zero
 from qat.quantizers import LSQ, Affine, DynamicMinMax, Float, Quantizer, StatsQ
 from qat.spec import check_choice

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qat.functional.statsq import statsq_coordinate, statsq_scale
+from qat.functional.statsq import statsq_scale
 from qat.functional.ste import view_along
+from qat.kernels import statsq_coordinate
 from qat.spec import check_bits, check_number
 
 

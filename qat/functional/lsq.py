@@ -8,53 +8,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.functional.ste import code_dtype, group_size, mean_abs, sum_along, view_along
+from qat import kernels
+from qat.functional.ste import code_dtype, mean_abs
+from qat.kernels import SCALE_FLOOR, Grid, reference
 
-SCALE_FLOOR = 1e-5
-
-
-def _step(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
-    # clamp lets NaN through: a scale that was never initialised must not look like a number.
-    return view_along(scale.float().clamp(min=SCALE_FLOOR), ndim, axis)
+__all__ = ["SCALE_FLOOR", "gradient_scale", "lsq", "lsq_codes", "lsq_init_scale"]
 
 
-def _just_outside(code: int) -> float:
-    """The float32 neighbour of `code` away from zero; below 0, a value too small to matter."""
-    ulp = 2.0 ** (abs(code).bit_length() - 24) if code else torch.finfo(torch.float32).tiny
-    return code + ulp if code > 0 else code - ulp
+def gradient_scale(x: Tensor, grid: Grid, grad_factor: float, sign: Tensor | None = None) -> float | Tensor:
+    """LSQ's factor on the gradient of a step: `grad_factor` / sqrt(qmax * m), m = elements of `x` per step."""
+    _, highest = grid.bounds(sign)
+    if isinstance(highest, Tensor):
+        return grad_factor / (highest * grid.group_size(x)).sqrt()
+    return grad_factor / math.sqrt(highest * grid.group_size(x))
 
 
 class _LSQ(torch.autograd.Function):
-    """Keeps the input and the scale for backward, no mask and no codes."""
+    """Keeps the input, the scale and the offset in front for backward, no mask and no codes."""
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, bounds: tuple[int, int], axis: int | None, grad_factor: float) -> Tensor:
-        step = _step(scale, x.ndim, axis)
-        return ((x.float() / step).clamp(*bounds).round() * step).to(x.dtype)
+    def forward(
+        x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, sign: Tensor | None, grid: Grid, grad_factor: float
+    ) -> Tensor:
+        return kernels.lsq_forward(x, scale, before, after, grid, sign=sign).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, scale, ctx.bounds, ctx.axis, ctx.grad_factor = inputs
-        ctx.save_for_backward(x, scale)
+        x, scale, before, after, sign, ctx.grid, ctx.grad_factor = inputs
+        ctx.after_shape = None if after is None else after.shape
+        ctx.save_for_backward(x, scale, before, sign)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, scale = ctx.saved_tensors
-        u = x.float() / _step(scale, x.ndim, ctx.axis)
-        g = grad.float()
-        # hardtanh's open range between the neighbours of the bounds is LSQ's closed range, masked in one pass over the data.
-        grad_x = torch.ops.aten.hardtanh_backward(g, u, *map(_just_outside, ctx.bounds))
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            gradient_scale = ctx.grad_factor / math.sqrt(ctx.bounds[1] * group_size(x, ctx.axis))
-            clamped = u.clamp(*ctx.bounds)  # where u overflows, 0 * inf would be NaN; inside the range they are the same
-            error = g * clamped.round() - grad_x * clamped
-            grad_scale = (sum_along(error, ctx.axis) * gradient_scale).to(scale.dtype)
-        return grad_x.to(x.dtype), grad_scale, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, before, sign = ctx.saved_tensors
+        # What is differentiated once more has to be made of operations that autograd knows.
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        backward = reference.lsq_gradients if plain else kernels.lsq_backward
+        found = backward(grad, x, scale, before, ctx.grid, sign=sign, after_shape=ctx.after_shape)
+        of_scale = (found.scale * gradient_scale(x, ctx.grid, ctx.grad_factor, sign)).to(scale.dtype) if ctx.needs_input_grad[1] else None
+        return found.x.to(x.dtype), of_scale, found.before, found.after, None, None, None
 
 
-def lsq(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, *, grad_factor: float = 1.0) -> Tensor:
-    """Quantize to round(clamp(x / s, qmin, qmax)) * s with a learned step s = max(scale, 1e-5).
+def lsq(  # noqa: PLR0913, PLR0917  (a grid, and what may stand around it)
+    x: Tensor,
+    scale: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int | None,
+    *,
+    grad_factor: float = 1.0,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+    sign: Tensor | None = None,
+) -> Tensor:
+    """Quantize to round(clamp((x + a) / s, qmin, qmax)) * s + c with a learned step s = max(scale, 1e-5).
 
     Args:
         x: any shape and float dtype; computed in float32.
@@ -63,17 +70,20 @@ def lsq(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, *, gra
         qmax: highest code.
         axis: dimension that keeps scales of its own, None = one for the tensor.
         grad_factor: extra factor on the gradient of `scale`, beside LSQ's 1 / sqrt(qmax * m), m = elements per scale.
+        before: the offset a, over the trailing dimensions of `x`; None = 0.
+        after: the offset c, likewise.
+        sign: one number, not above 0 = codes from 0 to qmax - qmin; None = the codes are as given.
 
     Returns:
         The shape and dtype of `x`. Gradient of `x`: passes inside the closed range, zero outside. Gradient of `scale`: LSQ,
         straight through the floor of 1e-5.
     """
-    return _LSQ.apply(x, scale, (qmin, qmax), axis, grad_factor)
+    return _LSQ.apply(x, scale, before, after, sign, Grid(qmin, qmax, axis), grad_factor)
 
 
 def lsq_codes(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
     """Integer codes of `lsq`, in [qmin, qmax], int8 where they fit, else int16; the shape of `x`."""
-    codes = (x.detach().float() / _step(scale.detach(), x.ndim, axis)).clamp(qmin, qmax).round()
+    codes = (x.detach().float() / reference.step_of(scale.detach(), x.ndim, axis)).clamp(qmin, qmax).round()
     return codes.to(code_dtype(qmin, qmax))
 
 

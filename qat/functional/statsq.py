@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from qat import kernels
 from qat.functional.ste import code_dtype
+from qat.kernels import statsq_coordinate
 from qat.spec import check_bits
-
-TOP_CLIP = 1 - 1e-6
-# Keeps 0/0 out of an all-zero row without moving any other scale.
-_TINY = torch.finfo(torch.float32).tiny
 
 
 def statsq_scale(w: Tensor) -> Tensor:
@@ -29,23 +27,12 @@ def statsq_scale(w: Tensor) -> Tensor:
     return 2 * w.detach().float().abs().mean(dims[w.ndim], keepdim=True)
 
 
-def statsq_coordinate(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Place of `w` on the axis of codes, in [-n - 1/2, n - 1/2) with n = 2^(bits-1): rounding it gives the code."""
-    n = 2 ** (bits - 1)
-    u = (w.float() / scale.clamp(min=_TINY)).clamp(-1.0, TOP_CLIP)
-    return u * n - 0.5
-
-
-def _codes(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return statsq_coordinate(w, scale, bits).round()
-
-
 class _StatsQ(torch.autograd.Function):
     """Forward on the grid, identity backward: nothing is kept for it."""
 
     @staticmethod
     def forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-        return ((_codes(w, scale, bits) + 0.5) / 2 ** (bits - 1) * scale).to(w.dtype)
+        return kernels.statsq_forward(w, scale, bits).to(w.dtype)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -79,7 +66,7 @@ def statsq(w: Tensor, bits: int) -> Tensor:
 def statsq_codes_with_scale(w: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Integer codes of `statsq_with_scale`; see `statsq_codes`."""
     n = 2 ** (bits - 1)
-    return _codes(w.detach(), scale, bits).to(code_dtype(-n, n - 1))
+    return statsq_coordinate(w.detach(), scale, bits).round().to(code_dtype(-n, n - 1))
 
 
 def statsq_codes(w: Tensor, bits: int) -> Tensor:

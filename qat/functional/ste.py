@@ -7,32 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from qat.kernels.reference import sum_along, view_along
+
+__all__ = ["code_dtype", "group_size", "mean_abs", "round_ste", "sum_along", "view_along"]
+
 
 def round_ste(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes unchanged. The value is exact: `x - x.detach()` is zero, not a rounding error."""
     return x.round().detach() + (x - x.detach())
-
-
-def view_along(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
-    """Reshape a 1-D scale so that it broadcasts against an `ndim`-dimensional tensor along `axis`; one element for None."""
-    if axis is None:
-        return scale.reshape(())
-    shape = [1] * ndim
-    shape[axis] = -1
-    return scale.reshape(shape)
-
-
-def sum_along(x: Tensor, axis: int | None) -> Tensor:
-    """Sum over every dimension but `axis`: shape (x.shape[axis],), or (1,) for None.
-
-    Two stages, trailing dimensions first: inductor vectorises `sum(-1).sum(0)` and not `sum((0, 2))`.
-    """
-    if axis is None:
-        return x.sum().reshape(1)
-    axis %= x.ndim
-    if axis < x.ndim - 1:
-        x = x.flatten(axis + 1).sum(-1)
-    return x.flatten(0, axis - 1).sum(0) if axis else x
 
 
 def mean_abs(x: Tensor, axis: int | None) -> Tensor:

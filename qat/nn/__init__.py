@@ -1,6 +1,6 @@
 """Modules that own quantizers, one file per timm family. Importing the package registers every swap."""
 
-from qat.nn import beit, conv, eva, fqvit, fqvit_swin, linear, pool, relpos, swin, swinv2, vit
+from qat.nn import beit, conv, eva, fqvit, fqvit_swin, linear, pool, relpos, source, swin, swinv2, vit
 from qat.nn.attention import QkrAttention, QuantAttention, ScoredAttention
 from qat.nn.base import QuantModule
 from qat.nn.conv import QuantConv2d
@@ -29,6 +29,7 @@ __all__ = [
     "pool",
     "register_swap",
     "relpos",
+    "source",
     "swap_net",
     "swin",
     "swinv2",

@@ -10,7 +10,10 @@ from torch.nn import functional as F
 
 from qat.errors import UsageError
 from qat.functional.qkr import fold_q_bias, fold_qk
+from qat.fused import QkrOperands, QkrWeights, Scoring, attention, can_fuse, qkr_attention
 from qat.nn.base import QuantModule
+from qat.nn.fusing import is_off, operand_of, statsq_bits
+from qat.nn.linear import QuantLinear
 from qat.nn.registry import SwapContext
 
 
@@ -61,6 +64,9 @@ class ScoredAttention(nn.Module):
     Args:
         attention: the timm module whose settings and output layers are taken over.
         context: recipe and place.
+
+    Attributes:
+        keep_probs: keep the probabilities for backward, which is faster; else they are made again, which takes less memory.
     """
 
     def __init__(self, attention: Any, context: SwapContext) -> None:
@@ -75,6 +81,7 @@ class ScoredAttention(nn.Module):
         self.gate = getattr(attention, "gate", None)
         self.proj = attention.proj
         self.proj_drop = attention.proj_drop
+        self.keep_probs = True
 
     def gather(self, scores: Tensor, v: Tensor) -> Tensor:
         """Softmax, probabilities times values.
@@ -92,7 +99,11 @@ class ScoredAttention(nn.Module):
 
     def attend(self, scores: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """`gather`, then norm, gate and projection: (B, N, C_out). Only a gate reads x (B, N, C), the input of the attention."""
-        out = self.norm(self.gather(scores, v))
+        return self.project(self.gather(scores, v), x)
+
+    def project(self, out: Tensor, x: Tensor) -> Tensor:
+        """Norm, gate and projection of what leaves the heads (B, N, h*d)."""
+        out = self.norm(out)
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
@@ -119,6 +130,25 @@ class QuantAttention(ScoredAttention):
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Unscaled scores (B, h, N, M) of q (B, h, N, d) and k (B, h, M, d), each with one step per token, shared by the heads."""
         return _quantized(q, self.q_quantizer) @ self.shared(_quantized(k, self.k_quantizer)).transpose(-2, -1)
+
+    def fused(self, qkv: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:
+        """`gather(scores(q, k) * factor + bias + mask, v)` in one Function, None where it cannot be.
+
+        Args:
+            qkv: (B, N, 3*h*d).
+            factor: of the scores.
+            bias: (h, N, N) or None.
+            mask: (W, N, N) for the W windows of an image, or None.
+        """
+        is_plain = (
+            isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity) and self.groups == 1 and is_off(self.attn_drop)
+        )
+        if not (is_plain and can_fuse(qkv)):
+            return None
+        q, k, v, p = (operand_of(o) for o in (self.q_quantizer, self.k_quantizer, self.v_quantizer, self.probs_quantizer))
+        if q is None or k is None or v is None or p is None:
+            return None
+        return attention(qkv, (q, k, v, p), Scoring(self.num_heads, factor, bias, mask, self.keep_probs))
 
 
 class QkrAttention(ScoredAttention, QuantModule):
@@ -170,6 +200,20 @@ class QkrAttention(ScoredAttention, QuantModule):
             return scores
         per_key = F.linear(xq, fold_q_bias(self.k_weight, self.q_bias, self.num_heads))
         return scores + per_key.transpose(1, 2).unsqueeze(2)
+
+    def fused(self, x: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:
+        """`gather(scores(xq) * factor + bias + mask, v(xq))` of the quantized x (B, N, C) in one Function, None where it cannot be."""
+        v_bits = statsq_bits(self.v.weight_quantizer) if isinstance(self.v, QuantLinear) else None
+        bits = statsq_bits(self.qk_quantizer)
+        if not (bits and v_bits and self.q_bias is None and self.groups == 1 and is_off(self.attn_drop) and can_fuse(x)):
+            return None
+        found = (operand_of(o) for o in (self.input_quantizer, self.k_quantizer, self.v_quantizer, self.probs_quantizer))
+        operands = [o for o in found if o is not None]
+        if len(operands) < 4:
+            return None
+        weights = QkrWeights(self.q_weight, self.k_weight, self.v.weight, self.v.bias, self.product_offset)
+        scoring = Scoring(self.num_heads, factor, bias, mask, self.keep_probs)
+        return qkr_attention(x, weights, QkrOperands(*operands), (bits, v_bits), scoring)
 
     def timm_weights(self) -> dict[str, Tensor]:
         """The attention's own tensors as timm's module keeps them, detached; those of `proj` and further children are not among them.

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def adopt(cls: type[M], module: nn.Module) -> M:
+    """A module of class `cls` with everything that `module` has: its parameters, buffers, children and settings, none of them copied."""
+    made = cls.__new__(cls)
+    made.__dict__.update(module.__dict__)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        made.__dict__[kind] = dict(module.__dict__[kind])
+    return made
 
 
 class QuantModule(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qat.nn.base import QuantModule
 from qat.nn.registry import Swap, SwapContext, register_swap
@@ -37,7 +38,24 @@ class QuantConv2d(nn.Conv2d, QuantModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, I, H, W) to (B, O, H', W')."""
-        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        xq, wq = self.input_quantizer(x), self.weight_quantizer(self.weight)
+        return self._by_patches(xq, wq) if self.is_patchwise else self._conv_forward(xq, wq, self.bias)
+
+    @property
+    def is_patchwise(self) -> bool:
+        """True if no two outputs see the same pixel, as in a patch embedding."""
+        return self.kernel_size == self.stride and self.padding in {(0, 0), "valid"} and self.dilation == (1, 1) and self.groups == 1
+
+    def _by_patches(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution as one matrix product.
+
+        An offset in front of the image's quantizer needs the gradient of the image, which a convolution takes several times as long for.
+        """
+        (kh, kw), (rows, columns) = self.kernel_size, (x.shape[-2] // self.kernel_size[0], x.shape[-1] // self.kernel_size[1])
+        x = x[..., : rows * kh, : columns * kw].unflatten(-1, (columns, kw)).unflatten(-3, (rows, kh))
+        batch = x.ndim - 5  # an image without a batch dimension is allowed
+        patches = x.permute(*range(batch), *(d + batch for d in (1, 3, 0, 2, 4))).flatten(-3).flatten(-3, -2)
+        return F.linear(patches, weight.flatten(1), self.bias).transpose(-2, -1).unflatten(-1, (rows, columns))
 
 
 @register_swap(nn.Conv2d, "conv")

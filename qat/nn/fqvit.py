@@ -6,7 +6,7 @@ What leaves a norm, an attention's values or GELU enters a Linear next, whose in
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import timm.layers as timm_layers
 import torch
@@ -18,21 +18,11 @@ from torch.nn import functional as F
 from qat.errors import UsageError
 from qat.functional.int_layer_norm import integer_layer_norm
 from qat.nn.attention import ScoredAttention, split_heads
+from qat.nn.base import adopt
 from qat.nn.linear import QuantLinear
 from qat.nn.registry import Swap, SwapContext, register_swap
 from qat.nn.vit import masked
 from qat.quantizers import Affine
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def adopt(cls: type[M], module: nn.Module) -> M:
-    """A module of class `cls` with everything that `module` has: its parameters, buffers, children and settings, none of them copied."""
-    made = cls.__new__(cls)
-    made.__dict__.update(module.__dict__)
-    for kind in ("_parameters", "_buffers", "_modules"):
-        made.__dict__[kind] = dict(module.__dict__[kind])
-    return made
 
 
 class IntegerLayerNorm(nn.LayerNorm):

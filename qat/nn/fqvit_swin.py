@@ -6,7 +6,8 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, Win
 from torch import Tensor, nn
 
 from qat.nn.attention import add_window_mask
-from qat.nn.fqvit import FqAttention, adopt
+from qat.nn.base import adopt
+from qat.nn.fqvit import FqAttention
 from qat.nn.registry import Swap, SwapContext, register_swap
 from qat.nn.swin import _RelativeBias
 

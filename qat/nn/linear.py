@@ -6,7 +6,9 @@ import timm.layers as timm_layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat.fused import can_fuse, lsq_linear
 from qat.nn.base import QuantModule
+from qat.nn.fusing import operand_of, statsq_bits
 from qat.nn.registry import Swap, SwapContext, register_swap
 from qat.quantizers import Quantizer
 
@@ -31,7 +33,11 @@ class QuantLinear(nn.Linear, QuantModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        operand = operand_of(self.input_quantizer) if can_fuse(x) else None
+        if operand is None:
+            return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        bits = statsq_bits(self.weight_quantizer)
+        return lsq_linear(x, operand, self.weight if bits else self.weight_quantizer(self.weight), self.bias, bits)
 
 
 @register_swap(nn.Linear, "linear")

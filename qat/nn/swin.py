@@ -49,7 +49,11 @@ class QuantWindowAttention(QuantAttention, _RelativeBias):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map (B*windows, N, C) to the same shape; the mask (windows, N, N) is that of a cyclic shift."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        qkv = self.qkv(x)
+        out = self.fused(qkv, self.scale, self.position_bias(), mask)
+        if out is not None:
+            return self.project(out, x)
+        q, k, v = qkv.chunk(3, dim=-1)
         scores = self.scores(split_heads(q, self.num_heads), split_heads(k, self.num_heads)) * self.scale
         return self.attend(add_window_mask(scores + self.position_bias(), mask), v, x)
 
@@ -64,6 +68,9 @@ class QkrWindowAttention(QkrAttention, _RelativeBias):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map (B*windows, N, C) to the same shape; the mask (windows, N, N) is that of a cyclic shift."""
+        out = self.fused(x, self.scale, self.position_bias(), mask)
+        if out is not None:
+            return self.project(out, x)
         xq = self.input_quantizer(x)
         scores = self.scores(xq) * self.scale + self.position_bias()
         return self.attend(add_window_mask(scores, mask), self.v(xq), x)

@@ -30,7 +30,11 @@ class QuantVitAttention(QuantAttention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (timm's signature)
         """Map (B, N, C) to (B, N, C_out)."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        qkv = self.qkv(x)
+        out = None if is_causal or attn_mask is not None else self.fused(qkv, self.scale)
+        if out is not None:
+            return self.project(out, x)
+        q, k, v = qkv.chunk(3, dim=-1)
         q, k = split_heads(q, self.num_heads), split_heads(k, self.num_heads)
         scores = self.scores(self.q_norm(q), self.k_norm(k)) * self.scale
         return self.attend(masked(scores, attn_mask, is_causal=is_causal), v, x)
@@ -45,6 +49,9 @@ class QkrVitAttention(QkrAttention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (timm's signature)
         """Map (B, N, C) to (B, N, C_out)."""
+        out = None if is_causal or attn_mask is not None else self.fused(x, self.scale)
+        if out is not None:
+            return self.project(out, x)
         xq = self.input_quantizer(x)
         scores = self.scores(xq) * self.scale
         return self.attend(masked(scores, attn_mask, is_causal=is_causal), self.v(xq), x)

@@ -31,6 +31,11 @@ class Quantizer(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize `x`: same shape and dtype, values on the grid."""
 
+    def shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
+        """q(x + a) + c in float32, for offsets a and c over the trailing dimensions of `x`."""
+        y = self(x + before)
+        return y if after is None else y + after
+
     @abstractmethod
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, same shape."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.functional.lsq import lsq, lsq_codes, lsq_init_scale
+from qat.kernels import Grid
 from qat.quantizers.base import Quantizer
 from qat.quantizers.registry import register
 from qat.spec import QuantSpec
@@ -51,9 +52,25 @@ class LSQ(Quantizer):
         with torch.no_grad():
             self.scale.copy_(step)
 
+    @property
+    def grid(self) -> Grid:
+        """Codes and axis; of as many codes from 0 up where `sign` says so."""
+        return Grid(self.spec.qmin, self.spec.qmax, self.axis)
+
+    @property
+    def sign(self) -> Tensor | None:
+        """None = the grid has the sign that the spec names; else one number, above 0 for a signed grid."""
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
         """`lsq` on the learned step."""
-        return lsq(x, self.scale, self.spec.qmin, self.spec.qmax, self.axis, grad_factor=self.grad_factor)
+        return lsq(x, self.scale, *self.grid, grad_factor=self.grad_factor, sign=self.sign)
+
+    def shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
+        """`lsq` between two offsets, of which only the input is kept for backward."""
+        if type(self).forward is not LSQ.forward:
+            return super().shifted(x, before, after)
+        return lsq(x, self.scale, *self.grid, grad_factor=self.grad_factor, before=before, after=after, sign=self.sign)
 
     def codes(self, x: Tensor) -> Tensor:
         """`lsq_codes` on the learned step."""
@@ -94,10 +111,15 @@ class AutoSignLSQ(LSQ):
             self.signed.fill_(float(signed))
             self.scale.copy_(twice_mean_abs / self.bounds[signed][1] ** 0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`lsq` with the bounds of the sign that was found."""
-        signed, unsigned = (lsq(x, self.scale, *self.bounds[s], self.axis, grad_factor=self.grad_factor) for s in (True, False))
-        return torch.where(self.signed > 0, signed, unsigned)
+    @property
+    def grid(self) -> Grid:
+        """The signed codes."""
+        return Grid(*self.bounds[True], self.axis)
+
+    @property
+    def sign(self) -> Tensor:
+        """`signed`."""
+        return self.signed
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes with the bounds of the sign that was found, int16."""

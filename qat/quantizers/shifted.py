@@ -45,8 +45,7 @@ class Shifted(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """q(x + a) + c in float32, returned in the dtype of `x`."""
-        y = self.quantizer(x + self.offset_before)
-        return (y if self.offset_after is None else y + self.offset_after).to(x.dtype)
+        return self.quantizer.shifted(x, self.offset_before, self.offset_after).to(x.dtype)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of x + a."""

@@ -1,0 +1,13 @@
+"""Quantizer and matrix product in one autograd Function, for eager mode: what is cheap to make again is not kept for backward.
+
+Same values as the quantizers and products apart, bit for bit; `torch.compile` gets those, since it decides itself what is kept.
+"""
+
+from qat.fused.attention import attention
+from qat.fused.linear import lsq_linear
+from qat.fused.operand import Operand, can_fuse
+from qat.fused.qkr import QkrOperands, QkrWeights, qkr_attention
+from qat.fused.scores import Scoring
+from qat.fused.source import remember
+
+__all__ = ["Operand", "QkrOperands", "QkrWeights", "Scoring", "attention", "can_fuse", "lsq_linear", "qkr_attention", "remember"]

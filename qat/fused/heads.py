@@ -1,0 +1,43 @@
+"""Products of attention, a head after the other on a CPU: neither are heads moved next to each other before, nor back afterwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def heads_of(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, h*d) as a view (h, B, N, d)."""
+    return x.unflatten(-1, (num_heads, -1)).permute(2, 0, 1, 3)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, factor: float = 1.0) -> Tensor:
+    """The products factor * (a @ b) for each head and image, written to `out`.
+
+    Args:
+        a: (h, B, n, k), or (B, n, k) for all heads.
+        b: (h, B, k, m), likewise.
+        out: (h, B, n, m); its heads may lie anywhere.
+        factor: a power of two is part of the product, another number is multiplied behind it, as a product in two steps would be.
+    """
+    if out.device.type != "cpu":
+        out.copy_(torch.matmul(a, b))
+        return out if factor == 1 else out.mul_(factor)
+    inside = factor if _is_power_of_two(factor) else 1.0
+    for head, one in enumerate(out.unbind(0)):
+        torch.baddbmm(one, a[head] if a.ndim > 3 else a, b[head] if b.ndim > 3 else b, beta=0, alpha=inside, out=one)
+    return out if factor == inside else out.mul_(factor)
+
+
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """The sum over the heads of a (h, B, n, k) @ b (h, B, k, m): (B, n, m)."""
+    if a.device.type != "cpu":
+        return torch.matmul(a, b).sum(0)
+    total = torch.bmm(a[0], b[0])
+    for one, other in zip(a[1:].unbind(0), b[1:].unbind(0), strict=True):
+        total.baddbmm_(one, other)
+    return total
+
+
+def _is_power_of_two(x: float) -> bool:
+    return x > 0 and x.hex().startswith("0x1.0000000000000p")

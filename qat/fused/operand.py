@@ -1,0 +1,73 @@
+"""What a fused Function is told of an LSQ quantizer and of where it runs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat import kernels
+from qat.functional.lsq import gradient_scale
+from qat.kernels import Grid, LsqGradients
+
+
+class Operand(NamedTuple):
+    """An LSQ quantizer with its offsets.
+
+    Attributes:
+        scale: (n,), see `qat.functional.lsq`.
+        before: offset in front, over the last dimension, or None.
+        after: offset behind, likewise.
+        grid: codes and axis.
+        grad_factor: factor on the gradient of the scale.
+    """
+
+    scale: Tensor
+    before: Tensor | None
+    after: Tensor | None
+    grid: Grid
+    grad_factor: float
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The parameters, as arguments of a Function."""
+        return self.scale, self.before, self.after
+
+    @property
+    def settings(self) -> tuple[Grid, float]:
+        """The rest."""
+        return self.grid, self.grad_factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize `x`: float32, the shape of `x`."""
+        return kernels.lsq_forward(x, self.scale, self.before, self.after, self.grid)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, *, out: Tensor | None = None, with_after: bool = True, levels: bool = False
+    ) -> LsqGradients:
+        """Gradients, that of the scale complete.
+
+        Args:
+            grad: of the result of `forward`.
+            x: its argument.
+            out: takes the gradient of `x`; may be `grad`.
+            with_after: whether to sum up that of the offset behind; else it is None.
+            levels: whether to give the result of `forward` as well.
+        """
+        shape = self.after.shape if self.after is not None and with_after else None
+        found = kernels.lsq_backward(
+            grad, x, self.scale, self.before, self.grid, after_shape=shape, out=out, levels=levels, after=self.after if levels else None
+        )
+        return found._replace(scale=(found.scale * gradient_scale(x, self.grid, self.grad_factor)).to(self.scale.dtype))
+
+
+def can_fuse(x: Tensor) -> bool:
+    """False under `torch.compile`, and where somebody watches functions of torch, as counts of products do."""
+    return not torch.compiler.is_compiling() and type(x) is Tensor and torch._C._len_torch_function_stack() == 0
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What autocast, if it is on, makes of the factors of a product; else the dtype of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -1,0 +1,142 @@
+"""The arithmetic of LSQ and StatsQ, forward and backward, in the form that is fastest where the tensors are.
+
+A few lines of C++ on a CPU, Triton on CUDA, plain tensor operations (`reference`) for everything else and under `torch.compile`, which
+fuses them itself. All forms give the same bits forward; sums in gradients differ by rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qat.errors import UsageError
+from qat.kernels import cpu, gpu, reference
+from qat.kernels.grid import SCALE_FLOOR, Grid
+from qat.kernels.reference import LsqGradients, statsq_coordinate, with_offsets
+
+CHOICES = ("auto", "triton", "off")
+_choice = "auto"
+
+
+def use(choice: str) -> None:
+    """Choose kernels for this process: `auto`, `triton` = auto, but those of CUDA or an error, `off` = plain tensor operations.
+
+    Raises:
+        UsageError: the choice is none of them, or Triton is not there.
+    """
+    global _choice  # noqa: PLW0603  (like torch's number of threads)
+    if choice not in CHOICES:
+        raise UsageError(f"kernels={choice!r}: allowed are {', '.join(CHOICES)}")
+    if choice == "triton" and not gpu.available():
+        raise UsageError("kernels='triton': Triton or CUDA is not there; allowed here are auto, off")
+    _choice = choice
+
+
+def in_use() -> str:
+    """The choice in force."""
+    return _choice
+
+
+def _backend(x: Tensor) -> str:
+    if _choice == "off" or torch.compiler.is_compiling():
+        return "reference"
+    if x.is_cuda and (_choice == "triton" or gpu.available()):
+        return "gpu"
+    return "cpu" if x.device.type == "cpu" and type(x) in {Tensor, torch.nn.Parameter} else "reference"
+
+
+def lsq_forward(x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, grid: Grid, *, sign: Tensor | None = None) -> Tensor:
+    """`reference.lsq_forward`, float32."""
+    backend, found = _backend(x), None
+    if backend == "cpu":
+        found = cpu.lsq_forward(x.float(), scale, before, after, grid, sign)
+    elif backend == "gpu":
+        found = gpu.lsq_forward(x, scale, before, after, grid, sign=sign)
+    return reference.lsq_forward(x, scale, before, after, grid, sign=sign) if found is None else found
+
+
+def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pass over memory is up to the caller)
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    before: Tensor | None,
+    grid: Grid,
+    *,
+    sign: Tensor | None = None,
+    after_shape: torch.Size | None = None,
+    out: Tensor | None = None,
+    levels: bool = False,
+    after: Tensor | None = None,
+) -> LsqGradients:
+    """Gradients of `lsq_forward`.
+
+    Args:
+        grad: gradient of its result.
+        x: as in the forward pass.
+        scale: likewise.
+        before: likewise.
+        grid: likewise.
+        sign: likewise.
+        after_shape: the shape of the offset behind, if its gradient is wanted.
+        out: takes the gradient of `x`; may be `grad`.
+        levels: whether to give the result of `lsq_forward` as well.
+        after: the offset behind; only for `levels`.
+    """
+    backend, found = _backend(x), None
+    if backend == "cpu":
+        out = torch.empty(x.shape, dtype=torch.float32) if out is None else out
+        wanted = cpu.Wanted(before is not None, after_shape is not None, levels, after)
+        extras = cpu.lsq_backward(grad.float(), x.float(), scale, before, grid, sign, out, wanted)
+        if extras is not None:
+            of_scale, of_before, of_after, made = extras
+            of_before = of_before if before is None or of_before is None else of_before.view(before.shape)
+            of_after = of_after if after_shape is None or of_after is None else of_after.view(after_shape)
+            return LsqGradients(out, of_scale, of_before, of_after, made)
+    elif backend == "gpu":
+        found = gpu.lsq_backward(grad, x, scale, before, grid, sign=sign)
+    grad_x, of_scale = reference.lsq_backward(grad, x, scale, before, grid, sign=sign) if found is None else found
+    gradients = with_offsets(grad, grad_x, of_scale, before, after_shape)
+    gradients = gradients if out is None else gradients._replace(x=out.copy_(grad_x))
+    return gradients._replace(levels=lsq_forward(x, scale, before, after, grid, sign=sign)) if levels else gradients
+
+
+def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """`reference.statsq_forward`, float32."""
+    backend, found = _backend(w), None
+    if backend == "cpu":
+        found = cpu.statsq_forward(w.float(), scale, bits)
+    elif backend == "gpu":
+        found = gpu.statsq_forward(w, scale, bits)
+    return reference.statsq_forward(w, scale, bits) if found is None else found
+
+
+def probs_backward(
+    grad: Tensor, probs: Tensor, scale: Tensor, grid: Grid, factor: float, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.probs_backward`, and the quantized probabilities; `out` takes the gradient of the scores and may be `grad`."""
+    backend, found = _backend(probs), None
+    if backend == "cpu":
+        out = torch.empty(probs.shape, dtype=torch.float32) if out is None else out
+        extras = cpu.probs_backward(grad.float(), probs.float(), scale, grid, factor, out)
+        if extras is not None:
+            return out, *extras
+    elif backend == "gpu":
+        found = gpu.probs_backward(grad, probs, scale, grid, factor)
+    grad_scores, of_scale = reference.probs_backward(grad, probs, scale, grid, factor) if found is None else found
+    levels = lsq_forward(probs, scale, None, None, grid)
+    return grad_scores if out is None else out.copy_(grad_scores), of_scale, levels
+
+
+__all__ = [
+    "CHOICES",
+    "SCALE_FLOOR",
+    "Grid",
+    "LsqGradients",
+    "in_use",
+    "lsq_backward",
+    "lsq_forward",
+    "probs_backward",
+    "statsq_coordinate",
+    "statsq_forward",
+    "use",
+]

@@ -1,0 +1,172 @@
+// One pass over memory for what reference.py does in several. Forward results are the same bits: no contraction, true division,
+// rounding half to even, and comparisons that a NaN passes through unchanged. `omp simd`: where two arguments are the same memory,
+// each element is read before it is written.
+#include <cmath>
+#include <cstddef>
+#include <cstdlib>
+
+namespace {
+
+const float FLOOR = 1e-5f;
+const float TINY = 1.17549435e-38f;
+
+inline float at_least_floor(float s) { return s < FLOOR ? FLOOR : s; }
+
+inline float clamped(float u, float low, float high) {
+    u = u < low ? low : u;
+    return u > high ? high : u;
+}
+
+// Codes from 0 where the input turned out to have no negative values.
+inline void choose_bounds(const float* sign, float& low, float& high) {
+    if (sign && !(*sign > 0)) {
+        high -= low;
+        low = 0;
+    }
+}
+
+inline float quantized(float x, float s, float low, float high) { return rintf(clamped(x / s, low, high)) * s; }
+
+// As in reference.py: what is so little below 0 that it cannot matter counts as 0.
+inline float lowest_inside(float low) { return low == 0 ? -1.17549421e-38f : low; }
+
+struct Part {
+    size_t first, last;
+};
+
+// Equal shares of the rows, so that sums do not depend on who is faster.
+inline Part part_of(size_t rows, int thread, int threads) {
+    return {rows * thread / threads, rows * (thread + 1) / threads};
+}
+
+template <bool BEFORE, bool LEVELS>
+inline float backward_row(const float* g, const float* x, const float* a, const float* c, float* dx, float* y, size_t length, float s, float low,
+                          float high) {
+    const float lowest = lowest_inside(low);
+    float error = 0;
+#pragma omp simd reduction(+ : error)
+    for (size_t i = 0; i < length; i++) {
+        const float u = (BEFORE ? x[i] + a[i] : x[i]) / s, code = clamped(u, low, high);
+        const float upstream = g[i], inner = u < lowest || u > high ? 0.0f : upstream;  // dx may be g
+        dx[i] = inner;
+        error += upstream * rintf(code) - inner * code;
+        if (LEVELS) y[i] = c ? rintf(code) * s + c[i] : rintf(code) * s;
+    }
+    return error;
+}
+
+template <bool BEFORE>
+inline void backward_columns(const float* g, const float* x, const float* a, float* dx, size_t length, const float* s, float low, float high,
+                             float* error) {
+    const float lowest = lowest_inside(low);
+#pragma omp simd
+    for (size_t i = 0; i < length; i++) {
+        const float u = (BEFORE ? x[i] + a[i] : x[i]) / at_least_floor(s[i]), code = clamped(u, low, high);
+        const float upstream = g[i], inner = u < lowest || u > high ? 0.0f : upstream;  // dx may be g
+        dx[i] = inner;
+        error[i] += upstream * rintf(code) - inner * code;
+    }
+}
+
+inline void add(float* sum, const float* row, size_t length) {
+#pragma omp simd
+    for (size_t i = 0; i < length; i++) sum[i] += row[i];
+}
+
+}  // namespace
+
+extern "C" {
+
+void lsq_forward(const float* x, size_t x_stride, float* y, size_t rows, size_t length, const float* scale, size_t steps, int by_column,
+                 const float* before, const float* after, float low, float high, const float* sign, int threads) {
+    choose_bounds(sign, low, high);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (size_t r = 0; r < rows; r++) {
+        const float* in = x + r * x_stride;
+        float* out = y + r * length;
+        const float s = at_least_floor(scale[by_column ? 0 : r % steps]);
+        if (by_column) {
+#pragma omp simd
+            for (size_t i = 0; i < length; i++) {
+                const float shifted = before ? in[i] + before[i] : in[i], level = quantized(shifted, at_least_floor(scale[i]), low, high);
+                out[i] = after ? level + after[i] : level;
+            }
+        } else if (before && after) {
+#pragma omp simd
+            for (size_t i = 0; i < length; i++) out[i] = quantized(in[i] + before[i], s, low, high) + after[i];
+        } else if (before) {
+#pragma omp simd
+            for (size_t i = 0; i < length; i++) out[i] = quantized(in[i] + before[i], s, low, high);
+        } else {
+#pragma omp simd
+            for (size_t i = 0; i < length; i++) out[i] = after ? quantized(in[i], s, low, high) + after[i] : quantized(in[i], s, low, high);
+        }
+    }
+}
+
+// errors: one a row, or one a column for every thread, zero at first. sums: two rows for every thread, zero at first, or null: of dx and of g.
+// levels: what the forward pass gave, or null; not by column.
+void lsq_backward(const float* g, size_t g_stride, const float* x, size_t x_stride, float* dx, size_t dx_stride, size_t rows, size_t length,
+                  const float* scale, size_t steps, int by_column, const float* before, float low, float high, const float* sign, float* errors,
+                  float* sum_dx, float* sum_g, const float* after, float* levels, int threads) {
+    choose_bounds(sign, low, high);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int thread = 0; thread < threads; thread++) {
+        const Part part = part_of(rows, thread, threads);
+        for (size_t r = part.first; r < part.last; r++) {
+            const float *grad = g + r * g_stride, *in = x + r * x_stride;
+            float* out = dx + r * dx_stride;
+            if (sum_g) add(sum_g + thread * length, grad, length);  // out may be grad
+            if (by_column) {
+                float* error = errors + thread * length;
+                before ? backward_columns<true>(grad, in, before, out, length, scale, low, high, error)
+                       : backward_columns<false>(grad, in, before, out, length, scale, low, high, error);
+            } else {
+                const float s = at_least_floor(scale[r % steps]);
+                float* y = levels ? levels + r * length : nullptr;
+                const auto row = before ? (y ? backward_row<true, true> : backward_row<true, false>)
+                                        : (y ? backward_row<false, true> : backward_row<false, false>);
+                errors[r] = row(grad, in, before, after, out, y, length, s, low, high);
+            }
+            if (sum_dx) add(sum_dx + thread * length, out, length);
+        }
+    }
+}
+
+void statsq_forward(const float* w, float* y, size_t rows, size_t length, const float* scale, int bits, float top_clip, int threads) {
+    const float n = float(1 << (bits - 1));
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (size_t r = 0; r < rows; r++) {
+        const float s = scale[r], divisor = s < TINY ? TINY : s;
+#pragma omp simd
+        for (size_t i = 0; i < length; i++) {
+            const float u = clamped(w[r * length + i] / divisor, -1.0f, top_clip);
+            y[r * length + i] = (rintf(u * n - 0.5f) + 0.5f) / n * s;
+        }
+    }
+}
+
+void probs_backward(const float* g, const float* p, float* ds, size_t rows, size_t length, const float* scale, size_t steps, float low, float high,
+                    float factor, float* errors, float* levels, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (size_t r = 0; r < rows; r++) {
+        const float *grad = g + r * length, *prob = p + r * length;
+        float* out = ds + r * length;
+        const float s = at_least_floor(scale[r % steps]), lowest = lowest_inside(low);
+        float error = 0, dot = 0;
+#pragma omp simd reduction(+ : error, dot)
+        for (size_t i = 0; i < length; i++) {
+            const float u = prob[i] / s, code = clamped(u, low, high);
+            const float upstream = grad[i], inner = u < lowest || u > high ? 0.0f : upstream;  // out may be grad
+            error += upstream * rintf(code) - inner * code;
+            dot += inner * prob[i];
+            out[i] = inner;
+            if (levels) levels[r * length + i] = rintf(code) * s;
+        }
+        errors[r] = error;
+#pragma omp simd
+        for (size_t i = 0; i < length; i++) out[i] = (out[i] - dot) * prob[i] * factor;
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,183 @@
+"""The kernels on a CPU in one pass over memory each: C++ for float32 tensors outside of `torch.compile`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat.kernels import build, reference
+from qat.kernels.grid import Grid, Layout, layout_of, row_stride
+
+log = logging.getLogger(__name__)
+
+_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, ctypes.c_int
+_SIGNATURES = {
+    "lsq_forward": (_P, _N, _P, _N, _N, _P, _N, _I, _P, _P, _F, _F, _P, _I),
+    "lsq_backward": (_P, _N, _P, _N, _P, _N, _N, _N, _P, _N, _I, _P, _F, _F, _P, _P, _P, _P, _P, _P, _I),
+    "statsq_forward": (_P, _P, _N, _N, _P, _I, _F, _I),
+    "probs_backward": (_P, _P, _P, _N, _N, _P, _N, _F, _F, _F, _P, _P, _I),
+}
+
+
+@functools.cache
+def _library() -> Any:
+    """The functions of cpu.cpp, None where they cannot be had."""
+    try:
+        library = build.load(Path(__file__).with_name("cpu.cpp").read_text())
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("quantizers take several passes over memory: no compiled kernels (%s)", error)
+        return None
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    if _agrees(library):
+        return library
+    log.info("quantizers take several passes over memory: the compiled kernels give other bits here")
+    return None
+
+
+@torch.no_grad()
+def _agrees(library: Any) -> bool:
+    """Bit for bit, for values in and out of range and halfway between codes."""
+    x = torch.linspace(-9, 9, 4 * 37 * 3).reshape(3, 4, 37)
+    scale, offset, grid = torch.tensor([0.5, 1.0, 0.3, torch.nan]), torch.linspace(-1, 1, 37), Grid(-4, 3, 1)
+    ours = _forward(library, x, scale, offset, offset, grid, None)
+    expected = reference.lsq_forward(x, scale, offset, offset, grid)
+    return ours is not None and torch.equal(ours.nan_to_num(77.0), expected.nan_to_num(77.0))
+
+
+def available() -> bool:
+    """True if there are compiled kernels; the first call compiles them."""
+    return _library() is not None
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _fits(*tensors: Tensor | None) -> bool:
+    return all(x is None or (x.dtype == torch.float32 and x.device.type == "cpu") for x in tensors)
+
+
+def _dense(*tensors: Tensor | None) -> bool:
+    return all(x is None or x.is_contiguous() for x in tensors)
+
+
+def _layout(x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, grid: Grid, sign: Tensor | None) -> Layout | None:
+    if not (_fits(x, scale, before, after, sign) and _dense(scale, before, after)):
+        return None
+    offset = before if before is not None else after
+    return layout_of(x, grid, 0 if offset is None else offset.numel())
+
+
+def _forward(
+    library: Any, x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, grid: Grid, sign: Tensor | None
+) -> Tensor | None:
+    layout = _layout(x, scale, before, after, grid, sign)
+    if layout is None:
+        return None
+    rows, length, stride, steps, by_column = layout
+    out = torch.empty(x.shape, dtype=torch.float32)
+    library.lsq_forward(
+        x.data_ptr(), stride, out.data_ptr(), rows, length, scale.data_ptr(), steps, by_column,
+        _pointer(before), _pointer(after), grid.qmin, grid.qmax, _pointer(sign), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def lsq_forward(x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, grid: Grid, sign: Tensor | None) -> Tensor | None:
+    """`reference.lsq_forward`, None where it does not fit."""
+    library = _library()
+    return None if library is None else _forward(library, x, scale, before, after, grid, sign)
+
+
+class Wanted(NamedTuple):
+    """What `lsq_backward` is to give beside the gradient of `x`.
+
+    Attributes:
+        sum_x: the sum of that gradient over the leading dimensions, down to rows.
+        sum_grad: that of `grad`.
+        levels: what the forward pass gave.
+        after: the offset behind, for `levels`.
+    """
+
+    sum_x: bool
+    sum_grad: bool
+    levels: bool
+    after: Tensor | None
+
+
+def lsq_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, before: Tensor | None, grid: Grid, sign: Tensor | None, out: Tensor, wanted: Wanted
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
+    """`reference.lsq_backward` with the gradient of `x` written to `out`, None where it does not fit.
+
+    Args:
+        grad: as there.
+        x: likewise.
+        scale: likewise.
+        before: likewise.
+        grid: likewise.
+        sign: likewise.
+        out: the shape of `x`; its rows may lie apart. May be `grad`.
+        wanted: what else.
+
+    Returns:
+        The sum for the scale, and what is wanted: (length of a row,) twice, and the shape of `x`.
+    """
+    library, layout = _library(), _layout(x, scale, before, wanted.after, grid, sign)
+    if library is None or layout is None or not _fits(grad, out) or (layout.by_column and wanted.levels):
+        return None
+    rows, length, stride, steps, by_column = layout
+    grad_stride, out_stride = row_stride(grad, length), row_stride(out, length)
+    if grad_stride is None or out_stride is None:
+        return None
+    threads = torch.get_num_threads()
+    errors = torch.zeros(threads, length) if by_column else torch.empty(rows)
+    sum_x, sum_grad = (torch.zeros(threads, length) if is_wanted else None for is_wanted in wanted[:2])
+    levels = torch.empty(x.shape) if wanted.levels else None
+    library.lsq_backward(
+        grad.data_ptr(), grad_stride, x.data_ptr(), stride, out.data_ptr(), out_stride, rows, length, scale.data_ptr(), steps, by_column,
+        _pointer(before), grid.qmin, grid.qmax, _pointer(sign), errors.data_ptr(), _pointer(sum_x), _pointer(sum_grad),
+        _pointer(wanted.after), _pointer(levels), threads,
+    )  # fmt: skip
+    total = errors.sum(0) if by_column else errors.view(-1, steps).sum(0)
+    return total, None if sum_x is None else sum_x.sum(0), None if sum_grad is None else sum_grad.sum(0), levels
+
+
+def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor | None:
+    """`reference.statsq_forward` for a scale per row, None where it does not fit."""
+    library = _library()
+    if library is None or not w.numel() or not (_fits(w, scale) and _dense(w, scale)) or scale.shape != (w.shape[0], *[1] * (w.ndim - 1)):
+        return None
+    out = torch.empty_like(w)
+    rows, threads = w.shape[0], torch.get_num_threads()
+    library.statsq_forward(w.data_ptr(), out.data_ptr(), rows, w.numel() // rows, scale.data_ptr(), bits, reference.TOP_CLIP, threads)
+    return out
+
+
+def probs_backward(grad: Tensor, probs: Tensor, scale: Tensor, grid: Grid, factor: float, out: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`reference.probs_backward` with the gradient of the scores written to `out`, which may be `grad`.
+
+    Returns:
+        The sum for the scale, and the quantized probabilities; None where it does not fit.
+    """
+    library, layout = _library(), _layout(probs, scale, None, None, grid, None)
+    if library is None or layout is None or not (_fits(grad, out) and _dense(grad, probs, out)):
+        return None
+    rows, length, _, steps, by_column = layout
+    if by_column or length != probs.shape[-1]:
+        return None
+    errors, levels = torch.empty(rows), torch.empty(probs.shape)
+    library.probs_backward(
+        grad.data_ptr(), probs.data_ptr(), out.data_ptr(), rows, length, scale.data_ptr(), steps,
+        grid.qmin, grid.qmax, factor, errors.data_ptr(), levels.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return errors.view(-1, steps).sum(0), levels

@@ -1,0 +1,85 @@
+"""Tensors as Triton's kernels see them: which ones fit, and how their rows are cut into tiles."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat.kernels.grid import Grid, Layout, layout_of, row_stride
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Elements of the tile that a program holds, and columns at most.
+TILE, WIDEST = 2048, 1024
+
+
+class Tiles(NamedTuple):
+    """How a tensor is cut.
+
+    Attributes:
+        block: rows and columns of a tile, as the kernels call them.
+        down: tiles below each other.
+        across: tiles beside each other.
+    """
+
+    block: dict[str, int]
+    down: int
+    across: int
+
+
+@functools.cache
+def device_type() -> str:
+    """`cuda`, or `cpu` where Triton's interpreter stands in for a device, as in tests. Triton has to be there."""
+    import triton
+
+    return "cpu" if triton.knobs.runtime.interpret else "cuda"
+
+
+def fit(*tensors: Tensor | None) -> bool:
+    """True for plain float tensors on one device of the right kind; fake and wrapped ones have no memory to point to."""
+    present = [x for x in tensors if x is not None]
+    device = present[0].device
+    plain = {Tensor, torch.nn.Parameter}
+    return device.type == device_type() and all(type(x) in plain and x.dtype in DTYPES and x.device == device for x in present)
+
+
+def dense(*tensors: Tensor | None) -> bool:
+    """True if the elements of each lie one behind the other."""
+    return all(x is None or x.is_contiguous() for x in tensors)
+
+
+def shapes_of(*tensors: Tensor | None) -> list[torch.Size]:
+    """Shapes of those that there are."""
+    return [x.shape for x in tensors if x is not None]
+
+
+def rows_of(x: Tensor, scale: Tensor, offsets: list[torch.Size], grid: Grid) -> Layout | None:
+    """Rows of `x`, if each of them, or each of their elements, has a step, and each element of a row an offset.
+
+    Args:
+        x: any shape.
+        scale: the steps.
+        offsets: shapes of the offsets.
+        grid: codes and axis.
+    """
+    layout = layout_of(x, grid, math.prod(offsets[0]) if offsets else 0)
+    if layout is None or scale.numel() != layout.steps:
+        return None
+    are_trailing = all(math.prod(shape) == layout.length and x.shape[x.ndim - len(shape) :] == shape for shape in offsets)
+    return layout if are_trailing else None
+
+
+def spaced(x: Tensor, length: int) -> tuple[Tensor, int]:
+    """`x`, copied if need be, and the elements from one row of `length` to the next."""
+    stride = row_stride(x, length)
+    return (x.contiguous(), length) if stride is None else (x, stride)
+
+
+def tiles_of(layout: Layout, widest: int = WIDEST) -> Tiles:
+    """Tiles with powers of two as sides; `widest` = columns at most."""
+    columns = min(1 << (layout.length - 1).bit_length(), widest)
+    rows = min(1 << (layout.rows - 1).bit_length(), max(TILE // columns, 1))
+    return Tiles({"BLOCK_R": rows, "BLOCK_C": columns}, -(-layout.rows // rows), -(-layout.length // columns))

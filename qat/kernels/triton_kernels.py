@@ -1,0 +1,222 @@
+"""The kernels in Triton, for tiles of BLOCK_R rows and BLOCK_C columns, computed in float32. Imported only where Triton is there.
+
+Forward results are the bits of `reference`: division rounds to nearest, rounding is half to even, every comparison lets NaN through, and
+`gpu` launches without contraction of products and sums. Sums are written per program and added afterwards: no atomics, the same order
+in every run. Triton reads the annotations, so they are no text, and pointers to tensors go by the name of what they point to.
+"""
+
+import triton
+import triton.language as tl
+from triton.language import constexpr, tensor
+
+# Adding and subtracting it rounds whatever is below 2^22, half to even.
+MAGIC = constexpr(1.5 * 2.0**23)
+FLOOR = constexpr(1e-5)
+TINY = constexpr(2.0**-126)
+TOP_CLIP = constexpr(1 - 1e-6)
+
+
+@triton.jit
+def _bounds(low: tensor, high: tensor, sign: tensor) -> tuple[tensor, tensor]:
+    """Codes from 0 where the input turned out to have no negative values."""
+    if sign is not None:
+        is_signed = tl.load(sign).to(tl.float32) > 0.0
+        high = tl.where(is_signed, high, high - low)
+        low = tl.where(is_signed, low, 0.0)
+    return low, high
+
+
+@triton.jit
+def _clamped(u: tensor, low: tensor, high: tensor) -> tensor:
+    u = tl.where(u < low, low, u)
+    return tl.where(u > high, high, u)
+
+
+@triton.jit
+def _rounded(u: tensor) -> tensor:
+    """Half to even, with the sign of a zero."""
+    whole = (u + MAGIC) - MAGIC
+    return tl.where(whole == 0.0, u * 0.0, whole)
+
+
+@triton.jit
+def _step(scale: tensor, index: tensor, inside: tensor) -> tensor:
+    step = tl.load(scale + index, mask=inside, other=1.0).to(tl.float32)
+    return tl.where(step < FLOOR, FLOOR, step)
+
+
+@triton.jit
+def _steps(scale: tensor, row: tensor, column: tensor, rows: tensor, length: tensor, steps: tensor, BY_COLUMN: constexpr) -> tensor:
+    """Steps of a tile, (rows, 1) or (1, columns)."""
+    return _step(scale, column, column < length)[None, :] if BY_COLUMN else _step(scale, row % steps, row < rows)[:, None]
+
+
+@triton.jit
+def _inside(row: tensor, column: tensor, rows: tensor, length: tensor) -> tensor:
+    return (row < rows)[:, None] & (column < length)[None, :]
+
+
+@triton.jit
+def _places(row: tensor, column: tensor, stride: tensor) -> tensor:
+    return row.to(tl.int64)[:, None] * stride + column[None, :]
+
+
+@triton.jit
+def _read(x: tensor, places: tensor, inside: tensor) -> tensor:
+    return tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _plus(tile: tensor, offset: tensor, column: tensor, length: tensor) -> tensor:
+    if offset is not None:
+        tile += tl.load(offset + column, mask=column < length, other=0.0).to(tl.float32)[None, :]
+    return tile
+
+
+@triton.jit
+def _errors(grad: tensor, u: tensor, low: tensor, high: tensor) -> tuple[tensor, tensor, tensor]:
+    """Gradient of the input, what an element adds to that of the step, 0 where `grad` is, and the code."""
+    clamped = _clamped(u, low, high)
+    inner, code = tl.where((u < low) | (u > high), 0.0, grad), _rounded(clamped)
+    return inner, grad * code - inner * clamped, code
+
+
+@triton.jit
+def _keep(sums: tensor, tile: tensor, column: tensor, length: tensor) -> None:
+    """Write the sums of the columns, if somebody wants them."""
+    if sums is not None:
+        tl.store(sums + tl.program_id(0).to(tl.int64) * length + column, tl.sum(tile, 0), mask=column < length)
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def lsq_forward(  # noqa: PLR0913  (a kernel is told where everything lies)
+    x: tensor,
+    y: tensor,
+    scale: tensor,
+    before: tensor,
+    after: tensor,
+    sign: tensor,
+    low: tensor,
+    high: tensor,
+    rows: tensor,
+    length: tensor,
+    stride: tensor,
+    steps: tensor,
+    BY_COLUMN: constexpr,
+    BLOCK_R: constexpr,
+    BLOCK_C: constexpr,
+) -> None:
+    """`reference.lsq_forward`; before, after and sign may be None."""
+    low, high = _bounds(low, high, sign)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = _inside(row, column, rows, length)
+    step = _steps(scale, row, column, rows, length, steps, BY_COLUMN)
+    shifted = _plus(_read(x, _places(row, column, stride), inside), before, column, length)
+    level = _rounded(_clamped(tl.div_rn(shifted, step), low, high)) * step
+    tl.store(y + _places(row, column, length), _plus(level, after, column, length), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "steps", "strip"])
+def lsq_backward(  # noqa: PLR0913
+    g: tensor,
+    x: tensor,
+    dx: tensor,
+    scale: tensor,
+    before: tensor,
+    after: tensor,
+    sign: tensor,
+    y: tensor,
+    errors: tensor,
+    sums_dx: tensor,
+    sums_g: tensor,
+    low: tensor,
+    high: tensor,
+    rows: tensor,
+    length: tensor,
+    g_stride: tensor,
+    x_stride: tensor,
+    dx_stride: tensor,
+    steps: tensor,
+    strip: tensor,
+    BY_COLUMN: constexpr,
+    BLOCK_R: constexpr,
+    BLOCK_C: constexpr,
+) -> None:
+    """`reference.lsq_backward`; a program walks down a strip of rows.
+
+    `errors` takes the sums for the steps, (rows, programs across), or, by column, (strips, length); `sums_dx` and `sums_g`, or None, those
+    of `dx` and `g` down the strips, (strips, length); `y`, or None, what the forward pass gave. A strip has `strip` rows, a multiple of
+    BLOCK_R.
+    """
+    low, high = _bounds(low, high, sign)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    error = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    sum_dx = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    sum_g = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for first in range(0, strip, BLOCK_R):
+        row = tl.program_id(0) * strip + first + tl.arange(0, BLOCK_R)
+        inside = _inside(row, column, rows, length)
+        step = _steps(scale, row, column, rows, length, steps, BY_COLUMN)
+        grad = _read(g, _places(row, column, g_stride), inside)
+        shifted = _plus(_read(x, _places(row, column, x_stride), inside), before, column, length)
+        inner, wrong, code = _errors(grad, tl.div_rn(shifted, step), low, high)
+        tl.store(dx + _places(row, column, dx_stride), inner, mask=inside)
+        if y is not None:
+            tl.store(y + _places(row, column, length), _plus(code * step, after, column, length), mask=inside)
+        if BY_COLUMN:
+            error += wrong
+        else:
+            tl.store(errors + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.sum(wrong, 1), mask=row < rows)
+        sum_dx += inner
+        sum_g += grad
+    if BY_COLUMN:
+        _keep(errors, error, column, length)
+    _keep(sums_dx, sum_dx, column, length)
+    _keep(sums_g, sum_g, column, length)
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def statsq_forward(  # noqa: PLR0913
+    w: tensor, y: tensor, scale: tensor, n: tensor, rows: tensor, length: tensor, steps: tensor, BLOCK_R: constexpr, BLOCK_C: constexpr
+) -> None:
+    """`reference.statsq_forward`; n = 2^(bits-1)."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside, places = _inside(row, column, rows, length), _places(row, column, length)
+    s = tl.load(scale + row % steps, mask=row < rows, other=1.0).to(tl.float32)[:, None]
+    u = _clamped(tl.div_rn(_read(w, places, inside), tl.where(s < TINY, TINY, s)), -1.0, TOP_CLIP)
+    tl.store(y + places, tl.div_rn(_rounded(u * n - 0.5) + 0.5, n) * s, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def probs_backward(  # noqa: PLR0913
+    g: tensor,
+    p: tensor,
+    ds: tensor,
+    scale: tensor,
+    y: tensor,
+    errors: tensor,
+    low: tensor,
+    high: tensor,
+    factor: tensor,
+    rows: tensor,
+    length: tensor,
+    g_stride: tensor,
+    p_stride: tensor,
+    ds_stride: tensor,
+    steps: tensor,
+    BLOCK_R: constexpr,
+    BLOCK_C: constexpr,
+) -> None:
+    """`reference.probs_backward`; a tile has whole rows, `errors` takes the sums for the steps, (rows,), `y`, or None, the levels."""
+    row, column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
+    inside = _inside(row, column, rows, length)
+    grad, prob = _read(g, _places(row, column, g_stride), inside), _read(p, _places(row, column, p_stride), inside)
+    step = _step(scale, row % steps, row < rows)[:, None]
+    inner, wrong, code = _errors(grad, tl.div_rn(prob, step), low, high)
+    if y is not None:
+        tl.store(y + _places(row, column, length), code * step, mask=inside)
+    tl.store(errors + row, tl.sum(wrong, 1), mask=row < rows)
+    dot = tl.sum(inner * prob, 1)[:, None]
+    tl.store(ds + _places(row, column, ds_stride), (inner - dot) * prob * factor, mask=inside)

@@ -1,0 +1,224 @@
+"""Run by test_gpu.py in a process of its own: prints, by case, what differs from the reference.
+
+On the CPU with TRITON_INTERPRET=1, which Triton reads when it is imported, else on a GPU.
+
+Inputs lie anywhere, halfway between codes, on the ends of the range, one float beside them, and far outside.
+"""
+
+import json
+import sys
+from unittest import mock
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qat.kernels import gpu, reference
+from qat.kernels.grid import Grid
+from qat.kernels.tiles import device_type
+
+BOUNDS = {"signed": (-2, 1), "unsigned": (0, 3), "eight bits": (-128, 127)}
+# Shape, axis, and the number of dimensions that offsets vary over.
+FORMS = {
+    "tokens": ((3, 5, 24), 1, 1),
+    "tokens, no offsets": ((2, 5, 7), -2, 0),
+    "channels": ((3, 5, 24), -1, 1),
+    "channels, no offsets": ((9, 130), 1, 0),
+    "one step": ((4, 3, 10), None, 0),
+    "one step, offsets": ((4, 10), None, 1),
+    "pixels": ((2, 3, 4, 5), 1, 2),
+    "weights": ((6, 2, 3, 3), 0, 0),
+    "heads": ((2, 3, 5, 5), -2, 0),
+    "a row wider than a tile": ((2, 3, 1100), 1, 1),
+    "many short rows": ((2, 700, 5), 1, 1),
+    "one element": ((1, 1, 1), 1, 1),
+}
+
+
+def same(a, b):
+    """The same bits, every NaN alike."""
+    a, b = (torch.where(x.isnan(), 7e7, x).view(torch.int32) for x in (a, b))
+    return torch.equal(a, b)
+
+
+def near(ours, expected, magnitude):
+    """Within 1e-6 of the magnitudes that were added up."""
+    return ours.shape == expected.shape and bool(((ours - expected).abs() <= 1e-6 * magnitude).all())
+
+
+def values(step, shape, low, high):
+    step = step.expand(shape)
+    ends = torch.where(torch.rand(shape) < 0.5, step * low, step * high)
+    halfway = step * (torch.randint(low - 1, high + 2, shape) + 0.5)
+    away = torch.rand(shape) - 0.5
+    beside = torch.where(ends == 0, away * step * 1e-30, torch.nextafter(ends, ends + away))
+    kinds = [step * torch.randn(shape) * (high - low), halfway, ends, beside, step * 1e30]
+    return torch.stack(kinds).gather(0, torch.randint(len(kinds), (1, *shape)))[0]
+
+
+def case(shape, axis, n_offsets, bounds):
+    """Input, scale, offsets before and after, grid. Steps are powers of two, so that halfway is exact, others, and one too small."""
+    grid = Grid(*bounds, axis)
+    scale = torch.tensor([0.5, 1e-7, 0.3, 2.0]).repeat(1 if axis is None else -(-shape[axis] // 4))[: 1 if axis is None else shape[axis]]
+    x = values(reference.step_of(scale, len(shape), axis), shape, *bounds)
+    before, after = (torch.randn(shape[-n_offsets:]).round() if n_offsets else None for _ in range(2))
+    return x, scale, before, after, grid
+
+
+def differences(x, scale, before, after, grid, sign=None, grad=None, out=None):
+    """Names of the results of both passes that differ."""
+    grad = torch.randn(x.shape) if grad is None else grad
+    shape = None if after is None else after.shape
+    expected, sizes = (reference.lsq_gradients(g, x, scale, before, grid, sign=sign, after_shape=shape) for g in (grad, grad.abs()))
+    furthest = 2 * max(-grid.qmin, grid.qmax) * reference.sum_along(grad.float().abs(), grid.axis)
+    expected_y = reference.lsq_forward(x, scale, before, after, grid, sign=sign)
+    is_right = {"forward": same(gpu.lsq_forward(x, scale, before, after, grid, sign=sign), expected_y)}
+    found = gpu.lsq_gradients(grad, x, scale, before, grid, sign=sign, after_shape=shape, levels=True, after=after, out=out)
+    is_right["levels"] = same(found.levels, expected_y)
+    is_right["out"] = out is None or found.x is out
+    is_right["x"] = same(found.x, expected.x)
+    is_right["scale"] = near(found.scale, expected.scale, furthest)
+    for name in ("before", "after"):
+        a, b, size = (getattr(each, name) for each in (found, expected, sizes))
+        is_right[name] = a is None if b is None else near(a, b, size)
+    return [name for name, right in is_right.items() if not right]
+
+
+def without_a_number(shape, axis, n_offsets, bounds):
+    x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
+    scale[-1], x[0, 0] = torch.nan, torch.nan
+    found = gpu.lsq_forward(x, scale, before, after, grid)
+    return [] if same(found, reference.lsq_forward(x, scale, before, after, grid)) and found.isnan().any() else ["forward"]
+
+
+def probs(shape, axis, dtype=torch.float32):
+    x, scale, _, _, grid = case(shape, axis, 0, (0, 3))
+    p, grad = x.abs().clamp(max=9).softmax(-1).to(dtype), torch.randn(shape)
+    expected, of_scale = reference.probs_backward(grad, p, scale, grid, 0.3)
+    size, furthest = grad.abs() * p, 6 * reference.sum_along(grad.abs(), axis)
+    ours, our_scale = gpu.probs_backward(grad, p, scale, grid, 0.3)
+    right = [
+        near(ours, expected, size + size.sum(-1, keepdim=True) * p),
+        near(our_scale, of_scale, furthest),
+    ]
+    found, _, levels = gpu.probs_gradients(grad, p, scale, grid, 0.3, out=grad)
+    right += [found is grad, torch.equal(grad, ours), same(levels, reference.lsq_forward(p, scale, None, None, grid))]
+    return [name for name, fine in zip(("scores", "scale", "out", "in place", "levels"), right, strict=True) if not fine]
+
+
+def statsq(shape, axis, bits, dtype=torch.float32):
+    """Levels of weights on every threshold; one row is all zero, one has a scale that is no number."""
+    n = 2 ** (bits - 1)
+    scale = torch.rand([size if i == axis else 1 for i, size in enumerate(shape)]).mul(4).ceil() / 4
+    w = scale * torch.randint(-n - 1, n + 2, shape) / n
+    w.select(axis, 0).zero_()
+    scale.select(axis, 0).zero_()
+    scale.select(axis, 1).fill_(torch.nan)
+    w = torch.where(torch.rand(shape) < 0.5, w, torch.randn(shape)).to(dtype)
+    return [] if same(gpu.statsq_forward(w, scale, bits), reference.statsq_forward(w, scale, bits)) else ["forward"]
+
+
+def apart(shape, axis, n_offsets, bounds):
+    """The middle third of something, as queries, keys and values are; so are its gradient and what takes that of the input."""
+    x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
+    mine, grad = (torch.full((*shape[:-1], 3 * shape[-1]), torch.nan).chunk(3, -1)[1] for _ in range(2))
+    wrong = differences(mine.copy_(x), scale, before, after, grid, grad=grad.normal_(), out=mine)
+    return wrong + differences(x, scale, before, after, grid, grad=torch.ones(1).expand(shape))
+
+
+def in_place(shape, axis, n_offsets, bounds):
+    x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
+    grad = torch.randn(shape)
+    expected = gpu.lsq_gradients(grad, x, scale, before, grid, after_shape=after.shape)[:4]
+    found = gpu.lsq_gradients(grad, x, scale, before, grid, after_shape=after.shape, out=grad)[:4]
+    return [] if all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)) and found[0] is grad else ["in place"]
+
+
+def in_strips(*form):
+    """Each program of a backward pass has several tiles, as those of a large tensor."""
+    with mock.patch.object(gpu, "PROGRAMS", 2):
+        return differences(*case(*form))
+
+
+def signs(*form):
+    x, scale, before, after, grid = case(*form)
+    return [str(s) + name for s in (1.0, 0.0, torch.nan) for name in differences(x, scale, before, after, grid, torch.tensor(s))]
+
+
+def other_dtypes(*form):
+    x, scale, before, after, grid = case(*form)
+    halves = (torch.bfloat16, torch.float16)
+    return [
+        name for d in halves for name in differences(x.clamp(-999, 999).to(d), scale, before, after, grid, grad=torch.randn(x.shape).to(d))
+    ]
+
+
+def declined():
+    """What is left to the reference: nothing is computed."""
+    x, scale, before, _, grid = case((2, 4, 6), 1, 1, (-2, 1))
+    turned, long = x.transpose(0, 2), torch.ones(1, gpu.LONGEST + 1)
+    with FakeTensorMode():
+        fake = torch.empty(2, 4, 6)
+    given = {
+        "double": gpu.lsq_forward(x.double(), scale, None, None, grid),
+        "turned": gpu.lsq_forward(turned, scale, None, None, grid),
+        "fake": gpu.lsq_forward(fake, scale, None, None, grid),
+        "two offsets": gpu.lsq_forward(x, scale, before, x[0].clone(), grid),
+        "offset of rows": gpu.lsq_forward(x, scale[:1], torch.ones(6, 1), None, Grid(-2, 1, None)),
+        "steps": gpu.lsq_forward(x, scale[:1], None, None, grid),
+        "steps apart": gpu.lsq_forward(x, scale.repeat(2)[::2], None, None, grid),
+        "no elements": gpu.lsq_forward(x[:0], scale, None, None, grid),
+        "out": gpu.lsq_gradients(x, x, scale, None, grid, out=x.bfloat16()),
+        "columns": gpu.statsq_forward(x[0], scale[:1].expand(1, 6).clone(), 2),
+        "long": gpu.probs_backward(long, long, scale[:1], Grid(0, 3, None), 1.0),
+    }
+    return [name for name, found in given.items() if found is not None]
+
+
+def checked():
+    """Kernels that give wrong numbers, and those that do not compile, are not used."""
+    wrong, broken = mock.Mock(side_effect=lambda x, *_: x), mock.Mock(side_effect=OSError("no compiler\nat all"))
+    found = [gpu.available()]
+    for bad in (wrong, broken):
+        gpu.available.cache_clear()
+        with mock.patch.object(gpu, "lsq_forward", bad), mock.patch.object(gpu.log, "info") as said:
+            found += [gpu.available(), *said.call_args.args[1:]]
+    gpu.available.cache_clear()
+    return [] if found == [True, False, "its kernels give other numbers here", False, "OSError: no compiler"] else found
+
+
+CASES = {
+    **{f"{form}, {bounds}": (lambda *a: differences(*case(*a)), *FORMS[form], BOUNDS[bounds]) for form in FORMS for bounds in BOUNDS},
+    **{f"{name}: {form}": (f, *FORMS[form], (-2, 1))
+       for name, f, forms in (
+           ("NaN", without_a_number, ("tokens", "channels", "heads")),
+           ("apart", apart, ("tokens", "channels")),
+           ("in place", in_place, ("tokens", "channels")),
+           ("strips", in_strips, ("many short rows", "channels, no offsets", "a row wider than a tile")),
+           ("sign", signs, ("pixels", "channels")),
+           ("dtypes", other_dtypes, ("tokens", "channels")),
+       ) for form in forms},
+    **{f"statsq {shape} {axis} {bits}": (statsq, shape, axis, bits)
+       for shape, axis in (((5, 24), 0), ((4, 3, 2, 2), 0), ((3, 4, 5), 1)) for bits in (2, 8)},
+    "statsq bfloat16": (statsq, (5, 24), 0, 4, torch.bfloat16),
+    "probabilities": (probs, (2, 3, 9, 9), -2),
+    "probabilities, one step": (probs, (2, 3, 7, 300), None),
+    "probabilities, bfloat16": (probs, (2, 3, 9, 9), -2, torch.bfloat16),
+    "declined": (declined,),
+    "checked": (checked,),
+}  # fmt: skip
+
+
+def main():
+    torch.set_num_threads(1)
+    torch.set_default_device(device_type())
+    found = {}
+    for name, (function, *arguments) in CASES.items():
+        torch.manual_seed(0)
+        with np.errstate(all="ignore"):
+            found[name] = function(*arguments)
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Kernels in C++. Oracle: the same as plain tensor operations; forward bit for bit."""
+
+import os
+import stat
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from qat import kernels
+from qat.errors import UsageError
+from qat.kernels import Grid, build, cpu, reference
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def offset(*shape):
+    return 0.3 * randn(*shape, seed=7)
+
+
+# x, number of steps, offset in front, offset behind, grid
+CASES = {
+    "token": (2 * randn(2, 5, 19), 5, offset(19), offset(19), Grid(-2, 1, -2)),
+    "token, no offsets": (2 * randn(2, 5, 19), 5, None, None, Grid(-4, 3, 1)),
+    "before alone": (2 * randn(2, 5, 19), 5, offset(19), None, Grid(-2, 1, -2)),
+    "behind alone": (2 * randn(2, 5, 19), 5, None, offset(19), Grid(-2, 1, -2)),
+    "channel": (2 * randn(2, 5, 19), 19, offset(19), offset(19), Grid(-8, 7, -1)),
+    "channel, no offsets": (2 * randn(2, 5, 19), 19, None, None, Grid(0, 15, 2)),
+    "tensor": (2 * randn(2, 5, 19), 1, offset(19), offset(19), Grid(-128, 127, None)),
+    "one row": (2 * randn(4, 33), 1, None, None, Grid(0, 3, None)),
+    "query": (randn(3, 2, 6, 7).softmax(-1), 6, None, None, Grid(0, 3, -2)),
+    "map": (randn(2, 3, 8, 8), 3, offset(8, 8), offset(8, 8), Grid(-128, 127, 1)),
+    "output row": (randn(12, 3, 4, 4), 12, None, None, Grid(-128, 127, 0)),
+    "columns of a wider tensor": (randn(2, 5, 57)[..., 19:38], 5, offset(19), None, Grid(-2, 1, -2)),
+    "channels of a wider tensor": (randn(2, 5, 57)[..., 38:], 19, offset(19), offset(19), Grid(-2, 1, -1)),
+    "rows that are no sequence": (randn(5, 2, 19).transpose(0, 1), 5, offset(19), None, Grid(-2, 1, -2)),
+    "half precision": (randn(2, 5, 19).bfloat16(), 5, offset(19), offset(19), Grid(-2, 1, -2)),
+}
+
+
+def steps(n):
+    return 0.05 + randn(n, seed=3).abs()
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("name", CASES)
+def test_lsq_agrees(name):
+    x, n, before, after, grid = CASES[name]
+    scale, grad = steps(n), randn(*x.shape, seed=5)
+    expected = reference.lsq_forward(x, scale, before, after, grid)
+    assert torch.equal(kernels.lsq_forward(x, scale, before, after, grid), expected)
+    shape = None if after is None else after.shape
+    wanted = reference.lsq_gradients(grad, x, scale, before, grid, after_shape=shape)
+    found = kernels.lsq_backward(grad, x, scale, before, grid, after_shape=shape, levels=True, after=after)
+    assert torch.equal(found.x, wanted.x)
+    assert torch.equal(found.levels, expected)
+    assert_close(found[1:4], wanted[1:4], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["token", "channel", "map"])
+def test_the_gradient_may_be_overwritten(name):
+    x, n, before, after, grid = CASES[name]
+    scale, grad = steps(n), randn(*x.shape, seed=5)
+    apart = kernels.lsq_backward(grad, x, scale, before, grid, after_shape=after.shape)
+    same = kernels.lsq_backward(grad, x, scale, before, grid, after_shape=after.shape, out=grad)
+    assert same.x is grad
+    assert all(torch.equal(a, b) for a, b in zip(apart[:4], same[:4], strict=True))
+
+
+def test_the_gradient_may_go_into_columns_of_a_wider_tensor():
+    x, n, before, _, grid = CASES["columns of a wider tensor"]
+    wide = torch.full((2, 5, 57), 9.0)
+    found = kernels.lsq_backward(grad := randn(*x.shape, seed=5), x, steps(n), before, grid, out=wide[..., 19:38])
+    assert torch.equal(wide[..., 19:38], reference.lsq_backward(grad, x, steps(n), before, grid)[0])
+    assert found.x.data_ptr() == wide[..., 19:38].data_ptr()
+    assert (wide[..., :19] == 9).all()
+    assert (wide[..., 38:] == 9).all()
+
+
+@pytest.mark.parametrize("sign", [1.0, 0.0])
+def test_the_sign_is_read_off_a_tensor(sign):
+    x, n, before, after, grid = CASES["map"]
+    plain = Grid(-128, 127, 1) if sign else Grid(0, 255, 1)
+    found = kernels.lsq_forward(x, steps(n), before, after, grid, sign=torch.tensor(sign))
+    assert torch.equal(found, reference.lsq_forward(x, steps(n), before, after, plain))
+    backward = kernels.lsq_backward(grad := randn(*x.shape), x, steps(n), before, grid, sign=torch.tensor(sign))
+    assert torch.equal(backward.x, reference.lsq_backward(grad, x, steps(n), before, plain)[0])
+
+
+def test_ties_the_ends_of_the_range_and_what_is_no_number():
+    x = torch.tensor([[-2.5, -2.0, -1.5, -0.5, 0.5, 1.0, 1.5, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45]])
+    for grid in (Grid(-2, 1, -2), Grid(0, 3, -2)):
+        scale = torch.ones(1)
+        assert_close(
+            kernels.lsq_forward(x, scale, None, None, grid),
+            reference.lsq_forward(x, scale, None, None, grid),
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+        )
+        ours, theirs = (f(torch.ones_like(x), x, scale, None, grid)[0] for f in (kernels.lsq_backward, reference.lsq_backward))
+        assert torch.equal(ours, theirs)
+    assert kernels.lsq_forward(x, torch.tensor([torch.nan]), None, None, Grid(-2, 1, -2)).isnan().all()
+    assert torch.equal(
+        kernels.lsq_forward(x[:, :6], torch.zeros(1), None, None, Grid(-2, 1, -2)), torch.tensor([[-2, -2, -2, -2, 1, 1]]) * 1e-5
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_statsq_agrees(bits):
+    w = torch.cat([randn(7, 33), torch.zeros(1, 33)])
+    scale = 2 * w.abs().mean(1, keepdim=True)
+    assert torch.equal(kernels.statsq_forward(w, scale, bits), reference.statsq_forward(w, scale, bits))
+
+
+def test_probabilities_agree():
+    probs, grid = randn(2, 3, 6, 7).softmax(-1), Grid(0, 3, -2)
+    grad, scale = randn(2, 3, 6, 7, seed=1), steps(6)
+    of_scores, of_scale, quantized = kernels.probs_backward(grad, probs, scale, grid, 0.125)
+    expected, expected_scale = reference.probs_backward(grad, probs, scale, grid, 0.125)
+    assert_close(of_scores, expected, rtol=1e-5, atol=1e-7)
+    assert_close(of_scale, expected_scale, rtol=1e-5, atol=1e-6)
+    assert torch.equal(quantized, reference.lsq_forward(probs, scale, None, None, grid))
+
+
+def test_choices():
+    with pytest.raises(UsageError, match="kernels='fast': allowed are auto, triton, off"):
+        kernels.use("fast")
+    with pytest.raises(UsageError, match="kernels='triton': .*allowed here are auto, off"):
+        kernels.use("triton")
+    assert kernels.in_use() == "auto"
+
+
+def test_off_means_plain_operations(monkeypatch):
+    monkeypatch.setattr(cpu, "lsq_forward", pytest.fail)
+    kernels.use("off")
+    try:
+        x, n, before, after, grid = CASES["token"]
+        assert torch.equal(kernels.lsq_forward(x, steps(n), before, after, grid), reference.lsq_forward(x, steps(n), before, after, grid))
+    finally:
+        kernels.use("auto")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "qat"
+
+
+SOURCE = 'extern "C" int answer() { return 42; }'
+
+
+def test_what_is_compiled_is_kept(cache, monkeypatch):
+    assert build.load(SOURCE).answer() == 42
+    (library,) = cache.iterdir()
+    assert not library.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    monkeypatch.setattr(build, "_compiled", pytest.fail)
+    assert build.load(SOURCE).answer() == 42
+
+
+def test_nothing_is_run_from_a_folder_that_others_can_write_to(cache):
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert build.load(SOURCE).answer() == 42
+    assert not os.listdir(cache)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
+def test_without_a_compiler_plain_operations_do(monkeypatch, compiler):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(OSError, match=r"neither \$CXX nor c\+\+|fails"):
+        build.load(SOURCE)
+    cpu._library.cache_clear()
+    try:
+        assert not cpu.available()
+        x, n, before, after, grid = CASES["token"]
+        assert torch.equal(kernels.lsq_forward(x, steps(n), before, after, grid), reference.lsq_forward(x, steps(n), before, after, grid))
+    finally:
+        cpu._library.cache_clear()

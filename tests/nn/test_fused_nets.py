@@ -1,0 +1,111 @@
+"""Whole nets by fused Functions. Oracle: the same nets by Functions of one quantizer each."""
+
+import pytest
+import timm
+import torch
+from torch.testing import assert_close
+
+import qat
+from qat.errors import UsageError
+from qat.nn import attention, linear, source
+from tests.nets import FAMILIES
+from tests.tiny import images, quantized
+
+NETS = [FAMILIES[name] for name in ("vit", "deit", "swin")]
+
+
+@pytest.fixture
+def unfused(monkeypatch):
+    """A function that switches fusing off."""
+
+    def switch():
+        for module in (attention, linear, source):
+            monkeypatch.setattr(module, "can_fuse", lambda x: False)
+
+    return switch
+
+
+def step(net, x):
+    net.zero_grad()
+    torch.manual_seed(0)  # paths are dropped at random
+    out = net.train()(x)
+    out.square().sum().backward()
+    return out.detach(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def same(ours, theirs):
+    assert torch.equal(ours[0], theirs[0])
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in ours[1].items():
+        assert_close(
+            gradient, theirs[1][name], rtol=1e-3, atol=1e-5 * gradient.abs().max().item() + 1e-7, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("kind", ["qkr", "standard", "float"])
+@pytest.mark.parametrize("family", NETS, ids=lambda f: f.name)
+def test_nets_are_the_same(family, kind, unfused):
+    if kind == "qkr" and not family.qkr:
+        pytest.skip("no single matrix M")
+    recipe = qat.recipe("ofq", bits=2, attention=kind)
+    net = qat.convert(family.build(), recipe, input_size=family.input_size)
+    x = family.images(4)
+    qat.initialize_scales(net, [x])
+    fused = step(net, x)
+    recomputed = step(qat.set_execution(net, memory="recompute"), x)
+    assert torch.equal(fused[0], recomputed[0])
+    assert all(torch.equal(g, recomputed[1][name]) for name, g in fused[1].items())
+    unfused()
+    same(fused, step(net, x))
+
+
+def kept_bytes(net, x):
+    """Bytes kept for backward, each storage once, without parameters."""
+    own, seen = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
+
+    def pack(t):
+        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = net(x)
+    assert out.requires_grad
+    return sum(size for pointer, size in seen.items() if pointer not in own)
+
+
+def deit(knobs, depth, x):
+    torch.manual_seed(0)
+    net = timm.create_model("deit_tiny_patch16_224", img_size=64, num_classes=10, depth=depth)
+    if knobs is not None:
+        qat.initialize_scales(qat.convert(net, qat.recipe("ofq", bits=2, **knobs), input_size=(3, 64, 64)), [x])
+    return net.train()
+
+
+@pytest.mark.parametrize(("knobs", "most"), [({"attention": "float"}, 0.65), ({"attention": "standard"}, 0.70), ({}, 0.80)])
+def test_a_quantized_block_keeps_less_than_a_float_block(knobs, most):
+    x = torch.randn(4, 3, 64, 64)
+    ours, theirs = (kept_bytes(deit(k, 2, x), x) - kept_bytes(deit(k, 1, x), x) for k in (knobs, None))
+    assert ours < most * theirs
+
+
+def test_probabilities_are_made_again():
+    x = torch.randn(4, 3, 64, 64)
+    net = deit({}, 2, x)
+    with_probs = kept_bytes(net, x)
+    qat.set_execution(net, memory="recompute")
+    n_tokens = 4 * 4 + 1
+    assert with_probs - kept_bytes(net, x) == 2 * 3 * 4 * n_tokens**2 * 4  # blocks, heads, images, scores, bytes
+
+
+def test_unknown_memory_mode():
+    with pytest.raises(UsageError, match="memory='less': allowed are save, recompute"):
+        qat.set_execution(quantized(), memory="less")
+
+
+def test_who_watches_a_quantizer_sees_its_input():
+    net, seen = quantized().train(), []
+    sites = [site.quantizer for site in qat.iter_quantizers(net)]
+    for quantizer in sites:
+        quantizer.register_forward_hook(lambda module, args, out: seen.append(module))
+    net(images())
+    assert set(seen) == set(sites)
