@@ -65,7 +65,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 FILES_OF_TORCH = ("last.ckpt", "best.ckpt", "quantized.ckpt", "search.ckpt")
 TABLES = ("metrics.csv", "search.csv", "front.csv", "oscillation.csv", "points.jsonl", "sensitivity.csv")
-MEASURED = re.compile(r"(train|validate|test)/(time|batches|samples|device)|seconds")
+MEASURED = re.compile(r"(train|validate|test)/(time|batches|samples|device)|throughput/|seconds")
 TIMES = ("wall_seconds", "finished", "seconds", "versions", "git_commit", "num_workers")
 
 Draw = Callable[[random.Random], str]

@@ -6,11 +6,16 @@ import datetime
 import logging
 import time
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from qat.callbacks.waiting import WaitClock, advice
 from qat.data import ImageData
 
 log = logging.getLogger(__name__)
+
+# Less is nothing that loader processes are worth.
+WAIT_SHARE, WAIT_S = 0.2, 1.0
 
 
 def images_left_out(trainer: Trainer) -> str:
@@ -21,16 +26,33 @@ def images_left_out(trainer: Trainer) -> str:
 
 
 class EpochLog(Callback):
-    """Logs loss, validation accuracy, learning rate, throughput and time left after every epoch."""
+    """Logs loss, validation accuracy, learning rate, throughput and time left after every epoch.
+
+    Where an epoch has waited for its loader for more than a second and a fifth of its time, validation left out, it says that, and what to
+    try: of several processes, for the one that waited longest.
+    """
 
     def __init__(self) -> None:
         self._start = 0.0
         self._first_epoch = 0
         self._images = 0
+        self._clock = WaitClock()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember when the first epoch began."""
         self._start, self._first_epoch = time.monotonic(), trainer.current_epoch
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Time the loader's part of this epoch."""
+        self._clock.restart(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the validation out of that."""
+        self._clock.pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with training."""
+        self._clock.go_on()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: tuple, batch_idx: int) -> None:
         """Count images."""
@@ -38,6 +60,7 @@ class EpochLog(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the line."""
+        waiting = self._waiting(trainer)
         if not trainer.is_global_zero:
             return
         done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
@@ -49,4 +72,17 @@ class EpochLog(Callback):
         group = trainer.optimizers[0].param_groups[0] if trainer.optimizers else {"lr": 0.0}
         rate = group["lr"] / group.get("lr_scale", 1.0)
         left = datetime.timedelta(seconds=round(seconds / (done - self._first_epoch) * max(total - done, 0)))
-        log.info("epoch %d/%d  %s  lr %.2e  %.0f img/s  left %s", done, total, "  ".join(values), rate, self._images / seconds, left)
+        speed = f"{self._images / seconds:.0f} img/s{waiting}"
+        log.info("epoch %d/%d  %s  lr %.2e  %s  left %s", done, total, "  ".join(values), rate, speed, left)
+
+    def _waiting(self, trainer: Trainer) -> str:
+        """The wait for data in words, empty where it is short. All processes of a run have to ask."""
+        found = self._clock.read(trainer)
+        if found is None:
+            return ""
+        times = torch.tensor(found, device=trainer.strategy.root_device)
+        waited, share = (trainer.strategy.reduce(times, reduce_op="max") if trainer.world_size > 1 else times).tolist()
+        if waited < WAIT_S or share < WAIT_SHARE:
+            return ""
+        workers = getattr(trainer.train_dataloader, "num_workers", 0)
+        return f"  waiting for data {share:.0%} of the time: {advice(share, workers, trainer.num_devices)}".replace("%", " %", 1)

@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.model_selection import train_test_split
 
 from qat.errors import UsageError
 
@@ -73,6 +72,45 @@ class ImageArrays:
         return ImageArrays(np.stack([squeeze(image, size) for image in self.images]), self.labels, self.left_out)
 
 
+@dataclass(frozen=True)
+class SqueezedImages:
+    """Images of which each is squeezed into a square when it is needed.
+
+    Attributes:
+        images: as they are in memory.
+        size: side of the square in pixels.
+    """
+
+    images: ImageArrays
+    size: int
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(N,), class ids."""
+        return self.images.labels
+
+    @property
+    def chans(self) -> int:
+        """Colour channels."""
+        return self.images.chans
+
+    @property
+    def left_out(self) -> int:
+        """How many images could not be decoded and are not among these."""
+        return self.images.left_out
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        image, label = self.images[index]
+        return squeeze(image, self.size), label
+
+    def resized(self, size: int) -> SqueezedImages:
+        """The same in squares of another size."""
+        return SqueezedImages(self.images, size)
+
+
 def to_pil(image: NDArray[np.uint8]) -> Image.Image:
     """An image (H, W, C) as Pillow's."""
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
@@ -121,6 +159,8 @@ def stratified_split(labels: NDArray[np.int64], held_out: float) -> tuple[NDArra
     Raises:
         UsageError: there are too few images of a class.
     """
+    from sklearn.model_selection import train_test_split  # with pandas half a second, and most photos come with their splits
+
     try:
         kept, out = train_test_split(np.arange(len(labels)), test_size=held_out, random_state=SPLIT_SEED, stratify=labels)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
@@ -13,10 +14,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from qat.data.arrays import ImageSource
+from qat.data.arrays import ImageArrays, ImageSource, SqueezedImages
+from qat.data.kept import MEGABYTE
 from qat.data.loader import ResumableLoader
 from qat.data.mixup import BatchMixup
-from qat.data.sampler import Key, SeededSampler, isolated_rng
+from qat.data.sampler import Key, SeededSampler, kept_rng, seed_rng
 from qat.data.settings import DataSettings
 from qat.data.transforms import Transform, eval_transform, train_transform
 from qat.errors import UsageError
@@ -35,12 +37,20 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
         return len(self.source)
 
     def __getitem__(self, key: Key | int) -> tuple[Tensor, int]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[Key | int]) -> list[tuple[Tensor, int]]:
+        """All images of a batch: what costs the same for one and for many is done once. Torch's loaders ask for it."""
+        with kept_rng() if self.transform.is_random else contextlib.nullcontext():
+            images, labels = zip(*map(self._applied, keys), strict=True)
+        return list(zip(self.transform.finished(list(images)), labels, strict=True))
+
+    def _applied(self, key: Key | int) -> tuple[Tensor, int]:
         epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
         image, label = self.source[index]
-        if not self.transform.is_random:
-            return self.transform(image), label
-        with isolated_rng(self.seed, epoch, index, *copy):
-            return self.transform(image), label
+        if self.transform.is_random:
+            seed_rng(self.seed, epoch, index, *copy)
+        return self.transform.apply(image), label
 
 
 class ImageData(LightningDataModule, ABC):
@@ -132,8 +142,12 @@ class ImageData(LightningDataModule, ABC):
             raise UsageError(f"data.num_classes={self.settings.num_classes}: the {split} split has a label {wrong.max()}")
         if source.chans != self.settings.in_chans:
             raise UsageError(f"data.in_chans={self.settings.in_chans}: the images have {source.chans} channels")
-        # What will be cropped is scaled after the crop.
-        return source if self.settings.crop_pct is not None else source.resized(self.settings.image_size)
+        if self.settings.crop_pct is not None:  # what will be cropped is scaled after the crop
+            return source
+        size = self.settings.image_size
+        if isinstance(source, ImageArrays) and len(source) * size**2 * source.chans > self.settings.memory_mb * MEGABYTE:
+            return SqueezedImages(source, size)
+        return source.resized(size)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented; the last incomplete batch is left out.

@@ -38,7 +38,7 @@ class Cifar10(ImageData):
         root = data_folder(settings.root, f"train*.parquet and test*.parquet, or {FOLDER}")
         if any(root.rglob("train*.parquet")):
             files = (find_parquet(settings.root, split) for split in ("train", "test"))
-            train, test = (read_parquet(found, settings.in_chans, settings.on_error) for found in files)
+            train, test = (read_parquet(found, settings.in_chans, settings.on_error, cache=settings.cache) for found in files)
             return train, test
         batches = find_batches(root)
         if batches is None:

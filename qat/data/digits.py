@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from qat.data.arrays import ImageArrays, stratified_split
 from qat.data.base import ImageData
@@ -18,6 +17,8 @@ class Digits(ImageData):
 
     def read(self) -> dict[str, ImageArrays]:
         """All three splits."""
+        from sklearn.datasets import load_digits  # half a second that no other dataset needs
+
         digits = load_digits()
         pixels = np.rint(digits.images * (255 / BRIGHTEST)).astype(np.uint8)[..., None]
         everything = ImageArrays(pixels, digits.target.astype(np.int64))

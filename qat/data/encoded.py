@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,21 @@ class EncodedImages(Protocol):
 
     def name(self, index: int) -> str:
         """Where it is, for messages."""
+
+    def origin(self) -> list[Any]:
+        """What tells these images from any others, as plain data: files, their sizes and times, which images of them.
+
+        Raises:
+            OSError: a file is not there any more.
+        """
+
+    def hold(self, megabytes: float, *, keeps: bool) -> None:
+        """Get ready to hand out single images, once and before worker processes are forked.
+
+        Args:
+            megabytes: what may be in memory for that.
+            keeps: True if more than that may be kept on the disk in a form that can be mapped.
+        """
 
 
 def decode(content: bytes, chans: int) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ import numpy as np
 from qat.data.arrays import ImageSource, stratified_split
 from qat.data.folders import data_folder
 from qat.data.lazy import load
-from qat.data.parquet import ParquetImages, find_parquet, in_words, read_labels, read_table
+from qat.data.parquet import ParquetImages, find_parquet, in_words, read_labels
 from qat.data.photos import Photos
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,9 @@ UNPUBLISHED = -1
 
 
 class HfParquet(Photos):
-    """`train*.parquet`, `val*.parquet` and `test*.parquet` below `root`; encoded images are in memory, decoded ones where that is set.
+    """`train*.parquet`, `val*.parquet` and `test*.parquet` below `root`; images are in memory, decoded where they are of one size.
+
+    More than `data.memory_mb` of encoded images are mapped from an uncompressed copy in the cache.
 
     Without val a tenth of train is held out, always the same images. Without test, or where its labels are not published, val is
     evaluated.
@@ -48,7 +50,7 @@ class HfParquet(Photos):
     def count_classes(self, settings: dict[str, Any]) -> int:
         """Highest label of train plus one."""
         column = settings.get("label_column")
-        labels = (read_labels(read_table(file), file, column) for file in self._files(settings.get("root"))["train"])
+        labels = (read_labels(file, column) for file in self._files(settings.get("root"))["train"])
         return max((max(one, default=-1) for one in labels), default=-1) + 1
 
     @staticmethod

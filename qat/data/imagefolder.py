@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from qat.data.arrays import ImageSource, stratified_split
 from qat.data.encoded import as_labels
 from qat.data.folders import data_folder
+from qat.data.kept import stamp
 from qat.data.lazy import load
 from qat.data.photos import Photos
 from qat.errors import UsageError
@@ -43,6 +46,20 @@ class FileImages:
     def name(self, index: int) -> str:
         """Its path."""
         return os.fsdecode(self.paths[index])
+
+    def origin(self) -> list[Any]:
+        """How many files, and a sum over their paths, sizes and times.
+
+        Raises:
+            OSError: one is not there any more.
+        """
+        known = hashlib.sha256()
+        for index in range(len(self)):
+            known.update(json.dumps(stamp(self.name(index))).encode())
+        return [len(self), known.hexdigest()]
+
+    def hold(self, megabytes: float, *, keeps: bool) -> None:
+        """Nothing to do: a file is read when it is asked for."""
 
     def take(self, indices: NDArray[np.int64]) -> FileImages:
         """The files at `indices`."""

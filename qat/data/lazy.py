@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import math
 
 import numpy as np
 import torch
@@ -12,21 +13,35 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qat.data.arrays import ImageSource, squeeze
-from qat.data.encoded import EncodedImages, ImageError, read_all, read_one
+from qat.data.encoded import EncodedImages, ImageError, read_one
+from qat.data.kept import MEGABYTE, decoded, find
 from qat.data.settings import DataSettings
 
 log = logging.getLogger(__name__)
 
 
 def load(encoded: EncodedImages, settings: DataSettings, where: str) -> ImageSource:
-    """In memory where the settings allow it and all images are of one size, else decoded when needed."""
-    if settings.in_memory and _one_size(encoded):
-        return read_all(encoded, settings.in_chans, settings.on_error, where)
+    """In memory where the settings allow it, all images are of one size and they fit, else decoded when needed."""
+    kept = find(encoded, settings.in_chans, cache=settings.cache) if settings.in_memory else None
+    if kept is not None and fits(kept.images.nbytes, settings, where):
+        return kept
+    encoded.hold(settings.memory_mb, keeps=settings.cache is not False)
+    size = _one_size(encoded) if settings.in_memory and kept is None else None
+    if size is not None and fits(len(encoded) * math.prod(size) * settings.in_chans, settings, where):
+        return decoded(encoded, where, settings.in_chans, settings.on_error, cache=settings.cache)
     return LazyImages(encoded, settings.in_chans, settings.on_error)
 
 
-def _one_size(encoded: EncodedImages) -> bool:
-    """From the headers alone; an image without a readable one says nothing."""
+def fits(size: int, settings: DataSettings, where: str) -> bool:
+    """True if so many bytes of images may be in memory; says so if not."""
+    if size <= settings.memory_mb * MEGABYTE:
+        return True
+    log.info("%s: %.0f MB once decoded, data.memory_mb=%g: decoded when needed", where, size / MEGABYTE, settings.memory_mb)
+    return False
+
+
+def _one_size(encoded: EncodedImages) -> tuple[int, int] | None:
+    """The size of all images, from the headers alone; None if there are several. An image without a readable header says nothing."""
     sizes: set[tuple[int, int]] = set()
     for index in range(len(encoded)):
         try:
@@ -34,8 +49,8 @@ def _one_size(encoded: EncodedImages) -> bool:
         except Exception:  # noqa: S112  (who decodes it says so)
             continue
         if len(sizes) > 1:
-            return False
-    return True
+            return None
+    return next(iter(sizes), (0, 0))
 
 
 class LazyImages:

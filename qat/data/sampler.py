@@ -70,19 +70,31 @@ def mix(*numbers: int) -> int:
 @contextlib.contextmanager
 def isolated_rng(*numbers: int) -> Generator[None]:
     """Seed the three global generators that augmentations draw from, and give them back as they were."""
-    seed = mix(*numbers)
+    with kept_rng():
+        seed_rng(*numbers)
+        yield
+
+
+@contextlib.contextmanager
+def kept_rng() -> Generator[None]:
+    """Give the three global generators back as they were."""
     # The CPU generator itself: torch.manual_seed would also queue a seeding of every accelerator, with a traceback each.
     generator = torch.default_generator
     states = random.getstate(), np.random.get_state(), generator.get_state()
     try:
-        generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         generator.set_state(states[2])
+
+
+def seed_rng(*numbers: int) -> None:
+    """Seed the three global generators that augmentations draw from."""
+    seed = mix(*numbers)
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qat.data.checks import check_augmentation, check_mixing, check_normalisation
 from qat.data.transforms import INTERPOLATIONS
 from qat.errors import UsageError
-from qat.spec import check_choice, check_text, check_whole
+from qat.spec import check_choice, check_number, check_text, check_whole
 
 ON_ERROR = ("raise", "skip")
 # A typing mistake may ask for more processes or pixels than a machine survives.
@@ -61,6 +61,10 @@ class DataSettings:
         seed: of order, augmentation and calibration images.
         root: folder with the data.
         in_memory: False = decode an image each time it is needed; images of different sizes always are.
+        memory_mb: decoded images of a split that are more than so many megabytes are decoded when needed, and encoded ones in parquet files
+            mapped from the disk.
+        cache: whether decoded images are kept on the disk for the next run: `auto` = if decoding took more than two seconds, True =
+            always; False = neither kept nor looked for.
         on_error: what an image does that cannot be decoded: `raise` stops, `skip` warns and goes on without it.
         crop_pct: side of evaluation's centre crop as a share of the shorter side, before scaling to `image_size`; None = the whole image
             is squeezed into the square when read; photos: None = that of `model`.
@@ -98,6 +102,8 @@ class DataSettings:
     seed: int = 0
     root: str | None = None
     in_memory: bool = True
+    memory_mb: float = 4096
+    cache: str | bool = "auto"
     on_error: str = "raise"
     crop_pct: float | None = None
     interpolation: str | None = None
@@ -116,6 +122,9 @@ class DataSettings:
             check_whole("data.patch_size", self.patch_size, 1, HIGHEST_SIDE)
         if not isinstance(self.in_memory, bool):
             raise UsageError(f"data.in_memory={self.in_memory!r}: allowed are true and false")
+        check_number("data.memory_mb", self.memory_mb, 0)
+        if self.cache != "auto" and not isinstance(self.cache, bool):
+            raise UsageError(f"data.cache={self.cache!r}: allowed are auto, true and false")
         self._check_crop()
         check_normalisation(self)
         check_augmentation(self)

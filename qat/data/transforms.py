@@ -30,24 +30,31 @@ class Transform:
     """Maps an image (H, W, C) uint8 to (C, H, W) float32.
 
     Attributes:
-        apply: the mapping.
-        is_random: True if it draws random numbers.
+        apply: what is done to one image.
+        is_random: True if that draws random numbers.
+        finish: what is done behind it, to one image or at once to a batch (..., C, H, W), with the same result; None = nothing.
     """
 
     apply: Callable[[NDArray[np.uint8]], Tensor]
     is_random: bool = False
+    finish: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, image: NDArray[np.uint8]) -> Tensor:
         """Transform one image."""
-        return self.apply(image)
+        image_or_pixels = self.apply(image)
+        return image_or_pixels if self.finish is None else self.finish(image_or_pixels)
+
+    def finished(self, images: list[Tensor]) -> list[Tensor]:
+        """What `__call__` makes of images of which each went through `apply`."""
+        return images if self.finish is None else list(self.finish(torch.stack(images)))
 
 
 def _to_tensor(image: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1)
 
 
-def _normalise(settings: DataSettings) -> list[Callable[[Tensor], Tensor]]:
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(settings.mean), list(settings.std))]
+def _normalise(settings: DataSettings) -> Callable[[Tensor], Tensor]:
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(settings.mean), list(settings.std), inplace=True)])
 
 
 def eval_transform(settings: DataSettings) -> Transform:
@@ -56,7 +63,7 @@ def eval_transform(settings: DataSettings) -> Transform:
     It is squeezed into the square, or with a `crop_pct` scaled and cropped by timm; then scaled to [0, 1] and normalised.
     """
     if settings.crop_pct is None:
-        return Transform(v2.Compose([partial(squeeze, size=settings.image_size), _to_tensor, *_normalise(settings)]))
+        return Transform(v2.Compose([partial(squeeze, size=settings.image_size), _to_tensor]), finish=_normalise(settings))
     scaling = {"crop_pct": settings.crop_pct, "interpolation": settings.interpolation or "bicubic"}
     return Transform(v2.Compose([to_pil, _timm_transform(settings, **scaling)]))
 
@@ -72,7 +79,8 @@ def _light(settings: DataSettings) -> Transform:
     size = settings.image_size
     if settings.crop_pct is None:
         crop = v2.RandomCrop(size, padding=max(size // 8, 1))
-        return Transform(v2.Compose([_to_tensor, crop, v2.RandomHorizontalFlip(settings.hflip), *_normalise(settings)]), is_random=True)
+        shifted = v2.Compose([_to_tensor, crop, v2.RandomHorizontalFlip(settings.hflip)])
+        return Transform(shifted, is_random=True, finish=_normalise(settings))
     interpolation = settings.interpolation or "bicubic"
     crop_and_flip = _timm_training(settings, color_jitter=None, interpolation=interpolation)
     return Transform(v2.Compose([to_pil, crop_and_flip]), is_random=True)

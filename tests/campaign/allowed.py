@@ -14,6 +14,7 @@ SWITCHES = {
     "search": "null",
     "overwrite": "true",
     "report": "true",
+    "data.cache": "true",
     "resume": "zero",  # 0 is false
     "model.reset_head": "true",
     "model.grad_checkpointing": "true",
@@ -81,6 +82,7 @@ NUMBERS = {
     "data.mixup_prob": "zero",
     "data.mixup_switch_prob": "zero",
     "data.num_workers": "zero",
+    "data.memory_mb": "zero fraction huge",
     "model.args.drop_path_rate": "zero",
     "loss.kure": "zero fraction huge",
     "loss.grad_l1": "zero fraction huge",

@@ -11,7 +11,6 @@ from unittest import mock
 
 import sklearn.datasets
 
-from qat.data import digits
 from qat.lit import QATModule
 from qat.tasks import analyze, cli, predict, ranks, results
 
@@ -72,7 +71,7 @@ def no_steps():
             (analyze, "write_outcome", stop),
             (ranks, "supervise", stop),
             (results, "_git_commit", lambda: None),
-            (digits, "load_digits", functools.cache(sklearn.datasets.load_digits)),
+            (sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits)),
         ):
             patches.enter_context(mock.patch.object(owner, name, replacement))
         patches.enter_context(mock.patch("qat.tasks.train.measure_step", return_value=estimate))

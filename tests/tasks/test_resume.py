@@ -73,6 +73,7 @@ def last(run_dir):
 def metrics(run_dir):
     """Rows of `metrics.csv` without what the throughput monitor measures of the present process."""
     measured = tuple(f"{stage}/{what}" for stage in ("train", "validate", "test") for what in ("time", "batches", "samples", "device"))
+    measured += ("throughput/",)
     with (run_dir / "metrics.csv").open(newline="") as file:
         rows = [{k: v for k, v in row.items() if v and not k.startswith(measured)} for row in csv.DictReader(file)]
     return [row for row in rows if set(row) - {"epoch", "step"}]
