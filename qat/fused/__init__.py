@@ -5,9 +5,20 @@ Same values as the quantizers and products apart, bit for bit; `torch.compile` g
 
 from qat.fused.attention import attention
 from qat.fused.linear import lsq_linear
-from qat.fused.operand import Operand, can_fuse
+from qat.fused.operand import Operand, can_fuse, probs_dtype
 from qat.fused.qkr import QkrOperands, QkrWeights, qkr_attention
 from qat.fused.scores import Scoring
 from qat.fused.source import remember
 
-__all__ = ["Operand", "QkrOperands", "QkrWeights", "Scoring", "attention", "can_fuse", "lsq_linear", "qkr_attention", "remember"]
+__all__ = [
+    "Operand",
+    "QkrOperands",
+    "QkrWeights",
+    "Scoring",
+    "attention",
+    "can_fuse",
+    "lsq_linear",
+    "probs_dtype",
+    "qkr_attention",
+    "remember",
+]

@@ -71,3 +71,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """What autocast, if it is on, makes of the factors of a product; else the dtype of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def probs_dtype(x: Tensor) -> torch.dtype:
+    """Float32 under autocast, which on a CPU would not ask that of a softmax; else the dtype of `x`."""
+    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat.functional.qkr import fold_qk
-from qat.functional.statsq import statsq_scale
 from qat.fused import simple
 from qat.fused.heads import product, sum_of_products
 from qat.fused.linear import Weight
@@ -73,13 +72,13 @@ class _Factors:
     """What forward and backward both make of the input: the factors of the products."""
 
     def __init__(
-        self, x: Tensor, weights: QkrWeights, operands: QkrOperands, settings: _Settings, shape: Shape, scales: Any = None
+        self, x: Tensor, weights: QkrWeights, operands: QkrOperands, settings: _Settings, shape: Shape, ready: Any, scales: Any = None
     ) -> None:
         self.weights, self.operands, self.shape, self.dtype = weights, operands, shape, x.dtype
-        folded = fold_qk(weights.q, weights.k, settings.num_heads)
-        self.scales = (statsq_scale(folded), statsq_scale(weights.v)) if scales is None else scales
-        self.matrix = Weight(folded, settings.bits, self.scales[0])
-        self.v = Weight(weights.v, settings.v_bits, self.scales[1])
+        matrix, v = ready
+        folded = fold_qk(weights.q, weights.k, settings.num_heads) if matrix is None else matrix
+        self.matrix = Weight.of(folded, settings.bits, matrix) if scales is None else Weight(folded, settings.bits, scales[0], matrix)
+        self.v = Weight.of(weights.v, settings.v_bits, v) if scales is None else Weight(weights.v, settings.v_bits, scales[1], v)
         self.x = operands.input.forward(x).to(x.dtype).to(shape.dtype)
 
     def mapped(self) -> Tensor:
@@ -114,28 +113,29 @@ class _Factors:
 
 class _Qkr(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, mask: Tensor | None, settings: _Settings, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, mask: Tensor | None, settings: _Settings, ready: Any, *tensors: Any) -> Tensor:
         weights, operands = _unpack(tensors, settings)
         kept, shape = keep(x), shape_for(x, settings.num_heads, settings.factor)
-        factors = _Factors(x, weights, operands, settings, shape)
+        factors = _Factors(x, weights, operands, settings, shape, ready)
         mapped, values = factors.mapped(), factors.values()
         probs = factors.probs(factors.keys(mapped), bias, mask)
         ctx.settings, ctx.shape, ctx.make, ctx.n = settings, shape, kept.make, len(tensors)
-        known = (mapped, values, probs if settings.keep_probs else None, *factors.scales)
+        known = (mapped, values, probs if settings.keep_probs else None, factors.matrix.scale, factors.v.scale, *ready)
         ctx.save_for_backward(*tensors, bias, mask, *known, *kept.tensors)
         return gather(probs, factors.quantized_values(values), operands.probs, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors, saved = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
-        bias, mask, mapped, values, probs, *scales = saved[:7]
-        x = again(ctx.make, saved[7:])
+        bias, mask, mapped, values, probs, *scales_and_ready = saved[:9]
+        scales, ready = scales_and_ready[:2], scales_and_ready[2:]
+        x = again(ctx.make, saved[9:])
         weights, operands = _unpack(tensors, ctx.settings)
         if torch.is_grad_enabled():
             _, bits, v_bits, *sizes, _ = ctx.settings
             out = simple.qkr_attention(x, bias, mask, weights, operands, (bits, v_bits), *sizes)
-            return (*simple.gradients(out, [x, bias, mask, None, *tensors], ctx.needs_input_grad, grad),)
-        factors = _Factors(x, weights, operands, ctx.settings, ctx.shape, scales)
+            return (*simple.gradients(out, [x, bias, mask, None, None, *tensors], ctx.needs_input_grad, grad),)
+        factors = _Factors(x, weights, operands, ctx.settings, ctx.shape, ready, scales)
         keys = factors.keys(mapped)
         probs = factors.probs(keys, bias, mask) if probs is None else probs
         grads = gather_backward(
@@ -144,7 +144,7 @@ class _Qkr(torch.autograd.Function):
         del probs
         of_weights, of_operands, of_x = _through(factors, grads.scores, grads.values, keys, mapped, values, x)
         rest = (*of_operands, (grads.scale, None, None))
-        return of_x, grads.bias, None, None, *of_weights, *(t for part in rest for t in part)
+        return of_x, grads.bias, None, None, None, *of_weights, *(t for part in rest for t in part)
 
 
 def _through(factors: _Factors, of_scores: Tensor, of_values: Tensor, keys: Tensor, mapped: Tensor, values: Tensor, x: Tensor) -> Any:
@@ -183,7 +183,9 @@ def _unfold(grad: Tensor, weights: QkrWeights) -> tuple[Tensor, Tensor]:
     return of_q.to(weights.q.dtype), of_k.to(weights.k.dtype)
 
 
-def qkr_attention(x: Tensor, weights: QkrWeights, operands: QkrOperands, bits: tuple[int, int], scoring: Scoring) -> Tensor:
+def qkr_attention(
+    x: Tensor, weights: QkrWeights, operands: QkrOperands, bits: tuple[int, int], scoring: Scoring, ready: Any = (None, None)
+) -> Tensor:
     """q(softmax(factor * q(x) . q(M_h q(x)) + bias + mask)) q(V), M_h = Wq_h^T Wk_h and Wv quantized by StatsQ.
 
     Args:
@@ -192,9 +194,10 @@ def qkr_attention(x: Tensor, weights: QkrWeights, operands: QkrOperands, bits: t
         operands: see there.
         bits: of M and of Wv.
         scoring: see there.
+        ready: M and Wv as StatsQ gives them, where somebody keeps them; without gradient.
 
     Returns:
         (B, N, h*d).
     """
     settings = _Settings(tuple(o.settings for o in operands), *bits, scoring.num_heads, scoring.factor, scoring.keep_probs)
-    return _Qkr.apply(x, scoring.bias, scoring.mask, settings, *weights, *(t for o in operands for t in o.tensors))
+    return _Qkr.apply(x, scoring.bias, scoring.mask, settings, ready, *weights, *(t for o in operands for t in o.tensors))

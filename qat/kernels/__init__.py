@@ -12,7 +12,7 @@ from torch import Tensor
 from qat.errors import UsageError
 from qat.kernels import cpu, gpu, reference
 from qat.kernels.grid import SCALE_FLOOR, Grid
-from qat.kernels.reference import LsqGradients, statsq_coordinate, with_offsets
+from qat.kernels.reference import LsqGradients, statsq_coordinate
 
 CHOICES = ("auto", "triton", "off")
 _choice = "auto"
@@ -82,7 +82,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pas
         levels: whether to give the result of `lsq_forward` as well.
         after: the offset behind; only for `levels`.
     """
-    backend, found = _backend(x), None
+    backend = _backend(x)
     if backend == "cpu":
         out = torch.empty(x.shape, dtype=torch.float32) if out is None else out
         wanted = cpu.Wanted(before is not None, after_shape is not None, levels, after)
@@ -93,10 +93,11 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pas
             of_after = of_after if after_shape is None or of_after is None else of_after.view(after_shape)
             return LsqGradients(out, of_scale, of_before, of_after, made)
     elif backend == "gpu":
-        found = gpu.lsq_backward(grad, x, scale, before, grid, sign=sign)
-    grad_x, of_scale = reference.lsq_backward(grad, x, scale, before, grid, sign=sign) if found is None else found
-    gradients = with_offsets(grad, grad_x, of_scale, before, after_shape)
-    gradients = gradients if out is None else gradients._replace(x=out.copy_(grad_x))
+        found = gpu.lsq_gradients(grad, x, scale, before, grid, sign=sign, after_shape=after_shape, out=out, levels=levels, after=after)
+        if found is not None:
+            return found
+    gradients = reference.lsq_gradients(grad, x, scale, before, grid, sign=sign, after_shape=after_shape)
+    gradients = gradients if out is None else gradients._replace(x=out.copy_(gradients.x))
     return gradients._replace(levels=lsq_forward(x, scale, before, after, grid, sign=sign)) if levels else gradients
 
 
@@ -114,15 +115,17 @@ def probs_backward(
     grad: Tensor, probs: Tensor, scale: Tensor, grid: Grid, factor: float, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.probs_backward`, and the quantized probabilities; `out` takes the gradient of the scores and may be `grad`."""
-    backend, found = _backend(probs), None
+    backend = _backend(probs)
     if backend == "cpu":
         out = torch.empty(probs.shape, dtype=torch.float32) if out is None else out
         extras = cpu.probs_backward(grad.float(), probs.float(), scale, grid, factor, out)
         if extras is not None:
             return out, *extras
     elif backend == "gpu":
-        found = gpu.probs_backward(grad, probs, scale, grid, factor)
-    grad_scores, of_scale = reference.probs_backward(grad, probs, scale, grid, factor) if found is None else found
+        found = gpu.probs_gradients(grad, probs, scale, grid, factor, out=out)
+        if found is not None and found[2] is not None:
+            return found[0], found[1], found[2]
+    grad_scores, of_scale = reference.probs_backward(grad, probs, scale, grid, factor)
     levels = lsq_forward(probs, scale, None, None, grid)
     return grad_scores if out is None else out.copy_(grad_scores), of_scale, levels
 

@@ -73,6 +73,8 @@ def _dense(*tensors: Tensor | None) -> bool:
 def _layout(x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, grid: Grid, sign: Tensor | None) -> Layout | None:
     if not (_fits(x, scale, before, after, sign) and _dense(scale, before, after)):
         return None
+    if before is not None and after is not None and before.shape != after.shape:
+        return None
     offset = before if before is not None else after
     return layout_of(x, grid, 0 if offset is None else offset.numel())
 

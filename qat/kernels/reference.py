@@ -91,10 +91,10 @@ def lsq_forward(x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor |
         The shape of `x`.
     """
     low, high = grid.bounds(sign)
-    shifted = x.float() if before is None else x + before
+    shifted = x.float() if before is None else x.float() + before.float()
     step = step_of(scale, x.ndim, grid.axis)
     y = (shifted / step).clamp(low, high).round() * step  # type: ignore[arg-type]
-    return y if after is None else y + after
+    return y if after is None else y + after.float()
 
 
 def lsq_backward(
@@ -116,7 +116,7 @@ def lsq_backward(
         1/sqrt(qmax * m).
     """
     low, high = grid.bounds(sign)
-    shifted = x.float() if before is None else x + before
+    shifted = x.float() if before is None else x.float() + before.float()
     u = shifted / step_of(scale, x.ndim, grid.axis)
     g = grad.float()
     grad_x = in_range(g, u, low, high)
@@ -125,7 +125,8 @@ def lsq_backward(
 
 
 def _over_leading(x: Tensor, kept: int) -> Tensor:
-    return x.sum(tuple(range(x.ndim - kept))) if x.ndim > kept else x
+    # The batch first: inductor then reads rows that follow each other in memory, not a column of the whole tensor at a time.
+    return x if x.ndim <= kept else _over_leading(x.sum(0), kept)
 
 
 def with_offsets(grad: Tensor, grad_x: Tensor, of_scale: Tensor, before: Tensor | None, after_shape: torch.Size | None) -> LsqGradients:

@@ -21,6 +21,7 @@ from qat.errors import UsageError
 from qat.lit.sharded import shared_modules
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, StepContext
+from qat.nn.execution import keep_weights
 from qat.quantizers import LSQ
 from qat.shards import whole
 from qat.sites import iter_quantizers
@@ -113,6 +114,7 @@ class QATModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Put the learning rate where the schedule has it now: a resumed run begins in the middle of it."""
+        self._keep_weights(keep=self.trainer.accumulate_grad_batches > 1)
         self._steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
         for config in self.trainer.lr_scheduler_configs:
             schedule: Any = config.scheduler
@@ -173,8 +175,29 @@ class QATModule(LightningModule):
             self.net = build_from(Checkpoint(Path("last.ckpt"), state, self._describe))
 
     def on_validation_start(self) -> None:
-        """Validate one net, not one a process."""
+        """Validate one net, not one a process, whose weights do not change meanwhile."""
         self._average_batch_norms()
+        self._keep_weights(keep=True)
+
+    def on_validation_end(self) -> None:
+        """Other weights may come back now: those in training, if an average was validated."""
+        self._keep_weights(keep=self.trainer.training and self.trainer.accumulate_grad_batches > 1)
+
+    def on_test_start(self) -> None:
+        """Weights do not change from here on."""
+        self._keep_weights(keep=True)
+
+    def on_test_end(self) -> None:
+        """They may from here on."""
+        self._keep_weights(keep=False)
+
+    def on_train_end(self) -> None:
+        """Give back what accumulated batches shared."""
+        self._keep_weights(keep=False)
+
+    def _keep_weights(self, *, keep: bool) -> None:
+        # Weights that processes share are gathered anew for every use, which torch does not count as a change.
+        keep_weights(self.net, keep=keep and not shared_modules(self.net))
 
     def _average_batch_norms(self) -> None:
         """Give batch norms the mean of the processes' running statistics, in place."""

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from qat.errors import UsageError
 from qat.functional.qkr import fold_q_bias, fold_qk
-from qat.fused import QkrOperands, QkrWeights, Scoring, attention, can_fuse, qkr_attention
-from qat.nn.base import QuantModule
+from qat.fused import QkrOperands, QkrWeights, Scoring, attention, can_fuse, probs_dtype, qkr_attention
+from qat.nn.base import QuantModule, is_watched
 from qat.nn.fusing import is_off, operand_of, statsq_bits
 from qat.nn.linear import QuantLinear
 from qat.nn.registry import SwapContext
@@ -93,7 +93,7 @@ class ScoredAttention(nn.Module):
         Returns:
             (B, N, h*d).
         """
-        probs = self.attn_drop(self.probs_quantizer(scores.softmax(dim=-1)))
+        probs = self.attn_drop(self.probs_quantizer(scores.softmax(dim=-1, dtype=probs_dtype(scores))))
         values = self.shared(split_heads(self.v_quantizer(v), v.shape[-1] // self.head_dim))
         return (probs @ values).transpose(1, 2).flatten(2)
 
@@ -191,7 +191,7 @@ class QkrAttention(ScoredAttention, QuantModule):
 
     def scores(self, xq: Tensor) -> Tensor:
         """Unscaled scores (B, h, N, N) of the quantized input (B, N, C)."""
-        product = F.linear(xq, self.qk_quantizer(self.latent("qk")), self.product_offset)
+        product = F.linear(xq, self.quantized("qk"), self.product_offset)
         # One step per (token, head): index token*h + head.
         keys = self.k_quantizer(product.unflatten(-1, (self.num_heads, -1)).flatten(1, 2))
         keys = keys.unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1)
@@ -203,17 +203,20 @@ class QkrAttention(ScoredAttention, QuantModule):
 
     def fused(self, x: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:
         """`gather(scores(xq) * factor + bias + mask, v(xq))` of the quantized x (B, N, C) in one Function, None where it cannot be."""
-        v_bits = statsq_bits(self.v.weight_quantizer) if isinstance(self.v, QuantLinear) else None
-        bits = statsq_bits(self.qk_quantizer)
+        v, bits = self.v, statsq_bits(self.qk_quantizer)
+        if not isinstance(v, QuantLinear) or is_watched(v):
+            return None
+        v_bits = statsq_bits(v.weight_quantizer)
         if not (bits and v_bits and self.q_bias is None and self.groups == 1 and is_off(self.attn_drop) and can_fuse(x)):
             return None
         found = (operand_of(o) for o in (self.input_quantizer, self.k_quantizer, self.v_quantizer, self.probs_quantizer))
         operands = [o for o in found if o is not None]
         if len(operands) < 4:
             return None
-        weights = QkrWeights(self.q_weight, self.k_weight, self.v.weight, self.v.bias, self.product_offset)
+        weights = QkrWeights(self.q_weight, self.k_weight, v.weight, v.bias, self.product_offset)
+        ready = self.ready("qk"), v.ready("weight")
         scoring = Scoring(self.num_heads, factor, bias, mask, self.keep_probs)
-        return qkr_attention(x, weights, QkrOperands(*operands), (bits, v_bits), scoring)
+        return qkr_attention(x, weights, QkrOperands(*operands), (bits, v_bits), scoring, ready)
 
     def timm_weights(self) -> dict[str, Tensor]:
         """The attention's own tensors as timm's module keeps them, detached; those of `proj` and further children are not among them.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
@@ -18,8 +19,16 @@ def adopt(cls: type[M], module: nn.Module) -> M:
     return made
 
 
+def is_watched(module: nn.Module) -> bool:
+    """True if somebody wants to see what passes through the module, as calibration and annealing do."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 class QuantModule(nn.Module):
     """A module with quantizers among its attributes. `latent` gives the float tensor behind a weight quantizer."""
+
+    # Role: (what it was made of, quantized weight); None = every forward pass quantizes anew. Set by `qat.nn.execution.keep_weights`.
+    kept_weights: dict[str, tuple[Any, Tensor]] | None = None
 
     def latent(self, role: str) -> Tensor:
         """The float master of the weight with this role.
@@ -32,3 +41,23 @@ class QuantModule(nn.Module):
         weight = self.weight
         assert isinstance(weight, Tensor)  # noqa: S101  (narrows a type)
         return weight
+
+    def quantized(self, role: str) -> Tensor:
+        """The quantized weight with this role."""
+        ready = None if torch.is_grad_enabled() else self.ready(role)
+        return getattr(self, f"{role}_quantizer")(self.latent(role)) if ready is None else ready
+
+    def ready(self, role: str) -> Tensor | None:
+        """The quantized weight, without gradient, made when the weight was last changed; None where weights are not kept."""
+        quantizer = getattr(self, f"{role}_quantizer")
+        if self.kept_weights is None or torch.compiler.is_compiling() or is_watched(quantizer):
+            return None
+        made_of = [*self.parameters(recurse=False), *quantizer.parameters(), *quantizer.buffers()]
+        if any(t.is_inference() for t in made_of):  # such tensors do not count their changes
+            return None
+        key = (torch.is_inference_mode_enabled(), *((t.data_ptr(), t._version) for t in made_of))
+        found = self.kept_weights.get(role)
+        if found is None or found[0] != key:
+            with torch.no_grad():
+                found = self.kept_weights[role] = (key, quantizer(self.latent(role)))
+        return found[1]

@@ -38,7 +38,7 @@ class QuantConv2d(nn.Conv2d, QuantModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, I, H, W) to (B, O, H', W')."""
-        xq, wq = self.input_quantizer(x), self.weight_quantizer(self.weight)
+        xq, wq = self.input_quantizer(x), self.quantized("weight")
         return self._by_patches(xq, wq) if self.is_patchwise else self._conv_forward(xq, wq, self.bias)
 
     @property

@@ -5,27 +5,23 @@ from __future__ import annotations
 from torch import nn
 
 from qat.fused import Operand
+from qat.nn.base import is_watched
 from qat.quantizers import LSQ, Shifted, StatsQ
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """True if somebody wants to see what passes through the module, as calibration and annealing do."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def operand_of(quantizer: nn.Module) -> Operand | None:
     """An LSQ quantizer with its parameters, with or without offsets over the last dimension; None for all others, and watched ones."""
     before = after = None
-    if type(quantizer) is Shifted and not _is_watched(quantizer) and quantizer.spec.offset_ndim == 1:
+    if type(quantizer) is Shifted and not is_watched(quantizer) and quantizer.spec.offset_ndim == 1:
         before, after, quantizer = quantizer.offset_before, quantizer.offset_after, quantizer.quantizer
-    if type(quantizer) is not LSQ or _is_watched(quantizer) or quantizer.scale is None:
+    if type(quantizer) is not LSQ or is_watched(quantizer) or quantizer.scale is None:
         return None
     return Operand(quantizer.scale, before, after, quantizer.grid, quantizer.grad_factor)
 
 
 def statsq_bits(quantizer: nn.Module) -> int | None:
     """Bits of StatsQ; None for all other quantizers, and for one that is watched."""
-    return quantizer.spec.bits if type(quantizer) is StatsQ and not _is_watched(quantizer) else None
+    return quantizer.spec.bits if type(quantizer) is StatsQ and not is_watched(quantizer) else None
 
 
 def is_off(dropout: nn.Module) -> bool:

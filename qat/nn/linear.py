@@ -35,9 +35,11 @@ class QuantLinear(nn.Linear, QuantModule):
         """Map (..., in) to (..., out)."""
         operand = operand_of(self.input_quantizer) if can_fuse(x) else None
         if operand is None:
-            return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+            return F.linear(self.input_quantizer(x), self.quantized("weight"), self.bias)
         bits = statsq_bits(self.weight_quantizer)
-        return lsq_linear(x, operand, self.weight if bits else self.weight_quantizer(self.weight), self.bias, bits)
+        if bits is None:
+            return lsq_linear(x, operand, self.quantized("weight"), self.bias, None)
+        return lsq_linear(x, operand, self.weight, self.bias, bits, self.ready("weight"))
 
 
 @register_swap(nn.Linear, "linear")

@@ -1,0 +1,115 @@
+"""A training step never waits for the device: no operation whose result the host has to know.
+
+A CPU waits for nobody, so the operations are looked for by name, while Lightning's own step runs.
+"""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import qat.kernels
+from qat.callbacks import CGA, FaultGuard, Oscillation, finite
+from qat.lit import QATModule, Teacher, build_optimizer
+from qat.losses import CompositeLoss, CrossEntropy, Distillation
+from qat.nn.execution import set_execution
+from tests.callbacks.fitting import fit
+from tests.tiny import DISTILLED, quantized, vit
+
+WAITING = {
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "nonzero",
+    "equal",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "argwhere",
+    "_to_cpu",
+}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operations that wait, but for numbers that an optimizer keeps on the host."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.optimizer = optimizer
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._opname in WAITING and not any(args[0] is state.get("step") for state in self.optimizer.state.values()):
+            raise AssertionError(f"{func} waits for the device")
+        if func._opname == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            raise AssertionError("an index of truth values has to be counted")
+        return func(*args, **(kwargs or {}))
+
+
+class Watched(Callback):
+    """Every step but the first, at which the guard against faults looks."""
+
+    def __init__(self):
+        self.mode, self.n = None, 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step:
+            self.mode = NoWaiting(trainer.optimizers[0])
+            self.mode.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.n += self.leave()
+
+    def on_exception(self, trainer, pl_module, exception):
+        self.leave()
+
+    def leave(self):
+        mode, self.mode = self.mode, None
+        if mode is not None:
+            mode.__exit__(None, None, None)
+        return mode is not None
+
+
+def module(net, terms, teacher=None):
+    return QATModule(
+        net.train(),
+        CompositeLoss(terms),
+        num_classes=10,
+        teacher=teacher,
+        optimizer=lambda n: build_optimizer(n, lr=0.01, weight_decay=0.1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "memory", "kernels"),
+    [("ofq", "save", "auto"), ("ofq_noqkr", "recompute", "auto"), ("ofq", "save", "off")],
+)
+def test_no_step_waits(preset, memory, kernels, tmp_path, monkeypatch):
+    monkeypatch.setattr(finite, "_is_free", lambda tensor: False)  # as on a GPU
+    net = set_execution(quantized(preset, DISTILLED, bits=2), memory=memory)
+    watched = Watched()
+    qat.kernels.use(kernels)
+    try:
+        learner = module(net, {"kd": Distillation()}, Teacher(vit(DISTILLED)))
+        fit(
+            learner,
+            watched,
+            CGA(boundary_range=0.01),
+            Oscillation(dirpath=str(tmp_path)),
+            FaultGuard(),
+            gradient_clip_val=1.0,
+            accumulate_grad_batches=2,
+        )
+    finally:
+        qat.kernels.use("auto")
+    assert watched.n == 6
+
+
+class Waiting(CrossEntropy):
+    def forward(self, context):
+        loss = super().forward(context)
+        return loss * (1 if loss.detach() > 0 else 2)
+
+
+def test_one_that_waits_is_found():
+    with pytest.raises(AssertionError, match="waits for the device"):
+        fit(module(quantized("ofq", bits=2), {"ce": Waiting()}), Watched())

@@ -1,0 +1,89 @@
+"""Weights kept from one forward pass to the next. Oracle: a net that keeps none."""
+
+import copy
+
+import pytest
+import torch
+
+import qat
+from qat.nn.base import QuantModule
+from qat.nn.execution import keep_weights, kept_weights
+from tests.tiny import images, quantized, sites
+
+
+@pytest.fixture(params=["ofq", "ofq_noqkr", "lsq", "minmax"])
+def net(request):
+    return quantized(request.param, bits=2)
+
+
+def count(net, monkeypatch):
+    """How often each weight quantizer is run from now on."""
+    runs = []
+    for name, site in sites(net).items():
+        if site.is_weight:
+            forward = site.quantizer.forward
+            monkeypatch.setattr(site.quantizer, "forward", lambda x, name=name, forward=forward: (runs.append(name), forward(x))[1])
+    return runs
+
+
+def test_each_weight_is_quantized_once(net, monkeypatch):
+    expected = net(images()).detach()
+    runs = count(net, monkeypatch)
+    with torch.no_grad(), kept_weights(net):
+        assert all(torch.equal(net(images()), expected) for _ in range(3))
+    assert sorted(runs) == sorted(name for name, site in sites(net).items() if site.is_weight)
+    assert all(m.kept_weights is None for m in net.modules() if isinstance(m, QuantModule))
+
+
+@torch.no_grad()
+def test_what_has_changed_is_quantized_anew(net):
+    keep_weights(net, keep=True)
+    net(images())
+    for name, parameter in net.named_parameters():
+        parameter.mul_(1.5)
+        fresh = copy.deepcopy(net)
+        keep_weights(fresh, keep=False)
+        assert torch.equal(net(images()), fresh(images())), name
+
+
+@torch.no_grad()
+def test_a_loaded_state_is_seen(net):
+    keep_weights(net, keep=True)
+    net(images())
+    other = {name: value * 1.25 if value.is_floating_point() else value for name, value in net.state_dict().items()}
+    net.load_state_dict(other)
+    fresh = copy.deepcopy(net)
+    keep_weights(fresh, keep=False)
+    assert torch.equal(net(images()), fresh(images()))
+
+
+def test_gradients_are_the_same(net):
+    def gradients():
+        net.zero_grad()
+        for seed in (0, 1):  # as in gradient accumulation
+            net(images(seed=seed)).square().sum().backward()
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    expected = gradients()
+    keep_weights(net, keep=True)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
+
+
+def test_evaluation_in_inference_mode_leaves_nothing_to_training():
+    net = quantized("ofq", bits=2)
+    keep_weights(net, keep=True)
+    with torch.inference_mode():
+        net(images())
+    net(images()).sum().backward()
+    assert all(p.grad is not None for name, p in net.named_parameters() if name.endswith("weight"))
+
+
+def test_who_watches_a_weight_sees_it_in_every_pass(net):
+    weights = [site for site in qat.iter_quantizers(net) if site.is_weight]
+    seen = []
+    for site in weights:
+        site.quantizer.register_forward_pre_hook(lambda module, args: seen.append(module))
+    with torch.no_grad(), kept_weights(net):
+        net(images())
+        net(images())
+    assert len(seen) == 2 * len(weights)
