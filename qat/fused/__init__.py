@@ -4,6 +4,7 @@ Same values as the quantizers and products apart, bit for bit; `torch.compile` g
 """
 
 from qat.fused.attention import attention
+from qat.fused.joint import joint_scores
 from qat.fused.linear import lsq_linear
 from qat.fused.operand import Operand, can_fuse, probs_dtype
 from qat.fused.qkr import QkrOperands, QkrWeights, qkr_attention
@@ -17,6 +18,7 @@ __all__ = [
     "Scoring",
     "attention",
     "can_fuse",
+    "joint_scores",
     "lsq_linear",
     "probs_dtype",
     "qkr_attention",

@@ -23,7 +23,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, factor: float = 1.0) -> Tensor
     if out.device.type != "cpu":
         out.copy_(torch.matmul(a, b))
         return out if factor == 1 else out.mul_(factor)
-    inside = factor if _is_power_of_two(factor) else 1.0
+    inside = factor if is_exact(factor) else 1.0
     for head, one in enumerate(out.unbind(0)):
         torch.baddbmm(one, a[head] if a.ndim > 3 else a, b[head] if b.ndim > 3 else b, beta=0, alpha=inside, out=one)
     return out if factor == inside else out.mul_(factor)
@@ -39,5 +39,6 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _is_power_of_two(x: float) -> bool:
+def is_exact(x: float) -> bool:
+    """True for a power of two: a product with it is not rounded."""
     return x > 0 and x.hex().startswith("0x1.0000000000000p")

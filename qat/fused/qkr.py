@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.functional.qkr import fold_qk
+from qat.functional.qkr import fold_q_bias, fold_qk
 from qat.fused import simple
-from qat.fused.heads import product, sum_of_products
+from qat.fused.heads import is_exact, product, sum_of_products
 from qat.fused.linear import Weight
 from qat.fused.operand import Operand
 from qat.fused.scores import Scoring, Shape, gather, gather_backward, shape_for, softmax
@@ -26,6 +26,7 @@ class QkrWeights(NamedTuple):
         v: Wv (h*d, C), the float master of StatsQ.
         v_bias: (h*d,) or None.
         offset: (h*C,), in front of the quantizer of the folded product, or None.
+        q_bias: (h*d,), of the queries, or None: adds Wk_h^T b_h . q(x[m]) to the scores of key m.
     """
 
     q: Tensor
@@ -33,6 +34,7 @@ class QkrWeights(NamedTuple):
     v: Tensor
     v_bias: Tensor | None
     offset: Tensor | None
+    q_bias: Tensor | None
 
 
 class QkrOperands(NamedTuple):
@@ -103,8 +105,22 @@ class _Factors:
     def probs(self, keys: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
         """Probabilities (h, B, N, N), not yet quantized."""
         out = self.x.new_empty(self.shape.num_heads, self.x.shape[0], self.x.shape[1], self.x.shape[1])
-        scores = product(self.x, keys.transpose(-2, -1), out, factor=self.shape.factor)
+        scores = product(self.x, keys.transpose(-2, -1), out, factor=self.shape.factor if is_exact(self.shape.factor) else 1.0)
+        per_key = self.per_key()
+        if per_key is not None:  # times a power of two, both halves of a sum may be multiplied apart
+            scores.add_(per_key * self.shape.factor if is_exact(self.shape.factor) else per_key)
+        scores = scores if is_exact(self.shape.factor) else scores.mul_(self.shape.factor)
         return softmax(scores, bias, mask, self.shape.probs_dtype)
+
+    def key_vectors(self) -> Tensor | None:
+        """What the query bias makes of a key: (h, C)."""
+        bias = self.weights.q_bias
+        return None if bias is None else fold_q_bias(self.weights.k, bias, self.shape.num_heads).to(self.shape.dtype)
+
+    def per_key(self) -> Tensor | None:
+        """What the query bias adds to unscaled scores: (h, B, 1, N)."""
+        vectors = self.key_vectors()
+        return None if vectors is None else F.linear(self.x, vectors).permute(2, 0, 1).unsqueeze(2)
 
     def quantized_values(self, values: Tensor) -> Tensor:
         """Of `values`."""
@@ -159,6 +175,12 @@ def _through(factors: _Factors, of_scores: Tensor, of_values: Tensor, keys: Tens
     of_xq.view(-1, x.shape[-1]).addmm_(of_mapped, factors.matrix.quantized(shape.dtype))
     xq = factors.x.flatten(0, -2)
     of_q, of_k = _unfold(of_mapped.t() @ xq, weights)
+    of_q_bias, vectors = None, factors.key_vectors()
+    if vectors is not None:
+        of_per_key = of_scores.sum(2).permute(1, 2, 0).flatten(0, 1)
+        of_xq.view(-1, x.shape[-1]).addmm_(of_per_key, vectors)
+        of_q_bias, through_keys = _unfold_bias(of_per_key.t() @ xq, weights)
+        of_k = of_k + through_keys
     of_value = operands.values.backward(of_values, values, out=of_values if of_values.dtype == torch.float32 else None)
     of_v = of_value.x.flatten(0, -2).to(shape.dtype)
     of_xq.view(-1, x.shape[-1]).addmm_(of_v, factors.v.quantized(shape.dtype))
@@ -169,6 +191,7 @@ def _through(factors: _Factors, of_scores: Tensor, of_values: Tensor, keys: Tens
         (of_v.t() @ xq).to(weights.v.dtype),
         None if weights.v_bias is None else of_v.sum(0).to(weights.v_bias.dtype),
         None if weights.offset is None else of_mapped.sum(0).to(weights.offset.dtype),
+        of_q_bias,
     )
     parts = tuple((g.scale, g.before, g.after) for g in (of_input, of_product, of_value))
     return of_weights, parts, of_input.x.to(x.dtype)
@@ -181,6 +204,16 @@ def _unfold(grad: Tensor, weights: QkrWeights) -> tuple[Tensor, Tensor]:
     q, k = (w.float().unflatten(0, (h, -1)) for w in (weights.q, weights.k))
     of_q, of_k = torch.bmm(k, of_m.transpose(1, 2)).flatten(0, 1), torch.bmm(q, of_m).flatten(0, 1)
     return of_q.to(weights.q.dtype), of_k.to(weights.k.dtype)
+
+
+def _unfold_bias(grad: Tensor, weights: QkrWeights) -> tuple[Tensor, Tensor]:
+    """Gradients of the query bias and of Wk from that of Wk_h^T b_h (h, C)."""
+    assert weights.q_bias is not None  # noqa: S101  (narrows a type)
+    h, of_vectors = grad.shape[0], grad.float()
+    k, b = weights.k.float().unflatten(0, (h, -1)), weights.q_bias.float().unflatten(0, (h, -1))
+    of_b = torch.bmm(k, of_vectors.unsqueeze(2)).flatten()
+    of_k = (b.unsqueeze(2) * of_vectors.unsqueeze(1)).flatten(0, 1)
+    return of_b.to(weights.q_bias.dtype), of_k.to(weights.k.dtype)
 
 
 def qkr_attention(

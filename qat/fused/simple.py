@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat.functional.lsq import lsq
-from qat.functional.qkr import fold_qk
+from qat.functional.qkr import fold_q_bias, fold_qk
 from qat.functional.statsq import statsq
 from qat.fused.heads import heads_of
 from qat.fused.operand import Operand
@@ -43,7 +43,10 @@ def qkr_attention(
     xq = quantize(operands.input, x)
     mapped = F.linear(xq, statsq(fold_qk(weights.q, weights.k, num_heads), bits[0]), weights.offset)
     keys = quantize(operands.product, mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2))
-    scores = xq @ keys.unflatten(1, (-1, num_heads)).permute(2, 0, 3, 1) * factor
+    scores = xq @ keys.unflatten(1, (-1, num_heads)).permute(2, 0, 3, 1)
+    if weights.q_bias is not None:
+        scores = scores + F.linear(xq, fold_q_bias(weights.k, weights.q_bias, num_heads)).permute(2, 0, 1).unsqueeze(2)
+    scores = scores * factor
     v = quantize(operands.values, F.linear(xq, statsq(weights.v, bits[1]), weights.v_bias))
     return _gather(scores, heads_of(v, num_heads), operands.probs, bias, mask)
 

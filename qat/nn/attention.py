@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from qat.errors import UsageError
 from qat.functional.qkr import fold_q_bias, fold_qk
-from qat.fused import QkrOperands, QkrWeights, Scoring, attention, can_fuse, probs_dtype, qkr_attention
+from qat.fused import QkrOperands, QkrWeights, Scoring, attention, can_fuse, joint_scores, probs_dtype, qkr_attention
 from qat.nn.base import QuantModule, is_watched
 from qat.nn.fusing import is_off, operand_of, statsq_bits
 from qat.nn.linear import QuantLinear
@@ -194,8 +194,10 @@ class QkrAttention(ScoredAttention, QuantModule):
         product = F.linear(xq, self.quantized("qk"), self.product_offset)
         # One step per (token, head): index token*h + head.
         keys = self.k_quantizer(product.unflatten(-1, (self.num_heads, -1)).flatten(1, 2))
-        keys = keys.unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1)
-        scores = torch.matmul(xq.unsqueeze(1), keys)
+        if torch.compiler.is_compiling():
+            scores = joint_scores(xq, keys, self.num_heads)
+        else:
+            scores = torch.matmul(xq.unsqueeze(1), keys.unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1))
         if self.q_bias is None:
             return scores
         per_key = F.linear(xq, fold_q_bias(self.k_weight, self.q_bias, self.num_heads))
@@ -207,13 +209,13 @@ class QkrAttention(ScoredAttention, QuantModule):
         if not isinstance(v, QuantLinear) or is_watched(v):
             return None
         v_bits = statsq_bits(v.weight_quantizer)
-        if not (bits and v_bits and self.q_bias is None and self.groups == 1 and is_off(self.attn_drop) and can_fuse(x)):
+        if not (bits and v_bits and self.groups == 1 and is_off(self.attn_drop) and can_fuse(x)):
             return None
         found = (operand_of(o) for o in (self.input_quantizer, self.k_quantizer, self.v_quantizer, self.probs_quantizer))
         operands = [o for o in found if o is not None]
         if len(operands) < 4:
             return None
-        weights = QkrWeights(self.q_weight, self.k_weight, v.weight, v.bias, self.product_offset)
+        weights = QkrWeights(self.q_weight, self.k_weight, v.weight, v.bias, self.product_offset, self.q_bias)
         ready = self.ready("qk"), v.ready("weight")
         scoring = Scoring(self.num_heads, factor, bias, mask, self.keep_probs)
         return qkr_attention(x, weights, QkrOperands(*operands), (bits, v_bits), scoring, ready)

@@ -124,9 +124,10 @@ def test_attention(factor, kind, keep):
     compare(fused, plain, leaves(qkv, operands, bias))
 
 
-def qkr_parts():
+def qkr_parts(q_bias=False):
     x = randn(B, N, C, seed=60)
-    weights = QkrWeights(randn(C, C, seed=61), randn(C, C, seed=62), randn(C, C, seed=63), randn(C, seed=64), randn(H * C, seed=65))
+    weights = QkrWeights(*(randn(C, C, seed=i) for i in (61, 62, 63)), randn(C, seed=64), randn(H * C, seed=65), None)
+    weights = weights._replace(q_bias=randn(C, seed=67) if q_bias else None)
     token = Grid(-2, 1, -2)
     probs = operand(N, Grid(0, 3, -2), 0, 15)
     operands = QkrOperands(
@@ -140,9 +141,10 @@ def qkr_parts():
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("kind", ["none", "bias and mask"])
+@pytest.mark.parametrize("q_bias", [True, False])
 @pytest.mark.parametrize("factor", [0.125, 0.07])
-def test_qkr(factor, kind, keep):
-    x, weights, operands = qkr_parts()
+def test_qkr(factor, q_bias, kind, keep):
+    x, weights, operands = qkr_parts(q_bias)
     bias, mask = extras(kind)
     fused = qkr_attention(x, weights, operands, (2, 3), Scoring(H, factor, bias, mask, keep))
     plain = simple.qkr_attention(x, bias, mask, weights, operands, (2, 3), H, factor)
@@ -159,7 +161,7 @@ def test_gradients_can_be_differentiated(kind):
         parts = attention_parts()
         pairs = (attention(*parts, Scoring(H, 0.25, None, None, True)), simple.attention(parts[0], None, None, parts[1], H, 0.25))
     else:
-        parts = qkr_parts()
+        parts = qkr_parts(q_bias=True)
         pairs = (
             qkr_attention(*parts, (2, 2), Scoring(H, 0.25, None, None, True)),
             simple.qkr_attention(parts[0], None, None, *parts[1:], (2, 2), H, 0.25),
