@@ -1,4 +1,4 @@
-"""Scores of all heads as one product, for `torch.compile`: heads share the queries of query-key reparameterization."""
+"""Scores of query-key reparameterization for `torch.compile`: all heads, which share their queries, in one product."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from qat.fused.operand import product_dtype
 
 
-class _Joint(torch.autograd.Function):
-    """x y^T whose gradients both come in the layout of x and y. Autograd's own gives that of y transposed, and a kernel would turn it."""
+class _Scores(torch.autograd.Function):
+    """x y^T. Autograd's own gradient of y lies transposed in memory, and the kernel behind it walks through it in strides."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class _Joint(torch.autograd.Function):
 
 
 def joint_scores(x: Tensor, keys: Tensor, num_heads: int) -> Tensor:
-    """The products of x with the keys of each head; x is not copied for every head, and the sum of its gradients is part of a product.
+    """The products of x with the keys of each head: x is not copied for every head, and the sum of its gradients is part of a product.
 
     Args:
         x: (B, N, C), for all heads.
@@ -40,4 +40,4 @@ def joint_scores(x: Tensor, keys: Tensor, num_heads: int) -> Tensor:
     """
     by_head = keys.unflatten(1, (-1, num_heads)).transpose(1, 2).flatten(1, 2)
     dtype = product_dtype(x)
-    return _Joint.apply(x.to(dtype), by_head.to(dtype)).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return _Scores.apply(x.to(dtype), by_head.to(dtype)).unflatten(-1, (num_heads, -1)).transpose(1, 2)

@@ -142,7 +142,8 @@ class _Qkr(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, saved = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        found = ctx.saved_tensors  # to be asked for once: under checkpointing, what it gives is gone afterwards
+        tensors, saved = found[: ctx.n], found[ctx.n :]
         bias, mask, mapped, values, probs, *scales_and_ready = saved[:9]
         scales, ready = scales_and_ready[:2], scales_and_ready[2:]
         x = again(ctx.make, saved[9:])

@@ -20,8 +20,9 @@ def adopt(cls: type[M], module: nn.Module) -> M:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """True if somebody wants to see what passes through the module, as calibration and annealing do."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """True if somebody wants to see what passes through the module, or to do it in another way, as calibration and analyses do."""
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 class QuantModule(nn.Module):

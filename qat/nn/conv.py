@@ -43,13 +43,14 @@ class QuantConv2d(nn.Conv2d, QuantModule):
 
     @property
     def is_patchwise(self) -> bool:
-        """True if no two outputs see the same pixel, as in a patch embedding."""
-        return self.kernel_size == self.stride and self.padding in {(0, 0), "valid"} and self.dilation == (1, 1) and self.groups == 1
+        """True if no two outputs see the same pixel, as in a patch embedding, and the input's quantizer learns."""
+        learns = next(self.input_quantizer.parameters(), None) is not None
+        return learns and self.kernel_size == self.stride and self.padding in {(0, 0), "valid"} and self.dilation == (1, 1) and self.groups == 1
 
     def _by_patches(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution as one matrix product.
 
-        An offset in front of the image's quantizer needs the gradient of the image, which a convolution takes several times as long for.
+        What the image's quantizer learns takes the gradient of its output, for which a convolution needs several times as long.
         """
         (kh, kw), (rows, columns) = self.kernel_size, (x.shape[-2] // self.kernel_size[0], x.shape[-1] // self.kernel_size[1])
         x = x[..., : rows * kh, : columns * kw].unflatten(-1, (columns, kw)).unflatten(-3, (rows, kh))

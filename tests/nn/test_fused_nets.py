@@ -109,3 +109,20 @@ def test_who_watches_a_quantizer_sees_its_input():
         quantizer.register_forward_hook(lambda module, args, out: seen.append(module))
     net(images())
     assert set(seen) == set(sites)
+
+
+def test_who_patches_a_quantizer_is_asked():
+    net, seen = quantized().train(), []
+    for site in qat.iter_quantizers(net):
+        site.quantizer.forward = lambda x, name=site.name: (seen.append(name), x)[1]
+    net(images())
+    assert set(seen) == {site.name for site in qat.iter_quantizers(net)}
+
+
+def test_blocks_may_be_run_again_instead_of_kept():
+    x, grads = images(), []
+    for again in (False, True):
+        net = quantized().train()
+        net.set_grad_checkpointing(again)
+        grads.append(step(net, x))
+    same(*grads)
