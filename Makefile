@@ -7,7 +7,7 @@ DEMO := outputs/demo
 # A process a core; a test needs no more than one.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: step-time decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress cga-seeds evolq-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
+.PHONY: gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress cga-seeds evolq-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -93,8 +93,43 @@ bad-inputs: $(READY) ## every mistake in every setting, path, checkpoint and dat
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bad_inputs.py --log outputs/bad-inputs.log
 	gzip -9 -n -c outputs/bad-inputs.log > docs/logs/bad-inputs.log.gz
 
-step-time: $(READY) ## a quantized training step in float steps: DeiT-T, DeiT-S, Swin-T, one thread (15 minutes)
-	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_time.py --batch 4 --rounds 5 --models deit_tiny_distilled_patch16_224 deit_small_distilled_patch16_224 swin_tiny_patch4_window7_224
+# Figures go to the screen and to docs/logs; all seconds and bytes to $(COSTS).
+COSTS := outputs/costs
+LOGGED := set -o pipefail; export PYTHONPATH=. OMP_NUM_THREADS=1;
+step-time memory profile-step peers extras-cost: SHELL := bash
+
+step-time: $(READY) ## a quantized training step in float steps, eager, compiled, DeiT-T; eager also DeiT-S and Swin-T, one thread (20 minutes)
+	@$(LOGGED) { \
+	  $(BIN)/python benchmarks/step_time.py --memory recompute --out $(COSTS)/step-eager.json && echo && \
+	  $(BIN)/python benchmarks/step_time.py --compiled --rounds 7 --out $(COSTS)/step-compiled.json && echo && \
+	  $(BIN)/python benchmarks/step_time.py --batch 4 --rounds 5 --out $(COSTS)/step-nets.json \
+	    --models deit_tiny_distilled_patch16_224 deit_small_distilled_patch16_224 swin_tiny_patch4_window7_224; \
+	} | tee docs/logs/step-time.log
+
+memory: $(READY) ## what a quantized training step keeps for backward, and its peak, in those of a float step of DeiT-T (10 minutes)
+	@$(LOGGED) $(BIN)/python benchmarks/memory.py --out $(COSTS)/memory.json | tee docs/logs/memory.log
+
+profile-step: $(READY) ## where the time of a training step of DeiT-T goes, and what it cannot do without (2 minutes)
+	@$(LOGGED) $(BIN)/python benchmarks/profile_step.py --out $(COSTS)/profile.json | tee docs/logs/profile-step.log
+
+PEERS := outputs/peers
+PEER_PACKAGES := torchao==0.18.0 brevitas==0.13.4 nvidia-modelopt==0.47.0 dependencies==2.0.1 unfoldNd==0.2.3 regex pulp nvidia-ml-py
+peers: $(READY) ## training steps of torchao, brevitas, ModelOpt and torch.ao beside ours; installs them next to .venv (30 minutes)
+	@test -f $(PEERS)/.ready || { \
+	  $(BIN)/python -m venv $(PEERS) && $(PEERS)/bin/pip install --quiet --no-deps $(PEER_PACKAGES) && \
+	  $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo $(PEERS)/lib/python3*/site-packages)/qat.pth && \
+	  touch $(PEERS)/.ready; \
+	}
+	@$(LOGGED) $(PEERS)/bin/python benchmarks/peers.py --out $(COSTS)/peers.json | tee docs/logs/peers.log
+
+extras-cost: $(READY) ## share of kurtosis regularization and of the tracking of oscillation in a training step of DeiT-T (2 minutes)
+	@$(LOGGED) $(BIN)/python benchmarks/extras_cost.py | tee docs/logs/extras-cost.log
+
+startup: $(READY) ## seconds until the commands answer and until the first training step, medians of five (3 minutes)
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/startup.py
+
+gpu-step: $(READY) ## on a CUDA device: a quantized training step in float steps, DeiT-T/S/B at batch 256, and products of codes (8 minutes)
+	@$(BIN)/python -m benchmarks.gpu_step --out outputs/costs/gpu-step.json && $(BIN)/python -m benchmarks.gpu_step --matmuls --out outputs/costs/gpu-matmuls.json
 
 decode-rate: $(READY) ## training images a second that one core decodes and augments
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decode_rate.py
