@@ -94,6 +94,14 @@ def test_torch_is_loaded_on_first_use(statement):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_help_is_answered_without_the_heavy_libraries():
+    done = subprocess.run([sys.executable, "-X", "importtime", "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "python train.py" in done.stdout
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "hydra" in loaded
+    assert loaded & {"torch", "timm", "lightning", "torchvision", "torchmetrics", "matplotlib", "pyarrow", "sklearn", "wandb"} == set()
+
+
 def test_the_core_works_without_hydra_and_lightning():
     names = ["qat.convert", "qat.save", "qat.load", "qat.recipe", "qat.initialize_scales", "qat.functional.lsq"]
     code = f"import sys, qat; {'; '.join(names)}; sys.exit(any(m in sys.modules for m in ('hydra', 'omegaconf', 'lightning')))"

@@ -4,11 +4,23 @@ A value on a rounding threshold may fall to either side in another kernel, and a
 images are counted, not logits compared; a net with one bit more shows that the count notices a wrong quantizer.
 """
 
+import copy
+import functools
+import logging
+
 import pytest
 import torch
 import torch._dynamo as dynamo
+from lightning.pytorch import Callback, Trainer
+from torch._functorch import config as functorch
 
-from tests.tiny import images, logits, quantized
+import qat.lit.compiled
+from qat.callbacks import CompileWatch
+from qat.lit import QATModule, Teacher, build_optimizer
+from qat.lit.compiled import CompiledCall, compile_in_place
+from qat.losses import CompositeLoss, Distillation
+from tests.callbacks.fitting import QUIET, batches, fit
+from tests.tiny import DISTILLED, images, logits, quantized, vit
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +70,169 @@ def test_traced_forward_and_backward(preset):
 @pytest.mark.parametrize("preset", ["ofq", pytest.param("ofq_noqkr", marks=pytest.mark.long)])
 def test_compiled_forward_and_backward(preset):
     compare(preset, "inductor")
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Choose what `torch.compile` hands graphs to; inductor takes too long."""
+    real = torch.compile
+    return lambda name: monkeypatch.setattr(torch, "compile", functools.partial(real, backend=name))
+
+
+def graphs():
+    return dynamo.utils.counters["stats"]["unique_graphs"], sum(dynamo.utils.counters["graph_break"].values())
+
+
+class NoMoreGraphs(Callback):
+    """From the second epoch on, compiling is an error."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        dynamo.config.error_on_recompile = trainer.current_epoch > 0
+
+    def teardown(self, trainer, pl_module, stage):
+        dynamo.config.error_on_recompile = False
+
+
+class Sizes(Callback):
+    def __init__(self):
+        self.train, self.val = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.train.append(len(batch[0]))
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_):
+        self.val.append(len(batch[0]))
+
+
+def train_a_distilled_pair(caplog):
+    """Two epochs with a validation each; both data sets end with a short batch."""
+    net, teacher = quantized("ofq", DISTILLED), Teacher(vit(DISTILLED))
+    loss = CompositeLoss({"kd": Distillation()})
+    learner = QATModule(net, loss, num_classes=10, optimizer=lambda n: build_optimizer(n, lr=0.01, weight_decay=0.1), teacher=teacher)
+    names = list(learner.state_dict())
+    compile_in_place(net.train())
+    teacher.compile()
+    sizes = Sizes()
+    trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[sizes, CompileWatch(), NoMoreGraphs()], num_sanity_val_steps=0, **QUIET)
+    with caplog.at_level(logging.INFO, "qat"):
+        trainer.fit(learner, batches(6, 16), batches(6, 14))
+    assert list(learner.state_dict()) == names
+    assert (sizes.train, sizes.val) == ([6, 6, 4] * 2, [6, 6, 2] * 2)
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    assert graphs() == (3, 0)  # the student in training, the student in evaluation, the teacher
+    lines = [record.getMessage() for record in caplog.records if record.name == "qat.callbacks.compiling"]
+    assert [line.partition(" in ")[0] + line.partition(" s:")[2] for line in lines] == [
+        "training step: compiled 2 graphs",
+        "validation step: compiled 1 graph",
+    ]
+
+
+@pytest.mark.slow
+def test_a_short_batch_and_a_validation_compile_nothing_again(backend, caplog):
+    backend("aot_eager")
+    train_a_distilled_pair(caplog)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_inductor_compiles_nothing_again_either(caplog):
+    train_a_distilled_pair(caplog)
+
+
+def test_a_recompilation_is_a_warning_once(backend, caplog):
+    class Net(torch.nn.Linear):
+        factor = 1.0
+
+        def forward(self, x):
+            return super().forward(x.flatten(1)) * self.factor
+
+    class Change(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.net.factor = float(1 + batch_idx)
+
+    backend("eager")
+    net = Net(64, 10)
+    learner = QATModule(net, CompositeLoss({"kd": Distillation()}), num_classes=10, teacher=Teacher(Net(64, 10)), optimizer=torch_sgd)
+    compile_in_place(net)
+    with caplog.at_level(logging.INFO, "qat"):
+        fit(learner, Change(), CompileWatch())
+    told = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "qat.callbacks.compiling"]
+    assert [level for level, _ in told] == ["INFO", "WARNING"]
+    assert told[0][1].endswith(" s: 1 graph")
+    assert told[1][1].startswith("compiled again in a training step, in ")
+
+
+def torch_sgd(net):
+    return torch.optim.SGD(net.parameters(), lr=0.01)
+
+
+def test_the_largest_batch_has_the_graph(backend):
+    backend("eager")
+    net = vit(depth=1)
+    expected = {n: logits(net, images(n)) for n in (3, 8, 5, 9)}
+    compile_in_place(net)
+    found, seen = {}, []
+    for n in expected:
+        found[n] = logits(net, images(n))
+        seen.append(graphs()[0])
+    assert seen == [1, 2, 2, 3]
+    for n, value in expected.items():
+        torch.testing.assert_close(found[n], value)
+    with torch.compiler.set_stance("force_eager"):
+        net(images(64))  # somebody looks at the net eagerly: no reason to run smaller batches so from now on
+    dynamo.config.error_on_recompile = True
+    try:
+        logits(net, images(9))
+        assert copy.deepcopy(net)._compiled_call_impl is None
+    finally:
+        dynamo.config.error_on_recompile = False
+
+
+@pytest.mark.parametrize("head", ["cls", "mean"])
+def test_a_compiled_teacher_says_the_same(backend, head):
+    backend("eager")
+    teacher = Teacher(vit(DISTILLED, depth=1), head)
+    expected, names = teacher(images()), list(teacher.net.state_dict())
+    teacher.compile()
+    torch.testing.assert_close(teacher(images()), expected)
+    torch.testing.assert_close(teacher(images(3)), teacher._logits(images(3)))
+    assert graphs() == (1, 0)
+    assert list(teacher.net.state_dict()) == names
+
+
+def saved_bytes(net):
+    kept = {}
+    parameters = {p.data_ptr() for p in net.parameters()}
+
+    def pack(t):
+        if t.data_ptr() not in parameters:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        net(images())
+    return sum(kept.values())
+
+
+def test_recomputation_keeps_less(backend):
+    found = {}
+    for recompute in (False, True):
+        dynamo.reset()
+        backend("aot_eager_decomp_partition")
+        net = vit(depth=1).train()
+        compile_in_place(net, recompute=recompute)
+        net(images())
+        found[recompute] = saved_bytes(net)
+    assert found[True] < 0.7 * found[False]
+    assert not functorch.aggressive_recomputation
+
+
+def test_recomputation_where_torch_has_none(monkeypatch):
+    monkeypatch.setattr(qat.lit.compiled, "RECOMPUTATION", "no_such_setting")
+    net = vit(depth=1)
+    CompiledCall(net.forward, net, recompute=True)  # patching an unknown name would be a KeyError
+    assert not qat.lit.compiled.can_recompute()
+
+
+def test_this_torch_has_the_setting():
+    assert qat.lit.compiled.can_recompute()

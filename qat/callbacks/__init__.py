@@ -2,6 +2,7 @@
 
 from qat.callbacks.best import BestCheckpoint
 from qat.callbacks.cga import CGA
+from qat.callbacks.compiling import CompileWatch
 from qat.callbacks.epoch_log import EpochLog
 from qat.callbacks.fault_policy import RollBack
 from qat.callbacks.finite import FaultGuard
@@ -16,6 +17,7 @@ from qat.callbacks.throughput import Throughput
 __all__ = [
     "CGA",
     "BestCheckpoint",
+    "CompileWatch",
     "EpochLog",
     "FaultGuard",
     "IterativeFreezing",

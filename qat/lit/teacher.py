@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from qat.lit.compiled import CompiledCall
+from qat.nn.execution import keep_weights
 from qat.spec import check_choice
 
 HEADS = ("cls", "mean")
@@ -22,7 +26,9 @@ class Teacher:
     def __init__(self, net: nn.Module, head: str = "cls") -> None:
         check_choice("loss.teacher_head", head, HEADS)
         self.net = net.eval().requires_grad_(requires_grad=False)
+        keep_weights(net, keep=True)  # a quantized teacher's never change
         self.head = head
+        self._answer: Callable[[Tensor], Tensor] = self._logits
 
     def __deepcopy__(self, memo: dict[int, object]) -> Teacher:
         """The same teacher: it never changes, and a copy of a module that holds it (averaged weights) need not hold another."""
@@ -33,9 +39,16 @@ class Teacher:
         self.net.to(device)
         return self
 
+    def compile(self) -> None:
+        """Compile the way from images to logits; see `CompiledCall`."""
+        self._answer = CompiledCall(self._logits, self.net)
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
+        return self._answer(images)
+
+    def _logits(self, images: Tensor) -> Tensor:
         net = self.net
         if self.head == "cls" and hasattr(net, "head_dist"):
             return net.head(net.forward_features(images)[:, 0])  # type: ignore[operator]

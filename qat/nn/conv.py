@@ -45,7 +45,8 @@ class QuantConv2d(nn.Conv2d, QuantModule):
     def is_patchwise(self) -> bool:
         """True if no two outputs see the same pixel, as in a patch embedding, and the input's quantizer learns."""
         learns = next(self.input_quantizer.parameters(), None) is not None
-        return learns and self.kernel_size == self.stride and self.padding in {(0, 0), "valid"} and self.dilation == (1, 1) and self.groups == 1
+        side_by_side = self.kernel_size == self.stride and self.padding in {(0, 0), "valid"} and self.dilation == (1, 1)
+        return learns and side_by_side and self.groups == 1
 
     def _by_patches(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution as one matrix product.

@@ -20,7 +20,7 @@ def set_execution(net: nn.Module, *, memory: str = "save") -> nn.Module:
     Args:
         net: a converted net; another one stays as it is.
         memory: `save` keeps the probabilities of quantized attentions for backward; `recompute` makes them again from queries and
-            keys, in less memory and a few percent more time. Not for compiled nets, whose compiler decides itself.
+            keys, in less memory and a few percent more time. In compiled nets the compiler decides what is kept.
 
     Returns:
         `net` itself.

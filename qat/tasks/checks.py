@@ -14,11 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from qat import kernels
 from qat.checkpoint import FORMATS
 from qat.conversion import check_input
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit.parallel import SHARDED
+from qat.nn.execution import MEMORY
 from qat.spec import HIGHEST_WHOLE, check_bits, check_choice, check_number, check_whole
 from qat.tasks.cli import PATHS
 from qat.tasks.ranks import HIGHEST_COUNT
@@ -64,12 +66,14 @@ KEYS = {
 
 
 def check_settings(cfg: DictConfig) -> None:
-    """Raise `UsageError` on the first of the settings of a command that cannot work."""
+    """Raise `UsageError` on the first of the settings of a command that cannot work; from here on the kernels are those it names."""
     _check_groups(cfg)
     check_choice("command", cfg.command, COMMANDS)
     check_whole("seed", cfg.seed, 0)
     if cfg.seed > HIGHEST_SEED:
         raise UsageError(f"seed={cfg.seed}: allowed are whole numbers from 0 to {HIGHEST_SEED}")
+    check_choice("memory", OmegaConf.select(cfg, "memory", default=MEMORY[0]), MEMORY)
+    kernels.use(OmegaConf.select(cfg, "kernels", default=kernels.CHOICES[0]))
     for name in FLAGS:
         check_flag(name, OmegaConf.select(cfg, name, default=False))
     for name in PATHS:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qat.callbacks import CGA, FaultGuard, LastCheckpoint, StepSeed
+from qat.callbacks import CGA, CompileWatch, FaultGuard, LastCheckpoint, StepSeed
 from qat.errors import UsageError
 from qat.lit.checkpoint_io import AtomicCheckpointIO
 from qat.lit.csv_log import continue_csv
@@ -114,7 +114,7 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
     """The callbacks of `cfg.callbacks`; checkpoints go to `checkpoints/` in the run directory."""
-    callbacks: list[Callback] = [StepSeed(cfg.seed)]
+    callbacks: list[Callback] = [StepSeed(cfg.seed), *([CompileWatch()] if cfg.get("compile") else [])]
     for name, callback_cfg in (cfg.get("callbacks") or {}).items():
         if callback_cfg is None:  # switched off: callbacks.best=null
             continue
@@ -152,7 +152,8 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         for key, value in cfg.trainer.items()
     }
     check_trainer(settings)
-    if settings.get("strategy") == SHARDED:  # what is gathered for a validation is trained with afterwards
+    # Sharded, what is gathered for a validation is trained with afterwards; compiled, a test would need a graph beside the validation's.
+    if settings.get("strategy") == SHARDED or cfg.get("compile"):
         settings = {**settings, "inference_mode": False}
     strategy = strategy_of(settings.get("strategy", "auto"), local_count(settings) * settings.get("num_nodes", 1))
     monitors = [c for c in callbacks if loggers or type(c).__name__ not in {"LearningRateMonitor", "Throughput"}]

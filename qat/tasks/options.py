@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from qat.errors import UsageError
+from qat.lit import Teacher
+from qat.lit.compiled import RECOMPUTATION, can_recompute, compile_in_place
 from qat.lit.parallel import SHARDED
 from qat.losses import CompositeLoss
+from qat.nn.execution import set_execution
 from qat.spec import QuantRecipe
 from qat.tasks.checks import check_sharding
+
+log = logging.getLogger(__name__)
 
 FP16 = ("16-mixed", "16-true", "16", "transformer-engine-float16")
 HALF_MASTERS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 
 
-def use_grad_checkpointing(cfg: DictConfig, net: nn.Module) -> None:
-    """Keep only what enters each block under `model.grad_checkpointing=true`; the rest is computed again in the backward pass.
+def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
+    """Under `memory=recompute` keep no probabilities, under `model.grad_checkpointing=true` only what enters each block.
 
     Raises:
-        UsageError: the model cannot.
+        UsageError: the model cannot do the latter.
     """
+    set_execution(net, memory=cfg.memory)
     if not OmegaConf.select(cfg, "model.grad_checkpointing"):
         return
     try:
@@ -103,7 +111,17 @@ def _increment(x: Tensor) -> Tensor:
     return x + 1
 
 
-def compile_net(cfg: DictConfig, net: nn.Module) -> None:
-    """Compile the net in place, as one graph, under `compile=true`; names in its state dict stay what they are."""
-    if cfg.compile:
-        net.compile(fullgraph=True)
+def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> None:
+    """Compile student and teacher in place, each as one graph, under `compile=true`; names in state dicts stay what they are.
+
+    Under `memory=recompute` the compiler keeps less for backward.
+    """
+    if not cfg.compile:
+        return
+    recompute = OmegaConf.select(cfg, "memory") == "recompute"
+    if recompute and not can_recompute():
+        log.warning("memory=recompute: torch %s has no %s; its compiler keeps what it would keep anyway", torch.__version__, RECOMPUTATION)
+    torch.compiler.reset()  # nets of a sweep's earlier jobs count towards the limit of graphs
+    compile_in_place(net, recompute=recompute)
+    if teacher is not None:
+        teacher.compile()

@@ -87,7 +87,7 @@ def train(cfg: DictConfig) -> float:
         remember(cfg)
     top1_fp = _announce_teacher(run)
     _announce_estimate(cfg, run)
-    options.compile_net(cfg, run.module.net)
+    options.compile_nets(cfg, run.module.net, run.teacher)
     try:
         faults.fit(run.trainer, run.module, run.data, run.resume.path if run.resume else None)
     except Preempted:
@@ -127,7 +127,7 @@ def _build(cfg: DictConfig) -> Run:
         optimizer = fit.take_optimizer_state(cfg, optimizer, start)
     else:
         check_optimizer(resume.checkpoint, optimizer(start.net))
-    options.use_grad_checkpointing(cfg, start.net)
+    options.use_less_memory(cfg, start.net)
     teacher = build_teacher(cfg, loss, data)
     if not cfg.trainer.fast_dev_run:
         check_shares(cfg.trainer, data)

@@ -1,5 +1,7 @@
 """Switches of how a step is computed. Oracle: the run without the switch."""
 
+import re
+
 import pytest
 import torch
 
@@ -8,9 +10,6 @@ from qat.checkpoint import read_checkpoint
 from qat.tasks import options
 from tests.conftest import compose, tiny, train
 from tests.tiny import images, quantized
-
-# Validation and test then have no incomplete batch, for which the net would be compiled once more.
-WHOLE_BATCHES = "data.batch_size=60"
 
 
 def weights(run_dir):
@@ -27,7 +26,7 @@ def test_checkpointing_computes_the_same(tmp_path):
 
 def test_checkpointing_switches_the_net():
     net = quantized()
-    options.use_grad_checkpointing(compose("train", "model.grad_checkpointing=true", "run_dir=a"), net)
+    options.use_less_memory(compose("train", "model.grad_checkpointing=true", "run_dir=a"), net)
     assert net.grad_checkpointing
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -38,7 +37,7 @@ def test_checkpointing_switches_the_net():
 def test_a_model_without_checkpointing():
     cfg = compose("train", "model.grad_checkpointing=true", "run_dir=a")
     with pytest.raises(qat.UsageError, match=r"model.grad_checkpointing=true: vit_tiny_patch16_224 cannot do that; allowed is false"):
-        options.use_grad_checkpointing(cfg, torch.nn.Linear(2, 2))
+        options.use_less_memory(cfg, torch.nn.Linear(2, 2))
 
 
 def test_compile_is_a_switch():
@@ -57,13 +56,31 @@ def test_no_compiler(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_compiled_quantized_run_is_one_graph(tmp_path):
+def test_a_compiled_quantized_run_is_two_graphs(tmp_path, caplog):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    run = train(tmp_path / "run", "compile=true", "callbacks=[default,ema]", WHOLE_BATCHES)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    with caplog.at_level("INFO", "qat"):
+        run = train(tmp_path / "run", "compile=true", "callbacks=[default,ema]")
+    # That of the check for a compiler, training, and evaluation, which validation and test share; none for the last images of a set.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     assert not torch._dynamo.utils.counters["graph_break"]
+    assert any(re.fullmatch(r"training step: compiled in \d+ s: 1 graph", r.getMessage()) for r in caplog.records)
     assert qat.load(run / "checkpoints" / "best.ckpt")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("memory", "can", "lines"), [("recompute", True, 0), ("recompute", False, 1), ("save", False, 0)])
+def test_a_compiler_that_cannot_save_memory(memory, can, lines, monkeypatch, caplog):
+    monkeypatch.setattr(options, "can_recompute", lambda: can)
+    asked, net = [], torch.nn.Linear(2, 2)
+    monkeypatch.setattr(options, "compile_in_place", lambda net, recompute: asked.append((net, recompute)))
+    options.compile_nets(compose("train", "compile=true", f"++memory={memory}", "run_dir=a"), net, None)
+    assert asked == [(net, memory == "recompute")]
+    assert [r.getMessage()[:16] for r in caplog.records if r.levelname == "WARNING"] == ["memory=recompute"] * lines
+
+
+def test_nothing_is_compiled_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(options, "compile_in_place", lambda *_, **__: pytest.fail("compiled"))
+    options.compile_nets(compose("train", "run_dir=a"), torch.nn.Linear(2, 2), None)
 
 
 def test_settings_are_in_every_train_config():

@@ -1,0 +1,61 @@
+"""`torch.compile` of what is called with batches of images: one graph for each way of running it, made for its largest batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._functorch import config as functorch
+
+RECOMPUTATION = "aggressive_recomputation"
+
+
+def n_graphs() -> int:
+    """How many graphs this process has compiled so far."""
+    return counters["stats"]["unique_graphs"]
+
+
+def can_recompute() -> bool:
+    """Whether this version of torch can be told to keep less for backward: the setting has no public name."""
+    return hasattr(functorch, RECOMPUTATION)
+
+
+class CompiledCall:
+    """Calls a function of images (B, ...) as one compiled graph; batches smaller than those that it was compiled for run eagerly.
+
+    A graph for any size would be a slower one for every batch, and one for each size takes a minute or more each, for the one short batch
+    at the end of a data set. Eager and compiled differ by rounding.
+
+    Args:
+        function: calls `net`.
+        net: training and evaluation are graphs of their own.
+        recompute: let the compiler keep less for backward and make more of it again, where torch can.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Any], net: nn.Module, *, recompute: bool = False) -> None:
+        self._call = torch.compile(function, fullgraph=True, dynamic=False)
+        self._net = net
+        self._largest: dict[tuple[object, ...], int] = {}
+        # In force whenever the function is called: it is compiled then, not before.
+        self._keeping: AbstractContextManager = functorch.patch({RECOMPUTATION: True}) if recompute and can_recompute() else nullcontext()
+
+    def __call__(self, images: Tensor) -> Any:
+        """What the function gives."""
+        way, before = (self._net.training, torch.is_grad_enabled(), images.shape[1:]), n_graphs()
+        if len(images) < self._largest.get(way, 0):
+            with torch.compiler.set_stance("force_eager"):
+                return self._call(images)
+        with self._keeping:
+            out = self._call(images)
+        if n_graphs() > before:  # else somebody has asked for eager execution
+            self._largest[way] = len(images)
+        return out
+
+
+def compile_in_place(net: nn.Module, *, recompute: bool = False) -> None:
+    """Compile a net as `CompiledCall` says; its parameters keep their names, and a copy of it is not compiled."""
+    net._compiled_call_impl = CompiledCall(net._call_impl, net, recompute=recompute)
