@@ -9,7 +9,7 @@ from qat.fused.linear import lsq_linear
 from qat.fused.operand import Operand, can_fuse, probs_dtype
 from qat.fused.qkr import QkrOperands, QkrWeights, qkr_attention
 from qat.fused.scores import Scoring
-from qat.fused.source import remember
+from qat.fused.source import remember, viewed
 
 __all__ = [
     "Operand",
@@ -22,5 +22,5 @@ __all__ = [
     "lsq_linear",
     "probs_dtype",
     "qkr_attention",
-    "remember",
+    "remember", "viewed",
 ]

@@ -34,6 +34,14 @@ def remember(made: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) 
     return made
 
 
+def viewed(x: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:
+    """`view(x)`, a view, which keeps the note of `x`."""
+    made, source = view(x), getattr(x, _NOTE, None)
+    if source is None or source.version != x._version:
+        return made
+    return remember(made, lambda *inputs: view(source.make(*inputs)), *source.inputs)
+
+
 class Kept(NamedTuple):
     """What a Function keeps of a tensor: the tensor, or what it is made of.
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from qat.fused import Operand, QkrOperands, QkrWeights, Scoring, attention, lsq_linear, qkr_attention, remember, simple
+from qat.fused import Operand, QkrOperands, QkrWeights, Scoring, attention, lsq_linear, qkr_attention, remember, simple, viewed
 from qat.kernels import Grid
 
 B, N, H, D = 4, 7, 2, 6
@@ -90,6 +90,22 @@ def test_what_can_be_made_again_is_not_kept(maker):
     tensors = leaves(inputs, o, w, b)
     assert torch.equal(with_note, without)
     for one, other in zip(*(torch.autograd.grad(out.square().sum(), tensors) for out in (with_note, without)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_view_keeps_the_note():
+    x, o, w, b = linear_parts()
+    o = o._replace(grid=Grid(-8, 7, None), scale=o.scale[:1].detach().requires_grad_())
+
+    def run(note):
+        made = F.gelu(x)
+        return lsq_linear(viewed(remember(made, F.gelu, x) if note else made, lambda t: t.unflatten(0, (2, -1))), o, w, b, 2)
+
+    parameters = leaves(o, w, b)
+    less, with_note = kept_bytes(lambda: run(note=True), *parameters)
+    more, without = kept_bytes(lambda: run(note=False), *parameters)
+    assert more - less == x.numel() * 4
+    for one, other in zip(*(torch.autograd.grad(out.square().sum(), leaves(x, o, w, b)) for out in (with_note, without)), strict=True):
         assert torch.equal(one, other)
 
 

@@ -97,6 +97,8 @@ TRAIN = [
         "loss.kure=1 loss.kure_layers=[blok.*]",
         r"loss\.kure_layers='blok\.\*' matches no layer; names are like 'blocks\.0\.attn', roles are weight, qk",
     ),
+    ("memory=less", r"memory='less': allowed are save, recompute"),
+    ("kernels=fast", r"kernels='fast': allowed are auto, triton, off"),
     (
         "loss.grad_l1=0.05 compile=true",
         r"compile=true: loss\.grad_l1=0\.05 differentiates twice, which compiled nets cannot; allowed is false",
