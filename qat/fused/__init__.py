@@ -22,5 +22,6 @@ __all__ = [
     "lsq_linear",
     "probs_dtype",
     "qkr_attention",
-    "remember", "viewed",
+    "remember",
+    "viewed",
 ]
