@@ -9,23 +9,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qat.functional.affine import fake_quantize_affine_
+from qat.kernels import build
 
 log = logging.getLogger(__name__)
 Kernel = Callable[[Tensor, Tensor, Tensor, int, int], None]
 # Compiling takes a second, and an entry is done about 0.4 ns sooner.
 WORTH_COMPILING = 1e10
-_TIMEOUT = 60
 
 # A comparison with NaN is false, so NaN stays NaN.
 _SOURCE = """
@@ -49,8 +45,6 @@ extern "C" void quantize(float* x, const float* step, const float* zero, size_t 
         for (size_t j = 0; j < columns; j++) x[j] = one(x[j], step[j], zero[j], low, high);
 }
 """
-# No option that lets a compiler change a result, such as -ffast-math.
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC")
 
 
 @functools.cache
@@ -75,16 +69,9 @@ def _compiled() -> Kernel:
 
     Raises:
         OSError: there is no compiler, or what it made cannot be loaded.
-        subprocess.SubprocessError: it failed.
+        subprocess.SubprocessError: it took too long.
     """
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise OSError("neither $CXX nor c++ is there")
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "quantize.cpp", Path(folder) / "quantize.so"
-        source.write_text(_SOURCE)
-        subprocess.run([compiler, *_FLAGS, "-o", library, source], check=True, capture_output=True, timeout=_TIMEOUT)
-        quantize = ctypes.CDLL(str(library)).quantize
+    quantize = build.load(_SOURCE).quantize
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float
     quantize.argtypes, quantize.restype = (pointer, pointer, pointer, size, size, number, number), None
 
