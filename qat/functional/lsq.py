@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qat import kernels
-from qat.functional.ste import code_dtype, mean_abs
+from qat.functional.ste import code_dtype, group_size, mean_abs
 from qat.kernels import SCALE_FLOOR, Grid, reference
 
 __all__ = ["SCALE_FLOOR", "gradient_scale", "lsq", "lsq_codes", "lsq_init_scale"]
@@ -19,8 +19,8 @@ def gradient_scale(x: Tensor, grid: Grid, grad_factor: float, sign: Tensor | Non
     """LSQ's factor on the gradient of a step: `grad_factor` / sqrt(qmax * m), m = elements of `x` per step."""
     _, highest = grid.bounds(sign)
     if isinstance(highest, Tensor):
-        return grad_factor / (highest * grid.group_size(x)).sqrt()
-    return grad_factor / math.sqrt(highest * grid.group_size(x))
+        return grad_factor / (highest * group_size(x, grid.axis)).sqrt()
+    return grad_factor / math.sqrt(highest * group_size(x, grid.axis))
 
 
 class _LSQ(torch.autograd.Function):

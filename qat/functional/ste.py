@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from qat.kernels.grid import group_size
 from qat.kernels.reference import sum_along, view_along
 
 __all__ = ["code_dtype", "group_size", "mean_abs", "round_ste", "sum_along", "view_along"]
@@ -20,11 +19,6 @@ def round_ste(x: Tensor) -> Tensor:
 def mean_abs(x: Tensor, axis: int | None) -> Tensor:
     """Mean magnitude in float32 of every slice along `axis`: shape (x.shape[axis],), or (1,) for None."""
     return sum_along(x.float().abs(), axis) / group_size(x, axis)
-
-
-def group_size(x: Tensor, axis: int | None) -> int:
-    """Number of elements that share one scale."""
-    return x.numel() if axis is None else math.prod(x.shape) // max(x.shape[axis], 1)
 
 
 def code_dtype(qmin: int, qmax: int) -> torch.dtype:

@@ -76,7 +76,7 @@ class _Factors:
     def __init__(
         self, x: Tensor, weights: QkrWeights, operands: QkrOperands, settings: _Settings, shape: Shape, ready: Any, scales: Any = None
     ) -> None:
-        self.weights, self.operands, self.shape, self.dtype = weights, operands, shape, x.dtype
+        self.weights, self.operands, self.shape = weights, operands, shape
         matrix, v = ready
         folded = fold_qk(weights.q, weights.k, settings.num_heads) if matrix is None else matrix
         self.matrix = Weight.of(folded, settings.bits, matrix) if scales is None else Weight(folded, settings.bits, scales[0], matrix)

@@ -10,7 +10,7 @@ from torch import Tensor
 from qat import kernels
 from qat.functional.lsq import gradient_scale
 from qat.fused.heads import heads_of, product
-from qat.fused.operand import Operand
+from qat.fused.operand import Operand, probs_dtype, product_dtype
 
 
 class Scoring(NamedTuple):
@@ -49,10 +49,7 @@ class Shape(NamedTuple):
 
 def shape_for(x: Tensor, num_heads: int, factor: float) -> Shape:
     """Under autocast, products are in its dtype and softmax is in float32; else all is in the dtype of `x`."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        return Shape(num_heads, factor, torch.get_autocast_dtype(kind), torch.float32)
-    return Shape(num_heads, factor, x.dtype, x.dtype)
+    return Shape(num_heads, factor, product_dtype(x), probs_dtype(x))
 
 
 def softmax(scores: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:

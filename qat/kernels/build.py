@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -34,7 +35,10 @@ def load(source: str) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory() as temporary:
             return ctypes.CDLL(str(_compiled(source, compiler, Path(temporary) / "kernels.so")))
     library = folder / f"kernels-{_key(source, compiler)}.so"
-    return ctypes.CDLL(str(library if library.exists() else _compiled(source, compiler, library)))
+    if library.exists():
+        with contextlib.suppress(OSError):  # damaged: made again
+            return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(_compiled(source, compiler, library)))
 
 
 def _compiled(source: str, compiler: str, library: Path) -> Path:

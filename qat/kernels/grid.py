@@ -12,6 +12,11 @@ from torch import Tensor
 SCALE_FLOOR = 1e-5
 
 
+def group_size(x: Tensor, axis: int | None) -> int:
+    """Number of elements that share one scale."""
+    return x.numel() if axis is None else math.prod(x.shape) // max(x.shape[axis], 1)
+
+
 class Grid(NamedTuple):
     """The grid of an LSQ quantizer.
 
@@ -24,10 +29,6 @@ class Grid(NamedTuple):
     qmin: int
     qmax: int
     axis: int | None
-
-    def group_size(self, x: Tensor) -> int:
-        """Number of elements of `x` that share one step."""
-        return x.numel() if self.axis is None else math.prod(x.shape) // max(x.shape[self.axis], 1)
 
     def bounds(self, sign: Tensor | None) -> tuple[float, float] | tuple[Tensor, Tensor]:
         """Lowest and highest code.

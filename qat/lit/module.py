@@ -191,6 +191,10 @@ class QATModule(LightningModule):
         """They may from here on."""
         self._keep_weights(keep=False)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget what accumulated batches have shared: not every optimizer lets torch count its changes (`fused=True` does not)."""
+        self._keep_weights(keep=self.trainer.accumulate_grad_batches > 1)
+
     def on_train_end(self) -> None:
         """Give back what accumulated batches shared."""
         self._keep_weights(keep=False)

@@ -38,8 +38,8 @@ def set_execution(net: nn.Module, *, memory: str = "save") -> nn.Module:
 def keep_weights(net: nn.Module, *, keep: bool) -> None:
     """Begin to keep quantized weights from one forward pass to the next, or give them back and stop.
 
-    A weight that was changed since is quantized anew, if torch knows of the change: one through `.data`, or by a collective operation,
-    has to be followed by another call.
+    A weight that was changed since is quantized anew, if torch knows of the change: one through `.data`, by a fused optimizer or by a
+    collective operation has to be followed by another call.
     """
     for module in net.modules():
         if isinstance(module, QuantModule):

@@ -170,6 +170,13 @@ def test_what_is_compiled_is_kept(cache, monkeypatch):
     assert build.load(SOURCE).answer() == 42
 
 
+def test_a_damaged_library_is_made_again(cache):
+    cache.mkdir(mode=0o700)
+    library = cache / f"kernels-{build._key(SOURCE, build.shutil.which('c++'))}.so"
+    library.write_bytes(b"cut off")
+    assert build.load(SOURCE).answer() == 42
+
+
 def test_nothing_is_run_from_a_folder_that_others_can_write_to(cache):
     cache.mkdir()
     cache.chmod(0o777)
