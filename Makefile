@@ -152,7 +152,7 @@ test-slurm: $(READY) ## cluster jobs on the real SLURM, in a private directory; 
 	  test "$$(id -u)" = 0 && timeout 300 sh -c 'apt-get update -qq && apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES)' >/dev/null 2>&1 \
 	    || echo "not installed; as root: apt-get install --no-install-recommends $(SLURM_PACKAGES)"; \
 	fi
-	OMP_NUM_THREADS=1 timeout 600 $(BIN)/python -m pytest -q -rsP --log-level=INFO -m slurm tests/slurm
+	OMP_NUM_THREADS=1 timeout 600 $(BIN)/python -m pytest -q -rsPfE --log-level=INFO -m slurm tests/slurm
 
 test-long: $(READY) ## compilers, sweeps and process starts that take minutes
 	$(BIN)/python -m pytest -q $(PARALLEL) -m long

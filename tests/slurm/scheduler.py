@@ -143,11 +143,13 @@ class Scheduler:
         return found
 
     def wait(self, number, state="COMPLETED", seconds=60, output=None):
-        """Wait until a job has ended, and then in this state; a requeued job is let go on at once."""
+        """Wait until a job has ended, and then in this state; a requeued job is let go on two seconds later."""
 
         def ended():
             job = self.job(number)
             if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+                # A node refuses what was allowed in the second in which it ended the job ("Job credential revoked").
+                time.sleep(2)
                 self.call("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
             return self.end(number)
 
