@@ -7,7 +7,7 @@ DEMO := outputs/demo
 # A process a core; a test needs no more than one.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress cga-seeds evolq-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
+.PHONY: study results results-quick gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress cga-seeds evolq-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -138,6 +138,17 @@ decode-rate: $(READY) ## training images a second that one core decodes and augm
 RATIOS := deit_t=1.9 deit_s=2.1 swin_t=2.5
 cluster-costs: $(READY) ## the table of docs/cluster.md: hours of the published rows on eight GPUs, from measured ratios
 	@$(BIN)/python benchmarks/cluster_costs.py $(RATIOS)
+
+study: $(READY) ## runs of a claim that have no record yet, and the page: CLAIM=C1 CIFAR10=FOLDER
+	$(BIN)/python -m studies run $(CLAIM) --root "$(CIFAR10)"
+	$(BIN)/python -m studies page
+
+results: $(READY) ## all runs of docs/results.md that have no record yet, and the page: CIFAR10=FOLDER (20 hours on 2 cores if results/ is empty)
+	$(BIN)/python -m studies run --root "$(CIFAR10)"
+	$(BIN)/python -m studies page
+
+results-quick: $(READY) ## one small experiment in a temporary folder, and docs/results.md anew from the committed records (1 minute)
+	$(BIN)/python -m studies quick
 
 test: $(READY) ## all tests but those of test-long
 	$(BIN)/python -m pytest -q $(PARALLEL)

@@ -50,7 +50,7 @@ def saved_bytes(net: nn.Module, run: Step) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _resident(key: str) -> int:
+def resident(key: str) -> int:
     """Bytes, by name of the line in Linux's account of the process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
@@ -61,9 +61,9 @@ def peak_bytes(run: Step) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     run()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -80,32 +80,42 @@ def torch_ao_learnable(net: nn.Module, images: Tensor) -> nn.Module:
     return net
 
 
-def _torchao(net: nn.Module, activations: Any, **weights: Any) -> nn.Module:
+def prepare_torchao(net: nn.Module, activations: Any, dtype: Any = torch.int4, only: Any = None, **weights: Any) -> nn.Module:
+    """`quantize_(..., step="prepare")` with weights per channel, symmetric.
+
+    Args:
+        net: changed in place.
+        activations: config of the inputs, None = float.
+        dtype: of the weights.
+        only: chooses the layers by (module, name); None = all `nn.Linear`.
+        weights: further settings of the weights.
+    """
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-    weight = IntxFakeQuantizeConfig(torch.int4, "per_channel", is_symmetric=True, **weights)
-    quantize_(net, QATConfig(activation_config=activations, weight_config=weight, step="prepare"))
+    weight = IntxFakeQuantizeConfig(dtype, "per_channel", is_symmetric=True, **weights)
+    config = QATConfig(activation_config=activations, weight_config=weight, step="prepare")
+    quantize_(net, config, **({} if only is None else {"filter_fn": only}))
     return net
 
 
 def torchao_weights(net: nn.Module, images: Tensor) -> nn.Module:
     """Weights alone, per channel, scales from the weights of the step."""
-    return _torchao(net, None)
+    return prepare_torchao(net, None)
 
 
 def torchao_both(net: nn.Module, images: Tensor) -> nn.Module:
     """Activations as well, per token, asymmetric, scales from the step."""
     from torchao.quantization.qat import IntxFakeQuantizeConfig
 
-    return _torchao(net, IntxFakeQuantizeConfig(torch.int4, "per_token", is_symmetric=False))
+    return prepare_torchao(net, IntxFakeQuantizeConfig(torch.int4, "per_token", is_symmetric=False))
 
 
 def torchao_learned(net: nn.Module, images: Tensor) -> nn.Module:
     """Learned ranges of weights (a prototype); activations of 8 bits per token, whose ranges it cannot learn."""
     from torchao.quantization.qat import IntxFakeQuantizeConfig, initialize_fake_quantizers
 
-    net = _torchao(net, IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False), is_dynamic=False, range_learning=True)
+    net = prepare_torchao(net, IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False), is_dynamic=False, range_learning=True)
     initialize_fake_quantizers(net, (images,))
     return net
 

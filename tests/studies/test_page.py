@@ -1,0 +1,266 @@
+"""The page and the part of the README. Oracle: text written out by hand; second renderings."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qat.errors import UsageError
+from studies import page
+from tests.studies import made
+
+EXPECT = [
+    {"what": "top-1", "metric": "top1", "arm": "new", "than": "old", "is": "higher"},
+    {"what": "loss | of all", "metric": "loss", "arm": "new", "than": 1.5, "is": "within", "by": 0.5, "format": ".3f"},
+]
+TABLE = {
+    "caption": "In per cent.",
+    "rows": ["new", "old", "START/float"],
+    "columns": {"top1": "top-1", "loss": "loss"},
+    "formats": {"loss": ".3f"},
+}
+LINES = {
+    "file": "c01-bits.svg",
+    "kind": "lines",
+    "metric": "top1",
+    "x": "bits",
+    "y": "top-1, %",
+    "series": {"New": {2: "new"}, "Old": {2: "old"}},
+}
+README = f"# qat\n\n{page.BEGIN}\nold\n{page.END}\n\nrest\n"
+
+SECTION = """\
+<a id="c1"></a>
+
+## C1: New against old
+
+Source: Paper, [arXiv 2302.02210](https://arxiv.org/abs/2302.02210).
+
+> New is better.
+
+**C1: mixed.** 1 of 2 expectations supported. Contradicted: loss | of all.
+
+In per cent.
+
+| | top-1 | loss | seeds |
+|---|---|---|---|
+| New | 62.00 ± 1.00 | 0.900 ± 0.000 | 3 |
+| Old | 60.00 ± 0.00 | – | 3 |
+| float net | 66.00 | 2.500 | 1 |
+
+| expectation | difference | expected | seeds | outcome |
+|---|---|---|---|---|
+| top-1 | +2.00 ± 1.00 | above 0 | 3 | supported |
+| loss \\| of all | -0.600 ± 0.000 | above -0.5 | 3 | contradicted |
+
+![top-1, % over bits: New, Old](figures/c01-bits.svg)
+
+*By bits.*
+
+It gains +2.0 ± 1.0 points.
+
+`python -m studies run C1` makes these runs (6 runs, 6.0 minutes in all); records: [results/C1](../results/C1).
+
+<details><summary>Commands of its arms</summary>
+
+```text
+# New, seed 0
+python train.py seed=0
+python ptq.py more
+# Old, seed 0
+python train.py seed=0
+```
+
+</details>
+"""
+
+OVERVIEW = """\
+**Where** the runs were made:
+
+- Other CPU; cpu; timm 1.0, torch 2.14: 1 run, 2.0 hours in all, 2026-11-20
+- Some CPU, 2 cores, 1 thread; cpu; timm 1.0, torch 2.14: 7 runs, 7.0 minutes in all, 2026-11-21 to 2026-11-22
+
+| claim | | verdict |
+|---|---|---|
+| START | The float net | [measured](#start) |
+| AIM | The headline | [measured](#aim) |
+| C1 | New against old | [mixed](#c1) |
+| C2 | New against old | [not decided yet](#c2) |
+| C10 | New against old | [not run yet](#c10) |
+
+<a id="start"></a>
+"""
+
+NOT_RUN = """\
+<a id="c2"></a>
+
+## C2: New against old
+
+Source: Paper, [arXiv 2302.02210](https://arxiv.org/abs/2302.02210).
+
+> New is better.
+
+**C2: not decided yet.** 0 of 2 expectations supported. Open: top-1; loss | of all.
+
+No runs of its own yet: `python -m studies run C2` makes them.
+"""
+
+BLOCK = """\
+<!-- results:begin -->
+
+| | top-1, % | seeds |
+|---|---|---|
+| Ours | 65.00 | 1 |
+
+Mean ± sample deviation over seeds; `python -m studies run AIM` makes these runs. Claims of the papers: 1 mixed, 1 not decided yet; all of them, with runs and commands: [docs/results.md](docs/results.md).
+
+![top-1, % over bits: New, Old](docs/figures/c01-bits.svg)
+
+By bits: `python -m studies run C1`.
+
+<!-- results:end -->"""  # noqa: E501
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A small repository."""
+    made.claim(tmp_path, "START", title="The float net", arms={"float": {"label": "float net", "seeds": [0]}})
+    made.claim(tmp_path, "AIM", title="The headline", arms={"ours": {"label": "Ours"}})
+    figure = LINES | {"caption": "By bits.", "headline": True}
+    made.claim(tmp_path, expect=EXPECT, tables=[TABLE], figures=[figure], why="It gains {new.top1 - old.top1:.1f} points.")
+    made.claim(tmp_path, "C2", expect=EXPECT)
+    made.claim(tmp_path, "C10")
+    for seed in range(3):
+        more = {"further_commands": {"more": "python ptq.py more"}, "date": f"2026-11-2{1 + seed % 2}"}
+        made.record(tmp_path, arm="new", seed=seed, metrics={"top1": 61.0 + seed, "loss": 0.9}, **more)
+        made.record(tmp_path, arm="old", seed=seed, metrics={"top1": 60.0})
+    made.record(tmp_path, claim="START", arm="float", metrics={"top1": 66.0, "loss": 2.5})
+    made.record(tmp_path, claim="AIM", arm="ours", metrics={"top1": 65.0}, machine="Other CPU", wall_seconds=7200.0, date="2026-11-20")
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path
+
+
+def rendered(root):
+    return page.render(root / page.CLAIMS, root / page.RESULTS)
+
+
+def test_sections_and_overview(root):
+    text = rendered(root)
+    assert text[text.index('<a id="c1">') : text.index('<a id="c2">')] == SECTION + "\n"
+    assert text[text.index('<a id="c2">') : text.index('<a id="c10">')] == NOT_RUN + "\n"
+    assert OVERVIEW in text
+    assert text.startswith("# Results\n")
+    assert text.endswith("makes them.\n")
+    assert "\r" not in text
+
+
+def test_a_claim_without_expectations_and_tables(root):
+    text = rendered(root)
+    start = text[text.index('<a id="start">') : text.index('<a id="aim">')]
+    assert "**START" not in start
+    assert "| | top-1, % | seeds |\n|---|---|---|\n| float net | 66.00 | 1 |" in start
+    assert "\n`python -m studies run START` makes these runs (1 run, 1.0 minutes in all)" in start
+
+
+def test_readme_block(root):
+    assert page.readme_block(root / page.CLAIMS, root / page.RESULTS) == BLOCK
+
+
+def test_what_is_written_is_up_to_date(root):
+    assert [line.partition(": ")[0] for line in page.check(root)] == [
+        str(root / name) for name in ("docs/figures/c01-bits.svg", page.PAGE, page.README)
+    ]
+    page.write(root)
+    assert page.check(root) == []
+    assert (root / page.PAGE).read_bytes() == rendered(root).encode()
+    assert (root / page.README).read_text() == f"# qat\n\n{BLOCK}\n\nrest\n"
+    assert [path.name for path in (root / page.FIGURES).iterdir()] == ["c01-bits.svg"]
+
+
+def test_what_is_stale_is_told(root):
+    page.write(root)
+    path = root / page.RESULTS / "C1" / "new-seed1.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"metrics": content["metrics"] | {"top1": 62.02}}))
+    assert page.check(root) == [f"{root / page.PAGE}: not what results/ says, python -m studies page writes it"]
+    path.write_text(json.dumps(content))
+    assert page.check(root) == []
+    for name in (page.PAGE, page.README):
+        text = (root / name).read_text()
+        (root / name).write_text(text.replace("65.00", "65.01"))
+        assert page.check(root) == [f"{root / name}: not what results/ says, python -m studies page writes it"]
+        (root / name).write_text(text)
+    (root / page.FIGURES / "c01-bits.svg").unlink()
+    assert page.check(root) == [f"{root / page.FIGURES / 'c01-bits.svg'}: missing, python -m studies page draws it"]
+
+
+def test_a_second_rendering_has_the_same_bytes(root, monkeypatch):
+    text = rendered(root)
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    monkeypatch.chdir(root)
+    for name in ("glob", "rglob"):
+        monkeypatch.setattr(Path, name, turned(getattr(Path, name)))
+    assert rendered(root) == text
+    assert page.render(Path(page.CLAIMS), Path(page.RESULTS)) == text
+
+
+def turned(search):
+    """A search of folders that gives what it finds the other way round."""
+    return lambda *arguments: sorted(search(*arguments), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"claim": "C3"}, "claim='C3': no such claim, allowed are START, AIM, C1, C2, C10"),
+        ({"arm": "newer"}, "arm='newer': no such arm in {file}, allowed are new, old"),
+    ],
+)
+def test_records_of_nothing_are_errors(root, settings, message):
+    path = made.record(root, **settings)
+    with pytest.raises(UsageError) as error:
+        rendered(root)
+    assert str(error.value) == f"{path}: {message.format(file=root / 'studies/claims/c1.yaml')}"
+
+
+def test_a_column_that_no_row_has(root):
+    path = made.claim(root, tables=[TABLE | {"columns": {"top1": "top-1", "top5": "top-5"}, "formats": {}}])
+    with pytest.raises(UsageError) as error:
+        rendered(root)
+    assert str(error.value) == f"{path}: tables[0].columns='top5': no row has this metric"
+
+
+def test_a_metric_that_some_seeds_lack(root):
+    made.record(root, arm="new", seed=1, metrics={"top1": 61.0})
+    assert "| New | 61.67 ± 1.15 | 0.900 ± 0.000 (of 2) | 3 |" in rendered(root)
+
+
+@pytest.mark.parametrize("text", ["# qat\n", f"{page.END}\n{page.BEGIN}\n", f"{page.BEGIN}\n{page.BEGIN}\n{page.END}\n"])
+def test_a_readme_without_its_marks(root, text):
+    (root / page.README).write_text(text)
+    for call in (page.write, page.check):
+        with pytest.raises(
+            UsageError, match=f"^{root / page.README}: marks='{text.count(page.BEGIN)} and {text.count(page.END)}': allowed is "
+        ):
+            call(root)
+    assert not (root / "docs").exists()
+
+
+def test_a_readme_without_a_headline(root):
+    (root / page.CLAIMS / "aim.yaml").unlink()
+    (root / page.RESULTS / "AIM" / "ours-seed0.json").unlink()
+    with pytest.raises(UsageError, match="the README needs the claim AIM$"):
+        page.readme_block(root / page.CLAIMS, root / page.RESULTS)
+
+
+def test_nothing_has_been_run(root):
+    for path in (root / page.RESULTS).rglob("*.json"):
+        path.unlink()
+    text = rendered(root)
+    assert "**Where.** No runs yet." in text
+    assert "figures/" not in text
+    assert text.count("**C1: not decided yet.**") == 1
+    page.write(root)
+    assert page.check(root) == []
+    assert not (root / page.FIGURES).exists()

@@ -1,0 +1,85 @@
+"""Runs and their records. Oracles: the files of the run itself; what a second call leaves alone."""
+
+import csv
+import json
+
+import pytest
+import yaml
+
+from studies.arms import Arms, Places
+from studies.run import run_all, run_one
+
+TINY = ["data=digits", "model.args.depth=1", "model.args.embed_dim=24", "trainer.max_epochs=1", "trainer.limit_train_batches=4"]
+WIDTHS = ["analysis=robustness", "analysis.parts=[bits]", "analysis.bits=[3]", "images=40"]
+CLAIM = {
+    "id": "C90",
+    "seeds": [3],
+    "arms": {
+        "qat": {
+            "use": ["tracked"],
+            "set": [*TINY, "quant=ofq_2bit", "loss=ce"],
+            "further": {"cost": {"command": "analyze", "set": WIDTHS}},
+        },
+        "broken": {"set": [*TINY, "quant.bits=99"]},
+        "waiting": {"set": TINY, "ckpt": "C90/broken"},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "claims").mkdir()
+    (folder / "claims" / "c90.yaml").write_text(yaml.safe_dump(CLAIM))
+    return Places(folder / "claims", folder / "results", folder / "runs")
+
+
+@pytest.fixture(scope="module")
+def record(places):
+    run_one("C90/qat", 3, None, places)
+    return json.loads((places.results / "C90" / "qat-seed3.json").read_text())
+
+
+def test_a_record_holds_what_the_run_found(record, places):
+    run_dir = places.runs / "C90" / "qat-seed3"
+    results = json.loads((run_dir / "results.json").read_text())
+    assert (record["claim"], record["arm"], record["seed"]) == ("C90", "qat", 3)
+    kept = ("top1", "val_top1", "loss")
+    assert [record["metrics"][key] for key in kept] == [results[key] for key in kept]
+    *_, total = csv.DictReader((run_dir / "oscillation.csv").open())
+    assert record["metrics"]["oscillating"] == 100 * float(total["oscillating"]) / float(total["weights"])
+    assert record["metrics"]["kurtosis"] > 1
+    rows = csv.DictReader((run_dir / "metrics.csv").open())
+    assert record["curves"]["val_top1"] == [[0, next(float(row["val/top1"]) for row in rows if row["val/top1"])]]
+    assert record["versions"]["torch"]
+    assert record["command"].startswith(f"python train.py run_dir={run_dir} 'callbacks=[default,oscillation]' data=digits")
+
+
+def test_queries_and_keys_are_those_of_the_folded_matrix(record, places):
+    rows = list(csv.DictReader((places.runs / "C90" / "qat-seed3" / "oscillation.csv").open()))
+    (qk,) = [row for row in rows if row["role"] == "qk"]
+    assert record["metrics"]["qk.oscillating"] == pytest.approx(100 * float(qk["oscillating"]) / float(qk["weights"]), rel=1e-6)
+
+
+def test_further_commands_are_part_of_it(record, places):
+    run_dir = places.runs / "C90" / "qat-seed3"
+    assert record["further_commands"]["cost"].startswith(f"python analyze.py run_dir={run_dir}/cost analysis=robustness")
+    rows = list(csv.DictReader((run_dir / "cost" / "bit_widths.csv").open()))
+    assert record["curves"]["cost.bits"] == [[float(row["bits"]), float(row["top-1 (%)"])] for row in rows]
+    assert record["metrics"]["cost.widths.3"] == next(float(row["top-1 (%)"]) for row in rows if float(row["bits"]) == 3)
+
+
+def test_what_is_there_is_not_run_again(record, places):
+    files = [path for path in places.runs.rglob("*") if path.is_file() and path.suffix == ".ckpt"]
+    before = [path.stat().st_mtime_ns for path in files]
+    assert files
+    run_one("C90/qat", 3, None, places)
+    assert [path.stat().st_mtime_ns for path in files] == before
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_holds_up_those_that_need_it_alone(record, places):
+    assert run_all(["C90"], None, 2, places) == 2
+    assert "quant.bits=99" in (places.runs / "C90" / "broken-seed3" / "study.log").read_text()
+    assert not (places.results / "C90" / "waiting-seed3.json").exists()
+    assert Arms.read(places).is_done(Arms.read(places)["C90/qat"], 3)
