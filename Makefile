@@ -7,6 +7,8 @@ DEMO := outputs/demo
 # A process a core; a test needs no more than one.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
+PEERS := outputs/peers
+
 .PHONY: study results results-quick gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress cga-seeds evolq-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
 
 help:
@@ -113,14 +115,14 @@ memory: $(READY) ## what a quantized training step keeps for backward, and its p
 profile-step: $(READY) ## where the time of a training step of DeiT-T goes, and what it cannot do without (2 minutes)
 	@$(LOGGED) $(BIN)/python benchmarks/profile_step.py --out $(COSTS)/profile.json | tee docs/logs/profile-step.log
 
-PEERS := outputs/peers
 PEER_PACKAGES := torchao==0.18.0 brevitas==0.13.4 nvidia-modelopt==0.47.0 dependencies==2.0.1 unfoldNd==0.2.3 regex pulp nvidia-ml-py
-peers: $(READY) ## training steps of torchao, brevitas, ModelOpt and torch.ao beside ours; installs them next to .venv (30 minutes)
-	@test -f $(PEERS)/.ready || { \
-	  $(BIN)/python -m venv $(PEERS) && $(PEERS)/bin/pip install --quiet --no-deps $(PEER_PACKAGES) && \
-	  $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo $(PEERS)/lib/python3*/site-packages)/qat.pth && \
-	  touch $(PEERS)/.ready; \
-	}
+$(PEERS)/.ready: $(READY)
+	$(BIN)/python -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --no-deps $(PEER_PACKAGES)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo $(PEERS)/lib/python3*/site-packages)/qat.pth
+	touch $@
+
+peers: $(PEERS)/.ready ## training steps of torchao, brevitas, ModelOpt and torch.ao beside ours; installs them next to .venv (30 minutes)
 	@$(LOGGED) $(PEERS)/bin/python benchmarks/peers.py --out $(COSTS)/peers.json | tee docs/logs/peers.log
 
 extras-cost: $(READY) ## share of kurtosis regularization and of the tracking of oscillation in a training step of DeiT-T (2 minutes)
@@ -139,11 +141,11 @@ RATIOS := deit_t=1.9 deit_s=2.1 swin_t=2.5
 cluster-costs: $(READY) ## the table of docs/cluster.md: hours of the published rows on eight GPUs, from measured ratios
 	@$(BIN)/python benchmarks/cluster_costs.py $(RATIOS)
 
-study: $(READY) ## runs of a claim that have no record yet, and the page: CLAIM=C1 CIFAR10=FOLDER
+study: $(READY) $(if $(filter PEERS%,$(CLAIM)),$(PEERS)/.ready) ## runs of a claim that have no record yet, and the page: CLAIM=C1 CIFAR10=FOLDER
 	$(BIN)/python -m studies run $(CLAIM) --root "$(CIFAR10)"
 	$(BIN)/python -m studies page
 
-results: $(READY) ## all runs of docs/results.md that have no record yet, and the page: CIFAR10=FOLDER (20 hours on 2 cores if results/ is empty)
+results: $(PEERS)/.ready ## all runs of docs/results.md that have no record yet, and the page: CIFAR10=FOLDER (20 hours on 2 cores if results/ is empty)
 	$(BIN)/python -m studies run --root "$(CIFAR10)"
 	$(BIN)/python -m studies page
 

@@ -80,7 +80,13 @@ def torch_ao_learnable(net: nn.Module, images: Tensor) -> nn.Module:
     return net
 
 
-def prepare_torchao(net: nn.Module, activations: Any, dtype: Any = torch.int4, only: Any = None, **weights: Any) -> nn.Module:
+def prepare_torchao(
+    net: nn.Module,
+    activations: Any,
+    dtype: Any = torch.int4,  # type: ignore[attr-defined]
+    only: Any = None,
+    **weights: Any,
+) -> nn.Module:
     """`quantize_(..., step="prepare")` with weights per channel, symmetric.
 
     Args:
@@ -108,7 +114,7 @@ def torchao_both(net: nn.Module, images: Tensor) -> nn.Module:
     """Activations as well, per token, asymmetric, scales from the step."""
     from torchao.quantization.qat import IntxFakeQuantizeConfig
 
-    return prepare_torchao(net, IntxFakeQuantizeConfig(torch.int4, "per_token", is_symmetric=False))
+    return prepare_torchao(net, IntxFakeQuantizeConfig(torch.int4, "per_token", is_symmetric=False))  # type: ignore[attr-defined]
 
 
 def torchao_learned(net: nn.Module, images: Tensor) -> nn.Module:

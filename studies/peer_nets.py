@@ -31,8 +31,8 @@ class FakeQuantConv2d(nn.Conv2d):
     """A convolution with torch.ao's fake quantization of its input and of its weight; see `FakeQuantLinear`."""
 
     def __init__(self, conv: nn.Conv2d, input_quantizer: nn.Module, weight_quantizer: nn.Module) -> None:
-        sizes: Any = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        super().__init__(*sizes, bias=conv.bias is not None, padding_mode=conv.padding_mode, device="meta")
+        settings: list[Any] = [conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups]
+        super().__init__(*settings, conv.bias is not None, conv.padding_mode, "meta")  # type: ignore[call-arg]
         self.weight, self.bias = conv.weight, conv.bias
         self.input_quantizer, self.weight_quantizer = input_quantizer, weight_quantizer
 

@@ -122,7 +122,7 @@ def _compose(command: str, place: Path, settings: Sequence[str], root: str | Non
 
 
 def _run_peer(place: Path, settings: Sequence[str], root: str | None) -> None:
-    command = [str(PEERS_PYTHON), "-m", "studies.peers", f"run_dir={place}", f"data.root={root}", *settings]
+    command = [str(PEERS_PYTHON), "-m", "studies.peers", f"run_dir={place}", *([f"data.root={root}"] if root else []), *settings]
     subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": "."})
 
 
