@@ -55,7 +55,7 @@ def run_all(wanted: Sequence[str], root: str | None, workers: int, places: Place
             going[ready[0].path, ready[1]] = _start(ready, root, arms)
         elif going:
             time.sleep(POLL_S)
-        else:
+        elif waiting:
             log.error("%d runs wait for ones that failed", len(waiting))
             return failed + len(waiting)
     return failed

@@ -35,11 +35,11 @@ def results(claim: Claim, table: Table, evidence: Evidence, key: str = "tables")
     """Mean ± deviation over seeds; a dash where there is no run.
 
     Raises:
-        UsageError: there are runs, and none has the metric of a column.
+        UsageError: all arms have runs, and none has the metric of a column.
     """
+    is_complete = all(evidence.records(claim, arm) for arm in table.rows)
     for metric in table.columns:
-        present = [arm for arm in table.rows if evidence.records(claim, arm)]
-        if present and all(evidence.is_unknown(claim, arm, metric) for arm in present):
+        if is_complete and all(evidence.is_unknown(claim, arm, metric) for arm in table.rows):
             raise wrong(claim.file, f"{key}.columns", metric, "no row has this metric")
     rows = []
     for arm in table.rows:
