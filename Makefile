@@ -145,7 +145,7 @@ study: $(READY) $(if $(filter PEERS%,$(CLAIM)),$(PEERS)/.ready) ## runs of a cla
 	$(BIN)/python -m studies run $(CLAIM) --root "$(CIFAR10)"
 	$(BIN)/python -m studies page
 
-results: $(PEERS)/.ready ## all runs of docs/results.md that have no record yet, and the page: CIFAR10=FOLDER (20 hours on 2 cores if results/ is empty)
+results: $(PEERS)/.ready ## all runs of docs/results.md that have no record yet, and the page: CIFAR10=FOLDER (more than ten hours on 2 cores if results/ is empty)
 	$(BIN)/python -m studies run --root "$(CIFAR10)"
 	$(BIN)/python -m studies page
 

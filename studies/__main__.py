@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from qat.errors import UsageError
-from studies.arms import ROOT, Places
+from studies.arms import ROOT, Arms, Places
 
 log = logging.getLogger("qat.studies")
 
@@ -43,7 +43,9 @@ def _do(args: argparse.Namespace) -> int:
     from studies import page
 
     if args.what == "check":
-        stale = page.check(ROOT)
+        from studies.run import outdated
+
+        stale = [*page.check(ROOT), *outdated(Arms.read(places))]
         log.info("%s", "\n".join(stale) or "nothing is stale")
         return int(bool(stale))
     failed = _quick(args.workers) if args.what == "quick" else 0

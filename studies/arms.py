@@ -14,7 +14,7 @@ from qat.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("train", "ptq", "analyze", "eval", "peers")
-KEYS = ("label", "command", "use", "set", "ckpt", "teacher", "seeds", "further", "best_of", "note")
+KEYS = ("label", "command", "use", "set", "ckpt", "teacher", "seeds", "further", "best_of")
 FURTHER_KEYS = ("command", "use", "set", "weights")
 
 

@@ -132,7 +132,7 @@ def train(choice: Choice, cfg: DictConfig) -> dict[str, Any]:
     seed_everything(cfg.seed, workers=True, verbose=False)
     loss, watch = build.build_loss(cfg), Watch()
     trainer = fit.build_trainer(cfg, [*fit.build_callbacks(cfg), watch], fit.build_loggers(cfg))
-    data, start, teacher = build.build_data(cfg), build.build_start(cfg), None
+    data, start = build.build_data(cfg), build.build_start(cfg)
     teacher = build_teacher(cfg, loss, data)
     net, what = _net(choice, start, cfg, data)
     module = QATModule(

@@ -86,6 +86,34 @@ def run_one(path: str, seed: int, root: str | None, places: Places) -> None:
     collect(arm, seed, done, further, arms.record_path(arm, seed))
 
 
+def outdated(arms: Arms, root: str | None = FOLDER) -> list[str]:
+    """Records whose commands are not those that their claims ask for any more: their figures would stand beside another arm's name."""
+    found = []
+    for arm, seed in arms.runs():
+        path = arms.record_path(arm, seed)
+        if path.exists() and _recorded(path) != _asked(arm, seed, arms, root):
+            found.append(f"{path}: made by other commands than {arm.path} asks for; once it is removed, python -m studies run {arm.path}")
+    return found
+
+
+def _recorded(path: Path) -> list[dict[str, str]]:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return [_in_force(command) for command in (record["command"], *record["further_commands"].values())]
+
+
+def _asked(arm: Arm, seed: int, arms: Arms, root: str | None) -> list[dict[str, str]]:
+    place = arms.run_dir(arm, seed)
+    commands = [command_line(arm.command, place, arms.settings(arm, seed), root)]
+    for name, entry in arm.further.items():
+        commands.append(command_line(entry["command"], place / name, _further_settings(arm, seed, entry, arms), root))
+    return [_in_force(command) for command in commands]
+
+
+def _in_force(command: str) -> dict[str, str]:
+    """Words and settings of a command; of a setting that is made twice the last counts."""
+    return dict(word.partition("=")[::2] for word in shlex.split(command))
+
+
 def _further_settings(arm: Arm, seed: int, entry: Mapping[str, Any], arms: Arms) -> list[str]:
     weights = arms.checkpoint(f"{arm.path}@{entry.get('weights', 'best')}", seed)
     return [*preset(entry.get("use", ())), *entry.get("set", ()), f"ckpt={weights}", f"seed={seed}"]

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from studies.arms import Arms, Places
-from studies.run import run_all, run_one
+from studies.run import outdated, run_all, run_one
 
 TINY = ["data=digits", "model.args.depth=1", "model.args.embed_dim=24", "trainer.max_epochs=1", "trainer.limit_train_batches=4"]
 WIDTHS = ["analysis=robustness", "analysis.parts=[bits]", "analysis.bits=[3]", "images=40"]
@@ -83,3 +83,11 @@ def test_a_run_that_fails_holds_up_those_that_need_it_alone(record, places):
     assert "quant.bits=99" in (places.runs / "C90" / "broken-seed3" / "study.log").read_text()
     assert not (places.results / "C90" / "waiting-seed3.json").exists()
     assert Arms.read(places).is_done(Arms.read(places)["C90/qat"], 3)
+
+
+def test_a_record_of_other_settings_is_outdated(record, places, tmp_path):
+    assert outdated(Arms.read(places), root=None) == []
+    changed = {**CLAIM, "arms": {**CLAIM["arms"], "qat": {**CLAIM["arms"]["qat"], "set": [*TINY, "quant=ofq_2bit", "loss=ce", "optimizer.lr=5e-3"]}}}
+    (tmp_path / "c90.yaml").write_text(yaml.safe_dump(changed))
+    (found,) = outdated(Arms.read(Places(tmp_path, places.results, places.runs)), root=None)
+    assert found.startswith(f"{places.results}/C90/qat-seed3.json: made by other commands than C90/qat asks for")
