@@ -87,7 +87,8 @@ def test_a_run_that_fails_holds_up_those_that_need_it_alone(record, places):
 
 def test_a_record_of_other_settings_is_outdated(record, places, tmp_path):
     assert outdated(Arms.read(places), root=None) == []
-    changed = {**CLAIM, "arms": {**CLAIM["arms"], "qat": {**CLAIM["arms"]["qat"], "set": [*TINY, "quant=ofq_2bit", "loss=ce", "optimizer.lr=5e-3"]}}}
+    qat = CLAIM["arms"]["qat"]
+    changed = CLAIM | {"arms": {"qat": qat | {"set": [*qat["set"], "optimizer.lr=5e-3"]}}}
     (tmp_path / "c90.yaml").write_text(yaml.safe_dump(changed))
     (found,) = outdated(Arms.read(Places(tmp_path, places.results, places.runs)), root=None)
     assert found.startswith(f"{places.results}/C90/qat-seed3.json: made by other commands than C90/qat asks for")
