@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from qat.conversion import conversion_report as conversion_report
     from qat.conversion import convert as convert
     from qat.errors import UsageError as UsageError
+    from qat.frozen import freeze as freeze
+    from qat.frozen import integer_forward as integer_forward
     from qat.inference import transform as transform
     from qat.interop import load_ofq_checkpoint as load_ofq_checkpoint
     from qat.nn.execution import set_execution as set_execution
@@ -39,7 +41,9 @@ _HOME = {
     "assert_ready": "qat.scales",
     "conversion_report": "qat.conversion",
     "convert": "qat.conversion",
+    "freeze": "qat.frozen",
     "initialize_scales": "qat.scales",
+    "integer_forward": "qat.frozen",
     "iter_quantizers": "qat.sites",
     "load": "qat.checkpoint",
     "load_ofq_checkpoint": "qat.interop",

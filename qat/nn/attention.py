@@ -164,6 +164,7 @@ class QkrAttention(ScoredAttention, QuantModule):
     Attributes:
         q_weight: Wq (h*d, C), rows grouped by head; k_weight likewise.
         q_bias: (h*d,) under `qk_bias=fold`, else None: the paper's code drops it, which changes the function.
+        folded_bias: (h, C), what a frozen net keeps of the query bias.
         product_offset: (h*C,) learnable offset in front of the product's quantizer: a bias of the folded linear map.
     """
 
@@ -177,6 +178,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         if bv is not None:
             self.v.bias = nn.Parameter(bv)
         self.q_bias = nn.Parameter(bq) if bq is not None and context.recipe.qk_bias == "fold" else None
+        self.register_buffer("folded_bias", None)
         self.input_quantizer = context.act("input")
         self.qk_quantizer = context.weight("qk")
         self.k_quantizer = context.product()
@@ -198,10 +200,18 @@ class QkrAttention(ScoredAttention, QuantModule):
             scores = joint_scores(xq, keys, self.num_heads)
         else:
             scores = torch.matmul(xq.unsqueeze(1), keys.unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1))
-        if self.q_bias is None:
-            return scores
-        per_key = F.linear(xq, fold_q_bias(self.k_weight, self.q_bias, self.num_heads))
-        return scores + per_key.transpose(1, 2).unsqueeze(2)
+        per_key = self.per_key_weight()
+        return scores if per_key is None else scores + F.linear(xq, per_key).transpose(1, 2).unsqueeze(2)
+
+    def per_key_weight(self) -> Tensor | None:
+        """(h, C), which makes a score of each key alone: the query bias, folded; None without one."""
+        if self.folded_bias is not None or self.q_bias is None:
+            return self.folded_bias
+        return fold_q_bias(self.k_weight, self.q_bias, self.num_heads)
+
+    def fold_bias(self) -> None:
+        """Keep what `per_key_weight` gives in place of what it is made from."""
+        self.folded_bias = self.per_key_weight()
 
     def fused(self, x: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:
         """`gather(scores(xq) * factor + bias + mask, v(xq))` of the quantized x (B, N, C) in one Function, None where it cannot be."""

@@ -45,6 +45,9 @@ class QuantModule(nn.Module):
 
     def quantized(self, role: str) -> Tensor:
         """The quantized weight with this role."""
+        held = getattr(self, f"{role}_quantizer").held()
+        if held is not None:
+            return held
         ready = None if torch.is_grad_enabled() else self.ready(role)
         return getattr(self, f"{role}_quantizer")(self.latent(role)) if ready is None else ready
 

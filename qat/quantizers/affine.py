@@ -90,11 +90,12 @@ class DynamicMinMax(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`fake_quantize_affine` on the present range."""
-        return fake_quantize_affine(x, *self._range(x), self.spec.qmin, self.spec.qmax, self.axis)
+        return fake_quantize_affine(x, *self.grid_of(x), self.spec.qmin, self.spec.qmax, self.axis)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes in [-2^(b-1), 2^(b-1)-1]."""
-        return affine_codes(x, *self._range(x), self.spec.qmin, self.spec.qmax, self.axis)
+        return affine_codes(x, *self.grid_of(x), self.spec.qmin, self.spec.qmax, self.axis)
 
-    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def grid_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for `x`, (n,) each."""
         return affine_scale(x, self.spec.bits, signed=True, axis=self.axis)

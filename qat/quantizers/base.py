@@ -58,6 +58,10 @@ class Quantizer(nn.Module, ABC):
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Fold one more batch into `state` and set the scales from all batches in it."""
 
+    def held(self) -> Tensor | None:
+        """The quantized weight, where the quantizer keeps it in place of a float master."""
+        return None
+
     @property
     def n_scales(self) -> int:
         """Number of scales that are stored with the net."""
