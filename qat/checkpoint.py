@@ -19,6 +19,8 @@ from qat.biases import grow_biases, grown_biases
 from qat.conversion import conversion_of, convert
 from qat.errors import UsageError
 from qat.files import damage_of, write_torch
+from qat.frozen import freeze_structure, is_frozen, prune_offsets
+from qat.frozen.packed import read_packed
 from qat.ptq_spec import recipe_from
 from qat.spec import QuantRecipe
 from qat.torchvision_swin import timm_names
@@ -90,6 +92,7 @@ def describe(
         "biases": grown_biases(net),
         "recipe": None if done is None else done.recipe.to_dict(),
         "input_size": None if done is None else list(done.input_size),
+        "frozen": is_frozen(net),
         "data": None if data is None else dict(data),
         "classes": None if classes is None else list(classes),
     }
@@ -167,7 +170,8 @@ def _read_file(path: Path, setting: str) -> Any:
     _check_file(path, setting)
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            packed = read_packed(path)
+            return safetensors.torch.load_file(path) if packed is None else {"state_dict": packed[0], META_KEY: packed[1]}
         if (damage := damage_of(path)) is not None:
             raise UsageError(f"{setting}={str(path)!r}: the file is damaged ({damage})")
         # timm writes its training arguments into its checkpoints; nothing else than plain data and tensors is read.
@@ -237,6 +241,7 @@ def _check_meta(meta: Mapping[str, Any], origin: str) -> None:
         "recipe": isinstance(meta.get("recipe"), Mapping | None),
         "input_size": meta.get("input_size") is None or _is_size(meta["input_size"]),
         "biases": meta.get("biases") is None or _are_texts(meta["biases"]),
+        "frozen": isinstance(meta.get("frozen", False), bool),
         "data": isinstance(meta.get("data"), Mapping | None),
         "classes": meta.get("classes") is None or _are_texts(meta["classes"]),
     }
@@ -286,6 +291,8 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
         raise UsageError(
             f"ckpt={str(checkpoint.path)!r}: cannot build the net it describes ({' '.join(str(error).split()) or type(error).__name__})"
         ) from error
+    if is_frozen(net):
+        prune_offsets(net, checkpoint.state)
     try:
         net.load_state_dict(checkpoint.state, strict=True)
     except RuntimeError as error:
@@ -309,6 +316,8 @@ def _described(meta: Mapping[str, Any]) -> nn.Module:
     if meta.get("recipe") is not None:
         channels, height, width = meta["input_size"]
         convert(net, recipe_from(meta["recipe"]), input_size=(channels, height, width))
+        if meta.get("frozen"):
+            freeze_structure(net)
     return net
 
 

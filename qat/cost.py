@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qat.frozen import FrozenWeight
 from qat.nn import QkrAttention, QuantAttention, ScoredAttention
 from qat.probing import probing
 from qat.products import watching
@@ -17,7 +18,7 @@ from qat.sites import Site, iter_quantizers
 from qat.spec import FLOAT_BITS
 
 FLOAT_BYTES = 4
-_OFFSETS = ("offset_before", "offset_after", "product_offset")
+_OFFSETS = ("offset_before", "offset_after", "product_offset", "before", "after")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Cost:
     """Cost of a net.
 
     Attributes:
-        n_params: parameters of the net in training.
+        n_params: parameters of the net in training; of a frozen one its codes and the parameters beside them.
         size_bytes: weights at their bit-width (QKR as its folded matrix), scales and everything else in float32.
         macs: multiply-accumulates of one image.
         bitops: sum over matrix products of macs * bits * bits.
@@ -135,22 +136,30 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
     for site in sites.values():
         if not site.is_weight or site.quantizer.spec.bits == FLOAT_BITS:
             continue
-        masters |= {id(p) for p in _masters(site)}
-        latent, owner = site.latent(), site.name.rpartition(".")[0]
+        masters |= {id(t) for t in _masters(site)}
+        latent, owner = _weight(site), site.name.rpartition(".")[0]
         unstored_scales = latent.shape[0] if site.quantizer.n_scales == 0 else 0
         sums[owner]["code_bytes"] += (latent.numel() * site.quantizer.spec.bits + 7) // 8
         sums[owner]["scale_bytes"] += unstored_scales * FLOAT_BYTES
+        sums[owner]["n_params"] += latent.numel() if isinstance(site.quantizer, FrozenWeight) else 0
     for name, parameter in net.named_parameters():
         sums[_owner(name, sites)]["n_params"] += parameter.numel()
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        if id(tensor) not in masters:
+        if id(tensor) not in masters and tensor.dtype.is_floating_point:
             sums[_owner(name, sites)][_kind(name, sites)] += tensor.numel() * FLOAT_BYTES
     return sums
 
 
-def _masters(site: Site) -> tuple[nn.Parameter, ...]:
-    """The parameters that codes take the place of."""
+def _weight(site: Site) -> torch.Tensor:
+    """What is quantized, or its codes where they are all there is."""
+    return site.quantizer.stored if isinstance(site.quantizer, FrozenWeight) else site.latent()
+
+
+def _masters(site: Site) -> tuple[torch.Tensor, ...]:
+    """The parameters that codes take the place of; of a frozen net the codes themselves."""
     owner = site.owner
+    if isinstance(site.quantizer, FrozenWeight):
+        return site.quantizer.stored, site.quantizer.shift
     return (owner.q_weight, owner.k_weight) if site.role == "qk" else (owner.weight,)  # type: ignore[return-value]
 
 

@@ -1,7 +1,7 @@
 """The deployable form of a quantized net: integer codes, and products that are computed on them."""
 
 from qat.frozen.coded import Coded
-from qat.frozen.net import freeze, freeze_structure, integer_forward, is_frozen
+from qat.frozen.net import freeze, freeze_structure, integer_forward, is_frozen, prune_offsets
 from qat.frozen.products import Noted, Product, noting
 from qat.frozen.quantizers import Frozen, FrozenActivation, FrozenLog2, FrozenWeight, set_mode
 
@@ -18,5 +18,6 @@ __all__ = [
     "integer_forward",
     "is_frozen",
     "noting",
+    "prune_offsets",
     "set_mode",
 ]

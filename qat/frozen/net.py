@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,15 @@ def drop_dead_offsets(net: nn.Module) -> nn.Module:
             if offset is not None and not offset.any():
                 setattr(quantizer, name, None)
     return net
+
+
+def prune_offsets(net: nn.Module, state: Collection[str]) -> None:
+    """Let go of offsets that a file does not have: they were zero when it was written."""
+    for name, module in net.named_modules():
+        if isinstance(module, FrozenActivation):
+            for kind in ("before", "after"):
+                if f"{name}.{kind}" not in state:
+                    setattr(module, kind, None)
 
 
 def _activations(net: nn.Module) -> Iterator[FrozenActivation]:

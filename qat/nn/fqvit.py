@@ -29,7 +29,7 @@ class IntegerLayerNorm(nn.LayerNorm):
     """LayerNorm in integer arithmetic, between the quantizer in front of it and the one behind it.
 
     Attributes:
-        between: these two; they belong to other modules.
+        between: these two, affine or their frozen form; they belong to other modules.
     """
 
     between: tuple[Affine, Affine]
@@ -165,9 +165,9 @@ class FqNet(VisionTransformer):
         for name, norm, before, behind in self._norms():
             if not isinstance(norm, IntegerLayerNorm):
                 continue
-            if not (isinstance(before, Affine) and isinstance(behind, Affine)):
+            if not all(isinstance(one, Affine) or getattr(one, "zero_point", None) is not None for one in (before, behind)):
                 raise UsageError(f"ptq.layernorm='integer': {name} has no affine quantizer on both sides; allowed here is float")
-            norm.between = (before, behind)
+            norm.between = (before, behind)  # type: ignore[assignment]
 
     def _norms(self) -> Iterator[tuple[str, nn.Module, object, object]]:
         """Name and module of each norm, and what stands in front of it and behind it."""
