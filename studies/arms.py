@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from qat.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("train", "ptq", "analyze", "eval", "peers")
-KEYS = ("label", "command", "use", "set", "ckpt", "teacher", "seeds", "further", "best_of")
+KEYS = ("label", "command", "use", "set", "ckpt", "teacher", "seeds", "further", "best_of", "keep")
 FURTHER_KEYS = ("command", "use", "set", "weights")
 
 
@@ -47,6 +48,7 @@ class Arm:
         seeds: numbers of its runs.
         further: commands on the weights of a finished run, by name; their figures are part of its record.
         best_of: arms of the same claim; the settings of the one with the highest validation top-1 come behind `settings`.
+        keep: its best weights lie beside its record, where other arms take them from: who runs those needs not run this one.
     """
 
     claim: str
@@ -59,16 +61,20 @@ class Arm:
     seeds: tuple[int, ...] = (0, 1, 2)
     further: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     best_of: tuple[str, ...] = ()
+    keep: bool = False
 
     @property
     def path(self) -> str:
         """What other arms call it."""
         return f"{self.claim}/{self.name}"
 
+    def sources(self) -> list[str]:
+        """Whose weights it takes, `CLAIM/arm[@last]`."""
+        return [one for one in (self.ckpt, self.teacher) if one]
+
     def needs(self) -> list[str]:
         """Arms that have to be there first."""
-        named = [one.partition("@")[0] for one in (self.ckpt, self.teacher) if one]
-        return named + [f"{self.claim}/{one}" for one in self.best_of]
+        return [one.partition("@")[0] for one in self.sources()] + [f"{self.claim}/{one}" for one in self.best_of]
 
 
 Run = tuple[Arm, int]
@@ -144,17 +150,46 @@ class Arms:
         """Where what is kept of it is written."""
         return self.places.results / arm.claim / f"{arm.name}-seed{seed}.json"
 
+    def kept_path(self, arm: Arm, seed: int) -> Path:
+        """Where its weights are kept, if they are."""
+        return self.record_path(arm, seed).with_suffix(".pt")
+
     def is_done(self, arm: Arm, seed: int) -> bool:
         """True if all that the arm asks for is in its record."""
         path = self.record_path(arm, seed)
-        return path.exists() and set(arm.further) <= set(json.loads(path.read_text(encoding="utf-8"))["further_commands"])
+        if not path.exists() or (arm.keep and not self.kept_path(arm, seed).exists()):
+            return False
+        return set(arm.further) <= set(json.loads(path.read_text(encoding="utf-8"))["further_commands"])
+
+    def to_do(self, wanted: Sequence[str] = ()) -> list[Run]:
+        """Runs that have no record, and those whose weights one of them needs but which are not here, in the order of `runs`."""
+        runs = list(self.runs(wanted))
+        chosen = {(arm.path, seed) for arm, seed in runs if not self.is_done(arm, seed)}
+        for arm, seed in reversed(runs):
+            if (arm.path, seed) in chosen:
+                chosen |= self._lost(arm, seed)
+        return [(arm, seed) for arm, seed in runs if (arm.path, seed) in chosen]
+
+    def _lost(self, arm: Arm, seed: int) -> set[tuple[str, int]]:
+        """Runs whose weights it takes and which are not here."""
+        lost = {of.partition("@")[0] for of in arm.sources() if not (ROOT / self.checkpoint(of, seed)).exists()}
+        return {(other.path, its_seed) for other, its_seed in self.needed(arm, seed) if other.path in lost}
 
     def checkpoint(self, of: str, seed: int) -> Path:
         """File of `CLAIM/arm[@last]`, of this seed or, where the arm has others, of its first."""
         path, _, which = of.partition("@")
         arm = self[path]
+        its_seed = seed if seed in arm.seeds else arm.seeds[0]
+        if arm.keep and not which:
+            kept = self.kept_path(arm, its_seed)
+            return kept.relative_to(ROOT) if kept.is_relative_to(ROOT) else kept
         file = "quantized.ckpt" if arm.command == "ptq" else f"checkpoints/{which or 'best'}.ckpt"
-        return self.run_dir(arm, seed if seed in arm.seeds else arm.seeds[0]) / file
+        return self.run_dir(arm, its_seed) / file
+
+    def starts(self, arm: Arm, seed: int) -> dict[str, str]:
+        """Digests of the kept weights that it takes: figures made from others are no match for those of its neighbours."""
+        paths = {of: ROOT / self.checkpoint(of, seed) for of in arm.sources() if self[of.partition("@")[0]].keep}
+        return {of: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for of, path in paths.items() if path.exists()}
 
     def settings(self, arm: Arm, seed: int) -> list[str]:
         """Overrides of the arm's command, without run_dir and data.root."""
@@ -209,4 +244,5 @@ def _arm(claim: Mapping[str, Any], name: str, entry: Mapping[str, Any], path: Pa
         tuple(entry.get("seeds", claim.get("seeds", (0, 1, 2)))),
         entry.get("further", {}),
         tuple(entry.get("best_of", ())),
+        bool(entry.get("keep", False)),
     )

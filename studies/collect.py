@@ -37,7 +37,7 @@ class Done(NamedTuple):
     command: str
 
 
-def collect(arm: Arm, seed: int, done: Done, further: Mapping[str, Done], path: Path) -> None:
+def collect(arm: Arm, seed: int, done: Done, further: Mapping[str, Done], starts: Mapping[str, str], path: Path) -> None:
     """Write the record of a run, atomically."""
     metrics, curves, maps = _of_command(done)
     for name, one in further.items():
@@ -53,6 +53,7 @@ def collect(arm: Arm, seed: int, done: Done, further: Mapping[str, Done], path: 
         "seed": seed,
         "command": done.command,
         "further_commands": {name: one.command for name, one in further.items()},
+        "starts": dict(starts),
         "metrics": metrics,
         "curves": curves,
         "maps": maps,

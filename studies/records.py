@@ -23,6 +23,7 @@ class Record:
         seed: of the run.
         command: the one that trains or quantizes.
         further_commands: those behind it, by name.
+        starts: arms whose kept weights it began from or was taught by, with their digests.
         metrics: name to value.
         curves: name to points, `[[x, y], ...]`.
         maps: name to `{"x": [...], "y": [...], "z": [[...]]}`, z[y][x].
@@ -39,6 +40,7 @@ class Record:
     seed: int
     command: str
     further_commands: Mapping[str, str]
+    starts: Mapping[str, str]
     metrics: Mapping[str, float | None]
     curves: Mapping[str, list[list[float | None]]]
     maps: Mapping[str, Mapping[str, list[Any]]]
@@ -81,6 +83,7 @@ _CHECKS: dict[str, tuple[Any, str]] = {
     "seed": (is_whole, "a whole number from 0"),
     "command": _TEXT,
     "further_commands": (is_mapping(is_text), "a mapping from names to commands"),
+    "starts": (is_mapping(is_text), "a mapping from arms to digests"),
     "metrics": (is_mapping(_may_lack), "a mapping from names to numbers or null"),
     "curves": (is_mapping(_IS_CURVE), "a mapping from names to lists of [x, y]"),
     "maps": (is_mapping(_is_map), "a mapping from names to {x, y, z} with a row of z for every y"),

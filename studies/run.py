@@ -10,12 +10,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 
+import qat
 from qat.tasks import cli  # noqa: F401  (registers the resolvers of the configs)
 from studies.arms import ROOT, Arm, Arms, Places, Run, preset
 from studies.collect import Done, collect
@@ -40,7 +41,7 @@ def run_all(wanted: Sequence[str], root: str | None, workers: int, places: Place
         How many runs failed, or could not start because one that they need failed.
     """
     arms = Arms.read(places)
-    waiting = [run for run in arms.runs(wanted) if not arms.is_done(*run)]
+    waiting = arms.to_do(wanted)
     log.info("%d runs to do", len(waiting))
     going: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     failed = 0
@@ -49,7 +50,8 @@ def run_all(wanted: Sequence[str], root: str | None, workers: int, places: Place
             code = going.pop(key).returncode
             failed += code != 0
             log.info("%s seed %d: %s, %d to go", *key, "done" if code == 0 else f"FAILED ({code})", len(waiting) + len(going))
-        ready = next((run for run in waiting if len(going) < workers and all(arms.is_done(*one) for one in arms.needed(*run))), None)
+        to_come = {(arm.path, seed) for arm, seed in waiting} | set(going)
+        ready = next((run for run in waiting if len(going) < workers and _may_start(run, arms, to_come)), None)
         if ready is not None:
             waiting.remove(ready)
             going[ready[0].path, ready[1]] = _start(ready, root, arms)
@@ -59,6 +61,10 @@ def run_all(wanted: Sequence[str], root: str | None, workers: int, places: Place
             log.error("%d runs wait for ones that failed", len(waiting))
             return failed + len(waiting)
     return failed
+
+
+def _may_start(run: Run, arms: Arms, to_come: Collection[tuple[str, int]]) -> bool:
+    return all(arms.is_done(arm, seed) and (arm.path, seed) not in to_come for arm, seed in arms.needed(*run))
 
 
 def _start(run: Run, root: str | None, arms: Arms) -> subprocess.Popen[bytes]:
@@ -72,7 +78,7 @@ def _start(run: Run, root: str | None, arms: Arms) -> subprocess.Popen[bytes]:
 
 
 def run_one(path: str, seed: int, root: str | None, places: Places) -> None:
-    """One run in this process, its further commands, its record."""
+    """One run in this process, its further commands, what is kept of it."""
     arms = Arms.read(places)
     arm = arms[path]
     place = arms.run_dir(arm, seed)
@@ -83,7 +89,11 @@ def run_one(path: str, seed: int, root: str | None, places: Places) -> None:
         own = _further_settings(arm, seed, entry, arms)
         results = execute(entry["command"], place / name, own, root)
         further[name] = Done(results, ROOT / place / name, entry["command"], command_line(entry["command"], place / name, own, root))
-    collect(arm, seed, done, further, arms.record_path(arm, seed))
+    if arm.keep:
+        kept = arms.kept_path(arm, seed)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        qat.save(qat.load(ROOT / place / "checkpoints" / "best.ckpt"), kept)
+    collect(arm, seed, done, further, arms.starts(arm, seed), arms.record_path(arm, seed))
 
 
 def outdated(arms: Arms, root: str | None = FOLDER) -> list[str]:
@@ -91,13 +101,18 @@ def outdated(arms: Arms, root: str | None = FOLDER) -> list[str]:
     found = []
     for arm, seed in arms.runs():
         path = arms.record_path(arm, seed)
-        if path.exists() and _recorded(path) != _asked(arm, seed, arms, root):
-            found.append(f"{path}: made by other commands than {arm.path} asks for; once it is removed, python -m studies run {arm.path}")
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        again = f"once it is removed, python -m studies run {arm.path}"
+        if _recorded(record) != _asked(arm, seed, arms, root):
+            found.append(f"{path}: made by other commands than {arm.path} asks for; {again}")
+        elif record["starts"] != arms.starts(arm, seed):
+            found.append(f"{path}: made from other weights than those in {arms.places.results}; {again}")
     return found
 
 
-def _recorded(path: Path) -> list[dict[str, str]]:
-    record = json.loads(path.read_text(encoding="utf-8"))
+def _recorded(record: Mapping[str, Any]) -> list[dict[str, str]]:
     return [_in_force(command) for command in (record["command"], *record["further_commands"].values())]
 
 

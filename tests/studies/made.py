@@ -26,6 +26,7 @@ def content(claim="C1", arm="new", seed=0, **settings):
         "seed": seed,
         "command": f"python train.py seed={seed}",
         "further_commands": {},
+        "starts": {},
         "metrics": {},
         "curves": {},
         "maps": {},

@@ -110,3 +110,30 @@ def test_every_run_of_the_repository_composes():
         if arm.command != "peers" and not arm.best_of and seed == arm.seeds[0]:
             cfg = _compose(arm.command, arms.run_dir(arm, seed), arms.settings(arm, seed), str(ROOT))
             assert cfg.seed == seed
+
+
+def test_what_a_run_starts_from_is_made_again_where_it_is_lost(arms):
+    for name in ("float", "slow", "fast"):
+        record(arms, name, 0, val_top1=1.0)
+    assert named(arms.to_do(["C90/chosen"])) == [("chosen", 0), ("chosen", 1)]
+    assert named(arms.to_do(["C90/slow"])) == []
+    arms.record_path(arms["C90/slow"], 0).unlink()
+    assert named(arms.to_do(["C90/slow"])) == [("float", 0), ("slow", 0)]
+    for which in ("best", "last"):
+        path = arms.run_dir(arms["C90/float"], 0) / "checkpoints" / f"{which}.ckpt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert named(arms.to_do(["C90/slow"])) == [("slow", 0)]
+
+
+def test_kept_weights_lie_beside_their_record(tmp_path):
+    arms = read(tmp_path, CLAIM | {"arms": CLAIM["arms"] | {"float": {"use": ["cifar"], "seeds": [0], "keep": True}}})
+    kept = tmp_path / "results" / "C90" / "float-seed0.pt"
+    record(arms, "float", 0)
+    assert named(arms.to_do(["C90/fast"])) == [("float", 0), ("fast", 0)]
+    kept.write_bytes(b"weights")
+    assert named(arms.to_do(["C90/fast"])) == [("fast", 0)]
+    assert arms.settings(arms["C90/fast"], 0) == ["optimizer.lr=1e-3", f"ckpt={kept}", "seed=0"]
+    assert arms.settings(arms["C90/slow"], 0)[2] == f"teacher.ckpt={tmp_path}/runs/C90/float-seed0/checkpoints/last.ckpt"
+    assert arms.starts(arms["C90/fast"], 0) == {"C90/float": "9a129038d9a00aed"}
+    assert arms.starts(arms["C90/chosen"], 0) == {}

@@ -41,6 +41,7 @@ def test_a_file_has_a_line_for_every_metric_and_curve(tmp_path):
         '  "seed": 0,',
         '  "command": "python train.py seed=0",',
         '  "further_commands": {},',
+        '  "starts": {},',
         '  "metrics": {',
         '    "top1": 61.2,',
         '    "loss": 1.5',

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import shutil
 
 import pytest
+import torch
 import yaml
 
+import qat
 from studies.arms import Arms, Places
 from studies.run import outdated, run_all, run_one
 
@@ -18,6 +21,7 @@ CLAIM = {
         "qat": {
             "use": ["tracked"],
             "set": [*TINY, "quant=ofq_2bit", "loss=ce"],
+            "keep": True,
             "further": {"cost": {"command": "analyze", "set": WIDTHS}},
         },
         "broken": {"set": [*TINY, "quant.bits=99"]},
@@ -69,6 +73,14 @@ def test_further_commands_are_part_of_it(record, places):
     assert record["metrics"]["cost.widths.3"] == next(float(row["top-1 (%)"]) for row in rows if float(row["bits"]) == 3)
 
 
+def test_weights_are_kept_where_the_claim_says_so(record, places):
+    kept = qat.load(places.results / "C90" / "qat-seed3.pt").state_dict()
+    best = qat.load(places.runs / "C90" / "qat-seed3" / "checkpoints" / "best.ckpt").state_dict()
+    assert list(kept) == list(best)
+    assert all(torch.equal(kept[name], best[name]) for name in best)
+    assert not (places.results / "C90" / "waiting-seed3.pt").exists()
+
+
 def test_what_is_there_is_not_run_again(record, places):
     files = [path for path in places.runs.rglob("*") if path.is_file() and path.suffix == ".ckpt"]
     before = [path.stat().st_mtime_ns for path in files]
@@ -92,3 +104,18 @@ def test_a_record_of_other_settings_is_outdated(record, places, tmp_path):
     (tmp_path / "c90.yaml").write_text(yaml.safe_dump(changed))
     (found,) = outdated(Arms.read(Places(tmp_path, places.results, places.runs)), root=None)
     assert found.startswith(f"{places.results}/C90/qat-seed3.json: made by other commands than C90/qat asks for")
+
+
+def test_a_record_made_from_other_weights_is_outdated(record, places, tmp_path):
+    arms = {"qat": CLAIM["arms"]["qat"], "after": {"set": [*TINY, "quant=ofq_2bit", "loss=ce"], "ckpt": "C90/qat"}}
+    (tmp_path / "c90.yaml").write_text(yaml.safe_dump(CLAIM | {"arms": arms}))
+    here = Places(tmp_path, tmp_path / "results", places.runs)
+    shutil.copytree(places.results, here.results)
+    run_one("C90/after", 3, None, here)
+    assert json.loads((here.results / "C90" / "after-seed3.json").read_text())["starts"].keys() == {"C90/qat"}
+    changed = qat.load(here.results / "C90" / "qat-seed3.pt")
+    assert [line for line in outdated(Arms.read(here), root=None) if "after" in line] == []
+    torch.nn.init.zeros_(next(changed.parameters()))
+    qat.save(changed, here.results / "C90" / "qat-seed3.pt")
+    (found,) = outdated(Arms.read(here), root=None)
+    assert found.startswith(f"{here.results}/C90/after-seed3.json: made from other weights than those in {here.results}")
