@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from qat.frozen.quantizers import FrozenActivation
 from qat.probing import probing
 from qat.sites import iter_quantizers
+from qat.spec import FLOAT_BITS
 
 # A float32 value behind a few hundred terms is known to about this share of the largest value of its tensor.
 ROUNDING = 2e-5
+
+
+# Logits (B, classes), and by quantizer what it is about to round, offset included, and the codes that it makes of that.
+Watched = tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]
 
 
 @dataclass
@@ -27,7 +32,8 @@ class Agreement:
         flipped: images on which some code differs.
         ties: those of them where the first codes that differ lie on a threshold, to rounding.
         largest: largest difference of logits among images without a flip, relative to the largest logit.
-        largest_flipped: likewise among the others.
+        largest_absolute: the same in the unit of logits.
+        largest_flipped: likewise among the others, relative.
         not_ties: names of quantizers where codes first differed away from a threshold; empty if the nets are the same.
     """
 
@@ -37,6 +43,7 @@ class Agreement:
     flipped: int = 0
     ties: int = 0
     largest: float = 0.0
+    largest_absolute: float = 0.0
     largest_flipped: float = 0.0
     not_ties: list[str] = field(default_factory=list)
 
@@ -44,6 +51,13 @@ class Agreement:
     def top1(self) -> float:
         """Percent of the images on which both name the same class."""
         return 100 * self.same_top1 / max(self.images, 1)
+
+    def add(self, other: Agreement) -> None:
+        """Count further images in."""
+        for name in ("images", "same_top1", "without_flip", "flipped", "ties", "not_ties"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("largest", "largest_absolute", "largest_flipped"):
+            setattr(self, name, max(getattr(self, name), getattr(other, name)))
 
     def to_text(self) -> str:
         """Two lines."""
@@ -65,52 +79,61 @@ def agreement(net: nn.Module, frozen: nn.Module, batches: Iterable[Tensor]) -> A
     """
     found = Agreement()
     for x in batches:
-        _compare(net, frozen, x, found)
+        found.add(compare(frozen, run_watched(net, x), run_watched(frozen, x)))
     return found
 
 
-def _compare(net: nn.Module, frozen: nn.Module, x: Tensor, found: Agreement) -> None:
-    a, first = _run(net, x)
-    b, second = _run(frozen, x)
+def compare(frozen: nn.Module, theirs: Watched, mine: Watched) -> Agreement:
+    """Compare two runs on the same images.
+
+    Args:
+        frozen: has the grids of all quantizers.
+        theirs: logits, and what arrived at each quantizer; see `run_watched`.
+        mine: likewise, in the order in which they run.
+    """
+    (a, first), (b, second) = theirs, mine
+    n, found = len(a), Agreement()
     grids = {site.name: site.quantizer for site in iter_quantizers(frozen)}
-    flipped = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    flipped = torch.zeros(n, dtype=torch.bool, device=a.device)
     ties = torch.ones_like(flipped)
-    for name, mine in second.items():
-        grid, theirs = grids[name], first[name]
-        if not isinstance(grid, FrozenActivation) or len(mine) % len(x):
+    for name, value in second.items():
+        grid = grids[name]
+        if not isinstance(grid, FrozenActivation) or len(value[0]) % n:
             continue
-        u, v = (grid.placed(t) for t in (theirs, mine))
-        u, v = (t.clamp(grid.qmin - 1, grid.qmax + 1).reshape(len(x), -1) for t in (u, v))
-        codes = [t.round().clamp(grid.qmin, grid.qmax) for t in (u, v)]
-        differs = codes[0] != codes[1]
+        u, v = (grid.placed(t).clamp(grid.qmin - 1, grid.qmax + 1).reshape(n, -1) for t, _ in (first[name], value))
+        codes, others = (t.float().clamp(grid.qmin, grid.qmax).reshape(n, -1) for _, t in (first[name], value))
+        differs = codes != others
         here = differs.any(1) & ~flipped
         near = (u - v).abs() <= ROUNDING * (1 + max(abs(grid.qmin), abs(grid.qmax)))
         is_tie = (near | ~differs).all(1)
         found.not_ties += [name] * int((here & ~is_tie).sum())
         ties &= is_tie | ~here
         flipped |= here
-    off = (a - b).abs().amax(1) / a.abs().amax().clamp(min=1e-30)
-    found.images += len(x)
+    apart = (a - b).abs().amax(1)
+    off = apart / a.abs().amax().clamp(min=1e-30)
+    found.images += n
     found.same_top1 += int((a.argmax(1) == b.argmax(1)).sum())
     found.without_flip += int((~flipped).sum())
     found.flipped += int(flipped.sum())
     found.ties += int((flipped & ties).sum())
-    found.largest = max(found.largest, off[~flipped].max().item() if (~flipped).any() else 0.0)
-    found.largest_flipped = max(found.largest_flipped, off[flipped].max().item() if flipped.any() else 0.0)
+    found.largest, found.largest_absolute = (t[~flipped].max().item() if found.without_flip else 0.0 for t in (off, apart))
+    found.largest_flipped = off[flipped].max().item() if found.flipped else 0.0
+    return found
 
 
-def _run(net: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and what every activation quantizer is about to round, offset included, in the order in which they run."""
-    seen: dict[str, Tensor] = {}
+def run_watched(net: nn.Module, x: Tensor) -> Watched:
+    """A net's logits, and what its activation quantizers see and give, in the order in which they run."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             before = getattr(module, "offset_before", getattr(module, "before", None))
-            seen[name] = args[0].float() if before is None else args[0].float() + before
+            shifted = args[0].float() if before is None else args[0].float() + before
+            seen[name] = shifted, module.codes(args[0])  # type: ignore[operator]
 
         return note
 
-    sites = [site for site in iter_quantizers(net) if not site.is_weight]
+    sites = [site for site in iter_quantizers(net) if not site.is_weight and site.quantizer.spec.bits != FLOAT_BITS]
     with probing(net, [site.quantizer.register_forward_pre_hook(hook(site.name)) for site in sites]):
         out: Tensor = net(x)
     return out, seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ class Frozen(Quantizer):
     Attributes:
         mode: `float` gives numbers on the grid, `integer` what products of codes take (`Coded`).
         name: of its site.
+        form: computes the same in another way, as operators of a file format; takes what `forward` takes. None = as here.
     """
+
+    form: Callable[[Tensor | None], Tensor] | None = None
 
     def __init__(self, spec: QuantSpec, axis: int | None, name: str) -> None:
         super().__init__(dataclasses.replace(spec, offsets="none"))
@@ -68,6 +72,8 @@ class FrozenWeight(Frozen):
 
     def held(self) -> Tensor:
         """The weight, as codes where the mode says so."""
+        if self.form is not None:
+            return self.form(None)
         return self.coded() if self.gives_codes else self()  # type: ignore[return-value]
 
     def codes(self, x: Tensor | None = None) -> Tensor:
@@ -127,6 +133,8 @@ class FrozenActivation(Frozen):
 
     def forward(self, x: Tensor) -> Tensor:
         """Numbers on the grid, float32 inside and the dtype of `x` outside; or `Coded`."""
+        if self.form is not None:
+            return self.form(x)
         if self.gives_codes:
             return self.coded(x)  # type: ignore[return-value]
         codes, step, zero = self.rounded(x)

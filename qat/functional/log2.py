@@ -61,7 +61,7 @@ def fake_quantize_log2(x: Tensor, bits: int) -> Tensor:
         code.
     """
     check_bits("bits", bits)
-    return _Log2.apply(x, bits)
+    return _Log2.apply(x, bits) if torch.is_grad_enabled() else _power(_exponent(x), bits).to(x.dtype)
 
 
 def log2_codes(x: Tensor, bits: int) -> Tensor:

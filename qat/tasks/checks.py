@@ -54,9 +54,9 @@ GROUPS = (
     "loss.regularizers",
 )
 INITS = ("full", "reference")
-OPTIONAL_GROUPS = ("callbacks", "logger", "search", "analysis")
+OPTIONAL_GROUPS = ("callbacks", "logger", "search", "analysis", "format")
 MISSING = object()
-COMMANDS = ("train", "eval", "ptq", "analyze")
+COMMANDS = ("train", "eval", "ptq", "analyze", "export")
 SPLITS = ("train", "val", "test")
 KEYS = {
     "model": ("name", "pretrained", "weights", "reset_head", "imports", "init", "grad_checkpointing", "args"),

@@ -30,7 +30,7 @@ from qat.tasks.watch import LOST
 log = logging.getLogger(__name__)
 _failed_jobs: list[str] = []
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache on a fresh machine
-PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run", "sweep")
+PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run", "sweep", "file")
 OTHERS_WAIT_S = 3
 # What gloo and NCCL say of it; torch has no common class for them.
 _LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|remote process exited|Broken pipe|failed to recv")
@@ -149,7 +149,7 @@ def _start(task: str, cfg: DictConfig) -> float | None:
         least = sweep.begin_job()
     slurm.continues(cfg)
     slurm.check_place(cfg)
-    alone = task == "analyze" or cfg.get("predict") is not None  # they refuse several devices themselves
+    alone = task in {"analyze", "export"} or cfg.get("predict") is not None  # they refuse several devices themselves
     count = max(0 if alone else ranks.to_start(cfg), least)
     if count:
         return ranks.supervise(task, cfg, count)

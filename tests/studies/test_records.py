@@ -34,7 +34,7 @@ def test_what_is_written_comes_back(tmp_path):
 def test_a_file_has_a_line_for_every_metric_and_curve(tmp_path):
     path = tmp_path / "C1" / "new-seed0.json"
     records.write_record(path, made.content(metrics={"top1": 61.2, "loss": 1.5}, curves={"val_top1": CURVE}, machine="Kühl [\n 1 ]"))
-    assert path.read_text(encoding="utf-8").splitlines()[:15] == [
+    assert path.read_text(encoding="utf-8").splitlines()[:16] == [
         "{",
         '  "claim": "C1",',
         '  "arm": "new",',
