@@ -45,7 +45,7 @@ def one_block(model):
 
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
 def test_every_choice_composes(group, choice):
-    config = {"analysis": "analyze"}.get(group, "ptq" if group in OF_PTQ or choice.startswith("evolq_") else "train")
+    config = {"analysis": "analyze", "format": "export"}.get(group, "ptq" if group in OF_PTQ or choice.startswith("evolq_") else "train")
     cfg = compose(config, f"{group}={choice}", "run_dir=a")
     assert not OmegaConf.missing_keys(cfg)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)

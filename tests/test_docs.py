@@ -14,15 +14,18 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+import qat
+from qat.checkpoint import describe
+from qat.frozen.packed import write_packed
 from qat.tasks import build
 from tests.commands import typed
 from tests.conftest import ROOT, compose, write_cifar
 from tests.data.files import write_folder, write_image
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {"train.py": "train", "eval.py": "eval", "ptq.py": "ptq", "analyze.py": "analyze"}
+SCRIPTS = {"train.py": "train", "eval.py": "eval", "ptq.py": "ptq", "analyze.py": "analyze", "export.py": "export"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-INLINE = re.compile(r"`(python (?:train|eval|ptq|analyze)\.py [^`]*)`")
+INLINE = re.compile(r"`(python (?:train|eval|ptq|analyze|export)\.py [^`]*)`")
 # What takes longer than all else: compilers, databases.
 HEAVY = ("compile=true", "mlflow", "wandb")
 # What only a machine with GPUs or a cluster has.
@@ -165,6 +168,8 @@ def shortened(command, shelf):
     if script == "analyze.py":
         few = ["analysis.points=3"] if said.get("analysis") == "landscape" else []
         return [script, *arguments] if {"run", "sweep"} & said.keys() else [script, *arguments, *few, "images=4", "data.batch_size=4"]
+    if script == "export.py":
+        return [script, *arguments, "images=4", "latency=1"]
     if script == "ptq.py":
         return [script, *arguments, "data.calibration_images=4", "ptq.batch=4", "trainer.limit_test_batches=2", "report=false"]
     fixed = any(one in arguments for one in TINY_NET) or said.get("model", "").startswith("resnet")
@@ -195,7 +200,7 @@ def test_commands_do_what_they_should(wanted, shelf, tmp_path):
         command = [one.replace("=RUN/", f"={before}/") for one in command]
         said = settings(command)
         run_dir = said.get("run_dir", f"runs/number{number}")
-        if command[0] == "analyze.py":
+        if command[0] in {"analyze.py", "export.py"}:
             provide(command, shelf, tmp_path)
         arguments = shortened(command, shelf) + ([] if "run_dir" in said else [f"run_dir={run_dir}"])
         code, out = typed(*(one.replace("$PWD", str(tmp_path)) for one in arguments), cwd=tmp_path)
@@ -217,8 +222,12 @@ def test_python_examples_run(page, code, tmp_path, monkeypatch, shelf):
     monkeypatch.chdir(tmp_path)
     write_image(tmp_path / "photo.jpg", 40, 30)
     (tmp_path / "net.ckpt").write_bytes(shelf["best.ckpt"].read_bytes())
+    frozen = qat.freeze(qat.load(shelf["quantized"] / "checkpoints" / "best.ckpt"))
+    write_packed(frozen, tmp_path / "net.safetensors", describe(frozen))
     # What an example leaves to its reader.
-    exec(compile(code, page.name, "exec"), {"batches": [torch.randn(2, 3, 224, 224)]})
+    exec(
+        compile(code, page.name, "exec"), {"batches": [torch.randn(2, 3, 224, 224)], "quantized": frozen, "images": torch.randn(2, 1, 8, 8)}
+    )
 
 
 def test_there_are_commands_and_examples():

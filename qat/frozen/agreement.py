@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,22 @@ from qat.spec import FLOAT_BITS
 ROUNDING = 2e-5
 
 
-# Logits (B, classes), and by quantizer what it is about to round, offset included, and the codes that it makes of that.
-Watched = tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]
+class Seen(NamedTuple):
+    """What a quantizer did.
+
+    Attributes:
+        value: what it was about to round, offset included.
+        codes: what it made of that.
+        in_codes: the value is in the unit of codes already.
+    """
+
+    value: Tensor
+    codes: Tensor
+    in_codes: bool = False
+
+
+# Logits (B, classes), and what each quantizer did, by its name.
+Watched = tuple[Tensor, dict[str, Seen]]
 
 
 @dataclass
@@ -96,12 +111,12 @@ def compare(frozen: nn.Module, theirs: Watched, mine: Watched) -> Agreement:
     grids = {site.name: site.quantizer for site in iter_quantizers(frozen)}
     flipped = torch.zeros(n, dtype=torch.bool, device=a.device)
     ties = torch.ones_like(flipped)
-    for name, value in second.items():
-        grid = grids[name]
-        if not isinstance(grid, FrozenActivation) or len(value[0]) % n:
+    for name, seen in second.items():
+        grid, both = grids[name], (first[name], seen)
+        if not isinstance(grid, FrozenActivation) or len(seen.value) % n:
             continue
-        u, v = (grid.placed(t).clamp(grid.qmin - 1, grid.qmax + 1).reshape(n, -1) for t, _ in (first[name], value))
-        codes, others = (t.float().clamp(grid.qmin, grid.qmax).reshape(n, -1) for _, t in (first[name], value))
+        u, v = (_clamped(one.value if one.in_codes else grid.placed(one.value), grid, 1).reshape(n, -1) for one in both)
+        codes, others = (_clamped(one.codes.float(), grid, 0).reshape(n, -1) for one in both)
         differs = codes != others
         here = differs.any(1) & ~flipped
         near = (u - v).abs() <= ROUNDING * (1 + max(abs(grid.qmin), abs(grid.qmax)))
@@ -121,15 +136,19 @@ def compare(frozen: nn.Module, theirs: Watched, mine: Watched) -> Agreement:
     return found
 
 
+def _clamped(x: Tensor, grid: FrozenActivation, by: int) -> Tensor:
+    return x.clamp(grid.qmin - by, grid.qmax + by)
+
+
 def run_watched(net: nn.Module, x: Tensor) -> Watched:
     """A net's logits, and what its activation quantizers see and give, in the order in which they run."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[str, Seen] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             before = getattr(module, "offset_before", getattr(module, "before", None))
             shifted = args[0].float() if before is None else args[0].float() + before
-            seen[name] = shifted, module.codes(args[0])  # type: ignore[operator]
+            seen[name] = Seen(shifted, module.codes(args[0]))  # type: ignore[operator]
 
         return note
 

@@ -1,0 +1,66 @@
+"""Names what is on an image, with a file of `export.py format=onnx` alone: onnxruntime, Pillow and numpy, no torch.
+
+python examples/classify.py net.onnx cat.png
+"""
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def read_metadata(path: str) -> dict[str, Any]:
+    """What the file says of itself: session options, treatment of images, names of classes."""
+    said = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).get_modelmeta().custom_metadata_map
+    return {key.removeprefix("qat."): json.loads(value) for key, value in said.items() if key.startswith("qat.")}
+
+
+def open_session(path: str, options: dict[str, str]) -> onnxruntime.InferenceSession:
+    """A session that computes what the net was trained to compute."""
+    settings = onnxruntime.SessionOptions()
+    for key, value in options.items():
+        settings.add_session_config_entry(key, value)
+    return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+
+
+def prepare(image: Image.Image, size: int, mean: list[float], std: list[float], interpolation: str, crop_pct: float | None) -> np.ndarray:
+    """An image as the net saw images, (1, C, H, W) float32: cropped to a square, or squeezed into it where there is no `crop_pct`."""
+    image = image.convert("L" if len(mean) == 1 else "RGB")
+    if crop_pct is None:
+        image = image.resize((size, size), INTERPOLATIONS["bicubic"])
+    else:
+        short = int(size / crop_pct)
+        width, height = (int(short * side / min(image.size)) for side in image.size)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        image = image.resize((width, height), INTERPOLATIONS[interpolation]).crop((left, top, left + size, top + size))
+    pixels = np.asarray(image, dtype=np.float32).reshape(size, size, -1) / 255
+    pixels = (pixels - np.float32(mean)) / np.float32(std)
+    return pixels.transpose(2, 0, 1)[None].astype(np.float32)
+
+
+def main(path: str, image: str) -> None:
+    """Print the five likeliest classes."""
+    said = read_metadata(path)
+    session = open_session(path, said["session_options"])
+    (logits,) = session.run(["logits"], {"image": prepare(Image.open(image), **said["preprocessing"])})
+    shares = np.exp(logits[0] - logits[0].max())
+    shares /= shares.sum()
+    names = said["classes"] or [str(i) for i in range(len(shares))]
+    for i in np.argsort(-shares)[:5]:
+        print(f"{100 * shares[i]:5.1f} %  {names[i]}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/classify.py FILE.onnx IMAGE")
+    main(*sys.argv[1:])

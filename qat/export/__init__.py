@@ -1,0 +1,1 @@
+"""Frozen nets in files of other programs."""

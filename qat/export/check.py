@@ -1,0 +1,108 @@
+"""What an exported file gives on images, beside the net that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qat.export.session import Transparent, logits_of, open_session
+from qat.frozen.agreement import Agreement, compare, run_watched
+
+# Of a logit, on images on which no code differs.
+TOLERANCE = 1e-4
+LOWEST_TOP1 = 99.9
+# Beyond `ORT_ENABLE_BASIC` onnxruntime computes in integers: where values lie on thresholds, as behind zero points, it may round them the
+# other way. More than this share of the images means that it computes something else.
+UNLIKE = 0.1
+LEVELS = ("ORT_ENABLE_BASIC", "ORT_ENABLE_ALL")
+
+
+@dataclass
+class Checked:
+    """A file beside its net.
+
+    Attributes:
+        agreement: codes and logits of the net and of the file, step by step; by the level to which onnxruntime changes the graph.
+        unlike: images on which the file as people run it differs from the one that was looked into, likewise.
+        plain: share of the images on which a session without the options that the file names differs by more than `TOLERANCE`.
+    """
+
+    agreement: dict[str, Agreement] = field(default_factory=dict)
+    unlike: dict[str, int] = field(default_factory=dict)
+    plain: float | None = None
+
+    def to_text(self) -> str:
+        """Lines for people."""
+        return "\n".join(f"{level}: {found.to_text()}" for level, found in self.agreement.items())
+
+    @property
+    def problem(self) -> str | None:
+        """Why the file must not be used; None if it agrees."""
+        for level, found in self.agreement.items():
+            if found.not_ties:
+                return f"{level}: codes of {found.not_ties[0]} differ away from a threshold"
+            if found.largest_absolute > TOLERANCE:
+                return f"{level}: logits differ by {found.largest_absolute:.1e} where no code does; allowed are {TOLERANCE:.0e}"
+            if found.top1 < LOWEST_TOP1:
+                return f"{level}: top-1 agrees on {found.top1:.2f} % of the images; allowed are {LOWEST_TOP1} %"
+            if self.unlike.get(level, 0) > UNLIKE * found.images:
+                return f"{level}: on {self.unlike[level]} of {found.images} images it is not what its graph gives step by step"
+        return None
+
+
+@torch.no_grad()
+def check_onnx(frozen: nn.Module, net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked:
+    """Run a file and the net that it was made from on the same images.
+
+    Args:
+        frozen: the net that was written.
+        net: what it was frozen from, or itself.
+        path: the file.
+        batches: images (B, C, H, W) each.
+    """
+    import onnx  # noqa: PLC0415  (an extra)
+
+    model = onnx.load(str(path))
+    watched = {level: Transparent(model, level) for level in LEVELS}
+    sessions = {level: open_session(path, level=level) for level in LEVELS}
+    plain, differ = open_session(path, options={}), 0
+    done = Checked({level: Agreement() for level in LEVELS}, dict.fromkeys(LEVELS, 0))
+    for x in batches:
+        theirs = run_watched(net, x)
+        for level in LEVELS:
+            mine = watched[level].run(x)
+            done.agreement[level].add(compare(frozen, theirs, mine))
+            done.unlike[level] += _unlike(logits_of(sessions[level], x), mine[0])
+        differ += _unlike(logits_of(plain, x), logits_of(sessions[LEVELS[-1]], x))
+    done.plain = differ / max(done.agreement[LEVELS[0]].images, 1)
+    return done
+
+
+@torch.no_grad()
+def check_packed(frozen: nn.Module, net: nn.Module, again: nn.Module, batches: Iterable[Tensor]) -> Checked:
+    """Compare a net with the one that a packed file gives back, which has to be the frozen one to the last bit."""
+    done = Checked({"qat.load": Agreement()}, {"qat.load": 0})
+    for x in batches:
+        mine = run_watched(again, x)
+        done.agreement["qat.load"].add(compare(frozen, run_watched(net, x), mine))
+        done.unlike["qat.load"] += int((frozen(x) != mine[0]).any(1).sum())
+    return done
+
+
+def _unlike(a: Tensor, b: Tensor) -> int:
+    return int(((a - b).abs().amax(1) > TOLERANCE).sum())
+
+
+def table(rows: Mapping[str, Mapping[str, str]]) -> str:
+    """Rows by name, columns by name, as plain text."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    cells = [["", *columns], *([name, *(row.get(column, "") for column in columns)] for name, row in rows.items())]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        for line in cells
+    )

@@ -1,0 +1,110 @@
+"""ONNX files in onnxruntime: the options that keep its products exact, logits, time, and what arrives at quantizers."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qat.export.graph import IN_CODES, INPUT, OUTPUT
+from qat.frozen.agreement import Seen, Watched
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+# Else a product of a float factor and a 4-bit weight is computed with that factor rounded to 8 bits.
+SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "0"}
+OPTIONS_KEY = "qat.session_options"
+
+
+def open_session(
+    model: str | Path | bytes, *, options: Mapping[str, str] | None = None, level: str = "ORT_ENABLE_ALL", threads: int = 0
+) -> onnxruntime.InferenceSession:
+    """Open a file, or a model in memory, on the CPU.
+
+    Args:
+        model: which.
+        options: session options; None = those that the file names of itself.
+        level: onnxruntime's name of how far it changes the graph.
+        threads: 0 = a thread a core.
+    """
+    import onnxruntime  # noqa: PLC0415  (an extra)
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.intra_op_num_threads = threads
+    settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    for key, value in (own_options(model) if options is None else options).items():
+        settings.add_session_config_entry(key, value)
+    return onnxruntime.InferenceSession(str(model) if isinstance(model, Path) else model, settings, providers=["CPUExecutionProvider"])
+
+
+def own_options(model: str | Path | bytes) -> dict[str, str]:
+    """Session options that a file names of itself."""
+    import onnx  # noqa: PLC0415
+
+    content = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(str(model), load_external_data=False)
+    found = next((entry.value for entry in content.metadata_props if entry.key == OPTIONS_KEY), "{}")
+    return {str(key): str(value) for key, value in json.loads(found).items()}
+
+
+def logits_of(session: onnxruntime.InferenceSession, images: Tensor) -> Tensor:
+    """(B, classes) of images (B, C, H, W); one by one where the file takes no more."""
+    takes = session.get_inputs()[0].shape[0]
+    size = takes if isinstance(takes, int) else len(images)
+    parts = [session.run([OUTPUT], {INPUT: part.numpy()})[0] for part in images.cpu().float().split(size)]
+    return torch.cat([torch.from_numpy(part) for part in parts])
+
+
+def milliseconds(sessions: Mapping[str, onnxruntime.InferenceSession], image: Tensor, repeats: int) -> dict[str, float]:
+    """Median time of one image in each session, taken in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in sessions}
+    feed = {INPUT: image.cpu().float().numpy()}
+    for turn in range(repeats + 1):
+        for name, session in sessions.items():
+            began = time.perf_counter()
+            session.run([OUTPUT], feed)
+            if turn:  # the first one allocates
+                taken[name].append(1e3 * (time.perf_counter() - began))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+class Transparent:
+    """A model that also gives what arrives at its quantizers.
+
+    Args:
+        model: of `to_onnx`.
+        level: see `open_session`.
+    """
+
+    def __init__(self, model: onnx.ModelProto, level: str = "ORT_ENABLE_BASIC") -> None:
+        from onnx import ModelProto, ValueInfoProto  # noqa: PLC0415
+
+        shown = ModelProto()
+        shown.CopyFrom(model)
+        self.places: dict[str, tuple[str, str]] = {}
+        for node in shown.graph.node:
+            if node.op_type == "QuantizeLinear":
+                self.places[node.name] = node.input[0], node.output[0]
+        present = {value.name for value in (*shown.graph.output, *shown.graph.input)}
+        self.names = [name for name in dict.fromkeys(name for place in self.places.values() for name in place) if name not in present]
+        shown.graph.output.extend(ValueInfoProto(name=name) for name in self.names)
+        self.session = open_session(shown.SerializeToString(), level=level)
+
+    def run(self, images: Tensor) -> Watched:
+        """Logits, and what its quantizers see and give."""
+        image = images.cpu().float().numpy()
+        names = [OUTPUT, *self.names]
+        found = {INPUT: image} | dict(zip(names, self.session.run(names, {INPUT: image}), strict=True))
+        seen = {
+            name.removesuffix(IN_CODES): Seen(torch.from_numpy(found[value]), torch.from_numpy(found[codes]), name.endswith(IN_CODES))
+            for name, (value, codes) in self.places.items()
+        }
+        return torch.from_numpy(found[OUTPUT]), seen

@@ -1,0 +1,167 @@
+"""ONNX files. Oracle: the net itself, run by torch; onnxruntime without any change of the graph, with all of them."""
+
+import collections
+import json
+
+import onnx
+import pytest
+import torch
+
+import qat
+from qat.export.check import check_onnx
+from qat.export.graph import Shape, to_onnx
+from qat.export.session import OPTIONS_KEY, SESSION_OPTIONS, Transparent, logits_of, milliseconds, open_session
+from qat.functional.packing import unpack_codes
+from tests import tiny
+from tests.frozen.test_freeze import RECIPES, made, trained
+from tests.nets import FAMILIES
+
+
+def file(frozen, image, path, **settings):
+    model = to_onnx(frozen, image, **settings)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = OPTIONS_KEY, json.dumps(SESSION_OPTIONS)
+    onnx.save(model, path)
+    return model
+
+
+def assert_agrees(net, path, images):
+    frozen = qat.freeze(net)
+    file(frozen, images[0][:1], path)
+    done = check_onnx(frozen, net, path, images)
+    assert done.problem is None
+    assert set(done.agreement) == {"ORT_ENABLE_BASIC", "ORT_ENABLE_ALL"}
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RECIPES])
+def test_a_file_gives_the_answers_of_the_net(name, tmp_path):
+    done = assert_agrees(made(RECIPES[name]), tmp_path / "net.onnx", [tiny.images(16, seed) for seed in range(1, 3)])
+    assert done.agreement["ORT_ENABLE_BASIC"].images == 32
+    assert done.plain == 0  # also where nobody sets the options
+
+
+FORMS = [("deit_distilled", "qkr", 2), ("swin", "qkr", 2), ("swin", "standard", 3), ("beit", "qkr", 4), ("eva02", "standard", 2)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "attention", "bits"), FORMS)
+def test_families(name, attention, bits, tmp_path):
+    family = FAMILIES[name]
+    net = qat.convert(family.build(), qat.recipe("ofq", bits=bits, attention=attention), input_size=family.input_size)
+    trained(qat.initialize_scales(net, [family.images(4)]))
+    assert_agrees(net, tmp_path / "net.onnx", [family.images(6, 1)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deit", "swin"])
+def test_post_training_quantization(name, tmp_path):
+    family = FAMILIES[name]
+    recipe = qat.PtqRecipe(bits=4, act_bits=8, softmax_bits=4, softmax_quantizer="log2", bias_correction=True)
+    net = qat.convert(family.build(), recipe, input_size=family.input_size)
+    qat.ptq.calibrate(net, [family.images(8)])
+    done = assert_agrees(net.eval(), tmp_path / "net.onnx", [family.images(16, 1)])
+    found = done.agreement["ORT_ENABLE_BASIC"]
+    assert found.ties == found.flipped
+
+
+@pytest.fixture(scope="module")
+def two_bit(tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "net.onnx"
+    frozen = qat.freeze(made(RECIPES["ofq_2bit"]))
+    return frozen, file(frozen, tiny.images(1), path), path
+
+
+def test_only_standard_operators(two_bit):
+    _, model, _ = two_bit
+    assert [entry.domain for entry in model.opset_import if entry.domain not in {"", "pkg.onnxscript.torch_lib.common"}] == []
+    assert {node.domain for node in model.graph.node} == {""}
+    counts = collections.Counter(node.op_type for node in model.graph.node)
+    assert counts["QuantizeLinear"] == 16  # image, head, and seven in each of two blocks
+    assert counts["DequantizeLinear"] == 16 + 12
+    assert [entry for node in model.graph.node for entry in node.metadata_props] == []
+
+
+def test_weights_are_stored_at_their_width(two_bit):
+    frozen, model, _ = two_bit
+    kinds = collections.Counter(tensor.data_type for tensor in model.graph.initializer)
+    assert kinds[onnx.TensorProto.INT2] == 10
+    tensor = next(t for t in model.graph.initializer if t.name == "blocks.0.mlp.fc1.weight_quantizer.onnx_codes")
+    assert list(tensor.dims) == [32, 128]  # turned: (in, out)
+    assert len(tensor.raw_data) == 32 * 128 // 4
+    codes = unpack_codes(torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.uint8), 2, (32, 128), signed=True)
+    assert torch.equal(codes.T, tiny.sites(frozen)["blocks.0.mlp.fc1.weight_quantizer"].quantizer.codes())
+
+
+def test_any_number_of_images(two_bit):
+    frozen, _, path = two_bit
+    session = open_session(path)
+    for n in (1, 2, 7):
+        torch.testing.assert_close(logits_of(session, tiny.images(n)), frozen(tiny.images(n)), rtol=0, atol=1e-5)
+
+
+def test_one_image_at_a_time(tmp_path):
+    frozen = qat.freeze(made(RECIPES["ofq_2bit"]))
+    file(frozen, tiny.images(1), tmp_path / "net.onnx", shape=Shape(batch=False))
+    session = open_session(tmp_path / "net.onnx")
+    assert session.get_inputs()[0].shape == [1, *tiny.SIZE]
+    torch.testing.assert_close(logits_of(session, tiny.images(3)), frozen(tiny.images(3)), rtol=0, atol=1e-5)
+
+
+def test_quantizers_are_called_what_they_are(two_bit):
+    frozen, model, _ = two_bit
+    logits, seen = Transparent(model).run(tiny.images(4))
+    assert set(seen) == {site.name for site in qat.iter_quantizers(frozen) if not site.is_weight}
+    torch.testing.assert_close(logits, frozen(tiny.images(4)), rtol=0, atol=1e-5)
+
+
+def test_a_file_that_was_changed_does_not_pass(two_bit, tmp_path):
+    frozen, model, _ = two_bit
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    tensor = next(t for t in changed.graph.initializer if t.name.endswith("blocks.1.mlp.fc1.weight_quantizer.onnx_codes"))
+    tensor.raw_data = bytes(255 - byte for byte in tensor.raw_data)
+    onnx.save(changed, tmp_path / "net.onnx")
+    problem = check_onnx(frozen, frozen, tmp_path / "net.onnx", [tiny.images(4)]).problem
+    assert problem == "ORT_ENABLE_BASIC: codes of blocks.1.mlp.fc2.input_quantizer differ away from a threshold"
+
+
+def test_sessions_are_timed_in_turns(two_bit):
+    _, _, path = two_bit
+    found = milliseconds({"a": open_session(path), "b": open_session(path)}, tiny.images(1), 3)
+    assert set(found) == {"a", "b"}
+    assert all(0 < time < 1000 for time in found.values())
+
+
+def test_mistakes_are_one_line():
+    net = made(RECIPES["ofq_2bit"])
+    with pytest.raises(qat.UsageError, match="to_onnx: the net is not frozen"):
+        to_onnx(net, tiny.images(1))
+    with pytest.raises(qat.UsageError, match="opset=24: too low"):
+        to_onnx(qat.freeze(net), tiny.images(1), opset=24)
+    with pytest.raises(qat.UsageError, match="opset=99: allowed are whole numbers from 20 to 28"):
+        to_onnx(qat.freeze(net), tiny.images(1), opset=99)
+
+
+def _torch_exports(name, attention, *, dynamic):
+    family = FAMILIES[name]
+    net = qat.convert(family.build(), qat.recipe("ofq", bits=2, attention=attention), input_size=family.input_size)
+    frozen = qat.freeze(qat.initialize_scales(net, [family.images(4)]))
+    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
+    program = torch.export.export(frozen, (family.images(3),), strict=True, dynamic_shapes=shapes)
+    for n in (1, 3, 5) if dynamic else (3,):
+        assert torch.equal(program.module()(family.images(n)), frozen(family.images(n)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_exports_a_frozen_net(dynamic):
+    _torch_exports("deit", "qkr", dynamic=dynamic)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("name", "attention"), [("deit", "standard"), ("swin", "qkr"), ("swin", "standard")])
+def test_torch_exports_other_frozen_nets(name, attention, dynamic):
+    _torch_exports(name, attention, dynamic=dynamic)

@@ -1,0 +1,81 @@
+"""How codes are stored in ONNX. Oracle: the frozen weight, bit for bit."""
+
+import pytest
+import torch
+
+import qat
+from qat.export.weights import needed_opset, stored_form
+from qat.frozen import FrozenWeight
+from tests import tiny
+from tests.frozen.test_freeze import made
+
+
+def weights(recipe):
+    return {name: module for name, module in qat.freeze(made(recipe)).named_modules() if isinstance(module, FrozenWeight)}
+
+
+def value(form):
+    codes = form.codes if form.zero_point is None else form.codes.int() - form.zero_point.int().view(-1, *[1] * (form.codes.ndim - 1))
+    rows = [-1, *[1] * (form.codes.ndim - 1)]
+    y = codes * form.scale.view(rows)
+    return y if form.constant is None else y + form.constant.view(rows)
+
+
+STATSQ = {  # bits: type, lowest and highest stored number, is half a step added
+    2: ("INT2", -2, 1, True),
+    3: ("INT4", -7, 7, False),
+    4: ("INT4", -8, 7, True),
+    5: ("INT8", -31, 31, False),
+    7: ("INT8", -127, 127, False),
+    8: ("INT8", -128, 127, True),
+}
+
+
+@pytest.mark.parametrize("bits", STATSQ)
+def test_statsq(bits):
+    weight = weights(qat.recipe("ofq", bits=bits))["blocks.0.mlp.fc2.weight_quantizer"]
+    kind, lowest, highest, added = STATSQ[bits]
+    form = stored_form(weight)
+    assert (form.kind, form.constant is not None) == (kind, added)
+    assert lowest <= form.codes.min() <= form.codes.max() <= highest
+    torch.testing.assert_close(value(form), weight(), rtol=2e-7, atol=1e-9)
+
+
+def test_two_bits_as_odd_numbers():
+    weight = weights(qat.recipe("ofq", bits=2))["blocks.0.mlp.fc2.weight_quantizer"]
+    form = stored_form(weight, "int4")
+    assert (form.kind, form.constant) == ("INT4", None)
+    assert form.codes.unique().tolist() == [-3, -1, 1, 3]
+    assert torch.equal(value(form), weight())
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(2, "INT2"), (3, "INT4"), (4, "INT4"), (8, "INT8")])
+def test_lsq_has_no_half_step(bits, kind):
+    for weight in weights(qat.recipe("lsq", bits=bits)).values():
+        if weight.spec.bits == bits:
+            form = stored_form(weight)
+            assert (form.kind, form.constant, form.zero_point) == (kind, None, None)
+            assert torch.equal(value(form), weight())
+
+
+def test_ranges_with_a_zero_point_are_unsigned():
+    net = qat.convert(tiny.vit(), qat.PtqRecipe(bits=4, bias_correction=True), input_size=tiny.SIZE)
+    qat.ptq.calibrate(net, [tiny.images()])
+    for module in qat.freeze(net.eval()).modules():
+        if isinstance(module, FrozenWeight):
+            form = stored_form(module)
+            assert form.kind == "UINT4"
+            assert 0 <= form.zero_point.min() <= form.zero_point.max() <= 15
+            torch.testing.assert_close(value(form), module(), rtol=1e-6, atol=1e-8)
+
+
+def test_the_opset_follows_from_the_types():
+    forms = {name: stored_form(weight) for name, weight in weights(qat.recipe("ofq", bits=2)).items()}
+    assert needed_opset(forms, None, 20) == 25
+    assert needed_opset(forms, 26, 20) == 26
+    with pytest.raises(qat.UsageError, match=r"opset=21: too low, blocks.* is stored as INT2 needs 25; allowed are whole numbers from 25"):
+        needed_opset(forms, 21, 20)
+    forms = {name: stored_form(weight) for name, weight in weights(qat.recipe("ofq", bits=8)).items()}
+    assert needed_opset(forms, None, 20) == 20
+    with pytest.raises(qat.UsageError, match="opset=17: too low, the graph needs 20"):
+        needed_opset(forms, 17, 20)

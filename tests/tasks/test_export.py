@@ -1,0 +1,148 @@
+"""`export.py`. Oracle: the checkpoint's own logits; what is left where a file disagrees."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+import qat
+import qat.export.artefact
+from qat.export.session import SESSION_OPTIONS, logits_of, open_session
+from qat.tasks.export import export
+from tests.conftest import ROOT, compose, results, train
+
+
+def exported(run_dir, *overrides):
+    export(compose("export", f"run_dir={run_dir}", "images=24", "latency=2", *overrides))
+    return results(run_dir)
+
+
+def last(run):
+    return run / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tmp_path_factory, run_2bit):
+    run_dir = tmp_path_factory.mktemp("onnx")
+    return run_dir / "net.onnx", exported(run_dir, f"ckpt={last(run_2bit)}")
+
+
+@pytest.fixture(scope="module")
+def run_2bit(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("trained"), "quant=ofq_2bit")
+
+
+def test_an_onnx_file(onnx_file, run_2bit):
+    path, found = onnx_file
+    x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits_of(open_session(path), x), qat.load(last(run_2bit))(x), rtol=0, atol=1e-4)
+    assert (found["command"], found["quant"], found["opset"], found["agreement"]) == ("export", "ofq_2bit", 25, 100)
+    assert found["size_bytes"] == path.stat().st_size == found["bytes"]["this"] < found["bytes"]["float"]
+    assert set(found["latency_ms"]) == {"float", "int8", "this"}
+    assert list(path.parent.glob(".*")) == []
+
+
+def test_a_file_says_how_to_use_it(onnx_file):
+    path, _ = onnx_file
+    said = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert json.loads(said["qat.session_options"]) == SESSION_OPTIONS
+    assert json.loads(said["qat.classes"]) == [str(i) for i in range(10)]
+    assert json.loads(said["qat.preprocessing"])["size"] == 8
+    assert json.loads(said["qat"])["recipe"]["bits"] == 2
+
+
+def test_the_example_needs_no_torch(onnx_file, run_2bit, tmp_path):
+    path, _ = onnx_file
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (31, 40, 3), dtype=np.uint8)).save(tmp_path / "image.png")
+    blocked = "import sys; sys.modules['torch'] = sys.modules['torchvision'] = sys.modules['timm'] = None; import runpy;"
+    arguments = ["", str(path), str(tmp_path / "image.png")]
+    code = f"{blocked} sys.argv = {arguments!r}; runpy.run_path('examples/classify.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    net = qat.load(last(run_2bit))
+    shares = net(qat.transform(net)(tmp_path / "image.png")[None]).softmax(-1)[0]
+    expected = [f"{100 * shares[i]:5.1f} %  {i}" for i in shares.argsort(descending=True)[:5]]
+    assert done.stdout.splitlines() == expected
+
+
+def test_a_packed_file(run_2bit, tmp_path):
+    found = exported(tmp_path, f"ckpt={last(run_2bit)}", "format=packed")
+    x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    net = qat.load(tmp_path / "net.safetensors")
+    assert torch.equal(net(x), qat.freeze(qat.load(last(run_2bit)))(x))
+    assert found["size_bytes"] == (tmp_path / "net.safetensors").stat().st_size
+    assert (found["agreement"], found["file"]) == (100, str(tmp_path / "net.safetensors"))
+    again = exported(tmp_path / "again", f"ckpt={tmp_path}/net.safetensors", "format=packed")
+    assert again["size_bytes"] == found["size_bytes"]
+
+
+def test_a_file_that_disagrees_is_kept_under_another_name(run_2bit, tmp_path, monkeypatch):
+    def broken(path, *args):
+        net = qat.freeze(qat.load(last(run_2bit)))
+        net.head.bias.data.add_(torch.arange(10.0))
+        sizes = real(net, tmp_path / "broken.safetensors", *args[1:])
+        (tmp_path / "broken.safetensors").replace(path)
+        return sizes
+
+    real = qat.export.artefact.write_packed
+    monkeypatch.setattr(qat.export.artefact, "write_packed", lambda net, path, meta: broken(path, net, meta))
+    (tmp_path / "net.safetensors").write_text("the older one")
+    with pytest.raises(qat.UsageError, match=r"does not agree with the checkpoint \(qat.load: logits differ by .* kept as .*rejected"):
+        exported(tmp_path, f"ckpt={last(run_2bit)}", "format=packed", "overwrite=true")
+    assert (tmp_path / "net.safetensors").read_text() == "the older one"
+    assert (tmp_path / "net.safetensors.rejected").exists()
+
+
+MISTAKES = {
+    "ckpt is not set": [],
+    "ckpt='nowhere.ckpt': no such file": ["ckpt=nowhere.ckpt"],
+    "opset=21: too low, .* is stored as INT2 needs 25": ["opset=21"],
+    "opset='x': allowed are whole numbers from 1": ["opset=x"],
+    "format.two_bit='int3': allowed are int2, int4": ["format.two_bit=int3"],
+    "format.name='tflite': allowed are onnx, packed": ["format.name=tflite"],
+    "dynamic_batch='maybe': allowed are true and false": ["dynamic_batch=maybe"],
+    "dynamic_size=true: this net takes images of one size; .* model.args.dynamic_img_size=true": ["dynamic_size=true"],
+    "opset=25: only for format=onnx": ["format=packed", "opset=25"],
+    "images=0: allowed are whole numbers from 1": ["images=0"],
+    "file='net.bin': allowed with format=onnx is a name that ends in .onnx": ["file=net.bin"],
+    "split='all': allowed are train, val, test": ["split=all"],
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_mistakes_are_one_line(line, run_2bit, tmp_path):
+    ckpt = [] if line.startswith("ckpt") else [f"ckpt={last(run_2bit)}"]
+    with pytest.raises(qat.UsageError, match=line):
+        exported(tmp_path, *ckpt, *MISTAKES[line])
+    assert list(tmp_path.glob("net*")) == []
+
+
+def test_a_float_net_is_refused(tmp_path):
+    run = train(tmp_path / "fp", "quant=fp")
+    with pytest.raises(qat.UsageError, match="holds a float net; export.py writes quantized ones"):
+        exported(tmp_path, f"ckpt={last(run)}")
+
+
+def test_a_file_that_is_there_stays(onnx_file, run_2bit):
+    path, _ = onnx_file
+    before = path.read_bytes()
+    with pytest.raises(qat.UsageError, match="net.onnx is there already; overwrite=true replaces it"):
+        exported(path.parent, f"ckpt={last(run_2bit)}")
+    assert path.read_bytes() == before
+
+
+def test_without_the_extra_it_says_what_to_install(run_2bit, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(qat.UsageError, match=r"format=onnx: onnxscript is not installed; pip install 'qat\[export\]'"):
+        exported(tmp_path, f"ckpt={last(run_2bit)}")
+
+
+def test_a_scale_for_each_position_leaves_one_size(tmp_path):
+    sizes = ["model.args.dynamic_img_size=true", "quant.offsets=false"]
+    run = train(tmp_path / "run", "quant=ofq_2bit", *[f"++{one}" if one.startswith("model.args") else one for one in sizes])
+    with pytest.raises(qat.UsageError, match=r"dynamic_size=true: .* has a scale for each of \d+ positions; .* ptq.act_scales=tensor"):
+        exported(tmp_path, f"ckpt={last(run)}", "dynamic_size=true")
