@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qat.frozen import FrozenWeight
+from qat.frozen import FrozenActivation, FrozenWeight
 from qat.nn import QkrAttention, QuantAttention, ScoredAttention
 from qat.probing import probing
 from qat.products import watching
@@ -131,8 +131,8 @@ def size_bytes(net: nn.Module) -> int:
 def _stored(net: nn.Module) -> dict[str, Counter[str]]:
     """By module name, how much there is of each of the first fields of `ModuleCost`."""
     sums: dict[str, Counter[str]] = defaultdict(Counter)
-    masters: set[int] = set()
     sites = {site.name: site for site in iter_quantizers(net)}
+    masters = {id(site.quantizer.bounds) for site in sites.values() if isinstance(site.quantizer, FrozenActivation)}
     for site in sites.values():
         if not site.is_weight or site.quantizer.spec.bits == FLOAT_BITS:
             continue
@@ -145,7 +145,7 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
     for name, parameter in net.named_parameters():
         sums[_owner(name, sites)]["n_params"] += parameter.numel()
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        if id(tensor) not in masters and tensor.dtype.is_floating_point:
+        if id(tensor) not in masters:
             sums[_owner(name, sites)][_kind(name, sites)] += tensor.numel() * FLOAT_BYTES
     return sums
 
