@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-# Else a product of a float factor and a 4-bit weight is computed with that factor rounded to 8 bits.
-SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "0"}
+# The first has weights taken back to float once, when a file is opened, in place of at every call. Without both a product of a float factor
+# and a weight of few bits is computed with that factor rounded to 8 bits, if nothing stands between the weight and the product.
+SESSION_OPTIONS = {"session.disable_quant_qdq": "1", "session.qdq_matmulnbits_accuracy_level": "0"}
 OPTIONS_KEY = "qat.session_options"
 
 
