@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from qat.errors import UsageError
 from qat.nn.base import QuantModule
 from qat.quantizers import Quantizer
 
@@ -39,7 +40,10 @@ class Site:
 
         Raises:
             TypeError: the site is an activation, which has none.
+            UsageError: the net is frozen, so that its codes are all there is.
         """
+        if self.quantizer.held() is not None:
+            raise UsageError(f"{self.name} holds integer codes alone; the float weights are in the checkpoint that the net was frozen from")
         if not (self.is_weight and isinstance(self.owner, QuantModule)):
             raise TypeError(f"{self.name} quantizes an activation; only roles {', '.join(WEIGHT_ROLES)} have a float master")
         return self.owner.latent(self.role)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qat.biases import grow_biases, grown_biases
 from qat.checkpoint import Checkpoint, build_from
 from qat.errors import UsageError
+from qat.frozen import is_frozen
 from qat.signature import check_arguments
 from qat.transfer import timm_state_dict
 
@@ -191,8 +192,10 @@ def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin
     """Start from a net of any recipe; its scales may be copied after conversion.
 
     Raises:
-        UsageError: see `from_state`; another class count needs `reset_head`.
+        UsageError: see `from_state`; another class count needs `reset_head`; the net is frozen.
     """
+    if is_frozen(source):
+        raise UsageError(f"{origin}: holds integer codes alone; allowed is the checkpoint that it was exported from")
     state, biases = timm_state_dict(source), grown_biases(source)
     start = from_state(model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases)
     start.source = source

@@ -11,6 +11,7 @@ from qat.checkpoint import describe
 from qat.cost import cost
 from qat.frozen.packed import write_packed
 from qat.functional.packing import packed_size
+from qat.start import from_net
 from tests import tiny
 from tests.frozen.test_freeze import RECIPES, made
 from tests.nets import FAMILIES
@@ -113,3 +114,12 @@ def test_damage_is_one_line(tmp_path):
     path.write_bytes(whole[:start] + b"AAAA" + whole[start + 4 :])
     with pytest.raises(qat.UsageError, match="not a checkpoint that can be read safely"):
         qat.load(path)
+
+
+def test_nothing_goes_on_from_codes_alone(tmp_path):
+    written(qat.freeze(made(RECIPES["ofq_2bit"])), tmp_path / "net.safetensors")
+    net = qat.load(tmp_path / "net.safetensors")
+    with pytest.raises(qat.UsageError, match=r"ckpt='net': holds integer codes alone; allowed is the checkpoint that it was exported from"):
+        from_net(tiny.VIT, tiny.KWARGS, net, origin="ckpt='net'", reset_head=False)
+    with pytest.raises(qat.UsageError, match="weight_quantizer holds integer codes alone; the float weights are in the checkpoint"):
+        next(site for site in qat.iter_quantizers(net) if site.is_weight).latent()
