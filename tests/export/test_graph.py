@@ -5,9 +5,11 @@ import json
 
 import onnx
 import pytest
+import timm
 import torch
 
 import qat
+from qat.export.artefact_onnx import check_size
 from qat.export.check import check_onnx
 from qat.export.graph import Shape, to_onnx
 from qat.export.session import OPTIONS_KEY, SESSION_OPTIONS, Transparent, logits_of, milliseconds, open_session
@@ -107,6 +109,21 @@ def test_one_image_at_a_time(tmp_path):
     session = open_session(tmp_path / "net.onnx")
     assert session.get_inputs()[0].shape == [1, *tiny.SIZE]
     torch.testing.assert_close(logits_of(session, tiny.images(3)), frozen(tiny.images(3)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_images_of_any_size(tmp_path):
+    torch.manual_seed(0)
+    net = timm.create_model(tiny.VIT, **tiny.KWARGS, dynamic_img_size=True).eval()
+    qat.convert(net, qat.PtqRecipe(bits=4, act_bits=8, placement="inputs"), input_size=tiny.SIZE)
+    qat.ptq.calibrate(net, [tiny.images()])
+    frozen = qat.freeze(net.eval())
+    check_size(frozen)
+    file(frozen, tiny.images(1), tmp_path / "net.onnx", shape=Shape(size=True))
+    session = open_session(tmp_path / "net.onnx")
+    for height, width in ((8, 8), (16, 8), (12, 20)):
+        x = torch.randn(3, 1, height, width, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(logits_of(session, x), frozen(x), rtol=0, atol=5e-3)  # a value on a threshold is a step of 8 bits
 
 
 def test_quantizers_are_called_what_they_are(two_bit):

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -15,6 +16,8 @@ import qat.export.artefact
 from qat.export.session import SESSION_OPTIONS, logits_of, open_session
 from qat.tasks.export import export
 from tests.conftest import ROOT, compose, results, train
+
+SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 24, "depth": 1, "num_heads": 3}
 
 
 def exported(run_dir, *overrides):
@@ -125,6 +128,13 @@ def test_a_float_net_is_refused(tmp_path):
     run = train(tmp_path / "fp", "quant=fp")
     with pytest.raises(qat.UsageError, match="holds a float net; export.py writes quantized ones"):
         exported(tmp_path, f"ckpt={last(run)}")
+
+
+def test_scales_that_were_never_set_are_refused(tmp_path):
+    net = qat.convert(timm.create_model("vit_tiny_patch16_224", **SMALL), qat.recipe("ofq", bits=2), input_size=(1, 8, 8))
+    qat.save(net, tmp_path / "net.ckpt")
+    with pytest.raises(qat.UsageError, match="scales of patch_embed.proj.input_quantizer are not initialised"):
+        exported(tmp_path / "run", f"ckpt={tmp_path}/net.ckpt")
 
 
 def test_a_file_that_is_there_stays(onnx_file, run_2bit):
