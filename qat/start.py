@@ -20,6 +20,7 @@ from qat.checkpoint import Checkpoint, build_from
 from qat.errors import UsageError
 from qat.frozen import is_frozen
 from qat.signature import check_arguments
+from qat.sites import iter_quantizers
 from qat.transfer import timm_state_dict
 
 HUB_TIMEOUT_S = 4
@@ -171,9 +172,14 @@ def from_state(
 
 def check_finite(net: nn.Module, origin: str) -> None:
     """Raise `UsageError` if a weight of a net from `origin` is NaN or infinite: whatever it computes would be, too."""
-    damaged = next((name for name, weight in net.named_parameters() if not weight.isfinite().all()), None)
-    if damaged is not None:
-        raise UsageError(f"{origin}: its weight {damaged} holds NaN or infinity; take an earlier checkpoint")
+    damaged = {name: weight for name, weight in net.named_parameters() if not weight.isfinite().all()}
+    if not damaged:
+        return
+    unset = {f"{site.name}.{name}": site for site in iter_quantizers(net) for name, _ in site.quantizer.named_parameters()}
+    if all(name in unset and weight.isnan().all() for name, weight in damaged.items()):
+        site = unset[next(iter(damaged))]
+        raise UsageError(f"{origin}: scales of {site.name} are not initialised; call qat.initialize_scales(net, batches) and save again")
+    raise UsageError(f"{origin}: its weight {next(iter(damaged))} holds NaN or infinity; take an earlier checkpoint")
 
 
 def from_checkpoint(model: str, kwargs: Mapping[str, Any], checkpoint: Checkpoint, *, reset_head: bool) -> Start:

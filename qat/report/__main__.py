@@ -25,7 +25,7 @@ def main(run_dirs: list[str]) -> int:
     try:
         Console().print(table(collect(run_dirs)))
     except UsageError as error:
-        Console(stderr=True).print(f"error: {error}")
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False)
         return 1
     return 0
 

@@ -71,4 +71,6 @@ def test_command(tmp_path, capsys):
     assert "90.00" in capsys.readouterr().out
     assert main([]) == 2
     assert main([str(tmp_path / "no")]) == 1
-    assert "no results there" in capsys.readouterr().err.replace("\n", "")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {tmp_path / 'no'}")
+    assert "no results there" in line
