@@ -85,7 +85,7 @@ def _of_command(done: Done) -> tuple[dict[str, float], dict[str, Any], dict[str,
     if command in {"train", "peers"}:
         return metrics | _oscillation(place) | _kurtosis(place), _courses(place), {}
     if command == "ptq":
-        return metrics | _search(place), {}, {}
+        return metrics | _search(results.get("search") or {}), {}, {}
     if command == "analyze":
         return _analysis(results, place)
     return metrics, {}, {}
@@ -149,14 +149,9 @@ def _thin(points: list[Any]) -> list[Any]:
     return points[::-1][::stride][::-1]
 
 
-def _search(place: Path) -> dict[str, float]:
-    """First and last fitness of a search."""
-    path = place / "search.csv"
-    if not path.exists():
-        return {}
-    rows = list(csv.DictReader(path.open(encoding="utf-8")))
-    values = [float(row["best"]) for row in rows if row.get("best")]
-    return {"fitness_before": values[0], "fitness": values[-1]} if values else {}
+def _search(found: Mapping[str, Any]) -> dict[str, float]:
+    """First and last fitness of a search, and what it cost."""
+    return {key: found[key] for key in ("fitness_before", "fitness", "evaluations", "images") if key in found}
 
 
 def _analysis(results: dict[str, Any], place: Path) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
