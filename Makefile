@@ -128,8 +128,14 @@ peers: $(PEERS)/.ready ## training steps of torchao, brevitas, ModelOpt and torc
 extras-cost: $(READY) ## share of kurtosis regularization and of the tracking of oscillation in a training step of DeiT-T (2 minutes)
 	@$(LOGGED) $(BIN)/python benchmarks/extras_cost.py | tee docs/logs/extras-cost.log
 
-export-table: $(READY) ## bytes, agreement and time of exported files: a trained net (CKPT=PATH), DeiT-T, DeiT-S and Swin-T at 8, 4, 3 and 2 bits
-	@PYTHONPATH=. $(BIN)/python benchmarks/export_table.py $(CKPT)
+EXPORTS := outputs/exports
+export-table: $(READY) ## bytes, agreement and time of exported files: the demo's net and DeiT-T, DeiT-S and Swin-T at 8, 4, 3 and 2 bits; CKPT=PATHS (25 minutes)
+	test -f $(EXPORTS)/fp/checkpoints/best.ckpt || $(BIN)/python train.py experiment=demo_fp run_dir=$(EXPORTS)/fp overwrite=true
+	for bits in 8 4 3 2; do \
+	  test -f $(EXPORTS)/w$$bits/checkpoints/last.ckpt || $(BIN)/python train.py experiment=demo_ofq_2bit quant.bits=$$bits quant.act_bits=$$bits \
+	    trainer.max_epochs=10 ckpt=$(EXPORTS)/fp/checkpoints/best.ckpt run_dir=$(EXPORTS)/w$$bits overwrite=true || exit 1; \
+	done
+	@PYTHONPATH=. $(BIN)/python benchmarks/export_table.py $(CKPT) $(foreach bits,8 4 3 2,$(EXPORTS)/w$(bits)/checkpoints/last.ckpt)
 
 startup: $(READY) ## seconds until the commands answer and until the first training step, medians of five (3 minutes)
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/startup.py

@@ -1,6 +1,7 @@
 """The table of docs/deployment.md: bytes, agreement and time of exported files, of a trained net and of full-size nets with random weights.
 
-`python benchmarks/export_table.py [CKPT]`; a checkpoint is written as it is, beside DeiT-T, DeiT-S and Swin-T at 8, 4, 3 and 2 bits.
+`python benchmarks/export_table.py [CKPT ...]`: checkpoints as they are, on the whole test set; behind them DeiT-T, DeiT-S and Swin-T at
+8, 4, 3 and 2 bits.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from pathlib import Path
 
 import timm
 import torch
+from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 import qat
 from qat.checkpoint import describe
-from qat.conversion import conversion_of
 from qat.export.artefact import packed_artefact
 from qat.export.artefact_onnx import OnnxSettings, onnx_artefact
 from qat.export.check import table
+from qat.tasks.evaluate import build_subject
+from qat.tasks.predict import Subject
 
 NETS = {"DeiT-T": "deit_tiny_patch16_224", "DeiT-S": "deit_small_patch16_224", "Swin-T": "swin_tiny_patch4_window7_224"}
 SIZE = (3, 224, 224)
@@ -29,7 +32,7 @@ PREPROCESSING = {"size": 224, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolatio
 def main() -> None:
     """Print a row a file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("ckpt", nargs="?", type=Path)
+    parser.add_argument("ckpt", nargs="*", help="checkpoints of train.py or ptq.py")
     parser.add_argument("--nets", nargs="*", default=list(NETS), choices=NETS)
     parser.add_argument("--bits", nargs="*", type=int, default=[8, 4, 3, 2])
     parser.add_argument("--images", type=int, default=16, help="of noise, that each file and its net are run on")
@@ -37,15 +40,15 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     rows: dict[str, dict[str, str]] = {}
-    if args.ckpt:
-        net = qat.load(args.ckpt)
-        done = conversion_of(net)
-        if done is None:
-            parser.error(f"{args.ckpt} holds a float net")
-        rows |= row(f"{args.ckpt}", net, torch.randn(args.images, *done.input_size), args.latency)
+    for ckpt in args.ckpt:
+        subject = subject_of(ckpt)
+        recipe = subject.recipe
+        rows |= row(f"{ckpt}, W{recipe.bits} A{recipe.act_bits}", subject.net, test_images(subject), args.latency)
     for name in args.nets:
         for bits in args.bits:
-            rows |= row(f"{name}, W{bits} A{bits}", random_net(NETS[name], bits), torch.randn(args.images, *SIZE), args.latency)
+            rows |= row(
+                f"{name}, W{bits} A{bits}", random_net(NETS[name], bits), list(torch.randn(args.images, *SIZE).split(8)), args.latency
+            )
     print(table(rows))
 
 
@@ -60,10 +63,21 @@ def random_net(name: str, bits: int) -> nn.Module:
     return net.eval()
 
 
-def row(name: str, net: nn.Module, images: Tensor, latency: int) -> dict[str, dict[str, str]]:
+def subject_of(ckpt: str) -> Subject:
+    """What `eval.py ckpt=...` would run: the net and its data."""
+    with initialize_config_dir(str(Path(qat.__file__).parents[1] / "conf"), version_base="1.3"):
+        return build_subject(compose("eval", [f"ckpt={ckpt}"]))
+
+
+def test_images(subject: Subject) -> list[Tensor]:
+    """The whole test set, in batches."""
+    return [images for images, _ in subject.data.sample("test", None)]
+
+
+def row(name: str, net: nn.Module, batches: list[Tensor], latency: int) -> dict[str, dict[str, str]]:
     """One net in both formats."""
     frozen = qat.freeze(net)
-    meta, batches = describe(frozen), list(images.split(8))
+    meta = describe(frozen)
     with tempfile.TemporaryDirectory() as folder:
         packed = packed_artefact(Path(folder) / "net.safetensors", frozen, net, meta, batches)
         size = (Path(folder) / "net.safetensors").stat().st_size

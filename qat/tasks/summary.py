@@ -10,6 +10,7 @@ from torch import nn
 
 from qat.conversion import ConversionReport
 from qat.data import ImageData
+from qat.frozen import FrozenWeight
 from qat.lit import scaled_lr
 from qat.lit.estimate import StepCost
 from qat.ptq_spec import PtqRecipe
@@ -23,8 +24,8 @@ def lines(title: str, entries: dict[str, str]) -> str:
 
 
 def describe_model(name: str, net: nn.Module, data: ImageData) -> str:
-    """Name, parameters, image and token count."""
-    params = sum(p.numel() for p in net.parameters())
+    """Name, parameters (those that are integer codes among them) and size of the images."""
+    params = sum(p.numel() for p in net.parameters()) + sum(m.stored.numel() for m in net.modules() if isinstance(m, FrozenWeight))
     chans, height, width = data.input_size
     return f"{name}, {params / 1e6:.2f} M parameters, images {chans} x {height} x {width}"
 
