@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from qat.checkpoint import built_alike
 from qat.conversion import conversion_of
-from qat.errors import UsageError
 from qat.export.artefact import Written
 from qat.export.check import check_onnx, table
 from qat.export.graph import ANY_BATCH, LOWEST_OPSET, Shape, export_graph, to_onnx
 from qat.export.session import OPTIONS_KEY, SESSION_OPTIONS, milliseconds, open_session
 from qat.files import replacing
-from qat.frozen import FrozenActivation
 from qat.spec import recipe
 
 if TYPE_CHECKING:
@@ -63,10 +61,8 @@ def onnx_artefact(
         settings: of the file.
 
     Raises:
-        UsageError: see `to_onnx` and `check_size`.
+        UsageError: see `to_onnx`.
     """
-    if settings.dynamic_size:
-        check_size(frozen)
     image, shape = images[0][:1], Shape(settings.dynamic_batch, settings.dynamic_size)
     model = to_onnx(frozen, image, opset=settings.opset, shape=shape, two_bit=settings.two_bit)
     describe_file(model, meta)
@@ -79,24 +75,6 @@ def onnx_artefact(
         share = f"{100 * checked.plain:.0f} % of the images"
         notes.insert(1, f"a session without the options {json.dumps(SESSION_OPTIONS)} gives other logits on {share}")
     return Written(checked, "\n".join(notes), {"opset": opset, "session_options": SESSION_OPTIONS, **measured})
-
-
-def check_size(frozen: nn.Module) -> None:
-    """Raise `UsageError` unless a net takes images of any size, with scales that do not count its tokens."""
-    if not getattr(frozen, "dynamic_img_size", True):
-        raise UsageError(
-            "dynamic_size=true: this net takes images of one size; allowed is false, or a net with model.args.dynamic_img_size=true"
-        )
-    for name, module in frozen.named_modules():
-        if not isinstance(module, FrozenActivation):
-            continue
-        if module.axis is not None and module.scale.numel() > 1 and module.spec.role != "image":
-            raise UsageError(
-                f"dynamic_size=true: {name} has a scale for each of {module.scale.numel()} positions; allowed is false,"
-                " or a net of ptq.py with ptq.act_scales=tensor"
-            )
-        if module.spec.role == "image" and any(t is not None for t in (module.before, module.after)):
-            raise UsageError(f"dynamic_size=true: {name} has an offset for each pixel; allowed is false, or a net with quant.offsets=false")
 
 
 def describe_file(model: onnx.ModelProto, meta: Mapping[str, Any]) -> None:

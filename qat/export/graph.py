@@ -45,6 +45,24 @@ def require_onnx() -> None:
     del onnx, onnxruntime
 
 
+def check_size(frozen: nn.Module) -> None:
+    """Raise `UsageError` unless a net takes images of any size, with scales that do not count its tokens."""
+    if not getattr(frozen, "dynamic_img_size", True):
+        raise UsageError(
+            "dynamic_size=true: this net takes images of one size; allowed is false, or a net with model.args.dynamic_img_size=true"
+        )
+    for name, module in frozen.named_modules():
+        if not isinstance(module, FrozenActivation):
+            continue
+        if module.axis is not None and module.scale.numel() > 1 and module.spec.role != "image":
+            raise UsageError(
+                f"dynamic_size=true: {name} has a scale for each of {module.scale.numel()} positions; allowed is false,"
+                " or a net of ptq.py with ptq.act_scales=tensor"
+            )
+        if module.spec.role == "image" and any(t is not None for t in (module.before, module.after)):
+            raise UsageError(f"dynamic_size=true: {name} has an offset for each pixel; allowed is false, or a net with quant.offsets=false")
+
+
 class Shape(NamedTuple):
     """Which sizes of a file's input are free.
 

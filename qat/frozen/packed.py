@@ -25,6 +25,8 @@ from qat.frozen.quantizers import FrozenWeight
 from qat.functional.packing import pack_codes, packed_size, unpack_codes
 
 FORMAT = "packed-1"
+# What a file that lies of itself may ask for: bytes of its index, numbers of its constant tensors.
+MOST_INDEX, MOST_CONSTANT = 2**26, 2**26
 _BYTES_OF_FLOAT = 4
 _BITS_OF_BYTE = 8
 
@@ -88,8 +90,8 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> S
             index.append([name, shape, "f", str(tensor.dtype).removeprefix("torch.")])
             sums[_kind(name)] += _BYTES_OF_FLOAT * tensor.numel()
     packed = base64.b64encode(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)).decode()
-    metadata = {"format": FORMAT, "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed}
     tensors = {"codes": torch.cat([torch.zeros(0, dtype=torch.uint8), *codes]), "floats": torch.cat([torch.zeros(0), *floats])}
+    metadata = {"format": FORMAT, "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed, "crc32": _checksum(**tensors)}
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
     return Sizes(**sums, header=Path(path).stat().st_size - sum(sums.values()))
@@ -100,6 +102,23 @@ def _kind(name: str) -> str:
     if "_quantizer." not in name:
         return "offsets" if last == "product_offset" else "rest"
     return "offsets" if last in {"before", "after"} else "scales"
+
+
+def _checksum(codes: Tensor, floats: Tensor) -> str:
+    """CRC-32 of all bytes of the two tensors, in this order, as eight digits."""
+    return f"{zlib.crc32(floats.numpy().tobytes(), zlib.crc32(codes.numpy().tobytes())):08x}"
+
+
+def _index_of(metadata: Mapping[str, str]) -> list[Any]:
+    inflating = zlib.decompressobj()
+    text = inflating.decompress(base64.b64decode(metadata["index"]), MOST_INDEX)
+    if not inflating.eof:
+        raise ValueError("its index is cut short, or too long")
+    index: list[Any] = json.loads(text)
+    constants = sum(torch.Size(shape).numel() for _, shape, kind, *_ in index if kind == "c")
+    if constants > MOST_CONSTANT:
+        raise ValueError(f"its index asks for {constants} numbers that it does not hold")
+    return index
 
 
 def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -116,7 +135,9 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         if metadata.get("format") != FORMAT:
             raise UsageError(f"{str(path)!r}: format {metadata.get('format')!r}; this version of qat reads {FORMAT!r}")
         codes, floats = file.get_tensor("codes"), file.get_tensor("floats")
-    index = json.loads(zlib.decompress(base64.b64decode(metadata["index"])))
+    if _checksum(codes, floats) != metadata["crc32"]:
+        raise ValueError("it is damaged: its checksum does not fit")
+    index = _index_of(metadata)
     state, at = {}, {"codes": 0, "floats": 0}
     for name, shape, kind, *more in index:
         if kind == "c":

@@ -52,9 +52,10 @@ GROUPS = (
     "checkpoint",
     "loss.terms",
     "loss.regularizers",
+    "format",
 )
 INITS = ("full", "reference")
-OPTIONAL_GROUPS = ("callbacks", "logger", "search", "analysis", "format")
+OPTIONAL_GROUPS = ("callbacks", "logger", "search", "analysis")
 MISSING = object()
 COMMANDS = ("train", "eval", "ptq", "analyze", "export")
 SPLITS = ("train", "val", "test")
@@ -80,7 +81,8 @@ def check_settings(cfg: DictConfig) -> None:
         check_path(name, OmegaConf.select(cfg, name))
     _check_keys_of_groups(cfg)
     _check_file_settings(cfg)
-    check_trainer(cfg.trainer)
+    if cfg.command != "export":
+        check_trainer(cfg.trainer)
 
 
 def _check_groups(cfg: DictConfig) -> None:

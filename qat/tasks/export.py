@@ -15,6 +15,8 @@ from qat.checkpoint import describe
 from qat.conversion import conversion_of
 from qat.errors import UsageError
 from qat.export.artefact import Written, packed_artefact
+from qat.export.graph import check_size, require_onnx
+from qat.export.weights import TWO_BIT
 from qat.files import write_text
 from qat.frozen import freeze, is_frozen
 from qat.inference import data_config
@@ -53,6 +55,8 @@ def export(cfg: DictConfig) -> float:
     if conversion_of(subject.net) is None:
         raise UsageError(f"ckpt={origin(cfg)!r}: holds a float net; export.py writes quantized ones, of train.py and ptq.py")
     frozen = subject.net if is_frozen(subject.net) else freeze(subject.net)
+    if cfg.dynamic_size:
+        check_size(frozen)
     images = _images(cfg, subject)
     log.info(summary.lines("qat: export", _entries(cfg, subject, target, images)))
     write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
@@ -77,7 +81,7 @@ def _check(cfg: DictConfig) -> None:
     name = cfg.format.get("name")
     check_choice("format.name", name, tuple(FORMATS))
     check_keys("format", build.plain(cfg.format), FORMATS[name])
-    for flag in ("dynamic_batch", "dynamic_size"):
+    for flag in ("dynamic_batch", "dynamic_size", "overwrite"):
         check_flag(flag, cfg[flag])
     for count, lowest in (("images", 1), ("opset", 1), ("latency", 0), ("threads", 1)):
         if cfg[count] is not None or count in {"latency", "threads"}:
@@ -96,9 +100,6 @@ def _check_packed(cfg: DictConfig) -> None:
 
 
 def _check_onnx(cfg: DictConfig) -> None:
-    from qat.export.graph import require_onnx  # an extra
-    from qat.export.weights import TWO_BIT
-
     require_onnx()
     check_choice("format.two_bit", cfg.format.two_bit, TWO_BIT)
 

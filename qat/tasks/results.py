@@ -101,7 +101,7 @@ def sizes(costs: Cost) -> dict[str, Any]:
 
 def _device(cfg: DictConfig) -> str:
     """What computes, by its name."""
-    if _selected(cfg, "trainer.accelerator") != "cpu" and torch.cuda.is_available():
+    if _selected(cfg, "trainer.accelerator") not in {"cpu", None} and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"

@@ -83,6 +83,7 @@ NUMBERS = {
     "data.mixup_switch_prob": "zero",
     "data.num_workers": "zero",
     "data.memory_mb": "zero fraction huge",
+    "latency": "zero",
     "model.args.drop_path_rate": "zero",
     "loss.kure": "zero fraction huge",
     "loss.grad_l1": "zero fraction huge",

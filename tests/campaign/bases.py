@@ -29,7 +29,7 @@ def _of(command, task):
     return lambda name, groups, *overrides: (name, task, groups, (command, *overrides))
 
 
-_evaluate, _ptq, _analyze = _of("eval", "evaluate"), _of("ptq", "ptq"), _of("analyze", "analyze")
+_evaluate, _ptq, _analyze, _export = _of("eval", "evaluate"), _of("ptq", "ptq"), _of("analyze", "analyze"), _of("export", "export")
 _SMALL_PTQ = ("data.calibration_images=8", "ptq.batch=4")
 _TINY_MODEL = ("model=vit_tiny_demo", "++model.args.depth=1", "++model.args.embed_dim=24")
 
@@ -69,6 +69,8 @@ TABLE = (
     ),
     _analyze("analyze oscillation", ("analysis",), f"ckpt={QUANTIZED}", "analysis=oscillation"),
     _analyze("analyze", (), f"ckpt={QUANTIZED}", "images=8", "analysis=robustness"),
+    _export("export", (), f"ckpt={QUANTIZED}", "images=8"),
+    _export("export packed", ("format", "file"), f"ckpt={QUANTIZED}", "images=8", "format=packed"),
 )
 
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf, open_dict
 from tests.campaign.checkpoints import STOPPED, UNREADABLE, WRONG, cut_safetensors
 from tests.conftest import compose, tiny
 
-COMMANDS = ("eval", "train", "ptq", "analyze")
+COMMANDS = ("eval", "train", "ptq", "analyze", "export")
 TASKS = {"eval": "evaluate"}
 # A float net has no input_size of its own, and a training run its own data.
 ALLOWED = {

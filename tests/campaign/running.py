@@ -12,7 +12,7 @@ from unittest import mock
 import sklearn.datasets
 
 from qat.lit import QATModule
-from qat.tasks import analyze, cli, predict, ranks, results
+from qat.tasks import analyze, cli, export, predict, ranks, results
 
 LIMIT_S = 20
 LEDGER = "points.jsonl"
@@ -69,6 +69,7 @@ def no_steps():
             (predict._Ranking, "predict_step", stop),
             (analyze, "measure", stop),
             (analyze, "write_outcome", stop),
+            (export, "_write", stop),
             (ranks, "supervise", stop),
             (results, "_git_commit", lambda: None),
             (sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits)),

@@ -9,9 +9,8 @@ import timm
 import torch
 
 import qat
-from qat.export.artefact_onnx import check_size
 from qat.export.check import check_onnx
-from qat.export.graph import Shape, to_onnx
+from qat.export.graph import Shape, check_size, to_onnx
 from qat.export.session import OPTIONS_KEY, SESSION_OPTIONS, Transparent, logits_of, milliseconds, open_session
 from qat.functional.packing import unpack_codes
 from tests import tiny

@@ -1,9 +1,12 @@
 """Packed files. Oracle: the frozen net that was written, bit for bit; the sum of its parts."""
 
+import base64
 import json
+import zlib
 
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 
 import qat
@@ -110,9 +113,34 @@ def test_damage_is_one_line(tmp_path):
     path.write_bytes(whole.replace(b'"format":"packed-1"', b'"format":"packed-9"'))
     with pytest.raises(qat.UsageError, match="format 'packed-9'; this version of qat reads 'packed-1'"):
         qat.load(path)
+    path.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    with pytest.raises(qat.UsageError, match="checksum does not fit"):
+        qat.load(path)
     start = whole.index(b'"index":"') + 20
     path.write_bytes(whole[:start] + b"AAAA" + whole[start + 4 :])
     with pytest.raises(qat.UsageError, match="not a checkpoint that can be read safely"):
+        qat.load(path)
+
+
+@pytest.mark.parametrize(
+    ("index", "line"),
+    [
+        ([["head.weight", [2**40], "c", 0.0, "float32"]], "asks for 1099511627776 numbers"),
+        ([["x" * 2**26, [1], "f", "float32"]], "cut short, or too long"),
+        ([["head.weight", [10**9], "f", "float32"]], "not a checkpoint"),
+        ([["head.weight", [4], "f", "load"]], "not a checkpoint"),
+        ([], "more in it than its index says"),
+    ],
+    ids=["a large constant", "a long index", "more floats than there are", "no dtype", "nothing"],
+)
+def test_a_file_that_lies_is_one_line(index, line, tmp_path):
+    path = tmp_path / "net.safetensors"
+    written(qat.freeze(made(RECIPES["ofq_2bit"])), path)
+    with safetensors.safe_open(path, "pt") as file:
+        said, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("codes", "floats")}
+    said["index"] = base64.b64encode(zlib.compress(json.dumps(index).encode())).decode()
+    safetensors.torch.save_file(tensors, path, said)
+    with pytest.raises(qat.UsageError, match=line):
         qat.load(path)
 
 
