@@ -43,7 +43,7 @@ def main() -> None:
     for ckpt in args.ckpt:
         subject = subject_of(ckpt)
         recipe = subject.recipe
-        rows |= row(f"{ckpt}, W{recipe.bits} A{recipe.act_bits}", subject.net, test_images(subject), args.latency)
+        rows |= row(f"{ckpt}, W{recipe.bits} A{recipe.act_bits}", subject.net, images_of_the_test_set(subject), args.latency)
     for name in args.nets:
         for bits in args.bits:
             rows |= row(
@@ -69,7 +69,7 @@ def subject_of(ckpt: str) -> Subject:
         return build_subject(compose("eval", [f"ckpt={ckpt}"]))
 
 
-def test_images(subject: Subject) -> list[Tensor]:
+def images_of_the_test_set(subject: Subject) -> list[Tensor]:
     """The whole test set, in batches."""
     return [images for images, _ in subject.data.sample("test", None)]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qat.conversion import conversion_of
 from qat.errors import UsageError
 from qat.frozen.forms import frozen_form
-from qat.frozen.quantizers import MODES, Frozen, FrozenActivation, FrozenWeight, set_mode
+from qat.frozen.quantizers import MODES, OFFSETS, Frozen, FrozenActivation, FrozenWeight, set_mode
 from qat.nn import FqNet, QkrAttention
 from qat.nn.base import QuantModule
 from qat.nn.linear import QuantLinear
@@ -118,7 +118,7 @@ def _add_to_bias(linear: QuantLinear, rows: slice, what: Tensor) -> None:
 def drop_dead_offsets(net: nn.Module) -> nn.Module:
     """Let go of offsets that are zero throughout."""
     for quantizer in _activations(net):
-        for name in ("before", "after"):
+        for name in OFFSETS:
             offset = getattr(quantizer, name)
             if offset is not None and not offset.any():
                 setattr(quantizer, name, None)
@@ -127,11 +127,10 @@ def drop_dead_offsets(net: nn.Module) -> nn.Module:
 
 def prune_offsets(net: nn.Module, state: Collection[str]) -> None:
     """Let go of offsets that a file does not have: they were zero when it was written."""
-    for name, module in net.named_modules():
-        if isinstance(module, FrozenActivation):
-            for kind in ("before", "after"):
-                if f"{name}.{kind}" not in state:
-                    setattr(module, kind, None)
+    offsets = ((name, module, kind) for name, module in net.named_modules() if isinstance(module, FrozenActivation) for kind in OFFSETS)
+    for name, module, kind in offsets:
+        if f"{name}.{kind}" not in state:
+            setattr(module, kind, None)
 
 
 def _activations(net: nn.Module) -> Iterator[FrozenActivation]:

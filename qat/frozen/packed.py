@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.files import replacing
-from qat.frozen.quantizers import FrozenWeight
+from qat.frozen.quantizers import OFFSETS, FrozenWeight
 from qat.functional.packing import pack_codes, packed_size, unpack_codes
 
 FORMAT = "packed-1"
@@ -101,7 +101,7 @@ def _kind(name: str) -> str:
     last = name.rpartition(".")[2]
     if "_quantizer." not in name:
         return "offsets" if last == "product_offset" else "rest"
-    return "offsets" if last in {"before", "after"} else "scales"
+    return "offsets" if last in OFFSETS else "scales"
 
 
 def _checksum(codes: Tensor, floats: Tensor) -> str:

@@ -18,6 +18,8 @@ MODES = ("float", "integer")
 # What leaves these goes into sums and norms, not into products.
 _STAYS_A_NUMBER = frozenset(OUTPUT_ROLES) - {"qkv"}
 _LOG2_BITS = 4
+# Of activations: in front of the rounding, and behind it.
+OFFSETS = ("before", "after")
 
 
 class Frozen(Quantizer):
@@ -128,7 +130,7 @@ class FrozenActivation(Frozen):
         super().__init__(spec, axis, name)
         self.qmin, self.qmax = bounds
         self.register_buffer("bounds", torch.tensor(bounds, dtype=torch.int16))
-        for key in ("scale", "zero_point", "before", "after"):
+        for key in ("scale", "zero_point", *OFFSETS):
             self.register_buffer(key, parts.get(key))
 
     def forward(self, x: Tensor) -> Tensor:
