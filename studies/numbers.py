@@ -21,8 +21,8 @@ def shown(value: float, spec: str = DEFAULT) -> str:
 
 
 def spread(values: Collection[float], spec: str = DEFAULT) -> str:
-    """Mean ± sample deviation; the number alone where there is one, a dash where there is none."""
+    """Mean ± sample deviation; the number alone where there is one, or one count for all; a dash where there is none."""
     if not values:
         return NONE
     mean, around = shown(statistics.mean(values), spec), deviation(values)
-    return mean if around is None else f"{mean} ± {shown(around, spec.removeprefix('+'))}"
+    return mean if around is None or (around == 0 and spec.endswith(".0f")) else f"{mean} ± {shown(around, spec.removeprefix('+'))}"

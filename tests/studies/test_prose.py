@@ -28,6 +28,7 @@ def folder(tmp_path):
         ("{new.w2.top-1:.3f}", "1.235 ± 0.000"),
         ("{new.w2.top-1 - old.top1:.1f}", "-59.8 ± 1.0"),
         ("{old.flips:,.1f}", "12,345.6 ± 0.0"),
+        ("{old.flips:,.0f}", "12,346"),
         ("`ofq_{{2,3}}bit`", "`ofq_{2,3}bit`"),
         ("nothing", "nothing"),
         ("{idle.top1}, {new.top1 - idle.top1}", "(not run yet), (not run yet)"),
