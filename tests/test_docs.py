@@ -28,6 +28,8 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(python (?:train|eval|ptq|analyze|export)\.py [^`]*)`")
 # What takes longer than all else: compilers, databases.
 HEAVY = ("compile=true", "mlflow", "wandb")
+# Pages whose commands take about a minute, of kinds that other pages have too.
+LONG = ("analysis.md", "sweeps.md")
 # What only a machine with GPUs or a cluster has.
 DEVICES = re.compile(r"trainer=|trainer\.(devices|strategy|num_nodes)=|hydra/launcher=|hydra\.launcher\.")
 TINY_NET = ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3")
@@ -67,7 +69,7 @@ def cases():
         found = commands(page)
         quick = [command for command in found if not is_slow(command)]
         if quick:
-            yield pytest.param(quick, id=page.name)
+            yield pytest.param(quick, id=page.name, marks=[pytest.mark.long] if page.name in LONG else [])
         for command in found:
             if is_slow(command):
                 yield pytest.param(

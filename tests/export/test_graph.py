@@ -35,8 +35,11 @@ def assert_agrees(net, path, images):
     return done
 
 
+OFTEN = ("ofq_2bit", "lsq_4bit", "mixed")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in RECIPES])
+@pytest.mark.parametrize("name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.long) for name in RECIPES])
 def test_a_file_gives_the_answers_of_the_net(name, tmp_path):
     done = assert_agrees(made(RECIPES[name]), tmp_path / "net.onnx", [tiny.images(16, seed) for seed in range(1, 3)])
     assert done.agreement["ORT_ENABLE_BASIC"].images == 32
@@ -56,7 +59,7 @@ def test_families(name, attention, bits, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deit", "swin"])
+@pytest.mark.parametrize("name", ["deit", pytest.param("swin", marks=pytest.mark.long)])
 def test_post_training_quantization(name, tmp_path):
     family = FAMILIES[name]
     recipe = qat.PtqRecipe(bits=4, act_bits=8, softmax_bits=4, softmax_quantizer="log2", bias_correction=True)

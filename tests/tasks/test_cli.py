@@ -44,6 +44,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
     assert "quant.bits=9" in results(tmp_path / "run")["error"]
 
 
+@pytest.mark.long
 def test_with_debug_the_traceback_comes_through(tmp_path):
     code, out, err = command("train.py", *TINY, "quant.bits=9", "debug=fast", "run_dir=run", cwd=tmp_path)
     assert code == 1
@@ -79,7 +80,7 @@ def test_a_multirun_is_the_product_of_lists(tmp_path):
     assert all((root / str(i) / "checkpoints" / "last.ckpt").exists() for i in range(4))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_in_a_multirun_a_mistake_stops_its_job_alone(tmp_path):
     code, out, err = command("train.py", "-m", *TINY, "quant.bits=9,2,4", "run_dir=sweep", cwd=tmp_path)
     assert code == 1

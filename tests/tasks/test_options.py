@@ -55,7 +55,7 @@ def test_no_compiler(monkeypatch):
         options.check_compiler(compose("train", "compile=true", "run_dir=a"), torch.device("cpu"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_quantized_run_is_two_graphs(tmp_path, caplog):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -197,7 +197,7 @@ def test_a_net_without_scales_predicts_nothing(tmp_path, photos, refused):
     qat.convert(net, qat.recipe("ofq"), input_size=(3, 16, 16))
     qat.save(net, tmp_path / "net.ckpt")
     message = refused("evaluate", compose("eval", f"ckpt={tmp_path}/net.ckpt", f"predict={photos[0]}", f"run_dir={tmp_path}/a"))
-    assert "quantizer.scale holds NaN" in message
+    assert "scales of patch_embed.proj.input_quantizer are not initialised" in message
 
 
 def test_known_classes():

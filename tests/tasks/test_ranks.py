@@ -167,7 +167,7 @@ def typed(tmp_path, *arguments):
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_of_a_sweep_starts_its_processes(tmp_path):
     """A sampler without a seed: a process that read the command line again would train another net in a sweep of its own."""
     sampled = ("hydra/sweeper=optuna", "optimizer.lr=interval(1e-4,1e-2)", "hydra.sweeper.n_trials=1", "hydra.sweeper.n_jobs=1")

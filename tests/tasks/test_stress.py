@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 KINDS = ("last.ckpt", "cga", "evolq")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks/stress.py"), "--fork", "--kills=3", "--seed=1", "--kinds", *KINDS]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -186,7 +186,7 @@ def test_a_plugin_that_is_not_installed_is_named_with_what_to_do(tmp_path, monke
     assert code.endswith("is not installed; pip install -e '.[sweep]' brings it")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_under_joblib_a_job_that_is_killed_takes_no_other_with_it(tmp_path):
     end = (END, "+callbacks.end.seed=${seed}", "+callbacks.end.victim=1", "+callbacks.end.how=kill")
     given = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *QUICK, "trainer.max_epochs=2", "seed=1,2", "run_dir=sweep")
