@@ -182,7 +182,8 @@ def _robustness(place: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _landscape(place: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     rows = list(csv.DictReader((place / "landscape.csv").open(encoding="utf-8")))
     xs, ys = (sorted({float(row[key]) for row in rows}) for key in ("x", "y"))
-    at = {(float(row["x"]), float(row["y"])): float(row["loss"]) for row in rows}
+    column = "infonce" if "infonce" in rows[0] else "loss"  # that is what such an analysis looks at
+    at = {(float(row["x"]), float(row["y"])): float(row[column]) for row in rows}
     return {}, {"loss": {"x": xs, "y": ys, "z": [[at[x, y] for x in xs] for y in ys]}}
 
 
