@@ -27,8 +27,13 @@ def run(run_dir, *overrides):
 
 
 def test_a_file_for_every_method():
-    assert set(choices("search")) == {*METHODS, BITS}
+    assert set(choices("search")) == {*METHODS, BITS, "adam_all"}
     assert set(METHODS) == set(DRIVERS)
+
+
+def test_all_scales_are_those_of_activations_too():
+    every, adam = (compose("ptq", f"search={name}", "run_dir=a").search for name in ("adam_all", "adam"))
+    assert dict(every) == {**adam, "targets": ["*"], "radius": 0.05}
 
 
 @pytest.mark.parametrize("name", METHODS)
