@@ -40,12 +40,14 @@ def compare(name, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["swin", "dinov3", "eva02", "beit", pytest.param("swinv2", marks=pytest.mark.long), "siglip"])
+@pytest.mark.parametrize(
+    "name", ["swin", "eva02", *(pytest.param(name, marks=pytest.mark.long) for name in ("swinv2", "dinov3", "beit", "siglip"))]
+)
 def test_traced_forward_and_backward(name):
     compare(name, "aot_eager")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["eva02"])  # a minute of compilation each for the others, whose graphs are traced above
 def test_compiled_forward_and_backward(name):
     compare(name, "inductor")

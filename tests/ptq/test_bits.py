@@ -304,7 +304,7 @@ def _process(rank, folder, port):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_search_as_one(tmp_path):
     """Three batches over two processes; the mean is of the same numbers in the same order."""
     with socket.socket() as free:

@@ -119,6 +119,7 @@ def test_a_run_dir_that_cannot_be_made_is_one_line(tmp_path, run_dir):
     assert "Traceback" not in out + err
 
 
+@pytest.mark.long
 def test_a_tilde_is_the_home_folder(tmp_path):
     code, out, err = command("train.py", "data=cifar10", "data.root=~/nowhere", "run_dir=~/run", cwd=tmp_path, HOME=str(tmp_path))
     assert code == 1
