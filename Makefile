@@ -9,7 +9,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 PEERS := outputs/peers
 
-.PHONY: export-table study results results-quick gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress cga-seeds evolq-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
+.PHONY: export-table two-bit-forms study results results-quick gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress cga-seeds evolq-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -98,7 +98,7 @@ bad-inputs: $(READY) ## every mistake in every setting, path, checkpoint and dat
 # Figures go to the screen and to docs/logs; all seconds and bytes to $(COSTS).
 COSTS := outputs/costs
 LOGGED := set -o pipefail; export PYTHONPATH=. OMP_NUM_THREADS=1;
-step-time memory profile-step peers extras-cost: SHELL := bash
+step-time memory profile-step peers extras-cost export-table two-bit-forms: SHELL := bash
 
 step-time: $(READY) ## a quantized training step in float steps, eager, compiled, DeiT-T; eager also DeiT-S and Swin-T, one thread (20 minutes)
 	@$(LOGGED) { \
@@ -135,7 +135,10 @@ export-table: $(READY) ## bytes, agreement and time of exported files: the demo'
 	  test -f $(EXPORTS)/w$$bits/checkpoints/last.ckpt || $(BIN)/python train.py experiment=demo_ofq_2bit quant.bits=$$bits quant.act_bits=$$bits \
 	    trainer.max_epochs=10 ckpt=$(EXPORTS)/fp/checkpoints/best.ckpt run_dir=$(EXPORTS)/w$$bits overwrite=true || exit 1; \
 	done
-	@PYTHONPATH=. $(BIN)/python benchmarks/export_table.py $(CKPT) $(foreach bits,8 4 3 2,$(EXPORTS)/w$(bits)/checkpoints/last.ckpt)
+	@$(LOGGED) $(BIN)/python benchmarks/export_table.py $(CKPT) $(foreach bits,8 4 3 2,$(EXPORTS)/w$(bits)/checkpoints/last.ckpt) | tee docs/logs/export-table.log
+
+two-bit-forms: $(READY) ## 2-bit weights in ONNX as INT2 against INT4: bytes and time, DeiT-T and Swin-T; CKPT=PATHS (1 minute)
+	@$(LOGGED) $(BIN)/python benchmarks/two_bit_forms.py $(CKPT) | tee docs/logs/two-bit-forms.log
 
 startup: $(READY) ## seconds until the commands answer and until the first training step, medians of five (3 minutes)
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/startup.py
