@@ -61,13 +61,13 @@ def compare(preset, backend):
     assert torch.cosine_similarity(gradient, step(quantized(preset, bits=3).train(), x)[1], dim=0) < 0.99
 
 
-@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
+@pytest.mark.parametrize("preset", ["ofq", pytest.param("ofq_noqkr", marks=pytest.mark.long)])
 def test_traced_forward_and_backward(preset):
     compare(preset, "aot_eager")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", ["ofq", pytest.param("ofq_noqkr", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
 def test_compiled_forward_and_backward(preset):
     compare(preset, "inductor")
 

@@ -12,9 +12,15 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def distillation_loss(
-    student_cls: Tensor, student_dist: Tensor, teacher_cls: Tensor, target: Tensor, *, label_smoothing: float = 0.0
+    student_cls: Tensor,
+    student_dist: Tensor,
+    teacher_cls: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    hard_weight: float = 1.0,
 ) -> Tensor:
-    """CE(student_cls, target) + CE(student_dist, softmax(teacher_cls)), equal weights.
+    """hard_weight * CE(student_cls, target) + CE(student_dist, softmax(teacher_cls)); equal weights in OFQ.
 
     Args:
         student_cls: (B, K) logits of the class head.
@@ -22,8 +28,12 @@ def distillation_loss(
         teacher_cls: (B, K) logits of the teacher.
         target: (B,) class ids or (B, K) probabilities.
         label_smoothing: mass moved from the target to all classes, in [0, 1); the teacher's probabilities stay.
+        hard_weight: of the first part; at 0 labels are not looked at.
 
     Returns:
         Scalar, float32.
     """
-    return F.cross_entropy(student_cls.float(), target, label_smoothing=label_smoothing) + soft_cross_entropy(student_dist, teacher_cls)
+    soft = soft_cross_entropy(student_dist, teacher_cls)
+    if not hard_weight:
+        return soft
+    return hard_weight * F.cross_entropy(student_cls.float(), target, label_smoothing=label_smoothing) + soft

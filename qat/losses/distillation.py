@@ -11,23 +11,29 @@ from qat.spec import check_number
 
 
 class Distillation(LossTerm):
-    """Equal parts of hard cross-entropy and soft cross-entropy to the teacher; a net with one head gets both on it.
+    """Hard cross-entropy and soft cross-entropy to the teacher, equal parts in OFQ; a net with one head gets both on it.
 
     Args:
         label_smoothing: of the hard part, mass moved from the target to all classes, in [0, 1).
+        hard_weight: of the hard part beside the soft one, 0 or more; at 0 the teacher alone is followed, and the class head of a net that
+            has a distillation head learns nothing.
         weight: factor in the sum.
     """
 
     needs_teacher = True
 
-    def __init__(self, label_smoothing: float = 0.0, weight: float = 1.0) -> None:
+    def __init__(self, label_smoothing: float = 0.0, hard_weight: float = 1.0, weight: float = 1.0) -> None:
         super().__init__(weight)
         check_number("loss.label_smoothing", label_smoothing, 0, below=1)
+        check_number("loss.hard_weight", hard_weight, 0)
         self.label_smoothing = label_smoothing
+        self.hard_weight = hard_weight
 
     def forward(self, step: StepContext) -> Tensor:
         """Scalar."""
         if step.teacher_logits is None:
             raise ValueError("Distillation needs teacher logits; build QATModule with a teacher")
         cls, dist = step.heads
-        return distillation_loss(cls, dist, step.teacher_logits, step.target, label_smoothing=self.label_smoothing)
+        return distillation_loss(
+            cls, dist, step.teacher_logits, step.target, label_smoothing=self.label_smoothing, hard_weight=self.hard_weight
+        )

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 CALIBRATION_BATCH = 1024  # at most: it has to fit one device
 REGULARIZERS = ("kure", "grad_l1")  # a loss of one's own may leave them out, and their settings stand
-LOSS_KEYS = ("terms", "regularizers", "teacher_head", "label_smoothing")
+LOSS_KEYS = ("terms", "regularizers", "teacher_head", "label_smoothing", "hard_weight")
 
 
 def plain(cfg: Any) -> Any:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+import qat
 from qat.losses import CrossEntropy, Distillation, StepContext
 
 CLS, DIST, TEACHER = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
@@ -19,8 +20,8 @@ def soft(logits):
     return -(TEACHER.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
 
 
-def loss(logits, target=CLASSES, teacher=TEACHER):
-    return Distillation()(StepContext(logits, target, teacher, nn.Identity()))
+def loss(logits, target=CLASSES, teacher=TEACHER, **settings):
+    return Distillation(**settings)(StepContext(logits, target, teacher, nn.Identity()))
 
 
 def test_each_head_has_its_own_target():
@@ -34,6 +35,19 @@ def test_one_head_gets_both_targets():
 def test_probabilities_as_target():
     target = torch.rand(5, 4, generator=torch.Generator().manual_seed(1)).softmax(-1)
     assert_close(loss((CLS, DIST), target), -(target * CLS.log_softmax(-1)).sum(-1).mean() + soft(DIST))
+
+
+def test_hard_labels_have_a_weight():
+    assert_close(loss((CLS, DIST), hard_weight=0.3), 0.3 * hard(CLS) + soft(DIST))
+
+
+def test_without_hard_labels_the_teacher_is_followed_alone():
+    assert_close(loss((CLS, DIST), hard_weight=0.0), soft(DIST), rtol=0, atol=0)
+
+
+def test_a_hard_weight_below_zero_is_refused():
+    with pytest.raises(qat.UsageError, match=r"loss\.hard_weight=-1: allowed are numbers from 0"):
+        Distillation(hard_weight=-1)
 
 
 def test_it_is_smallest_at_the_teacher():

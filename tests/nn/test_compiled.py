@@ -41,7 +41,7 @@ def compare(name, backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["swin", "eva02", *(pytest.param(name, marks=pytest.mark.long) for name in ("swinv2", "dinov3", "beit", "siglip"))]
+    "name", ["swin", *(pytest.param(name, marks=pytest.mark.long) for name in ("eva02", "swinv2", "dinov3", "beit", "siglip"))]
 )
 def test_traced_forward_and_backward(name):
     compare(name, "aot_eager")

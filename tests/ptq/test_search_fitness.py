@@ -156,7 +156,7 @@ def _process(rank, folder, port):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_search_as_one(tmp_path):
     """Three batches over two processes. A fitness is the mean of the same numbers in the same order, so it is equal to the last bit."""
     with socket.socket() as free:

@@ -102,6 +102,7 @@ def test_a_claim_that_does_not_exist_is_named(arms):
         preset(["cifer"])
 
 
+@pytest.mark.long
 def test_every_run_of_the_repository_composes():
     from studies.run import _compose
 

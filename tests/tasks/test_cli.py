@@ -21,7 +21,7 @@ def command(script, *overrides, cwd, **env):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_train_then_evaluate(tmp_path):
     code, out, err = command("train.py", *TINY, "run_dir=run", cwd=tmp_path)
     assert code == 0, err

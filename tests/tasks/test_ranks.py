@@ -178,7 +178,7 @@ def test_a_job_of_a_sweep_starts_its_processes(tmp_path):
     assert not list((tmp_path / "sweep" / "0").glob("rank-*.log"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mistake_is_told_once(tmp_path):
     done = typed(tmp_path, "optimizer.lr=-1", f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 1

@@ -109,7 +109,7 @@ def test_a_sweep_over_a_repeated_run(first):
     assert "sweep_dir" not in OmegaConf.load(sweep / "1" / "config.yaml")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_process_gives_the_same_again(first):
     again = ("--config-path", str(first), "--config-name", "config")
     code, out, err = command("train.py", *again, "run_dir=process", cwd=first.parent)
