@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -20,6 +21,8 @@ from qat.tasks import ranks
 log = logging.getLogger(__name__)
 
 OWNER = ".slurm-job"
+# Stretches of a job in a row that may end without anything to go on from; and where they are counted.
+FRUITLESS, COUNT = 3, ".slurm-stretches"
 SAID_S, REQUEUE_S, KILL_S = 0.5, 60, 120
 # Names by which Lightning knows a session of a person, who may start what they like.
 OF_PERSONS = ("bash", "interactive")
@@ -140,13 +143,34 @@ def leave(stop: Preempted, cfg: DictConfig) -> int:
     requeues = stop.wants_requeue and job() is not None
     if ranks.is_first():
         log.warning("%s", _account(stop, f", requeueing job {job()}" if requeues else f"; {_way_on(cfg)}"))
-        failure = _requeue() if requeues else None
+        failure = (_futile(Path(cfg.run_dir)) or _requeue()) if requeues else None
         if failure is not None:
             log.error("job %s not requeued (%s); %s", job(), failure, _way_on(cfg))
             return code
     if requeues:
         time.sleep(KILL_S)
     return code
+
+
+def _futile(run_dir: Path) -> str | None:
+    """Why it is of no use to start this job again, None where the next stretch may get further."""
+    from qat.files import write_text  # noqa: PLC0415  (imports torch)
+
+    path, saved = run_dir / COUNT, _saved(run_dir)
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    same = before.get("job") == job() and before.get("saved") == saved
+    stretches = before["stretches"] + 1 if same else int(not saved)
+    if stretches == FRUITLESS:
+        path.unlink()
+        return f"{stretches} stretches in a row have saved nothing to go on from; its time limit is too short for what comes before"
+    write_text(path, json.dumps({"job": job(), "stretches": stretches, "saved": saved}))
+    return None
+
+
+def _saved(run_dir: Path) -> dict[str, list[int]]:
+    """Files that a run goes on from, as they are. A start writes those with a row for each evaluation anew: rows tell, not the time."""
+    found = {str(path.relative_to(run_dir)): path.stat() for pattern in ("*.ckpt", "*.jsonl") for path in sorted(run_dir.rglob(pattern))}
+    return {name: [at.st_size] if name.endswith(".jsonl") else [at.st_size, at.st_mtime_ns] for name, at in found.items()}
 
 
 def _requeue() -> str | None:

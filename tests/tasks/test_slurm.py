@@ -164,6 +164,7 @@ def scontrol(tmp_path, monkeypatch):
     """A command of that name that notes its arguments and ends as it is told; and how long was waited for SLURM."""
     calls, waited = tmp_path / "calls", []
     monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
 
     def make(code=0, error=""):
@@ -203,6 +204,37 @@ def test_of_an_array_it_is_the_one_job_and_only_the_first_process_asks(place, sc
     place({"SLURM_PROCID": "1"})
     assert left(caplog, Preempted(signal.SIGUSR2)) == (140, [])
     assert told() == (["requeue 3_0"], [slurm.SAID_S, slurm.KILL_S, slurm.KILL_S])
+
+
+def test_a_job_that_never_gets_to_a_checkpoint_is_not_started_for_ever(place, scontrol, caplog, tmp_path):
+    told = scontrol()
+    place(JOB)
+    cfg, saved = {"run_dir": str(tmp_path / "run"), "resume": False}, tmp_path / "run" / "checkpoints" / "last.ckpt"
+    saved.parent.mkdir(parents=True)
+    for _ in range(2):
+        left(caplog, Preempted(signal.SIGUSR1), cfg)
+    saved.write_bytes(b"one")
+    for step in (5, None, None):
+        left(caplog, Preempted(signal.SIGUSR1, step, saved), cfg)
+    assert len(told()[0]) == 5
+    code, (_, line) = left(caplog, Preempted(signal.SIGUSR1), cfg)
+    assert (code, len(told()[0])) == (138, 5)
+    assert line == (
+        "job 17 not requeued (3 stretches in a row have saved nothing to go on from; its time limit is too short for what comes before); "
+        f"the same command goes on with resume=auto run_dir={tmp_path}/run"
+    )
+    left(caplog, Preempted(signal.SIGUSR1), cfg)
+    assert len(told()[0]) == 6
+
+
+def test_evaluations_that_are_done_count_as_saved_and_a_file_that_is_only_written_anew_does_not(place, scontrol, caplog, tmp_path):
+    told = scontrol()
+    place(JOB)
+    points = tmp_path / "points.jsonl"
+    for rows in (1, 2, 3, 4, 4, 4, 4):
+        points.write_text("{}\n" * rows)
+        left(caplog, Preempted(signal.SIGUSR1), {"run_dir": str(tmp_path), "resume": False})
+    assert len(told()[0]) == 6
 
 
 def test_a_job_that_cannot_be_requeued_says_why_and_how_to_go_on(place, scontrol, caplog, tmp_path):
