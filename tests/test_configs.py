@@ -81,7 +81,7 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("model", "quant"),
     [
-        *(pytest.param(m, q, marks=pytest.mark.slow if m in LARGE else ()) for m, q in itertools.product(choices("model"), KINDS)),
+        *(pytest.param(m, q, marks=pytest.mark.long if m in LARGE else ()) for m, q in itertools.product(choices("model"), KINDS)),
         *(("vit_tiny_demo", q) for q in choices("quant") if q not in KINDS),
     ],
 )

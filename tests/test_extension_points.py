@@ -205,7 +205,7 @@ def test_a_model_family(tmp_path, extended):
     assert again["top1"] == results(tmp_path / "run")["top1"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_at_once_from_the_command_line(tmp_path, extended):
     overrides = ["quant=mine", "data=mine", "loss=mine", "callbacks=[default,mine]", *TINY, "run_dir=run"]
     done = subprocess.run(

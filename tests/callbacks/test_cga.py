@@ -432,7 +432,7 @@ def annealed(tmp_path_factory):
 
 
 # In front of annealing, so that the resumed run begins it; in the middle of an epoch of it.
-@pytest.mark.parametrize("step", [pytest.param(7, marks=pytest.mark.slow), 14])
+@pytest.mark.parametrize("step", [pytest.param(7, marks=pytest.mark.long), 14])
 def test_resumed_equals_uninterrupted(step, tmp_path, monkeypatch, annealed):
     run_dir = killed_at(step, tmp_path / "run", monkeypatch, *SETTINGS)
     run(run_dir, "resume=true", *SETTINGS)

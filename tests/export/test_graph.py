@@ -35,7 +35,7 @@ def assert_agrees(net, path, images):
     return done
 
 
-OFTEN = ("ofq_2bit", "lsq_4bit", "mixed")
+OFTEN = ("ofq_2bit",)
 
 
 @pytest.mark.slow
@@ -105,6 +105,7 @@ def test_any_number_of_images(two_bit):
         torch.testing.assert_close(logits_of(session, tiny.images(n)), frozen(tiny.images(n)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_one_image_at_a_time(tmp_path):
     frozen = qat.freeze(made(RECIPES["ofq_2bit"]))
     file(frozen, tiny.images(1), tmp_path / "net.onnx", shape=Shape(batch=False))
@@ -113,7 +114,7 @@ def test_one_image_at_a_time(tmp_path):
     torch.testing.assert_close(logits_of(session, tiny.images(3)), frozen(tiny.images(3)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_images_of_any_size(tmp_path):
     torch.manual_seed(0)
     net = timm.create_model(tiny.VIT, **tiny.KWARGS, dynamic_img_size=True).eval()

@@ -39,10 +39,8 @@ def compare(name, backend):
     assert torch.cosine_similarity(gradient, compiled_gradient, dim=0) > 0.99
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["swin", *(pytest.param(name, marks=pytest.mark.long) for name in ("eva02", "swinv2", "dinov3", "beit", "siglip"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["swin", "eva02", "swinv2", "dinov3", "beit", "siglip"])
 def test_traced_forward_and_backward(name):
     compare(name, "aot_eager")
 

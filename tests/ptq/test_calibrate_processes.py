@@ -32,7 +32,7 @@ def _process(rank, folder, port):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_deviates_from_reference_two_processes_find_the_scales_of_one(tmp_path):
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))

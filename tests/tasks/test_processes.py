@@ -152,6 +152,7 @@ def test_accumulated_batches_and_processes_equal_one(tmp_path):
     assert farthest(note(two, "end")["net"], note(one, "end")["net"]) <= 1e-5
 
 
+@pytest.mark.long
 def test_what_callbacks_know_is_the_same_in_all_processes(tmp_path):
     callbacks = (
         "callbacks=[default,cga,oscillation,ema]",
@@ -181,7 +182,7 @@ def odd(self, read=Digits.read):
 SIZES = (("val", 37), ("test", 53))
 
 
-@pytest.mark.parametrize("model", ["vit_tiny_demo", "resnet_tiny_demo"])
+@pytest.mark.parametrize("model", ["vit_tiny_demo", pytest.param("resnet_tiny_demo", marks=pytest.mark.long)])
 def test_each_image_is_validated_once(tmp_path, monkeypatch, model):
     monkeypatch.setattr(Digits, "read", odd)
     # 37 images in two processes are batches of 16, 3 and 16, 2; in three, one has a batch more than another: 13 images, 12, 12.
