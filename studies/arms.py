@@ -47,7 +47,8 @@ class Arm:
         teacher: likewise.
         seeds: numbers of its runs.
         further: commands on the weights of a finished run, by name; their figures are part of its record.
-        best_of: arms of the same claim; the settings of the one with the highest validation top-1 come behind `settings`.
+        best_of: arms, `CLAIM/arm`; in a claim's file a name alone is one of its own. The settings of the one with the highest validation
+            top-1 come behind `settings`.
         keep: its best weights lie beside its record, where other arms take them from: who runs those needs not run this one.
     """
 
@@ -74,7 +75,7 @@ class Arm:
 
     def needs(self) -> list[str]:
         """Arms that have to be there first."""
-        return [one.partition("@")[0] for one in self.sources()] + [f"{self.claim}/{one}" for one in self.best_of]
+        return [one.partition("@")[0] for one in self.sources()] + list(self.best_of)
 
 
 Run = tuple[Arm, int]
@@ -205,12 +206,12 @@ class Arms:
         """The arm of `best_of` with the highest validation top-1 of its first seed."""
 
         def score(name: str) -> float:
-            other = self[f"{arm.claim}/{name}"]
+            other = self[name]
             record = json.loads(self.record_path(other, other.seeds[0]).read_text(encoding="utf-8"))
             found: float = record["metrics"]["val_top1"]
             return found
 
-        return self[f"{arm.claim}/{max(arm.best_of, key=score)}"]
+        return self[max(arm.best_of, key=score)]
 
 
 def preset(names: Sequence[str]) -> list[str]:
@@ -243,6 +244,6 @@ def _arm(claim: Mapping[str, Any], name: str, entry: Mapping[str, Any], path: Pa
         entry.get("teacher"),
         tuple(entry.get("seeds", claim.get("seeds", (0, 1, 2)))),
         entry.get("further", {}),
-        tuple(entry.get("best_of", ())),
+        tuple(name if "/" in name else f"{claim['id']}/{name}" for name in entry.get("best_of", ())),
         bool(entry.get("keep", False)),
     )

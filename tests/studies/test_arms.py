@@ -14,7 +14,7 @@ CLAIM = {
         "float": {"use": ["cifar"], "seeds": [0]},
         "slow": {"ckpt": "C90/float", "teacher": "C90/float@last", "set": ["optimizer.lr=1e-4"], "seeds": [0]},
         "fast": {"ckpt": "C90/float", "set": ["optimizer.lr=1e-3"], "seeds": [0]},
-        "chosen": {"best_of": ["slow", "fast"], "set": ["quant=fp"], "seeds": [0, 1]},
+        "chosen": {"best_of": ["slow", "C90/fast"], "set": ["quant=fp"], "seeds": [0, 1]},
         "calibrated": {"command": "ptq", "ckpt": "C90/chosen", "seeds": [0, 1]},
         "seen": {"command": "analyze", "ckpt": "C90/calibrated", "seeds": [1]},
     },
