@@ -27,6 +27,8 @@ def check_augmentation(settings: DataSettings) -> None:
     """Raise `UsageError` for a value that cannot work, or that asks for what the chosen `augment` does not do."""
     check_choice("data.augment", settings.augment, AUGMENTATIONS)
     check_number("data.hflip", settings.hflip, 0, highest=1)
+    if settings.shift is not None:
+        check_whole("data.shift", settings.shift, 0, settings.image_size - 1)
     check_number("data.random_erasing", settings.random_erasing, 0, highest=1)
     check_choice("data.erase_mode", settings.erase_mode, ERASE_MODES)
     check_whole("data.erase_count", settings.erase_count, 1)
@@ -86,6 +88,10 @@ def _check_effect(settings: DataSettings) -> None:
         wrong = [f"data.{name}={value!r}" for name, value in asked.items() if value not in (*NOTHING, _plain(defaults[name]))]
         if wrong:
             raise UsageError(f"{', '.join(wrong)}: data.augment='light' does nothing of the kind; allowed with data.augment=timm")
+    shifts = settings.augment == "light" and settings.crop_pct is None
+    if settings.shift is not None and settings.augment != "none" and not shifts:
+        allowed = "allowed with data.augment=light and data.crop_pct=null"
+        raise UsageError(f"data.shift={settings.shift}: crops are of random size here (data.scale); {allowed}")
     jitters = _plain(settings.color_jitter) not in (*NOTHING, [0] * 3, [0] * 4)
     if settings.augment == "timm" and jitters and settings.rand_augment and "3a" not in settings.rand_augment:
         shown = f"data.color_jitter={_plain(settings.color_jitter)!r}"

@@ -41,6 +41,7 @@ class DataSettings:
             or `timm` (random resized crop, flip and what follows). Under `light`, a knob that only `timm` has is refused unless it has its
             default or asks for nothing.
         hflip: probability of a horizontal flip under `light` and `timm`; 0 where left and right matter.
+        shift: pixels by which `light` shifts an image at most, without a `crop_pct`; None = an eighth of `image_size`, 0 = flips alone.
         scale: lowest and highest area of a random resized crop as shares of the image's; under `timm`, and `light` with a `crop_pct`.
         rand_augment: timm's string (`rand-...`, `augmix-...`, `original`, `v0`, `3a` ...); None = off; `timm` only.
         color_jitter: range of factors of brightness, contrast and saturation: one number, or a list of three or with hue four; None =
@@ -84,6 +85,7 @@ class DataSettings:
     num_workers: int = 0
     augment: str = "none"
     hflip: float = 0.5
+    shift: int | None = None
     scale: Sequence[float] = (0.08, 1.0)
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     color_jitter: float | Sequence[float] | None = None

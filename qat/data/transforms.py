@@ -78,8 +78,9 @@ def train_transform(settings: DataSettings) -> Transform:
 def _light(settings: DataSettings) -> Transform:
     size = settings.image_size
     if settings.crop_pct is None:
-        crop = v2.RandomCrop(size, padding=max(size // 8, 1))
-        shifted = v2.Compose([_to_tensor, crop, v2.RandomHorizontalFlip(settings.hflip)])
+        shift = max(size // 8, 1) if settings.shift is None else settings.shift
+        crop = [v2.RandomCrop(size, padding=shift)] if shift else []
+        shifted = v2.Compose([_to_tensor, *crop, v2.RandomHorizontalFlip(settings.hflip)])
         return Transform(shifted, is_random=True, finish=_normalise(settings))
     interpolation = settings.interpolation or "bicubic"
     crop_and_flip = _timm_training(settings, color_jitter=None, interpolation=interpolation)

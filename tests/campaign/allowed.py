@@ -75,6 +75,7 @@ NUMBERS = {
     "callbacks.oscillation.probe_images": "zero",
     "callbacks.best.save_top_k": "negative zero",  # all, none
     "data.hflip": "zero",
+    "data.shift": "zero",
     "data.color_jitter": "zero",
     "data.random_erasing": "zero",
     "data.mixup": "fraction huge",

@@ -15,6 +15,8 @@ SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, 
     ("settings", "message"),
     [
         ({"hflip": -0.1}, "data.hflip=-0.1: allowed are numbers from 0 to 1"),
+        ({"shift": -1}, "data.shift=-1: allowed are whole numbers from 0 to 7"),
+        ({"shift": 8}, "data.shift=8: allowed are whole numbers from 0 to 7"),
         ({"random_erasing": 1.5}, "data.random_erasing=1.5: allowed are numbers from 0 to 1"),
         ({"random_erasing": None}, "data.random_erasing=None: allowed are numbers from 0 to 1"),
         ({"erase_mode": "black"}, "data.erase_mode='black': allowed are pixel, const, rand"),
@@ -53,6 +55,13 @@ def test_bad_settings_name_themselves(settings, message, augment):
         DataSettings(**{**SETTINGS, "augment": augment, **settings})
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"augment": "timm"}, {"augment": "light", "crop_pct": 0.9}])
+def test_a_shift_belongs_to_images_that_are_not_cropped(settings):
+    with pytest.raises(qat.UsageError, match=r"^data\.shift=1: crops are of random size here \(data\.scale\); allowed with "):
+        DataSettings(**SETTINGS, **settings, shift=1)
+    DataSettings(**SETTINGS, augment="none", shift=1)
 
 
 ASKED = {

@@ -32,13 +32,13 @@ def test_none_is_the_evaluation_transform():
     assert torch.equal(transform(image), eval_transform(settings())(image))
 
 
-def test_light_shifts_by_an_eighth_and_flips():
+def test_light_shifts_by_an_eighth_or_what_is_asked_for_and_flips():
     # One bright pixel in the middle: it can only move by one, and change columns 3 and 4 when flipped.
     image = np.zeros((8, 8, 1), dtype=np.uint8)
     image[3, 3] = 255
 
-    def places(hflip):
-        transform = train_transform(settings(augment="light", hflip=hflip))
+    def places(hflip, **more):
+        transform = train_transform(settings(augment="light", hflip=hflip, **more))
         found = set()
         for i in range(300):
             with isolated_rng(i):
@@ -47,6 +47,8 @@ def test_light_shifts_by_an_eighth_and_flips():
 
     assert places(0.0) == {(r, c) for r in (2, 3, 4) for c in (2, 3, 4)}
     assert places(1.0) == {(r, 7 - c) for r in (2, 3, 4) for c in (2, 3, 4)}
+    assert places(0.0, shift=2) == {(r, c) for r in range(1, 6) for c in range(1, 6)}
+    assert places(1.0, shift=0) == {(3, 4)}
 
 
 def test_timm_runs_on_grey_and_colour_images():
