@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from qat.files import write_text
 from studies import figures, tables, verdict
 from studies.checks import wrong
-from studies.claims import CLAIM, Claim
+from studies.claims import CLAIM, Claim, Table
 from studies.evidence import Evidence, read_evidence
 from studies.records import Record
 from studies.sections import command_of, picture, section, spent
@@ -92,12 +93,18 @@ def _readme_block(evidence: Evidence, claims_dir: Path) -> str:
     found = tables.tables_of(claim, evidence)[:1]
     parts = [
         BEGIN,
-        *(tables.results(claim, table, evidence) for table in found),
+        *(tables.results(claim, table, evidence, is_whole=False) for table in found),
+        *_to_come(claim, found, evidence),
         f"Mean ± sample deviation over seeds; `{command_of(claim)}` makes these runs. {_count(evidence)}",
         *_pictures(evidence),
         END,
     ]
     return "\n\n".join(parts)
+
+
+def _to_come(claim: Claim, found: Sequence[Table], evidence: Evidence) -> list[str]:
+    names = [name for table in found for name in tables.not_run(claim, table, evidence)]
+    return [f"Not run yet: {'; '.join(names)}."] if names else []
 
 
 def _count(evidence: Evidence) -> str:

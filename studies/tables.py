@@ -31,8 +31,17 @@ def tables_of(claim: Claim, evidence: Evidence) -> tuple[Table, ...]:
     return (Table(tuple(claim.arms), found),) if found else ()
 
 
-def results(claim: Claim, table: Table, evidence: Evidence, key: str = "tables") -> str:
-    """Mean ± deviation over seeds; a dash where there is no run.
+def not_run(claim: Claim, table: Table, evidence: Evidence) -> list[str]:
+    """What the rows without a run are called."""
+    return [_label(claim, table, arm, evidence) for arm in table.rows if not evidence.records(claim, arm)]
+
+
+def _label(claim: Claim, table: Table, arm: str, evidence: Evidence) -> str:
+    return table.labels.get(arm) or evidence.label(claim, arm)
+
+
+def results(claim: Claim, table: Table, evidence: Evidence, key: str = "tables", *, is_whole: bool = True) -> str:
+    """Mean ± deviation over seeds; a dash where there is no run, or not `is_whole` and no such row.
 
     Raises:
         UsageError: all arms have runs, and none has the metric of a column.
@@ -44,8 +53,10 @@ def results(claim: Claim, table: Table, evidence: Evidence, key: str = "tables")
     rows = []
     for arm in table.rows:
         count = len(evidence.records(claim, arm))
+        if not count and not is_whole:
+            continue
         cells = [_values(claim, arm, metric, table, evidence) for metric in table.columns]
-        rows.append([table.labels.get(arm) or evidence.label(claim, arm), *cells, str(count)])
+        rows.append([_label(claim, table, arm, evidence), *cells, str(count)])
     return markdown(["", *table.columns.values(), "seeds"], rows)
 
 

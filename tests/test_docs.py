@@ -28,7 +28,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(python (?:train|eval|ptq|analyze|export)\.py [^`]*)`")
 # What takes longer than all else: compilers, databases.
 HEAVY = ("compile=true", "mlflow", "wandb")
-# Pages whose commands take about a minute, of kinds that other pages have too.
+# Pages with many commands, of kinds that other pages have too.
 LONG = ("training.md", "deployment.md", "ptq.md", "analysis.md", "sweeps.md", "evolq.md", "cluster.md")
 # What only a machine with GPUs or a cluster has.
 DEVICES = re.compile(r"trainer=|trainer\.(devices|strategy|num_nodes)=|hydra/launcher=|hydra\.launcher\.")

@@ -15,14 +15,14 @@ class Distillation(LossTerm):
 
     Args:
         label_smoothing: of the hard part, mass moved from the target to all classes, in [0, 1).
+        weight: factor in the sum.
         hard_weight: of the hard part beside the soft one, 0 or more; at 0 the teacher alone is followed, and the class head of a net that
             has a distillation head learns nothing.
-        weight: factor in the sum.
     """
 
     needs_teacher = True
 
-    def __init__(self, label_smoothing: float = 0.0, hard_weight: float = 1.0, weight: float = 1.0) -> None:
+    def __init__(self, label_smoothing: float = 0.0, weight: float = 1.0, hard_weight: float = 1.0) -> None:
         super().__init__(weight)
         check_number("loss.label_smoothing", label_smoothing, 0, below=1)
         check_number("loss.hard_weight", hard_weight, 0)

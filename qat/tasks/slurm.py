@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -163,7 +164,8 @@ def _futile(run_dir: Path) -> str | None:
     if stretches == FRUITLESS:
         path.unlink()
         return f"{stretches} stretches in a row have saved nothing to go on from; its time limit is too short for what comes before"
-    write_text(path, json.dumps({"job": job(), "stretches": stretches, "saved": saved}))
+    with contextlib.suppress(OSError):  # a full disk is no reason to stay away
+        write_text(path, json.dumps({"job": job(), "stretches": stretches, "saved": saved}))
     return None
 
 

@@ -112,6 +112,8 @@ BLOCK = """\
 |---|---|---|
 | Ours | 65.00 | 1 |
 
+Not run yet: Longer; Longest.
+
 Mean ± sample deviation over seeds; `python -m studies run AIM` makes these runs. Claims of the papers: 1 mixed, 1 not decided yet; all of them, with runs and commands: [docs/results.md](docs/results.md).
 
 ![top-1, % over bits: New, Old](docs/figures/c01-bits.svg)
@@ -125,7 +127,8 @@ By bits: `python -m studies run C1`.
 def root(tmp_path):
     """A small repository."""
     made.claim(tmp_path, "START", title="The float net", arms={"float": {"label": "float net", "seeds": [0]}})
-    made.claim(tmp_path, "AIM", title="The headline", arms={"ours": {"label": "Ours"}})
+    arms = {"ours": {"label": "Ours"}, "longer": {"label": "Longer"}, "longest": {"label": "Longest"}}
+    made.claim(tmp_path, "AIM", title="The headline", arms=arms)
     figure = LINES | {"caption": "By bits.", "headline": True}
     made.claim(tmp_path, expect=EXPECT, tables=[TABLE], figures=[figure], why="It gains {new.top1 - old.top1:.1f} points.")
     made.claim(tmp_path, "C2", expect=EXPECT)

@@ -99,7 +99,6 @@ def last(folder):
     return read_torch(folder / "checkpoints" / "last.ckpt")
 
 
-@pytest.mark.long
 def test_two_processes_equal_one(root):
     found, alone = last(root / "whole"), last(root / "one")
     assert farthest(found["state_dict"], alone["state_dict"]) <= 1e-5
