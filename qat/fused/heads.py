@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Elements of an image's product from which on it is written in place (benchmarks/head_products.py).
+LARGE = 2048
+
 
 def heads_of(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, h*d) as a view (h, B, N, d)."""
@@ -25,8 +28,16 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, factor: float = 1.0) -> Tensor
         return out if factor == 1 else out.mul_(factor)
     inside = factor if is_exact(factor) else 1.0
     for head, one in enumerate(out.unbind(0)):
-        torch.baddbmm(one, a[head] if a.ndim > 3 else a, b[head] if b.ndim > 3 else b, beta=0, alpha=inside, out=one)
+        _write_product(a[head] if a.ndim > 3 else a, b[head] if b.ndim > 3 else b, one, inside)
     return out if factor == inside else out.mul_(factor)
+
+
+def _write_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
+    """What does not lie in one piece is multiplied image by image: for small ones the calls cost more than to move the result does."""
+    if out.is_contiguous() or out.shape[-2] * out.shape[-1] >= LARGE:
+        torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
+    else:
+        out.copy_(torch.baddbmm(out.new_empty(()), a, b, beta=0, alpha=factor))
 
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
