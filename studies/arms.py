@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from qat.errors import UsageError
+from studies.checks import Fields
+from studies.claims import Claim, load_claims
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("train", "ptq", "analyze", "eval", "peers")
@@ -100,10 +102,9 @@ class Arms:
             UsageError: a key, a preset or an arm that is named does not exist.
         """
         found = {}
-        for path in sorted(places.claims.glob("*.yaml")):
-            claim = yaml.safe_load(path.read_text(encoding="utf-8"))
-            for name, entry in claim["arms"].items():
-                arm = _arm(claim, name, entry, path)
+        for claim in load_claims(places.claims).values():
+            for name in claim.arms:
+                arm = _arm(claim, name)
                 found[arm.path] = arm
         for arm in found.values():
             for other in arm.needs():
@@ -223,27 +224,22 @@ def preset(names: Sequence[str]) -> list[str]:
     return [setting for name in names for setting in presets[name]]
 
 
-def _arm(claim: Mapping[str, Any], name: str, entry: Mapping[str, Any], path: Path) -> Arm:
-    for key in entry:
-        if key not in KEYS:
-            raise UsageError(f"{path.name}: arms.{name}.{key}: allowed are {', '.join(KEYS)}")
+def _arm(claim: Claim, name: str) -> Arm:
+    entry = claim.arms[name]
+    fields = Fields(claim.file, f"arms.{name}", entry, KEYS)
+    command = fields.choice("command", COMMANDS) if fields.has("command") else "train"
     for title, further in entry.get("further", {}).items():
-        for key in further:
-            if key not in FURTHER_KEYS:
-                raise UsageError(f"{path.name}: arms.{name}.further.{title}.{key}: allowed are {', '.join(FURTHER_KEYS)}")
-    command = entry.get("command", "train")
-    if command not in COMMANDS:
-        raise UsageError(f"{path.name}: arms.{name}.command={command!r}: allowed are {', '.join(COMMANDS)}")
+        Fields(claim.file, f"arms.{name}.further.{title}", further, FURTHER_KEYS)
     return Arm(
-        claim["id"],
+        claim.id,
         name,
         command,
         tuple(entry.get("use", ())),
         tuple(entry.get("set", ())),
         entry.get("ckpt"),
         entry.get("teacher"),
-        tuple(entry.get("seeds", claim.get("seeds", (0, 1, 2)))),
+        claim.seeds_of(name),
         entry.get("further", {}),
-        tuple(name if "/" in name else f"{claim['id']}/{name}" for name in entry.get("best_of", ())),
+        tuple("/".join(claim.place(one)) for one in entry.get("best_of", ())),
         bool(entry.get("keep", False)),
     )

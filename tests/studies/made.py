@@ -18,6 +18,12 @@ def claim(folder, name="C1", **settings):
     return path
 
 
+def arms(folder, entries, **settings):
+    """Write the file of the claim C90 into a folder; arms without a label are called by their names."""
+    labelled = {name: {"label": name} | entry for name, entry in entries.items()}
+    (folder / "c90.yaml").write_text(yaml.safe_dump({"id": "C90", **SAID, "arms": labelled, **settings}))
+
+
 def content(claim="C1", arm="new", seed=0, **settings):
     """A record."""
     return {

@@ -1,35 +1,33 @@
 """What the files of claims make of an arm. Oracle: the settings written out by hand."""
 
 import json
+import re
 
 import pytest
-import yaml
 
 from qat.errors import UsageError
 from studies.arms import ROOT, Arms, Places, preset
+from tests.studies import made
 
-CLAIM = {
-    "id": "C90",
-    "arms": {
-        "float": {"use": ["cifar"], "seeds": [0]},
-        "slow": {"ckpt": "C90/float", "teacher": "C90/float@last", "set": ["optimizer.lr=1e-4"], "seeds": [0]},
-        "fast": {"ckpt": "C90/float", "set": ["optimizer.lr=1e-3"], "seeds": [0]},
-        "chosen": {"best_of": ["slow", "C90/fast"], "set": ["quant=fp"], "seeds": [0, 1]},
-        "calibrated": {"command": "ptq", "ckpt": "C90/chosen", "seeds": [0, 1]},
-        "seen": {"command": "analyze", "ckpt": "C90/calibrated", "seeds": [1]},
-    },
+ARMS = {
+    "float": {"use": ["cifar"], "seeds": [0]},
+    "slow": {"ckpt": "C90/float", "teacher": "C90/float@last", "set": ["optimizer.lr=1e-4"], "seeds": [0]},
+    "fast": {"ckpt": "C90/float", "set": ["optimizer.lr=1e-3"], "seeds": [0]},
+    "chosen": {"best_of": ["slow", "C90/fast"], "set": ["quant=fp"], "seeds": [0, 1]},
+    "calibrated": {"command": "ptq", "ckpt": "C90/chosen", "seeds": [0, 1]},
+    "seen": {"command": "analyze", "ckpt": "C90/calibrated", "seeds": [1]},
 }
 
 
 @pytest.fixture
 def arms(tmp_path):
-    return read(tmp_path, CLAIM)
+    return read(tmp_path, ARMS)
 
 
-def read(tmp_path, claim):
+def read(tmp_path, entries):
     folder = tmp_path / "claims"
     folder.mkdir(exist_ok=True)
-    (folder / "c90.yaml").write_text(yaml.safe_dump(claim))
+    made.arms(folder, entries)
     return Arms.read(Places(folder, tmp_path / "results", tmp_path / "runs"))
 
 
@@ -71,8 +69,7 @@ def test_runs_come_behind_those_they_need_and_once(arms):
 
 
 def test_a_run_is_done_when_its_record_has_all_that_is_asked_for(tmp_path):
-    claim = {"id": "C90", "arms": {"float": {"seeds": [0], "further": {"seen": {"command": "analyze"}}}}}
-    arms = read(tmp_path, claim)
+    arms = read(tmp_path, {"float": {"seeds": [0], "further": {"seen": {"command": "analyze"}}}})
     arm = arms["C90/float"]
     assert not arms.is_done(arm, 0)
     record(arms, "float", 0)
@@ -84,15 +81,15 @@ def test_a_run_is_done_when_its_record_has_all_that_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("arm", "message"),
     [
-        ({"comand": "train"}, "c90.yaml: arms.a.comand: allowed are label, command, use"),
-        ({"command": "fit"}, "c90.yaml: arms.a.command='fit': allowed are train, ptq, analyze, eval, peers"),
-        ({"further": {"x": {"sets": []}}}, "c90.yaml: arms.a.further.x.sets: allowed are command, use, set, weights"),
+        ({"comand": "train"}, "arms.a.comand='train': unknown, allowed are label, command, use"),
+        ({"command": "fit"}, "arms.a.command='fit': allowed is one of train, ptq, analyze, eval, peers"),
+        ({"further": {"x": {"sets": []}}}, "arms.a.further.x.sets=[]: unknown, allowed are command, use, set, weights"),
         ({"ckpt": "C91/float"}, "C90/a needs 'C91/float'; allowed are arms of"),
     ],
 )
 def test_mistakes_are_named(tmp_path, arm, message):
-    with pytest.raises(UsageError, match="^" + message.replace(".", r"\.")):
-        read(tmp_path, {"id": "C90", "arms": {"a": arm}})
+    with pytest.raises(UsageError, match=re.escape(message)):
+        read(tmp_path, {"a": arm})
 
 
 def test_a_claim_that_does_not_exist_is_named(arms):
@@ -128,7 +125,7 @@ def test_what_a_run_starts_from_is_made_again_where_it_is_lost(arms):
 
 
 def test_kept_weights_lie_beside_their_record(tmp_path):
-    arms = read(tmp_path, CLAIM | {"arms": CLAIM["arms"] | {"float": {"use": ["cifar"], "seeds": [0], "keep": True}}})
+    arms = read(tmp_path, ARMS | {"float": {"use": ["cifar"], "seeds": [0], "keep": True}})
     kept = tmp_path / "results" / "C90" / "float-seed0.pt"
     record(arms, "float", 0)
     assert named(arms.to_do(["C90/fast"])) == [("float", 0), ("fast", 0)]

@@ -6,27 +6,23 @@ import shutil
 
 import pytest
 import torch
-import yaml
 
 import qat
 from studies.arms import Arms, Places
 from studies.run import outdated, run_all, run_one
+from tests.studies import made
 
 TINY = ["data=digits", "model.args.depth=1", "model.args.embed_dim=24", "trainer.max_epochs=1", "trainer.limit_train_batches=4"]
 WIDTHS = ["analysis=robustness", "analysis.parts=[bits]", "analysis.bits=[3]", "images=40"]
-CLAIM = {
-    "id": "C90",
-    "seeds": [3],
-    "arms": {
-        "qat": {
-            "use": ["tracked"],
-            "set": [*TINY, "quant=ofq_2bit", "loss=ce"],
-            "keep": True,
-            "further": {"cost": {"command": "analyze", "set": WIDTHS}},
-        },
-        "broken": {"set": [*TINY, "quant.bits=99"]},
-        "waiting": {"set": TINY, "ckpt": "C90/broken"},
+ARMS = {
+    "qat": {
+        "use": ["tracked"],
+        "set": [*TINY, "quant=ofq_2bit", "loss=ce"],
+        "keep": True,
+        "further": {"cost": {"command": "analyze", "set": WIDTHS}},
     },
+    "broken": {"set": [*TINY, "quant.bits=99"]},
+    "waiting": {"set": TINY, "ckpt": "C90/broken"},
 }
 
 
@@ -34,7 +30,7 @@ CLAIM = {
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     (folder / "claims").mkdir()
-    (folder / "claims" / "c90.yaml").write_text(yaml.safe_dump(CLAIM))
+    made.arms(folder / "claims", ARMS, seeds=[3])
     return Places(folder / "claims", folder / "results", folder / "runs")
 
 
@@ -99,16 +95,15 @@ def test_a_run_that_fails_holds_up_those_that_need_it_alone(record, places):
 
 def test_a_record_of_other_settings_is_outdated(record, places, tmp_path):
     assert outdated(Arms.read(places), root=None) == []
-    qat = CLAIM["arms"]["qat"]
-    changed = CLAIM | {"arms": {"qat": qat | {"set": [*qat["set"], "optimizer.lr=5e-3"]}}}
-    (tmp_path / "c90.yaml").write_text(yaml.safe_dump(changed))
+    qat = ARMS["qat"]
+    made.arms(tmp_path, {"qat": qat | {"set": [*qat["set"], "optimizer.lr=5e-3"]}}, seeds=[3])
     (found,) = outdated(Arms.read(Places(tmp_path, places.results, places.runs)), root=None)
     assert found.startswith(f"{places.results}/C90/qat-seed3.json: made by other commands than C90/qat asks for")
 
 
 def test_a_record_made_from_other_weights_is_outdated(record, places, tmp_path):
-    arms = {"qat": CLAIM["arms"]["qat"], "after": {"set": [*TINY, "quant=ofq_2bit", "loss=ce"], "ckpt": "C90/qat"}}
-    (tmp_path / "c90.yaml").write_text(yaml.safe_dump(CLAIM | {"arms": arms}))
+    arms = {"qat": ARMS["qat"], "after": {"set": [*TINY, "quant=ofq_2bit", "loss=ce"], "ckpt": "C90/qat"}}
+    made.arms(tmp_path, arms, seeds=[3])
     here = Places(tmp_path, tmp_path / "results", places.runs)
     shutil.copytree(places.results, here.results)
     run_one("C90/after", 3, None, here)
