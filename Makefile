@@ -9,7 +9,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 PEERS := outputs/peers
 
-.PHONY: export-table two-bit-forms study results results-quick gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress cga-seeds map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
+.PHONY: export-table two-bit-forms study results results-quick gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -46,9 +46,6 @@ recipes-check: $(READY) ## two steps of both stages of each published recipe at 
 SEED ?= 0
 stress: $(READY) ## kill -9 commands at random moments, run them again, compare all they leave with runs that were not killed; SEED=1 (10 minutes)
 	$(BIN)/python benchmarks/stress.py --fork --kills 40 --seed $(SEED)
-
-cga-seeds: $(READY) ## a 2-bit net annealed and not annealed, accuracy and oscillation over three seeds (15 minutes)
-	$(BIN)/python benchmarks/cga_seeds.py
 
 map-scales: $(READY) ## a 2-bit Swin with one scale for a map and with one a column, over seeds (10 minutes)
 	@PYTHONPATH=. $(BIN)/python benchmarks/map_scales.py
