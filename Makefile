@@ -18,7 +18,7 @@ setup: $(READY) ## create .venv with all extras (downloads several GB of wheels)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,export,sweep,loggers]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev,export,sweep,loggers]"
 	touch $@
 
 demo: $(READY) ## train a float ViT and its 2-bit twin on digits, compare them (2 minutes)

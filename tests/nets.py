@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 import timm
 import torch
 
@@ -89,3 +90,10 @@ GENERIC = {
     ),
 }
 FAMILIES = ATTENTIONS | GENERIC
+# One of each form of attention; the others take the same paths.
+OFTEN = {"vit", "deit_distilled", "dinov3", "beit", "swin", "swinv2", "siglip", "xcit"}
+
+
+def families():
+    """Names as parameters of a test: those that are not run at every change are marked."""
+    return [name if name in OFTEN else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]

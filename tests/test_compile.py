@@ -127,7 +127,7 @@ def train_a_distilled_pair(caplog):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_short_batch_and_a_validation_compile_nothing_again(backend, caplog):
     backend("aot_eager")
     train_a_distilled_pair(caplog)

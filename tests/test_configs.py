@@ -28,7 +28,8 @@ def choices(group):
 
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra")
 RECIPES = {f"{name}_{bits}bit": (name, {"bits": bits}) for name in PRESETS if name != "fp" for bits in (2, 3, 4, 8)} | {"fp": ("fp", {})}
-LARGE = {name for name in choices("model") if name.endswith(("_b", "_b_distilled"))}
+# One of each kind, for the tests of every change.
+OFTEN = {"deit_t", "deit_t_distilled", "vit_tiny_demo", "resnet_tiny_demo", "swin_t", "swinv2_t", "eva02_t"}
 # Queries and keys of these are rotated or normalised.
 NO_QKR = {"eva02_t", "swinv2_t"}
 # A recipe of each kind; what a net makes of it does not depend on the bits.
@@ -81,7 +82,7 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("model", "quant"),
     [
-        *(pytest.param(m, q, marks=pytest.mark.long if m in LARGE else ()) for m, q in itertools.product(choices("model"), KINDS)),
+        *(pytest.param(m, q, marks=() if m in OFTEN else pytest.mark.long) for m, q in itertools.product(choices("model"), KINDS)),
         *(("vit_tiny_demo", q) for q in choices("quant") if q not in KINDS),
     ],
 )

@@ -29,7 +29,18 @@ INLINE = re.compile(r"`(python (?:train|eval|ptq|analyze|export)\.py [^`]*)`")
 # What takes longer than all else: compilers, databases.
 HEAVY = ("compile=true", "mlflow", "wandb")
 # Pages with many commands, of kinds that other pages have too.
-LONG = ("training.md", "deployment.md", "ptq.md", "analysis.md", "sweeps.md", "evolq.md", "cluster.md")
+LONG = (
+    "training.md",
+    "deployment.md",
+    "ptq.md",
+    "analysis.md",
+    "sweeps.md",
+    "evolq.md",
+    "cluster.md",
+    "oscillation.md",
+    "robustness.md",
+    "recipes.md",
+)
 # What only a machine with GPUs or a cluster has.
 DEVICES = re.compile(r"trainer=|trainer\.(devices|strategy|num_nodes)=|hydra/launcher=|hydra\.launcher\.")
 TINY_NET = ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3")

@@ -13,20 +13,10 @@ from qat.conversion import conversion_of
 from qat.nn import QkrAttention, ScoredAttention
 from qat.transfer import forget_attention_weights, timm_state_dict
 from tests.conftest import ROOT
-from tests.nets import ATTENTIONS, FAMILIES, GENERIC
+from tests.nets import ATTENTIONS, FAMILIES, GENERIC, OFTEN, families
 from tests.tiny import float_recipe, logits, parameters, sites
 
 KINDS = {name: ("qkr", "standard", "float") if family.qkr else ("standard", "float") for name, family in ATTENTIONS.items()}
-# One of each form of attention in the quick tests; the others take the same paths.
-QUICK = {"deit_distilled", "dinov3", "beit", "swin", "swinv2", "siglip", "xcit"}
-LARGE = {"mobilevit", "convnext", "hiera", "levit", "pvt_v2"}
-
-
-def slow_unless(quick):
-    """Names of all families, the others marked."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-
-
 REFUSED = sorted(set(KINDS) - {name for name, kinds in KINDS.items() if "qkr" in kinds})
 
 
@@ -60,7 +50,7 @@ def test_without_rounding_the_generic_path_changes_nothing(name):
     assert_close(ours, plain, rtol=0, atol=3e-6 * plain.abs().max().item())
 
 
-@pytest.mark.parametrize("name", slow_unless(set(FAMILIES) - LARGE))
+@pytest.mark.parametrize("name", families())
 def test_one_step_of_training(name, tmp_path):
     family = FAMILIES[name]
     net = quantized(family, bits=4).train()
@@ -75,7 +65,7 @@ def test_one_step_of_training(name, tmp_path):
     assert torch.equal(logits(qat.load(tmp_path / "net.ckpt"), family.images()), logits(net, family.images()))
 
 
-@pytest.mark.parametrize("name", sorted(QUICK & set(ATTENTIONS)))
+@pytest.mark.parametrize("name", sorted(OFTEN & set(ATTENTIONS)))
 def test_works_under_autocast(name):
     family = ATTENTIONS[name]
     net = quantized(family, bits=4).train()
@@ -86,7 +76,7 @@ def test_works_under_autocast(name):
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.parametrize("name", slow_unless(QUICK))
+@pytest.mark.parametrize("name", families())
 def test_eight_bits_are_close_and_two_are_not(name):
     family = FAMILIES[name]
     x, exact = family.images(4), logits(family.build(), family.images(4)).flatten()

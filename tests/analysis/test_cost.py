@@ -7,7 +7,7 @@ from qat.analysis.cost import CostAnalysis, module_kinds, without_qkr
 from qat.cost import cost, matmuls, module_costs
 from qat.errors import UsageError
 from tests.analysis.common import KINDS, is_as_before, net_of, state, studied
-from tests.nets import FAMILIES
+from tests.nets import FAMILIES, families
 from tests.tiny import SIZE, vit
 
 TOKENS, WIDTH, HEADS, HIDDEN, CLASSES = 17, 32, 2, 128, 10
@@ -54,7 +54,7 @@ def test_modules_add_up(kind):
     assert_sums(net_of(kind), SIZE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_modules_of_every_family_add_up(family):
     chosen = FAMILIES[family]
     net = qat.convert(chosen.build(), qat.recipe("ofq", bits=3, attention=chosen.attention), input_size=chosen.input_size)

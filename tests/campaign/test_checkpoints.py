@@ -34,6 +34,7 @@ def wrong_outcomes(folder, cases):
     return wrong, count
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_is_wrong_is_one_line(tmp_path, float_run, run_4bit_tracked):
     last = run_4bit_tracked / "checkpoints" / "last.ckpt"
     cases = checkpoint_cases(tmp_path, float_run / "checkpoints" / "best.ckpt", last, commands=())

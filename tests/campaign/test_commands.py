@@ -47,7 +47,7 @@ def at_home(tmp_path, float_run):
     return tmp_path, str(float_run / "checkpoints" / "best.ckpt")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("script", "arguments", "line"), TYPED, ids=[" ".join((script, *rest)) for script, rest, _ in TYPED])
 def test_a_line_and_exit_code_1(at_home, script, arguments, line):
     folder, best = at_home

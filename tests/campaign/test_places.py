@@ -3,6 +3,8 @@
 Oracle: one line that names the setting or the file.
 """
 
+import pytest
+
 from tests.campaign.files import judged
 from tests.campaign.places import data_cases, path_cases
 from tests.campaign.running import attempt, no_steps
@@ -19,6 +21,7 @@ def wrong_outcomes(folder, cases):
     return wrong, len(tried)
 
 
+@pytest.mark.long
 def test_a_path_that_is_wrong_is_one_line(tmp_path, run_4bit):
     wrong, count = wrong_outcomes(tmp_path, path_cases(tmp_path, run_4bit / "checkpoints" / "last.ckpt"))
     assert count > 100

@@ -52,6 +52,7 @@ def test_every_mistake_is_one_line_that_names_it(tmp_path, monkeypatch, prepared
     assert wrong == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [entry[0] for entry in TABLE])
 def test_the_configs_are_valid_as_they_are(tmp_path, monkeypatch, prepared, name):
     monkeypatch.chdir(tmp_path)

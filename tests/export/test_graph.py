@@ -58,8 +58,8 @@ def test_families(name, attention, bits, tmp_path):
     assert_agrees(net, tmp_path / "net.onnx", [family.images(6, 1)])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["deit", pytest.param("swin", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["deit", "swin"])
 def test_post_training_quantization(name, tmp_path):
     family = FAMILIES[name]
     recipe = qat.PtqRecipe(bits=4, act_bits=8, softmax_bits=4, softmax_quantizer="log2", bias_correction=True)
@@ -176,7 +176,7 @@ def _torch_exports(name, attention, *, dynamic):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.long), True])
 def test_torch_exports_a_frozen_net(dynamic):
     _torch_exports("deit", "qkr", dynamic=dynamic)
 

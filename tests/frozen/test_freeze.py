@@ -11,7 +11,7 @@ from qat.frozen.agreement import agreement
 from qat.functional.statsq import statsq_codes, statsq_scale
 from qat.nn.attention import QkrAttention
 from tests import tiny
-from tests.nets import FAMILIES
+from tests.nets import FAMILIES, families
 
 RECIPES = {
     "ofq_2bit": qat.recipe("ofq", bits=2),
@@ -53,7 +53,7 @@ def test_logits_are_those_of_the_net(name, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_every_family_is_frozen(name):
     family = FAMILIES[name]
     net = qat.convert(family.build(), qat.recipe("ofq", bits=2, attention=family.attention), input_size=family.input_size)
@@ -62,7 +62,7 @@ def test_every_family_is_frozen(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families())
 def test_every_family_is_frozen_behind_post_training_quantization(name):
     family = FAMILIES[name]
     recipe = qat.PtqRecipe(bits=4, act_bits=8, softmax_bits=4, softmax_quantizer="log2", bias_correction=True)

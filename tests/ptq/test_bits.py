@@ -107,7 +107,10 @@ def test_the_net_afterwards_is_one_calibrated_with_these_bits(tmp_path):
     assert not any("forward" in module.__dict__ for module in net.modules())
 
 
-@pytest.mark.parametrize(("fitness", "average"), [("infonce", 3), ("mse", 3.5), ("kl", 2.5), ("cosine", 3)])
+@pytest.mark.parametrize(
+    ("fitness", "average"),
+    [("infonce", 3), ("mse", 3.5), *(pytest.param(*case, marks=pytest.mark.long) for case in (("kl", 2.5), ("cosine", 3)))],
+)
 def test_it_finds_the_optimum_of_all_assignments(fitness, average):
     """4 layers and 3 widths: 81 assignments. The search looks at fewer."""
     chosen = settings(targets=FEW, choices=(2, 3, 6), average_bits=average, fitness=fitness, generations=16)

@@ -85,6 +85,7 @@ def test_what_is_there_is_not_run_again(record, places):
     assert [path.stat().st_mtime_ns for path in files] == before
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_that_fails_holds_up_those_that_need_it_alone(record, places):
     assert run_all(["C90"], None, 2, places) == 2

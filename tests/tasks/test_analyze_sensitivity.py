@@ -50,6 +50,7 @@ def suggested(folder, ckpt, budget):
     return line, summary["suggestions"][0]
 
 
+@pytest.mark.long
 def test_bits_for_training_can_be_typed(tmp_path, run_4bit):
     line, entry = suggested(tmp_path, last(run_4bit), BUDGET_QAT)
     (argument,) = shlex.split(line)
@@ -70,6 +71,7 @@ def test_bits_for_post_training_quantization_can_be_typed(tmp_path, float_run, p
     assert found["size_bytes"] == entry["size_bytes"]
 
 
+@pytest.mark.long
 def test_bits_of_a_float_net_are_for_ptq(tmp_path, float_run):
     line, entry = suggested(tmp_path, last(float_run), BUDGET)
     (argument,) = shlex.split(line)
@@ -87,6 +89,7 @@ def test_a_budget_that_is_too_small(tmp_path, refused, ptq_run):
     assert line.startswith("error: analysis.budget_mb=0.001: below the smallest possible size of quantized: 0.0")
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_goes_on_to_its_suggestion(tmp_path, ptq_run):
     command = (
         f"ckpt={ptq_run}/quantized.ckpt",
@@ -113,7 +116,7 @@ def test_what_a_sensitivity_run_leaves(tmp_path, run_4bit):
         assert (tmp_path / name).stat().st_size > 200
 
 
-@pytest.mark.parametrize("space", ["scales", "weights"])
+@pytest.mark.parametrize("space", ["scales", pytest.param("weights", marks=pytest.mark.long)])
 def test_a_vit_beside_a_cnn(tmp_path, ptq_run, float_run, space):
     cnn = train(
         tmp_path / "cnn", "model=resnet_tiny_demo", "quant=fp", "~model.args.embed_dim", "~model.args.depth", "~model.args.num_heads"

@@ -107,6 +107,7 @@ def test_two_processes_equal_one(tmp_path, quant, seed):
     assert farthest(note(one, "end")["steps"][0]["net"], alone) > 1e-3  # so far have the weights moved
 
 
+@pytest.mark.long
 def test_what_differs_more_is_a_tie(tmp_path):
     settings = ("quant=ofq_2bit", "seed=0", *TEN_STEPS, "optimizer.lr=0.1")
     one = run(tmp_path / "one", *settings, "data.batch_size=120")
@@ -144,6 +145,7 @@ def codes_and_values(net, weights, images):
     return found
 
 
+@pytest.mark.long
 def test_accumulated_batches_and_processes_equal_one(tmp_path):
     # One batch of calibration images in either, so that the scales begin alike.
     settings = ("quant=lsq_2bit", *TEN_STEPS, "data.calibration_images=60")
@@ -243,7 +245,8 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     assert all(message in error for error in errors)
 
 
-@pytest.mark.parametrize("model", ["deit_t", pytest.param("swin_t", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["deit_t", "swin_t"])
 def test_a_published_recipe_takes_a_step_in_eight_processes(tmp_path, model):
     small = {
         "deit_t": ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3"),

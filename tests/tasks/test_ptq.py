@@ -72,7 +72,9 @@ def test_eval_gives_the_same_numbers(tmp_path, quantized_run):
         assert again[key] == found[key], key
 
 
-@pytest.mark.parametrize("choice", ["minmax_w8a8", "fqvit_w8a8", "percentile_w8a8", "inputs_w8a8"])
+@pytest.mark.parametrize(
+    "choice", ["minmax_w8a8", "fqvit_w8a8", *(pytest.param(name, marks=pytest.mark.long) for name in ("percentile_w8a8", "inputs_w8a8"))]
+)
 def test_8_bits_are_within_a_point_of_float(tmp_path, trained, choice):
     found = quantize(tmp_path, f"ckpt={last(trained)}", f"ptq={choice}", "data.calibration_images=200")
     assert found["top1_fp"] > 85
@@ -164,7 +166,7 @@ def test_a_timm_model_needs_no_checkpoint(tmp_path):
         ("model=deit_t_distilled", "++model.args.depth=1"),
         pytest.param(
             ("model=swin_t", "++model.args.depths=[1,1,1,1]", "ptq.batch=10", "data.calibration_images=10", "trainer.limit_test_batches=1"),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
     ],
 )

@@ -137,7 +137,7 @@ def test_without_a_dry_run_there_has_to_be_a_teacher(tmp_path, refused):
     assert "no teacher; give teacher.ckpt=FILE" in refused("train", cfg)
 
 
-@pytest.mark.parametrize("family", ["deit", pytest.param("swin", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["deit", pytest.param("swin", marks=pytest.mark.long)])
 def test_both_stages_of_a_row(tmp_path, family):
     from qat.tasks.train import train
 

@@ -43,7 +43,7 @@ def first(tmp_path_factory):
     return folder / "first"
 
 
-@pytest.mark.parametrize("form", [["--config-path", "{run}"], ["--config-dir", "first"]])
+@pytest.mark.parametrize("form", [["--config-dir", "first"], pytest.param(["--config-path", "{run}"], marks=pytest.mark.long)])
 def test_a_training_run_gives_the_same_again(first, form):
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     new = first.parent / form[0].strip("-")

@@ -99,7 +99,7 @@ def full(tmp_path_factory):
 
 
 # In front of the first save; between two saves; right behind one; at an epoch's first step; at the last step of all.
-@pytest.mark.parametrize("step", [5, 9, 26, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 12))])
+@pytest.mark.parametrize("step", [5, 26, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 9, 12))])
 def test_resumed_equals_uninterrupted(step, tmp_path, monkeypatch, full):
     run_dir = killed_at(step, tmp_path / "run", monkeypatch)
     run(run_dir, "resume=auto")
@@ -107,7 +107,7 @@ def test_resumed_equals_uninterrupted(step, tmp_path, monkeypatch, full):
     assert metrics(run_dir) == metrics(full)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_twice_with_loader_processes(tmp_path, monkeypatch, full):
     run_dir = killed_at(5, tmp_path / "run", monkeypatch, "data.num_workers=2")
     killed_at(13, run_dir, monkeypatch, "resume=true", "data.num_workers=2")
@@ -237,7 +237,7 @@ def full_disk(monkeypatch, name):
         yield
 
 
-@pytest.mark.parametrize("name", ["best.ckpt", "metrics.csv", pytest.param("results.json", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["best.ckpt", *(pytest.param(name, marks=pytest.mark.long) for name in ("metrics.csv", "results.json"))])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(name, tmp_path, monkeypatch, full, refused):
     run_dir = killed_at(13, tmp_path / "run", monkeypatch)
     with full_disk(monkeypatch, name):

@@ -111,6 +111,7 @@ def test_where_results_are_there_already_all_jobs_are_refused_and_stay(tmp_path)
     assert "error" not in results(tmp_path / "sweep" / "0")
 
 
+@pytest.mark.long
 def test_a_study_survives_a_failed_trial_and_goes_on_behind_its_trials(tmp_path):
     # A batch of -4 images is impossible; the seed draws it for some trials.
     space = ("data.batch_size=choice(-4,64)", "hydra.sweeper.sampler.seed=2")
