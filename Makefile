@@ -158,7 +158,7 @@ results: $(PEERS)/.ready ## all runs of docs/results.md that have no record yet,
 results-quick: $(READY) ## one small experiment in a temporary folder, and docs/results.md anew from the committed records (1 minute)
 	$(BIN)/python -m studies quick
 
-test: $(READY) ## all tests but those of test-long
+test: $(READY) ## the tests of every change, all but those of test-long (15 minutes)
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-fast: $(READY) ## tests that take seconds
@@ -173,7 +173,7 @@ test-slurm: $(READY) ## cluster jobs on the real SLURM, in a private directory; 
 	fi
 	OMP_NUM_THREADS=1 timeout 600 $(BIN)/python -m pytest -q -rsPfE --log-level=INFO -m slurm tests/slurm
 
-test-long: $(READY) ## compilers, sweeps and process starts that take minutes
+test-long: $(READY) ## what the tests of every change have no time for: compilers, processes, all families of nets, all mistakes (an hour)
 	$(BIN)/python -m pytest -q $(PARALLEL) -m long
 
 check: lint types imports test ## everything that must be green: style, types, import directions, tests

@@ -113,6 +113,7 @@ def test_a_dataset_from_elsewhere_is_not_imported(tmp_path):
     assert "antigravity" not in sys.modules
 
 
+@pytest.mark.long
 def test_it_needs_neither_hydra_nor_lightning_to_be_found():
     code = "import sys, qat; qat.transform, qat.load; sys.exit(any(m in sys.modules for m in ('hydra', 'omegaconf', 'lightning')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -36,6 +36,7 @@ def tried(base):
     return thinned([one for group in base.groups for one in mutations(base.cfg, group)], EVERY, first=len(base.name))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [entry[0] for entry in TABLE])
 def test_every_mistake_is_one_line_that_names_it(tmp_path, monkeypatch, prepared, name):
     monkeypatch.chdir(tmp_path)

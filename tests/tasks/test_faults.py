@@ -102,6 +102,7 @@ def test_a_step_that_fails_again_is_left_out(skipped, tmp_path, caplog):
     assert "|".join(said) == "|".join(expected)
 
 
+@pytest.mark.long
 def test_a_fault_that_does_not_come_again_leaves_no_trace(tmp_path, monkeypatch):
     healthy = go(tmp_path / "healthy", policy="stop")
     monkeypatch.setattr(finite, "_is_free", lambda tensor: False)  # all of it is seen late

@@ -99,6 +99,7 @@ def last(folder):
     return read_torch(folder / "checkpoints" / "last.ckpt")
 
 
+@pytest.mark.long
 def test_two_processes_equal_one(root):
     found, alone = last(root / "whole"), last(root / "one")
     assert farthest(found["state_dict"], alone["state_dict"]) <= 1e-5
@@ -109,6 +110,7 @@ def test_two_processes_equal_one(root):
     assert 0.4 < first["parts"]["blocks.0.mlp.fc1.weight"] < 0.6
 
 
+@pytest.mark.long
 def test_each_image_is_validated_once(root):
     found, alone = results(root / "whole"), results(root / "one")
     assert {key: found[key] for key in ("top1", "val_top1", "weights", "size_bytes")} == {
@@ -116,6 +118,7 @@ def test_each_image_is_validated_once(root):
     }
 
 
+@pytest.mark.long
 def test_the_file_is_that_of_one_process(root):
     found, alone = last(root / "whole"), last(root / "one")
     assert found.keys() == alone.keys()
@@ -129,11 +132,13 @@ def test_the_file_is_that_of_one_process(root):
         assert torch.equal(qat.load(root / "whole" / "checkpoints" / "last.ckpt")(noted["images"]), noted["logits"])
 
 
+@pytest.mark.long
 def test_it_is_evaluated_in_one_process(root, tmp_path):
     evaluate(compose("eval", f"run_dir={tmp_path}", f"ckpt={root / 'whole' / 'checkpoints' / 'best.ckpt'}"))
     assert results(tmp_path)["top1"] == results(root / "whole")["top1"]
 
 
+@pytest.mark.long
 def test_a_run_that_goes_back_and_is_killed_equals_one_that_was_never_stopped(root):
     found, whole = last(root / "again"), last(root / "whole")
     for part in ("state_dict", "optimizer_states"):
@@ -142,6 +147,7 @@ def test_a_run_that_goes_back_and_is_killed_equals_one_that_was_never_stopped(ro
         assert all(torch.equal(values[name], value) for name, value in expected.items())
 
 
+@pytest.mark.long
 def test_a_fault_in_the_part_of_one_process_is_found_by_all(root):
     gradient = "gradients of step 1 hold NaN or infinity (1 tensors, first blocks.0.mlp.fc1.weight in process 1)"
     weight = "the loss of step 2 is nan; first not finite: blocks.0.mlp.fc1.weight, the first of 1 weights that hold NaN or infinity"

@@ -199,6 +199,7 @@ def test_the_config_gives_the_same_run_again(tmp_path, quantized_run):
     assert follows["data.seed"] == "@{seed}"
 
 
+@pytest.mark.long
 def test_the_script_as_it_is_typed(tmp_path, float_run):
     (tmp_path / "runs").mkdir()
     shutil.copy(last(float_run), tmp_path / "runs" / "fp.ckpt")
