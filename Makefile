@@ -173,7 +173,7 @@ test-slurm: $(READY) ## cluster jobs on the real SLURM, in a private directory; 
 	fi
 	OMP_NUM_THREADS=1 timeout 600 $(BIN)/python -m pytest -q -rsPfE --log-level=INFO -m slurm tests/slurm
 
-test-long: $(READY) ## what the tests of every change have no time for: compilers, processes, all families of nets, all mistakes (an hour)
+test-long: $(READY) ## what the tests of every change have no time for: compilers, processes, all families of nets, all mistakes
 	$(BIN)/python -m pytest -q $(PARALLEL) -m long
 
 check: lint types imports test ## everything that must be green: style, types, import directions, tests
