@@ -15,7 +15,12 @@ def test_interval(every):
 
 
 @pytest.mark.parametrize(
-    ("every", "steps"), [(None, [5, 10]), (2, [2, 4, 5, 6, 8, 10]), pytest.param(1, list(range(1, 11)), marks=pytest.mark.long)]
+    ("every", "steps"),
+    [
+        (None, [5, 10]),
+        (2, [2, 4, 5, 6, 8, 10]),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in ((5, [5, 10]), (1, [*range(1, 11)]))),
+    ],
 )
 def test_when(every, steps, tmp_path, monkeypatch):
     from lightning.pytorch import Trainer

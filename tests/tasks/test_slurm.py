@@ -206,6 +206,17 @@ def test_of_an_array_it_is_the_one_job_and_only_the_first_process_asks(place, sc
     assert told() == (["requeue 3_0"], [slurm.SAID_S, slurm.KILL_S, slurm.KILL_S])
 
 
+def test_a_full_disk_keeps_no_job_from_being_started_again(place, scontrol, caplog, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    told = scontrol()
+    place(JOB)
+    monkeypatch.setattr("qat.files.write_text", full)
+    assert left(caplog, Preempted(signal.SIGUSR1), {"run_dir": str(tmp_path), "resume": False})[0] == 138
+    assert told()[0] == ["requeue 17"]
+
+
 def test_a_job_that_never_gets_to_a_checkpoint_is_not_started_for_ever(place, scontrol, caplog, tmp_path):
     told = scontrol()
     place(JOB)
