@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := outputs/demo
-# A process a core; a test needs no more than one.
-PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+# A test needs no more than one core, and some wait for processes of their own: one test more at a time than there are cores, eight at most.
+PARALLEL := -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8))) --dist worksteal
 
 PEERS := outputs/peers
 

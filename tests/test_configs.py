@@ -27,13 +27,16 @@ def choices(group):
 
 
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra")
+# Their choices are configs of all other groups.
+CHOOSERS = {"experiment", "debug"}
+# Groups that train.py does not have.
+ELSEWHERE = {"ptq", "search", "analysis", "format"}
 RECIPES = {f"{name}_{bits}bit": (name, {"bits": bits}) for name in PRESETS if name != "fp" for bits in (2, 3, 4, 8)} | {"fp": ("fp", {})}
 # One of each kind, for the tests of every change.
 OFTEN = {"deit_t", "deit_t_distilled", "vit_tiny_demo", "resnet_tiny_demo", "swin_t", "swinv2_t", "eva02_t"}
 # Queries and keys of these are rotated or normalised.
 NO_QKR = {"eva02_t", "swinv2_t"}
 # A recipe of each kind; what a net makes of it does not depend on the bits.
-OF_PTQ = {"ptq", "search"}  # groups that only ptq.py has
 KINDS = ("fp", "ofq_2bit", "ofq_noqkr_2bit", "lsq_2bit", "minmax_8bit")
 
 
@@ -44,18 +47,32 @@ def one_block(model):
     return f"++model.args.{stages[kind]}=[1,1,1,1]" if kind else "++model.args.depth=1"
 
 
-@pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
-def test_every_choice_composes(group, choice):
-    config = {"analysis": "analyze", "format": "export"}.get(group, "ptq" if group in OF_PTQ or choice.startswith("evolq_") else "train")
-    cfg = compose(config, f"{group}={choice}", "run_dir=a")
+def whole(config, *overrides):
+    cfg = compose(config, *overrides, "run_dir=a")
     assert not OmegaConf.missing_keys(cfg)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
-@pytest.mark.parametrize("group", ["model", "data", "trainer", "logger"])
-def test_eval_takes_the_same_choices(group):
-    for choice in choices(group):
-        compose("eval", f"{group}={choice}", "run_dir=a")
+@pytest.mark.parametrize(("group", "choice"), [(g, c) for g in CHOOSERS for c in choices(g)])
+def test_every_choice_of_many_composes(group, choice):
+    whole("ptq" if choice.startswith("evolq_") else "train", f"{group}={choice}")
+
+
+@pytest.mark.parametrize(
+    ("config", "groups"),
+    [
+        ("train", [g for g in GROUPS if g not in CHOOSERS | ELSEWHERE]),
+        ("eval", ["model", "data", "trainer", "logger"]),
+        ("ptq", ["ptq", "search"]),
+        ("analyze", ["analysis"]),
+        ("export", ["format"]),
+    ],
+)
+def test_every_choice_composes(config, groups):
+    """As many configs as the longest group has choices: the n-th choice of each group, all together."""
+    columns = [[f"{group}={choice}" for choice in choices(group)] for group in groups]
+    for n in range(max(len(column) for column in columns)):
+        whole(config, *(column[n % len(column)] for column in columns))
 
 
 @pytest.mark.parametrize("name", sorted({c for g in ("experiment", "debug") for c in choices(g)}))
@@ -147,9 +164,9 @@ SHORT_PATHS = [
 ]
 
 
-@pytest.mark.parametrize("path", SHORT_PATHS)
-def test_short_paths_need_no_plus(path):
-    assert OmegaConf.select(compose("train", f"{path}=7"), path) == 7
+def test_short_paths_need_no_plus():
+    cfg = compose("train", *(f"{path}=7" for path in SHORT_PATHS))
+    assert {path: OmegaConf.select(cfg, path) for path in SHORT_PATHS} == dict.fromkeys(SHORT_PATHS, 7)
 
 
 def test_a_key_that_does_not_exist_is_refused_by_hydra():
@@ -222,10 +239,10 @@ def test_debug_configs_run(tmp_path, debug):
     assert not list(run.rglob("*.ckpt"))
 
 
-ELSEWHERE = ("ofq_", "evolq_")  # tests/tasks/test_recipes.py, tests/tasks/test_search.py
+ELSEWHERE_RUN = ("ofq_", "evolq_")  # tests/tasks/test_recipes.py, tests/tasks/test_search.py
 
 
-@pytest.mark.parametrize("name", [name for name in choices("experiment") if not name.startswith(ELSEWHERE)])
+@pytest.mark.parametrize("name", [name for name in choices("experiment") if not name.startswith(ELSEWHERE_RUN)])
 def test_experiments_run(tmp_path, float_run, name):
     start = [f"ckpt={float_run}/checkpoints/last.ckpt"] if "kd" in compose("train", f"experiment={name}").loss.terms else []
     small = ("trainer.fast_dev_run=true", *(o for o in TINY if "model.args" in o), *start)
