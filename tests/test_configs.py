@@ -53,7 +53,7 @@ def whole(config, *overrides):
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
-@pytest.mark.parametrize(("group", "choice"), [(g, c) for g in CHOOSERS for c in choices(g)])
+@pytest.mark.parametrize(("group", "choice"), [(g, c) for g in sorted(CHOOSERS) for c in choices(g)])
 def test_every_choice_of_many_composes(group, choice):
     whole("ptq" if choice.startswith("evolq_") else "train", f"{group}={choice}")
 
