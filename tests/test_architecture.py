@@ -102,6 +102,7 @@ def test_help_is_answered_without_the_heavy_libraries():
     assert loaded & {"torch", "timm", "lightning", "torchvision", "torchmetrics", "matplotlib", "pyarrow", "sklearn", "wandb"} == set()
 
 
+@pytest.mark.long
 def test_the_core_works_without_hydra_and_lightning():
     names = ["qat.convert", "qat.save", "qat.load", "qat.recipe", "qat.initialize_scales", "qat.functional.lsq"]
     code = f"import sys, qat; {'; '.join(names)}; sys.exit(any(m in sys.modules for m in ('hydra', 'omegaconf', 'lightning')))"

@@ -162,6 +162,7 @@ def test_float16_with_a_gradient_scaler_trains():
     assert all(p.isfinite().all() for p in learner.net.parameters())
 
 
+@pytest.mark.long
 def test_compiled_and_eager_agree():
     net, x = quantized("ofq", bits=4).train(), images(64)
     with torch.no_grad(), autocast():

@@ -346,6 +346,7 @@ def test_wrapped_net_of_ours(path):
     assert torch.equal(logits(qat.load(path)), logits(net))
 
 
+@pytest.mark.long
 def test_compiled_in_place_saves_the_same_names(path):
     net = quantized()
     net.compile(backend="eager")

@@ -43,7 +43,7 @@ def share_of_changed_images(a, b):
     return ((a - b).abs().amax(1) > 1e-4).float().mean()
 
 
-@pytest.mark.parametrize("preset", ["lsq", "minmax"])
+@pytest.mark.parametrize("preset", ["lsq", pytest.param("minmax", marks=pytest.mark.long)])
 def test_one_graph(preset):
     found = dynamo.explain(quantized(preset, bits=2).train())(images())
     assert (found.graph_count, found.graph_break_count) == (1, 0)
@@ -61,7 +61,8 @@ def compare(preset, backend):
     assert torch.cosine_similarity(gradient, step(quantized(preset, bits=3).train(), x)[1], dim=0) < 0.99
 
 
-@pytest.mark.parametrize("preset", ["ofq", pytest.param("ofq_noqkr", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
 def test_traced_forward_and_backward(preset):
     compare(preset, "aot_eager")
 
@@ -214,6 +215,7 @@ def saved_bytes(net):
     return sum(kept.values())
 
 
+@pytest.mark.long
 def test_recomputation_keeps_less(backend):
     found = {}
     for recompute in (False, True):

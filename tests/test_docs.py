@@ -86,7 +86,7 @@ def cases():
                 yield pytest.param(
                     [command],
                     id=f"{page.name}: {' '.join(command)}",
-                    marks=[pytest.mark.slow, *([pytest.mark.long] if "compile=true" in command else [])],
+                    marks=[pytest.mark.slow, *([pytest.mark.long] if "compile=true" in command or page.name == "logging.md" else [])],
                 )
 
 

@@ -24,6 +24,7 @@ def killed(tmp_path_factory):
         return killed_at(25, tmp_path_factory.mktemp("killed") / "run", patch)
 
 
+@pytest.mark.long
 def test_in_a_directory_that_was_moved(tmp_path, killed, full):  # noqa: F811
     moved = shutil.copytree(killed, tmp_path / "moved")
     run(moved, "resume=true")

@@ -43,6 +43,7 @@ def test_a_checkpoint_that_is_wrong_is_one_line(tmp_path, float_run, run_4bit_tr
     assert wrong == []
 
 
+@pytest.mark.long
 def test_a_run_does_not_go_on_from_one_that_is_wrong(tmp_path, run_4bit_tracked):
     wrong, count = wrong_outcomes(
         tmp_path, resume_cases(tmp_path, run_4bit_tracked, unreadable=("cut to 95 %", "torch with a payload", "a tensor"))

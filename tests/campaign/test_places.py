@@ -28,6 +28,7 @@ def test_a_path_that_is_wrong_is_one_line(tmp_path, run_4bit):
     assert wrong == []
 
 
+@pytest.mark.long
 def test_data_that_are_wrong_are_one_line(tmp_path):
     wrong, count = wrong_outcomes(tmp_path, data_cases(tmp_path))
     assert count > 30

@@ -64,6 +64,7 @@ def test_the_configs_are_valid_as_they_are(tmp_path, monkeypatch, prepared, name
     assert outcome.kind == "reached", outcome.message
 
 
+@pytest.mark.long
 def test_there_are_hundreds_of_them_of_all_kinds(prepared):
     cases = [mutation for base in prepared.values() for mutation in tried(base)]
     assert len(cases) > 200

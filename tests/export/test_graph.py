@@ -77,6 +77,7 @@ def two_bit(tmp_path_factory):
     return frozen, file(frozen, tiny.images(1), path), path
 
 
+@pytest.mark.long
 def test_only_standard_operators(two_bit):
     _, model, _ = two_bit
     assert [entry.domain for entry in model.opset_import if entry.domain not in {"", "pkg.onnxscript.torch_lib.common"}] == []
@@ -176,7 +177,8 @@ def _torch_exports(name, attention, *, dynamic):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_exports_a_frozen_net(dynamic):
     _torch_exports("deit", "qkr", dynamic=dynamic)
 

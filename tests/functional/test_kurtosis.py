@@ -120,6 +120,7 @@ def test_it_is_float32_whatever_autocast_and_the_weights_say():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_step_compiles_as_one_graph():
     weights = [exponential(n).requires_grad_() for n in (64, 300)]
     compiled = torch.compile(lambda *t: kure_loss(t), fullgraph=True, backend="aot_eager")

@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
-@pytest.mark.parametrize("interpreted", ["1", pytest.param("0", marks=NO_GPU)])
+@pytest.mark.parametrize("interpreted", [pytest.param("1", marks=pytest.mark.long), pytest.param("0", marks=NO_GPU)])
 def test_numbers_of_the_reference(interpreted):
     """All cases in one process: it is its start that takes time."""
     environment = {**os.environ, "TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1"}

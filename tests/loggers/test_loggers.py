@@ -72,6 +72,7 @@ def read(run):
 
 
 @pytest.mark.parametrize("reader", READERS)
+@pytest.mark.long
 def test_every_number_of_the_csv_file_is_there(read, run, reader):
     expected = logged(run)
     assert {"val/top1", "val/loss", "test/top1"} <= set(expected)

@@ -148,6 +148,7 @@ def test_masks_are_timms():
         assert_close(net.blocks[0](x, is_causal=True), vit().blocks[0](x, is_causal=True), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_it_can_be_compiled_as_one_graph():
     net = placed(kwargs={"depth": 1}, residual_observer="ptf", layernorm="integer")
     assert isinstance(net, FqNet)

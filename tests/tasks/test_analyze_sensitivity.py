@@ -63,6 +63,7 @@ def test_bits_for_training_can_be_typed(tmp_path, run_4bit):
     assert results(again)["size_bytes"] == entry["size_bytes"]
 
 
+@pytest.mark.long
 def test_bits_for_post_training_quantization_can_be_typed(tmp_path, float_run, ptq_run):
     line, entry = suggested(tmp_path, ptq_run / "quantized.ckpt", BUDGET)
     (argument,) = shlex.split(line)

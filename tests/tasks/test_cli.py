@@ -59,10 +59,8 @@ def test_an_unknown_choice_is_answered_with_the_choices(tmp_path):
     assert "Traceback" not in out + err
 
 
-def test_help_is_quick_and_lists_the_choices(tmp_path):
-    began = time.monotonic()
+def test_help_lists_the_choices(tmp_path):
     code, out, _ = command("train.py", "--help", cwd=tmp_path)
-    assert time.monotonic() - began < 4
     assert code == 0
     assert "quant: fp, lsq_2bit" in out
     assert "optimizer:" in out

@@ -92,6 +92,7 @@ def skipped(tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.long
 def test_a_step_that_fails_again_is_left_out(skipped, tmp_path, caplog):
     back = go(tmp_path / "run", Spoil(1, 3, 8))
     assert alike(last(back), last(skipped))

@@ -16,6 +16,7 @@ def weights(run_dir):
     return read_checkpoint(run_dir / "checkpoints" / "last.ckpt").state
 
 
+@pytest.mark.long
 def test_checkpointing_computes_the_same(tmp_path):
     settings = ("model.args.drop_path_rate=0.3", "++model.args.depth=2")
     plain = train(tmp_path / "plain", *settings)

@@ -86,8 +86,7 @@ def farthest(found, expected):
 
 CASES = [
     ("ofq_2bit", 0),
-    ("lsq_2bit", 2),
-    *(pytest.param(*case, marks=pytest.mark.long) for case in (("ofq_2bit", 1), ("ofq_noqkr_4bit", 3))),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in (("lsq_2bit", 2), ("ofq_2bit", 1), ("ofq_noqkr_4bit", 3))),
 ]
 
 
@@ -184,7 +183,8 @@ def odd(self, read=Digits.read):
 SIZES = (("val", 37), ("test", 53))
 
 
-@pytest.mark.parametrize("model", ["vit_tiny_demo", pytest.param("resnet_tiny_demo", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["vit_tiny_demo", "resnet_tiny_demo"])
 def test_each_image_is_validated_once(tmp_path, monkeypatch, model):
     monkeypatch.setattr(Digits, "read", odd)
     # 37 images in two processes are batches of 16, 3 and 16, 2; in three, one has a batch more than another: 13 images, 12, 12.

@@ -58,6 +58,7 @@ def test_a_training_run_gives_the_same_again(first, form):
     assert "Warning" not in out
 
 
+@pytest.mark.long
 def test_what_follows_a_setting_follows_it_again(first):
     again = ("--config-dir", "first", "--config-name", "config")
     changed = ("seed=4", "quant.bits=3", "+data=digits", "data.hflip=0.25")

@@ -99,7 +99,7 @@ def full(tmp_path_factory):
 
 
 # In front of the first save; between two saves; right behind one; at an epoch's first step; at the last step of all.
-@pytest.mark.parametrize("step", [5, 26, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 9, 12))])
+@pytest.mark.parametrize("step", [5, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 9, 12, 26))])
 def test_resumed_equals_uninterrupted(step, tmp_path, monkeypatch, full):
     run_dir = killed_at(step, tmp_path / "run", monkeypatch)
     run(run_dir, "resume=auto")
@@ -115,6 +115,7 @@ def test_killed_twice_with_loader_processes(tmp_path, monkeypatch, full):
     assert_same_run(run_dir, full)
 
 
+@pytest.mark.long
 def test_accumulated_batches_and_validations_in_the_middle(tmp_path, monkeypatch):
     """Nothing is saved between batches that are accumulated, also not by a run that was resumed there; no validation is left out."""
     settings = ("trainer.accumulate_grad_batches=2", "+trainer.val_check_interval=4", "trainer.log_every_n_steps=1")
@@ -237,7 +238,8 @@ def full_disk(monkeypatch, name):
         yield
 
 
-@pytest.mark.parametrize("name", ["best.ckpt", *(pytest.param(name, marks=pytest.mark.long) for name in ("metrics.csv", "results.json"))])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["best.ckpt", "metrics.csv", "results.json"])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(name, tmp_path, monkeypatch, full, refused):
     run_dir = killed_at(13, tmp_path / "run", monkeypatch)
     with full_disk(monkeypatch, name):

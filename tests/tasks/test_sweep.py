@@ -43,6 +43,7 @@ def swept(tmp_path_factory):
     return cwd, given, code, out
 
 
+@pytest.mark.long
 def test_a_sweep_that_was_ended_says_how_far_it_came(swept):
     cwd, _, code, out = swept
     assert code == 3
@@ -100,6 +101,7 @@ def test_what_cannot_be_gathered_is_one_line(tmp_path, refused, typed_in, line):
     assert re.search(line, refused("analyze", compose("analyze", f"run_dir={tmp_path}", *typed_in.split())))
 
 
+@pytest.mark.long
 def test_where_results_are_there_already_all_jobs_are_refused_and_stay(tmp_path):
     given = ("-m", *QUICK, "seed=1", "run_dir=sweep")
     assert typed("train.py", *given, cwd=tmp_path)[0] == 0
@@ -140,6 +142,7 @@ def test_a_study_survives_a_failed_trial_and_goes_on_behind_its_trials(tmp_path)
     assert len({one["optimizer.lr"] for one in after}) == 5, "a sampler that begins anew draws the same values again"
 
 
+@pytest.mark.long
 def test_a_study_without_a_good_trial_ends_with_one_line(tmp_path):
     given = ("hparams_search=optuna_lr", *QUICK, "data.batch_size=-4", "hydra.sweeper.n_trials=1", "run_dir=study")
     code, out = typed("train.py", *given, cwd=tmp_path)
