@@ -9,6 +9,9 @@ PARALLEL := -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 :
 
 PEERS := outputs/peers
 
+# Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: export-table two-bit-forms study results results-quick gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
 
 help:
