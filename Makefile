@@ -12,7 +12,7 @@ PEERS := outputs/peers
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: export-table two-bit-forms study results results-quick gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress map-scales models-page search-cost bits-seeds weights-figures kure-seeds kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
+.PHONY: export-table two-bit-forms study results results-quick gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress map-scales models-page search-cost bits-seeds weights-figures kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -64,14 +64,11 @@ bits-seeds: $(READY) ## mixed precision by search against equal bits of the same
 	test -f $(BITS)/fp/checkpoints/best.ckpt || $(BIN)/python train.py experiment=demo_fp run_dir=$(BITS)/fp overwrite=true
 	@PYTHONPATH=. $(BIN)/python benchmarks/bits_seeds.py --ckpt $(BITS)/fp/checkpoints/best.ckpt --images 200 --generations 12 --out $(BITS)
 
-kure-seeds: $(READY) ## float nets with and without kurtosis regularization, weights quantized at 2 and 3 bits; 2-bit training; three seeds (20 minutes)
-	@PYTHONPATH=. $(BIN)/python benchmarks/kure_seeds.py --qat-epochs 6
-
 kure-cost: $(READY) ## share of kurtosis regularization in a DeiT-T training step on one thread (5 minutes)
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kure_cost.py
 
-robustness-figures: $(READY) ## draw the figures of docs/robustness.md, from the runs of kure-seeds
-	@PYTHONPATH=. $(BIN)/python benchmarks/robustness_figures.py --runs outputs/kure/digits
+robustness-figures: $(READY) ## draw the figures of docs/robustness.md, from the runs of claim C5
+	@PYTHONPATH=. $(BIN)/python benchmarks/robustness_figures.py --runs outputs/studies/C5
 
 WEIGHTS := outputs/weights
 weights-figures: $(READY) ## the pictures of weights, oscillation and cost in docs/analysis.md: a short 2-bit run, plain and annealed (4 minutes)

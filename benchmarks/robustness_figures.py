@@ -1,4 +1,4 @@
-"""Draws the figures of docs/robustness.md: closed forms, and with `--runs` what `make kure-seeds` left behind.
+"""Draws the figures of docs/robustness.md: closed forms, and with `--runs` what the runs of claim C5 left behind.
 
 Run by `make robustness-figures`.
 """
@@ -24,12 +24,11 @@ from qat.functional import rounding_noise as noise
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 SQRT3 = math.sqrt(3)
 UNIFORM, NORMAL = "C0", "C1"
-LAYER = "blocks.1.mlp.fc1.weight"
+LAYER = "blocks.3.mlp.fc1.weight"
 PULLS = (
-    ("float net", "fp", NORMAL),
-    ("loss.kure=0.3", "kure_0.3", "C2"),
-    ("loss.kure=1", "kure", UNIFORM),
-    ("1, sum over layers", "kure_sum", "C3"),
+    ("without the term", "longer", NORMAL),
+    ("mean over layers", "kure", UNIFORM),
+    ("sum over layers", "sum", "C3"),
 )
 mpl.rcParams.update({"svg.hashsalt": "qat", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
@@ -83,37 +82,37 @@ def course(run_dir: Path, column: str) -> tuple[list[int], list[float]]:
 def draw_runs(runs: Path, path: Path) -> None:
     """Kurtosis over the steps of each seed; the weights of one layer, by how hard they were pulled."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    seeds = sorted(runs.glob("seed*"))
+    seeds = sorted(runs.glob("kure-seed*"))
     for seed in seeds:
         for number, (column, name) in enumerate((
             ("kurtosis_max", "highest layer"),
             ("kurtosis_mean", "mean"),
             ("kurtosis_min", "lowest layer"),
         )):
-            steps, values = course(seed / "kure", f"train/{column}")
+            steps, values = course(seed, f"train/{column}")
             axes[0].plot(steps, values, color=f"C{number}", lw=1, label=name if seed == seeds[0] else None)
     axes[0].axhline(1.8, color="0.5", lw=0.8, ls="--")
     axes[0].set(xlabel="step", ylabel="kurtosis", ylim=(1.5, None))
     axes[0].legend()
     for name, run, colour in PULLS:
-        weight = qat.load(seeds[0] / run / "checkpoints" / "last.ckpt").get_parameter(LAYER).detach()
+        weight = qat.load(runs / f"{run}-seed0" / "checkpoints" / "last.ckpt").get_parameter(LAYER).detach()
         standard = ((weight - weight.mean()) / weight.std()).flatten()
         density, edges = torch.histogram(standard.clamp(-4, 4), bins=60, density=True)
         axes[1].stairs(density.numpy(), edges.numpy(), color=colour, label=name)
     axes[1].set(xlabel=f"{LAYER}, in standard deviations", ylabel="density")
-    axes[1].legend()
+    axes[1].legend(loc="upper right")
     figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
     """Write the SVG files."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, help="folder of the seeds, outputs/kure/digits")
+    parser.add_argument("--runs", type=Path, help="folder of its runs, outputs/studies/C5")
     parser.add_argument("--out", type=Path, default=FIGURES)
     args = parser.parse_args()
     draw_theory(args.out / "robustness-theory.svg")
     if args.runs:
-        draw_runs(args.runs, args.out / "kure-digits.svg")
+        draw_runs(args.runs, args.out / "robustness-pull.svg")
 
 
 if __name__ == "__main__":
