@@ -12,7 +12,7 @@ PEERS := outputs/peers
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: export-table two-bit-forms study results results-quick gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress map-scales models-page search-cost bits-seeds weights-figures kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm check lint types imports clean
+.PHONY: export-table two-bit-forms study results results-quick gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress map-scales models-page search-cost bits-seeds weights-figures kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm system-packages check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -164,11 +164,17 @@ test: $(READY) ## the tests of every change, all but those of test-long (15 minu
 test-fast: $(READY) ## tests that take seconds
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not long"
 
+APT := timeout 300 apt-get install -qq -y --no-install-recommends
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+system-packages: ## a browser for the tests of report.html, and SLURM for those of cluster jobs; as root
+	apt-get update -qq
+	-$(APT) chromium
+	-$(APT) $(SLURM_PACKAGES)
+
 test-slurm: $(READY) ## cluster jobs on the real SLURM, in a private directory; installs it where that is allowed (2 minutes)
 	@for name in slurmctld slurmd srun munged; do PATH="$$PATH:/usr/sbin" command -v $$name >/dev/null || absent=yes; done; \
 	if [ -n "$$absent" ]; then \
-	  test "$$(id -u)" = 0 && timeout 300 sh -c 'apt-get update -qq && apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES)' >/dev/null 2>&1 \
+	  test "$$(id -u)" = 0 && { apt-get update -qq && $(APT) $(SLURM_PACKAGES); } >/dev/null 2>&1 \
 	    || echo "not installed; as root: apt-get install --no-install-recommends $(SLURM_PACKAGES)"; \
 	fi
 	OMP_NUM_THREADS=1 timeout 600 $(BIN)/python -m pytest -q -rsPfE --log-level=INFO -m slurm tests/slurm

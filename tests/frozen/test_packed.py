@@ -24,7 +24,10 @@ def written(net, path):
     return write_packed(net, path, describe(net, data={"image_size": 8}, classes=list("abcdefghij")))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+BRIEF = ("ofq_2bit", "mixed")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in BRIEF else pytest.mark.long) for name in RECIPES])
 def test_a_file_gives_the_frozen_net_back(name, tmp_path):
     frozen = qat.freeze(made(RECIPES[name]))
     written(frozen, tmp_path / "net.safetensors")
@@ -38,7 +41,7 @@ def test_a_file_gives_the_frozen_net_back(name, tmp_path):
     assert torch.equal(qat.integer_forward(again, x), qat.integer_forward(frozen, x))
 
 
-@pytest.mark.parametrize("name", ["swin", "deit_distilled", "beit"])
+@pytest.mark.parametrize("name", ["swin", *(pytest.param(name, marks=pytest.mark.long) for name in ("deit_distilled", "beit"))])
 def test_other_families(name, tmp_path):
     family = FAMILIES[name]
     net = qat.convert(family.build(), qat.recipe("ofq", bits=3), input_size=family.input_size)
@@ -76,7 +79,9 @@ def test_a_file_is_as_large_as_its_parts(tmp_path):
     assert "codes" in sizes.to_text()
 
 
-@pytest.mark.parametrize(("name", "size"), [("deit_tiny_patch16_224", 224), ("vit_tiny_patch16_224", 32)])
+@pytest.mark.parametrize(
+    ("name", "size"), [pytest.param("deit_tiny_patch16_224", 224, marks=pytest.mark.long), ("vit_tiny_patch16_224", 32)]
+)
 def test_the_header_is_small(name, size, tmp_path):
     kwargs = {} if size == 224 else {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
     net = qat.convert(tiny.timm.create_model(name, **kwargs), qat.recipe("ofq", bits=2), input_size=(3, size, size))

@@ -117,7 +117,8 @@ def test_what_a_sensitivity_run_leaves(tmp_path, run_4bit):
         assert (tmp_path / name).stat().st_size > 200
 
 
-@pytest.mark.parametrize("space", ["scales", pytest.param("weights", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("space", ["scales", "weights"])
 def test_a_vit_beside_a_cnn(tmp_path, ptq_run, float_run, space):
     cnn = train(
         tmp_path / "cnn", "model=resnet_tiny_demo", "quant=fp", "~model.args.embed_dim", "~model.args.depth", "~model.args.num_heads"

@@ -124,6 +124,7 @@ def test_too_many_stop_the_run(tmp_path, refused, monkeypatch):
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_a_checkpoint_behind_a_step_left_out(skipped, tmp_path):
     with pytest.raises(Killed):
         go(tmp_path / "run", Spoil(1, 3, 8), Kill(5), policy="skip")

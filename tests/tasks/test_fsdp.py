@@ -163,7 +163,11 @@ ALLOWED = "needs whole weights; allowed is ddp$"
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        *(((f"callbacks=[default,{name}]",), f"callbacks.{name} {ALLOWED}") for name in ("cga", "freeze", "oscillation", "ema")),
+        (("callbacks=[default,cga]",), f"callbacks.cga {ALLOWED}"),
+        *(
+            pytest.param((f"callbacks=[default,{name}]",), f"callbacks.{name} {ALLOWED}", marks=pytest.mark.long)
+            for name in ("freeze", "oscillation", "ema")
+        ),
         (("loss=ce_dampening",), f"the loss term dampening {ALLOWED}"),
         (("loss.kure=1",), f"the loss term kure {ALLOWED}"),
         (("loss.grad_l1=1",), f"the loss term grad_l1 {ALLOWED}"),

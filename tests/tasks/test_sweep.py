@@ -53,6 +53,7 @@ def test_a_sweep_that_was_ended_says_how_far_it_came(swept):
     assert not (cwd / "sweep" / "2").exists()
 
 
+@pytest.mark.long
 def test_with_other_lists_nothing_goes_on(swept):
     cwd, given, _, _ = swept
     code, out = typed("train.py", *(one.replace("seed=1,2,3", "seed=2,1") for one in given), "resume=auto", cwd=cwd)
