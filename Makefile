@@ -167,14 +167,14 @@ test-fast: $(READY) ## tests that take seconds
 APT := timeout 300 apt-get install -qq -y --no-install-recommends
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 system-packages: ## a browser for the tests of report.html, and SLURM for those of cluster jobs; as root
-	apt-get update -qq
+	timeout 120 apt-get update -qq
 	-$(APT) chromium
 	-$(APT) $(SLURM_PACKAGES)
 
 test-slurm: $(READY) ## cluster jobs on the real SLURM, in a private directory; installs it where that is allowed (2 minutes)
 	@for name in slurmctld slurmd srun munged; do PATH="$$PATH:/usr/sbin" command -v $$name >/dev/null || absent=yes; done; \
 	if [ -n "$$absent" ]; then \
-	  test "$$(id -u)" = 0 && { apt-get update -qq && $(APT) $(SLURM_PACKAGES); } >/dev/null 2>&1 \
+	  test "$$(id -u)" = 0 && { timeout 120 apt-get update -qq && $(APT) $(SLURM_PACKAGES); } >/dev/null 2>&1 \
 	    || echo "not installed; as root: apt-get install --no-install-recommends $(SLURM_PACKAGES)"; \
 	fi
 	OMP_NUM_THREADS=1 timeout 600 $(BIN)/python -m pytest -q -rsPfE --log-level=INFO -m slurm tests/slurm
