@@ -91,11 +91,12 @@ def _readme_block(evidence: Evidence, claims_dir: Path) -> str:
         raise wrong(claims_dir, "id", None, f"the README needs the claim {HEADLINE}")
     claim = evidence.claims[HEADLINE]
     found = tables.tables_of(claim, evidence)[:1]
+    rows = [arm for table in found for arm in table.rows]
     parts = [
         BEGIN,
         *(tables.results(claim, table, evidence, is_whole=False) for table in found),
         *_to_come(claim, found, evidence),
-        f"Mean ± sample deviation over seeds; `{command_of(claim)}` makes these runs. {_count(evidence)}",
+        f"Mean ± sample deviation over seeds; `{command_of(claim, rows)}` makes these runs. {_count(evidence)}",
         *_pictures(evidence),
         END,
     ]
@@ -118,7 +119,7 @@ def _count(evidence: Evidence) -> str:
 def _pictures(evidence: Evidence) -> list[str]:
     """Those marked for it."""
     return [
-        f"{picture(claim, figure, evidence, FIGURES)}\n\n{(figure.caption or claim.title).rstrip('.')}: `{command_of(claim)}`."
+        f"{picture(claim, figure, evidence, FIGURES)}\n\n{(figure.caption or claim.title).rstrip('.')}: `{command_of(claim, figure.arms)}`."
         for claim in evidence.claims.values()
         for figure in claim.figures
         if figure.headline and not figures.is_empty(claim, figure, evidence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from studies import figures, prose, tables, verdict
 from studies.claims import Claim, Figure
@@ -14,9 +14,10 @@ from studies.records import Record
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 
-def command_of(claim: Claim) -> str:
-    """What makes the runs of a claim."""
-    return f"python -m studies run {claim.id}"
+def command_of(claim: Claim, arms: Iterable[str] = ()) -> str:
+    """What makes the runs of a claim, and those of other claims (`C2/qkr_w2`) among `arms`."""
+    others = (claim.place(arm)[0] for arm in arms)
+    return f"python -m studies run {' '.join(dict.fromkeys((claim.id, *others)))}"
 
 
 def section(claim: Claim, evidence: Evidence) -> str:

@@ -169,6 +169,16 @@ def test_readme_block(root):
     assert page.readme_block(root / page.CLAIMS, root / page.RESULTS) == BLOCK
 
 
+def test_readme_names_every_claim_whose_runs_it_shows(root):
+    table = {"rows": ["ours", "C1/new", "C1/old", "START/float"], "columns": {"top1": "top-1"}}
+    made.claim(root, "AIM", title="The headline", arms={"ours": {"label": "Ours"}}, tables=[table])
+    figure = LINES | {"headline": True, "reference": {"float": "START/float"}}
+    made.claim(root, "C2", figures=[figure | {"file": "c02.svg", "series": {"New": {2: "C1/new"}}}])
+    block = page.readme_block(root / page.CLAIMS, root / page.RESULTS)
+    assert "`python -m studies run AIM C1 START` makes these runs." in block
+    assert "`python -m studies run C2 C1 START`." in block
+
+
 def test_what_is_written_is_up_to_date(root):
     assert [line.partition(": ")[0] for line in page.check(root)] == [
         str(root / name) for name in ("docs/figures/c01-bits.svg", page.PAGE, page.README)
