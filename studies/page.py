@@ -73,6 +73,8 @@ def _overview(evidence: Evidence) -> str:
 
 
 def _verdict(claim: Claim, evidence: Evidence) -> str:
+    if not claim.arms:
+        return "drawn from the others"
     found = verdict.verdict(verdict.judge(claim, evidence))
     return found or ("measured" if evidence.of_claim(claim) else "not run yet")
 

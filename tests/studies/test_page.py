@@ -179,6 +179,13 @@ def test_readme_names_every_claim_whose_runs_it_shows(root):
     assert "`python -m studies run C2 C1 START`." in block
 
 
+def test_a_claim_without_arms_speaks_of_the_others(root):
+    made.claim(root, "C10", arms={}, why="New gives {C1/new.top1 - C1/old.top1:.1f} points.")
+    text = rendered(root)
+    assert "| C10 | New against old | [drawn from the others](#c10) |" in text
+    assert "New gives +2.0 ± 1.0 points.\n\nNo runs of its own.\n" in text
+
+
 def test_what_is_written_is_up_to_date(root):
     assert [line.partition(": ")[0] for line in page.check(root)] == [
         str(root / name) for name in ("docs/figures/c01-bits.svg", page.PAGE, page.README)
