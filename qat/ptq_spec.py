@@ -82,7 +82,16 @@ class PtqRecipe(QuantRecipe):
     layernorm: str = "float"  # type: ignore[misc]
 
     GROUP: ClassVar[str] = "ptq"
-    NET_WIDE: ClassVar[frozenset[str]] = frozenset({"name", "overrides", "placement", "layernorm", "qk_bias", "offsets", "map_scales"})
+    NET_WIDE: ClassVar[frozenset[str]] = frozenset({
+        "name",
+        "overrides",
+        "placement",
+        "layernorm",
+        "qk_bias",
+        "offsets",
+        "map_scales",
+        "step_init",
+    })
 
     def __post_init__(self) -> None:
         check_text("ptq.name", self.name)

@@ -26,6 +26,7 @@ ATTENTIONS = ("qkr", "standard", "float")
 QK_BIASES = ("drop", "fold")
 OFFSETS = ("none", "before", "both")
 MAP_SCALES = ("tensor", "column")
+STEP_INITS = ("lsq", "mse")
 
 # StatsQ is for the blocks: stem and heads have 8-bit learned steps in OFQ (spec of the paper, section 3).
 _OUTSIDE_BLOCKS = {"statsq": "lsq"}
@@ -103,7 +104,9 @@ class QuantSpec:
         offsets: learnable offsets around the quantizer: none, before it, or both before and after.
         offset_ndim: number of trailing dimensions over which an offset varies (1 = channel, 2 = a map over pixels).
         map_scales: for the input of a Linear on a feature map (B, H, W, C): one scale for the `tensor`, or `column`: along `axis`.
-        observer: how post-training quantization finds the range; says nothing about the result, so specs that differ in it are equal.
+        step_init: how a step that is learned begins: as in the `lsq` paper, or where the squared error is least (`mse`). Says nothing
+            about the result, so specs that differ in it are equal.
+        observer: how post-training quantization finds the range; likewise.
         bias_correction: give every row of a fake-quantized weight the mean and the spread of its float row.
     """
 
@@ -115,12 +118,14 @@ class QuantSpec:
     offsets: str = "none"
     offset_ndim: int = 1
     map_scales: str = "tensor"
+    step_init: str = field(default="lsq", compare=False)
     observer: str | None = field(default=None, compare=False)
     bias_correction: bool = False
 
     def __post_init__(self) -> None:
         check_choice("role", self.role, ROLES + OUTPUT_ROLES)
         check_choice("map_scales", self.map_scales, MAP_SCALES)
+        check_choice("step_init", self.step_init, STEP_INITS)
         check_bits("bits", self.bits, self.quantizer)
         check_choice("offsets", self.offsets, OFFSETS)
 
@@ -166,6 +171,8 @@ class QuantRecipe:
         offsets: learnable offsets before and after activation quantizers.
         map_scales: where a Linear sees a feature map (B, H, W, C), as Swin's MLPs do: one scale for the `tensor`, which knows no
             resolution, or one per `column` of the map as in the paper's code.
+        step_init: how steps that are learned begin: as in the `lsq` paper, from a mean magnitude, or where the squared error is
+            least (`mse`).
         overrides: `{module name glob: {knob: value}}`; later rules win.
 
     Raises:
@@ -183,6 +190,7 @@ class QuantRecipe:
     head_bits: int = 8
     offsets: bool = True
     map_scales: str = "tensor"
+    step_init: str = "lsq"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     # The config group that the knobs come from; quantizers stand at what enters a product, and norms are float.
@@ -208,6 +216,7 @@ class QuantRecipe:
         check_choice("quant.attention", self.attention, ATTENTIONS)
         check_choice("quant.qk_bias", self.qk_bias, QK_BIASES)
         check_choice("quant.map_scales", self.map_scales, MAP_SCALES)
+        check_choice("quant.step_init", self.step_init, STEP_INITS)
         if not isinstance(self.offsets, bool):
             raise UsageError(f"quant.offsets={self.offsets!r}: allowed are true and false")
         self._check_overrides()
@@ -253,7 +262,8 @@ class QuantRecipe:
         check_choice("place", place, PLACES)
         name = self.weight_quantizer if place == "block" else _OUTSIDE_BLOCKS.get(self.weight_quantizer, self.weight_quantizer)
         bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
-        return QuantSpec(role, _WEIGHT_VARIANT.get(name, name), FLOAT_BITS if name == "float" else bits, signed=True, axis=0)
+        bits = FLOAT_BITS if name == "float" else bits
+        return QuantSpec(role, _WEIGHT_VARIANT.get(name, name), bits, signed=True, axis=0, step_init=self.step_init)
 
     def act_spec(self, role: str, place: str, *, signed: bool | None = True) -> QuantSpec:
         """Spec of an activation.
@@ -273,7 +283,7 @@ class QuantRecipe:
         name = "float" if self.attention == "float" and role in _SCORED else self.act_quantizer
         if not self.offsets or name == "float":
             layout["offsets"] = "none"
-        return QuantSpec(role, name, FLOAT_BITS if name == "float" else int(bits or 0), **layout)
+        return QuantSpec(role, name, FLOAT_BITS if name == "float" else int(bits or 0), step_init=self.step_init, **layout)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for checkpoints; `QuantRecipe(**d)` gives it back."""

@@ -144,3 +144,18 @@ def test_maps_may_have_a_scale_per_column():
     assert scales == [1, 8]
     with pytest.raises(qat.UsageError, match="quant.map_scales='row': allowed are tensor, column"):
         qat.recipe("ofq", map_scales="row")
+
+
+def test_learned_steps_may_begin_where_the_squared_error_is_least():
+    recipes = [build.build_recipe(compose("train", f"quant.step_init={rule}", "run_dir=a")) for rule in ("lsq", "mse")]
+    family = ATTENTIONS["vit"]
+    nets = [qat.convert(family.build(), recipe, input_size=family.input_size) for recipe in recipes]
+    for net in nets:
+        qat.initialize_scales(net, [family.images(4)])
+    paper, least = (sites(net)["blocks.0.mlp.fc1.input_quantizer"].quantizer.quantizer for net in nets)
+    x = torch.randn(4, paper.scale.numel(), 64, generator=torch.Generator().manual_seed(0))
+    assert (least.scale < 0.9 * paper.scale).all()  # two bits: LSQ's first step clamps more than it resolves
+    assert least.spec == paper.spec  # so that a net takes over the scales of the other
+    assert not torch.equal(least.codes(x), paper.codes(x))
+    with pytest.raises(qat.UsageError, match="quant.step_init='best': allowed are lsq, mse"):
+        qat.recipe("ofq", step_init="best")

@@ -67,7 +67,7 @@ def test_a_flag_is_true_or_false(knob, value):
     assert taken(lambda: kind(**{knob: value}), f"{knob}={value!r}: allowed are true and false") is isinstance(value, bool)
 
 
-@given(st.sampled_from(["attention", "qk_bias", "map_scales", "weight_quantizer", "act_quantizer"]), ANYTHING)
+@given(st.sampled_from(["attention", "qk_bias", "map_scales", "step_init", "weight_quantizer", "act_quantizer"]), ANYTHING)
 @EXAMPLES
 def test_a_choice_is_none_of_anything(knob, value):
     assert not taken(lambda: QuantRecipe(**{knob: value}), f"quant.{knob}={value!r}: allowed are ")

@@ -12,7 +12,7 @@ from torch import Tensor
 from qat.functional.affine import affine_from_range, code_range, slices_along, symmetric_scale
 from qat.functional.affine_search import SHRINK_FACTORS
 from qat.functional.bias_correction import correct_mean_and_std
-from qat.functional.lsq import SCALE_FLOOR, lsq_init_scale
+from qat.functional.lsq import SCALE_FLOOR
 from qat.functional.observers import RangeState, affine_from_state, affine_scale, observe, quantiles
 from qat.functional.statsq import statsq_scale
 from qat.functional.ste import group_size, sum_along, view_along
@@ -97,7 +97,7 @@ class LsqGrid(WeightGrid):
         """The learned step; at another width the step from which LSQ would start to learn."""
         kept = bits == self.bits
         bounds = code_range(bits, signed=True)
-        scale = self.quantizer.scale.detach().float() if kept else lsq_init_scale(weight, *bounds, self.axis(weight))
+        scale = self.quantizer.scale.detach().float() if kept else self.quantizer.first_step(weight, *bounds)
         return Scales(scale.clamp(min=SCALE_FLOOR), torch.zeros_like(scale))
 
     def from_range(self, low: Tensor, high: Tensor, bits: int) -> Scales:

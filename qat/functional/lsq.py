@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from qat import kernels
+from qat.functional.affine_search import affine_error
 from qat.functional.ste import code_dtype, group_size, mean_abs
 from qat.kernels import SCALE_FLOOR, Grid, reference
 
-__all__ = ["SCALE_FLOOR", "gradient_scale", "lsq", "lsq_codes", "lsq_init_scale"]
+__all__ = ["SCALE_FLOOR", "gradient_scale", "lsq", "lsq_codes", "lsq_init_scale", "mse_init_scale"]
+
+# In eighths of a power of two around LSQ's first step: at 2 bits finer ones lower the error by less than 1 %.
+MSE_FACTORS = tuple(2 ** (i / 8) for i in range(-24, 33))
 
 
 def gradient_scale(x: Tensor, grid: Grid, grad_factor: float, sign: Tensor | None = None) -> float | Tensor:
@@ -94,3 +98,17 @@ def lsq_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
         (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`.
     """
     return (2 if qmin else 4) * mean_abs(x.detach(), axis) / math.sqrt(qmax)
+
+
+def mse_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+    """First step with the least squared error of fake quantization, of 57 candidates from 1/8 to 16 times `lsq_init_scale`.
+
+    Returns:
+        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`; of equally good ones the smallest.
+    """
+    start = lsq_init_scale(x, qmin, qmax, axis)
+    factors = torch.tensor(MSE_FACTORS, device=x.device)
+    zero = torch.zeros_like(start)
+    steps = start.clamp(min=SCALE_FLOOR) * factors[:, None]
+    errors = torch.stack([affine_error(x, step, zero, (qmin, qmax), axis, axis) for step in steps])
+    return start * factors[errors.argmin(0)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.functional.lsq import lsq, lsq_codes, lsq_init_scale
+from qat.functional.lsq import lsq, lsq_codes, lsq_init_scale, mse_init_scale
 from qat.kernels import Grid
 from qat.quantizers.base import Quantizer
 from qat.quantizers.registry import register
@@ -18,6 +18,9 @@ from qat.spec import QuantSpec
 def build_lsq(spec: QuantSpec) -> Quantizer:
     """LSQ, or `AutoSignLSQ` where the sign is found from the data."""
     return LSQ(spec) if spec.signed is not None else AutoSignLSQ(spec)
+
+
+_FIRST_STEP = {"lsq": lsq_init_scale, "mse": mse_init_scale}
 
 
 def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
@@ -47,10 +50,14 @@ class LSQ(Quantizer):
         self.scale = nn.Parameter(self.nan_tensor(shape, device))
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Step = LSQ's initial step, averaged over the batches in `state`."""
-        step = running_mean(state, lsq_init_scale(x, self.spec.qmin, self.spec.qmax, self.axis))
+        """Step = `first_step`, averaged over the batches in `state`."""
+        step = running_mean(state, self.first_step(x, self.spec.qmin, self.spec.qmax))
         with torch.no_grad():
             self.scale.copy_(step)
+
+    def first_step(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
+        """Where learning begins with codes in [qmin, qmax], by the rule of the spec: (n,), in the unit of `x`."""
+        return _FIRST_STEP[self.spec.step_init](x, qmin, qmax, self.axis)
 
     @property
     def grid(self) -> Grid:
@@ -101,15 +108,25 @@ class AutoSignLSQ(LSQ):
         self.signed = self.signed.to(device)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Sign from the smallest value seen, step from factor 2 whatever the sign (the reference's rule for images)."""
+        """Sign from the smallest value seen; LSQ's step from factor 2 whatever the sign (the reference's rule for images)."""
         lowest = torch.minimum(x.detach().amin().float(), state.get("lowest", torch.tensor(torch.inf, device=x.device)))
         state["lowest"] = lowest
         signed = bool(lowest < self.NEGATIVE)
-        # With bounds -1 and 1 this is twice the mean magnitude: one statistic, whatever sign later batches turn out to need.
-        twice_mean_abs = running_mean(state, lsq_init_scale(x, -1, 1, self.axis))
+        step = self._step(x, state)[signed]
         with torch.no_grad():
             self.signed.fill_(float(signed))
-            self.scale.copy_(twice_mean_abs / self.bounds[signed][1] ** 0.5)
+            self.scale.copy_(step)
+
+    def _step(self, x: Tensor, state: dict[str, Any]) -> dict[bool, Tensor]:
+        """The step so far for either sign, as a later batch may need the other."""
+        if self.spec.step_init == "lsq":
+            # With bounds -1 and 1 this is twice the mean magnitude.
+            twice_mean_abs = running_mean(state, lsq_init_scale(x, -1, 1, self.axis))
+            return {signed: twice_mean_abs / qmax**0.5 for signed, (_, qmax) in self.bounds.items()}
+        return {
+            signed: running_mean(state.setdefault(f"signed={signed}", {}), self.first_step(x, *bounds))
+            for signed, bounds in self.bounds.items()
+        }
 
     @property
     def grid(self) -> Grid:

@@ -175,3 +175,41 @@ def test_first_step(shape, axis, qmin, qmax, factor):
     x, _ = case(shape, axis)
     rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
     assert_close(F.lsq_init_scale(x, qmin, qmax, axis), factor * rows.abs().mean(1) / qmax**0.5)
+
+
+def squared_error(rows, steps, qmin, qmax):
+    """Of fake quantization, for each row (n, m) with its step (n,)."""
+    steps = steps[:, None]
+    return ((rows / steps).round().clamp(qmin, qmax) * steps - rows).pow(2).mean(1)
+
+
+@pytest.mark.parametrize(("shape", "axis"), CASES)
+@pytest.mark.parametrize(("qmin", "qmax"), [(-2, 1), (-8, 7), (0, 3), (-128, 127)])
+def test_first_step_of_least_squared_error(shape, axis, qmin, qmax):
+    x, _ = case(shape, axis)
+    x = x.repeat(*[20 if i == x.ndim - 1 else 1 for i in range(x.ndim)]) if axis not in {-1, x.ndim - 1} else x
+    x = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).exp() * x
+    x = x if qmin else x.abs()
+    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+    found = F.mse_init_scale(x, qmin, qmax, axis)
+    start = F.lsq_init_scale(x, qmin, qmax, axis)
+    candidates = torch.stack([squared_error(rows, start * 2 ** (i / 8), qmin, qmax) for i in range(-24, 33)])
+    assert_close(squared_error(rows, found, qmin, qmax), candidates.amin(0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("qmin", "qmax", "more"), [(-2, 1, 0.01), (0, 3, 0.01), (-4, 3, 0.02), (-8, 7, 0.02), (0, 15, 0.05), (-128, 127, 0.15)]
+)
+@pytest.mark.parametrize("tail", [0.0, 1.0])
+def test_a_finer_search_for_the_first_step_gains_little(qmin, qmax, more, tail):
+    rows = torch.randn(3, 4000, generator=torch.Generator().manual_seed(0))
+    rows = rows * (tail * torch.randn(3, 4000, generator=torch.Generator().manual_seed(1))).exp()
+    rows = rows if qmin else rows.abs()
+    found = squared_error(rows, F.mse_init_scale(rows, qmin, qmax, 0), qmin, qmax)
+    start = F.lsq_init_scale(rows, qmin, qmax, 0)
+    fine = torch.stack([squared_error(rows, start * 2 ** (i / 100), qmin, qmax) for i in range(-400, 501)]).amin(0)
+    assert (found <= (1 + more) * fine).all()
+
+
+def test_the_first_step_of_zeros_is_zero():
+    assert torch.equal(F.mse_init_scale(torch.zeros(2, 3), -2, 1, 0), torch.zeros(2))

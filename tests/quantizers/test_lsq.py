@@ -23,6 +23,15 @@ def test_several_batches_average():
     assert_close(made.scale.detach(), sum(F.lsq_init_scale(b, -8, 7, -2) for b in batches) / 3)
 
 
+@pytest.mark.parametrize(("signed", "bounds"), [(True, (-8, 7)), (False, (0, 15))])
+def test_the_first_step_may_be_that_of_least_squared_error(signed, bounds):
+    batches = [randn(2, 3, 4, seed=s) for s in range(3)]
+    made, state = allocated("lsq", batches[0], axis=-2, signed=signed, step_init="mse"), {}
+    for batch in batches:
+        made.calibrate(batch, state)
+    assert_close(made.scale.detach(), sum(F.mse_init_scale(b, *bounds, -2) for b in batches) / 3)
+
+
 def test_calibration_keeps_the_parameter_object():
     x = randn(2, 3, 4)
     made = allocated("lsq", x, axis=-2)
@@ -101,3 +110,14 @@ def test_gradients_use_the_sign_that_was_found():
     scale = made.scale.detach().clone().requires_grad_()
     F.lsq(x, scale, 0, 255, 1).sum().backward()
     assert_close(found, scale.grad)
+
+
+def test_steps_of_least_squared_error_for_a_sign_that_is_seen_late():
+    batches = [image(0.0, seed=0), image(-1.0, seed=1), image(0.0, seed=2)]
+    made, state = allocated("lsq", batches[0], role="image", bits=8, signed=None, axis=1, step_init="mse"), {}
+    made.calibrate(batches[0], state)
+    assert_close(made.scale.detach(), F.mse_init_scale(batches[0], 0, 255, 1))
+    for batch in batches[1:]:
+        made.calibrate(batch, state)
+    assert made.signed.item() == 1
+    assert_close(made.scale.detach(), sum(F.mse_init_scale(b, -128, 127, 1) for b in batches) / 3)
