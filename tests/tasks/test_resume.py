@@ -170,6 +170,18 @@ def test_another_run_is_not_continued(overrides, message, full):
         run(full, *(["resume=true", *overrides]))
 
 
+def test_a_run_of_before_a_knob_was_there_goes_on(tmp_path, monkeypatch, full):
+    run_dir = killed_at(5, tmp_path / "run", monkeypatch)
+    path = run_dir / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert content["qat"]["recipe"].pop("step_init") == "lsq"
+    torch.save(content, path)
+    with pytest.raises(qat.UsageError, match=r"has another recipe \(quant: step_init\)"):
+        run(run_dir, "resume=true", "quant.step_init=mse")
+    run(run_dir, "resume=true")
+    assert_same_run(run_dir, full)
+
+
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(qat.UsageError, match=r"resume=true: run_dir='.*' has no checkpoints/last.ckpt; resume=auto starts"):
         run(tmp_path / "run", "resume=true")
