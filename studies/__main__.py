@@ -34,11 +34,11 @@ def _do(args: argparse.Namespace) -> int:
     if args.what == "run":
         from studies.run import run_all
 
-        return int(run_all(args.names, _root(args), args.workers, places) > 0)
+        return int(run_all(args.names, _root(args), args.workers, places, only_seed=args.seed) > 0)
     if args.what == "one":
         from studies.run import run_one
 
-        run_one(args.names[0], args.seed, _root(args), places)
+        run_one(args.names[0], args.seed or 0, _root(args), places)
         return 0
     from studies import page
 
@@ -81,7 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", help="claims or arms: C1, C1/statsq_w2; none = all")
     parser.add_argument("--root", default=os.environ.get("QAT_CIFAR10"), help="folder of CIFAR-10")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of `one`")
+    parser.add_argument("--seed", type=int, help="of `one`; `run`: this seed alone, and what it needs")
     for name in ("claims", "results", "runs"):
         parser.add_argument(f"--{name}", type=Path, default=getattr(Places(), name), help="folder, if it is not the repository's own")
     return parser.parse_args()

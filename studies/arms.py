@@ -115,11 +115,15 @@ class Arms:
     def __getitem__(self, path: str) -> Arm:
         return self.by_path[path]
 
-    def runs(self, wanted: Sequence[str] = ()) -> Iterator[Run]:
+    def runs(self, wanted: Sequence[str] = (), only_seed: int | None = None) -> Iterator[Run]:
         """Runs of claims or arms, `C1` or `C1/statsq_w2`, each behind those it needs, first seeds first; nothing wanted = all.
 
+        Args:
+            wanted: claims or arms.
+            only_seed: leaves other seeds out, but for runs that one of this seed needs.
+
         Raises:
-            UsageError: there is no such claim or arm.
+            UsageError: there is no such claim or arm, or it has no such seed.
         """
         claims = sorted({arm.claim for arm in self.by_path.values()})
         seen: set[tuple[str, int]] = set()
@@ -127,7 +131,10 @@ class Arms:
             chosen = [arm for arm in self.by_path.values() if name in {arm.claim, arm.path}]
             if not chosen:
                 raise UsageError(f"{name!r}: allowed are {', '.join(claims)}, and arms of theirs, CLAIM/ARM")
-            for seed in sorted({seed for arm in chosen for seed in arm.seeds}):
+            seeds = sorted({seed for arm in chosen for seed in arm.seeds})
+            if only_seed is not None and only_seed not in seeds:
+                raise UsageError(f"--seed={only_seed}: {name} has {', '.join(map(str, seeds))}")
+            for seed in seeds if only_seed is None else [only_seed]:
                 for arm in chosen:
                     if seed in arm.seeds:
                         yield from self._behind_its_needs(arm, seed, seen)
@@ -163,9 +170,9 @@ class Arms:
             return False
         return set(arm.further) <= set(json.loads(path.read_text(encoding="utf-8"))["further_commands"])
 
-    def to_do(self, wanted: Sequence[str] = ()) -> list[Run]:
+    def to_do(self, wanted: Sequence[str] = (), only_seed: int | None = None) -> list[Run]:
         """Runs that have no record, and those whose weights one of them needs but which are not here, in the order of `runs`."""
-        runs = list(self.runs(wanted))
+        runs = list(self.runs(wanted, only_seed))
         chosen = {(arm.path, seed) for arm, seed in runs if not self.is_done(arm, seed)}
         for arm, seed in reversed(runs):
             if (arm.path, seed) in chosen:

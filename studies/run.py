@@ -28,7 +28,7 @@ FOLDER = "FOLDER"
 PEERS_PYTHON = ROOT / "outputs" / "peers" / "bin" / "python"
 
 
-def run_all(wanted: Sequence[str], root: str | None, workers: int, places: Places) -> int:
+def run_all(wanted: Sequence[str], root: str | None, workers: int, places: Places, *, only_seed: int | None = None) -> int:
     """Run what has no record yet, each behind what it needs.
 
     Args:
@@ -36,12 +36,13 @@ def run_all(wanted: Sequence[str], root: str | None, workers: int, places: Place
         root: folder of the data; None where none is needed.
         workers: processes at a time, of one thread each.
         places: of the study.
+        only_seed: leaves runs of other seeds for later.
 
     Returns:
         How many runs failed, or could not start because one that they need failed.
     """
     arms = Arms.read(places)
-    waiting = arms.to_do(wanted)
+    waiting = arms.to_do(wanted, only_seed)
     log.info("%d runs to do", len(waiting))
     going: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     failed = 0

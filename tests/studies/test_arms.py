@@ -124,6 +124,12 @@ def test_what_a_run_starts_from_is_made_again_where_it_is_lost(arms):
     assert named(arms.to_do(["C90/slow"])) == [("slow", 0)]
 
 
+def test_one_seed_first_and_what_it_needs(arms):
+    assert named(arms.to_do(["C90/chosen"], only_seed=1)) == [("float", 0), ("slow", 0), ("fast", 0), ("chosen", 1)]
+    with pytest.raises(UsageError, match=r"--seed=1: C90/slow has 0"):
+        arms.to_do(["C90/slow"], only_seed=1)
+
+
 def test_kept_weights_lie_beside_their_record(tmp_path):
     arms = read(tmp_path, ARMS | {"float": {"use": ["cifar"], "seeds": [0], "keep": True}})
     kept = tmp_path / "results" / "C90" / "float-seed0.pt"
