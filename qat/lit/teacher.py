@@ -34,6 +34,11 @@ class Teacher:
         """The same teacher: it never changes, and a copy of a module that holds it (averaged weights) need not hold another."""
         return self
 
+    @property
+    def is_one_of_two(self) -> bool:
+        """True if the student follows one head of a net that has two."""
+        return self.head == "cls" and hasattr(self.net, "head_dist")
+
     def to(self, device: torch.device) -> Teacher:
         """Move the net in place."""
         self.net.to(device)
@@ -50,6 +55,6 @@ class Teacher:
 
     def _logits(self, images: Tensor) -> Tensor:
         net = self.net
-        if self.head == "cls" and hasattr(net, "head_dist"):
+        if self.is_one_of_two:
             return net.head(net.forward_features(images)[:, 0])  # type: ignore[operator]
         return net(images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
+from torch import Tensor
 
 from qat.checkpoint import build_from, describe, read_checkpoint
 from qat.conversion import conversion_report
@@ -41,6 +43,7 @@ from qat.tasks.teacher import build_teacher, is_float
 log = logging.getLogger(__name__)
 
 LONG_RUN_S = 60
+HEAD_GAP = 1.0  # points of top-1
 
 
 @dataclass(frozen=True)
@@ -206,9 +209,14 @@ def _announce_teacher(run: Run) -> float | None:
         return None
     device = run.trainer.strategy.root_device
     run.teacher.to(device)
-    scores = evaluate(run.teacher, run.data.test_dataloader(), run.data.settings.num_classes, device)
-    log.info("teacher: %s top-1 %.2f %% (its %s head)", run.data.evaluation_split, scores["top1"], run.teacher.head)
-    return scores["top1"] if is_float(run.teacher) else None
+    nets: list[Callable[[Tensor], Tensor]] = [run.teacher, run.teacher.net] if run.teacher.is_one_of_two else [run.teacher]
+    followed, *whole = (evaluate(net, run.data.test_dataloader(), run.data.settings.num_classes, device)["top1"] for net in nets)
+    own = whole[0] if whole else followed
+    beside = f", its class head alone; {own:.2f} % with both heads" if whole else ""
+    log.info("teacher: %s top-1 %.2f %%%s", run.data.evaluation_split, followed, beside)
+    if own - followed > HEAD_GAP:
+        log.warning("loss.teacher_head=cls: that head alone is %.1f points behind the net; mean follows both", own - followed)
+    return own if is_float(run.teacher) else None
 
 
 def _announce_estimate(cfg: DictConfig, run: Run) -> None:

@@ -319,6 +319,23 @@ def test_a_teacher_of_its_own(tmp_path, float_run):
     assert results(run)["top1_fp"] is not None
 
 
+@pytest.mark.parametrize("head", ["cls", "mean"])
+def test_a_class_head_that_is_a_bad_teacher_alone_is_named(tmp_path, monkeypatch, caplog, head):
+    caplog.set_level("INFO")
+    monkeypatch.setattr("qat.tasks.train.HEAD_GAP", 0.0)
+    run = train(tmp_path / "fp", "model=deit_t_distilled", "quant=fp")
+    net = qat.load(run / "checkpoints" / "last.ckpt")
+    with torch.no_grad():  # the class head always says 8, the rarest digit; the mean of both 3, the most frequent one
+        for linear, digit, sure in ((net.head, 8, 50.0), (net.head_dist, 3, 100.0)):
+            linear.bias[digit] = sure
+    qat.save(net, tmp_path / "net.ckpt")
+    distilled = train(tmp_path / "run", "model=deit_t_distilled", "loss=kd", f"ckpt={tmp_path}/net.ckpt", f"loss.teacher_head={head}")
+    own = evaluate(tmp_path / "eval", f"ckpt={tmp_path}/net.ckpt")["top1"]
+    assert results(distilled)["top1_fp"] == pytest.approx(own)
+    assert (f"its class head alone; {own:.2f} % with both heads" in caplog.text) == (head == "cls")
+    assert ("points behind the net; mean follows both" in caplog.text) == (head == "cls")
+
+
 def test_a_teacher_with_other_classes_is_refused(tmp_path, refused):
     run = train(tmp_path / "five", *five_classes(tmp_path), "quant=fp", "data.image_size=8")
     message = refused("train", tiny(tmp_path / "run", "loss=kd", f"teacher.ckpt={run}/checkpoints/last.ckpt"))
