@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -167,7 +168,12 @@ def _compose(command: str, place: Path, settings: Sequence[str], root: str | Non
 
 def _run_peer(place: Path, settings: Sequence[str], root: str | None) -> None:
     command = [str(PEERS_PYTHON), "-m", "studies.peers", f"run_dir={place}", *([f"data.root={root}"] if root else []), *settings]
+    signal.signal(signal.SIGTERM, _leave)  # `run` then ends its child too, which would go on beside the next one
     subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": "."})
+
+
+def _leave(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def command_line(command: str, place: Path, settings: Sequence[str], root: str | None) -> str:

@@ -3,12 +3,16 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import qat
-from studies.arms import Arms, Places
+from studies.arms import ROOT, Arms, Places
 from studies.run import outdated, run_all, run_one
 from tests.studies import made
 
@@ -115,3 +119,23 @@ def test_a_record_made_from_other_weights_is_outdated(record, places, tmp_path):
     qat.save(changed, here.results / "C90" / "qat-seed3.pt")
     (found,) = outdated(Arms.read(here), root=None)
     assert found.startswith(f"{here.results}/C90/after-seed3.json: made from other weights than those in {here.results}")
+
+
+def test_a_peer_ends_with_the_run_that_started_it(tmp_path):
+    peer = tmp_path / "peer"
+    peer.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid.part && mv {tmp_path}/pid.part {tmp_path}/pid\nexec sleep 600\n")
+    peer.chmod(0o755)
+    script = f"import pathlib, studies.run as run; run.PEERS_PYTHON = {str(peer)!r}; run._run_peer(pathlib.Path('x'), [], None)"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) as process:
+        pid = tmp_path / "pid"
+        assert happens(pid.exists, within_s=60)
+        process.terminate()
+        assert process.wait(timeout=30) == 143
+    assert happens(lambda: not Path("/proc", pid.read_text().strip()).exists(), within_s=10)
+
+
+def happens(fact, within_s):
+    end = time.monotonic() + within_s
+    while not fact() and time.monotonic() < end:
+        time.sleep(0.05)
+    return fact()
