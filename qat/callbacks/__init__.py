@@ -12,6 +12,7 @@ from qat.callbacks.oscillation import Oscillation
 from qat.callbacks.preemption import Preemption
 from qat.callbacks.progress import terminal_progress
 from qat.callbacks.step_seed import StepSeed
+from qat.callbacks.stopwatch import Stopwatch
 from qat.callbacks.throughput import Throughput
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Preemption",
     "RollBack",
     "StepSeed",
+    "Stopwatch",
     "Throughput",
     "terminal_progress",
 ]

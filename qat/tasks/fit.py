@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qat.callbacks import CGA, CompileWatch, FaultGuard, LastCheckpoint, StepSeed
+from qat.callbacks import CGA, CompileWatch, FaultGuard, LastCheckpoint, StepSeed, Stopwatch
 from qat.errors import UsageError
 from qat.lit.checkpoint_io import AtomicCheckpointIO
 from qat.lit.csv_log import continue_csv
@@ -114,7 +114,7 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
     """The callbacks of `cfg.callbacks`; checkpoints go to `checkpoints/` in the run directory."""
-    callbacks: list[Callback] = [StepSeed(cfg.seed), *([CompileWatch()] if cfg.get("compile") else [])]
+    callbacks: list[Callback] = [StepSeed(cfg.seed), Stopwatch(), *([CompileWatch()] if cfg.get("compile") else [])]
     for name, callback_cfg in (cfg.get("callbacks") or {}).items():
         if callback_cfg is None:  # switched off: callbacks.best=null
             continue

@@ -107,6 +107,18 @@ def test_resumed_equals_uninterrupted(step, tmp_path, monkeypatch, full):
     assert metrics(run_dir) == metrics(full)
 
 
+def test_time_before_the_interruption_counts(tmp_path, monkeypatch):
+    run_dir = killed_at(5, tmp_path / "run", monkeypatch)
+    content = last(run_dir)
+    before = content["callbacks"]["Stopwatch"]["time_elapsed"]
+    assert 0 < before["train"] < 600
+    before["train"] = 3600.0
+    torch.save(content, run_dir / "checkpoints" / "last.ckpt")
+    run(run_dir, "resume=true")
+    assert 3600 < results(run_dir)["wall_seconds"] < 4200
+    assert last(run_dir)["callbacks"]["Stopwatch"]["time_elapsed"]["train"] > 3600
+
+
 @pytest.mark.long
 def test_killed_twice_with_loader_processes(tmp_path, monkeypatch, full):
     run_dir = killed_at(5, tmp_path / "run", monkeypatch, "data.num_workers=2")
