@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qat
+from qat.blocks import find_blocks
 from qat.ptq import calibrate
 from qat.ptq.blocks import Trace, trace, verified
 from qat.ptq.drivers import seeded_draws
@@ -41,7 +42,7 @@ from qat.ptq.fitness import Evaluation, Evaluator, logits_of, plain_fitness
 from qat.ptq.ranks import Ranks
 from qat.ptq.search import search
 from qat.ptq.settings import SearchSettings
-from qat.ptq.vector import ScaleVector, find_blocks, scale_vectors
+from qat.ptq.vector import ScaleVector, scale_vectors
 from qat.ptq_spec import PtqRecipe
 
 RACING_AFTER = 10

@@ -133,7 +133,7 @@ def train(choice: Choice, cfg: DictConfig) -> dict[str, Any]:
     loss, watch = build.build_loss(cfg), Watch()
     trainer = fit.build_trainer(cfg, [*fit.build_callbacks(cfg), watch], fit.build_loggers(cfg))
     data, start = build.build_data(cfg), build.build_start(cfg)
-    teacher = build_teacher(cfg, loss, data)
+    teacher = build_teacher(cfg, loss, data, start.net)
     net, what = _net(choice, start, cfg, data)
     module = QATModule(
         net,

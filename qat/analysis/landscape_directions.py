@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from qat.analysis.grids import Scales
 from qat.analysis.requantize import GridSite, weight_sites
+from qat.blocks import find_blocks
 from qat.errors import UsageError
 from qat.nn import QkrAttention
 from qat.ptq.patching import Forward, patched
-from qat.ptq.vector import find_blocks, place_in, stored_scale
+from qat.ptq.vector import place_in, stored_scale
 from qat.quantizers import Quantizer
 from qat.sites import iter_quantizers
 from qat.spec import FLOAT_BITS

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from qat.analysis.requantize import GridSite, WeightChange, WeightSites, weight_sites
+from qat.blocks import find_blocks
 from qat.conversion import conversion_of
 from qat.ptq.calibrate import in_float
 from qat.ptq.patching import Forward, patched
-from qat.ptq.vector import find_blocks
 from qat.quantizers import Float, Quantizer
 from qat.sites import Site, iter_quantizers
 from qat.spec import FLOAT_BITS, QuantRecipe

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,3 +40,24 @@ def distillation_loss(
     if not hard_weight:
         return soft
     return hard_weight * F.cross_entropy(student_cls.float(), target, label_smoothing=label_smoothing) + soft
+
+
+def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean over features and images of |s - t|^2 / var(t), both over an image: 1 is as far as the teacher's mean is, whatever its scale.
+
+    Of an image alone, so that a batch and its parts agree.
+
+    Args:
+        student: features (B, ...), as of the blocks of a net.
+        teacher: as many, of the same shapes; no gradient goes there.
+
+    Returns:
+        Scalar, float32.
+    """
+    tiny = torch.finfo(torch.float32).eps
+    each = []
+    for own, followed in zip(student, teacher, strict=True):
+        t = followed.detach().float().flatten(1)
+        error = (own.float().flatten(1) - t).square().mean(1)
+        each.append((error / t.var(1, correction=0).clamp(min=tiny)).mean())
+    return torch.stack(each).mean()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from qat.lit.module import QATModule
-from qat.losses import StepContext
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -89,12 +88,9 @@ def _random_batch(batch: int, input_size: tuple[int, int, int], num_classes: int
 
 
 def _step(module: QATModule, batch: tuple[Tensor, Tensor], autocast: Autocast) -> Callable[[], None]:
-    images, target = batch
-
     def step() -> None:
         with autocast():
-            teacher_logits = None if module.teacher is None else module.teacher(images)
-            total, _ = module.loss(StepContext(module.net(images), target, teacher_logits, module.net))
+            total, _ = module.loss(module.context(batch))
         total.backward()
 
     return step

@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from qat.checkpoint import META_KEY, Checkpoint, build_from
 from qat.errors import UsageError
+from qat.lit.features import BlockOutputs
 from qat.lit.sharded import shared_modules
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, StepContext
@@ -87,6 +88,7 @@ class QATModule(LightningModule):
         self.loss = loss
         self.teacher = teacher
         self._optimizer, self._scheduler, self._describe = optimizer, scheduler, describe
+        self._outputs = BlockOutputs(net, loss.blocks) if loss.blocks else None
         self._steps = math.inf  # of the whole run, known once the loader is set up
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")
@@ -123,9 +125,8 @@ class QATModule(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch (images, targets)."""
-        images, target = batch
-        teacher_logits = None if self.teacher is None else self.teacher(images)
-        total, parts = self.loss(StepContext(self.net(images), target, teacher_logits, self.net, self.global_step / self._steps))
+        images, _ = batch
+        total, parts = self.loss(self.context(batch, self.global_step / self._steps))
         self.log("train/loss_step", total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=len(images))
         self.log_dict({f"train/{name}": value for name, value in self.loss.watched().items()}, on_step=True, on_epoch=False)
         for name, value in {"loss": total.detach(), **{f"loss_{k}": v for k, v in parts.items()}}.items():
@@ -133,6 +134,17 @@ class QATModule(LightningModule):
             mean.update(value, weight=len(images))
             self.log(f"train/{name}", mean, on_step=False, on_epoch=True, batch_size=len(images))
         return total
+
+    def context(self, batch: tuple[Tensor, Tensor], progress: float = 0.0) -> StepContext:
+        """Run teacher and net on a batch (images, targets), for the loss to compare."""
+        images, target = batch
+        if self._outputs is None or self.teacher is None or self.loss.blocks is None:
+            teacher_logits = None if self.teacher is None else self.teacher(images)
+            return StepContext(self.net(images), target, teacher_logits, self.net, progress)
+        teacher_logits, followed = self.teacher.with_features(images, self.loss.blocks)
+        with self._outputs.of_pass() as features:
+            logits = self.net(images)
+        return StepContext(logits, target, teacher_logits, self.net, progress, features, followed)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accumulate validation metrics."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.lit.compiled import CompiledCall
+from qat.lit.features import BlockOutputs
 from qat.nn.execution import keep_weights
 from qat.spec import check_choice
 
@@ -29,6 +30,7 @@ class Teacher:
         keep_weights(net, keep=True)  # a quantized teacher's never change
         self.head = head
         self._answer: Callable[[Tensor], Tensor] = self._logits
+        self._outputs: BlockOutputs | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Teacher:
         """The same teacher: it never changes, and a copy of a module that holds it (averaged weights) need not hold another."""
@@ -52,6 +54,13 @@ class Teacher:
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
         return self._answer(images)
+
+    @torch.no_grad()
+    def with_features(self, images: Tensor, which: str) -> tuple[Tensor, list[Tensor]]:
+        """Logits (B, K) of images (B, C, H, W), and what `all` blocks or the `last` give."""
+        self._outputs = self._outputs or BlockOutputs(self.net, which)
+        with self._outputs.of_pass() as features:
+            return self._answer(images), features
 
     def _logits(self, images: Tensor) -> Tensor:
         net = self.net

@@ -20,7 +20,8 @@ class LossTerm(nn.Module, ABC):
         weight: factor in the sum, >= 0.
 
     Attributes:
-        needs_teacher: True if the term reads `teacher_logits`.
+        needs_teacher: True if the term reads `teacher_logits` or `teacher_features`.
+        blocks: whose outputs the term reads, `all` or `last`; None = of no block.
         differentiates_twice: True if the term is made of gradients, so that its own gradient goes through a step's backward pass.
         needs_whole_weights: True if the term reads weights outside the net's forward pass.
         watched: values of the last step that are logged beside the term's own, by name; detached scalars.
@@ -34,6 +35,7 @@ class LossTerm(nn.Module, ABC):
         super().__init__()
         check_number(f"loss term {type(self).__name__}: weight", weight, 0)
         self.weight = weight
+        self.blocks: str | None = None
         self.watched: dict[str, Tensor] = {}
 
     def prepare(self, net: nn.Module) -> None:
@@ -66,8 +68,13 @@ class CompositeLoss(nn.Module):
 
     @property
     def needs_teacher(self) -> bool:
-        """True if a term reads the teacher's logits."""
+        """True if a term follows a teacher."""
         return any(cast(LossTerm, term).needs_teacher for term in self.terms.values())
+
+    @property
+    def blocks(self) -> str | None:
+        """The blocks whose outputs a term compares with the teacher's; None = of no block."""
+        return next((term.blocks for term in self.terms.values() if isinstance(term, LossTerm) and term.blocks), None)
 
     @property
     def differentiates_twice(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ class StepContext:
         teacher_logits: (B, K), None without a teacher.
         net: the net in training, for terms on its weights.
         progress: share of the run's optimizer steps that are done, 0 to 1.
+        features: what each block of the net gave, if a term asks for it.
+        teacher_features: likewise of the teacher.
     """
 
     logits: Tensor | tuple[Tensor, Tensor]
@@ -24,6 +27,8 @@ class StepContext:
     teacher_logits: Tensor | None
     net: nn.Module
     progress: float = 0.0
+    features: Sequence[Tensor] = ()
+    teacher_features: Sequence[Tensor] = ()
 
     @property
     def heads(self) -> tuple[Tensor, Tensor]:

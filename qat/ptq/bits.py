@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from qat.blocks import CONTAINER, find_blocks
 from qat.conversion import Conversion, conversion_of
 from qat.errors import UsageError
 from qat.functional.allocation import (
@@ -37,7 +38,6 @@ from qat.ptq.points import BitsResult, BitsState, Point, Record
 from qat.ptq.ranks import Ranks
 from qat.ptq.replay import Replay
 from qat.ptq.state import SearchFiles, fingerprint
-from qat.ptq.vector import CONTAINER, find_blocks
 from qat.ptq.widths import Widths, with_bits
 from qat.scales import assert_ready
 

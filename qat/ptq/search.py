@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from qat.blocks import find_blocks
 from qat.errors import UsageError
 from qat.ptq.blocks import GIB, trace, verified
 from qat.ptq.drivers import DRIVERS, Draws, Visit, seeded_draws
@@ -21,7 +22,7 @@ from qat.ptq.fitness import Evaluator
 from qat.ptq.ranks import Ranks
 from qat.ptq.settings import GRADIENT_METHODS, SearchSettings
 from qat.ptq.state import SearchFiles, SearchState, fingerprint
-from qat.ptq.vector import ScaleVector, find_blocks, joined, scale_vectors
+from qat.ptq.vector import ScaleVector, joined, scale_vectors
 from qat.scales import assert_ready
 
 log = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qat.blocks import CONTAINER, find_blocks
 from qat.errors import UsageError
 from qat.functional.evolution import noise_radius
 from qat.quantizers import Quantizer
 from qat.sites import Site, iter_quantizers
 
-CONTAINER, DOWNSAMPLE, ATTENTION = "blocks", "downsample", "attn"
 # A scale divides; the calibration keeps the same distance from zero.
 _LOWEST_SCALE = torch.finfo(torch.float32).eps
 
@@ -56,24 +56,6 @@ def stored_scale(quantizer: Quantizer) -> Tensor | None:
     inner = getattr(quantizer, "quantizer", quantizer)
     scale = getattr(inner, "scale", None)
     return scale if isinstance(scale, Tensor) else None
-
-
-def find_blocks(net: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a net by name, in the order of its modules: children of a module called `blocks`, as timm calls it, the outermost.
-
-    So is a `downsample` that has an attention (LeViT).
-    """
-    found: dict[str, nn.Module] = {}
-    for name, module in net.named_modules():
-        if _is_block(name, module) and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    return found
-
-
-def _is_block(name: str, module: nn.Module) -> bool:
-    parent, _, own = name.rpartition(".")
-    attends = any(child.startswith(ATTENTION) for child, _ in module.named_children())
-    return parent.rpartition(".")[2] == CONTAINER or (own == DOWNSAMPLE and attends)
 
 
 def place_in(block: str, site: Site) -> str:

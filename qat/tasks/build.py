@@ -28,7 +28,7 @@ from qat.transfer import copy_scales, forget_attention_weights
 log = logging.getLogger(__name__)
 
 CALIBRATION_BATCH = 1024  # at most: it has to fit one device
-REGULARIZERS = ("kure", "grad_l1")  # a loss of one's own may leave them out, and their settings stand
+REGULARIZERS = ("kure", "grad_l1", "features")  # a loss of one's own may leave them out, and their settings stand
 LOSS_KEYS = ("terms", "regularizers", "teacher_head", "label_smoothing", "hard_weight")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -14,6 +15,7 @@ from qat.data import ImageData
 from qat.errors import UsageError
 from qat.interop import is_ofq
 from qat.lit import Teacher
+from qat.lit.features import compare_blocks
 from qat.losses import CompositeLoss
 from qat.start import check_finite, check_model, from_pretrained, from_scratch, from_state, from_weights
 from qat.tasks.build import model_args
@@ -24,11 +26,12 @@ log = logging.getLogger(__name__)
 COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
 
 
-def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teacher | None:
+def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData, student: nn.Module) -> Teacher | None:
     """The teacher that the loss needs: `teacher.*`, or the float weights that the student starts from.
 
     Raises:
-        UsageError: the loss distils and there are no trained weights to follow, or they are for other classes.
+        UsageError: the loss distils and there are no trained weights to follow, they are for other classes, or blocks are to be followed
+            that are not the student's.
     """
     if cfg.teacher.model is not None:
         check_model("teacher.model", cfg.teacher.model)
@@ -43,7 +46,12 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
     classes = getattr(net, "num_classes", data.settings.num_classes)
     if classes != data.settings.num_classes:
         raise UsageError(f"teacher.ckpt={cfg.teacher.ckpt or cfg.ckpt!r}: has {classes} classes, the data {data.settings.num_classes}")
-    return Teacher(net, cfg.loss.teacher_head)
+    if loss.blocks:
+        device = next(student.parameters()).device
+        compare_blocks(
+            student, net.to(device), torch.zeros(1, *data.input_size, device=device), f"loss.features={cfg.loss.get('features')}"
+        )
+    return Teacher(net, cfg.loss.get("teacher_head", "cls"))
 
 
 def is_float(teacher: Teacher) -> bool:

@@ -134,7 +134,7 @@ def _build(cfg: DictConfig) -> Run:
     else:
         check_optimizer(resume.checkpoint, optimizer(start.net))
     options.use_less_memory(cfg, start.net)
-    teacher = build_teacher(cfg, loss, data)
+    teacher = build_teacher(cfg, loss, data, start.net)
     if not cfg.trainer.fast_dev_run:
         check_shares(cfg.trainer, data)
     module = QATModule(

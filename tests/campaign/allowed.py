@@ -88,6 +88,7 @@ NUMBERS = {
     "model.args.drop_path_rate": "zero",
     "loss.kure": "zero fraction huge",
     "loss.grad_l1": "zero fraction huge",
+    "loss.features": "zero fraction huge",
     "loss.kure_target": "fraction huge",
     "loss.regularizers.*.weight": "zero fraction huge",
     "loss.regularizers.*.target": "fraction huge",

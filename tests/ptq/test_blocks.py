@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 import qat
+from qat.blocks import find_blocks
 from qat.ptq import calibrate
 from qat.ptq.blocks import PrefixCache, trace, verified
 from qat.ptq.settings import TARGETS
-from qat.ptq.vector import find_blocks, scale_vectors
+from qat.ptq.vector import scale_vectors
 from qat.ptq_spec import PtqRecipe
 from tests import tiny
 from tests.ptq.searching import WEIGHTS, batches, quantized

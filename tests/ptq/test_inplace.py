@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import qat
+from qat.blocks import find_blocks
 from qat.ptq import calibrate
 from qat.ptq.blocks import trace
 from qat.ptq.inplace import overwriting
 from qat.ptq.patching import patched
-from qat.ptq.vector import find_blocks
 from qat.ptq_spec import PtqRecipe
 from tests import tiny
 

@@ -5,11 +5,11 @@ import timm
 import torch
 
 import qat
+from qat.blocks import find_blocks
 from qat.ptq.blocks import trace, verified
 from qat.ptq.fitness import Evaluator, logits_of, plain_fitness
 from qat.ptq.ranks import Ranks
 from qat.ptq.replay import Replay
-from qat.ptq.vector import find_blocks
 from qat.ptq.widths import Widths
 from tests.ptq.bit_nets import calibrated, settings
 from tests.ptq.searching import batches

@@ -8,13 +8,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.testing import assert_close
 
+from qat.blocks import find_blocks
 from qat.functional.infonce import FITNESSES, logit_fitness
 from qat.ptq.blocks import trace, verified
 from qat.ptq.fitness import Evaluator, Race, logits_of, plain_fitness, row_losses
 from qat.ptq.ranks import Ranks
 from qat.ptq.search import SearchOptions, search
 from qat.ptq.settings import SearchSettings
-from qat.ptq.vector import find_blocks, scale_vectors
+from qat.ptq.vector import scale_vectors
 from tests.ptq.searching import batches, changed, quantized, state
 
 

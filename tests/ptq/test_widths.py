@@ -3,11 +3,11 @@
 import pytest
 
 import qat
+from qat.blocks import find_blocks
 from qat.cost import size_bytes
 from qat.errors import UsageError
 from qat.functional.allocation import assigned_bytes
 from qat.ptq.blocks import trace
-from qat.ptq.vector import find_blocks
 from qat.ptq.widths import Widths, set_bits, with_bits
 from qat.ptq_spec import PtqRecipe
 from tests import tiny

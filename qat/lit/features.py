@@ -1,0 +1,89 @@
+"""What the blocks of a net give, for a loss that compares a student's with its teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.blocks import find_blocks
+from qat.errors import UsageError
+from qat.probing import probing
+
+
+class BlockOutputs:
+    """Looks at a net and remembers what its blocks give, in the passes that somebody asks for.
+
+    Args:
+        net: watched from now on.
+        which: `all` its blocks or the `last`.
+    """
+
+    def __init__(self, net: nn.Module, which: str = "all") -> None:
+        self._is_open = False
+        self._seen: list[Tensor] = []
+        self.hooks = [block.register_forward_hook(self._see) for block in _blocks(net, which)]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> BlockOutputs:
+        """The same one: a copy of the net (averaged weights) is not trained."""
+        return self
+
+    def _see(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self._is_open:
+            self._seen.append(output)
+
+    @contextmanager
+    def of_pass(self) -> Generator[list[Tensor]]:
+        """What the pass inside gives: filled in the order of the blocks, in the graph of the pass."""
+        self._is_open = True
+        try:
+            yield self._seen
+        finally:
+            # What a block gives while it is made again for a backward pass is nothing new.
+            self._is_open, self._seen = False, []
+
+
+def compare_blocks(student: nn.Module, teacher: nn.Module, image: Tensor, setting: str, which: str = "all") -> None:
+    """Run an image through both nets and compare what their blocks give.
+
+    Args:
+        student: on the device of `image`; nothing in it changes.
+        teacher: likewise.
+        image: (1, C, H, W).
+        setting: that asks for it, as `loss.features=1`.
+        which: blocks.
+
+    Raises:
+        UsageError: the net has no blocks, or those of the teacher give something else.
+    """
+    own, followed = (_shapes(net, image, which) for net in (student, teacher))
+    if not own:
+        raise UsageError(f"{setting}: this net has no blocks (children of a module called blocks); allowed is 0")
+    if None in own:
+        raise UsageError(f"{setting}: a block of this net gives more than one tensor; allowed is 0")
+    if own != followed:
+        raise UsageError(f"{setting}: {_said(own)}, the teacher's {_said(followed)}; the teacher has to be of the same architecture")
+
+
+def _blocks(net: nn.Module, which: str) -> list[nn.Module]:
+    blocks = list(find_blocks(net).values())
+    return blocks[-1:] if which == "last" else blocks
+
+
+def _shapes(net: nn.Module, image: Tensor, which: str) -> list[tuple[int, ...] | None]:
+    found: list[tuple[int, ...] | None] = []
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(tuple(output.shape[1:]) if isinstance(output, Tensor) else None)
+
+    with torch.no_grad(), probing(net, [block.register_forward_hook(look) for block in _blocks(net, which)]):
+        net(image)
+    return found
+
+
+def _said(shapes: list[tuple[int, ...] | None]) -> str:
+    widest = sorted({"x".join(map(str, shape or ())) for shape in shapes})
+    return f"{len(shapes)} blocks give {', '.join(widest)}"

@@ -1,0 +1,181 @@
+"""Distillation of what blocks give. Oracle: the formula written out, and passes with hooks of the test's own."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import qat
+from qat import functional as F
+from qat.lit import QATModule, Teacher
+from qat.lit.compiled import compile_in_place
+from qat.lit.features import compare_blocks
+from qat.losses import CompositeLoss, Distillation, FeatureDistillation
+from tests import tiny
+from tests.conftest import results, train
+
+
+def blocks_of(net, images):
+    """What each block gives."""
+    seen = []
+    hooks = [block.register_forward_hook(lambda m, a, out: seen.append(out)) for block in net.blocks]
+    net(images)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def pair():
+    net = tiny.vit()
+    student = tiny.quantized(bits=2)
+    loss = CompositeLoss({"kd": Distillation(), "features": FeatureDistillation(3.0)})
+    return student, net, QATModule(student, loss, num_classes=10, teacher=Teacher(net))
+
+
+def test_relative_to_the_variance_of_each_image():
+    teacher = [torch.tensor([[[0.0, 2.0]], [[10.0, 30.0]]])]
+    student = [torch.tensor([[[1.0, 2.0]], [[10.0, 10.0]]], requires_grad=True)]
+    # Variances 1 and 100; mean squared errors 1/2 and 200.
+    value = F.feature_distance(student, teacher)
+    assert value.item() == (0.5 + 2.0) / 2
+    value.backward()
+    assert_close(student[0].grad, torch.tensor([[[0.5, 0.0]], [[0.0, -0.1]]]))
+
+
+def test_no_distance_to_itself_whatever_the_scale():
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert F.feature_distance([x, 5 * x], [x, 5 * x]) == 0
+    assert_close(F.feature_distance([x + 1], [x]), F.feature_distance([7 * x + 7], [7 * x]))
+    assert F.feature_distance([torch.ones(2, 3)], [torch.zeros(2, 3)]).isfinite()
+
+
+def test_a_batch_is_the_mean_of_its_parts():
+    x, y = (torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    parts = [F.feature_distance([a], [b]) for a, b in zip(x.split(2), y.split(2), strict=True)]
+    assert_close(F.feature_distance([x], [y]), sum(parts) / 2)
+
+
+def test_what_is_compared_are_the_blocks_of_one_pass():
+    student, net, module = pair()
+    images, target = tiny.images(4), torch.arange(4)
+    module.train()
+    step = module.context((images, target))
+    total, parts = module.loss(step)
+    expected = F.feature_distance(blocks_of(student, images), blocks_of(net, images))
+    assert_close(parts["features"], expected.detach())
+    assert len(step.features) == len(net.blocks)
+    total.backward()
+    assert all(p.grad is None for p in net.parameters())
+    first = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    (
+        Distillation()(step.__class__(student(images), target, net(images), student))
+        + 3 * F.feature_distance(blocks_of(student, images), blocks_of(net, images))
+    ).backward()
+    assert_close(first, [p.grad for p in student.parameters()])
+
+
+def test_another_pass_is_not_remembered():
+    student, net, module = pair()
+    batch = tiny.images(4), torch.arange(4)
+    student(batch[0]), net(batch[0])
+    step = module.context(batch)
+    student(batch[0])
+    assert len(step.features) == len(step.teacher_features) == len(net.blocks)
+    twin = copy.deepcopy(module)  # as averaged weights do
+    twin.net(batch[0])
+    assert len(module.context(batch).features) == len(net.blocks)
+
+
+def test_nothing_is_watched_without_the_term():
+    net = tiny.vit()
+    QATModule(net, CompositeLoss({"kd": Distillation()}), num_classes=10, teacher=Teacher(tiny.vit()))
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_a_run(tmp_path, float_run):
+    run_dir = train(tmp_path / "run", "loss=kd", "loss.features=5", "loss.features_blocks=last", f"ckpt={float_run}/checkpoints/best.ckpt")
+    columns = (run_dir / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/loss_kd", "train/loss_features"} <= set(columns)
+    assert (run_dir / "results.json").is_file()
+
+
+def test_hard_labels_and_blocks(tmp_path, float_run):
+    """A loss without a distilling term of its own has a teacher then."""
+    run_dir = train(
+        tmp_path / "run", "loss=ce", "loss.features=5", f"teacher.ckpt={float_run}/checkpoints/best.ckpt", "trainer.max_epochs=1"
+    )
+    assert results(run_dir)["top1_fp"] == results(float_run)["top1"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("which", ["all", "last"])
+def test_compiled(which):
+    """In one graph each, with the loss and the gradients of the eager step but for rounding: at 8 bits a tie moves little."""
+    student, net = tiny.quantized(bits=8), tiny.vit()
+    loss = CompositeLoss({"kd": Distillation(), "features": FeatureDistillation(1.0, which)})
+    module = QATModule(student, loss, num_classes=10, teacher=Teacher(net)).train()
+    batch = tiny.images(4), torch.arange(4)
+    eager, _ = loss(module.context(batch))
+    eager.backward()
+    expected = torch.cat([p.grad.flatten() for p in student.parameters()])
+    student.zero_grad()
+    compile_in_place(student)
+    module.teacher.compile()
+    for _ in range(2):
+        step = module.context(batch)
+        assert len(step.features) == len(step.teacher_features) == (2 if which == "all" else 1)
+    compiled, _ = loss(step)
+    compiled.backward()
+    assert_close(compiled, eager, rtol=1e-3, atol=0)
+    assert (torch.cat([p.grad.flatten() for p in student.parameters()]) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_made_again_for_the_backward_pass():
+    """Under gradient checkpointing, blocks run twice and count once."""
+    student, _, module = pair()
+    module.train()
+    batch = tiny.images(4), torch.arange(4)
+    plain, _ = module.loss(module.context(batch))
+    plain.backward()
+    expected = [p.grad.clone() for p in student.parameters() if p.grad is not None]
+    student.zero_grad()
+    student.set_grad_checkpointing(enable=True)
+    for _ in range(2):
+        student.zero_grad()
+        step = module.context(batch)
+        module.loss(step)[0].backward()
+        assert len(step.features) == 2
+    assert_close([p.grad for p in student.parameters() if p.grad is not None], expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("loss.features=-1",), "loss.features=-1: allowed are numbers from 0"),
+        (("loss.features=1", "loss.features_blocks=first"), "loss.features_blocks='first': allowed are all, last"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message, tmp_path):
+    with pytest.raises(qat.UsageError, match=re.escape(message)):
+        train(tmp_path / "run", "loss=kd", *settings)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "which", "message"),
+    [
+        (tiny.vit, lambda: tiny.vit(embed_dim=48), "all", "2 blocks give 17x32, the teacher's 2 blocks give 17x48; the teacher has to be"),
+        (tiny.vit, lambda: tiny.vit(depth=3), "all", "2 blocks give 17x32, the teacher's 3 blocks give 17x32; the teacher has to be"),
+        (tiny.vit, lambda: tiny.vit(depth=3), "last", None),
+        (lambda: nn.Flatten(), tiny.vit, "all", "this net has no blocks (children of a module called blocks); allowed is 0"),
+    ],
+)
+def test_nets_that_cannot_be_compared(student, teacher, which, message):
+    if message is None:
+        compare_blocks(student(), teacher(), tiny.images(1), "loss.features=2", which)
+        return
+    with pytest.raises(qat.UsageError, match=re.escape(f"loss.features=2: {message}")):
+        compare_blocks(student(), teacher(), tiny.images(1), "loss.features=2", which)
