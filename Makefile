@@ -12,7 +12,7 @@ PEERS := outputs/peers
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: export-table two-bit-forms study results results-quick gpu-step startup step-time memory profile-step peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress map-scales models-page search-cost bits-seeds weights-figures kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm system-packages check lint types imports clean
+.PHONY: export-table two-bit-forms study results results-quick gpu-step startup step-time memory profile-step peers extras-cost features-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress map-scales models-page search-cost bits-seeds weights-figures kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm system-packages check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -92,7 +92,7 @@ bad-inputs: $(READY) ## every mistake in every setting, path, checkpoint and dat
 # Figures go to the screen and to docs/logs; all seconds and bytes to $(COSTS).
 COSTS := outputs/costs
 LOGGED := set -o pipefail; export PYTHONPATH=. OMP_NUM_THREADS=1;
-step-time memory profile-step peers extras-cost export-table two-bit-forms: SHELL := bash
+step-time memory profile-step peers extras-cost features-cost export-table two-bit-forms: SHELL := bash
 
 step-time: $(READY) ## a quantized training step in float steps, eager, compiled, DeiT-T; eager also DeiT-S and Swin-T, one thread (20 minutes)
 	@$(LOGGED) { \
@@ -121,6 +121,9 @@ peers: $(PEERS)/.ready ## training steps of torchao, brevitas, ModelOpt and torc
 
 extras-cost: $(READY) ## share of kurtosis regularization and of the tracking of oscillation in a training step of DeiT-T (2 minutes)
 	@$(LOGGED) $(BIN)/python benchmarks/extras_cost.py | tee docs/logs/extras-cost.log
+
+features-cost: $(READY) ## what following a teacher's blocks adds to a training step of DeiT-T (2 minutes)
+	@$(LOGGED) $(BIN)/python benchmarks/features_cost.py | tee docs/logs/features-cost.log
 
 EXPORTS := outputs/exports
 export-table: $(READY) ## bytes, agreement and time of exported files: the demo's net and DeiT-T, DeiT-S and Swin-T at 8, 4, 3 and 2 bits; CKPT=PATHS (25 minutes)

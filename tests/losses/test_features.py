@@ -156,7 +156,6 @@ def test_made_again_for_the_backward_pass():
     ("settings", "message"),
     [
         (("loss.features=-1",), "loss.features=-1: allowed are numbers from 0"),
-        (("loss.features=1", "loss.features_blocks=first"), "loss.features_blocks='first': allowed are all, last"),
     ],
 )
 def test_settings_that_cannot_work(settings, message, tmp_path):

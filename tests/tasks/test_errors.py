@@ -97,6 +97,7 @@ TRAIN = [
         "loss.kure=1 loss.kure_layers=[blok.*]",
         r"loss\.kure_layers='blok\.\*' matches no layer; names are like 'blocks\.0\.attn', roles are weight, qk",
     ),
+    ("loss.features_blocks=first", r"loss\.features_blocks='first': allowed are all, last"),
     ("memory=less", r"memory='less': allowed are save, recompute"),
     ("kernels=fast", r"kernels='fast': allowed are auto, triton, off"),
     (
