@@ -14,8 +14,9 @@ from qat.lit import QATModule, Teacher
 from qat.lit.compiled import compile_in_place
 from qat.lit.features import compare_blocks
 from qat.losses import CompositeLoss, Distillation, FeatureDistillation
+from qat.tasks import build
 from tests import tiny
-from tests.conftest import results, train
+from tests.conftest import compose, results, train
 
 
 def blocks_of(net, images):
@@ -101,6 +102,13 @@ def test_a_run(tmp_path, float_run):
     columns = (run_dir / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss_kd", "train/loss_features"} <= set(columns)
     assert (run_dir / "results.json").is_file()
+
+
+def test_the_composed_loss():
+    loss = build.build_loss(compose("train", "loss=kd_features", "run_dir=a"))
+    assert {name: term.weight for name, term in loss.terms.items()} == {"kd": 1.0, "features": 40.0}
+    assert (loss.terms["kd"].hard_weight, loss.blocks) == (0.0, "all")
+    assert build.build_loss(compose("train", "loss=kd", "run_dir=a")).blocks is None
 
 
 def test_hard_labels_and_blocks(tmp_path, float_run):

@@ -103,7 +103,7 @@ def test_off_is_off():
     )
 
 
-@pytest.mark.parametrize("loss", ["ce", "kd", "ce_dampening", "kd_dampening"])
+@pytest.mark.parametrize("loss", ["ce", "kd", "kd_features", "ce_dampening", "kd_dampening"])
 def test_any_loss_has_it(loss):
     assert "kure" in build.build_loss(compose("train", f"loss={loss}", "loss.kure=0.5", "run_dir=a")).terms
 
