@@ -13,7 +13,7 @@ from qat import functional as F
 from qat.lit import QATModule, Teacher
 from qat.lit.compiled import compile_in_place
 from qat.lit.features import compare_blocks
-from qat.losses import CompositeLoss, Distillation, FeatureDistillation
+from qat.losses import CompositeLoss, Distillation, FeatureDistillation, StepContext
 from qat.tasks import build
 from tests import tiny
 from tests.conftest import compose, results, train
@@ -73,10 +73,18 @@ def test_what_is_compared_are_the_blocks_of_one_pass():
     first = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
     (
-        Distillation()(step.__class__(student(images), target, net(images), student))
+        Distillation()(StepContext(student(images), target, net(images), student))
         + 3 * F.feature_distance(blocks_of(student, images), blocks_of(net, images))
     ).backward()
     assert_close(first, [p.grad for p in student.parameters()])
+
+
+@pytest.mark.parametrize(("progress", "share"), [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)])
+def test_it_may_give_way_to_the_other_terms(progress, share):
+    x, y = torch.randn(2, 1, 4, 3, generator=torch.Generator().manual_seed(0)).unbind(0)
+    step = StepContext(torch.zeros(1, 2), torch.zeros(1).long(), None, nn.Identity(), progress, [x], [y])
+    assert_close(FeatureDistillation(1.0, schedule="cosine")(step), share * F.feature_distance([x], [y]))
+    assert_close(FeatureDistillation(1.0)(step), F.feature_distance([x], [y]))
 
 
 def test_another_pass_is_not_remembered():
@@ -164,6 +172,7 @@ def test_made_again_for_the_backward_pass():
     ("settings", "message"),
     [
         (("loss.features=-1",), "loss.features=-1: allowed are numbers from 0"),
+        (("loss.features_schedule=linear",), "loss.features_schedule='linear': allowed are constant, cosine"),
     ],
 )
 def test_settings_that_cannot_work(settings, message, tmp_path):
