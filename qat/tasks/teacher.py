@@ -47,10 +47,8 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData, student
     if classes != data.settings.num_classes:
         raise UsageError(f"teacher.ckpt={cfg.teacher.ckpt or cfg.ckpt!r}: has {classes} classes, the data {data.settings.num_classes}")
     if loss.blocks:
-        device = next(student.parameters()).device
-        compare_blocks(
-            student, net.to(device), torch.zeros(1, *data.input_size, device=device), f"loss.features={cfg.loss.get('features')}"
-        )
+        image = torch.zeros(1, *data.input_size, device=next(student.parameters()).device)
+        compare_blocks(student, net.to(image.device), image, f"loss.features={cfg.loss.get('features')}", loss.blocks)
     return Teacher(net, cfg.loss.get("teacher_head", "cls"))
 
 

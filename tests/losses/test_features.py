@@ -127,6 +127,15 @@ def test_hard_labels_and_blocks(tmp_path, float_run):
     assert results(run_dir)["top1_fp"] == results(float_run)["top1"]
 
 
+def test_a_teacher_of_another_depth(tmp_path):
+    """Its last block has a counterpart, all of them do not."""
+    deeper = train(tmp_path / "deeper", "quant=fp", "++model.args.depth=2")
+    settings = ("loss=kd_features", f"teacher.ckpt={deeper}/checkpoints/best.ckpt")
+    with pytest.raises(qat.UsageError, match="the teacher has to be of the same architecture"):
+        train(tmp_path / "all", *settings)
+    train(tmp_path / "last", *settings, "loss.features_blocks=last")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("which", ["all", "last"])
 def test_compiled(which):
