@@ -6,7 +6,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qat.blocks import find_blocks
@@ -25,7 +24,8 @@ class BlockOutputs:
     def __init__(self, net: nn.Module, which: str = "all") -> None:
         self._is_open = False
         self._seen: list[Tensor] = []
-        self.hooks = [block.register_forward_hook(self._see) for block in _blocks(net, which)]
+        for block in _blocks(net, which):
+            block.register_forward_hook(self._see)
 
     def __deepcopy__(self, memo: dict[int, object]) -> BlockOutputs:
         """The same one: a copy of the net (averaged weights) is not trained."""
@@ -79,7 +79,7 @@ def _shapes(net: nn.Module, image: Tensor, which: str) -> list[tuple[int, ...] |
     def look(module: nn.Module, args: Any, output: Any) -> None:
         found.append(tuple(output.shape[1:]) if isinstance(output, Tensor) else None)
 
-    with torch.no_grad(), probing(net, [block.register_forward_hook(look) for block in _blocks(net, which)]):
+    with probing(net, [block.register_forward_hook(look) for block in _blocks(net, which)]):
         net(image)
     return found
 
