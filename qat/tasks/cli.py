@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat import preemption
 from qat.errors import UsageError
 from qat.preemption import Preempted
-from qat.tasks import ranks, repeat, resolvers, slurm, sweep
+from qat.tasks import overrides, ranks, repeat, resolvers, slurm, sweep
 from qat.tasks.watch import LOST
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ def command(main: Callable[[], None]) -> int:
     missing = sweep.missing_extra(sys.argv[1:])
     if missing is not None:
         sys.exit(f"error: {missing}")
+    overrides.answer_in_one_line()
     try:
         main()
     finally:
@@ -223,7 +224,7 @@ def _report(cfg: DictConfig, message: str, unexpected: BaseException | None) -> 
     # Results that are there belong to an older run: a run that replaces them removes them once it is checked.
     if (Path(cfg.run_dir) / "results.json").exists():
         return
-    with contextlib.suppress(OSError):  # the line above is what matters, and may be about this very folder
+    with contextlib.suppress(OSError, OmegaConfBaseException):  # the line above is what matters, and may be about this folder, this config
         write_results(cfg, error=message)
         if (Path(cfg.run_dir) / "config.yaml").exists():  # its settings were checked, so it had begun
             importlib.import_module("qat.tasks.report").report_run(cfg)

@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from qat import start
 from qat.tasks import cli
 from tests.conftest import ROOT, compose, results, tiny
+from tests.tasks.test_overrides import TYPED
 
 WHOLE = "allowed are whole numbers from"
 LIMIT = r"allowed are whole numbers from 1, and shares of all batches above 0 to 1\.0"
@@ -311,7 +312,9 @@ def test_a_mistake_after_the_checks_leaves_an_old_run_as_it_was(tmp_path, refuse
 
 
 def test_the_page_of_errors_shows_what_the_table_tries():
-    tried = {typed for typed, _ in TRAIN}
+    tried = {typed for typed, _ in TRAIN} | set(TYPED)
     complete = {typed for typed in PAGE if not re.search("FILE|DIR", typed)}
     assert len(complete) > 30
     assert complete - tried == set()
+    for typed in complete & set(TYPED):
+        assert re.fullmatch(PAGE[typed], TYPED[typed])
