@@ -81,9 +81,9 @@ def command(main: Callable[[], None]) -> int:
     missing = sweep.missing_extra(sys.argv[1:])
     if missing is not None:
         sys.exit(f"error: {missing}")
-    overrides.answer_in_one_line()
     try:
-        main()
+        with overrides.answered_in_one_line():
+            main()
     finally:
         sweep.conclude()
     return 1 if _failed_jobs else 0

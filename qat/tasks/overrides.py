@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -21,17 +22,15 @@ MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
 Compose = Callable[[Sequence[str]], DictConfig]
 
 
-def answer_in_one_line() -> None:
-    """Let a process whose config cannot be composed end with one line and exit code 1. HYDRA_FULL_ERROR=1 leaves it to Hydra.
+@contextlib.contextmanager
+def answered_in_one_line() -> Generator[None, None, None]:
+    """Within it a config that cannot be composed ends the process with one line and exit code 1. HYDRA_FULL_ERROR=1 leaves it to Hydra.
 
     Hydra has no hook between such a mistake and the end of the process, so its loader is wrapped here: all configs come from it,
     those of a sweep's jobs too.
     """
     load = ConfigLoaderImpl.load_configuration
-    if hasattr(load, "__wrapped__"):
-        return
 
-    @functools.wraps(load)
     def load_configuration(self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> DictConfig:
         def compose(some: Sequence[str]) -> DictConfig:
             return load(self, config_name, list(some), *args, **kwargs)
@@ -44,6 +43,10 @@ def answer_in_one_line() -> None:
             sys.exit(f"error: {explain(error, overrides, compose, functools.partial(_options_with, self))}")
 
     ConfigLoaderImpl.load_configuration = load_configuration  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_configuration = load  # type: ignore[method-assign]
 
 
 def explain(error: Exception, overrides: Sequence[str], compose: Compose, options_with: Callable[[str, str], list[str]]) -> str:

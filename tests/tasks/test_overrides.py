@@ -43,10 +43,9 @@ TYPED = {
 
 
 @pytest.fixture
-def answered(monkeypatch):
-    """As the scripts have it, for this test alone."""
-    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", ConfigLoaderImpl.load_configuration)
-    overrides.answer_in_one_line()
+def answered():
+    with overrides.answered_in_one_line():
+        yield
 
 
 @pytest.mark.parametrize("typed", TYPED)
@@ -66,10 +65,11 @@ def test_a_traceback_can_be_had(answered, monkeypatch):
         compose("train", "sed=1")
 
 
-def test_wrapping_twice_wraps_once(answered):
-    once = ConfigLoaderImpl.load_configuration
-    overrides.answer_in_one_line()
-    assert ConfigLoaderImpl.load_configuration is once
+def test_the_process_is_left_as_it_was():
+    load = ConfigLoaderImpl.load_configuration
+    with overrides.answered_in_one_line(), pytest.raises(SystemExit):
+        compose("train", "sed=1")
+    assert ConfigLoaderImpl.load_configuration is load
 
 
 @pytest.mark.parametrize("arguments", [["run_dir={run}", "sed=1"], ["-m", "hydra.sweep.dir={run}", "sed=1,2"]], ids=["run", "sweep"])
