@@ -34,7 +34,6 @@ from qat.files import read_torch, write_text
 from qat.lit import QATModule
 from qat.lit.evaluate import evaluate
 from qat.lit.loggers import close
-from qat.losses import StepContext
 from qat.start import Start
 from qat.tasks import build, cli, faults, fit, summary
 from qat.tasks.checks import check_settings
@@ -190,8 +189,7 @@ def _saved_mb(module: QATModule, data: ImageData) -> float:
     target = torch.zeros(len(images), dtype=torch.int64)
 
     def run() -> None:
-        logits = None if module.teacher is None else module.teacher(images)
-        module.loss(StepContext(module.net(images), target, logits, module.net))[0].backward()
+        module.loss(module.context((images, target)))[0].backward()
 
     module.net.train()
     found = saved_bytes(module.net, run)

@@ -130,8 +130,9 @@ def test_bits_and_libraries_that_are_not_there():
             quantized("brevitas", net, batches, 2)
 
 
-def test_our_own_net_ends_as_with_train_py(tmp_path, float_run):
-    same = ("quant=ofq_2bit", "loss=kd", f"ckpt={float_run}/checkpoints/best.ckpt")
+@pytest.mark.parametrize("loss", ["kd", "kd_features"])
+def test_our_own_net_ends_as_with_train_py(tmp_path, float_run, loss):
+    same = ("quant=ofq_2bit", f"loss={loss}", f"ckpt={float_run}/checkpoints/best.ckpt")
     train_ours(tmp_path / "ours", *same)
     theirs = train(*composed(["library=qat", *TINY, f"run_dir={tmp_path}/theirs", *same]))
     ours = json.loads((tmp_path / "ours" / "results.json").read_text())
