@@ -9,9 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean over the batch of -sum softmax(teacher) * log_softmax(student), temperature 1, in float32; logits (B, K)."""
-    return F.cross_entropy(logits.float(), teacher_logits.float().softmax(-1))
+def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean over the batch of -T^2 sum softmax(teacher / T) * log_softmax(student / T), in float32 (Hinton et al. 2015, arXiv 1503.02531).
+
+    Args:
+        logits: (B, K) of the student.
+        teacher_logits: (B, K).
+        temperature: T, above 0. Above 1 the classes that the teacher holds for unlikely say more; T^2 keeps the size of the gradient.
+
+    Returns:
+        Scalar, float32.
+    """
+    return temperature**2 * F.cross_entropy(logits.float() / temperature, (teacher_logits.float() / temperature).softmax(-1))
 
 
 def distillation_loss(
@@ -22,8 +31,9 @@ def distillation_loss(
     *,
     label_smoothing: float = 0.0,
     hard_weight: float = 1.0,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """hard_weight * CE(student_cls, target) + CE(student_dist, softmax(teacher_cls)); equal weights in OFQ.
+    """hard_weight * CE(student_cls, target) + CE(student_dist, softmax(teacher_cls)); equal weights and temperature 1 in OFQ.
 
     Args:
         student_cls: (B, K) logits of the class head.
@@ -32,11 +42,12 @@ def distillation_loss(
         target: (B,) class ids or (B, K) probabilities.
         label_smoothing: mass moved from the target to all classes, in [0, 1); the teacher's probabilities stay.
         hard_weight: of the first part; at 0 labels are not looked at.
+        temperature: of the second part, above 0 (`soft_cross_entropy`).
 
     Returns:
         Scalar, float32.
     """
-    soft = soft_cross_entropy(student_dist, teacher_cls)
+    soft = soft_cross_entropy(student_dist, teacher_cls, temperature)
     if not hard_weight:
         return soft
     return hard_weight * F.cross_entropy(student_cls.float(), target, label_smoothing=label_smoothing) + soft

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 CALIBRATION_BATCH = 1024  # at most: it has to fit one device
 REGULARIZERS = ("kure", "grad_l1", "features")  # a loss of one's own may leave them out, and their settings stand
-LOSS_KEYS = ("terms", "regularizers", "teacher_head", "label_smoothing", "hard_weight")
+LOSS_KEYS = ("terms", "regularizers", "teacher_head", "label_smoothing", "hard_weight", "temperature")
 
 
 def plain(cfg: Any) -> Any:

@@ -97,6 +97,8 @@ NUMBERS = {
     "loss.terms.*.label_smoothing": "zero",
     "loss.hard_weight": "zero fraction huge",
     "loss.terms.*.hard_weight": "zero fraction huge",
+    "loss.temperature": "fraction huge",
+    "loss.terms.*.temperature": "fraction huge",
     "search.average_bits": "huge",  # a budget that never binds
     "search.cache_gib": "zero fraction huge",
     "search.front_points": "zero",

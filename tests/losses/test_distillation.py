@@ -50,6 +50,21 @@ def test_a_hard_weight_below_zero_is_refused():
         Distillation(hard_weight=-1)
 
 
+def test_a_temperature_softens_teacher_and_student_and_keeps_the_size_of_the_gradient():
+    softened = -((TEACHER / 3).softmax(-1) * (DIST / 3).log_softmax(-1)).sum(-1).mean()
+    assert_close(loss((CLS, DIST), temperature=3), hard(CLS) + 9 * softened)
+    # Of a high temperature the limit is known: the distance of centred logits over K, whose gradient has no temperature in it.
+    logits = DIST.clone().requires_grad_()
+    loss((CLS, logits), hard_weight=0, temperature=1e3).backward()
+    centred = (DIST - DIST.mean(-1, keepdim=True)) - (TEACHER - TEACHER.mean(-1, keepdim=True))
+    assert_close(logits.grad, centred / (4 * 5), rtol=1e-2, atol=1e-4)
+
+
+def test_a_temperature_of_zero_is_refused():
+    with pytest.raises(qat.UsageError, match=r"loss\.temperature=0: allowed are numbers above 0"):
+        Distillation(temperature=0)
+
+
 def test_it_is_smallest_at_the_teacher():
     logits = TEACHER.clone().requires_grad_()
     loss((CLS, logits)).backward()
