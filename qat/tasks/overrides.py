@@ -107,6 +107,8 @@ def _advice(argument: str, others: Sequence[str], compose: Compose, options_with
             break
         except MISTAKES:  # a second mistake, which the next attempt shows
             continue
+    else:
+        return f"+{argument} adds it"
     option, options = cfg.hydra.runtime.choices.get(group), options_with(group, rest) if rest else []
     if options and option not in options:
         return f"{group}={option} has none, {group}={f', {group}='.join(options)} {'has' if len(options) == 1 else 'have'}"
