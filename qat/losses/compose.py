@@ -55,6 +55,9 @@ class CompositeLoss(nn.Module):
 
     Args:
         terms: terms by the name under which their value is logged.
+
+    Raises:
+        UsageError: no term, one of another class, or two that read other blocks.
     """
 
     def __init__(self, terms: Mapping[str, LossTerm]) -> None:
@@ -64,6 +67,10 @@ class CompositeLoss(nn.Module):
         for name, term in terms.items():
             if not isinstance(term, LossTerm):
                 raise UsageError(f"loss.terms.{name}: {type(term).__name__} is not a subclass of qat.losses.LossTerm")
+        readers = {term.blocks: name for name, term in terms.items() if term.blocks}
+        if len(readers) > 1:
+            asked = ", ".join(f"{name}.blocks={blocks}" for blocks, name in readers.items())
+            raise UsageError(f"loss.terms: {asked}; allowed is the same for all terms that read blocks")
         self.terms = nn.ModuleDict(dict(terms))
 
     @property

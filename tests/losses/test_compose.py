@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import qat
-from qat.losses import CompositeLoss, CrossEntropy, Distillation, LossTerm, StepContext
+from qat.losses import CompositeLoss, CrossEntropy, Distillation, FeatureDistillation, LossTerm, StepContext
 
 
 class Square(LossTerm):
@@ -42,6 +42,13 @@ def test_a_term_of_weight_zero_is_logged_and_changes_nothing():
     total, parts = CompositeLoss({"mean": Mean(), "square": Square(weight=0.0)})(step(logits))
     assert float(total) == 3.0
     assert float(parts["square"]) == pytest.approx(41 / 3)
+
+
+def test_terms_that_read_other_blocks_are_refused():
+    last, every = FeatureDistillation(blocks="last"), FeatureDistillation(blocks="all")
+    assert CompositeLoss({"ce": CrossEntropy(), "last": last, "again": FeatureDistillation(blocks="last")}).blocks == "last"
+    with pytest.raises(qat.UsageError, match=r"loss\.terms: last\.blocks=last, every\.blocks=all; allowed is the same"):
+        CompositeLoss({"last": last, "every": every})
 
 
 def test_a_teacher_is_needed_if_any_term_needs_one():
