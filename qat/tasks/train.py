@@ -98,7 +98,7 @@ def train(cfg: DictConfig) -> float:
         close(run.trainer.loggers)
         raise
     run.module.make_whole()
-    val_top1, weights = _take_best(run.trainer, run.module)
+    val_top1, weights = _take_best(run)
     watch = next(c for c in run.trainer.callbacks if isinstance(c, Stopwatch))  # type: ignore[attr-defined]
     seconds = time.monotonic() - began + watch.earlier_seconds
     _conclude(cfg, run, {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": round(seconds, 1)})
@@ -244,10 +244,20 @@ def _announce_estimate(cfg: DictConfig, run: Run) -> None:
         log.info("estimate: %s", summary.describe_estimate(run_cost, batch_size=cfg.data.batch_size, epochs=epochs, **images))
 
 
-def _take_best(trainer: Trainer, module: QATModule) -> tuple[float, str]:
+def _validate_again(run: Run) -> None:
+    """For the score of a run that had no step left to train; its rows of metrics are there already."""
+    loggers, run.trainer.loggers = run.trainer.loggers, []
+    run.trainer.validate(run.module, datamodule=run.data, verbose=False)
+    run.trainer.loggers = loggers
+
+
+def _take_best(run: Run) -> tuple[float, str]:
     """Put the weights of `best.ckpt` into the module; the final ones stay where no checkpoint was written."""
+    trainer = run.trainer
     best = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor and c.best_model_path), None)  # type: ignore[attr-defined]
     if best is None or best.best_model_score is None:
+        if run.resume and "val/top1" not in trainer.callback_metrics:
+            _validate_again(run)
         return float(trainer.callback_metrics.get("val/top1", torch.tensor(torch.nan))), "final"
-    module.net.load_state_dict(build_from(read_checkpoint(best.best_model_path)).state_dict())
+    run.module.net.load_state_dict(build_from(read_checkpoint(best.best_model_path)).state_dict())
     return float(best.best_model_score), Path(best.best_model_path).name

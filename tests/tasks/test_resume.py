@@ -159,6 +159,18 @@ def test_a_finished_run_is_evaluated_again(tmp_path, full, monkeypatch):
     assert (full / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
+def test_a_finished_run_that_kept_no_best_is_validated_again(tmp_path):
+    settings = ("callbacks.best=null", "trainer.max_epochs=1", "trainer.limit_train_batches=2")
+    run_dir = run(tmp_path / "run", *settings)
+    first, rows = results(run_dir), metrics(run_dir)
+    (run_dir / "results.json").unlink()
+    run(run_dir, "resume=true", *settings)
+    again = results(run_dir)
+    assert first["val_top1"] > 0
+    assert [again[key] for key in ("val_top1", "top1", "weights")] == [first[key] for key in ("val_top1", "top1", "weights")]
+    assert [row for row in metrics(run_dir) if row not in rows] == []
+
+
 def test_a_damaged_last_gives_way_to_the_one_before(tmp_path, monkeypatch, caplog, full):
     run_dir = killed_at(5, tmp_path / "run", monkeypatch)
     path = run_dir / "checkpoints" / "last.ckpt"
