@@ -39,22 +39,23 @@ class Evidence:
     def pairs(self, claim: Claim, one: tuple[str, str], other: tuple[str, str] | float) -> list[tuple[float, float]]:
         """Values of two arms, each with its metric, of the same seeds.
 
-        A number, and an arm that is to have seed 0 alone, stand beside every seed of the other.
+        A number, and a net that others start from and that has seed 0 alone, stand beside every seed of the other.
         """
         left = self.values(claim, *one)
         if not isinstance(other, tuple):
             return [(value, other) for value in left.values()]
         right = self.values(claim, *other)
-        if self._is_single(claim, other[0]) and 0 in right:
+        if self._is_start(claim, other[0]) and 0 in right:
             right = dict.fromkeys(left, right[0])
-        elif self._is_single(claim, one[0]) and 0 in left:
+        elif self._is_start(claim, one[0]) and 0 in left:
             left = dict.fromkeys(right, left[0])
         return [(left[seed], right[seed]) for seed in left if seed in right]
 
-    def _is_single(self, claim: Claim, arm: str) -> bool:
-        """Not so an arm of which other seeds are still to come."""
+    def _is_start(self, claim: Claim, arm: str) -> bool:
+        """True of a net whose weights are kept for others; any other single run shares its seed with one run of theirs."""
         owner, name = claim.place(arm)
-        return self.claims[owner].seeds_of(name) == (0,)
+        found = self.claims[owner]
+        return bool(found.arms[name].get("keep")) and found.seeds_of(name) == (0,)
 
     def is_unknown(self, claim: Claim, arm: str, metric: str) -> bool:
         """Whether there are runs of an arm, and none knows the metric."""

@@ -16,22 +16,23 @@ from studies.sections import command_of, picture, section, spent
 
 CLAIMS, RESULTS, FIGURES, PAGE, README = "studies/claims", "results", "docs/figures", "docs/results.md", "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-HEADLINE = "AIM"
+HEADLINE, OURS = "AIM", "ours"
 MAKE = "python -m studies page"
 
 _INTRODUCTION = f"""# Results
 
-What the papers claim, run again on CIFAR-10. `{MAKE}` makes this page of the [claims](../studies/claims) and of one file for every run;
-no number in it is typed. `python -m studies run C1` makes those runs of a claim that are not there yet. Command, seed, versions and commit
-of a run are in its file.
+What the papers claim, and what we claim beside them, run on CIFAR-10. `{MAKE}` makes this page of the [claims](../studies/claims)
+and of one file for every run; no measured number in it is typed. `python -m studies run C1 --root FOLDER`, with the folder of CIFAR-10's
+parquet files, makes those runs of a claim that are not there yet. Command, seed, versions and commit of a run are in its file.
 
-**±** is the sample standard deviation over seeds; a number without it is one run. Differences are between runs with the same seed. An arm
-that has one seed alone, as the float net that all others start from, stands beside every seed of the other.
+**±** is the sample standard deviation over seeds; a number without it is one run. Differences are between runs with the same seed, so that
+one between an arm of one seed and an arm of three is of one pair; only the float net that all others start from stands beside every seed.
 
 **Verdicts.** An expectation is *supported* when the differences of all seeds lie beyond its margin in the expected direction, and their
 mean by more than {verdict.ERRORS:g} standard errors; *contradicted* when the same holds in the opposite direction; else *undecided*;
 *open* below {verdict.SEEDS} seeds. A claim is *confirmed* when all its expectations are supported, *not confirmed* when none is,
-else *mixed*; *not decided yet* while one is open."""
+else *mixed*; *not decided yet* while one is open. Three seeds are few: of differences that are nothing but chance this rule supports one in
+eleven and contradicts as many, so a single expectation that is barely supported means little."""
 
 
 def render(claims_dir: Path, results_dir: Path) -> str:
@@ -111,11 +112,17 @@ def _to_come(claim: Claim, found: Sequence[Table], evidence: Evidence) -> list[s
 
 
 def _count(evidence: Evidence) -> str:
-    """How many claims of the papers came out how."""
-    found = Counter(_verdict(claim, evidence) for claim in evidence.claims.values() if CLAIM.fullmatch(claim.id) and claim.expect)
+    """How many claims of the papers came out how, and how many of ours."""
+    counted = [claim for claim in evidence.claims.values() if CLAIM.fullmatch(claim.id) and claim.expect]
+    papers, ours = (_counts([claim for claim in counted if claim.source.startswith(OURS) is own], evidence) for own in (False, True))
+    beside = f" Of our own: {ours}." if ours else ""
+    return f"Claims of the papers: {papers or 'none yet'}.{beside} All of them, with runs and commands: [{PAGE}]({PAGE})."
+
+
+def _counts(claims: Sequence[Claim], evidence: Evidence) -> str:
+    found = Counter(_verdict(claim, evidence) for claim in claims)
     order = (verdict.CONFIRMED, verdict.MIXED, verdict.NOT_CONFIRMED, verdict.NOT_DECIDED)
-    said = ", ".join(f"{found[name]} {name}" for name in order if found[name])
-    return f"Claims of the papers: {said or 'none yet'}; all of them, with runs and commands: [{PAGE}]({PAGE})."
+    return ", ".join(f"{found[name]} {name}" for name in order if found[name])
 
 
 def _pictures(evidence: Evidence) -> list[str]:

@@ -114,7 +114,7 @@ BLOCK = """\
 
 Not run yet: Longer; Longest.
 
-Mean ± sample deviation over seeds; `python -m studies run AIM` makes these runs. Claims of the papers: 1 mixed, 1 not decided yet; all of them, with runs and commands: [docs/results.md](docs/results.md).
+Mean ± sample deviation over seeds; `python -m studies run AIM` makes these runs. Claims of the papers: 1 mixed, 1 not decided yet. All of them, with runs and commands: [docs/results.md](docs/results.md).
 
 ![top-1, % over bits: New, Old](docs/figures/c01-bits.svg)
 
@@ -126,7 +126,7 @@ By bits: `python -m studies run C1`.
 @pytest.fixture
 def root(tmp_path):
     """A small repository."""
-    made.claim(tmp_path, "START", title="The float net", arms={"float": {"label": "float net", "seeds": [0]}})
+    made.claim(tmp_path, "START", title="The float net", arms={"float": {"label": "float net", "seeds": [0], "keep": True}})
     arms = {"ours": {"label": "Ours"}, "longer": {"label": "Longer"}, "longest": {"label": "Longest"}}
     made.claim(tmp_path, "AIM", title="The headline", arms=arms)
     figure = LINES | {"caption": "By bits.", "headline": True}
@@ -167,6 +167,13 @@ def test_a_claim_without_expectations_and_tables(root):
 
 def test_readme_block(root):
     assert page.readme_block(root / page.CLAIMS, root / page.RESULTS) == BLOCK
+
+
+def test_our_own_claims_are_counted_apart(root):
+    made.claim(root, "C2", source="ours; more", expect=EXPECT)
+    assert "Claims of the papers: 1 mixed. Of our own: 1 not decided yet. All of them" in page.readme_block(
+        root / page.CLAIMS, root / page.RESULTS
+    )
 
 
 def test_readme_names_every_claim_whose_runs_it_shows(root):

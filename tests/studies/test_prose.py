@@ -9,7 +9,7 @@ from tests.studies import made
 
 @pytest.fixture
 def folder(tmp_path):
-    made.claim(tmp_path, "START", arms={"float": {"label": "float", "seeds": [0]}})
+    made.claim(tmp_path, "START", arms={"float": {"label": "float", "seeds": [0], "keep": True}})
     for seed, (new, old) in enumerate([(61.0, 60.0), (63.0, 61.0), (65.0, 62.0)]):
         made.record(tmp_path, arm="new", seed=seed, metrics={"top1": new, "w2.top-1": 1.23456})
         made.record(tmp_path, arm="old", seed=seed, metrics={"top1": old, "flips": 12345.6})

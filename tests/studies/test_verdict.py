@@ -84,8 +84,8 @@ def test_a_run_without_the_metric_is_no_seed(tmp_path):
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_an_arm_with_one_seed_stands_for_every_seed(tmp_path, turned):
-    arms = {"new": {"label": "New"}, "old": {"label": "Old", "seeds": [0]}}
+def test_a_net_that_others_start_from_stands_for_every_seed(tmp_path, turned):
+    arms = {"new": {"label": "New"}, "old": {"label": "Old", "seeds": [0], "keep": True}}
     names = {"arm": "old", "than": "new"} if turned else {"arm": "new", "than": "old"}
     made.claim(tmp_path, arms=arms, expect=[expect(**names)])
     made.runs(tmp_path, "new", [61.0, 62.0, 63.0])
@@ -93,6 +93,14 @@ def test_an_arm_with_one_seed_stands_for_every_seed(tmp_path, turned):
     (one,) = judged(tmp_path)
     assert one.differences == ((-1.0, -2.0, -3.0) if turned else (1.0, 2.0, 3.0))
     assert one.state == ("contradicted" if turned else "supported")
+
+
+def test_any_other_arm_with_one_seed_is_one_pair(tmp_path):
+    made.claim(tmp_path, arms={"new": {"label": "New"}, "old": {"label": "Old", "seeds": [0]}}, expect=[expect()])
+    made.runs(tmp_path, "new", [61.0, 62.0, 63.0])
+    made.runs(tmp_path, "old", [60.0])
+    (one,) = judged(tmp_path)
+    assert (one.differences, one.state) == ((1.0,), "open")
 
 
 def test_an_arm_of_which_seeds_are_to_come_stands_for_none_but_its_own(tmp_path):
@@ -111,7 +119,7 @@ def test_two_arms_with_one_seed_are_one_pair(tmp_path):
 
 
 def test_a_number_and_an_arm_of_another_claim(tmp_path):
-    made.claim(tmp_path, "START", arms={"float": {"label": "float", "seeds": [0]}})
+    made.claim(tmp_path, "START", arms={"float": {"label": "float", "seeds": [0], "keep": True}})
     made.claim(tmp_path, expect=[expect(than=1.8, by=0.1, **{"is": "near"}), expect(than="START/float")])
     made.runs(tmp_path, "new", [1.75, 1.8, 1.85])
     made.runs(tmp_path, "float", [1.0], claim="START")
