@@ -22,9 +22,8 @@ MSE_FACTORS = tuple(2 ** (i / 8) for i in range(-24, 33))
 def gradient_scale(x: Tensor, grid: Grid, grad_factor: float, sign: Tensor | None = None) -> float | Tensor:
     """LSQ's factor on the gradient of a step: `grad_factor` / sqrt(qmax * m), m = elements of `x` per step."""
     _, highest = grid.bounds(sign)
-    if isinstance(highest, Tensor):
-        return grad_factor / (highest * group_size(x, grid.axis)).sqrt()
-    return grad_factor / math.sqrt(highest * group_size(x, grid.axis))
+    m = max(group_size(x, grid.axis), 1)
+    return grad_factor / ((highest * m).sqrt() if isinstance(highest, Tensor) else math.sqrt(highest * m))
 
 
 class _LSQ(torch.autograd.Function):

@@ -85,7 +85,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pas
     backend = _backend(x)
     if backend == "cpu":
         out = torch.empty(x.shape, dtype=torch.float32) if out is None else out
-        wanted = cpu.Wanted(before is not None, after_shape is not None, levels, after)
+        wanted = cpu.Wanted(before is not None, after_shape, levels, after)
         extras = cpu.lsq_backward(grad.float(), x.float(), scale, before, grid, sign, out, wanted)
         if extras is not None:
             of_scale, of_before, of_after, made = extras

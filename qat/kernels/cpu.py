@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qat.kernels import build, reference
-from qat.kernels.grid import Grid, Layout, layout_of, row_stride
+from qat.kernels.grid import Grid, Layout, row_stride, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +70,20 @@ def _dense(*tensors: Tensor | None) -> bool:
     return all(x is None or x.is_contiguous() for x in tensors)
 
 
-def _layout(x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, grid: Grid, sign: Tensor | None) -> Layout | None:
+def _layout(
+    x: Tensor,
+    scale: Tensor,
+    before: Tensor | None,
+    after: Tensor | None,
+    grid: Grid,
+    sign: Tensor | None,
+    after_shape: torch.Size | None = None,
+) -> Layout | None:
+    """Rows of `x`; the kernels trust it that each has a step and each element an offset, and read what lies behind where it has none."""
     if not (_fits(x, scale, before, after, sign) and _dense(scale, before, after)):
         return None
-    if before is not None and after is not None and before.shape != after.shape:
-        return None
-    offset = before if before is not None else after
-    return layout_of(x, grid, 0 if offset is None else offset.numel())
+    shapes = [before.shape if before is not None else None, after.shape if after is not None else None, after_shape]
+    return rows_of(x, scale, [shape for shape in shapes if shape is not None], grid)
 
 
 def _forward(
@@ -105,13 +112,13 @@ class Wanted(NamedTuple):
 
     Attributes:
         sum_x: the sum of that gradient over the leading dimensions, down to rows.
-        sum_grad: that of `grad`.
+        after_shape: of the offset behind, if that of `grad` is wanted.
         levels: what the forward pass gave.
         after: the offset behind, for `levels`.
     """
 
     sum_x: bool
-    sum_grad: bool
+    after_shape: torch.Size | None
     levels: bool
     after: Tensor | None
 
@@ -134,7 +141,7 @@ def lsq_backward(
     Returns:
         The sum for the scale, and what is wanted: (length of a row,) twice, and the shape of `x`.
     """
-    library, layout = _library(), _layout(x, scale, before, wanted.after, grid, sign)
+    library, layout = _library(), _layout(x, scale, before, wanted.after, grid, sign, wanted.after_shape)
     if library is None or layout is None or not _fits(grad, out) or (layout.by_column and wanted.levels):
         return None
     rows, length, stride, steps, by_column = layout
@@ -143,7 +150,7 @@ def lsq_backward(
         return None
     threads = torch.get_num_threads()
     errors = torch.zeros(threads, length) if by_column else torch.empty(rows)
-    sum_x, sum_grad = (torch.zeros(threads, length) if is_wanted else None for is_wanted in wanted[:2])
+    sum_x, sum_grad = (torch.zeros(threads, length) if is_wanted else None for is_wanted in (wanted.sum_x, wanted.after_shape is not None))
     levels = torch.empty(x.shape) if wanted.levels else None
     library.lsq_backward(
         grad.data_ptr(), grad_stride, x.data_ptr(), stride, out.data_ptr(), out_stride, rows, length, scale.data_ptr(), steps, by_column,

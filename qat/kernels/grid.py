@@ -82,6 +82,8 @@ def layout_of(x: Tensor, grid: Grid, n_offsets: int = 0) -> Layout | None:
         grid: its grid.
         n_offsets: elements of the offsets, which vary over the trailing dimensions of `x`; 0 = none.
     """
+    if x.ndim == 0 or (grid.axis is not None and not -x.ndim <= grid.axis < x.ndim):
+        return None
     axis = None if grid.axis is None else grid.axis % x.ndim
     by_column = axis is not None and axis == x.ndim - 1
     length = math.prod(x.shape[axis + 1 :]) if axis is not None and not by_column else n_offsets or x.shape[-1]
@@ -90,3 +92,19 @@ def layout_of(x: Tensor, grid: Grid, n_offsets: int = 0) -> Layout | None:
         return None
     steps = 1 if axis is None else x.shape[axis]
     return Layout(x.numel() // length, length, stride, steps, by_column)
+
+
+def rows_of(x: Tensor, scale: Tensor, offsets: list[torch.Size], grid: Grid) -> Layout | None:
+    """Rows of `x`, if each of them, or each of their elements, has a step, and each element of a row an offset.
+
+    Args:
+        x: any shape.
+        scale: the steps.
+        offsets: shapes of the offsets.
+        grid: codes and axis.
+    """
+    layout = layout_of(x, grid, math.prod(offsets[0]) if offsets else 0)
+    if layout is None or scale.numel() != layout.steps:
+        return None
+    are_trailing = all(math.prod(shape) == layout.length and x.shape[x.ndim - len(shape) :] == shape for shape in offsets)
+    return layout if are_trailing else None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qat.kernels.grid import Grid, Layout, layout_of, row_stride
+from qat.kernels.grid import Layout, row_stride
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of the tile that a program holds, and columns at most.
@@ -54,22 +53,6 @@ def dense(*tensors: Tensor | None) -> bool:
 def shapes_of(*tensors: Tensor | None) -> list[torch.Size]:
     """Shapes of those that there are."""
     return [x.shape for x in tensors if x is not None]
-
-
-def rows_of(x: Tensor, scale: Tensor, offsets: list[torch.Size], grid: Grid) -> Layout | None:
-    """Rows of `x`, if each of them, or each of their elements, has a step, and each element of a row an offset.
-
-    Args:
-        x: any shape.
-        scale: the steps.
-        offsets: shapes of the offsets.
-        grid: codes and axis.
-    """
-    layout = layout_of(x, grid, math.prod(offsets[0]) if offsets else 0)
-    if layout is None or scale.numel() != layout.steps:
-        return None
-    are_trailing = all(math.prod(shape) == layout.length and x.shape[x.ndim - len(shape) :] == shape for shape in offsets)
-    return layout if are_trailing else None
 
 
 def spaced(x: Tensor, length: int) -> tuple[Tensor, int]:

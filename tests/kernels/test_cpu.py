@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from qat import functional as F
 from qat import kernels
 from qat.errors import UsageError
 from qat.kernels import Grid, build, cpu, reference
@@ -197,3 +198,30 @@ def test_without_a_compiler_plain_operations_do(monkeypatch, compiler):
         assert torch.equal(kernels.lsq_forward(x, steps(n), before, after, grid), reference.lsq_forward(x, steps(n), before, after, grid))
     finally:
         cpu._library.cache_clear()
+
+
+@pytest.mark.parametrize("n", [4, 6, 19])
+def test_a_step_for_each_row_or_no_kernel(n):
+    """Behind its last element a tensor of steps has what is another's."""
+    x, grid = CASES["token, no offsets"][0], Grid(-4, 3, 1)
+    assert cpu.lsq_forward(x, steps(n), None, None, grid, None) is None
+    with pytest.raises(RuntimeError, match="must match"):
+        kernels.lsq_forward(x, steps(n), None, None, grid)
+
+
+@pytest.mark.parametrize("axis", [3, -4])
+def test_an_axis_that_is_not_there(axis):
+    assert cpu.lsq_forward(randn(2, 5, 19), steps(5), None, None, Grid(-2, 1, axis), None) is None
+
+
+def test_offsets_behind_a_row_of_several_dimensions():
+    x, scale, after = randn(2, 5, 8), torch.ones(2, requires_grad=True), torch.zeros(8, requires_grad=True)
+    F.lsq(x, scale, -2, 1, 0, after=after).square().sum().backward()
+    assert_close(after.grad, 2 * F.lsq(x, scale, -2, 1, 0).detach().sum((0, 1)))
+
+
+def test_an_empty_batch():
+    x, scale = torch.empty(0, 5, 8, requires_grad=True), torch.ones(5, requires_grad=True)
+    F.lsq(x, scale, -2, 1, 1).sum().backward()
+    assert x.grad.shape == x.shape
+    assert torch.equal(scale.grad, torch.zeros(5))
