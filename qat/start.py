@@ -26,6 +26,7 @@ from qat.transfer import timm_state_dict
 HUB_TIMEOUT_S = 4
 ALIKE = 0.6  # difflib's own threshold for a close match
 GATEWAY_ERRORS = {407, 502, 503, 504}  # a proxy says that it cannot get there
+NEW_HEAD = "; model.reset_head=true gives it a new head"
 
 
 @dataclass
@@ -122,7 +123,14 @@ def _require_host(model: str, address: str) -> None:
 
 
 def from_state(
-    model: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor], *, origin: str, keep_head: bool, biases: Sequence[str] = ()
+    model: str,
+    kwargs: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    *,
+    origin: str,
+    keep_head: bool,
+    biases: Sequence[str] = (),
+    hint: str = "",
 ) -> Start:
     """Weights under timm's names, adapted as timm does: position embedding, patch size, input channels.
 
@@ -133,6 +141,7 @@ def from_state(
         origin: how to call them in messages, `ckpt='x.pt'`.
         keep_head: another class count is an error (True), or gets a new head (False).
         biases: Linears that have a bias in `state` and none in timm's net; they get one.
+        hint: end of the line about another class count.
 
     Raises:
         UsageError: the class count differs under `keep_head`, or the weights are of another net.
@@ -150,7 +159,7 @@ def from_state(
             continue
         if keep_head:
             has = 0 if found is None else found.shape[0]
-            raise UsageError(f"{origin}: has {has} classes, the data {classes}; model.reset_head=true gives it a new head")
+            raise UsageError(f"{origin}: has {has} classes, the data {classes}{hint}")
         notes.append(f"new {name} for {classes} classes" + ("" if found is None else f" (the file has {found.shape[0]})"))
         state |= {k: own[k] for k in (f"{name}.weight", f"{name}.bias") if k in own}
     stem = state.get(f"{cfg['first_conv']}.weight")
@@ -182,15 +191,22 @@ def check_finite(net: nn.Module, origin: str) -> None:
     raise UsageError(f"{origin}: its weight {next(iter(damaged))} holds NaN or infinity; take an earlier checkpoint")
 
 
-def from_checkpoint(model: str, kwargs: Mapping[str, Any], checkpoint: Checkpoint, *, reset_head: bool) -> Start:
+def from_checkpoint(model: str, kwargs: Mapping[str, Any], checkpoint: Checkpoint, *, reset_head: bool, keep_head: bool = False) -> Start:
     """Start from a file: one of ours (any recipe), a timm checkpoint or a plain state dict.
+
+    Args:
+        model: timm name of the net to build.
+        kwargs: its arguments.
+        checkpoint: the file.
+        reset_head: one of ours gets a new head where the class count differs.
+        keep_head: any other must have the class count, too: for nets that nobody trains before they are looked at.
 
     Raises:
         UsageError: see `from_state`; with a checkpoint of ours another class count needs `reset_head`.
     """
     origin = f"ckpt={str(checkpoint.path)!r}"
     if checkpoint.meta is None:
-        return from_state(model, kwargs, checkpoint.state, origin=origin, keep_head=False)
+        return from_state(model, kwargs, checkpoint.state, origin=origin, keep_head=keep_head)
     return from_net(model, kwargs, build_from(checkpoint), origin=origin, reset_head=reset_head)
 
 
@@ -203,14 +219,14 @@ def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin
     if is_frozen(source):
         raise UsageError(f"{origin}: holds integer codes alone; allowed is the checkpoint that it was exported from")
     state, biases = timm_state_dict(source), grown_biases(source)
-    start = from_state(model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases)
+    start = from_state(model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases, hint=NEW_HEAD)
     start.source = source
     return start
 
 
-def from_weights(model: str, kwargs: Mapping[str, Any], path: str, state: Mapping[str, Tensor] | None) -> Start:
+def from_weights(model: str, kwargs: Mapping[str, Any], path: str, state: Mapping[str, Tensor] | None, *, keep_head: bool = False) -> Start:
     """Start from a local weight file in any format timm reads; `state` is its content, None for original JAX `.npz` files."""
     if state is None:
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": path, "custom_load": True})
         return Start(net, [f"weights of model.weights={path!r}"])
-    return from_state(model, kwargs, state, origin=f"model.weights={str(Path(path))!r}", keep_head=False)
+    return from_state(model, kwargs, state, origin=f"model.weights={str(Path(path))!r}", keep_head=keep_head)

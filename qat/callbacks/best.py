@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from qat.errors import UsageError
 from qat.files import read_torch
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,23 @@ class BestCheckpoint(ModelCheckpoint):
     A resumed run goes on with the record of the file itself, not with that of `last.ckpt`, which is older where a kill came in between; the
     run's directory may have been moved, upon which Lightning would forget the best score. Where the file is gone or damaged the record is
     forgotten, with a warning: the best of the epochs to come is kept.
+
+    Args:
+        monitor: name of what decides, as it is logged.
+        mode: `max` | `min`.
+        save_top_k: 1; several would take turns under one name.
+        **options: of Lightning's.
+
+    Raises:
+        UsageError: another number of files, or the highest loss.
     """
+
+    def __init__(self, monitor: str = "val/top1", mode: str = "max", save_top_k: int = 1, **options: Any) -> None:
+        if save_top_k != 1:
+            raise UsageError(f"callbacks.best.save_top_k={save_top_k!r}: allowed is 1; callbacks.best=null keeps none")
+        if "loss" in monitor and mode != "min":
+            raise UsageError(f"callbacks.best.mode={mode!r}: the best {monitor} is the lowest; allowed is min")
+        super().__init__(monitor=monitor, mode=mode, save_top_k=save_top_k, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's, and the step of the best epoch."""

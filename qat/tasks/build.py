@@ -136,8 +136,12 @@ def authors_net(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
     return None
 
 
-def build_start(cfg: DictConfig) -> Start:
+def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
     """The float net and its weights: `ckpt`, `model.weights`, `model.pretrained` or scratch.
+
+    Args:
+        cfg: config of a command.
+        keep_head: weights of another class count are an error, not given a new head.
 
     Raises:
         UsageError: more than one of them is set, or the one that is does not work.
@@ -151,14 +155,14 @@ def build_start(cfg: DictConfig) -> Start:
         checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
         theirs = authors_net(cfg, checkpoint)
         if theirs is None:
-            return from_checkpoint(name, args, checkpoint, reset_head=bool(cfg.model.reset_head))
+            return from_checkpoint(name, args, checkpoint, reset_head=bool(cfg.model.reset_head), keep_head=keep_head)
         start = from_net(name, args, theirs.net, origin=f"ckpt={str(cfg.ckpt)!r}", reset_head=bool(cfg.model.reset_head))
         start.notes += theirs.notes
         return start
     if cfg.model.weights:
         is_jax = str(cfg.model.weights).endswith(".npz")
         state = None if is_jax else read_checkpoint(cfg.model.weights, fmt="timm", setting="model.weights").state
-        return from_weights(name, args, cfg.model.weights, state)
+        return from_weights(name, args, cfg.model.weights, state, keep_head=keep_head)
     return from_pretrained(name, args) if cfg.model.pretrained else from_scratch(name, args)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from qat.callbacks.last import NAME
 from qat.checkpoint import TRAINING, Checkpoint, read_checkpoint
@@ -20,6 +21,12 @@ from qat.spec import QuantRecipe
 from qat.tasks.ranks import is_first
 
 log = logging.getLogger(__name__)
+
+# Groups of settings that shape a training. What a checkpoint holds of them, the run keeps.
+_SHAPING = ("seed", "data", "loss", "optimizer", "scheduler", "trainer.max_epochs", "trainer.accumulate_grad_batches")
+_KEPT = ("optimizer", "scheduler")
+# How images come to the run changes nothing in them.
+_INDIFFERENT = ("data.root", "data.num_workers", "data.in_memory", "data.memory_mb", "data.cache")
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,14 @@ def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
         return None
     if not found:
         raise UsageError(f"resume=true: run_dir={str(cfg.run_dir)!r} has no checkpoints/last.ckpt; resume=auto starts where there is none")
+    if cfg.trainer.fast_dev_run:
+        raise UsageError(
+            f"trainer.fast_dev_run: resume={cfg.resume!r} goes on with {found[0]}, which a dry run leaves alone; set resume=false"
+        )
     checkpoint = _read_first(found)
     _check_complete(checkpoint)
     _check_same(checkpoint, cfg, recipe, model_args)
+    _say_changes(cfg)
     log.info("resumed at step %d from %s", checkpoint.step or 0, checkpoint.path)
     # The first process may be writing the file by the time another would read it.
     rows = read_rows(Path(cfg.run_dir) / "metrics.csv") if is_first() else []
@@ -87,6 +99,43 @@ def check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) ->
     have = [(sorted({*keys, "initial_lr"}), count) for keys, count in groups]
     if had is None or [(sorted({*keys, "initial_lr"}), count) for keys, count in had] != have:
         raise UsageError(f"resume: {checkpoint.path} has another optimizer, or one of other parameters; use ckpt=PATH to start from it")
+
+
+def _say_changes(cfg: DictConfig) -> None:
+    """Name the settings that are not those of the run so far: nobody would see it in the curves."""
+    path = Path(cfg.run_dir) / "config.yaml"
+    if not is_first() or not path.is_file():
+        return
+    had = OmegaConf.load(path)
+    changed = {name: (old, new) for name, old, new in _changes(had, cfg) if not name.startswith(_INDIFFERENT)}
+    kept = {name: pair for name, pair in changed.items() if name.startswith(_KEPT)}
+    if kept:
+        log.warning("resume: the run goes on with what it had, not with %s; ckpt=PATH starts a new one", _listed(kept))
+    if "trainer.max_epochs" in changed:
+        log.warning(
+            "resume: %s; the schedule of the learning rate stays as it was", _listed({"trainer.max_epochs": changed["trainer.max_epochs"]})
+        )
+    others = {name: pair for name, pair in changed.items() if name not in kept and name != "trainer.max_epochs"}
+    if others:
+        log.warning("resume: from here on with %s", _listed(others))
+
+
+def _listed(changed: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name}={new!r} (it had {old!r})" for name, (old, new) in changed.items())
+
+
+def _changes(had: Any, has: DictConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that shape a training and are not the same in two configs: name, value in either. One that only one of them has is none."""
+    for name in _SHAPING:
+        old, new = (_leaves(name, OmegaConf.select(config, name)) for config in (had, has))
+        yield from ((key, old[key], new[key]) for key in old if key in new and old[key] != new[key])
+
+
+def _leaves(name: str, node: Any) -> dict[str, Any]:
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if isinstance(plain, dict):
+        return {key: value for part, within in plain.items() for key, value in _leaves(f"{name}.{part!s}", within).items()}
+    return {name: plain}
 
 
 def _check_complete(checkpoint: Checkpoint) -> None:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from qat.checkpoint import build_from, read_checkpoint
-from qat.conversion import conversion_of
+from qat.conversion import check_input, conversion_of
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.interop import is_ofq
@@ -46,10 +46,21 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData, student
     classes = getattr(net, "num_classes", data.settings.num_classes)
     if classes != data.settings.num_classes:
         raise UsageError(f"teacher.ckpt={cfg.teacher.ckpt or cfg.ckpt!r}: has {classes} classes, the data {data.settings.num_classes}")
+    _check_size(net, cfg, data)
     if loss.blocks:
         image = torch.zeros(1, *data.input_size, device=next(student.parameters()).device)
         compare_blocks(student, net.to(image.device), image, f"loss.features={cfg.loss.get('features')}", loss.blocks)
     return Teacher(net, cfg.loss.get("teacher_head", "cls"))
+
+
+def _check_size(net: nn.Module, cfg: DictConfig, data: ImageData) -> None:
+    """Raise `UsageError` unless images of the run pass through its teacher."""
+    try:
+        check_input(net, data.input_size)
+    except UsageError as error:
+        setting = "teacher.ckpt" if cfg.teacher.ckpt else "teacher.pretrained" if cfg.teacher.pretrained else "ckpt"
+        value = cfg.ckpt if setting == "ckpt" else cfg.teacher[setting.partition(".")[2]]
+        raise UsageError(f"{setting}={value!r} is the teacher: {error}") from error
 
 
 def is_float(teacher: Teacher) -> bool:

@@ -114,7 +114,7 @@ def _build(cfg: DictConfig) -> Run:
     build.import_modules(cfg)
     recipe, loss = build.build_recipe(cfg), build.build_loss(cfg)
     resume = find_resume(cfg, recipe, build.model_args(cfg))
-    replaces = [] if resume else _outputs_of_an_old_run(Path(cfg.run_dir), overwrite=bool(cfg.overwrite))
+    replaces = [] if resume else _outputs_of_an_old_run(cfg)
     scheduler = fit.build_scheduler_factory(cfg)
     loggers = fit.build_loggers(cfg, resume.rows if resume else [])
     trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), loggers)
@@ -172,14 +172,21 @@ def _conclude(cfg: DictConfig, run: Run, outcome: dict[str, Any]) -> None:
     log.info("outputs in %s", cfg.run_dir)
 
 
-def _outputs_of_an_old_run(run_dir: Path, *, overwrite: bool) -> list[Path]:
+def _outputs_of_an_old_run(cfg: DictConfig) -> list[Path]:
     """What a new run in a used directory replaces, once everything is checked and a `ckpt` from there is in memory.
 
     Raises:
         UsageError: there are checkpoints, and they may not be overwritten.
     """
+    run_dir = Path(cfg.run_dir)
     used = sorted((run_dir / "checkpoints").glob("*.ckpt"))
-    if used and not overwrite:
+    if used and cfg.trainer.fast_dev_run:
+        raise UsageError(
+            f"trainer.fast_dev_run: run_dir={str(run_dir)!r} holds {used[0].name}, which a dry run leaves alone; choose another run_dir"
+        )
+    # A run that was killed behind its first best.ckpt and before its first last.ckpt has nothing to go on from.
+    began = cfg.resume == "auto" and [path.name for path in used] == ["best.ckpt"]
+    if used and not (cfg.overwrite or began):
         raise UsageError(f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true")
     events = sorted(run_dir.glob("events.out.tfevents.*"))
     return used + events + [path for name in ("results.json", "metrics.csv") if (path := run_dir / name).is_file()]
@@ -245,7 +252,7 @@ def _announce_estimate(cfg: DictConfig, run: Run) -> None:
 
 
 def _validate_again(run: Run) -> None:
-    """For the score of a run that had no step left to train; its rows of metrics are there already."""
+    """For a score that no validation of this process has given; the rows of metrics are there already."""
     loggers, run.trainer.loggers = run.trainer.loggers, []
     run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     run.trainer.loggers = loggers
@@ -260,4 +267,8 @@ def _take_best(run: Run) -> tuple[float, str]:
             _validate_again(run)
         return float(trainer.callback_metrics.get("val/top1", torch.tensor(torch.nan))), "final"
     run.module.net.load_state_dict(build_from(read_checkpoint(best.best_model_path)).state_dict())
-    return float(best.best_model_score), Path(best.best_model_path).name
+    score = best.best_model_score
+    if best.monitor != "val/top1":
+        _validate_again(run)
+        score = trainer.callback_metrics.get("val/top1", score)
+    return float(score), Path(best.best_model_path).name

@@ -116,6 +116,16 @@ def test_a_timm_state_dict_needs_the_model(tmp_path, refused, float_run):
     assert found["loss"] == evaluate(tmp_path / "c", f"ckpt={last(float_run)}")["loss"]
 
 
+@pytest.mark.parametrize("command", ["eval", "ptq"])
+@pytest.mark.parametrize("setting", ["ckpt", "model.weights"])
+def test_a_head_that_nobody_trained_is_refused(command, setting, tmp_path, refused, float_run):
+    state = qat.load(last(float_run)).state_dict()
+    torch.save(state | {name: state[name][:5] for name in ("head.weight", "head.bias")}, tmp_path / "w.pt")
+    settings = [f"{setting}={tmp_path}/w.pt", "model=vit_tiny_demo", *MODEL, "data=digits", f"run_dir={tmp_path}/a"]
+    message = refused({"eval": "evaluate", "ptq": "ptq"}[command], compose(command, *settings))
+    assert message.endswith(f"{setting}='{tmp_path}/w.pt': has 5 classes, the data 10")
+
+
 def test_nothing_to_evaluate_is_refused(tmp_path, refused):
     message = refused("evaluate", compose("eval", f"run_dir={tmp_path}"))
     assert "ckpt is not set; give model=... (with model.pretrained=true, model.weights=FILE or ckpt=FILE)" in message

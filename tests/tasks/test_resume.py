@@ -303,3 +303,38 @@ def test_no_room_for_the_checkpoint(tmp_path, monkeypatch, full, refused):
     assert {path.name: path.read_bytes() for path in (run_dir / "checkpoints").iterdir()} == before
     run(run_dir, "resume=auto")
     assert_same_run(run_dir, full)
+
+
+def test_what_another_command_changes_is_said(tmp_path, monkeypatch, caplog):
+    run_dir = killed_at(5, tmp_path / "run", monkeypatch)
+    caplog.clear()
+    killed_at(6, run_dir, monkeypatch, "resume=true")
+    assert "resume: " not in caplog.text
+    caplog.clear()
+    run(run_dir, "resume=true", "optimizer.lr=0.1", "seed=3", "data.num_workers=1", "trainer.max_epochs=4")
+    lines = [record.message for record in caplog.records if record.message.startswith("resume: ")]
+    assert lines == [
+        "resume: the run goes on with what it had, not with optimizer.lr=0.1 (it had 0.001); ckpt=PATH starts a new one",
+        "resume: trainer.max_epochs=4 (it had 3); the schedule of the learning rate stays as it was",
+        "resume: from here on with seed=3 (it had 0), data.seed=3 (it had 0)",
+    ]
+
+
+def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
+    run_dir = killed_at(5, tmp_path / "run", monkeypatch)
+    folder = run_dir / "checkpoints"
+    for path in folder.glob("last*"):
+        path.unlink()
+    shutil.copy(full / "checkpoints" / "best.ckpt", folder / "best.ckpt")
+    with pytest.raises(qat.UsageError, match=r"holds best.ckpt already; choose another run_dir or set overwrite=true"):
+        run(run_dir, "resume=false")
+    run(run_dir, "resume=auto")
+    assert_same_run(run_dir, full)
+
+
+@pytest.mark.parametrize(("resume", "line"), [("false", "holds best.ckpt"), ("auto", "goes on with .*last.ckpt")])
+def test_a_dry_run_leaves_a_run_alone(resume, line, full):
+    before = {path: path.read_bytes() for path in full.rglob("*") if path.is_file()}
+    with pytest.raises(qat.UsageError, match=rf"trainer\.fast_dev_run: .*{line}.* which a dry run leaves alone"):
+        run(full, f"resume={resume}", "overwrite=true", "trainer.fast_dev_run=true")
+    assert {path: path.read_bytes() for path in full.rglob("*") if path.is_file()} == before

@@ -258,6 +258,8 @@ def test_a_plain_state_dict_is_taken_as_it_is(tmp_path, setting):
         (["loss.terms.ce._target_=torch.nn.Identity", "~loss.terms.ce.label_smoothing"], "loss.terms.ce: Identity is not a subclass of"),
         (["trainer.precision=3"], "trainer.precision=3: allowed are 32-true, 16-mixed"),
         (["+trainer.colour=3"], "unexpected keyword argument 'colour'"),
+        (["callbacks.best.save_top_k=2"], "callbacks.best.save_top_k=2: allowed is 1; callbacks.best=null keeps none"),
+        (["callbacks.best.monitor=val/loss"], "callbacks.best.mode='max': the best val/loss is the lowest; allowed is min"),
         (["loss=kd"], "no teacher; give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights"),
         (["loss=kd", "teacher.ckpt=/no/such.ckpt"], "teacher.ckpt='/no/such.ckpt': no such file"),
         (
@@ -334,6 +336,25 @@ def test_a_class_head_that_is_a_bad_teacher_alone_is_named(tmp_path, monkeypatch
     assert results(distilled)["top1_fp"] == pytest.approx(own)
     assert (f"its class head alone; {own:.2f} % with both heads" in caplog.text) == (head == "cls")
     assert ("points behind the net; mean follows both" in caplog.text) == (head == "cls")
+
+
+def test_the_score_is_top1_whatever_decides(tmp_path):
+    run = train(tmp_path / "run", "callbacks.best.monitor=val/loss", "callbacks.best.mode=min", "trainer.max_epochs=2")
+    (_, top1) = min(zip(column(run, "val/loss"), column(run, "val/top1"), strict=True))
+    assert results(run)["val_top1"] == pytest.approx(top1)
+
+
+def test_a_limit_of_time_ends_a_run(tmp_path):
+    run = train(tmp_path / "run", "trainer.max_epochs=10000", "+trainer.max_time=00:00:00:01")
+    assert results(run)["top1"] is not None
+    assert 1 <= len(column(run, "val/top1")) < 1000
+
+
+def test_a_teacher_for_other_images_is_refused(tmp_path, refused, float_run):
+    ckpt = f"{float_run}/checkpoints/last.ckpt"
+    message = refused("train", tiny(tmp_path / "run", "loss=kd", f"teacher.ckpt={ckpt}", "data.image_size=16", "data.patch_size=8"))
+    assert f"teacher.ckpt='{ckpt}' is the teacher: " in message
+    assert "Input height (16) doesn't match model (8)" in message
 
 
 def test_a_teacher_with_other_classes_is_refused(tmp_path, refused):
