@@ -150,6 +150,7 @@ def from_state(
     own_biases = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
     state = {name: tensor for name, tensor in state.items() if name not in own_biases}
     notes = [f"weights of {origin}"]
+    wrong_heads: list[str] = []
     cfg = dict(fresh.pretrained_cfg)  # type: ignore[arg-type]
     heads = [cfg["classifier"]] if isinstance(cfg["classifier"], str) else list(cfg["classifier"])
     own = fresh.state_dict()
@@ -157,9 +158,7 @@ def from_state(
         classes, found = own[f"{name}.weight"].shape[0], state.get(f"{name}.weight")
         if found is not None and found.shape[0] == classes:
             continue
-        if keep_head:
-            has = 0 if found is None else found.shape[0]
-            raise UsageError(f"{origin}: has {has} classes, the data {classes}{hint}")
+        wrong_heads.append(f"{0 if found is None else found.shape[0]} classes, the data {classes}")
         notes.append(f"new {name} for {classes} classes" + ("" if found is None else f" (the file has {found.shape[0]})"))
         state |= {k: own[k] for k in (f"{name}.weight", f"{name}.bias") if k in own}
     stem = state.get(f"{cfg['first_conv']}.weight")
@@ -169,6 +168,8 @@ def from_state(
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
         raise UsageError(f"{origin}: its weights are not those of {model} ({' '.join(str(error).split())[:300]})") from error
+    if keep_head and wrong_heads:
+        raise UsageError(f"{origin}: has {wrong_heads[0]}{hint}")
     net.pretrained_cfg = cfg  # type: ignore[assignment]
     net.default_cfg = cfg  # type: ignore[assignment]
     grow_biases(net, biases)

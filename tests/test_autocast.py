@@ -127,7 +127,7 @@ def test_fused_and_unfused_agree(net):
 
 @pytest.mark.parametrize(("step", "is_exact"), [(0.25, True), (0.3, False)])
 def test_steps_that_are_powers_of_two_make_products_exact(step, is_exact):
-    layer, x = quantized("ofq", bits=4).blocks[0].mlp.fc1, 2 * torch.randn(8, 16, 32, generator=torch.Generator().manual_seed(0))
+    layer, x = quantized("ofq", bits=4).blocks[0].mlp.fc1, 2 * torch.randn(8, 17, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         layer.input_quantizer.quantizer.scale.fill_(step)
         layer.bias.zero_()
