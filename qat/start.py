@@ -170,8 +170,7 @@ def from_state(
         raise UsageError(f"{origin}: its weights are not those of {model} ({' '.join(str(error).split())[:300]})") from error
     if keep_head and wrong_heads:
         raise UsageError(f"{origin}: has {wrong_heads[0]}{hint}")
-    net.pretrained_cfg = cfg  # type: ignore[assignment]
-    net.default_cfg = cfg  # type: ignore[assignment]
+    net.pretrained_cfg = net.default_cfg = cfg  # type: ignore[assignment]
     grow_biases(net, biases)
     net.load_state_dict(own_biases, strict=False)
     if stem is not None and stem.shape != own[f"{cfg['first_conv']}.weight"].shape:

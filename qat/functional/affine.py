@@ -26,7 +26,7 @@ def min_max(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
 def slices_along(x: Tensor, axis: int | None) -> Tensor:
     """The values that share a scale as rows, float32 without gradient: (x.shape[axis], m), or (1, m) for None."""
     x = x.detach().float()
-    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).unsqueeze(-1).flatten(1)
 
 
 def symmetric_scale(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:

@@ -29,9 +29,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         ValueError: a code has more bits.
     """
     check_bits("bits", bits)
+    if codes.numel() and not (-(2 ** (bits - 1)) <= int(codes.min()) and int(codes.max()) < 2**bits):
+        raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit {bits} bits")
     flat = codes.flatten().to(torch.int16)
-    if flat.numel() and not (-(2 ** (bits - 1)) <= int(flat.min()) and int(flat.max()) < 2**bits):
-        raise ValueError(f"codes from {int(flat.min())} to {int(flat.max())} do not fit {bits} bits")
     stream = ((flat.unsqueeze(1) >> torch.arange(bits, device=flat.device)) & 1).flatten()
     stream = torch.nn.functional.pad(stream, (0, -len(stream) % _BYTE)).view(-1, _BYTE)
     return (stream << torch.arange(_BYTE, device=flat.device)).sum(1).to(torch.uint8)

@@ -7,6 +7,7 @@ from torch import nn
 
 from qat.conversion import check_input, conversion_of
 from qat.errors import UsageError
+from qat.frozen import is_frozen
 from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.settings import SearchSettings
 from qat.ptq_spec import PtqRecipe
@@ -49,6 +50,8 @@ def _check_kept(cfg: DictConfig, subject: Subject, search: SearchSettings | Bits
         if key not in {"name", "batch"}:
             raise UsageError(f"ptq.{key}: the net stays as it is; of ptq=keep allowed is batch")
     held = _recipe_name(subject)
+    if is_frozen(subject.net):
+        raise UsageError(f"ckpt={str(cfg.ckpt)!r}: holds integer codes alone; allowed is the checkpoint that it was exported from")
     if held is None:
         raise UsageError("ptq=keep: the net is a float one; allowed are the recipes of conf/ptq, e.g. ptq=fqvit_w4a8")
     if search is None:

@@ -187,3 +187,12 @@ def test_in_place_compiles_in_one_graph_with_equal_bits():
 
     x = randn(50, 2)
     assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "omse", "mse"])
+def test_a_vector_with_a_scale_for_each_value(method):
+    x = torch.tensor([-1.0, 0.5, 2.0])
+    scale, zero_point = F.affine_scale(x, 4, True, 0, method)
+    expected = F.affine_scale(x[:, None], 4, True, 0, method)
+    assert torch.equal(scale, expected[0])
+    assert torch.equal(zero_point, expected[1])
