@@ -74,6 +74,8 @@ def onnx_artefact(
     if checked.plain:
         share = f"{100 * checked.plain:.0f} % of the images"
         notes.insert(1, f"a session without the options {json.dumps(SESSION_OPTIONS)} gives other logits on {share}")
+    if checked.refused:
+        notes.insert(1, f"a session needs the options {json.dumps(SESSION_OPTIONS)}; without them: {checked.refused}")
     return Written(checked, "\n".join(notes), {"opset": opset, "session_options": SESSION_OPTIONS, **measured})
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from qat.export.session import Transparent, logits_of, open_session
 from qat.frozen.agreement import Agreement, compare, run_watched
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 # Of a logit, on images on which no code differs.
 TOLERANCE = 1e-4
@@ -29,12 +33,15 @@ class Checked:
     Attributes:
         agreement: codes and logits of the net and of the file, step by step; by the level to which onnxruntime changes the graph.
         unlike: images on which the file as people run it differs from the one that was looked into, likewise.
-        plain: share of the images on which a session without the options that the file names differs by more than `TOLERANCE`.
+        plain: share of the images on which a session without the options that the file names differs by more than `TOLERANCE`; None if it
+            cannot be opened without them.
+        refused: what onnxruntime says then.
     """
 
     agreement: dict[str, Agreement] = field(default_factory=dict)
     unlike: dict[str, int] = field(default_factory=dict)
     plain: float | None = None
+    refused: str = ""
 
     def to_text(self) -> str:
         """Lines for people."""
@@ -71,17 +78,27 @@ def check_onnx(frozen: nn.Module, net: nn.Module, path: Path, batches: Iterable[
     model = onnx.load(str(path))
     watched = {level: Transparent(model, level) for level in LEVELS}
     sessions = {level: open_session(path, level=level) for level in LEVELS}
-    plain, differ = open_session(path, options={}), 0
     done = Checked({level: Agreement() for level in LEVELS}, dict.fromkeys(LEVELS, 0))
+    plain, differ = _without_options(path, done), 0
     for x in batches:
         theirs = run_watched(net, x)
         for level in LEVELS:
             mine = watched[level].run(x)
             done.agreement[level].add(compare(frozen, theirs, mine))
             done.unlike[level] += _unlike(logits_of(sessions[level], x), mine[0])
-        differ += _unlike(logits_of(plain, x), logits_of(sessions[LEVELS[-1]], x))
-    done.plain = differ / max(done.agreement[LEVELS[0]].images, 1)
+        if plain is not None:
+            differ += _unlike(logits_of(plain, x), logits_of(sessions[LEVELS[-1]], x))
+    done.plain = None if plain is None else differ / max(done.agreement[LEVELS[0]].images, 1)
     return done
+
+
+def _without_options(path: Path, done: Checked) -> InferenceSession | None:
+    """Onnxruntime's own changes of a graph may give one that it does not take; the options forbid the changes."""
+    try:
+        return open_session(path, options={})
+    except Exception as error:  # noqa: BLE001  (its errors have no common class)
+        done.refused = " ".join(str(error).split())
+        return None
 
 
 @torch.no_grad()

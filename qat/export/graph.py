@@ -20,6 +20,7 @@ from qat.frozen import FrozenActivation, FrozenWeight, is_frozen
 from qat.functional.packing import pack_codes
 from qat.functional.ste import view_along
 from qat.nn import QkrAttention
+from qat.nn.conv import QuantConv2d
 from qat.nn.linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -121,14 +122,16 @@ def _alone(net: nn.Module) -> set[int]:
     """Weights that must not be all that stands in front of a product.
 
     Onnxruntime makes one kernel of a weight's DequantizeLinear and its product. Where the other factor is no plain quantized tensor that
-    kernel rounds it to 8 bits, unless a session option forbids it; and it refuses one with a scale for each token beside 8-bit weights.
+    kernel rounds it to 8 bits, unless a session option forbids it; and it refuses one with a scale for each token beside 8-bit weights, and
+    codes of 2 bits with a zero point.
     """
     found = {id(q) for m in net.modules() if isinstance(m, QkrAttention) for q in (m.qk_quantizer, *m.v.children())}
     for module in net.modules():
-        if isinstance(module, QuantLinear) and isinstance(module.weight_quantizer, FrozenWeight):
+        if isinstance(module, QuantLinear | QuantConv2d) and isinstance(module.weight_quantizer, FrozenWeight):
             grid = module.input_quantizer
             plain = isinstance(grid, FrozenActivation) and grid.after is None
-            if not plain or (grid.axis is not None and module.weight_quantizer.spec.bits > WIDTHS["INT4"]):
+            bits = module.weight_quantizer.spec.bits
+            if not plain or bits < WIDTHS["INT4"] or (grid.axis is not None and bits > WIDTHS["INT4"]):
                 found.add(id(module.weight_quantizer))
     return found
 
@@ -165,14 +168,15 @@ def _weight_form(weight: Any, axis: int | None, turned: bool, _: Tensor | None) 
 def _give_activation_form(grid: Any) -> None:
     """QuantizeLinear rounds and then adds the zero point; we round the sum. Half to even, these differ where the zero point is odd.
 
-    Behind quantizers whose steps are powers of two apart half of all values lie on such a tie. There the sum is made in front.
+    Behind quantizers whose steps are powers of two apart half of all values lie on such a tie. There the sum is made in front. So it is where
+    a tensor has several scales: what onnxruntime makes of an operator between two quantizers, unless a session option forbids it, takes one.
     """
     kind = torch.int8 if grid.qmin < 0 else torch.uint8
     scale = grid.scale.reshape(()) if grid.axis is None else grid.scale
     zero = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point.reshape(scale.shape)
     grid.register_buffer(_GRID, scale.clone())
     grid.register_buffer(_ZERO, zero.to(kind))
-    before = bool((zero % 2 != 0).any())
+    before = (grid.axis is not None and grid.after is None) or bool((zero % 2 != 0).any())
     grid.register_buffer("onnx_one", torch.ones(()) if before else None)
     grid.register_buffer("onnx_none", torch.zeros((), dtype=kind) if before else None)
     grid.form = functools.partial(_activation_form, grid, kind)
@@ -184,7 +188,8 @@ def _activation_form(grid: Any, kind: torch.dtype, x: Tensor) -> Tensor:
     shifted = x if grid.before is None else x + grid.before
     operands, site = (grid.onnx_scale, grid.onnx_zero_point), {_SITE: grid.name + (IN_CODES if grid.onnx_one is not None else "")}
     if grid.onnx_one is not None:
-        u = shifted / view_along(grid.scale, x.ndim, grid.axis) + view_along(grid.zero_point, x.ndim, grid.axis)
+        u = shifted / view_along(grid.scale, x.ndim, grid.axis)
+        u = u if grid.zero_point is None else u + view_along(grid.zero_point, x.ndim, grid.axis)
         given, attributes = (u, grid.onnx_one, grid.onnx_none), {}
     else:
         given, attributes = (shifted, *operands), along

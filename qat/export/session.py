@@ -58,10 +58,15 @@ def own_options(model: str | Path | bytes) -> dict[str, str]:
 
 def logits_of(session: onnxruntime.InferenceSession, images: Tensor) -> Tensor:
     """(B, classes) of images (B, C, H, W); one by one where the file takes no more."""
+    return outputs_of(session, images, [OUTPUT])[OUTPUT]
+
+
+def outputs_of(session: onnxruntime.InferenceSession, images: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Values of a graph by name, their first dimension that of the images, likewise."""
     takes = session.get_inputs()[0].shape[0]
     size = takes if isinstance(takes, int) else len(images)
-    parts = [session.run([OUTPUT], {INPUT: part.numpy()})[0] for part in images.cpu().float().split(size)]
-    return torch.cat([torch.from_numpy(part) for part in parts])
+    parts = [session.run(names, {INPUT: part.numpy()}) for part in images.cpu().float().split(size)]
+    return {name: torch.cat([torch.from_numpy(found) for found in of_name]) for name, *of_name in zip(names, *parts, strict=True)}
 
 
 def milliseconds(sessions: Mapping[str, onnxruntime.InferenceSession], image: Tensor, repeats: int) -> dict[str, float]:
@@ -101,11 +106,9 @@ class Transparent:
 
     def run(self, images: Tensor) -> Watched:
         """Logits, and what its quantizers see and give."""
-        image = images.cpu().float().numpy()
-        names = [OUTPUT, *self.names]
-        found = {INPUT: image} | dict(zip(names, self.session.run(names, {INPUT: image}), strict=True))
+        found = {INPUT: images.cpu().float()} | outputs_of(self.session, images, [OUTPUT, *self.names])
         seen = {
-            name.removesuffix(IN_CODES): Seen(torch.from_numpy(found[value]), torch.from_numpy(found[codes]), name.endswith(IN_CODES))
+            name.removesuffix(IN_CODES): Seen(found[value], found[codes], name.endswith(IN_CODES))
             for name, (value, codes) in self.places.items()
         }
-        return torch.from_numpy(found[OUTPUT]), seen
+        return found[OUTPUT], seen

@@ -70,6 +70,36 @@ def test_post_training_quantization(name, tmp_path):
     assert found.ties == found.flipped
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"bits": 4, "act_bits": 8, "act_observer": "omse", "residual_observer": "ptf"},  # a scale for each channel of the residual stream
+        {"bits": 8, "act_bits": 8, "act_scales": "token"},
+        {"bits": 2, "act_bits": 8},  # codes of a convolution that its kernel for integers does not take
+    ],
+    ids=["ptf", "token", "two_bits"],
+)
+def test_no_session_needs_the_options_to_open_a_file(knobs, tmp_path):
+    net = qat.convert(FAMILIES["deit"].build(), qat.PtqRecipe(**knobs), input_size=FAMILIES["deit"].input_size)
+    qat.ptq.calibrate(net, [FAMILIES["deit"].images(4)])
+    done = assert_agrees(net.eval(), tmp_path / "net.onnx", [FAMILIES["deit"].images(4, 1)])
+    assert done.plain is not None, done.refused
+
+
+@pytest.mark.long
+def test_a_file_that_needs_the_options_is_checked_with_them(two_bit, monkeypatch):
+    def opened(path, *, options=None, level="ORT_ENABLE_ALL"):
+        if options == {}:
+            raise RuntimeError("an operator\nis not known")
+        return open_session(path, options=options, level=level)
+
+    frozen, _, path = two_bit
+    monkeypatch.setattr("qat.export.check.open_session", opened)
+    done = check_onnx(frozen, frozen, path, [tiny.images(2)])
+    assert (done.problem, done.plain, done.refused) == (None, None, "an operator is not known")
+
+
 @pytest.fixture(scope="module")
 def two_bit(tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / "net.onnx"
@@ -113,6 +143,9 @@ def test_one_image_at_a_time(tmp_path):
     session = open_session(tmp_path / "net.onnx")
     assert session.get_inputs()[0].shape == [1, *tiny.SIZE]
     torch.testing.assert_close(logits_of(session, tiny.images(3)), frozen(tiny.images(3)), rtol=0, atol=1e-5)
+    done = check_onnx(frozen, frozen, tmp_path / "net.onnx", [tiny.images(3)])
+    assert done.problem is None
+    assert done.agreement["ORT_ENABLE_BASIC"].images == 3
 
 
 @pytest.mark.long
