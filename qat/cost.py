@@ -138,9 +138,10 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
             continue
         masters |= {id(t) for t in _masters(site)}
         latent, owner = _weight(site), site.name.rpartition(".")[0]
-        unstored_scales = latent.shape[0] if site.quantizer.n_scales == 0 else 0
+        scales, offsets = _unstored(site, latent.shape[0])
         sums[owner]["code_bytes"] += (latent.numel() * site.quantizer.spec.bits + 7) // 8
-        sums[owner]["scale_bytes"] += unstored_scales * FLOAT_BYTES
+        sums[owner]["scale_bytes"] += scales * FLOAT_BYTES
+        sums[owner]["offset_bytes"] += offsets * FLOAT_BYTES
         sums[owner]["n_params"] += latent.numel() if isinstance(site.quantizer, FrozenWeight) else 0
     for name, parameter in net.named_parameters():
         sums[_owner(name, sites)]["n_params"] += parameter.numel()
@@ -155,11 +156,23 @@ def _weight(site: Site) -> torch.Tensor:
     return site.quantizer.stored if isinstance(site.quantizer, FrozenWeight) else site.latent()
 
 
+def _unstored(site: Site, rows: int) -> tuple[int, int]:
+    """How many scales and zero points, and offsets, a weight has as deployed beside those that it has now.
+
+    Scales that training makes from the weight; where a bias is corrected, a scale, a zero point and a constant for each row.
+    """
+    if isinstance(site.quantizer, FrozenWeight):
+        return 0, 0
+    stored = site.quantizer.n_scales
+    return (2 * (rows - stored), rows) if site.quantizer.spec.bias_correction else (0 if stored else rows, 0)
+
+
 def _masters(site: Site) -> tuple[torch.Tensor, ...]:
-    """The parameters that codes take the place of; of a frozen net the codes themselves."""
+    """The parameters that codes take the place of; of a frozen net the codes themselves, and a shift that the quantizer's kind implies."""
     owner = site.owner
     if isinstance(site.quantizer, FrozenWeight):
-        return site.quantizer.stored, site.quantizer.shift
+        learned = site.quantizer.spec.quantizer == "affine"
+        return (site.quantizer.stored,) if learned else (site.quantizer.stored, site.quantizer.shift)
     return (owner.q_weight, owner.k_weight) if site.role == "qk" else (owner.weight,)  # type: ignore[return-value]
 
 

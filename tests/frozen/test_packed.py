@@ -100,6 +100,22 @@ def test_cost_counts_codes(tmp_path):
     assert cost(qat.load(tmp_path / "net.safetensors"), tiny.SIZE) == after
 
 
+@pytest.mark.parametrize("scales", ["channel", "tensor"])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_cost_counts_what_a_file_of_post_training_quantization_holds(scales, corrected, tmp_path):
+    net = qat.convert(tiny.vit(), qat.PtqRecipe(bits=4, weight_scales=scales, bias_correction=corrected), input_size=tiny.SIZE)
+    qat.ptq.calibrate(net, [tiny.images()])
+    before, frozen = cost(net.eval(), tiny.SIZE), qat.freeze(net)
+    assert cost(frozen, tiny.SIZE).size_bytes == before.size_bytes
+    sizes = written(frozen, tmp_path / "net.safetensors")
+    bounds = 4 * sum(tensor.numel() for key, tensor in frozen.state_dict().items() if key.endswith("bounds"))
+    tensors = [tensor for _, tensor in (*frozen.named_parameters(), *frozen.named_buffers())]
+    alike = sum(4 * tensor.numel() for tensor in tensors if (tensor == tensor.flatten()[:1]).all())  # stored once
+    assert before.size_bytes - alike <= sizes.payload <= before.size_bytes + bounds
+    again = qat.load(tmp_path / "net.safetensors")
+    assert cost(again, tiny.SIZE).size_bytes == before.size_bytes
+
+
 def test_anyone_can_read_it(tmp_path):
     written(qat.freeze(made(RECIPES["ofq_2bit"])), tmp_path / "net.safetensors")
     with safetensors.safe_open(tmp_path / "net.safetensors", "pt") as file:
