@@ -152,7 +152,7 @@ def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterabl
     """
     try:
         with probing(net, hooks):
-            out = net(torch.zeros(1, *input_size, device=next(net.parameters()).device))
+            out = net(next(net.parameters()).new_zeros(1, *input_size))
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = " ".join(str(error).split())
         fit = "data.image_size and model.args.img_size have to fit"

@@ -200,7 +200,7 @@ def matmuls(net: nn.Module, input_size: tuple[int, int, int]) -> Iterator[Matmul
     inherited = {id(m.v): _bits(m.input_quantizer) for m in ours.values() if isinstance(m, QkrAttention)}
     found: list[Matmul] = []
     with watching(net) as products, probing(net, [m.register_forward_hook(_recorder(name, found)) for name, m in ours.items()]):
-        net(torch.zeros(1, *input_size, device=next(net.parameters()).device))
+        net(next(net.parameters()).new_zeros(1, *input_size))
     for product in products:
         if product.module not in ours:
             bits = (FLOAT_BITS, FLOAT_BITS) if product.of_activations else _layer_bits(modules[product.module], inherited)

@@ -9,8 +9,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qat
+from qat.cost import cost
 from tests.callbacks.fitting import batches, fit, module
-from tests.tiny import images, quantized
+from tests.tiny import SIZE, images, quantized
 
 PRESETS = ("ofq_noqkr", "ofq")
 BF16 = torch.bfloat16
@@ -170,3 +171,19 @@ def test_compiled_and_eager_agree():
     assert compiled.dtype == BF16
     # All heads' scores are one product there; another order of additions may put a value on the other side of a threshold.
     assert (eager != compiled).any(1).float().mean() <= 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, BF16])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_net_of_another_dtype_runs_whether_watched_or_not(preset, dtype):
+    net = quantized(preset, bits=4).eval().to(dtype)
+    x = images().to(dtype)
+    alone = net(x)
+    hooks = [site.quantizer.register_forward_hook(lambda *_: None) for site in qat.iter_quantizers(net)]
+    among = net(x)
+    for hook in hooks:
+        hook.remove()
+    assert alone.dtype == among.dtype == dtype
+    if dtype == torch.float64:  # roundings of bfloat16 move values over thresholds
+        torch.testing.assert_close(among, alone, rtol=0, atol=1e-9)
+    assert cost(net, SIZE).size_bytes == cost(quantized(preset, bits=4), SIZE).size_bytes

@@ -41,11 +41,11 @@ def qkr_attention(
 ) -> Tensor:
     """See `qat.fused.qkr_attention`."""
     xq = quantize(operands.input, x)
-    mapped = F.linear(xq, statsq(fold_qk(weights.q, weights.k, num_heads), bits[0]), weights.offset)
+    mapped = F.linear(xq, statsq(fold_qk(weights.q, weights.k, num_heads), bits[0]).to(xq.dtype), weights.offset)
     keys = quantize(operands.product, mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2))
     scores = xq @ keys.unflatten(1, (-1, num_heads)).permute(2, 0, 3, 1)
     if weights.q_bias is not None:
-        scores = scores + F.linear(xq, fold_q_bias(weights.k, weights.q_bias, num_heads)).permute(2, 0, 1).unsqueeze(2)
+        scores = scores + F.linear(xq, fold_q_bias(weights.k, weights.q_bias, num_heads).to(xq.dtype)).permute(2, 0, 1).unsqueeze(2)
     scores = scores * factor
     v = quantize(operands.values, F.linear(xq, statsq(weights.v, bits[1]), weights.v_bias))
     return _gather(scores, heads_of(v, num_heads), operands.probs, bias, mask)

@@ -131,6 +131,12 @@ def test_bf16(watched, tmp_path):
     assert evaluate(tmp_path / "eval", f"ckpt={run_dir}/checkpoints/last.ckpt")["loss"] == pytest.approx(results(full)["loss"], rel=0.1)
 
 
+@pytest.mark.slow
+def test_double_precision(tmp_path):
+    train(tmp_path / "run", "quant=ofq_2bit", "trainer.precision=64-true", "trainer.max_epochs=1", "trainer.limit_train_batches=2")
+    assert (tmp_path / "run" / "results.json").exists()
+
+
 def test_half_precision_masters_are_refused(tmp_path):
     with pytest.raises(qat.UsageError, match=r"trainer.precision='bf16-true': .*allowed are 32-true, bf16-mixed, 16-mixed, 64-true"):
         train(tmp_path / "run", "trainer.precision=bf16-true")
