@@ -168,8 +168,9 @@ def _weight_form(weight: Any, axis: int | None, turned: bool, _: Tensor | None) 
 def _give_activation_form(grid: Any) -> None:
     """QuantizeLinear rounds and then adds the zero point; we round the sum. Half to even, these differ where the zero point is odd.
 
-    Behind quantizers whose steps are powers of two apart half of all values lie on such a tie. There the sum is made in front. So it is where
-    a tensor has several scales: what onnxruntime makes of an operator between two quantizers, unless a session option forbids it, takes one.
+    Behind quantizers whose steps are powers of two apart half of all values lie on such a tie. There the sum is made in front. So it is
+    where a tensor has several scales: what onnxruntime makes of an operator between two quantizers, unless a session option forbids it,
+    takes one.
     """
     kind = torch.int8 if grid.qmin < 0 else torch.uint8
     scale = grid.scale.reshape(()) if grid.axis is None else grid.scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,21 +13,25 @@ from qat.errors import UsageError
 from qat.probing import probing
 
 
-class BlockOutputs:
-    """Looks at a net and remembers what its blocks give, in the passes that somebody asks for.
+class Outputs:
+    """Looks at modules and remembers what they give, in the passes that somebody asks for.
 
     Args:
-        net: watched from now on.
-        which: `all` its blocks or the `last`.
+        modules: watched from now on.
     """
 
-    def __init__(self, net: nn.Module, which: str = "all") -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._is_open = False
         self._seen: list[Tensor] = []
-        for block in _blocks(net, which):
-            block.register_forward_hook(self._see)
+        for module in modules:
+            module.register_forward_hook(self._see)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> BlockOutputs:
+    @classmethod
+    def of_blocks(cls, net: nn.Module, which: str = "all") -> Outputs:
+        """Of `all` blocks of a net or the `last`."""
+        return cls(_blocks(net, which))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Outputs:
         """The same one: a copy of the net (averaged weights) is not trained."""
         return self
 
@@ -37,12 +41,12 @@ class BlockOutputs:
 
     @contextmanager
     def of_pass(self) -> Generator[list[Tensor]]:
-        """What the pass inside gives: filled in the order of the blocks, in the graph of the pass."""
+        """What the pass inside gives: filled in the order in which the modules run, in the graph of the pass."""
         self._is_open = True
         try:
             yield self._seen
         finally:
-            # What a block gives while it is made again for a backward pass is nothing new.
+            # What a module gives while it is made again for a backward pass is nothing new.
             self._is_open, self._seen = False, []
 
 

@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from qat.checkpoint import META_KEY, Checkpoint, build_from
 from qat.errors import UsageError
-from qat.lit.features import BlockOutputs
+from qat.lit.features import Outputs
 from qat.lit.sharded import shared_modules
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, StepContext
@@ -88,7 +88,7 @@ class QATModule(LightningModule):
         self.loss = loss
         self.teacher = teacher
         self._optimizer, self._scheduler, self._describe = optimizer, scheduler, describe
-        self._outputs = BlockOutputs(net, loss.blocks) if loss.blocks else None
+        self._outputs = Outputs.of_blocks(net, loss.blocks) if loss.blocks else None
         self._steps = math.inf  # of the whole run, known once the loader is set up
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")

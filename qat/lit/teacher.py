@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.lit.compiled import CompiledCall
-from qat.lit.features import BlockOutputs
+from qat.lit.features import Outputs
 from qat.nn.execution import keep_weights
 from qat.spec import check_choice
 
@@ -29,8 +29,10 @@ class Teacher:
         self.net = net.eval().requires_grad_(requires_grad=False)
         keep_weights(net, keep=True)  # a quantized teacher's never change
         self.head = head
-        self._answer: Callable[[Tensor], Tensor] = self._logits
-        self._outputs: BlockOutputs | None = None
+        self._answer: Callable[[Tensor], Tensor] = net
+        self._outputs: Outputs | None = None
+        # Which features its head gets is the net's own affair: a token in a distilled DeiT, their mean in LeViT.
+        self._class_head = Outputs([net.head]) if self.is_one_of_two else None  # type: ignore[list-item]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Teacher:
         """The same teacher: it never changes, and a copy of a module that holds it (averaged weights) need not hold another."""
@@ -48,22 +50,23 @@ class Teacher:
 
     def compile(self) -> None:
         """Compile the way from images to logits; see `CompiledCall`."""
-        self._answer = CompiledCall(self._logits, self.net)
+        self._answer = CompiledCall(self.net, self.net)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
-        return self._answer(images)
+        return self._logits(images)
 
     @torch.no_grad()
     def with_features(self, images: Tensor, which: str) -> tuple[Tensor, list[Tensor]]:
         """Logits (B, K) of images (B, C, H, W), and what `all` blocks or the `last` give."""
-        self._outputs = self._outputs or BlockOutputs(self.net, which)
+        self._outputs = self._outputs or Outputs.of_blocks(self.net, which)
         with self._outputs.of_pass() as features:
-            return self._answer(images), features
+            return self._logits(images), features
 
     def _logits(self, images: Tensor) -> Tensor:
-        net = self.net
-        if self.is_one_of_two:
-            return net.head(net.forward_features(images)[:, 0])  # type: ignore[operator]
-        return net(images)
+        if self._class_head is None:
+            return self._answer(images)
+        with self._class_head.of_pass() as found:
+            self._answer(images)
+        return found[0]
