@@ -144,7 +144,8 @@ class Checkpoint:
         meta: what `describe` wrote; None for a timm or plain state dict.
         step: optimizer steps taken, for a training checkpoint.
         args: arguments of the script that wrote it, as timm's scripts store them.
-        training: what a training checkpoint has beside the weights, by name: kinds, and of the optimizer's groups the settings and sizes.
+        training: what a training checkpoint has beside the weights, by name: kinds, of the optimizer's groups the settings and sizes, and
+            `epochs`, how many are over.
     """
 
     path: Path
@@ -264,6 +265,10 @@ def _training_of(content: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(states, list) and len(states) == 1 and isinstance(states[0], Mapping):
         groups = states[0].get("param_groups") or []
         parts["groups"] = [(sorted(set(group) - {"params"}), len(group["params"])) for group in groups]
+    try:
+        parts["epochs"] = int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+    except (KeyError, TypeError, ValueError):
+        parts["epochs"] = None
     return parts
 
 

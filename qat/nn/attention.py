@@ -193,7 +193,7 @@ class QkrAttention(ScoredAttention, QuantModule):
 
     def scores(self, xq: Tensor) -> Tensor:
         """Unscaled scores (B, h, N, N) of the quantized input (B, N, C)."""
-        product = F.linear(xq, self.quantized("qk").to(xq.dtype), self.product_offset)
+        product = F.linear(xq, _of_dtype(self.quantized("qk"), xq), self.product_offset)
         # One step per (token, head): index token*h + head.
         keys = self.k_quantizer(product.unflatten(-1, (self.num_heads, -1)).flatten(1, 2))
         if torch.compiler.is_compiling():
@@ -201,7 +201,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         else:
             scores = torch.matmul(xq.unsqueeze(1), keys.unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1))
         per_key = self.per_key_weight()
-        return scores if per_key is None else scores + F.linear(xq, per_key.to(xq.dtype)).transpose(1, 2).unsqueeze(2)
+        return scores if per_key is None else scores + F.linear(xq, _of_dtype(per_key, xq)).transpose(1, 2).unsqueeze(2)
 
     def per_key_weight(self) -> Tensor | None:
         """(h, C), which makes a score of each key alone: the query bias, folded; None without one."""
@@ -242,3 +242,8 @@ class QkrAttention(ScoredAttention, QuantModule):
 
     def _query_bias(self) -> Tensor:
         return torch.zeros_like(self.v.bias) if self.q_bias is None else self.q_bias
+
+
+def _of_dtype(weight: Tensor, x: Tensor) -> Tensor:
+    """What was folded is float32 in a net of any dtype; codes stay codes."""
+    return weight.to(x.dtype) if isinstance(weight, Tensor) and isinstance(x, Tensor) else weight

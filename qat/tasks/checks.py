@@ -19,6 +19,7 @@ from qat.checkpoint import FORMATS
 from qat.conversion import check_input
 from qat.data import ImageData
 from qat.errors import UsageError
+from qat.lit.module import limited
 from qat.lit.parallel import SHARDED
 from qat.nn.execution import MEMORY
 from qat.spec import HIGHEST_WHOLE, check_bits, check_choice, check_number, check_whole
@@ -190,6 +191,10 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     for name, check in _CHECKS.items():
         if name in settings:
             check(f"trainer.{name}", settings[name])
+    every, epochs = settings.get("check_val_every_n_epoch"), settings.get("max_epochs")
+    if every is not None and epochs is not None and every > epochs:
+        setting = f"trainer.check_val_every_n_epoch={every}"
+        raise UsageError(f"{setting}: none of the {epochs} epochs would be validated; allowed are whole numbers from 1 to {epochs}")
 
 
 def _whole_from(lowest: int) -> Callable[[str, object], None]:
@@ -213,6 +218,23 @@ def _check_fast_dev_run(setting: str, value: object) -> None:
 def _check_clip(setting: str, value: object) -> None:
     if value is not None:
         check_number(setting, value, 0)
+
+
+def _check_every(setting: str, value: object) -> None:
+    if value is not None:
+        check_whole(setting, value, 1)
+
+
+def _check_steps(setting: str, value: object) -> None:
+    if value not in {None, -1}:
+        check_whole(setting, value, 1)
+
+
+def _check_interval(setting: str, value: object) -> None:
+    """A share of an epoch, or a number of batches; Lightning compares the latter with those that there are."""
+    is_share = isinstance(value, float) and 0 < value <= 1
+    if value is not None and not is_share and (isinstance(value, bool | float) or not (isinstance(value, int) and value >= 1)):
+        raise UsageError(f"{setting}={value!r}: allowed are whole numbers of batches from 1, and shares of an epoch above 0 to 1.0")
 
 
 def _check_precision(setting: str, value: object) -> None:
@@ -241,15 +263,24 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "strategy": _check_strategy,
     "fast_dev_run": _check_fast_dev_run,
     "num_nodes": _whole_from(1),
+    "max_steps": _check_steps,
+    "val_check_interval": _check_interval,
+    "check_val_every_n_epoch": _check_every,
     "log_every_n_steps": _whole_from(0),
     "num_sanity_val_steps": _whole_from(-1),
     **{f"limit_{split}_batches": _check_limit for split in SPLITS},
 }
 
 
-def check_shares(settings: Mapping[str, Any], data: ImageData, splits: tuple[str, ...] = SPLITS) -> None:
+def check_batches(settings: Mapping[str, Any], data: ImageData, world_size: int) -> None:
+    """Raise `UsageError` if there are fewer batches than the trainer's settings ask for."""
+    _check_shares(settings, data)
+    _check_interval_within(settings, data, world_size)
+
+
+def _check_shares(settings: Mapping[str, Any], data: ImageData) -> None:
     """Raise `UsageError` if a share of a split is less than one batch: nothing would be done, or Lightning stops in the middle."""
-    for split in splits:
+    for split in SPLITS:
         name = data.evaluation_split if split == "test" else split
         share = settings.get(f"limit_{split}_batches")
         batches = math.ceil(len(data.split(name)) / data.settings.batch_size)
@@ -258,3 +289,14 @@ def check_shares(settings: Mapping[str, Any], data: ImageData, splits: tuple[str
             raise UsageError(
                 f"trainer.limit_{split}_batches={share!r}: less than one of {batches} batches; allowed are shares from {lowest:g}"
             )
+
+
+def _check_interval_within(settings: Mapping[str, Any], data: ImageData, world_size: int) -> None:
+    """Raise `UsageError` if an epoch has fewer batches for a process than are to lie between two validations."""
+    every = settings.get("val_check_interval")
+    if not isinstance(every, int) or settings.get("check_val_every_n_epoch", 1) is None:
+        return
+    batches = limited(max(len(data.split("train")) // world_size // data.settings.batch_size, 1), settings.get("limit_train_batches"))
+    if every > batches:
+        allowed = f"allowed are whole numbers up to {batches}; any with +trainer.check_val_every_n_epoch=null"
+        raise UsageError(f"trainer.val_check_interval={every}: an epoch has {batches} batches; {allowed}")

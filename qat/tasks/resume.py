@@ -74,7 +74,8 @@ def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
     checkpoint = _read_first(found)
     _check_complete(checkpoint)
     _check_same(checkpoint, cfg, recipe, model_args)
-    _say_changes(cfg)
+    _check_epochs(checkpoint, cfg.trainer.max_epochs)
+    _check_changes(cfg)
     log.info("resumed at step %d from %s", checkpoint.step or 0, checkpoint.path)
     # The first process may be writing the file by the time another would read it.
     rows = read_rows(Path(cfg.run_dir) / "metrics.csv") if is_first() else []
@@ -101,21 +102,31 @@ def check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) ->
         raise UsageError(f"resume: {checkpoint.path} has another optimizer, or one of other parameters; use ckpt=PATH to start from it")
 
 
-def _say_changes(cfg: DictConfig) -> None:
-    """Name the settings that are not those of the run so far: nobody would see it in the curves."""
+def _check_epochs(checkpoint: Checkpoint, max_epochs: int) -> None:
+    done = checkpoint.training.get("epochs")
+    if done is not None and done > max_epochs:
+        raise UsageError(f"trainer.max_epochs={max_epochs}: {checkpoint.path} has {done} behind it; allowed are whole numbers from {done}")
+
+
+def _check_changes(cfg: DictConfig) -> None:
+    """Refuse settings that the run cannot take any more, and name others that are not those of the run so far: no curve would show it."""
     path = Path(cfg.run_dir) / "config.yaml"
-    if not is_first() or not path.is_file():
+    if not path.is_file():
         return
     had = OmegaConf.load(path)
     changed = {name: (old, new) for name, old, new in _changes(had, cfg) if not name.startswith(_INDIFFERENT)}
     kept = {name: pair for name, pair in changed.items() if name.startswith(_KEPT)}
     if kept:
-        log.warning("resume: the run goes on with what it had, not with %s; ckpt=PATH starts a new one", _listed(kept))
+        raise UsageError(
+            f"{_listed(kept)}: a run that goes on keeps its optimizer and its schedule; ckpt=PATH in another run_dir starts a new one"
+        )
+    if not is_first():
+        return
     if "trainer.max_epochs" in changed:
         log.warning(
             "resume: %s; the schedule of the learning rate stays as it was", _listed({"trainer.max_epochs": changed["trainer.max_epochs"]})
         )
-    others = {name: pair for name, pair in changed.items() if name not in kept and name != "trainer.max_epochs"}
+    others = {name: pair for name, pair in changed.items() if name != "trainer.max_epochs"}
     if others:
         log.warning("resume: from here on with %s", _listed(others))
 

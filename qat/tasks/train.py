@@ -31,7 +31,7 @@ from qat.preemption import Preempted
 from qat.spec import QuantRecipe
 from qat.start import Start
 from qat.tasks import build, faults, fit, options, summary
-from qat.tasks.checks import check_classifier, check_patches, check_settings, check_shares
+from qat.tasks.checks import check_batches, check_classifier, check_patches, check_settings
 from qat.tasks.group import meet
 from qat.tasks.ranks import is_first
 from qat.tasks.repeat import recorded
@@ -136,7 +136,7 @@ def _build(cfg: DictConfig) -> Run:
     options.use_less_memory(cfg, start.net)
     teacher = build_teacher(cfg, loss, data, start.net)
     if not cfg.trainer.fast_dev_run:
-        check_shares(cfg.trainer, data)
+        check_batches(cfg.trainer, data, trainer.world_size)
     module = QATModule(
         start.net,
         loss,

@@ -311,13 +311,30 @@ def test_what_another_command_changes_is_said(tmp_path, monkeypatch, caplog):
     killed_at(6, run_dir, monkeypatch, "resume=true")
     assert "resume: " not in caplog.text
     caplog.clear()
-    run(run_dir, "resume=true", "optimizer.lr=0.1", "seed=3", "data.num_workers=1", "trainer.max_epochs=4")
+    run(run_dir, "resume=true", "seed=3", "data.num_workers=1", "trainer.max_epochs=4")
     lines = [record.message for record in caplog.records if record.message.startswith("resume: ")]
     assert lines == [
-        "resume: the run goes on with what it had, not with optimizer.lr=0.1 (it had 0.001); ckpt=PATH starts a new one",
         "resume: trainer.max_epochs=4 (it had 3); the schedule of the learning rate stays as it was",
         "resume: from here on with seed=3 (it had 0), data.seed=3 (it had 0)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            ["optimizer.lr=0.1"],
+            r"^optimizer\.lr=0\.1 \(it had 0\.001\): a run that goes on keeps its optimizer and its schedule; ",
+        ),
+        (["trainer.max_epochs=2"], r"^trainer\.max_epochs=2: .*last\.ckpt has 3 behind it; allowed are whole numbers from 3$"),
+    ],
+    ids=["rate", "epochs"],
+)
+def test_what_a_run_cannot_take_any_more_is_refused(changes, line, full):
+    before = (full / "config.yaml").read_bytes()
+    with pytest.raises(qat.UsageError, match=line):
+        run(full, "resume=true", *changes)
+    assert (full / "config.yaml").read_bytes() == before
 
 
 def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
