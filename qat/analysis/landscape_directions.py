@@ -15,6 +15,7 @@ from qat.analysis.grids import Scales
 from qat.analysis.requantize import GridSite, weight_sites
 from qat.blocks import find_blocks
 from qat.errors import UsageError
+from qat.frozen import is_frozen
 from qat.nn import QkrAttention
 from qat.ptq.patching import Forward, patched
 from qat.ptq.vector import place_in, stored_scale
@@ -92,8 +93,10 @@ def weight_axes(net: nn.Module, targets: Sequence[Globs], seed: int) -> Axes:
         seed: of the directions.
 
     Raises:
-        UsageError: no weight is matched.
+        UsageError: no weight is matched, or there are codes in their place.
     """
+    if is_frozen(net):
+        raise UsageError("analysis.space='weights': the file holds integer codes alone; the float weights are in the checkpoint behind it")
     weights = dict(_layer_weights(net))
     names = _matched(net, tuple(weights), targets, "weight")
     shapes = {name: torch.Size([sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]]) for name, tensors in weights.items()}

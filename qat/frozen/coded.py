@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qat.errors import UsageError
 from qat.frozen.products import Product, note, whole_product
+
+
+class NotOfCodes(UsageError, TypeError):
+    """What a net does between two quantizers has no form on integer codes."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Coded:
     """The value codes * scale + after, of which products read the codes alone.
 
     It stands in for a tensor between a quantizer and the products that take its result. It can be seen in another shape, and be
-    multiplied; everything else raises `TypeError`, so nothing in a net can fall back to float numbers unnoticed.
+    multiplied; everything else raises `NotOfCodes`, so nothing in a net can fall back to float numbers unnoticed.
 
     Attributes:
         codes: whole numbers, int32. Those of StatsQ are the odd numbers 2k+1, with half its step as the scale.
@@ -111,7 +116,7 @@ class Coded:
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         handled = _HANDLED.get(func)
         if handled is None:
-            raise TypeError(f"{getattr(func, '__name__', func)} is not done on codes: allowed are views and products")
+            raise NotOfCodes(f"{getattr(func, '__name__', func)} is not done on codes: allowed are views and products")
         return handled(*args, **(kwargs or {}))
 
 
@@ -139,16 +144,20 @@ def _once(t: Tensor, dim: int) -> Tensor:
 def _of_codes(a: Coded, b: Coded) -> Tensor:
     across = _shared(b.scale, -2)
     if across is None:
-        raise TypeError(f"{b.name}: a scale that changes along the summed dimension cannot be taken outside of the sum")
+        raise _inside(b)
     along = _shared(a.scale, -1)
     if along is not None:
         return _product(a, b, a.codes, b.codes) * (along * across)
     # Few groups with a scale each, as the colours of an image: an integer product for each.
     row = a.scale.flatten(0, -2)[:1]
     if not torch.equal(a.scale, row.expand_as(a.scale)):
-        raise TypeError(f"{a.name}: a scale that changes along the summed dimension cannot be taken outside of the sum")
+        raise _inside(a)
     groups = [(value, (row[0] == value).nonzero().squeeze(1)) for value in row[0].unique()]
     return sum(_product(a, b, a.codes[..., at], b.codes[..., at, :]) * (value * across) for value, at in groups)
+
+
+def _inside(factor: Coded) -> NotOfCodes:
+    return NotOfCodes(f"{factor.name}: its scale changes along the summed dimension; codes allow scales that can stand outside of it")
 
 
 def _shared(scale: Tensor, dim: int) -> Tensor | None:
@@ -184,7 +193,7 @@ def _conv2d(  # noqa: PLR0913, PLR0917  (torch's signature)
     (sh, sw), (dh, dw) = (_pair(n) for n in (stride, dilation))
     kh, kw = weight.shape[-2:]
     if (dh, dw) != (1, 1) or isinstance(padding, str):
-        raise TypeError(f"{weight.name}: convolutions of codes have dilation 1 and padding in numbers")
+        raise NotOfCodes(f"{weight.name}: convolutions of codes have dilation 1 and padding in numbers")
     ph, pw = _pair(padding)
     padded = _padded(x, (pw, pw, ph, ph))
     patches = padded.seen(lambda t: t.unfold(2, kh, sh).unfold(3, kw, sw))  # (B, I, H', W', kh, kw)
@@ -201,7 +210,7 @@ def _padded(x: Coded, by: tuple[int, int, int, int]) -> Coded:
         return x
     one = x.scale[..., :1, :1]
     if not torch.equal(x.scale, one.expand_as(x.scale)):
-        raise TypeError(f"{x.name}: a scale that changes from pixel to pixel cannot be padded")
+        raise NotOfCodes(f"{x.name}: a scale that changes from pixel to pixel cannot be padded")
     codes = F.pad(x.codes, by)
     return Coded(codes, one.expand(codes.shape), None if x.after is None else F.pad(x.after, by), x.bound, x.name)
 
@@ -212,7 +221,7 @@ def _pair(n: Any) -> tuple[int, int]:
 
 def _dropout(x: Coded, p: float = 0.5, training: bool = True, inplace: bool = False) -> Coded:  # noqa: FBT001, FBT002  (torch's signature)
     if training and p:
-        raise TypeError("dropout is not done on codes: put the net into evaluation mode")
+        raise NotOfCodes("dropout is not done on codes: put the net into evaluation mode")
     return x
 
 

@@ -23,6 +23,10 @@ from qat.nn.linear import QuantLinear
 from qat.nn.registry import Swap, SwapContext, register_swap
 from qat.nn.vit import masked
 from qat.quantizers import Affine
+from qat.spec import QuantSpec
+
+# A scale for each position.
+TOKENS = -2
 
 
 class IntegerLayerNorm(nn.LayerNorm):
@@ -167,6 +171,7 @@ class FqNet(VisionTransformer):
                 continue
             if not all(isinstance(one, Affine) or getattr(one, "zero_point", None) is not None for one in (before, behind)):
                 raise UsageError(f"ptq.layernorm='integer': {name} has no affine quantizer on both sides; allowed here is float")
+            _check_scales(name, before.spec, behind.spec)  # type: ignore[attr-defined]
             norm.between = (before, behind)  # type: ignore[assignment]
 
     def _norms(self) -> Iterator[tuple[str, nn.Module, object, object]]:
@@ -180,6 +185,14 @@ class FqNet(VisionTransformer):
             yield f"blocks.{i}.norm2", block.norm2, block.residual1_quantizer, getattr(first, "input_quantizer", None)
             before = block.residual2_quantizer
         yield "norm", self.norm, before, getattr(self.head, "input_quantizer", None)
+
+
+def _check_scales(name: str, before: QuantSpec, behind: QuantSpec) -> None:
+    """A norm in integers sums over the channels of a token: their scales in front are one, or powers of two of it."""
+    if TOKENS in {before.axis, behind.axis}:
+        raise UsageError(f"ptq.layernorm='integer': {name} has scales of tokens beside it; allowed are ptq.act_scales=tensor, channel")
+    if before.axis is not None and before.observer != "ptf":
+        raise UsageError(f"ptq.layernorm='integer': {name} has any scale for each channel in front; allowed is ptq.residual_observer=ptf")
 
 
 class FqDistilledNet(FqNet, VisionTransformerDistilled):

@@ -116,6 +116,8 @@ def _check(batches: Sequence[Tensor], targets: Sequence[Tensor], settings: Searc
         raise UsageError(
             f"search: {len(batches)} batches of images and {len(targets)} of logits; allowed are as many, of equal lengths, at least one"
         )
+    if settings.fitness == "infonce" and max(map(len, batches)) == 1:
+        raise UsageError("search.fitness='infonce': a batch of one image has no others; allowed are ptq.batch from 2, and mse")
     if settings.reference_selection and validate is None:
         raise UsageError("search.reference_selection=True: validation images are needed for it")
 

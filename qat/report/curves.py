@@ -79,12 +79,14 @@ def training_curves(rows: Rows) -> list[Html]:
 
 
 def search_curve(rows: Rows) -> Html:
-    """Fitness of all candidates of a search, and of those that were accepted."""
-    values = [(i, number(row.get("fitness")), str(row.get("accepted")).lower() in {"true", "1"}) for i, row in enumerate(rows, 1)]
+    """Fitness of all candidates of a search, and of those that were accepted; before the first, that of the calibrated net."""
+    begins = sum(row.get("cycle") == "incumbent" for row in rows)
+    values = [(i, number(row.get("fitness")), str(row.get("accepted")).lower() in {"true", "1"}) for i, row in enumerate(rows, 1 - begins)]
     known = [(i, fitness, accepted) for i, fitness, accepted in values if fitness is not None and math.isfinite(fitness)]
     taken = [(i, fitness) for i, fitness, accepted in known if accepted]
     best = Line("accepted", [float(i) for i, _ in taken], [fitness for _, fitness in taken])
-    text = f"{len(known)} candidates, {len(taken)} of them accepted. " + (best.described("candidate") if taken else "")
+    words = f"{len(known) - begins} candidates, {len(taken) - begins} of them accepted"
+    text = f"{words}. {best.described('candidate') if taken else ''}"
 
     def extra(axes: Axes) -> None:
         shown_ones = thinned([(float(i), fitness) for i, fitness, _ in known])
@@ -96,10 +98,10 @@ def search_curve(rows: Rows) -> Html:
             axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
 
     if taken:  # what was accepted last holds to the end
-        best = Line("accepted", [*best.x, float(len(values))], [*best.y, best.y[-1]])
-    words = f"{len(known)} candidates, {len(taken)} of them accepted; lower is closer to the float net"
+        best = Line("accepted", [*best.x, float(len(values) - begins)], [*best.y, best.y[-1]])
+    caption = f"{words}; lower is closer to the float net"
     title = "Fitness of the search"
-    return plot("search", title, [best] if taken else [], "candidate", alt=text, caption=words, extra=extra if known else None, step=True)
+    return plot("search", title, [best] if taken else [], "candidate", alt=text, caption=caption, extra=extra if known else None, step=True)
 
 
 def plot(

@@ -302,5 +302,7 @@ def test_nets_that_a_plane_does_not_fit():
         Landscape().points([studied(tiny.vit())], images)
     with pytest.raises(UsageError, match=r"analysis.targets=\['conv.*'\]: no scale has such a name; they are patch_embed.proj.weight,"):
         Landscape(targets=["conv*"]).points([studied(net_of("ofq2"))], images)
+    with pytest.raises(UsageError, match=r"analysis.space='weights': the file holds integer codes alone; "):
+        weight_axes(qat.freeze(net_of("ofq2")), (("*",), ("*",)), 0)
     with pytest.raises(UsageError, match=r"analysis.targets=\['conv.*'\]: no weight has such a name"):
         Landscape(targets=["mlp.*.weight", "conv*"], space="weights").points([studied(net_of("ofq2"))], images)

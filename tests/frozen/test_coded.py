@@ -79,7 +79,7 @@ def test_nothing_else_is_done_on_codes():
     x = coded((5, 7), (5, 1))
     with pytest.raises(TypeError, match="softmax is not done on codes"):
         torch.softmax(x, -1)
-    with pytest.raises(TypeError, match="cannot be taken outside of the sum"):
+    with pytest.raises(TypeError, match="scales that can stand outside of it"):
         _ = x @ coded((7, 4), (7, 1))
     with pytest.raises(TypeError):
         _ = x + 1

@@ -124,6 +124,22 @@ def test_integer_norms_work_on_the_scales_around_them():
     assert (logits(net) - logits(vit())).norm() < 0.3 * logits(vit()).norm()
 
 
+@pytest.mark.parametrize(
+    ("knobs", "line"),
+    [
+        (
+            {"act_scales": "token", "residual_observer": "ptf"},
+            r"blocks\.0\.norm1 has scales of tokens beside it; allowed are .*=tensor, channel",
+        ),
+        ({"act_scales": "channel"}, r"blocks\.0\.norm1 has any scale for each channel in front; allowed is ptq\.residual_observer=ptf"),
+    ],
+    ids=["token", "channel"],
+)
+def test_integer_norms_take_no_other_scales(knobs, line):
+    with pytest.raises(qat.UsageError, match=rf"ptq\.layernorm='integer': {line}"):
+        placed(layernorm="integer", **knobs)
+
+
 def test_integer_norms_need_a_family_that_knows_its_neighbours():
     net = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1, embed_dim=24, num_heads=2)
     with pytest.raises(qat.UsageError, match="ptq.layernorm='integer': only for ViT and DeiT, not Eva; allowed here is float"):

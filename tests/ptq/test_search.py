@@ -197,6 +197,8 @@ def test_what_cannot_be_searched():
         search(net, batches(), targets, settings(targets=["nope"]))
     with pytest.raises(UsageError, match="3 batches of images and 2 of logits"):
         search(net, batches(), targets[:2], settings())
+    with pytest.raises(UsageError, match=r"search\.fitness='infonce': a batch of one image has no others; allowed are ptq\.batch from 2"):
+        search(net, [batch[:1] for batch in batches()], [target[:1] for target in targets], settings())
     with pytest.raises(UsageError, match="reference_selection=True: validation images"):
         search(net, batches(), targets, settings(reference_selection=True))
     statsq, targets = quantized(preset="ofq_noqkr", weight_quantizer="statsq")

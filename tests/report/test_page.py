@@ -174,13 +174,13 @@ def test_png_where_a_drawing_is_large(tmp_path):
 
 def test_search_and_front(tmp_path):
     run = write_run(tmp_path / "run", command="ptq", search={"method": "bits", "accepted": 1, "bits": {"head": 4}})
-    (run / "search.csv").write_text("pass,fitness,accepted\n0,5.0,1\n0,6.0,0\n0,4.5,1\n")
+    (run / "search.csv").write_text("pass,cycle,fitness,accepted\n0,incumbent,5.0,1\n0,0,6.0,0\n0,1,4.5,1\n")
     points = [{"size_bytes": 100, "fitness": 4.5, "top1": 50.0, "selected": False, "bits": {"head": 4}}]
     points += [{"size_bytes": 200, "fitness": 4.0, "top1": None, "selected": True, "bits": {"head": 8}}]
     (run / "front.json").write_text(json.dumps({"points": points}))
     found = Reader(write_report(run, origin()).read_text())
     assert found.wrong == []
-    assert "3 candidates, 2 of them accepted" in found.text
+    assert "2 candidates, 1 of them accepted" in found.text
     assert "2, taken" in found.text
 
 
