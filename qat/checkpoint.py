@@ -192,7 +192,8 @@ def _why(path: Path, error: Exception) -> str:
         objects = []
     if not objects and isinstance(error, OSError | EOFError):
         return "it is damaged or cut short"
-    if not objects and "Weights only load failed" in str(error):  # torch goes on with advice to turn the check off
+    # Torch goes on with advice to turn the check off; of a text it names the first letter.
+    if not objects and (isinstance(error, LookupError) or "Weights only load failed" in str(error)):
         return "it is no file of tensors: neither torch nor safetensors wrote it"
     if not objects:
         return str(error).strip().partition("\n")[0]

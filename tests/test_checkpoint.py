@@ -143,8 +143,9 @@ def test_missing_file(tmp_path):
 
 
 def test_text_file(path):
-    path.write_text("this is no checkpoint\n" * 50)
-    refused(path, "not a checkpoint that can be read safely")
+    for text in ("this is no checkpoint\n" * 50, "hello there\n"):
+        path.write_text(text)
+        refused(path, "not a checkpoint that can be read safely (it is no file of tensors: neither torch nor safetensors wrote it)")
 
 
 def test_empty_file(path):

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -56,18 +57,22 @@ def explain(error: Exception, overrides: Sequence[str], compose: Compose, option
         error: what composing `overrides` has raised.
         overrides: the arguments, as typed.
         compose: makes a config of some of them, to see what is there.
-        options_with: the options of a group that have a key.
+        options_with: the options of a group that have a key; all for an empty one.
 
     Returns:
         The line: the argument, what is wrong with it, what is allowed or near.
     """
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        return f"{group}={option}: there is no such option; allowed are {', '.join(o for o in error.options if not o.startswith('_'))}"
+        options = error.options or options_with(group, "")  # of a list of options Hydra names none
+        return f"{group}={option}: there is no such option; allowed are {', '.join(o for o in options if not o.startswith('_'))}"
     if isinstance(error, OverrideParseException):
         reason = " ".join(line for line in str(error).splitlines() if not line.startswith(("Error parsing", "See ")))
         return f"{error.override}: not understood ({reason}); allowed is key=value, in quotes if it has blanks, commas or brackets"
     cause = error.__cause__
+    if there := re.search("An item is already at '([^']+)'", str(error)):
+        typed = next((one for one in overrides if one.startswith(f"+{there[1]}=")), f"+{there[1]}")
+        return f"{typed}: there is such a setting already; {typed[1:]} sets it"
     argument = _argument(error, overrides, compose)
     if argument and str(error).startswith("Ambiguous value"):
         key, _, values = argument.partition("=")
@@ -128,7 +133,7 @@ def _names(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _options_with(loader: ConfigLoaderImpl, group: str, key: str) -> list[str]:
-    """The options of a group whose own file has a key."""
+    """The options of a group whose own file has a key; all for an empty one."""
     found = []
     for option in loader.get_group_options(group, ObjectType.CONFIG):
         file = loader.repository.load_config(f"{group}/{option}")

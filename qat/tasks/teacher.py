@@ -75,7 +75,7 @@ def _own_teacher(cfg: DictConfig) -> nn.Module | None:
     if cfg.teacher.model:
         args = {key: args[key] for key in COMMON_ARGS if key in args}
     if cfg.teacher.ckpt:
-        return net_of_file(cfg.teacher.ckpt, "teacher.ckpt", "auto", name, args)
+        return net_of_file(cfg.teacher.ckpt, "teacher.ckpt", "auto", name, args, cfg.teacher.model)
     if cfg.teacher.pretrained:
         return _pretrained("teacher.pretrained", name, args)
     if cfg.teacher.model:
@@ -102,7 +102,7 @@ def _students_start(cfg: DictConfig) -> nn.Module:
     raise UsageError("loss with distillation: no teacher; give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights")
 
 
-def net_of_file(path: str, setting: str, fmt: str, name: str, args: dict) -> nn.Module:
+def net_of_file(path: str, setting: str, fmt: str, name: str, args: dict, typed: str | None = None) -> nn.Module:
     """The net of a file.
 
     Args:
@@ -111,14 +111,18 @@ def net_of_file(path: str, setting: str, fmt: str, name: str, args: dict) -> nn.
         fmt: see `ckpt_format`.
         name: of the timm model that weights of timm's are for.
         args: its arguments.
+        typed: name of the model that a checkpoint of ours has to hold; None = any.
 
     Raises:
-        UsageError: there is no such file, it cannot be read or does not fit, or holds weights of OFQ's authors.
+        UsageError: there is no such file, it cannot be read, does not fit or holds another model, or weights of OFQ's authors.
     """
     if Path(path).suffix == ".npz":
         return from_weights(name, args, path, None).net
     checkpoint = read_checkpoint(path, fmt=fmt, setting=setting)
     if checkpoint.meta is not None:
+        held = str(checkpoint.meta.get("model", {}).get("name"))
+        if typed is not None and typed.partition(".")[0] != held.partition(".")[0]:
+            raise UsageError(f"teacher.model={typed!r}: {setting}={str(path)!r} holds {held}, which need not be named; allowed is null")
         net = build_from(checkpoint)
         check_finite(net, f"{setting}={str(path)!r}")
         return net

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint as Checkpointing
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 from torch import Tensor
@@ -207,6 +208,8 @@ def _announce(cfg: DictConfig, run: Run) -> None:
         "outputs": str(cfg.run_dir),
     }
     log.info(summary.lines("qat: training", entries))
+    if not (cfg.trainer.fast_dev_run or any(isinstance(c, Checkpointing) for c in trainer.callbacks)):  # type: ignore[attr-defined]
+        log.warning("callbacks: none of them writes checkpoints, so no file will hold this net; callbacks=[default,...] has them")
     if run.recipe.name != "fp":
         report = conversion_report(run.start.net)
         write_text(Path(cfg.run_dir) / "conversion.txt", report.to_text() + "\n")

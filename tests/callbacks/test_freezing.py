@@ -184,6 +184,11 @@ def test_impossible_settings(settings, message):
         IterativeFreezing(**settings)
 
 
+def test_a_start_behind_the_end():
+    with pytest.raises(qat.UsageError, match=r"callbacks\.freeze\.start_epoch=2: allowed are 0 to below trainer\.max_epochs=2"):
+        fit(module(net()), IterativeFreezing(start_epoch=2))
+
+
 @pytest.mark.parametrize("preset", ["minmax", "ofq"])
 def test_nothing_to_freeze(preset):
     learner = module(net(preset) if preset == "minmax" else net(overrides={"blocks.*": {"bits": 8}}))

@@ -139,6 +139,7 @@ TRAIN = [
     ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged or cut short"),
     ("ckpt={files}/number.pt", r"ckpt='.*number\.pt': holds no weights"),
     ("ckpt={files}/nan.ckpt", r"ckpt='.*nan\.ckpt': its weight blocks\.0\.mlp\.fc1\.weight holds NaN or infinity"),
+    ("loss=kd teacher.ckpt={best} teacher.model=deit_tiny_patch16_224", r"teacher\.ckpt='.*' holds vit_tiny_patch16_224"),
     ("loss=kd teacher.ckpt={files}/nan.ckpt", r"teacher\.ckpt='.*nan\.ckpt': its weight blocks\.0\.mlp\.fc1\.weight holds NaN"),
     ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt': its weights are not those of vit_tiny_patch16_224"),
     ("ckpt={best} model.args.depth=2", r"ckpt='.*best\.ckpt': its weights are not those of vit_tiny_patch16_224"),

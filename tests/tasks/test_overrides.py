@@ -33,11 +33,9 @@ TYPED = {
         "quant.overrides={a: not understood (no viable alternative at input '{a'); allowed is key=value, in quotes if it has blanks, "
         "commas or brackets"
     ),
+    "callbacks=[default,ema2]": "callbacks=ema2: there is no such option; allowed are cga, default, ema, freeze, oscillation",
+    "+seed=3": "+seed=3: there is such a setting already; seed=3 sets it",
     # what Hydra says well, without its line breaks
-    "+seed=3": (
-        "Could not append to config. An item is already at 'seed'; Either remove + prefix: 'seed=3'; "
-        "Or add a second + to add or override 'seed': '++seed=3'"
-    ),
     "~quant.foo": "~quant.foo: Could not delete from config. 'quant.foo' does not exist",
 }
 
