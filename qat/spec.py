@@ -235,6 +235,8 @@ class QuantRecipe:
             raise UsageError(f"{self.GROUP}.overrides={self.overrides!r}: allowed is a mapping of module globs to knobs")
         knobs = {f.name for f in dataclasses.fields(self)} - self.NET_WIDE
         for pattern, rule in self.overrides.items():
+            if not isinstance(pattern, str):
+                raise UsageError(f"{self.GROUP}.overrides: {pattern!r} is no text; allowed are globs of module names")
             if not isinstance(rule, Mapping) or set(rule) - knobs:
                 raise UsageError(f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: allowed knobs are {', '.join(sorted(knobs))}")
             try:
@@ -283,6 +285,8 @@ class QuantRecipe:
         name = "float" if self.attention == "float" and role in _SCORED else self.act_quantizer
         if not self.offsets or name == "float":
             layout["offsets"] = "none"
+        if name != "float" and bits == FLOAT_BITS:  # of float weights beside it
+            raise UsageError(f"{self.GROUP}.{place}_bits={bits}: activations are quantized too; allowed with act_quantizer=float alone")
         return QuantSpec(role, name, FLOAT_BITS if name == "float" else int(bits or 0), step_init=self.step_init, **layout)
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ WRONG_KNOBS = [
     ({"overrides": {"blocks.0.*": 8}}, r"quant.overrides\['blocks.0.\*'\]=8: allowed knobs are"),
     ({"overrides": {"blocks.0.*": {"bit": 8}}}, r"quant.overrides\['blocks.0.\*'\]={'bit': 8}: allowed knobs are act_bits, .*, bits, "),
     ({"overrides": {"blocks.0.*": {"overrides": {}}}}, "allowed knobs are"),
+    ({"overrides": {3: {"bits": 8}}}, "quant.overrides: 3 is no text; allowed are globs of module names"),
     ({"overrides": {"blocks.0.*": {"bits": 99}}}, "quant.bits=99: allowed are"),
     ({"colour": "red"}, "recipe knob 'colour': allowed are name, bits, act_bits"),
 ]
@@ -193,3 +194,11 @@ def test_wrong_specs(arguments, message):
 def test_unknown_place():
     with pytest.raises(qat.UsageError, match="place='tail': allowed are stem, block, head"):
         recipe("ofq").weight_spec("tail")
+
+
+def test_float_weights_beside_activations_of_few_bits_name_their_setting():
+    made = recipe("ofq", overrides={"head": {"weight_quantizer": "float", "bits": 32}})
+    with pytest.raises(
+        qat.UsageError, match=r"^quant\.head_bits=32: activations are quantized too; allowed with act_quantizer=float alone$"
+    ):
+        made.at("head").act_spec("input", "head")

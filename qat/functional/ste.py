@@ -23,4 +23,6 @@ def mean_abs(x: Tensor, axis: int | None) -> Tensor:
 
 def code_dtype(qmin: int, qmax: int) -> torch.dtype:
     """Smallest integer dtype that holds the codes."""
-    return torch.int8 if qmin >= -128 and qmax <= 127 else torch.int16
+    if qmin >= -128 and qmax <= 127:
+        return torch.int8
+    return torch.int16 if qmin >= -(2**15) and qmax < 2**15 else torch.int32

@@ -41,7 +41,7 @@ class Shifted(Quantizer):
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Calibrate the quantizer in the middle on the shifted input."""
-        self.quantizer.calibrate(x.detach() + self.offset_before.detach(), state)
+        self.quantizer.calibrate(self._moved(x.detach(), self.offset_before.detach()), state)
 
     def forward(self, x: Tensor) -> Tensor:
         """q(x + a) + c in float32, returned in the dtype of `x`."""
@@ -49,7 +49,12 @@ class Shifted(Quantizer):
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of x + a."""
-        return self.quantizer.codes(x + self.offset_before)
+        return self.quantizer.codes(self._moved(x, self.offset_before))
+
+    @staticmethod
+    def _moved(x: Tensor, offset: Tensor) -> Tensor:
+        """The sum x + a in float32, as `forward` has it: a sum in half precision would move values over thresholds."""
+        return x.float() + offset.float()
 
     @property
     def n_scales(self) -> int:

@@ -16,7 +16,7 @@ from qat.callbacks import CGA
 from qat.lit import QATModule, build_optimizer
 from qat.losses import CompositeLoss, CrossEntropy
 from tests import golden
-from tests.nn.test_goldens import renamed
+from tests.nn.test_goldens import heads_of, renamed
 
 OFQ = "ofq_goldens.npz"
 ALIVE = 1e-5  # a gradient below it may be rounding noise
@@ -118,14 +118,24 @@ def test_weight(case):
 
 def small_vit(case):
     """The net of a case with its state: the patch embedding float, the rest quantized."""
-    state = renamed(golden.below(OFQ, f"{case}/sd0"))
-    settings = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "num_classes": 5}
+    theirs = golden.below(OFQ, f"{case}/sd0")
+    state, image = renamed(theirs), golden.tensor(OFQ, f"{case}/x0").shape[1:]
+    dim, _, patch, _ = theirs["patch_embed.proj.weight"].shape
+    settings = {
+        "img_size": image[1],
+        "patch_size": patch,
+        "embed_dim": dim,
+        "depth": sum(name.endswith("mlp.fc1.weight") for name in theirs),
+        "num_heads": heads_of(theirs),
+        "mlp_ratio": theirs["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "num_classes": theirs["head.weight"].shape[0],
+    }
     net = VisionTransformer(**settings, norm_layer=partial(nn.LayerNorm, eps=1e-5))
     net.pretrained_cfg = {"first_conv": "patch_embed.proj", "classifier": "head"}
     unquantized = {"bits": 32, "act_bits": 32, "weight_quantizer": "float", "act_quantizer": "float"}
     attention = "qkr" if "qkr" in case else "standard"
     recipe = qat.recipe("ofq", bits=bits_of(case), attention=attention, overrides={"patch_embed.proj": unquantized})
-    qat.convert(net, recipe, input_size=(3, 16, 16))
+    qat.convert(net, recipe, input_size=tuple(image))
     net.load_state_dict({name: value.reshape(net.state_dict()[name].shape) for name, value in state.items()}, strict=True)
     return net
 

@@ -33,6 +33,8 @@ def test_no_axis_is_the_whole_tensor():
     assert F.view_along(torch.ones(1), 2, None).shape == ()
 
 
-@pytest.mark.parametrize(("bounds", "dtype"), [((-128, 127), torch.int8), ((0, 127), torch.int8), ((0, 255), torch.int16)])
+@pytest.mark.parametrize(
+    ("bounds", "dtype"), [((-128, 127), torch.int8), ((0, 127), torch.int8), ((0, 255), torch.int16), ((0, 65535), torch.int32)]
+)
 def test_smallest_dtype_that_holds_the_codes(bounds, dtype):
     assert code_dtype(*bounds) == dtype

@@ -55,6 +55,12 @@ def renamed(tensors):
     return out
 
 
+def heads_of(state):
+    """How many heads a reference's attention has: an offset for each row of its folded matrix, else two, which leave no trace."""
+    rows, width = (next((v.numel() for k, v in state.items() if k.endswith(name)), 0) for name in ("move_qkx_b4.bias", "move_v_b4.bias"))
+    return rows // width if rows else 2
+
+
 def source_module(case, sd, x):
     """The float timm module that the case was made from (its weights come from the case)."""
     if case.startswith("qlinear"):
@@ -69,13 +75,14 @@ def source_module(case, sd, x):
     if case.startswith("qmlp"):
         return timm.layers.Mlp(dim, sd["fc1.weight"].shape[0])
     if case.startswith("qattn"):
-        return timm.layers.Attention(dim, num_heads=2, qkv_bias=True)
+        return timm.layers.Attention(dim, num_heads=heads_of(sd), qkv_bias=True)
     if case.startswith("qswin"):
         rows, heads = sd["relative_position_bias_table"].shape
         window = (math.isqrt(rows) + 1) // 2
         shift = window // 2 if case.endswith("_shift") else 0
         return Windows(SwinTransformerBlock(dim, tuple(x.shape[1:3]), heads, window_size=window, shift_size=shift))
-    return Block(dim, num_heads=2, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-5))
+    hidden = sd["mlp.fc1.weight"].shape[0]
+    return Block(dim, heads_of(sd), mlp_ratio=hidden / dim, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-5))
 
 
 class Windows(nn.Module):

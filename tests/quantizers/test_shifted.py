@@ -47,6 +47,15 @@ def test_shift_quantize_shift(offsets):
     assert torch.equal(made.codes(x), F.lsq_codes(moved, made.quantizer.scale, -8, 7, -2))
 
 
+def test_codes_of_a_net_in_half_precision_are_those_of_its_forward():
+    x = randn(2, 50, 40).bfloat16()
+    made = shifted(randn(2, 50, 40), "both", axis=-2).bfloat16()
+    moved, scale = x.float() + made.offset_before.float(), made.quantizer.scale.float()
+    assert torch.equal(made.codes(x), F.lsq_codes(moved, scale, -8, 7, -2))
+    given = made(x).float() - made.offset_after.float()
+    assert_close((given / scale[:, None]).round(), made.codes(x).float(), rtol=0, atol=0.5)
+
+
 def test_calibration_sees_the_shifted_input():
     x = randn(2, 3, 4)
     made = shifted(x, axis=-2)
