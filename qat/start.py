@@ -150,17 +150,9 @@ def from_state(
     own_biases = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
     state = {name: tensor for name, tensor in state.items() if name not in own_biases}
     notes = [f"weights of {origin}"]
-    wrong_heads: list[str] = []
     cfg = dict(fresh.pretrained_cfg)  # type: ignore[arg-type]
-    heads = [cfg["classifier"]] if isinstance(cfg["classifier"], str) else list(cfg["classifier"])
-    own = fresh.state_dict()
-    for name in heads:
-        classes, found = own[f"{name}.weight"].shape[0], state.get(f"{name}.weight")
-        if found is not None and found.shape[0] == classes:
-            continue
-        wrong_heads.append(f"{0 if found is None else found.shape[0]} classes, the data {classes}")
-        notes.append(f"new {name} for {classes} classes" + ("" if found is None else f" (the file has {found.shape[0]})"))
-        state |= {k: own[k] for k in (f"{name}.weight", f"{name}.bias") if k in own}
+    state, heads, wrong_heads = _with_heads(state, fresh)
+    notes += heads
     stem = state.get(f"{cfg['first_conv']}.weight")
     chans = cfg["input_size"][0] if stem is None else stem.shape[1]
     overlay = {"state_dict": state, "num_classes": fresh.num_classes, "input_size": (chans, *cfg["input_size"][1:])}
@@ -173,10 +165,25 @@ def from_state(
     net.pretrained_cfg = net.default_cfg = cfg  # type: ignore[assignment]
     grow_biases(net, biases)
     net.load_state_dict(own_biases, strict=False)
-    if stem is not None and stem.shape != own[f"{cfg['first_conv']}.weight"].shape:
-        notes.append(f"patch embedding adapted from {tuple(stem.shape)} to {tuple(own[cfg['first_conv'] + '.weight'].shape)}")
+    if stem is not None and stem.shape != (wanted := fresh.state_dict()[f"{cfg['first_conv']}.weight"].shape):
+        notes.append(f"patch embedding adapted from {tuple(stem.shape)} to {tuple(wanted)}")
     check_finite(net, origin)
     return Start(net, notes)
+
+
+def _with_heads(state: Mapping[str, Tensor], fresh: nn.Module) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Weights with the heads of `fresh` where theirs have other classes; notes of that, and what is wrong about those heads."""
+    own, notes, wrong = fresh.state_dict(), [], []
+    classifier = fresh.pretrained_cfg["classifier"]  # type: ignore[index]
+    found = dict(state)
+    for name in [classifier] if isinstance(classifier, str) else classifier:
+        classes, theirs = own[f"{name}.weight"].shape[0], state.get(f"{name}.weight")
+        if theirs is not None and theirs.shape[0] == classes:
+            continue
+        wrong.append(f"{0 if theirs is None else theirs.shape[0]} classes, the data {classes}")
+        notes.append(f"new {name} for {classes} classes" + ("" if theirs is None else f" (the file has {theirs.shape[0]})"))
+        found |= {k: own[k] for k in (f"{name}.weight", f"{name}.bias") if k in own}
+    return found, notes, wrong
 
 
 def check_finite(net: nn.Module, origin: str) -> None:

@@ -20,13 +20,14 @@ from qat.files import write_text
 from qat.ptq.state import fingerprint
 from qat.spec import check_choice, check_whole
 from qat.tasks import build, fit, summary
-from qat.tasks.checks import SPLITS, check_flag, check_settings
+from qat.tasks.checks import check_flag, check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import Subject
 from qat.tasks.repeat import CONF, recorded
 from qat.tasks.report import remake, remember, report_run
 from qat.tasks.results import recipe_fields, write_results
 from qat.tasks.sweep import gather_sweep
+from qat.tasks.trainer_checks import SPLITS
 
 log = logging.getLogger(__name__)
 INTERRUPTED = 130  # what a shell says of a command ended by Ctrl-C

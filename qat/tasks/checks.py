@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ from qat.checkpoint import FORMATS
 from qat.conversion import check_input
 from qat.data import ImageData
 from qat.errors import UsageError
-from qat.lit.module import limited
 from qat.lit.parallel import SHARDED
 from qat.nn.execution import MEMORY
-from qat.spec import HIGHEST_WHOLE, check_bits, check_choice, check_number, check_whole
+from qat.spec import check_bits, check_choice, check_whole
 from qat.tasks.cli import PATHS
-from qat.tasks.ranks import HIGHEST_COUNT
+from qat.tasks.trainer_checks import check_trainer
 
 FLAGS = (
     "overwrite",
@@ -36,7 +34,6 @@ FLAGS = (
     "teacher.pretrained",
     "report",
 )
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
 HIGHEST_SEED = 2**32 - 1  # numpy's
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
 GROUPS = (
@@ -59,7 +56,6 @@ INITS = ("full", "reference")
 OPTIONAL_GROUPS = ("callbacks", "logger", "search", "analysis")
 MISSING = object()
 COMMANDS = ("train", "eval", "ptq", "analyze", "export")
-SPLITS = ("train", "val", "test")
 KEYS = {
     "model": ("name", "pretrained", "weights", "reset_head", "imports", "init", "grad_checkpointing", "args"),
     "teacher": ("model", "ckpt", "pretrained"),
@@ -184,119 +180,3 @@ def check_patches(net: nn.Module, data: ImageData) -> None:
     size = data.settings.image_size
     if any(size % side for side in patch):
         raise UsageError(f"data.image_size={size}: no multiple of the model's patch size {patch[0]} (data.patch_size)")
-
-
-def check_trainer(settings: Mapping[str, Any]) -> None:
-    """Raise `UsageError` on the first of Lightning's settings with a value that cannot work; those that are absent are left to it."""
-    for name, check in _CHECKS.items():
-        if name in settings:
-            check(f"trainer.{name}", settings[name])
-    every, epochs = settings.get("check_val_every_n_epoch"), settings.get("max_epochs")
-    if every is not None and epochs is not None and every > epochs:
-        setting = f"trainer.check_val_every_n_epoch={every}"
-        raise UsageError(f"{setting}: none of the {epochs} epochs would be validated; allowed are whole numbers from 1 to {epochs}")
-
-
-def _whole_from(lowest: int) -> Callable[[str, object], None]:
-    return lambda setting, value: check_whole(setting, value, lowest)
-
-
-def _check_limit(setting: str, value: object) -> None:
-    """A count of batches or a share of them: 2.0 is neither, and 0 would train or test on nothing."""
-    is_count = isinstance(value, int) and HIGHEST_WHOLE >= value >= (0 if "val" in setting else 1)
-    is_share = isinstance(value, float) and 0 < value <= 1
-    if isinstance(value, bool) or not (value is None or is_count or is_share):
-        lowest = "0 (off)" if "val" in setting else "1"
-        raise UsageError(f"{setting}={value!r}: allowed are whole numbers from {lowest}, and shares of all batches above 0 to 1.0")
-
-
-def _check_fast_dev_run(setting: str, value: object) -> None:
-    if value is not None and not isinstance(value, bool) and not (isinstance(value, int) and 0 <= value <= HIGHEST_WHOLE):
-        raise UsageError(f"{setting}={value!r}: allowed are true, false and a number of batches")
-
-
-def _check_clip(setting: str, value: object) -> None:
-    if value is not None:
-        check_number(setting, value, 0)
-
-
-def _check_every(setting: str, value: object) -> None:
-    if value is not None:
-        check_whole(setting, value, 1)
-
-
-def _check_steps(setting: str, value: object) -> None:
-    if value not in {None, -1}:
-        check_whole(setting, value, 1)
-
-
-def _check_interval(setting: str, value: object) -> None:
-    """A share of an epoch, or a number of batches; Lightning compares the latter with those that there are."""
-    is_share = isinstance(value, float) and 0 < value <= 1
-    if value is not None and not is_share and (isinstance(value, bool | float) or not (isinstance(value, int) and value >= 1)):
-        raise UsageError(f"{setting}={value!r}: allowed are whole numbers of batches from 1, and shares of an epoch above 0 to 1.0")
-
-
-def _check_precision(setting: str, value: object) -> None:
-    if str(value) not in PRECISIONS:
-        raise UsageError(f"{setting}={value!r}: allowed are {', '.join(PRECISIONS)}")
-
-
-def _check_devices(setting: str, value: object) -> None:
-    if isinstance(value, bool) or (isinstance(value, int) and value > HIGHEST_COUNT):
-        raise UsageError(f"{setting}={value!r}: allowed are a number of devices up to {HIGHEST_COUNT}, auto, and a list of indices")
-
-
-def _check_strategy(setting: str, value: object) -> None:
-    if isinstance(value, list | Mapping):
-        raise UsageError(f"{setting}={value!r}: allowed is the name of one of Lightning's strategies")
-    if str(value).startswith(("fsdp_", "deepspeed", "model_parallel")):
-        raise UsageError(f"{setting}={value!r}: allowed are auto, ddp, fsdp")
-
-
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "max_epochs": _whole_from(1),
-    "accumulate_grad_batches": _whole_from(1),
-    "gradient_clip_val": _check_clip,
-    "precision": _check_precision,
-    "devices": _check_devices,
-    "strategy": _check_strategy,
-    "fast_dev_run": _check_fast_dev_run,
-    "num_nodes": _whole_from(1),
-    "max_steps": _check_steps,
-    "val_check_interval": _check_interval,
-    "check_val_every_n_epoch": _check_every,
-    "log_every_n_steps": _whole_from(0),
-    "num_sanity_val_steps": _whole_from(-1),
-    **{f"limit_{split}_batches": _check_limit for split in SPLITS},
-}
-
-
-def check_batches(settings: Mapping[str, Any], data: ImageData, world_size: int) -> None:
-    """Raise `UsageError` if there are fewer batches than the trainer's settings ask for."""
-    _check_shares(settings, data)
-    _check_interval_within(settings, data, world_size)
-
-
-def _check_shares(settings: Mapping[str, Any], data: ImageData) -> None:
-    """Raise `UsageError` if a share of a split is less than one batch: nothing would be done, or Lightning stops in the middle."""
-    for split in SPLITS:
-        name = data.evaluation_split if split == "test" else split
-        share = settings.get(f"limit_{split}_batches")
-        batches = math.ceil(len(data.split(name)) / data.settings.batch_size)
-        if isinstance(share, float) and int(batches * share) < 1:
-            lowest = math.ceil(1000 / batches) / 1000
-            raise UsageError(
-                f"trainer.limit_{split}_batches={share!r}: less than one of {batches} batches; allowed are shares from {lowest:g}"
-            )
-
-
-def _check_interval_within(settings: Mapping[str, Any], data: ImageData, world_size: int) -> None:
-    """Raise `UsageError` if an epoch has fewer batches for a process than are to lie between two validations."""
-    every = settings.get("val_check_interval")
-    if not isinstance(every, int) or settings.get("check_val_every_n_epoch", 1) is None:
-        return
-    batches = limited(max(len(data.split("train")) // world_size // data.settings.batch_size, 1), settings.get("limit_train_batches"))
-    if every > batches:
-        allowed = f"allowed are whole numbers up to {batches}; any with +trainer.check_val_every_n_epoch=null"
-        raise UsageError(f"trainer.val_check_interval={every}: an epoch has {batches} batches; {allowed}")

@@ -22,11 +22,12 @@ from qat.frozen import freeze, is_frozen
 from qat.inference import data_config
 from qat.spec import check_choice, check_whole
 from qat.tasks import build, summary
-from qat.tasks.checks import SPLITS, check_flag, check_keys, check_settings
+from qat.tasks.checks import check_flag, check_keys, check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import Subject, class_names
 from qat.tasks.repeat import recorded
 from qat.tasks.results import recipe_fields, write_results
+from qat.tasks.trainer_checks import SPLITS
 
 log = logging.getLogger(__name__)
 

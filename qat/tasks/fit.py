@@ -31,9 +31,10 @@ from qat.lit.parallel import SHARDED, strategy_of
 from qat.spec import check_choice, check_number, check_whole
 from qat.start import Start
 from qat.tasks.build import instantiate, plain
-from qat.tasks.checks import check_averaging, check_callback, check_keys, check_sharding, check_trainer
+from qat.tasks.checks import check_averaging, check_callback, check_keys, check_sharding
 from qat.tasks.ranks import local_count
 from qat.tasks.slurm import environments
+from qat.tasks.trainer_checks import check_trainer
 
 # All repeat what the first lines of a run say already.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -32,7 +32,7 @@ from qat.preemption import Preempted
 from qat.spec import QuantRecipe
 from qat.start import Start
 from qat.tasks import build, faults, fit, options, summary
-from qat.tasks.checks import check_batches, check_classifier, check_patches, check_settings
+from qat.tasks.checks import check_classifier, check_patches, check_settings
 from qat.tasks.group import meet
 from qat.tasks.ranks import is_first
 from qat.tasks.repeat import recorded
@@ -41,6 +41,7 @@ from qat.tasks.results import measured, recipe_fields, write_results
 from qat.tasks.resume import Resume, check_optimizer, find_resume
 from qat.tasks.slurm import claim
 from qat.tasks.teacher import build_teacher, is_float
+from qat.tasks.trainer_checks import check_batches
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +137,7 @@ def _build(cfg: DictConfig) -> Run:
         check_optimizer(resume.checkpoint, optimizer(start.net))
     options.use_less_memory(cfg, start.net)
     teacher = build_teacher(cfg, loss, data, start.net)
-    if not cfg.trainer.fast_dev_run:
-        check_batches(cfg.trainer, data, trainer.world_size)
+    check_batches(cfg.trainer, data, trainer.world_size)
     module = QATModule(
         start.net,
         loss,
