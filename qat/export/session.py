@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-# The first has weights taken back to float once, when a file is opened, in place of at every call. Without both a product of a float factor
+# The first has weights taken back to float once, when a file is opened, in place of at every call, and no integer operators made of what
+# stands between quantizers: some take fewer kinds of scales and codes than a file has. Without both a product of a float factor
 # and a weight of few bits is computed with that factor rounded to 8 bits, if nothing stands between the weight and the product.
 SESSION_OPTIONS = {"session.disable_quant_qdq": "1", "session.qdq_matmulnbits_accuracy_level": "0"}
 OPTIONS_KEY = "qat.session_options"
