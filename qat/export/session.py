@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,15 +59,18 @@ def own_options(model: str | Path | bytes) -> dict[str, str]:
 
 def logits_of(session: onnxruntime.InferenceSession, images: Tensor) -> Tensor:
     """(B, classes) of images (B, C, H, W); one by one where the file takes no more."""
-    return outputs_of(session, images, [OUTPUT])[OUTPUT]
+    return outputs_of(session, images, [OUTPUT], [OUTPUT])[OUTPUT]
 
 
-def outputs_of(session: onnxruntime.InferenceSession, images: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Values of a graph by name, their first dimension that of the images, likewise."""
+def outputs_of(
+    session: onnxruntime.InferenceSession, images: Tensor, names: Sequence[str], of_images: Collection[str]
+) -> dict[str, Tensor]:
+    """Values of a graph by name, likewise; those that are not `of_images` once."""
     takes = session.get_inputs()[0].shape[0]
     size = takes if isinstance(takes, int) else len(images)
     parts = [session.run(names, {INPUT: part.numpy()}) for part in images.cpu().float().split(size)]
-    return {name: torch.cat([torch.from_numpy(found) for found in of_name]) for name, *of_name in zip(names, *parts, strict=True)}
+    values = {name: [torch.from_numpy(one) for one in found] for name, *found in zip(names, *parts, strict=True)}
+    return {name: torch.cat(found) if name in of_images else found[0] for name, found in values.items()}
 
 
 def milliseconds(sessions: Mapping[str, onnxruntime.InferenceSession], image: Tensor, repeats: int) -> dict[str, float]:
@@ -100,6 +103,7 @@ class Transparent:
         for node in shown.graph.node:
             if node.op_type == "QuantizeLinear":
                 self.places[node.name] = node.input[0], node.output[0]
+        self.of_images = _of_images(shown)
         present = {value.name for value in (*shown.graph.output, *shown.graph.input)}
         self.names = [name for name in dict.fromkeys(name for place in self.places.values() for name in place) if name not in present]
         shown.graph.output.extend(ValueInfoProto(name=name) for name in self.names)
@@ -107,9 +111,18 @@ class Transparent:
 
     def run(self, images: Tensor) -> Watched:
         """Logits, and what its quantizers see and give."""
-        found = {INPUT: images.cpu().float()} | outputs_of(self.session, images, [OUTPUT, *self.names])
+        found = {INPUT: images.cpu().float()} | outputs_of(self.session, images, [OUTPUT, *self.names], self.of_images)
         seen = {
             name.removesuffix(IN_CODES): Seen(found[value], found[codes], name.endswith(IN_CODES))
             for name, (value, codes) in self.places.items()
         }
         return found[OUTPUT], seen
+
+
+def _of_images(model: onnx.ModelProto) -> set[str]:
+    """Names of the values that depend on the images; of an embedding of positions there is one for all."""
+    found = {INPUT}
+    for node in model.graph.node:
+        if found.intersection(node.input):
+            found.update(node.output)
+    return found

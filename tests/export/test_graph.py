@@ -88,6 +88,17 @@ def test_no_session_needs_the_options_to_open_a_file(knobs, tmp_path):
 
 
 @pytest.mark.long
+def test_what_all_images_share_is_compared_once(tmp_path):
+    net = qat.convert(FAMILIES["deit"].build(), qat.PtqRecipe(), input_size=FAMILIES["deit"].input_size)
+    qat.ptq.calibrate(net, [FAMILIES["deit"].images(4)])
+    frozen = qat.freeze(net.eval())
+    file(frozen, FAMILIES["deit"].images(1), tmp_path / "net.onnx", shape=Shape(batch=False))
+    done = check_onnx(frozen, frozen, tmp_path / "net.onnx", [FAMILIES["deit"].images(3, 1)])
+    assert done.problem is None
+    assert done.agreement["ORT_ENABLE_BASIC"].images == 3
+
+
+@pytest.mark.long
 def test_a_file_that_needs_the_options_is_checked_with_them(two_bit, monkeypatch):
     def opened(path, *, options=None, level="ORT_ENABLE_ALL"):
         if options == {}:
