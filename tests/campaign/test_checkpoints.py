@@ -3,6 +3,8 @@
 Each with one of the commands that read it, in turns; `make bad-inputs` has all commands.
 """
 
+import shutil
+
 import pytest
 
 from tests.campaign.checkpoints import STOPPED, UNREADABLE, WRONG
@@ -57,6 +59,7 @@ def test_a_run_does_not_go_on_with_another_optimizer(tmp_path, refused, run_4bit
     from tests.conftest import tiny
 
     choices = ("quant=ofq_4bit", "callbacks=[default,oscillation]", "resume=true", "trainer.max_epochs=3", "optimizer=sgd")
-    assert "last.ckpt has another optimizer, or one of other parameters; use ckpt=PATH" in refused(
-        "train", tiny(run_4bit_tracked, *choices)
-    )
+    assert "optimizer.opt='sgd' (it had 'adamw')" in refused("train", tiny(run_4bit_tracked, *choices))
+    moved = shutil.copytree(run_4bit_tracked, tmp_path / "run")
+    (moved / "config.yaml").unlink()  # then the checkpoint says so
+    assert "last.ckpt has another optimizer, or one of other parameters; use ckpt=PATH" in refused("train", tiny(moved, *choices))
