@@ -98,8 +98,11 @@ def test_two_processes_equal_one(tmp_path, quant, seed):
     two = run_in(2, tmp_path / "two", *settings, "data.batch_size=60")
     expected, found = note(one, "gradients"), note(two, "gradients")
     assert found.keys() == expected.keys()
+    # What is added to every key moves no softmax: where none is clipped that offset's gradient is zero, and what is seen of it rounding.
+    nothing = 1e-9 * max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
-        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+        blind = name.endswith("k_quantizer.offset_before") and max(gradient.abs().max(), found[name].abs().max()) <= nothing
+        assert blind or (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
     first, second, alone = note(two, "end")["net"], note(two, "end", 1)["net"], note(one, "end")["net"]
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert farthest(first, alone) <= 1e-5
