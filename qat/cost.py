@@ -171,8 +171,8 @@ def _masters(site: Site) -> tuple[torch.Tensor, ...]:
     """The parameters that codes take the place of; of a frozen net the codes themselves, and a shift that the quantizer's kind implies."""
     owner = site.owner
     if isinstance(site.quantizer, FrozenWeight):
-        learned = site.quantizer.spec.quantizer == "affine"
-        return (site.quantizer.stored,) if learned else (site.quantizer.stored, site.quantizer.shift)
+        has_zero_points = site.quantizer.spec.quantizer == "affine"
+        return (site.quantizer.stored,) if has_zero_points else (site.quantizer.stored, site.quantizer.shift)
     return (owner.q_weight, owner.k_weight) if site.role == "qk" else (owner.weight,)  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""What the blocks of a net give, for a loss that compares a student's with its teacher's."""
+"""What modules of a net give in its own passes: blocks, for a loss that compares a student's with its teacher's; a teacher's head."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def _check_every(setting: str, value: object) -> None:
 
 
 def _check_steps(setting: str, value: object) -> None:
-    if value not in {None, -1}:
+    if value is not None and value != -1:
         check_whole(setting, value, 1)
 
 

@@ -69,6 +69,7 @@ TRAIN = [
     ("trainer.limit_val_batches=-1", r"limit_val_batches=-1: allowed are whole numbers from 0 \(off\)"),
     ("trainer.limit_test_batches=0", rf"limit_test_batches=0: {LIMIT}"),
     *((f"+trainer.max_steps={v}", rf"trainer\.max_steps={s}: {WHOLE} 1") for v, s in shown("0 x")),
+    ("+trainer.max_steps=[1]", rf"trainer\.max_steps=\[1\]: {WHOLE} 1"),
     ("+trainer.check_val_every_n_epoch=0", rf"trainer\.check_val_every_n_epoch=0: {WHOLE} 1"),
     ("+trainer.check_val_every_n_epoch=5", r"check_val_every_n_epoch=5: none of the 1 epochs would be validated; allowed are .* 1 to 1$"),
     ("+trainer.val_check_interval=1.5", r"val_check_interval=1\.5: allowed are whole numbers of batches from 1, and shares of an epoch"),
