@@ -239,7 +239,7 @@ def test_debug_configs_run(tmp_path, debug):
     assert not list(run.rglob("*.ckpt"))
 
 
-ELSEWHERE_RUN = ("ofq_", "evolq_")  # tests/tasks/test_recipes.py, tests/tasks/test_search.py
+ELSEWHERE_RUN = ("ofq_", "evolq_", "cifar10_")  # tests/tasks/test_recipes.py, tests/tasks/test_search.py, tests/test_docs.py
 
 
 @pytest.mark.parametrize("name", [name for name in choices("experiment") if not name.startswith(ELSEWHERE_RUN)])

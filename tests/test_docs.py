@@ -117,10 +117,16 @@ def settings(command):
     return dict(argument.split("=", 1) for argument in command if "=" in argument and not argument.startswith("-"))
 
 
+def data_of(said):
+    """The data that a command names, or whose experiment does."""
+    experiment = said.get("experiment", "") if "data.root" in said else ""
+    return said.get("data") or ("imagefolder" if not experiment else "cifar10" if experiment.startswith("cifar10") else "imagenet")
+
+
 def filled_in(command, shelf):
     """The command with things in place of placeholders."""
     said = settings(command)
-    data = "imagenet" if "experiment" in said and "data.root" in said else said.get("data", "imagefolder")
+    data = data_of(said)
     things = {"FOLDER": shelf.get(data), "IMAGENET": shelf["imagenet"], "PHOTOS": shelf["PHOTOS"]}
     things["PATH"] = shelf["best.ckpt"]
     return [f"{key}{sign}{things.get(value, value)}" for key, sign, value in (argument.partition("=") for argument in command)]
@@ -200,7 +206,7 @@ def two_values(argument):
 
 def few_classes(said, shelf):
     """The classes that the small files have in place of those of a dataset that is known to have more."""
-    if said.get("data") == "cifar10":
+    if data_of(said) == "cifar10":
         return ["data.num_classes=4"]
     return ["data.num_classes=2"] if str(shelf["imagenet"]) == said.get("data.root") else []
 
