@@ -39,17 +39,20 @@ TRAINING = {
     "pytorch-lightning_version": str,
 }
 FORMATS = ("auto", "qat", "timm", "ofq")
+_AVERAGED, _TRAINED = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # under which scripts keep weights
 _DATA, _CLASSES = "qat_data", "qat_classes"  # where a net keeps what its file said of its data
 _FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 def is_plain(value: object) -> bool:
     """True for what `torch.load(weights_only=True)` reads back without help: None, numbers, text, lists and dicts of them."""
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str) and is_plain(v) for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return all(is_plain(v) for v in value)
-    return value is None or isinstance(value, bool | int | float | str)
+    # Of these classes themselves: a subclass, as NumPy's numbers or an enumeration, is written by its name and refused by the reader.
+    kind = type(value)
+    if kind is dict:
+        return all(type(k) is str and is_plain(v) for k, v in value.items())  # type: ignore[attr-defined]
+    if kind in {list, tuple}:
+        return all(is_plain(v) for v in value)  # type: ignore[attr-defined]
+    return value is None or kind in {bool, int, float, str}
 
 
 def describe(
@@ -70,11 +73,14 @@ def describe(
         classes: names of its classes, in the order of its outputs; None likewise.
 
     Raises:
-        UsageError: the net does not say how it was built, or not in plain data.
+        UsageError: the net does not say how it was built, or not in plain data; data or classes are not of their kind.
     """
     data, classes = data_of(net) if data is None else data, classes_of(net) if classes is None else classes
-    if not is_plain(data):
-        raise UsageError("save: data is not plain: allowed are numbers, text, lists and dicts of them")
+    data = dict(data) if isinstance(data, Mapping) else data
+    if data is not None and not (isinstance(data, dict) and is_plain(data)):
+        raise UsageError("save: data is no plain config: allowed is a dict of Python's own numbers, text, lists and dicts of them")
+    if classes is not None and not (_are_texts(classes) and is_plain(list(classes))):
+        raise UsageError(f"save: classes={str(classes)[:60]}: allowed is a list of names, one text for each class")
     name = model or (getattr(net, "pretrained_cfg", None) or {}).get("architecture")
     kwargs = getattr(net, "_model_args", None) if model_kwargs is None else dict(model_kwargs)
     if not name or kwargs is None:
@@ -93,7 +99,7 @@ def describe(
         "recipe": None if done is None else done.recipe.to_dict(),
         "input_size": None if done is None else list(done.input_size),
         "frozen": is_frozen(net),
-        "data": None if data is None else dict(data),
+        "data": data,
         "classes": None if classes is None else list(classes),
     }
 
@@ -203,6 +209,8 @@ def _why(path: Path, error: Exception) -> str:
 def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting: str = "ckpt") -> Checkpoint:
     """Read a file of ours, of timm, or a plain state dict (torch or safetensors). Nothing in it is executed.
 
+    Where a training script has left averaged weights as well, those are read, as timm does.
+
     Args:
         path: the file.
         fmt: one of `FORMATS`; `ofq` (the paper's code) is read like `timm`, `qat.interop` makes a net of it.
@@ -220,8 +228,8 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
     meta = content.get(META_KEY)
     if fmt == "qat" and not isinstance(meta, Mapping):
         raise UsageError(f"{setting}={str(path)!r}: not a checkpoint of qat (ckpt_format=qat); allowed here are auto, timm, ofq")
-    state = next((content[k] for k in ("state_dict", "model", "state_dict_ema") if isinstance(content.get(k), Mapping)), content)
-    tensors = timm_names({_bare(k): v for k, v in state.items() if isinstance(v, Tensor)})
+    state = next((content[k] for k in (*(() if fmt == "ofq" else _AVERAGED), *_TRAINED) if isinstance(content.get(k), Mapping)), content)
+    tensors = timm_names({_bare(k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)})
     if not tensors:
         raise UsageError(f"{setting}={str(path)!r}: holds no weights")
     ours = dict(meta) if isinstance(meta, Mapping) and fmt not in {"timm", "ofq"} else None
@@ -264,8 +272,8 @@ def _training_of(content: Mapping[str, Any]) -> dict[str, Any]:
     parts: dict[str, Any] = {key: type(content[key]) for key in TRAINING if key in content}
     states = content.get("optimizer_states")
     if isinstance(states, list) and len(states) == 1 and isinstance(states[0], Mapping):
-        groups = states[0].get("param_groups") or []
-        parts["groups"] = [(sorted(set(group) - {"params"}), len(group["params"])) for group in groups]
+        groups = [group for group in states[0].get("param_groups") or [] if isinstance(group, Mapping)]
+        parts["groups"] = [(sorted({*map(str, group)} - {"params"}), len(group.get("params") or ())) for group in groups]
     try:
         parts["epochs"] = int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
     except (KeyError, TypeError, ValueError):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qat.frozen import FrozenActivation, FrozenWeight
+from qat.functional.packing import packed_bytes
 from qat.nn import QkrAttention, QuantAttention, ScoredAttention
 from qat.probing import probing
 from qat.products import watching
@@ -139,14 +140,15 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
         masters |= {id(t) for t in _masters(site)}
         latent, owner = _weight(site), site.name.rpartition(".")[0]
         scales, offsets = _unstored(site, latent.shape[0])
-        sums[owner]["code_bytes"] += (latent.numel() * site.quantizer.spec.bits + 7) // 8
+        sums[owner]["code_bytes"] += packed_bytes(latent.numel(), site.quantizer.spec.bits)
         sums[owner]["scale_bytes"] += scales * FLOAT_BYTES
         sums[owner]["offset_bytes"] += offsets * FLOAT_BYTES
         sums[owner]["n_params"] += latent.numel() if isinstance(site.quantizer, FrozenWeight) else 0
     for name, parameter in net.named_parameters():
         sums[_owner(name, sites)]["n_params"] += parameter.numel()
+    kept = net.state_dict().keys()  # tables that a net makes anew, as Swin's indices, are in no file
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        if id(tensor) not in masters:
+        if name in kept and id(tensor) not in masters:
             sums[_owner(name, sites)][_kind(name, sites)] += tensor.numel() * FLOAT_BYTES
     return sums
 

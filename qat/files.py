@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import fcntl
+import io
+import json
+import math
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -89,11 +93,12 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Generator[None]:
-    """Errors of the disk that do not say which file they are about, or call it by its temporary name, call it by its own."""
+    """Errors of the disk that name no file, or one that belongs to the writing of this one, name this one; others stay as they are."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:
+        about = path if error.filename is None else Path(error.filename)
+        if error.errno is None or (about.parent != path.parent and about not in path.parents):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -145,6 +150,28 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a CSV file has them, with all columns that any of them has; a value that is missing is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def json_text(value: Any) -> str:
+    """Plain data as a JSON file has them: null for NaN and infinity, which JSON does not know, and text for what else it does not know."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False, default=str) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_torch(path: str | os.PathLike[str], content: Any, *, previous: str | None = None) -> None:

@@ -28,16 +28,21 @@ class Product:
     of_activations: bool
 
 
+def _operand(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, *names: str) -> Any:
+    """An argument by its place, or by the first of its names that is there."""
+    return args[index] if len(args) > index else next(kwargs[name] for name in names if name in kwargs)
+
+
 def _matmul_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
-    return [out.numel() * args[0].shape[-1]]
+    return [out.numel() * _operand(args, kwargs, 0, "input").shape[-1]]
 
 
 def _added_matmul_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
-    return [out.numel() * args[1].shape[-1]]
+    return [out.numel() * _operand(args, kwargs, 1, "mat1", "batch1").shape[-1]]
 
 
 def _attention_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
-    query, key = args[0], args[1] if len(args) > 1 else kwargs["key"]
+    query, key = _operand(args, kwargs, 0, "query"), _operand(args, kwargs, 1, "key")
     scores = query[..., 0].numel() * key.shape[-2]
     return [scores * query.shape[-1], scores * out.shape[-1]]
 
@@ -57,7 +62,7 @@ def _einsum_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> 
 
 
 def _weight_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
-    weight = args[1] if len(args) > 1 else kwargs["weight"]
+    weight = _operand(args, kwargs, 1, "weight")
     return [out.numel() * weight[0].numel()]
 
 
@@ -84,7 +89,7 @@ class _Watch(TorchFunctionMode):
         count = _OF_ACTIVATIONS.get(func) or _OF_WEIGHTS.get(func)
         if count is not None:
             where = self.running[-1] if self.running else ""
-            by_weight = func in _OF_WEIGHTS or any(isinstance(a, nn.Parameter) for a in args)
+            by_weight = func in _OF_WEIGHTS or any(isinstance(a, nn.Parameter) for a in (*args, *kwargs.values()))
             self.found.extend(Product(where, macs, not by_weight) for macs in count(args, kwargs, out))
         return out
 

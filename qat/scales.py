@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,19 +40,31 @@ def initialize_scales(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         `net` itself.
 
     Raises:
-        UsageError: no batch, images that are not finite, or a quantizer that no batch reached.
+        UsageError: no batch, images that are not finite, or a quantizer that no batch reached; no scale is set then.
     """
     pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]
     if not pending:
         return net
     device = next(net.parameters()).device
-    with probing(net, [quantizer.register_forward_pre_hook(_calibrating({})) for quantizer in pending]):
+    with _all_or_none(pending), probing(net, [quantizer.register_forward_pre_hook(_calibrating({})) for quantizer in pending]):
         for batch in batches:
             if not batch.isfinite().all():
                 raise UsageError("calibration images hold NaN or infinity; look at data.mean, data.std and the files")
             net(batch.to(device))
-    assert_ready(net)
+        assert_ready(net)
     return net
+
+
+@contextlib.contextmanager
+def _all_or_none(quantizers: Sequence[Quantizer]) -> Generator[None]:
+    """Empty scales again where some of the images failed: half of them would count as ready."""
+    before = [{name: tensor.clone() for name, tensor in quantizer.state_dict().items()} for quantizer in quantizers]
+    try:
+        yield
+    except BaseException:
+        for quantizer, state in zip(quantizers, before, strict=True):
+            quantizer.load_state_dict(state)
+        raise
 
 
 def _calibrating(state: dict[str, Any]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,12 @@ def from_pretrained(model: str, kwargs: Mapping[str, Any]) -> Start:
         return Start(net, [f"timm's pretrained weights of {model} (cached)"])
     if hub_id or not (Path(torch.hub.get_dir()) / "checkpoints" / str(url).rpartition("/")[2]).is_file():
         _require_host(model, huggingface_hub.constants.ENDPOINT if hub_id else str(url))
-    return Start(_create(model, kwargs, pretrained=True), [f"timm's pretrained weights of {model}"])
+    try:
+        net = _create(model, kwargs, pretrained=True)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        why = f"the weights of {model!r} cannot be fetched, or do not fit ({' '.join(str(error).split())[:200]})"
+        raise UsageError(f"model.pretrained=true: {why}; use model.weights=FILE or model.pretrained=false") from error
+    return Start(net, [f"timm's pretrained weights of {model}"])
 
 
 def _cached_on_hub(hub_id: str) -> str | None:
@@ -114,8 +120,9 @@ def _require_host(model: str, address: str) -> None:
     try:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_TIMEOUT_S)
-    except OSError as error:
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_TIMEOUT_S):
+            pass
+    except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code not in GATEWAY_ERRORS:
             return
         missing = f"the weights of {model!r} are not in the local cache and {address} cannot be reached ({error})"

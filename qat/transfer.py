@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qat.nn import QkrAttention, QuantAttention
 from qat.quantizers import Quantizer
+from qat.scales import is_ready
 from qat.sites import iter_quantizers
 
 # Swin's biases, and the spread of their first values there and in the reference.
@@ -39,7 +40,7 @@ def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
 
 
 def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[str]]:
-    """Copy scales and offsets where quantizer, bits and shapes agree.
+    """Copy scales and offsets where quantizer, bits and shapes agree, and the scales are there.
 
     Args:
         source: a quantized net.
@@ -55,12 +56,13 @@ def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[s
         if not state:
             continue
         donor = have.get(site.name)
-        if donor is None or not _agree(donor.quantizer, site.quantizer):
+        if donor is None or not _agree(donor.quantizer, site.quantizer) or not is_ready(donor.quantizer):
             missing.append(site.name)
             continue
         site.quantizer.load_state_dict(donor.quantizer.state_dict())
         copied.append(site.name)
-        _copy_product_offset(donor.owner, site.owner)
+        if isinstance(site.owner, QkrAttention) and site.quantizer is site.owner.k_quantizer:
+            _copy_product_offset(donor.owner, site.owner)
     return copied, missing
 
 
@@ -90,11 +92,10 @@ def _agree(a: Quantizer, b: Quantizer) -> bool:
     return a.spec == b.spec and shapes_a == shapes_b
 
 
-def _copy_product_offset(source: nn.Module, target: nn.Module) -> None:
-    if not (isinstance(source, QkrAttention) and isinstance(target, QkrAttention)):
-        return
+def _copy_product_offset(source: nn.Module, target: QkrAttention) -> None:
     if (
-        source.product_offset is not None
+        isinstance(source, QkrAttention)
+        and source.product_offset is not None
         and target.product_offset is not None
         and source.product_offset.shape == target.product_offset.shape
     ):

@@ -3,8 +3,10 @@
 import copy
 import pickle
 import zipfile
+from collections import defaultdict
 from functools import partial
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -13,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import qat
-from qat.checkpoint import build_from, read_checkpoint
+from qat.checkpoint import build_from, classes_of, data_of, read_checkpoint
 from tests.tiny import DISTILLED, KWARGS, SIZE, VIT, converted, images, logits, quantized, shake, vit
 
 
@@ -137,6 +139,29 @@ def test_model_arguments_have_to_be_plain(path, value):
     assert torch.equal(logits(qat.load(path)), logits(net))
 
 
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({"data": {"mean": [np.float64(0.5)]}}, "save: data is no plain config"),
+        ({"data": [1, 2]}, "save: data is no plain config"),
+        ({"data": {"classes": defaultdict(int)}}, "save: data is no plain config"),
+        ({"classes": [0, 1, 2]}, r"save: classes=\[0, 1, 2\]: allowed is a list of names"),
+        ({"classes": "abc"}, "save: classes=abc: allowed is a list of names"),
+        ({"classes": [np.str_("a")]}, "save: classes=.*: allowed is a list of names"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(path, meta, said):
+    with pytest.raises(qat.UsageError, match=said):
+        qat.save(vit(), path, **meta)
+    assert not path.exists()
+
+
+def test_data_and_classes_come_back(path):
+    data = {"mean": [0.5], "image_size": 8, "root": None, "nested": {"a": (1, 2.5), "b": True}}
+    qat.save(vit(), path, data=data, classes=("a", "b"))
+    assert (data_of(qat.load(path)), classes_of(qat.load(path))) == (data, ["a", "b"])
+
+
 def test_missing_file(tmp_path):
     refused(tmp_path / "nowhere.ckpt", "no such file")
     refused(tmp_path, "a folder, not a file")
@@ -258,7 +283,13 @@ def test_extra_weights(path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [([1, 2], "holds a list, expected a dictionary of tensors"), ({"a": 1}, "holds no weights"), ({}, "holds no weights")],
+    [
+        ([1, 2], "holds a list, expected a dictionary of tensors"),
+        ({"a": 1}, "holds no weights"),
+        ({}, "holds no weights"),
+        ({0: torch.zeros(1)}, "holds no weights"),
+        ({"state_dict": {1: torch.zeros(1)}, "optimizer_states": [{"param_groups": [{"lr": 1.0}, 3]}]}, "holds no weights"),
+    ],
 )
 def test_content_without_weights(path, content, said):
     torch.save(content, path)
@@ -364,6 +395,12 @@ def test_training_checkpoint(path):
     read = read_checkpoint(path)
     assert read.step == 7
     assert torch.equal(logits(build_from(read)), logits(net))
+
+
+def test_of_timms_trainer_the_averaged_weights_are_read(path):
+    trained, averaged = vit().state_dict(), {name: tensor + 1 for name, tensor in vit().state_dict().items()}
+    torch.save({"arch": VIT, "state_dict": trained, "state_dict_ema": averaged}, path)
+    assert torch.equal(read_checkpoint(path).state["head.bias"], averaged["head.bias"])
 
 
 def test_arguments_of_timms_trainer_are_read(path):

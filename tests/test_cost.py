@@ -156,8 +156,13 @@ def test_size_of_windows():
     latent = sum(
         p.numel() for n, p in model.named_parameters() if n.endswith(("q_weight", "k_weight")) or (n.endswith("weight") and p.ndim > 1)
     )
-    rest = sum(t.numel() for t in (*model.parameters(), *model.buffers())) - latent
+    rest = sum(t.numel() for t in model.state_dict().values()) - latent
     assert size_bytes(model) == codes + 4 * (rows + rest)
+
+
+def test_size_of_a_float_net_is_that_of_its_file():
+    swin = ATTENTIONS["swin"].build()
+    assert size_bytes(swin) == 4 * sum(t.numel() for t in swin.state_dict().values())
 
 
 @pytest.mark.parametrize("name", ["levit", "xcit", "dinov3"])

@@ -1,6 +1,8 @@
 """Atomic files. Oracle: what a reader finds afterwards."""
 
 import contextlib
+import json
+import math
 import os
 import resource
 import signal
@@ -8,7 +10,7 @@ import signal
 import pytest
 import torch
 
-from qat.files import appending, damage_of, read_torch, remove_unfinished, replacing, write_text, write_torch
+from qat.files import appending, damage_of, json_text, read_torch, remove_unfinished, replacing, write_text, write_torch
 
 
 def test_a_new_file_appears_whole(tmp_path):
@@ -184,3 +186,24 @@ def test_a_damaged_file_is_refused_or_read_as_it_was(tmp_path):
     as_it_was = [one for one in found if one is not None]
     assert len(as_it_was) < len(flipped) / 2
     assert all(one.keys() == content.keys() and torch.equal(one["a"], content["a"]) and one["b"] == "text" for one in as_it_was)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (math.nan, None),
+        (-math.inf, None),
+        (1.5, 1.5),
+        (True, True),
+        ("nan", "nan"),
+        ({"a": [math.nan, (1, {"b": math.inf})]}, {"a": [None, [1, {"b": None}]]}),
+    ],
+)
+def test_numbers_that_json_has_not(value, expected):
+    assert json.loads(json_text(value)) == expected
+
+
+def test_errors_about_another_file_keep_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised, replacing(tmp_path / "out" / "new.txt"):
+        (tmp_path / "in" / "old.txt").read_text()
+    assert raised.value.filename == str(tmp_path / "in" / "old.txt")

@@ -1,5 +1,7 @@
 """Scales from data. Oracle: the first-step formula on what each quantizer really receives."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -49,6 +51,15 @@ def test_no_data_is_needed_where_nothing_is_missing():
     expected = {k: v.clone() for k, v in net.state_dict().items()}
     qat.initialize_scales(net, [])
     assert all(torch.equal(v, expected[k]) for k, v in net.state_dict().items())
+
+
+def test_images_that_fail_set_nothing():
+    net = converted()
+    expected = qat.initialize_scales(copy.deepcopy(net), [images()]).state_dict()
+    with pytest.raises(qat.UsageError, match="NaN or infinity"):
+        qat.initialize_scales(net, [100 * images(), images() * torch.nan])
+    found = qat.initialize_scales(net, [images()]).state_dict()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
 def test_scales_that_hold_numbers_stay():

@@ -1,5 +1,6 @@
 """Weights across nets. Oracle: equal logits where nothing is lost, a message or a note where something is."""
 
+import http.client
 import time
 import urllib.error
 import urllib.request
@@ -240,10 +241,17 @@ def test_scales_are_copied_where_bits_agree():
 
 def test_scales_of_another_token_count_are_not_copied():
     source = quantized(bits=2)
+    with torch.no_grad():
+        source.blocks[0].attn.product_offset.fill_(1.0)
     target = qat.convert(vit(img_size=16), qat.recipe("ofq", bits=2), input_size=(1, 16, 16))
     copied, missing = copy_scales(source, target)
     assert {"patch_embed.proj.weight_quantizer", "head.input_quantizer"} <= set(copied)
-    assert {"blocks.0.mlp.fc1.input_quantizer", "patch_embed.proj.input_quantizer"} <= set(missing)
+    assert {"blocks.0.mlp.fc1.input_quantizer", "patch_embed.proj.input_quantizer", "blocks.0.attn.k_quantizer"} <= set(missing)
+    assert not target.blocks[0].attn.product_offset.any()
+
+
+def test_scales_that_are_missing_are_not_copied():
+    assert copy_scales(converted(), converted())[0] == []
 
 
 def test_copies_are_copies():
@@ -254,7 +262,7 @@ def test_copies_are_copies():
     assert (target.head.weight_quantizer.scale > 0).all()
 
 
-@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), TimeoutError("timed out")])
+@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), TimeoutError("timed out"), http.client.BadStatusLine("hello")])
 def test_unreachable_hub_is_said_at_once(monkeypatch, error):
     asked = []
 
@@ -271,6 +279,17 @@ def test_unreachable_hub_is_said_at_once(monkeypatch, error):
         from_pretrained("deit_tiny_patch16_224", {})
     assert time.monotonic() - began < 10
     assert asked == [4]
+
+
+def test_a_download_that_fails_is_one_line(monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("404 Client Error")
+
+    monkeypatch.setattr("qat.start._require_host", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
+    with pytest.raises(qat.UsageError, match=r"the weights of .* cannot be fetched, or do not fit \(404 Client Error\)"):
+        from_pretrained("deit_tiny_patch16_224", {"depth": 1})
 
 
 def test_offline_mode_asks_nobody(monkeypatch):

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 # Okabe and Ito, 2008 ("Color Universal Design"), the yellow left out: it is too pale for lines on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 GREY = "#767676"
-PALE = "#C9D6E2"
 # From white to dark blue: also in grey, darker is more.
 HEAT = "Blues"
 WIDTH = 7.2  # inches; 720 pixels at 100 a inch

@@ -25,7 +25,6 @@ from qat.spec import FLOAT_BITS
 
 Globs = tuple[str, ...]
 # Directions by the name of what they belong to; what is not among them stays.
-Plane = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qat.analysis.base import Drawing, Outcome, Row
-from qat.files import replacing, write_text
+from qat.analysis.base import Drawing, Outcome
+from qat.files import csv_text, json_text, replacing, write_text
 
 DPI = 150
 
@@ -31,7 +27,7 @@ def write_outcome(
         png: also write pictures as PNG, which takes as long as all else.
     """
     for table in outcome.tables:
-        write_text(folder / f"{table.name}.csv", as_csv(table.rows))
+        write_text(folder / f"{table.name}.csv", csv_text(table.rows))
     for drawing in outcome.drawings:
         save(folder, drawing, ("svg", "png") if png else ("svg",))
     index = {
@@ -45,17 +41,7 @@ def write_outcome(
         ],
         "warnings": [asdict(warning) for warning in outcome.warnings],
     }
-    write_text(folder / f"{name}.json", json.dumps(finite(index), indent=2, allow_nan=False) + "\n")
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """Rows as text; a key that a row lacks is an empty cell."""
-    text = io.StringIO()
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    write_text(folder / f"{name}.json", json_text(index))
 
 
 def save(folder: Path, drawing: Drawing, kinds: Sequence[str] = ("svg", "png")) -> None:
@@ -69,12 +55,3 @@ def save(folder: Path, drawing: Drawing, kinds: Sequence[str] = ("svg", "png")) 
                 metadata = {"Date": None, "Title": drawing.title, "Description": drawing.alt} if kind == "svg" else None
                 drawing.figure.savefig(temporary, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
     plt.close(drawing.figure)
-
-
-def finite(value: Any) -> Any:
-    """Plain data with None for numbers that JSON has not."""
-    if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,8 +9,8 @@ from typing import Any
 from qat.analysis.sensitivity_parts import Part, TakenApart
 from qat.cost import FLOAT_BYTES, size_bytes
 from qat.errors import UsageError
-from qat.functional.allocation import packed_bytes
 from qat.functional.knapsack import least_loss
+from qat.functional.packing import packed_bytes
 from qat.ptq.widths import with_bits
 from qat.quantizers import Quantizer
 from qat.sites import iter_quantizers

@@ -50,7 +50,7 @@ class BestCheckpoint(ModelCheckpoint):
             return
         super().load_state_dict(state)
         self.current_score = state["current_score"]
-        self._last_global_step_saved = state["step"]
+        self._last_global_step_saved = state.get("step", self._last_global_step_saved)
 
     def _settled(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """The state that fits the file that is there; None where there is none that can be read."""
@@ -63,7 +63,7 @@ class BestCheckpoint(ModelCheckpoint):
             why = (isinstance(error, OSError) and error.strerror) or "it cannot be read"
             log.warning("resume: %s: %s; the best epoch is chosen among those to come", best, why)
             return None
-        state = own if own["step"] > state["step"] else state
+        state = own if own.get("step", -1) > state.get("step", -1) else state
         paths = {key: self._here(state[key]) for key in _PATHS}
         scores = {self._here(path): score for path, score in state["best_k_models"].items()}
         return {**state, **paths, "best_k_models": scores, "dirpath": self.dirpath}

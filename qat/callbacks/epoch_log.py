@@ -40,7 +40,7 @@ class EpochLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember when the first epoch began."""
-        self._start, self._first_epoch = time.monotonic(), trainer.current_epoch
+        self._start, self._first_epoch, self._images = time.monotonic(), trainer.current_epoch, 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Time the loader's part of this epoch."""

@@ -183,7 +183,9 @@ class FaultGuard(Callback):
             self._seen_late.append(step)
             if len(self._seen_late) >= self.every_n_steps or trainer.is_last_batch:
                 self._look_late()
-        pl_module.log_dict(self._response.figures(), on_step=True, on_epoch=False)
+        # Lightning copies a number to the device, which waits for it.
+        figures = {name: torch.full((), count, device=pl_module.device) for name, count in self._response.figures().items()}
+        pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Look at everything before a file is touched."""
@@ -237,8 +239,8 @@ class FaultGuard(Callback):
         """Behind an update on an accelerator: undo it if anything was wrong, without knowing."""
         step = self._step
         scales = self._scales.look(step.number).to(step.losses[-1].device)
-        own = torch.tensor([step.overflow is not None]).to(scales.device, non_blocking=True)
-        flags = agreed(torch.cat([step.flags(), own, scales[:1] >= self._least_fault]))
+        overflow = torch.tensor([step.overflow is not None]).to(scales.device, non_blocking=True)
+        flags = agreed(torch.cat([step.flags(), overflow, scales[:1] >= self._least_fault]))
         self._undo.revert_if(flags.any())
         seen = torch.cat([flags[:-1].float(), scales]).to("cpu", non_blocking=True)
         arrives = torch.Event(device=scales.device) if scales.device.type != "cpu" else None

@@ -145,7 +145,8 @@ class IterativeFreezing(Callback):
         values: dict[str, Any] = {f"freeze/frozen/{layer}": mask.float().mean() for layer, mask in shares.items()}
         values["freeze/frozen"] = frozen / sum(mask.numel() for mask in shares.values())
         values["freeze/strayed"] = torch.stack(list(strays.values())).sum() / frozen.clamp(min=1)
-        pl_module.log_dict({**values, "freeze/threshold": threshold}, on_step=True, on_epoch=False)
+        values["freeze/threshold"] = torch.full((), threshold, device=frozen.device)  # a number would be copied, which waits for the device
+        pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hook."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from torch import Tensor
 from qat.callbacks.activation_codes import ActivationCodes, mean_share
 from qat.callbacks.common import layer_of, logs_now, net_of
 from qat.errors import UsageError
-from qat.files import write_text
+from qat.files import csv_text, write_text
 from qat.functional.confidence import check_boundary, near_step_threshold, near_threshold
 from qat.functional.oscillation import PackedOscillation, oscillation_step, pack_oscillation, unpack_oscillation
 from qat.quantizers import LSQ, StatsQ
@@ -163,7 +161,7 @@ class Oscillation(Callback):
         share, near = (100 * total[key] / total["weights"] for key in ("oscillating", "in_band"))
         log.info("oscillation: %.2f %% of %d weights oscillate, %.2f %% are near a threshold", share, total["weights"], near)
         if self.dirpath is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write_text(Path(self.dirpath) / FILE, _table([*rows, total]))
+            write_text(Path(self.dirpath) / FILE, csv_text([*rows, total]))
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far."""
@@ -190,11 +188,3 @@ def _row(site: Site, values: Tensor) -> dict[str, Any]:
         "flips": int(flips),
         "mean_frequency": frequency / weights,
     }
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

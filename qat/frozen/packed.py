@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.files import replacing
 from qat.frozen.quantizers import OFFSETS, FrozenWeight
-from qat.functional.packing import pack_codes, packed_size, unpack_codes
+from qat.functional.packing import pack_codes, packed_bytes, unpack_codes
 
 FORMAT = "packed-1"
 # What a file that lies of itself may ask for: bytes of its index, numbers of its constant tensors.
 MOST_INDEX, MOST_CONSTANT = 2**26, 2**26
 _BYTES_OF_FLOAT = 4
-_BITS_OF_BYTE = 8
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
             state[name] = torch.full(shape, more[0], dtype=getattr(torch, more[1]))
             continue
         n, which = torch.Size(shape).numel(), "floats" if kind == "f" else "codes"
-        size = n if kind == "f" else packed_size(n, more[0])
+        size = n if kind == "f" else packed_bytes(n, more[0])
         part = (floats if kind == "f" else codes)[at[which] : at[which] + size]
         at[which] += size
         state[name] = (

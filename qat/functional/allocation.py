@@ -11,14 +11,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qat.functional.packing import packed_bytes
+
 Assignment = tuple[int, ...]
 # A layer and the width it gets.
 Step = tuple[int, int]
-
-
-def packed_bytes(numel: int, bits: int) -> int:
-    """Bytes of `numel` codes of `bits` bits, packed."""
-    return (numel * bits + 7) // 8
 
 
 def assigned_bytes(numels: Sequence[int], assignment: Assignment) -> int:

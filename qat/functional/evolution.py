@@ -17,7 +17,6 @@ from qat.errors import UsageError
 
 POPULATION = 15
 TOURNAMENT = 10
-OUTCOMES = ("best", "kept", "dropped", "not finite")
 
 
 class Population(NamedTuple):

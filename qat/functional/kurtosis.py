@@ -85,7 +85,7 @@ class _Kurtoses(torch.autograd.Function):
     @staticmethod
     def forward(*weights: Tensor) -> tuple[Tensor, Tensor]:
         sums = torch.stack([_sums(w) for w in weights])
-        n = torch.tensor([w.numel() for w in weights], dtype=sums.dtype, device=sums.device)
+        n = torch.stack([sums.new_full((), w.numel()) for w in weights])  # numbers copied from a list would wait for the device
         kurtoses, cubics = _kurtosis_and_cubic(sums, n)
         return kurtoses, torch.cat([sums[:, :2], cubics], dim=1)
 

@@ -10,8 +10,8 @@ from qat.spec import check_bits
 _BYTE = 8
 
 
-def packed_size(n: int, bits: int) -> int:
-    """Bytes that n codes take."""
+def packed_bytes(n: int, bits: int) -> int:
+    """Bytes that n codes of `bits` bits take, side by side."""
     return (n * bits + _BYTE - 1) // _BYTE
 
 
@@ -54,8 +54,8 @@ def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...],
     """
     check_bits("bits", bits)
     n = torch.Size(shape).numel()
-    if packed.shape != (packed_size(n, bits),):
-        raise ValueError(f"{tuple(packed.shape)} bytes for {n} codes of {bits} bits, expected {packed_size(n, bits)}")
+    if packed.shape != (packed_bytes(n, bits),):
+        raise ValueError(f"{tuple(packed.shape)} bytes for {n} codes of {bits} bits, expected {packed_bytes(n, bits)}")
     stream = ((packed.unsqueeze(1).to(torch.int16) >> torch.arange(_BYTE, device=packed.device)) & 1).flatten()[: n * bits]
     codes = (stream.view(-1, bits) << torch.arange(bits, device=packed.device)).sum(1)
     if signed:

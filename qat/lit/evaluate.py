@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
 
+from qat.lit.means import MeanLoss
 from qat.lit.module import accuracy_metrics
 
 
@@ -23,9 +23,9 @@ def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable, num_classes
         device: where `predict` runs.
 
     Returns:
-        `top1`, `top5`, `loss`.
+        `top1`, `top5`, `loss`; the loss is NaN where that of a batch is.
     """
-    metrics, loss = accuracy_metrics(num_classes, "").to(device), MeanMetric().to(device)
+    metrics, loss = accuracy_metrics(num_classes, "").to(device), MeanLoss().to(device)
     for images, target in batches:
         logits, classes = predict(images.to(device)).float(), target.to(device)
         metrics.update(logits, classes)

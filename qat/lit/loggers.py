@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from filelock import FileLock
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from qat.errors import UsageError
+from qat.preemption import Preempted
 from qat.spec import check_text
 
 # They report to their makers by default, and MLflow that it makes tables; who wants that sets the variable.
@@ -97,11 +99,26 @@ def _make_experiment(tracking_uri: str, name: str, artifact_location: str | None
         client.create_experiment(name, artifact_location=artifact_location)
 
 
-def close(loggers: Iterable[Logger]) -> None:
-    """End the runs that Lightning leaves open until the process ends, which in a multirun is long after the job."""
+@contextlib.contextmanager
+def closing(loggers: Iterable[Logger]) -> Generator[None]:
+    """End the runs that Lightning leaves open until the process ends, in a multirun long after the job; however the block ends."""
+    code = 1
+    try:
+        yield
+        code = 0
+    except Preempted:
+        code = 0
+        raise
+    finally:
+        close(loggers, code)
+
+
+def close(loggers: Iterable[Logger], exit_code: int) -> None:
+    """End the runs of loggers; any code but 0 says that they failed."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+        # Asking for `experiment` would begin a run where nothing was logged yet.
+        if isinstance(logger, WandbLogger) and logger._experiment is not None:
+            logger._experiment.finish(exit_code=exit_code)
 
 
 def _check_options(setting: str, options: Mapping[str, Any], *takers: Callable[..., Any]) -> None:

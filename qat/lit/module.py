@@ -13,12 +13,13 @@ from lightning.pytorch.callbacks import WeightAveraging
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from qat.checkpoint import META_KEY, Checkpoint, build_from
 from qat.errors import UsageError
 from qat.lit.features import Outputs
+from qat.lit.means import MeanLoss
 from qat.lit.sharded import shared_modules
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, StepContext
@@ -92,10 +93,9 @@ class QATModule(LightningModule):
         self._steps = math.inf  # of the whole run, known once the loader is set up
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        # Without a look for NaN, which would wait for the device in every step.
+        self.val_loss, self.test_loss = MeanLoss(), MeanLoss()
         names = ("loss", *(f"loss_{name}" for name in loss.terms))
-        self.train_means = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
+        self.train_means = nn.ModuleDict({name: MeanLoss() for name in names})
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
@@ -130,7 +130,7 @@ class QATModule(LightningModule):
         self.log("train/loss_step", total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=len(images))
         self.log_dict({f"train/{name}": value for name, value in self.loss.watched().items()}, on_step=True, on_epoch=False)
         for name, value in {"loss": total.detach(), **{f"loss_{k}": v for k, v in parts.items()}}.items():
-            mean = cast(MeanMetric, self.train_means[name])
+            mean = cast(MeanLoss, self.train_means[name])
             mean.update(value, weight=len(images))
             self.log(f"train/{name}", mean, on_step=False, on_epoch=True, batch_size=len(images))
         return total
@@ -154,7 +154,7 @@ class QATModule(LightningModule):
         """Accumulate test metrics."""
         self._evaluate(batch, self.test_metrics, self.test_loss, "test")
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanMetric, stage: str) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanLoss, stage: str) -> None:
         images, target = batch
         logits = self.net(images).float()
         metrics.update(logits, target)
@@ -226,7 +226,7 @@ class QATModule(LightningModule):
         if self._describe is not None:
             checkpoint[META_KEY] = self._describe
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            states = {name: cast(MeanMetric, mean).metric_state for name, mean in self.train_means.items()}
+            states = {name: cast(MeanLoss, mean).metric_state for name, mean in self.train_means.items()}
             checkpoint[MEANS_KEY] = {
                 name: {key: self._of_all(cast(Tensor, value)) for key, value in state.items()} for name, state in states.items()
             }

@@ -35,6 +35,12 @@ def quantizer_parameters(net: nn.Module) -> tuple[set[nn.Parameter], set[nn.Para
     return scales, offsets
 
 
+def check_layer_decay(value: object) -> None:
+    """Raise `UsageError` unless `value` is None or a number in (0, 1]."""
+    if value is not None:
+        check_number("optimizer.layer_decay", value, 0, above=True, highest=1)
+
+
 def parameter_groups(
     net: nn.Module, *, weight_decay: float, scale_lr_factor: float = 1.0, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
@@ -53,8 +59,9 @@ def parameter_groups(
         Groups for an optimizer; `lr_scale` is the key by which timm's schedulers scale a group's rate.
 
     Raises:
-        UsageError: `layer_decay` is set and timm does not say which layer a parameter belongs to.
+        UsageError: `layer_decay` is not in (0, 1], or timm does not say which layer a parameter belongs to.
     """
+    check_layer_decay(layer_decay)
     scales, offsets = quantizer_parameters(net)
     no_decay_names = net.no_weight_decay() if hasattr(net, "no_weight_decay") else set()  # type: ignore[operator]
     layers = {} if layer_decay is None else layers_of(net)

@@ -30,7 +30,7 @@ class Teacher:
         keep_weights(net, keep=True)  # a quantized teacher's never change
         self.head = head
         self._answer: Callable[[Tensor], Tensor] = net
-        self._outputs: Outputs | None = None
+        self._outputs: dict[str, Outputs] = {}
         # Which features its head gets is the net's own affair: a token in a distilled DeiT, their mean in LeViT.
         self._class_head = Outputs([net.head]) if self.is_one_of_two else None  # type: ignore[list-item]
 
@@ -60,8 +60,9 @@ class Teacher:
     @torch.no_grad()
     def with_features(self, images: Tensor, which: str) -> tuple[Tensor, list[Tensor]]:
         """Logits (B, K) of images (B, C, H, W), and what `all` blocks or the `last` give."""
-        self._outputs = self._outputs or Outputs.of_blocks(self.net, which)
-        with self._outputs.of_pass() as features:
+        if which not in self._outputs:
+            self._outputs[which] = Outputs.of_blocks(self.net, which)
+        with self._outputs[which].of_pass() as features:
             return self._logits(images), features
 
     def _logits(self, images: Tensor) -> Tensor:

@@ -25,15 +25,15 @@ from qat.functional.allocation import (
     greedy_path,
     lowered,
     mutated,
-    packed_bytes,
     rises,
     single_steps,
     spread,
 )
 from qat.functional.evolution import generator_at
+from qat.functional.packing import packed_bytes
 from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.blocks import trace, verified
-from qat.ptq.fitness import Evaluator
+from qat.ptq.fitness import Evaluator, check_batches
 from qat.ptq.points import BitsResult, BitsState, Point, Record
 from qat.ptq.ranks import Ranks
 from qat.ptq.replay import Replay
@@ -87,13 +87,7 @@ def search_bits(
 
 
 def _check(batches: Sequence[Tensor], targets: Sequence[Tensor], settings: BitsSettings, ranks: Ranks) -> None:
-    if not batches or [len(b) for b in batches] != [len(t) for t in targets]:
-        raise UsageError(
-            f"search: {len(batches)} batches of images and {len(targets)} of logits; allowed are as many, of equal lengths, at least one"
-        )
-    fewest = min(len(b) for b in batches)
-    if settings.fitness == "infonce" and fewest < 2:
-        raise UsageError("search.fitness='infonce': compares images of a batch with each other, and a batch has 1; allowed are 2 or more")
+    check_batches(batches, targets, settings.fitness)
     if ranks.world > len(batches):
         raise UsageError(f"search: {ranks.world} processes for {len(batches)} batches of calibration images; allowed are as many at most")
 

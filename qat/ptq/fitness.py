@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat.errors import UsageError
 from qat.functional.infonce import logit_fitness
 from qat.ptq.blocks import GIB, PrefixCache, Trace
 from qat.ptq.inplace import overwriting
@@ -46,6 +47,16 @@ def plain_fitness(net: nn.Module, batches: Sequence[Tensor], targets: Sequence[T
     loss = logit_fitness(settings.fitness, settings.temperature)
     losses = [loss(logits_of(net, images, settings.micro_batch), t) for images, t in zip(batches, targets, strict=True)]
     return float(torch.stack(losses).double().mean())
+
+
+def check_batches(batches: Sequence[Tensor], targets: Sequence[Tensor], fitness: str) -> None:
+    """Raise `UsageError` unless each batch of images has its logits, and images for a fitness that compares them with each other."""
+    if not batches or [len(b) for b in batches] != [len(t) for t in targets]:
+        raise UsageError(
+            f"search: {len(batches)} batches of images and {len(targets)} of logits; allowed are as many, of equal lengths, at least one"
+        )
+    if fitness == "infonce" and min(map(len, batches)) < 2:
+        raise UsageError("search.fitness='infonce': a batch of one image has no others; allowed are ptq.batch from 2, and mse")
 
 
 def row_losses(kind: str, temperature: float) -> RowLosses:

@@ -18,7 +18,7 @@ from qat.blocks import find_blocks
 from qat.errors import UsageError
 from qat.ptq.blocks import GIB, trace, verified
 from qat.ptq.drivers import DRIVERS, Draws, Visit, seeded_draws
-from qat.ptq.fitness import Evaluator
+from qat.ptq.fitness import Evaluator, check_batches
 from qat.ptq.ranks import Ranks
 from qat.ptq.settings import GRADIENT_METHODS, SearchSettings
 from qat.ptq.state import SearchFiles, SearchState, fingerprint
@@ -112,12 +112,7 @@ class SearchOptions:
 
 
 def _check(batches: Sequence[Tensor], targets: Sequence[Tensor], settings: SearchSettings, validate: Validate | None) -> None:
-    if not batches or [len(b) for b in batches] != [len(t) for t in targets]:
-        raise UsageError(
-            f"search: {len(batches)} batches of images and {len(targets)} of logits; allowed are as many, of equal lengths, at least one"
-        )
-    if settings.fitness == "infonce" and max(map(len, batches)) == 1:
-        raise UsageError("search.fitness='infonce': a batch of one image has no others; allowed are ptq.batch from 2, and mse")
+    check_batches(batches, targets, settings.fitness)
     if settings.reference_selection and validate is None:
         raise UsageError("search.reference_selection=True: validation images are needed for it")
 

@@ -1,4 +1,4 @@
-"""From a quantizer's name to the module. A new quantizer is a class with `@register`, or `package.module:Class` in a config."""
+"""From a quantizer's name to the module: those of this package by `register`, anybody's as `package.module:Class`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ _BUILDERS: dict[str, Callable[[QuantSpec], Quantizer]] = {}
 
 
 def register(name: str) -> Callable[[Callable[[QuantSpec], Quantizer]], Callable[[QuantSpec], Quantizer]]:
-    """Make `quantizer=name` build the decorated class or function."""
+    """Make `quantizer=name` build the decorated class or function of this package.
+
+    Those that a recipe may name are listed in `qat.spec.QUANTIZERS` as well.
+
+    Raises:
+        ValueError: another one has the name.
+    """
 
     def add(builder: Callable[[QuantSpec], Quantizer]) -> Callable[[QuantSpec], Quantizer]:
-        _BUILDERS[name] = builder
+        if _BUILDERS.setdefault(name, builder) is not builder:
+            raise ValueError(f"quantizer {name!r} is there already")
         return builder
 
     return add

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import os
 import re
@@ -17,7 +15,7 @@ from typing import Any
 import yaml
 
 from qat.errors import UsageError
-from qat.files import write_text
+from qat.files import csv_text, write_text
 from qat.report.files import read_json
 
 JOBS, GROUPS = "sweep.csv", "sweep_groups.csv"
@@ -185,15 +183,6 @@ def group_row(group: Group, measures: Sequence[str]) -> dict[str, Any]:
         found = group.statistic(name)
         row |= {f"{name}_mean": found and found.mean, f"{name}_std": found and found.std}
     return row
-
-
-def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with all columns that any of them has; a value that is missing is empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
 
 
 def overrides_of(folder: Path) -> dict[str, str]:

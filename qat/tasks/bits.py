@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import io
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from qat.conversion import conversion_of, conversion_report
 from qat.cost import size_bytes
-from qat.files import write_text
+from qat.files import json_text, write_text
 from qat.functional.allocation import average_bits, spread
 from qat.lit import QATModule
 from qat.losses import CompositeLoss, CrossEntropy
@@ -104,7 +103,7 @@ def _accuracy(bits: dict[str, int], subject: Subject, trainer: Trainer) -> float
 def _write(run_dir: Path, found: BitsResult, rows: list[dict[str, Any]], subject: Subject) -> None:
     """`front.json`, `front.csv` and a drawing."""
     shared = {"selected_on": "calibration", "split": subject.data.evaluation_split, "budget_bytes": found.budget_bytes}
-    write_text(run_dir / "front.json", json.dumps(shared | {"layers": found.layers, "points": rows}, indent=2) + "\n")
+    write_text(run_dir / "front.json", json_text(shared | {"layers": found.layers, "points": rows}))
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(COLUMNS)

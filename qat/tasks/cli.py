@@ -34,7 +34,7 @@ PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run",
 OTHERS_WAIT_S = 3
 # What gloo and NCCL say of it; torch has no common class for them.
 _LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|remote process exited|Broken pipe|failed to recv")
-_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class LostError(UsageError):
@@ -193,6 +193,8 @@ def _mistake(error: BaseException | None) -> UsageError | None:
             return UsageError(f"config: {_of_config(error)}")
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             return UsageError(f"cannot be written: {error.filename} ({error.strerror})")
+        if isinstance(error, PermissionError):
+            return UsageError(f"no access to {error.filename} ({error.strerror})")
         if isinstance(error, RuntimeError) and _LOST.search(str(error)):
             return LostError(f"another process of this run is gone: {str(error).partition(chr(10))[0]}")
         error = error.__cause__

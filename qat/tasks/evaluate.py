@@ -20,7 +20,7 @@ from qat.errors import UsageError
 from qat.files import write_text
 from qat.inference import data_config
 from qat.lit import QATModule
-from qat.lit.loggers import close
+from qat.lit.loggers import closing
 from qat.losses import CompositeLoss, CrossEntropy
 from qat.spec import recipe
 from qat.start import check_finite
@@ -67,12 +67,12 @@ def evaluate(cfg: DictConfig) -> float | None:
     }
     log.info(summary.lines("qat: evaluation" if paths is None else "qat: prediction", entries))
     costs = cost(subject.net, data.input_size)
-    if paths is None:
-        found = measure(subject, trainer, costs)
-    else:
-        predict(cfg, subject, paths, trainer)
-        found = {"data": None, **sizes(costs)}
-    close(trainer.loggers)
+    with closing(trainer.loggers):
+        if paths is None:
+            found = measure(subject, trainer, costs)
+        else:
+            predict(cfg, subject, paths, trainer)
+            found = {"data": None, **sizes(costs)}
     top1 = write_results(
         cfg,
         model=subject.name,

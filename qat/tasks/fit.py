@@ -25,7 +25,7 @@ from qat.callbacks import CGA, CompileWatch, FaultGuard, LastCheckpoint, StepSee
 from qat.errors import UsageError
 from qat.lit.checkpoint_io import AtomicCheckpointIO
 from qat.lit.csv_log import continue_csv
-from qat.lit.optim import INTERVALS, build_optimizer, cosine_schedule, scaled_lr
+from qat.lit.optim import INTERVALS, build_optimizer, check_layer_decay, cosine_schedule, scaled_lr
 from qat.lit.optimizer_state import with_optimizer_state
 from qat.lit.parallel import SHARDED, strategy_of
 from qat.spec import check_choice, check_number, check_whole
@@ -62,8 +62,7 @@ def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
     check_number("optimizer.lr", settings.get("lr"), 0, above=True)
     scaling = {name: settings.pop(name) for name in ("lr_base_batch", "lr_batch_rule") if name in settings}
     settings["lr"] = scaled_lr(settings["lr"], global_batch=global_batch(cfg, trainer), **scaling)
-    if settings.get("layer_decay") is not None:
-        check_number("optimizer.layer_decay", settings["layer_decay"], 0, above=True, highest=1)
+    check_layer_decay(settings.get("layer_decay"))
     build_optimizer(nn.Linear(1, 1), **settings | {"layer_decay": None})
     return partial(build_optimizer, **settings)
 

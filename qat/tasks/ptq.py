@@ -21,7 +21,7 @@ from qat.cost import cost
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.files import write_text
-from qat.lit.loggers import close
+from qat.lit.loggers import closing
 from qat.ptq import calibrate, in_float
 from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.ranks import Ranks
@@ -56,6 +56,7 @@ class Run:
         search: what follows the calibration, None = nothing.
         batches: calibration images, (batch, C, H, W) each.
         teacher: the net whose logits a search comes close to; None = `subject`, in float.
+        constructor: of the timm model: what `qat.save` is told of it.
     """
 
     subject: Subject
@@ -64,6 +65,7 @@ class Run:
     batches: list[Tensor]
     trainer: Trainer
     teacher: nn.Module | None
+    constructor: dict[str, Any]
 
     @property
     def keeps(self) -> bool:
@@ -85,12 +87,22 @@ def ptq(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     run = _build(cfg)
-    subject, net = run.quantized, run.quantized.net
     meet(cfg, run.trainer)
     if is_first():
+        _remove_older(cfg)
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
         remember(cfg)
         _announce(cfg, run)
+    with closing(run.trainer.loggers):
+        results = _quantize(cfg, run, began)
+    subject = run.quantized
+    report_run(cfg, [studied(subject.net, subject.name, subject.data.input_size)], is_first=run.trainer.is_global_zero)
+    return float(results["top1"])
+
+
+def _quantize(cfg: DictConfig, run: Run, began: float) -> dict[str, Any]:
+    """Do all of it, evaluate, and write what came of it; gives the results."""
+    subject, net = run.quantized, run.quantized.net
     top1_fp = _measure_float(run)
     figures = _measure_start(run)
     net.to(run.trainer.strategy.root_device)
@@ -99,14 +111,12 @@ def ptq(cfg: DictConfig) -> float:
     figures |= run_search(cfg, run.search, subject, run.batches, run.trainer, ranks, teacher=run.teacher)
     subject = _as_it_is(subject)
     if not cfg.trainer.fast_dev_run and run.trainer.is_global_zero:
-        save(net, Path(cfg.run_dir) / FILE, **_described(cfg, subject.data))
+        save(net, Path(cfg.run_dir) / FILE, data=build.plain(cfg.data), classes=subject.data.named_classes(), **run.constructor)
     found = _measure(run.trainer, subject, "quantized")
-    close(run.trainer.loggers)
     outcome = {"weights": origin(cfg), "top1_fp": top1_fp, "wall_seconds": round(time.monotonic() - began, 1)}
     results = write_results(cfg, model=subject.name, **recipe_fields(subject.recipe), **found, **figures, **outcome)
     log.info("%s top-1 %.2f %% in float, %.2f %% quantized; outputs in %s", found["split"], top1_fp, found["top1"], cfg.run_dir)
-    report_run(cfg, [studied(net, subject.name, subject.data.input_size)], is_first=run.trainer.is_global_zero)
-    return float(results["top1"])
+    return results
 
 
 def _as_it_is(subject: Subject) -> Subject:
@@ -155,7 +165,8 @@ def _build(cfg: DictConfig) -> Run:
     if cfg.data.seed == cfg.seed:  # so that a run that is repeated from its config.yaml with another seed has other images
         cfg.data.seed = "${seed}"
     check_start(cfg, subject, search)
-    teacher = build_target_net(cfg, subject, _constructor(cfg)["kwargs"])
+    constructor = _constructor(cfg)
+    teacher = build_target_net(cfg, subject, constructor["model_kwargs"])
     batches = calibration_batches(cfg, subject.data)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
     quantized = subject
@@ -163,8 +174,15 @@ def _build(cfg: DictConfig) -> Run:
         net = convert(copy.deepcopy(subject.net), recipe, input_size=subject.data.input_size)
         quantized = dataclasses.replace(subject, net=net, recipe=recipe)
     check_targets(search, quantized.net)
-    (Path(cfg.run_dir) / FILE).unlink(missing_ok=True)
-    return Run(subject, quantized, search, batches, trainer, teacher)
+    return Run(subject, quantized, search, batches, trainer, teacher, constructor)
+
+
+def _remove_older(cfg: DictConfig) -> None:
+    """Delete the net of a run that this one replaces, unless it is what this one starts from: then it is there until the new one is."""
+    older = Path(cfg.run_dir) / FILE
+    starts = [Path(path) for path in (cfg.ckpt, cfg.teacher.ckpt) if path]
+    if not any(start.exists() and older.exists() and start.samefile(older) for start in starts):
+        older.unlink(missing_ok=True)
 
 
 def _refuse_used(run_dir: Path, *, allowed: bool) -> None:
@@ -226,13 +244,8 @@ def _calibrate(run: Run, ranks: Ranks) -> dict[str, Any]:
     return dataclasses.asdict(done) | all_of_them
 
 
-def _described(cfg: DictConfig, data: ImageData) -> dict[str, Any]:
-    """What `qat.save` is told beside the net: its constructor and its data."""
-    model = _constructor(cfg)
-    return {"model": model["name"], "model_kwargs": model["kwargs"], "data": build.plain(cfg.data), "classes": data.named_classes()}
-
-
 def _constructor(cfg: DictConfig) -> dict[str, Any]:
-    """Name and arguments (`kwargs`) of the timm model: the checkpoint's, else those of `model`."""
+    """Name and arguments of the timm model as `qat.save` takes them: the checkpoint's, else those of `model`."""
     meta = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format).meta if cfg.ckpt else None
-    return {"name": cfg.model.name, "kwargs": build.model_args(cfg)} if meta is None else meta["model"]
+    model = {"name": cfg.model.name, "kwargs": build.model_args(cfg)} if meta is None else meta["model"]
+    return {"model": model["name"], "model_kwargs": model["kwargs"]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import math
 import platform
 import subprocess
@@ -17,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.cost import Cost
-from qat.files import write_text
+from qat.files import json_text, write_text
 from qat.spec import QuantRecipe
 from qat.tasks.ranks import is_first
 
@@ -67,9 +66,9 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
         "versions": _versions(),
     }
     results = dict.fromkeys(KEYS) | known | values
-    results = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in results.items()}
+    results = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in results.items()}
     if is_first():
-        write_text(Path(cfg.run_dir) / "results.json", json.dumps(results, indent=2, default=str) + "\n")
+        write_text(Path(cfg.run_dir) / "results.json", json_text(results))
     return results
 
 

@@ -26,9 +26,8 @@ from qat.files import write_text
 from qat.lit import QATModule, Teacher
 from qat.lit.estimate import measure_step
 from qat.lit.evaluate import evaluate
-from qat.lit.loggers import close
+from qat.lit.loggers import closing
 from qat.lit.module import limited
-from qat.preemption import Preempted
 from qat.spec import QuantRecipe
 from qat.start import Start
 from qat.tasks import build, faults, fit, options, summary
@@ -94,17 +93,13 @@ def train(cfg: DictConfig) -> float:
     top1_fp = _announce_teacher(run)
     _announce_estimate(cfg, run)
     options.compile_nets(cfg, run.module.net, run.teacher)
-    try:
+    with closing(run.trainer.loggers):
         faults.fit(run.trainer, run.module, run.data, run.resume.path if run.resume else None)
-    except Preempted:
-        close(run.trainer.loggers)
-        raise
-    run.module.make_whole()
-    val_top1, weights = _take_best(run)
-    watch = next(c for c in run.trainer.callbacks if isinstance(c, Stopwatch))  # type: ignore[attr-defined]
-    seconds = time.monotonic() - began + watch.earlier_seconds
-    _conclude(cfg, run, {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": round(seconds, 1)})
-    close(run.trainer.loggers)
+        run.module.make_whole()
+        val_top1, weights = _take_best(run)
+        watch = next(c for c in run.trainer.callbacks if isinstance(c, Stopwatch))  # type: ignore[attr-defined]
+        seconds = time.monotonic() - began + watch.earlier_seconds
+        _conclude(cfg, run, {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": round(seconds, 1)})
     report_run(cfg, [studied(run.module.net, cfg.model.name, run.data.input_size)], is_first=run.trainer.is_global_zero)
     return val_top1
 

@@ -5,12 +5,11 @@ import json
 import math
 import xml.etree.ElementTree as ET
 
-import pytest
 from PIL import Image
 
 from qat.analysis import Advice, Drawing, Outcome, Table, write_outcome
 from qat.analysis.drawing import axes, figure
-from qat.analysis.output import as_csv, finite
+from qat.files import csv_text
 
 
 def drawing(name="curve"):
@@ -47,7 +46,7 @@ def test_a_table_reads_back(tmp_path):
         {"net": "a, b", "ratio": "0.7", "top-1 (%)": "10.25", "loss": ""},
         {"net": 'say "c"', "ratio": "1.0", "top-1 (%)": "", "loss": "nan"},
     ]
-    assert as_csv([]) == "\n"
+    assert csv_text([]) == "\n"
 
 
 def test_a_picture_is_text_with_its_words_and_a_png_of_its_width(tmp_path):
@@ -70,18 +69,3 @@ def test_an_outcome_replaces_the_one_before(tmp_path):
     write_outcome(tmp_path, "robustness", {}, Outcome({"a": 1}))
     index = json.loads((tmp_path / "robustness.json").read_text())
     assert (index["complete"], index["summary"], index["tables"]) == (True, {"a": 1}, [])
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (math.nan, None),
-        (-math.inf, None),
-        (1.5, 1.5),
-        (True, True),
-        ("nan", "nan"),
-        ({"a": [math.nan, (1, {"b": math.inf})]}, {"a": [None, [1, {"b": None}]]}),
-    ],
-)
-def test_numbers_that_json_has_not(value, expected):
-    assert finite(value) == expected

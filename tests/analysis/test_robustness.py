@@ -8,11 +8,11 @@ import torch
 
 import qat
 from qat.analysis import Ledger, measure, write_outcome
-from qat.analysis.output import as_csv
 from qat.analysis.requantize import WeightChange, weight_sites
 from qat.analysis.robustness import PARTS, Robustness
 from qat.analysis.robustness_results import curve_numbers
 from qat.errors import UsageError
+from qat.files import csv_text
 from tests import tiny
 from tests.analysis.common import image_set, is_as_before, net_of, state, studied
 from tests.conftest import ROOT
@@ -244,7 +244,7 @@ def test_an_interrupted_run_goes_on_and_says_the_same(tmp_path, monkeypatch):
     assert left == []
     timeless = [[{key: value for key, value in row.items() if key != "seconds"} for row in some] for some in (rows, whole)]
     assert timeless[0] == timeless[1]
-    assert [as_csv(table.rows) for table in outcome.tables] == [as_csv(table.rows) for table in analysis.outcome(nets, whole).tables]
+    assert [csv_text(table.rows) for table in outcome.tables] == [csv_text(table.rows) for table in analysis.outcome(nets, whole).tables]
 
 
 @pytest.mark.parametrize("first", range(0, 20, 4))

@@ -213,7 +213,7 @@ def test_no_step_waits_for_the_device(monkeypatch):
 
     learner, callback = module(net()), Oscillation()
     trainer = fit(learner, callback, max_epochs=1)
-    for name in ("item", "__bool__", "__float__", "__int__", "tolist", "numpy", "nonzero"):
+    for name in ("item", "__bool__", "__float__", "__int__", "tolist", "cpu", "numpy", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     monkeypatch.setattr(learner, "log_dict", lambda values, **_: None)
     monkeypatch.setattr(type(trainer), "global_step", 49)

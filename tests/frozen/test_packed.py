@@ -13,7 +13,7 @@ import qat
 from qat.checkpoint import describe
 from qat.cost import cost
 from qat.frozen.packed import write_packed
-from qat.functional.packing import packed_size
+from qat.functional.packing import packed_bytes
 from qat.start import from_net
 from tests import tiny
 from tests.frozen.test_freeze import RECIPES, made
@@ -72,7 +72,7 @@ def test_a_file_is_as_large_as_its_parts(tmp_path):
     assert sizes.total == (tmp_path / "net.safetensors").stat().st_size
     assert sizes.codes == sum(-(-n // 8) for n in bits)
     assert sizes.payload == sum(
-        packed_size(value.numel(), {torch.int8: 0}.get(value.dtype, 8)) * 4
+        packed_bytes(value.numel(), {torch.int8: 0}.get(value.dtype, 8)) * 4
         for key, value in frozen.state_dict().items()
         if value.is_floating_point() and not key.endswith("shift") and not (value == value.flatten()[0]).all()
     ) + sizes.codes + 8 * sum(key.endswith("bounds") for key in frozen.state_dict())

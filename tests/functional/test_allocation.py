@@ -14,11 +14,11 @@ from qat.functional.allocation import (
     greedy_path,
     lowered,
     mutated,
-    packed_bytes,
     rises,
     single_steps,
     spread,
 )
+from qat.functional.packing import packed_bytes
 
 NUMELS, CHOICES = (100, 33, 7, 64), (2, 3, 8)
 EVERYTHING = list(itertools.product(CHOICES, repeat=len(NUMELS)))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.functional.packing import pack_codes, packed_size, unpack_codes
+from qat.functional.packing import pack_codes, packed_bytes, unpack_codes
 
 
 def test_the_first_element_is_lowest():
@@ -23,7 +23,7 @@ def test_codes_come_back(bits, n, signed, seed):
     codes = torch.randint(low, low + 2**bits, (n, 3), generator=torch.Generator().manual_seed(seed))
     packed = pack_codes(codes, bits)
     assert packed.dtype == torch.uint8
-    assert len(packed) == packed_size(3 * n, bits) == -(-3 * n * bits // 8)
+    assert len(packed) == packed_bytes(3 * n, bits) == -(-3 * n * bits // 8)
     again = unpack_codes(packed, bits, codes.shape, signed=signed)
     assert again.dtype == (torch.int8 if signed else torch.uint8)
     assert torch.equal(again.long(), codes)

@@ -1,5 +1,7 @@
 """Accuracy without a trainer. Oracle: counted by hand."""
 
+import math
+
 import torch
 from torch.testing import assert_close
 
@@ -21,6 +23,13 @@ def test_percent_over_uneven_batches():
     assert found["top5"] == 80.0
     log_p = logits.log_softmax(-1)[torch.arange(5), target]
     assert_close(torch.tensor(found["loss"]), -log_p.mean())
+
+
+def test_a_net_that_breaks_on_some_images_has_no_loss():
+    logits, target = torch.eye(4), torch.arange(4)
+    broken = torch.where(torch.arange(4)[:, None] < 2, logits, torch.nan)
+    found = evaluate(lambda x: x, split(broken, target, 2), 4, CPU)
+    assert math.isnan(found["loss"])
 
 
 def test_top5_of_three_classes_is_everything():

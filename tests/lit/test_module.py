@@ -136,6 +136,14 @@ def test_terms_are_logged_by_name():
     assert logged["train/loss"] == pytest.approx(0.5 * logged["train/loss_ce"] + 2.0)
 
 
+def test_the_loss_of_an_epoch_is_a_mean_over_images():
+    """The last batch is smaller than the others; at this rate every batch sees the same weights."""
+    learner = module(vit(), optimizer=lambda n: build_optimizer(n, lr=1e-30, weight_decay=0.0))
+    run = trainer()
+    run.fit(learner, batches(6))
+    assert_close(run.callback_metrics["train/loss"], torch.nn.functional.cross_entropy(learner.net(images(16)), CLASSES).detach())
+
+
 def test_accuracies_are_percentages_of_all_images():
     net = quantized("ofq", bits=2)
     answers = logits(net, images(16))

@@ -1,17 +1,21 @@
 """A training step never waits for the device: no operation whose result the host has to know.
 
-A CPU waits for nobody, so the operations are looked for by name, while Lightning's own step runs.
+A CPU waits for nobody, so the operations are looked for by name, while Lightning's own step runs; a number that is copied to the device has
+no operation, so the functions that do it are looked for.
 """
+
+import contextlib
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qat.kernels
-from qat.callbacks import CGA, FaultGuard, Oscillation, finite
+from qat.callbacks import CGA, FaultGuard, IterativeFreezing, Oscillation, finite
 from qat.lit import QATModule, Teacher, build_optimizer
-from qat.losses import CompositeLoss, CrossEntropy, Distillation
+from qat.losses import CompositeLoss, CrossEntropy, Distillation, Kure
 from qat.nn.execution import set_execution
 from tests.callbacks.fitting import fit
 from tests.tiny import DISTILLED, quantized, vit
@@ -45,6 +49,16 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoCopies(TorchFunctionMode):
+    """Refuses numbers that are put on the device: the copy waits for what runs there."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in {torch.tensor, torch.as_tensor} and kwargs.get("device") is not None and not isinstance(args[0], torch.Tensor):
+            raise AssertionError(f"{func.__name__}({args[0]}, device=...) waits for the device")
+        return func(*args, **kwargs)
+
+
 class Watched(Callback):
     """Every step but the first, at which the guard against faults looks."""
 
@@ -53,8 +67,9 @@ class Watched(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step:
-            self.mode = NoWaiting(trainer.optimizers[0])
-            self.mode.__enter__()
+            self.mode = contextlib.ExitStack()
+            self.mode.enter_context(NoWaiting(trainer.optimizers[0]))
+            self.mode.enter_context(NoCopies())
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         self.n += self.leave()
@@ -65,7 +80,7 @@ class Watched(Callback):
     def leave(self):
         mode, self.mode = self.mode, None
         if mode is not None:
-            mode.__exit__(None, None, None)
+            mode.close()
         return mode is not None
 
 
@@ -104,12 +119,29 @@ def test_no_step_waits(preset, memory, kernels, tmp_path, monkeypatch):
     assert watched.n == 6
 
 
-class Waiting(CrossEntropy):
+def test_no_step_waits_that_regularizes_freezes_or_has_skipped(monkeypatch):
+    monkeypatch.setattr(finite, "_is_free", lambda tensor: False)
+    guard, watched = FaultGuard(), Watched()
+    monkeypatch.setattr(guard._response, "figures", lambda: {"faults/skipped": 1.0})
+    monkeypatch.setattr(guard, "_look_late", lambda: None)  # what waits, once in many steps
+    learner = module(quantized("ofq", bits=2), {"ce": CrossEntropy(), "kure": Kure()})
+    fit(learner, IterativeFreezing(), guard, watched, log_every_n_steps=1)
+    assert watched.n == 7
+
+
+class Reading(CrossEntropy):
     def forward(self, context):
         loss = super().forward(context)
         return loss * (1 if loss.detach() > 0 else 2)
 
 
-def test_one_that_waits_is_found():
+class Copying(CrossEntropy):
+    def forward(self, context):
+        loss = super().forward(context)
+        return loss * torch.tensor(2.0, device=loss.device)
+
+
+@pytest.mark.parametrize("term", [Reading, Copying])
+def test_one_that_waits_is_found(term):
     with pytest.raises(AssertionError, match="waits for the device"):
-        fit(module(quantized("ofq", bits=2), {"ce": Waiting()}), Watched())
+        fit(module(quantized("ofq", bits=2), {"ce": term()}), Watched())

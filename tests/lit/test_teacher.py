@@ -32,6 +32,13 @@ def test_mean_of_both_heads_is_the_nets_own_evaluation():
     assert_close(Teacher(net, "mean")(images()), logits(net), rtol=0, atol=0)
 
 
+def test_blocks_are_those_that_are_asked_for():
+    teacher = Teacher(vit())
+    (last,), every = teacher.with_features(images(), "last")[1], teacher.with_features(images(), "all")[1]
+    assert len(every) == len(teacher.net.blocks) > 1
+    assert_close(every[-1], last, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("head", ["cls", "mean"])
 def test_a_plain_net_has_one_answer(head):
     net = vit()

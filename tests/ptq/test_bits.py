@@ -258,7 +258,7 @@ def test_what_cannot_be_searched():
         searched(net, targets, settings(targets=["nope"]))
     with pytest.raises(UsageError, match="3 batches of images and 2 of logits"):
         searched(net, targets[:2], settings())
-    with pytest.raises(UsageError, match="'infonce': compares images of a batch with each other, and a batch has 1"):
+    with pytest.raises(UsageError, match="'infonce': a batch of one image has no others"):
         searched(net, [t[:1] for t in targets], settings(), images=[b[:1] for b in batches()])
     lsq, _ = quantized(preset="lsq", weight_quantizer="lsq")
     with pytest.raises(UsageError, match="no such module has a weight whose bits can change; those are nothing"):

@@ -62,6 +62,11 @@ def test_register_makes_a_name(monkeypatch):
     assert type(build_quantizer(QuantSpec("input", "mine", 4))) is Float
 
 
+def test_a_name_is_given_once():
+    with pytest.raises(ValueError, match="quantizer 'lsq' is there already"):
+        register("lsq")(Float)
+
+
 def test_own_class_by_its_path(plugin):
     x = torch.tensor([0.2, 0.3])
     assert build(f"{plugin}:Half")(x).tolist() == [0.0, 0.5]

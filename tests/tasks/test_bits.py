@@ -152,7 +152,7 @@ def test_a_finished_search_is_resumed_to_the_same_net(tmp_path, searched, float_
         (("search.average_bits=3", "search.choices=[2,16]"), "search.choices=16: allowed are whole numbers from 2 to 8"),
         (("search.average_bits=3", "search.targets=[nope]"), "search.targets=['nope']: no such module has a weight whose bits can change"),
         (("search.average_bits=3", "+search.passes=3"), "search.passes: allowed are method, budget_mb, average_bits, choices"),
-        (("search.average_bits=3", "ptq.batch=1"), "search.fitness='infonce': compares images of a batch with each other"),
+        (("search.average_bits=3", "ptq.batch=1"), "search.fitness='infonce': a batch of one image has no others"),
         (("search.average_bits=3", "ptq.weight_quantizer=float", "ptq.bits=8"), "whose bits can change; those are nothing"),
     ],
 )

@@ -288,6 +288,14 @@ def test_a_full_disk_outside_of_checkpoints_is_one_line_too(tmp_path, refused, m
     assert "cannot be written: config.yaml (No space left on device)" in refused("train", tiny(tmp_path / "run"))
 
 
+def test_what_may_not_be_read_is_one_line(tmp_path, refused, monkeypatch):
+    def denied(cfg):
+        raise PermissionError(13, "Permission denied", "/data/train")
+
+    monkeypatch.setattr("qat.tasks.build.build_data", denied)
+    assert "no access to /data/train (Permission denied)" in refused("train", tiny(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")], ids=["full", "denied"]
 )
