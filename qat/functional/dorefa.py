@@ -20,7 +20,7 @@ def dorefa(w: Tensor, bits: int, ratio: float = 1.0) -> Tensor:
         ratio: above 0.
 
     Returns:
-        The shape and dtype of `w`, about in [-1, 1]; zeros for zeros. It has no gradient.
+        The shape and dtype of `w`, about in [-1, 1]; zero is a level where (2^bits - 1) ratio is even. It has no gradient.
 
     Raises:
         UsageError: an argument that cannot work.

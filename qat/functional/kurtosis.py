@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,8 +19,14 @@ REDUCTIONS = tuple(_REDUCTIONS)
 PIECE = 2**17
 
 
-def _floats(w: Tensor) -> Tensor:
-    return w if w.dtype == torch.float64 else w.float()
+# Up to so many values float64 costs nothing, and the rounding errors of single values do not cancel out.
+FEW = 2**14
+
+
+def _dtype_for(w: Tensor) -> torch.dtype:
+    """What is computed in."""
+    is_wide = w.dtype == torch.float64 or (w.numel() <= FEW and w.device.type != "mps")
+    return torch.float64 if is_wide else torch.float32
 
 
 def _pieces(w: Tensor) -> tuple[Tensor, ...]:
@@ -41,7 +48,7 @@ def _sums(w: Tensor) -> Tensor:
     Values up to 1 keep fourth powers of small and of large weights inside float32. The range of a constant tensor is exactly zero; its
     spread would be a rounding error.
     """
-    w = _floats(w)
+    w = w.to(_dtype_for(w))
     mean, (low, high) = w.mean(), w.aminmax()
     width = high - low
     # Not `width > 0`: a NaN has to stay.
@@ -84,10 +91,12 @@ class _Kurtoses(torch.autograd.Function):
 
     @staticmethod
     def forward(*weights: Tensor) -> tuple[Tensor, Tensor]:
-        sums = torch.stack([_sums(w) for w in weights])
+        widest = functools.reduce(torch.promote_types, map(_dtype_for, weights))
+        sums = torch.stack([_sums(w).to(widest) for w in weights])
         n = torch.stack([sums.new_full((), w.numel()) for w in weights])  # numbers copied from a list would wait for the device
         kurtoses, cubics = _kurtosis_and_cubic(sums, n)
-        return kurtoses, torch.cat([sums[:, :2], cubics], dim=1)
+        own = functools.reduce(torch.promote_types, [w.dtype for w in weights], torch.float32)
+        return kurtoses.to(own), torch.cat([sums[:, :2], cubics], dim=1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -105,7 +114,8 @@ class _Kurtoses(torch.autograd.Function):
 
 def _gradient(w: Tensor, place: Tensor, cubic: Tensor) -> Tensor:
     """The cubic of every entry of `w`."""
-    pieces = [_cubic_of(_floats(piece), place.unbind(0), cubic.unbind(0)).to(w.dtype) for piece in _pieces(w)]
+    dtype = _dtype_for(w)
+    pieces = [_cubic_of(piece.to(dtype), place.unbind(0), cubic.unbind(0)).to(w.dtype) for piece in _pieces(w)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces).view_as(w)
 
 
@@ -132,7 +142,7 @@ def kurtosis(w: Tensor) -> Tensor:
     """Mean of ((w - mean w) / std w)^4 over all elements, std with n - 1: 1.8 uniform, 3 normal, 6 Laplace for many elements.
 
     Args:
-        w: any shape and float dtype; computed in float32 (float64 for float64) whatever autocast says.
+        w: any shape and float dtype; computed in float32 (float64 for float64 and for few values) whatever autocast says.
 
     Returns:
         Scalar. 0 with a gradient of 0 for a constant tensor, and for a single element. It can be differentiated once.

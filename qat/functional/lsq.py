@@ -96,7 +96,9 @@ def lsq_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
     Returns:
         (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`.
     """
-    return (2 if qmin else 4) * mean_abs(x.detach(), axis) / math.sqrt(qmax)
+    # Equal values over this step may be ties, on either side of which a rounding error of their mean would put all of them.
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    return ((2 if qmin else 4) * mean_abs(x.detach(), axis, wide) / math.sqrt(qmax)).float()
 
 
 def mse_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:

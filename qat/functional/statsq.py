@@ -21,10 +21,12 @@ def statsq_scale(w: Tensor) -> Tensor:
     Returns:
         (out, 1) for 2-D, (1, d1, 1) for 3-D, (O, 1, 1, 1) for 4-D, in the unit of `w`. Zero for an all-zero row.
     """
-    dims = {2: (1,), 3: (0, 2), 4: (1, 2, 3)}
-    if w.ndim not in dims:
+    if not 2 <= w.ndim <= 4:
         raise ValueError(f"statsq: w has {w.ndim} dimensions, expected 2, 3 or 4")
-    return 2 * w.detach().float().abs().mean(dims[w.ndim], keepdim=True)
+    magnitude = w.detach().float().abs()
+    # One mean after the other, as the paper's code: all at once, that of equal weights, whose codes are ties, is off by a rounding error.
+    mean = magnitude.mean(-1, keepdim=True).mean(0, keepdim=True) if w.ndim == 3 else magnitude.mean(tuple(range(1, w.ndim)), keepdim=True)
+    return 2 * mean
 
 
 class _StatsQ(torch.autograd.Function):

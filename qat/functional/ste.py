@@ -16,9 +16,9 @@ def round_ste(x: Tensor) -> Tensor:
     return x.round().detach() + (x - x.detach())
 
 
-def mean_abs(x: Tensor, axis: int | None) -> Tensor:
-    """Mean magnitude in float32 of every slice along `axis`: shape (x.shape[axis],), or (1,) for None."""
-    return sum_along(x.float().abs(), axis) / group_size(x, axis)
+def mean_abs(x: Tensor, axis: int | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Mean magnitude in `dtype` of every slice along `axis`: shape (x.shape[axis],), or (1,) for None."""
+    return sum_along(x.to(dtype).abs(), axis) / group_size(x, axis)
 
 
 def code_dtype(qmin: int, qmax: int) -> torch.dtype:

@@ -211,5 +211,12 @@ def test_a_finer_search_for_the_first_step_gains_little(qmin, qmax, more, tail):
     assert (found <= (1 + more) * fine).all()
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 2, 2), (2, 7, 5), (3, 11)])
+@pytest.mark.parametrize("axis", [0, -1, None])
+def test_equal_values_lie_between_two_codes_of_their_first_step(shape, axis):
+    x = torch.full(shape, 0.7)
+    assert not F.lsq(x, F.lsq_init_scale(x, -2, 1, axis), -2, 1, axis).any()
+
+
 def test_the_first_step_of_zeros_is_zero():
     assert torch.equal(F.mse_init_scale(torch.zeros(2, 3), -2, 1, 0), torch.zeros(2))

@@ -94,6 +94,13 @@ def test_scale_per_output(shape, scale_shape):
     assert_close(scale.flatten(), expected)
 
 
+def test_three_dimensions_take_one_mean_after_the_other():
+    # As the paper's code. Equal weights lie on a tie, so that the last digit of the scale decides where all of them go.
+    assert torch.equal(F.statsq(torch.full((2, 1, 4), 0.7), 2), torch.full((2, 1, 4), 0.35))
+    w = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(F.statsq_scale(w), 2 * w.abs().mean(-1, keepdim=True).mean(0, keepdim=True))
+
+
 def test_a_scale_needs_rows():
     with pytest.raises(ValueError, match="1 dimensions, expected 2, 3 or 4"):
         F.statsq_scale(torch.ones(3))

@@ -59,11 +59,30 @@ def recipe_of(case):
     )
 
 
+HEADS = 3  # the only size that weights do not show
+
+
+def float_net():
+    """Of the size that the weights have."""
+    weights = golden.below(PTQ, "vit/weights")
+    patches, hidden, head = (weights[f"{name}.weight"] for name in ("patch_embed.proj", "blocks.0.mlp.fc1", "head"))
+    net = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=batches()[0].shape[-1],
+        patch_size=patches.shape[-1],
+        in_chans=patches.shape[1],
+        embed_dim=patches.shape[0],
+        depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        num_heads=HEADS,
+        mlp_ratio=len(hidden) / hidden.shape[1],
+        num_classes=len(head),
+    )
+    net.load_state_dict(weights)
+    return net.eval()
+
+
 def calibrated(case):
-    kwargs = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3, "mlp_ratio": 2, "num_classes": 10}
-    net = timm.create_model("vit_tiny_patch16_224", **kwargs).eval()
-    net.load_state_dict(golden.below(PTQ, "vit/weights"))
-    qat.convert(net, recipe_of(case), input_size=(3, 16, 16))
+    net = qat.convert(float_net(), recipe_of(case), input_size=tuple(batches()[0].shape[1:]))
     calibrate(net, batches())
     return net
 

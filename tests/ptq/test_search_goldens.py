@@ -93,7 +93,7 @@ def test_chain_of_a_tiny_vit(case, monkeypatch):
         visits.append({**row, "best_loss": visit.fitness, "best_scales": visit.best})
 
     monkeypatch.setattr("qat.ptq.search.DRIVERS", {"evolution": watched})
-    settings = SearchSettings(passes=len(recorded["losses"]) // 3, cycles=recorded["losses"].shape[1] - 1, micro_batch=8)
+    settings = SearchSettings(passes=len(recorded["losses"]) // len(net.blocks), cycles=recorded["losses"].shape[1] - 1, micro_batch=8)
     targets = list(golden.tensor(PTQ, f"{tag}/o_fp_used"))
     search(net, batches(), targets, settings, options=SearchOptions(draws=reference_draws()))
     for name in ("losses", "best_loss"):
