@@ -22,7 +22,7 @@ _ID = re.compile(r"[A-Z]+\d*")
 _ARM = re.compile(r"[A-Za-z0-9_-]+")
 _FILE = re.compile(r"[a-z0-9-]+\.svg")
 _MERGE = "tag:yaml.org,2002:merge"
-_CLAIM_KEYS = ("id", "title", "source", "statement", "seeds", "arms", "expect", "tables", "figures", "why")
+_CLAIM_KEYS = ("id", "title", "source", "statement", "seeds", "arms", "expect", "tables", "figures", "why", "readme")
 _FIGURE_KEYS = ("file", "kind", "metric", "curve", "x", "y", "z", "series", "reference", "caption", "headline")
 
 
@@ -100,7 +100,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Claim:
-    """One file. `arms` are as in the file: what but their `label` stands in them is the runner's."""
+    """One file. `arms` are as in the file: what but their `label` stands in them is the runner's. `readme` is the headline's words there."""
 
     file: Path
     id: str
@@ -113,6 +113,7 @@ class Claim:
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
     why: str = ""
+    readme: str = ""
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         """The seeds that an arm is to be run with."""
@@ -167,6 +168,7 @@ def load_claim(path: Path) -> Claim:
         tables=tuple(_table(entry) for entry in _entries(fields, "tables", ("caption", "rows", "columns", "formats", "labels"))),
         figures=tuple(_figure(entry) for entry in _entries(fields, "figures", _FIGURE_KEYS)),
         why=fields.text("why", ""),
+        readme=fields.text("readme", ""),
     )
 
 

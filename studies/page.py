@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qat.files import write_text
-from studies import figures, tables, verdict
+from studies import figures, prose, tables, verdict
 from studies.checks import wrong
 from studies.claims import CLAIM, Claim, Table
 from studies.evidence import Evidence, read_evidence
@@ -95,15 +95,23 @@ def _readme_block(evidence: Evidence, claims_dir: Path) -> str:
     claim = evidence.claims[HEADLINE]
     found = tables.tables_of(claim, evidence)[:1]
     rows = [arm for table in found for arm in table.rows]
+    cost = spent(_behind(claim, rows, evidence))
     parts = [
         BEGIN,
         *(tables.results(claim, table, evidence, is_whole=False) for table in found),
+        *([prose.filled(claim, evidence, "readme")] if claim.readme else []),
         *_to_come(claim, found, evidence),
-        f"Mean ± sample deviation over seeds; `{command_of(claim, rows)}` makes these runs. {_count(evidence)}",
+        f"Mean ± sample deviation over seeds; `{command_of(claim, rows)}` makes these runs ({cost}). {_count(evidence)}",
         *_pictures(evidence),
         END,
     ]
     return "\n\n".join(parts)
+
+
+def _behind(claim: Claim, rows: Sequence[str], evidence: Evidence) -> list[Record]:
+    """All records of the claims that some rows are of."""
+    names = dict.fromkeys((claim.id, *(claim.place(arm)[0] for arm in rows)))
+    return [record for name in names for record in evidence.of_claim(evidence.claims[name])]
 
 
 def _to_come(claim: Claim, found: Sequence[Table], evidence: Evidence) -> list[str]:

@@ -33,7 +33,7 @@ from qat.errors import UsageError
 from qat.files import read_torch, write_text
 from qat.lit import QATModule
 from qat.lit.evaluate import evaluate
-from qat.lit.loggers import close
+from qat.lit.loggers import closing
 from qat.start import Start
 from qat.tasks import build, cli, faults, fit, summary
 from qat.tasks.checks import check_settings
@@ -147,11 +147,11 @@ def train(choice: Choice, cfg: DictConfig) -> dict[str, Any]:
     log.info("%s: %s; %d epochs, lr %g, seed %d", choice.library, what, cfg.trainer.max_epochs, cfg.optimizer.lr, cfg.seed)
     data.trainer = trainer
     top1_fp = None if teacher is None else evaluate(teacher, data.test_dataloader(), data.settings.num_classes, module.device)["top1"]
-    faults.fit(trainer, module, data)
-    saved = _saved_mb(module, data)
-    val_top1 = _take_best(trainer, module)
-    (metrics,) = trainer.test(module, datamodule=data, verbose=False)
-    close(trainer.loggers)
+    with closing(trainer.loggers):
+        faults.fit(trainer, module, data)
+        saved = _saved_mb(module, data)
+        val_top1 = _take_best(trainer, module)
+        (metrics,) = trainer.test(module, datamodule=data, verbose=False)
     figures = {
         **{key: metrics[f"test/{key}"] for key in ("top1", "top5", "loss")},
         "val_top1": val_top1,

@@ -16,26 +16,26 @@ _PLACEHOLDER = re.compile(rf"{_VALUE}(?:\s+-\s+{_VALUE})?\s*(?::({NUMBER_FORMAT.
 _ALLOWED = "allowed are {arm.metric}, {arm.metric - other.metric}, with a format as {arm.metric:.1f}, and {{ for a brace"
 
 
-def filled(claim: Claim, evidence: Evidence) -> str:
-    """The `why` of a claim; a number that no run has given yet says so.
+def filled(claim: Claim, evidence: Evidence, field: str = "why") -> str:
+    """The `why` of a claim, or its `readme`; a number that no run has given yet says so.
 
     Raises:
         UsageError: a placeholder is none, or names an arm or a metric that does not exist.
     """
-    return _BRACES.sub(lambda found: _filled(claim, evidence, found), claim.why)
+    return _BRACES.sub(lambda found: _filled(claim, evidence, field, found), getattr(claim, field))
 
 
-def _filled(claim: Claim, evidence: Evidence, found: re.Match[str]) -> str:
+def _filled(claim: Claim, evidence: Evidence, field: str, found: re.Match[str]) -> str:
     if found[0] in {"{{", "}}"}:
         return found[0][0]
     parts = _PLACEHOLDER.fullmatch(found[1].strip()) if found[1] is not None else None
     if parts is None:
-        raise wrong(claim.file, "why", found[0], _ALLOWED)
+        raise wrong(claim.file, field, found[0], _ALLOWED)
     arm, metric, other, subtracted, spec = parts.groups()
     named = [(arm, metric)] if other is None else [(arm, metric), (other, subtracted)]
     for name, of in named:
-        check_arm(claim, evidence.claims, "why", name)
-        evidence.check_metric(claim, "why", name, of)
+        check_arm(claim, evidence.claims, field, name)
+        evidence.check_metric(claim, field, name, of)
     if other is None:
         values = list(evidence.values(claim, arm, metric).values())
     else:

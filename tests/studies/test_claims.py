@@ -51,7 +51,7 @@ def test_order_of_the_page(tmp_path):
 MISTAKES = [
     ({"title": ""}, "title='': allowed is a text that is not empty"),
     ({"id": "c1"}, "id='c1': allowed is capitals and a number, as C1"),
-    ({"kind": 1}, "kind=1: unknown, allowed are id, title, source, statement, seeds, arms, expect, tables, figures, why"),
+    ({"kind": 1}, "kind=1: unknown, allowed are id, title, source, statement, seeds, arms, expect, tables, figures, why, readme"),
     ({"seeds": []}, "seeds=[]: allowed is a list of seeds, as [0, 1, 2]"),
     ({"seeds": [0, 0]}, "seeds=[0, 0]: allowed is a list of seeds, as [0, 1, 2]"),
     ({"arms": {"a.b": {"label": "x"}}}, "arms='a.b': allowed are names of letters, digits, _ and -"),
