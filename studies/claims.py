@@ -100,7 +100,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Claim:
-    """One file. `arms` are as in the file: what but their `label` stands in them is the runner's. `readme` is the headline's words there."""
+    """One file. `arms` are as in the file: what but their `label` stands in them is the runner's; `readme` is the README's."""
 
     file: Path
     id: str

@@ -32,7 +32,13 @@ one between an arm of one seed and an arm of three is of one pair; only the floa
 mean by more than {verdict.ERRORS:g} standard errors; *contradicted* when the same holds in the opposite direction; else *undecided*;
 *open* below {verdict.SEEDS} seeds. A claim is *confirmed* when all its expectations are supported, *not confirmed* when none is,
 else *mixed*; *not decided yet* while one is open. Three seeds are few: of differences that are nothing but chance this rule supports one in
-eleven and contradicts as many, so a single expectation that is barely supported means little."""
+eleven and contradicts as many, so a single expectation that is barely supported means little. The difference of "A against B" is A minus B.
+Some expectations were added when other results of their claim had been seen: the text of the claim says which.
+
+**Words.** A weight *oscillates* when its code flips in more than 0.5 % of the steps, averaged over the last hundred or so; *near a
+threshold* is within 0.005 codes of one ([oscillation](oscillation.md)); curves of both begin at 0 where counting begins. A *look* is an
+evaluation of all calibration images ([search](evolq.md)). *Roughness* is defined in [analysis](analysis.md). In the pictures small points
+are seeds, bars their deviation."""
 
 
 def render(claims_dir: Path, results_dir: Path) -> str:
