@@ -85,7 +85,7 @@ def test_what_data_says_comes_before_timm(tmp_path):
 
 
 def test_data_that_a_file_cannot_hold_are_refused(tmp_path):
-    with pytest.raises(qat.UsageError, match="save: data is not plain"):
+    with pytest.raises(qat.UsageError, match="save: data is no plain config"):
         qat.save(net(img_size=16), tmp_path / "net.ckpt", data={"mean": torch.zeros(3)})
     assert not (tmp_path / "net.ckpt").exists()
 
