@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.biases import grow_biases, grown_biases
+from qat.bounds import about_as_large_as, check_bounds, check_model_arguments, check_tensors
 from qat.conversion import conversion_of, convert
 from qat.errors import UsageError
 from qat.files import damage_of, write_torch
@@ -42,6 +45,7 @@ FORMATS = ("auto", "qat", "timm", "ofq")
 _AVERAGED, _TRAINED = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # under which scripts keep weights
 _DATA, _CLASSES = "qat_data", "qat_classes"  # where a net keeps what its file said of its data
 _FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+_MOST_SIDE, _MOST_PIXELS = 2**14, 2**25  # of an image that a file says its net takes
 
 
 def is_plain(value: object) -> bool:
@@ -79,6 +83,10 @@ def describe(
     data = dict(data) if isinstance(data, Mapping) else data
     if data is not None and not (isinstance(data, dict) and is_plain(data)):
         raise UsageError("save: data is no plain config: allowed is a dict of Python's own numbers, text, lists and dicts of them")
+    try:
+        check_bounds([data, classes])  # what `load` would refuse
+    except ValueError as error:
+        raise UsageError(f"save: data and classes: must be smaller: what they hold {error}") from error
     if classes is not None and not (_are_texts(classes) and is_plain(list(classes))):
         raise UsageError(f"save: classes={str(classes)[:60]}: allowed is a list of names, one text for each class")
     name = model or (getattr(net, "pretrained_cfg", None) or {}).get("architecture")
@@ -232,6 +240,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
     tensors = timm_names({_bare(k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)})
     if not tensors:
         raise UsageError(f"{setting}={str(path)!r}: holds no weights")
+    check_tensors(tensors, f"{setting}={str(path)!r}")
     ours = dict(meta) if isinstance(meta, Mapping) and fmt not in {"timm", "ofq"} else None
     if ours is not None and "pytorch-lightning_version" in content:
         tensors = {k.removeprefix(NET_PREFIX): v for k, v in tensors.items() if k.startswith(NET_PREFIX)}
@@ -244,6 +253,10 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
 
 def _check_meta(meta: Mapping[str, Any], origin: str) -> None:
     """Raise `UsageError` if what a file of ours says of itself is not of the kind that `describe` writes."""
+    try:
+        check_bounds(meta)
+    except ValueError as error:
+        raise UsageError(f"{origin}: is damaged, or not written by qat: its description of the net {error}") from error
     model = meta.get("model")
     is_right = {
         "format_version": isinstance(meta.get("format_version", 0), int),
@@ -252,7 +265,7 @@ def _check_meta(meta: Mapping[str, Any], origin: str) -> None:
         "input_size": meta.get("input_size") is None or _is_size(meta["input_size"]),
         "biases": meta.get("biases") is None or _are_texts(meta["biases"]),
         "frozen": isinstance(meta.get("frozen", False), bool),
-        "data": isinstance(meta.get("data"), Mapping | None),
+        "data": _is_data(meta.get("data")),
         "classes": meta.get("classes") is None or _are_texts(meta["classes"]),
     }
     for key, fits in is_right.items():
@@ -261,7 +274,12 @@ def _check_meta(meta: Mapping[str, Any], origin: str) -> None:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(n, int) and n > 0 for n in value)
+    is_triple = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(n, int) and 0 < n <= _MOST_SIDE for n in value)
+    return is_triple and math.prod(value) <= _MOST_PIXELS  # type: ignore[call-overload]
+
+
+def _is_data(value: object) -> bool:
+    return value is None or (isinstance(value, Mapping) and isinstance(value.get("_target_", ""), str))
 
 
 def _are_texts(value: object) -> bool:
@@ -300,8 +318,9 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
         newer = f"written by a newer qat (format {meta['format_version']}); this one reads up to {FORMAT_VERSION}"
         raise UsageError(f"ckpt={str(checkpoint.path)!r}: {newer}")
     try:
-        net = _described(meta)
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        with about_as_large_as(checkpoint.state):
+            net = _described(meta)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as error:
         raise UsageError(
             f"ckpt={str(checkpoint.path)!r}: cannot build the net it describes ({' '.join(str(error).split()) or type(error).__name__})"
         ) from error
@@ -325,6 +344,7 @@ def _described(meta: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"timm has no model {name!r}")
     for argument in sorted(_FETCHING_ARGS & set(kwargs)):
         raise ValueError(f"argument {argument} would read something else")
+    check_model_arguments(kwargs)
     net: nn.Module = timm.create_model(name, **kwargs)
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
@@ -346,10 +366,18 @@ def built_alike(net: nn.Module, recipe: QuantRecipe, input_size: tuple[int, int,
     return alike.eval()
 
 
-def load(path: str | os.PathLike[str]) -> nn.Module:
+def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:
     """Rebuild a net from a file of `qat.save` or a `last.ckpt` / `best.ckpt`: strict, without data, in eval mode.
 
+    Args:
+        path: the file.
+        imports: modules to import first, with the quantizers `package.module:Class` and the models that the file names; of itself a
+            file imports nothing.
+
     Raises:
+        ImportError: one of `imports` cannot be imported.
         UsageError: see `read_checkpoint` and `build_from`.
     """
+    for name in imports:
+        importlib.import_module(name)
     return build_from(read_checkpoint(path))

@@ -205,7 +205,11 @@ def damage_of(path: str | os.PathLike[str]) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             # torch would leave the memory of an entry marked as a folder as it finds it, and no checksum covers that mark.
-            folder = next((entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER_MARK), None)
+            entries = archive.infolist()
+            folder = next((entry.filename for entry in entries if entry.external_attr & _FOLDER_MARK), None)
+            # Looked at before any of it is read: three megabytes may unpack to three gigabytes.
+            if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
+                return "it is compressed, which torch.save never does"
             damaged = archive.testzip() or folder
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
         return " ".join(str(error).split())

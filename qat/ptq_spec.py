@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -190,7 +191,26 @@ def recipe_from(stored: Mapping[str, Any]) -> QuantRecipe:
 
     Raises:
         TypeError: a knob is none of either kind.
-        UsageError: a value that cannot work.
+        UsageError: a value that cannot work, or a quantizer `package.module:Class` of a module that nobody has imported.
     """
     names = {f.name for f in dataclasses.fields(PtqRecipe)} - {f.name for f in dataclasses.fields(QuantRecipe)}
-    return PtqRecipe(**stored) if names & set(stored) else QuantRecipe(**stored)
+    recipe = PtqRecipe(**stored) if names & set(stored) else QuantRecipe(**stored)
+    for name in custom_quantizers(recipe):
+        check_imported("quantizer", name)
+    return recipe
+
+
+def custom_quantizers(recipe: QuantRecipe) -> list[str]:
+    """The quantizers `package.module:Class` that a recipe names, its overrides included."""
+    rules = [{"weight": recipe.weight_quantizer, "act": recipe.act_quantizer}]
+    rules += [{key: rule[key] for key in ("weight_quantizer", "act_quantizer") if key in rule} for rule in recipe.overrides.values()]
+    return [name for name in dict.fromkeys(value for rule in rules for value in rule.values()) if ":" in name]
+
+
+def check_imported(setting: str, name: str) -> None:
+    """Raise `UsageError` unless the class `package.module:Class` is there already: nothing that a file names is imported."""
+    module, _, attribute = name.partition(":")
+    # Of the module's own names: asked for another one it might import further modules.
+    if not isinstance(vars(sys.modules[module]).get(attribute) if module in sys.modules else None, type):
+        hint = f"model.imports=[{module}], in Python qat.load(path, imports=[{module!r}])"
+        raise UsageError(f"{setting}={name!r}: must be built in, or of a module that is imported; a file imports none: {hint}")

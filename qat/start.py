@@ -6,6 +6,7 @@ import difflib
 import http.client
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from qat.sites import iter_quantizers
 from qat.transfer import timm_state_dict
 
 HUB_TIMEOUT_S = 4
+MOST_UNPACKED = 100  # times the size of an archive of arrays
 ALIKE = 0.6  # difflib's own threshold for a close match
 GATEWAY_ERRORS = {407, 502, 503, 504}  # a proxy says that it cannot get there
 NEW_HEAD = "; model.reset_head=true gives it a new head"
@@ -238,9 +240,21 @@ def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin
     return start
 
 
+def _check_archive(path: str) -> None:
+    """Raise `UsageError` if an archive of arrays would unpack to much more than it is: weights hardly compress."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (OSError, zipfile.BadZipFile):
+        return  # whoever reads it says what is wrong
+    if unpacked > MOST_UNPACKED * Path(path).stat().st_size:
+        raise UsageError(f"model.weights={path!r}: unpacks to {unpacked:,} bytes, more than {MOST_UNPACKED} times its size")
+
+
 def from_weights(model: str, kwargs: Mapping[str, Any], path: str, state: Mapping[str, Tensor] | None, *, keep_head: bool = False) -> Start:
     """Start from a local weight file in any format timm reads; `state` is its content, None for original JAX `.npz` files."""
     if state is None:
+        _check_archive(path)
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": path, "custom_load": True})
         return Start(net, [f"weights of model.weights={path!r}"])
     return from_state(model, kwargs, state, origin=f"model.weights={str(Path(path))!r}", keep_head=keep_head)

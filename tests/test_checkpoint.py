@@ -1,7 +1,10 @@
 """Checkpoints. Oracle: the net that was saved, and one line for every file that is none."""
 
+import contextlib
 import copy
 import pickle
+import sys
+import time
 import zipfile
 from collections import defaultdict
 from functools import partial
@@ -144,6 +147,7 @@ def test_model_arguments_have_to_be_plain(path, value):
     [
         ({"data": {"mean": [np.float64(0.5)]}}, "save: data is no plain config"),
         ({"data": [1, 2]}, "save: data is no plain config"),
+        ({"data": {"a": [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]}}, "save: data and classes: must be smaller"),
         ({"data": {"classes": defaultdict(int)}}, "save: data is no plain config"),
         ({"classes": [0, 1, 2]}, r"save: classes=\[0, 1, 2\]: allowed is a list of names"),
         ({"classes": "abc"}, "save: classes=abc: allowed is a list of names"),
@@ -330,9 +334,82 @@ def test_a_description_of_no_net(path, meta, model):
     refused(path, f"is damaged, or not written by qat: it says model={model!r} of itself")
 
 
-def test_a_quantizer_that_is_not_installed(path):
-    changed(path, lambda c: c["qat"]["recipe"].update(act_quantizer="not_installed_here:Quantizer"))
-    refused(path, "quantizer='not_installed_here:Quantizer': No module named 'not_installed_here'")
+@pytest.mark.parametrize("knob", ["weight_quantizer", "act_quantizer", "overrides"])
+def test_a_file_imports_nothing(path, tmp_path, monkeypatch, knob):
+    (tmp_path / "stranger.py").write_text("from qat.quantizers.lsq import LSQ as X\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = {"blocks.*": {"weight_quantizer": "stranger:X"}} if knob == "overrides" else "stranger:X"
+    changed(path, lambda c: c["qat"]["recipe"].update({knob: name}))
+    refused(path, "quantizer='stranger:X': must be built in, or of a module that is imported", "qat.load(path, imports=['stranger'])")
+    assert "stranger" not in sys.modules
+    with contextlib.suppress(qat.UsageError):  # its weights are those of another quantizer
+        qat.load(path, imports=["stranger"])
+    assert sys.modules.pop("stranger").X
+
+
+@pytest.mark.parametrize("name", ["os:system", "this:X", "unittest.__main__:X", "collections:OrderedDict", "qat:report"])
+def test_a_file_names_no_other_code(path, name):
+    changed(path, lambda c: c["qat"]["recipe"].update(weight_quantizer=name))
+    before = set(sys.modules)
+    refused(path, f"quantizer={name!r}: must be")
+    assert not set(sys.modules) & {"this", "unittest.__main__"} - before
+
+
+def nested(depth):
+    return [nested(depth - 1)] if depth else 1
+
+
+def shared(levels):
+    """Ten to the power of `levels` values, of which a file holds few."""
+    value = ["a"]
+    for _ in range(levels):
+        value = [value] * 10
+    return value
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["qat"]["model"]["kwargs"].update(depth=10**9), "argument depth=1000000000 must be at most"),
+        (lambda c: c["qat"]["model"]["kwargs"].update(depth=50_000), "the net is much larger than the weights of the file"),
+        (lambda c: c["qat"]["model"]["kwargs"].update(embed_dim=12_000), "the net is much larger than the weights of the file"),
+        (lambda c: c["qat"].update(input_size=[1, 10**6, 10**6]), "it says input_size=[1, 1000000, 1000000] of itself"),
+        (lambda c: c["qat"].update(data={"nested": nested(150)}), "its description of the net is nested more than 32 deep"),
+        (lambda c: c["qat"].update(classes=shared(30)), "its description of the net holds more than 1000000 values"),
+        (lambda c: c["qat"].update(data={"_target_": ["qat.data.Digits"]}), "it says data={'_target_': ['qat.data.Digits']} of itself"),
+    ],
+    ids=["depth", "blocks", "width", "image", "nested", "shared", "target"],
+)
+def test_what_a_file_asks_for_has_bounds(path, change, said):
+    changed(path, change)
+    began = time.monotonic()
+    refused(path, said)
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (torch.zeros(2, dtype=torch.complex64), "is complex64; weights must be dense real numbers"),
+        (torch.eye(3).to_sparse(), "is sparse_coo; weights must be dense real numbers"),
+        (torch.zeros(2, device="meta"), "is without values; weights must be dense real numbers"),
+        (torch.zeros(1).expand(10**5, 10**6), "of (100000, 1000000) has more numbers than the file"),
+    ],
+    ids=["complex", "sparse", "meta", "expanded"],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_weights_are_dense_real_numbers(path, weight, said):
+    changed(path, lambda c: c["state_dict"].update({"blocks.0.mlp.fc1.weight": weight}))
+    refused(path, f"its weight blocks.0.mlp.fc1.weight {said}")
+
+
+def test_a_compressed_file_is_not_unpacked(path):
+    qat.save(quantized(), path)
+    content = {name: zipfile.ZipFile(path).read(name) for name in zipfile.ZipFile(path).namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    refused(path, "is damaged (it is compressed, which torch.save never does)")
 
 
 def test_formats(path):

@@ -162,6 +162,16 @@ def test_a_quantizer(tmp_path, extended):
     assert evaluate(tmp_path / "eval", f"ckpt={run}/checkpoints/best.ckpt")["top1"] == results(run)["top1"]
 
 
+def test_a_quantizer_of_a_file_is_imported_by_its_user_alone(tmp_path, extended, refused):
+    run = train(tmp_path / "run", extended, "quant=mine")
+    sys.modules.pop("ext_quantizer")  # as in a process of its own
+    best = f"ckpt={run}/checkpoints/best.ckpt"
+    said = refused("evaluate", compose("eval", best, f"run_dir={tmp_path}/refused"))
+    assert "quantizer='ext_quantizer:Sign': must be built in, or of a module that is imported" in said
+    assert "ext_quantizer" not in sys.modules
+    assert evaluate(tmp_path / "eval", best, "model.imports=[ext_quantizer]")["top1"] == results(run)["top1"]
+
+
 def test_a_dataset(tmp_path, extended):
     run = train(tmp_path / "run", extended, "data=mine")
     found = results(run)
@@ -226,7 +236,7 @@ def test_all_at_once_from_the_command_line(tmp_path, extended):
     [
         ("quant.weight_quantizer=ext_quantizer:Nope", "quantizer='ext_quantizer:Nope'"),
         ("quant.weight_quantizer=ext_nope:Sign", "quantizer='ext_nope:Sign'"),
-        ("quant.weight_quantizer=ext_loss:HeadDecay", "allowed are subclasses of qat.quantizers.Quantizer"),
+        ("quant.weight_quantizer=ext_loss:HeadDecay", "must be a subclass of qat.quantizers.Quantizer"),
         ("data._target_=ext_nope.Bright", "ext_nope.Bright"),
         ("loss.terms.ce._target_=ext_nope.Term", "ext_nope.Term"),
         ("callbacks.epoch_log._target_=ext_nope.Callback", "ext_nope.Callback"),

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from qat.analysis.base import StudiedNet
+from qat.bounds import read_yaml
 from qat.errors import UsageError
 from qat.functional.oscillation import PackedOscillation, unpack_oscillation
 
@@ -115,8 +115,8 @@ def run_folder(path: Path) -> Path:
 def _settings(folder: Path) -> dict[str, Any]:
     """The callbacks of the run's config; nothing where there is none that can be read."""
     try:
-        found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        found, _ = read_yaml(folder / "config.yaml")
+    except (OSError, ValueError):
         return {}
     callbacks = found.get("callbacks") if isinstance(found, dict) else None
     return callbacks if isinstance(callbacks, dict) else {}

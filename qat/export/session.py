@@ -49,12 +49,14 @@ def open_session(
 
 
 def own_options(model: str | Path | bytes) -> dict[str, str]:
-    """Session options that a file names of itself."""
+    """Session options that a file names of itself, of those in `SESSION_OPTIONS`."""
     import onnx  # noqa: PLC0415
 
     content = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(str(model), load_external_data=False)
     found = next((entry.value for entry in content.metadata_props if entry.key == OPTIONS_KEY), "{}")
-    return {str(key): str(value) for key, value in json.loads(found).items()}
+    told = json.loads(found)
+    # Of the ones that exporting writes alone: others change what a session reads and writes.
+    return {key: str(told[key]) for key in SESSION_OPTIONS if isinstance(told, dict) and key in told}
 
 
 def logits_of(session: onnxruntime.InferenceSession, images: Tensor) -> Tensor:

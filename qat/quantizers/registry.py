@@ -30,25 +30,32 @@ def register(name: str) -> Callable[[Callable[[QuantSpec], Quantizer]], Callable
     return add
 
 
-def _imported(path: str) -> type[Quantizer]:
+def import_quantizer(path: str) -> type[Quantizer]:
+    """The class `package.module:Class`, its module imported: for a name that the user typed, never for one that a file holds.
+
+    Raises:
+        UsageError: there is no such class, or it is no subclass of `Quantizer`.
+    """
     module_name, class_name = path.split(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"quantizer={path!r}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Quantizer)):
-        raise UsageError(f"quantizer={path!r}: allowed are subclasses of qat.quantizers.Quantizer")
+        raise UsageError(f"quantizer={path!r}: must be a subclass of qat.quantizers.Quantizer")
     return found
 
 
 def build_quantizer(spec: QuantSpec) -> Quantizer:
     """The quantizer module of a spec, inside `Shifted` if the spec asks for offsets.
 
+    What a file names has been compared with what is imported before it becomes a spec (`qat.ptq_spec.recipe_from`).
+
     Raises:
         UsageError: the name is neither registered nor importable.
     """
     if ":" in spec.quantizer:
-        builder: Callable[[QuantSpec], Quantizer] = _imported(spec.quantizer)
+        builder: Callable[[QuantSpec], Quantizer] = import_quantizer(spec.quantizer)
     elif spec.quantizer in _BUILDERS:
         builder = _BUILDERS[spec.quantizer]
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from qat.bounds import read_json
 from qat.errors import UsageError
 
 
@@ -23,8 +23,8 @@ def collect(run_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
     for run_dir in run_dirs:
         path = Path(run_dir) / "results.json"
         try:
-            found.append({"run_dir": str(run_dir), **json.loads(path.read_text(encoding="utf-8"))})
-        except (OSError, json.JSONDecodeError) as error:
+            found.append({"run_dir": str(run_dir), **read_json(path)})
+        except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"{path}: no results there ({error})") from error
     return found
 

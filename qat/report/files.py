@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from qat.bounds import read_json
 
 LOGS = ("train.log", "ptq.log", "analyze.log", "eval.log")
 RESUMED = re.compile(r"resumed at step (\d+)")
@@ -120,11 +121,6 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return [row for row in rows if None not in row and None not in row.values()]
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _studies(folder: Path, unread: list[str]) -> list[Study]:

@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from qat.bounds import read_json, read_yaml
 from qat.errors import UsageError
 from qat.files import csv_text, write_text
-from qat.report.files import read_json
 
 JOBS, GROUPS = "sweep.csv", "sweep_groups.csv"
 # What is averaged over the jobs of a group, in the order of the columns.
@@ -192,8 +190,8 @@ def overrides_of(folder: Path) -> dict[str, str]:
     """
     for name, key in (("command.json", "overrides"), (".hydra/overrides.yaml", None)):
         try:
-            found = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
+            found, _ = read_yaml(folder / name)
+        except (OSError, ValueError):
             continue
         listed = found.get(key) if key and isinstance(found, dict) else found
         if isinstance(listed, list):
@@ -271,9 +269,9 @@ def _grouped(jobs: Sequence[Job]) -> list[Group]:
 def _command(folder: Path) -> list[str] | None:
     """Arguments of a sweep, as Hydra wrote them down."""
     try:
-        found = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]
+        found = read_yaml(folder / "multirun.yaml")[0]["hydra"]
         return [f"{found['job']['name']}.py", "-m", *found["overrides"]["task"], *_of_hydra(found["overrides"]["hydra"])]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

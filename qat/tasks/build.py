@@ -19,6 +19,8 @@ from qat.data import ImageData
 from qat.errors import UsageError
 from qat.interop import OfqNet, is_ofq, net_from_ofq
 from qat.losses import CompositeLoss
+from qat.ptq_spec import custom_quantizers
+from qat.quantizers.registry import import_quantizer
 from qat.scales import assert_ready, initialize_scales
 from qat.signature import check_arguments
 from qat.spec import QuantRecipe
@@ -88,7 +90,10 @@ def build_recipe(cfg: DictConfig) -> QuantRecipe:
     for key in cfg.quant:
         if key not in knobs:
             raise UsageError(f"quant.{key}: allowed are {', '.join(knobs)}")
-    return QuantRecipe(**plain(cfg.quant))
+    recipe = QuantRecipe(**plain(cfg.quant))
+    for name in custom_quantizers(recipe):
+        import_quantizer(name)  # typed by the user; a checkpoint that names the same one finds it imported
+    return recipe
 
 
 def model_args(cfg: DictConfig) -> dict[str, Any]:

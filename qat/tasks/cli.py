@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat import preemption
 from qat.errors import UsageError
 from qat.preemption import Preempted
-from qat.tasks import overrides, ranks, repeat, resolvers, slurm, sweep
+from qat.tasks import foreign, overrides, ranks, repeat, resolvers, slurm, sweep
 from qat.tasks.watch import LOST
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,10 @@ def command(main: Callable[[], None]) -> int:
     missing = sweep.missing_extra(sys.argv[1:])
     if missing is not None:
         sys.exit(f"error: {missing}")
+    try:
+        foreign.check_repeated(sys.argv[1:])
+    except UsageError as error:
+        sys.exit(f"error: {error}")
     try:
         with overrides.answered_in_one_line():
             main()

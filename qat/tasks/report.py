@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from torch import nn
 from qat.analysis import Analysis, StudiedNet, write_outcome
 from qat.analysis.cost import CostAnalysis
 from qat.analysis.weights import WeightAnalysis
+from qat.bounds import read_json, read_yaml
 from qat.checkpoint import build_from, read_checkpoint
 from qat.conversion import conversion_of
 from qat.errors import UsageError
 from qat.files import write_text
 from qat.report import Origin, write_report
-from qat.report.files import ANALYSES, read_json
+from qat.report.files import ANALYSES
 from qat.report.notes import OWN
 from qat.tasks.checks import check_path
 from qat.tasks.repeat import CONF, FOLLOWS, OF_THE_DIRECTORY, references
@@ -39,6 +41,8 @@ NOT_COMPARED = ("run_dir", "sweep_dir", "default_data", "default_photos", "run",
 # Neither of them reads an image.
 STUDIES: tuple[tuple[type[Analysis], dict[str, Any]], ...] = ((WeightAnalysis, {"max_panels": 6}), (CostAnalysis, {}))
 MISSING = object()
+COMMANDS = ("train", "eval", "ptq", "analyze", "export")
+CHOICE = re.compile(r"[+~]{0,2}[\w/@.]+(=\[?[\w/, -]*\]?)?")
 
 
 def remember(cfg: DictConfig) -> None:
@@ -99,22 +103,36 @@ def remake(cfg: DictConfig) -> Path:
 
 def origin_of(folder: Path) -> Origin:
     """How the run of a directory came about."""
-    path = folder / "config.yaml"
-    if not path.is_file():
+    config, text = _read(folder / "config.yaml", read_yaml) or ({}, "")
+    if not isinstance(config, dict) or not config:
         return Origin()
-    text = path.read_text(encoding="utf-8")
-    config: Any = OmegaConf.to_container(OmegaConf.create(text))
-    command = read_json(folder / COMMAND) if (folder / COMMAND).is_file() else None
+    command = _read(folder / COMMAND, read_json)
+    typed, chosen = (_texts(command.get(key) if isinstance(command, dict) else None) for key in ("overrides", "chosen"))
     script = f"{config.get('command')}.py"
-    compared, differences = _differences(config, command["chosen"] if command else [])
+    compared, differences = _differences(config, chosen or [])
     return Origin(
         config=config,
         config_text=text,
-        command=shlex.join(["python", script, *command["overrides"]]) if command else None,
+        command=None if typed is None else shlex.join(["python", script, *typed]),
         repeat=shlex.join(["python", script, "--config-dir", str(folder), "--config-name", "config", "run_dir=NEW_FOLDER"]),
         compared=compared,
         differences=differences,
     )
+
+
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What a file holds; None where it is not there or, with a warning, where it cannot be read."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s); the report does without", path, error)
+        return None
+
+
+def _texts(value: object) -> list[str] | None:
+    return value if isinstance(value, list) and all(isinstance(one, str) for one in value) else None
 
 
 def _study(nets: list[StudiedNet], folder: Path) -> None:
@@ -160,7 +178,8 @@ def _differences(config: dict[str, Any], chosen: list[str]) -> tuple[str, list[t
         chosen: the part of the command line that chooses among the files of `conf/`: their values are the defaults.
     """
     command = str(config.get("command"))
-    if not (CONF / f"{command}.yaml").is_file():
+    # The directory may be anybody's: of its command line only names of files in `conf/` are used, nothing that could be resolved.
+    if command not in COMMANDS or not all(CHOICE.fullmatch(one) for one in chosen):
         return "", []
     try:
         defaults = _composed(command, chosen)
@@ -171,7 +190,8 @@ def _differences(config: dict[str, Any], chosen: list[str]) -> tuple[str, list[t
         base["data"] = base["default_data"] | {key: value for key, value in (base.get("data") or {}).items() if value is not None}
     # What follows another setting is no difference of its own.
     same = references(OmegaConf.to_container(defaults, resolve=False))
-    followed = {key for key, value in (config.get(FOLLOWS) or {}).items() if same.get(key) == value}
+    follows = config.get(FOLLOWS)
+    followed = {key for key, value in (follows if isinstance(follows, Mapping) else {}).items() if same.get(key) == value}
     ours, theirs = (
         dict(_leaves({k: v for k, v in node.items() if k not in {*NOT_COMPARED, FOLLOWS, "defaults"}})) for node in (config, base)
     )

@@ -52,6 +52,20 @@ def zipped(path):
         archive.writestr("readme.txt", "no checkpoint")
 
 
+def compressed(path):
+    """A small file that unpacks to a large one."""
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+        archive.writestr("archive/data/999", bytes(10**8))
+
+
+def nested(depth):
+    return [nested(depth - 1)] if depth else 1.0
+
+
 def saved(make):
     """What `make` gives of the checkpoint's content, saved by torch."""
 
@@ -140,6 +154,7 @@ UNREADABLE: dict[str, Callable[..., Any]] = {
     "json": written(json.dumps({"state_dict": {}}).encode()),
     "html of an error page": written(b"<!DOCTYPE html><html>404 not found</html>"),
     "a zip of something else": zipped,
+    "compressed": compressed,
     "an archive of arrays": archive_of_arrays,
     "a pickled list": written(pickle.dumps([1, 2, 3])),
     "pickle with a payload": dangerous_pickle,
@@ -156,6 +171,7 @@ UNREADABLE: dict[str, Callable[..., Any]] = {
 # Of files that can be read: what they say of themselves, or hold, is wrong.
 WRONG: dict[str, Callable[..., Any]] = {
     "NaN among the weights": weights(nan),
+    "complex weights": weights(lambda state: {name: tensor.to(torch.complex64) for name, tensor in state.items()}),
     "infinity among the weights": weights(infinite),
     "a weight missing": weights(without_a_weight),
     "a weight too many": weights(with_a_weight_more),
@@ -180,6 +196,8 @@ WRONG: dict[str, Callable[..., Any]] = {
     "kwargs.pretrained_cfg": meta("model", "kwargs", value=lambda kwargs: kwargs | {"pretrained_cfg": {"file": "/etc/passwd"}}),
     "kwargs.colour": meta("model", "kwargs", value=lambda kwargs: kwargs | {"colour": 3}),
     "kwargs.depth=2": meta("model", "kwargs", "depth", value=2),
+    "kwargs.depth=1e9": meta("model", "kwargs", "depth", value=10**9),
+    "kwargs.embed_dim=99984": meta("model", "kwargs", "embed_dim", value=99984),
     "kwargs.depth='1'": meta("model", "kwargs", "depth", value="1"),
     "kwargs.embed_dim=-24": meta("model", "kwargs", "embed_dim", value=-24),
     "kwargs.num_heads=-1": meta("model", "kwargs", "num_heads", value=-1),
@@ -190,6 +208,7 @@ WRONG: dict[str, Callable[..., Any]] = {
     "recipe.bits='4'": meta("recipe", "bits", value="4"),
     "recipe.weight_quantizer=unknown": meta("recipe", "weight_quantizer", value="nope"),
     "recipe.weight_quantizer=a class": meta("recipe", "weight_quantizer", value="nope.module:Class"),
+    "recipe.weight_quantizer=a module that would run": meta("recipe", "weight_quantizer", value="this:X"),
     "recipe.weight_quantizer=os": meta("recipe", "weight_quantizer", value="os:system"),
     "recipe.colour": meta("recipe", value=lambda recipe: recipe | {"colour": 3}),
     "recipe.overrides=[]": meta("recipe", "overrides", value=["a"]),
@@ -203,6 +222,8 @@ WRONG: dict[str, Callable[..., Any]] = {
     "biases=3": meta("biases", value=3),
     "biases=['nope']": meta("biases", value=["nope"]),
     "data=3": meta("data", value=3),
+    "data nested 150 deep": meta("data", "mean", value=nested(150)),
+    "data._target_=[]": meta("data", "_target_", value=["qat.data.Digits"]),
     "data=[]": meta("data", value=["a"]),
     "data of another package": meta("data", "_target_", value="os.system"),
     "data that is a term": meta("data", "root", value="${oc.env:HOME}"),

@@ -1,5 +1,6 @@
 """`report.html` of commands. Oracle: the files of the run beside it; `report=false`, which leaves a run without it."""
 
+import itertools
 import json
 import shutil
 
@@ -167,6 +168,38 @@ def test_a_resumed_run_shows_all_of_it(tmp_path, monkeypatch):
 )
 def test_mistakes(overrides, message, tmp_path, refused):
     assert message in refused("analyze", compose("analyze", *overrides, f"run_dir={tmp_path}"))
+
+
+def test_nothing_that_a_foreign_directory_says_is_resolved(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    (tmp_path / "config.yaml").write_text("command: train\nseed: ${oc.env:SECRET}\n")
+    chosen = ["+q=${oc.env:SECRET}", "quant=ofq_3bit"]
+    (tmp_path / report.COMMAND).write_text(json.dumps({"command": "train.py", "overrides": chosen, "chosen": chosen}))
+    remake(compose("analyze", f"run={tmp_path}", f"run_dir={tmp_path}/log"))
+    assert "hunter2" not in (tmp_path / "report.html").read_text()
+    assert origin_of(tmp_path).differences == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[1, 2]",
+        "\x00\x01",
+        "a: [",
+        "a: " + "[" * 500 + "]" * 500,
+        "a: &a [1]\n" + "".join(f"{y}: &{y} [{', '.join(['*' + x] * 9)}]\n" for x, y in itertools.pairwise("abcdefghijk")),
+    ],
+    ids=["empty", "list", "binary", "cut", "deep", "aliases"],
+)
+def test_a_damaged_config_is_left_out(tmp_path, content, caplog):
+    (tmp_path / "config.yaml").write_text(content)
+    (tmp_path / report.COMMAND).write_text("{" if content else json.dumps([1]))
+    (tmp_path / "results.json").write_text('{"command": "train", "top1": 50.0}')
+    remake(compose("analyze", f"run={tmp_path}", f"run_dir={tmp_path}/log"))
+    assert origin_of(tmp_path) == report.Origin()
+    assert "50.00 %" in page(tmp_path).text
+    assert all("\n" not in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
 
 
 def test_differences_of_a_config_of_an_unknown_command(tmp_path):
