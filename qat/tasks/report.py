@@ -184,7 +184,7 @@ def _differences(config: dict[str, Any], chosen: list[str]) -> tuple[str, list[t
     try:
         defaults = _composed(command, chosen)
         base: dict[str, Any] = OmegaConf.to_container(defaults, resolve=True)  # type: ignore[assignment]
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, SystemExit):  # the last is how a command answers what cannot be composed
         return "", []  # chosen among files that are not here: those of a --config-dir
     if "default_data" in base:
         base["data"] = base["default_data"] | {key: value for key, value in (base.get("data") or {}).items() if value is not None}
