@@ -35,7 +35,7 @@ from qat.lit import QATModule
 from qat.lit.evaluate import evaluate
 from qat.lit.loggers import closing
 from qat.start import Start
-from qat.tasks import build, cli, faults, fit, summary
+from qat.tasks import build, cli, fit, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.results import PACKAGES, recipe_fields, write_results
 from qat.tasks.teacher import build_teacher
@@ -148,7 +148,7 @@ def train(choice: Choice, cfg: DictConfig) -> dict[str, Any]:
     data.trainer = trainer
     top1_fp = None if teacher is None else evaluate(teacher, data.test_dataloader(), data.settings.num_classes, module.device)["top1"]
     with closing(trainer.loggers):
-        faults.fit(trainer, module, data)
+        trainer.fit(module, datamodule=data)
         saved = _saved_mb(module, data)
         val_top1 = _take_best(trainer, module)
         (metrics,) = trainer.test(module, datamodule=data, verbose=False)

@@ -4,7 +4,6 @@ from qat.callbacks.best import BestCheckpoint
 from qat.callbacks.cga import CGA
 from qat.callbacks.compiling import CompileWatch
 from qat.callbacks.epoch_log import EpochLog
-from qat.callbacks.fault_policy import RollBack
 from qat.callbacks.finite import FaultGuard
 from qat.callbacks.freezing import IterativeFreezing
 from qat.callbacks.last import LastCheckpoint
@@ -25,7 +24,6 @@ __all__ = [
     "LastCheckpoint",
     "Oscillation",
     "Preemption",
-    "RollBack",
     "StepSeed",
     "Stopwatch",
     "Throughput",

@@ -41,8 +41,6 @@ class IterativeFreezing(Callback):
         UsageError: a setting cannot work. In `setup`: there is nothing to freeze.
     """
 
-    # A step that is taken back (`FaultGuard`) takes the look in front of it back.
-    state_follows_steps = True
     needs_whole_weights = True
 
     def __init__(

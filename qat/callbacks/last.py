@@ -113,10 +113,6 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer, coming=_coming_row(trainer) if trainer._logger_connector.should_update_logs else {})
         return self._path(trainer)
 
-    def save_start(self, trainer: Trainer) -> None:
-        """Save in front of the first step."""
-        self._save(trainer, coming={})
-
     def saved(self, trainer: Trainer) -> Path | None:
         """The file, if it is of the step that was the last."""
         return self._path(trainer) if self._saved_at == trainer.global_step else None

@@ -49,8 +49,6 @@ class Oscillation(Callback):
         UsageError: a setting cannot work. In `setup`: there is nothing to track.
     """
 
-    # A step that is taken back (`FaultGuard`) takes the look in front of it back.
-    state_follows_steps = True
     needs_whole_weights = True
 
     def __init__(

@@ -23,6 +23,8 @@ FOLLOWS = "follows"
 MARK, IN_FILE = "${", "@{"
 # What Hydra has to be told by a primary config: the job's directory, and the lines on the terminal.
 DEFAULTS = ["_self_", *({f"override hydra/{group}": "qat"} for group in ("output", "job_logging", "help"))]
+# Settings that older files hold and nothing reads any more (CHANGELOG.md).
+REMOVED = ("callbacks.finite.policy", "callbacks.finite.max_rollbacks")
 # They speak of a run's directory, not of the run.
 OF_THE_DIRECTORY = {"resume": False, "overwrite": False}
 
@@ -81,6 +83,12 @@ def follow(cfg: DictConfig, overrides: list[str]) -> None:
     follows = cfg.get(FOLLOWS)
     if follows is None:
         return
+    for removed in REMOVED:
+        parent, _, name = removed.rpartition(".")
+        node = OmegaConf.select(cfg, parent)
+        if OmegaConf.is_dict(node):
+            with open_dict(cfg):
+                node.pop(name, None)
     given = {override.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".") for override in overrides}
     if "run_dir" not in given:
         raise UsageError("run_dir is not set: the run that is repeated has its outputs there; choose another directory with run_dir=PATH")

@@ -30,7 +30,7 @@ from qat.lit.loggers import closing
 from qat.lit.module import limited
 from qat.spec import QuantRecipe
 from qat.start import Start
-from qat.tasks import build, faults, fit, options, summary
+from qat.tasks import build, fit, options, summary
 from qat.tasks.checks import check_classifier, check_patches, check_settings
 from qat.tasks.group import meet
 from qat.tasks.ranks import is_first
@@ -94,7 +94,7 @@ def train(cfg: DictConfig) -> float:
     _announce_estimate(cfg, run)
     options.compile_nets(cfg, run.module.net, run.teacher)
     with closing(run.trainer.loggers):
-        faults.fit(run.trainer, run.module, run.data, run.resume.path if run.resume else None)
+        run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume.path if run.resume else None)
         run.module.make_whole()
         val_top1, weights = _take_best(run)
         watch = next(c for c in run.trainer.callbacks if isinstance(c, Stopwatch))  # type: ignore[attr-defined]

@@ -1,6 +1,5 @@
 """Runs whose processes share the weights. Oracle: the same run in one process, with the same global batch."""
 
-import logging
 from dataclasses import replace
 
 import pytest
@@ -30,7 +29,6 @@ SETTINGS = (
     *("data.calibration_images=64", "checkpoint.every_n_steps=3"),
 )
 TWO = ("trainer=fsdp", "trainer.accelerator=cpu", "data.batch_size=60", *SETTINGS)
-SKIP = "callbacks.finite.policy=skip"
 READ, MAKE_CALLBACKS = Digits.read, fit.build_callbacks
 
 
@@ -41,20 +39,19 @@ def odd(self):
 
 
 class Act(Callback):
-    """Spoils a gradient of the second step. Kills a run in front of a step; damages a weight there, once and in the second process."""
+    """Kills a run in front of a step; in the second process damages a weight in front of one, or a gradient of the second step."""
 
-    def __init__(self, folder, kill=None, damage=None):
-        self.folder, self.kill, self.damage = folder, kill, damage
+    def __init__(self, folder, kill=None, weight=None, gradient=False):
+        self.folder, self.kill, self.weight, self.gradient = folder, kill, weight, gradient
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.kill:
             raise KilledError
-        if trainer.global_step == self.damage and trainer.global_rank == 1:
-            self.damage = None
+        if trainer.global_step == self.weight and trainer.global_rank == 1:
             pl_module.net.get_parameter("blocks.0.mlp.fc1.weight").detach().to_local()[0, 0] = torch.nan
 
     def on_after_backward(self, trainer, pl_module):
-        if trainer.global_step == 1 and trainer.global_rank == trainer.world_size - 1:
+        if self.gradient and trainer.global_step == 1 and trainer.global_rank == 1:
             own(pl_module.net.get_parameter("blocks.0.mlp.fc1.weight").grad)[-1, 0] = torch.nan
 
     @torch.no_grad()
@@ -77,20 +74,20 @@ def run(folder, *overrides, **what):
 def runs(root):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finite, "_is_free", lambda tensor: False)  # as on an accelerator, where nobody waits for a flag
-        run(root / "whole", *TWO, SKIP)
-    said, handler = [], logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("qat.tasks.faults").addHandler(handler)
+        run(root / "whole", *TWO)
     with pytest.raises(KilledError):
-        run(root / "again", *TWO, "callbacks.finite.policy=rollback", damage=2, kill=3)
-    (root / f"said-{ranks.rank()}.txt").write_text("\n".join(said))
+        run(root / "again", *TWO, kill=3)
     run(root / "again", *TWO, "resume=true")
+    for name, damage in (("gradient", {"gradient": True}), ("weight", {"weight": 2})):
+        with pytest.raises(UsageError) as stopped:
+            run(root / name, *TWO, **damage)
+        (root / f"{name}-{ranks.rank()}.txt").write_text(str(stopped.value))
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("fsdp")
-    run(root / "one", "data.batch_size=120", *SETTINGS, SKIP)
+    run(root / "one", "data.batch_size=120", *SETTINGS)
     assert in_processes(2, runs, root) == [""] * 2
     return root
 
@@ -139,7 +136,7 @@ def test_it_is_evaluated_in_one_process(root, tmp_path):
 
 
 @pytest.mark.long
-def test_a_run_that_goes_back_and_is_killed_equals_one_that_was_never_stopped(root):
+def test_a_run_that_is_killed_equals_one_that_was_never_stopped(root):
     found, whole = last(root / "again"), last(root / "whole")
     for part in ("state_dict", "optimizer_states"):
         expected, values = leaves(whole[part]), leaves(found[part])
@@ -152,9 +149,8 @@ def test_a_fault_in_the_part_of_one_process_is_found_by_all(root):
     gradient = "gradients of step 1 hold NaN or infinity (1 tensors, first blocks.0.mlp.fc1.weight in process 1)"
     weight = "the loss of step 2 is nan; first not finite: blocks.0.mlp.fc1.weight, the first of 1 weights that hold NaN or infinity"
     for rank in (0, 1):
-        first, second = (root / f"said-{rank}.txt").read_text().splitlines()
-        assert first.startswith(f"rolled back to step 0: {gradient}; ")
-        assert second == f"rolled back to step 2: {weight} in process 1"
+        assert (root / f"gradient-{rank}.txt").read_text().startswith(f"training stopped: {gradient}; ")
+        assert (root / f"weight-{rank}.txt").read_text().startswith(f"training stopped: {weight} in process 1; ")
 
 
 ALLOWED = "needs whole weights; allowed is ddp$"

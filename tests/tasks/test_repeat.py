@@ -163,3 +163,10 @@ def test_other_configs_are_left_alone():
     before = OmegaConf.to_container(cfg)
     follow(cfg, [])
     assert OmegaConf.to_container(cfg) == before
+
+
+def test_settings_that_are_gone_are_left_out_of_older_files():
+    cfg = read_back(run_dir="/b")
+    cfg.callbacks.finite.update({"policy": "skip", "max_rollbacks": 3})
+    follow(cfg, ["run_dir=/b"])
+    assert set(cfg.callbacks.finite) == set(compose("train").callbacks.finite)
