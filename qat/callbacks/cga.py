@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from qat.callbacks.common import layer_of, logs_now, net_of, parameter_of
 from qat.callbacks.freezing import IterativeFreezing
-from qat.callbacks.holding import Hold
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary, near_threshold
+from qat.holding import Hold
 from qat.quantizers import StatsQ
 from qat.sites import Site, iter_quantizers
 from qat.spec import check_choice, check_number, check_whole

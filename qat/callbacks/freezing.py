@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from qat.callbacks.common import layer_of, logs_now, net_of, parameter_of
-from qat.callbacks.holding import Hold
 from qat.errors import UsageError
 from qat.functional.oscillation import FreezingState, OscillationState, cosine_between, freezing_step, oscillation_step, with_frozen
+from qat.holding import Hold
 from qat.quantizers.grid import has_grid, weight_grid
 from qat.sites import Site, iter_quantizers
 from qat.spec import check_number, check_whole

@@ -1,7 +1,21 @@
-"""Lightning: the module, its optimizer and schedule, its teacher."""
+"""Lightning: the module; its optimizer and schedule and its teacher, which do without Lightning."""
 
-from qat.lit.module import QATModule
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from qat.lit.optim import build_optimizer, cosine_schedule, parameter_groups, scaled_lr
 from qat.lit.teacher import Teacher
 
+if TYPE_CHECKING:
+    from qat.lit.module import QATModule as QATModule
+
 __all__ = ["QATModule", "Teacher", "build_optimizer", "cosine_schedule", "parameter_groups", "scaled_lr"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "QATModule":
+        raise AttributeError(f"module 'qat.lit' has no attribute {name!r}")
+    from qat.lit.module import QATModule  # the one that needs Lightning
+
+    return QATModule

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qat.callbacks.holding import Hold
+from qat.holding import Hold
 
 
 def start(optimizer="adamw", **settings):

@@ -8,18 +8,17 @@ products, so what all of them gain is bounded by 3 t / (2 t + t'), t and t' bein
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
-from typing import Any
 
 import timm
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.clock import median_ms
+from benchmarks.gpu.kernels import relative_error
+from benchmarks.gpu.records import Row, failure
 from benchmarks.step_arms import table
 
-WARMUP, REPEATS = 5, 30
 WAYS = ("bfloat16", "int8", "float8")
 TRY = ((64, 32, 48),)
 
@@ -54,57 +53,46 @@ def ways(shape: tuple[int, int, int], device: torch.device) -> dict[str, Callabl
     }
 
 
-def _milliseconds(run: Callable[[], Tensor], device: torch.device) -> float:
-    if device.type == "cpu":
-        began = time.perf_counter()
-        run()
-        return 1000 * (time.perf_counter() - began)
-    events = []
-    for _ in range(WARMUP + REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median([start.elapsed_time(end) for start, end in events[WARMUP:]])
+def product(shape: tuple[int, int, int], device: torch.device) -> Row:
+    """Milliseconds of each product, or why there are none; and how far its result is from bfloat16's."""
+    torch.manual_seed(0)
+    runs, row = ways(shape, device), Row(shape=shape)
+    expected = runs["bfloat16"]().float()
+    for way, run in runs.items():
+        try:
+            row[way] = {"error": relative_error(run(), expected), "ms": median_ms(run, device)}
+        except Exception as error:  # not every device has every product
+            row[way] = failure(error)
+    return row
 
 
-def measure(model: str, batch: int, *, dry_run: bool) -> list[dict[str, Any]]:
-    """Milliseconds of each product, or None where torch has it not for this device; and how far its result is from bfloat16's.
+class Products:
+    """Measures the Linears of a model.
 
     Args:
         model: timm's name.
         batch: images.
         dry_run: a small product on the CPU instead.
     """
-    device, found = torch.device("cpu" if dry_run else "cuda"), []
-    for shape in TRY if dry_run else shapes_of(model, batch):
-        torch.manual_seed(0)
-        runs, one = ways(shape, device), dict[str, Any](shape=shape)
-        expected = runs["bfloat16"]().float()
-        for way, run in runs.items():
-            try:
-                away = (run().float() - expected).abs().max() / expected.abs().max()
-                one[way] = {"milliseconds": _milliseconds(run, device), "away": away.item()}
-            except (RuntimeError, NotImplementedError) as error:
-                one[way] = {"milliseconds": None, "failed": f"{error}".partition("\n")[0][:120]}
-        found.append(one)
-    return found
+
+    def __init__(self, model: str, batch: int, *, dry_run: bool) -> None:
+        self.device = torch.device("cpu" if dry_run else "cuda")
+        self.shapes = TRY if dry_run else shapes_of(model, batch)
+
+    def measure(self) -> Row:
+        """All of them."""
+        return {"products": [product(shape, self.device) for shape in self.shapes]}
 
 
-def report(model: str, found: list[dict[str, Any]]) -> str:
+def report(row: Row) -> str:
     """Markdown."""
     rows = []
-    for one in found:
-        base, cells = one["bfloat16"]["milliseconds"], []
+    for one in row["products"]:
+        base, cells = one["bfloat16"]["ms"], []
         for way in WAYS[1:]:
-            t = one[way]["milliseconds"]
+            t = one[way].get("ms")
             cells += ["not here", "", ""] if t is None else [f"{t:.3f}", f"{base / t:.2f}", f"{3 * base / (2 * base + t):.2f}"]
         rows.append([" x ".join(map(str, one["shape"])), f"{base:.3f}", *cells])
-    head = [
-        "tokens x in x out",
-        "bfloat16, ms",
-        *(f"{way}{what}" for way in WAYS[1:] for what in (", ms", ", times faster", ": bound for training")),
-    ]
-    return f"\nLinears of {model}\n\n{table(head, rows)}"
+    head = ["tokens x in x out", "bfloat16, ms"]
+    head += [f"{way}{what}" for way in WAYS[1:] for what in (", ms", ", times faster", ": bound for training")]
+    return table(head, rows)

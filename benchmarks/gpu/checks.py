@@ -1,0 +1,113 @@
+"""Whether all ways of running a net give the same logits and gradients: errors as |found - expected| / |expected|.
+
+A value that lies halfway between codes goes to either side, and takes all that depends on it along, so every error stands beside that of a
+control: the expected way of running with parameters that differ by a rounding error, or in bfloat16 autocast instead of float32. Kernels
+and fused Functions do the same operations, so nothing changes forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from benchmarks.gpu.kernels import relative_error
+from benchmarks.gpu.nets import build, images_of
+from benchmarks.gpu.records import Row
+from benchmarks.step_arms import ARMS, FLOAT
+from qat import kernels
+from qat.lit.optim import quantizer_parameters
+
+MODEL, DEPTH, BATCH = "deit_tiny_patch16_224", 2, 16
+KINDS = ("kernels", "fused", "device", "compiled", "compiled bfloat16")
+# Errors that rounding explains; by how much more than the control's one may be.
+SMALL, FACTOR = 1e-5, 10.0
+Found = dict[str, Tensor]
+
+
+class Apart(TorchFunctionMode):
+    """Somebody who watches torch's functions: quantizers and products then run one after the other."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Changes nothing."""
+        return func(*args, **(kwargs or {}))
+
+
+def results(net: nn.Module, images: Tensor, call: Callable[[Tensor], Tensor] | None = None, *, autocast: bool = False) -> Found:
+    """Logits, and gradients of their mean square by the weights and by scales and offsets."""
+    net.zero_grad()
+    with torch.autocast(images.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+        logits = (net if call is None else call)(images)
+    logits.float().square().mean().backward()
+    steps = set().union(*quantizer_parameters(net))
+    found = {"logits": logits.detach().float()}
+    for kind, members in (("weights", set(net.parameters()) - steps), ("scales", steps)):
+        gradients = [p.grad.flatten() for p in net.parameters() if p in members and p.grad is not None]
+        if gradients:
+            found[kind] = torch.cat(gradients)
+    return {kind: x.cpu() for kind, x in found.items()}
+
+
+@torch.no_grad()
+def moved(net: nn.Module) -> nn.Module:
+    """A copy whose parameters differ by a rounding error."""
+    net = copy.deepcopy(net)
+    for parameter in net.parameters():
+        parameter.mul_(1 + 1e-7 * torch.randn_like(parameter))
+    return net
+
+
+def names(*, dry_run: bool) -> list[str]:
+    """Of all checks: the ways of running that an arm has."""
+    arms = ["ofq"] if dry_run else [arm for arm, settings in ARMS.items() if not settings.teacher]
+    return [f"{kind}, {arm}" for arm in arms for kind in KINDS if arm != FLOAT or kind.startswith("compiled")]
+
+
+class Checks:
+    """Runs one check at a time.
+
+    Args:
+        dry_run: a tiny net on the CPU, without the compiler.
+    """
+
+    def __init__(self, *, dry_run: bool) -> None:
+        self.dry_run = dry_run
+        self.device = torch.device("cpu" if dry_run else "cuda")
+        self.batch = 2 if dry_run else BATCH
+
+    def check(self, name: str) -> Row:
+        """Errors of what `names` calls it, and of its control."""
+        kind, _, arm = name.partition(", ")
+        images = images_of(self.batch, self.device, tiny=self.dry_run)
+        net = build(MODEL, arm, images, tiny=self.dry_run, **({} if self.dry_run else {"depth": DEPTH}))
+        kernels.use("off" if kind in {"device", "kernels"} else "auto")
+        expected = results(net, images)
+        is_half = kind == "compiled bfloat16"
+        control = results(net if is_half else moved(net), images, autocast=is_half)
+        return self._judged(self._found(kind, net, images), expected, control)
+
+    def _found(self, kind: str, net: nn.Module, images: Tensor) -> Found:
+        if kind == "kernels":
+            kernels.use("auto" if self.dry_run else "triton")
+            return results(net, images)
+        if kind == "fused":
+            with Apart():
+                return results(net, images)
+        if kind == "device":
+            return results(net.cpu(), images.cpu())
+        torch._dynamo.reset()
+        call = None if self.dry_run else torch.compile(net, fullgraph=True, dynamic=False)
+        return results(net, images, call, autocast="bfloat16" in kind)
+
+    @staticmethod
+    def _judged(found: Found, expected: Found, control: Found) -> Row:
+        errors = {kind: relative_error(found[kind], expected[kind]) for kind in expected}
+        allowed = {kind: relative_error(control[kind], expected[kind]) for kind in expected}
+        # A NaN is below no limit.
+        right = all(errors[kind] <= max(FACTOR * allowed[kind], SMALL) and allowed[kind] < 1 for kind in expected)
+        return {"errors": errors, "control": allowed, "right": right}
