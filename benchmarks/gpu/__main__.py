@@ -19,7 +19,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="*", metavar="GLOB", help="with --train: names of runs")
     parser.add_argument("--processes", type=int, default=6, help="with --train: runs side by side")
     parser.add_argument("--epochs", type=int, default=20, help="with --train: of a quantized run")
-    parser.add_argument("--float-epochs", type=int, default=40, help="with --train: of a float run, which others start from")
+    parser.add_argument("--float-epochs", type=int, default=30, help="with --train: of a float run, which others start from")
     parser.add_argument("--summary", action="store_true", help="print the tables of what is in --out and end")
     parser.add_argument("--dry-run", action="store_true", help="walk through all of it on the CPU, with tiny nets, without the compiler")
     args = parser.parse_args()
@@ -38,7 +38,9 @@ def main() -> None:
 
     if args.summary:
         rows = records.read(args.out)
-        print(summary.text(rows) if args.train or "variant" in rows[0] else report.text({row["name"]: row for row in rows}))
+        if not rows:
+            raise SystemExit(f"--out {args.out}: must be a file with rows of an earlier command")
+        print(report.text({row["name"]: row for row in rows if "name" in row}) if "name" in rows[0] else summary.text(rows))
         return
     if not args.dry_run and not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: there is no CUDA device; --dry-run tries the code on a CPU")

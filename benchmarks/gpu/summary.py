@@ -21,7 +21,7 @@ def interval(values: list[float]) -> str:
     return f"{mean:+.2f} ± {T[min(len(values) - 1, len(T)) - 1] * statistics.stdev(values) / math.sqrt(len(values)):.2f}"
 
 
-def _variants(finished: dict[tuple[str, int], Row], seconds: dict[str, list[float]]) -> str:
+def _variants(finished: dict[tuple[str, int], Row]) -> str:
     lines = []
     for variant in dict.fromkeys(variant for variant, _ in finished):
         rows = [row for (name, _), row in finished.items() if name == variant]
@@ -30,8 +30,8 @@ def _variants(finished: dict[tuple[str, int], Row], seconds: dict[str, list[floa
             values = [row[key] for row in rows]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.fmean(values):.2f}{spread}")
-        lines.append([variant, str(len(rows)), *cells, f"{statistics.median(seconds[variant]):.1f}"])
-    return table(["variant", "seeds", "test top-1 ± std", "validation", "s an epoch"], lines)
+        lines.append([variant, str(len(rows)), *cells])
+    return table(["variant", "seeds", "test top-1 ± std", "validation"], lines)
 
 
 def _pairs(finished: dict[tuple[str, int], Row]) -> str:
@@ -54,4 +54,4 @@ def text(rows: list[Row]) -> str:
     lost = [row for row in rows if "failed" in row and (row["variant"], row["seed"]) not in finished]
     failed = [f"{row['variant']} seed{row['seed']}: {row['failed']}" for row in lost]
     under_way = f"seconds an epoch: {', '.join(f'{name} {statistics.median(s):.1f}' for name, s in seconds.items())}"
-    return "\n\n".join([under_way, _variants(finished, seconds), _pairs(finished), *failed])
+    return "\n\n".join([under_way, _variants(finished), _pairs(finished), *failed])
