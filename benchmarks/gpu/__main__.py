@@ -23,8 +23,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--summary", action="store_true", help="print the tables of what is in --out and end")
     parser.add_argument("--dry-run", action="store_true", help="walk through all of it on the CPU, with tiny nets, without the compiler")
     args = parser.parse_args()
-    kept = Path(tempfile.mkdtemp()) if args.dry_run else FOLDER
-    args.out = args.out or kept / ("train.jsonl" if args.train else "measured.jsonl")
+    args.out = args.out or FOLDER / ("train.jsonl" if args.train else "measured.jsonl")
+    if args.dry_run:  # its rows, nets and images are not to be taken for real ones
+        args.out = Path(tempfile.mkdtemp()) / args.out.name
     return args
 
 

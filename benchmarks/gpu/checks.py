@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from benchmarks.gpu.kernels import relative_error
 from benchmarks.gpu.nets import build, images_of
 from benchmarks.gpu.records import Row
-from benchmarks.step_arms import ARMS, FLOAT
+from benchmarks.step_arms import ARMS
 from qat import kernels
 from qat.lit.optim import quantizer_parameters
 
@@ -64,8 +64,8 @@ def moved(net: nn.Module) -> nn.Module:
 
 def names(*, dry_run: bool) -> list[str]:
     """Of all checks: the ways of running that an arm has."""
-    arms = ["ofq"] if dry_run else [arm for arm, settings in ARMS.items() if not settings.teacher]
-    return [f"{kind}, {arm}" for arm in arms for kind in KINDS if arm != FLOAT or kind.startswith("compiled")]
+    arms = ["ofq"] if dry_run else [arm for arm, settings in ARMS.items() if settings.knobs is not None and not settings.teacher]
+    return [f"{kind}, {arm}" for kind in KINDS for arm in arms]
 
 
 class Checks:

@@ -119,8 +119,8 @@ class Job:
             until: by `time.monotonic`.
         """
         state = self._restored()
-        seconds = 0.0
-        for epoch in range(state["epoch"], self.epochs):
+        first, seconds = state["epoch"], 0.0
+        for epoch in range(first, self.epochs):
             if time.monotonic() + seconds > until:
                 return {"stopped": epoch}
             began = time.monotonic()
@@ -134,7 +134,8 @@ class Job:
             self._save(state, epoch + 1)
             row = {"variant": self.run.variant, "seed": self.run.seed, "epoch": epoch, "val": val, "loss": loss, "seconds": seconds}
             append(self.setting.out, row)
-            print(f"{self.run.name}: epoch {epoch + 1} of {self.epochs}, {seconds:.1f} s, validation {val:.2f}", flush=True)
+            if epoch < first + 2:  # the first one compiles
+                print(f"{self.run.name}: epoch {epoch + 1} of {self.epochs}, {seconds:.1f} s, validation {val:.2f}", flush=True)
         return self._finished(state)
 
     def _restored(self) -> dict[str, Any]:

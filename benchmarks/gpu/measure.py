@@ -15,7 +15,9 @@ from benchmarks.gpu.records import Records
 
 Start = Callable[..., Any]
 # Seconds that a row may take; one is begun only with `NEEDED` left.
-ROW, NEEDED = 90.0, 10.0
+ROW, NEEDED = 150.0, 10.0
+# Seconds for the last rounds of a group whose first steps were done in time, and for the tables.
+RESERVE = 60.0
 ROUNDS, STEPS = 7, 3
 
 
@@ -55,14 +57,14 @@ def measure(out: Path, seconds: float, models: list[str], *, dry_run: bool) -> s
 
     Args:
         out: JSON lines.
-        seconds: in which a measurement may be under way.
+        seconds: that all of it may take.
         models: timm's names.
         dry_run: tiny nets on the CPU.
 
     Returns:
         Tables of all that is there.
     """
-    records, make = Records(out, seconds), Here if dry_run else Child
+    records, make = Records(out, seconds - RESERVE), Here if dry_run else Child
     caches(out.parent)
     rounds, n_steps = (1, 1) if dry_run else (ROUNDS, STEPS)
 

@@ -134,7 +134,7 @@ def captured(step: Step) -> Step:
 def ran_out(row: Row) -> bool:
     """True if there was too little memory, as torch, cuBLAS and CUDA say it."""
     said = row.get("failed", "").lower()
-    return "outofmemory" in said or "out of memory" in said or "alloc_failed" in said
+    return any(words in said for words in ("outofmemory", "out of memory", "alloc_failed", "cublas_status_not_initialized"))
 
 
 def variants(models: Iterable[str], batch: int, arms: Iterable[str], mode: str) -> list[Variant]:
@@ -190,11 +190,11 @@ class Group:
         for name, child in self.members.items():
             self.rows[name] = child.receive(until)
         for name in [name for name, row in self.rows.items() if ran_out(row)]:
-            self.rows[name] = self._call(name, "prepare")  # now that no other is at it
+            self.rows[name] = self._call(name, PREPARATION, "prepare")  # now that no other is at it
         for turn in range(rounds + 1):
             self._round(turn, steps)
-        for name in self._running():
-            self.rows[name] |= self._call(name, "idleness", steps)
+        for name in self._running() if time.monotonic() < self.records.until else ():
+            self.rows[name] |= self._call(name, TURN, "idleness", steps)
         for name, row in self.rows.items():
             if row.get("failed") == LATE and time.monotonic() > self.records.until:
                 self.records.left.append(name)
@@ -203,10 +203,10 @@ class Group:
         for child in self.members.values():
             child.close()
 
-    def _call(self, name: str, method: str, *given: Any) -> Row:
+    def _call(self, name: str, seconds: float, method: str, *given: Any) -> Row:
         child = self.members[name]
         child.send(method, *given)
-        return child.receive(time.monotonic() + TURN)
+        return child.receive(time.monotonic() + seconds)
 
     def _running(self) -> list[str]:
         return [name for name, row in self.rows.items() if "failed" not in row]
@@ -216,7 +216,7 @@ class Group:
         if turn > 2 and time.monotonic() > self.records.until:
             return
         for name in random.Random(turn).sample(self._running(), len(self._running())):
-            found, row = self._call(name, "turn", steps), self.rows[name]
+            found, row = self._call(name, TURN, "turn", steps), self.rows[name]
             if "failed" in found:
                 row |= found
             elif turn:

@@ -43,11 +43,13 @@ class Crew:
 
     def work(self) -> list[str]:
         """Train; gives what is not done."""
-        while self._start() or self.running:
+        self._start()
+        while self.running:
             by_child = {child: name for name, child in self.running.items()}
             ready = first_ready(by_child, self.until + GRACE)
             for child in ready or by_child:
                 self._end(by_child[child], child.receive(time.monotonic()))
+            self._start()
         return [run.name for run in self.waiting]
 
     def _start(self) -> None:
@@ -73,7 +75,7 @@ class Crew:
 
 def train(args: argparse.Namespace) -> str:
     """Train what is not there yet and time is left for; gives the tables of all that is there."""
-    until = time.monotonic() + args.seconds
+    until = time.monotonic() + args.seconds - GRACE
     caches(args.out.parent)
     kept = args.out.parent / "cifar10.pt"
     prepare(args.train, kept, dry_run=args.dry_run)
