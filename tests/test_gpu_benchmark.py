@@ -167,6 +167,12 @@ def test_children_fail_by_themselves():
     assert found["hangs"] == {"failed": LATE}
 
 
+def test_children_end_with_their_parent():
+    code = "import time; from benchmarks.gpu.children import Child; Child(time.sleep, 600).send('call'); raise SystemExit(4)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (4, "")
+
+
 def test_records_survive_a_cut_and_keep_to_the_time(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"name": "a", "x": 1}\n{"name": "b", "x"')
@@ -242,7 +248,7 @@ def test_a_nan_is_never_right():
         assert not checks.Checks._judged(found, expected, control)["right"]
     away = {"logits": torch.tensor([1.0, 1.0, 1.001])}
     assert not checks.Checks._judged(away, one, one)["right"]
-    assert checks.Checks._judged(away, one, {"logits": torch.tensor([1.0, 1.0, 1.0002])})["right"]
+    assert checks.Checks._judged(away, one, {"logits": torch.tensor([1.0, 1.0, 1.0005])})["right"]
 
 
 def test_busy_time_counts_overlaps_once():

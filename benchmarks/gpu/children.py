@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import multiprocessing.connection
 import time
@@ -45,6 +46,7 @@ class Child:
         self._process.start()
         theirs.close()
         self.is_alive = True
+        atexit.register(self.close)  # else the end would wait for a child that waits for calls
 
     def send(self, method: str, *given: Any) -> None:
         """Ask for a call; `receive` has its result."""
@@ -73,6 +75,7 @@ class Child:
 
     def close(self) -> None:
         """End the process."""
+        atexit.unregister(self.close)
         self.is_alive = False
         self.connection.close()
         self._process.terminate()

@@ -27,13 +27,13 @@ def images_of(batch: int, device: torch.device, *, tiny: bool) -> Tensor:
     return torch.randn(batch, 3, size, size, device=device)
 
 
-def build(model: str, arm: str, images: Tensor, *, tiny: bool, **sizes: int) -> nn.Module:
+def build(model: str, arm: str, images: Tensor, *, tiny: bool, bits: int = BITS, **sizes: int) -> nn.Module:
     """A net where the images are, converted unless it is the float net; an arm with a teacher has the student of the one without."""
     torch.manual_seed(0)
     net = timm.create_model(model, num_classes=1000, **(TINY if tiny else {}), **sizes).to(images.device)
     knobs = ARMS[arm.partition(" + ")[0]].knobs
     if knobs is not None:
-        recipe = qat.recipe("ofq", bits=BITS, **knobs)
+        recipe = qat.recipe("ofq", bits=bits, **knobs)
         qat.initialize_scales(qat.convert(net, recipe, input_size=images.shape[1:]), [images[:CALIBRATION]])
     return net.train()
 

@@ -154,9 +154,9 @@ def groups(models: list[str], *, dry_run: bool) -> list[list[Variant]]:
         group
         for group in (
             variants(small, 256, ARM_NAMES, "compiled"),
-            variants(small, 256, own, "eager") + variants(small, 256, ["ofq"], "plain"),
+            variants(small, 256, [*own, "ofq + teacher"], "eager") + variants(small, 256, ["ofq"], "plain"),
             variants(large, 256, [*own, "ofq + teacher"], "compiled"),
-            variants(small, 256, few, "compiled + graph") + variants(small[:1], 256, ["float", "ofq"], "eager + graph"),
+            variants(small, 256, ["float", "ofq"], "compiled + graph") + variants(small[:1], 256, ["float", "ofq"], "eager + graph"),
             variants(small, 64, own, "compiled"),
             variants(small, 64, ["float", "ofq"], "compiled + graph") + variants(small, 64, ["float", "ofq"], "eager"),
             variants(large, 64, few, "compiled"),
