@@ -266,6 +266,7 @@ def _check_meta(meta: Mapping[str, Any], origin: str) -> None:
         "biases": meta.get("biases") is None or _are_texts(meta["biases"]),
         "frozen": isinstance(meta.get("frozen", False), bool),
         "data": _is_data(meta.get("data")),
+        "run": isinstance(meta.get("run", {}), Mapping),
         "classes": meta.get("classes") is None or _are_texts(meta["classes"]),
     }
     for key, fits in is_right.items():

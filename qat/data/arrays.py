@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -35,6 +36,17 @@ class ImageSource(Protocol):
     def resized(self, size: int) -> ImageSource:
         """The same with all images squeezed into `size` x `size` pixels."""
 
+    def fingerprint(self) -> str:
+        """What tells these images and labels from any others, wherever they lie and however they are held."""
+
+
+def digest(labels: NDArray[np.int64], *contents: bytes | memoryview) -> str:
+    """A fingerprint of labels (N,) and of what stands for the images, 32 digits."""
+    found = hashlib.blake2b(np.ascontiguousarray(labels, "<i8").data, digest_size=16)
+    for content in contents:
+        found.update(content)
+    return found.hexdigest()
+
 
 @dataclass(frozen=True)
 class ImageArrays:
@@ -44,11 +56,13 @@ class ImageArrays:
         images: (N, H, W, C), uint8.
         labels: (N,), class ids.
         left_out: how many images could not be decoded and are not among these.
+        known_as: fingerprint of the files that they were decoded from; None where there are none.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     left_out: int = 0
+    known_as: str | None = None
 
     @property
     def chans(self) -> int:
@@ -69,7 +83,11 @@ class ImageArrays:
         """All images as `size` x `size` pixels, bicubic; itself if they are."""
         if self.images.shape[1:3] == (size, size):
             return self
-        return ImageArrays(np.stack([squeeze(image, size) for image in self.images]), self.labels, self.left_out)
+        return replace(self, images=np.stack([squeeze(image, size) for image in self.images]))
+
+    def fingerprint(self) -> str:
+        """What tells these images and labels from any others: of their files, else of the pixels."""
+        return self.known_as or digest(self.labels, np.ascontiguousarray(self.images).data)
 
 
 @dataclass(frozen=True)
@@ -109,6 +127,10 @@ class SqueezedImages:
     def resized(self, size: int) -> SqueezedImages:
         """The same in squares of another size."""
         return SqueezedImages(self.images, size)
+
+    def fingerprint(self) -> str:
+        """That of the images as they are in memory."""
+        return self.images.fingerprint()
 
 
 def to_pil(image: NDArray[np.uint8]) -> Image.Image:

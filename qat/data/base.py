@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from qat.data.arrays import ImageArrays, ImageSource, SqueezedImages
+from qat.data.arrays import ImageArrays, ImageSource, SqueezedImages, digest
 from qat.data.kept import MEGABYTE
 from qat.data.loader import ResumableLoader
 from qat.data.mixup import BatchMixup
@@ -124,6 +124,12 @@ class ImageData(LightningDataModule, ABC):
         if not self._splits:
             self._splits = {name: self._prepared(name, source) for name, source in self.read().items()}
         return tuple(sorted(self._splits, key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS)))
+
+    def fingerprints(self) -> dict[str, str]:
+        """For each split what tells its images and labels from any others, wherever they lie and however they are held in memory."""
+        sources = {name: self.split(name) for name in self.splits}
+        # Of somebody's own images nothing is known but their labels.
+        return {name: source.fingerprint() if hasattr(source, "fingerprint") else digest(source.labels) for name, source in sources.items()}
 
     @property
     def evaluation_split(self) -> str:

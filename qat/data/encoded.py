@@ -51,6 +51,9 @@ class EncodedImages(Protocol):
             OSError: a file is not there any more.
         """
 
+    def fingerprint(self) -> str:
+        """What tells these images from any others wherever their folder lies: names below it, and labels; no image is read."""
+
     def hold(self, megabytes: float, *, keeps: bool) -> None:
         """Get ready to hand out single images, once and before worker processes are forked.
 

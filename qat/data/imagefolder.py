@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qat.data.arrays import ImageSource, stratified_split
+from qat.data.arrays import ImageSource, digest, stratified_split
 from qat.data.encoded import as_labels
 from qat.data.folders import data_folder
 from qat.data.kept import stamp
@@ -30,11 +30,12 @@ class FileImages:
     Args:
         paths: of the files.
         labels: (N,), class ids.
+        folder: that all of them are below; names in a fingerprint begin there.
     """
 
-    def __init__(self, paths: NDArray[np.bytes_], labels: NDArray[np.int64]) -> None:
+    def __init__(self, paths: NDArray[np.bytes_], labels: NDArray[np.int64], folder: str = "") -> None:
         # One array: a million Python objects would be copied page by page into every worker process, as their counts change.
-        self.paths, self.labels = paths, labels
+        self.paths, self.labels, self.folder = paths, labels, folder
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,12 +59,17 @@ class FileImages:
             known.update(json.dumps(stamp(self.name(index))).encode())
         return [len(self), known.hexdigest()]
 
+    def fingerprint(self) -> str:
+        """Of the names of the files below their folder, and the labels; a file whose content alone has changed is not noticed."""
+        start = len(os.fsencode(self.folder))
+        return digest(self.labels, b"\0".join(path[start:] for path in self.paths.tolist()))
+
     def hold(self, megabytes: float, *, keeps: bool) -> None:
         """Nothing to do: a file is read when it is asked for."""
 
     def take(self, indices: NDArray[np.int64]) -> FileImages:
         """The files at `indices`."""
-        return FileImages(self.paths[indices], self.labels[indices])
+        return FileImages(self.paths[indices], self.labels[indices], self.folder)
 
 
 class ImageFolder(Photos):
@@ -165,7 +171,7 @@ def list_files(folder: Path, classes: list[str], source: str = "train") -> FileI
         raise UsageError(f"{folder}: holds no images; known are {', '.join(EXTENSIONS)}")
     if empty and folder.name == source:
         raise UsageError(f"{folder / empty[0]}: holds no images; known are {', '.join(EXTENSIONS)}")
-    return FileImages(np.asarray(paths), as_labels(labels))
+    return FileImages(np.asarray(paths), as_labels(labels), str(folder))
 
 
 def _shown(names: list[str], at_most: int = 10) -> str:

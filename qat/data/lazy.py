@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,11 +25,12 @@ def load(encoded: EncodedImages, settings: DataSettings, where: str) -> ImageSou
     """In memory where the settings allow it, all images are of one size and they fit, else decoded when needed."""
     kept = find(encoded, settings.in_chans, cache=settings.cache) if settings.in_memory else None
     if kept is not None and fits(kept.images.nbytes, settings, where):
-        return kept
+        return replace(kept, known_as=encoded.fingerprint())
     encoded.hold(settings.memory_mb, keeps=settings.cache is not False)
     size = _one_size(encoded) if settings.in_memory and kept is None else None
     if size is not None and fits(len(encoded) * math.prod(size) * settings.in_chans, settings, where):
-        return decoded(encoded, where, settings.in_chans, settings.on_error, cache=settings.cache)
+        arrays = decoded(encoded, where, settings.in_chans, settings.on_error, cache=settings.cache)
+        return replace(arrays, known_as=encoded.fingerprint())
     return LazyImages(encoded, settings.in_chans, settings.on_error)
 
 
@@ -101,6 +103,10 @@ class LazyImages:
                 continue
             return (image if self.size is None else squeeze(image, self.size)), int(self.labels[row])
         raise ImageError(f"data.on_error=skip: none of {len(self)} images can be decoded")
+
+    def fingerprint(self) -> str:
+        """That of the files."""
+        return self.encoded.fingerprint()
 
     def resized(self, size: int) -> LazyImages:
         """The same, squeezed into `size` x `size` pixels once decoded."""

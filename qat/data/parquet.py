@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from qat.data.arrays import ImageArrays
+from qat.data.arrays import ImageArrays, digest
 from qat.data.encoded import as_labels
 from qat.data.folders import data_folder
 from qat.data.kept import FORMAT, MEGABYTE, decoded, keeping, place, stamp
@@ -90,6 +91,11 @@ class ParquetImages:
         """
         rows = hashlib.sha256(np.ascontiguousarray(self._rows, "<i8").data).hexdigest()
         return [[stamp(file) for file in self.files], self.columns, len(self), rows]
+
+    def fingerprint(self) -> str:
+        """Of names and sizes of the files, the rows of them, and the labels."""
+        files = json.dumps([[file.name, file.stat().st_size] for file in self.files])
+        return digest(self.labels, files.encode(), np.ascontiguousarray(self._rows, "<i8").data)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -26,6 +26,7 @@ from qat.tasks.trainer_checks import check_trainer
 
 FLAGS = (
     "overwrite",
+    "allow_changed_data",
     "ckpt_optimizer",
     "compile",
     "model.pretrained",

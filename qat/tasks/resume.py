@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from qat.bounds import read_yaml
 from qat.callbacks.last import NAME
 from qat.checkpoint import TRAINING, Checkpoint, read_checkpoint
+from qat.data import ImageData
 from qat.errors import UsageError
 from qat.files import remove_unfinished
 from qat.lit.checkpoint_io import PREVIOUS
 from qat.lit.csv_log import read_rows
 from qat.spec import QuantRecipe
+from qat.tasks import compare
 from qat.tasks.ranks import is_first
 
 log = logging.getLogger(__name__)
 
-# Groups of settings that shape a training. What a checkpoint holds of them, the run keeps.
-_SHAPING = ("seed", "data", "loss", "optimizer", "scheduler", "trainer.max_epochs", "trainer.accumulate_grad_batches")
-_KEPT = ("optimizer", "scheduler")
-# How images come to the run changes nothing in them.
-_INDIFFERENT = ("data.root", "data.num_workers", "data.in_memory", "data.memory_mb", "data.cache")
+# What a checkpoint holds of these, the run keeps.
+_KEPT = ("optimizer.", "scheduler.")
+# Compared with the net in the checkpoint itself.
+_OWN_CHECK = ("model.args", "model.name", "quant.")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
     _check_complete(checkpoint)
     _check_same(checkpoint, cfg, recipe, model_args)
     _check_epochs(checkpoint, cfg.trainer.max_epochs)
-    _check_changes(cfg)
+    _check_changes(checkpoint, cfg)
     log.info("resumed at step %d from %s", checkpoint.step or 0, checkpoint.path)
     # The first process may be writing the file by the time another would read it.
     rows = read_rows(Path(cfg.run_dir) / "metrics.csv") if is_first() else []
@@ -108,45 +110,63 @@ def _check_epochs(checkpoint: Checkpoint, max_epochs: int) -> None:
         raise UsageError(f"trainer.max_epochs={max_epochs}: {checkpoint.path} has {done} behind it; allowed are whole numbers from {done}")
 
 
-def _check_changes(cfg: DictConfig) -> None:
-    """Refuse settings that the run cannot take any more, and name others that are not those of the run so far: no curve would show it."""
-    path = Path(cfg.run_dir) / "config.yaml"
-    if not path.is_file():
+def _check_changes(checkpoint: Checkpoint, cfg: DictConfig) -> None:
+    """Refuse settings that the run cannot take any more, and name all others that are not those of the run: no curve would show it."""
+    had = _settings_of(checkpoint, Path(cfg.run_dir) / "config.yaml")
+    if had is None:
         return
-    had = OmegaConf.load(path)
-    changed = {name: (old, new) for name, old, new in _changes(had, cfg) if not name.startswith(_INDIFFERENT)}
-    kept = {name: pair for name, pair in changed.items() if name.startswith(_KEPT)}
+    changed = [found for found in compare.differences(had, compare.compared(cfg)) if not found[0].startswith(_OWN_CHECK)]
+    kept = [f"{name}={new!r} (it had {old!r})" for name, old, new in changed if name.startswith(_KEPT)]
     if kept:
         raise UsageError(
-            f"{_listed(kept)}: a run that goes on keeps its optimizer and its schedule; ckpt=PATH in another run_dir starts a new one"
+            f"{', '.join(kept)}: a run that goes on keeps its optimizer and its schedule; ckpt=PATH in another run_dir starts a new one"
         )
-    if not is_first():
-        return
-    if "trainer.max_epochs" in changed:
+    for found in changed if is_first() else ():
+        note = "; the schedule of the learning rate stays as it was" if found[0] == "trainer.max_epochs" else ""
+        log.warning("resume: %s%s", compare.in_words(found), note)
+
+
+def _settings_of(checkpoint: Checkpoint, path: Path) -> dict[str, Any] | None:
+    """What the run has been trained with so far: as its checkpoint says, or its directory where an older version wrote the checkpoint."""
+    held = (checkpoint.meta or {}).get("run", {}).get("settings")
+    if isinstance(held, dict):
+        return held
+    try:
+        held = compare.of_file(read_yaml(path)[0])
+        why = "it is no config of a run"
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+    if held is None and is_first():
         log.warning(
-            "resume: %s; the schedule of the learning rate stays as it was", _listed({"trainer.max_epochs": changed["trainer.max_epochs"]})
+            "resume: %s does not hold the settings of its run, and %s cannot be read (%s): none are compared", checkpoint.path, path, why
         )
-    others = {name: pair for name, pair in changed.items() if name != "trainer.max_epochs"}
-    if others:
-        log.warning("resume: from here on with %s", _listed(others))
+    return held
 
 
-def _listed(changed: dict[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f"{name}={new!r} (it had {old!r})" for name, (old, new) in changed.items())
+def check_data(cfg: DictConfig, checkpoint: Checkpoint, data: ImageData) -> None:
+    """Raise `UsageError` unless a run goes on with its own classes and images.
 
-
-def _changes(had: Any, has: DictConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Settings that shape a training and are not the same in two configs: name, value in either. One that only one of them has is none."""
-    for name in _SHAPING:
-        old, new = (_leaves(name, OmegaConf.select(config, name)) for config in (had, has))
-        yield from ((key, old[key], new[key]) for key in old if key in new and old[key] != new[key])
-
-
-def _leaves(name: str, node: Any) -> dict[str, Any]:
-    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    if isinstance(plain, dict):
-        return {key: value for part, within in plain.items() for key, value in _leaves(f"{name}.{part!s}", within).items()}
-    return {name: plain}
+    `allow_changed_data=true` lets other images pass, with a warning. What an older version wrote says nothing of images.
+    """
+    meta = checkpoint.meta or {}
+    had, has = meta.get("classes"), data.named_classes()
+    if had and has and list(had) != has:
+        number, old, new = next((n, a, b) for n, (a, b) in enumerate(zip_longest(had, has)) if a != b)
+        raise UsageError(
+            f"data: class {number} must be {old!r} as in {checkpoint.path}, is {new!r}; ckpt=PATH in another run_dir starts anew"
+        )
+    prints = meta.get("run", {}).get("images")
+    if not isinstance(prints, dict):
+        return
+    now = data.fingerprints()
+    changed = [split for split in dict.fromkeys([*prints, *now]) if prints.get(split) != now.get(split)]
+    if not changed:
+        return
+    what = f"data: the images of {', '.join(changed)} are not those that {checkpoint.path} was trained with"
+    if not cfg.allow_changed_data:
+        raise UsageError(f"{what}; allow_changed_data=true goes on with them, ckpt=PATH in another run_dir starts anew")
+    if is_first():
+        log.warning("resume: %s (allow_changed_data=true)", what)
 
 
 def _check_complete(checkpoint: Checkpoint) -> None:

@@ -32,12 +32,13 @@ from qat.spec import QuantRecipe
 from qat.start import Start
 from qat.tasks import build, fit, options, summary
 from qat.tasks.checks import check_classifier, check_patches, check_settings
+from qat.tasks.compare import compared
 from qat.tasks.group import meet
 from qat.tasks.ranks import is_first
 from qat.tasks.repeat import recorded
 from qat.tasks.report import remember, report_run, studied
 from qat.tasks.results import measured, recipe_fields, write_results
-from qat.tasks.resume import Resume, check_optimizer, find_resume
+from qat.tasks.resume import Resume, check_data, check_optimizer, find_resume
 from qat.tasks.slurm import claim
 from qat.tasks.teacher import build_teacher, is_float
 from qat.tasks.trainer_checks import check_batches
@@ -121,7 +122,7 @@ def _build(cfg: DictConfig) -> Run:
     options.check_compiler(cfg, trainer.strategy.root_device)
     data = build.build_data(cfg)
     data.batch_mixup()  # refuses what cannot be mixed before an image is read
-    start = build.build_resumed(resume.checkpoint) if resume else build.build_start(cfg)
+    start = _resumed(cfg, resume, data) if resume else build.build_start(cfg)
     check_patches(start.net, data)
     check_classifier(start.net, data)
     start.net.to(trainer.strategy.root_device)
@@ -141,11 +142,21 @@ def _build(cfg: DictConfig) -> Run:
         scheduler=scheduler,
         teacher=teacher,
         lsq_grad_batch=cfg.lsq_grad_batch,
-        describe=describe(
-            start.net, model=cfg.model.name, model_kwargs=build.model_args(cfg), data=build.plain(cfg.data), classes=data.named_classes()
-        ),
+        describe=_describe(cfg, start, data),
     )
     return Run(resume, replaces, start, recipe, data, teacher, module, trainer)
+
+
+def _resumed(cfg: DictConfig, resume: Resume, data: ImageData) -> Start:
+    check_data(cfg, resume.checkpoint, data)
+    return build.build_resumed(resume.checkpoint)
+
+
+def _describe(cfg: DictConfig, start: Start, data: ImageData) -> dict[str, Any]:
+    """What checkpoints of the run say of its net, and of the run for whoever goes on with it."""
+    args = build.model_args(cfg)
+    said = describe(start.net, model=cfg.model.name, model_kwargs=args, data=build.plain(cfg.data), classes=data.named_classes())
+    return said | {"run": {"settings": compared(cfg), "images": data.fingerprints()}}
 
 
 def _conclude(cfg: DictConfig, run: Run, outcome: dict[str, Any]) -> None:

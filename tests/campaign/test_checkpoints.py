@@ -6,6 +6,7 @@ Each with one of the commands that read it, in turns; `make bad-inputs` has all 
 import shutil
 
 import pytest
+import torch
 
 from tests.campaign.checkpoints import STOPPED, UNREADABLE, WRONG
 from tests.campaign.files import checkpoint_cases, judged, resume_cases
@@ -61,5 +62,10 @@ def test_a_run_does_not_go_on_with_another_optimizer(tmp_path, refused, run_4bit
     choices = ("quant=ofq_4bit", "callbacks=[default,oscillation]", "resume=true", "trainer.max_epochs=3", "optimizer=sgd")
     assert "optimizer.opt='sgd' (it had 'adamw')" in refused("train", tiny(run_4bit_tracked, *choices))
     moved = shutil.copytree(run_4bit_tracked, tmp_path / "run")
-    (moved / "config.yaml").unlink()  # then the checkpoint says so
+    (moved / "config.yaml").unlink()  # the checkpoint says so as well
+    assert "optimizer.opt='sgd' (it had 'adamw')" in refused("train", tiny(moved, *choices))
+    path = moved / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    del content["qat"]["run"]  # as in a file of an older version, of which the optimizer's state is left
+    torch.save(content, path)
     assert "last.ckpt has another optimizer, or one of other parameters; use ckpt=PATH" in refused("train", tiny(moved, *choices))

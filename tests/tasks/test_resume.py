@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 from lightning.pytorch import Callback
+from PIL import Image
 
 import qat
 from qat.tasks import build, fit
@@ -314,9 +315,129 @@ def test_what_another_command_changes_is_said(tmp_path, monkeypatch, caplog):
     run(run_dir, "resume=true", "seed=3", "data.num_workers=1", "trainer.max_epochs=4")
     lines = [record.message for record in caplog.records if record.message.startswith("resume: ")]
     assert lines == [
-        "resume: trainer.max_epochs=4 (it had 3); the schedule of the learning rate stays as it was",
-        "resume: from here on with seed=3 (it had 0), data.seed=3 (it had 0)",
+        "resume: seed was 0, is 3",
+        "resume: data.seed was 0, is 3",
+        "resume: trainer.max_epochs was 3, is 4; the schedule of the learning rate stays as it was",
     ]
+
+
+def test_next_time_it_is_compared_with_what_it_went_on_with(tmp_path, monkeypatch, caplog):
+    run_dir = killed_at(3, tmp_path / "run", monkeypatch)
+    killed_at(5, run_dir, monkeypatch, "resume=true", "trainer.gradient_clip_val=1.0")
+    assert "resume: trainer.gradient_clip_val was None, is 1.0" in caplog.text
+    caplog.clear()
+    killed_at(6, run_dir, monkeypatch, "resume=true", "trainer.gradient_clip_val=1.0")
+    assert "resume: " not in caplog.text
+
+
+def said(run_dir, caplog, *overrides):
+    """The lines about settings of a run that would go on."""
+    caplog.clear()
+    cfg = compose("train", *SETTINGS, f"run_dir={run_dir}", "resume=true", *overrides)
+    find_resume(cfg, build.build_recipe(cfg), build.model_args(cfg))
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        (["trainer.precision=bf16-mixed"], ["trainer.precision was '32-true', is 'bf16-mixed'"]),
+        (["trainer.gradient_clip_val=0.5"], ["trainer.gradient_clip_val was None, is 0.5"]),
+        (["trainer.limit_train_batches=3"], ["trainer.limit_train_batches was 1.0, is 3"]),
+        (["teacher.ckpt=other.ckpt"], ["teacher.ckpt was None, is 'other.ckpt'"]),
+        (["callbacks.ema.decay=0.9"], ["callbacks.ema.decay was 0.8, is 0.9"]),
+        (["callbacks=[default,ema,cga]"], ["callbacks.cga was not set, is {'_target_': 'qat.callbacks.CGA', 'boundary_range': 0.00 ..."]),
+        (["callbacks.best=null"], ["callbacks.best was {'_target_': 'qat.callbacks.BestCheckpoint', 'filename': ..., is None"]),
+        (["compile=true", "memory=recompute"], ["compile was False, is True", "memory was 'save', is 'recompute'"]),
+        (["data.num_workers=2", "data.in_memory=false", "report=false", "checkpoint.every_n_steps=1", "logger=[]"], []),
+        (["callbacks.progress=null", "data.root=/elsewhere", "trainer.log_every_n_steps=1"], []),
+    ],
+    ids=lambda value: value[0].partition("=")[0] if value else "none",
+)
+def test_every_setting_that_changes_is_named(overrides, lines, full, caplog):
+    assert said(full, caplog, *overrides) == [f"resume: {line}" for line in lines]
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", "a: [", "\0", "trainer: {precision: 16-mixed}"])
+def test_a_config_that_is_damaged_is_no_way_around(content, full, tmp_path, caplog):
+    shutil.copytree(full / "checkpoints", tmp_path / "checkpoints")
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    assert said(tmp_path, caplog, "trainer.precision=64-true") == ["resume: trainer.precision was '32-true', is '64-true'"]
+    with pytest.raises(qat.UsageError, match=r"^optimizer\.lr=0\.1 \(it had 0\.001\): a run that goes on keeps"):
+        said(tmp_path, caplog, "optimizer.lr=0.1")
+
+
+def test_a_checkpoint_of_before_is_compared_by_its_directory(full, tmp_path, caplog):
+    for folder in ("whole", "damaged"):
+        shutil.copytree(full, tmp_path / folder)
+        path = tmp_path / folder / "checkpoints" / "last.ckpt"
+        content = torch.load(path, weights_only=True)
+        assert content["qat"].pop("run")
+        torch.save(content, path)
+    change = "trainer.precision=64-true"
+    assert said(tmp_path / "whole", caplog, change) == ["resume: trainer.precision was '32-true', is '64-true'"]
+    (tmp_path / "damaged" / "config.yaml").write_text("")
+    (line,) = said(tmp_path / "damaged", caplog, change)
+    assert line.startswith("resume: ")
+    assert "does not hold the settings of its run" in line
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A run of two epochs on a folder of images, and the folder."""
+    root = tmp_path_factory.mktemp("photos")
+    for split, count in (("train", 8), ("val", 4)):
+        for number, name in enumerate(("cat", "dog")):
+            folder = root / "data" / split / name
+            folder.mkdir(parents=True)
+            for image in range(count):
+                Image.new("L", (8, 8), 100 * number + image).save(folder / f"{image}.png")
+    return photo_run(root / "run", root / "data"), root / "data"
+
+
+def photo_run(run_dir, folder, *overrides):
+    from qat.tasks.train import train
+
+    small = (
+        "model.args.embed_dim=24",
+        "model.args.depth=1",
+        "data.num_classes=2",
+        "data.in_chans=1",
+        "data.image_size=8",
+        "data.patch_size=4",
+    )
+    small += ("data.mean=[0.5]", "data.std=[0.5]", "data.crop_pct=null", "data.batch_size=4", "data.num_workers=0", "report=false")
+    train(compose("train", "data=imagefolder", *small, f"data.root={folder}", f"run_dir={run_dir}", "trainer.max_epochs=1", *overrides))
+    return run_dir
+
+
+def rename_a_class(folder):
+    (folder / "train" / "dog").rename(folder / "train" / "ant")
+    (folder / "val" / "dog").rename(folder / "val" / "ant")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (rename_a_class, r"^data: class 0 must be 'cat' as in .*last\.ckpt, is 'ant'; ckpt=PATH in another run_dir starts anew$"),
+        (lambda folder: shutil.copy(folder / "train/cat/0.png", folder / "train/cat/9.png"), r"^data: the images of train are not those"),
+        (lambda folder: (folder / "val/dog/3.png").unlink(), r"^data: the images of val are not those .*; allow_changed_data=true goes on"),
+        (lambda folder: (folder / "val/dog/3.png").rename(folder / "val/dog/4.png"), r"^data: the images of val are not those"),
+    ],
+    ids=["renamed class", "added", "removed", "another"],
+)
+def test_other_images_are_noticed(change, line, photos, tmp_path, caplog):
+    run_dir, folder = (shutil.copytree(path, tmp_path / path.name) for path in photos)
+    photo_run(run_dir, folder, "resume=true", "data.in_memory=false")  # elsewhere, and read in another way: the same images
+    change(folder)
+    with pytest.raises(qat.UsageError, match=line):
+        photo_run(run_dir, folder, "resume=true")
+    if "class" in line:
+        return
+    caplog.clear()
+    photo_run(run_dir, folder, "resume=true", "allow_changed_data=true")
+    assert "resume: data: the images of" in caplog.text
 
 
 @pytest.mark.parametrize(
