@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import math
@@ -25,6 +26,7 @@ from qat.files import damage_of, write_torch
 from qat.frozen import freeze_structure, is_frozen, prune_offsets
 from qat.frozen.packed import read_packed
 from qat.ptq_spec import recipe_from
+from qat.scales import assert_ready
 from qat.spec import QuantRecipe
 from qat.torchvision_swin import timm_names
 
@@ -333,6 +335,8 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
         raise UsageError(
             f"ckpt={str(checkpoint.path)!r}: weights do not fit {meta['model']['name']} ({' '.join(str(error).split())[:300]})"
         ) from error
+    with contextlib.suppress(UsageError):  # a file without scales gives a net that raises when it is called
+        assert_ready(net)
     setattr(net, _DATA, meta.get("data"))
     setattr(net, _CLASSES, meta.get("classes"))
     return net.eval()

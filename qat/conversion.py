@@ -16,6 +16,7 @@ from qat.nn import FqNet, ScoredAttention, Swap, SwapContext, find_swap, swap_ne
 from qat.probing import probing
 from qat.products import watching
 from qat.quantizers import Quantizer
+from qat.scales import guard
 from qat.sites import Site, iter_quantizers
 from qat.spec import QuantRecipe
 
@@ -43,6 +44,8 @@ def conversion_of(net: nn.Module) -> Conversion | None:
 
 def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, int]) -> nn.Module:
     """Quantize a timm net in place. All weights are kept; scales exist in their final shape, NaN until initialised.
+
+    Until scales are set, by `qat.initialize_scales`, a checkpoint or by hand, calling the net raises `UsageError`.
 
     Args:
         net: a timm model (or any module with Linears) in float.
@@ -78,6 +81,7 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
         net.__class__, net._modules = before
         raise
     net.qat_conversion = Conversion(recipe, size, float_products)  # type: ignore[assignment]
+    guard(net)
     return net
 
 

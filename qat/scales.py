@@ -1,4 +1,4 @@
-"""Fill the scales of a converted net from data, and say which are missing."""
+"""Fill the scales of a converted net from data, say which are missing, and let no net run without them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.probing import probing
-from qat.quantizers import Quantizer
+from qat.probing import probing, unset_scales_allowed
+from qat.quantizers import Affine, Quantizer
 from qat.sites import iter_quantizers
 
 
@@ -20,17 +21,38 @@ def is_ready(quantizer: Quantizer) -> bool:
 
 
 def assert_ready(net: nn.Module) -> None:
-    """Raise `UsageError` naming the first quantizer whose scales were never filled."""
+    """Raise `UsageError` naming the first quantizer whose scales were never filled; where none is, the net has no `guard` any more."""
     for site in iter_quantizers(net):
         if not is_ready(site.quantizer):
-            raise UsageError(f"scales of {site.name} are not initialised; call qat.initialize_scales(net, batches) or load a checkpoint")
+            filling = "qat.ptq.calibrate" if type(site.quantizer) is Affine else "qat.initialize_scales"
+            raise UsageError(f"scales of {site.name} are not initialised; call {filling}(net, batches) or load a checkpoint")
+    for module in net.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _check_before_forward]:
+            module._forward_pre_hooks.pop(key, None)
+
+
+def guard(net: nn.Module) -> None:
+    """Have `net` raise when it is called, until the first call, or `assert_ready`, that finds all scales set.
+
+    A quantizer or a layer called by itself is not checked, nor is a compiled or exported graph. A net whose quantizers hold no
+    tensors has nothing to check.
+    """
+    if any(site.quantizer.state_dict() for site in iter_quantizers(net)):
+        net.register_forward_pre_hook(_check_before_forward, prepend=True)
+
+
+def _check_before_forward(net: nn.Module, args: tuple[Any, ...]) -> None:
+    if torch.compiler.is_compiling() or unset_scales_allowed.get():
+        return
+    with contextlib.suppress(RuntimeError):  # a fake tensor, or one on the meta device, has no values to look at
+        assert_ready(net)
 
 
 def initialize_scales(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Set every scale that is still NaN, each quantizer seeing its input behind the quantizers in front of it.
 
     Scales that hold numbers already (from a checkpoint) stay. With one batch the result is the reference's rule; with several,
-    statistics are averaged (min-max: joined) over them.
+    statistics are averaged (min-max: joined) over them. Calling a converted net that still lacks scales raises (`guard`).
 
     Args:
         net: a converted net; runs in eval mode, its mode is restored.

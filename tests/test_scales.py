@@ -1,18 +1,18 @@
 """Scales from data. Oracle: the first-step formula on what each quantizer really receives."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 import qat
 from qat import functional as F
+from qat.cost import cost
+from qat.transfer import copy_scales
 from tests.tiny import SIZE, converted, images, logits, parameters, quantized, sites, vit
-
-
-def test_a_net_without_scales_yields_nan():
-    assert logits(converted()).isnan().all()
 
 
 def test_assert_ready_names_the_first_gap():
@@ -85,7 +85,7 @@ def test_mode_is_restored_after_a_failure():
     with pytest.raises(AssertionError):
         qat.initialize_scales(net, [torch.randn(1, 1, 4, 4)])
     assert net.training
-    assert not any(m._forward_pre_hooks for m in net.modules())
+    assert not any(m._forward_pre_hooks for m in net.modules() if m is not net)
 
 
 def test_calibration_runs_without_dropout():
@@ -141,3 +141,120 @@ def test_a_quantizer_that_no_batch_reaches_is_named():
     net.unused = converted().blocks[1].mlp.fc1
     with pytest.raises(qat.UsageError, match=r"scales of unused.input_quantizer are not initialised"):
         qat.initialize_scales(net, [images()])
+
+
+UNSET = r"scales of .*input_quantizer are not initialised; call qat.initialize_scales\(net, batches\)"
+
+
+def refuses(net):
+    """Whether calling the net raises, in training and in evaluation."""
+    for training in (True, False):
+        with pytest.raises(qat.UsageError, match=UNSET):
+            net.train(training)(images())
+    return True
+
+
+def hooks(net):
+    """Forward pre-hooks of a net and all in it."""
+    return [hook for module in net.modules() for hook in module._forward_pre_hooks.values()]
+
+
+def test_training_without_scales_raises_before_a_parameter_changes():
+    net = converted().train()
+    before = copy.deepcopy(net.state_dict())
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0)
+    with pytest.raises(qat.UsageError, match=UNSET):
+        net(images()).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(v, before[k]) or (v.isnan() & before[k].isnan()).all() for k, v in net.state_dict().items())
+
+
+def test_a_net_without_scales_raises_wherever_it_is():
+    net = converted()
+    assert refuses(net)
+    assert refuses(torch.nn.Sequential(net, torch.nn.Flatten()))
+    assert refuses(copy.deepcopy(net))
+    assert refuses(pickle.loads(pickle.dumps(net)))
+    assert refuses(AveragedModel(net))
+    assert refuses(converted("minmax"))
+
+
+def test_a_quantizer_and_a_layer_without_scales_yield_nan():
+    net = converted()
+    assert sites(net)["patch_embed.proj.input_quantizer"].quantizer(images()).isnan().all()
+    assert net.patch_embed.proj(images()).isnan().all()
+
+
+def by_hand(source, net):
+    with torch.no_grad():
+        for mine, its in zip(qat.iter_quantizers(net), qat.iter_quantizers(source), strict=True):
+            theirs = its.quantizer.state_dict()
+            for name, tensor in mine.quantizer.state_dict().items():
+                tensor.copy_(theirs[name])
+
+
+def from_file(source, net, path):
+    qat.save(source, path)
+    return qat.load(path)
+
+
+FILLED = {
+    "data": lambda source, net, path: qat.initialize_scales(net, [images()]),
+    "data, from outside": lambda source, net, path: qat.initialize_scales(torch.nn.Sequential(net), [images()]),
+    "state dict": lambda source, net, path: net.load_state_dict(source.state_dict()),
+    "state dict of an outer module": lambda source, net, path: torch.nn.Sequential(net).load_state_dict(
+        torch.nn.Sequential(source).state_dict()
+    ),
+    "copy": lambda source, net, path: copy_scales(source, net),
+    "hand": lambda source, net, path: by_hand(source, net),
+    "file": from_file,
+}
+
+
+@pytest.mark.parametrize("way", FILLED)
+def test_a_net_with_scales_runs_and_is_checked_no_more(way, tmp_path):
+    source, net = quantized(), converted()
+    assert refuses(net)
+    made = FILLED[way](source, net, tmp_path / "net.ckpt")
+    if way == "file":
+        net = made
+        assert hooks(net) == []
+    assert torch.equal(logits(net), logits(source))
+    assert hooks(net) == []
+    assert hooks(copy.deepcopy(net)) == []
+
+
+def test_scales_that_a_partial_load_leaves_out_are_named():
+    net = converted()
+    state = quantized().state_dict()
+    del state["blocks.1.mlp.fc1.input_quantizer.quantizer.scale"]
+    net.load_state_dict(state, strict=False)
+    with pytest.raises(qat.UsageError, match=r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised"):
+        net(images())
+    qat.initialize_scales(net, [images()])
+    assert logits(net).isfinite().all()
+
+
+def test_what_looks_into_a_net_needs_no_scales():
+    net = converted()
+    before = cost(quantized(), SIZE)
+    assert cost(net, SIZE) == before
+    assert refuses(net)
+
+
+def test_nothing_is_checked_where_there_are_no_scales():
+    assert hooks(converted("fp")) == []
+    assert hooks(converted(weight_quantizer="float", act_quantizer="float")) == []
+    assert hooks(converted(weight_quantizer="minmax", act_quantizer="float")) == []
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_scales_may_come_before_and_after_compilation(compiled_first):
+    source, net = quantized(), converted()
+    if not compiled_first:
+        net.load_state_dict(source.state_dict())
+    call = torch.compile(net, fullgraph=True, backend="eager")
+    if compiled_first:
+        qat.initialize_scales(net, [images()])
+    with torch.no_grad():
+        assert_close(call(images()), logits(source))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.nn.fqvit import IntegerLayerNorm
-from qat.probing import probing
+from qat.probing import allow_unset_scales, probing
 from qat.ptq.observers import Observer
 from qat.ptq.patching import Forward, patched
 from qat.ptq.ranks import Ranks
@@ -44,7 +44,7 @@ class Calibration:
 def in_float(net: nn.Module) -> Generator[None]:
     """While it lasts nothing is rounded: quantizers give back what they get, integer norms are norms."""
     forwards: dict[nn.Module, Forward] = {m: m.in_float for m in net.modules() if isinstance(m, IntegerLayerNorm)}
-    with patched(forwards | {site.quantizer: _unchanged for site in iter_quantizers(net)}):
+    with allow_unset_scales(), patched(forwards | {site.quantizer: _unchanged for site in iter_quantizers(net)}):
         yield
 
 

@@ -15,8 +15,8 @@ class Quantizer(nn.Module, ABC):
     """Maps a tensor to its low-bit grid.
 
     A subclass implements `forward` and `codes`; one with scales also `allocate` and `calibrate`. Scales exist in their final
-    shape, filled with NaN, from conversion on: the parameter set never changes afterwards, and a net that was not initialised
-    yields NaN instead of plausible numbers.
+    shape, filled with NaN, from conversion on: the parameter set never changes afterwards, and a quantizer that was not initialised
+    yields NaN instead of plausible numbers (its net raises: `qat.scales.guard`).
 
     Args:
         spec: how the tensor is quantized.

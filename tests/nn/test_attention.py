@@ -54,6 +54,7 @@ def test_one_step_per_token_is_shared_by_heads():
 @pytest.mark.parametrize(("name", "scores"), [("deit", 2 * 25), ("swin", 4 * 2 * 16**2)])
 def test_number_of_scores(name, scores):
     net = qat.convert(ATTENTIONS[name].build(), qat.recipe("ofq_noqkr"), input_size=ATTENTIONS[name].input_size)
+    qat.initialize_scales(net, [ATTENTIONS[name].images(1)])
     attn = next(m for m in net.modules() if isinstance(m, attention.ScoredAttention))
     seen = []
     attn.register_forward_pre_hook(lambda m, args: seen.append(m.n_scores(args[0])))

@@ -173,7 +173,8 @@ def test_a_file_gives_the_same_logits_to_the_last_bit(tmp_path, knobs):
 def test_a_net_that_is_not_calibrated_says_so():
     net = converted()
     assert not is_ready(net.blocks[0].residual1_quantizer)
-    assert logits(net).isnan().all()
+    with pytest.raises(qat.UsageError, match=r"are not initialised; call qat.ptq.calibrate\(net"):
+        logits(net)
     with pytest.raises(qat.UsageError, match="are found by qat.ptq.calibrate"):
         qat.initialize_scales(net, [images()])
 
