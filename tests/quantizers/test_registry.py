@@ -85,8 +85,8 @@ def test_own_class_in_a_net(plugin, tmp_path):
     [
         ("no_such_module_anywhere:Half", "No module named 'no_such_module_anywhere'"),
         ("plugged_quantizers:Nothing", "no attribute 'Nothing'"),
-        ("plugged_quantizers:NotOne", "allowed are subclasses of qat.quantizers.Quantizer"),
-        ("math:pi", "allowed are subclasses of qat.quantizers.Quantizer"),
+        ("plugged_quantizers:NotOne", "must be a subclass of qat.quantizers.Quantizer"),
+        ("math:pi", "must be a subclass of qat.quantizers.Quantizer"),
     ],
 )
 def test_paths_that_lead_nowhere(plugin, name, said):
