@@ -12,7 +12,7 @@ PEERS := outputs/peers
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: export-table two-bit-forms study results results-quick gpu-bench startup step-time memory profile-step peers extras-cost features-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress map-scales models-page search-cost bits-seeds weights-figures kure-cost robustness-figures bad-inputs test test-fast test-long test-slurm system-packages check lint types imports clean
+.PHONY: export-table two-bit-forms study results results-quick gpu-bench startup step-time memory profile-step peers extras-cost features-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress map-scales models-page search-cost bits-seeds weights-figures kure-cost robustness-figures bad-inputs test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -139,6 +139,9 @@ two-bit-forms: $(READY) ## 2-bit weights in ONNX as INT2 against INT4: bytes and
 
 startup: $(READY) ## seconds until the commands answer and until the first training step, medians of five (3 minutes)
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/startup.py
+
+test-gpu: $(READY) ## are kernels, nets and steps right on this machine's GPU; without one in Triton's interpreter and on the CPU (1 minute)
+	@$(BIN)/python -m tests.gpu
 
 gpu-bench: $(READY) ## on a CUDA device: training steps of DeiT-T/S/B in float steps, kernels, memory; again for what is left, docs/gpu.md (9 minutes)
 	@$(BIN)/python -m benchmarks.gpu

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from qat.kernels import reference
-from qat.kernels.grid import Grid, row_stride, rows_of
+from qat.kernels.grid import Grid, row_stride
 from qat.kernels.reference import LsqGradients
-from qat.kernels.tiles import dense, device_type, fit, shapes_of, spaced, tiles_of
+from qat.kernels.tiles import dense, device_type, fit, rows_of, shapes_of, spaced, tiles_of
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.kernels.grid import Layout, row_stride
+from qat.kernels import grid
+from qat.kernels.grid import Grid, Layout, row_stride
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of the tile that a program holds, and columns at most.
 TILE, WIDEST = 2048, 1024
+# CUDA launches no more programs beside each other than this.
+MOST_ACROSS = 2**16 - 1
 
 
 class Tiles(NamedTuple):
@@ -48,6 +51,12 @@ def fit(*tensors: Tensor | None) -> bool:
 def dense(*tensors: Tensor | None) -> bool:
     """True if the elements of each lie one behind the other."""
     return all(x is None or x.is_contiguous() for x in tensors)
+
+
+def rows_of(x: Tensor, scale: Tensor, offsets: list[torch.Size], of: Grid) -> Layout | None:
+    """`grid.rows_of`; None also where a row has more tiles than can be launched."""
+    layout = grid.rows_of(x, scale, offsets, of)
+    return None if layout is None or layout.length > MOST_ACROSS * WIDEST else layout
 
 
 def shapes_of(*tensors: Tensor | None) -> list[torch.Size]:

@@ -1,23 +1,18 @@
-"""Run by test_gpu.py in a process of its own: prints, by case, what differs from the reference.
+"""Cases of Triton's kernels: each gives the names of the results that differ from the reference.
 
-On the CPU with TRITON_INTERPRET=1, which Triton reads when it is imported, else on a GPU.
-
-Inputs lie anywhere, halfway between codes, on the ends of the range, one float beside them, and far outside.
+They run on torch's default device: a GPU, or the CPU with TRITON_INTERPRET=1, which Triton reads when it is imported. Inputs lie anywhere,
+halfway between codes, on the ends of the range, one float beside them, and far outside.
 """
 
-import json
-import sys
 from unittest import mock
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qat.kernels import gpu, reference
 from qat.kernels.grid import Grid
-from qat.kernels.tiles import device_type
 
-BOUNDS = {"signed": (-2, 1), "unsigned": (0, 3), "eight bits": (-128, 127)}
+BOUNDS = {"signed": (-2, 1), "unsigned": (0, 3), "three bits": (-4, 3), "four bits": (0, 15), "eight bits": (-128, 127)}
 # Shape, axis, and the number of dimensions that offsets vary over.
 FORMS = {
     "tokens": ((3, 5, 24), 1, 1),
@@ -32,6 +27,8 @@ FORMS = {
     "a row wider than a tile": ((2, 3, 1100), 1, 1),
     "many short rows": ((2, 700, 5), 1, 1),
     "one element": ((1, 1, 1), 1, 1),
+    **{f"length {length}": ((2, 3, length), 1, 1) for length in (1, 7, 127, 129, 1000, 4097)},
+    **{f"length {length} by column": ((3, length), -1, 1) for length in (1, 7, 127, 129, 1025)},
 }
 
 
@@ -134,6 +131,23 @@ def in_place(shape, axis, n_offsets, bounds):
     return [] if all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)) and found[0] is grad else ["in place"]
 
 
+def infinite(shape, axis, n_offsets, bounds):
+    """Infinities in input and gradient, NaN in the gradient alone."""
+    x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
+    x.view(-1)[::3], x.view(-1)[1::3] = torch.inf, -torch.inf
+    grad = torch.randn(shape)
+    grad.view(-1)[0], grad.view(-1)[-1] = torch.nan, torch.inf
+    found = gpu.lsq_gradients(grad, x, scale, before, grid, levels=True, after=after)
+    expected = reference.lsq_gradients(grad, x, scale, before, grid)
+    levels = reference.lsq_forward(x, scale, before, after, grid)
+    right = {
+        "levels": same(found.levels, levels),
+        "x": same(found.x, expected.x),
+        "scale": torch.equal(found.scale.isfinite(), expected.scale.isfinite()),
+    }
+    return [name for name, fine in right.items() if not fine]
+
+
 def in_strips(*form):
     """Each program of a backward pass has several tiles, as those of a large tensor."""
     with mock.patch.object(gpu, "PROGRAMS", 2):
@@ -170,6 +184,8 @@ def declined():
         "no elements": gpu.lsq_forward(x[:0], scale, None, None, grid),
         "out": gpu.lsq_gradients(x, x, scale, None, grid, out=x.bfloat16()),
         "columns": gpu.statsq_forward(x[0], scale[:1].expand(1, 6).clone(), 2),
+        "expanded": gpu.lsq_forward(torch.ones(1, 1, 1).expand(2, 4, 6), scale, None, None, grid),
+        "wide": gpu.lsq_forward(torch.empty(1, 65_535 * 1024 + 1, dtype=torch.float16), scale[:1], None, None, Grid(-2, 1, None)),
         "long": gpu.probs_backward(long, long, scale[:1], Grid(0, 3, None), 1.0),
     }
     return [name for name, found in given.items() if found is not None]
@@ -193,7 +209,8 @@ CASES = {
        for name, f, forms in (
            ("NaN", without_a_number, ("tokens", "channels", "heads")),
            ("apart", apart, ("tokens", "channels")),
-           ("in place", in_place, ("tokens", "channels")),
+           ("in place", in_place, ("tokens", "channels", "length 7", "length 127", "length 129", "length 4097")),
+           ("infinity", infinite, ("tokens", "channels", "length 129")),
            ("strips", in_strips, ("many short rows", "channels, no offsets", "a row wider than a tile")),
            ("sign", signs, ("pixels", "channels")),
            ("dtypes", other_dtypes, ("tokens", "channels")),
@@ -207,18 +224,3 @@ CASES = {
     "declined": (declined,),
     "checked": (checked,),
 }  # fmt: skip
-
-
-def main():
-    torch.set_num_threads(1)
-    torch.set_default_device(device_type())
-    found = {}
-    for name, (function, *arguments) in CASES.items():
-        torch.manual_seed(0)
-        with np.errstate(all="ignore"):
-            found[name] = function(*arguments)
-    sys.stdout.write(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

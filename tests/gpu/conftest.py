@@ -1,0 +1,69 @@
+"""Where tests run: on the device, in Triton's interpreter or on the CPU; and a last line that says what ran where."""
+
+import collections
+import importlib.util
+
+import pytest
+import torch
+
+WHERE = pytest.StashKey[str]()
+COMMAND = "python -m tests.gpu"
+
+
+def _interprets():
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@pytest.fixture
+def device():
+    """A CUDA device; skipped without one."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def kernels_on():
+    """Type of the device that Triton's kernels run on: `cuda`, or `cpu` in its interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if _interprets():
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip(f"there is no CUDA device; {COMMAND} has Triton's interpreter run the kernels")
+    return "cuda"
+
+
+@pytest.fixture
+def anywhere():
+    """The CUDA device, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "golden: compares with cases made by the papers' own code")
+    config.addinivalue_line("markers", "long: more than the tests of every change have time for")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    report = (yield).get_result()
+    used = item.funcargs if hasattr(item, "funcargs") else {}
+    report.where = "Triton's interpreter" if used.get("kernels_on") == "cpu" else "CPU" if not torch.cuda.is_available() else "device"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line: how many tests ran where, and why others did not."""
+    stats = terminalreporter.stats
+    of_here = [report for kind in ("passed", "failed") for report in stats.get(kind, ()) if "tests/gpu/" in report.nodeid]
+    ran = collections.Counter(report.where for report in of_here if hasattr(report, "where"))
+    skipped = [report for report in stats.get("skipped", ()) if "tests/gpu/" in report.nodeid]
+    why = collections.Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    if ran or why:
+        done = ", ".join(f"{count} {'in' if 'interpreter' in place else 'on the'} {place}" for place, count in ran.items())
+        left = "; ".join(f"{count}: {reason}" for reason, count in why.items())
+        terminalreporter.write_line(f"tests/gpu: ran {done or 'none'}; not run {left or 'none'}")

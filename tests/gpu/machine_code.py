@@ -1,0 +1,77 @@
+"""Prints, as JSON, what Triton's compiler makes of every kernel for a Hopper GPU: PTX by launch. Needs Triton, no GPU."""
+
+import json
+import sys
+import tempfile
+from unittest import mock
+
+import torch
+import triton
+
+from qat.kernels import gpu, tiles
+from tests.gpu.kernel_cases import FORMS, case
+
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NoDriver:
+    """In place of a Hopper GPU's driver: launches prepare arguments and compile, and go no further."""
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 99  # kernels are kept by device: no real one shall find these
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def rows(x, scale, before, after, grid, sign=None):
+    gpu.lsq_forward(x, scale, before, after, grid, sign=sign)
+    shape = None if after is None else after.shape
+    gpu.lsq_gradients(x, x, scale, before, grid, sign=sign, after_shape=shape, levels=after is not None, after=after)
+
+
+def probabilities(dtype):
+    gpu.probs_gradients(torch.ones(2, 3, 3, dtype=dtype), torch.ones(2, 3, 3, dtype=dtype), torch.ones(3), gpu.Grid(0, 3, -2), 0.3)
+
+
+def halves(dtype):
+    rows(torch.ones(2, 3, 8, dtype=dtype), torch.ones(3), None, None, gpu.Grid(-2, 1, 1))
+
+
+LAUNCHES = {
+    "offsets": lambda: rows(*case(*FORMS["tokens"], (-2, 1))),
+    "no offsets": lambda: rows(*case(*FORMS["heads"], (0, 3))),
+    "by column": lambda: rows(*case(*FORMS["channels"], (-2, 1))),
+    "sign": lambda: rows(*case(*FORMS["pixels"], (-2, 1)), torch.ones(())),
+    "weights": lambda: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2),
+    "probabilities": lambda: probabilities(torch.float32),
+    **{name: lambda d=d: halves(d) for name, d in HALVES.items()},
+    **{f"weights, {name}": lambda d=d: gpu.statsq_forward(torch.ones(3, 8, dtype=d), torch.ones(3, 1), 2) for name, d in HALVES.items()},
+    **{f"probabilities, {name}": lambda d=d: probabilities(d) for name, d in HALVES.items()},
+}
+
+
+def main():
+    found = {name: [] for name in LAUNCHES}
+    with tempfile.TemporaryDirectory() as cache:
+        triton.knobs.cache.dir = cache
+        for name, launch in LAUNCHES.items():
+            keep = found[name].append
+
+            def compile_only(kernel, programs, *args, keep=keep, **constants):
+                keep(kernel.warmup(*args, grid=programs, **constants, **gpu.OPTIONS).asm["ptx"])
+
+            with (
+                mock.patch.object(tiles, "device_type", return_value="cpu"),
+                mock.patch.object(gpu, "_launch", compile_only),
+                mock.patch.object(triton.runtime.driver, "_active", NoDriver()),
+            ):
+                launch()
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

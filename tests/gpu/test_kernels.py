@@ -1,0 +1,124 @@
+"""Triton's kernels: their numbers on the device or in Triton's interpreter, and what its compiler makes of them for a Hopper GPU.
+
+Oracle: `reference`, bit for bit; sums within 1e-6 of the magnitudes added. Of the compiler's output: IEEE division, and no product
+contracted with a sum; either would change bits, and the interpreter does not show it.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qat.kernels import gpu, reference
+from qat.kernels.grid import Grid
+from tests.gpu.kernel_cases import CASES, case, same
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_of_the_reference(kernels_on, name):
+    function, *arguments = CASES[name]
+    torch.manual_seed(0)
+    with torch.device(kernels_on), np.errstate(all="ignore"):
+        assert function(*arguments) == []
+
+
+def test_without_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.available.cache_clear()
+    try:
+        if gpu.available():  # in Triton's interpreter
+            pytest.skip("Triton's interpreter stands in for a device")
+        assert gpu.lsq_forward(torch.ones(2, 3, 4), torch.ones(3), None, None, Grid(-2, 1, 1)) is None
+    finally:
+        gpu.available.cache_clear()
+
+
+def both_passes(device, shape=(4, 300, 64)):
+    """A function of nothing that runs both passes of LSQ, its inputs, and what the reference gives."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        x, scale, before, after, grid = case(shape, 1, 1, (-2, 1))
+        grad = torch.randn(shape)
+    given = (grad, x, scale, before, grid)
+    expected = reference.lsq_gradients(*given, after_shape=after.shape)
+    levels = reference.lsq_forward(x, scale, before, after, grid)
+    return lambda: gpu.lsq_gradients(*given, after_shape=after.shape, levels=True, after=after), (expected, levels)
+
+
+def test_in_a_cuda_graph(device):
+    run, (expected, levels) = both_passes(device)
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for tensor in found:
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    eager = run()
+    assert all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))
+    assert same(found.levels, levels)
+    assert same(found.x, expected.x)
+
+
+def test_on_a_device_that_is_not_the_current_one(device):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device alone")
+    run, (expected, levels) = both_passes("cuda:1")
+    assert torch.cuda.current_device() == 0
+    found = run()
+    assert found.x.device == torch.device("cuda:1")
+    assert same(found.levels, levels)
+    assert same(found.x, expected.x)
+
+
+def test_the_same_bits_in_every_run(device):
+    run, _ = both_passes(device, (64, 197, 192))
+    first = [tensor.clone() for tensor in run()]
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((140_000, 1024), None), ((9_000_000, 16), None), ((2, 70_000, 600), 1)])
+def test_more_than_65535_tiles(device, shape, axis):
+    grid = Grid(-2, 1, axis)
+    with torch.device(device):
+        x, scale = torch.randn(shape), torch.full((1 if axis is None else shape[axis],), 0.7)
+        found = gpu.lsq_forward(x, scale, None, None, grid)
+        assert same(found, reference.lsq_forward(x, scale, None, None, grid))
+        assert same(gpu.lsq_gradients(x, x, scale, None, grid).x, reference.lsq_gradients(x, x, scale, None, grid).x)
+
+
+def test_more_elements_than_32_bits_count(device):
+    free, _ = torch.cuda.mem_get_info()
+    rows, length = 2**21 + 3, 1024
+    if free < 5 * 2 * rows * length:
+        pytest.skip("less than 22 GB of memory are free")
+    x = torch.empty(rows, length, device=device, dtype=torch.bfloat16).normal_()
+    found = gpu.lsq_forward(x, torch.full((1,), 0.7, device=device), None, None, Grid(-2, 1, None))
+    tail = x[-5:].contiguous()
+    assert same(found[-5:].contiguous(), reference.lsq_forward(tail, torch.full((1,), 0.7, device=device), None, None, Grid(-2, 1, None)))
+
+
+def test_machine_code():
+    """Compiled ahead of time for a Hopper GPU, which need not be there; in a process that does not interpret."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.gpu.machine_code"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {len(kernels) for kernels in found.values()} == {1, 2}
+    for name, kernels in found.items():
+        for ptx in kernels:
+            assert set(re.findall(r"\bdiv[.\w]*f32", ptx)) == {"div.rn.f32"}, name
+            assert not re.search(r"\bfma\.|\.ftz|\batom\.|\bred\.|\bmad\.\w+\.f32", ptx), name

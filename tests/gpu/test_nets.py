@@ -1,0 +1,99 @@
+"""Whole nets: all ways of running one give the same logits and gradients, on the device as on the CPU.
+
+Oracle: the net run another way. Where operations differ, a value halfway between codes may go to the other side and take along what
+depends on it, so each error stands beside that of a control (`benchmarks.gpu.checks`): parameters that differ by a rounding error.
+"""
+
+import copy
+
+import pytest
+import torch
+
+import qat
+from benchmarks.gpu.checks import KINDS, Apart, Checks, results
+from benchmarks.step_arms import ARMS
+from tests.nets import FAMILIES
+
+QUANTIZED = [arm for arm, settings in ARMS.items() if settings.knobs is not None and not settings.teacher]
+NETS = [FAMILIES[name] for name in ("vit", "deit", "swin")]
+
+
+@pytest.fixture(autouse=True)
+def kernels_as_they_were():
+    """Kernels by themselves again, and products in float32 as on a CPU."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    qat.kernels.use("auto")
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+@pytest.mark.parametrize("arm", QUANTIZED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ways_of_running_agree(device, kind, arm):
+    torch.manual_seed(0)
+    row = Checks(dry_run=False).check(f"{kind}, {arm}")
+    assert row["right"], row
+
+
+def quantized(family, device, bits):
+    net = qat.convert(family.build().to(device), qat.recipe("ofq", bits=bits, attention="standard"), input_size=family.input_size)
+    images = family.images(4).to(device)
+    return qat.initialize_scales(net, [images]), images
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("family", NETS, ids=lambda f: f.name)
+def test_fused_and_apart_agree(anywhere, family, bits):
+    """The same operations: bit for bit forward; sums of gradients may be added in another order."""
+    net, images = quantized(family, anywhere, bits)
+    fused = results(net, images)
+    with Apart():
+        apart = results(net, images)
+    assert torch.equal(fused["logits"], apart["logits"])
+    for kind in ("weights", "scales"):
+        assert (fused[kind] - apart[kind]).norm() <= 1e-4 * apart[kind].norm(), kind
+
+
+@pytest.mark.parametrize("family", NETS, ids=lambda f: f.name)
+def test_with_kernels_and_without(device, family):
+    net, images = quantized(family, device, 2)
+    qat.kernels.use("triton")
+    ours = results(net, images)
+    qat.kernels.use("off")
+    plain = results(net, images)
+    assert torch.equal(ours["logits"], plain["logits"])
+    for kind in ("weights", "scales"):
+        assert (ours[kind] - plain[kind]).norm() <= 1e-4 * plain[kind].norm(), kind
+
+
+def test_scales_from_a_device_are_those_of_the_cpu(device):
+    family = NETS[0]
+    net, images = quantized(family, torch.device("cpu"), 4)
+    twin = qat.convert(family.build().to(device), qat.recipe("ofq", bits=4, attention="standard"), input_size=family.input_size)
+    qat.initialize_scales(twin, [images.to(device)])
+    expected = dict(net.named_parameters())
+    first = next(name for name in expected if name.endswith("scale"))
+    found = dict(twin.named_parameters())
+    assert torch.allclose(found[first].cpu(), expected[first], rtol=1e-5)
+    # Behind the first quantizer a code on a tie moves what later ones see.
+    errors = {n: ((found[n].cpu() - p).norm() / p.norm()).item() for n, p in expected.items() if n.endswith("scale")}
+    assert max(errors.values()) < 0.05, errors
+
+
+@pytest.mark.parametrize("arm", QUANTIZED)
+def test_bfloat16_autocast_is_finite(anywhere, arm):
+    from benchmarks.gpu.nets import build, images_of
+
+    images = images_of(2, anywhere, tiny=True)
+    found = results(build("deit_tiny_patch16_224", arm, images, tiny=True), images, autocast=True)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+def test_a_file_goes_from_device_to_device(anywhere, tmp_path):
+    net, images = quantized(NETS[1], anywhere, 2)
+    qat.save(net, tmp_path / "net.ckpt")
+    again = qat.load(tmp_path / "net.ckpt")
+    assert {p.device.type for p in again.parameters()} == {"cpu"}
+    with torch.no_grad():
+        assert torch.equal(again.to(anywhere)(images), copy.deepcopy(net).eval()(images))

@@ -1,0 +1,106 @@
+"""Training steps without Lightning: none waits for the device, each compiles as one graph, and a run that is resumed is the run.
+
+Oracle: the driver's own word on synchronisation; the uninterrupted run, bit for bit.
+"""
+
+import copy
+
+import pytest
+import torch
+
+import qat
+from benchmarks.gpu.nets import build, images_of, teacher_of
+from qat.files import read_torch, write_torch
+from qat.functional.confidence import near_threshold
+from qat.holding import Hold
+from qat.lit.optim import build_optimizer
+from qat.losses import CompositeLoss, CrossEntropy, Dampening, Distillation, Kure, StepContext
+from qat.quantizers import StatsQ
+
+MODEL, BATCH = "deit_tiny_patch16_224", 4
+TERMS = {"ce": lambda: {"ce": CrossEntropy()}, "kure": lambda: {"ce": CrossEntropy(), "kure": Kure()}}
+TERMS |= {"dampening": lambda: {"ce": CrossEntropy(), "dampening": Dampening()}, "kd": lambda: {"kd": Distillation()}}
+
+
+class Run:
+    """A tiny quantized net in training."""
+
+    def __init__(self, device, arm="ofq", terms="ce", *, anneals=False, call=None):
+        self.device, self.anneals = device, anneals
+        torch.manual_seed(0)
+        self.images = images_of(BATCH, device, tiny=True)
+        self.target = torch.arange(BATCH, device=device)
+        self.net = build(MODEL, arm, self.images, tiny=True)
+        self.call = self.net if call is None else call(self.net)
+        self.teacher = teacher_of(MODEL, "ofq + teacher", self.images, compiled=False, tiny=True) if terms == "kd" else None
+        self.loss = CompositeLoss(TERMS[terms]())
+        self.loss.prepare(self.net)
+        self.optimizer = build_optimizer(self.net, lr=1e-3, weight_decay=0.05, fused=True)
+        self.hold = Hold()
+        self.hold.attach([self.optimizer])
+
+    def step(self):
+        followed = None if self.teacher is None else self.teacher(self.images)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss, _ = self.loss(StepContext(self.call(self.images), self.target, followed, self.net))
+        loss.backward()
+        if self.anneals:
+            sites = [s for s in qat.iter_quantizers(self.net) if s.role == "weight" and isinstance(s.quantizer, StatsQ)]
+            self.hold.hold((s.owner.weight, ~near_threshold(s.owner.weight, s.quantizer.spec.bits, 0.005)) for s in sites)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def state(self):
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+
+@pytest.mark.parametrize("anneals", [False, True], ids=["free", "annealed"])
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("arm", ["ofq", "ofq without qkr"])
+def test_no_step_waits_for_the_device(device, arm, terms, anneals):
+    run = Run(device, arm, terms, anneals=anneals)
+    for _ in range(2):  # the first ones load kernels and make the optimizer's state
+        run.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [run.step() for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).isfinite().all()
+
+
+@pytest.mark.parametrize("arm", ["linears", "ofq without qkr", "ofq"])
+def test_a_step_is_one_graph(device, arm):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = Run(device, arm, call=lambda net: torch.compile(net, fullgraph=True, dynamic=False))
+    assert torch.stack([run.step() for _ in range(3)]).isfinite().all()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("anneals", [False, True], ids=["free", "annealed"])
+def test_a_resumed_run_is_the_run(anywhere, tmp_path, anneals):
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    try:
+        whole = Run(anywhere, anneals=anneals)
+        start = copy.deepcopy(whole.state())
+        for _ in range(3):
+            whole.step()
+        write_torch(tmp_path / "state.pt", whole.state())
+        for _ in range(3):
+            whole.step()
+        resumed, state = Run(anywhere, anneals=anneals), read_torch(tmp_path / "state.pt", map_location=anywhere)
+        resumed.net.load_state_dict(state["net"])
+        resumed.optimizer.load_state_dict(state["optimizer"])
+        for _ in range(3):
+            resumed.step()
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    ours, theirs = resumed.state(), whole.state()
+    assert all(torch.equal(ours["net"][name], value) for name, value in theirs["net"].items())
+    assert any(not torch.equal(start["net"][name], value) for name, value in theirs["net"].items())
+    for index, moments in theirs["optimizer"]["state"].items():
+        assert all(torch.equal(ours["optimizer"]["state"][index][key], value) for key, value in moments.items())
