@@ -1,5 +1,8 @@
 """What a checkpoint is like: `python analyze.py ckpt=PATH analysis=robustness`."""
 
+from qat.tasks import startup  # noqa: F401  (first)
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 

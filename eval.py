@@ -1,5 +1,8 @@
 """Accuracy of a checkpoint, rebuilt from the file alone: `python eval.py ckpt=PATH`."""
 
+from qat.tasks import startup  # noqa: F401  (first)
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 

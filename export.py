@@ -1,5 +1,8 @@
 """A deployable file of a quantized checkpoint, checked against it: `python export.py ckpt=PATH format=onnx`."""
 
+from qat.tasks import startup  # noqa: F401  (first)
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 

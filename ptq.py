@@ -1,5 +1,8 @@
 """Quantize a float net after its training: `python ptq.py ptq=fqvit_w4a8 ckpt=PATH`."""
 
+from qat.tasks import startup  # noqa: F401  (first)
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 

@@ -1,5 +1,8 @@
 """Train a vision transformer, quantization-aware or in float: `python train.py model=deit_t quant=ofq_2bit`."""
 
+from qat.tasks import startup  # noqa: F401  (first)
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 

@@ -1,8 +1,9 @@
 """Signals by which a cluster or a person asks a run to end.
 
 SIGUSR1 and SIGUSR2 say that the machine is about to be taken away: save, go on elsewhere. SIGTERM says stop: save, and that is all; a
-cluster that preempts with it starts the job again by itself. Outside training a signal raises `Preempted` at once; inside, it is noted, and
-`qat.callbacks.Preemption` acts on it behind the step under way. Imports nothing heavy.
+cluster that preempts with it starts the job again by itself. SIGINT, Ctrl-C, says the same; a second one does not wait. Outside training a
+signal raises `Preempted` at once; inside, it is noted, and `qat.callbacks.Preemption` acts on it behind the step under way. Imports nothing
+heavy.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 LEAVING = (signal.SIGUSR1, signal.SIGUSR2)
-SIGNALS = (*LEAVING, signal.SIGTERM)
+SIGNALS = (*LEAVING, signal.SIGTERM, signal.SIGINT)
+# Seconds within which a Ctrl-C comes twice to a process of several, from the terminal and from the one that started it.
+ECHO_S = 1.0
 # Seconds that a loader process outlives a SIGTERM: the training process needs it until its step is done and saved.
 OUTLIVE_S = 20
 
@@ -34,6 +38,11 @@ class Preempted(BaseException):
     def __init__(self, number: int, step: int | None = None, saved: Path | None = None) -> None:
         super().__init__(number, step, saved)
         self.signal, self.step, self.saved = signal.Signals(number), step, saved
+
+    @property
+    def name(self) -> str:
+        """Of the signal, as a person knows it."""
+        return "Ctrl-C" if self.signal == signal.SIGINT else self.signal.name
 
     @property
     def wants_requeue(self) -> bool:
@@ -53,11 +62,15 @@ class _Arrivals:
     Attributes:
         number: the signal that counts: of several the highest, so that a wish to stop outranks one to go on elsewhere. 0 = none.
         is_deferred: noted only.
+        is_importing: Ctrl-C ends the process at once.
+        interrupted_at: when Ctrl-C came, on the monotonic clock; None = it has not.
         process: the one that listens; copies of it, which loaders make, leave signals to it.
     """
 
     number: int = 0
     is_deferred: bool = False
+    is_importing: bool = False
+    interrupted_at: float | None = None
     process: int = 0
 
 
@@ -86,7 +99,18 @@ def listen() -> None:
     if threading.current_thread() is threading.main_thread():
         _arrivals.process = os.getpid()
         for number in SIGNALS:
-            signal.signal(number, _note)
+            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
+                signal.signal(number, _note)
+
+
+@contextlib.contextmanager
+def importing() -> Generator[None]:
+    """Have Ctrl-C end the process at once: Python drops exceptions that are raised in some corners of imports."""
+    _arrivals.is_importing = True
+    try:
+        yield
+    finally:
+        _arrivals.is_importing = False
 
 
 def defer(*, on: bool) -> None:
@@ -101,16 +125,33 @@ def arrived() -> int:
 
 def forget() -> None:
     """Begin anew: nothing has arrived, and the next signal counts at once."""
-    _arrivals.number, _arrivals.is_deferred = 0, False
+    _arrivals.number, _arrivals.is_deferred, _arrivals.interrupted_at = 0, False, None
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _arrivals.process:
         return
+    if number == signal.SIGINT and is_impatient():
+        end_at_once(number, frame)
     _arrivals.number = max(_arrivals.number, number)
     if not _arrivals.is_deferred:
         _arrivals.is_deferred = True  # what cleans up behind the exception is not interrupted by another one
         raise Preempted(number)
+
+
+def is_impatient() -> bool:
+    """True for a Ctrl-C that waits for nothing: one in the middle of imports, and the second one."""
+    now, first = time.monotonic(), _arrivals.interrupted_at
+    _arrivals.interrupted_at = now if first is None else first
+    return _arrivals.is_importing or (first is not None and now - first > ECHO_S)
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    """End this process behind one line; files that are written at the moment do not come into being, those that are there stay."""
+    if os.environ.get("RANK", "0") == "0":
+        # Not by way of Python's streams: what is interrupted may be writing to them.
+        os.write(2, b"stopped by Ctrl-C at once; what was saved before is as it was\n")
+    os._exit(128 + number)
 
 
 def outlive(worker: int) -> None:
@@ -119,6 +160,6 @@ def outlive(worker: int) -> None:
     Args:
         worker: its number, which torch tells it.
     """
-    for number in LEAVING:
+    for number in (*LEAVING, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLIVE_S))

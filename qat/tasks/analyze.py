@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from qat.analysis import Analysis, ImageSet, Ledger, Outcome, Point, Row, Studie
 from qat.analysis.images import gathered
 from qat.errors import UsageError
 from qat.files import write_text
+from qat.preemption import Preempted
 from qat.ptq.state import fingerprint
 from qat.spec import check_choice, check_whole
 from qat.tasks import build, fit, summary
@@ -80,7 +82,9 @@ def analyze(cfg: DictConfig) -> None:
         for row in coming:
             rows.append(row)
         complete = True
-    except KeyboardInterrupt:
+    except Preempted as stop:
+        if stop.signal != signal.SIGINT:
+            raise
         log.warning("interrupted after %d evaluations; the same command with run_dir=%s goes on from there", len(rows), run_dir)
     outcome = study.analysis.outcome(study.nets, rows)
     write_outcome(run_dir, study.analysis.name, settings, outcome, complete=complete)

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -24,7 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 from qat import preemption
 from qat.errors import UsageError
 from qat.preemption import Preempted
-from qat.tasks import foreign, overrides, ranks, repeat, resolvers, slurm, sweep
+from qat.tasks import foreign, lock, overrides, ranks, repeat, resolvers, slurm, sweep
+from qat.tasks.lock import InUseError
+from qat.tasks.outputs import Found, UsedError
 from qat.tasks.watch import LOST
 
 log = logging.getLogger(__name__)
@@ -75,8 +78,10 @@ def command(main: Callable[[], None]) -> int:
         main: the function that Hydra has wrapped.
 
     Returns:
-        Exit code: 1 if a job failed, here or in another process.
+        Exit code: 1 if a job failed, here or in another process; 130 behind a Ctrl-C.
     """
+    if signal.getsignal(signal.SIGINT) is preemption.end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     expand_home()
     missing = sweep.missing_extra(sys.argv[1:])
     if missing is not None:
@@ -88,6 +93,9 @@ def command(main: Callable[[], None]) -> int:
     try:
         with overrides.answered_in_one_line():
             main()
+    except KeyboardInterrupt:
+        log.warning("stopped by Ctrl-C%s", sweep.way_on())
+        return 128 + signal.SIGINT
     finally:
         sweep.conclude()
     return 1 if _failed_jobs else 0
@@ -115,33 +123,38 @@ def run(task: str, cfg: DictConfig) -> float | None:
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     # A process that was started for a job is not the one that goes on with the next job.
     ends = not multirun or ranks.is_started_here()
-    try:
-        return sweep.reported(_call(task, cfg))
-    except ranks.RankError as error:
-        if error.message is not None:
-            _report(cfg, error.message, None)
-        _failed_jobs.append(str(error))
-        code, ends = error.code, ends or preemption.ends(error.code)
-    except Exception as error:
-        mistake = _mistake(error)
-        if isinstance(mistake, LostError) and ranks.is_started_here():
-            sys.exit(LOST)
-        if _wants_traceback(cfg) or (mistake is None and not multirun):
-            raise
-        message = str(mistake) if mistake is not None else f"{type(error).__name__}: {error}"
-        _report(cfg, message, error if mistake is None else None)
-        code = 1
+    with contextlib.ExitStack() as stack:
+        found = Found(Path(cfg.run_dir))
+        try:
+            stack.enter_context(lock.held(cfg.run_dir))
+            return sweep.reported(_call(task, cfg, found))
+        except ranks.RankError as error:
+            if error.message is not None:
+                _report(cfg, error.message, None, found)
+            _failed_jobs.append(str(error))
+            code, ends = error.code, ends or preemption.ends(error.code)
+        except Exception as error:
+            mistake = _mistake(error)
+            if isinstance(mistake, LostError) and ranks.is_started_here():
+                sys.exit(LOST)
+            if _wants_traceback(cfg) or (mistake is None and not multirun):
+                raise
+            message = str(mistake) if mistake is not None else f"{type(error).__name__}: {error}"
+            _report(cfg, message, error if mistake is None else None, None if isinstance(mistake, InUseError | UsedError) else found)
+            code = 1
     if ends:
         sys.exit(code)
     return sweep.reported(math.nan)
 
 
-def _call(task: str, cfg: DictConfig) -> float | None:
+def _call(task: str, cfg: DictConfig, found: Found) -> float | None:
     """Run the task; a signal to go ends the process, also in the middle of a multirun."""
     with preemption.listening():
         try:
             return _start(task, cfg)
         except Preempted as stop:
+            if stop.saved is None and not stop.wants_requeue and found.has_begun():
+                _write_error(cfg, f"stopped by {stop.name} before anything was saved", found)
             sys.exit(slurm.leave(stop, cfg))
 
 
@@ -155,12 +168,13 @@ def _start(task: str, cfg: DictConfig) -> float | None:
     slurm.continues(cfg)
     slurm.check_place(cfg)
     alone = task in {"analyze", "export"} or cfg.get("predict") is not None  # they refuse several devices themselves
-    count = max(0 if alone else ranks.to_start(cfg), least)
-    if count:
+    with preemption.importing():
+        count = max(0 if alone else ranks.to_start(cfg), least)
+        function = None if count else getattr(importlib.import_module(f"qat.tasks.{task}"), task)
+    if function is None:
         return ranks.supervise(task, cfg, count)
     if not ranks.is_first():
         logging.getLogger().setLevel(logging.ERROR)
-    function = getattr(importlib.import_module(f"qat.tasks.{task}"), task)
     result: float | None = function(cfg)
     return result
 
@@ -216,9 +230,8 @@ def _wants_traceback(cfg: DictConfig) -> bool:
     return bool(debug) or os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-def _report(cfg: DictConfig, message: str, unexpected: BaseException | None) -> None:
-    from qat.tasks.results import write_results
-
+def _report(cfg: DictConfig, message: str, unexpected: BaseException | None, found: Found | None) -> None:
+    """Say what went wrong, and write it into the run directory as it was `found`; None = that belongs to another run."""
     _failed_jobs.append(message)
     line = " ".join(message.split())
     if not ranks.is_first():
@@ -227,10 +240,17 @@ def _report(cfg: DictConfig, message: str, unexpected: BaseException | None) -> 
         log.error("error in process %d: %s", ranks.rank(), line, exc_info=unexpected)
         return
     log.error("error: %s", line, exc_info=unexpected)
-    # Results that are there belong to an older run: a run that replaces them removes them once it is checked.
-    if (Path(cfg.run_dir) / "results.json").exists():
+    if found is not None:
+        _write_error(cfg, message, found)
+
+
+def _write_error(cfg: DictConfig, message: str, found: Found) -> None:
+    """Results with an error, and the report of a run that had begun."""
+    from qat.tasks.results import write_results
+
+    if not ranks.is_first() or not found.takes_error():
         return
-    with contextlib.suppress(OSError, OmegaConfBaseException):  # the line above is what matters, and may be about this folder, this config
+    with contextlib.suppress(OSError, OmegaConfBaseException):  # the error may be about this folder, this config
         write_results(cfg, error=message)
-        if (Path(cfg.run_dir) / "config.yaml").exists():  # its settings were checked, so it had begun
+        if found.has_begun():
             importlib.import_module("qat.tasks.report").report_run(cfg)

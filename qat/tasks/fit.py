@@ -36,8 +36,15 @@ from qat.tasks.ranks import local_count
 from qat.tasks.slurm import environments
 from qat.tasks.trainer_checks import check_trainer
 
-# All repeat what the first lines of a run say already.
+# All repeat what the first lines of a run say already; what ends a run early they do not.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+logging.getLogger("lightning.pytorch.callbacks.early_stopping").setLevel(logging.INFO)
+logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.INFO)
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+    lambda record: (
+        record.levelno > logging.INFO or record.getMessage().strip().startswith(("Detected KeyboardInterrupt", "Time limit reached"))
+    )
+)
 logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 logging.getLogger("timm").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch

@@ -29,11 +29,12 @@ from qat.ptq.settings import SearchSettings
 from qat.ptq_spec import PtqRecipe
 from qat.spec import check_whole
 from qat.spec import recipe as preset
-from qat.tasks import build, fit, summary
+from qat.tasks import build, fit, outputs, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, measure, origin
 from qat.tasks.group import meet
 from qat.tasks.kept import build_target_net, check_start, is_kept
+from qat.tasks.outputs import UsedError
 from qat.tasks.predict import Subject
 from qat.tasks.ranks import is_first
 from qat.tasks.repeat import recorded
@@ -186,10 +187,11 @@ def _remove_older(cfg: DictConfig) -> None:
 
 
 def _refuse_used(run_dir: Path, *, allowed: bool) -> None:
-    used = sorted([*run_dir.glob("*.ckpt"), *run_dir.glob("checkpoints/*.ckpt")])
+    used = outputs.used(run_dir)
     if used and not allowed:
-        held = used[-1].relative_to(run_dir)
-        raise UsageError(f"run_dir={str(run_dir)!r} holds {held} already; choose another run_dir or set overwrite=true")
+        raise UsedError(
+            f"run_dir={str(run_dir)!r} holds {used[-1].relative_to(run_dir)} already; choose another run_dir or set overwrite=true"
+        )
 
 
 def _announce(cfg: DictConfig, run: Run) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from qat.tasks import startup  # noqa: F401  (first)
+
+# isort: split
 import json
 import logging
 import os

@@ -17,18 +17,20 @@ import sys
 import tempfile
 from collections.abc import Generator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, SCMode
 
+from qat import preemption
 from qat.errors import UsageError
 from qat.tasks.watch import Watch
 
 # In the environment of a process that this module started: the pipe for what the task returns, -1 in all but the first.
 OUTCOME = "QAT_RANK_OUTCOME"
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = preemption.SIGNALS
 # Strategies of Lightning that copy the running process.
 COPYING = ("spawn", "fork", "notebook")
 HIGHEST_COUNT = 1024  # more is a typing mistake that no machine survives
@@ -188,9 +190,15 @@ def _start_all(watch: Watch, order: bytes, cfg: DictConfig, outcome: int) -> Non
 
 @contextlib.contextmanager
 def _forwarding(watch: Watch) -> Generator[None]:
-    """Hand on the signals by which a cluster or a person ends or preempts a job."""
+    """Hand on the signals by which a cluster or a person ends or preempts a job; a second Ctrl-C ends it here."""
+
+    def hand_on(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and preemption.is_impatient():
+            raise KeyboardInterrupt
+        watch.send(signal.Signals(number))
+
     try:
-        before = {number: signal.signal(number, lambda number, _: watch.send(signal.Signals(number))) for number in FORWARDED}
+        before = {number: signal.signal(number, hand_on) for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN}
     except ValueError:  # not in the main thread, where no signal arrives
         before = {}
     try:

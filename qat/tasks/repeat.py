@@ -6,11 +6,13 @@ The file has every value as it was. What the composed config had by reference to
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -104,3 +106,19 @@ def _put(cfg: DictConfig, key: str, reference: str) -> None:
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if OmegaConf.is_dict(node) and name in node:
         node[name] = reference
+
+
+def going_on(cfg: DictConfig) -> str | None:
+    """The command line that goes on with a run; None in a sweep, whose command is another, and in a call from Python."""
+    if not HydraConfig.initialized() or "sweep_dir" in cfg:
+        return None
+    found = HydraConfig.get()
+    sources = {source.provider: source.path for source in found.runtime.config_sources}
+    flags = ["--config-dir", sources["command-line"]] if "command-line" in sources else []
+    flags += ["--config-path", sources["main"]] if sources.get("main") != str(CONF) else []
+    flags += ["--config-name", str(found.job.config_name)] if found.job.config_name != found.job.name else []
+    given = {one.lstrip("+").partition("=")[0]: one for one in found.overrides.task}
+    run_dir = given.get("run_dir", f"run_dir={cfg.run_dir}")
+    kept = [one for name, one in given.items() if name not in {"run_dir", *OF_THE_DIRECTORY}]
+    resume = "true" if (Path(cfg.run_dir) / "checkpoints" / "last.ckpt").is_file() else "auto"
+    return shlex.join(["python", f"{found.job.name}.py", *flags, *kept, run_dir, f"resume={resume}"])

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UsageError
 from qat.preemption import Preempted
-from qat.tasks import ranks
+from qat.tasks import ranks, repeat
 
 log = logging.getLogger(__name__)
 
@@ -191,12 +191,15 @@ def _account(stop: Preempted, sequel: str) -> str:
     """One line."""
     verb = "preempted" if stop.wants_requeue else "stopped"
     if stop.step is None:
-        return f"{verb} by {stop.signal.name} outside training{sequel}"
+        return f"{verb} by {stop.name} outside training{sequel}"
     saved = f"{stop.saved.name} written" if stop.saved else "this run writes no last.ckpt"
-    return f"{verb} by {stop.signal.name} at step {stop.step}: {saved}{sequel}"
+    return f"{verb} by {stop.name} at step {stop.step}: {saved}{sequel}"
 
 
 def _way_on(cfg: DictConfig) -> str:
     if "resume" not in cfg:
         return "the same command does it again"
+    line = None if job() is not None or ranks.is_started_elsewhere() else repeat.going_on(cfg)
+    if line is not None:
+        return f"go on with: {line}"
     return f"the same command goes on with resume=auto run_dir={cfg.get('sweep_dir') or cfg.run_dir}"

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import sys
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UsageError
-from qat.tasks import ranks
+from qat.tasks import lock, ranks
 from qat.tasks.console import NumberedFormatter, TerminalHandler
 
 if TYPE_CHECKING:
@@ -52,13 +53,19 @@ class SweepCallback(Callback):
         self.folder = ""
         self.varied: list[str] = []
         self.report = True
+        self.resumes = False
         self._failed_before = 0
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Refuse a directory that another run writes into, before Hydra writes there."""
+        _take(config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Give the sweep a name, and let a study of optuna go on where it was."""
+        _take(config.hydra.sweep.dir)
         self.token = uuid.uuid4().hex
         self.folder = str(Path(config.hydra.sweep.dir).absolute())
-        self.report = bool(config.get("report", True))
+        self.report, self.resumes = bool(config.get("report", True)), "resume" in config
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         self.varied = [one.get_key_element().lstrip("+~") for one in overrides if one.is_sweep_override()]
         Path(self.folder).mkdir(parents=True, exist_ok=True)
@@ -103,6 +110,13 @@ class SweepCallback(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Say what came of it."""
         conclude()
+
+
+def _take(run_dir: str) -> None:
+    try:
+        lock.take(run_dir)
+    except lock.InUseError as error:
+        sys.exit(f"error: {error}")
 
 
 def is_parallel(hydra: HydraConf | DictConfig) -> bool:
@@ -164,6 +178,11 @@ def missing_extra(arguments: list[str]) -> str | None:
     return None
 
 
+def way_on() -> str:
+    """How to go on with the sweep of this process that was stopped; empty where there is none."""
+    return f"; the same command goes on with resume=auto run_dir={_running[-1].folder}" if _running and _running[-1].resumes else ""
+
+
 def conclude() -> None:
     """Say what came of the sweep of this process, if there was one, and write its tables and page; do so once."""
     if not _running or not ranks.is_first():
@@ -184,6 +203,7 @@ def conclude() -> None:
     if ours:
         refused = {name: error for name, error in ended.items() if error and name not in {job.name for job in sweep.troubled}}
         _publish(sweep, refused, report=callback.report)
+    lock.release(callback.folder)
 
 
 def gather_sweep(cfg: DictConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from qat.checkpoint import build_from, describe, read_checkpoint
 from qat.conversion import conversion_report
 from qat.cost import cost
 from qat.data import ImageData
-from qat.errors import UsageError
 from qat.files import write_text
 from qat.lit import QATModule, Teacher
 from qat.lit.estimate import measure_step
@@ -30,10 +29,11 @@ from qat.lit.loggers import closing
 from qat.lit.module import limited
 from qat.spec import QuantRecipe
 from qat.start import Start
-from qat.tasks import build, fit, options, summary
+from qat.tasks import build, fit, options, outputs, summary
 from qat.tasks.checks import check_classifier, check_patches, check_settings
 from qat.tasks.compare import compared
 from qat.tasks.group import meet
+from qat.tasks.outputs import UsedError
 from qat.tasks.ranks import is_first
 from qat.tasks.repeat import recorded
 from qat.tasks.report import remember, report_run, studied
@@ -86,7 +86,7 @@ def train(cfg: DictConfig) -> float:
     run.data.trainer = run.trainer  # from here on each process has its own share of the images
     if is_first():
         for path in run.replaces:
-            path.unlink()
+            path.unlink(missing_ok=True)
         claim(Path(cfg.run_dir))
         _announce(cfg, run)
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
@@ -97,6 +97,7 @@ def train(cfg: DictConfig) -> float:
     with closing(run.trainer.loggers):
         run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume.path if run.resume else None)
         run.module.make_whole()
+        _announce_early_end(run.trainer)
         val_top1, weights = _take_best(run)
         watch = next(c for c in run.trainer.callbacks if isinstance(c, Stopwatch))  # type: ignore[attr-defined]
         seconds = time.monotonic() - began + watch.earlier_seconds
@@ -183,20 +184,20 @@ def _outputs_of_an_old_run(cfg: DictConfig) -> list[Path]:
     """What a new run in a used directory replaces, once everything is checked and a `ckpt` from there is in memory.
 
     Raises:
-        UsageError: there are checkpoints, and they may not be overwritten.
+        UsedError: there are files of another run, and they may not be overwritten.
     """
     run_dir = Path(cfg.run_dir)
-    used = sorted((run_dir / "checkpoints").glob("*.ckpt"))
-    if used and cfg.trainer.fast_dev_run:
-        raise UsageError(
-            f"trainer.fast_dev_run: run_dir={str(run_dir)!r} holds {used[0].name}, which a dry run leaves alone; choose another run_dir"
+    used = outputs.used(run_dir)
+    checkpoints = [path.name for path in used if path.suffix == ".ckpt"]
+    if checkpoints and cfg.trainer.fast_dev_run:
+        raise UsedError(
+            f"trainer.fast_dev_run: run_dir={str(run_dir)!r} holds {checkpoints[0]}, which a dry run leaves alone; choose another run_dir"
         )
-    # A run that was killed behind its first best.ckpt and before its first last.ckpt has nothing to go on from.
-    began = cfg.resume == "auto" and [path.name for path in used] == ["best.ckpt"]
-    if used and not (cfg.overwrite or began):
-        raise UsageError(f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true")
-    events = sorted(run_dir.glob("events.out.tfevents.*"))
-    return used + events + [path for name in ("results.json", "metrics.csv") if (path := run_dir / name).is_file()]
+    # A run that was killed before its first last.ckpt has nothing to go on from.
+    unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
+    if used and not (cfg.overwrite or (cfg.resume == "auto" and unsaved)):
+        raise UsedError(f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true")
+    return outputs.replaced(run_dir)
 
 
 def _announce(cfg: DictConfig, run: Run) -> None:
@@ -258,6 +259,17 @@ def _announce_estimate(cfg: DictConfig, run: Run) -> None:
     epochs = cfg.trainer.max_epochs - done
     if epochs * (images["train_images"] * run_cost.train_s + images["val_images"] * run_cost.eval_s) > LONG_RUN_S:
         log.info("estimate: %s", summary.describe_estimate(run_cost, batch_size=cfg.data.batch_size, epochs=epochs, **images))
+
+
+def _announce_early_end(trainer: Trainer) -> None:
+    """Say why a run is shorter than it was to be."""
+    stops = [c for c in trainer.callbacks if isinstance(c, EarlyStopping) and c.stopping_reason_message]  # type: ignore[attr-defined]
+    if not (trainer.should_stop and stops):
+        return
+    why = str(stops[0].stopping_reason_message).removesuffix(" Signaling Trainer to stop.").removesuffix(".")
+    best = next((c.best_model_path for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path), "none")  # type: ignore[attr-defined]
+    epochs = f"{trainer.current_epoch} of {trainer.max_epochs} epochs"
+    log.info("stopped early at step %d, behind %s: %s; best checkpoint: %s", trainer.global_step, epochs, why, best)
 
 
 def _validate_again(run: Run) -> None:
