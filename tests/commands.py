@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import runpy
+import signal
 import sys
 from unittest import mock
 
@@ -17,7 +18,7 @@ from tests.conftest import ROOT
 
 def typed(script, *arguments, cwd):
     """Run `python SCRIPT ARGUMENTS` in the folder `cwd`; gives its exit code and what it printed."""
-    root, out = logging.getLogger(), io.StringIO()
+    root, out, interrupt = logging.getLogger(), io.StringIO(), signal.getsignal(signal.SIGINT)
     handlers, level, environment = root.handlers[:], root.level, dict(os.environ)
     argv = [str(ROOT / script), *map(str, arguments)]
     try:
@@ -32,6 +33,7 @@ def typed(script, *arguments, cwd):
     except SystemExit as stop:
         return stop.code or 0, out.getvalue()
     finally:
+        signal.signal(signal.SIGINT, interrupt)
         for handler in set(root.handlers) - set(handlers):
             handler.close()
         root.handlers[:], root.level = handlers, level

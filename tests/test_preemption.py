@@ -81,6 +81,36 @@ def test_outside_the_main_thread_nothing_is_taken():
     assert found == before
 
 
+def _interrupted(seconds, is_importing):
+    with preemption.listening(), preemption.importing() if is_importing else contextlib.nullcontext():
+        preemption.defer(on=True)
+        send(signal.SIGINT)
+        send(signal.SIGINT)  # the same Ctrl-C, by way of the process that started this one
+        time.sleep(seconds)
+        send(signal.SIGINT)
+        os._exit(7)
+
+
+@pytest.mark.parametrize(("seconds", "is_importing", "code"), [(0, False, 7), (0.2, False, 130), (0, True, 130)])
+def test_a_second_ctrl_c_and_one_during_imports_do_not_wait(monkeypatch, capfd, seconds, is_importing, code):
+    monkeypatch.setattr(preemption, "ECHO_S", 0.1)
+    process = multiprocessing.get_context("fork").Process(target=_interrupted, args=(seconds, is_importing))
+    process.start()
+    process.join(10)
+    assert process.exitcode == code
+    line = "stopped by Ctrl-C at once; what was saved before is as it was\n"
+    assert capfd.readouterr().err == ("" if code == 7 else line)
+
+
+def test_ctrl_c_stays_ignored_in_the_background_of_a_script(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with preemption.listening():
+            send(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _loader(ready, is_marked):
     if is_marked:
         preemption.outlive(0)
@@ -104,4 +134,4 @@ def test_a_loader_process_sees_its_training_process_through(number, is_marked):
 
 
 def test_exit_codes_that_end_a_multirun():
-    assert [code for code in range(256) if preemption.ends(code)] == [138, 140, 143]
+    assert [code for code in range(256) if preemption.ends(code)] == [130, 138, 140, 143]

@@ -80,7 +80,8 @@ def command(main: Callable[[], None]) -> int:
     Returns:
         Exit code: 1 if a job failed, here or in another process; 130 behind a Ctrl-C.
     """
-    if signal.getsignal(signal.SIGINT) is preemption.end_at_once:
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is preemption.end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     expand_home()
     missing = sweep.missing_extra(sys.argv[1:])
@@ -98,6 +99,7 @@ def command(main: Callable[[], None]) -> int:
         return 128 + signal.SIGINT
     finally:
         sweep.conclude()
+        signal.signal(signal.SIGINT, handler)  # Python takes a moment to end, too
     return 1 if _failed_jobs else 0
 
 

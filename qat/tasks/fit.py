@@ -36,7 +36,8 @@ from qat.tasks.ranks import local_count
 from qat.tasks.slurm import environments
 from qat.tasks.trainer_checks import check_trainer
 
-# All repeat what the first lines of a run say already; what ends a run early they do not.
+# All repeat what the first lines of a run say already; what ends a run early they do not. The root logger's handlers say it, once.
+logging.getLogger("lightning").handlers.clear()
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 logging.getLogger("lightning.pytorch.callbacks.early_stopping").setLevel(logging.INFO)
 logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.INFO)

@@ -189,9 +189,8 @@ def _remove_older(cfg: DictConfig) -> None:
 def _refuse_used(run_dir: Path, *, allowed: bool) -> None:
     used = outputs.used(run_dir)
     if used and not allowed:
-        raise UsedError(
-            f"run_dir={str(run_dir)!r} holds {used[-1].relative_to(run_dir)} already; choose another run_dir or set overwrite=true"
-        )
+        held = next((path for path in reversed(used) if path.suffix == ".ckpt"), used[0]).relative_to(run_dir)
+        raise UsedError(f"run_dir={str(run_dir)!r} holds {held} already; choose another run_dir or set overwrite=true")
 
 
 def _announce(cfg: DictConfig, run: Run) -> None:

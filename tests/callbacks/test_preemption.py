@@ -58,6 +58,7 @@ def full(tmp_path_factory):
 STOPS = [
     (Send(4, signal.SIGUSR1), 5, 138, "preempted by SIGUSR1"),
     (Send(17, signal.SIGUSR2), 18, 140, "preempted by SIGUSR2"),
+    (Send(20, signal.SIGINT), 21, 130, "stopped by Ctrl-C"),
     (Send(27, signal.SIGUSR1, signal.SIGTERM, hook="on_validation_batch_start"), 27, 143, "stopped by SIGTERM"),
 ]
 
@@ -68,7 +69,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, caplog, full):
         caplog.clear()
         assert stopped(run_dir, monkeypatch, sender, "resume=auto") == code
         assert last(run_dir)["global_step"] == saved_at
-        (line,) = [record.getMessage() for record in caplog.records if " by SIG" in record.getMessage()]
+        (line,) = [record.getMessage() for record in caplog.records if "last.ckpt written" in record.getMessage()]
         assert line == f"{verb} at step {saved_at}: last.ckpt written; the same command goes on with resume=auto run_dir={run_dir}"
         assert not (run_dir / "results.json").exists()
     run(run_dir, "resume=auto")

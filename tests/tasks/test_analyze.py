@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import signal
 from typing import ClassVar
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import qat
 from qat.analysis import Analysis, ImageSet, Outcome, Point, Table
 from qat.data import Digits
+from qat.preemption import Preempted
 from qat.tasks.analyze import INTERRUPTED, _labels
 from qat.tasks.analyze import analyze as task
 from tests.commands import typed
@@ -90,7 +92,7 @@ def test_an_interrupted_run_goes_on(tmp_path, analysed, run_4bit, monkeypatch, c
 
     def interrupting(self, predict, change=None):
         if not left:
-            raise KeyboardInterrupt
+            raise Preempted(signal.SIGINT)
         left.pop()
         return score(self, predict, change)
 

@@ -166,6 +166,91 @@ def test_a_mistake_costs_no_old_checkpoints(tmp_path, refused):
     assert sorted(p.name for p in run.rglob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
 
 
+SOMEBODYS = ("results.json", "metrics.csv", "config.yaml", "conversion.txt", "report.html", "checkpoints/mine.ckpt", "quantized.ckpt")
+
+
+@pytest.mark.parametrize("name", SOMEBODYS)
+def test_files_of_somebody_are_not_replaced(tmp_path, refused, name):
+    run = tmp_path / "run"
+    (run / name).parent.mkdir(parents=True)
+    (run / name).write_text('{"top1": 77}')
+    for mistake in (
+        [],
+        ["seed=-1"],
+    ):  # neither by a run nor by the error of one that is refused, which would make it look like a failed run
+        message = refused("train", tiny(run, *mistake))
+        assert mistake or f"holds {(run / name).name} already; choose another run_dir or set overwrite=true" in message
+        assert [path for path in run.rglob("*") if path.is_file()] == [run / name]
+        assert (run / name).read_text() == '{"top1": 77}'
+
+
+def test_results_of_another_command_are_not_replaced_by_auto_either(tmp_path, refused, float_run):
+    evaluate(tmp_path / "run", f"ckpt={float_run}/checkpoints/last.ckpt")
+    assert "holds results.json already" in refused("train", tiny(tmp_path / "run", "resume=auto"))
+
+
+@pytest.mark.parametrize("again", [(), ("resume=auto",)], ids=["again", "auto"])
+def test_a_run_that_failed_before_it_saved_anything_may_be_repeated(tmp_path, refused, monkeypatch, again):
+    def fails(*_):
+        raise qat.UsageError("the first step fails")
+
+    run = tmp_path / "run"
+    refused("train", tiny(run, "quant.bits=9"))
+    assert "quant.bits=9" in results(run)["error"]
+    with monkeypatch.context() as patch:
+        patch.setattr("qat.tasks.faults.fit", fails)
+        refused("train", tiny(run))
+    assert (run / "config.yaml").exists()
+    train(run, *again)
+    assert "error" not in results(run)
+
+
+def test_a_second_mistake_replaces_the_error_of_the_first(tmp_path, refused):
+    for mistake in ("quant.bits=9", "seed=-1"):
+        refused("train", tiny(tmp_path / "run", mistake))
+        assert mistake in results(tmp_path / "run")["error"]
+
+
+def test_overwrite_removes_what_a_run_makes_and_follows_no_link(tmp_path):
+    run = train(tmp_path / "run")
+    for name in ("mine.ckpt", "checkpoints/mine.ckpt", "analysis/mine.csv", "notes.csv"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("mine")
+    elsewhere = tmp_path / "elsewhere.ckpt"
+    (run / "checkpoints" / "best.ckpt").rename(elsewhere)
+    (run / "checkpoints" / "best.ckpt").symlink_to(elsewhere)
+    before = elsewhere.read_bytes()
+    train(run, "overwrite=true", "seed=1", "callbacks.last=null")
+    assert elsewhere.read_bytes() == before
+    assert not (run / "checkpoints" / "best.ckpt").is_symlink()
+    assert {path.name for path in run.rglob("*.ckpt")} == {"best.ckpt", "mine.ckpt"}
+    for name in ("mine.ckpt", "checkpoints/mine.ckpt", "analysis/mine.csv", "notes.csv"):
+        assert (run / name).read_text() == "mine"
+
+
+def test_overwrite_refuses_a_folder_that_is_a_link(tmp_path, refused):
+    run = train(tmp_path / "run")
+    (run / "checkpoints").rename(tmp_path / "scratch")
+    (run / "checkpoints").symlink_to(tmp_path / "scratch")
+    before = {path: path.read_bytes() for path in (tmp_path / "scratch").iterdir()}
+    message = refused("train", tiny(run, "overwrite=true"))
+    assert f"run_dir='{run}': its folder checkpoints is a link, behind which nothing is removed; must be another run_dir" in message
+    assert {path: path.read_bytes() for path in (tmp_path / "scratch").iterdir()} == before
+
+
+def test_a_run_that_stops_early_says_where_and_why(tmp_path, caplog):
+    caplog.set_level("INFO")
+    stop = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/top1", "mode": "max", "min_delta": 100, "patience": 1}
+    run = train(tmp_path / "run", "trainer.max_epochs=9", *(f"+callbacks.stop.{key}={value}" for key, value in stop.items()))
+    (line,) = [record.getMessage() for record in caplog.records if "stopped early" in record.getMessage()]
+    assert line.startswith(
+        "stopped early at step 4, behind 2 of 9 epochs: Monitored metric val/top1 did not improve in the last 1 records."
+    )
+    assert line.endswith(f"; best checkpoint: {run}/checkpoints/best.ckpt")
+    assert "max_epochs" not in caplog.text
+    assert results(run)["top1"] is not None
+
+
 # --- where weights come from
 
 
