@@ -1,12 +1,16 @@
 """The commands as processes: exit codes and the lines on the terminal."""
 
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
+from tests.commands import typed
 from tests.conftest import ROOT, TINY, compose, results, tiny
 
 PYTHON = sys.executable
@@ -106,6 +110,93 @@ def test_in_a_multirun_a_run_that_turns_into_nan_stops_alone(tmp_path):
     assert fine["top1"] is not None
     assert out.count("error: training stopped") == 1
     assert "Traceback" not in out + err
+
+
+def interrupted(cwd, moment, *arguments):
+    """Run a command, and press Ctrl-C: the signal goes to all processes of the terminal. Gives exit code and what was printed.
+
+    Args:
+        moment: seconds after the start, or a text on the terminal.
+    """
+    run = subprocess.Popen(
+        [PYTHON, *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    said = ""
+    if isinstance(moment, str):
+        while moment not in said and (line := run.stdout.readline()):
+            said += line
+    else:
+        time.sleep(moment)
+    os.killpg(run.pid, signal.SIGINT)
+    rest, _ = run.communicate(timeout=120)
+    return run.returncode, said + rest
+
+
+@pytest.mark.parametrize("script", ["train.py", "export.py"])
+def test_ctrl_c_while_a_command_starts_is_one_line(tmp_path, script):
+    code, said = interrupted(tmp_path, 0.3, ROOT / script, "run_dir=run")
+    assert code == 130
+    assert re.fullmatch(r"stopped by Ctrl-C.*\n", said)
+
+
+def test_the_line_of_a_stopped_run_is_a_command_that_goes_on(tmp_path):
+    spot = ("+callbacks.send._target_=tests.callbacks.test_preemption.Send", f"+callbacks.send._args_=[0,{int(signal.SIGINT)}]")
+    settings = ("quant.overrides={blocks.0.*:{bits:8}}", "report=false", *spot)
+    code, said = typed("train.py", *TINY, *settings, "trainer.limit_train_batches=3", "run_dir=run", cwd=tmp_path)
+    assert code == 130
+    line = r"stopped by Ctrl-C at step 1: last.ckpt written; go on with: (python train.py .* run_dir=run resume=true)"
+    _, script, *arguments = shlex.split(re.search(line, said)[1])
+    code, said = typed(script, *arguments, cwd=tmp_path)
+    assert code == 0, said
+    assert "resumed at step 1 from" in said
+    assert results(tmp_path / "run")["top1"] is not None
+
+
+@pytest.mark.parametrize("flag", ["--config-dir", "--config-path"])
+def test_the_line_has_the_config_file_that_was_chosen(tmp_path, float_run, flag):
+    chosen = (flag, str(float_run), "--config-name", "config")
+    spot = ("+callbacks.send._target_=tests.callbacks.test_preemption.Send", f"+callbacks.send._args_=[0,{int(signal.SIGINT)}]")
+    code, said = typed("train.py", *chosen, *spot, "run_dir=run", cwd=tmp_path)
+    assert code == 130
+    assert f"go on with: python train.py {shlex.join(chosen)} {spot[0]} " in said
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_in_one_line(tmp_path):
+    code, said = interrupted(tmp_path, "epoch 2/500", ROOT / "train.py", "trainer.max_epochs=500", "report=false", "run_dir=run")
+    assert code == 130
+    assert "Traceback" not in said
+    assert re.fullmatch(r"stopped by Ctrl-C at step \d+: last.ckpt written; go on with: python train.py .*", said.splitlines()[-1])
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [6, "epoch 2/500"], ids=["start", "training"])
+def test_ctrl_c_ends_all_processes_of_a_run_in_one_line(tmp_path, moment):
+    several = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    code, said = interrupted(tmp_path, moment, ROOT / "train.py", *several, "trainer.max_epochs=500", "report=false", "run_dir=run")
+    assert code == 130
+    assert "Traceback" not in said
+    assert said.count("stopped by Ctrl-C") == 1
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_ctrl_c_ends_a_sweep(tmp_path):
+    code, said = interrupted(
+        tmp_path, "epoch 2/", ROOT / "train.py", "-m", "seed=1,2", "trainer.max_epochs=50", "report=false", "run_dir=run"
+    )
+    assert code == 130
+    assert "Traceback" not in said
+    assert re.search(r"stopped by Ctrl-C at step \d+: last.ckpt written; the same command goes on with resume=auto run_dir=.*/run\n", said)
+    assert not (tmp_path / "run" / "1").exists()
 
 
 @pytest.mark.parametrize("run_dir", ["file", "file/run", "/proc/run"])
