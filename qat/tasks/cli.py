@@ -27,7 +27,7 @@ from qat.errors import UsageError
 from qat.preemption import Preempted
 from qat.tasks import foreign, lock, overrides, ranks, repeat, resolvers, slurm, sweep
 from qat.tasks.lock import InUseError
-from qat.tasks.outputs import Found, UsedError
+from qat.tasks.outputs import Found, UsedError, checkpoints
 from qat.tasks.watch import LOST
 
 log = logging.getLogger(__name__)
@@ -155,8 +155,8 @@ def _call(task: str, cfg: DictConfig, found: Found) -> float | None:
         try:
             return _start(task, cfg)
         except Preempted as stop:
-            if stop.saved is None and not stop.wants_requeue and found.has_begun():
-                _write_error(cfg, f"stopped by {stop.name} before anything was saved", found)
+            if not stop.wants_requeue and found.has_begun() and not checkpoints(Path(cfg.run_dir)):
+                _write_error(cfg, f"stopped by {stop.name}", found)  # so that the same command may be given again
             sys.exit(slurm.leave(stop, cfg))
 
 

@@ -23,10 +23,15 @@ class UsedError(UsageError):
 
 def used(run_dir: Path) -> list[Path]:
     """Files that make a directory a used one, checkpoints first; none where a run failed before it saved anything."""
-    checkpoints = sorted([*run_dir.glob("checkpoints/*.ckpt"), *run_dir.glob("*.ckpt")])
-    if not checkpoints and has_failed(run_dir):
+    found = checkpoints(run_dir)
+    if not found and has_failed(run_dir):
         return []
-    return checkpoints + [path for path in of_training(run_dir) if path not in checkpoints]
+    return found + [path for path in of_training(run_dir) if path not in found]
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """What a command could go on from, or start from."""
+    return sorted([*run_dir.glob("checkpoints/*.ckpt"), *run_dir.glob("*.ckpt")])
 
 
 def is_finished(run_dir: Path) -> bool:

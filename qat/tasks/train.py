@@ -188,7 +188,7 @@ def _outputs_of_an_old_run(cfg: DictConfig) -> list[Path]:
     """
     run_dir = Path(cfg.run_dir)
     used = outputs.used(run_dir)
-    checkpoints = [path.name for path in used if path.suffix == ".ckpt"]
+    checkpoints = [path.name for path in outputs.checkpoints(run_dir)]
     if checkpoints and cfg.trainer.fast_dev_run:
         raise UsedError(
             f"trainer.fast_dev_run: run_dir={str(run_dir)!r} holds {checkpoints[0]}, which a dry run leaves alone; choose another run_dir"

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 
 import pytest
 import timm
@@ -13,7 +15,7 @@ from torch.testing import assert_close
 import qat
 from qat.checkpoint import is_plain, read_checkpoint
 from qat.losses import Distillation
-from qat.tasks import build
+from qat.tasks import build, cli
 from tests.conftest import compose, evaluate, results, tiny, train, write_cifar
 
 KEYS = [
@@ -202,6 +204,18 @@ def test_a_run_that_failed_before_it_saved_anything_may_be_repeated(tmp_path, re
         refused("train", tiny(run))
     assert (run / "config.yaml").exists()
     train(run, *again)
+    assert "error" not in results(run)
+
+
+def test_a_run_that_was_stopped_before_it_saved_anything_may_be_repeated(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("qat.tasks.faults.fit", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit) as stop:
+            cli.run("train", tiny(run))
+    assert stop.value.code == 130
+    assert results(run)["error"] == "stopped by Ctrl-C"
+    train(run)
     assert "error" not in results(run)
 
 
