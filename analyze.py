@@ -1,6 +1,6 @@
 """What a checkpoint is like: `python analyze.py ckpt=PATH analysis=robustness`."""
 
-from qat.tasks import startup  # noqa: F401  (first)
+from qat.tasks import startup  # noqa: F401  (first: Ctrl-C)
 
 # isort: split
 import hydra

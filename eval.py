@@ -1,6 +1,6 @@
 """Accuracy of a checkpoint, rebuilt from the file alone: `python eval.py ckpt=PATH`."""
 
-from qat.tasks import startup  # noqa: F401  (first)
+from qat.tasks import startup  # noqa: F401  (first: Ctrl-C)
 
 # isort: split
 import hydra

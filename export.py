@@ -1,6 +1,6 @@
 """A deployable file of a quantized checkpoint, checked against it: `python export.py ckpt=PATH format=onnx`."""
 
-from qat.tasks import startup  # noqa: F401  (first)
+from qat.tasks import startup  # noqa: F401  (first: Ctrl-C)
 
 # isort: split
 import hydra

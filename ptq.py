@@ -1,6 +1,6 @@
 """Quantize a float net after its training: `python ptq.py ptq=fqvit_w4a8 ckpt=PATH`."""
 
-from qat.tasks import startup  # noqa: F401  (first)
+from qat.tasks import startup  # noqa: F401  (first: Ctrl-C)
 
 # isort: split
 import hydra

@@ -1,6 +1,6 @@
 """Train a vision transformer, quantization-aware or in float: `python train.py model=deit_t quant=ofq_2bit`."""
 
-from qat.tasks import startup  # noqa: F401  (first)
+from qat.tasks import startup  # noqa: F401  (first: Ctrl-C)
 
 # isort: split
 import hydra

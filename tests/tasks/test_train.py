@@ -443,10 +443,12 @@ def test_the_score_is_top1_whatever_decides(tmp_path):
     assert results(run)["val_top1"] == pytest.approx(top1)
 
 
-def test_a_limit_of_time_ends_a_run(tmp_path):
+def test_a_limit_of_time_ends_a_run(tmp_path, caplog):
     run = train(tmp_path / "run", "trainer.max_epochs=10000", "+trainer.max_time=00:00:00:01")
     assert results(run)["top1"] is not None
     assert 1 <= len(column(run, "val/top1")) < 1000
+    assert "Time limit reached." in caplog.text
+    assert "GPU available" not in caplog.text
 
 
 def test_a_teacher_for_other_images_is_refused(tmp_path, refused, float_run):
