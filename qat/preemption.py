@@ -60,7 +60,7 @@ class _Arrivals:
     """What has arrived in this process, and what becomes of it.
 
     Attributes:
-        number: the signal that counts: of several the highest, so that a wish to stop outranks one to go on elsewhere. 0 = none.
+        number: the signal that counts: of several the highest, so that SIGTERM outranks a wish to go on elsewhere. 0 = none.
         is_deferred: noted only.
         is_importing: Ctrl-C ends the process at once.
         interrupted_at: when Ctrl-C came, on the monotonic clock; None = it has not.
