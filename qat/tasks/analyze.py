@@ -66,7 +66,6 @@ def analyze(cfg: DictConfig) -> None:
         return
     if cfg.run is not None:
         check_flag("report", cfg.report)
-        build.import_modules(cfg)
         remake(cfg)
         return
     began = time.monotonic()

@@ -43,7 +43,7 @@ def has_failed(run_dir: Path) -> bool:
     """True if the results are the error of a run."""
     try:
         found = json.loads((run_dir / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and bool(found.get("error"))
 

@@ -30,6 +30,7 @@ from qat.files import write_text
 from qat.report import Origin, write_report
 from qat.report.files import ANALYSES
 from qat.report.notes import OWN
+from qat.tasks.build import import_modules
 from qat.tasks.checks import check_path
 from qat.tasks.repeat import CONF, FOLLOWS, OF_THE_DIRECTORY, references
 
@@ -91,6 +92,7 @@ def remake(cfg: DictConfig) -> Path:
     check_path("run", cfg.run)
     if cfg.get("analysis") is not None:
         raise UsageError(f"run={cfg.run!r}: makes a report anew and analyses nothing; leave analysis out")
+    import_modules(cfg)
     folder = Path(cfg.run)
     if not any((folder / name).is_file() for name in ("config.yaml", "results.json")):
         raise UsageError(f"run={cfg.run!r}: neither config.yaml nor results.json is there; allowed is the directory of a run")

@@ -193,14 +193,14 @@ def test_results_of_another_command_are_not_replaced_by_auto_either(tmp_path, re
 
 @pytest.mark.parametrize("again", [(), ("resume=auto",)], ids=["again", "auto"])
 def test_a_run_that_failed_before_it_saved_anything_may_be_repeated(tmp_path, refused, monkeypatch, again):
-    def fails(*_):
+    def fails(*_, **__):
         raise qat.UsageError("the first step fails")
 
     run = tmp_path / "run"
     refused("train", tiny(run, "quant.bits=9"))
     assert "quant.bits=9" in results(run)["error"]
     with monkeypatch.context() as patch:
-        patch.setattr("qat.tasks.faults.fit", fails)
+        patch.setattr("lightning.pytorch.Trainer.fit", fails)
         refused("train", tiny(run))
     assert (run / "config.yaml").exists()
     train(run, *again)
@@ -210,7 +210,7 @@ def test_a_run_that_failed_before_it_saved_anything_may_be_repeated(tmp_path, re
 def test_a_run_that_was_stopped_before_it_saved_anything_may_be_repeated(tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("qat.tasks.faults.fit", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr("lightning.pytorch.Trainer.fit", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(SystemExit) as stop:
             cli.run("train", tiny(run))
     assert stop.value.code == 130
