@@ -84,13 +84,13 @@ def describe(
     data, classes = data_of(net) if data is None else data, classes_of(net) if classes is None else classes
     data = dict(data) if isinstance(data, Mapping) else data
     if data is not None and not (isinstance(data, dict) and is_plain(data)):
-        raise UsageError("save: data is no plain config: allowed is a dict of Python's own numbers, text, lists and dicts of them")
+        raise UsageError("save: data is no plain config: must be a dict of Python's own numbers, text, lists and dicts of them")
     try:
         check_bounds([data, classes])  # what `load` would refuse
     except ValueError as error:
         raise UsageError(f"save: data and classes: must be smaller: what they hold {error}") from error
     if classes is not None and not (_are_texts(classes) and is_plain(list(classes))):
-        raise UsageError(f"save: classes={str(classes)[:60]}: allowed is a list of names, one text for each class")
+        raise UsageError(f"save: classes={str(classes)[:60]}: must be a list of names, one text for each class")
     name = model or (getattr(net, "pretrained_cfg", None) or {}).get("architecture")
     kwargs = getattr(net, "_model_args", None) if model_kwargs is None else dict(model_kwargs)
     if not name or kwargs is None:
@@ -230,14 +230,14 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
         UsageError: no such file, damaged, not plain data, or not of the format asked for.
     """
     if fmt not in FORMATS:
-        raise UsageError(f"ckpt_format={fmt!r}: allowed are {', '.join(FORMATS)}")
+        raise UsageError(f"ckpt_format={fmt!r}: must be one of {', '.join(FORMATS)}")
     path = Path(path)
     content = _read_file(path, setting)
     if not isinstance(content, Mapping):
         raise UsageError(f"{setting}={str(path)!r}: holds a {type(content).__name__}, expected a dictionary of tensors")
     meta = content.get(META_KEY)
     if fmt == "qat" and not isinstance(meta, Mapping):
-        raise UsageError(f"{setting}={str(path)!r}: not a checkpoint of qat (ckpt_format=qat); allowed here are auto, timm, ofq")
+        raise UsageError(f"{setting}={str(path)!r}: not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq")
     state = next((content[k] for k in (*(() if fmt == "ofq" else _AVERAGED), *_TRAINED) if isinstance(content.get(k), Mapping)), content)
     tensors = timm_names({_bare(k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)})
     if not tensors:

@@ -89,7 +89,7 @@ def _checked_size(input_size: tuple[int, int, int]) -> tuple[int, int, int]:
     try:
         channels, height, width = (int(n) for n in input_size)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"input_size={input_size!r}: allowed are three whole numbers, (channels, height, width)") from error
+        raise UsageError(f"input_size={input_size!r}: must be three integers, (channels, height, width)") from error
     return channels, height, width
 
 

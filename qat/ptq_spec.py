@@ -113,13 +113,13 @@ class PtqRecipe(QuantRecipe):
             check_choice(f"ptq.{knob}", getattr(self, knob), allowed)
         for knob in _FLAGS:
             if not isinstance(getattr(self, knob), bool):
-                raise UsageError(f"ptq.{knob}={getattr(self, knob)!r}: allowed are true and false")
+                raise UsageError(f"ptq.{knob}={getattr(self, knob)!r}: must be true or false")
         for knob in ("bits", "stem_bits", "head_bits"):
             check_bits(f"ptq.{knob}", getattr(self, knob), self.weight_quantizer)
         check_bits("ptq.act_bits", self.act_bits, self.act_quantizer)
         check_bits("ptq.softmax_bits", self.softmax_bits, self.softmax_quantizer or "")
         if self.layernorm == "integer" and (self.placement, self.act_quantizer) != ("fqvit", "affine"):
-            raise UsageError("ptq.layernorm='integer': needs the scales on both sides of a norm; allowed with ptq.placement=fqvit alone")
+            raise UsageError("ptq.layernorm='integer': needs the scales on both sides of a norm; must be with ptq.placement=fqvit")
         self._check_overrides()
 
     def _complete(self) -> None:

@@ -48,12 +48,12 @@ def _check_kind(setting: str, value: object, kinds: set[Any], lowest: int) -> No
     plain = kinds & set(_PLAIN)
     if isinstance(value, bool) or plain == {bool}:
         if not (isinstance(value, bool) and bool in kinds):
-            raise UsageError(f"{setting}={value!r}: allowed {_in_words(plain)}")
+            raise UsageError(f"{setting}={value!r}: must be {_in_words(plain)}")
     elif isinstance(value, str) or plain == {str}:
         if value == "" and setting.endswith(("dir", "filename")):
-            raise UsageError(f"{setting}='': allowed is a path")
+            raise UsageError(f"{setting}='': must be a path")
         if not (isinstance(value, str) and str in kinds) and not _others(kinds):
-            raise UsageError(f"{setting}={value!r}: allowed {_in_words(plain)}")
+            raise UsageError(f"{setting}={value!r}: must be {_in_words(plain)}")
     elif float in kinds:
         _check_float(setting, value)
     elif int in kinds and (isinstance(value, float | int) or not _others(kinds)):
@@ -61,15 +61,15 @@ def _check_kind(setting: str, value: object, kinds: set[Any], lowest: int) -> No
 
 
 def _in_words(plain: set[type]) -> str:
-    words = {bool: "true and false", int: "whole numbers", float: "numbers", str: "text"}
-    return "are " + ", ".join(word for kind, word in words.items() if kind in plain)
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+    return " or ".join(word for kind, word in words.items() if kind in plain)
 
 
 def _check_float(setting: str, value: object) -> None:
     if setting.endswith("_rate"):
         check_number(setting, value, 0, below=1)
     elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or abs(value) > HIGHEST_NUMBER:
-        raise UsageError(f"{setting}={value!r}: allowed are finite numbers")
+        raise UsageError(f"{setting}={value!r}: must be a finite number")
 
 
 def _others(kinds: set[Any]) -> bool:

@@ -37,7 +37,7 @@ _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
 def check_choice(setting: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise `UsageError` unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise UsageError(f"{setting}={value!r}: allowed are {', '.join(allowed)}")
+        raise UsageError(f"{setting}={value!r}: must be one of {', '.join(allowed)}")
 
 
 def check_number(
@@ -47,28 +47,29 @@ def check_number(
     fits = isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value < below and not (above and value == lowest)
     if not (fits and value <= min(highest, HIGHEST_NUMBER)):  # type: ignore[operator]
         end = f" to below {below:g}" if below < math.inf else f" to {highest:g}" if highest < math.inf else ""
-        raise UsageError(f"{setting}={value!r}: allowed are numbers {'above' if above else 'from'} {lowest:g}{end}")
+        bound = f"above {lowest:g}{end}" if above else f"from {lowest:g}{end}" if end else f"of at least {lowest:g}"
+        raise UsageError(f"{setting}={value!r}: must be a number {bound}")
 
 
 def check_whole(setting: str, value: object, lowest: int, highest: int = HIGHEST_WHOLE) -> None:
     """Raise `UsageError` unless `value` is a whole number from `lowest` to `highest`."""
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
         is_too_large = isinstance(value, int) and value > highest
-        end = f" to {highest}" if is_too_large or highest < HIGHEST_WHOLE else ""
-        raise UsageError(f"{setting}={value!r}: allowed are whole numbers from {lowest}{end}")
+        bound = f"from {lowest} to {highest}" if is_too_large or highest < HIGHEST_WHOLE else f"of at least {lowest}"
+        raise UsageError(f"{setting}={value!r}: must be an integer {bound}")
 
 
 def check_text(setting: str, value: object) -> None:
     """Raise `UsageError` unless `value` is a text that is not empty."""
     if not isinstance(value, str) or not value:
-        raise UsageError(f"{setting}={value!r}: allowed is a text that is not empty")
+        raise UsageError(f"{setting}={value!r}: must be a text that is not empty")
 
 
 def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
     """One glob or several as a tuple; raises `UsageError` unless `value` is a text or a list of texts, none of them empty."""
     found = (value,) if isinstance(value, str) else value
     if not isinstance(found, list | tuple) or not found or not all(isinstance(glob, str) and glob for glob in found):
-        raise UsageError(f"{setting}={value!r}: allowed is a list of globs such as {example}")
+        raise UsageError(f"{setting}={value!r}: must be a list of globs such as {example}")
     return tuple(found)
 
 
@@ -80,7 +81,7 @@ def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
     if quantizer == "float" and bits == FLOAT_BITS:
         return
     if isinstance(bits, bool) or not isinstance(bits, int) or not LOWEST_BITS <= bits <= HIGHEST_BITS:
-        raise UsageError(f"{setting}={bits!r}: allowed are whole numbers from {LOWEST_BITS} to {HIGHEST_BITS}")
+        raise UsageError(f"{setting}={bits!r}: must be an integer from {LOWEST_BITS} to {HIGHEST_BITS}")
 
 
 def check_quantizer(setting: str, name: object) -> None:
@@ -88,7 +89,7 @@ def check_quantizer(setting: str, name: object) -> None:
     if isinstance(name, str) and name.count(":") == 1 and all(part.isidentifier() for part in name.replace(":", ".").split(".")):
         return
     if name not in QUANTIZERS:
-        raise UsageError(f"{setting}={name!r}: allowed are {', '.join(QUANTIZERS)} and package.module:Class")
+        raise UsageError(f"{setting}={name!r}: must be one of {', '.join(QUANTIZERS)} or package.module:Class")
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class QuantRecipe:
         check_choice("quant.map_scales", self.map_scales, MAP_SCALES)
         check_choice("quant.step_init", self.step_init, STEP_INITS)
         if not isinstance(self.offsets, bool):
-            raise UsageError(f"quant.offsets={self.offsets!r}: allowed are true and false")
+            raise UsageError(f"quant.offsets={self.offsets!r}: must be true or false")
         self._check_overrides()
 
     def _check_float_name(self) -> None:
@@ -232,13 +233,13 @@ class QuantRecipe:
         if self.overrides is None:  # how a yaml file says that there are none
             object.__setattr__(self, "overrides", {})
         if not isinstance(self.overrides, Mapping):
-            raise UsageError(f"{self.GROUP}.overrides={self.overrides!r}: allowed is a mapping of module globs to knobs")
+            raise UsageError(f"{self.GROUP}.overrides={self.overrides!r}: must be a mapping of module globs to knobs")
         knobs = {f.name for f in dataclasses.fields(self)} - self.NET_WIDE
         for pattern, rule in self.overrides.items():
             if not isinstance(pattern, str):
-                raise UsageError(f"{self.GROUP}.overrides: {pattern!r} is no text; allowed are globs of module names")
+                raise UsageError(f"{self.GROUP}.overrides: {pattern!r}: must be a glob of module names")
             if not isinstance(rule, Mapping) or set(rule) - knobs:
-                raise UsageError(f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: allowed knobs are {', '.join(sorted(knobs))}")
+                raise UsageError(f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: its knobs must be among {', '.join(sorted(knobs))}")
             try:
                 dataclasses.replace(self, overrides={}, **dict(rule))
             except UsageError as error:
@@ -286,7 +287,7 @@ class QuantRecipe:
         if not self.offsets or name == "float":
             layout["offsets"] = "none"
         if name != "float" and bits == FLOAT_BITS:  # of float weights beside it
-            raise UsageError(f"{self.GROUP}.{place}_bits={bits}: activations are quantized too; allowed with act_quantizer=float alone")
+            raise UsageError(f"{self.GROUP}.{place}_bits={bits}: activations are quantized too; must be with act_quantizer=float")
         return QuantSpec(role, name, FLOAT_BITS if name == "float" else int(bits or 0), step_init=self.step_init, **layout)
 
     def to_dict(self) -> dict[str, Any]:
@@ -329,5 +330,5 @@ def recipe(name: str, **knobs: Any) -> QuantRecipe:
     check_choice("recipe", name, tuple(PRESETS))
     unknown = set(knobs) - {f.name for f in dataclasses.fields(QuantRecipe)}
     if unknown:
-        raise UsageError(f"recipe knob {sorted(unknown)[0]!r}: allowed are {', '.join(f.name for f in dataclasses.fields(QuantRecipe))}")
+        raise UsageError(f"recipe knob {sorted(unknown)[0]!r}: must be one of {', '.join(f.name for f in dataclasses.fields(QuantRecipe))}")
     return QuantRecipe(**{"name": name, **PRESETS[name], **knobs})

@@ -233,7 +233,7 @@ def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin
         UsageError: see `from_state`; another class count needs `reset_head`; the net is frozen.
     """
     if is_frozen(source):
-        raise UsageError(f"{origin}: holds integer codes alone; allowed is the checkpoint that it was exported from")
+        raise UsageError(f"{origin}: holds integer codes alone; must be the checkpoint that it was exported from")
     state, biases = timm_state_dict(source), grown_biases(source)
     start = from_state(model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases, hint=NEW_HEAD)
     start.source = source

@@ -149,9 +149,9 @@ def test_model_arguments_have_to_be_plain(path, value):
         ({"data": [1, 2]}, "save: data is no plain config"),
         ({"data": {"a": [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]}}, "save: data and classes: must be smaller"),
         ({"data": {"classes": defaultdict(int)}}, "save: data is no plain config"),
-        ({"classes": [0, 1, 2]}, r"save: classes=\[0, 1, 2\]: allowed is a list of names"),
-        ({"classes": "abc"}, "save: classes=abc: allowed is a list of names"),
-        ({"classes": [np.str_("a")]}, "save: classes=.*: allowed is a list of names"),
+        ({"classes": [0, 1, 2]}, r"save: classes=\[0, 1, 2\]: must be a list of names"),
+        ({"classes": "abc"}, "save: classes=abc: must be a list of names"),
+        ({"classes": [np.str_("a")]}, "save: classes=.*: must be a list of names"),
     ],
 )
 def test_what_could_not_be_read_is_not_written(path, meta, said):
@@ -420,7 +420,7 @@ def test_formats(path):
     assert read_checkpoint(path, fmt="timm").meta is None
     with pytest.raises(qat.UsageError, match="not a checkpoint of qat"):
         read_checkpoint(path, fmt="qat")
-    with pytest.raises(qat.UsageError, match="ckpt_format='zip': allowed are auto, qat, timm"):
+    with pytest.raises(qat.UsageError, match="ckpt_format='zip': must be one of auto, qat, timm"):
         read_checkpoint(path, fmt="zip")
 
 

@@ -142,7 +142,7 @@ def test_maps_may_have_a_scale_per_column():
     nets = [qat.convert(swin.build(), recipe, input_size=swin.input_size) for recipe in recipes]
     scales = [sites(n)["layers.0.blocks.0.mlp.fc1.input_quantizer"].quantizer.n_scales for n in nets]
     assert scales == [1, 8]
-    with pytest.raises(qat.UsageError, match="quant.map_scales='row': allowed are tensor, column"):
+    with pytest.raises(qat.UsageError, match="quant.map_scales='row': must be one of tensor, column"):
         qat.recipe("ofq", map_scales="row")
 
 
@@ -157,5 +157,5 @@ def test_learned_steps_may_begin_where_the_squared_error_is_least():
     assert (least.scale < 0.9 * paper.scale).all()  # two bits: LSQ's first step clamps more than it resolves
     assert least.spec == paper.spec  # so that a net takes over the scales of the other
     assert not torch.equal(least.codes(x), paper.codes(x))
-    with pytest.raises(qat.UsageError, match="quant.step_init='best': allowed are lsq, mse"):
+    with pytest.raises(qat.UsageError, match="quant.step_init='best': must be one of lsq, mse"):
         qat.recipe("ofq", step_init="best")

@@ -121,7 +121,7 @@ def test_refused_with_the_reason_and_left_alone(name):
     net = family.build()
     modules, before = list(net.named_modules()), parameters(net)
     reason = r"(normalises queries and keys|rotates queries and keys by position).*"
-    with pytest.raises(qat.UsageError, match=rf"quant.attention='qkr': this net {reason}; allowed here are standard, float"):
+    with pytest.raises(qat.UsageError, match=rf"quant.attention='qkr': this net {reason}; here it must be one of standard, float"):
         qat.convert(net, qat.recipe("ofq"), input_size=family.input_size)
     assert list(net.named_modules()) == modules
     assert parameters(net) == before

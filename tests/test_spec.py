@@ -8,30 +8,33 @@ import qat
 from qat.spec import FLOAT_BITS, PRESETS, ROLES, QuantRecipe, QuantSpec, recipe
 
 WRONG_KNOBS = [
-    ({"bits": 1}, "quant.bits=1: allowed are whole numbers from 2 to 8"),
-    ({"bits": 9}, "quant.bits=9: allowed are whole numbers from 2 to 8"),
-    ({"bits": 2.5}, "quant.bits=2.5: allowed are"),
-    ({"bits": True}, "quant.bits=True: allowed are"),
-    ({"bits": "2"}, "quant.bits='2': allowed are"),
-    ({"bits": 32}, "quant.bits=32: allowed are"),
-    ({"act_bits": 0}, "quant.act_bits=0: allowed are"),
-    ({"act_bits": 32, "weight_quantizer": "float"}, "quant.act_bits=32: allowed are"),
-    ({"stem_bits": 16}, "quant.stem_bits=16: allowed are"),
-    ({"head_bits": -8}, "quant.head_bits=-8: allowed are"),
-    ({"attention": "linear"}, "quant.attention='linear': allowed are qkr, standard, float"),
-    ({"qk_bias": "keep"}, "quant.qk_bias='keep': allowed are drop, fold"),
-    ({"weight_quantizer": "lsqq"}, "quant.weight_quantizer='lsqq': allowed are statsq, lsq, minmax, float and package.module:Class"),
-    ({"act_quantizer": "a:b:c"}, "quant.act_quantizer='a:b:c': allowed are statsq, lsq, minmax, float and package.module:Class"),
-    ({"act_quantizer": "my module:Class"}, "quant.act_quantizer='my module:Class': allowed are"),
-    ({"act_quantizer": None}, "quant.act_quantizer=None: allowed are"),
-    ({"offsets": "both"}, "quant.offsets='both': allowed are true and false"),
-    ({"overrides": ["blocks.0"]}, r"quant.overrides=\['blocks.0'\]: allowed is a mapping of module globs to knobs"),
-    ({"overrides": {"blocks.0.*": 8}}, r"quant.overrides\['blocks.0.\*'\]=8: allowed knobs are"),
-    ({"overrides": {"blocks.0.*": {"bit": 8}}}, r"quant.overrides\['blocks.0.\*'\]={'bit': 8}: allowed knobs are act_bits, .*, bits, "),
-    ({"overrides": {"blocks.0.*": {"overrides": {}}}}, "allowed knobs are"),
-    ({"overrides": {3: {"bits": 8}}}, "quant.overrides: 3 is no text; allowed are globs of module names"),
-    ({"overrides": {"blocks.0.*": {"bits": 99}}}, "quant.bits=99: allowed are"),
-    ({"colour": "red"}, "recipe knob 'colour': allowed are name, bits, act_bits"),
+    ({"bits": 1}, "quant.bits=1: must be an integer from 2 to 8"),
+    ({"bits": 9}, "quant.bits=9: must be an integer from 2 to 8"),
+    ({"bits": 2.5}, "quant.bits=2.5: must be"),
+    ({"bits": True}, "quant.bits=True: must be"),
+    ({"bits": "2"}, "quant.bits='2': must be"),
+    ({"bits": 32}, "quant.bits=32: must be"),
+    ({"act_bits": 0}, "quant.act_bits=0: must be"),
+    ({"act_bits": 32, "weight_quantizer": "float"}, "quant.act_bits=32: must be"),
+    ({"stem_bits": 16}, "quant.stem_bits=16: must be"),
+    ({"head_bits": -8}, "quant.head_bits=-8: must be"),
+    ({"attention": "linear"}, "quant.attention='linear': must be one of qkr, standard, float"),
+    ({"qk_bias": "keep"}, "quant.qk_bias='keep': must be one of drop, fold"),
+    ({"weight_quantizer": "lsqq"}, "quant.weight_quantizer='lsqq': must be one of statsq, lsq, minmax, float or package.module:Class"),
+    ({"act_quantizer": "a:b:c"}, "quant.act_quantizer='a:b:c': must be one of statsq, lsq, minmax, float or package.module:Class"),
+    ({"act_quantizer": "my module:Class"}, "quant.act_quantizer='my module:Class': must be"),
+    ({"act_quantizer": None}, "quant.act_quantizer=None: must be"),
+    ({"offsets": "both"}, "quant.offsets='both': must be true or false"),
+    ({"overrides": ["blocks.0"]}, r"quant.overrides=\['blocks.0'\]: must be a mapping of module globs to knobs"),
+    ({"overrides": {"blocks.0.*": 8}}, r"quant.overrides\['blocks.0.\*'\]=8: its knobs must be among"),
+    (
+        {"overrides": {"blocks.0.*": {"bit": 8}}},
+        r"quant.overrides\['blocks.0.\*'\]={'bit': 8}: its knobs must be among act_bits, .*, bits, ",
+    ),
+    ({"overrides": {"blocks.0.*": {"overrides": {}}}}, "its knobs must be among"),
+    ({"overrides": {3: {"bits": 8}}}, "quant.overrides: 3: must be a glob of module names"),
+    ({"overrides": {"blocks.0.*": {"bits": 99}}}, "quant.bits=99: must be"),
+    ({"colour": "red"}, "recipe knob 'colour': must be one of name, bits, act_bits"),
 ]
 
 
@@ -43,7 +46,7 @@ def test_wrong_knobs_are_named(knobs, message):
 
 
 def test_unknown_recipe():
-    with pytest.raises(qat.UsageError, match="recipe='oqf': allowed are fp, ofq, ofq_noqkr, statsq, lsq, minmax"):
+    with pytest.raises(qat.UsageError, match="recipe='oqf': must be one of fp, ofq, ofq_noqkr, statsq, lsq, minmax"):
         recipe("oqf")
 
 
@@ -180,10 +183,10 @@ def test_minmax_weights_follow_the_present_range():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"role": "colour"}, "role='colour': allowed are weight, input, q, k, v, qk, probs, image"),
-        ({"bits": 1}, "bits=1: allowed are whole numbers from 2 to 8"),
-        ({"bits": 32}, "bits=32: allowed are"),
-        ({"offsets": "after"}, "offsets='after': allowed are none, before, both"),
+        ({"role": "colour"}, "role='colour': must be one of weight, input, q, k, v, qk, probs, image"),
+        ({"bits": 1}, "bits=1: must be an integer from 2 to 8"),
+        ({"bits": 32}, "bits=32: must be"),
+        ({"offsets": "after"}, "offsets='after': must be one of none, before, both"),
     ],
 )
 def test_wrong_specs(arguments, message):
@@ -192,13 +195,11 @@ def test_wrong_specs(arguments, message):
 
 
 def test_unknown_place():
-    with pytest.raises(qat.UsageError, match="place='tail': allowed are stem, block, head"):
+    with pytest.raises(qat.UsageError, match="place='tail': must be one of stem, block, head"):
         recipe("ofq").weight_spec("tail")
 
 
 def test_float_weights_beside_activations_of_few_bits_name_their_setting():
     made = recipe("ofq", overrides={"head": {"weight_quantizer": "float", "bits": 32}})
-    with pytest.raises(
-        qat.UsageError, match=r"^quant\.head_bits=32: activations are quantized too; allowed with act_quantizer=float alone$"
-    ):
+    with pytest.raises(qat.UsageError, match=r"^quant\.head_bits=32: activations are quantized too; must be with act_quantizer=float$"):
         made.at("head").act_spec("input", "head")

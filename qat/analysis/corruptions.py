@@ -82,7 +82,7 @@ class Corruption:
 def check_severity(setting: str, value: object) -> None:
     """Raise `UsageError` unless `value` is one of `SEVERITIES`."""
     if isinstance(value, bool) or value not in SEVERITIES:
-        raise UsageError(f"{setting}={value!r}: allowed are {', '.join(map(str, SEVERITIES))}")
+        raise UsageError(f"{setting}={value!r}: must be one of {', '.join(map(str, SEVERITIES))}")
 
 
 def level_of(kind: str, severity: int, side: int) -> float:

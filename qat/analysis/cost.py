@@ -66,7 +66,7 @@ class CostAnalysis(Analysis):
 
     def __post_init__(self) -> None:
         if not isinstance(self.compare, bool):
-            raise UsageError(f"analysis.compare={self.compare!r}: allowed are true and false")
+            raise UsageError(f"analysis.compare={self.compare!r}: must be true or false")
 
     def outcome(self, nets: Sequence[StudiedNet], rows: Sequence[Row]) -> Outcome:
         """A table of nets and variants, one of kinds of modules, one of modules; bars by kind."""

@@ -67,7 +67,7 @@ class Landscape(Analysis):
         check_choice("analysis.loss", self.loss, (CE, INFONCE))
         check_whole("analysis.points", self.side, 3)
         if self.side % 2 == 0:
-            raise UsageError(f"analysis.points={self.side}: allowed are odd numbers, so that the net as it is lies in the middle")
+            raise UsageError(f"analysis.points={self.side}: must be odd numbers, so that the net as it is lies in the middle")
         if self.radius is not None:
             check_number("analysis.radius", self.radius, 0, above=True, below=MOST_OF_A_SCALE if self.space == "scales" else torch.inf)
         check_number("analysis.temperature", self.temperature, 0, above=True)
@@ -80,7 +80,7 @@ class Landscape(Analysis):
         entries = targets if isinstance(targets, list | tuple) else []
         fine = [isinstance(e, str) or (isinstance(e, list | tuple) and e and all(isinstance(g, str) for g in e)) for e in entries]
         if len(entries) not in {1, 2} or not all(fine):
-            raise UsageError(f"analysis.targets={targets!r}: allowed is a list of one or two entries, each a glob or a list of globs")
+            raise UsageError(f"analysis.targets={targets!r}: must be a list of one or two entries, each a glob or a list of globs")
 
     @property
     def reach(self) -> float:
@@ -153,7 +153,7 @@ class Landscape(Analysis):
         if self.space == "weights":
             return weight_axes(studied.net, targets, self.seed)
         if conversion_of(studied.net) is None:
-            raise UsageError(f"analysis.space='scales': {studied.label} is not quantized and has none; allowed for it is weights")
+            raise UsageError(f"analysis.space='scales': {studied.label} is not quantized and has none; must be weights")
         return scale_axes(studied.net, studied.input_size, targets, self.seed)
 
     def _score(self, net: nn.Module, images: ImageSet) -> Callable[[nn.Module, ImageSet], dict[str, float]] | None:

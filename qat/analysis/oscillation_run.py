@@ -91,7 +91,7 @@ def read_run(studied: StudiedNet) -> OscillationRun:
         UsageError: the net is of no file, or its run tracked no oscillations.
     """
     if studied.path is None:
-        raise UsageError("ckpt=None: oscillation is read from the run of a checkpoint; allowed is a file such as RUN/checkpoints/best.ckpt")
+        raise UsageError("ckpt=None: oscillation is read from the run of a checkpoint; must be a file such as RUN/checkpoints/best.ckpt")
     folder = run_folder(studied.path)
     settings = _settings(folder)
     content = _content(studied.path)

@@ -171,7 +171,9 @@ class Robustness(Analysis):
         channels = subject.studied.input_size[0]
         kinds = [kind for kind in self.corruptions or KINDS if kind != "jpeg" or channels in JPEG_CHANNELS]
         if self.corruptions is not None and len(kinds) < len(self.corruptions):
-            raise UsageError(f"analysis.corruptions={list(self.corruptions)}: images have {channels} channels; allowed for jpeg are 1, 3")
+            raise UsageError(
+                f"analysis.corruptions={list(self.corruptions)}: images have {channels} channels; for jpeg it must be one of 1, 3"
+            )
         return kinds
 
     def _advice(self, subject: Subject) -> Iterator[Advice]:
@@ -189,10 +191,10 @@ def _why_not(subject: Subject, left: str) -> str:
     """One line about parts that cannot be had of a net."""
     if subject.weights.is_float:
         return f"{subject.studied.label} has no quantized weights for {left}; analysis.float_bits=4 quantizes them first"
-    allowed = "allowed are statsq, lsq, minmax and those of ptq.py"
+    allowed = "must be one of statsq, lsq, minmax and those of ptq.py"
     return f"{subject.studied.label} has no weights on a grid that is known for {left}; {allowed}"
 
 
 def _check_list(setting: str, value: object, allowed: str) -> None:
     if not isinstance(value, list | tuple) or not value:
-        raise UsageError(f"{setting}={value!r}: allowed is a list of {allowed}")
+        raise UsageError(f"{setting}={value!r}: must be a list of {allowed}")

@@ -50,7 +50,7 @@ class Sensitivity(Analysis):
         check_choice("analysis.by", self.by, GRANULARITIES)
         for name, value in (("measures", self.measures), ("bits", self.bits)):
             if not isinstance(value, list | tuple) or not value:
-                raise UsageError(f"analysis.{name}={value!r}: allowed is a list")
+                raise UsageError(f"analysis.{name}={value!r}: must be a list")
         for measure in self.measures:
             check_choice("analysis.measures", measure, MEASURES)
         for width in self.bits:

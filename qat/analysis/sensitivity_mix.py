@@ -72,7 +72,7 @@ class Sizes:
     def check(self, label: str, budget_mb: float) -> None:
         """Raise `UsageError` if nothing is free to be chosen, or the smallest choice is above a budget."""
         if not self.parts:
-            raise UsageError(f"analysis.budget_mb={budget_mb}: {label} has no weights whose bits can be chosen; allowed is null")
+            raise UsageError(f"analysis.budget_mb={budget_mb}: {label} has no weights whose bits can be chosen; must be null")
         least, most = self.bounds()
         if least > budget_mb * MB:
             lowest = f"{least / MB:.6g} MB with the lowest bits everywhere, {most / MB:.6g} with the highest"

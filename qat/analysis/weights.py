@@ -52,13 +52,13 @@ class WeightAnalysis(Analysis):
 
     def __post_init__(self) -> None:
         if self.layers is not None and not _is_list_of_globs(self.layers):
-            raise UsageError(f"analysis.layers={self.layers!r}: allowed are null and lists of globs such as ['blocks.0.*']")
+            raise UsageError(f"analysis.layers={self.layers!r}: must be null or a list of globs such as ['blocks.0.*']")
         check_whole("analysis.max_panels", self.max_panels, 1)
         check_whole("analysis.activation_images", self.activation_images, 1)
         check_boundary("analysis.boundary", self.boundary)
         for setting in ("factors", "activations"):
             if not isinstance(getattr(self, setting), bool):
-                raise UsageError(f"analysis.{setting}={getattr(self, setting)!r}: allowed are true and false")
+                raise UsageError(f"analysis.{setting}={getattr(self, setting)!r}: must be true or false")
         if not self.activations:
             # Then no image has to be read.
             object.__setattr__(self, "split", None)

@@ -34,9 +34,9 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self, monitor: str = "val/top1", mode: str = "max", save_top_k: int = 1, **options: Any) -> None:
         if save_top_k != 1:
-            raise UsageError(f"callbacks.best.save_top_k={save_top_k!r}: allowed is 1; callbacks.best=null keeps none")
+            raise UsageError(f"callbacks.best.save_top_k={save_top_k!r}: must be 1; callbacks.best=null keeps none")
         if "loss" in monitor and mode != "min":
-            raise UsageError(f"callbacks.best.mode={mode!r}: the best {monitor} is the lowest; allowed is min")
+            raise UsageError(f"callbacks.best.mode={mode!r}: the best {monitor} is the lowest; must be min")
         super().__init__(monitor=monitor, mode=mode, save_top_k=save_top_k, **options)
 
     def state_dict(self) -> dict[str, Any]:

@@ -193,10 +193,10 @@ class CGA(Callback):
                 raise UsageError("callbacks.cga.start_epoch=None: a run without trainer.max_epochs has no last epochs; set it")
             length = self.epochs or math.ceil(total * _DEFAULT_SHARE)
             if length > total:
-                raise UsageError(f"callbacks.cga.epochs={length}: allowed are whole numbers from 1 to trainer.max_epochs={total}")
+                raise UsageError(f"callbacks.cga.epochs={length}: must be an integer from 1 to trainer.max_epochs={total}")
             return total - length, math.inf
         if total is not None and 0 <= total <= self.start_epoch:
-            raise UsageError(f"callbacks.cga.start_epoch={self.start_epoch}: allowed are 0 to below trainer.max_epochs={total}")
+            raise UsageError(f"callbacks.cga.start_epoch={self.start_epoch}: must be from 0 to below trainer.max_epochs={total}")
         stop = math.inf if self.epochs is None else self.start_epoch + self.epochs
         return self.start_epoch, math.inf if total is None or stop >= total >= 0 else stop
 

@@ -83,7 +83,7 @@ class IterativeFreezing(Callback):
         self._steps = trainer.estimated_stepping_batches
         epochs = trainer.max_epochs or 0
         if 0 < epochs <= self.start_epoch:
-            raise UsageError(f"callbacks.freeze.start_epoch={self.start_epoch}: allowed are 0 to below trainer.max_epochs={epochs}")
+            raise UsageError(f"callbacks.freeze.start_epoch={self.start_epoch}: must be from 0 to below trainer.max_epochs={epochs}")
         self._first_step = self.start_epoch * self._steps / epochs if epochs > 0 and self._steps < math.inf else 0.0
 
     def threshold_at(self, step: int) -> float:

@@ -32,13 +32,13 @@ def check_auto_augment(setting: str, value: object) -> None:
     if value is None:
         return
     if not isinstance(value, str) or not any(re.fullmatch(pattern, value) for pattern in PATTERNS):
-        raise UsageError(f"{setting}={value!r}: allowed are {ALLOWED}")
+        raise UsageError(f"{setting}={value!r}: must be one of {ALLOWED}")
     try:
         transform = timm.data.create_transform(8, is_training=True, auto_augment=value)
         with isolated_rng(0):
             tamed(transform)(Image.new("RGB", (8, 8)))
     except (AssertionError, ValueError, IndexError) as error:  # such as more layers than there are operations
-        raise UsageError(f"{setting}={value!r}: timm cannot do that ({error}); allowed are {ALLOWED}") from error
+        raise UsageError(f"{setting}={value!r}: timm cannot do that ({error}); must be one of {ALLOWED}") from error
 
 
 def tamed(transform: Any) -> Any:

@@ -188,7 +188,7 @@ class ImageData(LightningDataModule, ABC):
     def _check_pairs(self) -> None:
         # Not in the settings, which a checkpoint holds too: evaluation takes batches of any size.
         if self.settings.mixes and self.settings.batch_size % 2:
-            raise UsageError(f"data.batch_size={self.settings.batch_size}: allowed are even numbers with data.mixup or data.cutmix")
+            raise UsageError(f"data.batch_size={self.settings.batch_size}: must be even with data.mixup or data.cutmix")
 
     def val_dataloader(self) -> DataLoader:
         """The validation split in order."""

@@ -57,7 +57,7 @@ def check_normalisation(settings: DataSettings) -> None:
         if not isinstance(shown, list) or len(shown) != settings.in_chans:
             raise UsageError(f"data.{name}={shown}: needs one number for each of the {settings.in_chans} channels")
         if not all(_is_number(value) and lowest < value < math.inf for value in shown):
-            raise UsageError(f"data.{name}={shown}: allowed are finite numbers{' above 0' if name == 'std' else ''}")
+            raise UsageError(f"data.{name}={shown}: must be a finite number{' above 0' if name == 'std' else ''}")
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -67,7 +67,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 def _check_scale(scale: object) -> None:
     pair = _plain(scale)
     if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_number, pair)) or not 0 < pair[0] <= pair[1] <= 1:
-        raise UsageError(f"data.scale={pair!r}: allowed are two shares of the image's area [lowest, highest], above 0 to 1")
+        raise UsageError(f"data.scale={pair!r}: must be two shares of the image's area [lowest, highest], above 0 to 1")
 
 
 def _check_color_jitter(value: object) -> None:
@@ -76,7 +76,7 @@ def _check_color_jitter(value: object) -> None:
     is_right = len(factors) in {3, 4} and all(_is_number(one) and 0 <= one < math.inf for one in factors)
     if value is not None and (not is_right or (len(factors) == 4 and factors[3] > HIGHEST_HUE)):
         kinds = f"[brightness, contrast, saturation] and [brightness, contrast, saturation, hue up to {HIGHEST_HUE}]"
-        raise UsageError(f"data.color_jitter={shown!r}: allowed are null, a number from 0, {kinds}")
+        raise UsageError(f"data.color_jitter={shown!r}: must be null, a number of at least 0, {kinds}")
 
 
 def _check_effect(settings: DataSettings) -> None:
@@ -87,7 +87,7 @@ def _check_effect(settings: DataSettings) -> None:
         asked = {name: _plain(getattr(settings, name)) for name in idle}
         wrong = [f"data.{name}={value!r}" for name, value in asked.items() if value not in (*NOTHING, _plain(defaults[name]))]
         if wrong:
-            raise UsageError(f"{', '.join(wrong)}: data.augment='light' does nothing of the kind; allowed with data.augment=timm")
+            raise UsageError(f"{', '.join(wrong)}: data.augment='light' does nothing of the kind; must be with data.augment=timm")
     shifts = settings.augment == "light" and settings.crop_pct is None
     if settings.shift is not None and settings.augment != "none" and not shifts:
         allowed = "allowed with data.augment=light and data.crop_pct=null"
@@ -95,7 +95,7 @@ def _check_effect(settings: DataSettings) -> None:
     jitters = _plain(settings.color_jitter) not in (*NOTHING, [0] * 3, [0] * 4)
     if settings.augment == "timm" and jitters and settings.rand_augment and "3a" not in settings.rand_augment:
         shown = f"data.color_jitter={_plain(settings.color_jitter)!r}"
-        raise UsageError(f"{shown}: timm leaves it out beside data.rand_augment={settings.rand_augment!r}; allowed with null and with 3a")
+        raise UsageError(f"{shown}: timm leaves it out beside data.rand_augment={settings.rand_augment!r}; must be null, or with 3a")
 
 
 def _plain(value: object) -> object:

@@ -72,8 +72,8 @@ def _pixels(image: AnyImage, chans: int) -> NDArray[np.uint8]:
     if isinstance(image, Image.Image):
         return to_pixels(image, chans)
     if not isinstance(image, np.ndarray):
-        raise UsageError(f"image of type {type(image).__name__}: allowed are a path, Pillow's image and an array of uint8")
+        raise UsageError(f"image of type {type(image).__name__}: must be a path, Pillow's image or an array of uint8")
     shaped = image[..., None] if image.ndim == 2 else image
     if shaped.dtype != np.uint8 or shaped.ndim != 3 or shaped.shape[2] not in CHANNELS:
-        raise UsageError(f"image array {image.shape} of {image.dtype}: allowed are (H, W), (H, W, 1) and (H, W, 3) of uint8")
+        raise UsageError(f"image array {image.shape} of {image.dtype}: must be (H, W), (H, W, 1) or (H, W, 3) of uint8")
     return to_pixels(to_pil(shaped), chans)

@@ -123,10 +123,10 @@ class DataSettings:
         if self.patch_size is not None:
             check_whole("data.patch_size", self.patch_size, 1, HIGHEST_SIDE)
         if not isinstance(self.in_memory, bool):
-            raise UsageError(f"data.in_memory={self.in_memory!r}: allowed are true and false")
+            raise UsageError(f"data.in_memory={self.in_memory!r}: must be true or false")
         check_number("data.memory_mb", self.memory_mb, 0)
         if self.cache != "auto" and not isinstance(self.cache, bool):
-            raise UsageError(f"data.cache={self.cache!r}: allowed are auto, true and false")
+            raise UsageError(f"data.cache={self.cache!r}: must be one of auto, true, false")
         self._check_crop()
         check_normalisation(self)
         check_augmentation(self)
@@ -142,4 +142,4 @@ class DataSettings:
             check_choice("data.interpolation", self.interpolation, INTERPOLATIONS)
         is_share = isinstance(self.crop_pct, int | float) and 0 < self.crop_pct <= 1
         if self.crop_pct is not None and (not is_share or isinstance(self.crop_pct, bool)):
-            raise UsageError(f"data.crop_pct={self.crop_pct!r}: allowed are numbers above 0 to 1 and null")
+            raise UsageError(f"data.crop_pct={self.crop_pct!r}: must be a number above 0 to 1, or null")

@@ -57,7 +57,7 @@ class Checked:
             if found.not_ties:
                 return f"{level}: codes of {found.not_ties[0]} differ away from a threshold"
             if found.largest_absolute > TOLERANCE:
-                return f"{level}: logits differ by {found.largest_absolute:.1e} where no code does; allowed are {TOLERANCE:.0e}"
+                return f"{level}: logits differ by {found.largest_absolute:.1e} where no code does; must be at most {TOLERANCE:.0e}"
             if self.unlike.get(level, 0) > UNLIKE * found.images:
                 return f"{level}: on {self.unlike[level]} of {found.images} images it is not what its graph gives step by step"
         return None

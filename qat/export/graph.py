@@ -50,18 +50,18 @@ def check_size(frozen: nn.Module) -> None:
     """Raise `UsageError` unless a net takes images of any size, with scales that do not count its tokens."""
     if not getattr(frozen, "dynamic_img_size", True):
         raise UsageError(
-            "dynamic_size=true: this net takes images of one size; allowed is false, or a net with model.args.dynamic_img_size=true"
+            "dynamic_size=true: this net takes images of one size; must be false, or a net with model.args.dynamic_img_size=true"
         )
     for name, module in frozen.named_modules():
         if not isinstance(module, FrozenActivation):
             continue
         if module.axis is not None and module.scale.numel() > 1 and module.spec.role != "image":
             raise UsageError(
-                f"dynamic_size=true: {name} has a scale for each of {module.scale.numel()} positions; allowed is false,"
+                f"dynamic_size=true: {name} has a scale for each of {module.scale.numel()} positions; must be false,"
                 " or a net of ptq.py with ptq.act_scales=tensor"
             )
         if module.spec.role == "image" and any(t is not None for t in (module.before, module.after)):
-            raise UsageError(f"dynamic_size=true: {name} has an offset for each pixel; allowed is false, or a net with quant.offsets=false")
+            raise UsageError(f"dynamic_size=true: {name} has an offset for each pixel; must be false, or a net with quant.offsets=false")
 
 
 class Shape(NamedTuple):
@@ -106,7 +106,7 @@ def to_onnx(net: nn.Module, image: Tensor, *, opset: int | None = None, shape: S
     forms = {name: stored_form(module, two_bit) for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
     opset = needed_opset(forms, opset, LOWEST_OPSET)
     if opset > HIGHEST_OPSET:
-        raise UsageError(f"opset={opset}: allowed are whole numbers from {LOWEST_OPSET} to {HIGHEST_OPSET}")
+        raise UsageError(f"opset={opset}: must be an integer from {LOWEST_OPSET} to {HIGHEST_OPSET}")
     for name, module in net.named_modules():
         if isinstance(module, FrozenWeight):
             _give_weight_form(module, forms[name], apart=id(module) in alone and forms[name].constant is None)

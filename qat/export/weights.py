@@ -80,5 +80,5 @@ def needed_opset(forms: dict[str, Stored], wanted: int | None, lowest: int) -> i
     needed = max(lowest, forms[name].opset if name is not None else 0)
     if wanted is not None and wanted < needed:
         why = f"{name} is stored as {forms[name].kind}" if name is not None and forms[name].opset == needed else "the graph"
-        raise UsageError(f"opset={wanted}: too low, {why} needs {needed}; allowed are whole numbers from {needed}")
+        raise UsageError(f"opset={wanted}: too low, {why} needs {needed}; must be an integer of at least {needed}")
     return needed if wanted is None else wanted

@@ -116,7 +116,7 @@ class Coded:
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         handled = _HANDLED.get(func)
         if handled is None:
-            raise NotOfCodes(f"{getattr(func, '__name__', func)} is not done on codes: allowed are views and products")
+            raise NotOfCodes(f"{getattr(func, '__name__', func)} is not done on codes: must be a view or a product")
         return handled(*args, **(kwargs or {}))
 
 

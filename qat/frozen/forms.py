@@ -37,7 +37,7 @@ def _weight(quantizer: Quantizer, site: Site, weight: Tensor) -> Quantizer:
 def _refusal(site: Site) -> UsageError:
     inside = site.quantizer.quantizer if isinstance(site.quantizer, Shifted) else site.quantizer
     why = f"{site.name} is quantized by {type(inside).__name__}, of which no frozen form is known"
-    return UsageError(f"freeze: {why}; allowed are statsq for weights, lsq, minmax, affine, log2, float")
+    return UsageError(f"freeze: {why}; must be one of statsq for weights, lsq, minmax, affine, log2, float")
 
 
 @_weight.register

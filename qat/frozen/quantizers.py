@@ -190,7 +190,7 @@ class FrozenLog2(Frozen):
             return y
         if self.spec.bits > _LOG2_BITS:
             raise TypeError(
-                f"{self.name}: powers of two of {self.spec.bits} bits are no whole numbers of 32 bits; allowed are 2 to {_LOG2_BITS}"
+                f"{self.name}: powers of two of {self.spec.bits} bits are no integers of 32 bits; must be from 2 to {_LOG2_BITS}"
             )
         places = 2**self.spec.bits - 1
         return Coded.of(y.float() * 2**places, torch.tensor(2.0**-places, device=x.device), None, 2**places, self.name)  # type: ignore[return-value]

@@ -91,7 +91,7 @@ def initial_population(scales: Tensor, loss: float, size: int = POPULATION) -> P
         UsageError: the loss is not finite: nothing could be compared with it.
     """
     if not math.isfinite(loss):
-        raise UsageError(f"incumbent_loss={loss}: allowed are finite numbers; the calibrated net gives none")
+        raise UsageError(f"incumbent_loss={loss}: must be a finite number; the calibrated net gives none")
     rows = scales.detach().cpu().double().reshape(1, -1).repeat(size, 1)
     return Population(rows, torch.full((size,), loss, dtype=torch.float64))
 

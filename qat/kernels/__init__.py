@@ -26,9 +26,9 @@ def use(choice: str) -> None:
     """
     global _choice  # noqa: PLW0603  (like torch's number of threads)
     if choice not in CHOICES:
-        raise UsageError(f"kernels={choice!r}: allowed are {', '.join(CHOICES)}")
+        raise UsageError(f"kernels={choice!r}: must be one of {', '.join(CHOICES)}")
     if choice == "triton" and not gpu.available():
-        raise UsageError("kernels='triton': Triton or CUDA is not there; allowed here are auto, off")
+        raise UsageError("kernels='triton': Triton or CUDA is not there; here it must be one of auto, off")
     _choice = choice
 
 

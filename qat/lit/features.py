@@ -65,9 +65,9 @@ def compare_blocks(student: nn.Module, teacher: nn.Module, image: Tensor, settin
     """
     own, followed = (_shapes(net, image, which) for net in (student, teacher))
     if not own:
-        raise UsageError(f"{setting}: this net has no blocks (children of a module called blocks); allowed is 0")
+        raise UsageError(f"{setting}: this net has no blocks (children of a module called blocks); must be 0")
     if None in own:
-        raise UsageError(f"{setting}: a block of this net gives more than one tensor; allowed is 0")
+        raise UsageError(f"{setting}: a block of this net gives more than one tensor; must be 0")
     if own != followed:
         raise UsageError(f"{setting}: {_said(own)}, the teacher's {_said(followed)}; the teacher has to be of the same architecture")
 

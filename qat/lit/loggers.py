@@ -53,7 +53,7 @@ def wandb(run_dir: str, *, offline: bool = True, **options: Any) -> WandbLogger:
     """
     check_text("logger.wandb.run_dir", run_dir)
     if not isinstance(offline, bool):
-        raise UsageError(f"logger.wandb.offline={offline!r}: allowed are true and false")
+        raise UsageError(f"logger.wandb.offline={offline!r}: must be true or false")
     for name in {"project", "name", "group"} & options.keys():
         check_text(f"logger.wandb.{name}", options[name])
     _check_options("logger.wandb", options, WandbLogger, _require("wandb").init)

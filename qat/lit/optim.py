@@ -166,7 +166,7 @@ def _check_options(options: dict[str, Any]) -> None:
         elif name == "momentum":
             check_number("optimizer.momentum", value, 0, below=1)
         elif isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"optimizer.{name}={value!r}: allowed are finite numbers")
+            raise UsageError(f"optimizer.{name}={value!r}: must be a finite number")
 
 
 def cosine_schedule(

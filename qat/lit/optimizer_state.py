@@ -35,7 +35,7 @@ def read_optimizer_state(path: str) -> State:
     by_layer = any(str(group.get("name", "")).startswith("layer") for group in groups)
     names = parameter_names(build_from(checkpoint), by_layer=by_layer)
     if [len(group["params"]) for group in groups] != [len(members) for members in names]:
-        raise UsageError(f"{setting} holds the state of other parameters than those of its net; allowed is false")
+        raise UsageError(f"{setting} holds the state of other parameters than those of its net; must be false")
     indices = [index for group in groups for index in group["params"]]
     entries = stored[0]["state"]
     return {name: entries[index] for index, name in zip(indices, sum(names, []), strict=True) if index in entries}
@@ -72,7 +72,7 @@ def with_optimizer_state(make: OptimizerFactory, path: str, net: nn.Module) -> t
     parameters = dict(net.named_parameters())
     fitting = {name: entry for name, entry in state.items() if name in parameters and _fits(entry, parameters[name].shape)}
     if not fitting:
-        raise UsageError(f"{setting} holds the state of none of this net's parameters; allowed is false")
+        raise UsageError(f"{setting} holds the state of none of this net's parameters; must be false")
     smallest = min(fitting, key=lambda name: parameters[name].numel())
     stored, kept = set(fitting[smallest]), _kept_by(make, net, parameters[smallest])
     if stored != kept:

@@ -30,7 +30,7 @@ def share_out(net: nn.Module, mesh: DeviceMesh | None) -> None:
     """
     for name, parameter in net.named_parameters():
         if parameter.ndim == 0:
-            raise UsageError(f"trainer.strategy='fsdp': {name} is a single number, which cannot be shared out; allowed is ddp")
+            raise UsageError(f"trainer.strategy='fsdp': {name} is a single number, which cannot be shared out; must be ddp")
     blocks = [module for name, module in net.named_modules() if name.split(".")[-2:-1] == [BLOCKS]]
     for module in (*reversed(blocks), net):  # inner ones first
         fully_shard(module, mesh=mesh, reshard_after_forward=True)

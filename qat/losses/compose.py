@@ -70,7 +70,7 @@ class CompositeLoss(nn.Module):
         readers = {term.blocks: name for name, term in terms.items() if term.blocks}
         if len(readers) > 1:
             asked = ", ".join(f"{name}.blocks={blocks}" for blocks, name in readers.items())
-            raise UsageError(f"loss.terms: {asked}; allowed is the same for all terms that read blocks")
+            raise UsageError(f"loss.terms: {asked}; must be the same for all terms that read blocks")
         self.terms = nn.ModuleDict(dict(terms))
 
     @property

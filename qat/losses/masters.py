@@ -56,7 +56,7 @@ def check_layers(setting: str, layers: object) -> tuple[str, ...] | None:
     if globs is None:
         return None
     if not (isinstance(globs, list | tuple) and globs and all(isinstance(glob, str) and glob for glob in globs)):
-        raise UsageError(f"{setting}={layers!r}: allowed are null and a list of layer globs or roles ({', '.join(WEIGHT_ROLES)})")
+        raise UsageError(f"{setting}={layers!r}: must be null or a list of layer globs or roles ({', '.join(WEIGHT_ROLES)})")
     return tuple(globs)
 
 

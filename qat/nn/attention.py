@@ -23,7 +23,7 @@ def refuse_qkr(why: str) -> NoReturn:
     Args:
         why: what stands between, as in `this net <why>`.
     """
-    raise UsageError(f"quant.attention='qkr': this net {why}, so Wq^T Wk is not its score; allowed here are standard, float")
+    raise UsageError(f"quant.attention='qkr': this net {why}, so Wq^T Wk is not its score; here it must be one of standard, float")
 
 
 def split_heads(t: Tensor, num_heads: int) -> Tensor:

@@ -170,7 +170,7 @@ class FqNet(VisionTransformer):
             if not isinstance(norm, IntegerLayerNorm):
                 continue
             if not all(isinstance(one, Affine) or getattr(one, "zero_point", None) is not None for one in (before, behind)):
-                raise UsageError(f"ptq.layernorm='integer': {name} has no affine quantizer on both sides; allowed here is float")
+                raise UsageError(f"ptq.layernorm='integer': {name} has no affine quantizer on both sides; here it must be float")
             _check_scales(name, before.spec, behind.spec)  # type: ignore[attr-defined]
             norm.between = (before, behind)  # type: ignore[assignment]
 
@@ -190,9 +190,9 @@ class FqNet(VisionTransformer):
 def _check_scales(name: str, before: QuantSpec, behind: QuantSpec) -> None:
     """A norm in integers sums over the channels of a token: their scales in front are one, or powers of two of it."""
     if TOKENS in {before.axis, behind.axis}:
-        raise UsageError(f"ptq.layernorm='integer': {name} has scales of tokens beside it; allowed are ptq.act_scales=tensor, channel")
+        raise UsageError(f"ptq.layernorm='integer': {name} has scales of tokens beside it; must be one of ptq.act_scales=tensor, channel")
     if before.axis is not None and before.observer != "ptf":
-        raise UsageError(f"ptq.layernorm='integer': {name} has any scale for each channel in front; allowed is ptq.residual_observer=ptf")
+        raise UsageError(f"ptq.layernorm='integer': {name} has any scale for each channel in front; must be ptq.residual_observer=ptf")
 
 
 class FqDistilledNet(FqNet, VisionTransformerDistilled):
@@ -209,7 +209,7 @@ def swap_net(module: nn.Module, context: SwapContext) -> Swap:
     """
     assert isinstance(module, VisionTransformer)  # noqa: S101  (narrows a type)
     if module.dynamic_img_size:
-        raise UsageError("ptq.placement='fqvit': this net takes images of any size, and positions are quantized; allowed here is inputs")
+        raise UsageError("ptq.placement='fqvit': this net takes images of any size, and positions are quantized; here it must be inputs")
     ends_in_token = module.global_pool == "token" and isinstance(module.fc_norm, nn.Identity)
     module.__class__ = FqDistilledNet if isinstance(module, VisionTransformerDistilled) else FqNet
     module.add_quantizers(context)  # type: ignore[operator]

@@ -79,7 +79,7 @@ _SWAPS: dict[tuple[type[nn.Module], str], SwapFunction] = {}
 def register_swap(cls: type[nn.Module], intent: str) -> Callable[[SwapFunction], SwapFunction]:
     """Use the decorated function for modules whose class is exactly `cls`, under `intent` (one of `INTENTS`)."""
     if intent not in INTENTS:
-        raise ValueError(f"intent={intent!r}: allowed are {', '.join(INTENTS)}")
+        raise ValueError(f"intent={intent!r}: must be one of {', '.join(INTENTS)}")
 
     def add(function: SwapFunction) -> SwapFunction:
         _SWAPS[cls, intent] = function
@@ -106,5 +106,5 @@ def swap_net(net: nn.Module, context: SwapContext) -> Swap:
     """
     swap = _SWAPS.get((type(net), f"{context.recipe.placement}_net"))
     if swap is None and context.recipe.layernorm == "integer":
-        raise UsageError(f"ptq.layernorm='integer': only for ViT and DeiT, not {type(net).__name__}; allowed here is float")
+        raise UsageError(f"ptq.layernorm='integer': only for ViT and DeiT, not {type(net).__name__}; here it must be float")
     return Swap(net) if swap is None else swap(net, context)

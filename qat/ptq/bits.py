@@ -89,7 +89,7 @@ def search_bits(
 def _check(batches: Sequence[Tensor], targets: Sequence[Tensor], settings: BitsSettings, ranks: Ranks) -> None:
     check_batches(batches, targets, settings.fitness)
     if ranks.world > len(batches):
-        raise UsageError(f"search: {ranks.world} processes for {len(batches)} batches of calibration images; allowed are as many at most")
+        raise UsageError(f"search: {ranks.world} processes for {len(batches)} batches of calibration images; must be at most as many")
 
 
 class _BitSearch:
@@ -148,7 +148,7 @@ class _BitSearch:
         if budget < smallest:
             lowest = ends[0] if name == "average_bits" else smallest / MB
             sizes = f"the net takes {smallest / MB} MB with {ends[0]} bits everywhere and {largest / MB} MB with {ends[1]}"
-            raise UsageError(f"search.{name}={value}: {sizes}; allowed are numbers from {lowest}")
+            raise UsageError(f"search.{name}={value}: {sizes}; must be a number of at least {lowest}")
         return budget
 
     def _size(self, bits: Assignment) -> int:

@@ -85,7 +85,7 @@ class BitsSettings:
 
     def _check_choices(self) -> None:
         if not isinstance(self.choices, list | tuple) or len(set(self.choices)) < 2:
-            raise UsageError(f"search.choices={self.choices!r}: allowed is a list of two widths at least")
+            raise UsageError(f"search.choices={self.choices!r}: must be a list of at least two widths")
         for bits in self.choices:
             check_bits("search.choices", bits)
         object.__setattr__(self, "choices", tuple(sorted(set(self.choices))))

@@ -53,10 +53,10 @@ def check_batches(batches: Sequence[Tensor], targets: Sequence[Tensor], fitness:
     """Raise `UsageError` unless each batch of images has its logits, and images for a fitness that compares them with each other."""
     if not batches or [len(b) for b in batches] != [len(t) for t in targets]:
         raise UsageError(
-            f"search: {len(batches)} batches of images and {len(targets)} of logits; allowed are as many, of equal lengths, at least one"
+            f"search: {len(batches)} batches of images and {len(targets)} of logits; must be as many, of equal lengths, at least one"
         )
     if fitness == "infonce" and min(map(len, batches)) < 2:
-        raise UsageError("search.fitness='infonce': a batch of one image has no others; allowed are ptq.batch from 2, and mse")
+        raise UsageError("search.fitness='infonce': a batch of one image has no others; must be ptq.batch of at least 2, or mse")
 
 
 def row_losses(kind: str, temperature: float) -> RowLosses:

@@ -131,7 +131,7 @@ class _Search:
         self.ranks = Ranks(options.group)
         if self.ranks.world > len(batches):
             raise UsageError(
-                f"search: {self.ranks.world} processes for {len(batches)} batches of calibration images; allowed are as many at most"
+                f"search: {self.ranks.world} processes for {len(batches)} batches of calibration images; must be at most as many"
             )
         images = batches[0][: settings.micro_batch].to(next(net.parameters()).device)
         traced = trace(net, find_blocks(net), images[:1])

@@ -79,10 +79,10 @@ class SearchSettings:
             check_number("search.radius", self.radius, 0, above=True)
         for name in ("relative", "reference_selection"):
             if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"search.{name}={getattr(self, name)!r}: allowed are true and false")
+                raise UsageError(f"search.{name}={getattr(self, name)!r}: must be true or false")
         self._check_targets()
         if self.method in GRADIENT_METHODS and self.cycles < GRADIENT_STEP_CYCLES:
-            raise UsageError(f"search.cycles={self.cycles}: {self.method} allows whole numbers from {GRADIENT_STEP_CYCLES}")
+            raise UsageError(f"search.cycles={self.cycles}: must be at least {GRADIENT_STEP_CYCLES} with search.method={self.method}")
 
     def _check_targets(self) -> None:
         object.__setattr__(self, "targets", check_globs("search.targets", self.targets, "attn.qkv.weight"))

@@ -59,6 +59,6 @@ def build_quantizer(spec: QuantSpec) -> Quantizer:
     elif spec.quantizer in _BUILDERS:
         builder = _BUILDERS[spec.quantizer]
     else:
-        raise UsageError(f"quantizer={spec.quantizer!r}: allowed are {', '.join(sorted(_BUILDERS))} and package.module:Class")
+        raise UsageError(f"quantizer={spec.quantizer!r}: must be one of {', '.join(sorted(_BUILDERS))} or package.module:Class")
     quantizer = builder(spec)
     return quantizer if spec.offsets == "none" else Shifted(quantizer)

@@ -155,7 +155,7 @@ def read_sweep(folder: Path) -> Sweep:
         raise UsageError(f"sweep={str(folder)!r}: is a run itself; run={folder} makes its report, and a sweep is the folder above its jobs")
     sweep = gather(folder)
     if not any(job.results for job in sweep.jobs):
-        raise UsageError(f"sweep={str(folder)!r}: there is no results.json below it; allowed is the folder of a sweep, or of several runs")
+        raise UsageError(f"sweep={str(folder)!r}: there is no results.json below it; must be the folder of a sweep, or of several runs")
     return sweep
 
 

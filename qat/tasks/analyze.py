@@ -104,7 +104,7 @@ def build_analysis(cfg: DictConfig) -> Analysis:
     if settings is None:
         choices = ", ".join(sorted(path.stem for path in (CONF / "analysis").glob("[!_]*.yaml")))
         raise UsageError(
-            f"analysis is not set: allowed are {choices}; or run=DIR to make the report of a run anew; sweep=DIR to gather one"
+            f"analysis is not set: must be one of {choices}; or run=DIR to make the report of a run anew; sweep=DIR to gather one"
         )
     target = settings.pop("_target_", None) if isinstance(settings, dict) else None
     kind = _analysis_class(target)
@@ -112,7 +112,7 @@ def build_analysis(cfg: DictConfig) -> Analysis:
     names = {field.metadata.get("setting", field.name): field.name for field in dataclasses.fields(kind)}
     for key in settings:
         if key not in names:
-            raise UsageError(f"analysis.{key}: allowed are {', '.join(names)}")
+            raise UsageError(f"analysis.{key}: must be one of {', '.join(names)}")
     made: Analysis = kind(**{names[key]: value for key, value in settings.items()})
     return made
 
@@ -120,13 +120,13 @@ def build_analysis(cfg: DictConfig) -> Analysis:
 def _analysis_class(target: object) -> Any:
     kind = build.located(target)
     if not (isinstance(kind, type) and issubclass(kind, Analysis) and dataclasses.is_dataclass(kind)):
-        raise UsageError(f"analysis._target_={target!r}: allowed are subclasses of qat.analysis.Analysis")
+        raise UsageError(f"analysis._target_={target!r}: must be a subclass of qat.analysis.Analysis")
     return kind
 
 
 def _build(cfg: DictConfig) -> Study:
     if cfg.ckpt is not None and not (isinstance(cfg.ckpt, str) or OmegaConf.is_list(cfg.ckpt)):
-        raise UsageError(f"ckpt={cfg.ckpt!r}: allowed are a path and a list of paths")
+        raise UsageError(f"ckpt={cfg.ckpt!r}: must be a path or a list of paths")
     paths = [cfg.ckpt] if cfg.ckpt is None or isinstance(cfg.ckpt, str) else list(cfg.ckpt)
     single = [_with_ckpt(cfg, path) for path in paths or [None]]
     for one in single:
@@ -135,7 +135,7 @@ def _build(cfg: DictConfig) -> Study:
     if cfg.images is not None:
         check_whole("images", cfg.images, 1)
     if cfg.resume not in {False, "auto"}:
-        raise UsageError(f"resume={cfg.resume!r}: allowed are false, auto")
+        raise UsageError(f"resume={cfg.resume!r}: must be one of false, auto")
     analysis = build_analysis(cfg)
     build.import_modules(cfg)
     subjects = [build_subject(one) for one in single]
@@ -147,7 +147,7 @@ def _build(cfg: DictConfig) -> Study:
     ]
     trainer = fit.build_trainer(cfg, [], [])
     if trainer.world_size > 1:
-        raise UsageError(f"trainer.devices={cfg.trainer.devices!r}: analyses run on one device; allowed is 1")
+        raise UsageError(f"trainer.devices={cfg.trainer.devices!r}: analyses run on one device; must be 1")
     for studied in nets:
         studied.net.to(trainer.strategy.root_device)
     cfg.data = single[0].data  # the config that was settled: it is what is recorded
@@ -190,10 +190,10 @@ def _labels(cfg: DictConfig, paths: Sequence[str]) -> list[str]:
     """Those given, else the shortest ends of the paths that differ."""
     if cfg.labels is not None:
         if not OmegaConf.is_list(cfg.labels):
-            raise UsageError(f"labels={cfg.labels!r}: allowed is a list, as many as there are checkpoints ({len(paths)}), all different")
+            raise UsageError(f"labels={cfg.labels!r}: must be a list, as many as there are checkpoints ({len(paths)}), all different")
         labels = [str(label) for label in cfg.labels]
         if len(labels) != len(paths) or len(set(labels)) < len(labels):
-            raise UsageError(f"labels={labels}: allowed are as many as there are checkpoints ({len(paths)}), all different")
+            raise UsageError(f"labels={labels}: must be as many as there are checkpoints ({len(paths)}), all different")
         return labels
     if len(paths) == 1:
         return [Path(paths[0]).stem]
@@ -204,7 +204,7 @@ def _labels(cfg: DictConfig, paths: Sequence[str]) -> list[str]:
             return labels
     if len(set(paths)) == len(paths):  # they differ in their endings
         return list(paths)
-    raise UsageError(f"ckpt={list(paths)}: the same file twice; allowed are different files")
+    raise UsageError(f"ckpt={list(paths)}: the same file twice; must be different files")
 
 
 def _rows(cfg: DictConfig, study: Study) -> Iterator[Row]:

@@ -46,7 +46,7 @@ def instantiate(node: DictConfig, setting: str) -> Any:
         UsageError: there is no such class, or it does not take the arguments; names `setting`.
     """
     if not OmegaConf.is_dict(node) or "_target_" not in node:
-        raise UsageError(f"{setting}={plain(node)!r}: allowed is what makes an object: {setting}._target_=package.module.Class")
+        raise UsageError(f"{setting}={plain(node)!r}: must be what makes an object: {setting}._target_=package.module.Class")
     arguments = {key: value for key, value in plain(node).items() if not str(key).startswith("_")}
     made_by = located(node["_target_"])
     if made_by is not None:
@@ -76,7 +76,7 @@ def build_data(cfg: DictConfig) -> ImageData:
     """
     data = instantiate(cfg.data, "data")
     if not isinstance(data, ImageData):
-        raise UsageError(f"data._target_={cfg.data.get('_target_')!r}: allowed are subclasses of qat.data.ImageData")
+        raise UsageError(f"data._target_={cfg.data.get('_target_')!r}: must be a subclass of qat.data.ImageData")
     return data
 
 
@@ -89,7 +89,7 @@ def build_recipe(cfg: DictConfig) -> QuantRecipe:
     knobs = [field.name for field in dataclasses.fields(QuantRecipe)]
     for key in cfg.quant:
         if key not in knobs:
-            raise UsageError(f"quant.{key}: allowed are {', '.join(knobs)}")
+            raise UsageError(f"quant.{key}: must be one of {', '.join(knobs)}")
     recipe = QuantRecipe(**plain(cfg.quant))
     for name in custom_quantizers(recipe):
         import_quantizer(name)  # typed by the user; a checkpoint that names the same one finds it imported
@@ -119,7 +119,7 @@ def import_modules(cfg: DictConfig) -> None:
     names = plain(OmegaConf.select(cfg, "model.imports"))
     names = [] if names is None else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UsageError(f"model.imports={names!r}: allowed is a list of Python modules, [package.module]")
+        raise UsageError(f"model.imports={names!r}: must be a list of Python modules, [package.module]")
     for name in names:
         try:
             importlib.import_module(name)

@@ -70,7 +70,7 @@ def check_settings(cfg: DictConfig) -> None:
     check_choice("command", cfg.command, COMMANDS)
     check_whole("seed", cfg.seed, 0)
     if cfg.seed > HIGHEST_SEED:
-        raise UsageError(f"seed={cfg.seed}: allowed are whole numbers from 0 to {HIGHEST_SEED}")
+        raise UsageError(f"seed={cfg.seed}: must be an integer from 0 to {HIGHEST_SEED}")
     check_choice("memory", OmegaConf.select(cfg, "memory", default=MEMORY[0]), MEMORY)
     kernels.use(OmegaConf.select(cfg, "kernels", default=kernels.CHOICES[0]))
     for name in FLAGS:
@@ -87,7 +87,7 @@ def _check_groups(cfg: DictConfig) -> None:
     for name in GROUPS + OPTIONAL_GROUPS:
         value = OmegaConf.select(cfg, name, default=MISSING)
         if value is not MISSING and not OmegaConf.is_dict(value) and not (value is None and name in OPTIONAL_GROUPS):
-            raise UsageError(f"{name}={value!r}: allowed is a group of settings")
+            raise UsageError(f"{name}={value!r}: must be a group of settings")
 
 
 def _check_keys_of_groups(cfg: DictConfig) -> None:
@@ -113,19 +113,19 @@ def _check_file_settings(cfg: DictConfig) -> None:
     for name in ("model.name", "teacher.model"):
         value = OmegaConf.select(cfg, name)
         if value is not None and not isinstance(value, str):
-            raise UsageError(f"{name}={value!r}: allowed is the name of a timm model")
+            raise UsageError(f"{name}={value!r}: must be the name of a timm model")
 
 
 def check_flag(setting: str, value: object) -> None:
     """Raise `UsageError` unless `value` is true or false: any other text, `no` too, would count as true."""
     if not isinstance(value, bool):
-        raise UsageError(f"{setting}={value!r}: allowed are true and false")
+        raise UsageError(f"{setting}={value!r}: must be true or false")
 
 
 def check_path(setting: str, value: object) -> None:
     """Raise `UsageError` unless `value` is a text that can be a path, or None: an empty one is a variable of a shell that is not set."""
     if value is not None and not (isinstance(value, str) and value and "\0" not in value):
-        raise UsageError(f"{setting}={value!r}: allowed is a path{'' if value else '; null = none'}")
+        raise UsageError(f"{setting}={value!r}: must be a path{'' if value else '; null = none'}")
     try:
         Path(value or ".").exists()
     except OSError as error:  # a name too long, a folder that may not be entered
@@ -145,7 +145,7 @@ def check_callback(name: str, callback: object) -> None:
         raise UsageError(f"callbacks.{name}: {type(callback).__name__} is not a subclass of lightning.pytorch.Callback")
     monitor = getattr(callback, "monitor", None)
     if isinstance(monitor, str) and (monitor.startswith("val") or "/" not in monitor) and monitor not in VAL_METRICS:
-        raise UsageError(f"callbacks.{name}.monitor={monitor!r}: allowed of the validation are {', '.join(VAL_METRICS)}")
+        raise UsageError(f"callbacks.{name}.monitor={monitor!r}: must be one of those of the validation: {', '.join(VAL_METRICS)}")
 
 
 def check_averaging(name: str, settings: Mapping[str, Any], callback: object) -> None:
@@ -169,7 +169,7 @@ def check_classifier(net: nn.Module, data: ImageData) -> None:
 def check_sharding(cfg: DictConfig, name: str, part: object) -> None:
     """Raise `UsageError` if a callback or a term of the loss looks at whole weights, where each process has a part of them."""
     if cfg.trainer.get("strategy") == SHARDED and (getattr(part, "needs_whole_weights", False) or isinstance(part, WeightAveraging)):
-        raise UsageError(f"trainer.strategy={SHARDED!r}: {name} needs whole weights; allowed is ddp")
+        raise UsageError(f"trainer.strategy={SHARDED!r}: {name} needs whole weights; must be ddp")
 
 
 def check_patches(net: nn.Module, data: ImageData) -> None:

@@ -52,7 +52,7 @@ def _run_name() -> str:
 def writable(run_dir: str) -> str:
     """`run_dir` itself. Where it cannot be made the process ends here, with one line: Hydra would end it with a traceback."""
     if not isinstance(run_dir, str) or not run_dir or "\0" in run_dir:
-        sys.exit(f"error: run_dir={run_dir!r}: allowed is a path")
+        sys.exit(f"error: run_dir={run_dir!r}: must be a path")
     path = Path(run_dir).expanduser()
     try:
         if path.exists() and not path.is_dir():
@@ -61,7 +61,7 @@ def writable(run_dir: str) -> str:
         with tempfile.TemporaryDirectory(dir=above, prefix=".qat"):
             return str(path)
     except OSError as error:
-        sys.exit(f"error: run_dir={run_dir!r}: cannot be written ({error.strerror or error}); allowed is a folder that is or can be made")
+        sys.exit(f"error: run_dir={run_dir!r}: cannot be written ({error.strerror or error}); must be a folder that is or can be made")
 
 
 OmegaConf.register_new_resolver("run_name", _run_name, use_cache=True, replace=True)

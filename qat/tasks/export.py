@@ -109,7 +109,7 @@ def _target(cfg: DictConfig) -> Path:
     target = Path(cfg.file) if cfg.file else Path(cfg.run_dir) / NAMES[cfg.format.name]
     suffix = Path(NAMES[cfg.format.name]).suffix
     if target.suffix != suffix:
-        raise UsageError(f"file={str(target)!r}: allowed with format={cfg.format.name} is a name that ends in {suffix}")
+        raise UsageError(f"file={str(target)!r}: must end in {suffix} with format={cfg.format.name}")
     if target.is_dir():
         raise UsageError(f"file={str(target)!r}: a folder, not a file")
     if target.exists() and not cfg.overwrite:

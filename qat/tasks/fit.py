@@ -82,7 +82,7 @@ def take_optimizer_state(cfg: DictConfig, make: Any, start: Start) -> Any:
         UsageError: the setting is neither true nor false, or `ckpt` has no such state.
     """
     if not isinstance(cfg.ckpt_optimizer, bool):
-        raise UsageError(f"ckpt_optimizer={cfg.ckpt_optimizer!r}: allowed are true and false")
+        raise UsageError(f"ckpt_optimizer={cfg.ckpt_optimizer!r}: must be true or false")
     if not cfg.ckpt_optimizer:
         return make
     if not cfg.ckpt:

@@ -48,12 +48,12 @@ def _recipe_name(subject: Subject) -> str | None:
 def _check_kept(cfg: DictConfig, subject: Subject, search: SearchSettings | BitsSettings | None) -> None:
     for key in cfg.ptq:
         if key not in {"name", "batch"}:
-            raise UsageError(f"ptq.{key}: the net stays as it is; of ptq=keep allowed is batch")
+            raise UsageError(f"ptq.{key}: the net stays as it is; ptq=keep has batch alone")
     held = _recipe_name(subject)
     if is_frozen(subject.net):
-        raise UsageError(f"ckpt={str(cfg.ckpt)!r}: holds integer codes alone; allowed is the checkpoint that it was exported from")
+        raise UsageError(f"ckpt={str(cfg.ckpt)!r}: holds integer codes alone; must be the checkpoint that it was exported from")
     if held is None:
-        raise UsageError("ptq=keep: the net is a float one; allowed are the recipes of conf/ptq, e.g. ptq=fqvit_w4a8")
+        raise UsageError("ptq=keep: the net is a float one; must be a recipe of conf/ptq, e.g. ptq=fqvit_w4a8")
     if search is None:
         raise UsageError("ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution")
     if cfg.teacher.ckpt is None and not isinstance(subject.recipe, PtqRecipe):

@@ -35,7 +35,7 @@ def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
     try:
         net.set_grad_checkpointing(enable=True)  # type: ignore[operator]
     except (AttributeError, TypeError, AssertionError) as error:
-        raise UsageError(f"model.grad_checkpointing=true: {cfg.model.name} cannot do that; allowed is false") from error
+        raise UsageError(f"model.grad_checkpointing=true: {cfg.model.name} cannot do that; must be false") from error
 
 
 def check_precision(cfg: DictConfig, recipe: QuantRecipe) -> None:
@@ -46,7 +46,9 @@ def check_precision(cfg: DictConfig, recipe: QuantRecipe) -> None:
     """
     if recipe.name != "fp" and str(cfg.trainer.precision) in HALF_MASTERS:
         allowed = "32-true, bf16-mixed, 16-mixed, 64-true"
-        raise UsageError(f"trainer.precision={cfg.trainer.precision!r}: a quantized net needs float master weights; allowed are {allowed}")
+        raise UsageError(
+            f"trainer.precision={cfg.trainer.precision!r}: a quantized net needs float master weights; must be one of {allowed}"
+        )
 
 
 def check_loss(cfg: DictConfig, loss: CompositeLoss) -> None:
@@ -65,10 +67,12 @@ def check_second_derivatives(cfg: DictConfig, loss: CompositeLoss) -> None:
         return
     weight = f"loss.grad_l1={OmegaConf.select(cfg, 'loss.grad_l1')}"
     if cfg.compile is True:
-        raise UsageError(f"compile=true: {weight} differentiates twice, which compiled nets cannot; allowed is false")
+        raise UsageError(f"compile=true: {weight} differentiates twice, which compiled nets cannot; must be false")
     if str(cfg.trainer.precision) in FP16:
         allowed = "32-true, bf16-mixed, 64-true"
-        raise UsageError(f"trainer.precision={cfg.trainer.precision!r}: {weight} has gradients below fp16's range; allowed are {allowed}")
+        raise UsageError(
+            f"trainer.precision={cfg.trainer.precision!r}: {weight} has gradients below fp16's range; must be one of {allowed}"
+        )
 
 
 def check_sharded(cfg: DictConfig, loss: CompositeLoss) -> None:
@@ -81,10 +85,10 @@ def check_sharded(cfg: DictConfig, loss: CompositeLoss) -> None:
         return
     setting = f"trainer.strategy={SHARDED!r}"
     if cfg.compile is True:
-        raise UsageError(f"compile=true: {setting} gathers weights in the middle of the graph; allowed is false")
+        raise UsageError(f"compile=true: {setting} gathers weights in the middle of the graph; must be false")
     if str(cfg.trainer.precision) in FP16:
         raise UsageError(
-            f"trainer.precision={cfg.trainer.precision!r}: {setting} has no scaler of gradients; allowed are 32-true, bf16-mixed"
+            f"trainer.precision={cfg.trainer.precision!r}: {setting} has no scaler of gradients; must be one of 32-true, bf16-mixed"
         )
     for name, term in loss.terms.items():
         check_sharding(cfg, f"the loss term {name}", term)
@@ -97,14 +101,14 @@ def check_compiler(cfg: DictConfig, device: torch.device) -> None:
         UsageError: `compile` is neither true nor false, or torch cannot compile for `device`.
     """
     if not isinstance(cfg.compile, bool):
-        raise UsageError(f"compile={cfg.compile!r}: allowed are true and false")
+        raise UsageError(f"compile={cfg.compile!r}: must be true or false")
     if not cfg.compile:
         return
     try:
         torch.compile(_increment)(torch.zeros(2, device=device))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"compile=true: torch cannot compile for {device.type} here ({reason}); allowed is false") from error
+        raise UsageError(f"compile=true: torch cannot compile for {device.type} here ({reason}); must be false") from error
 
 
 def _increment(x: Tensor) -> Tensor:

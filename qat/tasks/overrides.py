@@ -65,10 +65,10 @@ def explain(error: Exception, overrides: Sequence[str], compose: Compose, option
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = error.options or options_with(group, "")  # of a list of options Hydra names none
-        return f"{group}={option}: there is no such option; allowed are {', '.join(o for o in options if not o.startswith('_'))}"
+        return f"{group}={option}: there is no such option; must be one of {', '.join(o for o in options if not o.startswith('_'))}"
     if isinstance(error, OverrideParseException):
         reason = " ".join(line for line in str(error).splitlines() if not line.startswith(("Error parsing", "See ")))
-        return f"{error.override}: not understood ({reason}); allowed is key=value, in quotes if it has blanks, commas or brackets"
+        return f"{error.override}: not understood ({reason}); must be key=value, in quotes if it has blanks, commas or brackets"
     cause = error.__cause__
     if there := re.search("An item is already at '([^']+)'", str(error)):
         typed = next((one for one in overrides if one.startswith(f"+{there[1]}=")), f"+{there[1]}")

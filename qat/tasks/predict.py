@@ -89,7 +89,7 @@ def predict(cfg: DictConfig, subject: Subject, paths: list[Path], trainer: Train
         UsageError: more than one device is asked for, or an image cannot be decoded (under `data.on_error=skip`, all of them).
     """
     if trainer.world_size > 1:
-        raise UsageError(f"trainer.devices={cfg.trainer.devices!r}: predictions are made on one device; allowed is 1")
+        raise UsageError(f"trainer.devices={cfg.trainer.devices!r}: predictions are made on one device; must be 1")
     settings = subject.data.settings
     module = _Ranking(subject.net, min(RANKS, len(subject.classes)))
     batches = trainer.predict(module, dataloaders=_loader(paths, settings), return_predictions=True) or []

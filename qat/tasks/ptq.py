@@ -136,7 +136,7 @@ def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe:
     knobs = [field.name for field in dataclasses.fields(PtqRecipe)]
     for key in settings:
         if key not in {*knobs, "batch"}:
-            raise UsageError(f"ptq.{key}: allowed are batch, {', '.join(knobs)}")
+            raise UsageError(f"ptq.{key}: must be one of batch, {', '.join(knobs)}")
     return PtqRecipe(**{key: value for key, value in settings.items() if key != "batch"})
 
 
@@ -148,7 +148,7 @@ def calibration_batches(cfg: DictConfig, data: ImageData) -> list[Tensor]:
     """
     wanted, size = data.settings.calibration_images, cfg.ptq.batch
     if wanted < size:
-        raise UsageError(f"data.calibration_images={wanted}: less than one batch; allowed are whole numbers from ptq.batch={size}")
+        raise UsageError(f"data.calibration_images={wanted}: less than one batch; must be an integer of at least ptq.batch={size}")
     batches = [batch for batch in data.calibration_batches(size) if len(batch) == size]
     if not batches:
         raise UsageError(f"ptq.batch={size}: the data have {len(data.split('train'))} training images, which fill no batch of this size")
@@ -236,7 +236,7 @@ def _calibrate(run: Run, ranks: Ranks) -> dict[str, Any]:
     count = len(run.batches)
     if ranks.world > count:
         raise UsageError(
-            f"trainer.devices={ranks.world}: {count} batches of calibration images leave some with none; allowed are up to {count}"
+            f"trainer.devices={ranks.world}: {count} batches of calibration images leave some with none; must be at most {count}"
         )
     done = calibrate(run.quantized.net, [run.batches[i] for i in ranks.own(count)], ranks=ranks)
     seconds, images = round(time.monotonic() - began, 2), sum(len(batch) for batch in run.batches)

@@ -70,12 +70,12 @@ def to_start(cfg: DictConfig) -> int:
         return 0
     strategy = settings.get("strategy")
     if isinstance(strategy, str) and any(word in strategy for word in COPYING):
-        raise UsageError(f"trainer.strategy={strategy!r}: allowed are those whose processes are started anew: auto, ddp, fsdp ...")
+        raise UsageError(f"trainer.strategy={strategy!r}: must be one whose processes are started anew: auto, ddp, fsdp ...")
     if is_started_here() or is_started_elsewhere():
         return 0
     count, nodes = local_count(settings), settings.get("num_nodes", 1)
     if count > HIGHEST_COUNT:
-        raise UsageError(f"trainer.devices={settings.get('devices')!r}: allowed are up to {HIGHEST_COUNT} processes on a machine")
+        raise UsageError(f"trainer.devices={settings.get('devices')!r}: must be up to {HIGHEST_COUNT} processes on a machine")
     if nodes == 1:
         return count if count > 1 else 0
     if not os.environ.keys() >= MEETING:

@@ -95,7 +95,7 @@ def remake(cfg: DictConfig) -> Path:
     import_modules(cfg)
     folder = Path(cfg.run)
     if not any((folder / name).is_file() for name in ("config.yaml", "results.json")):
-        raise UsageError(f"run={cfg.run!r}: neither config.yaml nor results.json is there; allowed is the directory of a run")
+        raise UsageError(f"run={cfg.run!r}: neither config.yaml nor results.json is there; must be the directory of a run")
     if not (folder / ANALYSES).is_dir():
         _study_checkpoint(folder)
     path = write_report(folder, origin_of(folder))

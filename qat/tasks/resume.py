@@ -60,7 +60,7 @@ def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
             another model or recipe.
     """
     if cfg.resume not in {True, False, "auto"}:
-        raise UsageError(f"resume={cfg.resume!r}: allowed are false, true, auto")
+        raise UsageError(f"resume={cfg.resume!r}: must be one of false, true, auto")
     folder = Path(cfg.run_dir) / "checkpoints"
     if is_first():
         remove_unfinished([folder.parent, folder])
@@ -107,7 +107,7 @@ def check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) ->
 def _check_epochs(checkpoint: Checkpoint, max_epochs: int) -> None:
     done = checkpoint.training.get("epochs")
     if done is not None and done > max_epochs:
-        raise UsageError(f"trainer.max_epochs={max_epochs}: {checkpoint.path} has {done} behind it; allowed are whole numbers from {done}")
+        raise UsageError(f"trainer.max_epochs={max_epochs}: {checkpoint.path} has {done} behind it; must be an integer of at least {done}")
 
 
 def _check_changes(checkpoint: Checkpoint, cfg: DictConfig) -> None:

@@ -38,7 +38,7 @@ def build_search(cfg: DictConfig) -> SearchSettings | BitsSettings | None:
         UsageError: it has a key that is no setting, or a value that cannot work.
     """
     if cfg.resume not in {False, True, "auto"}:
-        raise UsageError(f"resume={cfg.resume!r}: allowed are false, true, auto")
+        raise UsageError(f"resume={cfg.resume!r}: must be one of false, true, auto")
     if cfg.resume is True and not (Path(cfg.run_dir) / STATE).is_file():
         raise UsageError(f"resume=true: run_dir={str(cfg.run_dir)!r} has no {STATE}; resume=auto starts where there is none")
     settings = build.plain(OmegaConf.select(cfg, "search"))
@@ -48,7 +48,7 @@ def build_search(cfg: DictConfig) -> SearchSettings | BitsSettings | None:
     names = [field.name for field in dataclasses.fields(kind)]
     for key in settings:
         if key not in names:
-            raise UsageError(f"search.{key}: allowed are {', '.join(names)}")
+            raise UsageError(f"search.{key}: must be one of {', '.join(names)}")
     return kind(**settings)
 
 

@@ -71,13 +71,13 @@ def check_place(cfg: DictConfig) -> None:
     tasks = _number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     if per_node is None:
         each = -(-tasks // nodes())
-        raise UsageError(f"SLURM has --ntasks={tasks} without the number on each node; allowed is --ntasks-per-node={each}")
+        raise UsageError(f"SLURM has --ntasks={tasks} without the number on each node; must be --ntasks-per-node={each}")
     settings = cfg.get("trainer") or {}
     wanted = {"devices": (ranks.local_count(settings), tasks_per_node()), "num_nodes": (settings.get("num_nodes", 1), nodes())}
     for name, (asked, there) in wanted.items():
         if asked != there:
             what = f"{there} tasks on each node" if name == "devices" else f"{there} nodes"
-            raise UsageError(f"trainer.{name}={settings.get(name, 1)!r}: SLURM has {what}; allowed is {there}, which trainer=slurm sets")
+            raise UsageError(f"trainer.{name}={settings.get(name, 1)!r}: SLURM has {what}; must be {there}, which trainer=slurm sets")
     _check_meeting_place()
 
 
@@ -99,7 +99,7 @@ def _check_meeting_place() -> None:
     try:
         socket.getaddrinfo(name, None)
     except OSError as error:
-        raise UsageError(f"MASTER_ADDR={name!r}: no such host ({error.strerror}); allowed is an address of the first node") from error
+        raise UsageError(f"MASTER_ADDR={name!r}: no such host ({error.strerror}); must be an address of the first node") from error
 
 
 def environments() -> list[Any]:

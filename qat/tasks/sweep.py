@@ -215,7 +215,7 @@ def gather_sweep(cfg: DictConfig) -> None:
     from qat.report.sweep import read_sweep
 
     if not isinstance(cfg.sweep, str):
-        raise UsageError(f"sweep={cfg.sweep!r}: allowed is the folder of a sweep")
+        raise UsageError(f"sweep={cfg.sweep!r}: must be the folder of a sweep")
     for name in ("ckpt", "run", "analysis"):
         if cfg.get(name) is not None:
             raise UsageError(f"sweep={cfg.sweep!r} and {name} are set: gathering a sweep reads no nets; leave {name} out")

@@ -122,7 +122,7 @@ def net_of_file(path: str, setting: str, fmt: str, name: str, args: dict, typed:
     if checkpoint.meta is not None:
         held = str(checkpoint.meta.get("model", {}).get("name"))
         if typed is not None and typed.partition(".")[0] != held.partition(".")[0]:
-            raise UsageError(f"teacher.model={typed!r}: {setting}={str(path)!r} holds {held}, which need not be named; allowed is null")
+            raise UsageError(f"teacher.model={typed!r}: {setting}={str(path)!r} holds {held}, which need not be named; must be null")
         net = build_from(checkpoint)
         check_finite(net, f"{setting}={str(path)!r}")
         return net

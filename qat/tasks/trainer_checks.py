@@ -24,7 +24,7 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     every, epochs = settings.get("check_val_every_n_epoch"), settings.get("max_epochs")
     if every is not None and epochs is not None and every > epochs:
         setting = f"trainer.check_val_every_n_epoch={every}"
-        raise UsageError(f"{setting}: none of the {epochs} epochs would be validated; allowed are whole numbers from 1 to {epochs}")
+        raise UsageError(f"{setting}: none of the {epochs} epochs would be validated; must be an integer from 1 to {epochs}")
 
 
 def _whole_from(lowest: int) -> Callable[[str, object], None]:
@@ -37,12 +37,12 @@ def _check_limit(setting: str, value: object) -> None:
     is_share = isinstance(value, float) and 0 < value <= 1
     if isinstance(value, bool) or not (value is None or is_count or is_share):
         lowest = "0 (off)" if "val" in setting else "1"
-        raise UsageError(f"{setting}={value!r}: allowed are whole numbers from {lowest}, and shares of all batches above 0 to 1.0")
+        raise UsageError(f"{setting}={value!r}: must be an integer of at least {lowest}, or a share of all batches above 0 to 1.0")
 
 
 def _check_fast_dev_run(setting: str, value: object) -> None:
     if value is not None and not isinstance(value, bool) and not (isinstance(value, int) and 0 <= value <= HIGHEST_WHOLE):
-        raise UsageError(f"{setting}={value!r}: allowed are true, false and a number of batches")
+        raise UsageError(f"{setting}={value!r}: must be true, false or a number of batches")
 
 
 def _check_clip(setting: str, value: object) -> None:
@@ -64,24 +64,24 @@ def _check_interval(setting: str, value: object) -> None:
     """A share of an epoch, or a number of batches; Lightning compares the latter with those that there are."""
     is_share = isinstance(value, float) and 0 < value <= 1
     if value is not None and not is_share and (isinstance(value, bool | float) or not (isinstance(value, int) and value >= 1)):
-        raise UsageError(f"{setting}={value!r}: allowed are whole numbers of batches from 1, and shares of an epoch above 0 to 1.0")
+        raise UsageError(f"{setting}={value!r}: must be an integer of at least 1 (batches), or a share of an epoch above 0 to 1.0")
 
 
 def _check_precision(setting: str, value: object) -> None:
     if str(value) not in PRECISIONS:
-        raise UsageError(f"{setting}={value!r}: allowed are {', '.join(PRECISIONS)}")
+        raise UsageError(f"{setting}={value!r}: must be one of {', '.join(PRECISIONS)}")
 
 
 def _check_devices(setting: str, value: object) -> None:
     if isinstance(value, bool) or (isinstance(value, int) and value > HIGHEST_COUNT):
-        raise UsageError(f"{setting}={value!r}: allowed are a number of devices up to {HIGHEST_COUNT}, auto, and a list of indices")
+        raise UsageError(f"{setting}={value!r}: must be a number of devices up to {HIGHEST_COUNT}, auto, or a list of indices")
 
 
 def _check_strategy(setting: str, value: object) -> None:
     if isinstance(value, list | Mapping):
-        raise UsageError(f"{setting}={value!r}: allowed is the name of one of Lightning's strategies")
+        raise UsageError(f"{setting}={value!r}: must be the name of one of Lightning's strategies")
     if str(value).startswith(("fsdp_", "deepspeed", "model_parallel")):
-        raise UsageError(f"{setting}={value!r}: allowed are auto, ddp, fsdp")
+        raise UsageError(f"{setting}={value!r}: must be one of auto, ddp, fsdp")
 
 
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
@@ -119,7 +119,7 @@ def _check_shares(settings: Mapping[str, Any], data: ImageData) -> None:
         if isinstance(share, float) and int(batches * share) < 1:
             lowest = math.ceil(1000 / batches) / 1000
             raise UsageError(
-                f"trainer.limit_{split}_batches={share!r}: less than one of {batches} batches; allowed are shares from {lowest:g}"
+                f"trainer.limit_{split}_batches={share!r}: less than one of {batches} batches; must be a share of at least {lowest:g}"
             )
 
 
@@ -130,5 +130,5 @@ def _check_interval_within(settings: Mapping[str, Any], data: ImageData, world_s
         return
     batches = limited(max(len(data.split("train")) // world_size // data.settings.batch_size, 1), settings.get("limit_train_batches"))
     if every > batches:
-        allowed = f"allowed are whole numbers up to {batches}; any with +trainer.check_val_every_n_epoch=null"
+        allowed = f"must be an integer of at most {batches}; any with +trainer.check_val_every_n_epoch=null"
         raise UsageError(f"trainer.val_check_interval={every}: an epoch has {batches} batches; {allowed}")

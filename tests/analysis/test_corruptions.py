@@ -166,10 +166,10 @@ def test_normalised_images_are_changed_as_pixels(kind, channels):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("fog", 1), "corruption='fog': allowed are gaussian_noise, shot_noise"),
-        (("contrast", 0), "severity=0: allowed are 1, 2, 3, 4, 5"),
-        (("contrast", 2.5), "severity=2.5: allowed are 1, 2, 3, 4, 5"),
-        (("contrast", True), "severity=True: allowed are 1, 2, 3, 4, 5"),
+        (("fog", 1), "corruption='fog': must be one of gaussian_noise, shot_noise"),
+        (("contrast", 0), "severity=0: must be one of 1, 2, 3, 4, 5"),
+        (("contrast", 2.5), "severity=2.5: must be one of 1, 2, 3, 4, 5"),
+        (("contrast", True), "severity=True: must be one of 1, 2, 3, 4, 5"),
     ],
 )
 def test_mistakes(arguments, line):

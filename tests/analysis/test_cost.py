@@ -169,5 +169,5 @@ def test_pictures_leave_out_what_would_dwarf_the_rest():
 
 
 def test_a_mistake_is_one_line():
-    with pytest.raises(UsageError, match=r"^analysis.compare='yes': allowed are true and false$"):
+    with pytest.raises(UsageError, match=r"^analysis.compare='yes': must be true or false$"):
         CostAnalysis(compare="yes")

@@ -279,15 +279,15 @@ def test_scales_of_quantizers_that_nobody_knows_stay(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"space": "inputs"}, "analysis.space='inputs': allowed are scales, weights"),
-        ({"loss": "mse"}, "analysis.loss='mse': allowed are ce, infonce"),
-        ({"side": 4}, "analysis.points=4: allowed are odd numbers, so that the net as it is lies in the middle"),
-        ({"side": 1}, "analysis.points=1: allowed are whole numbers from 3"),
-        ({"radius": 0.5}, "analysis.radius=0.5: allowed are numbers above 0 to below 0.5"),
-        ({"radius": 0, "space": "weights"}, "analysis.radius=0: allowed are numbers above 0"),
-        ({"seed": -1}, "analysis.seed=-1: allowed are whole numbers from 0"),
-        ({"targets": "attn.*"}, "analysis.targets='attn.*': allowed is a list of one or two entries, each a glob or a list of globs"),
-        ({"targets": [[], "b"]}, "analysis.targets=[[], 'b']: allowed is a list of one or two entries, each a glob or a list of globs"),
+        ({"space": "inputs"}, "analysis.space='inputs': must be one of scales, weights"),
+        ({"loss": "mse"}, "analysis.loss='mse': must be one of ce, infonce"),
+        ({"side": 4}, "analysis.points=4: must be odd numbers, so that the net as it is lies in the middle"),
+        ({"side": 1}, "analysis.points=1: must be an integer of at least 3"),
+        ({"radius": 0.5}, "analysis.radius=0.5: must be a number above 0 to below 0.5"),
+        ({"radius": 0, "space": "weights"}, "analysis.radius=0: must be a number above 0"),
+        ({"seed": -1}, "analysis.seed=-1: must be an integer of at least 0"),
+        ({"targets": "attn.*"}, "analysis.targets='attn.*': must be a list of one or two entries, each a glob or a list of globs"),
+        ({"targets": [[], "b"]}, "analysis.targets=[[], 'b']: must be a list of one or two entries, each a glob or a list of globs"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):
@@ -298,7 +298,7 @@ def test_settings_that_cannot_work(settings, message):
 
 def test_nets_that_a_plane_does_not_fit():
     images = image_set()
-    with pytest.raises(UsageError, match=r"analysis.space='scales': net is not quantized and has none; allowed for it is weights"):
+    with pytest.raises(UsageError, match=r"analysis.space='scales': net is not quantized and has none; must be weights"):
         Landscape().points([studied(tiny.vit())], images)
     with pytest.raises(UsageError, match=r"analysis.targets=\['conv.*'\]: no scale has such a name; they are patch_embed.proj.weight,"):
         Landscape(targets=["conv*"]).points([studied(net_of("ofq2"))], images)

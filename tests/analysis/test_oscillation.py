@@ -205,8 +205,8 @@ def test_the_run_is_the_folder_above_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top": 0}, "analysis.top=0: allowed are whole numbers from 1"),
-        ({"threshold": 1.0}, "analysis.threshold=1.0: allowed are numbers from 0 to below 1"),
+        ({"top": 0}, "analysis.top=0: must be an integer of at least 1"),
+        ({"threshold": 1.0}, "analysis.threshold=1.0: must be a number from 0 to below 1"),
     ],
 )
 def test_mistakes_are_one_line(settings, message):

@@ -374,13 +374,13 @@ def test_a_quantizer_that_is_not_known_is_left_alone(name):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"ratio": 0}, "ratio=0: allowed are numbers above 0"),
-        ({"ratio": -1.0}, "ratio=-1.0: allowed are numbers above 0"),
-        ({"bits": 9}, "bits=9: allowed are whole numbers from 2 to 8"),
-        ({"bits": 1}, "bits=1: allowed are whole numbers from 2 to 8"),
-        ({"steps_from": "range"}, "steps_from='range': allowed are own, minmax, percentile, mse"),
-        ({"steps": "odd"}, "steps='odd': allowed are any, power_of_two"),
-        ({"rounding": "up"}, "rounding='up': allowed are nearest, half_up, floor, stochastic"),
+        ({"ratio": 0}, "ratio=0: must be a number above 0"),
+        ({"ratio": -1.0}, "ratio=-1.0: must be a number above 0"),
+        ({"bits": 9}, "bits=9: must be an integer from 2 to 8"),
+        ({"bits": 1}, "bits=1: must be an integer from 2 to 8"),
+        ({"steps_from": "range"}, "steps_from='range': must be one of own, minmax, percentile, mse"),
+        ({"steps": "odd"}, "steps='odd': must be one of any, power_of_two"),
+        ({"rounding": "up"}, "rounding='up': must be one of nearest, half_up, floor, stochastic"),
     ],
 )
 def test_mistakes(change, line):

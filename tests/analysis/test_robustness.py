@@ -278,7 +278,7 @@ def test_weights_of_an_unknown_quantizer_are_named(tmp_path):
     _, outcome = run(Robustness(**SMALL), [studied(net)], tmp_path)
     assert "stayed as they are in every change: blocks.0.mlp.fc1" in [advice.what for advice in outcome.warnings]
     alone = tiny.quantized("statsq", weight_quantizer=name).eval()
-    with pytest.raises(UsageError, match="net has no weights on a grid that is known for steps; allowed are statsq, lsq, minmax"):
+    with pytest.raises(UsageError, match="net has no weights on a grid that is known for steps; must be one of statsq, lsq, minmax"):
         Robustness(parts=["steps"]).points([studied(alone)], image_set())
     assert {key["part"] for key in keys(Robustness(), studied(alone))} == {"clean", "corruptions"}
 
@@ -287,7 +287,7 @@ def test_jpeg_is_for_one_and_three_channels():
     four = dataclasses.replace(studied(tiny.vit(in_chans=4)), input_size=(4, 8, 8))
     assert {key.get("kind") for key in keys(Robustness(), four)} >= {"contrast"}
     assert "jpeg" not in {key.get("kind") for key in keys(Robustness(), four)}
-    with pytest.raises(UsageError, match=r"analysis\.corruptions=\['jpeg'\]: images have 4 channels; allowed for jpeg are 1, 3"):
+    with pytest.raises(UsageError, match=r"analysis\.corruptions=\['jpeg'\]: images have 4 channels; for jpeg it must be one of 1, 3"):
         Robustness(corruptions=["jpeg"]).points([four], image_set())
 
 
@@ -305,25 +305,25 @@ def test_the_yaml_has_every_setting_at_its_default():
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"parts": ["step"]}, "analysis.parts='step': allowed are steps, bits, power_of_two, corruptions, quantizers"),
-        ({"parts": []}, "analysis.parts=[]: allowed is a list of steps, bits, power_of_two, corruptions, quantizers"),
-        ({"parts": "steps"}, "analysis.parts='steps': allowed is a list of steps, bits, power_of_two, corruptions, quantizers"),
-        ({"low": 0}, "analysis.low=0: allowed are numbers above 0"),
-        ({"low": -0.5}, "analysis.low=-0.5: allowed are numbers above 0"),
-        ({"low": 1.3}, "analysis.high=1.3: allowed are numbers above 1.3"),
-        ({"ratios": 1}, "analysis.ratios=1: allowed are whole numbers from 2"),
-        ({"bits": [1]}, "analysis.bits=1: allowed are whole numbers from 2 to 8"),
-        ({"bits": [2, 16]}, "analysis.bits=16: allowed are whole numbers from 2 to 8"),
-        ({"bits": 4}, "analysis.bits=4: allowed is a list of whole numbers from 2 to 8, and 32"),
-        ({"steps_from": "max"}, "analysis.steps_from='max': allowed are own, minmax, percentile, mse"),
-        ({"stem_and_head": True}, "analysis.stem_and_head=True: allowed are keep, change"),
-        ({"float_bits": 32}, "analysis.float_bits=32: allowed are whole numbers from 2 to 8"),
-        ({"float_scales": "row"}, "analysis.float_scales='row': allowed are channel, tensor"),
-        ({"corruptions": ["fog"]}, "analysis.corruptions='fog': allowed are gaussian_noise, shot_noise, impulse_noise, gaussian_blur, "),
-        ({"severities": [6]}, "analysis.severities=6: allowed are 1, 2, 3, 4, 5"),
-        ({"draws": 0}, "analysis.draws=0: allowed are whole numbers from 1"),
-        ({"percentile": 0.5}, "analysis.percentile=0.5: allowed are numbers above 0.5 to 1"),
-        ({"seed": -1}, "analysis.seed=-1: allowed are whole numbers from 0"),
+        ({"parts": ["step"]}, "analysis.parts='step': must be one of steps, bits, power_of_two, corruptions, quantizers"),
+        ({"parts": []}, "analysis.parts=[]: must be a list of steps, bits, power_of_two, corruptions, quantizers"),
+        ({"parts": "steps"}, "analysis.parts='steps': must be a list of steps, bits, power_of_two, corruptions, quantizers"),
+        ({"low": 0}, "analysis.low=0: must be a number above 0"),
+        ({"low": -0.5}, "analysis.low=-0.5: must be a number above 0"),
+        ({"low": 1.3}, "analysis.high=1.3: must be a number above 1.3"),
+        ({"ratios": 1}, "analysis.ratios=1: must be an integer of at least 2"),
+        ({"bits": [1]}, "analysis.bits=1: must be an integer from 2 to 8"),
+        ({"bits": [2, 16]}, "analysis.bits=16: must be an integer from 2 to 8"),
+        ({"bits": 4}, "analysis.bits=4: must be a list of whole numbers from 2 to 8, and 32"),
+        ({"steps_from": "max"}, "analysis.steps_from='max': must be one of own, minmax, percentile, mse"),
+        ({"stem_and_head": True}, "analysis.stem_and_head=True: must be one of keep, change"),
+        ({"float_bits": 32}, "analysis.float_bits=32: must be an integer from 2 to 8"),
+        ({"float_scales": "row"}, "analysis.float_scales='row': must be one of channel, tensor"),
+        ({"corruptions": ["fog"]}, "analysis.corruptions='fog': must be one of gaussian_noise, shot_noise, impulse_noise, gaussian_blur, "),
+        ({"severities": [6]}, "analysis.severities=6: must be one of 1, 2, 3, 4, 5"),
+        ({"draws": 0}, "analysis.draws=0: must be an integer of at least 1"),
+        ({"percentile": 0.5}, "analysis.percentile=0.5: must be a number above 0.5 to 1"),
+        ({"seed": -1}, "analysis.seed=-1: must be an integer of at least 0"),
     ],
 )
 def test_mistakes(settings, line):

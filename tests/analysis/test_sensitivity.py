@@ -220,13 +220,13 @@ def test_what_is_left_alone_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"by": "layer"}, "analysis.by='layer': allowed are site, module, block"),
-        ({"bits": [1]}, "analysis.bits=1: allowed are whole numbers from 2 to 8"),
-        ({"bits": 4}, "analysis.bits=4: allowed is a list"),
-        ({"measures": ["alone"]}, "analysis.measures='alone': allowed are only, without, bits"),
-        ({"budget_mb": 0}, "analysis.budget_mb=0: allowed are numbers above 0"),
-        ({"budget_mb": "small"}, "analysis.budget_mb='small': allowed are numbers above 0"),
-        ({"steps_from": "best"}, "analysis.steps_from='best': allowed are own, minmax, percentile, mse"),
+        ({"by": "layer"}, "analysis.by='layer': must be one of site, module, block"),
+        ({"bits": [1]}, "analysis.bits=1: must be an integer from 2 to 8"),
+        ({"bits": 4}, "analysis.bits=4: must be a list"),
+        ({"measures": ["alone"]}, "analysis.measures='alone': must be one of only, without, bits"),
+        ({"budget_mb": 0}, "analysis.budget_mb=0: must be a number above 0"),
+        ({"budget_mb": "small"}, "analysis.budget_mb='small': must be a number above 0"),
+        ({"steps_from": "best"}, "analysis.steps_from='best': must be one of own, minmax, percentile, mse"),
         (
             {"budget_mb": 1.0, "measures": ["only"]},
             "analysis.measures=['only']: a suggestion for analysis.budget_mb is made of measure bits",
@@ -253,7 +253,7 @@ def test_nets_that_have_nothing_to_measure():
     with pytest.raises(UsageError, match=r"analysis.measures=\['only'\]: net has nothing of the kind; a float net has bits"):
         Sensitivity(measures=["only"]).points([studied(tiny.vit())], images)
     acts = qat.convert(tiny.vit(), qat.recipe("lsq", weight_quantizer="float", bits=4), input_size=tiny.SIZE)
-    with pytest.raises(UsageError, match=r"analysis.budget_mb=1.0: net has no weights whose bits can be chosen; allowed is null"):
+    with pytest.raises(UsageError, match=r"analysis.budget_mb=1.0: net has no weights whose bits can be chosen; must be null"):
         Sensitivity(budget_mb=1.0).points([studied(acts)], images)
 
 

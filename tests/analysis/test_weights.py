@@ -102,12 +102,12 @@ def test_without_globs_ends_and_sharpest_are_drawn():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": "blocks.*"}, "analysis.layers='blocks.*': allowed are null and lists of globs such as ['blocks.0.*']"),
-        ({"max_panels": 0}, "analysis.max_panels=0: allowed are whole numbers from 1"),
-        ({"boundary": 0.5}, "analysis.boundary=0.5: allowed are numbers above 0 to below 0.5"),
-        ({"factors": 1}, "analysis.factors=1: allowed are true and false"),
-        ({"activations": None}, "analysis.activations=None: allowed are true and false"),
-        ({"activation_images": 0}, "analysis.activation_images=0: allowed are whole numbers from 1"),
+        ({"layers": "blocks.*"}, "analysis.layers='blocks.*': must be null or a list of globs such as ['blocks.0.*']"),
+        ({"max_panels": 0}, "analysis.max_panels=0: must be an integer of at least 1"),
+        ({"boundary": 0.5}, "analysis.boundary=0.5: must be a number above 0 to below 0.5"),
+        ({"factors": 1}, "analysis.factors=1: must be true or false"),
+        ({"activations": None}, "analysis.activations=None: must be true or false"),
+        ({"activation_images": 0}, "analysis.activation_images=0: must be an integer of at least 1"),
     ],
 )
 def test_mistakes_are_one_line(settings, message):

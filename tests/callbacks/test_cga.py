@@ -307,12 +307,12 @@ def test_which_epochs(settings, epochs):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"boundary_range": 0.5}, r"callbacks\.cga\.boundary_range=0\.5: allowed are numbers above 0 to below 0\.5"),
-        ({"boundary_range": 0}, r"callbacks\.cga\.boundary_range=0: allowed are numbers above 0"),
-        ({"epochs": 0}, r"callbacks\.cga\.epochs=0: allowed are whole numbers from 1"),
-        ({"start_epoch": -1}, r"callbacks\.cga\.start_epoch=-1: allowed are whole numbers from 0"),
-        ({"lr": 0}, r"callbacks\.cga\.lr=0: allowed are numbers above 0"),
-        ({"qk": "both"}, r"callbacks\.cga\.qk='both': allowed are reference, product, freeze"),
+        ({"boundary_range": 0.5}, r"callbacks\.cga\.boundary_range=0\.5: must be a number above 0 to below 0\.5"),
+        ({"boundary_range": 0}, r"callbacks\.cga\.boundary_range=0: must be a number above 0"),
+        ({"epochs": 0}, r"callbacks\.cga\.epochs=0: must be an integer of at least 1"),
+        ({"start_epoch": -1}, r"callbacks\.cga\.start_epoch=-1: must be an integer of at least 0"),
+        ({"lr": 0}, r"callbacks\.cga\.lr=0: must be a number above 0"),
+        ({"qk": "both"}, r"callbacks\.cga\.qk='both': must be one of reference, product, freeze"),
     ],
 )
 def test_impossible_settings(settings, message):
@@ -323,8 +323,8 @@ def test_impossible_settings(settings, message):
 @pytest.mark.parametrize(
     ("start", "callbacks", "message"),
     [
-        ("ofq", [CGA(start_epoch=2)], r"callbacks\.cga\.start_epoch=2: allowed are 0 to below trainer\.max_epochs=2"),
-        ("ofq", [CGA(epochs=3)], r"callbacks\.cga\.epochs=3: allowed are whole numbers from 1 to trainer\.max_epochs=2"),
+        ("ofq", [CGA(start_epoch=2)], r"callbacks\.cga\.start_epoch=2: must be from 0 to below trainer\.max_epochs=2"),
+        ("ofq", [CGA(epochs=3)], r"callbacks\.cga\.epochs=3: must be an integer from 1 to trainer\.max_epochs=2"),
         ("lsq", [CGA()], r"callbacks\.cga: this net has no weights with the statsq quantizer"),
         ("fp", [CGA()], r"callbacks\.cga: this net has no weights with the statsq quantizer"),
         ("ofq", [IterativeFreezing(), CGA()], r"callbacks\.cga: callbacks\.freeze holds the same weights"),
@@ -338,7 +338,7 @@ def test_runs_that_it_cannot_anneal(start, callbacks, message):
 
 def test_a_mistake_is_one_line(tmp_path, refused):
     line = refused("train", tiny(tmp_path / "run", "callbacks=[default,cga]", "callbacks.cga.start_epoch=4"))
-    assert line == "error: callbacks.cga.start_epoch=4: allowed are 0 to below trainer.max_epochs=1"
+    assert line == "error: callbacks.cga.start_epoch=4: must be from 0 to below trainer.max_epochs=1"
 
 
 def test_without_a_last_epoch_it_needs_a_first():

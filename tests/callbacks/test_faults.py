@@ -194,10 +194,10 @@ def test_what_a_gradient_scaler_skips_is_counted_and_no_fault(place):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_in_a_row": 0}, r"max_in_a_row=0: allowed are whole numbers from 1"),
-        ({"max_scale_change": 1}, r"max_scale_change=1: allowed are numbers above 1"),
-        ({"dead_steps": 0}, r"dead_steps=0: allowed are whole numbers from 1"),
-        ({"dead_scales": "stop"}, r"dead_scales='stop': allowed are warn, fault"),
+        ({"max_in_a_row": 0}, r"max_in_a_row=0: must be an integer of at least 1"),
+        ({"max_scale_change": 1}, r"max_scale_change=1: must be a number above 1"),
+        ({"dead_steps": 0}, r"dead_steps=0: must be an integer of at least 1"),
+        ({"dead_scales": "stop"}, r"dead_scales='stop': must be one of warn, fault"),
     ],
 )
 def test_impossible_settings(settings, message):

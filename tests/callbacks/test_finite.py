@@ -196,7 +196,7 @@ def test_a_teacher_can_be_at_fault():
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, "x", None])
 def test_the_interval_is_checked(every):
-    with pytest.raises(qat.UsageError, match=r"callbacks.finite.every_n_steps=.*: allowed are whole numbers from 1"):
+    with pytest.raises(qat.UsageError, match=r"callbacks.finite.every_n_steps=.*: must be an integer of at least 1"):
         FaultGuard(every_n_steps=every)
 
 

@@ -172,11 +172,11 @@ def test_the_hook_is_gone_afterwards():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"threshold": 0}, r"callbacks\.freeze\.threshold=0: allowed are numbers above 0"),
-        ({"final_threshold": -1}, r"callbacks\.freeze\.final_threshold=-1: allowed are numbers above 0"),
-        ({"momentum": 1}, r"callbacks\.freeze\.momentum=1: allowed are numbers above 0 to below 1"),
-        ({"start_epoch": -1}, r"callbacks\.freeze\.start_epoch=-1: allowed are whole numbers from 0"),
-        ({"max_bits": 1}, r"callbacks\.freeze\.max_bits=1: allowed are whole numbers from 2"),
+        ({"threshold": 0}, r"callbacks\.freeze\.threshold=0: must be a number above 0"),
+        ({"final_threshold": -1}, r"callbacks\.freeze\.final_threshold=-1: must be a number above 0"),
+        ({"momentum": 1}, r"callbacks\.freeze\.momentum=1: must be a number above 0 to below 1"),
+        ({"start_epoch": -1}, r"callbacks\.freeze\.start_epoch=-1: must be an integer of at least 0"),
+        ({"max_bits": 1}, r"callbacks\.freeze\.max_bits=1: must be an integer of at least 2"),
     ],
 )
 def test_impossible_settings(settings, message):
@@ -185,7 +185,7 @@ def test_impossible_settings(settings, message):
 
 
 def test_a_start_behind_the_end():
-    with pytest.raises(qat.UsageError, match=r"callbacks\.freeze\.start_epoch=2: allowed are 0 to below trainer\.max_epochs=2"):
+    with pytest.raises(qat.UsageError, match=r"callbacks\.freeze\.start_epoch=2: must be from 0 to below trainer\.max_epochs=2"):
         fit(module(net()), IterativeFreezing(start_epoch=2))
 
 

@@ -186,13 +186,13 @@ def test_the_table(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"momentum": 0.0001}, r"callbacks\.oscillation\.momentum=0\.0001: allowed are numbers from 0\.0005 to below 1"),
+        ({"momentum": 0.0001}, r"callbacks\.oscillation\.momentum=0\.0001: must be a number from 0\.0005 to below 1"),
         ({"momentum": 1}, r"callbacks\.oscillation\.momentum=1"),
-        ({"boundary_range": 0.5}, r"callbacks\.oscillation\.boundary_range=0\.5: allowed are numbers above 0 to below 0\.5"),
-        ({"every_n_steps": 0}, r"callbacks\.oscillation\.every_n_steps=0: allowed are whole numbers from 1"),
-        ({"max_bits": 1}, r"callbacks\.oscillation\.max_bits=1: allowed are whole numbers from 2"),
-        ({"probe_images": -1}, r"callbacks\.oscillation\.probe_images=-1: allowed are whole numbers from 0"),
-        ({"threshold": -1}, r"callbacks\.oscillation\.threshold=-1: allowed are numbers from 0"),
+        ({"boundary_range": 0.5}, r"callbacks\.oscillation\.boundary_range=0\.5: must be a number above 0 to below 0\.5"),
+        ({"every_n_steps": 0}, r"callbacks\.oscillation\.every_n_steps=0: must be an integer of at least 1"),
+        ({"max_bits": 1}, r"callbacks\.oscillation\.max_bits=1: must be an integer of at least 2"),
+        ({"probe_images": -1}, r"callbacks\.oscillation\.probe_images=-1: must be an integer of at least 0"),
+        ({"threshold": -1}, r"callbacks\.oscillation\.threshold=-1: must be a number of at least 0"),
     ],
 )
 def test_impossible_settings(settings, message):

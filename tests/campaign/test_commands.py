@@ -14,30 +14,30 @@ from tests.conftest import ROOT, TINY
 
 SMALL = ("data.calibration_images=8", "data.batch_size=4", "run_dir=run")
 TYPED = [
-    ("train.py", ["data.num_workers=1000000000000"], "data.num_workers=1000000000000: allowed are whole numbers from 0 to 256"),
-    ("train.py", ["trainer.devices=100000"], "trainer.devices=100000: allowed are up to 1024 processes on a machine"),
-    ("train.py", ["model.args.drop_path_rate=1.5"], "model.args.drop_path_rate=1.5: allowed are numbers from 0 to below 1"),
-    ("train.py", ["model.args.class_token=maybe"], "model.args.class_token='maybe': allowed are true and false"),
+    ("train.py", ["data.num_workers=1000000000000"], "data.num_workers=1000000000000: must be an integer from 0 to 256"),
+    ("train.py", ["trainer.devices=100000"], "trainer.devices=100000: must be up to 1024 processes on a machine"),
+    ("train.py", ["model.args.drop_path_rate=1.5"], "model.args.drop_path_rate=1.5: must be a number from 0 to below 1"),
+    ("train.py", ["model.args.class_token=maybe"], "model.args.class_token='maybe': must be true or false"),
     ("train.py", ["model.args.global_pool=''"], "model.args.global_pool: the net gives (1, 4, 10) for an image"),
-    ("train.py", ["model.args.num_heads=-1"], "model.args.num_heads=-1: allowed are whole numbers from 1"),
+    ("train.py", ["model.args.num_heads=-1"], "model.args.num_heads=-1: must be an integer of at least 1"),
     ("train.py", ["+model.pretrainde=true"], "model.pretrainde is none of them: the settings are name, pretrained"),
-    ("train.py", ["ckpt="], "ckpt='': allowed is a path; null = none"),
-    ("train.py", ["ckpt_format=zip"], "ckpt_format='zip': allowed are auto, qat, timm, ofq"),
+    ("train.py", ["ckpt="], "ckpt='': must be a path; null = none"),
+    ("train.py", ["ckpt_format=zip"], "ckpt_format='zip': must be one of auto, qat, timm, ofq"),
     ("train.py", ["ckpt_bits=4"], "ckpt_bits=4: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE"),
     ("train.py", ["~optimizer.weight_decay"], "optimizer.weight_decay is missing"),
-    ("train.py", ["optimizer.eps=0"], "optimizer.eps=0: allowed are numbers above 0 to below 1"),
+    ("train.py", ["optimizer.eps=0"], "optimizer.eps=0: must be a number above 0 to below 1"),
     ("train.py", ["+data.colour=3"], "data.colour is none of them: the settings are image_size"),
     ("train.py", ["+loss.colour=3"], "loss.colour: none of loss.terms and loss.regularizers reads it"),
-    ("train.py", ["callbacks=[default,ema]", "callbacks.ema.decay=nan"], "callbacks.ema.decay=nan: allowed are finite numbers"),
-    ("train.py", ["logger=wandb", "logger.wandb.project=3"], "logger.wandb.project=3: allowed is a text that is not empty"),
+    ("train.py", ["callbacks=[default,ema]", "callbacks.ema.decay=nan"], "callbacks.ema.decay=nan: must be a finite number"),
+    ("train.py", ["logger=wandb", "logger.wandb.project=3"], "logger.wandb.project=3: must be a text that is not empty"),
     ("train.py", ["~model.init"], "config: Key 'init' is not in struct (model.init)"),
     ("eval.py", ["ckpt=nowhere.ckpt"], "ckpt='nowhere.ckpt': no such file"),
     ("eval.py", ["predict=nowhere"], "predict='nowhere': no such file or folder"),
-    ("ptq.py", ["ckpt={best}", "search=evolution", "search.targets=3"], "search.targets=3: allowed is a list of globs such as attn.qkv"),
+    ("ptq.py", ["ckpt={best}", "search=evolution", "search.targets=3"], "search.targets=3: must be a list of globs such as attn.qkv"),
     ("ptq.py", ["ckpt={best}", "search=evolution", "search.targets=[nope]"], "search.targets=['nope']: no block has such a scale"),
-    ("ptq.py", ["ckpt={best}", "search=bits", "search.average_bits=1"], "search.average_bits=1: allowed are numbers from 2"),
-    ("analyze.py", ["analysis=weights", "analysis.layers=3", "ckpt={best}"], "analysis.layers=3: allowed are null and lists of globs"),
-    ("analyze.py", ["analysis=cost", "ckpt=3"], "ckpt=3: allowed are a path and a list of paths"),
+    ("ptq.py", ["ckpt={best}", "search=bits", "search.average_bits=1"], "search.average_bits=1: must be a number of at least 2"),
+    ("analyze.py", ["analysis=weights", "analysis.layers=3", "ckpt={best}"], "analysis.layers=3: must be null or a list of globs"),
+    ("analyze.py", ["analysis=cost", "ckpt=3"], "ckpt=3: must be a path or a list of paths"),
 ]  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_a_run_dir_that_is_none(tmp_path, run_dir):
 def test_processes_of_their_own(tmp_path):
     """As many at once as there are commands here; the imports of each take seconds."""
     commands = {
-        ("train.py", "data.num_workers=-1"): "data.num_workers=-1: allowed are whole numbers from 0",
+        ("train.py", "data.num_workers=-1"): "data.num_workers=-1: must be an integer of at least 0",
         ("ptq.py", "ckpt=nowhere"): "ckpt='nowhere': no such file",
     }
     started = [

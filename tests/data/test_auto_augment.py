@@ -120,7 +120,7 @@ def test_strings_that_timm_cannot_read_or_passes_over_are_refused(text):
         check_auto_augment("data.rand_augment", text)
     line = str(caught.value)
     assert line.startswith(f"data.rand_augment={text!r}: ")
-    assert "allowed are null, rand with sections -mN" in line
+    assert "must be one of null, rand with sections -mN" in line
     assert "\n" not in line
 
 

@@ -141,18 +141,18 @@ def test_worker_processes_replace_the_same_images_and_name_each_once(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"on_error": "ignore"}, r"data\.on_error='ignore': allowed are raise, skip"),
-        ({"in_memory": "yes"}, r"data\.in_memory='yes': allowed are true and false"),
-        ({"cache": "yes"}, r"data\.cache='yes': allowed are auto, true and false"),
-        ({"cache": None}, r"data\.cache=None: allowed are auto, true and false"),
-        ({"cache": 1}, r"data\.cache=1: allowed are auto, true and false"),
-        ({"memory_mb": -1}, r"data\.memory_mb=-1: allowed are numbers from 0"),
-        ({"memory_mb": True}, r"data\.memory_mb=True: allowed are numbers from 0"),
-        ({"crop_pct": 0}, r"data\.crop_pct=0: allowed are numbers above 0 to 1 and null"),
+        ({"on_error": "ignore"}, r"data\.on_error='ignore': must be one of raise, skip"),
+        ({"in_memory": "yes"}, r"data\.in_memory='yes': must be true or false"),
+        ({"cache": "yes"}, r"data\.cache='yes': must be one of auto, true, false"),
+        ({"cache": None}, r"data\.cache=None: must be one of auto, true, false"),
+        ({"cache": 1}, r"data\.cache=1: must be one of auto, true, false"),
+        ({"memory_mb": -1}, r"data\.memory_mb=-1: must be a number of at least 0"),
+        ({"memory_mb": True}, r"data\.memory_mb=True: must be a number of at least 0"),
+        ({"crop_pct": 0}, r"data\.crop_pct=0: must be a number above 0 to 1, or null"),
         ({"crop_pct": 1.1}, r"data\.crop_pct=1\.1: "),
         ({"crop_pct": True}, r"data\.crop_pct=True: "),
         ({"crop_pct": "a"}, r"data\.crop_pct='a': "),
-        ({"interpolation": "best"}, r"data\.interpolation='best': allowed are nearest, bilinear, bicubic, lanczos"),
+        ({"interpolation": "best"}, r"data\.interpolation='best': must be one of nearest, bilinear, bicubic, lanczos"),
     ],
 )
 def test_bad_settings_name_themselves(settings, message):

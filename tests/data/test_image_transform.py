@@ -130,11 +130,11 @@ def test_code_named_in_a_config_is_not_imported(target):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (3, "image of type int: allowed are a path, Pillow's image and an array of uint8"),
-        (torch.zeros(3, 8, 8), "image of type Tensor: allowed are"),
-        (np.zeros((8, 8)), r"image array \(8, 8\) of float64: allowed are \(H, W\), \(H, W, 1\) and \(H, W, 3\) of uint8"),
-        (np.zeros((3, 8, 8), np.uint8), r"image array \(3, 8, 8\) of uint8: allowed are"),
-        (np.zeros((1, 8, 8, 3), np.uint8), r"image array \(1, 8, 8, 3\) of uint8: allowed are"),
+        (3, "image of type int: must be a path, Pillow's image or an array of uint8"),
+        (torch.zeros(3, 8, 8), "image of type Tensor: must be"),
+        (np.zeros((8, 8)), r"image array \(8, 8\) of float64: must be \(H, W\), \(H, W, 1\) or \(H, W, 3\) of uint8"),
+        (np.zeros((3, 8, 8), np.uint8), r"image array \(3, 8, 8\) of uint8: must be"),
+        (np.zeros((1, 8, 8, 3), np.uint8), r"image array \(1, 8, 8, 3\) of uint8: must be"),
         ("/no/such.png", r"/no/such\.png cannot be decoded \(.*No such file"),
     ],
 )

@@ -148,7 +148,7 @@ def test_data_build_what_their_settings_say():
 def test_an_odd_batch_size_trains_no_mixed_batches_but_evaluates(alpha):
     data = Digits(**SETTINGS, batch_size=25, **{alpha: 1.0})
     for use in (data.batch_mixup, data.train_dataloader):
-        with pytest.raises(qat.UsageError, match=r"^data\.batch_size=25: allowed are even numbers with data\.mixup or data\.cutmix$"):
+        with pytest.raises(qat.UsageError, match=r"^data\.batch_size=25: must be even with data\.mixup or data\.cutmix$"):
             use()
     assert sum(len(target) for _, target in data.test_dataloader()) == 360
     assert Digits(**SETTINGS, batch_size=25).batch_mixup() is None

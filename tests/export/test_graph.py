@@ -206,7 +206,7 @@ def test_mistakes_are_one_line():
         to_onnx(net, tiny.images(1))
     with pytest.raises(qat.UsageError, match="opset=24: too low"):
         to_onnx(qat.freeze(net), tiny.images(1), opset=24)
-    with pytest.raises(qat.UsageError, match="opset=99: allowed are whole numbers from 20 to 28"):
+    with pytest.raises(qat.UsageError, match="opset=99: must be an integer from 20 to 28"):
         to_onnx(qat.freeze(net), tiny.images(1), opset=99)
 
 

@@ -73,7 +73,7 @@ def test_the_opset_follows_from_the_types():
     forms = {name: stored_form(weight) for name, weight in weights(qat.recipe("ofq", bits=2)).items()}
     assert needed_opset(forms, None, 20) == 25
     assert needed_opset(forms, 26, 20) == 26
-    with pytest.raises(qat.UsageError, match=r"opset=21: too low, blocks.* is stored as INT2 needs 25; allowed are whole numbers from 25"):
+    with pytest.raises(qat.UsageError, match=r"opset=21: too low, blocks.* is stored as INT2 needs 25; must be an integer of at least 25"):
         needed_opset(forms, 21, 20)
     forms = {name: stored_form(weight) for name, weight in weights(qat.recipe("ofq", bits=8)).items()}
     assert needed_opset(forms, None, 20) == 20

@@ -160,7 +160,7 @@ def test_what_cannot_be_frozen_is_refused():
     with pytest.raises(qat.UsageError, match="scales of patch_embed.proj.input_quantizer are not initialised"):
         qat.freeze(tiny.converted())
     net = made(RECIPES["ofq_2bit"])
-    with pytest.raises(qat.UsageError, match="mode='int8': allowed are float, integer"):
+    with pytest.raises(qat.UsageError, match="mode='int8': must be one of float, integer"):
         qat.freeze(net, mode="int8")
     with pytest.raises(qat.UsageError, match="freeze: the net is frozen already"):
         qat.freeze(qat.freeze(net))

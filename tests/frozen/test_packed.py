@@ -168,7 +168,7 @@ def test_a_file_that_lies_is_one_line(index, line, tmp_path):
 def test_nothing_goes_on_from_codes_alone(tmp_path):
     written(qat.freeze(made(RECIPES["ofq_2bit"])), tmp_path / "net.safetensors")
     net = qat.load(tmp_path / "net.safetensors")
-    with pytest.raises(qat.UsageError, match=r"ckpt='net': holds integer codes alone; allowed is the checkpoint that it was exported from"):
+    with pytest.raises(qat.UsageError, match=r"ckpt='net': holds integer codes alone; must be the checkpoint that it was exported from"):
         from_net(tiny.VIT, tiny.KWARGS, net, origin="ckpt='net'", reset_head=False)
     with pytest.raises(qat.UsageError, match="weight_quantizer holds integer codes alone; the float weights are in the checkpoint"):
         next(site for site in qat.iter_quantizers(net) if site.is_weight).latent()

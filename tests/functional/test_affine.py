@@ -24,7 +24,7 @@ def test_code_range(bits, signed, expected):
 
 
 def test_code_range_needs_representable_bits():
-    with pytest.raises(qat.UsageError, match="bits=9: allowed are whole numbers from 2 to 8"):
+    with pytest.raises(qat.UsageError, match="bits=9: must be an integer from 2 to 8"):
         F.code_range(9, signed=True)
 
 
@@ -134,7 +134,7 @@ def test_scale_and_input_keep_their_dtypes():
 
 
 def test_unknown_method():
-    with pytest.raises(qat.UsageError, match="method='median': allowed are minmax"):
+    with pytest.raises(qat.UsageError, match="method='median': must be one of minmax"):
         F.affine_scale(randn(2, 2), 4, True, None, method="median")
 
 

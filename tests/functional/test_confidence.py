@@ -69,7 +69,7 @@ def test_bfloat16_is_computed_in_float32():
 
 @pytest.mark.parametrize("boundary", [0, 0.5, -0.1, "a", True, float("nan")])
 def test_impossible_bands(boundary):
-    with pytest.raises(qat.UsageError, match=r"boundary=.*: allowed are numbers above 0 to below 0\.5"):
+    with pytest.raises(qat.UsageError, match=r"boundary=.*: must be a number above 0 to below 0\.5"):
         F.near_threshold(gaussian(2, 3), 2, boundary)
 
 

@@ -49,7 +49,7 @@ def test_deviates_from_reference_ratios_are_of_the_step_and_codes_are_clamped():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"), [((9,), "bits=9: allowed are whole numbers"), ((2, 0), "ratio=0: allowed are numbers above 0")]
+    ("arguments", "line"), [((9,), "bits=9: must be an integer from 2 to 8"), ((2, 0), "ratio=0: must be a number above 0")]
 )
 def test_mistakes(arguments, line):
     with pytest.raises(UsageError, match=line):

@@ -47,7 +47,7 @@ def test_population_begins_with_copies_of_the_incumbent():
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_an_incumbent_without_a_loss_is_an_error(loss):
-    with pytest.raises(qat.UsageError, match=f"incumbent_loss={loss}: allowed are finite numbers"):
+    with pytest.raises(qat.UsageError, match=f"incumbent_loss={loss}: must be a finite number"):
         evolution.initial_population(SCALES, loss)
 
 

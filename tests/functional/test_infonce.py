@@ -75,7 +75,7 @@ def test_half_precision_is_computed_in_float32(kind):
 
 
 def test_mistakes():
-    with pytest.raises(qat.UsageError, match="fitness='l1': allowed are infonce, mse, kl, cosine"):
+    with pytest.raises(qat.UsageError, match="fitness='l1': must be one of infonce, mse, kl, cosine"):
         F.logit_fitness("l1")
-    with pytest.raises(qat.UsageError, match="temperature=0: allowed are numbers above 0"):
+    with pytest.raises(qat.UsageError, match="temperature=0: must be a number above 0"):
         F.logit_fitness("infonce", 0)

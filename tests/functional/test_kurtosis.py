@@ -153,9 +153,9 @@ def test_reductions():
 
 def test_impossible_arguments():
     w = torch.randn(4, 4)
-    with pytest.raises(qat.UsageError, match=r"target=1: allowed are numbers above 1"):
+    with pytest.raises(qat.UsageError, match=r"target=1: must be a number above 1"):
         kure_loss([w], target=1)
-    with pytest.raises(qat.UsageError, match=r"reduction='avg': allowed are mean, sum, max"):
+    with pytest.raises(qat.UsageError, match=r"reduction='avg': must be one of mean, sum, max"):
         kure_loss([w], reduction="avg")
     with pytest.raises(ValueError, match="there are no weights"):
         kure_loss([])

@@ -77,7 +77,7 @@ def test_dtypes():
 
 @pytest.mark.parametrize("function", [F.fake_quantize_log2, F.log2_codes, lambda x, bits: F.log_int_softmax(x, torch.ones(1), bits)])
 def test_bits_have_to_fit_a_byte(function):
-    with pytest.raises(qat.UsageError, match="bits=1: allowed are whole numbers from 2 to 8"):
+    with pytest.raises(qat.UsageError, match="bits=1: must be an integer from 2 to 8"):
         function(rand(3), 1)
 
 

@@ -133,5 +133,5 @@ def test_percentile_of_more_values_than_float32_counts():
     ],
 )
 def test_unknown_method(call, allowed):
-    with pytest.raises(qat.UsageError, match=f"method='\\w+': allowed are {allowed}"):
+    with pytest.raises(qat.UsageError, match=f"method='\\w+': must be one of {allowed}"):
         call()

@@ -156,5 +156,5 @@ def test_autocast_changes_nothing():
 @pytest.mark.parametrize("function", [F.statsq, F.statsq_codes])
 @pytest.mark.parametrize("bits", [1, 9, 2.5, True])
 def test_bits_that_cannot_be_represented(function, bits):
-    with pytest.raises(qat.UsageError, match=rf"bits={bits}: allowed are whole numbers from 2 to 8"):
+    with pytest.raises(qat.UsageError, match=rf"bits={bits}: must be an integer from 2 to 8"):
         function(weight(2, 2), bits)

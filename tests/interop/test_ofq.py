@@ -143,7 +143,7 @@ def test_steps_of_another_width_are_noticed(tmp_path, state, caplog):
     ("change", "knobs", "message"),
     [
         ({}, {}, "bits=None: {} does not say its bits, and no tensor tells them; give bits= (ckpt_bits= in a command)"),
-        ({}, {"bits": 9}, "quant.bits=9: allowed are whole numbers from 2 to 8"),
+        ({}, {"bits": 9}, "quant.bits=9: must be an integer from 2 to 8"),
         ({}, {"bits": 2, "qkr": False}, "qkr=False: {} holds attn.q and attn.k (qkr=True)"),
         ({}, {"bits": 2, "model": "nope"}, f"model='nope': timm has no such model; the file looks like '{TINY}'"),
         (

@@ -137,9 +137,9 @@ def test_probabilities_agree():
 
 
 def test_choices():
-    with pytest.raises(UsageError, match="kernels='fast': allowed are auto, triton, off"):
+    with pytest.raises(UsageError, match="kernels='fast': must be one of auto, triton, off"):
         kernels.use("fast")
-    with pytest.raises(UsageError, match="kernels='triton': .*allowed here are auto, off"):
+    with pytest.raises(UsageError, match="kernels='triton': .*here it must be one of auto, off"):
         kernels.use("triton")
     assert kernels.in_use() == "auto"
 

@@ -76,7 +76,7 @@ def test_the_papers_code_counts_the_batch_of_a_process(monkeypatch):
 
 
 def test_unknown_batch_is_refused():
-    with pytest.raises(qat.UsageError, match="lsq_grad_batch='rank': allowed are global, process"):
+    with pytest.raises(qat.UsageError, match="lsq_grad_batch='rank': must be one of global, process"):
         module(vit(), lsq_grad_batch="rank")
 
 

@@ -98,10 +98,10 @@ def test_options_reach_the_optimizer():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0.0}, r"optimizer\.lr=0\.0: allowed are numbers above 0"),
-        ({"lr": float("nan")}, r"optimizer\.lr=nan: allowed are numbers above 0"),
-        ({"weight_decay": -0.1}, r"optimizer\.weight_decay=-0\.1: allowed are numbers from 0"),
-        ({"scale_lr_factor": 0}, r"optimizer\.scale_lr_factor=0: allowed are numbers above 0"),
+        ({"lr": 0.0}, r"optimizer\.lr=0\.0: must be a number above 0"),
+        ({"lr": float("nan")}, r"optimizer\.lr=nan: must be a number above 0"),
+        ({"weight_decay": -0.1}, r"optimizer\.weight_decay=-0\.1: must be a number of at least 0"),
+        ({"scale_lr_factor": 0}, r"optimizer\.scale_lr_factor=0: must be a number above 0"),
         ({"opt": "nope"}, r"optimizer\.opt='nope'"),
         ({"opt": "adamw", "nesterov": True}, r"optimizer\.opt='adamw' does not take .*nesterov"),
     ],
@@ -146,7 +146,7 @@ def test_an_epoch_schedule_ignores_steps():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"interval": "batch"}, r"scheduler\.interval='batch': allowed are epoch, step"),
+        ({"interval": "batch"}, r"scheduler\.interval='batch': must be one of epoch, step"),
         ({"warmup": 4}, r"scheduler\.warmup_epochs: a warm-up of 4 epochs leaves nothing of a schedule of 4"),
     ],
 )
@@ -206,8 +206,8 @@ def test_rate_follows_the_batch(settings, expected):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr_base_batch": 0}, r"optimizer.lr_base_batch=0: allowed are whole numbers from 1"),
-        ({"lr_batch_rule": "cube"}, r"optimizer.lr_batch_rule='cube': allowed are linear, sqrt"),
+        ({"lr_base_batch": 0}, r"optimizer.lr_base_batch=0: must be an integer of at least 1"),
+        ({"lr_batch_rule": "cube"}, r"optimizer.lr_batch_rule='cube': must be one of linear, sqrt"),
     ],
 )
 def test_wrong_rules_for_the_rate(settings, message):

@@ -153,7 +153,7 @@ def test_as_a_run(tmp_path, run_4bit, caplog):
     ("overrides", "message"),
     [
         (["ckpt_optimizer=true"], "ckpt_optimizer=true: there is no checkpoint to take it from; set ckpt=PATH"),
-        (["ckpt_optimizer=7"], "ckpt_optimizer=7: allowed are true and false"),
+        (["ckpt_optimizer=7"], "ckpt_optimizer=7: must be true or false"),
     ],
 )
 def test_impossible_settings(overrides, message, tmp_path, refused):

@@ -55,5 +55,5 @@ def test_it_is_frozen_and_in_eval_mode():
 
 
 def test_unknown_head_is_refused():
-    with pytest.raises(qat.UsageError, match=r"loss\.teacher_head='dist': allowed are cls, mean"):
+    with pytest.raises(qat.UsageError, match=r"loss\.teacher_head='dist': must be one of cls, mean"):
         Teacher(vit(), "dist")

@@ -47,7 +47,7 @@ def test_a_term_of_weight_zero_is_logged_and_changes_nothing():
 def test_terms_that_read_other_blocks_are_refused():
     last, every = FeatureDistillation(blocks="last"), FeatureDistillation(blocks="all")
     assert CompositeLoss({"ce": CrossEntropy(), "last": last, "again": FeatureDistillation(blocks="last")}).blocks == "last"
-    with pytest.raises(qat.UsageError, match=r"loss\.terms: last\.blocks=last, every\.blocks=all; allowed is the same"):
+    with pytest.raises(qat.UsageError, match=r"loss\.terms: last\.blocks=last, every\.blocks=all; must be the same"):
         CompositeLoss({"last": last, "every": every})
 
 
@@ -68,5 +68,5 @@ def test_a_term_of_another_class_is_refused_by_name():
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan")])
 def test_weights_below_zero_are_refused(weight):
-    with pytest.raises(qat.UsageError, match=rf"CrossEntropy: weight={weight}: allowed are numbers from 0"):
+    with pytest.raises(qat.UsageError, match=rf"CrossEntropy: weight={weight}: must be a number of at least 0"):
         CrossEntropy(weight=weight)

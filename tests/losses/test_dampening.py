@@ -70,7 +70,7 @@ def test_a_net_without_such_weights():
 
 
 def test_impossible_settings():
-    with pytest.raises(qat.UsageError, match=r"loss term Dampening: max_bits=1: allowed are whole numbers from 2"):
+    with pytest.raises(qat.UsageError, match=r"loss term Dampening: max_bits=1: must be an integer of at least 2"):
         Dampening(max_bits=1)
     with pytest.raises(qat.UsageError, match=r"weight=-1"):
         Dampening(weight=-1)

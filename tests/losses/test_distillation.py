@@ -46,7 +46,7 @@ def test_without_hard_labels_the_teacher_is_followed_alone():
 
 
 def test_a_hard_weight_below_zero_is_refused():
-    with pytest.raises(qat.UsageError, match=r"loss\.hard_weight=-1: allowed are numbers from 0"):
+    with pytest.raises(qat.UsageError, match=r"loss\.hard_weight=-1: must be a number of at least 0"):
         Distillation(hard_weight=-1)
 
 
@@ -61,7 +61,7 @@ def test_a_temperature_softens_teacher_and_student_and_keeps_the_size_of_the_gra
 
 
 def test_a_temperature_of_zero_is_refused():
-    with pytest.raises(qat.UsageError, match=r"loss\.temperature=0: allowed are numbers above 0"):
+    with pytest.raises(qat.UsageError, match=r"loss\.temperature=0: must be a number above 0"):
         Distillation(temperature=0)
 
 

@@ -180,8 +180,8 @@ def test_made_again_for_the_backward_pass():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("loss.features=-1",), "loss.features=-1: allowed are numbers from 0"),
-        (("loss.features_schedule=linear",), "loss.features_schedule='linear': allowed are constant, cosine"),
+        (("loss.features=-1",), "loss.features=-1: must be a number of at least 0"),
+        (("loss.features_schedule=linear",), "loss.features_schedule='linear': must be one of constant, cosine"),
     ],
 )
 def test_settings_that_cannot_work(settings, message, tmp_path):
@@ -195,7 +195,7 @@ def test_settings_that_cannot_work(settings, message, tmp_path):
         (tiny.vit, lambda: tiny.vit(embed_dim=48), "all", "2 blocks give 17x32, the teacher's 2 blocks give 17x48; the teacher has to be"),
         (tiny.vit, lambda: tiny.vit(depth=3), "all", "2 blocks give 17x32, the teacher's 3 blocks give 17x32; the teacher has to be"),
         (tiny.vit, lambda: tiny.vit(depth=3), "last", None),
-        (lambda: nn.Flatten(), tiny.vit, "all", "this net has no blocks (children of a module called blocks); allowed is 0"),
+        (lambda: nn.Flatten(), tiny.vit, "all", "this net has no blocks (children of a module called blocks); must be 0"),
     ],
 )
 def test_nets_that_cannot_be_compared(student, teacher, which, message):

@@ -113,14 +113,14 @@ def test_training_lowers_it():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("loss.grad_l1=-1",), "loss.grad_l1=-1: allowed are numbers from 0"),
+        (("loss.grad_l1=-1",), "loss.grad_l1=-1: must be a number of at least 0"),
         (
             ("loss.grad_l1=0.05", "compile=true"),
-            "compile=true: loss.grad_l1=0.05 differentiates twice, which compiled nets cannot; allowed is false",
+            "compile=true: loss.grad_l1=0.05 differentiates twice, which compiled nets cannot; must be false",
         ),
         (
             ("loss.grad_l1=0.05", "trainer.precision=16-mixed"),
-            "trainer.precision='16-mixed': loss.grad_l1=0.05 has gradients below fp16's range; allowed are 32-true, bf16-mixed, 64-true",
+            "trainer.precision='16-mixed': loss.grad_l1=0.05 has gradients below fp16's range; must be one of 32-true, bf16-mixed, 64-true",
         ),
         (
             ("loss.grad_l1=0.05", "loss.grad_l1_layers=[no]"),

@@ -116,13 +116,13 @@ def test_a_loss_of_ones_own_may_do_without_the_setting():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("loss.kure=-1", "loss.kure=-1: allowed are numbers from 0"),
-        ("loss.kure=x", "loss.kure='x': allowed are numbers from 0"),
-        ("loss.kure_target=1", "loss.kure_target=1: allowed are numbers above 1"),
-        ("loss.kure_target=null", "loss.kure_target=None: allowed are numbers above 1"),
-        ("loss.kure_reduction=avg", "loss.kure_reduction='avg': allowed are mean, sum, max"),
-        ("loss.kure_qk=all", "loss.kure_qk='all': allowed are product, factors, both"),
-        ("loss.kure_layers=3", "loss.kure_layers=3: allowed are null and a list of layer globs or roles (weight, qk)"),
+        ("loss.kure=-1", "loss.kure=-1: must be a number of at least 0"),
+        ("loss.kure=x", "loss.kure='x': must be a number of at least 0"),
+        ("loss.kure_target=1", "loss.kure_target=1: must be a number above 1"),
+        ("loss.kure_target=null", "loss.kure_target=None: must be a number above 1"),
+        ("loss.kure_reduction=avg", "loss.kure_reduction='avg': must be one of mean, sum, max"),
+        ("loss.kure_qk=all", "loss.kure_qk='all': must be one of product, factors, both"),
+        ("loss.kure_layers=3", "loss.kure_layers=3: must be null or a list of layer globs or roles (weight, qk)"),
     ],
 )
 def test_impossible_settings(tmp_path, refused, setting, message):

@@ -37,7 +37,7 @@ def test_bias_beside_qkv():
 
 def test_refusal():
     with pytest.raises(
-        qat.UsageError, match="quant.attention='qkr': this net hums, so Wq\\^T Wk is not its score; allowed here are standard, float"
+        qat.UsageError, match="quant.attention='qkr': this net hums, so Wq\\^T Wk is not its score; here it must be one of standard, float"
     ):
         attention.refuse_qkr("hums")
 

@@ -129,9 +129,9 @@ def test_integer_norms_work_on_the_scales_around_them():
     [
         (
             {"act_scales": "token", "residual_observer": "ptf"},
-            r"blocks\.0\.norm1 has scales of tokens beside it; allowed are .*=tensor, channel",
+            r"blocks\.0\.norm1 has scales of tokens beside it; must be .*=tensor, channel",
         ),
-        ({"act_scales": "channel"}, r"blocks\.0\.norm1 has any scale for each channel in front; allowed is ptq\.residual_observer=ptf"),
+        ({"act_scales": "channel"}, r"blocks\.0\.norm1 has any scale for each channel in front; must be ptq\.residual_observer=ptf"),
     ],
     ids=["token", "channel"],
 )
@@ -142,12 +142,12 @@ def test_integer_norms_take_no_other_scales(knobs, line):
 
 def test_integer_norms_need_a_family_that_knows_its_neighbours():
     net = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1, embed_dim=24, num_heads=2)
-    with pytest.raises(qat.UsageError, match="ptq.layernorm='integer': only for ViT and DeiT, not Eva; allowed here is float"):
+    with pytest.raises(qat.UsageError, match="ptq.layernorm='integer': only for ViT and DeiT, not Eva; here it must be float"):
         qat.convert(net, PtqRecipe(layernorm="integer"), input_size=(3, 28, 28))
 
 
 def test_a_net_for_images_of_any_size_is_refused():
-    with pytest.raises(qat.UsageError, match="ptq.placement='fqvit': this net takes images of any size, .* allowed here is inputs"):
+    with pytest.raises(qat.UsageError, match="ptq.placement='fqvit': this net takes images of any size, .* here it must be inputs"):
         placed(kwargs={"dynamic_img_size": True})
 
 

@@ -98,7 +98,7 @@ def test_probabilities_are_made_again():
 
 
 def test_unknown_memory_mode():
-    with pytest.raises(UsageError, match="memory='less': allowed are save, recompute"):
+    with pytest.raises(UsageError, match="memory='less': must be one of save, recompute"):
         qat.set_execution(quantized(), memory="less")
 
 

@@ -67,5 +67,5 @@ def test_without_it_only_the_linears_inside_are_swapped():
 
 
 def test_unknown_intent():
-    with pytest.raises(ValueError, match="intent='magic': allowed are linear, conv, attention, qkr_attention"):
+    with pytest.raises(ValueError, match="intent='magic': must be one of linear, conv, attention, qkr_attention"):
         register_swap(Toy, "magic")

@@ -81,7 +81,7 @@ def test_normalised_queries_stay_normalised():
 
 
 def test_qkr_refuses_normalised_queries():
-    message = "quant.attention='qkr': this net normalises queries and keys, so .* allowed here are standard, float"
+    message = "quant.attention='qkr': this net normalises queries and keys, so .* here it must be one of standard, float"
     with pytest.raises(qat.UsageError, match=message):
         swapped(attention(qk_norm=True, norm_layer=nn.LayerNorm), float_recipe("qkr"))
 

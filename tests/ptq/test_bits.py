@@ -246,11 +246,11 @@ def test_a_fitness_that_is_no_number_names_candidate_and_generation():
 def test_what_cannot_be_searched():
     net, targets = calibrated()
     low, high = (size_bytes(with_overrides({"*": {"bits": bits}})) / 1e6 for bits in (2, 8))
-    allowed = f"the net takes {low} MB with 2 bits everywhere and {high} MB with 8; allowed are numbers from"
+    allowed = f"the net takes {low} MB with 2 bits everywhere and {high} MB with 8; must be a number of at least"
     with pytest.raises(UsageError) as error:
         searched(net, targets, settings(budget_mb=0.01))
     assert str(error.value) == f"search.budget_mb=0.01: {allowed} {low}"
-    with pytest.raises(UsageError, match=r"^search\.average_bits=1\.9: allowed are numbers from 2$"):
+    with pytest.raises(UsageError, match=r"^search\.average_bits=1\.9: must be a number of at least 2$"):
         settings(average_bits=1.9)
     assert searched(net, targets, settings(budget_mb=low, generations=1)).best.bits == (2,) * 10
     net, _ = calibrated()
@@ -273,16 +273,16 @@ def test_what_cannot_be_searched():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"choices": [2, 9]}, r"search\.choices=9: allowed are whole numbers from 2 to 8"),
-        ({"choices": [1, 4]}, r"search\.choices=1: allowed are"),
-        ({"choices": [4]}, r"search\.choices=\[4\]: allowed is a list of two widths at least"),
-        ({"choices": 4}, r"search\.choices=4: allowed is a list"),
-        ({"targets": []}, r"search\.targets=\[\]: allowed is a list of globs"),
-        ({"children": 0}, r"search\.children=0: allowed are whole numbers from 1"),
-        ({"generations": -1}, r"search\.generations=-1: allowed are whole numbers from 0"),
-        ({"front_points": 1.5}, r"search\.front_points=1\.5: allowed are whole numbers from 0"),
-        ({"fitness": "accuracy"}, r"search\.fitness='accuracy': allowed are infonce, mse, kl, cosine"),
-        ({"average_bits": 0}, r"search\.average_bits=0: allowed are numbers above 0"),
+        ({"choices": [2, 9]}, r"search\.choices=9: must be an integer from 2 to 8"),
+        ({"choices": [1, 4]}, r"search\.choices=1: must be"),
+        ({"choices": [4]}, r"search\.choices=\[4\]: must be a list of at least two widths"),
+        ({"choices": 4}, r"search\.choices=4: must be a list"),
+        ({"targets": []}, r"search\.targets=\[\]: must be a list of globs"),
+        ({"children": 0}, r"search\.children=0: must be an integer of at least 1"),
+        ({"generations": -1}, r"search\.generations=-1: must be an integer of at least 0"),
+        ({"front_points": 1.5}, r"search\.front_points=1\.5: must be an integer of at least 0"),
+        ({"fitness": "accuracy"}, r"search\.fitness='accuracy': must be one of infonce, mse, kl, cosine"),
+        ({"average_bits": 0}, r"search\.average_bits=0: must be a number above 0"),
         ({"average_bits": None}, r"search\.budget_mb=None, search\.average_bits=None: one of them is needed"),
         ({"budget_mb": 1}, r"search\.budget_mb=1, search\.average_bits=3: one of them is needed, and only one"),
     ],

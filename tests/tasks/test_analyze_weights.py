@@ -60,7 +60,7 @@ def test_cost_is_that_of_the_results(tmp_path, run_4bit, float_run):
     [
         (["analysis=oscillation"], "its run tracked no oscillation; train with callbacks=[default,oscillation], in the same run_dir"),
         (["analysis=weights", "analysis.layers=[nothing]", "images=8"], "analysis.layers: 'nothing' matches no layer with weights"),
-        (["analysis=cost", "+analysis.twins=2"], "analysis.twins: allowed are compare"),
+        (["analysis=cost", "+analysis.twins=2"], "analysis.twins: must be one of compare"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, run_4bit, refused, overrides, message):

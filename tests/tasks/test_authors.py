@@ -86,7 +86,7 @@ def test_a_swin_of_theirs_keeps_the_biases_of_its_mergings(tmp_path):
             ["data=digits", "data.image_size=16"],
             "data.image_size=16: the net is quantized for images of (1, 8, 8), got (1, 16, 16)",
         ),
-        ("evaluate", ["ckpt_format=qat"], "ckpt='{}': not a checkpoint of qat (ckpt_format=qat); allowed here are auto, timm, ofq"),
+        ("evaluate", ["ckpt_format=qat"], "ckpt='{}': not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq"),
         (
             "train",
             [*NET, "model=deit_s_distilled"],

@@ -148,10 +148,10 @@ def test_a_finished_search_is_resumed_to_the_same_net(tmp_path, searched, float_
     [
         ((), "search.budget_mb=None, search.average_bits=None: one of them is needed, and only one: the size that the net may have"),
         (("search.budget_mb=0.001",), "search.budget_mb=0.001: the net takes "),
-        (("search.average_bits=1",), "search.average_bits=1: allowed are numbers from 2"),
-        (("search.average_bits=3", "search.choices=[2,16]"), "search.choices=16: allowed are whole numbers from 2 to 8"),
+        (("search.average_bits=1",), "search.average_bits=1: must be a number of at least 2"),
+        (("search.average_bits=3", "search.choices=[2,16]"), "search.choices=16: must be an integer from 2 to 8"),
         (("search.average_bits=3", "search.targets=[nope]"), "search.targets=['nope']: no such module has a weight whose bits can change"),
-        (("search.average_bits=3", "+search.passes=3"), "search.passes: allowed are method, budget_mb, average_bits, choices"),
+        (("search.average_bits=3", "+search.passes=3"), "search.passes: must be one of method, budget_mb, average_bits, choices"),
         (("search.average_bits=3", "ptq.batch=1"), "search.fitness='infonce': a batch of one image has no others"),
         (("search.average_bits=3", "ptq.weight_quantizer=float", "ptq.bits=8"), "whose bits can change; those are nothing"),
     ],

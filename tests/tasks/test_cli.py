@@ -43,7 +43,7 @@ def test_train_then_evaluate(tmp_path):
 def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
     code, out, err = command("train.py", *TINY, "quant.bits=9", "run_dir=run", cwd=tmp_path)
     assert code == 1
-    assert out.strip() == "error: quant.bits=9: allowed are whole numbers from 2 to 8"
+    assert out.strip() == "error: quant.bits=9: must be an integer from 2 to 8"
     assert "Traceback" not in err
     assert "quant.bits=9" in results(tmp_path / "run")["error"]
 
@@ -93,7 +93,7 @@ def test_in_a_multirun_a_mistake_stops_its_job_alone(tmp_path):
     assert not any("error" in r for r in fine)
     assert out.count("error: quant.bits=9") == 1
     assert "3 jobs: 2 done, 1 failed" in out
-    assert "job 0 (quant.bits=9): quant.bits=9: allowed are whole numbers from 2 to 8" in out
+    assert "job 0 (quant.bits=9): quant.bits=9: must be an integer from 2 to 8" in out
     assert {"sweep.csv", "sweep_groups.csv", "report.html"} <= {path.name for path in (tmp_path / "sweep").iterdir()}
     assert "Traceback" not in out + err
 

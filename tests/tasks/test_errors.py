@@ -19,11 +19,11 @@ from qat.tasks import cli
 from tests.conftest import ROOT, compose, results, tiny
 from tests.tasks.test_overrides import TYPED
 
-WHOLE = "allowed are whole numbers from"
-LIMIT = r"allowed are whole numbers from 1, and shares of all batches above 0 to 1\.0"
-NUMBERS = "allowed are numbers"
+WHOLE = "must be an integer (?:of at least|from)"
+LIMIT = r"must be an integer of at least 1, or a share of all batches above 0 to 1\.0"
+NUMBERS = "must be a number(?: of at least| from)?"
 FLAGS = ("overwrite", "model.pretrained", "model.reset_head", "teacher.pretrained", "compile")
-OBJECT = "allowed is what makes an object"
+OBJECT = "must be what makes an object"
 
 
 def shown(values):
@@ -39,42 +39,42 @@ TRAIN = [
     ("quant.stem_bits=1", rf"quant\.stem_bits=1: {WHOLE} 2 to 8"),
     ("quant.head_bits=16", rf"quant\.head_bits=16: {WHOLE} 2 to 8"),
     ("quant.overrides={blocks.0.*:{bits:9}}", rf"quant\.overrides\['blocks\.0\.\*'\]: quant\.bits=9: {WHOLE} 2 to 8"),
-    ("quant.overrides={blocks.0.*:{bit:4}}", r"quant\.overrides\['blocks\.0\.\*'\]=\{'bit': 4\}: allowed knobs are act_bits, "),
+    ("quant.overrides={blocks.0.*:{bit:4}}", r"quant\.overrides\['blocks\.0\.\*'\]=\{'bit': 4\}: its knobs must be among act_bits, "),
     ("quant.overrides={block.0.*:{bits:4}}", r"quant\.overrides\['block\.0\.\*'\] matches no module .* names like 'blocks\.0\.attn"),
-    ("quant.overrides=x", r"quant\.overrides='x': allowed is a mapping"),
-    ("quant.offsets=maybe", r"quant\.offsets='maybe': allowed are true and false"),
-    ("+quant.colour=3", r"quant\.colour: allowed are name, bits"),
-    ("+model.args.qk_norm=true", r"quant\.attention='qkr': this net normalises queries and keys.*allowed here are standard, float"),
+    ("quant.overrides=x", r"quant\.overrides='x': must be a mapping"),
+    ("quant.offsets=maybe", r"quant\.offsets='maybe': must be true or false"),
+    ("+quant.colour=3", r"quant\.colour: must be one of name, bits"),
+    ("+model.args.qk_norm=true", r"quant\.attention='qkr': this net normalises queries and keys.*here it must be one of standard, float"),
     # the optimizer and its schedule
     *((f"optimizer.lr={v}", rf"optimizer\.lr={s}: {NUMBERS} above 0") for v, s in shown("0 -1 x null true")),
-    ("optimizer.weight_decay=-1", rf"optimizer\.weight_decay=-1: {NUMBERS} from 0"),
+    ("optimizer.weight_decay=-1", rf"optimizer\.weight_decay=-1: {NUMBERS} 0"),
     ("optimizer.betas=[2,3]", r"optimizer\.opt='adamw' does not take .*'betas': \[2, 3\]"),
     ("+optimizer.colour=1", r"optimizer\.opt='adamw' does not take .*'colour'"),
     ("optimizer.opt=adammw", r"optimizer\.opt='adammw': timm has no such optimizer; near are .*adamw"),
     ("optimizer.opt=null", r"optimizer\.opt=None: timm has no such optimizer"),
-    ("scheduler.interval=batch", r"scheduler\.interval='batch': allowed are epoch, step"),
-    ("scheduler.warmup_epochs=50", rf"scheduler\.warmup_epochs=50: {NUMBERS} from 0 to below 1"),
-    ("scheduler.warmup_epochs=x", rf"scheduler\.warmup_epochs='x': {NUMBERS} from 0"),
-    ("scheduler.min_lr=-1", rf"scheduler\.min_lr=-1: {NUMBERS} from 0"),
+    ("scheduler.interval=batch", r"scheduler\.interval='batch': must be one of epoch, step"),
+    ("scheduler.warmup_epochs=50", rf"scheduler\.warmup_epochs=50: {NUMBERS} 0 to below 1"),
+    ("scheduler.warmup_epochs=x", rf"scheduler\.warmup_epochs='x': {NUMBERS} 0"),
+    ("scheduler.min_lr=-1", rf"scheduler\.min_lr=-1: {NUMBERS} 0"),
     ("+scheduler.colour=1", r"scheduler\.colour is none of them: the settings are interval, warmup_epochs"),
     ("~scheduler.interval", r"scheduler\.interval is missing: the settings are interval, warmup_epochs"),
     ("~optimizer", "config: Key 'optimizer'"),
     # the trainer
     *((f"trainer.max_epochs={v}", rf"trainer\.max_epochs={s}: {WHOLE} 1") for v, s in shown("0 -1 -3 1.5 x")),
     *((f"trainer.accumulate_grad_batches={v}", rf"accumulate_grad_batches={s}: {WHOLE} 1") for v, s in shown("0 1.5 x")),
-    ("trainer.gradient_clip_val=-1", rf"trainer\.gradient_clip_val=-1: {NUMBERS} from 0"),
-    ("trainer.precision=foo", r"trainer\.precision='foo': allowed are 32-true, 16-mixed, bf16-mixed"),
+    ("trainer.gradient_clip_val=-1", rf"trainer\.gradient_clip_val=-1: {NUMBERS} 0"),
+    ("trainer.precision=foo", r"trainer\.precision='foo': must be one of 32-true, 16-mixed, bf16-mixed"),
     *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: {LIMIT}") for v, s in shown("0 0.0 2.0 -1 x")),
-    ("trainer.limit_train_batches=0.001", r"limit_train_batches=0\.001: less than one of 20 batches; allowed are shares from 0\.05"),
-    ("trainer.limit_val_batches=-1", r"limit_val_batches=-1: allowed are whole numbers from 0 \(off\)"),
+    ("trainer.limit_train_batches=0.001", r"limit_train_batches=0\.001: less than one of 20 batches; must be a share of at least 0\.05"),
+    ("trainer.limit_val_batches=-1", r"limit_val_batches=-1: must be an integer of at least 0 \(off\)"),
     ("trainer.limit_test_batches=0", rf"limit_test_batches=0: {LIMIT}"),
     *((f"+trainer.max_steps={v}", rf"trainer\.max_steps={s}: {WHOLE} 1") for v, s in shown("0 x")),
     ("+trainer.max_steps=[1]", rf"trainer\.max_steps=\[1\]: {WHOLE} 1"),
     ("+trainer.check_val_every_n_epoch=0", rf"trainer\.check_val_every_n_epoch=0: {WHOLE} 1"),
-    ("+trainer.check_val_every_n_epoch=5", r"check_val_every_n_epoch=5: none of the 1 epochs would be validated; allowed are .* 1 to 1$"),
-    ("+trainer.val_check_interval=1.5", r"val_check_interval=1\.5: allowed are whole numbers of batches from 1, and shares of an epoch"),
+    ("+trainer.check_val_every_n_epoch=5", r"check_val_every_n_epoch=5: none of the 1 epochs would be validated; must be .* 1 to 1$"),
+    ("+trainer.val_check_interval=1.5", r"val_check_interval=1\.5: must be an integer of at least 1 (batches), and shares of an epoch"),
     ("+trainer.val_check_interval=21 trainer.limit_train_batches=2", r"interval=21: an epoch has 2 batches; .* up to 2; any with"),
-    ("trainer.fast_dev_run=x", r"trainer\.fast_dev_run='x': allowed are true, false and a number of batches"),
+    ("trainer.fast_dev_run=x", r"trainer\.fast_dev_run='x': must be true, false or a number of batches"),
     ("trainer.log_every_n_steps=-1", rf"trainer\.log_every_n_steps=-1: {WHOLE} 0"),
     ("trainer.devices=0", r"trainer\.devices=0: .*not a valid input using cpu"),
     ("trainer.devices=x", r"trainer\.devices='x': .*should be an int > 0"),
@@ -84,11 +84,11 @@ TRAIN = [
     # data and model
     *((f"data.batch_size={v}", rf"data\.batch_size={s}: {WHOLE} 1") for v, s in shown("0 -1 1.5 x")),
     ("data.num_workers=-1", rf"data\.num_workers=-1: {WHOLE} 0"),
-    ("data.cache=yes", r"data\.cache='yes': allowed are auto, true and false"),
+    ("data.cache=yes", r"data\.cache='yes': must be one of auto, true, false"),
     ("data.image_size=10", r"data\.image_size=10: no multiple of the model's patch size 4"),
     ("data.num_classes=3", r"data\.num_classes=3: the train split has a label 9"),
     ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': no such folder"),
-    ("data=cifar10 data.root=3", r"data\.root=3: allowed is a path"),
+    ("data=cifar10 data.root=3", r"data\.root=3: must be a path"),
     ("data._target_=qat.data.Nope", r"data\._target_='qat\.data\.Nope'"),
     ("model.name=vit_tinny_patch16_224", r"model\.name='vit_tinny_patch16_224': timm has no such model; near are .*vit_tiny_patch16_224"),
     ("model.name=null", r"model\.name=None: timm has no such model"),
@@ -97,19 +97,19 @@ TRAIN = [
     ("model.args.patch_size=0", r"model\.name='vit_tiny_patch16_224' with .*'patch_size': 0.*division"),
     ("model.args.embed_dim=-1", r"model\.name='vit_tiny_patch16_224' with .*'embed_dim': -1.*negative dimension"),
     ("model.imports=[nope.nope]", r"model\.imports='nope\.nope': No module named 'nope'"),
-    ("model.imports=3", r"model\.imports=3: allowed is a list"),
+    ("model.imports=3", r"model\.imports=3: must be a list"),
     # losses, callbacks, loggers
-    ("loss.kure=-1", r"loss\.kure=-1: allowed are numbers from 0"),
+    ("loss.kure=-1", r"loss\.kure=-1: must be a number of at least 0"),
     (
         "loss.kure=1 loss.kure_layers=[blok.*]",
         r"loss\.kure_layers='blok\.\*' matches no layer; names are like 'blocks\.0\.attn', roles are weight, qk",
     ),
-    ("loss.features_blocks=first", r"loss\.features_blocks='first': allowed are all, last"),
-    ("memory=less", r"memory='less': allowed are save, recompute"),
-    ("kernels=fast", r"kernels='fast': allowed are auto, triton, off"),
+    ("loss.features_blocks=first", r"loss\.features_blocks='first': must be one of all, last"),
+    ("memory=less", r"memory='less': must be one of save, recompute"),
+    ("kernels=fast", r"kernels='fast': must be one of auto, triton, off"),
     (
         "loss.grad_l1=0.05 compile=true",
-        r"compile=true: loss\.grad_l1=0\.05 differentiates twice, which compiled nets cannot; allowed is false",
+        r"compile=true: loss\.grad_l1=0\.05 differentiates twice, which compiled nets cannot; must be false",
     ),
     ("loss=kd", r"no teacher; give teacher\.ckpt=FILE"),
     ("loss.terms.ce._target_=qat.losses.Nope", r"loss\.terms\.ce\._target_='qat\.losses\.Nope'"),
@@ -117,7 +117,7 @@ TRAIN = [
     ("+callbacks.x._target_=nowhere.Nope", r"callbacks\.x\._target_='nowhere\.Nope'"),
     ("+callbacks.x=3", rf"callbacks\.x=3: {OBJECT}"),
     ("+callbacks.x._target_=torch.nn.Identity", r"callbacks\.x: Identity is not a subclass of lightning\.pytorch\.Callback"),
-    ("callbacks.best.monitor=val/nope", r"callbacks\.best\.monitor='val/nope': allowed .* val/top1, val/top5, val/loss"),
+    ("callbacks.best.monitor=val/nope", r"callbacks\.best\.monitor='val/nope': must be one of .* val/top1, val/top5, val/loss"),
     ("callbacks.finite.max_in_a_row=0", rf"callbacks\.finite\.max_in_a_row=0: {WHOLE} 1"),
     ("callbacks.finite.max_scale_change=1", rf"callbacks\.finite\.max_scale_change=1: {NUMBERS} above 1"),
     ("checkpoint.every_n_steps=0", rf"checkpoint\.every_n_steps=0: {WHOLE} 1"),
@@ -125,13 +125,13 @@ TRAIN = [
     ("+logger.x._target_=torch.nn.Identity", r"logger: Identity is not a subclass of"),
     # the rest
     *((f"seed={v}", rf"seed={s}: {WHOLE} 0") for v, s in shown("-1 x 1.5 99999999999")),
-    *((f"{name}=no", rf"{name}='no': allowed are true and false") for name in FLAGS),
-    ("resume=yes", r"resume='yes': allowed are false, true, auto"),
+    *((f"{name}=no", rf"{name}='no': must be true or false") for name in FLAGS),
+    ("resume=yes", r"resume='yes': must be one of false, true, auto"),
     ("resume=true", r"resume=true: run_dir='.*' has no checkpoints/last\.ckpt; resume=auto starts"),
     ("ckpt=/nowhere.ckpt", r"ckpt='/nowhere\.ckpt': no such file"),
-    ("ckpt=3", "ckpt=3: allowed is a path"),
+    ("ckpt=3", "ckpt=3: must be a path"),
     ("ckpt=a.ckpt model.weights=b.pt", "ckpt and model.weights are set: a net starts from one of them"),
-    ("ckpt_format=zip ckpt={best}", "ckpt_format='zip': allowed are auto, qat, timm"),
+    ("ckpt_format=zip ckpt={best}", "ckpt_format='zip': must be one of auto, qat, timm"),
     ("ckpt={run}", r"ckpt='.*': a folder, not a file; ckpt=.*/checkpoints/best\.ckpt is in it"),
     ("ckpt={run}/config.yaml", r"ckpt='.*config\.yaml': not a checkpoint .*no file of tensors"),
     ("ckpt={files}/empty.ckpt", r"ckpt='.*empty\.ckpt': not a checkpoint .*the file is empty"),
@@ -268,7 +268,7 @@ def test_a_run_dir_that_cannot_be_made_ends_the_process(tmp_path, run_dir):
     file = tmp_path / "file"
     file.touch()
     path = run_dir.format(file=file)
-    with pytest.raises(SystemExit, match=rf"error: run_dir='{path}': cannot be written \(.*\); allowed is a folder that is or can be made"):
+    with pytest.raises(SystemExit, match=rf"error: run_dir='{path}': cannot be written \(.*\); must be a folder that is or can be made"):
         cli.writable(path)
 
 

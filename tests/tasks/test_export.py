@@ -104,15 +104,15 @@ MISTAKES = {
     "ckpt is not set": [],
     "ckpt='nowhere.ckpt': no such file": ["ckpt=nowhere.ckpt"],
     "opset=21: too low, .* is stored as INT2 needs 25": ["opset=21"],
-    "opset='x': allowed are whole numbers from 1": ["opset=x"],
-    "format.two_bit='int3': allowed are int2, int4": ["format.two_bit=int3"],
-    "format.name='tflite': allowed are onnx, packed": ["format.name=tflite"],
-    "dynamic_batch='maybe': allowed are true and false": ["dynamic_batch=maybe"],
+    "opset='x': must be an integer of at least 1": ["opset=x"],
+    "format.two_bit='int3': must be one of int2, int4": ["format.two_bit=int3"],
+    "format.name='tflite': must be one of onnx, packed": ["format.name=tflite"],
+    "dynamic_batch='maybe': must be true or false": ["dynamic_batch=maybe"],
     "dynamic_size=true: this net takes images of one size; .* model.args.dynamic_img_size=true": ["dynamic_size=true"],
     "opset=25: only for format=onnx": ["format=packed", "opset=25"],
-    "images=0: allowed are whole numbers from 1": ["images=0"],
-    "file='net.bin': allowed with format=onnx is a name that ends in .onnx": ["file=net.bin"],
-    "split='all': allowed are train, val, test": ["split=all"],
+    "images=0: must be an integer of at least 1": ["images=0"],
+    "file='net.bin': with format=onnx is a name that ends in .onnx": ["file=net.bin"],
+    "split='all': must be one of train, val, test": ["split=all"],
 }
 
 

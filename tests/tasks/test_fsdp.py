@@ -153,7 +153,7 @@ def test_a_fault_in_the_part_of_one_process_is_found_by_all(root):
         assert (root / f"weight-{rank}.txt").read_text().startswith(f"training stopped: {weight} in process 1; ")
 
 
-ALLOWED = "needs whole weights; allowed is ddp$"
+ALLOWED = "needs whole weights; must be ddp$"
 
 
 @pytest.mark.parametrize(
@@ -177,10 +177,10 @@ def test_what_looks_at_weights_is_refused(tmp_path, settings, line):
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
-        ("compile=true", r"^compile=true: trainer\.strategy='fsdp' .*; allowed is false$"),
-        ("trainer.precision=16-mixed", r"^trainer\.precision='16-mixed': trainer\.strategy='fsdp' .*; allowed are 32-true, bf16-mixed$"),
-        ("trainer.strategy=fsdp_cpu_offload", r"^trainer\.strategy='fsdp_cpu_offload': allowed are auto, ddp, fsdp$"),
-        ("trainer.strategy=deepspeed_stage_2", r"^trainer\.strategy='deepspeed_stage_2': allowed are auto, ddp, fsdp$"),
+        ("compile=true", r"^compile=true: trainer\.strategy='fsdp' .*; must be false$"),
+        ("trainer.precision=16-mixed", r"^trainer\.precision='16-mixed': trainer\.strategy='fsdp' .*; must be one of 32-true, bf16-mixed$"),
+        ("trainer.strategy=fsdp_cpu_offload", r"^trainer\.strategy='fsdp_cpu_offload': must be one of auto, ddp, fsdp$"),
+        ("trainer.strategy=deepspeed_stage_2", r"^trainer\.strategy='deepspeed_stage_2': must be one of auto, ddp, fsdp$"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, setting, line):
@@ -191,5 +191,5 @@ def test_settings_that_cannot_work_are_refused(tmp_path, setting, line):
 def test_a_single_number_cannot_be_shared_out():
     net = nn.Linear(2, 2)
     net.register_parameter("gain", nn.Parameter(torch.ones(())))
-    with pytest.raises(UsageError, match=r"^trainer\.strategy='fsdp': gain is a single number, .* allowed is ddp$"):
+    with pytest.raises(UsageError, match=r"^trainer\.strategy='fsdp': gain is a single number, .* must be ddp$"):
         share_out(net, None)

@@ -138,7 +138,7 @@ def test_double_precision(tmp_path):
 
 
 def test_half_precision_masters_are_refused(tmp_path):
-    with pytest.raises(qat.UsageError, match=r"trainer.precision='bf16-true': .*allowed are 32-true, bf16-mixed, 16-mixed, 64-true"):
+    with pytest.raises(qat.UsageError, match=r"trainer.precision='bf16-true': .*must be one of 32-true, bf16-mixed, 16-mixed, 64-true"):
         train(tmp_path / "run", "trainer.precision=bf16-true")
 
 
@@ -234,5 +234,5 @@ def test_layer_decay_from_the_config():
 
 def test_layer_decay_out_of_range():
     cfg = tiny("a", "optimizer.layer_decay=1.5")
-    with pytest.raises(qat.UsageError, match=r"optimizer.layer_decay=1.5: allowed are numbers above 0 to 1"):
+    with pytest.raises(qat.UsageError, match=r"optimizer.layer_decay=1.5: must be a number above 0 to 1"):
         fit.build_optimizer_factory(cfg, fit.build_trainer(cfg, [], []))

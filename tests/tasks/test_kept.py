@@ -126,10 +126,10 @@ def test_a_search_may_replace_the_file_it_starts_from(tmp_path, calibrated):
 @pytest.mark.parametrize(
     ("start", "overrides", "message"),
     [
-        ("float", KEEP, "ptq=keep: the net is a float one; allowed are the recipes of conf/ptq"),
+        ("float", KEEP, "ptq=keep: the net is a float one; must be a recipe of conf/ptq"),
         ("lsq", ("ptq=keep", *SMALL), "ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution"),
         ("lsq", KEEP, "was trained quantized (lsq), so it has no float logits to follow; give teacher.ckpt=FILE"),
-        ("lsq", (*KEEP, "+ptq.bits=8"), "ptq.bits: the net stays as it is; of ptq=keep allowed is batch"),
+        ("lsq", (*KEEP, "+ptq.bits=8"), "ptq.bits: the net stays as it is; ptq=keep has batch alone"),
         ("lsq", (*KEEP, "teacher.ckpt={lsq}"), "is quantized; the targets of a search are the logits of a float net"),
         ("lsq", (*KEEP, "teacher.ckpt=nowhere.ckpt"), "teacher.ckpt='nowhere.ckpt': no such file"),
         ("lsq", (*SEARCH, *SMALL), "starts from a float net, ptq=keep search=evolution from one like this"),

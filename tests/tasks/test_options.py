@@ -37,12 +37,12 @@ def test_checkpointing_switches_the_net():
 
 def test_a_model_without_checkpointing():
     cfg = compose("train", "model.grad_checkpointing=true", "run_dir=a")
-    with pytest.raises(qat.UsageError, match=r"model.grad_checkpointing=true: vit_tiny_patch16_224 cannot do that; allowed is false"):
+    with pytest.raises(qat.UsageError, match=r"model.grad_checkpointing=true: vit_tiny_patch16_224 cannot do that; must be false"):
         options.use_less_memory(cfg, torch.nn.Linear(2, 2))
 
 
 def test_compile_is_a_switch():
-    with pytest.raises(qat.UsageError, match=r"compile='fast': allowed are true and false"):
+    with pytest.raises(qat.UsageError, match=r"compile='fast': must be true or false"):
         options.check_compiler(compose("train", "compile=fast", "run_dir=a"), torch.device("cpu"))
 
 
@@ -51,7 +51,7 @@ def test_no_compiler(monkeypatch):
         raise RuntimeError("no C++ compiler found\nand much more")
 
     monkeypatch.setattr(torch, "compile", lambda _: broken)
-    message = r"compile=true: torch cannot compile for cpu here \(no C\+\+ compiler found\); allowed is false"
+    message = r"compile=true: torch cannot compile for cpu here \(no C\+\+ compiler found\); must be false"
     with pytest.raises(qat.UsageError, match=message):
         options.check_compiler(compose("train", "compile=true", "run_dir=a"), torch.device("cpu"))
 

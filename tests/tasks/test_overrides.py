@@ -21,19 +21,17 @@ TYPED = {
     "nothing_like_it=1": "nothing_like_it=1: there is no such setting; +nothing_like_it=1 adds it",
     "seed=1 sed=1 lr=3": "sed=1: there is no such setting; near: seed",
     # an option that is not there
-    "trainer=foo": "trainer=foo: there is no such option; allowed are cpu, ddp, fsdp, gpu, slurm",
-    "+debug=slow": "debug=slow: there is no such option; allowed are fast, overfit, profile",
+    "trainer=foo": "trainer=foo: there is no such option; must be one of cpu, ddp, fsdp, gpu, slurm",
+    "+debug=slow": "debug=slow: there is no such option; must be one of fast, overfit, profile",
     "loss=ce quant=null": "quant=null: Config group override must be a string or a list. Got NoneType",
     # what is no assignment, or two
     "seed=1,2": "seed=1,2: several values; with -m they are so many runs, seed=[1,2] is a list",
-    "seed=1 train": (
-        "train: not understood (missing EQUAL at '<EOF>'); allowed is key=value, in quotes if it has blanks, commas or brackets"
-    ),
+    "seed=1 train": ("train: not understood (missing EQUAL at '<EOF>'); must be key=value, in quotes if it has blanks, commas or brackets"),
     "quant.overrides={a": (
-        "quant.overrides={a: not understood (no viable alternative at input '{a'); allowed is key=value, in quotes if it has blanks, "
+        "quant.overrides={a: not understood (no viable alternative at input '{a'); must be key=value, in quotes if it has blanks, "
         "commas or brackets"
     ),
-    "callbacks=[default,ema2]": "callbacks=ema2: there is no such option; allowed are cga, default, ema, freeze, oscillation",
+    "callbacks=[default,ema2]": "callbacks=ema2: there is no such option; must be one of cga, default, ema, freeze, oscillation",
     "+seed=3": "+seed=3: there is such a setting already; seed=3 sets it",
     # what Hydra says well, without its line breaks
     "~quant.foo": "~quant.foo: Could not delete from config. 'quant.foo' does not exist",

@@ -210,21 +210,21 @@ def test_the_script_as_it_is_typed(tmp_path, float_run):
     assert "qat: post-training quantization" in out
     assert qat.load(tmp_path / "runs" / "a" / "quantized.ckpt") is not None
     code, out = typed("ptq.py", "ckpt=runs/fp.ckpt", "run_dir=runs/b", "ptq.bits=99", cwd=tmp_path)
-    assert (code, out.strip()) == (1, "error: ptq.bits=99: allowed are whole numbers from 2 to 8")
+    assert (code, out.strip()) == (1, "error: ptq.bits=99: must be an integer from 2 to 8")
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("ptq.bits=9",), "ptq.bits=9: allowed are whole numbers from 2 to 8"),
-        (("ptq.act_observer=median",), "ptq.act_observer='median': allowed are minmax, percentile, omse, mse, ema"),
-        (("+ptq.colour=red",), "ptq.colour: allowed are batch, name, bits"),
-        (("ptq.batch=0",), "ptq.batch=0: allowed are whole numbers from 1"),
-        (("data.calibration_images=50",), "data.calibration_images=50: less than one batch; allowed are whole numbers from ptq.batch=100"),
+        (("ptq.bits=9",), "ptq.bits=9: must be an integer from 2 to 8"),
+        (("ptq.act_observer=median",), "ptq.act_observer='median': must be one of minmax, percentile, omse, mse, ema"),
+        (("+ptq.colour=red",), "ptq.colour: must be one of batch, name, bits"),
+        (("ptq.batch=0",), "ptq.batch=0: must be an integer of at least 1"),
+        (("data.calibration_images=50",), "data.calibration_images=50: less than one batch; must be an integer of at least ptq.batch=100"),
         (("ptq.batch=2000", "data.calibration_images=2000"), "ptq.batch=2000: the data have 1257 training images"),
         (("ptq.overrides={nothing:{bits:8}}",), "ptq.overrides['nothing'] matches no module"),
         (("ckpt=missing.ckpt",), "ckpt='missing.ckpt': no such file"),
-        (("seed=-1",), "seed=-1: allowed are"),
+        (("seed=-1",), "seed=-1: must be"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, float_run, refused, overrides, message):
@@ -250,10 +250,10 @@ def test_the_directory_of_a_training_run_is_not_written_into(float_run, refused)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("resume=maybe",), "resume='maybe': allowed are false, true, auto"),
+        (("resume=maybe",), "resume='maybe': must be one of false, true, auto"),
         (("resume=true",), "has no search.ckpt; resume=auto starts where there is none"),
-        (("+search.colour=red",), "search.colour: allowed are method, passes"),
-        (("+search.passes=-1",), "search.passes=-1: allowed are"),
+        (("+search.colour=red",), "search.colour: must be one of method, passes"),
+        (("+search.passes=-1",), "search.passes=-1: must be"),
     ],
 )
 def test_mistakes_about_the_search(tmp_path, float_run, refused, overrides, message):

@@ -57,7 +57,7 @@ def test_a_single_task_of_slurm_starts_the_processes_of_its_devices(monkeypatch)
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
 def test_strategies_that_copy_the_process_are_refused(strategy):
-    with pytest.raises(UsageError, match=rf"^trainer\.strategy='{strategy}': allowed are .*auto, ddp, fsdp"):
+    with pytest.raises(UsageError, match=rf"^trainer\.strategy='{strategy}': must be .*auto, ddp, fsdp"):
         ranks.to_start(asking(devices=2, strategy=strategy))
 
 
@@ -182,7 +182,7 @@ def test_a_job_of_a_sweep_starts_its_processes(tmp_path):
 def test_a_mistake_is_told_once(tmp_path):
     done = typed(tmp_path, "optimizer.lr=-1", f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 1
-    assert (done.stdout + done.stderr).strip() == "error: optimizer.lr=-1: allowed are numbers above 0"
+    assert (done.stdout + done.stderr).strip() == "error: optimizer.lr=-1: must be a number above 0"
     assert results(tmp_path / "run")["error"].startswith("optimizer.lr=-1")
 
 

@@ -114,7 +114,7 @@ def test_a_page_that_fails_fails_no_run(tmp_path, monkeypatch, caplog):
 
 
 def test_the_flag_is_checked(tmp_path, refused):
-    assert "report='maybe': allowed are true and false" in refused("train", compose("train", *TINY, "report=maybe", f"run_dir={tmp_path}"))
+    assert "report='maybe': must be true or false" in refused("train", compose("train", *TINY, "report=maybe", f"run_dir={tmp_path}"))
 
 
 def test_run_makes_the_page_anew(tmp_path, run_4bit):
@@ -160,10 +160,10 @@ def test_a_resumed_run_shows_all_of_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "analysis is not set: allowed are cost,"),
+        ([], "analysis is not set: must be one of cost,"),
         (["run=/nowhere"], "run='/nowhere': neither config.yaml nor results.json is there"),
         (["run=/nowhere", "analysis=cost"], "run='/nowhere': makes a report anew and analyses nothing"),
-        (["run=[a,b]"], "run=['a', 'b']: allowed is a path"),
+        (["run=[a,b]"], "run=['a', 'b']: must be a path"),
     ],
 )
 def test_mistakes(overrides, message, tmp_path, refused):

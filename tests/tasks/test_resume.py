@@ -187,7 +187,7 @@ def test_a_damaged_last_gives_way_to_the_one_before(tmp_path, monkeypatch, caplo
         (["quant=lsq_4bit"], r"resume: .*last.ckpt has another recipe \(quant: .*weight_quantizer.*\); use ckpt=PATH to start from it"),
         (["quant=fp"], r"resume: .*last.ckpt has another recipe"),
         (["model.args.depth=2"], r"resume: .*last.ckpt holds .*'depth': 1.*not model vit_tiny_patch16_224 with .*'depth': 2"),
-        (["resume=maybe"], r"resume='maybe': allowed are false, true, auto"),
+        (["resume=maybe"], r"resume='maybe': must be one of false, true, auto"),
     ],
 )
 def test_another_run_is_not_continued(overrides, message, full):
@@ -447,7 +447,7 @@ def test_other_images_are_noticed(change, line, photos, tmp_path, caplog):
             ["optimizer.lr=0.1"],
             r"^optimizer\.lr=0\.1 \(it had 0\.001\): a run that goes on keeps its optimizer and its schedule; ",
         ),
-        (["trainer.max_epochs=2"], r"^trainer\.max_epochs=2: .*last\.ckpt has 3 behind it; allowed are whole numbers from 3$"),
+        (["trainer.max_epochs=2"], r"^trainer\.max_epochs=2: .*last\.ckpt has 3 behind it; must be an integer of at least 3$"),
     ],
     ids=["rate", "epochs"],
 )

@@ -75,8 +75,8 @@ def test_a_row_runs_on_a_small_net(tmp_path):
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("search.method=annealing", "search.method='annealing': allowed are evolution, random, adam, sgd"),
-        ("+search.cycle=3", "search.cycle: allowed are method, passes, cycles"),
+        ("search.method=annealing", "search.method='annealing': must be one of evolution, random, adam, sgd"),
+        ("+search.cycle=3", "search.cycle: must be one of method, passes, cycles"),
         ("search.targets=[head]", "search.targets=['head']: no block has such a scale; stored scales are those of "),
     ],
 )

@@ -92,7 +92,7 @@ def test_analyze_gathers_it_again(swept):
     ("typed_in", "line"),
     [
         ("sweep=/nowhere", "sweep='/nowhere': no such folder"),
-        ("sweep=[a,b]", r"sweep=.*: allowed is the folder of a sweep"),
+        ("sweep=[a,b]", r"sweep=.*: must be the folder of a sweep"),
         ("sweep=a ckpt=b", "sweep='a' and ckpt are set: gathering a sweep reads no nets; leave ckpt out"),
         ("sweep=a analysis=cost", "sweep='a' and analysis are set"),
         ("sweep=a run=b", "sweep='a' and run are set"),
