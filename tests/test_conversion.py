@@ -232,7 +232,7 @@ def test_images_that_do_not_pass(size):
 
 @pytest.mark.parametrize("size", [(8, 8), 224, None])
 def test_sizes_that_are_none(size):
-    with pytest.raises(qat.UsageError, match="must be one of three whole numbers"):
+    with pytest.raises(qat.UsageError, match="must be three integers"):
         qat.convert(vit(), qat.recipe("ofq"), input_size=size)
 
 

@@ -123,7 +123,7 @@ def test_settings_that_do_not_go_together(arguments, line, capsys):
 
 def test_bits_and_libraries_that_are_not_there():
     net, batches = vit()
-    with pytest.raises(UsageError, match="bits='5': allowed are 2, 3, 4, 8"):
+    with pytest.raises(UsageError, match="bits='5': must be one of 2, 3, 4, 8"):
         quantized("torch_ao", net, batches, 5)
     if importlib.util.find_spec("brevitas") is None:
         with pytest.raises(UsageError, match="library='brevitas': No module named 'brevitas'; `make peers` installs it"):

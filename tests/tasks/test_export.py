@@ -111,7 +111,7 @@ MISTAKES = {
     "dynamic_size=true: this net takes images of one size; .* model.args.dynamic_img_size=true": ["dynamic_size=true"],
     "opset=25: only for format=onnx": ["format=packed", "opset=25"],
     "images=0: must be an integer of at least 1": ["images=0"],
-    "file='net.bin': with format=onnx is a name that ends in .onnx": ["file=net.bin"],
+    "file='net.bin': must end in .onnx with format=onnx": ["file=net.bin"],
     "split='all': must be one of train, val, test": ["split=all"],
 }
 
