@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from qat.errors import UsageError
 from qat.files import read_torch
+from qat.spec import check_text
 
 log = logging.getLogger(__name__)
 _PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
@@ -26,18 +27,23 @@ class BestCheckpoint(ModelCheckpoint):
         monitor: name of what decides, as it is logged.
         mode: `max` | `min`.
         save_top_k: 1; several would take turns under one name.
+        filename: of the file, without its suffix; None = Lightning's, made of epoch and step.
         **options: of Lightning's.
 
     Raises:
-        UsageError: another number of files, or the highest loss.
+        UsageError: another number of files, a name that is no text, or the highest loss.
     """
 
-    def __init__(self, monitor: str = "val/top1", mode: str = "max", save_top_k: int = 1, **options: Any) -> None:
+    def __init__(
+        self, monitor: str = "val/top1", mode: str = "max", save_top_k: int = 1, filename: str | None = None, **options: Any
+    ) -> None:
         if save_top_k != 1:
             raise UsageError(f"callbacks.best.save_top_k={save_top_k!r}: must be 1; callbacks.best=null keeps none")
+        if filename is not None:
+            check_text("callbacks.best.filename", filename)
         if "loss" in monitor and mode != "min":
             raise UsageError(f"callbacks.best.mode={mode!r}: the best {monitor} is the lowest; must be min")
-        super().__init__(monitor=monitor, mode=mode, save_top_k=save_top_k, **options)
+        super().__init__(monitor=monitor, mode=mode, save_top_k=save_top_k, filename=filename, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's, and the step of the best epoch."""
