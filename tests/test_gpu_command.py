@@ -15,7 +15,7 @@ BLOCKED = """
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     sys.meta_path.insert(0, Refuse())
-    sys.argv[1:] = ["-k", "length_7 or resumed", "--maxfail=1"]
+    sys.argv[1:] = ["-k", "declined or resumed", "--maxfail=1"]
     runpy.run_module("tests.gpu", run_name="__main__")
 """
 
