@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 # Less is nothing that loader processes are worth.
 WAIT_SHARE, WAIT_S = 0.2, 1.0
+# By then compilers and caches are warm, and a short run is over.
+FORECAST_S = 60.0
 
 
 def images_left_out(trainer: Trainer) -> str:
@@ -25,9 +27,14 @@ def images_left_out(trainer: Trainer) -> str:
     return f"left out {', '.join(f'{n} {split}' for split, n in count.items())} images" if count else ""
 
 
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
 class EpochLog(Callback):
     """Logs loss, validation accuracy, learning rate, throughput and time left after every epoch.
 
+    A minute into the first epoch it says how long the whole run will take.
     Where an epoch has waited for its loader for more than a second and a fifth of its time, validation left out, it says that, and what to
     try: of several processes, for the one that waited longest.
     """
@@ -35,12 +42,14 @@ class EpochLog(Callback):
     def __init__(self) -> None:
         self._start = 0.0
         self._first_epoch = 0
-        self._images = 0
+        self._images = self._batches = 0
+        self._forecast = False
         self._clock = WaitClock()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember when the first epoch began."""
-        self._start, self._first_epoch, self._images = time.monotonic(), trainer.current_epoch, 0
+        self._start, self._first_epoch = time.monotonic(), trainer.current_epoch
+        self._images, self._batches, self._forecast = 0, 0, False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Time the loader's part of this epoch."""
@@ -55,8 +64,18 @@ class EpochLog(Callback):
         self._clock.go_on()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: tuple, batch_idx: int) -> None:
-        """Count images."""
+        """Count images; a minute into a run say how long it will take."""
         self._images += len(batch[0]) * trainer.world_size
+        self._batches += 1
+        seconds = time.monotonic() - self._start
+        if seconds < FORECAST_S or self._forecast:
+            return
+        self._forecast = True
+        epochs = (trainer.max_epochs or 0) - self._first_epoch
+        if trainer.is_global_zero and trainer.current_epoch == self._first_epoch and epochs > 0:
+            epoch = seconds / self._batches * float(trainer.num_training_batches)
+            rate = f"{self._images / seconds:.0f} img/s"
+            log.info("%s: about %s of training an epoch, %s for %d epochs", rate, _duration(epoch), _duration(epoch * epochs), epochs)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the line."""
@@ -71,7 +90,7 @@ class EpochLog(Callback):
             values.append(left_out)
         group = trainer.optimizers[0].param_groups[0] if trainer.optimizers else {"lr": 0.0}
         rate = group["lr"] / group.get("lr_scale", 1.0)
-        left = datetime.timedelta(seconds=round(seconds / (done - self._first_epoch) * max(total - done, 0)))
+        left = _duration(seconds / (done - self._first_epoch) * max(total - done, 0))
         speed = f"{self._images / seconds:.0f} img/s{waiting}"
         log.info("epoch %d/%d  %s  lr %.2e  %s  left %s", done, total, "  ".join(values), rate, speed, left)
 

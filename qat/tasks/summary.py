@@ -12,7 +12,6 @@ from qat.conversion import ConversionReport
 from qat.data import ImageData
 from qat.frozen import FrozenWeight
 from qat.lit import scaled_lr
-from qat.lit.estimate import StepCost
 from qat.ptq_spec import PtqRecipe
 from qat.spec import QuantRecipe
 
@@ -67,31 +66,6 @@ def describe_lr(cfg: DictConfig, global_batch: int) -> str:
         return f"lr {lr:.3g}"
     ratio = f"{global_batch}/{base}"
     return f"lr {lr:.3g} ({optimizer.lr:.3g} x {ratio if rule == 'linear' else f'sqrt({ratio})'})"
-
-
-def describe_estimate(cost: StepCost, *, batch_size: int, train_images: int, val_images: int, epochs: int) -> str:
-    """Time and memory of a run, in words.
-
-    Args:
-        cost: of a step.
-        batch_size: images of one process and step.
-        train_images: images of one process and epoch.
-        val_images: likewise, of validation.
-        epochs: epochs to go.
-    """
-    epoch = train_images * cost.train_s + val_images * cost.eval_s
-    activations = batch_size * cost.saved_bytes
-    memory = f"{(activations + cost.weight_bytes) / 1e9:.1f} GB ({activations / 1e9:.1f} GB of it activations of {batch_size} images)"
-    return (
-        f"about {_duration(batch_size * cost.train_s)} a step, {_duration(epoch)} an epoch, "
-        f"{_duration(epochs * epoch)} for {epochs} epochs of computing; about {memory}"
-    )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def describe_data(name: str, data: ImageData) -> str:

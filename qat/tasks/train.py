@@ -23,10 +23,8 @@ from qat.cost import cost
 from qat.data import ImageData
 from qat.files import write_text
 from qat.lit import QATModule, Teacher
-from qat.lit.estimate import measure_step
 from qat.lit.evaluate import evaluate
 from qat.lit.loggers import closing
-from qat.lit.module import limited
 from qat.spec import QuantRecipe
 from qat.start import Start
 from qat.tasks import build, fit, options, outputs, summary
@@ -45,7 +43,6 @@ from qat.tasks.trainer_checks import check_batches
 
 log = logging.getLogger(__name__)
 
-LONG_RUN_S = 60
 HEAD_GAP = 1.0  # points of top-1
 
 
@@ -92,7 +89,6 @@ def train(cfg: DictConfig) -> float:
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
         remember(cfg)
     top1_fp = _announce_teacher(run)
-    _announce_estimate(cfg, run)
     options.compile_nets(cfg, run.module.net, run.teacher)
     with closing(run.trainer.loggers):
         run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume.path if run.resume else None)
@@ -237,28 +233,6 @@ def _announce_teacher(run: Run) -> float | None:
     if own - followed > HEAD_GAP:
         log.warning("loss.teacher_head=cls: that head alone is %.1f points behind the net; mean follows both", own - followed)
     return own if is_float(run.teacher) else None
-
-
-def _announce_estimate(cfg: DictConfig, run: Run) -> None:
-    """Say what a long run will take, from a few steps on random images."""
-    trainer, data = run.trainer, run.data
-    if trainer.fast_dev_run or not is_first():  # type: ignore[attr-defined]
-        return
-    run_cost = measure_step(
-        run.module,
-        data.input_size,
-        batch_size=cfg.data.batch_size,
-        num_classes=data.settings.num_classes,
-        device=trainer.strategy.root_device,
-        autocast=trainer.precision_plugin.forward_context,
-        opt=cfg.optimizer.opt,
-    )
-    batches = limited(len(data.train_dataloader()), trainer.limit_train_batches)
-    done = (run.resume.checkpoint.step or 0) * trainer.accumulate_grad_batches // max(batches, 1) if run.resume else 0
-    images = {"train_images": batches * cfg.data.batch_size, "val_images": len(data.split("val")) // trainer.world_size}
-    epochs = cfg.trainer.max_epochs - done
-    if epochs * (images["train_images"] * run_cost.train_s + images["val_images"] * run_cost.eval_s) > LONG_RUN_S:
-        log.info("estimate: %s", summary.describe_estimate(run_cost, batch_size=cfg.data.batch_size, epochs=epochs, **images))
 
 
 def _announce_early_end(trainer: Trainer) -> None:

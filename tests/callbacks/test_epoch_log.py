@@ -48,14 +48,29 @@ def test_without_validation_the_line_leaves_it_out(caplog):
 
 def test_speed_counts_images_of_all_processes(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    clock = iter([100.0, 104.0])
-    monkeypatch.setattr("qat.callbacks.epoch_log.time.monotonic", lambda: next(clock))
+    clock = [100.0]
+    monkeypatch.setattr("qat.callbacks.epoch_log.time.monotonic", lambda: clock[0])
     log = EpochLog()
     run = Mock(current_epoch=0, max_epochs=3, world_size=2, callback_metrics={}, optimizers=[], is_global_zero=True)
     log.on_train_start(run, None)
     for _ in range(5):
         log.on_train_batch_end(run, None, None, (list(range(8)), None), 0)
+    clock[0] = 104.0
     log.on_train_epoch_end(run, None)
     # 5 batches x 8 images x 2 processes in 4 seconds; two more epochs of 4 seconds each.
     assert "20 img/s" in lines(caplog)[0]
     assert lines(caplog)[0].endswith("left 0:00:08")
+
+
+def test_a_minute_into_a_long_run_it_says_how_long_it_will_take(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    clock = [0.0]
+    monkeypatch.setattr("qat.callbacks.epoch_log.time.monotonic", lambda: clock[0])
+    log = EpochLog()
+    run = Mock(current_epoch=2, max_epochs=5, world_size=1, num_training_batches=200, is_global_zero=True)
+    log.on_train_start(run, None)
+    for _ in range(4):
+        clock[0] += 30.0
+        log.on_train_batch_end(run, None, None, (list(range(60)), None), 100)
+    # A batch of 60 images in 30 s; 200 batches an epoch, three epochs to go.
+    assert lines(caplog) == ["2 img/s: about 1:40:00 of training an epoch, 5:00:00 for 3 epochs"]

@@ -196,19 +196,6 @@ def test_profile(tmp_path):
     assert "addmm" in (tmp_path / "run" / "fit-profile.txt").read_text()
 
 
-def test_a_long_run_says_what_it_takes(tmp_path, caplog, monkeypatch):
-    from qat.tasks import train as task
-
-    caplog.set_level("INFO")
-    train(tmp_path / "short")
-    assert "estimate" not in caplog.text
-    monkeypatch.setattr(task, "LONG_RUN_S", 0)
-    train(tmp_path / "long")
-    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("estimate: ")]
-    assert " a step, " in line
-    assert " for 1 epochs of computing; about " in line
-
-
 def test_drop_path_is_in_training_alone(watched):
     run_dir, _ = watched("model.args.drop_path_rate=0.5", "++model.args.depth=2")
     net = qat.load(run_dir / "checkpoints" / "last.ckpt")
