@@ -76,7 +76,7 @@ def describe(
         model: timm name; None = the name timm itself wrote on the net.
         model_kwargs: arguments of `timm.create_model`; None = those timm noted.
         data: config of the data it was trained on, stored as it is; None = what `load` found in the net's file, if it came from one.
-        classes: names of its classes, in the order of its outputs; None likewise.
+        classes: names of its classes, in the order of its outputs; None = what `load` found in the net's file.
 
     Raises:
         UsageError: the net does not say how it was built, or not in plain data; data or classes are not of their kind.
@@ -120,7 +120,7 @@ def data_of(net: nn.Module) -> dict[str, Any] | None:
 
 
 def classes_of(net: nn.Module) -> list[str] | None:
-    """Names of a net's classes, likewise."""
+    """Names of a net's classes, in the order of its outputs; None if they are not known."""
     return getattr(net, _CLASSES, None)
 
 

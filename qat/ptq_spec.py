@@ -43,13 +43,14 @@ class PtqRecipe(QuantRecipe):
         placement: `inputs` (what enters a product, as in training) or `fqvit` (what leaves a layer too; FQ-ViT, arXiv 2111.13824).
         attention: `standard`, or `float` (only the Linears of an attention are quantized).
         weight_quantizer: `affine` or `float`.
-        act_quantizer: likewise.
+        act_quantizer: `affine` or `float`.
         softmax_quantizer: `affine`, `log2` (powers of two) or `float`; None = `act_quantizer`.
         weight_observer: how the range of a weight is found, one of `OBSERVERS`.
-        act_observer: likewise, of activations.
-        residual_observer: likewise, of sums on the residual stream (`fqvit`); `ptf` = a power of two per channel; None = `act_observer`.
+        act_observer: how the range of an activation is found, one of `OBSERVERS`.
+        residual_observer: how the range is found of sums on the residual stream (`fqvit`); `ptf` = a power of two per channel;
+            None = `act_observer`.
         weight_signed: symmetric signed codes; False = unsigned ones with a zero point.
-        act_signed: likewise; probabilities are always unsigned.
+        act_signed: whether activations have a symmetric signed grid; probabilities are always unsigned.
         weight_scales: weights have a scale per output `channel`, or one for the `tensor`.
         act_scales: activations have a scale per `tensor`, `token` or `channel` (attention scores and probabilities: per head).
         bias_correction: give each output channel of a quantized weight the mean and the spread of the float one.

@@ -107,7 +107,7 @@ class QuantSpec:
         map_scales: for the input of a Linear on a feature map (B, H, W, C): one scale for the `tensor`, or `column`: along `axis`.
         step_init: how a step that is learned begins: as in the `lsq` paper, or where the squared error is least (`mse`). Says nothing
             about the result, so specs that differ in it are equal.
-        observer: how post-training quantization finds the range; likewise.
+        observer: how post-training quantization finds the range; specs that differ in it are equal too.
         bias_correction: give every row of a fake-quantized weight the mean and the spread of its float row.
     """
 
@@ -166,7 +166,7 @@ class QuantRecipe:
         attention: `qkr` (query-key reparameterization), `standard`, or `float` (only its Linears are quantized).
         qk_bias: under QKR, `drop` the query bias as the paper's code does, or `fold` it exactly into a per-key score.
         weight_quantizer: one of `QUANTIZERS`, or `package.module:Class`.
-        act_quantizer: likewise.
+        act_quantizer: one of `QUANTIZERS`, or `package.module:Class`.
         stem_bits: weights and input of the first convolution.
         head_bits: weights and input of the classifier(s).
         offsets: learnable offsets before and after activation quantizers.

@@ -30,7 +30,8 @@ class ScaleWatch:
         dead_steps: optimizer steps.
 
     Attributes:
-        EXPLODED: what `look` calls a step that has; likewise `DEAD`.
+        EXPLODED: what `look` calls a step size that has exploded.
+        DEAD: what `look` calls one that is dead.
         starts: the step sizes of each quantizer when first seen, float32, by the name of its site.
 
     Raises:

@@ -32,7 +32,7 @@ class Checked:
 
     Attributes:
         agreement: codes and logits of the net and of the file, step by step; by the level to which onnxruntime changes the graph.
-        unlike: images on which the file as people run it differs from the one that was looked into, likewise.
+        unlike: images on which the file as people run it differs from the one that was looked into, by optimization level.
         plain: share of the images on which a session without the options that the file names differs by more than `TOLERANCE`; None if it
             cannot be opened without them.
         refused: what onnxruntime says then.

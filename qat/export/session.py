@@ -67,7 +67,7 @@ def logits_of(session: onnxruntime.InferenceSession, images: Tensor) -> Tensor:
 def outputs_of(
     session: onnxruntime.InferenceSession, images: Tensor, names: Sequence[str], of_images: Collection[str]
 ) -> dict[str, Tensor]:
-    """Values of a graph by name, likewise; those that are not `of_images` once."""
+    """Values of a graph by name for all images; those that are not `of_images` once."""
     takes = session.get_inputs()[0].shape[0]
     size = takes if isinstance(takes, int) else len(images)
     parts = [session.run(names, {INPUT: part.numpy()}) for part in images.cpu().float().split(size)]

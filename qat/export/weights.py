@@ -24,7 +24,7 @@ class Stored:
         kind: ONNX type of the codes and of the zero point.
         codes: int8 or uint8 that fit it.
         scale: (n,), a scale a row, or (1,).
-        zero_point: (n,) likewise, or None = 0.
+        zero_point: (n,) or (1,), or None = 0.
         constant: (n,), what is added to a row: half a step of StatsQ, or what bias correction adds; None = 0.
     """
 

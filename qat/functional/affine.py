@@ -63,7 +63,7 @@ def fake_quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int
     Args:
         x: any shape and float dtype; computed in float32.
         scale: (x.shape[axis],), or (1,) for axis None; receives a gradient if it asks for one.
-        zero_point: likewise, in codes.
+        zero_point: (x.shape[axis],), or (1,) for axis None; in codes.
         qmin: lowest code.
         qmax: highest code.
         axis: dimension that keeps scales of its own, None = one for the tensor.
@@ -93,7 +93,7 @@ def fake_quantize_affine_(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: in
     Args:
         x: any shape and float dtype; overwritten.
         scale: (x.shape[axis],), or (1,) for axis None.
-        zero_point: likewise, in codes.
+        zero_point: (x.shape[axis],), or (1,) for axis None; in codes.
         qmin: lowest code.
         qmax: highest code.
         axis: dimension that keeps scales of its own, None = one for the tensor.

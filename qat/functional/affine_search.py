@@ -42,8 +42,8 @@ def omse_scale(x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool,
 
     Args:
         x: data on which the error is measured, any shape.
-        low: (x.shape[axis],) or (1,), the range to shrink.
-        high: likewise.
+        low: (x.shape[axis],) or (1,), lower end of the range to shrink.
+        high: (x.shape[axis],) or (1,), its upper end.
         bits: 2 to 8.
         signed: where the codes lie; the formula stays asymmetric.
         axis: dimension that keeps scales of its own, None = one for the tensor.

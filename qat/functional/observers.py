@@ -30,7 +30,7 @@ class RangeState(NamedTuple):
 
     Attributes:
         low: (x.shape[axis],), or (1,) for axis None.
-        high: likewise.
+        high: (x.shape[axis],), or (1,) for axis None.
     """
 
     low: Tensor

@@ -13,7 +13,7 @@ def fold_qk(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
 
     Args:
         wq: (h*d, C), rows grouped by head.
-        wk: (h*d, C), likewise.
+        wk: (h*d, C), rows grouped by head.
         num_heads: h.
 
     Returns:

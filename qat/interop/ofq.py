@@ -60,7 +60,7 @@ def load_ofq_checkpoint(
         path: a `.pth.tar` of its training script, or a state dict alone. Nothing in it is executed.
         model: timm name; None = as the widths say.
         bits: of the weights in blocks; None = as the training arguments in the file say. No tensor tells them.
-        act_bits: of the activations; None = likewise, or `bits` where the file does not say.
+        act_bits: of the activations; None = as the arguments in the file say, or `bits` where they do not.
         qkr: query-key reparameterization; None = as the file has it.
 
     Returns:

@@ -55,7 +55,7 @@ def compare_blocks(student: nn.Module, teacher: nn.Module, image: Tensor, settin
 
     Args:
         student: on the device of `image`; nothing in it changes.
-        teacher: likewise.
+        teacher: on the device of `image`; nothing in it changes.
         image: (1, C, H, W).
         setting: that asks for it, as `loss.features=1`.
         which: blocks.

@@ -183,7 +183,7 @@ def cosine_schedule(
     Args:
         optimizer: its groups' `lr` are the peaks.
         periods: length of the cosine, in epochs or steps.
-        warmup: length of the warm-up, likewise.
+        warmup: length of the warm-up, in epochs or steps.
         min_lr: rate at the end.
         warmup_lr: rate at the start of the warm-up.
         interval: `epoch` or `step`.

@@ -68,7 +68,7 @@ class ShardedStrategy(DDPStrategy):
         return self._gathered(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Likewise."""
+        """Whole, in the first process; nothing in the others, which take part."""
         return self._gathered(super().optimizer_state(optimizer))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:  # noqa: FBT001, FBT002  (Lightning's signature)

@@ -19,7 +19,7 @@ class StepContext:
         net: the net in training, for terms on its weights.
         progress: share of the run's optimizer steps that are done, 0 to 1.
         features: what each block of the net gave, if a term asks for it.
-        teacher_features: likewise of the teacher.
+        teacher_features: what each block of the teacher gave, if a term asks for it.
     """
 
     logits: Tensor | tuple[Tensor, Tensor]

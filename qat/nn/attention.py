@@ -162,7 +162,8 @@ class QkrAttention(ScoredAttention, QuantModule):
         bias: (3*h*d,) of queries, keys and values, or None. The key's is dropped: a softmax is blind to it.
 
     Attributes:
-        q_weight: Wq (h*d, C), rows grouped by head; k_weight likewise.
+        q_weight: Wq (h*d, C), rows grouped by head.
+        k_weight: Wk (h*d, C), rows grouped by head.
         q_bias: (h*d,) under `qk_bias=fold`, else None: the paper's code drops it, which changes the function.
         folded_bias: (h, C), what a frozen net keeps of the query bias.
         product_offset: (h*C,) learnable offset in front of the product's quantizer: a bias of the folded linear map.

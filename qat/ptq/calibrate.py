@@ -29,7 +29,7 @@ class Calibration:
 
     Attributes:
         images: seen by this process.
-        batches: likewise.
+        batches: seen by this process.
         scales: in the net.
         observers: number of quantizers by the method that found their range.
     """

@@ -49,7 +49,7 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
 logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 logging.getLogger("timm").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
-warnings.filterwarnings("ignore", message=".*all_gather.*is deprecated")  # likewise
+warnings.filterwarnings("ignore", message=".*all_gather.*is deprecated")  # Lightning's own use of torch
 warnings.filterwarnings("ignore", message=".*does not have many workers")  # small data are in memory
 warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")  # Hydra made it
 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # so it is when a run goes on
