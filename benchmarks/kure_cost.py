@@ -81,7 +81,7 @@ def build(recipe: str, batch: tuple[Tensor, Tensor]) -> nn.Module:
 
 def plain_kurtosis(step: StepContext, term: Kure) -> Tensor:
     """The same value, written as the formula."""
-    weights = [master.of(step.net) for master in term.masters]
+    weights = [latent.of(step.net) for latent in term.latents]
     return torch.stack([((((w - w.mean()) / w.std()) ** 4).mean() - 1.8) ** 2 for w in weights]).mean()
 
 
@@ -102,7 +102,7 @@ def count(net: nn.Module, term: LossTerm) -> tuple[Traffic, int]:
         term(context).backward()
     net.zero_grad(set_to_none=True)
     assert isinstance(term, Kure)  # noqa: S101  (narrows a type)
-    return traffic, sum(master.of(net).numel() for master in term.masters)
+    return traffic, sum(latent.of(net).numel() for latent in term.latents)
 
 
 def alone(net: nn.Module, term: LossTerm) -> Callable[[], None]:

@@ -69,7 +69,7 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     before = type(net), dict(net._modules)
     try:
-        _walk(net, "", _Walk(recipe, places(net), swapped), swap_net(net, SwapContext(recipe.at(""), "block")))
+        _walk(net, "", _Walk(recipe, stem_and_heads(net), swapped), swap_net(net, SwapContext(recipe.at(""), "block")))
         if isinstance(net, FqNet):
             net.connect()
         _check_rules(net, recipe)
@@ -108,7 +108,7 @@ def _as_names(value: object) -> set[str]:
     return {value} if isinstance(value, str) else set(value) if isinstance(value, Iterable) else set()
 
 
-def places(net: nn.Module) -> dict[str, str]:
+def stem_and_heads(net: nn.Module) -> dict[str, str]:
     """Names of the first convolution (`stem`) and the classifiers (`head`), from timm's own description of the net."""
     described = getattr(net, "pretrained_cfg", None) or {}
     first_conv = next((name for name, m in net.named_modules() if isinstance(m, nn.Conv2d)), "")

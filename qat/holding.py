@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
-class Hold:
+class EntryFreezer:
     """Zeroes gradients in front of a step and writes values back behind it.
 
     A zero gradient is not enough: weight decay and the momentum of earlier steps would still move an entry. The values are written back in
-    a hook of the optimizer, so whoever looks at the weights after a step (averages, checkpoints) sees the held ones. Values that no step
+    a hook of the optimizer, so whoever looks at the weights after a step (averages, checkpoints) sees the frozen ones. Values that no step
     followed, as when a gradient scaler skips one, are forgotten.
 
     Args:
@@ -23,7 +23,7 @@ class Hold:
 
     def __init__(self, behind: Callable[[], None] | None = None) -> None:
         self._behind = behind
-        self._held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._frozen: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         self._handles: list[RemovableHandle] = []
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -32,29 +32,29 @@ class Hold:
         self._handles = [optimizer.register_step_post_hook(self._restore) for optimizer in optimizers]
 
     def detach(self) -> None:
-        """Remove the hooks and forget what was held."""
+        """Remove the hooks and forget what was frozen."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._held = [], []
+        self._handles, self._frozen = [], []
 
     @torch.no_grad()
-    def hold(self, entries: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
-        """Hold these entries, and no others, through the next step.
+    def freeze(self, entries: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        """Freeze these entries, and no others, through the next step.
 
         Args:
-            entries: parameters, and bool masks of their shape, True = hold.
+            entries: parameters, and bool masks of their shape, True = frozen.
         """
-        self._held = []
+        self._frozen = []
         for parameter, mask in entries:
             if parameter.grad is not None:
                 # Not a product with the mask: NaN * 0 is NaN.
                 parameter.grad.masked_fill_(mask, 0.0)
-            self._held.append((parameter, mask, parameter.detach().clone()))
+            self._frozen.append((parameter, mask, parameter.detach().clone()))
 
     @torch.no_grad()
     def _restore(self, *_: Any) -> None:
-        held, self._held = self._held, []
-        for parameter, mask, values in held:
+        frozen, self._frozen = self._frozen, []
+        for parameter, mask, values in frozen:
             parameter.copy_(torch.where(mask, values, parameter))
-        if held and self._behind is not None:
+        if frozen and self._behind is not None:
             self._behind()

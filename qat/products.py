@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True)
-class Product:
+class MatrixProduct:
     """One matrix product.
 
     Attributes:
@@ -79,7 +79,7 @@ _OF_WEIGHTS: dict[Any, _Count] = dict.fromkeys([F.linear, F.conv1d, F.conv2d, F.
 class _Watch(TorchFunctionMode):
     """Notes products while it is on; `running` is the stack of names of modules."""
 
-    def __init__(self, running: list[str], found: list[Product]) -> None:
+    def __init__(self, running: list[str], found: list[MatrixProduct]) -> None:
         super().__init__()
         self.running, self.found = running, found
 
@@ -90,15 +90,15 @@ class _Watch(TorchFunctionMode):
         if count is not None:
             where = self.running[-1] if self.running else ""
             by_weight = func in _OF_WEIGHTS or any(isinstance(a, nn.Parameter) for a in (*args, *kwargs.values()))
-            self.found.extend(Product(where, macs, not by_weight) for macs in count(args, kwargs, out))
+            self.found.extend(MatrixProduct(where, macs, not by_weight) for macs in count(args, kwargs, out))
         return out
 
 
 @contextlib.contextmanager
-def watching(net: nn.Module) -> Generator[list[Product]]:
+def watching(net: nn.Module) -> Generator[list[MatrixProduct]]:
     """Collect the matrix products of what runs inside the block; the list fills as the net runs."""
     running: list[str] = []
-    found: list[Product] = []
+    found: list[MatrixProduct] = []
     names = {id(module): name for name, module in net.named_modules()}
 
     def enter(module: nn.Module, args: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 import qat
 from qat.functional import kurtoses
 from qat.functional.oscillation import PackedOscillation, unpack_oscillation
-from qat.losses.masters import find_masters
+from qat.losses.masters import find_latent_weights
 from studies.arms import Arm
 from studies.records import write_record
 
@@ -126,7 +126,7 @@ def _kurtosis(place: Path) -> dict[str, float]:
         return {}
     net = qat.load(path)
     with torch.no_grad():
-        found = kurtoses(master.of(net) for master in find_masters(net, "loss.kure"))
+        found = kurtoses(master.of(net) for master in find_latent_weights(net, "loss.kure"))
     return {"kurtosis": found.mean().item(), "kurtosis_lowest": found.min().item(), "kurtosis_highest": found.max().item()}
 
 

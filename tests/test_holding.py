@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qat.holding import Hold
+from qat.holding import EntryFreezer
 
 
 def start(optimizer="adamw", **settings):
@@ -24,13 +24,13 @@ MASK = torch.arange(30).reshape(6, 5) % 3 > 0
 def test_held_entries_stay_and_the_others_move_as_ever(optimizer):
     settings = {"momentum": 0.9} if optimizer == "sgd" else {}
     (held, ours), (free, theirs) = start(optimizer, **settings), start(optimizer, **settings)
-    hold = Hold()
+    hold = EntryFreezer()
     hold.attach([ours])
     for t in range(4):
         held.grad, free.grad = gradient(t), gradient(t)
         before = held.detach().clone()
         if t:  # the first step builds momentum
-            hold.hold([(held, MASK)])
+            hold.freeze([(held, MASK)])
         ours.step()
         theirs.step()
         if t:
@@ -41,10 +41,10 @@ def test_held_entries_stay_and_the_others_move_as_ever(optimizer):
 
 def test_a_gradient_that_is_no_number_does_not_get_through():
     parameter, optimizer = start()
-    hold = Hold()
+    hold = EntryFreezer()
     hold.attach([optimizer])
     parameter.grad = torch.where(MASK, torch.nan, gradient(0))
-    hold.hold([(parameter, MASK)])
+    hold.freeze([(parameter, MASK)])
     assert torch.equal(parameter.grad[MASK], torch.zeros(MASK.sum()))
     optimizer.step()
     assert parameter.isfinite().all()
@@ -53,10 +53,10 @@ def test_a_gradient_that_is_no_number_does_not_get_through():
 
 def test_a_parameter_without_gradient():
     parameter, optimizer = start()
-    hold = Hold()
+    hold = EntryFreezer()
     hold.attach([optimizer])
     before = parameter.detach().clone()
-    hold.hold([(parameter, MASK)])
+    hold.freeze([(parameter, MASK)])
     optimizer.step()
     assert parameter.grad is None
     assert torch.equal(parameter, before)
@@ -64,10 +64,10 @@ def test_a_parameter_without_gradient():
 
 def test_one_step_only():
     parameter, optimizer = start()
-    hold = Hold()
+    hold = EntryFreezer()
     hold.attach([optimizer])
     parameter.grad = gradient(0)
-    hold.hold([(parameter, MASK)])
+    hold.freeze([(parameter, MASK)])
     optimizer.step()
     before = parameter.detach().clone()
     optimizer.step()
@@ -78,7 +78,7 @@ def test_a_step_that_a_scaler_skips_leaves_nothing_behind():
     # The values remembered for the skipped step are not those of the next one.
     calls = []
     parameter, optimizer = start()
-    hold = Hold(behind=lambda: calls.append(1))
+    hold = EntryFreezer(behind=lambda: calls.append(1))
     hold.attach([optimizer])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for t, good in enumerate([True, False, True]):
@@ -88,7 +88,7 @@ def test_a_step_that_a_scaler_skips_leaves_nothing_behind():
         scaler.unscale_(optimizer)
         mask = MASK if t < 2 else ~MASK
         before = parameter.detach().clone()
-        hold.hold([(parameter, mask)])
+        hold.freeze([(parameter, mask)])
         scaler.step(optimizer)
         scaler.update()
         assert torch.equal(parameter[mask], before[mask])
@@ -98,7 +98,7 @@ def test_a_step_that_a_scaler_skips_leaves_nothing_behind():
 
 def test_detached_it_holds_nothing():
     parameter, optimizer = start()
-    hold = Hold()
+    hold = EntryFreezer()
     hold.attach([optimizer])
     hold.attach([optimizer])
     assert len(optimizer._optimizer_step_post_hooks) == 1

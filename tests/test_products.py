@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qat.products import Product, watching
+from qat.products import MatrixProduct, watching
 
 
 class Every(nn.Module):
@@ -32,8 +32,8 @@ def test_every_kind():
     net = nn.Sequential(Every())
     with watching(net) as found:
         net(torch.randn(2, 3, 4))
-    square = [Product("0", 2 * 3 * 3 * 4, True)] * 7
-    assert found == [*square, Product("0", 2 * 3 * 4 * 2, False), Product("0.layer", 2 * 3 * 4 * 5, False)]
+    square = [MatrixProduct("0", 2 * 3 * 3 * 4, True)] * 7
+    assert found == [*square, MatrixProduct("0", 2 * 3 * 4 * 2, False), MatrixProduct("0.layer", 2 * 3 * 4 * 5, False)]
 
 
 def test_operands_by_name_and_einsum_in_numbers():
@@ -52,7 +52,7 @@ def test_convolutions_count_their_own_channels():
     net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, padding=1))
     with watching(net) as found:
         net(torch.randn(1, 4, 5, 5))
-    assert found == [Product("0", 8 * 25 * 2 * 9, False)]
+    assert found == [MatrixProduct("0", 8 * 25 * 2 * 9, False)]
 
 
 def test_nothing_is_left_behind():
@@ -86,4 +86,4 @@ def test_an_error_inside_leaves_the_stack_in_order():
     net = Tries()
     with watching(net) as found:
         net(torch.randn(2, 2))
-    assert found == [Product("", 8, True)]
+    assert found == [MatrixProduct("", 8, True)]

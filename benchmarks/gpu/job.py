@@ -23,7 +23,7 @@ from benchmarks.gpu.plan import Run
 from benchmarks.gpu.records import Row, append, commit
 from qat.files import read_torch, write_torch
 from qat.functional.confidence import near_threshold
-from qat.holding import Hold
+from qat.holding import EntryFreezer
 from qat.lit.optim import build_optimizer, cosine_schedule
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, StepContext
@@ -89,8 +89,8 @@ class Job:
         warm_up = int(WARM_UP * steps) if run.knobs is None else 0
         self.schedule = cosine_schedule(self.optimizer, periods=steps, warmup=warm_up, interval="step")
         self.loss = CompositeLoss({"ce": CrossEntropy()} if self.teacher is None else {"kd": Distillation(temperature=TEMPERATURE)})
-        self.hold = Hold()
-        self.hold.attach([self.optimizer])
+        self.freezer = EntryFreezer()
+        self.freezer.attach([self.optimizer])
         self.call: Callable[[Tensor], Tensor] = self.net
         if not setting.dry_run:
             self.call = torch.compile(self.net, fullgraph=True, dynamic=False)
@@ -181,9 +181,9 @@ class Job:
             group["lr"] = CGA_LR * group["lr_scale"]
 
     def _freeze(self) -> None:
-        """Hold all weights that are not near a threshold, as `qat.callbacks.CGA` does."""
+        """Freeze all weights that are not near a threshold, as `qat.callbacks.CGA` does."""
         sites = [s for s in qat.iter_quantizers(self.net) if s.role == "weight" and isinstance(s.quantizer, StatsQ)]
-        self.hold.hold((s.owner.weight, ~near_threshold(s.owner.weight, s.quantizer.spec.bits, CGA_BAND)) for s in sites)
+        self.freezer.freeze((s.owner.weight, ~near_threshold(s.owner.weight, s.quantizer.spec.bits, CGA_BAND)) for s in sites)
 
     @torch.no_grad()
     def _accuracy(self, part: str) -> float:

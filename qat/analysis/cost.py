@@ -12,7 +12,7 @@ from torch import nn
 from qat.analysis.base import Analysis, Drawing, Outcome, Row, StudiedNet, Table
 from qat.analysis.cost_drawings import by_kind
 from qat.checkpoint import built_alike
-from qat.conversion import conversion_of, places
+from qat.conversion import conversion_of, stem_and_heads
 from qat.cost import Cost, Matmul, ModuleCost, module_costs, total
 from qat.errors import UsageError
 from qat.spec import QuantRecipe, recipe
@@ -131,7 +131,7 @@ def _alike(studied: StudiedNet, variant: str, chosen: QuantRecipe) -> Variant:
 
 def module_kinds(net: nn.Module) -> dict[str, str]:
     """One of `KINDS` for each module, by timm's description of the net, by class and by name."""
-    where = places(net)
+    where = stem_and_heads(net)
     return {name: _kind(name, module, where) for name, module in net.named_modules()}
 
 

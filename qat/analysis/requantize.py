@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.analysis.grids import STEPS_FROM, Round, Scales, WeightGrid, derived, grid_of
-from qat.conversion import conversion_of, convert, places
+from qat.conversion import conversion_of, convert, stem_and_heads
 from qat.ptq.patching import patched
 from qat.quantizers import Float, Quantizer
 from qat.sites import iter_quantizers
@@ -171,7 +171,7 @@ def weight_sites(net: nn.Module, input_size: tuple[int, int, int], float_axis: i
         float_axis: dimension of float weights that gets scales of its own when they are quantized, None = one for the tensor.
     """
     twin = net if conversion_of(net) is not None else _twin(net, input_size)
-    where = places(twin)
+    where = stem_and_heads(twin)
     known, unknown = [], []
     for site in iter_quantizers(twin):
         if not site.is_weight:

@@ -26,7 +26,7 @@ _NAMED = 3
 
 
 @dataclass(frozen=True)
-class Worry(Generic[T]):
+class HealthCheck(Generic[T]):
     """One kind of trouble.
 
     Attributes:
@@ -56,7 +56,7 @@ def advice(label: str, weights: Sequence[WeightStats], activations: Sequence[Act
     return [entry for entry in found if entry is not None]
 
 
-def _told(label: str, worry: Worry, measured: Sequence[tuple[float, str]]) -> Advice | None:
+def _told(label: str, worry: HealthCheck, measured: Sequence[tuple[float, str]]) -> Advice | None:
     over = sorted(((value, title) for value, title in measured if value > worry.limit), key=lambda pair: -pair[0])
     if not over:
         return None
@@ -122,100 +122,100 @@ def _unused_activations(stats: ActivationStats) -> float:
     return 100 * unused_levels(stats.seen.usage) / len(stats.seen.counts)
 
 
-WEIGHTS: tuple[Worry[WeightStats], ...] = (
-    Worry(
+WEIGHTS: tuple[HealthCheck[WeightStats], ...] = (
+    HealthCheck(
         lambda w: float(w.spread == 0),
         0,
         "constant: all weights of the tensor are equal",
         "They carry nothing; see whether the checkpoint was loaded completely, and whether training reaches them.",
     ),
-    Worry(
+    HealthCheck(
         lambda w: 100 * w.dead / w.channels if w.spread else 0.0,
         0,
         "dead channels (next to no weight, or one level for all weights), up to {worst:.1f} % of a tensor",
         "Finer scales (one a channel), a smaller step, or more bits; a channel that is dead in float can be removed.",
     ),
-    Worry(
+    HealthCheck(
         _of_codes(lambda c: _too_small(c.step[0])),
         0,
         "a step of zero, or one that is held at the smallest that is allowed",
         "Initialise the scales anew from data (start from the float checkpoint), with a lower learning rate for scales.",
     ),
-    Worry(
+    HealthCheck(
         _of_codes(lambda c: _ratio(c.step)),
         20,
         "a channel whose step is up to {worst:.0f} times the median one",
         "Look at these channels in the float net; when they are outliers, equalise them or keep the layer at more bits.",
     ),
-    Worry(
+    HealthCheck(
         _of_codes(lambda c: 100 * c.clipped),
         25,
         "saturated: up to {worst:.0f} % of the weights are more than half a step beyond the outermost levels",
         "A larger step: initialise it by `mse` or `minmax`; StatsQ does this to long-tailed weights, which loss.kure=1 flattens.",
     ),
-    Worry(
+    HealthCheck(
         _at_ends,
         30,
         "at 4 bits or more, up to {worst:.0f} % of the weights are at the two end codes",
         "A larger step.",
     ),
-    Worry(
+    HealthCheck(
         _unused,
         15,
         "at 4 bits or fewer, up to {worst:.0f} % of the levels are empty",
         "A smaller step, one scale a channel, or fewer bits for these layers (quant.overrides).",
     ),
-    Worry(
+    HealthCheck(
         _lost,
         3.5,
         "the entropy of the codes is up to {worst:.1f} bits below their width",
         "Fewer bits would hold them (quant.overrides, quant.stem_bits, quant.head_bits), or a smaller step would serve them better.",
     ),
-    Worry(
+    HealthCheck(
         _of_codes(lambda c: -c.snr),
         0,
         "the quantized weights are farther from the float ones than zeros would be",
         "Their scales do not fit; calibrate anew, or train on.",
     ),
-    Worry(
+    HealthCheck(
         _kurtosis,
         6,
         "a kurtosis of up to {worst:.1f}: tails longer than Laplace's (6) on few levels",
         "Flatten them while training (loss.kure=1), or keep these layers at more bits (quant.overrides).",
     ),
 )
-ACTIVATIONS: tuple[Worry[ActivationStats], ...] = (
-    Worry(
+ACTIVATIONS: tuple[HealthCheck[ActivationStats], ...] = (
+    HealthCheck(
         lambda a: _too_small(a.step[0]),
         0,
         "a step of zero or below, or one held at the smallest that is allowed",
         "Initialise the scales anew from data, with a lower learning rate for scales.",
     ),
-    Worry(
+    HealthCheck(
         lambda a: _ratio(a.step),
         100,
         "a token or channel whose step is up to {worst:.0f} times the median one",
         "An outlier; a scale a channel or token copes with it, one a tensor would not.",
     ),
-    Worry(
+    HealthCheck(
         _row_shift,
         0,
         "a learnable offset that cannot matter: behind keys it shifts whole softmax rows",
         "Load the checkpoint with qat, which drops them; an optimizer with weight decay or Adam moves them by rounding noise.",
     ),
-    Worry(
+    HealthCheck(
         _idle_offset,
         0,
         "a learnable offset that is zero, or below a thousandth of a step, everywhere",
         "Train on, give the offsets a higher rate, or leave them out (quant.offsets=false).",
     ),
-    Worry(
+    HealthCheck(
         _clipped_activations,
         10,
         "up to {worst:.0f} % of the values that images gave are clipped",
         "Larger steps: calibrate on more images, or train the scales longer.",
     ),
-    Worry(
+    HealthCheck(
         _unused_activations,
         15,
         "at 4 bits or fewer, up to {worst:.0f} % of the levels are empty",

@@ -15,7 +15,7 @@ from qat.callbacks.common import layer_of, logs_now, net_of, parameter_of
 from qat.callbacks.freezing import IterativeFreezing
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary, near_threshold
-from qat.holding import Hold
+from qat.holding import EntryFreezer
 from qat.quantizers import StatsQ
 from qat.sites import Site, iter_quantizers
 from qat.spec import check_choice, check_number, check_whole
@@ -52,7 +52,7 @@ class BandGate:
 class CGA(Callback):
     """In the epochs of annealing, freezes every weight of StatsQ that is not near a threshold, anew in each step.
 
-    Frozen entries get no gradient and are written back behind the step (`Hold`), so neither weight decay nor momentum moves them;
+    Frozen entries get no gradient and are written back behind the step (`EntryFreezer`), so neither weight decay nor momentum moves them;
     the moments go on decaying. Which entries these are is a function of the weights alone: all processes agree, nothing is
     stored, a resumed run goes on exactly. Biases, norms, tokens, scales, offsets, stem and heads train as before.
 
@@ -92,7 +92,7 @@ class CGA(Callback):
         self._active = False
         self._sites: list[Site] = []
         self._products: list[tuple[Site, BandGate]] = []
-        self._hold = Hold()
+        self._freezer = EntryFreezer()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -112,7 +112,7 @@ class CGA(Callback):
         """Hook into the optimizer's step, and into the folded matrices if they are gated."""
         self._release()
         self._active = False
-        self._hold.attach(trainer.optimizers)
+        self._freezer.attach(trainer.optimizers)
         if self.qk == "product":
             self._handles = [site.quantizer.register_forward_pre_hook(gate) for site, gate in self._products]
 
@@ -139,7 +139,7 @@ class CGA(Callback):
         if not self._anneals(trainer.current_epoch):
             return
         shares: dict[str, tuple[Tensor, int]] = {}
-        self._hold.hold(self._frozen(shares))
+        self._freezer.freeze(self._frozen(shares))
         if logs_now(trainer):
             self._log(pl_module, shares)
 
@@ -204,7 +204,7 @@ class CGA(Callback):
         return len(self._sites), self.qk if self._products else "none"
 
     def _release(self) -> None:
-        self._hold.detach()
+        self._freezer.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []

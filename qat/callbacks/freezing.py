@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat.callbacks.common import layer_of, logs_now, net_of, parameter_of
 from qat.errors import UsageError
 from qat.functional.oscillation import FreezingState, OscillationState, cosine_between, freezing_step, oscillation_step, with_frozen
-from qat.holding import Hold
+from qat.holding import EntryFreezer
 from qat.quantizers.grid import has_grid, weight_grid
 from qat.sites import Site, iter_quantizers
 from qat.spec import check_number, check_whole
@@ -26,7 +26,7 @@ class IterativeFreezing(Callback):
     """Freezes weights whose code oscillates more often than a threshold that falls along a cosine.
 
     A quantizer knows no frozen integers: a code is always that of its latent weight. So the latent of a frozen weight is put in
-    the middle of the cell of its integer and held there through every step (`Hold`), and put back into the middle when the step
+    the middle of the cell of its integer and held there through every step (`EntryFreezer`), and put back into the middle when the step
     size moves the cell away from it. Net, checkpoint and export then agree without being told. As in the authors' code, what a
     look finds takes effect in the next forward. The folded matrix of QKR has no latent of its own and is left alone.
 
@@ -62,7 +62,7 @@ class IterativeFreezing(Callback):
         self._sites: list[Site] = []
         self._codes: dict[str, OscillationState] = {}
         self._frozen: dict[str, FreezingState] = {}
-        self._hold = Hold(behind=self._center)
+        self._freezer = EntryFreezer(behind=self._center)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the weights."""
@@ -76,7 +76,7 @@ class IterativeFreezing(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step."""
-        self._hold.attach(trainer.optimizers)
+        self._freezer.attach(trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the steps of the run: the loader is set up here."""
@@ -98,7 +98,7 @@ class IterativeFreezing(Callback):
         """Look at the codes of the forward pass that was, freeze, and hold what is frozen through the step."""
         strays: dict[str, Tensor] = {}
         threshold = self.threshold_at(trainer.global_step)
-        self._hold.hold(self._look(threshold, strays))
+        self._freezer.freeze(self._look(threshold, strays))
         if logs_now(trainer) and strays:
             self._log(pl_module, threshold, strays)
 
@@ -148,11 +148,11 @@ class IterativeFreezing(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hook."""
-        self._hold.detach()
+        self._freezer.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the hook."""
-        self._hold.detach()
+        self._freezer.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Codes, frequencies and frozen integers of every weight: 12 bytes for each of its entries."""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from qat.losses.compose import LossTerm
 from qat.losses.context import StepContext
-from qat.losses.masters import Master, check_layers, find_masters
+from qat.losses.masters import LatentWeight, check_layers, find_latent_weights
 from qat.spec import check_number
 
 
@@ -26,7 +26,7 @@ class GradL1(LossTerm):
         layers: globs of layers, or roles; None = all quantized Linears and convolutions (of a float net: all) but stem and heads.
 
     Attributes:
-        masters: the parameters it differentiates by; under query-key reparameterization the two factors.
+        latents: the parameters it differentiates by; under query-key reparameterization the two factors.
     """
 
     differentiates_twice = True
@@ -36,20 +36,22 @@ class GradL1(LossTerm):
         check_number("loss.grad_l1", weight, 0)
         super().__init__(weight)
         self.layers = check_layers("loss.grad_l1_layers", layers)
-        self.masters: tuple[Master, ...] = ()
+        self.latents: tuple[LatentWeight, ...] = ()
 
     def prepare(self, net: nn.Module) -> None:
         """Choose the layers; turn fused attention off."""
-        self.masters = find_masters(net, "loss.grad_l1_layers" if self.layers else f"loss.grad_l1={self.weight:g}", self.layers, "factors")
+        self.latents = find_latent_weights(
+            net, "loss.grad_l1_layers" if self.layers else f"loss.grad_l1={self.weight:g}", self.layers, "factors"
+        )
         for module in net.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # type: ignore[assignment]
 
     def forward(self, step: StepContext) -> Tensor:
         """Scalar, float32; its graph holds the backward pass of the step."""
-        if not self.masters:
+        if not self.latents:
             self.prepare(step.net)
         task = F.cross_entropy(step.prediction.float(), step.target)
-        weights = [master.of(step.net) for master in self.masters]
+        weights = [latent.of(step.net) for latent in self.latents]
         gradients = torch.autograd.grad(task, weights, create_graph=True, allow_unused=True)
         return torch.stack([gradient.float().abs().sum() for gradient in gradients if gradient is not None]).sum()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qat.functional.kurtosis import UNIFORM_KURTOSIS, check_kure, kure_of, kurtoses
 from qat.losses.compose import LossTerm
 from qat.losses.context import StepContext
-from qat.losses.masters import QK_FORMS, Master, check_layers, find_masters
+from qat.losses.masters import QK_FORMS, LatentWeight, check_layers, find_latent_weights
 from qat.spec import check_choice, check_number
 
 
@@ -24,7 +24,7 @@ class Kure(LossTerm):
         qk: under query-key reparameterization, the folded `product`, its `factors`, or `both`.
 
     Attributes:
-        masters: the weights it acts on.
+        latents: the weights it acts on.
         values: (L,) kurtosis of each of them in the last step, detached; None before the first.
     """
 
@@ -44,18 +44,18 @@ class Kure(LossTerm):
         super().__init__(weight)
         self.target, self.reduction, self.qk = target, reduction, qk
         self.layers = check_layers("loss.kure_layers", layers)
-        self.masters: tuple[Master, ...] = ()
+        self.latents: tuple[LatentWeight, ...] = ()
         self.values: Tensor | None = None
 
     def prepare(self, net: nn.Module) -> None:
         """Choose the layers."""
-        self.masters = find_masters(net, "loss.kure_layers" if self.layers else f"loss.kure={self.weight:g}", self.layers, self.qk)
+        self.latents = find_latent_weights(net, "loss.kure_layers" if self.layers else f"loss.kure={self.weight:g}", self.layers, self.qk)
 
     def forward(self, step: StepContext) -> Tensor:
         """Scalar."""
-        if not self.masters:
+        if not self.latents:
             self.prepare(step.net)
-        values = kurtoses(master.of(step.net) for master in self.masters)
+        values = kurtoses(latent.of(step.net) for latent in self.latents)
         self.values = values.detach()
         self.watched = {"kurtosis_mean": self.values.mean(), "kurtosis_min": self.values.min(), "kurtosis_max": self.values.max()}
         return kure_of(values, self.target, self.reduction)

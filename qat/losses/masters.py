@@ -1,4 +1,4 @@
-"""Float masters of a net's layers: what terms on weights act on."""
+"""Latent (float) weights of a net's layers: what terms on weights act on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from qat.conversion import places
+from qat.conversion import stem_and_heads
 from qat.errors import UsageError
 from qat.nn.base import QuantModule
 from qat.sites import WEIGHT_ROLES, iter_quantizers
@@ -19,7 +19,7 @@ _FACTORS = ("q_weight", "k_weight")
 
 
 @dataclass(frozen=True)
-class Master:
+class LatentWeight:
     """Where a float tensor is; names, no references, so that copies of a net have their own.
 
     Attributes:
@@ -60,7 +60,9 @@ def check_layers(setting: str, layers: object) -> tuple[str, ...] | None:
     return tuple(globs)
 
 
-def find_masters(net: nn.Module, setting: str, layers: tuple[str, ...] | None = None, qk: str = "product") -> tuple[Master, ...]:
+def find_latent_weights(
+    net: nn.Module, setting: str, layers: tuple[str, ...] | None = None, qk: str = "product"
+) -> tuple[LatentWeight, ...]:
     """Weights of the Linears and convolutions of a net: the quantized ones, or all of a float net.
 
     Args:
@@ -73,26 +75,26 @@ def find_masters(net: nn.Module, setting: str, layers: tuple[str, ...] | None = 
         UsageError: a glob that matches nothing, or no layer is left.
     """
     check_choice("loss.kure_qk", qk, QK_FORMS)
-    everything = list(_masters(net, qk))
-    outside = places(net)
+    everything = list(_latents(net, qk))
+    outside = stem_and_heads(net)
     if layers is None:
-        chosen = [master for master in everything if master.layer not in outside]
+        chosen = [latent for latent in everything if latent.layer not in outside]
         if not chosen:
             raise UsageError(f"{setting}: this net has no Linears or convolutions beside stem and heads")
         return tuple(chosen)
     for glob in layers:
-        if not any(_fits(master, glob) for master in everything):
+        if not any(_fits(latent, glob) for latent in everything):
             names = ", ".join(repr(m.layer) for m in everything if m.layer not in outside) or "none"
             first = names.partition(", ")[0]
             raise UsageError(f"{setting}={glob!r} matches no layer; names are like {first}, roles are {', '.join(WEIGHT_ROLES)}")
-    return tuple(master for master in everything if any(_fits(master, glob) for glob in layers))
+    return tuple(latent for latent in everything if any(_fits(latent, glob) for glob in layers))
 
 
-def _fits(master: Master, glob: str) -> bool:
-    return master.role == glob or fnmatch.fnmatchcase(master.layer, glob)
+def _fits(latent: LatentWeight, glob: str) -> bool:
+    return latent.role == glob or fnmatch.fnmatchcase(latent.layer, glob)
 
 
-def _masters(net: nn.Module, qk: str) -> Iterator[Master]:
+def _latents(net: nn.Module, qk: str) -> Iterator[LatentWeight]:
     """In the order of the net's modules; a tensor that two layers share is there once."""
     sites = [site for site in iter_quantizers(net) if site.is_weight]
     found = [(site.name.rpartition(".")[0], site.role) for site in sites] or [
@@ -103,9 +105,9 @@ def _masters(net: nn.Module, qk: str) -> Iterator[Master]:
         product = [None] if qk != "factors" else []
         factors = list(_FACTORS) if qk != "product" else []
         for parameter in ["weight"] if role == "weight" else product + factors:
-            master = Master(layer, role, parameter)
-            tensor = None if parameter is None else master.of(net)
+            latent = LatentWeight(layer, role, parameter)
+            tensor = None if parameter is None else latent.of(net)
             if tensor is not None and id(tensor) in seen:
                 continue
             seen |= {id(tensor)} if tensor is not None else set()
-            yield master
+            yield latent

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def adopt(cls: type[M], module: nn.Module) -> M:
+def shallow_cast(cls: type[M], module: nn.Module) -> M:
     """A module of class `cls` with everything that `module` has: its parameters, buffers, children and settings, none of them copied."""
     made = cls.__new__(cls)
     made.__dict__.update(module.__dict__)

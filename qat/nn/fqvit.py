@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from qat.errors import UsageError
 from qat.functional.int_layer_norm import integer_layer_norm
 from qat.nn.attention import ScoredAttention, split_heads
-from qat.nn.base import adopt
+from qat.nn.base import shallow_cast
 from qat.nn.linear import QuantLinear
 from qat.nn.registry import Swap, SwapContext, register_swap
 from qat.nn.vit import masked
@@ -53,7 +53,7 @@ class IntegerLayerNorm(nn.LayerNorm):
 def wanted_norm(norm: nn.Module, context: SwapContext) -> nn.Module:
     """The norm itself, or its integer form where the recipe has `layernorm=integer`."""
     integer = context.recipe.layernorm == "integer" and isinstance(norm, nn.LayerNorm)
-    return adopt(IntegerLayerNorm, norm) if integer else norm
+    return shallow_cast(IntegerLayerNorm, norm) if integer else norm
 
 
 class FqAttention(ScoredAttention):
@@ -114,7 +114,7 @@ class FqBlock(Block):
 
 
 class FqPatchEmbed(timm_layers.PatchEmbed):
-    """`PatchEmbed` with a quantizer behind it; made by `adopt`."""
+    """`PatchEmbed` with a quantizer behind it; made by `shallow_cast`."""
 
     output_quantizer: nn.Module
 
@@ -233,7 +233,7 @@ def swap_block(module: nn.Module, context: SwapContext) -> Swap:
 @register_swap(timm_layers.PatchEmbed, "fqvit")
 def swap_patch_embed(module: nn.Module, context: SwapContext) -> Swap:
     """Patch embedding."""
-    made = adopt(FqPatchEmbed, module)
+    made = shallow_cast(FqPatchEmbed, module)
     made.output_quantizer = context.act("output")
     return Swap(made)
 

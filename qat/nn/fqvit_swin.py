@@ -6,7 +6,7 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, Win
 from torch import Tensor, nn
 
 from qat.nn.attention import add_window_mask
-from qat.nn.base import adopt
+from qat.nn.base import shallow_cast
 from qat.nn.fqvit import FqAttention
 from qat.nn.registry import Swap, SwapContext, register_swap
 from qat.nn.swin import _RelativeBias
@@ -30,7 +30,7 @@ class FqWindowAttention(FqAttention, _RelativeBias):
 
 
 class FqSwinBlock(SwinTransformerBlock):
-    """Block with quantizers behind its MLP and behind both sums; made by `adopt`."""
+    """Block with quantizers behind its MLP and behind both sums; made by `shallow_cast`."""
 
     residual1_quantizer: nn.Module
     mlp_quantizer: nn.Module
@@ -45,7 +45,7 @@ class FqSwinBlock(SwinTransformerBlock):
 
 
 class FqPatchMerging(PatchMerging):
-    """Patch merging with a quantizer behind it; made by `adopt`."""
+    """Patch merging with a quantizer behind it; made by `shallow_cast`."""
 
     output_quantizer: nn.Module
 
@@ -65,7 +65,7 @@ def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
 @register_swap(SwinTransformerBlock, "fqvit")
 def swap_block(module: nn.Module, context: SwapContext) -> Swap:
     """Block of Swin."""
-    made = adopt(FqSwinBlock, module)
+    made = shallow_cast(FqSwinBlock, module)
     made.residual1_quantizer, made.mlp_quantizer, made.residual2_quantizer = (context.act(r) for r in ("residual", "output", "residual"))
     return Swap(made)
 
@@ -73,6 +73,6 @@ def swap_block(module: nn.Module, context: SwapContext) -> Swap:
 @register_swap(PatchMerging, "fqvit")
 def swap_merging(module: nn.Module, context: SwapContext) -> Swap:
     """Patch merging."""
-    made = adopt(FqPatchMerging, module)
+    made = shallow_cast(FqPatchMerging, module)
     made.output_quantizer = context.act("output")
     return Swap(made)

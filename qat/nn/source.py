@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.fused import can_fuse, remember
-from qat.nn.base import adopt
+from qat.nn.base import shallow_cast
 from qat.nn.registry import Swap, SwapContext, register_swap
 
 
@@ -44,7 +44,7 @@ class GELU(nn.GELU):
 def swap_norm(module: nn.Module, context: SwapContext) -> Swap:
     """A norm in front of quantized Linears; it stays under post-training quantization, and where timm was told to use another kernel."""
     stays = context.recipe.placement == "fqvit" or getattr(module, "_fast_norm", False)
-    return Swap(module if stays else adopt(LayerNorm, module))
+    return Swap(module if stays else shallow_cast(LayerNorm, module))
 
 
 @register_swap(nn.GELU, "linear")
@@ -54,6 +54,6 @@ def swap_gelu(module: nn.Module, context: SwapContext) -> Swap:
     """An activation in front of quantized Linears."""
     if context.recipe.placement == "fqvit":
         return Swap(module)
-    made = adopt(GELU, module)
+    made = shallow_cast(GELU, module)
     made.approximate = "tanh" if isinstance(module, timm_layers.GELUTanh) else getattr(module, "approximate", "none")
     return Swap(made)

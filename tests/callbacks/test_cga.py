@@ -482,11 +482,11 @@ def test_no_step_waits_for_the_device(monkeypatch):
     callback = annealing(qk="product")
     callback.setup(trainer := Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False), learner, "fit")
     optimizer = learner._optimizer(learner.net)
-    callback._hold.attach([optimizer])
+    callback._freezer.attach([optimizer])
     learner.net(images()).square().mean().backward()
     for name in ("item", "__bool__", "__float__", "__int__", "tolist", "cpu", "numpy", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     monkeypatch.setattr(learner, "log_dict", lambda values, **_: None)
     monkeypatch.setattr(type(trainer), "global_step", 49)
     callback.on_before_optimizer_step(trainer, learner, optimizer)
-    callback._hold._restore()
+    callback._freezer._restore()

@@ -12,7 +12,7 @@ import qat
 from benchmarks.gpu.nets import build, images_of, teacher_of
 from qat.files import read_torch, write_torch
 from qat.functional.confidence import near_threshold
-from qat.holding import Hold
+from qat.holding import EntryFreezer
 from qat.lit.optim import build_optimizer
 from qat.losses import CompositeLoss, CrossEntropy, Dampening, Distillation, Kure, StepContext
 from qat.quantizers import StatsQ
@@ -36,7 +36,7 @@ class Run:
         self.loss = CompositeLoss(TERMS[terms]())
         self.loss.prepare(self.net)
         self.optimizer = build_optimizer(self.net, lr=1e-3, weight_decay=0.05, fused=True)
-        self.hold = Hold()
+        self.hold = EntryFreezer()
         self.hold.attach([self.optimizer])
 
     def step(self):

@@ -80,7 +80,7 @@ def test_float_and_quantized_nets(preset):
     term.prepare(net)
     step = context(net, images(), TARGET)
     value = term(context(net, images(), TARGET))
-    plain = torch.autograd.grad(F.cross_entropy(step.prediction, TARGET), [m.of(net) for m in term.masters])
+    plain = torch.autograd.grad(F.cross_entropy(step.prediction, TARGET), [m.of(net) for m in term.latents])
     assert value.item() == pytest.approx(sum(g.abs().sum().item() for g in plain), rel=1e-5)
     value.backward()
     grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}

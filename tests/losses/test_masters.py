@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qat
-from qat.losses.masters import check_layers, find_masters
+from qat.losses.masters import check_layers, find_latent_weights
 from tests.tiny import quantized, vit
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -12,7 +12,7 @@ QKR = ("attn.qk", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def names(net, *args, **kwargs):
-    return [master.name for master in find_masters(net, "setting", *args, **kwargs)]
+    return [master.name for master in find_latent_weights(net, "setting", *args, **kwargs)]
 
 
 def in_blocks(*layers):
@@ -27,7 +27,7 @@ def test_all_but_stem_and_head(preset, layers):
 
 def test_the_float_weights_are_given_not_the_quantized_ones():
     net, plain = quantized("lsq", bits=2), vit()
-    for master in find_masters(net, "setting"):
+    for master in find_latent_weights(net, "setting"):
         assert torch.equal(master.of(net), plain.get_submodule(master.layer).weight)
 
 
@@ -36,7 +36,7 @@ def test_the_float_weights_are_given_not_the_quantized_ones():
 )
 def test_query_and_key_weights(qk, tensors):
     net = quantized("ofq")
-    found = find_masters(net, "setting", ("qk",), qk)
+    found = find_latent_weights(net, "setting", ("qk",), qk)
     assert [master.name for master in found] == in_blocks(*(f"attn.{tensor}" for tensor in tensors))
     attention = net.blocks[0].attn
     expected = {"qk": attention.latent("qk"), "q_weight": attention.q_weight, "k_weight": attention.k_weight}
@@ -64,9 +64,9 @@ def test_nothing_to_act_on():
     with pytest.raises(
         qat.UsageError, match=r"loss.kure_layers='blok.*' matches no layer; names are like 'blocks.0.attn.qkv', roles are weight, qk"
     ):
-        find_masters(vit(), "loss.kure_layers", ("blocks.*", "blok.*"))
+        find_latent_weights(vit(), "loss.kure_layers", ("blocks.*", "blok.*"))
     with pytest.raises(qat.UsageError, match=r"loss.kure=1: this net has no Linears or convolutions beside stem and heads"):
-        find_masters(torch.nn.Sequential(torch.nn.LayerNorm(3)), "loss.kure=1")
+        find_latent_weights(torch.nn.Sequential(torch.nn.LayerNorm(3)), "loss.kure=1")
 
 
 @pytest.mark.parametrize("value", [3, [], [1], {"a": 1}])
@@ -84,6 +84,6 @@ def test_convolutions_of_a_net_are_found_but_the_first():
     import timm
 
     net = timm.create_model("resnet18", num_classes=10)
-    found = find_masters(net, "setting")
+    found = find_latent_weights(net, "setting")
     assert len(found) == 19, "torchvision's ResNet-18 has 20 convolutions; the paper's code regularizes 19"
     assert all(master.of(net).ndim == 4 for master in found)
