@@ -17,10 +17,10 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 import qat
-from qat.checkpoint import describe
 from qat.export.artefact import packed_artefact
 from qat.export.artefact_onnx import OnnxSettings, onnx_artefact
 from qat.export.check import table
+from qat.model.checkpoint import describe
 from qat.tasks.evaluate import build_subject
 from qat.tasks.predict import Subject
 

@@ -21,7 +21,7 @@ from benchmarks.kure_cost import step as step_with
 from benchmarks.step_arms import ARMS, Step
 from qat.callbacks.oscillation import Oscillation
 from qat.losses import Kure
-from qat.sites import iter_quantizers
+from qat.model.sites import iter_quantizers
 
 STORED = 3  # bytes that oscillation keeps of a weight between looks
 

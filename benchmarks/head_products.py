@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.step_arms import environment, table
-from qat.fused import heads
+from qat.kernels.fused import heads
 
 ROUNDS = 31
 HEADS = 3

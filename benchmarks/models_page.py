@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 import qat
-from qat.conversion import conversion_of
+from qat.model.convert import conversion_of
 from qat.spec import ROLES
 from tests.nets import FAMILIES, Family
 

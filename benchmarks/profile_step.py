@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks import step_arms
 from benchmarks.step_arms import ARMS, FLOAT, RECOMPUTED, Step, Timing, ratio
 from benchmarks.step_floor import Floor, floor, machine_rates
-from qat.sites import iter_quantizers
+from qat.model.sites import iter_quantizers
 
 OURS = "qat.quantizer"
 LINEARS, PRODUCTS = "GEMM of Linears", "attention matmuls"

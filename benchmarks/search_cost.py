@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qat
-from qat.blocks import find_blocks
+from qat.model.blocks import find_blocks
+from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate
 from qat.ptq.blocks import Trace, trace, verified
 from qat.ptq.drivers import seeded_draws
@@ -43,7 +44,6 @@ from qat.ptq.ranks import Ranks
 from qat.ptq.search import search
 from qat.ptq.settings import SearchSettings
 from qat.ptq.vector import ScaleVector, scale_vectors
-from qat.ptq_spec import PtqRecipe
 
 RACING_AFTER = 10
 CLASSES = 10

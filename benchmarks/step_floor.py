@@ -1,6 +1,6 @@
 """What a training step cannot do without: multiply-accumulates, forward and backward, and bytes that quantizers must move.
 
-By formula from the products of the net (`qat.cost`) and from the tensors that its quantizers see; used by `make profile-step`.
+By formula from the products of the net (`qat.model.cost`) and from the tensors that its quantizers see; used by `make profile-step`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks.kure_cost import SIZE
 from benchmarks.step_arms import Batch
-from qat.cost import matmuls
-from qat.probing import probing
-from qat.sites import iter_quantizers
+from qat.model.cost import matmuls
+from qat.model.sites import iter_quantizers
+from qat.utils.probing import probing
 
 FLOAT32 = 4
 # Passes over an activation that its quantizer needs by itself: x and x_hat forward; x, the gradient behind and the one in front backward.

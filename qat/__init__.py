@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qat import functional as functional
     from qat import ptq as ptq
-    from qat.checkpoint import load as load
-    from qat.checkpoint import save as save
-    from qat.conversion import conversion_report as conversion_report
-    from qat.conversion import convert as convert
     from qat.errors import UsageError as UsageError
-    from qat.frozen import freeze as freeze
-    from qat.frozen import integer_forward as integer_forward
-    from qat.inference import transform as transform
     from qat.interop import load_ofq_checkpoint as load_ofq_checkpoint
+    from qat.model.checkpoint import load as load
+    from qat.model.checkpoint import save as save
+    from qat.model.convert import conversion_report as conversion_report
+    from qat.model.convert import convert as convert
+    from qat.model.frozen import freeze as freeze
+    from qat.model.frozen import integer_forward as integer_forward
+    from qat.model.ptq_spec import PtqRecipe as PtqRecipe
+    from qat.model.scales import assert_ready as assert_ready
+    from qat.model.scales import initialize_scales as initialize_scales
+    from qat.model.sites import Site as Site
+    from qat.model.sites import iter_quantizers as iter_quantizers
+    from qat.model.transform import transform as transform
     from qat.nn.execution import set_execution as set_execution
-    from qat.ptq_spec import PtqRecipe as PtqRecipe
-    from qat.scales import assert_ready as assert_ready
-    from qat.scales import initialize_scales as initialize_scales
-    from qat.sites import Site as Site
-    from qat.sites import iter_quantizers as iter_quantizers
     from qat.spec import QuantRecipe as QuantRecipe
     from qat.spec import QuantSpec as QuantSpec
     from qat.spec import recipe as recipe
@@ -33,24 +33,24 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "PtqRecipe": "qat.ptq_spec",
+    "PtqRecipe": "qat.model.ptq_spec",
     "QuantRecipe": "qat.spec",
     "QuantSpec": "qat.spec",
-    "Site": "qat.sites",
+    "Site": "qat.model.sites",
     "UsageError": "qat.errors",
-    "assert_ready": "qat.scales",
-    "conversion_report": "qat.conversion",
-    "convert": "qat.conversion",
-    "freeze": "qat.frozen",
-    "initialize_scales": "qat.scales",
-    "integer_forward": "qat.frozen",
-    "iter_quantizers": "qat.sites",
-    "load": "qat.checkpoint",
+    "assert_ready": "qat.model.scales",
+    "conversion_report": "qat.model.convert",
+    "convert": "qat.model.convert",
+    "freeze": "qat.model.frozen",
+    "initialize_scales": "qat.model.scales",
+    "integer_forward": "qat.model.frozen",
+    "iter_quantizers": "qat.model.sites",
+    "load": "qat.model.checkpoint",
     "load_ofq_checkpoint": "qat.interop",
     "recipe": "qat.spec",
-    "save": "qat.checkpoint",
+    "save": "qat.model.checkpoint",
     "set_execution": "qat.nn.execution",
-    "transform": "qat.inference",
+    "transform": "qat.model.transform",
 }
 __all__ = [*sorted(_HOME), "functional", "ptq"]  # noqa: PLE0604  (names only)
 

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from qat.errors import UsageError
+from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_text
 
-FLOAT_BITS = 32
-LOWEST_BITS, HIGHEST_BITS = 2, 8
-# Larger counts overflow in torch, or are typing mistakes.
-HIGHEST_WHOLE = 2**31 - 1
-HIGHEST_NUMBER = sys.float_info.max
 ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
 # Where post-training quantization also rounds what leaves a layer.
 OUTPUT_ROLES = ("qkv", "scores", "output", "residual")
@@ -32,56 +26,6 @@ STEP_INITS = ("lsq", "mse")
 _OUTSIDE_BLOCKS = {"statsq": "lsq"}
 # The range of a weight is read from the weight itself in every forward; that of an activation is calibrated.
 _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
-
-
-def check_choice(setting: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise `UsageError` unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise UsageError(f"{setting}={value!r}: must be one of {', '.join(allowed)}")
-
-
-def check_number(
-    setting: str, value: object, lowest: float, *, above: bool = False, below: float = math.inf, highest: float = math.inf
-) -> None:
-    """Raise `UsageError` unless `value` is a number from `lowest` (or above it), up to `highest`, or up to but not including `below`."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value < below and not (above and value == lowest)
-    if not (fits and value <= min(highest, HIGHEST_NUMBER)):  # type: ignore[operator]
-        end = f" to below {below:g}" if below < math.inf else f" to {highest:g}" if highest < math.inf else ""
-        bound = f"above {lowest:g}{end}" if above else f"from {lowest:g}{end}" if end else f"of at least {lowest:g}"
-        raise UsageError(f"{setting}={value!r}: must be a number {bound}")
-
-
-def check_whole(setting: str, value: object, lowest: int, highest: int = HIGHEST_WHOLE) -> None:
-    """Raise `UsageError` unless `value` is a whole number from `lowest` to `highest`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-        is_too_large = isinstance(value, int) and value > highest
-        bound = f"from {lowest} to {highest}" if is_too_large or highest < HIGHEST_WHOLE else f"of at least {lowest}"
-        raise UsageError(f"{setting}={value!r}: must be an integer {bound}")
-
-
-def check_text(setting: str, value: object) -> None:
-    """Raise `UsageError` unless `value` is a text that is not empty."""
-    if not isinstance(value, str) or not value:
-        raise UsageError(f"{setting}={value!r}: must be a text that is not empty")
-
-
-def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
-    """One glob or several as a tuple; raises `UsageError` unless `value` is a text or a list of texts, none of them empty."""
-    found = (value,) if isinstance(value, str) else value
-    if not isinstance(found, list | tuple) or not found or not all(isinstance(glob, str) and glob for glob in found):
-        raise UsageError(f"{setting}={value!r}: must be a list of globs such as {example}")
-    return tuple(found)
-
-
-def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
-    """Raise `UsageError` unless `bits` is a width that the quantizers can represent.
-
-    Two bits at least: at one bit the mid-rise grid of StatsQ would have three levels. Eight at most: codes fit one byte.
-    """
-    if quantizer == "float" and bits == FLOAT_BITS:
-        return
-    if isinstance(bits, bool) or not isinstance(bits, int) or not LOWEST_BITS <= bits <= HIGHEST_BITS:
-        raise UsageError(f"{setting}={bits!r}: must be an integer from {LOWEST_BITS} to {HIGHEST_BITS}")
 
 
 def check_quantizer(setting: str, name: object) -> None:

@@ -16,7 +16,7 @@ import torch
 import qat
 from qat.functional import kurtoses
 from qat.functional.oscillation import PackedOscillation, unpack_oscillation
-from qat.losses.masters import find_latent_weights
+from qat.losses.latent_weights import find_latent_weights
 from studies.arms import Arm
 from studies.records import write_record
 

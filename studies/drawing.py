@@ -16,7 +16,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from qat.analysis.drawing import GREY, HEAT, PALETTE, axes, figure, panels
-from qat.files import replacing
+from qat.utils.files import replacing
 from studies.claims import Figure
 from studies.figures import Course, Gathered, Map, Point
 from studies.numbers import spread

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from qat.files import write_text
+from qat.utils.files import write_text
 from studies import figures, prose, tables, verdict
 from studies.checks import wrong
 from studies.claims import CLAIM, Claim, Table

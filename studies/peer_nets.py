@@ -19,8 +19,8 @@ from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantiz
 
 from benchmarks.peer_nets import FakeQuantLinear, prepare_torchao
 from qat.errors import UsageError
-from qat.probing import probing
-from qat.spec import check_choice
+from qat.utils.probing import probing
+from qat.utils.validate import check_choice
 
 BITS = ("2", "3", "4", "8")
 ENDS_BITS = 8

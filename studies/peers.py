@@ -30,15 +30,15 @@ from torch import nn
 from benchmarks.memory import MIB, resident, saved_bytes
 from qat.data import ImageData
 from qat.errors import UsageError
-from qat.files import read_torch, write_text
 from qat.lit import QATModule
 from qat.lit.evaluate import evaluate
 from qat.lit.loggers import closing
-from qat.start import Start
+from qat.model.start import Start
 from qat.tasks import build, cli, fit, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.results import PACKAGES, recipe_fields, write_results
 from qat.tasks.teacher import build_teacher
+from qat.utils.files import read_torch, write_text
 from studies.peer_nets import PEERS, quantized
 
 log = logging.getLogger("qat.studies")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat.files import write_text
+from qat.utils.files import write_text
 from studies.checks import Fields, is_list, is_mapping, is_number, is_text, is_whole, wrong
 
 

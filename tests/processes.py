@@ -11,11 +11,11 @@ import torch.multiprocessing as mp
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from qat.tasks import ranks
+from qat.launch import ranks
 
 
 def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[str]:
-    """Call a function in forked processes, as `qat.tasks.ranks` would place them; gives what each raised, "" for nothing."""
+    """Call a function in forked processes, as `qat.launch.ranks` would place them; gives what each raised, "" for nothing."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -18,7 +18,7 @@ LIBRARIES = {
     "hydra": ("tasks",),
     "omegaconf": ("tasks",),
     "lightning": ("lit", "callbacks", "data", "tasks"),
-    "timm": ("nn", "data", "lit", "checkpoint.py", "start.py", "cost.py", "inference.py", "interop", "tasks"),
+    "timm": ("nn", "data", "lit", "model", "interop", "tasks"),
     "sklearn": ("data",),
     "matplotlib": ("analysis", "report"),
     "pyarrow": ("data",),

@@ -9,7 +9,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qat
-from qat.cost import cost
+from qat.model.cost import cost
 from tests.callbacks.fitting import batches, fit, module
 from tests.tiny import SIZE, images, quantized
 

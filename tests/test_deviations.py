@@ -13,15 +13,15 @@ from torch.testing import assert_close
 
 import qat
 from qat import functional as F
-from qat.biases import invent_biases
 from qat.callbacks import CGA, Oscillation
 from qat.data import Digits
 from qat.data.sampler import SeededSampler
 from qat.lit import Teacher
 from qat.losses import Distillation, Kure, StepContext
+from qat.model.biases import invent_biases
+from qat.model.transfer import forget_attention_weights
 from qat.nn import QkrAttention
 from qat.quantizers import build_quantizer
-from qat.transfer import forget_attention_weights
 from tests.callbacks.fitting import Steps, fit, module, moved
 from tests.conftest import compose
 from tests.nets import ATTENTIONS

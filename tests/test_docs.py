@@ -15,8 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import qat
-from qat.checkpoint import describe
-from qat.frozen.packed import write_packed
+from qat.model.checkpoint import describe
+from qat.model.frozen.packed import write_packed
 from qat.tasks import build
 from tests.commands import typed
 from tests.conftest import ROOT, compose, write_cifar

@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu import checks, cifar, job, plan, records, report, steps, summary, train
 from benchmarks.gpu.children import LATE, Child
 from benchmarks.gpu.clock import summed
-from qat.files import read_torch
+from qat.utils.files import read_torch
 from tests.conftest import ROOT, write_cifar
 
 ABSENT = ("hydra", "omegaconf", "lightning", "pytorch_lightning")

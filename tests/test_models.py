@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 import qat
 from benchmarks import models_page
-from qat.conversion import conversion_of
+from qat.model.convert import conversion_of
+from qat.model.transfer import forget_attention_weights, timm_state_dict
 from qat.nn import QkrAttention, ScoredAttention
-from qat.transfer import forget_attention_weights, timm_state_dict
 from tests.conftest import ROOT
 from tests.nets import ATTENTIONS, FAMILIES, GENERIC, OFTEN, families
 from tests.tiny import float_recipe, logits, parameters, sites

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 import qat
-from qat.spec import FLOAT_BITS, PRESETS, ROLES, QuantRecipe, QuantSpec, recipe
+from qat.spec import PRESETS, ROLES, QuantRecipe, QuantSpec, recipe
+from qat.utils.validate import FLOAT_BITS
 
 WRONG_KNOBS = [
     ({"bits": 1}, "quant.bits=1: must be an integer from 2 to 8"),

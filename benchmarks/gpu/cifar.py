@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.files import read_torch, write_torch
+from qat.utils.files import read_torch, write_torch
 
 VALIDATION, CLASSES, SIZE = 5000, 10, 32
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -21,14 +21,14 @@ import qat
 from benchmarks.gpu.cifar import CLASSES, SIZE, Cifar
 from benchmarks.gpu.plan import Run
 from benchmarks.gpu.records import Row, append, commit
-from qat.files import read_torch, write_torch
+from qat.callbacks.entry_freezer import EntryFreezer
 from qat.functional.confidence import near_threshold
-from qat.holding import EntryFreezer
 from qat.lit.optim import build_optimizer, cosine_schedule
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, StepContext
 from qat.nn.execution import kept_weights
 from qat.quantizers import StatsQ
+from qat.utils.files import read_torch, write_torch
 
 NET = {"img_size": SIZE, "patch_size": 4, "num_classes": CLASSES}
 TINY = {"embed_dim": 24, "depth": 1, "num_heads": 3}

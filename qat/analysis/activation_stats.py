@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from qat.analysis.code_axis import code_bounds, placed
 from qat.analysis.weight_stats import entropy, spread_of
-from qat.probing import probing
+from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import Affine, Float, Log2, Quantizer, Shifted
-from qat.sites import Site, iter_quantizers
+from qat.utils.probing import probing
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from qat.errors import UsageError
-from qat.spec import check_choice
+from qat.utils.validate import check_choice
 
 # Levels of severity 1 to 5.
 LEVELS: dict[str, tuple[float, ...]] = {

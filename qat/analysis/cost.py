@@ -11,10 +11,10 @@ from torch import nn
 
 from qat.analysis.base import Analysis, Drawing, Outcome, Row, StudiedNet, Table
 from qat.analysis.cost_drawings import by_kind
-from qat.checkpoint import built_alike
-from qat.conversion import conversion_of, stem_and_heads
-from qat.cost import Cost, Matmul, ModuleCost, module_costs, total
 from qat.errors import UsageError
+from qat.model.checkpoint import built_alike
+from qat.model.convert import conversion_of, stem_and_heads
+from qat.model.cost import Cost, Matmul, ModuleCost, module_costs, total
 from qat.spec import QuantRecipe, recipe
 
 KINDS = ("patch embedding", "attention weights", "attention products", "MLP", "norms", "head", "other")

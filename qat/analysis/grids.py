@@ -19,7 +19,7 @@ from qat.functional.ste import group_size, sum_along, view_along
 from qat.kernels import statsq_coordinate
 from qat.ptq.observers import reaching_zero
 from qat.quantizers import LSQ, Affine, DynamicMinMax, Float, Quantizer, StatsQ
-from qat.spec import check_choice
+from qat.utils.validate import check_choice
 
 STEPS_FROM = ("own", "minmax", "percentile", "mse")
 Round = Callable[[Tensor], Tensor]

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from qat.analysis.grids import Scales
 from qat.analysis.requantize import GridSite, weight_sites
-from qat.blocks import find_blocks
 from qat.errors import UsageError
-from qat.frozen import is_frozen
+from qat.model.blocks import find_blocks
+from qat.model.frozen import is_frozen
+from qat.model.sites import iter_quantizers
 from qat.nn import QkrAttention
 from qat.ptq.patching import Forward, patched
 from qat.ptq.vector import place_in, stored_scale
 from qat.quantizers import Quantizer
-from qat.sites import iter_quantizers
-from qat.spec import FLOAT_BITS
+from qat.utils.validate import FLOAT_BITS
 
 Globs = tuple[str, ...]
 # Directions by the name of what they belong to; what is not among them stays.

@@ -8,7 +8,7 @@ from typing import Any
 
 from qat.analysis.base import Key, Row
 from qat.errors import UsageError
-from qat.files import appending, flush, remove_unfinished, write_text
+from qat.utils.files import appending, flush, remove_unfinished, write_text
 
 FILE = "points.jsonl"
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from qat.analysis.base import StudiedNet
-from qat.bounds import read_yaml
 from qat.errors import UsageError
 from qat.functional.oscillation import PackedOscillation, unpack_oscillation
+from qat.utils.bounds import read_yaml
 
 SHARE, BAND, FREQUENCY, FLIPS = "osc/share", "osc/band", "osc/frequency", "osc/flips"
 FROZEN, TRAINABLE = "freeze/frozen", "cga/trainable"

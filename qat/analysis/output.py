@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.analysis.base import Drawing, Outcome
-from qat.files import csv_text, json_text, replacing, write_text
+from qat.utils.files import csv_text, json_text, replacing, write_text
 
 DPI = 150
 

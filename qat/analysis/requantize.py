@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from qat.analysis.grids import STEPS_FROM, Round, Scales, WeightGrid, derived, grid_of
-from qat.conversion import conversion_of, convert, stem_and_heads
+from qat.model.convert import conversion_of, convert, stem_and_heads
+from qat.model.sites import iter_quantizers
 from qat.ptq.patching import patched
 from qat.quantizers import Float, Quantizer
-from qat.sites import iter_quantizers
-from qat.spec import FLOAT_BITS, QuantRecipe, check_bits, check_choice, check_number
+from qat.spec import QuantRecipe
+from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_number
 
 ROUNDINGS = ("nearest", "half_up", "floor", "stochastic")
 STEPS = ("any", "power_of_two")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from qat.analysis.base import Drawing
 from qat.analysis.drawing import GREY, axes, colours, figure
-from qat.spec import FLOAT_BITS
+from qat.utils.validate import FLOAT_BITS
 
 Curve = list[tuple[float, float]]
 TOP1 = "top-1 accuracy (%)"

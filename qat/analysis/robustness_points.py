@@ -12,7 +12,7 @@ from qat.analysis.base import Point, StudiedNet
 from qat.analysis.corruptions import Corruption
 from qat.analysis.images import ImageSet
 from qat.analysis.requantize import GridSite, WeightChange, WeightSites
-from qat.spec import FLOAT_BITS
+from qat.utils.validate import FLOAT_BITS
 
 # Parts that start from quantized weights.
 OF_QUANTIZED = ("steps", "power_of_two", "quantizers")

@@ -12,7 +12,7 @@ from qat.analysis import robustness_drawings as drawings
 from qat.analysis.base import Advice, Drawing, Outcome, Row, Table
 from qat.analysis.corruptions import level_of
 from qat.analysis.robustness_drawings import Curve, Dot
-from qat.spec import FLOAT_BITS
+from qat.utils.validate import FLOAT_BITS
 
 # What counts as kept: this many points below the accuracy at ratio 1.
 TOLERANCE = 2.0

@@ -16,7 +16,7 @@ from qat.analysis.sensitivity_parts import GRANULARITIES, Part, TakenApart, take
 from qat.analysis.sensitivity_results import AS_IS, BITS, FLOAT, ONLY, SUGGESTED, UNIFORM, WITHOUT, Findings, sensitivity_outcome
 from qat.errors import UsageError
 from qat.ptq.calibrate import in_float
-from qat.spec import check_bits, check_choice, check_number
+from qat.utils.validate import check_bits, check_choice, check_number
 
 log = logging.getLogger(__name__)
 MEASURES = (ONLY, WITHOUT, BITS)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from qat.analysis.sensitivity_parts import Part, TakenApart
-from qat.cost import FLOAT_BYTES, size_bytes
 from qat.errors import UsageError
 from qat.functional.knapsack import least_loss
 from qat.functional.packing import packed_bytes
+from qat.model.cost import FLOAT_BYTES, size_bytes
+from qat.model.sites import iter_quantizers
 from qat.ptq.widths import with_bits
 from qat.quantizers import Quantizer
-from qat.sites import iter_quantizers
-from qat.spec import FLOAT_BITS
+from qat.utils.validate import FLOAT_BITS
 
 MB = 10**6
 # Of a float net whose weights `ptq.py` quantizes: a scale and a zero point for each row.

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from qat.analysis.requantize import GridSite, WeightChange, WeightSites, weight_sites
-from qat.blocks import find_blocks
-from qat.conversion import conversion_of
+from qat.model.blocks import find_blocks
+from qat.model.convert import conversion_of
+from qat.model.sites import Site, iter_quantizers
 from qat.ptq.calibrate import in_float
 from qat.ptq.patching import Forward, patched
 from qat.quantizers import Float, Quantizer
-from qat.sites import Site, iter_quantizers
-from qat.spec import FLOAT_BITS, QuantRecipe
+from qat.spec import QuantRecipe
+from qat.utils.validate import FLOAT_BITS
 
 GRANULARITIES = ("site", "module", "block")
 # What holds the quantizers that the net has beside its modules.

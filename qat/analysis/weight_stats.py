@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from qat.analysis.code_axis import Placed, code_bounds, placed
 from qat.functional.kurtosis import kurtosis
+from qat.model.sites import Site, iter_quantizers
 from qat.nn import QkrAttention
 from qat.quantizers import Float, Quantizer
-from qat.sites import Site, iter_quantizers
-from qat.spec import FLOAT_BITS
+from qat.utils.validate import FLOAT_BITS
 
 # A channel whose largest weight is below this share of the median channel's is dead.
 DEAD = 1e-3

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qat.probing import probing
+from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import Float
-from qat.sites import Site, iter_quantizers
+from qat.utils.probing import probing
 
 
 class ActivationCodes:

@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from qat.errors import UsageError
-from qat.files import read_torch
-from qat.spec import check_text
+from qat.utils.files import read_torch
+from qat.utils.validate import check_text
 
 log = logging.getLogger(__name__)
 _PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")

@@ -12,13 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from qat.callbacks.common import layer_of, logs_now, net_of, parameter_of
+from qat.callbacks.entry_freezer import EntryFreezer
 from qat.callbacks.freezing import IterativeFreezing
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary, near_threshold
-from qat.holding import EntryFreezer
+from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import StatsQ
-from qat.sites import Site, iter_quantizers
-from qat.spec import check_choice, check_number, check_whole
+from qat.utils.validate import check_choice, check_int, check_number
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +84,9 @@ class CGA(Callback):
         check_number("callbacks.cga.lr", lr, 0, above=True)
         check_choice("callbacks.cga.qk", qk, QK_POLICIES)
         if epochs is not None:
-            check_whole("callbacks.cga.epochs", epochs, 1)
+            check_int("callbacks.cga.epochs", epochs, 1)
         if start_epoch is not None:
-            check_whole("callbacks.cga.start_epoch", start_epoch, 0)
+            check_int("callbacks.cga.start_epoch", start_epoch, 0)
         self.boundary_range, self.epochs, self.start_epoch, self.lr, self.qk = boundary_range, epochs, start_epoch, lr, qk
         self._first, self._stop = 0.0, math.inf
         self._active = False

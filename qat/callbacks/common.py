@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from qat.sites import Site
+from qat.model.sites import Site
 
 
 def net_of(pl_module: LightningModule) -> nn.Module:

@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from qat.callbacks.common import net_of
-from qat.probing import probing
-from qat.shards import own
+from qat.utils.probing import probing
+from qat.utils.shards import own
 
 Context = Callable[[], AbstractContextManager]
 UNKNOWN = "the loss or its gradient (the net's outputs are finite)"

@@ -11,13 +11,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from qat import preemption
 from qat.callbacks.last import LastCheckpoint
-from qat.preemption import Preempted
+from qat.launch import preemption
+from qat.launch.preemption import Preempted
 
 
 class Preemption(Checkpoint):
-    """Writes `last.ckpt` and raises `Preempted` when a signal of `qat.preemption` has arrived in any process.
+    """Writes `last.ckpt` and raises `Preempted` when a signal of `qat.launch.preemption` has arrived in any process.
 
     Processes may see a signal in different steps, and none may stop alone: the others would wait for its gradients. Behind each step they
     start to exchange what they have seen, on the host, and read what was exchanged behind the step before, so that all act behind the same

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from qat.data.arrays import ImageArrays
 from qat.data.encoded import EncodedImages, read_all
-from qat.files import remove_unfinished, replacing, write_text
+from qat.utils.files import remove_unfinished, replacing, write_text
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def place(origin: Any, suffix: str) -> Path:
 
 @contextlib.contextmanager
 def keeping(path: Path) -> Generator[Path]:
-    """Yield a temporary path beside one in the cache, as `qat.files.replacing`, once what killed writers have left is gone.
+    """Yield a temporary path beside one in the cache, as `qat.utils.files.replacing`, once what killed writers have left is gone.
 
     Raises:
         OSError: the folder cannot be written.

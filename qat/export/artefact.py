@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.checkpoint import load
 from qat.export.check import Checked, check_packed
-from qat.frozen.packed import write_packed
+from qat.model.checkpoint import load
+from qat.model.frozen.packed import write_packed
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def packed_artefact(path: Path, frozen: nn.Module, net: nn.Module, meta: Mapping
         path: the file.
         frozen: what is written.
         net: what it was frozen from.
-        meta: of `qat.checkpoint.describe`.
+        meta: of `qat.model.checkpoint.describe`.
         images: (B, C, H, W) each.
     """
     sizes = write_packed(frozen, path, meta)

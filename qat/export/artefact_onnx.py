@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import onnx
 from torch import Tensor, nn
 
-from qat.checkpoint import built_alike
-from qat.conversion import conversion_of
 from qat.export.artefact import Written
 from qat.export.check import check_onnx, table
 from qat.export.graph import ANY_BATCH, LOWEST_OPSET, Shape, export_graph, to_onnx
 from qat.export.session import OPTIONS_KEY, SESSION_OPTIONS, milliseconds, open_session
-from qat.files import replacing
+from qat.model.checkpoint import built_alike
+from qat.model.convert import conversion_of
 from qat.spec import recipe
+from qat.utils.files import replacing
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -56,7 +56,7 @@ def onnx_artefact(
         path: the file.
         frozen: what is written.
         net: what it was frozen from.
-        meta: of `qat.checkpoint.describe`, and `preprocessing`: size, mean, std, interpolation, crop_pct.
+        meta: of `qat.model.checkpoint.describe`, and `preprocessing`: size, mean, std, interpolation, crop_pct.
         images: (B, C, H, W) each.
         settings: of the file.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.export.session import Transparent, logits_of, open_session
-from qat.frozen.agreement import Agreement, compare, run_watched
+from qat.model.frozen.agreement import Agreement, compare, run_watched
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.export.weights import WIDTHS, Stored, needed_opset, stored_form
-from qat.frozen import FrozenActivation, FrozenWeight, is_frozen
 from qat.functional.packing import pack_codes
 from qat.functional.ste import view_along
+from qat.model.frozen import FrozenActivation, FrozenWeight, is_frozen
 from qat.nn import QkrAttention
 from qat.nn.conv import QuantConv2d
 from qat.nn.linear import QuantLinear

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qat.export.graph import IN_CODES, INPUT, OUTPUT
-from qat.frozen.agreement import Seen, Watched
+from qat.model.frozen.agreement import Seen, Watched
 
 if TYPE_CHECKING:
     import onnx

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.frozen import FrozenWeight
+from qat.model.frozen import FrozenWeight
 
 # From this opset on DequantizeLinear takes the type.
 OPSETS = {"INT8": 13, "UINT8": 13, "INT4": 21, "UINT4": 21, "INT2": 25, "UINT2": 25}

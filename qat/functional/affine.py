@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qat.functional.ste import code_dtype, round_ste, view_along
-from qat.spec import check_bits
+from qat.utils.validate import check_bits
 
 _EPS = torch.finfo(torch.float32).eps
 

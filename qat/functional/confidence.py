@@ -7,7 +7,7 @@ from torch import Tensor
 from qat.functional.statsq import statsq_scale
 from qat.functional.ste import view_along
 from qat.kernels import statsq_coordinate
-from qat.spec import check_bits, check_number
+from qat.utils.validate import check_bits, check_number
 
 
 def check_boundary(setting: str, boundary: object) -> None:

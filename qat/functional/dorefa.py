@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.spec import check_bits, check_number
+from qat.utils.validate import check_bits, check_number
 
 
 @torch.no_grad()

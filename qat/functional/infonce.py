@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.spec import check_choice, check_number
+from qat.utils.validate import check_choice, check_number
 
 Fitness = Callable[[Tensor, Tensor], Tensor]
 FITNESSES = ("infonce", "mse", "kl", "cosine")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from qat.spec import check_choice, check_number
+from qat.utils.validate import check_choice, check_number
 
 UNIFORM_KURTOSIS = 1.8
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "max": torch.max}

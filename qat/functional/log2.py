@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qat.functional.ste import code_dtype
-from qat.spec import check_bits
+from qat.utils.validate import check_bits
 
 # exp(p) is about 0.35815147 p^2 + 0.96963238 p + 1 for p in (-ln 2, 0].
 _A, _B, _C = 0.35815147, 0.96963238, 1.0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qat.functional.affine import affine_from_range, min_max, slices_along
 from qat.functional.affine_search import mse_scale, omse_scale, ptf_scale
-from qat.spec import check_choice
+from qat.utils.validate import check_choice
 
 METHODS = ("minmax", "percentile", "omse", "mse", "ptf")
 OBSERVERS = (*METHODS, "ema")

@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx
 from qat import kernels
 from qat.functional.ste import code_dtype
 from qat.kernels import statsq_coordinate
-from qat.spec import check_bits
+from qat.utils.validate import check_bits
 
 
 def statsq_scale(w: Tensor) -> Tensor:

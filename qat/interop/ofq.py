@@ -17,13 +17,13 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from qat.biases import grow_biases
-from qat.checkpoint import Checkpoint, read_checkpoint
-from qat.conversion import convert
 from qat.errors import UsageError
 from qat.interop.fill import LIKELY_BITS, fill, likely_act_bits, mergings_with_bias
 from qat.interop.layout import Layout, is_ofq, read_layout
 from qat.interop.names import DEAD
+from qat.model.biases import grow_biases
+from qat.model.checkpoint import Checkpoint, read_checkpoint
+from qat.model.convert import convert
 from qat.spec import QuantRecipe, recipe
 
 __all__ = ["OfqNet", "is_ofq", "load_ofq_checkpoint", "net_from_ofq"]

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from qat.errors import UsageError
-from qat.files import read_torch, write_torch
+from qat.utils.files import read_torch, write_torch
 
 PREVIOUS = {"last.ckpt": "last.prev.ckpt"}
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from qat.files import appending, flush, write_text
+from qat.utils.files import appending, flush, write_text
 
 Row = Mapping[str, Any]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.blocks import find_blocks
 from qat.errors import UsageError
-from qat.probing import probing
+from qat.model.blocks import find_blocks
+from qat.utils.probing import probing
 
 
 class Outputs:

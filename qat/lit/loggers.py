@@ -15,8 +15,8 @@ from filelock import FileLock
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from qat.errors import UsageError
-from qat.preemption import Preempted
-from qat.spec import check_text
+from qat.launch.preemption import Preempted
+from qat.utils.validate import check_text
 
 # They report to their makers by default, and MLflow that it makes tables; who wants that sets the variable.
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "MLFLOW_LOGGING_LEVEL": "WARNING"}

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from qat.checkpoint import META_KEY, Checkpoint, build_from
 from qat.errors import UsageError
 from qat.lit.features import Outputs
 from qat.lit.means import MeanLoss
 from qat.lit.sharded import shared_modules
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, StepContext
+from qat.model.checkpoint import META_KEY, Checkpoint, build_from
+from qat.model.sites import iter_quantizers
 from qat.nn.execution import keep_weights
 from qat.quantizers import LSQ
-from qat.shards import whole
-from qat.sites import iter_quantizers
-from qat.spec import check_choice
+from qat.utils.shards import whole
+from qat.utils.validate import check_choice
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 MEANS_KEY = "epoch_means"
@@ -59,7 +59,7 @@ class QATModule(LightningModule):
         optimizer: makes the optimizer from the net.
         scheduler: makes the schedule and its interval from the optimizer, the number of epochs and the steps per epoch.
         teacher: its logits reach the loss; not part of checkpoints.
-        describe: what checkpoints say beside the weights (`qat.checkpoint.describe`).
+        describe: what checkpoints say beside the weights (`qat.model.checkpoint.describe`).
         lsq_grad_batch: `global` = LSQ's gradient scale counts the global batch, so that one process and several agree; `process` = the
             batch of one process, as in the paper's code.
     """

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.checkpoint import build_from, read_checkpoint
 from qat.errors import UsageError
-from qat.files import read_torch
 from qat.lit.optim import parameter_groups
+from qat.model.checkpoint import build_from, read_checkpoint
+from qat.utils.files import read_torch
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 State = dict[str, dict[str, Any]]

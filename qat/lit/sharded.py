@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from qat.errors import UsageError
-from qat.shards import like, whole
+from qat.utils.shards import like, whole
 
 BLOCKS = "blocks"  # what timm calls the list of a net's, or of a stage's, blocks
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qat.lit.compiled import CompiledCall
 from qat.lit.features import Outputs
 from qat.nn.execution import keep_weights
-from qat.spec import check_choice
+from qat.utils.validate import check_choice
 
 HEADS = ("cls", "mean")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.losses.context import StepContext
-from qat.spec import check_number
+from qat.utils.validate import check_number
 
 
 class LossTerm(nn.Module, ABC):

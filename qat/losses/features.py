@@ -8,7 +8,7 @@ from qat.functional.distillation import feature_distance
 from qat.functional.oscillation import cosine_between
 from qat.losses.compose import LossTerm
 from qat.losses.context import StepContext
-from qat.spec import check_choice, check_number
+from qat.utils.validate import check_choice, check_number
 
 WHICH = ("all", "last")
 SCHEDULES = ("constant", "cosine")

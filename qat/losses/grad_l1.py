@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from qat.losses.compose import LossTerm
 from qat.losses.context import StepContext
-from qat.losses.masters import LatentWeight, check_layers, find_latent_weights
-from qat.spec import check_number
+from qat.losses.latent_weights import LatentWeight, check_layers, find_latent_weights
+from qat.utils.validate import check_number
 
 
 class GradL1(LossTerm):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from qat.functional.kurtosis import UNIFORM_KURTOSIS, check_kure, kure_of, kurtoses
 from qat.losses.compose import LossTerm
 from qat.losses.context import StepContext
-from qat.losses.masters import QK_FORMS, LatentWeight, check_layers, find_latent_weights
-from qat.spec import check_choice, check_number
+from qat.losses.latent_weights import QK_FORMS, LatentWeight, check_layers, find_latent_weights
+from qat.utils.validate import check_choice, check_number
 
 
 class Kure(LossTerm):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from qat.losses.compose import LossTerm
 from qat.losses.context import StepContext
-from qat.spec import check_number
+from qat.utils.validate import check_number
 
 
 class CrossEntropy(LossTerm):

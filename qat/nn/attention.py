@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from qat.errors import UsageError
 from qat.functional.qkr import fold_q_bias, fold_qk
-from qat.fused import QkrOperands, QkrWeights, Scoring, attention, can_fuse, joint_scores, probs_dtype, qkr_attention
+from qat.kernels.fused import QkrOperands, QkrWeights, Scoring, attention, can_fuse, joint_scores, probs_dtype, qkr_attention
 from qat.nn.base import QuantModule, is_watched
 from qat.nn.fusing import is_off, operand_of, statsq_bits
 from qat.nn.linear import QuantLinear

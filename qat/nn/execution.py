@@ -9,7 +9,7 @@ from torch import nn
 
 from qat.nn.attention import ScoredAttention
 from qat.nn.base import QuantModule
-from qat.spec import check_choice
+from qat.utils.validate import check_choice
 
 MEMORY = ("save", "recompute")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from qat.fused import Operand
+from qat.kernels.fused import Operand
 from qat.nn.base import is_watched
 from qat.quantizers import LSQ, Shifted, StatsQ
 

@@ -6,7 +6,7 @@ import timm.layers as timm_layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.fused import can_fuse, lsq_linear
+from qat.kernels.fused import can_fuse, lsq_linear
 from qat.nn.base import QuantModule
 from qat.nn.fusing import operand_of, statsq_bits
 from qat.nn.registry import Swap, SwapContext, register_swap

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.fused import can_fuse, remember
+from qat.kernels.fused import can_fuse, remember
 from qat.nn.base import shallow_cast
 from qat.nn.registry import Swap, SwapContext, register_swap
 

@@ -12,7 +12,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 
-from qat.fused import can_fuse, viewed
+from qat.kernels.fused import can_fuse, viewed
 from qat.nn.attention import QkrAttention, QuantAttention, add_window_mask, split_heads
 from qat.nn.linear import hint_mlp
 from qat.nn.registry import Swap, SwapContext, register_swap

@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qat.blocks import CONTAINER, find_blocks
-from qat.conversion import Conversion, conversion_of
 from qat.errors import UsageError
 from qat.functional.allocation import (
     Assignment,
@@ -31,6 +29,9 @@ from qat.functional.allocation import (
 )
 from qat.functional.evolution import generator_at
 from qat.functional.packing import packed_bytes
+from qat.model.blocks import CONTAINER, find_blocks
+from qat.model.convert import Conversion, conversion_of
+from qat.model.scales import assert_ready
 from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.blocks import trace, verified
 from qat.ptq.fitness import Evaluator, check_batches
@@ -39,7 +40,6 @@ from qat.ptq.ranks import Ranks
 from qat.ptq.replay import Replay
 from qat.ptq.state import SearchFiles, fingerprint
 from qat.ptq.widths import Widths, with_bits
-from qat.scales import assert_ready
 
 log = logging.getLogger(__name__)
 COLUMNS = ("generation", "size_bytes", "fitness", "accepted", "seconds", "bits")
@@ -65,7 +65,7 @@ def search_bits(
         batches: calibration images (N, C, H, W) each, as the net sees them; the same in every process.
         targets: float logits (N, classes) of each.
         settings: of the search.
-        size_bytes: of the net as it is, `qat.cost.size_bytes(net)`.
+        size_bytes: of the net as it is, `qat.model.cost.size_bytes(net)`.
         run_dir: folder of `search.csv` and `search.ckpt`; None = neither is written.
         resume: go on from `search.ckpt`, where there is one.
         group: processes that share the batches, of `torch.distributed`; each has the same net.

@@ -9,7 +9,7 @@ from typing import Any
 from qat.errors import UsageError
 from qat.functional.infonce import FITNESSES, TEMPERATURE
 from qat.ptq.settings import SearchSettings
-from qat.spec import check_bits, check_choice, check_globs, check_number, check_whole
+from qat.utils.validate import check_bits, check_choice, check_globs, check_int, check_number
 
 METHOD = "bits"
 CHOICES = (2, 3, 4, 6, 8)
@@ -22,7 +22,7 @@ class BitsSettings:
 
     Attributes:
         method: `bits`.
-        budget_mb: of the net as stored (`qat.cost.size_bytes`), in 10^6 bytes; this or `average_bits` is given.
+        budget_mb: of the net as stored (`qat.model.cost.size_bytes`), in 10^6 bytes; this or `average_bits` is given.
         average_bits: mean width of the weights that are searched.
         choices: widths that a weight may get.
         targets: globs of the modules whose weights are searched, by their names in the net: `blocks.*.mlp.*`.
@@ -69,7 +69,7 @@ class BitsSettings:
             ("micro_batch", 1),
             ("seed", 0),
         ):
-            check_whole(f"search.{name}", getattr(self, name), lowest)
+            check_int(f"search.{name}", getattr(self, name), lowest)
         check_number("search.temperature", self.temperature, 0, above=True)
         check_number("search.cache_gib", self.cache_gib, 0)
         self._check_budget()

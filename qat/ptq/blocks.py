@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qat.probing import probing
 from qat.ptq.inplace import addresses
 from qat.ptq.patching import Forward, patched
 from qat.quantizers import Quantizer
+from qat.utils.probing import probing
 
 GIB = 2**30
 log = logging.getLogger(__name__)

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qat.errors import UsageError
+from qat.model.scales import assert_ready
+from qat.model.sites import iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
-from qat.probing import allow_unset_scales, probing
 from qat.ptq.observers import Observer
 from qat.ptq.patching import Forward, patched
 from qat.ptq.ranks import Ranks
 from qat.quantizers import Affine, Quantizer
-from qat.scales import assert_ready
-from qat.sites import iter_quantizers
+from qat.utils.probing import allow_unset_scales, probing
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 

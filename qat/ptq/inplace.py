@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qat.functional.affine import fake_quantize_affine_
-from qat.probing import probing
+from qat.model.sites import Site, iter_quantizers
 from qat.ptq.fused import WORTH_COMPILING, Kernel, compiled_kernel, fused_
 from qat.ptq.patching import Forward
 from qat.quantizers import Affine
-from qat.sites import Site, iter_quantizers
+from qat.utils.probing import probing
 
 
 def addresses(value: Any) -> Iterable[int]:

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qat.blocks import find_blocks
 from qat.errors import UsageError
+from qat.model.blocks import find_blocks
+from qat.model.scales import assert_ready
 from qat.ptq.blocks import GIB, trace, verified
 from qat.ptq.drivers import DRIVERS, Draws, Visit, seeded_draws
 from qat.ptq.fitness import Evaluator, check_batches
@@ -23,7 +24,6 @@ from qat.ptq.ranks import Ranks
 from qat.ptq.settings import GRADIENT_METHODS, SearchSettings
 from qat.ptq.state import SearchFiles, SearchState, fingerprint
 from qat.ptq.vector import ScaleVector, joined, scale_vectors
-from qat.scales import assert_ready
 
 log = logging.getLogger(__name__)
 Validate = Callable[[], float]

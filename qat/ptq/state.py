@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.files import appending, flush, read_torch, remove_unfinished, write_text, write_torch
+from qat.utils.files import appending, flush, read_torch, remove_unfinished, write_text, write_torch
 
 STATE, LOG = "search.ckpt", "search.csv"
 COLUMNS = ("pass", "block", "cycle", "fitness", "accepted", "seconds", "images")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat.blocks import CONTAINER, find_blocks
 from qat.errors import UsageError
 from qat.functional.evolution import noise_radius
+from qat.model.blocks import CONTAINER, find_blocks
+from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import Quantizer
-from qat.sites import Site, iter_quantizers
 
 # A scale divides; the calibration keeps the same distance from zero.
 _LOWEST_SCALE = torch.finfo(torch.float32).eps

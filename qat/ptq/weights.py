@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.model.sites import Site, iter_quantizers
 from qat.ptq.patching import patched
 from qat.quantizers import Quantizer
-from qat.sites import Site, iter_quantizers
 
 
 class WeightCache:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.functional.allocation import Assignment
+from qat.model.sites import Site, iter_quantizers
 from qat.ptq.observers import Observer
 from qat.quantizers import Affine
-from qat.sites import Site, iter_quantizers
 from qat.spec import QuantRecipe
 
 # What a rule about `bits` sets too; one that is older would win over it.

@@ -16,7 +16,7 @@ class Quantizer(nn.Module, ABC):
 
     A subclass implements `forward` and `codes`; one with scales also `allocate` and `calibrate`. Scales exist in their final
     shape, filled with NaN, from conversion on: the parameter set never changes afterwards, and a quantizer that was not initialised
-    yields NaN instead of plausible numbers (its net raises: `qat.scales.guard`).
+    yields NaN instead of plausible numbers (its net raises: `qat.model.scales.guard`).
 
     Args:
         spec: how the tensor is quantized.

@@ -49,7 +49,7 @@ def import_quantizer(path: str) -> type[Quantizer]:
 def build_quantizer(spec: QuantSpec) -> Quantizer:
     """The quantizer module of a spec, inside `Shifted` if the spec asks for offsets.
 
-    What a file names has been compared with what is imported before it becomes a spec (`qat.ptq_spec.recipe_from`).
+    What a file names has been compared with what is imported before it becomes a spec (`qat.model.ptq_spec.recipe_from`).
 
     Raises:
         UsageError: the name is neither registered nor importable.

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from qat.bounds import read_json
 from qat.errors import UsageError
+from qat.utils.bounds import read_json
 
 
 def collect(run_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:

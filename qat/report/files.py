@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qat.bounds import read_json
+from qat.utils.bounds import read_json
 
 LOGS = ("train.log", "ptq.log", "analyze.log", "eval.log")
 RESUMED = re.compile(r"resumed at step (\d+)")

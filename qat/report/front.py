@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.files import replacing
+from qat.utils.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,6 @@ import hashlib
 from importlib import resources
 from pathlib import Path
 
-from qat.files import write_text
 from qat.report import sections
 from qat.report.files import Origin, RunFiles, read_run
 from qat.report.html import Html, element, joined
@@ -15,6 +14,7 @@ from qat.report.layers import layers_table
 from qat.report.notes import notes_of, notes_section
 from qat.report.numbers import percent, scaled
 from qat.report.origin import origin as origin_section
+from qat.utils.files import write_text
 
 FILE = "report.html"
 TITLES = {"train": "Training", "ptq": "Post-training quantization", "analyze": "Analysis", "eval": "Evaluation"}

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qat.bounds import read_json, read_yaml
 from qat.errors import UsageError
-from qat.files import csv_text, write_text
+from qat.utils.bounds import read_json, read_yaml
+from qat.utils.files import csv_text, write_text
 
 JOBS, GROUPS = "sweep.csv", "sweep_groups.csv"
 # What is averaged over the jobs of a group, in the order of the columns.

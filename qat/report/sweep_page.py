@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qat.files import write_text
 from qat.report.curves import STYLE
 from qat.report.html import Html, element, joined
 from qat.report.notes import Note, notes_section
@@ -18,6 +17,7 @@ from qat.report.svg import SERIES, inline
 from qat.report.sweep import GROUPS, JOBS, Group, Job, Sweep
 from qat.report.sweep_table import HEADINGS, MISSING, best_line, brief, label, number_of_jobs, shown
 from qat.report.tables import long_table, table
+from qat.utils.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,10 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from qat.analysis import Analysis, ImageSet, Ledger, Outcome, Point, Row, StudiedNet, measure, write_outcome
 from qat.analysis.images import gathered
 from qat.errors import UsageError
-from qat.files import write_text
-from qat.preemption import Preempted
+from qat.launch.preemption import Preempted
 from qat.ptq.state import fingerprint
-from qat.spec import check_choice, check_whole
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_flag, check_settings
 from qat.tasks.evaluate import build_subject, origin
@@ -30,6 +28,8 @@ from qat.tasks.report import remake, remember, report_run
 from qat.tasks.results import recipe_fields, write_results
 from qat.tasks.sweep import gather_sweep
 from qat.tasks.trainer_checks import SPLITS
+from qat.utils.files import write_text
+from qat.utils.validate import check_choice, check_int
 
 log = logging.getLogger(__name__)
 INTERRUPTED = 130  # what a shell says of a command ended by Ctrl-C
@@ -133,7 +133,7 @@ def _build(cfg: DictConfig) -> Study:
         check_settings(one)
     seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.images is not None:
-        check_whole("images", cfg.images, 1)
+        check_int("images", cfg.images, 1)
     if cfg.resume not in {False, "auto"}:
         raise UsageError(f"resume={cfg.resume!r}: must be one of false, auto")
     analysis = build_analysis(cfg)

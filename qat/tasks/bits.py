@@ -14,12 +14,11 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import Tensor
 
-from qat.conversion import conversion_of, conversion_report
-from qat.cost import size_bytes
-from qat.files import json_text, write_text
 from qat.functional.allocation import average_bits, spread
 from qat.lit import QATModule
 from qat.losses import CompositeLoss, CrossEntropy
+from qat.model.convert import conversion_of, conversion_report
+from qat.model.cost import size_bytes
 from qat.ptq.bits import search_bits
 from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.points import BitsResult
@@ -27,6 +26,7 @@ from qat.ptq.ranks import Ranks
 from qat.ptq.widths import set_bits
 from qat.report.front import draw_front
 from qat.tasks.predict import Subject
+from qat.utils.files import json_text, write_text
 
 log = logging.getLogger(__name__)
 

@@ -12,20 +12,20 @@ import hydra.utils
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
-from qat.biases import invent_biases
-from qat.checkpoint import Checkpoint, build_from, read_checkpoint
-from qat.conversion import convert
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.interop import OfqNet, is_ofq, net_from_ofq
 from qat.losses import CompositeLoss
-from qat.ptq_spec import custom_quantizers
+from qat.model.biases import invent_biases
+from qat.model.checkpoint import Checkpoint, build_from, read_checkpoint
+from qat.model.convert import convert
+from qat.model.ptq_spec import custom_quantizers
+from qat.model.scales import assert_ready, initialize_scales
+from qat.model.start import Start, from_checkpoint, from_net, from_pretrained, from_scratch, from_weights
+from qat.model.transfer import copy_scales, forget_attention_weights
 from qat.quantizers.registry import import_quantizer
-from qat.scales import assert_ready, initialize_scales
-from qat.signature import check_arguments
 from qat.spec import QuantRecipe
-from qat.start import Start, from_checkpoint, from_net, from_pretrained, from_scratch, from_weights
-from qat.transfer import copy_scales, forget_attention_weights
+from qat.utils.signature import check_arguments
 
 log = logging.getLogger(__name__)
 

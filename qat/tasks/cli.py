@@ -22,13 +22,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from qat import preemption
 from qat.errors import UsageError
-from qat.preemption import Preempted
-from qat.tasks import foreign, lock, overrides, ranks, repeat, resolvers, slurm, sweep
-from qat.tasks.lock import InUseError
+from qat.launch import lock, preemption, ranks, slurm
+from qat.launch.lock import InUseError
+from qat.launch.preemption import Preempted
+from qat.launch.watch import LOST
+from qat.tasks import foreign, overrides, repeat, resolvers, sweep
 from qat.tasks.outputs import Found, UsedError, checkpoints
-from qat.tasks.watch import LOST
 
 log = logging.getLogger(__name__)
 _failed_jobs: list[str] = []

@@ -12,25 +12,25 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 import qat.data
-from qat.checkpoint import Checkpoint, build_from, classes_of, read_checkpoint
-from qat.conversion import conversion_of
-from qat.cost import Cost, cost
 from qat.data import ImageData
 from qat.errors import UsageError
-from qat.files import write_text
-from qat.inference import data_config
+from qat.launch.group import meet
+from qat.launch.ranks import is_first
 from qat.lit import QATModule
 from qat.lit.loggers import closing
 from qat.losses import CompositeLoss, CrossEntropy
+from qat.model.checkpoint import Checkpoint, build_from, classes_of, read_checkpoint
+from qat.model.convert import conversion_of
+from qat.model.cost import Cost, cost
+from qat.model.start import check_finite
+from qat.model.transform import data_config
 from qat.spec import recipe
-from qat.start import check_finite
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_classifier, check_patches, check_settings
-from qat.tasks.group import meet
 from qat.tasks.predict import Subject, class_names, find_images, predict
-from qat.tasks.ranks import is_first
 from qat.tasks.repeat import recorded
 from qat.tasks.results import measured, recipe_fields, sizes, write_results
+from qat.utils.files import write_text
 
 log = logging.getLogger(__name__)
 

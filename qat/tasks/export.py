@@ -11,16 +11,14 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from qat.checkpoint import describe
-from qat.conversion import conversion_of
 from qat.errors import UsageError
 from qat.export.artefact import Written, packed_artefact
 from qat.export.graph import check_size, require_onnx
 from qat.export.weights import TWO_BIT
-from qat.files import write_text
-from qat.frozen import freeze, is_frozen
-from qat.inference import data_config
-from qat.spec import check_choice, check_whole
+from qat.model.checkpoint import describe
+from qat.model.convert import conversion_of
+from qat.model.frozen import freeze, is_frozen
+from qat.model.transform import data_config
 from qat.tasks import build, summary
 from qat.tasks.checks import check_flag, check_keys, check_settings
 from qat.tasks.evaluate import build_subject, origin
@@ -28,6 +26,8 @@ from qat.tasks.predict import Subject, class_names
 from qat.tasks.repeat import recorded
 from qat.tasks.results import recipe_fields, write_results
 from qat.tasks.trainer_checks import SPLITS
+from qat.utils.files import write_text
+from qat.utils.validate import check_choice, check_int
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def _check(cfg: DictConfig) -> None:
         check_flag(flag, cfg[flag])
     for count, lowest in (("images", 1), ("opset", 1), ("latency", 0), ("threads", 1)):
         if cfg[count] is not None or count in {"latency", "threads"}:
-            check_whole(count, cfg[count], lowest)
+            check_int(count, cfg[count], lowest)
     if cfg.split is not None:
         check_choice("split", cfg.split, SPLITS)
     if not cfg.ckpt:

@@ -23,18 +23,18 @@ from torch import nn
 
 from qat.callbacks import CGA, CompileWatch, FaultGuard, LastCheckpoint, StepSeed, Stopwatch
 from qat.errors import UsageError
+from qat.launch.ranks import local_count
+from qat.launch.slurm import environments
 from qat.lit.checkpoint_io import AtomicCheckpointIO
 from qat.lit.csv_log import continue_csv
 from qat.lit.optim import INTERVALS, build_optimizer, check_layer_decay, cosine_schedule, scaled_lr
 from qat.lit.optimizer_state import with_optimizer_state
 from qat.lit.parallel import SHARDED, strategy_of
-from qat.spec import check_choice, check_number, check_whole
-from qat.start import Start
+from qat.model.start import Start
 from qat.tasks.build import instantiate, plain
 from qat.tasks.checks import check_averaging, check_callback, check_keys, check_sharding
-from qat.tasks.ranks import local_count
-from qat.tasks.slurm import environments
 from qat.tasks.trainer_checks import check_trainer
+from qat.utils.validate import check_choice, check_int, check_number
 
 # All repeat what the first lines of a run say already; what ends a run early they do not. The root logger's handlers say it, once.
 logging.getLogger("lightning").handlers.clear()
@@ -94,7 +94,7 @@ def take_optimizer_state(cfg: DictConfig, make: Any, start: Start) -> Any:
 
 def global_batch(cfg: DictConfig, trainer: Trainer) -> int:
     """Images per optimizer step: batch size x processes x accumulated batches."""
-    check_whole("data.batch_size", cfg.data.batch_size, 1)
+    check_int("data.batch_size", cfg.data.batch_size, 1)
     return int(cfg.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches)
 
 

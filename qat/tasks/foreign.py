@@ -39,7 +39,7 @@ def check_repeated(arguments: Sequence[str]) -> None:
     path = _repeated(arguments)
     if path is None:
         return
-    from qat.bounds import read_yaml  # with it comes torch
+    from qat.utils.bounds import read_yaml  # with it comes torch
 
     try:
         content, _ = read_yaml(path)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from omegaconf import DictConfig
 from torch import nn
 
-from qat.conversion import check_input, conversion_of
 from qat.errors import UsageError
-from qat.frozen import is_frozen
+from qat.model.convert import check_input, conversion_of
+from qat.model.frozen import is_frozen
+from qat.model.ptq_spec import PtqRecipe
+from qat.model.scales import assert_ready
 from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.settings import SearchSettings
-from qat.ptq_spec import PtqRecipe
-from qat.scales import assert_ready
 from qat.tasks import summary
 from qat.tasks.predict import Subject
 from qat.tasks.teacher import net_of_file

@@ -20,9 +20,9 @@ from qat.data import DataSettings, ImageData, image_transform
 from qat.data.encoded import ImageError
 from qat.data.imagefolder import EXTENSIONS
 from qat.errors import UsageError
-from qat.files import write_text
 from qat.spec import QuantRecipe
 from qat.tasks import summary
+from qat.utils.files import write_text
 
 log = logging.getLogger(__name__)
 

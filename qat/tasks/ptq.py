@@ -15,32 +15,32 @@ from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from qat.checkpoint import read_checkpoint, save
-from qat.conversion import conversion_of, conversion_report, convert
-from qat.cost import cost
 from qat.data import ImageData
 from qat.errors import UsageError
-from qat.files import write_text
+from qat.launch.group import meet
+from qat.launch.ranks import is_first
 from qat.lit.loggers import closing
+from qat.model.checkpoint import read_checkpoint, save
+from qat.model.convert import conversion_of, conversion_report, convert
+from qat.model.cost import cost
+from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate, in_float
 from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.ranks import Ranks
 from qat.ptq.settings import SearchSettings
-from qat.ptq_spec import PtqRecipe
-from qat.spec import check_whole
 from qat.spec import recipe as preset
 from qat.tasks import build, fit, outputs, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, measure, origin
-from qat.tasks.group import meet
 from qat.tasks.kept import build_target_net, check_start, is_kept
 from qat.tasks.outputs import UsedError
 from qat.tasks.predict import Subject
-from qat.tasks.ranks import is_first
 from qat.tasks.repeat import recorded
 from qat.tasks.report import remember, report_run, studied
 from qat.tasks.results import recipe_fields, write_results
 from qat.tasks.search import build_search, check_targets, run_search
+from qat.utils.files import write_text
+from qat.utils.validate import check_int
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def calibration_batches(cfg: DictConfig, data: ImageData) -> list[Tensor]:
 def _build(cfg: DictConfig) -> Run:
     check_settings(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    check_whole("ptq.batch", cfg.ptq.batch, 1)
+    check_int("ptq.batch", cfg.ptq.batch, 1)
     recipe, search = None if is_kept(cfg) else build_ptq_recipe(cfg), build_search(cfg)
     _refuse_used(Path(cfg.run_dir), allowed=bool(cfg.overwrite or cfg.resume))
     build.import_modules(cfg)

@@ -22,17 +22,17 @@ from torch import nn
 from qat.analysis import Analysis, StudiedNet, write_outcome
 from qat.analysis.cost import CostAnalysis
 from qat.analysis.weights import WeightAnalysis
-from qat.bounds import read_json, read_yaml
-from qat.checkpoint import build_from, read_checkpoint
-from qat.conversion import conversion_of
 from qat.errors import UsageError
-from qat.files import write_text
+from qat.model.checkpoint import build_from, read_checkpoint
+from qat.model.convert import conversion_of
 from qat.report import Origin, write_report
 from qat.report.files import ANALYSES
 from qat.report.notes import OWN
 from qat.tasks.build import import_modules
 from qat.tasks.checks import check_path
 from qat.tasks.repeat import CONF, FOLLOWS, OF_THE_DIRECTORY, references
+from qat.utils.bounds import read_json, read_yaml
+from qat.utils.files import write_text
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat.cost import Cost
-from qat.files import json_text, write_text
+from qat.launch.ranks import is_first
+from qat.model.cost import Cost
 from qat.spec import QuantRecipe
-from qat.tasks.ranks import is_first
+from qat.utils.files import json_text, write_text
 
 KEYS = (
     "command",
@@ -88,13 +88,13 @@ def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
 
 
 def measured(metrics: Mapping[str, float], costs: Cost) -> dict[str, Any]:
-    """The keys that a test loop and `qat.cost` fill."""
+    """The keys that a test loop and `qat.model.cost` fill."""
     scores = {key: metrics[f"test/{key}"] for key in ("top1", "top5", "loss")}
     return scores | sizes(costs)
 
 
 def sizes(costs: Cost) -> dict[str, Any]:
-    """The keys that `qat.cost` fills."""
+    """The keys that `qat.model.cost` fills."""
     return {"n_params": costs.n_params, "size_bytes": costs.size_bytes, "bitops": costs.bitops}
 
 

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from qat.bounds import read_yaml
 from qat.callbacks.last import NAME
-from qat.checkpoint import TRAINING, Checkpoint, read_checkpoint
 from qat.data import ImageData
 from qat.errors import UsageError
-from qat.files import remove_unfinished
+from qat.launch.ranks import is_first
 from qat.lit.checkpoint_io import PREVIOUS
 from qat.lit.csv_log import read_rows
+from qat.model.checkpoint import TRAINING, Checkpoint, read_checkpoint
 from qat.spec import QuantRecipe
 from qat.tasks import compare
-from qat.tasks.ranks import is_first
+from qat.utils.bounds import read_yaml
+from qat.utils.files import remove_unfinished
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.lit.evaluate import evaluate
+from qat.model.sites import iter_quantizers
 from qat.ptq import in_float
 from qat.ptq.bits_settings import METHOD, BitsSettings
 from qat.ptq.fitness import logits_of
@@ -23,7 +24,6 @@ from qat.ptq.settings import SearchSettings
 from qat.ptq.state import STATE
 from qat.ptq.vector import scale_vectors
 from qat.ptq.widths import Widths
-from qat.sites import iter_quantizers
 from qat.tasks import build
 from qat.tasks.bits import run_bits
 from qat.tasks.predict import Subject

@@ -3,7 +3,7 @@
 import signal
 import threading
 
-from qat import preemption
+from qat.launch import preemption
 
 # Not where somebody has Ctrl-C ignored (a job in the background of a script), or takes it himself.
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

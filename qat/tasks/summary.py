@@ -8,11 +8,11 @@ from collections import Counter
 from omegaconf import DictConfig
 from torch import nn
 
-from qat.conversion import ConversionReport
 from qat.data import ImageData
-from qat.frozen import FrozenWeight
 from qat.lit import scaled_lr
-from qat.ptq_spec import PtqRecipe
+from qat.model.convert import ConversionReport
+from qat.model.frozen import FrozenWeight
+from qat.model.ptq_spec import PtqRecipe
 from qat.spec import QuantRecipe
 
 

@@ -26,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UsageError
-from qat.tasks import lock, ranks
+from qat.launch import lock, ranks
 from qat.tasks.console import NumberedFormatter, TerminalHandler
 
 if TYPE_CHECKING:

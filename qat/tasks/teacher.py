@@ -9,15 +9,15 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from qat.checkpoint import build_from, read_checkpoint
-from qat.conversion import check_input, conversion_of
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.interop import is_ofq
 from qat.lit import Teacher
 from qat.lit.features import compare_blocks
 from qat.losses import CompositeLoss
-from qat.start import check_finite, check_model, from_pretrained, from_scratch, from_state, from_weights
+from qat.model.checkpoint import build_from, read_checkpoint
+from qat.model.convert import check_input, conversion_of
+from qat.model.start import check_finite, check_model, from_pretrained, from_scratch, from_state, from_weights
 from qat.tasks.build import model_args
 
 log = logging.getLogger(__name__)

@@ -17,29 +17,29 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from qat.callbacks import Stopwatch
-from qat.checkpoint import build_from, describe, read_checkpoint
-from qat.conversion import conversion_report
-from qat.cost import cost
 from qat.data import ImageData
-from qat.files import write_text
+from qat.launch.group import meet
+from qat.launch.ranks import is_first
+from qat.launch.slurm import claim
 from qat.lit import QATModule, Teacher
 from qat.lit.evaluate import evaluate
 from qat.lit.loggers import closing
+from qat.model.checkpoint import build_from, describe, read_checkpoint
+from qat.model.convert import conversion_report
+from qat.model.cost import cost
+from qat.model.start import Start
 from qat.spec import QuantRecipe
-from qat.start import Start
 from qat.tasks import build, fit, options, outputs, summary
 from qat.tasks.checks import check_classifier, check_patches, check_settings
 from qat.tasks.compare import compared
-from qat.tasks.group import meet
 from qat.tasks.outputs import UsedError
-from qat.tasks.ranks import is_first
 from qat.tasks.repeat import recorded
 from qat.tasks.report import remember, report_run, studied
 from qat.tasks.results import measured, recipe_fields, write_results
 from qat.tasks.resume import Resume, check_data, check_optimizer, find_resume
-from qat.tasks.slurm import claim
 from qat.tasks.teacher import build_teacher, is_float
 from qat.tasks.trainer_checks import check_batches
+from qat.utils.files import write_text
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import torch
 
 import qat
 from qat.analysis import ImageSet, StudiedNet
+from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate
-from qat.ptq_spec import PtqRecipe
 from tests import tiny
 
 # Weights with a stored scale and a zero point, as no recipe of ours has them.

@@ -1,11 +1,11 @@
-"""`analysis=cost`. Oracle: `qat.cost.cost` of nets converted here; counts by hand for one block of width 32, as in tests/test_cost.py."""
+"""`analysis=cost`. Oracle: `qat.model.cost.cost` of nets converted here; counts by hand for one block of width 32."""
 
 import pytest
 
 import qat
 from qat.analysis.cost import CostAnalysis, module_kinds, without_qkr
-from qat.cost import cost, matmuls, module_costs
 from qat.errors import UsageError
+from qat.model.cost import cost, matmuls, module_costs
 from tests.analysis.common import KINDS, is_as_before, net_of, state, studied
 from tests.nets import FAMILIES, families
 from tests.tiny import SIZE, vit

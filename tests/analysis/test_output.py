@@ -9,7 +9,7 @@ from PIL import Image
 
 from qat.analysis import Advice, Drawing, Outcome, Table, write_outcome
 from qat.analysis.drawing import axes, figure
-from qat.files import csv_text
+from qat.utils.files import csv_text
 
 
 def drawing(name="curve"):

@@ -12,7 +12,7 @@ from qat.analysis.requantize import WeightChange, weight_sites
 from qat.analysis.robustness import PARTS, Robustness
 from qat.analysis.robustness_results import curve_numbers
 from qat.errors import UsageError
-from qat.files import csv_text
+from qat.utils.files import csv_text
 from tests import tiny
 from tests.analysis.common import image_set, is_as_before, net_of, state, studied
 from tests.conftest import ROOT

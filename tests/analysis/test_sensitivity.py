@@ -12,8 +12,8 @@ from qat.analysis.sensitivity import Sensitivity
 from qat.analysis.sensitivity_mix import Sizes, as_setting
 from qat.analysis.sensitivity_parts import take_apart
 from qat.analysis.sensitivity_results import Findings
-from qat.cost import size_bytes
 from qat.errors import UsageError
+from qat.model.cost import size_bytes
 from qat.quantizers import Quantizer
 from tests import tiny
 from tests.analysis.common import image_set, is_as_before, net_of, state, studied

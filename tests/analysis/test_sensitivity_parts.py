@@ -9,9 +9,9 @@ from torch import nn
 
 import qat
 from qat.analysis.sensitivity_parts import take_apart
+from qat.model.ptq_spec import PtqRecipe
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq import calibrate
-from qat.ptq_spec import PtqRecipe
 from qat.quantizers.float import Float
 from tests import tiny
 from tests.analysis.common import PTQ, QAT, is_as_before, net_of, ptq, state

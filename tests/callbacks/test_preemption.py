@@ -7,9 +7,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from qat import preemption
 from qat.callbacks import LastCheckpoint, Preemption
-from qat.preemption import Preempted
+from qat.launch import preemption
+from qat.launch.preemption import Preempted
 from qat.tasks import cli, fit
 from tests.callbacks.fitting import batches, module, net
 from tests.callbacks.fitting import fit as train_module

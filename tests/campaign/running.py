@@ -11,8 +11,9 @@ from unittest import mock
 
 import sklearn.datasets
 
+from qat.launch import ranks
 from qat.lit import QATModule
-from qat.tasks import analyze, cli, export, predict, ranks, results
+from qat.tasks import analyze, cli, export, predict, results
 
 LIMIT_S = 20
 LEDGER = "points.jsonl"

@@ -14,7 +14,7 @@ from qat.export.graph import Shape, check_size, to_onnx
 from qat.export.session import OPTIONS_KEY, SESSION_OPTIONS, Transparent, logits_of, milliseconds, open_session
 from qat.functional.packing import unpack_codes
 from tests import tiny
-from tests.frozen.test_freeze import RECIPES, made, trained
+from tests.model.frozen.test_freeze import RECIPES, made, trained
 from tests.nets import FAMILIES
 
 

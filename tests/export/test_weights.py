@@ -5,9 +5,9 @@ import torch
 
 import qat
 from qat.export.weights import needed_opset, stored_form
-from qat.frozen import FrozenWeight
+from qat.model.frozen import FrozenWeight
 from tests import tiny
-from tests.frozen.test_freeze import made
+from tests.model.frozen.test_freeze import made
 
 
 def weights(recipe):

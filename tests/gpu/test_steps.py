@@ -10,12 +10,12 @@ import torch
 
 import qat
 from benchmarks.gpu.nets import build, images_of, teacher_of
-from qat.files import read_torch, write_torch
+from qat.callbacks.entry_freezer import EntryFreezer
 from qat.functional.confidence import near_threshold
-from qat.holding import EntryFreezer
 from qat.lit.optim import build_optimizer
 from qat.losses import CompositeLoss, CrossEntropy, Dampening, Distillation, Kure, StepContext
 from qat.quantizers import StatsQ
+from qat.utils.files import read_torch, write_torch
 
 MODEL, BATCH = "deit_tiny_patch16_224", 4
 TERMS = {"ce": lambda: {"ce": CrossEntropy()}, "kure": lambda: {"ce": CrossEntropy(), "kure": Kure()}}

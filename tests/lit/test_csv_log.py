@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from qat import files
 from qat.lit.csv_log import CSVLog, continue_csv, read_rows
+from qat.utils import files
 
 ROWS = [{"a": 1.5, "step": 0}, {"b": 2.0, "step": 0}, {"a": 0.1, "b": 1e-9, "step": 4}, {"c": 7.0, "step": 2}]
 

@@ -10,10 +10,10 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import qat
-from qat.checkpoint import describe, is_plain
 from qat.lit import QATModule, Teacher, build_optimizer, cosine_schedule
 from qat.lit.checkpoint_io import AtomicCheckpointIO
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, LossTerm
+from qat.model.checkpoint import describe, is_plain
 from qat.quantizers import LSQ
 from tests.tiny import DISTILLED, images, logits, quantized, sites, vit
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import qat
-from qat.checkpoint import describe
 from qat.lit import build_optimizer
 from qat.lit.optimizer_state import parameter_names, read_optimizer_state, with_optimizer_state
+from qat.model.checkpoint import describe
 from tests.callbacks.fitting import Steps, differing, fit, module
 from tests.conftest import tiny
 from tests.tiny import images, quantized, vit

@@ -8,9 +8,9 @@ import torch
 from torch.testing import assert_close
 
 import qat
-from qat.checkpoint import read_checkpoint
 from qat.functional import kure_loss, kurtosis
 from qat.losses import CompositeLoss, CrossEntropy, Kure, StepContext
+from qat.model.checkpoint import read_checkpoint
 from qat.tasks import build
 from qat.tasks import fit as fit_task
 from tests.callbacks.fitting import batches, fit, module

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import qat
-from qat.transfer import timm_state_dict
+from qat.model.transfer import timm_state_dict
 from tests.tiny import float_recipe, shake
 
 TOKENS, WIDTH, HEADS = 10, 16, 2  # a class token and a window of 3 x 3

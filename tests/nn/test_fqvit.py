@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import qat
-from qat.cost import cost
 from qat.functional import integer_layer_norm
+from qat.model.cost import cost
+from qat.model.ptq_spec import PtqRecipe
+from qat.model.transfer import timm_state_dict
 from qat.nn.fqvit import FqNet, IntegerLayerNorm
 from qat.ptq import calibrate, in_float
-from qat.ptq_spec import PtqRecipe
-from qat.transfer import timm_state_dict
 from tests.tiny import DISTILLED, SIZE, VIT, images, logits, vit
 
 IN_BLOCK = {

@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 import qat
+from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate, in_float
-from qat.ptq_spec import PtqRecipe
 from tests.nets import FAMILIES
 from tests.tiny import logits
 

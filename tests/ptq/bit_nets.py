@@ -6,11 +6,11 @@ import functools
 import torch
 
 import qat
-from qat.cost import size_bytes
+from qat.model.cost import size_bytes
+from qat.model.ptq_spec import PtqRecipe
 from qat.ptq.bits import search_bits
 from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.fitness import logits_of
-from qat.ptq_spec import PtqRecipe
 from tests import tiny
 from tests.ptq.searching import batches
 

@@ -11,16 +11,16 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import qat
-from qat.cost import size_bytes
 from qat.errors import UsageError
 from qat.functional.allocation import average_bits
+from qat.model.cost import size_bytes
+from qat.model.scales import initialize_scales
 from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.fitness import Evaluator, plain_fitness
 from qat.ptq.search import search
 from qat.ptq.settings import SearchSettings
 from qat.ptq.state import SearchFiles
 from qat.ptq.widths import set_bits
-from qat.scales import initialize_scales
 from tests import tiny
 from tests.ptq.bit_nets import LAYERS, bits_of, calibrated, same, searched, settings, with_overrides
 from tests.ptq.searching import batches, quantized, state

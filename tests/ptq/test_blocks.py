@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 import qat
-from qat.blocks import find_blocks
+from qat.model.blocks import find_blocks
+from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate
 from qat.ptq.blocks import PrefixCache, trace, verified
 from qat.ptq.settings import TARGETS
 from qat.ptq.vector import scale_vectors
-from qat.ptq_spec import PtqRecipe
 from tests import tiny
 from tests.ptq.searching import WEIGHTS, batches, quantized
 

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 import qat
 from qat.functional import affine_scale, fake_quantize_affine
+from qat.model.ptq_spec import PtqRecipe
+from qat.model.scales import is_ready
 from qat.ptq import calibrate, in_float
-from qat.ptq_spec import PtqRecipe
-from qat.scales import is_ready
 from tests.tiny import DISTILLED, SIZE, VIT, images, logits, parameters, quantized, sites, vit
 
 

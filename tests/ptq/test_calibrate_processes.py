@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import qat
+from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate
 from qat.ptq.ranks import Ranks
-from qat.ptq_spec import PtqRecipe
 from tests.tiny import SIZE, images, vit
 
 KNOBS = {"bits": 4, "placement": "fqvit"}

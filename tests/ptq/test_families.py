@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import qat
-from qat.blocks import find_blocks
+from qat.model.blocks import find_blocks
 from qat.ptq.blocks import trace
 from qat.ptq.fitness import Evaluator, logits_of, plain_fitness
 from qat.ptq.ranks import Ranks

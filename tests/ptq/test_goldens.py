@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 import qat
+from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate, in_float
-from qat.ptq_spec import PtqRecipe
 from tests import golden
 
 PTQ = "ptq_goldens.npz"

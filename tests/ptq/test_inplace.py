@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import qat
-from qat.blocks import find_blocks
+from qat.model.blocks import find_blocks
+from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate
 from qat.ptq.blocks import trace
 from qat.ptq.inplace import overwriting
 from qat.ptq.patching import patched
-from qat.ptq_spec import PtqRecipe
 from tests import tiny
 
 

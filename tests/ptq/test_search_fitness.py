@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.testing import assert_close
 
-from qat.blocks import find_blocks
 from qat.functional.infonce import FITNESSES, logit_fitness
+from qat.model.blocks import find_blocks
 from qat.ptq.blocks import trace, verified
 from qat.ptq.fitness import Evaluator, Race, logits_of, plain_fitness, row_losses
 from qat.ptq.ranks import Ranks

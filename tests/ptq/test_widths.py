@@ -3,13 +3,13 @@
 import pytest
 
 import qat
-from qat.blocks import find_blocks
-from qat.cost import size_bytes
 from qat.errors import UsageError
 from qat.functional.allocation import assigned_bytes
+from qat.model.blocks import find_blocks
+from qat.model.cost import size_bytes
+from qat.model.ptq_spec import PtqRecipe
 from qat.ptq.blocks import trace
 from qat.ptq.widths import Widths, set_bits, with_bits
-from qat.ptq_spec import PtqRecipe
 from tests import tiny
 from tests.ptq.bit_nets import LAYERS, bits_of, calibrated, same, with_overrides
 from tests.ptq.searching import batches, state

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qat.spec import FLOAT_BITS
+from qat.utils.validate import FLOAT_BITS
 from tests.quantizers.common import allocated, randn
 
 

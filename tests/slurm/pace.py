@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback
 
-from qat import preemption
+from qat.launch import preemption
 
 LONGEST_S = 240
 

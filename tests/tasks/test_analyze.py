@@ -14,7 +14,7 @@ import torch
 import qat
 from qat.analysis import Analysis, ImageSet, Outcome, Point, Table
 from qat.data import Digits
-from qat.preemption import Preempted
+from qat.launch.preemption import Preempted
 from qat.tasks.analyze import INTERRUPTED, _labels
 from qat.tasks.analyze import analyze as task
 from tests.commands import typed

@@ -1,4 +1,4 @@
-"""`analyze.py analysis=weights | cost | oscillation`. Oracle: `qat.cost` of the file, the layers of the net in it, the lines of errors."""
+"""`analyze.py analysis=weights | cost | oscillation`. Oracle: `qat.model.cost` of the file, the layers of its net, the lines of errors."""
 
 import csv
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 
 import qat
-from qat.cost import cost
+from qat.model.cost import cost
 from tests.conftest import compose, results
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qat
-from qat.cost import size_bytes
+from qat.model.cost import size_bytes
 from qat.ptq.bits_settings import BitsSettings
 from qat.tasks import build
 from qat.tasks.bits import hydra_text

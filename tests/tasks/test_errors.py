@@ -14,7 +14,7 @@ import timm
 import torch
 from lightning.pytorch import Trainer
 
-from qat import start
+from qat.model import start
 from qat.tasks import cli
 from tests.conftest import ROOT, compose, results, tiny
 from tests.tasks.test_overrides import TYPED

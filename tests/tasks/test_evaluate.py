@@ -8,8 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 import qat
-from qat.checkpoint import META_KEY, read_checkpoint
 from qat.data import Cifar10, Digits
+from qat.model.checkpoint import META_KEY, read_checkpoint
 from qat.tasks import build
 from qat.tasks.evaluate import settle_data
 from tests.conftest import TINY, compose, evaluate, results, train, write_cifar

@@ -12,12 +12,13 @@ import qat
 from qat.callbacks import finite
 from qat.data import Digits
 from qat.errors import UsageError
-from qat.files import read_torch
+from qat.launch import ranks
 from qat.lit.sharded import share_out
-from qat.shards import own
-from qat.tasks import fit, ranks
+from qat.tasks import fit
 from qat.tasks.evaluate import evaluate
 from qat.tasks.train import train
+from qat.utils.files import read_torch
+from qat.utils.shards import own
 from tests.conftest import compose, results
 from tests.processes import in_processes
 from tests.tasks.test_processes import KilledError, farthest, leaves

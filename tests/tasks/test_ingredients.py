@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 
 import qat
-from qat.checkpoint import read_checkpoint
+from qat.model.checkpoint import read_checkpoint
 from qat.tasks import build, fit
 from tests.conftest import compose, evaluate, results, tiny, train
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qat
-from qat.checkpoint import read_checkpoint
+from qat.model.checkpoint import read_checkpoint
 from qat.tasks import options
 from tests.conftest import compose, tiny, train
 from tests.tiny import images, quantized

@@ -10,9 +10,10 @@ from lightning.pytorch import Callback
 import qat
 from qat.data import Digits
 from qat.functional.ste import view_along
+from qat.launch import ranks
 from qat.quantizers import LSQ, StatsQ
 from qat.quantizers.grid import weight_grid
-from qat.tasks import fit, ranks
+from qat.tasks import fit
 from qat.tasks.train import train
 from tests.conftest import compose, results
 from tests.data.files import write_folder

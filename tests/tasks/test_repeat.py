@@ -4,7 +4,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from qat.checkpoint import read_checkpoint
+from qat.model.checkpoint import read_checkpoint
 from qat.tasks.repeat import follow, recorded
 from tests.commands import typed
 from tests.conftest import TINY, compose, results

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import qat
-from qat.checkpoint import is_plain, read_checkpoint
 from qat.losses import Distillation
+from qat.model.checkpoint import is_plain, read_checkpoint
 from qat.tasks import build, cli
 from tests.conftest import compose, evaluate, results, tiny, train, write_cifar
 

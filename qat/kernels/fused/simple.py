@@ -1,0 +1,59 @@
+"""What the fused Functions compute, by Functions of one quantizer each: for what is differentiated twice, and the oracle of tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qat.functional.lsq import lsq
+from qat.functional.qkr import fold_q_bias, fold_qk
+from qat.functional.statsq import statsq
+from qat.kernels.fused.heads import heads_of
+from qat.kernels.fused.operand import Operand
+from qat.kernels.fused.scores import softmax
+
+
+def quantize(o: Operand, x: Tensor) -> Tensor:
+    """Fake-quantize `x`."""
+    return lsq(x, o.scale, *o.grid, grad_factor=o.grad_factor, before=o.before, after=o.after)
+
+
+def lsq_linear(x: Tensor, operand: Operand, weight: Tensor, bias: Tensor | None, bits: int | None) -> Tensor:
+    """See `qat.kernels.fused.lsq_linear`."""
+    return F.linear(quantize(operand, x), weight if bits is None else statsq(weight, bits), bias)
+
+
+def _gather(scores: Tensor, values: Tensor, probs: Operand, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    return (quantize(probs, softmax(scores, bias, mask, scores.dtype)) @ values).permute(1, 2, 0, 3).flatten(2)
+
+
+def attention(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, operands: Any, num_heads: int, factor: float) -> Tensor:
+    """See `qat.kernels.fused.attention`."""
+    q, k, v = (heads_of(quantize(o, x), num_heads) for o, x in zip(operands[:3], qkv.chunk(3, -1), strict=True))
+    return _gather(q @ k.transpose(-2, -1) * factor, v, operands[3], bias, mask)
+
+
+def qkr_attention(
+    x: Tensor, bias: Tensor | None, mask: Tensor | None, weights: Any, operands: Any, bits: tuple[int, int], num_heads: int, factor: float
+) -> Tensor:
+    """See `qat.kernels.fused.qkr_attention`."""
+    xq = quantize(operands.input, x)
+    mapped = F.linear(xq, statsq(fold_qk(weights.q, weights.k, num_heads), bits[0]).to(xq.dtype), weights.offset)
+    keys = quantize(operands.product, mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2))
+    scores = xq @ keys.unflatten(1, (-1, num_heads)).permute(2, 0, 3, 1)
+    if weights.q_bias is not None:
+        scores = scores + F.linear(xq, fold_q_bias(weights.k, weights.q_bias, num_heads).to(xq.dtype)).permute(2, 0, 1).unsqueeze(2)
+    scores = scores * factor
+    v = quantize(operands.values, F.linear(xq, statsq(weights.v, bits[1]), weights.v_bias))
+    return _gather(scores, heads_of(v, num_heads), operands.probs, bias, mask)
+
+
+def gradients(out: Tensor, inputs: list[Tensor | None], needed: tuple[bool, ...], grad: Tensor) -> list[Tensor | None]:
+    """Gradients of `out` that can be differentiated themselves: one for each of `inputs`, None where there is no tensor or no need."""
+    wanted = [t is not None and n for t, n in zip(inputs, needed, strict=False)]
+    tensors = [t for t, n in zip(inputs, wanted, strict=True) if n and t is not None]
+    found = iter(torch.autograd.grad(out, tensors, grad, create_graph=True, allow_unused=True))
+    return [next(found) if n else None for n in wanted]

@@ -1,0 +1,113 @@
+"""Latent (float) weights of a net's layers: what terms on weights act on."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from qat.errors import UsageError
+from qat.model.convert import stem_and_heads
+from qat.model.sites import WEIGHT_ROLES, iter_quantizers
+from qat.nn.base import QuantModule
+from qat.utils.validate import check_choice
+
+QK_FORMS = ("product", "factors", "both")
+_FACTORS = ("q_weight", "k_weight")
+
+
+@dataclass(frozen=True)
+class LatentWeight:
+    """Where a float tensor is; names, no references, so that copies of a net have their own.
+
+    Attributes:
+        layer: path of the module.
+        role: `weight`, or `qk` (query-key reparameterization).
+        parameter: its attribute; None = the product that the module folds.
+    """
+
+    layer: str
+    role: str
+    parameter: str | None
+
+    @property
+    def name(self) -> str:
+        """The layer's path; under query-key reparameterization with the tensor's name behind it."""
+        return self.layer if self.parameter == "weight" else f"{self.layer}.{self.parameter or self.role}"
+
+    def of(self, net: nn.Module) -> Tensor:
+        """The tensor, in the graph of what it is made of."""
+        module = net.get_submodule(self.layer)
+        if self.parameter is not None:
+            return getattr(module, self.parameter)
+        assert isinstance(module, QuantModule)  # noqa: S101  (narrows a type)
+        return module.latent(self.role)
+
+
+def check_layers(setting: str, layers: object) -> tuple[str, ...] | None:
+    """Layers as a config has them: globs or roles, one or a list, None = the default.
+
+    Raises:
+        UsageError: something else.
+    """
+    globs = [layers] if isinstance(layers, str) else layers
+    if globs is None:
+        return None
+    if not (isinstance(globs, list | tuple) and globs and all(isinstance(glob, str) and glob for glob in globs)):
+        raise UsageError(f"{setting}={layers!r}: must be null or a list of layer globs or roles ({', '.join(WEIGHT_ROLES)})")
+    return tuple(globs)
+
+
+def find_latent_weights(
+    net: nn.Module, setting: str, layers: tuple[str, ...] | None = None, qk: str = "product"
+) -> tuple[LatentWeight, ...]:
+    """Weights of the Linears and convolutions of a net: the quantized ones, or all of a float net.
+
+    Args:
+        net: float or quantized.
+        setting: what an error names.
+        layers: globs of module names, or roles; None = all but the stem and the heads, which the paper leaves out too.
+        qk: under query-key reparameterization the folded `product`, which is what is quantized, its `factors`, or `both`.
+
+    Raises:
+        UsageError: a glob that matches nothing, or no layer is left.
+    """
+    check_choice("loss.kure_qk", qk, QK_FORMS)
+    everything = list(_latents(net, qk))
+    outside = stem_and_heads(net)
+    if layers is None:
+        chosen = [latent for latent in everything if latent.layer not in outside]
+        if not chosen:
+            raise UsageError(f"{setting}: this net has no Linears or convolutions beside stem and heads")
+        return tuple(chosen)
+    for glob in layers:
+        if not any(_fits(latent, glob) for latent in everything):
+            names = ", ".join(repr(m.layer) for m in everything if m.layer not in outside) or "none"
+            first = names.partition(", ")[0]
+            raise UsageError(f"{setting}={glob!r} matches no layer; names are like {first}, roles are {', '.join(WEIGHT_ROLES)}")
+    return tuple(latent for latent in everything if any(_fits(latent, glob) for glob in layers))
+
+
+def _fits(latent: LatentWeight, glob: str) -> bool:
+    return latent.role == glob or fnmatch.fnmatchcase(latent.layer, glob)
+
+
+def _latents(net: nn.Module, qk: str) -> Iterator[LatentWeight]:
+    """In the order of the net's modules; a tensor that two layers share is there once."""
+    sites = [site for site in iter_quantizers(net) if site.is_weight]
+    found = [(site.name.rpartition(".")[0], site.role) for site in sites] or [
+        (name, "weight") for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    seen: set[int] = set()
+    for layer, role in found:
+        product = [None] if qk != "factors" else []
+        factors = list(_FACTORS) if qk != "product" else []
+        for parameter in ["weight"] if role == "weight" else product + factors:
+            latent = LatentWeight(layer, role, parameter)
+            tensor = None if parameter is None else latent.of(net)
+            if tensor is not None and id(tensor) in seen:
+                continue
+            seen |= {id(tensor)} if tensor is not None else set()
+            yield latent

@@ -1,0 +1,260 @@
+"""Surgery on a timm net: the same object comes out, with some modules swapped."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qat.errors import UsageError
+from qat.model.matmuls import watching
+from qat.model.scales import guard
+from qat.model.sites import Site, iter_quantizers
+from qat.nn import FqNet, ScoredAttention, Swap, SwapContext, find_swap, swap_net
+from qat.quantizers import Quantizer
+from qat.spec import QuantRecipe
+from qat.utils.probing import probing
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done to a net; kept as `net.qat_conversion` and written into its checkpoints.
+
+    Attributes:
+        recipe: what to quantize and how.
+        input_size: (channels, height, width) of the images; scales and offsets are made for it.
+        float_products: names of the modules that multiply activations with each other in float, in the order they first ran.
+    """
+
+    recipe: QuantRecipe
+    input_size: tuple[int, int, int]
+    float_products: tuple[str, ...] = ()
+
+
+def conversion_of(net: nn.Module) -> Conversion | None:
+    """How `net` was converted, or None for a float net."""
+    found = getattr(net, "qat_conversion", None)
+    return found if isinstance(found, Conversion) else None
+
+
+def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, int]) -> nn.Module:
+    """Quantize a timm net in place. All weights are kept; scales exist in their final shape, NaN until initialised.
+
+    Until scales are set, by `qat.initialize_scales`, a checkpoint or by hand, calling the net raises `UsageError`.
+
+    Args:
+        net: a timm model (or any module with Linears) in float.
+        recipe: `qat.recipe(...)`; `fp` leaves the net untouched.
+        input_size: (channels, height, width) of its images.
+
+    Returns:
+        `net` itself.
+
+    Raises:
+        UsageError: the net is converted already, a rule of `overrides` matches no module, QKR cannot hold, or no image of
+            `input_size` passes through. The net is then as it was.
+    """
+    if conversion_of(net) is not None:
+        raise UsageError("convert: the net is quantized already; build a fresh one, or load a checkpoint into another recipe with ckpt=")
+    size = _checked_size(input_size)
+    if recipe.name == "fp":
+        _check_rules(net, recipe)
+        check_input(net, size)
+        return net
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    before = type(net), dict(net._modules)
+    try:
+        _walk(net, "", _Walk(recipe, stem_and_heads(net), swapped), swap_net(net, SwapContext(recipe.at(""), "block")))
+        if isinstance(net, FqNet):
+            net.connect()
+        _check_rules(net, recipe)
+        float_products = _allocate(net, size, swapped)
+        _check_rules(net, recipe)
+    except Exception:
+        for parent, name, child in reversed(swapped):
+            setattr(parent, name, child)
+        net.__class__, net._modules = before
+        raise
+    net.qat_conversion = Conversion(recipe, size, float_products)  # type: ignore[assignment]
+    guard(net)
+    return net
+
+
+def _checked_size(input_size: tuple[int, int, int]) -> tuple[int, int, int]:
+    try:
+        channels, height, width = (int(n) for n in input_size)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"input_size={input_size!r}: must be three integers, (channels, height, width)") from error
+    return channels, height, width
+
+
+def _check_rules(net: nn.Module, recipe: QuantRecipe) -> None:
+    """A rule has to reach a module that owns quantizers; one about `attention` may be the reason why there are none."""
+    owners = list(dict.fromkeys(site.name.rpartition(".")[0] for site in iter_quantizers(net)))
+    names = [name for name, _ in net.named_modules()]
+    for pattern, rule in recipe.overrides.items():
+        if not fnmatch.filter(names if "attention" in rule else owners, pattern):
+            example = next((n for n in owners or names if n.count(".") >= 2), names[-1])
+            setting = f"{recipe.GROUP}.overrides[{pattern!r}]"
+            raise UsageError(f"{setting} matches no module that is quantized; patterns see names like {example!r}")
+
+
+def _as_names(value: object) -> set[str]:
+    return {value} if isinstance(value, str) else set(value) if isinstance(value, Iterable) else set()
+
+
+def stem_and_heads(net: nn.Module) -> dict[str, str]:
+    """Names of the first convolution (`stem`) and the classifiers (`head`), from timm's own description of the net."""
+    described = getattr(net, "pretrained_cfg", None) or {}
+    first_conv = next((name for name, m in net.named_modules() if isinstance(m, nn.Conv2d)), "")
+    stems = _as_names(described.get("first_conv")) or {first_conv}
+    heads = _as_names(described.get("classifier")) or {"head"}
+    return dict.fromkeys(stems, "stem") | dict.fromkeys(heads, "head")
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What stays the same during a walk; `swapped` collects (parent, name, replaced module)."""
+
+    recipe: QuantRecipe
+    places: dict[str, str]
+    swapped: list[tuple[nn.Module, str, nn.Module]]
+
+
+def _walk(module: nn.Module, name: str, walk: _Walk, done: Swap) -> None:
+    """One pre-order walk; after a swap it goes on into the new module's children."""
+    for child_name, child in list(module.named_children()):
+        path = f"{name}.{child_name}".lstrip(".")
+        arrives = done.inputs.get(child_name, "signed")
+        if isinstance(child, Quantizer) or arrives == "float":
+            continue
+        if child_name in done.children:
+            child = _put(module, child_name, done.children[child_name], walk)
+        context = SwapContext(walk.recipe.at(path), walk.places.get(path, "block"), arrives)
+        swap = find_swap(child, context)
+        inner = Swap(child) if swap is None else swap(child, context)
+        _walk(child if inner.module is child else _put(module, child_name, inner.module, walk), path, walk, inner)
+
+
+def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module:
+    old = getattr(parent, name)
+    walk.swapped.append((parent, name, old))
+    setattr(parent, name, new.train(old.training))
+    return new
+
+
+def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterable[RemovableHandle] = ()) -> torch.Size | None:
+    """Shape of what a net makes of one image of `input_size` (channels, height, width), None if that is no tensor.
+
+    Raises:
+        UsageError: no such image passes through the net.
+    """
+    try:
+        with probing(net, hooks):
+            out = net(next(net.parameters()).new_zeros(1, *input_size))
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        fit = "data.image_size and model.args.img_size have to fit"
+        raise UsageError(f"input_size={input_size}: no image of this size passes through the net ({reason}); {fit}") from error
+    return out.shape if isinstance(out, Tensor) else None
+
+
+def _allocate(net: nn.Module, input_size: tuple[int, int, int], swapped: list[tuple[nn.Module, str, nn.Module]]) -> tuple[str, ...]:
+    """Give every quantizer its shapes by one probe forward: scales per position depend on the token count.
+
+    Returns:
+        `Conversion.float_products`.
+    """
+    groups: dict[Quantizer, int] = {}
+
+    def allocate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, Quantizer)  # noqa: S101  (narrows a type)
+        if groups.setdefault(module, module.n_groups(args[0].shape)) != module.n_groups(args[0].shape):
+            module.share_scale()
+        module.allocate(args[0].shape, args[0].device)
+
+    with watching(net) as products:
+        check_input(net, input_size, [site.quantizer.register_forward_pre_hook(allocate) for site in iter_quantizers(net)])
+    _give_back_unused(net, set(groups), swapped)
+    inside = {name for name, m in net.named_modules() if isinstance(m, ScoredAttention) and m.probs_quantizer.spec.quantizer != "float"}
+    return tuple(dict.fromkeys(p.module for p in products if p.of_activations and p.module not in inside))
+
+
+def _give_back_unused(net: nn.Module, used: set[Quantizer], swapped: list[tuple[nn.Module, str, nn.Module]]) -> None:
+    """Undo swaps of modules that the net never calls: it reads their weight past the quantizers, which would never get a scale."""
+    reached: dict[nn.Module, bool] = {}
+    for site in iter_quantizers(net):
+        reached[site.owner] = reached.get(site.owner, False) or site.quantizer in used
+    for entry in [(parent, name, old) for parent, name, old in swapped if not reached.get(getattr(parent, name), True)]:
+        parent, name, old = entry
+        setattr(parent, name, old.train(getattr(parent, name).training))
+        swapped.remove(entry)
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One quantizer of a conversion report."""
+
+    module: str
+    role: str
+    quantizer: str
+    bits: int
+    axis: int | None
+    scales: int
+    offsets: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What is quantized and what stays float.
+
+    Attributes:
+        rows: one per quantizer.
+        stays_float: name and class of every module with parameters of its own and no weight quantizer, and of every module that
+            multiplies activations with each other in float, as an attention of an unknown family does; it says so behind the class.
+    """
+
+    rows: tuple[ReportRow, ...]
+    stays_float: tuple[tuple[str, str], ...]
+
+    def to_text(self) -> str:
+        """The report as a plain table."""
+        names = [f.name for f in dataclasses.fields(ReportRow)]
+        table = [names, *([str(v) for v in dataclasses.astuple(row)] for row in self.rows)]
+        widths = [max(len(row[i]) for row in table) for i in range(len(names))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        return "\n".join([*lines, "", "stays float:", *(f"  {name}  {cls}" for name, cls in self.stays_float)])
+
+
+def conversion_report(net: nn.Module) -> ConversionReport:
+    """The conversion report of a net; a float net has no rows."""
+    sites = list(iter_quantizers(net))
+    rows = tuple(
+        ReportRow(
+            s.name.rpartition(".")[0] or "(net)",
+            s.role,
+            s.quantizer.spec.quantizer,
+            s.quantizer.spec.bits,
+            s.quantizer.axis,
+            s.quantizer.n_scales,
+            s.quantizer.spec.offsets,
+        )
+        for s in sites
+    )
+    return ConversionReport(rows, tuple(_stays_float(net, sites)))
+
+
+def _stays_float(net: nn.Module, sites: list[Site]) -> Iterator[tuple[str, str]]:
+    owners = {id(s.owner) for s in sites if s.is_weight}
+    inside = {id(m) for s in sites for m in s.quantizer.modules()}
+    done = conversion_of(net)
+    products = () if done is None else done.float_products
+    for name, module in net.named_modules():
+        has_weights = id(module) not in owners | inside and next(module.parameters(recurse=False), None) is not None
+        if has_weights or name in products:
+            yield name or "(net)", type(module).__name__ + (" (products of activations)" if name in products else "")

@@ -1,0 +1,242 @@
+"""What a net costs as deployed: bytes at its bit-widths, multiply-accumulates, bit operations."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qat.functional.packing import packed_bytes
+from qat.model.frozen import FrozenActivation, FrozenWeight
+from qat.model.matmuls import watching
+from qat.model.sites import Site, iter_quantizers
+from qat.nn import QkrAttention, QuantAttention, ScoredAttention
+from qat.quantizers import Quantizer
+from qat.utils.probing import probing
+from qat.utils.validate import FLOAT_BITS
+
+FLOAT_BYTES = 4
+_OFFSETS = ("offset_before", "offset_after", "product_offset", "before", "after")
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """One matrix product of a forward pass of one image.
+
+    Attributes:
+        module: where it happens.
+        macs: multiply-accumulates.
+        bits: widths of the two operands.
+        of_activations: no operand is a weight.
+    """
+
+    module: str
+    macs: int
+    bits: tuple[int, int]
+    of_activations: bool = False
+
+    @property
+    def bitops(self) -> int:
+        """Multiply-accumulates times the widths of both operands."""
+        return self.macs * self.bits[0] * self.bits[1]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a net.
+
+    Attributes:
+        n_params: parameters of the net in training; of a frozen one its codes and the parameters beside them.
+        size_bytes: weights at their bit-width (QKR as its folded matrix), scales and everything else in float32.
+        macs: multiply-accumulates of one image.
+        bitops: sum over matrix products of macs * bits * bits.
+    """
+
+    n_params: int
+    size_bytes: int
+    macs: int
+    bitops: int
+
+
+@dataclass(frozen=True)
+class ModuleCost:
+    """What one module costs: its own tensors and products and those of its quantizers, not those of its children.
+
+    Attributes:
+        module: its path, empty for the net itself.
+        n_params: parameters in training.
+        code_bytes: weights at their bit-width (QKR as its folded matrix).
+        scale_bytes: float32 scales and zero points of weights and activations, those included that training makes from the weights.
+        offset_bytes: learnable offsets.
+        float_bytes: everything else.
+        products: of one image.
+    """
+
+    module: str
+    n_params: int = 0
+    code_bytes: int = 0
+    scale_bytes: int = 0
+    offset_bytes: int = 0
+    float_bytes: int = 0
+    products: tuple[Matmul, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """All bytes."""
+        return self.code_bytes + self.scale_bytes + self.offset_bytes + self.float_bytes
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image."""
+        return sum(product.macs for product in self.products)
+
+    @property
+    def bitops(self) -> int:
+        """Bit operations of one image."""
+        return sum(product.bitops for product in self.products)
+
+
+def cost(net: nn.Module, input_size: tuple[int, int, int]) -> Cost:
+    """Measure a net by one forward pass of one image (channels, height, width)."""
+    return total(module_costs(net, input_size))
+
+
+def total(parts: list[ModuleCost]) -> Cost:
+    """The sum of what modules cost."""
+    return Cost(
+        n_params=sum(part.n_params for part in parts),
+        size_bytes=sum(part.size_bytes for part in parts),
+        macs=sum(part.macs for part in parts),
+        bitops=sum(part.bitops for part in parts),
+    )
+
+
+def module_costs(net: nn.Module, input_size: tuple[int, int, int]) -> list[ModuleCost]:
+    """`cost` by module, in the order of the net's modules; a module that costs nothing is not listed."""
+    products: dict[str, list[Matmul]] = defaultdict(list)
+    for product in matmuls(net, input_size):
+        products[product.module].append(product)
+    stored = _stored(net)
+    names = [name for name, _ in net.named_modules() if name in stored or name in products]
+    return [ModuleCost(name, **stored.get(name, Counter()), products=tuple(products.get(name, ()))) for name in names]
+
+
+def size_bytes(net: nn.Module) -> int:
+    """Bytes to store a net: codes packed at their width, a float32 scale a row, the float rest."""
+    return sum(n for sums in _stored(net).values() for kind, n in sums.items() if kind != "n_params")
+
+
+def _stored(net: nn.Module) -> dict[str, Counter[str]]:
+    """By module name, how much there is of each of the first fields of `ModuleCost`."""
+    sums: dict[str, Counter[str]] = defaultdict(Counter)
+    sites = {site.name: site for site in iter_quantizers(net)}
+    masters = {id(site.quantizer.bounds) for site in sites.values() if isinstance(site.quantizer, FrozenActivation)}
+    for site in sites.values():
+        if not site.is_weight or site.quantizer.spec.bits == FLOAT_BITS:
+            continue
+        masters |= {id(t) for t in _masters(site)}
+        latent, owner = _weight(site), site.name.rpartition(".")[0]
+        scales, offsets = _unstored(site, latent.shape[0])
+        sums[owner]["code_bytes"] += packed_bytes(latent.numel(), site.quantizer.spec.bits)
+        sums[owner]["scale_bytes"] += scales * FLOAT_BYTES
+        sums[owner]["offset_bytes"] += offsets * FLOAT_BYTES
+        sums[owner]["n_params"] += latent.numel() if isinstance(site.quantizer, FrozenWeight) else 0
+    for name, parameter in net.named_parameters():
+        sums[_owner(name, sites)]["n_params"] += parameter.numel()
+    kept = net.state_dict().keys()  # tables that a net makes anew, as Swin's indices, are in no file
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if name in kept and id(tensor) not in masters:
+            sums[_owner(name, sites)][_kind(name, sites)] += tensor.numel() * FLOAT_BYTES
+    return sums
+
+
+def _weight(site: Site) -> torch.Tensor:
+    """What is quantized, or its codes where they are all there is."""
+    return site.quantizer.stored if isinstance(site.quantizer, FrozenWeight) else site.latent()
+
+
+def _unstored(site: Site, rows: int) -> tuple[int, int]:
+    """How many scales and zero points, and offsets, a weight has as deployed beside those that it has now.
+
+    Scales that training makes from the weight; where a bias is corrected, a scale, a zero point and a constant for each row.
+    """
+    if isinstance(site.quantizer, FrozenWeight):
+        return 0, 0
+    stored = site.quantizer.n_scales
+    return (2 * (rows - stored), rows) if site.quantizer.spec.bias_correction else (0 if stored else rows, 0)
+
+
+def _masters(site: Site) -> tuple[torch.Tensor, ...]:
+    """The parameters that codes take the place of; of a frozen net the codes themselves, and a shift that the quantizer's kind implies."""
+    owner = site.owner
+    if isinstance(site.quantizer, FrozenWeight):
+        has_zero_points = site.quantizer.spec.quantizer == "affine"
+        return (site.quantizer.stored,) if has_zero_points else (site.quantizer.stored, site.quantizer.shift)
+    return (owner.q_weight, owner.k_weight) if site.role == "qk" else (owner.weight,)  # type: ignore[return-value]
+
+
+def _site_of(name: str, sites: dict[str, Site]) -> str | None:
+    """The quantizer that a tensor belongs to."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if prefix in sites), None)
+
+
+def _owner(name: str, sites: dict[str, Site]) -> str:
+    return (_site_of(name, sites) or name).rpartition(".")[0]
+
+
+def _kind(name: str, sites: dict[str, Site]) -> str:
+    if name.rpartition(".")[2] in _OFFSETS:
+        return "offset_bytes"
+    return "float_bytes" if _site_of(name, sites) is None else "scale_bytes"
+
+
+def matmuls(net: nn.Module, input_size: tuple[int, int, int]) -> Iterator[Matmul]:
+    """Every matrix product of one image, by one forward pass on zeros: layers and float attentions as they run, ours by formula."""
+    modules = dict(net.named_modules())
+    ours = {name: m for name, m in modules.items() if isinstance(m, ScoredAttention)}
+    inherited = {id(m.v): _bits(m.input_quantizer) for m in ours.values() if isinstance(m, QkrAttention)}
+    found: list[Matmul] = []
+    with watching(net) as products, probing(net, [m.register_forward_hook(_recorder(name, found)) for name, m in ours.items()]):
+        net(next(net.parameters()).new_zeros(1, *input_size))
+    for product in products:
+        if product.module not in ours:
+            bits = (FLOAT_BITS, FLOAT_BITS) if product.of_activations else _layer_bits(modules[product.module], inherited)
+            found.append(Matmul(product.module, product.macs, bits, product.of_activations))
+    return iter(found)
+
+
+def _bits(quantizer: object) -> int:
+    return quantizer.spec.bits if isinstance(quantizer, Quantizer) else FLOAT_BITS
+
+
+def _layer_bits(layer: nn.Module, inherited: dict[int, int]) -> tuple[int, int]:
+    """Weight and input."""
+    return _bits(getattr(layer, "weight_quantizer", None)), inherited.get(id(layer), _bits(getattr(layer, "input_quantizer", None)))
+
+
+def _attention(module: QuantAttention, x: torch.Tensor) -> list[tuple[int, int, int, bool]]:
+    macs = module.n_scores(x) * module.head_dim
+    joint = getattr(module, "qkv_quantizer", None)
+    q, k, v = (_bits(joint or getattr(module, f"{role}_quantizer", None)) for role in ("q", "k", "v"))
+    return [(macs, q, k, True), (macs, _bits(module.probs_quantizer), v, True)]
+
+
+def _qkr(module: QkrAttention, x: torch.Tensor) -> list[tuple[int, int, int, bool]]:
+    width = x.shape[-1]
+    act, weight, key = _bits(module.input_quantizer), _bits(module.qk_quantizer), _bits(module.k_quantizer)
+    product, score, values = module.num_heads * x.numel() * width, module.n_scores(x) * width, module.n_scores(x) * module.head_dim
+    probs = _bits(module.probs_quantizer)
+    return [(product, weight, act, False), (score, act, key, True), (values, probs, _bits(module.v_quantizer), True)]
+
+
+def _recorder(name: str, found: list[Matmul]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        counted = _qkr(module, args[0]) if isinstance(module, QkrAttention) else _attention(module, args[0])  # type: ignore[arg-type]
+        found.extend(Matmul(name, macs, (a, b), inner) for macs, a, b, inner in counted)
+
+    return hook

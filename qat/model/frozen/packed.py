@@ -1,0 +1,154 @@
+"""One small file for a frozen net: codes side by side at their width, all other numbers as float32, an index of both. docs/deployment.md.
+
+A safetensors file with two tensors, `codes` (bytes) and `floats`, and metadata: `qat` (JSON: model, recipe, data, classes) and `index`
+(zlib, base64: JSON). A tensor with a name of its own for each weight would take a hundred bytes of header each: a tenth of a small net.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UsageError
+from qat.functional.packing import pack_codes, packed_bytes, unpack_codes
+from qat.model.frozen.quantizers import OFFSETS, FrozenWeight
+from qat.utils.files import replacing
+
+FORMAT = "packed-1"
+# What a file that lies of itself may ask for: bytes of its index, numbers of its constant tensors.
+MOST_INDEX, MOST_CONSTANT = 2**26, 2**26
+_BYTES_OF_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a packed file.
+
+    Attributes:
+        codes: of weights, at their width.
+        scales: of weights and activations, with their zero points.
+        offsets: in front of quantizers and behind them.
+        rest: biases, norms, embeddings, weights that stay in float.
+        header: index, recipe and what else the file says of the net.
+    """
+
+    codes: int
+    scales: int
+    offsets: int
+    rest: int
+    header: int
+
+    @property
+    def total(self) -> int:
+        """The file."""
+        return self.codes + self.scales + self.offsets + self.rest + self.header
+
+    @property
+    def payload(self) -> int:
+        """What no format can do without."""
+        return self.total - self.header
+
+    def to_text(self) -> str:
+        """A line a part."""
+        parts = {"codes": self.codes, "scales": self.scales, "offsets": self.offsets, "float rest": self.rest, "header": self.header}
+        lines = [f"{name:<12}{n:>12,} bytes  {100 * n / self.total:5.1f} %" for name, n in parts.items()]
+        return "\n".join([*lines, f"{'file':<12}{self.total:>12,} bytes"])
+
+
+def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> Sizes:
+    """Write a frozen net, whole or not at all.
+
+    Args:
+        net: of `qat.freeze`.
+        path: the file.
+        meta: of `qat.model.checkpoint.describe`.
+    """
+    widths = {f"{name}.stored": module.spec.bits for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
+    codes, floats, index = [], [], []
+    sums = {"codes": 0, "scales": 0, "offsets": 0, "rest": 0}
+    for name, tensor in net.state_dict().items():
+        shape = list(tensor.shape)
+        if name in widths:
+            codes.append(pack_codes(tensor.cpu(), widths[name]))
+            index.append([name, shape, "s" if tensor.dtype == torch.int8 else "u", widths[name]])
+            sums["codes"] += len(codes[-1])
+        elif tensor.numel() and (tensor == tensor.flatten()[0]).all():
+            index.append([name, shape, "c", tensor.flatten()[0].item(), str(tensor.dtype).removeprefix("torch.")])
+        else:
+            floats.append(tensor.detach().cpu().float().flatten())
+            index.append([name, shape, "f", str(tensor.dtype).removeprefix("torch.")])
+            sums[_kind(name)] += _BYTES_OF_FLOAT * tensor.numel()
+    packed = base64.b64encode(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)).decode()
+    tensors = {"codes": torch.cat([torch.zeros(0, dtype=torch.uint8), *codes]), "floats": torch.cat([torch.zeros(0), *floats])}
+    metadata = {"format": FORMAT, "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed, "crc32": _checksum(**tensors)}
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata)
+    return Sizes(**sums, header=Path(path).stat().st_size - sum(sums.values()))
+
+
+def _kind(name: str) -> str:
+    last = name.rpartition(".")[2]
+    if "_quantizer." not in name:
+        return "offsets" if last == "product_offset" else "rest"
+    return "offsets" if last in OFFSETS else "scales"
+
+
+def _checksum(codes: Tensor, floats: Tensor) -> str:
+    """CRC-32 of all bytes of the two tensors, in this order, as eight digits."""
+    return f"{zlib.crc32(floats.numpy().tobytes(), zlib.crc32(codes.numpy().tobytes())):08x}"
+
+
+def _index_of(metadata: Mapping[str, str]) -> list[Any]:
+    inflating = zlib.decompressobj()
+    text = inflating.decompress(base64.b64decode(metadata["index"]), MOST_INDEX)
+    if not inflating.eof:
+        raise ValueError("its index is cut short, or too long")
+    index: list[Any] = json.loads(text)
+    constants = sum(torch.Size(shape).numel() for _, shape, kind, *_ in index if kind == "c")
+    if constants > MOST_CONSTANT:
+        raise ValueError(f"its index asks for {constants} numbers that it does not hold")
+    return index
+
+
+def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Weights by name and what the file says of the net; None for a safetensors file of another kind.
+
+    Raises:
+        UsageError: the file is of a newer format.
+        ValueError, LookupError, TypeError: its parts do not fit together.
+    """
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "qat" not in metadata:
+            return None
+        if metadata.get("format") != FORMAT:
+            raise UsageError(f"{str(path)!r}: format {metadata.get('format')!r}; this version of qat reads {FORMAT!r}")
+        codes, floats = file.get_tensor("codes"), file.get_tensor("floats")
+    if _checksum(codes, floats) != metadata["crc32"]:
+        raise ValueError("it is damaged: its checksum does not fit")
+    index = _index_of(metadata)
+    state, at = {}, {"codes": 0, "floats": 0}
+    for name, shape, kind, *more in index:
+        if kind == "c":
+            state[name] = torch.full(shape, more[0], dtype=getattr(torch, more[1]))
+            continue
+        n, which = torch.Size(shape).numel(), "floats" if kind == "f" else "codes"
+        size = n if kind == "f" else packed_bytes(n, more[0])
+        part = (floats if kind == "f" else codes)[at[which] : at[which] + size]
+        at[which] += size
+        state[name] = (
+            part.view(shape).to(getattr(torch, more[0])) if kind == "f" else unpack_codes(part, more[0], tuple(shape), signed=kind == "s")
+        )
+    if (at["codes"], at["floats"]) != (codes.numel(), floats.numel()):
+        raise ValueError("there is more in it than its index says")
+    return state, json.loads(metadata["qat"])

@@ -1,0 +1,218 @@
+"""What post-training quantization does to a net: `PtqRecipe`, a `QuantRecipe` whose ranges are found on calibration images."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from qat.errors import UsageError
+from qat.functional.observers import OBSERVERS
+from qat.spec import OUTPUT_ROLES, PLACES, ROLES, QuantRecipe, QuantSpec
+from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_text
+
+PLACEMENTS = ("inputs", "fqvit")
+QUANTIZERS = ("affine", "float")
+SOFTMAX_QUANTIZERS = ("affine", "log2", "float")
+ATTENTIONS = ("standard", "float")
+ACT_SCALES = ("tensor", "token", "channel")
+WEIGHT_SCALES = ("channel", "tensor")
+LAYERNORMS = ("float", "integer")
+# A single tensor has no channels that powers of two could tell apart.
+ACT_OBSERVERS = tuple(name for name in OBSERVERS if name != "ptf")
+
+_FLAGS = ("weight_signed", "act_signed", "bias_correction")
+_ATTENTION_ROLES = ("q", "k", "v", "qkv", "scores", "probs")
+_TOKEN_AXIS = {"image": None}
+# Heads of scores (B, h, N, M), channels of an image (B, C, H, W); the last dimension of all else.
+_CHANNEL_AXIS = {"scores": 1, "probs": 1, "image": 1}
+
+
+@dataclass(frozen=True)
+class PtqRecipe(QuantRecipe):
+    """The knobs of `ptq/*.yaml`.
+
+    Attributes:
+        name: what the recipe is called in results.
+        bits: width of the weights, those of the first convolution and the heads too.
+        act_bits: width of all activations; None = `bits`.
+        softmax_bits: width of attention probabilities; None = `act_bits`.
+        stem_bits: weights of the first convolution; None = `bits`.
+        head_bits: weights of the classifier(s); None = `bits`.
+        placement: `inputs` (what enters a product, as in training) or `fqvit` (what leaves a layer too; FQ-ViT, arXiv 2111.13824).
+        attention: `standard`, or `float` (only the Linears of an attention are quantized).
+        weight_quantizer: `affine` or `float`.
+        act_quantizer: `affine` or `float`.
+        softmax_quantizer: `affine`, `log2` (powers of two) or `float`; None = `act_quantizer`.
+        weight_observer: how the range of a weight is found, one of `OBSERVERS`.
+        act_observer: how the range of an activation is found, one of `OBSERVERS`.
+        residual_observer: how the range is found of sums on the residual stream (`fqvit`); `ptf` = a power of two per channel;
+            None = `act_observer`.
+        weight_signed: symmetric signed codes; False = unsigned ones with a zero point.
+        act_signed: whether activations have a symmetric signed grid; probabilities are always unsigned.
+        weight_scales: weights have a scale per output `channel`, or one for the `tensor`.
+        act_scales: activations have a scale per `tensor`, `token` or `channel` (attention scores and probabilities: per head).
+        bias_correction: give each output channel of a quantized weight the mean and the spread of the float one.
+        layernorm: `float`, or `integer` arithmetic on the scales around it (`fqvit` only).
+        overrides: `{module name glob: {knob: value}}`; later rules win.
+
+    Raises:
+        UsageError: a knob has a value that cannot work.
+    """
+
+    name: str = "ptq"
+    bits: int = 8
+    act_bits: int | None = 8
+    attention: str = "standard"
+    weight_quantizer: str = "affine"
+    act_quantizer: str = "affine"
+    stem_bits: int | None = None  # type: ignore[assignment]
+    head_bits: int | None = None  # type: ignore[assignment]
+    offsets: bool = False
+    placement: str = "fqvit"  # type: ignore[misc]
+    softmax_bits: int | None = None
+    softmax_quantizer: str | None = None
+    weight_observer: str = "minmax"
+    act_observer: str = "minmax"
+    residual_observer: str | None = None
+    weight_signed: bool = False
+    act_signed: bool = False
+    weight_scales: str = "channel"
+    act_scales: str = "tensor"
+    bias_correction: bool = False
+    layernorm: str = "float"  # type: ignore[misc]
+
+    GROUP: ClassVar[str] = "ptq"
+    NET_WIDE: ClassVar[frozenset[str]] = frozenset({
+        "name",
+        "overrides",
+        "placement",
+        "layernorm",
+        "qk_bias",
+        "offsets",
+        "map_scales",
+        "step_init",
+    })
+
+    def __post_init__(self) -> None:
+        check_text("ptq.name", self.name)
+        self._complete()
+        for knob, allowed in (
+            ("placement", PLACEMENTS),
+            ("attention", ATTENTIONS),
+            ("weight_quantizer", QUANTIZERS),
+            ("act_quantizer", QUANTIZERS),
+            ("softmax_quantizer", SOFTMAX_QUANTIZERS),
+            ("weight_observer", OBSERVERS),
+            ("act_observer", ACT_OBSERVERS),
+            ("residual_observer", OBSERVERS),
+            ("act_scales", ACT_SCALES),
+            ("weight_scales", WEIGHT_SCALES),
+            ("layernorm", LAYERNORMS),
+        ):
+            check_choice(f"ptq.{knob}", getattr(self, knob), allowed)
+        for knob in _FLAGS:
+            if not isinstance(getattr(self, knob), bool):
+                raise UsageError(f"ptq.{knob}={getattr(self, knob)!r}: must be true or false")
+        for knob in ("bits", "stem_bits", "head_bits"):
+            check_bits(f"ptq.{knob}", getattr(self, knob), self.weight_quantizer)
+        check_bits("ptq.act_bits", self.act_bits, self.act_quantizer)
+        check_bits("ptq.softmax_bits", self.softmax_bits, self.softmax_quantizer or "")
+        if self.layernorm == "integer" and (self.placement, self.act_quantizer) != ("fqvit", "affine"):
+            raise UsageError("ptq.layernorm='integer': needs the scales on both sides of a norm; must be with ptq.placement=fqvit")
+        self._check_overrides()
+
+    def _complete(self) -> None:
+        """Put what None stands for."""
+        for knob, source in (
+            ("act_bits", "bits"),
+            ("softmax_bits", "act_bits"),
+            ("softmax_quantizer", "act_quantizer"),
+            ("stem_bits", "bits"),
+            ("head_bits", "bits"),
+            ("residual_observer", "act_observer"),
+        ):
+            if getattr(self, knob) is None:
+                object.__setattr__(self, knob, getattr(self, source))
+
+    def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
+        """Spec of a weight (out, ...) at `place`."""
+        check_choice("place", place, PLACES)
+        bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
+        name = self.weight_quantizer
+        return QuantSpec(
+            role,
+            name,
+            FLOAT_BITS if name == "float" else int(bits or 0),
+            signed=self.weight_signed,
+            axis=0 if self.weight_scales == "channel" else None,
+            observer=self.weight_observer,
+            bias_correction=self.bias_correction and name != "float",
+        )
+
+    def act_spec(self, role: str, place: str, *, signed: bool | None = True) -> QuantSpec:
+        """Spec of an activation; its place and sign do not matter: the zero point serves any range.
+
+        Args:
+            role: one of `ROLES` and `OUTPUT_ROLES` but `weight` and `qk`.
+            place: one of `PLACES`.
+            signed: as `QuantRecipe` has it.
+        """
+        check_choice("place", place, PLACES)
+        check_choice("role", role, tuple(r for r in ROLES + OUTPUT_ROLES if r not in {"weight", "qk"}))
+        name, bits = self.act_quantizer, self.act_bits
+        if role == "probs":
+            name, bits = str(self.softmax_quantizer), self.softmax_bits
+        if self.attention == "float" and role in _ATTENTION_ROLES:
+            name = "float"
+        observer = self.residual_observer if role == "residual" else self.act_observer
+        axis = -1 if observer == "ptf" else self._axis(role)
+        return QuantSpec(
+            role,
+            name,
+            FLOAT_BITS if name == "float" else int(bits or 0),
+            signed=self.act_signed and role != "probs",
+            axis=axis,
+            map_scales="tensor" if axis is None or axis == -2 else "column",
+            observer=observer,
+        )
+
+    def _axis(self, role: str) -> int | None:
+        if self.act_scales == "tensor":
+            return None
+        return _TOKEN_AXIS.get(role, -2) if self.act_scales == "token" else _CHANNEL_AXIS.get(role, -1)
+
+
+def recipe_from(stored: Mapping[str, Any]) -> QuantRecipe:
+    """The recipe of a checkpoint, of the kind whose knobs it has.
+
+    Args:
+        stored: what `to_dict` gave.
+
+    Raises:
+        TypeError: a knob is none of either kind.
+        UsageError: a value that cannot work, or a quantizer `package.module:Class` of a module that nobody has imported.
+    """
+    names = {f.name for f in dataclasses.fields(PtqRecipe)} - {f.name for f in dataclasses.fields(QuantRecipe)}
+    recipe = PtqRecipe(**stored) if names & set(stored) else QuantRecipe(**stored)
+    for name in custom_quantizers(recipe):
+        check_imported("quantizer", name)
+    return recipe
+
+
+def custom_quantizers(recipe: QuantRecipe) -> list[str]:
+    """The quantizers `package.module:Class` that a recipe names, its overrides included."""
+    rules = [{"weight": recipe.weight_quantizer, "act": recipe.act_quantizer}]
+    rules += [{key: rule[key] for key in ("weight_quantizer", "act_quantizer") if key in rule} for rule in recipe.overrides.values()]
+    return [name for name in dict.fromkeys(value for rule in rules for value in rule.values()) if ":" in name]
+
+
+def check_imported(setting: str, name: str) -> None:
+    """Raise `UsageError` unless the class `package.module:Class` is there already: nothing that a file names is imported."""
+    module, _, attribute = name.partition(":")
+    # Of the module's own names: asked for another one it might import further modules.
+    if not isinstance(vars(sys.modules[module]).get(attribute) if module in sys.modules else None, type):
+        hint = f"model.imports=[{module}], in Python qat.load(path, imports=[{module!r}])"
+        raise UsageError(f"{setting}={name!r}: must be built in, or of a module that is imported; a file imports none: {hint}")

@@ -1,0 +1,97 @@
+"""Fill the scales of a converted net from data, say which are missing, and let no net run without them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UsageError
+from qat.model.sites import iter_quantizers
+from qat.quantizers import Affine, Quantizer
+from qat.utils.probing import probing, unset_scales_allowed
+
+
+def is_ready(quantizer: Quantizer) -> bool:
+    """True if no parameter or buffer of the quantizer holds a NaN."""
+    return not any(bool(t.isnan().any()) for t in (*quantizer.parameters(), *quantizer.buffers()) if t.is_floating_point())
+
+
+def assert_ready(net: nn.Module) -> None:
+    """Raise `UsageError` naming the first quantizer whose scales were never filled; where none is, the net has no `guard` any more."""
+    for site in iter_quantizers(net):
+        if not is_ready(site.quantizer):
+            filling = "qat.ptq.calibrate" if type(site.quantizer) is Affine else "qat.initialize_scales"
+            raise UsageError(f"scales of {site.name} are not initialised; call {filling}(net, batches) or load a checkpoint")
+    for module in net.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _check_before_forward]:
+            module._forward_pre_hooks.pop(key, None)
+
+
+def guard(net: nn.Module) -> None:
+    """Have `net` raise when it is called, until the first call, or `assert_ready`, that finds all scales set.
+
+    A quantizer or a layer called by itself is not checked, nor is a compiled or exported graph. A net whose quantizers hold no
+    tensors has nothing to check.
+    """
+    if any(site.quantizer.state_dict() for site in iter_quantizers(net)):
+        net.register_forward_pre_hook(_check_before_forward, prepend=True)
+
+
+def _check_before_forward(net: nn.Module, args: tuple[Any, ...]) -> None:
+    if torch.compiler.is_compiling() or unset_scales_allowed.get():
+        return
+    with contextlib.suppress(RuntimeError):  # a fake tensor, or one on the meta device, has no values to look at
+        assert_ready(net)
+
+
+def initialize_scales(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """Set every scale that is still NaN, each quantizer seeing its input behind the quantizers in front of it.
+
+    Scales that hold numbers already (from a checkpoint) stay. With one batch the result is the reference's rule; with several,
+    statistics are averaged (min-max: joined) over them. Calling a converted net that still lacks scales raises (`guard`).
+
+    Args:
+        net: a converted net; runs in eval mode, its mode is restored.
+        batches: images (B, C, H, W) each, moved to the net's device.
+
+    Returns:
+        `net` itself.
+
+    Raises:
+        UsageError: no batch, images that are not finite, or a quantizer that no batch reached; no scale is set then.
+    """
+    pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]
+    if not pending:
+        return net
+    device = next(net.parameters()).device
+    with _all_or_none(pending), probing(net, [quantizer.register_forward_pre_hook(_calibrating({})) for quantizer in pending]):
+        for batch in batches:
+            if not batch.isfinite().all():
+                raise UsageError("calibration images hold NaN or infinity; look at data.mean, data.std and the files")
+            net(batch.to(device))
+        assert_ready(net)
+    return net
+
+
+@contextlib.contextmanager
+def _all_or_none(quantizers: Sequence[Quantizer]) -> Generator[None]:
+    """Empty scales again where some of the images failed: half of them would count as ready."""
+    before = [{name: tensor.clone() for name, tensor in quantizer.state_dict().items()} for quantizer in quantizers]
+    try:
+        yield
+    except BaseException:
+        for quantizer, state in zip(quantizers, before, strict=True):
+            quantizer.load_state_dict(state)
+        raise
+
+
+def _calibrating(state: dict[str, Any]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, Quantizer)  # noqa: S101  (narrows a type)
+        module.calibrate(args[0], state)
+
+    return hook

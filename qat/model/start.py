@@ -1,0 +1,260 @@
+"""Where a net's weights come from: scratch, timm's pretrained weights, a local file, a checkpoint of any recipe."""
+
+from __future__ import annotations
+
+import difflib
+import http.client
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UsageError
+from qat.model.biases import grow_biases, grown_biases
+from qat.model.checkpoint import Checkpoint, build_from
+from qat.model.frozen import is_frozen
+from qat.model.sites import iter_quantizers
+from qat.model.transfer import timm_state_dict
+from qat.utils.signature import check_arguments
+
+HUB_TIMEOUT_S = 4
+MOST_UNPACKED = 100  # times the size of an archive of arrays
+ALIKE = 0.6  # difflib's own threshold for a close match
+GATEWAY_ERRORS = {407, 502, 503, 504}  # a proxy says that it cannot get there
+NEW_HEAD = "; model.reset_head=true gives it a new head"
+
+
+@dataclass
+class Start:
+    """Where a net's weights came from.
+
+    Attributes:
+        net: the float timm model.
+        notes: what a person should be told, a line each.
+        source: the quantized net whose scales may be copied after conversion, if the start was a checkpoint of ours.
+    """
+
+    net: nn.Module
+    notes: list[str] = field(default_factory=list)
+    source: nn.Module | None = None
+
+
+def from_scratch(model: str, kwargs: Mapping[str, Any]) -> Start:
+    """Random weights.
+
+    Raises:
+        UsageError: timm has no such model, or does not take the arguments.
+    """
+    return Start(_create(model, kwargs), ["random weights"])
+
+
+def check_model(setting: str, model: object) -> None:
+    """Raise `UsageError` unless `model` is a name of timm's."""
+    if not isinstance(model, str) or not timm.is_model(model):
+        near = ", ".join(_near(str(model)))
+        raise UsageError(f"{setting}={model!r}: timm has no such model{'; near are ' + near if near else ''}")
+
+
+def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
+    check_model("model.name", model)
+    failures: tuple[type[Exception], ...] = (TypeError, AssertionError, ValueError, ArithmeticError, LookupError, AttributeError)
+    if not loading:  # where weights are read as well, a RuntimeError says that they do not fit
+        failures += (RuntimeError,)
+    try:
+        net: nn.Module = timm.create_model(model, **kwargs, **loading)
+    except failures as error:
+        raise UsageError(f"model.name={model!r} with {dict(kwargs)}: {' '.join(str(error).split())}") from error
+    check_arguments("model.args", type(net), kwargs)
+    return net
+
+
+def _near(model: str, at_most: int = 4) -> list[str]:
+    """Names of timm that begin as `model` does, or nearly so; the most similar first."""
+    beginnings = {name: name[: len(model) + 1] for name in timm.list_models()}
+    likeness = {name: difflib.SequenceMatcher(None, model, begin).ratio() for name, begin in beginnings.items()}
+    return [name for name in sorted(likeness, key=lambda name: -likeness[name]) if likeness[name] > ALIKE][:at_most]
+
+
+def from_pretrained(model: str, kwargs: Mapping[str, Any]) -> Start:
+    """Weights that timm keeps for the model, from the local caches or from their host.
+
+    Raises:
+        UsageError: the model has none, or they are not cached and their host does not answer within 4 s.
+    """
+    described = dict(_create(model, kwargs).pretrained_cfg)  # type: ignore[arg-type]  # also says what is wrong with name or arguments
+    hub_id, url = described.get("hf_hub_id"), described.get("url")
+    if not hub_id and not url:
+        raise UsageError(
+            f"model.pretrained=true: timm has no pretrained weights for {model!r}; use model.weights=FILE or model.pretrained=false"
+        )
+    cached = _cached_on_hub(hub_id) if hub_id else None
+    if cached is not None:
+        net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": cached})
+        return Start(net, [f"timm's pretrained weights of {model} (cached)"])
+    if hub_id or not (Path(torch.hub.get_dir()) / "checkpoints" / str(url).rpartition("/")[2]).is_file():
+        _require_host(model, huggingface_hub.constants.ENDPOINT if hub_id else str(url))
+    try:
+        net = _create(model, kwargs, pretrained=True)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        why = f"the weights of {model!r} cannot be fetched, or do not fit ({' '.join(str(error).split())[:200]})"
+        raise UsageError(f"model.pretrained=true: {why}; use model.weights=FILE or model.pretrained=false") from error
+    return Start(net, [f"timm's pretrained weights of {model}"])
+
+
+def _cached_on_hub(hub_id: str) -> str | None:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path = huggingface_hub.try_to_load_from_cache(hub_id, name)
+        if isinstance(path, str):
+            return path
+    return None
+
+
+def _require_host(model: str, address: str) -> None:
+    """Ask for a sign of life: the hub's own client would retry in silence for most of a minute."""
+    try:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_TIMEOUT_S):
+            pass
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code not in GATEWAY_ERRORS:
+            return
+        missing = f"the weights of {model!r} are not in the local cache and {address} cannot be reached ({error})"
+        raise UsageError(f"model.pretrained=true: {missing}; use model.weights=FILE or model.pretrained=false") from error
+
+
+def from_state(
+    model: str,
+    kwargs: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    *,
+    origin: str,
+    keep_head: bool,
+    biases: Sequence[str] = (),
+    hint: str = "",
+) -> Start:
+    """Weights under timm's names, adapted as timm does: position embedding, patch size, input channels.
+
+    Args:
+        model: timm name of the net to build.
+        kwargs: arguments of `timm.create_model`.
+        state: weights of a net of the same family.
+        origin: how to call them in messages, `ckpt='x.pt'`.
+        keep_head: another class count is an error (True), or gets a new head (False).
+        biases: Linears that have a bias in `state` and none in timm's net; they get one.
+        hint: end of the line about another class count.
+
+    Raises:
+        UsageError: the class count differs under `keep_head`, or the weights are of another net.
+    """
+    fresh = _create(model, kwargs)
+    own_biases = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
+    state = {name: tensor for name, tensor in state.items() if name not in own_biases}
+    notes = [f"weights of {origin}"]
+    cfg = dict(fresh.pretrained_cfg)  # type: ignore[arg-type]
+    state, heads, wrong_heads = _with_heads(state, fresh)
+    notes += heads
+    stem = state.get(f"{cfg['first_conv']}.weight")
+    chans = cfg["input_size"][0] if stem is None else stem.shape[1]
+    overlay = {"state_dict": state, "num_classes": fresh.num_classes, "input_size": (chans, *cfg["input_size"][1:])}
+    try:
+        net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay=overlay)
+    except (RuntimeError, KeyError) as error:
+        raise UsageError(f"{origin}: its weights are not those of {model} ({' '.join(str(error).split())[:300]})") from error
+    if keep_head and wrong_heads:
+        raise UsageError(f"{origin}: has {wrong_heads[0]}{hint}")
+    net.pretrained_cfg = net.default_cfg = cfg  # type: ignore[assignment]
+    grow_biases(net, biases)
+    net.load_state_dict(own_biases, strict=False)
+    if stem is not None and stem.shape != (wanted := fresh.state_dict()[f"{cfg['first_conv']}.weight"].shape):
+        notes.append(f"patch embedding adapted from {tuple(stem.shape)} to {tuple(wanted)}")
+    check_finite(net, origin)
+    return Start(net, notes)
+
+
+def _with_heads(state: Mapping[str, Tensor], fresh: nn.Module) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Weights with the heads of `fresh` where theirs have other classes; notes of that, and what is wrong about those heads."""
+    own, notes, wrong = fresh.state_dict(), [], []
+    classifier = fresh.pretrained_cfg["classifier"]  # type: ignore[index]
+    found = dict(state)
+    for name in [classifier] if isinstance(classifier, str) else classifier:
+        classes, theirs = own[f"{name}.weight"].shape[0], state.get(f"{name}.weight")
+        if theirs is not None and theirs.shape[0] == classes:
+            continue
+        wrong.append(f"{0 if theirs is None else theirs.shape[0]} classes, the data {classes}")
+        notes.append(f"new {name} for {classes} classes" + ("" if theirs is None else f" (the file has {theirs.shape[0]})"))
+        found |= {k: own[k] for k in (f"{name}.weight", f"{name}.bias") if k in own}
+    return found, notes, wrong
+
+
+def check_finite(net: nn.Module, origin: str) -> None:
+    """Raise `UsageError` if a weight of a net from `origin` is NaN or infinite: whatever it computes would be, too."""
+    damaged = {name: weight for name, weight in net.named_parameters() if not weight.isfinite().all()}
+    if not damaged:
+        return
+    unset = {f"{site.name}.{name}": site for site in iter_quantizers(net) for name, _ in site.quantizer.named_parameters()}
+    if all(name in unset and weight.isnan().all() for name, weight in damaged.items()):
+        site = unset[next(iter(damaged))]
+        raise UsageError(f"{origin}: scales of {site.name} are not initialised; call qat.initialize_scales(net, batches) and save again")
+    raise UsageError(f"{origin}: its weight {next(iter(damaged))} holds NaN or infinity; take an earlier checkpoint")
+
+
+def from_checkpoint(model: str, kwargs: Mapping[str, Any], checkpoint: Checkpoint, *, reset_head: bool, keep_head: bool = False) -> Start:
+    """Start from a file: one of ours (any recipe), a timm checkpoint or a plain state dict.
+
+    Args:
+        model: timm name of the net to build.
+        kwargs: its arguments.
+        checkpoint: the file.
+        reset_head: one of ours gets a new head where the class count differs.
+        keep_head: any other must have the class count, too: for nets that nobody trains before they are looked at.
+
+    Raises:
+        UsageError: see `from_state`; with a checkpoint of ours another class count needs `reset_head`.
+    """
+    origin = f"ckpt={str(checkpoint.path)!r}"
+    if checkpoint.meta is None:
+        return from_state(model, kwargs, checkpoint.state, origin=origin, keep_head=keep_head)
+    return from_net(model, kwargs, build_from(checkpoint), origin=origin, reset_head=reset_head)
+
+
+def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin: str, reset_head: bool) -> Start:
+    """Start from a net of any recipe; its scales may be copied after conversion.
+
+    Raises:
+        UsageError: see `from_state`; another class count needs `reset_head`; the net is frozen.
+    """
+    if is_frozen(source):
+        raise UsageError(f"{origin}: holds integer codes alone; must be the checkpoint that it was exported from")
+    state, biases = timm_state_dict(source), grown_biases(source)
+    start = from_state(model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases, hint=NEW_HEAD)
+    start.source = source
+    return start
+
+
+def _check_archive(path: str) -> None:
+    """Raise `UsageError` if an archive of arrays would unpack to much more than it is: weights hardly compress."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (OSError, zipfile.BadZipFile):
+        return  # whoever reads it says what is wrong
+    if unpacked > MOST_UNPACKED * Path(path).stat().st_size:
+        raise UsageError(f"model.weights={path!r}: unpacks to {unpacked:,} bytes, more than {MOST_UNPACKED} times its size")
+
+
+def from_weights(model: str, kwargs: Mapping[str, Any], path: str, state: Mapping[str, Tensor] | None, *, keep_head: bool = False) -> Start:
+    """Start from a local weight file in any format timm reads; `state` is its content, None for original JAX `.npz` files."""
+    if state is None:
+        _check_archive(path)
+        net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": path, "custom_load": True})
+        return Start(net, [f"weights of model.weights={path!r}"])
+    return from_state(model, kwargs, state, origin=f"model.weights={str(Path(path))!r}", keep_head=keep_head)

@@ -1,0 +1,103 @@
+"""Carry weights and scales between nets of different recipes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qat.model.scales import is_ready
+from qat.model.sites import iter_quantizers
+from qat.nn import QkrAttention, QuantAttention
+from qat.quantizers import Quantizer
+
+# Swin's biases, and the spread of their first values there and in the reference.
+_TABLE, _TABLE_STD = "relative_position_bias_table", 0.02
+
+
+def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
+    """The float weights of a net under timm's names, whatever its recipe: quantizers dropped, QKR's factors stacked to `qkv`.
+
+    A query bias that QKR dropped comes back as zeros, and so does the key bias, to which a softmax is blind.
+    """
+    state: dict[str, Tensor] = {}
+    _collect(net, "", state)
+    return state
+
+
+def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
+    if isinstance(module, Quantizer):
+        return
+    consumed: set[str] = set()
+    if isinstance(module, QkrAttention):
+        state |= {prefix + name: tensor for name, tensor in module.timm_weights().items()}
+        consumed = {"v"}
+    else:
+        own = {*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))}
+        state |= {prefix + k: v.detach() for k, v in module.state_dict().items() if k in own}
+    for name, child in module.named_children():
+        if name not in consumed:
+            _collect(child, f"{prefix}{name}.", state)
+
+
+def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[str]]:
+    """Copy scales and offsets where quantizer, bits and shapes agree, and the scales are there.
+
+    Args:
+        source: a quantized net.
+        target: a converted net.
+
+    Returns:
+        Names of the sites that were copied, and of those that were not and need data.
+    """
+    have = {site.name: site for site in iter_quantizers(source)}
+    copied, missing = [], []
+    for site in iter_quantizers(target):
+        state = site.quantizer.state_dict()
+        if not state:
+            continue
+        donor = have.get(site.name)
+        if donor is None or not _agree(donor.quantizer, site.quantizer) or not is_ready(donor.quantizer):
+            missing.append(site.name)
+            continue
+        site.quantizer.load_state_dict(donor.quantizer.state_dict())
+        copied.append(site.name)
+        if isinstance(site.owner, QkrAttention) and site.quantizer is site.owner.k_quantizer:
+            _copy_product_offset(donor.owner, site.owner)
+    return copied, missing
+
+
+def forget_attention_weights(net: nn.Module) -> list[str]:
+    """Draw anew what the reference's conversion loses: `proj` of every attention, `qkv` where there is no QKR, Swin's table of biases.
+
+    Returns:
+        Names of the Linears and tables that were reset.
+    """
+    reset = []
+    for name, module in net.named_modules():
+        if not isinstance(module, QkrAttention | QuantAttention):
+            continue
+        lost = {child for child, layer in module.named_children() if child in {"qkv", "proj"} and isinstance(layer, nn.Linear)}
+        for child in sorted(lost, reverse=True):
+            module.get_submodule(child).reset_parameters()  # type: ignore[operator]
+            reset.append(f"{name}.{child}")
+        table = getattr(module, _TABLE, None)
+        if isinstance(table, nn.Parameter):
+            nn.init.trunc_normal_(table, std=_TABLE_STD)
+            reset.append(f"{name}.{_TABLE}")
+    return reset
+
+
+def _agree(a: Quantizer, b: Quantizer) -> bool:
+    shapes_a, shapes_b = ({k: v.shape for k, v in q.state_dict().items()} for q in (a, b))
+    return a.spec == b.spec and shapes_a == shapes_b
+
+
+def _copy_product_offset(source: nn.Module, target: QkrAttention) -> None:
+    if (
+        isinstance(source, QkrAttention)
+        and source.product_offset is not None
+        and target.product_offset is not None
+        and source.product_offset.shape == target.product_offset.shape
+    ):
+        with torch.no_grad():
+            target.product_offset.copy_(source.product_offset)

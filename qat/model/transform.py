@@ -1,0 +1,66 @@
+"""What stands between an image and a net: the transform that evaluation uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import timm.data
+from torch import Tensor, nn
+
+from qat.errors import UsageError
+from qat.model.checkpoint import data_of
+from qat.model.convert import conversion_of
+
+if TYPE_CHECKING:
+    from qat.data.image_transform import AnyImage
+
+
+def transform(net: nn.Module) -> Callable[[AnyImage], Tensor]:
+    """The evaluation transform of a net: maps Pillow's image, an (H, W, C) uint8 array or a path to (C, H, W) float32.
+
+    A net from `last.ckpt` or `best.ckpt` (`qat.load`) knows the data it was trained on, and gets images as `eval.py` gives them to it;
+    so does one from a file of `qat.save(net, path, data=...)`, where settings that `data` leaves out are found as follows. Any other net
+    gets them as timm's `resolve_data_config` says for its `pretrained_cfg`: crop, interpolation, mean and std of its pretrained
+    weights, the average of the latter over the colours for a net of grey images; at the size that the net takes.
+
+    Raises:
+        UsageError: neither is there, the net takes no square images, or its data are of a class that is neither ours nor imported.
+    """
+    from qat.data import image_transform  # here, because it brings Lightning with it
+
+    return image_transform(data_config(net))
+
+
+def data_config(net: nn.Module) -> Mapping[str, Any]:
+    """The data config of a net, plain; see `transform`."""
+    stored = data_of(net) or {}
+    if not isinstance(stored, Mapping):
+        raise UsageError(f"transform: the net's file has a {type(stored).__name__} for the data it was trained on, not settings")
+    return stored if "_target_" in stored else {**_by_timm(net), **stored}
+
+
+def _by_timm(net: nn.Module) -> dict[str, Any]:
+    config = getattr(net, "pretrained_cfg", None)
+    if not config:
+        raise UsageError("transform: this net does not say what data it is for; qat.save(net, path, data={...}) writes it down")
+    chans, height, width = _input_size(net, config)
+    if height != width:
+        raise UsageError(f"transform: the net takes images of {height} x {width} pixels, only squares are made here")
+    found = timm.data.resolve_data_config({}, pretrained_cfg=config)
+    settings = {name: found[name] for name in ("mean", "std", "crop_pct", "interpolation")}
+    if chans != len(settings["mean"]):
+        settings |= {name: [sum(settings[name]) / len(settings[name])] * chans for name in ("mean", "std")}
+    classes = getattr(net, "num_classes", None) or config["num_classes"]
+    return settings | {"image_size": height, "patch_size": None, "in_chans": chans, "num_classes": classes}
+
+
+def _input_size(net: nn.Module, config: Mapping[str, Any]) -> tuple[int, int, int]:
+    done = conversion_of(net)
+    if done is not None:
+        return done.input_size
+    args: dict[str, Any] = getattr(net, "_model_args", None) or {}
+    chans, *sides = config["input_size"]
+    size = args.get("img_size", sides)
+    height, width = (size, size) if isinstance(size, int) else size
+    return args.get("in_chans", chans), height, width

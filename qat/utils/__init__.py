@@ -1,0 +1,1 @@
+"""Files, shards and checks that every part of the package may use."""

@@ -1,0 +1,203 @@
+"""Fused Functions. Oracle: the same by Functions of one quantizer each, which autograd puts together; forward bit for bit."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from qat.kernels import Grid
+from qat.kernels.fused import Operand, QkrOperands, QkrWeights, Scoring, attention, lsq_linear, qkr_attention, remember, simple, viewed
+
+B, N, H, D = 4, 7, 2, 6
+C = H * D
+
+
+def randn(*shape, seed=0, scale=1.0):
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).requires_grad_()
+
+
+def operand(n, grid, offsets=2, seed=0, channels=C):
+    scale = (0.2 + torch.rand(n, generator=torch.Generator().manual_seed(seed))).requires_grad_()
+    before, after = (randn(channels, seed=seed + i, scale=0.2) if i <= offsets else None for i in (1, 2))
+    return Operand(scale, before, after, grid, 0.5)
+
+
+def leaves(*parts):
+    out = []
+    for part in parts:
+        if isinstance(part, torch.Tensor) and part.requires_grad:
+            out.append(part)
+        elif isinstance(part, tuple):
+            out += leaves(*part)
+    return out
+
+
+def compare(fused, plain, tensors):
+    """Equal results; gradients of a random projection alike."""
+    upstream = torch.randn(fused.shape, generator=torch.Generator().manual_seed(9)).to(fused.dtype)
+    assert torch.equal(fused, plain)
+    found, expected = (torch.autograd.grad(out, tensors, upstream, retain_graph=True) for out in (fused, plain))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+
+
+def linear_parts(bias=True, offsets=2):
+    x, w = randn(B, N, C, seed=20, scale=2.0), randn(9, C, seed=21)
+    return x, operand(N, Grid(-2, 1, -2), offsets), w, randn(9, seed=22) if bias else None
+
+
+@pytest.mark.parametrize(("bits", "bias", "offsets"), [(2, True, 2), (4, False, 2), (2, True, 0), (None, False, 1), (3, True, 1)])
+def test_linear(bits, bias, offsets):
+    parts = linear_parts(bias, offsets)
+    compare(lsq_linear(*parts, bits), simple.lsq_linear(*parts, bits), leaves(*parts))
+
+
+def test_linear_on_a_map_and_on_one_row():
+    for shape, grid, n in (((2, 3, 5, C), Grid(-8, 7, None), 1), ((B, C), Grid(-128, 127, None), 1)):
+        parts = randn(*shape), operand(n, grid), randn(9, C), randn(9)
+        compare(lsq_linear(*parts, 2), simple.lsq_linear(*parts, 2), leaves(*parts))
+
+
+def kept_bytes(make, *parameters):
+    """Bytes kept for backward by what `make` does, each storage once, those of `parameters` not counted."""
+    seen, own = {}, {p.untyped_storage().data_ptr() for p in parameters}
+
+    def pack(t):
+        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = make()
+    return sum(size for pointer, size in seen.items() if pointer not in own), out
+
+
+@pytest.mark.parametrize("maker", ["norm", "gelu"])
+def test_what_can_be_made_again_is_not_kept(maker):
+    x, o, w, b = linear_parts()
+    gamma, beta = randn(C, seed=30), randn(C, seed=31)
+    norm = (lambda x, g, b: F.layer_norm(x, (C,), g, b)), (x, gamma, beta)
+    make, inputs = norm if maker == "norm" else (F.gelu, (x,))
+
+    def run(note):
+        made = make(*inputs)
+        return lsq_linear(remember(made, make, *inputs) if note else made, o, w, b, 2)
+
+    parameters = leaves(o, w, b, gamma, beta)
+    bytes_with, with_note = kept_bytes(lambda: run(note=True), *parameters)
+    bytes_without, without = kept_bytes(lambda: run(note=False), *parameters)
+    assert bytes_without - bytes_with == x.numel() * 4
+    tensors = leaves(inputs, o, w, b)
+    assert torch.equal(with_note, without)
+    for one, other in zip(*(torch.autograd.grad(out.square().sum(), tensors) for out in (with_note, without)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_view_keeps_the_note():
+    x, o, w, b = linear_parts()
+    o = o._replace(grid=Grid(-8, 7, None), scale=o.scale[:1].detach().requires_grad_())
+
+    def run(note):
+        made = F.gelu(x)
+        return lsq_linear(viewed(remember(made, F.gelu, x) if note else made, lambda t: t.unflatten(0, (2, -1))), o, w, b, 2)
+
+    parameters = leaves(o, w, b)
+    less, with_note = kept_bytes(lambda: run(note=True), *parameters)
+    more, without = kept_bytes(lambda: run(note=False), *parameters)
+    assert more - less == x.numel() * 4
+    for one, other in zip(*(torch.autograd.grad(out.square().sum(), leaves(x, o, w, b)) for out in (with_note, without)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_tensor_written_into_is_kept_itself():
+    x, o, w, b = linear_parts()
+    made = remember(F.gelu(x), F.gelu, x)
+    made.mul_(2)
+    compare(lsq_linear(made, o, w, b, 2), simple.lsq_linear(2 * F.gelu(x), o, w, b, 2), leaves(x, o, w, b))
+
+
+def attention_parts(seed=40):
+    qkv = randn(B, N, 3 * C, seed=seed)
+    token, channel = Grid(-2, 1, -2), Grid(-2, 1, -1)
+    operands = operand(N, token, 2), operand(N, token, 1, 5), operand(C, channel, 2, 10), operand(N, Grid(0, 3, -2), 0, 15)
+    return qkv, tuple(o._replace(scale=(0.1 * o.scale).detach().requires_grad_()) if i == 3 else o for i, o in enumerate(operands))
+
+
+def extras(kind):
+    bias = randn(H, N, N, seed=50) if kind != "none" else None
+    mask = -100.0 * (torch.rand(2, N, N, generator=torch.Generator().manual_seed(2)) > 0.8) if kind == "bias and mask" else None
+    return bias, mask
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kind", ["none", "bias", "bias and mask"])
+@pytest.mark.parametrize("factor", [0.25, 0.3])
+def test_attention(factor, kind, keep):
+    qkv, operands = attention_parts()
+    bias, mask = extras(kind)
+    fused = attention(qkv, operands, Scoring(H, factor, bias, mask, keep))
+    plain = simple.attention(qkv, bias, mask, operands, H, factor)
+    compare(fused, plain, leaves(qkv, operands, bias))
+
+
+def qkr_parts(q_bias=False):
+    x = randn(B, N, C, seed=60)
+    weights = QkrWeights(*(randn(C, C, seed=i) for i in (61, 62, 63)), randn(C, seed=64), randn(H * C, seed=65), None)
+    weights = weights._replace(q_bias=randn(C, seed=67) if q_bias else None)
+    token = Grid(-2, 1, -2)
+    probs = operand(N, Grid(0, 3, -2), 0, 15)
+    operands = QkrOperands(
+        operand(N, token, 2),
+        operand(N * H, token, 0, 5)._replace(scale=randn(N * H, seed=66).abs().detach().add(1).requires_grad_()),
+        operand(C, Grid(-2, 1, -1), 2, 10),
+        probs._replace(scale=(0.1 * probs.scale).detach().requires_grad_()),
+    )
+    return x, weights, operands
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kind", ["none", "bias and mask"])
+@pytest.mark.parametrize("q_bias", [True, False])
+@pytest.mark.parametrize("factor", [0.125, 0.07])
+def test_qkr(factor, q_bias, kind, keep):
+    x, weights, operands = qkr_parts(q_bias)
+    bias, mask = extras(kind)
+    fused = qkr_attention(x, weights, operands, (2, 3), Scoring(H, factor, bias, mask, keep))
+    plain = simple.qkr_attention(x, bias, mask, weights, operands, (2, 3), H, factor)
+    compare(fused, plain, leaves(x, weights, operands, bias))
+
+
+@pytest.mark.parametrize("kind", ["linear", "attention", "qkr"])
+def test_gradients_can_be_differentiated(kind):
+    """A penalty on gradients: the graph of the backward pass has to reach all parameters."""
+    if kind == "linear":
+        parts = linear_parts()
+        pairs = (lsq_linear(*parts, 2), simple.lsq_linear(*parts, 2))
+    elif kind == "attention":
+        parts = attention_parts()
+        pairs = (attention(*parts, Scoring(H, 0.25, None, None, True)), simple.attention(parts[0], None, None, parts[1], H, 0.25))
+    else:
+        parts = qkr_parts(q_bias=True)
+        pairs = (
+            qkr_attention(*parts, (2, 2), Scoring(H, 0.25, None, None, True)),
+            simple.qkr_attention(parts[0], None, None, *parts[1:], (2, 2), H, 0.25),
+        )
+    tensors = leaves(*parts)
+    found = []
+    for out in pairs:
+        first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+        penalty = sum(g.abs().sum() for g in first)
+        found.append(torch.autograd.grad(penalty, tensors, allow_unused=True))
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_is_needed_gets_a_gradient():
+    x, o, w, b = linear_parts()
+    w.requires_grad_(requires_grad=False)
+    lsq_linear(x, o, w, b, 2).sum().backward()
+    assert w.grad is None
+    assert x.grad is not None
+    assert o.scale.grad is not None

@@ -1,0 +1,296 @@
+"""Jobs of SLURM without SLURM: its variables as srun 22.05 sets them. tests/slurm has the real scheduler."""
+
+import os
+import re
+import signal
+import stat
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import OmegaConf
+
+from qat.errors import UsageError
+from qat.launch import slurm
+from qat.launch.preemption import Preempted
+from qat.tasks import cli, fit
+from tests.conftest import compose, tiny, train
+
+WAYS = "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
+JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "qat", "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "SLURM_PROCID": "0"}
+BATCH = {**JOB, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+TASK = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+PAIR = {**TASK, "SLURM_NNODES": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "nowhere[1-2]"}
+PAIR |= {"MASTER_ADDR": "nowhere1.invalid"}
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """Sets variables in place of all that a launcher may have set."""
+    launchers = ("SLURM", "MASTER_", "TORCHELASTIC", "QAT_RANK")
+    for name in [name for name in os.environ if name.startswith(launchers) or name in {"RANK", "LOCAL_RANK"}]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MASTER_ADDR", "")  # so that what the code sets is taken back
+    monkeypatch.delenv("MASTER_ADDR")
+
+    monkeypatch.setattr(rank_zero_only, "rank", rank_zero_only.rank)  # Lightning's environments set it for good
+
+    def put(variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("variables", "overrides", "message"),
+    [
+        (
+            BATCH,
+            [],
+            f"SLURM has 2 tasks for this job, and this process is none of them; {WAYS}",
+        ),
+        (TASK, [], "trainer.devices=1: SLURM has 2 tasks on each node; must be 2, which trainer=slurm sets"),
+        (TASK, ["trainer.devices=4"], "trainer.devices=4: SLURM has 2 tasks on each node; must be 2, which trainer=slurm sets"),
+        (PAIR, ["trainer.devices=1"], "trainer.num_nodes=1: SLURM has 2 nodes; must be 2, which trainer=slurm sets"),
+        (PAIR, ["trainer=slurm"], r"MASTER_ADDR='nowhere1.invalid': no such host (.*); must be an address of the first node"),
+        (
+            {name: value for name, value in TASK.items() if name != "SLURM_NTASKS_PER_NODE"},
+            ["trainer=slurm"],
+            "SLURM has --ntasks=2 without the number on each node; must be --ntasks-per-node=2",
+        ),
+    ],
+    ids=["no-srun", "devices", "more-devices", "nodes", "address", "ntasks"],
+)
+def test_processes_that_would_wait_for_each_other_are_refused(place, variables, overrides, message):
+    place(variables)
+    with pytest.raises(UsageError) as error:
+        slurm.check_place(compose("train", *overrides, "run_dir=a"))
+    expected = re.escape(message).replace(r"\.\*", ".*") if "MASTER_ADDR" in message else re.escape(message)
+    assert re.fullmatch(expected, str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("variables", "overrides"),
+    [
+        ({}, []),
+        (TASK, ["trainer=slurm"]),
+        ({**TASK, "SLURM_JOB_NAME": "interactive"}, ["trainer=slurm"]),  # which Lightning alone would take for two single runs
+        ({**BATCH, "SLURM_JOB_NAME": "bash"}, []),  # a person tries something in an allocation
+        ({**BATCH, "TORCHELASTIC_RUN_ID": "none"}, ["trainer.devices=8"]),
+        ({**TASK, "SLURM_STEP_NUM_TASKS": "1"}, []),  # srun --ntasks=1 in a job of two
+        ({**JOB, "SLURM_NTASKS": "1"}, ["trainer.devices=4"]),  # processes of our own
+    ],
+)
+def test_others_are_not(place, variables, overrides):
+    place(variables)
+    slurm.check_place(compose("train", *overrides, "run_dir=a"))
+
+
+def test_on_one_node_no_name_is_looked_up(place):
+    place(TASK)
+    slurm.check_place(compose("train", "trainer=slurm", "run_dir=a"))
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        (TASK, SLURMEnvironment),
+        ({**JOB, "SLURM_NTASKS": "1"}, LightningEnvironment),
+        ({**BATCH, "QAT_RANK_OUTCOME": "-1", "RANK": "1"}, LightningEnvironment),
+        ({**TASK, "TORCHELASTIC_RUN_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({}, None),
+    ],
+    ids=["srun", "alone", "started-here", "torchrun", "none"],
+)
+def test_lightning_is_told_whose_processes_they_are(place, variables, expected):
+    place(variables)
+    found = slurm.environments()
+    assert [type(one) for one in found] == ([] if expected is None else [expected])
+    assert not any(getattr(one, "auto_requeue", False) for one in found)
+
+
+def test_the_trainer_takes_its_numbers_from_slurm(place):
+    place(TASK | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"})
+    trainer = fit.build_trainer(compose("train", "trainer=slurm", "trainer.accelerator=cpu", "run_dir=a"), [], [])
+    assert (trainer.world_size, trainer.num_nodes, trainer.global_rank) == (2, 1, 1)
+    place({"SLURM_NTASKS_PER_NODE": "8", "SLURM_NNODES": "3", "SLURM_STEP_NUM_NODES": "3"})
+    cfg = compose("train", "trainer=slurm", "run_dir=a")
+    assert (cfg.trainer.devices, cfg.trainer.num_nodes) == (8, 3)
+
+
+@pytest.mark.parametrize(
+    ("variables", "settings", "expected"),
+    [
+        ({**JOB, "SLURM_RESTART_COUNT": "1"}, {"resume": False}, "auto"),
+        ({**JOB, "SLURM_RESTART_COUNT": "1"}, {"resume": True}, True),
+        ({**JOB, "SLURM_RESTART_COUNT": "0"}, {"resume": False}, False),
+        (JOB, {"resume": False}, False),
+        # What is in the directory may be the older run that is to be overwritten.
+        ({**JOB, "SLURM_RESTART_COUNT": "1"}, {"resume": False, "overwrite": True}, False),
+    ],
+)
+def test_a_job_that_is_started_again_goes_on(place, tmp_path, variables, settings, expected):
+    place(variables)
+    cfg = OmegaConf.create({"run_dir": str(tmp_path), "overwrite": False, **settings})
+    slurm.continues(cfg)
+    assert cfg.resume == expected
+
+
+def test_what_is_overwritten_is_not_gone_on_with_but_what_came_after_it(place, tmp_path, float_run):
+    # A job that overwrites an older run: preempted before it began, and after.
+    overwriting = OmegaConf.create({"run_dir": str(tmp_path), "overwrite": True, "resume": False})
+    place({**JOB, "SLURM_RESTART_COUNT": "1", "SLURM_NTASKS": "1"})
+    train(tmp_path, "quant=fp")
+    assert (tmp_path / ".slurm-job").read_text() == "17\n"
+    place({"SLURM_JOB_ID": "18"})
+    slurm.continues(overwriting)
+    assert overwriting.resume is False
+    slurm.claim(tmp_path)
+    slurm.continues(overwriting)
+    assert overwriting.resume == "auto"
+
+
+def test_eval_has_nothing_to_go_on_with(place):
+    place({**JOB, "SLURM_RESTART_COUNT": "1"})
+    cfg = OmegaConf.create({"run_dir": "a"})
+    slurm.continues(cfg)
+    assert "resume" not in cfg
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A command of that name that notes its arguments and ends as it is told; and how long was waited for SLURM."""
+    calls, waited = tmp_path / "calls", []
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def make(code=0, error=""):
+        path = tmp_path / "bin" / "scontrol"
+        path.parent.mkdir()
+        path.write_text(f"#!/bin/sh\necho $* >> {calls}\necho '{error}' >&2\nexit {code}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+        return lambda: (calls.read_text().splitlines() if calls.exists() else [], waited)
+
+    yield make
+    signal.signal(signal.SIGTERM, before)
+
+
+CFG = {"run_dir": "runs/a", "resume": False}
+
+
+def left(caplog, stop, cfg=None):
+    caplog.clear()
+    code = slurm.leave(stop, OmegaConf.create(CFG if cfg is None else cfg))
+    return code, [record.getMessage() for record in caplog.records]
+
+
+def test_a_preempted_job_is_requeued_and_waits_for_its_end(place, scontrol, caplog, tmp_path):
+    told = scontrol()
+    place(JOB)
+    line = "preempted by SIGUSR1 at step 123: last.ckpt written, requeueing job 17"
+    assert left(caplog, Preempted(signal.SIGUSR1, 123, tmp_path / "last.ckpt")) == (138, [line])
+    assert told() == (["requeue 17"], [slurm.SAID_S, slurm.KILL_S])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_of_an_array_it_is_the_one_job_and_only_the_first_process_asks(place, scontrol, caplog):
+    told = scontrol()
+    place({**TASK, "SLURM_ARRAY_JOB_ID": "3", "SLURM_ARRAY_TASK_ID": "0"})
+    assert left(caplog, Preempted(signal.SIGUSR2)) == (140, ["preempted by SIGUSR2 outside training, requeueing job 3_0"])
+    place({"SLURM_PROCID": "1"})
+    assert left(caplog, Preempted(signal.SIGUSR2)) == (140, [])
+    assert told() == (["requeue 3_0"], [slurm.SAID_S, slurm.KILL_S, slurm.KILL_S])
+
+
+def test_a_full_disk_keeps_no_job_from_being_started_again(place, scontrol, caplog, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    told = scontrol()
+    place(JOB)
+    monkeypatch.setattr("qat.utils.files.write_text", full)
+    assert left(caplog, Preempted(signal.SIGUSR1), {"run_dir": str(tmp_path), "resume": False})[0] == 138
+    assert told()[0] == ["requeue 17"]
+
+
+def test_a_job_that_never_gets_to_a_checkpoint_is_not_started_for_ever(place, scontrol, caplog, tmp_path):
+    told = scontrol()
+    place(JOB)
+    cfg, saved = {"run_dir": str(tmp_path / "run"), "resume": False}, tmp_path / "run" / "checkpoints" / "last.ckpt"
+    saved.parent.mkdir(parents=True)
+    for _ in range(2):
+        left(caplog, Preempted(signal.SIGUSR1), cfg)
+    saved.write_bytes(b"one")
+    for step in (5, None, None):
+        left(caplog, Preempted(signal.SIGUSR1, step, saved), cfg)
+    assert len(told()[0]) == 5
+    code, (_, line) = left(caplog, Preempted(signal.SIGUSR1), cfg)
+    assert (code, len(told()[0])) == (138, 5)
+    assert line == (
+        "job 17 not requeued (3 stretches in a row have saved nothing to go on from; its time limit is too short for what comes before); "
+        f"the same command goes on with resume=auto run_dir={tmp_path}/run"
+    )
+    left(caplog, Preempted(signal.SIGUSR1), cfg)
+    assert len(told()[0]) == 6
+
+
+def test_evaluations_that_are_done_count_as_saved_and_a_file_that_is_only_written_anew_does_not(place, scontrol, caplog, tmp_path):
+    told = scontrol()
+    place(JOB)
+    points = tmp_path / "points.jsonl"
+    for rows in (1, 2, 3, 4, 4, 4, 4):
+        points.write_text("{}\n" * rows)
+        left(caplog, Preempted(signal.SIGUSR1), {"run_dir": str(tmp_path), "resume": False})
+    assert len(told()[0]) == 6
+
+
+def test_a_job_that_cannot_be_requeued_says_why_and_how_to_go_on(place, scontrol, caplog, tmp_path):
+    told = scontrol(1, "slurm_requeue error: Requested operation is presently disabled")
+    place(JOB)
+    lines = [
+        "preempted by SIGUSR1 at step 5: last.ckpt written, requeueing job 17",
+        "job 17 not requeued (slurm_requeue error: Requested operation is presently disabled); "
+        "the same command goes on with resume=auto run_dir=runs/a",
+    ]
+    assert left(caplog, Preempted(signal.SIGUSR1, 5, tmp_path / "last.ckpt")) == (138, lines)
+    assert told() == (["requeue 17"], [slurm.SAID_S])
+
+
+@pytest.mark.parametrize(
+    ("variables", "stop", "cfg", "line"),
+    [
+        (
+            JOB,
+            Preempted(signal.SIGTERM, 5),
+            CFG,
+            "stopped by SIGTERM at step 5: this run writes no last.ckpt; the same command goes on with ",
+        ),
+        ({}, Preempted(signal.SIGUSR1), CFG, "preempted by SIGUSR1 outside training; the same command goes on with "),
+        ({}, Preempted(signal.SIGTERM), {**CFG, "run_dir": "x/0", "sweep_dir": "runs/a"}, "stopped by SIGTERM outside training; the same "),
+        ({}, Preempted(signal.SIGTERM), {"run_dir": "runs/a"}, "stopped by SIGTERM outside training; the same command does it again"),
+    ],
+    ids=["cancelled", "elsewhere", "sweep", "eval"],
+)
+def test_elsewhere_and_where_it_is_to_stop_nobody_is_asked(place, scontrol, caplog, variables, stop, cfg, line):
+    told = scontrol()
+    place(variables)
+    code, (said,) = left(caplog, stop, cfg)
+    assert code == 128 + stop.signal
+    assert said.startswith(line)
+    assert said.endswith("run_dir=runs/a" if "resume" in cfg else "again")
+    assert told() == ([], [])
+
+
+def test_a_signal_while_a_run_is_built_ends_it_in_one_line(place, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fit, "build_trainer", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        cli.run("train", tiny(tmp_path / "run"))
+    assert stop.value.code == 143
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"stopped by SIGTERM outside training; the same command goes on with resume=auto run_dir={tmp_path}/run"
+    assert not (tmp_path / "run" / "results.json").exists()

@@ -1,0 +1,89 @@
+"""Which weights a term acts on. Oracle: the names of a small net's layers."""
+
+import pytest
+import torch
+
+import qat
+from qat.losses.latent_weights import check_layers, find_latent_weights
+from tests.tiny import quantized, vit
+
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+QKR = ("attn.qk", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def names(net, *args, **kwargs):
+    return [master.name for master in find_latent_weights(net, "setting", *args, **kwargs)]
+
+
+def in_blocks(*layers):
+    return [f"blocks.{block}.{layer}" for block in (0, 1) for layer in layers]
+
+
+@pytest.mark.parametrize(("preset", "layers"), [("fp", LAYERS), ("lsq", LAYERS), ("ofq_noqkr", LAYERS), ("minmax", LAYERS), ("ofq", QKR)])
+def test_all_but_stem_and_head(preset, layers):
+    net = vit() if preset == "fp" else quantized(preset)
+    assert sorted(names(net)) == sorted(in_blocks(*layers))
+
+
+def test_the_float_weights_are_given_not_the_quantized_ones():
+    net, plain = quantized("lsq", bits=2), vit()
+    for master in find_latent_weights(net, "setting"):
+        assert torch.equal(master.of(net), plain.get_submodule(master.layer).weight)
+
+
+@pytest.mark.parametrize(
+    ("qk", "tensors"), [("product", ["qk"]), ("factors", ["q_weight", "k_weight"]), ("both", ["qk", "q_weight", "k_weight"])]
+)
+def test_query_and_key_weights(qk, tensors):
+    net = quantized("ofq")
+    found = find_latent_weights(net, "setting", ("qk",), qk)
+    assert [master.name for master in found] == in_blocks(*(f"attn.{tensor}" for tensor in tensors))
+    attention = net.blocks[0].attn
+    expected = {"qk": attention.latent("qk"), "q_weight": attention.q_weight, "k_weight": attention.k_weight}
+    assert all(torch.equal(master.of(net), expected[tensor]) for master, tensor in zip(found, tensors, strict=False))
+
+
+def test_layers_by_glob_and_role():
+    net = quantized("ofq")
+    assert names(net, ("blocks.1.mlp.*",)) == ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]
+    assert names(net, ("head", "patch_embed.*")) == ["patch_embed.proj", "head"]
+    assert len(names(net, ("weight",))) == 10
+    assert len(names(net, ("weight", "qk"))) == 12
+
+
+def test_a_layer_that_is_there_twice_counts_once():
+    net = vit()
+    net.blocks[1].mlp = net.blocks[0].mlp
+    assert len(names(net)) == 6
+    net = vit()
+    net.blocks[1].mlp.fc1.weight = net.blocks[0].mlp.fc1.weight
+    assert len(names(net)) == 7
+
+
+def test_nothing_to_act_on():
+    with pytest.raises(
+        qat.UsageError, match=r"loss.kure_layers='blok.*' matches no layer; names are like 'blocks.0.attn.qkv', roles are weight, qk"
+    ):
+        find_latent_weights(vit(), "loss.kure_layers", ("blocks.*", "blok.*"))
+    with pytest.raises(qat.UsageError, match=r"loss.kure=1: this net has no Linears or convolutions beside stem and heads"):
+        find_latent_weights(torch.nn.Sequential(torch.nn.LayerNorm(3)), "loss.kure=1")
+
+
+@pytest.mark.parametrize("value", [3, [], [1], {"a": 1}])
+def test_impossible_layers(value):
+    with pytest.raises(qat.UsageError, match=r"loss.kure_layers=.*: must be null or a list of layer globs or roles"):
+        check_layers("loss.kure_layers", value)
+
+
+def test_one_glob_needs_no_list():
+    assert check_layers("s", "blocks.*") == ("blocks.*",)
+    assert check_layers("s", None) is None
+
+
+def test_convolutions_of_a_net_are_found_but_the_first():
+    import timm
+
+    net = timm.create_model("resnet18", num_classes=10)
+    found = find_latent_weights(net, "setting")
+    assert len(found) == 19, "torchvision's ResNet-18 has 20 convolutions; the paper's code regularizes 19"
+    assert all(master.of(net).ndim == 4 for master in found)

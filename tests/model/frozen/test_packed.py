@@ -1,0 +1,174 @@
+"""Packed files. Oracle: the frozen net that was written, bit for bit; the sum of its parts."""
+
+import base64
+import json
+import zlib
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+import qat
+from qat.functional.packing import packed_bytes
+from qat.model.checkpoint import describe
+from qat.model.cost import cost
+from qat.model.frozen.packed import write_packed
+from qat.model.start import from_net
+from tests import tiny
+from tests.model.frozen.test_freeze import RECIPES, made
+from tests.nets import FAMILIES
+
+
+def written(net, path):
+    return write_packed(net, path, describe(net, data={"image_size": 8}, classes=list("abcdefghij")))
+
+
+BRIEF = ("ofq_2bit", "mixed")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in BRIEF else pytest.mark.long) for name in RECIPES])
+def test_a_file_gives_the_frozen_net_back(name, tmp_path):
+    frozen = qat.freeze(made(RECIPES[name]))
+    written(frozen, tmp_path / "net.safetensors")
+    again = qat.load(tmp_path / "net.safetensors")
+    assert list(again.state_dict()) == list(frozen.state_dict())
+    for key, value in frozen.state_dict().items():
+        assert again.state_dict()[key].dtype == value.dtype
+        assert torch.equal(again.state_dict()[key], value)
+    x = tiny.images(4, 1)
+    assert torch.equal(again(x), frozen(x))
+    assert torch.equal(qat.integer_forward(again, x), qat.integer_forward(frozen, x))
+
+
+@pytest.mark.parametrize("name", ["swin", *(pytest.param(name, marks=pytest.mark.long) for name in ("deit_distilled", "beit"))])
+def test_other_families(name, tmp_path):
+    family = FAMILIES[name]
+    net = qat.convert(family.build(), qat.recipe("ofq", bits=3), input_size=family.input_size)
+    frozen = qat.freeze(qat.initialize_scales(net, [family.images(4)]))
+    written(frozen, tmp_path / "net.safetensors")
+    assert torch.equal(qat.load(tmp_path / "net.safetensors")(family.images()), frozen(family.images()))
+
+
+def test_what_was_found_by_calibration_comes_back(tmp_path):
+    net = qat.convert(tiny.vit(), qat.PtqRecipe(bits=4, bias_correction=True, layernorm="integer", act_bits=8), input_size=tiny.SIZE)
+    qat.ptq.calibrate(net, [tiny.images().abs()])  # an image without negative values: the range of its codes is not in the recipe
+    frozen = qat.freeze(net.eval())
+    written(frozen, tmp_path / "net.safetensors")
+    assert torch.equal(qat.load(tmp_path / "net.safetensors")(tiny.images()), frozen(tiny.images()))
+
+
+def test_a_frozen_net_is_saved_like_any_other(tmp_path):
+    frozen = qat.freeze(made(RECIPES["ofq_2bit"]))
+    qat.save(frozen, tmp_path / "net.ckpt")
+    assert torch.equal(qat.load(tmp_path / "net.ckpt")(tiny.images()), frozen(tiny.images()))
+
+
+def test_a_file_is_as_large_as_its_parts(tmp_path):
+    net = made(RECIPES["ofq_2bit"])
+    frozen = qat.freeze(net)
+    sizes = written(frozen, tmp_path / "net.safetensors")
+    bits = [site.latent().numel() * site.quantizer.spec.bits for site in qat.iter_quantizers(net) if site.is_weight]
+    assert sizes.total == (tmp_path / "net.safetensors").stat().st_size
+    assert sizes.codes == sum(-(-n // 8) for n in bits)
+    assert sizes.payload == sum(
+        packed_bytes(value.numel(), {torch.int8: 0}.get(value.dtype, 8)) * 4
+        for key, value in frozen.state_dict().items()
+        if value.is_floating_point() and not key.endswith("shift") and not (value == value.flatten()[0]).all()
+    ) + sizes.codes + 8 * sum(key.endswith("bounds") for key in frozen.state_dict())
+    assert "codes" in sizes.to_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [pytest.param("deit_tiny_patch16_224", 224, marks=pytest.mark.long), ("vit_tiny_patch16_224", 32)]
+)
+def test_the_header_is_small(name, size, tmp_path):
+    kwargs = {} if size == 224 else {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
+    net = qat.convert(tiny.timm.create_model(name, **kwargs), qat.recipe("ofq", bits=2), input_size=(3, size, size))
+    sizes = written(qat.freeze(qat.initialize_scales(net, [torch.randn(1, 3, size, size)])), tmp_path / "net.safetensors")
+    assert sizes.header < 0.03 * sizes.payload
+
+
+def test_cost_counts_codes(tmp_path):
+    net = made(RECIPES["ofq_2bit"])
+    before, after = cost(net, tiny.SIZE), cost(qat.freeze(net), tiny.SIZE)
+    assert after.bitops == before.bitops
+    assert after.macs == before.macs
+    folded = 2 * (32 + 32 + 128 + 32) + 32  # behind the inputs of proj, fc1, fc2 and head, in front of v
+    assert before.size_bytes - after.size_bytes == 4 * (folded + 1)  # and whether the image has a sign
+    written(qat.freeze(net), tmp_path / "net.safetensors")
+    assert cost(qat.load(tmp_path / "net.safetensors"), tiny.SIZE) == after
+
+
+@pytest.mark.parametrize("scales", ["channel", "tensor"])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_cost_counts_what_a_file_of_post_training_quantization_holds(scales, corrected, tmp_path):
+    net = qat.convert(tiny.vit(), qat.PtqRecipe(bits=4, weight_scales=scales, bias_correction=corrected), input_size=tiny.SIZE)
+    qat.ptq.calibrate(net, [tiny.images()])
+    before, frozen = cost(net.eval(), tiny.SIZE), qat.freeze(net)
+    assert cost(frozen, tiny.SIZE).size_bytes == before.size_bytes
+    sizes = written(frozen, tmp_path / "net.safetensors")
+    bounds = 4 * sum(tensor.numel() for key, tensor in frozen.state_dict().items() if key.endswith("bounds"))
+    tensors = [tensor for _, tensor in (*frozen.named_parameters(), *frozen.named_buffers())]
+    alike = sum(4 * tensor.numel() for tensor in tensors if (tensor == tensor.flatten()[:1]).all())  # stored once
+    assert before.size_bytes - alike <= sizes.payload <= before.size_bytes + bounds
+    again = qat.load(tmp_path / "net.safetensors")
+    assert cost(again, tiny.SIZE).size_bytes == before.size_bytes
+
+
+def test_anyone_can_read_it(tmp_path):
+    written(qat.freeze(made(RECIPES["ofq_2bit"])), tmp_path / "net.safetensors")
+    with safetensors.safe_open(tmp_path / "net.safetensors", "pt") as file:
+        assert set(file.keys()) == {"codes", "floats"}
+        said = json.loads(file.metadata()["qat"])
+    assert (said["model"]["name"], said["recipe"]["bits"], said["classes"][0]) == (tiny.VIT, 2, "a")
+
+
+def test_damage_is_one_line(tmp_path):
+    path = tmp_path / "net.safetensors"
+    written(qat.freeze(made(RECIPES["ofq_2bit"])), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(qat.UsageError, match=r"net.safetensors'.*damaged|not a checkpoint"):
+        qat.load(path)
+    path.write_bytes(whole.replace(b'"format":"packed-1"', b'"format":"packed-9"'))
+    with pytest.raises(qat.UsageError, match="format 'packed-9'; this version of qat reads 'packed-1'"):
+        qat.load(path)
+    path.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    with pytest.raises(qat.UsageError, match="checksum does not fit"):
+        qat.load(path)
+    start = whole.index(b'"index":"') + 20
+    path.write_bytes(whole[:start] + b"AAAA" + whole[start + 4 :])
+    with pytest.raises(qat.UsageError, match="not a checkpoint that can be read safely"):
+        qat.load(path)
+
+
+@pytest.mark.parametrize(
+    ("index", "line"),
+    [
+        ([["head.weight", [2**40], "c", 0.0, "float32"]], "asks for 1099511627776 numbers"),
+        ([["x" * 2**26, [1], "f", "float32"]], "cut short, or too long"),
+        ([["head.weight", [10**9], "f", "float32"]], "not a checkpoint"),
+        ([["head.weight", [4], "f", "load"]], "not a checkpoint"),
+        ([], "more in it than its index says"),
+    ],
+    ids=["a large constant", "a long index", "more floats than there are", "no dtype", "nothing"],
+)
+def test_a_file_that_lies_is_one_line(index, line, tmp_path):
+    path = tmp_path / "net.safetensors"
+    written(qat.freeze(made(RECIPES["ofq_2bit"])), path)
+    with safetensors.safe_open(path, "pt") as file:
+        said, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("codes", "floats")}
+    said["index"] = base64.b64encode(zlib.compress(json.dumps(index).encode())).decode()
+    safetensors.torch.save_file(tensors, path, said)
+    with pytest.raises(qat.UsageError, match=line):
+        qat.load(path)
+
+
+def test_nothing_goes_on_from_codes_alone(tmp_path):
+    written(qat.freeze(made(RECIPES["ofq_2bit"])), tmp_path / "net.safetensors")
+    net = qat.load(tmp_path / "net.safetensors")
+    with pytest.raises(qat.UsageError, match=r"ckpt='net': holds integer codes alone; must be the checkpoint that it was exported from"):
+        from_net(tiny.VIT, tiny.KWARGS, net, origin="ckpt='net'", reset_head=False)
+    with pytest.raises(qat.UsageError, match="weight_quantizer holds integer codes alone; the float weights are in the checkpoint"):
+        next(site for site in qat.iter_quantizers(net) if site.is_weight).latent()

@@ -1,0 +1,52 @@
+"""Biases that timm does not build. Oracle: closed form; what a file rebuilds."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import qat
+from qat.model.biases import grow_biases, grown_biases, invent_biases
+
+MERGING = "layers.1.downsample.reduction"
+
+
+def swin():
+    torch.manual_seed(0)
+    kwargs = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "num_classes": 3}
+    return timm.create_model("swin_tiny_patch4_window7_224", **kwargs).eval()
+
+
+def test_a_grown_bias_changes_nothing_at_first():
+    net, x = swin(), torch.randn(2, 3, 16, 16)
+    expected = net(x)
+    grow_biases(net, [MERGING, "head.fc"])
+    assert torch.equal(net(x), expected)
+    assert net.get_submodule(MERGING).bias.tolist() == [0.0] * 16
+    assert grown_biases(net) == [MERGING], "a bias that was there is none of ours"
+
+
+@pytest.mark.parametrize("preset", ["fp", "ofq"])
+def test_a_file_rebuilds_a_net_with_a_grown_bias(tmp_path, preset):
+    net = swin()
+    grow_biases(net, [MERGING])
+    nn.init.normal_(net.get_submodule(MERGING).bias)
+    qat.convert(net, qat.recipe(preset), input_size=(3, 16, 16))
+    qat.save(net, tmp_path / "net.ckpt")
+    again = qat.load(tmp_path / "net.ckpt")
+    assert torch.equal(again.get_submodule(MERGING).bias, net.get_submodule(MERGING).bias)
+    assert grown_biases(again) == [MERGING]
+
+
+def test_invented_biases_are_outside_of_attentions():
+    net = swin()
+    net.layers[0].blocks[0].attn.qkv.bias = None
+    assert invent_biases(net) == [MERGING]
+    assert net.layers[0].blocks[0].attn.qkv.bias is None
+    assert 0 < net.get_submodule(MERGING).bias.abs().max() <= 32**-0.5
+
+
+@pytest.mark.parametrize("name", ["layers.0", "nowhere"])
+def test_what_is_no_linear_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is no Linear"):
+        grow_biases(swin(), [name])

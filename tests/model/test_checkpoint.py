@@ -1,0 +1,499 @@
+"""Checkpoints. Oracle: the net that was saved, and one line for every file that is none."""
+
+import contextlib
+import copy
+import pickle
+import sys
+import time
+import zipfile
+from collections import defaultdict
+from functools import partial
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import qat
+from qat.model.checkpoint import build_from, classes_of, data_of, read_checkpoint
+from tests.tiny import DISTILLED, KWARGS, SIZE, VIT, converted, images, logits, quantized, shake, vit
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "net.ckpt"
+
+
+def saved(net, path, **arguments):
+    qat.save(net, path, **arguments)
+    return torch.load(path, weights_only=True)
+
+
+def refused(path, *said):
+    """The message of `qat.load`: one line that names the file and says what is wrong."""
+    with pytest.raises(qat.UsageError) as caught:
+        qat.load(path)
+    message = str(caught.value)
+    assert f"ckpt={str(path)!r}: " in message
+    assert "\n" not in message
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "minmax", "fp"])
+@pytest.mark.parametrize("name", [VIT, DISTILLED])
+def test_round_trip(preset, name, path):
+    net = quantized(preset, name, **({} if preset == "fp" else {"bits": 2})).train()
+    qat.save(net, path)
+    loaded = qat.load(path)
+    assert not loaded.training
+    assert type(loaded) is type(net)
+    assert torch.equal(logits(loaded), logits(net))
+    assert loaded.state_dict().keys() == net.state_dict().keys()
+    assert qat.conversion_report(loaded) == qat.conversion_report(net)
+
+
+def test_round_trip_with_every_knob(path):
+    net = quantized(
+        "ofq",
+        bits=2,
+        act_bits=3,
+        qk_bias="fold",
+        head_bits=4,
+        overrides={"blocks.0.*": {"bits": 4}, "blocks.1.attn": {"attention": "float"}},
+    )
+    qat.save(net, path)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
+def test_loading_does_not_touch_the_random_state_of_the_result(path):
+    qat.save(quantized(), path)
+    torch.manual_seed(1)
+    first = qat.load(path)
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), qat.load(path).state_dict().values(), strict=True))
+
+
+def test_missing_scales_survive_as_missing(path):
+    qat.save(converted(), path)
+    with pytest.raises(qat.UsageError, match="not initialised"):
+        qat.assert_ready(qat.load(path))
+
+
+def test_a_new_head_is_rebuilt(path):
+    net = vit()
+    net.reset_classifier(3)
+    qat.convert(net, qat.recipe("lsq"), input_size=SIZE)
+    qat.initialize_scales(net, [images()])
+    qat.save(net, path)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+    assert logits(qat.load(path)).shape == (8, 3)
+
+
+def test_content_is_plain_data(path):
+    content = saved(quantized("ofq", bits=2), path)
+    assert set(content) == {"qat", "state_dict"}
+    meta = content["qat"]
+    assert meta["format_version"] == 1
+    assert meta["model"] == {"name": VIT, "kwargs": KWARGS}
+    assert (meta["recipe"]["name"], meta["recipe"]["bits"], meta["input_size"]) == ("ofq", 2, [1, 8, 8])
+
+
+def test_float_net_has_no_recipe(path):
+    meta = saved(vit(), path)["qat"]
+    assert meta["recipe"] is None
+    assert meta["input_size"] is None
+
+
+def test_saving_replaces(path):
+    qat.save(quantized("lsq"), path)
+    qat.save(quantized("ofq"), path)
+    assert torch.equal(logits(qat.load(path)), logits(quantized("ofq")))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_net_not_built_by_timm_says_what_it_needs(path):
+    with pytest.raises(qat.UsageError, match="save: this net does not say how timm built it; give model='timm name' and model_kwargs="):
+        qat.save(nn.Sequential(nn.Linear(2, 2)), path)
+    assert not path.exists()
+
+
+def test_a_net_built_by_hand_is_described_by_its_caller(path):
+    torch.manual_seed(0)
+    net = shake(VisionTransformer(**{**KWARGS, "num_classes": 10}))
+    qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
+    qat.initialize_scales(net, [images()])
+    with pytest.raises(qat.UsageError, match="give model='timm name'"):
+        qat.save(net, path)
+    qat.save(net, path, model=VIT, model_kwargs=KWARGS)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
+@pytest.mark.parametrize("value", [partial(nn.LayerNorm, eps=1e-5), nn.LayerNorm, torch.ones(1)], ids=["partial", "class", "tensor"])
+def test_model_arguments_have_to_be_plain(path, value):
+    net = vit()
+    net._model_args = {**net._model_args, "norm_layer": value}
+    with pytest.raises(qat.UsageError, match=r"save: model argument norm_layer=.* is not plain data; give model_kwargs="):
+        qat.save(net, path)
+    qat.save(net, path, model_kwargs=KWARGS)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({"data": {"mean": [np.float64(0.5)]}}, "save: data is no plain config"),
+        ({"data": [1, 2]}, "save: data is no plain config"),
+        ({"data": {"a": [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]}}, "save: data and classes: must be smaller"),
+        ({"data": {"classes": defaultdict(int)}}, "save: data is no plain config"),
+        ({"classes": [0, 1, 2]}, r"save: classes=\[0, 1, 2\]: must be a list of names"),
+        ({"classes": "abc"}, "save: classes=abc: must be a list of names"),
+        ({"classes": [np.str_("a")]}, "save: classes=.*: must be a list of names"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(path, meta, said):
+    with pytest.raises(qat.UsageError, match=said):
+        qat.save(vit(), path, **meta)
+    assert not path.exists()
+
+
+def test_data_and_classes_come_back(path):
+    data = {"mean": [0.5], "image_size": 8, "root": None, "nested": {"a": (1, 2.5), "b": True}}
+    qat.save(vit(), path, data=data, classes=("a", "b"))
+    assert (data_of(qat.load(path)), classes_of(qat.load(path))) == (data, ["a", "b"])
+
+
+def test_missing_file(tmp_path):
+    refused(tmp_path / "nowhere.ckpt", "no such file")
+    refused(tmp_path, "a folder, not a file")
+
+
+def test_text_file(path):
+    for text in ("this is no checkpoint\n" * 50, "hello there\n"):
+        path.write_text(text)
+        refused(path, "not a checkpoint that can be read safely (it is no file of tensors: neither torch nor safetensors wrote it)")
+
+
+def test_empty_file(path):
+    path.write_bytes(b"")
+    refused(path, "not a checkpoint that can be read safely")
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.999])
+def test_truncated_file(path, fraction):
+    qat.save(quantized(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(fraction * len(whole))])
+    refused(path, "not a checkpoint that can be read safely")
+
+
+def test_flipped_byte_in_the_middle_of_a_tensor(path):
+    qat.save(quantized(), path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+    refused(path, "the file is damaged (checksum of", largest.filename)
+
+
+def same(a, b):
+    return a.meta == b.meta and a.state.keys() == b.state.keys() and all(torch.equal(a.state[k], b.state[k]) for k in a.state)
+
+
+def test_a_flipped_byte_anywhere_is_noticed_or_harmless(path):
+    qat.save(quantized(), path)
+    whole, good = path.read_bytes(), read_checkpoint(path)
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+    noticed = 0
+    for i in [*range(0, directory, 1009), *range(directory, len(whole), 17)]:
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x55]) + whole[i + 1 :])
+        try:
+            assert same(read_checkpoint(path), good)
+        except qat.UsageError:
+            noticed += 1
+    assert noticed > 200
+
+
+def test_an_entry_marked_as_a_folder_is_damage(path):
+    qat.save(quantized(), path)
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\x01\x02", directory + 46)  # the second entry: the first is the pickle
+    content[entry + 38] ^= 0x10
+    path.write_bytes(content)
+    refused(path, "the file is damaged")
+
+
+class Malicious:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("legacy", [True, False])
+def test_code_in_a_pickle_is_not_run(path, tmp_path, legacy):
+    victim = tmp_path / "executed"
+    torch.save({"state_dict": {"w": torch.ones(1)}, "x": Malicious(str(victim))}, path, _use_new_zipfile_serialization=not legacy)
+    refused(path, "not a checkpoint that can be read safely")
+    path.write_bytes(pickle.dumps(Malicious(str(victim))))
+    refused(path, "not a checkpoint that can be read safely")
+    assert not victim.exists()
+
+
+def test_a_whole_pickled_net_is_refused(path):
+    torch.save(vit(), path)
+    refused(path, "not a checkpoint that can be read safely")
+
+
+def changed(path, change):
+    """A checkpoint of ours after `change(content)`."""
+    content = saved(quantized(), path)
+    change(content)
+    torch.save(content, path)
+
+
+def test_newer_format(path):
+    changed(path, lambda c: c["qat"].update(format_version=2))
+    refused(path, "written by a newer qat (format 2); this one reads up to 1")
+
+
+def test_weights_of_another_shape(path):
+    changed(path, lambda c: c["state_dict"].update({"head.bias": torch.zeros(7)}))
+    refused(path, f"weights do not fit {VIT}", "head.bias")
+
+
+def test_missing_weights(path):
+    changed(path, lambda c: c["state_dict"].pop("head.bias"))
+    refused(path, f"weights do not fit {VIT}", "head.bias")
+
+
+def test_extra_weights(path):
+    changed(path, lambda c: c["state_dict"].update({"extra": torch.zeros(1)}))
+    refused(path, "weights do not fit", "extra")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([1, 2], "holds a list, expected a dictionary of tensors"),
+        ({"a": 1}, "holds no weights"),
+        ({}, "holds no weights"),
+        ({0: torch.zeros(1)}, "holds no weights"),
+        ({"state_dict": {1: torch.zeros(1)}, "optimizer_states": [{"param_groups": [{"lr": 1.0}, 3]}]}, "holds no weights"),
+    ],
+)
+def test_content_without_weights(path, content, said):
+    torch.save(content, path)
+    refused(path, said)
+
+
+def test_a_plain_state_dict_does_not_say_what_it_is(path):
+    torch.save(vit().state_dict(), path)
+    refused(path, "does not say what net it holds; give model=")
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({"model": {"name": "no_such_net", "kwargs": {}}}, "no_such_net"),
+        ({"model": {"name": VIT, "kwargs": {"colour": 1}}}, "colour"),
+        ({"model": {"name": "hf-hub:someone/net", "kwargs": {}}}, "timm has no model 'hf-hub:someone/net'"),
+        ({"model": {"name": VIT, "kwargs": {**KWARGS, "pretrained": True}}}, "argument pretrained would read something else"),
+        (
+            {"model": {"name": VIT, "kwargs": {**KWARGS, "checkpoint_path": "/etc/hosts"}}},
+            "argument checkpoint_path would read something else",
+        ),
+        ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {"bits": 99}, "input_size": [1, 8, 8]}, "quant.bits=99"),
+        ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {"colour": 1}, "input_size": [1, 8, 8]}, "colour"),
+        ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {}, "input_size": [1, 9, 9]}, "input_size=(1, 9, 9)"),
+        ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {}}, "input_size"),
+    ],
+    ids=str,
+)
+def test_a_description_that_cannot_be_followed(path, meta, said):
+    changed(path, lambda c: c.update(qat={"format_version": 1, **meta}))
+    refused(path, "cannot build the net it describes", said)
+
+
+@pytest.mark.parametrize(("meta", "model"), [({}, None), ({"model": {}}, {}), ({"model": 3}, 3)])
+def test_a_description_of_no_net(path, meta, model):
+    changed(path, lambda c: c.update(qat={"format_version": 1, **meta}))
+    refused(path, f"is damaged, or not written by qat: it says model={model!r} of itself")
+
+
+@pytest.mark.parametrize("knob", ["weight_quantizer", "act_quantizer", "overrides"])
+def test_a_file_imports_nothing(path, tmp_path, monkeypatch, knob):
+    (tmp_path / "stranger.py").write_text("from qat.quantizers.lsq import LSQ as X\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = {"blocks.*": {"weight_quantizer": "stranger:X"}} if knob == "overrides" else "stranger:X"
+    changed(path, lambda c: c["qat"]["recipe"].update({knob: name}))
+    refused(path, "quantizer='stranger:X': must be built in, or of a module that is imported", "qat.load(path, imports=['stranger'])")
+    assert "stranger" not in sys.modules
+    with contextlib.suppress(qat.UsageError):  # its weights are those of another quantizer
+        qat.load(path, imports=["stranger"])
+    assert sys.modules.pop("stranger").X
+
+
+@pytest.mark.parametrize("name", ["os:system", "this:X", "unittest.__main__:X", "collections:OrderedDict", "qat:report"])
+def test_a_file_names_no_other_code(path, name):
+    changed(path, lambda c: c["qat"]["recipe"].update(weight_quantizer=name))
+    before = set(sys.modules)
+    refused(path, f"quantizer={name!r}: must be")
+    assert not set(sys.modules) & {"this", "unittest.__main__"} - before
+
+
+def nested(depth):
+    return [nested(depth - 1)] if depth else 1
+
+
+def shared(levels):
+    """Ten to the power of `levels` values, of which a file holds few."""
+    value = ["a"]
+    for _ in range(levels):
+        value = [value] * 10
+    return value
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["qat"]["model"]["kwargs"].update(depth=10**9), "argument depth=1000000000 must be at most"),
+        (lambda c: c["qat"]["model"]["kwargs"].update(depth=50_000), "the net is much larger than the weights of the file"),
+        (lambda c: c["qat"]["model"]["kwargs"].update(embed_dim=12_000), "the net is much larger than the weights of the file"),
+        (lambda c: c["qat"].update(input_size=[1, 10**6, 10**6]), "it says input_size=[1, 1000000, 1000000] of itself"),
+        (lambda c: c["qat"].update(data={"nested": nested(150)}), "its description of the net is nested more than 32 deep"),
+        (lambda c: c["qat"].update(classes=shared(30)), "its description of the net holds more than 1000000 values"),
+        (lambda c: c["qat"].update(data={"_target_": ["qat.data.Digits"]}), "it says data={'_target_': ['qat.data.Digits']} of itself"),
+    ],
+    ids=["depth", "blocks", "width", "image", "nested", "shared", "target"],
+)
+def test_what_a_file_asks_for_has_bounds(path, change, said):
+    changed(path, change)
+    began = time.monotonic()
+    refused(path, said)
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (torch.zeros(2, dtype=torch.complex64), "is complex64; weights must be dense real numbers"),
+        (torch.eye(3).to_sparse(), "is sparse_coo; weights must be dense real numbers"),
+        (torch.zeros(2, device="meta"), "is without values; weights must be dense real numbers"),
+        (torch.zeros(1).expand(10**5, 10**6), "of (100000, 1000000) has more numbers than the file"),
+    ],
+    ids=["complex", "sparse", "meta", "expanded"],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_weights_are_dense_real_numbers(path, weight, said):
+    changed(path, lambda c: c["state_dict"].update({"blocks.0.mlp.fc1.weight": weight}))
+    refused(path, f"its weight blocks.0.mlp.fc1.weight {said}")
+
+
+def test_a_compressed_file_is_not_unpacked(path):
+    qat.save(quantized(), path)
+    content = {name: zipfile.ZipFile(path).read(name) for name in zipfile.ZipFile(path).namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    refused(path, "is damaged (it is compressed, which torch.save never does)")
+
+
+def test_formats(path):
+    qat.save(quantized(), path)
+    assert read_checkpoint(path, fmt="auto").meta == read_checkpoint(path, fmt="qat").meta
+    assert read_checkpoint(path, fmt="timm").meta is None
+    torch.save(vit().state_dict(), path)
+    assert read_checkpoint(path, fmt="timm").meta is None
+    with pytest.raises(qat.UsageError, match="not a checkpoint of qat"):
+        read_checkpoint(path, fmt="qat")
+    with pytest.raises(qat.UsageError, match="ckpt_format='zip': must be one of auto, qat, timm"):
+        read_checkpoint(path, fmt="zip")
+
+
+def test_the_setting_is_named(tmp_path):
+    with pytest.raises(qat.UsageError, match=r"teacher.ckpt='.*nowhere': no such file"):
+        read_checkpoint(tmp_path / "nowhere", setting="teacher.ckpt")
+
+
+def test_safetensors(tmp_path):
+    state = vit().state_dict()
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    read = read_checkpoint(tmp_path / "model.safetensors")
+    assert read.meta is None
+    assert read.state.keys() == state.keys()
+    assert all(torch.equal(read.state[k], state[k]) for k in state)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path / "half.safetensors", "not a checkpoint that can be read safely")
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "state_dict_ema"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrappers_leave_no_trace(path, key, prefix):
+    state = {prefix + k: v for k, v in vit().state_dict().items()}
+    torch.save({key: state, "epoch": 3} if key else state, path)
+    assert read_checkpoint(path).state.keys() == vit().state_dict().keys()
+
+
+def test_wrapped_net_of_ours(path):
+    net = quantized()
+    changed(path, lambda c: c.update(state_dict={f"module.{k}": v for k, v in c["state_dict"].items()}))
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
+@pytest.mark.long
+def test_compiled_in_place_saves_the_same_names(path):
+    net = quantized()
+    net.compile(backend="eager")
+    qat.save(net, path)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
+def test_training_checkpoint(path):
+    net = quantized()
+    lightning = {"pytorch-lightning_version": "2.6.6", "global_step": 7, "optimizer_states": [{"lr": 0.1}]}
+    changed(
+        path, lambda c: c.update(lightning, state_dict={"loss.weight": torch.ones(1)} | {f"net.{k}": v for k, v in c["state_dict"].items()})
+    )
+    read = read_checkpoint(path)
+    assert read.step == 7
+    assert torch.equal(logits(build_from(read)), logits(net))
+
+
+def test_of_timms_trainer_the_averaged_weights_are_read(path):
+    trained, averaged = vit().state_dict(), {name: tensor + 1 for name, tensor in vit().state_dict().items()}
+    torch.save({"arch": VIT, "state_dict": trained, "state_dict_ema": averaged}, path)
+    assert torch.equal(read_checkpoint(path).state["head.bias"], averaged["head.bias"])
+
+
+def test_arguments_of_timms_trainer_are_read(path):
+    import argparse
+
+    torch.save({"state_dict": vit().state_dict(), "args": argparse.Namespace(lr=0.1)}, path)
+    assert read_checkpoint(path).state.keys() == vit().state_dict().keys()
+
+
+def test_saved_in_bfloat16_comes_back_in_the_dtype_of_the_net(path):
+    net = copy.deepcopy(quantized()).bfloat16()
+    qat.save(net, path)
+    assert {p.dtype for p in qat.load(path).parameters()} == {torch.float32}
+
+
+def test_describes_the_net_timm_builds(path):
+    net = timm.create_model("deit_tiny_patch16_224", depth=1, num_classes=4, drop_path_rate=0.1)
+    meta = saved(net, path)["qat"]
+    assert meta["model"] == {"name": "deit_tiny_patch16_224", "kwargs": {"depth": 1, "num_classes": 4, "drop_path_rate": 0.1}}

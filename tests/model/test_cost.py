@@ -1,0 +1,182 @@
+"""What a net costs. Oracle: counted by hand for one block of width 32: 17 tokens, 2 heads of 16, MLP of 128, 10 classes."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import qat
+from qat.model.cost import cost, matmuls, size_bytes
+from tests.nets import ATTENTIONS, FAMILIES
+from tests.tiny import SIZE, images, vit
+
+TOKENS, WIDTH, HEADS, HIDDEN, CLASSES = 17, 32, 2, 128, 10
+PATCH = 2 * 2
+# Parameters that stay float32 whatever the recipe: tokens, position embedding, norms, biases behind weights (attention's without qkv).
+FLOAT_REST = WIDTH + TOKENS * WIDTH + 3 * 2 * WIDTH + (WIDTH + WIDTH + HIDDEN + WIDTH + CLASSES)
+# Weights of stem, proj, fc1, fc2, head.
+STEM, PROJ, FC, HEAD = WIDTH * PATCH, WIDTH * WIDTH, HIDDEN * WIDTH, CLASSES * WIDTH
+MACS = {
+    "patch_embed.proj": 16 * STEM,
+    "attn.proj": TOKENS * PROJ,
+    "mlp.fc1": TOKENS * FC,
+    "mlp.fc2": TOKENS * FC,
+    "head": HEAD,
+    "qkv": TOKENS * 3 * WIDTH * WIDTH,
+    "scores": TOKENS**2 * WIDTH,  # over all heads
+    "values": TOKENS**2 * WIDTH,
+}
+# Learned at 8 bit in stem and head: a step per row; a step and two offset maps for the image and its sign; a step and two offsets.
+STEM_AND_HEAD = (WIDTH + 1 + 2 * 64 + 1) + (CLASSES + 1 + 2 * WIDTH)
+# Inputs of proj, fc1, fc2: a step per token, two offsets per channel. Values: a step and two offsets per channel. Probabilities: a
+# step per token.
+INPUTS = 3 * TOKENS + 2 * (WIDTH + WIDTH + HIDDEN) + 3 * WIDTH + TOKENS
+
+
+def net(preset, **knobs):
+    return qat.convert(vit(depth=1), qat.recipe(preset, **knobs), input_size=SIZE)
+
+
+def test_float():
+    found = cost(net("fp"), SIZE)
+    params = FLOAT_REST + 3 * WIDTH * WIDTH + 3 * WIDTH + STEM + PROJ + 2 * FC + HEAD
+    assert found.n_params == params
+    assert found.size_bytes == 4 * params
+    assert found.macs == sum(MACS.values())
+    assert found.bitops == 32 * 32 * found.macs
+
+
+def test_standard_attention_at_2_bits():
+    found = cost(net("ofq_noqkr", bits=2), SIZE)
+    codes = STEM + HEAD + (3 * WIDTH * WIDTH + PROJ + 2 * FC) // 4
+    row_scales = 4 * (3 * WIDTH + WIDTH + HIDDEN + WIDTH)  # StatsQ's, made from the weights in training and stored for deployment
+    # Input of qkv and q: a step per token, two offsets; k: one offset.
+    qkv = 3 * WIDTH + 3 * TOKENS + 2 * WIDTH + 2 * WIDTH + WIDTH
+    assert found.size_bytes == codes + row_scales + 4 * (FLOAT_REST + STEM_AND_HEAD + INPUTS + qkv)
+    blocks = sum(n for name, n in MACS.items() if name not in {"patch_embed.proj", "head"})
+    assert found.macs == sum(MACS.values())
+    assert found.bitops == 64 * (MACS["patch_embed.proj"] + MACS["head"]) + 4 * blocks
+
+
+def test_query_key_reparameterization_at_2_bits():
+    found = cost(net("ofq", bits=2), SIZE)
+    folded, v = HEADS * WIDTH * WIDTH, WIDTH * WIDTH
+    codes = STEM + HEAD + (folded + v + PROJ + 2 * FC) // 4
+    row_scales = 4 * (HEADS * WIDTH + WIDTH + WIDTH + HIDDEN + WIDTH)
+    # v bias; input: a step per token, two offsets; product: a step per token and head, an offset per row of the folded matrix.
+    attention = WIDTH + TOKENS + 2 * WIDTH + TOKENS * HEADS + HEADS * WIDTH
+    assert found.size_bytes == codes + row_scales + 4 * (FLOAT_REST + STEM_AND_HEAD + INPUTS + attention)
+    products = {
+        "product": HEADS * TOKENS * WIDTH**2,
+        "score": HEADS * TOKENS**2 * WIDTH,
+        "v": TOKENS * v,
+        "values": MACS["values"],
+        **{name: MACS[name] for name in ("attn.proj", "mlp.fc1", "mlp.fc2")},
+    }
+    ends = MACS["patch_embed.proj"] + MACS["head"]
+    assert found.macs == sum(products.values()) + ends
+    assert found.bitops == 4 * sum(products.values()) + 64 * ends
+
+
+def test_bits_of_both_operands_count():
+    block = {m.module: m.bits for m in matmuls(net("ofq_noqkr", bits=2, act_bits=5), SIZE)}
+    assert block["blocks.0.mlp.fc1"] == (2, 5)
+    assert block["blocks.0.attn"] == (5, 5)
+    assert block["head"] == (8, 8)
+    qkr = [m for m in matmuls(net("ofq", bits=2, act_bits=5), SIZE) if m.module.startswith("blocks.0.attn")]
+    assert {(m.module, m.bits) for m in qkr} == {
+        ("blocks.0.attn", (2, 5)),
+        ("blocks.0.attn", (5, 5)),
+        ("blocks.0.attn.v", (2, 5)),
+        ("blocks.0.attn.proj", (2, 5)),
+    }
+
+
+def test_codes_that_do_not_fill_a_byte_are_packed():
+    # 3 bits x 1024 codes = 384 bytes, not 1024.
+    three, two = (cost(net("ofq_noqkr", bits=b), SIZE).size_bytes for b in (3, 2))
+    assert three - two == (3 * WIDTH * WIDTH + PROJ + 2 * FC) // 8
+
+
+def test_attention_that_stays_float_costs_float_operations():
+    block = {(m.module, m.bits) for m in matmuls(net("ofq", bits=2, attention="float"), SIZE)}
+    assert ("blocks.0.attn", (32, 32)) in block
+    assert ("blocks.0.attn.qkv", (2, 2)) in block
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_changes_nothing(training):
+    model = qat.initialize_scales(net("ofq"), [images()]).train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cost(model, SIZE)
+    assert model.training == training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_any_module_with_linears():
+    found = cost(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), SIZE)
+    assert (found.macs, found.n_params, found.size_bytes) == (192, 195, 780)
+
+
+def swin_macs(attention):
+    """Of `ATTENTIONS["swin"]` by hand: 8 x 8 tokens of width 16 in four windows, then 4 x 4 of width 32 in one; windows of 16."""
+    layers, products = 64 * 16 * 48 + 16 * 64 * 32 + 32 * 10, 0  # patches, merging, head
+    for tokens, width, heads in ((64, 16, 2), (16, 32, 4)):
+        mlp, proj = 2 * tokens * width * 4 * width, tokens * width**2
+        values = tokens * 16 * width
+        if attention == "qkr":
+            layers += 2 * (mlp + proj + proj)  # v
+            products += 2 * (heads * tokens * width**2 + heads * tokens * 16 * width + values)
+        else:
+            layers += 2 * (mlp + proj + 3 * proj)
+            products += 2 * (2 * values)
+    return layers, products
+
+
+@pytest.mark.parametrize("attention", ["qkr", "standard", "float"])
+def test_attention_in_windows(attention):
+    swin = ATTENTIONS["swin"]
+    model = qat.convert(swin.build(), qat.recipe("ofq", bits=2, attention=attention), input_size=swin.input_size)
+    layers, products = swin_macs(attention)
+    found = cost(model, swin.input_size)
+    assert found.macs == layers + products
+    ends = 64 * 16 * 48 + 32 * 10
+    assert found.bitops == 64 * ends + 4 * (layers - ends) + (32**2 if attention == "float" else 4) * products
+
+
+def test_size_of_windows():
+    swin = ATTENTIONS["swin"]
+    model = qat.convert(swin.build(), qat.recipe("ofq", bits=2), input_size=swin.input_size)
+    merging = 64 * 32
+    codes, rows = 16 * 48 + 32 * 10 + merging // 4, 32
+    for width, heads in ((16, 2), (32, 4)):
+        codes += 2 * (heads * width**2 + 2 * width**2 + 8 * width**2) // 4  # M, v and proj, both MLP layers
+        rows += 2 * (heads * width + 2 * width + 5 * width)
+    latent = sum(
+        p.numel() for n, p in model.named_parameters() if n.endswith(("q_weight", "k_weight")) or (n.endswith("weight") and p.ndim > 1)
+    )
+    rest = sum(t.numel() for t in model.state_dict().values()) - latent
+    assert size_bytes(model) == codes + 4 * (rows + rest)
+
+
+def test_size_of_a_float_net_is_that_of_its_file():
+    swin = ATTENTIONS["swin"].build()
+    assert size_bytes(swin) == 4 * sum(t.numel() for t in swin.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["levit", "xcit", "dinov3"])
+def test_any_attention_counts(name):
+    # What an unknown attention multiplies is the same whether its layers are quantized or not.
+    family = FAMILIES[name]
+    plain = list(matmuls(family.build(), family.input_size))
+    ours = list(matmuls(qat.convert(family.build(), qat.recipe("ofq", attention="float"), input_size=family.input_size), family.input_size))
+    assert sum(m.macs for m in ours) == sum(m.macs for m in plain)
+    assert sum(m.macs for m in ours if m.bits == (32, 32)) > 0
+
+
+def test_swin_tiny_as_published():
+    # Swin (arXiv 2103.14030), table 1: 4.5 G multiply-accumulates, 29 M parameters.
+    found = cost(timm.create_model("swin_tiny_patch4_window7_224"), (3, 224, 224))
+    assert found.macs / 1e9 == pytest.approx(4.5, abs=0.05)
+    assert found.n_params / 1e6 == pytest.approx(29, abs=1)

@@ -1,0 +1,89 @@
+"""Which matrix products run. Oracle: multiply-accumulates counted by hand."""
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qat.model.matmuls import MatrixProduct, watching
+
+
+class Every(nn.Module):
+    """A product of each kind: (B, 3, 4)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 5)
+        self.weight = nn.Parameter(torch.ones(4, 2))
+
+    def forward(self, x):
+        t = x.transpose(1, 2)
+        x @ t
+        torch.bmm(x, t)
+        x.matmul(t)
+        torch.baddbmm(torch.zeros(3, 3), x, t)
+        torch.einsum("bnc,bmc->bnm", x, x)
+        F.scaled_dot_product_attention(x, x, x)
+        x @ self.weight
+        return self.layer(x)
+
+
+def test_every_kind():
+    net = nn.Sequential(Every())
+    with watching(net) as found:
+        net(torch.randn(2, 3, 4))
+    square = [MatrixProduct("0", 2 * 3 * 3 * 4, True)] * 7
+    assert found == [*square, MatrixProduct("0", 2 * 3 * 4 * 2, False), MatrixProduct("0.layer", 2 * 3 * 4 * 5, False)]
+
+
+def test_operands_by_name_and_einsum_in_numbers():
+    x, y = torch.randn(2, 3), torch.randn(3, 4)
+    with watching(nn.Identity()) as found:
+        torch.matmul(input=x, other=y)
+        torch.addmm(input=torch.zeros(4), mat1=x, mat2=y)
+        F.linear(input=x, weight=y.T)
+        F.scaled_dot_product_attention(query=x[None], key=x[None], value=x[None])
+        torch.einsum(x, [0, 1], y, [1, 2])
+        torch.einsum("ab,bc->ac", [x, y])
+    assert [product.macs for product in found] == [24, 24, 24, 12, 12, 24, 24]
+
+
+def test_convolutions_count_their_own_channels():
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, padding=1))
+    with watching(net) as found:
+        net(torch.randn(1, 4, 5, 5))
+    assert found == [MatrixProduct("0", 8 * 25 * 2 * 9, False)]
+
+
+def test_nothing_is_left_behind():
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    x = torch.randn(1, 3, 32, 32)
+    expected = net.eval()(x)
+    with watching(net) as found:
+        assert torch.equal(net(x), expected)
+    n = len(found)
+    net(x)
+    assert len(found) == n > 0
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_an_error_inside_leaves_the_stack_in_order():
+    class Breaks(nn.Module):
+        def forward(self, x):
+            raise ValueError
+
+    class Tries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.breaks = Breaks()
+
+        def forward(self, x):
+            try:
+                self.breaks(x)
+            except ValueError:
+                return x @ x
+
+    net = Tries()
+    with watching(net) as found:
+        net(torch.randn(2, 2))
+    assert found == [MatrixProduct("", 8, True)]

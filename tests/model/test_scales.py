@@ -1,0 +1,256 @@
+"""Scales from data. Oracle: the first-step formula on what each quantizer really receives."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel
+from torch.testing import assert_close
+
+import qat
+from qat import functional as F
+from qat.model.cost import cost
+from qat.model.transfer import copy_scales
+from tests.tiny import SIZE, converted, images, logits, parameters, quantized, sites, vit
+
+
+def test_assert_ready_names_the_first_gap():
+    net = quantized()
+    qat.assert_ready(net)
+    with torch.no_grad():
+        net.blocks[1].mlp.fc1.input_quantizer.quantizer.scale[3] = torch.nan
+    with pytest.raises(qat.UsageError, match=r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised; call qat.initialize_scales"):
+        qat.assert_ready(net)
+    with pytest.raises(qat.UsageError, match=r"scales of patch_embed.proj.input_quantizer are not"):
+        qat.assert_ready(converted())
+
+
+def test_a_float_net_is_ready():
+    qat.assert_ready(converted("fp"))
+
+
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "minmax"])
+def test_everything_is_filled_in_place(preset):
+    net = converted(preset)
+    before = parameters(net)
+    assert qat.initialize_scales(net, [images()]) is net
+    qat.assert_ready(net)
+    assert logits(net).isfinite().all()
+    assert parameters(net) == before
+
+
+@pytest.mark.parametrize("batches", [[], iter(())])
+def test_no_data_is_an_error(batches):
+    with pytest.raises(qat.UsageError, match=r"scales of .* are not initialised"):
+        qat.initialize_scales(converted(), batches)
+
+
+def test_no_data_is_needed_where_nothing_is_missing():
+    net = quantized()
+    expected = {k: v.clone() for k, v in net.state_dict().items()}
+    qat.initialize_scales(net, [])
+    assert all(torch.equal(v, expected[k]) for k, v in net.state_dict().items())
+
+
+def test_images_that_fail_set_nothing():
+    net = converted()
+    expected = qat.initialize_scales(copy.deepcopy(net), [images()]).state_dict()
+    with pytest.raises(qat.UsageError, match="NaN or infinity"):
+        qat.initialize_scales(net, [100 * images(), images() * torch.nan])
+    found = qat.initialize_scales(net, [images()]).state_dict()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_scales_that_hold_numbers_stay():
+    net = converted()
+    kept = net.blocks[0].mlp.fc1.input_quantizer.quantizer.scale
+    with torch.no_grad():
+        kept.fill_(0.125)
+    qat.initialize_scales(net, [images()])
+    assert (kept == 0.125).all()
+    assert not (net.blocks[1].mlp.fc1.input_quantizer.quantizer.scale == 0.125).any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_restored_and_hooks_are_gone(training):
+    net = converted().train(training)
+    qat.initialize_scales(net, [images()])
+    assert {m.training for m in net.modules()} == {training}
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_mode_is_restored_after_a_failure():
+    net = converted().train()
+    with pytest.raises(AssertionError):
+        qat.initialize_scales(net, [torch.randn(1, 1, 4, 4)])
+    assert net.training
+    assert not any(m._forward_pre_hooks for m in net.modules() if m is not net)
+
+
+def test_calibration_runs_without_dropout():
+    nets = [qat.convert(vit(proj_drop_rate=0.5), qat.recipe("ofq"), input_size=SIZE).train(mode) for mode in (True, False)]
+    trained, evaluated = (qat.initialize_scales(net, [images()]).state_dict() for net in nets)
+    assert all(torch.equal(trained[name], evaluated[name]) for name in evaluated)
+
+
+def received(net, name, x):
+    """What the quantizer of that name receives."""
+    seen = []
+    handle = sites(net)[name].quantizer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    logits(net, x)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.input_quantizer", "blocks.0.mlp.fc1.input_quantizer", "blocks.1.mlp.fc1.input_quantizer"])
+def test_each_quantizer_sees_its_input_behind_the_others(name):
+    net = quantized(bits=2)
+    x = received(net, name, images())
+    scale = sites(net)[name].quantizer.quantizer.scale
+    assert_close(scale, F.lsq_init_scale(x, -2, 1, -2))
+    float_net = converted(bits=2, weight_quantizer="float", act_quantizer="float")
+    assert (scale - F.lsq_init_scale(received(float_net, name, images()), -2, 1, -2)).abs().max() > 1e-3
+
+
+def test_several_batches_average_where_inputs_agree():
+    net = converted()
+    batches = [images(seed=s) for s in range(3)]
+    qat.initialize_scales(net, batches)
+    expected = sum(2 * b.abs().mean((0, 2, 3)) for b in batches) / 3 / 127**0.5
+    assert_close(net.patch_embed.proj.input_quantizer.quantizer.scale.detach(), expected)
+
+
+def test_weights_do_not_depend_on_the_number_of_batches():
+    one, three = (qat.initialize_scales(converted("lsq"), [images(seed=s) for s in range(n)]) for n in (1, 3))
+    name = "blocks.0.mlp.fc1.weight_quantizer"
+    assert_close(sites(one)[name].quantizer.scale, sites(three)[name].quantizer.scale)
+
+
+def test_sign_of_images_is_found():
+    bright = qat.initialize_scales(converted(), [images().abs()])
+    quantizer = sites(bright)["patch_embed.proj.input_quantizer"].quantizer
+    assert (quantizer.codes(100 * images()).min(), quantizer.codes(100 * images()).max()) == (0, 255)
+    signed = sites(quantized())["patch_embed.proj.input_quantizer"].quantizer
+    assert (signed.codes(100 * images()).min(), signed.codes(100 * images()).max()) == (-128, 127)
+
+
+def test_a_quantizer_that_no_batch_reaches_is_named():
+    net = converted()
+    net.blocks[1] = torch.nn.Identity()
+    net.unused = converted().blocks[1].mlp.fc1
+    with pytest.raises(qat.UsageError, match=r"scales of unused.input_quantizer are not initialised"):
+        qat.initialize_scales(net, [images()])
+
+
+UNSET = r"scales of .*input_quantizer are not initialised; call qat.initialize_scales\(net, batches\)"
+
+
+def refuses(net):
+    """Whether calling the net raises, in training and in evaluation."""
+    for training in (True, False):
+        with pytest.raises(qat.UsageError, match=UNSET):
+            net.train(training)(images())
+    return True
+
+
+def hooks(net):
+    """Forward pre-hooks of a net and all in it."""
+    return [hook for module in net.modules() for hook in module._forward_pre_hooks.values()]
+
+
+def test_training_without_scales_raises_before_a_parameter_changes():
+    net = converted().train()
+    before = copy.deepcopy(net.state_dict())
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0)
+    with pytest.raises(qat.UsageError, match=UNSET):
+        net(images()).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(v, before[k]) or (v.isnan() & before[k].isnan()).all() for k, v in net.state_dict().items())
+
+
+def test_a_net_without_scales_raises_wherever_it_is():
+    net = converted()
+    assert refuses(net)
+    assert refuses(torch.nn.Sequential(net, torch.nn.Flatten()))
+    assert refuses(copy.deepcopy(net))
+    assert refuses(pickle.loads(pickle.dumps(net)))
+    assert refuses(AveragedModel(net))
+    assert refuses(converted("minmax"))
+
+
+def test_a_quantizer_and_a_layer_without_scales_yield_nan():
+    net = converted()
+    assert sites(net)["patch_embed.proj.input_quantizer"].quantizer(images()).isnan().all()
+    assert net.patch_embed.proj(images()).isnan().all()
+
+
+def by_hand(source, net):
+    with torch.no_grad():
+        for mine, its in zip(qat.iter_quantizers(net), qat.iter_quantizers(source), strict=True):
+            theirs = its.quantizer.state_dict()
+            for name, tensor in mine.quantizer.state_dict().items():
+                tensor.copy_(theirs[name])
+
+
+FILLED = {
+    "data": lambda source, net: qat.initialize_scales(net, [images()]),
+    "data, from outside": lambda source, net: qat.initialize_scales(torch.nn.Sequential(net), [images()]),
+    "state dict": lambda source, net: net.load_state_dict(source.state_dict()),
+    "state dict of an outer module": lambda source, net: torch.nn.Sequential(net).load_state_dict(torch.nn.Sequential(source).state_dict()),
+    "copy": copy_scales,
+    "hand": by_hand,
+}
+
+
+@pytest.mark.parametrize("way", FILLED)
+def test_a_net_with_scales_runs_and_is_checked_no_more(way):
+    source, net = quantized(), converted()
+    assert refuses(net)
+    FILLED[way](source, net)
+    assert torch.equal(logits(net), logits(source))
+    assert hooks(net) == []
+    assert hooks(copy.deepcopy(net)) == []
+
+
+def test_a_loaded_net_is_checked_where_its_file_has_no_scales(tmp_path):
+    qat.save(quantized(), tmp_path / "ready.ckpt")
+    assert hooks(qat.load(tmp_path / "ready.ckpt")) == []
+    qat.save(converted(), tmp_path / "unset.ckpt")
+    assert refuses(qat.load(tmp_path / "unset.ckpt"))
+
+
+def test_scales_that_a_partial_load_leaves_out_are_named():
+    net = converted()
+    state = quantized().state_dict()
+    del state["blocks.1.mlp.fc1.input_quantizer.quantizer.scale"]
+    net.load_state_dict(state, strict=False)
+    with pytest.raises(qat.UsageError, match=r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised"):
+        net(images())
+    qat.initialize_scales(net, [images()])
+    assert logits(net).isfinite().all()
+
+
+def test_what_looks_into_a_net_needs_no_scales():
+    net = converted()
+    before = cost(quantized(), SIZE)
+    assert cost(net, SIZE) == before
+    assert refuses(net)
+
+
+def test_nothing_is_checked_where_there_are_no_scales():
+    assert hooks(converted("fp")) == []
+    assert hooks(converted(weight_quantizer="float", act_quantizer="float")) == []
+    assert hooks(converted(weight_quantizer="minmax", act_quantizer="float")) == []
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_scales_may_come_before_and_after_compilation(compiled_first):
+    source, net = quantized(), converted()
+    if not compiled_first:
+        net.load_state_dict(source.state_dict())
+    call = torch.compile(net, fullgraph=True, backend="eager")
+    if compiled_first:
+        qat.initialize_scales(net, [images()])
+    with torch.no_grad():
+        assert_close(call(images()), logits(source))

@@ -1,0 +1,315 @@
+"""Weights across nets. Oracle: equal logits where nothing is lost, a message or a note where something is."""
+
+import http.client
+import time
+import urllib.error
+import urllib.request
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from torch.testing import assert_close
+
+import qat
+from qat.model.checkpoint import read_checkpoint
+from qat.model.start import from_checkpoint, from_pretrained, from_scratch, from_state, from_weights
+from qat.model.transfer import copy_scales, timm_state_dict
+from tests.tiny import DISTILLED, KWARGS, SIZE, VIT, converted, images, logits, quantized, shake, sites, vit
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "start.ckpt"
+
+
+def start(path, model=VIT, *, reset_head=False, **changes):
+    return from_checkpoint(model, {**KWARGS, **changes}, read_checkpoint(path), reset_head=reset_head)
+
+
+def same_state(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", [VIT, DISTILLED])
+@pytest.mark.parametrize("preset", ["fp", "ofq_noqkr", "lsq", "minmax"])
+def test_a_checkpoint_of_ours_gives_back_the_float_net(path, preset, name):
+    qat.save(quantized(preset, name), path)
+    made = start(path, name)
+    assert same_state(made.net.state_dict(), vit(name).state_dict())
+    assert made.notes == [f"weights of ckpt={str(path)!r}"]
+    assert list(qat.iter_quantizers(made.net)) == []
+
+
+def test_float_to_quantized(path):
+    qat.save(vit(), path)
+    net = qat.convert(start(path).net, qat.recipe("ofq", bits=2), input_size=SIZE)
+    assert torch.equal(logits(qat.initialize_scales(net, [images()])), logits(quantized("ofq", bits=2)))
+
+
+def test_four_bits_to_two(path):
+    four = quantized("lsq", bits=4)
+    with torch.no_grad():
+        four.head.weight.mul_(2)
+    qat.save(four, path)
+    made = start(path)
+    two = qat.convert(made.net, qat.recipe("lsq", bits=2), input_size=SIZE)
+    assert torch.equal(two.head.weight, four.head.weight)
+    assert torch.equal(two.blocks[1].mlp.fc1.weight, four.blocks[1].mlp.fc1.weight)
+    copied, missing = copy_scales(made.source, two)
+    eight_bit = {n for n, s in sites(two).items() if s.quantizer.spec.bits == 8}
+    assert set(copied) == eight_bit
+    assert set(missing) == set(sites(two)) - eight_bit
+    with pytest.raises(qat.UsageError, match=missing[0]):
+        qat.assert_ready(two)
+    qat.initialize_scales(two, [images()])
+    qat.assert_ready(two)
+    assert torch.equal(two.head.weight_quantizer.scale, four.head.weight_quantizer.scale)
+
+
+@pytest.mark.parametrize("qk_bias", ["fold", "drop"])
+def test_reparameterized_to_standard_and_back(path, qk_bias):
+    qkr = quantized("ofq", qk_bias=qk_bias)
+    qat.save(qkr, path)
+    float_net = start(path).net
+    if qk_bias == "fold":  # the key bias is gone, to which a softmax is blind
+        assert_close(logits(float_net), logits(vit()), rtol=1e-5, atol=1e-5)
+    else:
+        assert float_net.blocks[0].attn.qkv.bias[:64].abs().max() == 0
+    standard = qat.initialize_scales(qat.convert(float_net, qat.recipe("ofq_noqkr"), input_size=SIZE), [images()])
+    qat.save(standard, path)
+    back = qat.convert(start(path).net, qat.recipe("ofq", qk_bias=qk_bias), input_size=SIZE)
+    weights = {n: p for n, p in qkr.named_parameters() if "_quantizer" not in n and "offset" not in n}
+    assert {"blocks.0.attn.q_weight", "blocks.0.attn.v.weight", "blocks.1.attn.proj.bias"} <= set(weights)
+    assert all(torch.equal(back.get_parameter(n), p) for n, p in weights.items())
+
+
+def test_a_net_without_qkv_bias(path):
+    net = vit(qkv_bias=False)
+    expected = net.state_dict()
+    expected = {k: v.clone() for k, v in expected.items()}
+    qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
+    assert same_state(timm_state_dict(net), expected)
+
+
+def test_another_class_count_needs_consent(path):
+    qat.save(quantized(), path)
+    message = rf"ckpt='{path}': has 10 classes, the data 7; model.reset_head=true gives it a new head"
+    with pytest.raises(qat.UsageError, match=message):
+        start(path, num_classes=7)
+    made = start(path, num_classes=7, reset_head=True)
+    assert made.net.head.weight.shape == (7, 32)
+    assert "new head for 7 classes (the file has 10)" in made.notes
+    assert torch.equal(made.net.blocks[0].mlp.fc1.weight, vit().blocks[0].mlp.fc1.weight)
+
+
+def test_both_heads_are_new(path):
+    qat.save(quantized(name=DISTILLED), path)
+    made = start(path, DISTILLED, num_classes=7, reset_head=True)
+    assert made.notes[1:] == [f"new {head} for 7 classes (the file has 10)" for head in ("head", "head_dist")]
+    assert made.net.head.weight.shape == made.net.head_dist.weight.shape == (7, 32)
+
+
+def test_a_timm_file_gets_a_new_head_and_says_so(path):
+    torch.save({"state_dict": vit().state_dict()}, path)
+    made = start(path, num_classes=3)
+    assert "new head for 3 classes (the file has 10)" in made.notes
+    assert logits(made.net).shape == (8, 3)
+
+
+def test_a_timm_file_of_the_same_classes_keeps_its_head(path):
+    torch.save(vit().state_dict(), path)
+    assert torch.equal(logits(start(path).net), logits(vit()))
+
+
+def test_a_state_dict_without_head(path):
+    torch.save({k: v for k, v in vit().state_dict().items() if not k.startswith("head.")}, path)
+    made = start(path)
+    assert "new head for 10 classes" in made.notes
+    assert torch.equal(made.net.blocks[1].norm2.weight, vit().blocks[1].norm2.weight)
+
+
+def test_another_patch_size_is_resampled(path):
+    torch.save(vit().state_dict(), path)
+    made = start(path, patch_size=4)
+    assert made.net.patch_embed.proj.weight.shape == (32, 1, 4, 4)
+    assert made.net.pos_embed.shape == (1, 5, 32)
+    assert "patch embedding adapted from (32, 1, 2, 2) to (32, 1, 4, 4)" in made.notes
+    # Patches of one grey level, twice as large: the resampled embedding answers as the old one did.
+    assert_close(made.net.patch_embed(torch.ones(1, 1, 8, 8))[0, 0], vit().patch_embed(torch.ones(1, 1, 8, 8))[0, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_another_image_size_gets_positions_in_between(path):
+    qat.save(quantized(), path)
+    made = start(path, img_size=16)
+    assert made.net.pos_embed.shape == (1, 65, 32)
+    assert torch.equal(made.net.pos_embed[:, 0], vit().pos_embed[:, 0])
+    assert torch.equal(made.net.head.weight, vit().head.weight)
+
+
+def test_colour_weights_are_summed_for_grey_images(path):
+    colour = vit(in_chans=3)
+    torch.save(colour.state_dict(), path)
+    made = start(path)
+    assert_close(made.net.patch_embed.proj.weight, colour.patch_embed.proj.weight.sum(1, keepdim=True))
+    grey = images()
+    assert_close(logits(made.net, grey), logits(colour, grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_net_keeps_its_own_description(path):
+    torch.save(vit().state_dict(), path)
+    made = start(path, num_classes=3)
+    assert made.net.pretrained_cfg["architecture"] == VIT
+    assert "state_dict" not in made.net.pretrained_cfg
+    qat.save(made.net, path)
+    assert torch.equal(logits(qat.load(path)), logits(made.net))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        timm.create_model("resnet18", num_classes=10).state_dict(),
+        vit(embed_dim=64).state_dict(),
+        vit(depth=3).state_dict(),
+        vit(DISTILLED).state_dict(),
+    ],
+    ids=["resnet", "wider", "deeper", "distilled"],
+)
+def test_weights_of_another_net(path, state):
+    torch.save(state, path)
+    with pytest.raises(qat.UsageError, match=rf"ckpt='{path}': its weights are not those of {VIT}") as caught:
+        start(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_random_weights():
+    made = from_scratch(VIT, KWARGS)
+    assert made.notes == ["random weights"]
+    assert made.source is None
+    assert logits(made.net).shape == (8, 10)
+
+
+def test_unknown_model_shows_what_is_near():
+    with pytest.raises(qat.UsageError, match=r"model.name='deit_tinny': timm has no such model; near are .*deit"):
+        from_scratch("deit_tinny", {})
+
+
+@pytest.mark.parametrize("kwargs", [{"colour": 3}, {"num_heads": 5}], ids=str)
+def test_arguments_that_timm_does_not_take(kwargs):
+    with pytest.raises(qat.UsageError, match=rf"model.name='{VIT}' with .*{next(iter(kwargs))}"):
+        from_scratch(VIT, {**KWARGS, **kwargs})
+
+
+def test_local_weight_file(path):
+    torch.save(vit().state_dict(), path)
+    made = from_weights(VIT, KWARGS, str(path), read_checkpoint(path).state)
+    assert torch.equal(logits(made.net), logits(vit()))
+    assert made.notes == [f"weights of model.weights={str(path)!r}"]
+
+
+def test_state_with_a_head_that_must_fit():
+    with pytest.raises(qat.UsageError, match="here: has 10 classes, the data 4$"):
+        from_state(VIT, {**KWARGS, "num_classes": 4}, vit().state_dict(), origin="here", keep_head=True)
+
+
+def test_all_scales_are_copied_between_equal_recipes():
+    source, target = quantized(bits=2), converted(bits=2)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.01)
+    copied, missing = copy_scales(source, target)
+    assert missing == []
+    assert copied == [s.name for s in qat.iter_quantizers(target) if s.quantizer.state_dict()]
+    assert "blocks.0.attn.qk_quantizer" not in copied  # its scale is read off the weight
+    target.load_state_dict(timm_like(source), strict=False)
+    assert torch.equal(logits(target), logits(source))
+
+
+def timm_like(net):
+    """Everything but quantizer state and the offset in front of the product."""
+    return {k: v for k, v in net.state_dict().items() if "_quantizer" not in k and "product_offset" not in k}
+
+
+def test_scales_are_copied_where_bits_agree():
+    source, target = quantized(bits=4, act_bits=4), converted(bits=2, act_bits=4)
+    copied, missing = copy_scales(source, target)
+    assert missing == []
+    assert "blocks.0.mlp.fc1.input_quantizer" in copied
+    source, target = quantized(bits=2), converted(bits=2, overrides={"blocks.1.mlp.*": {"act_bits": 5}})
+    assert copy_scales(source, target)[1] == ["blocks.1.mlp.fc1.input_quantizer", "blocks.1.mlp.fc2.input_quantizer"]
+
+
+def test_scales_of_another_token_count_are_not_copied():
+    source = quantized(bits=2)
+    with torch.no_grad():
+        source.blocks[0].attn.product_offset.fill_(1.0)
+    target = qat.convert(vit(img_size=16), qat.recipe("ofq", bits=2), input_size=(1, 16, 16))
+    copied, missing = copy_scales(source, target)
+    assert {"patch_embed.proj.weight_quantizer", "head.input_quantizer"} <= set(copied)
+    assert {"blocks.0.mlp.fc1.input_quantizer", "patch_embed.proj.input_quantizer", "blocks.0.attn.k_quantizer"} <= set(missing)
+    assert not target.blocks[0].attn.product_offset.any()
+
+
+def test_scales_that_are_missing_are_not_copied():
+    assert copy_scales(converted(), converted())[0] == []
+
+
+def test_copies_are_copies():
+    source, target = quantized(), converted()
+    copy_scales(source, target)
+    with torch.no_grad():
+        source.head.weight_quantizer.scale.zero_()
+    assert (target.head.weight_quantizer.scale > 0).all()
+
+
+@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), TimeoutError("timed out"), http.client.BadStatusLine("hello")])
+def test_unreachable_hub_is_said_at_once(monkeypatch, error):
+    asked = []
+
+    def fail(request, timeout):
+        asked.append(timeout)
+        raise error
+
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    began = time.monotonic()
+    message = "model.pretrained=true: the weights of 'deit_tiny_patch16_224' are not in the local cache and .* cannot be reached"
+    with pytest.raises(qat.UsageError, match=message + r".*model.weights=FILE or model.pretrained=false"):
+        from_pretrained("deit_tiny_patch16_224", {})
+    assert time.monotonic() - began < 10
+    assert asked == [4]
+
+
+def test_a_download_that_fails_is_one_line(monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("404 Client Error")
+
+    monkeypatch.setattr("qat.model.start._require_host", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
+    with pytest.raises(qat.UsageError, match=r"the weights of .* cannot be fetched, or do not fit \(404 Client Error\)"):
+        from_pretrained("deit_tiny_patch16_224", {"depth": 1})
+
+
+def test_offline_mode_asks_nobody(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the hub"))
+    with pytest.raises(qat.UsageError, match="HF_HUB_OFFLINE is set"):
+        from_pretrained("deit_tiny_patch16_224", {})
+
+
+def test_models_without_pretrained_weights():
+    with pytest.raises(qat.UsageError, match="model.pretrained=true: timm has no pretrained weights for 'vit_base_patch16_18x2_224'"):
+        from_pretrained("vit_base_patch16_18x2_224", {"depth": 1})
+
+
+def test_cached_weights_need_no_hub(monkeypatch, tmp_path):
+    net = shake(timm.create_model("deit_tiny_patch16_224", depth=1))
+    torch.save(net.state_dict(), tmp_path / "model.bin")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "model.bin"))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the hub"))
+    made = from_pretrained("deit_tiny_patch16_224", {"depth": 1})
+    assert made.notes == ["timm's pretrained weights of deit_tiny_patch16_224 (cached)"]
+    assert same_state(made.net.state_dict(), net.state_dict())
