@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
-from qat.analysis.drawing import GREY, HEAT, PALETTE, axes, figure, panels
+from qat.analysis.style import GREY, HEAT, PALETTE, axes, figure, panels
 from qat.utils.files import replacing
 from studies.claims import Figure
 from studies.figures import Course, Gathered, Map, Point

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 from PIL import Image
 
 from qat.analysis import Advice, Drawing, Outcome, Table, write_outcome
-from qat.analysis.drawing import axes, figure
+from qat.analysis.style import axes, figure
 from qat.utils.files import csv_text
 
 

@@ -1,0 +1,244 @@
+"""What follows from the evaluations of a robustness analysis: curves and their numbers, tables, pictures. Some rows may be missing."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qat.analysis.base import Advice, Drawing, Outcome, Row, Table
+from qat.analysis.robustness import drawings
+from qat.analysis.robustness.corruptions import level_of
+from qat.analysis.robustness.drawings import Curve, Dot
+from qat.utils.validate import FLOAT_BITS
+
+# What counts as kept: this many points below the accuracy at ratio 1.
+TOLERANCE = 2.0
+# Steps that have to be met more closely than this are worth a word.
+_FRAGILE = 0.1
+
+
+@dataclass(frozen=True)
+class NetFacts:
+    """What of a net is known before anything is evaluated.
+
+    Attributes:
+        label: its name.
+        width: bits of the weights whose width is changed, averaged over their entries; None where there are none.
+        side: of its images, the shorter one.
+        reference: part whose accuracy the changes of quantized weights are compared with: `clean`, or `quantized` for a float net.
+    """
+
+    label: str
+    width: float | None
+    side: int
+    reference: str = "clean"
+
+
+def curve_numbers(curve: Curve, at_one: float) -> dict[str, float | None]:
+    """Numbers of an accuracy over ratios of steps.
+
+    Args:
+        curve: (ratio, percent), two at least, ratios ascending.
+        at_one: percent at ratio 1.
+
+    Returns:
+        `lowest` and `mean` percent, `lowest_at` a ratio; `area` under accuracy / accuracy at 1, over the length of the range: 1 = nothing
+        is lost; `width`: length of the set of ratios with at most `TOLERANCE` points less than at 1. Straight lines between ratios.
+    """
+    pairs = list(zip(curve, curve[1:], strict=False))
+    lowest_at, lowest = min(curve, key=lambda point: point[1])
+    area = sum((b - a) * (u + v) / 2 for (a, u), (b, v) in pairs) / (curve[-1][0] - curve[0][0])
+    return {
+        "lowest": lowest,
+        "lowest_at": lowest_at,
+        "mean": statistics.fmean(value for _, value in curve),
+        "area": area / at_one if at_one else None,
+        "width": round(sum(_length_above(*one, *other, at_one - TOLERANCE) for one, other in pairs), 6),
+    }
+
+
+def _length_above(a: float, u: float, b: float, v: float, threshold: float) -> float:
+    """Length of the part of [a, b] where the line from (a, u) to (b, v) is not below the threshold."""
+    low, high = min(u, v), max(u, v)
+    if low >= threshold:
+        return b - a
+    return 0.0 if high < threshold else (b - a) * (high - threshold) / (high - low)
+
+
+def _measured(row: Row) -> Row:
+    return {"top-1 (%)": row["top1"], "loss": row["loss"]}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Rows, sorted by net and part.
+
+    Attributes:
+        facts: of the nets, in the order of pictures.
+        rows: of the evaluations that are done.
+        ratios: those that were asked for.
+        bits: widths that were asked for.
+        severities: likewise.
+    """
+
+    facts: Sequence[NetFacts]
+    rows: Sequence[Row]
+    ratios: Sequence[float]
+    bits: Sequence[int]
+    severities: Sequence[int]
+
+    def outcome(self, warnings: Sequence[Advice] = ()) -> Outcome:
+        """Everything that there is something of."""
+        summary = {fact.label: self.summary(fact) for fact in self.facts}
+        tables = [table for table in self._tables() if table.rows]
+        return Outcome(summary, tables, list(self._drawings()), [*warnings, *self._fragile(summary)])
+
+    def of(self, fact: NetFacts, part: str) -> list[Row]:
+        """Rows of a net and a part."""
+        return [row for row in self.rows if row["net"] == fact.label and row["part"] == part]
+
+    def single(self, fact: NetFacts, part: str) -> float | None:
+        """Accuracy of a part that is one evaluation."""
+        return next((row["top1"] for row in self.of(fact, part)), None)
+
+    def reference(self, fact: NetFacts) -> float | None:
+        """Accuracy of the quantized weights without a change."""
+        return self.single(fact, fact.reference)
+
+    def summary(self, fact: NetFacts) -> dict[str, Any]:
+        """All numbers of a net; a part that is missing has none."""
+        found: dict[str, Any] = {"top1": self.single(fact, "clean"), "bits": fact.width}
+        if fact.reference != "clean":
+            found["top1_quantized"] = self.reference(fact)
+        numbers = {
+            "steps": self._step_numbers(fact),
+            "widths": dict(self._named_widths(fact)),
+            "power_of_two": self.single(fact, "power_of_two"),
+            "quantizers": self.policies(fact),
+            "corruptions": self._corruption_numbers(fact),
+        }
+        return found | {part: value for part, value in numbers.items() if value not in (None, {})}
+
+    def steps(self, fact: NetFacts) -> list[Row]:
+        """Rows by ratio; at 1 nothing is changed."""
+        found = self.of(fact, "steps")
+        same = [{**row, "ratio": 1.0} for row in self.of(fact, fact.reference)] if found and 1.0 in self.ratios else []
+        return sorted([*found, *same], key=lambda row: row["ratio"])
+
+    def step_curve(self, fact: NetFacts) -> Curve:
+        """(ratio, percent)."""
+        return [(row["ratio"], row["top1"]) for row in self.steps(fact)]
+
+    def _step_numbers(self, fact: NetFacts) -> dict[str, Any]:
+        curve, at_one = self.step_curve(fact), self.reference(fact)
+        if at_one is None or len(curve) < 2:
+            return {}
+        return {"at_1": at_one, **curve_numbers(curve, at_one), "ratios": len(curve), "ratios_wanted": len(self.ratios)}
+
+    def widths(self, fact: NetFacts) -> list[Row]:
+        """Rows by bits; at the width as trained, if all weights have one, nothing is changed."""
+        found = self.of(fact, "bits")
+        known = {row["bits"] for row in found}
+        same = [{**row, "bits": fact.width} for row in self.of(fact, "clean")] if found and fact.width in {*self.bits} - known else []
+        return sorted([*found, *same], key=lambda row: row["bits"])
+
+    def width_curve(self, fact: NetFacts) -> Curve:
+        """(bits, percent)."""
+        return [(row["bits"], row["top1"]) for row in self.widths(fact)]
+
+    def _named_widths(self, fact: NetFacts) -> Iterator[tuple[str, float]]:
+        for bits, top1 in self.width_curve(fact):
+            yield "float" if bits == FLOAT_BITS else f"{bits:g}", top1
+
+    def policies(self, fact: NetFacts) -> dict[str, float]:
+        """Percent by policy, those with several draws averaged."""
+        draws: dict[str, list[float]] = {}
+        for row in self.of(fact, "quantizers"):
+            draws.setdefault(row["policy"], []).append(row["top1"])
+        return {policy: statistics.fmean(values) for policy, values in draws.items()}
+
+    def _corruption_numbers(self, fact: NetFacts) -> dict[str, Any]:
+        """Means over kinds and severities, in percent and as a share of the clean accuracy."""
+        rows, clean = self.of(fact, "corruptions"), self.single(fact, "clean")
+        if not rows:
+            return {}
+        kinds = {kind: statistics.fmean(r["top1"] for r in rows if r["kind"] == kind) for kind in dict.fromkeys(r["kind"] for r in rows)}
+        mean = statistics.fmean(row["top1"] for row in rows)
+        worst = min(kinds, key=lambda kind: kinds[kind])
+        return {"mean": mean, "relative": mean / clean if clean else None, "worst": worst, "kinds": kinds}
+
+    def _tables(self) -> Iterator[Table]:
+        yield Table("step_sizes", "Accuracy over the ratio of all weight steps", [row for f in self.facts for row in self._step_rows(f)])
+        yield Table("bit_widths", "Accuracy over the width of the weights", [row for f in self.facts for row in self._width_rows(f)])
+        yield Table("policies", "Accuracy under other quantizers of the weights", [row for f in self.facts for row in self._policy_rows(f)])
+        yield Table("corruptions", "Accuracy on corrupted images, by severity", [row for f in self.facts for row in self._damage_rows(f)])
+
+    def _step_rows(self, fact: NetFacts) -> Iterator[Row]:
+        at_one = self.reference(fact)
+        for row in self.steps(fact):
+            share = row["top1"] / at_one if at_one else math.nan
+            yield {"net": fact.label, "ratio": row["ratio"], **_measured(row), "share of ratio 1": share}
+
+    def _width_rows(self, fact: NetFacts) -> Iterator[Row]:
+        for row in self.widths(fact):
+            yield {"net": fact.label, "bits": row["bits"], **_measured(row), "as trained": int(row["part"] == "clean")}
+
+    def policy_dots(self, fact: NetFacts) -> dict[str, float]:
+        """Percent by what is done to the weights, nothing first."""
+        found = self.policies(fact)
+        power, reference = self.single(fact, "power_of_two"), self.reference(fact)
+        if power is not None:
+            found = {"steps to powers of two": power, **found}
+        return {"none": reference, **found} if found and reference is not None else found
+
+    def _policy_rows(self, fact: NetFacts) -> Iterator[Row]:
+        reference = self.reference(fact)
+        for policy, top1 in self.policy_dots(fact).items():
+            draws = [row["top1"] for row in self.of(fact, "quantizers") if row["policy"] == policy]
+            spread = statistics.stdev(draws) if len(draws) > 1 else 0.0
+            change = math.nan if reference is None else top1 - reference
+            named = {"net": fact.label, "change": policy, "top-1 (%)": top1, "difference (points)": change}
+            yield {**named, "draws": max(len(draws), 1), "standard deviation": spread}
+
+    def _damage_rows(self, fact: NetFacts) -> Iterator[Row]:
+        rows, clean = self.of(fact, "corruptions"), self.single(fact, "clean")
+        for kind in dict.fromkeys(row["kind"] for row in rows):
+            found = {row["severity"]: row["top1"] for row in rows if row["kind"] == kind}
+            mean = statistics.fmean(found.values())
+            levels = {f"level {s}": level_of(kind, s, fact.side) for s in self.severities}
+            percents = {f"severity {s} (%)": found.get(s, math.nan) for s in self.severities}
+            shares = {"mean (%)": mean, "share of clean": mean / clean if clean else math.nan}
+            yield {"net": fact.label, "corruption": kind, **percents, **shares, **levels}
+
+    def _drawings(self) -> Iterator[Drawing]:
+        steps = {f.label: (self.step_curve(f), self.reference(f)) for f in self.facts if len(self.step_curve(f)) > 1}
+        if steps:
+            yield drawings.step_sizes(steps, TOLERANCE)
+        widths = {f.label: (self.width_curve(f), f.width, self.single(f, "clean")) for f in self.facts if len(self.width_curve(f)) > 1}
+        if widths:
+            yield drawings.bit_widths(widths)
+        policies = {f.label: {k: [Dot(v)] for k, v in self.policy_dots(f).items()} for f in self.facts if self.policy_dots(f)}
+        if policies:
+            yield drawings.policies(policies)
+        damages = {f.label: self._damage_dots(f) for f in self.facts if self.of(f, "corruptions")}
+        if damages:
+            yield drawings.corruptions(damages, self.severities)
+
+    def _damage_dots(self, fact: NetFacts) -> dict[str, list[Dot]]:
+        dots: dict[str, list[Dot]] = {}
+        clean = self.single(fact, "clean")
+        if clean is not None:
+            dots["none"] = [Dot(clean)]
+        for row in self.of(fact, "corruptions"):
+            dots.setdefault(row["kind"], []).append(Dot(row["top1"], row["severity"]))
+        return dots
+
+    def _fragile(self, summary: dict[str, Any]) -> Iterator[Advice]:
+        for label, found in summary.items():
+            steps = found.get("steps", {})
+            if steps.get("width", 1) < _FRAGILE and steps["ratios"] == len(self.ratios):
+                what = f"keeps its accuracy within {TOLERANCE:g} points only for steps of a range of {100 * steps['width']:.1f} %"
+                yield Advice(label, what, "train with loss.kure, or deploy with the very steps it was trained with")
