@@ -22,7 +22,7 @@ from qat.export.artefact_onnx import OnnxSettings, onnx_artefact
 from qat.export.check import table
 from qat.model.checkpoint import describe
 from qat.tasks.evaluate import build_subject
-from qat.tasks.predict import Subject
+from qat.tasks.predict import EvaluatedNet
 
 NETS = {"DeiT-T": "deit_tiny_patch16_224", "DeiT-S": "deit_small_patch16_224", "Swin-T": "swin_tiny_patch4_window7_224"}
 SIZE = (3, 224, 224)
@@ -63,13 +63,13 @@ def random_net(name: str, bits: int) -> nn.Module:
     return net.eval()
 
 
-def subject_of(ckpt: str) -> Subject:
+def subject_of(ckpt: str) -> EvaluatedNet:
     """What `eval.py ckpt=...` would run: the net and its data."""
     with initialize_config_dir(str(Path(qat.__file__).parents[1] / "conf"), version_base="1.3"):
         return build_subject(compose("eval", [f"ckpt={ckpt}"]))
 
 
-def images_of_the_test_set(subject: Subject) -> list[Tensor]:
+def images_of_the_test_set(subject: EvaluatedNet) -> list[Tensor]:
     """The whole test set, in batches."""
     return [images for images, _ in subject.data.sample("test", None)]
 

@@ -37,12 +37,12 @@ import qat
 from qat.model.blocks import find_blocks
 from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate
-from qat.ptq.blocks import Trace, trace, verified
+from qat.ptq.block_cache import Trace, trace, verified
+from qat.ptq.distributed import Ranks
 from qat.ptq.drivers import seeded_draws
 from qat.ptq.fitness import Evaluation, Evaluator, logits_of, plain_fitness
-from qat.ptq.ranks import Ranks
 from qat.ptq.search import search
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from qat.ptq.vector import ScaleVector, scale_vectors
 
 RACING_AFTER = 10

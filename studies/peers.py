@@ -31,7 +31,7 @@ from benchmarks.memory import MIB, resident, saved_bytes
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit import QATModule
-from qat.lit.evaluate import evaluate
+from qat.lit.accuracy import evaluate
 from qat.lit.loggers import closing
 from qat.model.start import Start
 from qat.tasks import build, cli, fit, summary

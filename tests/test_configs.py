@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import qat
-from qat.data.base import DataSettings
+from qat.data.image_data import DataSettings
 from qat.lit import build_optimizer, cosine_schedule, scaled_lr
 from qat.spec import PRESETS
 from qat.tasks import build, fit

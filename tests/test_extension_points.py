@@ -10,7 +10,7 @@ import timm.models._registry as timm_registry
 import torch
 
 import qat
-from qat.nn import registry
+from qat.nn import swap_registry
 from tests.conftest import ROOT, TINY, compose, evaluate, results, tiny, train
 
 FILES = {
@@ -143,12 +143,12 @@ def extended(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(textwrap.dedent(text))
     monkeypatch.syspath_prepend(tmp_path)
-    swaps = dict(registry._SWAPS)
+    swaps = dict(swap_registry._SWAPS)
     yield f"hydra.searchpath=[file://{tmp_path}/conf]"
     for name in FILES:
         sys.modules.pop(f"ext_{name}", None)
-    registry._SWAPS.clear()
-    registry._SWAPS.update(swaps)
+    swap_registry._SWAPS.clear()
+    swap_registry._SWAPS.update(swaps)
     timm_registry._model_entrypoints.pop("gate_net", None)
 
 

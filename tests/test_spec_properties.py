@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import qat
 from qat.model.ptq_spec import PtqRecipe, recipe_from
 from qat.ptq.bits_settings import BitsSettings
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from qat.spec import OUTPUT_ROLES, ROLES, QuantRecipe, QuantSpec
 from qat.utils.validate import check_int, check_number
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qat.analysis.base import Key, Row
+from qat.analysis.analysis import Key, Row
 from qat.errors import UsageError
 from qat.utils.files import appending, flush, remove_unfinished, write_text
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qat.analysis.base import Drawing, Outcome
+from qat.analysis.analysis import Drawing, Outcome
 from qat.utils.files import csv_text, json_text, replacing, write_text
 
 DPI = 150

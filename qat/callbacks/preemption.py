@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from qat.callbacks.last import LastCheckpoint
-from qat.launch import preemption
-from qat.launch.preemption import Preempted
+from qat.launch import signals
+from qat.launch.signals import Preempted
 
 
 class Preemption(Checkpoint):
-    """Writes `last.ckpt` and raises `Preempted` when a signal of `qat.launch.preemption` has arrived in any process.
+    """Writes `last.ckpt` and raises `Preempted` when a signal of `qat.launch.signals` has arrived in any process.
 
     Processes may see a signal in different steps, and none may stop alone: the others would wait for its gradients. Behind each step they
     start to exchange what they have seen, on the host, and read what was exchanged behind the step before, so that all act behind the same
@@ -38,8 +38,8 @@ class Preemption(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on signals wait for the end of a step."""
-        preemption.defer(on=True)
-        preemption.listen()  # Lightning's own handlers, set a moment ago, would requeue the job from a checkpoint of their own
+        signals.defer(on=True)
+        signals.listen()  # Lightning's own handlers, set a moment ago, would requeue the job from a checkpoint of their own
         self._asked, self._signal, self._saved, self._looked_at = None, 0, None, trainer.global_step
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
@@ -65,7 +65,7 @@ class Preemption(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop in front of the evaluation; from here on a signal counts at once."""
         self._stop_if_any(trainer)
-        preemption.defer(on=False)
+        signals.defer(on=False)
 
     def _stop_if_any(self, trainer: Trainer) -> None:
         """Stop if a signal has arrived in any process up to now; the processes wait for each other."""
@@ -82,13 +82,13 @@ class Preemption(Checkpoint):
 
     def _stop(self, trainer: Trainer) -> None:
         if self._signal:
-            preemption.forget()
-            preemption.defer(on=True)  # whatever comes now finds a run that is leaving already
+            signals.forget()
+            signals.defer(on=True)  # whatever comes now finds a run that is leaving already
             raise Preempted(self._signal, trainer.global_step, self._saved)
 
     def _exchange(self, *, wait: bool = False) -> int:
         """Start an exchange; the outcome of the one before it, or of this one, the same in all processes."""
-        seen = preemption.arrived()
+        seen = signals.arrived()
         if self._group is None:
             return seen
         before = self._outcome()

@@ -1,11 +1,11 @@
 """Datasets as LightningDataModules, one file each."""
 
 from qat.data.arrays import ImageArrays
-from qat.data.base import ImageData
 from qat.data.cifar import Cifar10
 from qat.data.digits import Digits
 from qat.data.fashion_mnist import FashionMnist
 from qat.data.hf_parquet import HfParquet
+from qat.data.image_data import ImageData
 from qat.data.image_transform import image_transform
 from qat.data.imagefolder import ImageFolder
 from qat.data.imagenet import ImageNet

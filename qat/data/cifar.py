@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from qat.data.arrays import ImageArrays, stratified_split
-from qat.data.base import ImageData
 from qat.data.folders import data_folder
+from qat.data.image_data import ImageData
 from qat.data.parquet import find_parquet, read_parquet
 from qat.data.pickled import FOLDER, TEST, TRAIN, find_batches, read_batches
 from qat.errors import UsageError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qat.data.arrays import ImageArrays, stratified_split
-from qat.data.base import ImageData
+from qat.data.image_data import ImageData
 
 BRIGHTEST = 16
 

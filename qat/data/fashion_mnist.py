@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from qat.data.arrays import ImageArrays, stratified_split, with_channels
-from qat.data.base import ImageData
 from qat.data.folders import data_folder
 from qat.data.idx import read_idx
+from qat.data.image_data import ImageData
 from qat.errors import UsageError
 
 

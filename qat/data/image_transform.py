@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from qat.data.arrays import to_pil, to_pixels
-from qat.data.base import ImageData
 from qat.data.encoded import as_labels, read_one
+from qat.data.image_data import ImageData
 from qat.data.imagefolder import FileImages
 from qat.data.settings import DataSettings
 from qat.data.transforms import eval_transform

@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 
-from qat.data.base import ImageData
+from qat.data.image_data import ImageData
 from qat.data.settings import DataSettings
 from qat.errors import UsageError
 

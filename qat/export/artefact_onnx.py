@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qat.export.artefact import Written
 from qat.export.check import check_onnx, table
-from qat.export.graph import ANY_BATCH, LOWEST_OPSET, Shape, export_graph, to_onnx
+from qat.export.graph import ANY_BATCH, LOWEST_OPSET, FreeDimensions, export_graph, to_onnx
 from qat.export.session import OPTIONS_KEY, SESSION_OPTIONS, milliseconds, open_session
 from qat.model.checkpoint import built_alike
 from qat.model.convert import conversion_of
@@ -34,7 +34,7 @@ class OnnxSettings:
         opset: None = the lowest that does.
         dynamic_batch: any number of images.
         dynamic_size: images of any size.
-        two_bit: see `qat.export.weights.stored_form`.
+        two_bit: see `qat.export.stored_weights.stored_form`.
         latency: images that are timed; 0 = none.
         threads: of onnxruntime while it is timed.
     """
@@ -63,7 +63,7 @@ def onnx_artefact(
     Raises:
         UsageError: see `to_onnx`.
     """
-    image, shape = images[0][:1], Shape(settings.dynamic_batch, settings.dynamic_size)
+    image, shape = images[0][:1], FreeDimensions(settings.dynamic_batch, settings.dynamic_size)
     model = to_onnx(frozen, image, opset=settings.opset, shape=shape, two_bit=settings.two_bit)
     describe_file(model, meta)
     save(model, path)

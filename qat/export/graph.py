@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.export.weights import WIDTHS, Stored, needed_opset, stored_form
+from qat.export.stored_weights import WIDTHS, Stored, needed_opset, stored_form
 from qat.functional.packing import pack_codes
 from qat.functional.ste import view_along
 from qat.model.frozen import FrozenActivation, FrozenWeight, is_frozen
@@ -64,7 +64,7 @@ def check_size(frozen: nn.Module) -> None:
             raise UsageError(f"dynamic_size=true: {name} has an offset for each pixel; must be false, or a net with quant.offsets=false")
 
 
-class Shape(NamedTuple):
+class FreeDimensions(NamedTuple):
     """Which sizes of a file's input are free.
 
     Attributes:
@@ -76,10 +76,12 @@ class Shape(NamedTuple):
     size: bool = False
 
 
-ANY_BATCH = Shape()
+ANY_BATCH = FreeDimensions()
 
 
-def to_onnx(net: nn.Module, image: Tensor, *, opset: int | None = None, shape: Shape = ANY_BATCH, two_bit: str = "int2") -> onnx.ModelProto:
+def to_onnx(
+    net: nn.Module, image: Tensor, *, opset: int | None = None, shape: FreeDimensions = ANY_BATCH, two_bit: str = "int2"
+) -> onnx.ModelProto:
     """Write a frozen net down in standard operators.
 
     Args:
@@ -202,7 +204,7 @@ def _activation_form(grid: Any, kind: torch.dtype, x: Tensor) -> Tensor:
     return y if grid.after is None else y + grid.after
 
 
-def export_graph(net: nn.Module, image: Tensor, opset: int, shape: Shape) -> onnx.ModelProto:
+def export_graph(net: nn.Module, image: Tensor, opset: int, shape: FreeDimensions) -> onnx.ModelProto:
     """Any net in ONNX, by torch's exporter; arguments as of `to_onnx`.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qat.export.graph import IN_CODES, INPUT, OUTPUT
-from qat.model.frozen.agreement import Seen, Watched
+from qat.model.frozen.agreement import QuantizerTrace, Watched
 
 if TYPE_CHECKING:
     import onnx
@@ -115,7 +115,7 @@ class Transparent:
         """Logits, and what its quantizers see and give."""
         found = {INPUT: images.cpu().float()} | outputs_of(self.session, images, [OUTPUT, *self.names], self.of_images)
         seen = {
-            name.removesuffix(IN_CODES): Seen(found[value], found[codes], name.endswith(IN_CODES))
+            name.removesuffix(IN_CODES): QuantizerTrace(found[value], found[codes], name.endswith(IN_CODES))
             for name, (value, codes) in self.places.items()
         }
         return found[OUTPUT], seen

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.interop.layout import Layout
+from qat.interop.layout import OfqLayout
 from qat.interop.names import CONSTANT, DEAD, WINDOW_INDEX, place_of
 
 LIKELY_BITS = (2, 3, 4)
@@ -24,7 +24,7 @@ def mergings_with_bias(net: nn.Module, state: Mapping[str, Tensor]) -> list[str]
     return [name for name in names if place_of(f"{name}.bias", swin=True, qkr=True).name in state]
 
 
-def fill(net: nn.Module, state: Mapping[str, Tensor], layout: Layout, origin: str) -> None:
+def fill(net: nn.Module, state: Mapping[str, Tensor], layout: OfqLayout, origin: str) -> None:
     """Load a file's tensors.
 
     Args:

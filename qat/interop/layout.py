@@ -15,7 +15,7 @@ _DEIT_BY_WIDTH = {192: "tiny", 384: "small", 768: "base"}
 
 
 @dataclass(frozen=True)
-class Layout:
+class OfqLayout:
     """Constructor of a net.
 
     Attributes:
@@ -40,7 +40,7 @@ def is_ofq(state: dict[str, Tensor]) -> bool:
     return any(name.endswith("input_quant_fn.s") for name in state)
 
 
-def read_layout(state: dict[str, Tensor], origin: str) -> Layout:
+def read_layout(state: dict[str, Tensor], origin: str) -> OfqLayout:
     """The layout of the net in a file.
 
     Args:
@@ -68,7 +68,7 @@ def _side(state: dict[str, Tensor], stem: str) -> int:
     return math.isqrt(state[f"{stem}.move_b4.bias"].numel())
 
 
-def _deit(state: dict[str, Tensor]) -> Layout:
+def _deit(state: dict[str, Tensor]) -> OfqLayout:
     width, depth = state["cls_token"].shape[-1], _highest(state, r"blocks\.(\d+)\.")
     stem, side, first = state["patch_embed.proj.weight"], _side(state, "patch_embed.proj"), "blocks.0.attn"
     qkr = f"{first}.q.weight" in state
@@ -89,10 +89,10 @@ def _deit(state: dict[str, Tensor]) -> Layout:
     }
     distilled = "dist_token" in state
     model = None if size is None else f"deit_{size}{'_distilled' if distilled else ''}_patch16_224"
-    return Layout(swin=False, distilled=distilled, model=model, kwargs=kwargs, qkr=qkr, input_size=(stem.shape[1], side, side))
+    return OfqLayout(swin=False, distilled=distilled, model=model, kwargs=kwargs, qkr=qkr, input_size=(stem.shape[1], side, side))
 
 
-def _swin(state: dict[str, Tensor]) -> Layout:
+def _swin(state: dict[str, Tensor]) -> OfqLayout:
     stem, side = state["features.0.0.weight"], _side(state, "features.0.0")
     stages = range(1, _highest(state, r"features\.(\d+)\."), 2)
     tables = [state[f"features.{s}.0.attn.relative_position_bias_table"] for s in stages]
@@ -112,6 +112,6 @@ def _swin(state: dict[str, Tensor]) -> Layout:
         "drop_path_rate": 0.0,
     }
     qkr = f"{first}.attn.q.weight" in state
-    return Layout(
+    return OfqLayout(
         swin=True, distilled=False, model=f"{model}_patch4_window7_224", kwargs=kwargs, qkr=qkr, input_size=(stem.shape[1], side, side)
     )

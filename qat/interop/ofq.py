@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.interop.fill import LIKELY_BITS, fill, likely_act_bits, mergings_with_bias
-from qat.interop.layout import Layout, is_ofq, read_layout
+from qat.interop.layout import OfqLayout, is_ofq, read_layout
 from qat.interop.names import DEAD
 from qat.model.biases import grow_biases
 from qat.model.checkpoint import Checkpoint, read_checkpoint
@@ -101,7 +101,7 @@ def _built(name: str, kwargs: dict[str, Any], origin: str) -> nn.Module:
     return net
 
 
-def _constructor(layout: Layout, model: str | None, origin: str) -> tuple[str, dict[str, Any]]:
+def _constructor(layout: OfqLayout, model: str | None, origin: str) -> tuple[str, dict[str, Any]]:
     """Timm name and arguments; the widths of `model` have to be those of the file."""
     if model is None:
         if layout.model is None:
@@ -121,7 +121,7 @@ def _constructor(layout: Layout, model: str | None, origin: str) -> tuple[str, d
     return model, kwargs
 
 
-def _recipe(args: Mapping[str, Any] | None, layout: Layout, bits: int | None, act_bits: int | None, origin: str) -> QuantRecipe:
+def _recipe(args: Mapping[str, Any] | None, layout: OfqLayout, bits: int | None, act_bits: int | None, origin: str) -> QuantRecipe:
     """The recipe that the file was trained with.
 
     Raises:

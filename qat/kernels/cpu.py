@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qat.kernels import build, reference
+from qat.kernels import compile_cpp, reference
 from qat.kernels.grid import Grid, Layout, row_stride, rows_of
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _SIGNATURES = {
 def _library() -> Any:
     """The functions of cpu.cpp, None where they cannot be had."""
     try:
-        library = build.load(Path(__file__).with_name("cpu.cpp").read_text())
+        library = compile_cpp.load(Path(__file__).with_name("cpu.cpp").read_text())
     except (OSError, subprocess.SubprocessError) as error:
         log.info("quantizers take several passes over memory: no compiled kernels (%s)", error)
         return None

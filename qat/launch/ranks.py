@@ -25,12 +25,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, SCMode
 
 from qat.errors import UsageError
-from qat.launch import preemption
+from qat.launch import signals
 from qat.launch.watch import Watch
 
 # In the environment of a process that this module started: the pipe for what the task returns, -1 in all but the first.
 OUTCOME = "QAT_RANK_OUTCOME"
-FORWARDED = preemption.SIGNALS
+FORWARDED = signals.SIGNALS
 # Strategies of Lightning that copy the running process.
 COPYING = ("spawn", "fork", "notebook")
 HIGHEST_COUNT = 1024  # more is a typing mistake that no machine survives
@@ -193,7 +193,7 @@ def _forwarding(watch: Watch) -> Generator[None]:
     """Hand on the signals by which a cluster or a person ends or preempts a job; a second Ctrl-C ends it here."""
 
     def hand_on(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and preemption.is_impatient():
+        if number == signal.SIGINT and signals.is_impatient():
             raise KeyboardInterrupt
         watch.send(signal.Signals(number))
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UsageError
 from qat.launch import ranks
-from qat.launch.preemption import Preempted
+from qat.launch.signals import Preempted
 from qat.tasks import repeat
 
 log = logging.getLogger(__name__)

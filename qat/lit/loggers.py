@@ -15,7 +15,7 @@ from filelock import FileLock
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from qat.errors import UsageError
-from qat.launch.preemption import Preempted
+from qat.launch.signals import Preempted
 from qat.utils.validate import check_text
 
 # They report to their makers by default, and MLflow that it makes tables; who wants that sets the variable.

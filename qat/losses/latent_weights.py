@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.model.convert import stem_and_heads
 from qat.model.sites import WEIGHT_ROLES, iter_quantizers
-from qat.nn.base import QuantModule
+from qat.nn.quant_module import QuantModule
 from qat.utils.validate import check_choice
 
 QK_FORMS = ("product", "factors", "both")

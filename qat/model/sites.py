@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.nn.base import QuantModule
+from qat.nn.quant_module import QuantModule
 from qat.quantizers import Quantizer
 
 WEIGHT_ROLES = ("weight", "qk")

@@ -1,12 +1,12 @@
 """Modules that own quantizers, one file per timm family. Importing the package registers every swap."""
 
-from qat.nn import beit, conv, eva, fqvit, fqvit_swin, linear, pool, relpos, source, swin, swinv2, vit
+from qat.nn import beit, conv, eva, fqvit, fqvit_swin, linear, pool, recomputable, relpos, swin, swinv2, vit
 from qat.nn.attention import QkrAttention, QuantAttention, ScoredAttention
-from qat.nn.base import QuantModule
 from qat.nn.conv import QuantConv2d
 from qat.nn.fqvit import FqNet
 from qat.nn.linear import QuantLinear
-from qat.nn.registry import INTENTS, Swap, SwapContext, find_swap, register_swap, swap_net
+from qat.nn.quant_module import QuantModule
+from qat.nn.swap_registry import INTENTS, Swap, SwapContext, find_swap, register_swap, swap_net
 
 __all__ = [
     "INTENTS",
@@ -29,7 +29,7 @@ __all__ = [
     "pool",
     "register_swap",
     "relpos",
-    "source",
+    "recomputable",
     "swap_net",
     "swin",
     "swinv2",

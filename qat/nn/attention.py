@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from qat.errors import UsageError
 from qat.functional.qkr import fold_q_bias, fold_qk
 from qat.kernels.fused import QkrOperands, QkrWeights, Scoring, attention, can_fuse, joint_scores, probs_dtype, qkr_attention
-from qat.nn.base import QuantModule, is_watched
 from qat.nn.fusing import is_off, operand_of, statsq_bits
 from qat.nn.linear import QuantLinear
-from qat.nn.registry import SwapContext
+from qat.nn.quant_module import QuantModule, is_watched
+from qat.nn.swap_registry import SwapContext
 
 
 def refuse_qkr(why: str) -> NoReturn:

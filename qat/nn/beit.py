@@ -8,7 +8,7 @@ from timm.models.beit import Attention
 from torch import Tensor, nn
 
 from qat.nn.attention import QkrAttention, QuantAttention, qkv_bias, split_heads
-from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
 class _OptionalRelativeBias(nn.Module):

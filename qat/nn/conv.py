@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.nn.base import QuantModule
-from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.quant_module import QuantModule
+from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.quantizers import Quantizer
 
 

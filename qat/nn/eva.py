@@ -10,7 +10,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from qat.nn.attention import QuantAttention, qkv_bias, refuse_qkr, split_heads
-from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.nn.vit import masked
 
 

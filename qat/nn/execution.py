@@ -8,7 +8,7 @@ from collections.abc import Generator
 from torch import nn
 
 from qat.nn.attention import ScoredAttention
-from qat.nn.base import QuantModule
+from qat.nn.quant_module import QuantModule
 from qat.utils.validate import check_choice
 
 MEMORY = ("save", "recompute")

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from qat.errors import UsageError
 from qat.functional.int_layer_norm import integer_layer_norm
 from qat.nn.attention import ScoredAttention, split_heads
-from qat.nn.base import shallow_cast
 from qat.nn.linear import QuantLinear
-from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.quant_module import shallow_cast
+from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.nn.vit import masked
 from qat.quantizers import Affine
 from qat.spec import QuantSpec

@@ -6,9 +6,9 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, Win
 from torch import Tensor, nn
 
 from qat.nn.attention import add_window_mask
-from qat.nn.base import shallow_cast
 from qat.nn.fqvit import FqAttention
-from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.quant_module import shallow_cast
+from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.nn.swin import _RelativeBias
 
 

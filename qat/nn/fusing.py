@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from qat.kernels.fused import Operand
-from qat.nn.base import is_watched
+from qat.nn.quant_module import is_watched
 from qat.quantizers import LSQ, Shifted, StatsQ
 
 

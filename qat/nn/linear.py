@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.kernels.fused import can_fuse, lsq_linear
-from qat.nn.base import QuantModule
 from qat.nn.fusing import operand_of, statsq_bits
-from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.quant_module import QuantModule
+from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.quantizers import Quantizer
 
 # Activations whose negative tail is small enough for an unsigned grid; the learnt offset in front recovers the rest.

@@ -7,7 +7,7 @@ from timm.layers.attention import maybe_add_mask
 from torch import Tensor, nn
 
 from qat.nn.attention import QuantAttention, split_heads
-from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
 class QuantAttentionPool(QuantAttention):

@@ -7,7 +7,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
 from qat.nn.attention import QkrAttention, QuantAttention, refuse_qkr, split_heads
-from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.nn.vit import normalises
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qat.kernels.fused import can_fuse, viewed
 from qat.nn.attention import QkrAttention, QuantAttention, add_window_mask, split_heads
 from qat.nn.linear import hint_mlp
-from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
 class _RelativeBias(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.nn.attention import QuantAttention, add_window_mask, qkv_bias, refuse_qkr, split_heads
-from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 # Swin v2, section 3.2: the learnt temperature is kept above 0.01, the bias between 0 and 16.
 _LOWEST_TEMPERATURE = 0.01

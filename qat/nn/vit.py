@@ -7,7 +7,7 @@ from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor, nn
 
 from qat.nn.attention import QkrAttention, QuantAttention, refuse_qkr, split_heads
-from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
 def masked(scores: Tensor, attn_mask: Tensor | None, *, is_causal: bool) -> Tensor:

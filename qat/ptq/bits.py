@@ -33,10 +33,10 @@ from qat.model.blocks import CONTAINER, find_blocks
 from qat.model.convert import Conversion, conversion_of
 from qat.model.scales import assert_ready
 from qat.ptq.bits_settings import BitsSettings
-from qat.ptq.blocks import trace, verified
+from qat.ptq.block_cache import trace, verified
+from qat.ptq.distributed import Ranks
 from qat.ptq.fitness import Evaluator, check_batches
 from qat.ptq.points import BitsResult, BitsState, Point, Record
-from qat.ptq.ranks import Ranks
 from qat.ptq.replay import Replay
 from qat.ptq.state import SearchFiles, fingerprint
 from qat.ptq.widths import Widths, with_bits

@@ -8,7 +8,7 @@ from typing import Any
 
 from qat.errors import UsageError
 from qat.functional.infonce import FITNESSES, TEMPERATURE
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from qat.utils.validate import check_bits, check_choice, check_globs, check_int, check_number
 
 METHOD = "bits"

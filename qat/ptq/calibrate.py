@@ -14,9 +14,9 @@ from qat.errors import UsageError
 from qat.model.scales import assert_ready
 from qat.model.sites import iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
+from qat.ptq.distributed import Ranks
 from qat.ptq.observers import Observer
 from qat.ptq.patching import Forward, patched
-from qat.ptq.ranks import Ranks
 from qat.quantizers import Affine, Quantizer
 from qat.utils.probing import allow_unset_scales, probing
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from qat.errors import UsageError
 from qat.functional.evolution import Draw, draw, evolved_child, initial_population, insert, random_child
 from qat.ptq.fitness import Evaluation, Evaluator
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from qat.ptq.vector import ScaleVector
 
 # (pass, block, cycle), each from 0, and the radius of each scale (n,), to what is random in that cycle.

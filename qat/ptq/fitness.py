@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 from qat.errors import UsageError
 from qat.functional.infonce import logit_fitness
-from qat.ptq.blocks import GIB, PrefixCache, Trace
+from qat.ptq.block_cache import GIB, PrefixCache, Trace
+from qat.ptq.distributed import Ranks
 from qat.ptq.inplace import overwriting
 from qat.ptq.patching import patched
-from qat.ptq.ranks import Ranks
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from qat.ptq.vector import ScaleVector
-from qat.ptq.weights import WeightCache
+from qat.ptq.weight_cache import WeightCache
 
 # A candidate is given up when it is worse by this many standard errors of what the images to come may change.
 # Of candidates given up so, 1.8 % would have been accepted (2.8 % with 100 images): docs/evolq.md.

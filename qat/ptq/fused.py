@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qat.functional.affine import fake_quantize_affine_
-from qat.kernels import build
+from qat.kernels import compile_cpp
 
 log = logging.getLogger(__name__)
 Kernel = Callable[[Tensor, Tensor, Tensor, int, int], None]
@@ -71,7 +71,7 @@ def _compiled() -> Kernel:
         OSError: there is no compiler, or what it made cannot be loaded.
         subprocess.SubprocessError: it took too long.
     """
-    quantize = build.load(_SOURCE).quantize
+    quantize = compile_cpp.load(_SOURCE).quantize
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float
     quantize.argtypes, quantize.restype = (pointer, pointer, pointer, size, size, number, number), None
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qat.functional.observers import RangeState, affine_from_state, observe
-from qat.ptq.ranks import Ranks
+from qat.ptq.distributed import Ranks
 from qat.quantizers import Affine
 
 # These try candidates on the last batch; the others need nothing but the range.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from qat.functional.allocation import Assignment
-from qat.ptq.blocks import Trace
+from qat.ptq.block_cache import Trace
 from qat.ptq.fitness import Evaluation, Evaluator
 from qat.ptq.widths import Widths
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.model.blocks import find_blocks
 from qat.model.scales import assert_ready
-from qat.ptq.blocks import GIB, trace, verified
+from qat.ptq.block_cache import GIB, trace, verified
+from qat.ptq.distributed import Ranks
 from qat.ptq.drivers import DRIVERS, Draws, Visit, seeded_draws
 from qat.ptq.fitness import Evaluator, check_batches
-from qat.ptq.ranks import Ranks
-from qat.ptq.settings import GRADIENT_METHODS, SearchSettings
+from qat.ptq.search_settings import GRADIENT_METHODS, SearchSettings
 from qat.ptq.state import SearchFiles, SearchState, fingerprint
 from qat.ptq.vector import ScaleVector, joined, scale_vectors
 

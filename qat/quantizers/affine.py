@@ -12,7 +12,7 @@ from qat.errors import UsageError
 from qat.functional.affine import affine_codes, affine_from_range, code_range, fake_quantize_affine, min_max
 from qat.functional.bias_correction import correct_mean_and_std
 from qat.functional.observers import affine_scale
-from qat.quantizers.base import Quantizer
+from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
 from qat.spec import QuantSpec
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qat.quantizers.base import Quantizer
+from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
 
 

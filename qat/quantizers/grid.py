@@ -6,8 +6,8 @@ from torch import Tensor
 
 from qat.functional.lsq import SCALE_FLOOR
 from qat.functional.ste import view_along
-from qat.quantizers.base import Quantizer
 from qat.quantizers.lsq import LSQ
+from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.statsq import StatsQ
 
 

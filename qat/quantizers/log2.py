@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qat.functional.log2 import fake_quantize_log2, log2_codes
-from qat.quantizers.base import Quantizer
+from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
 
 

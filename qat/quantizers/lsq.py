@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qat.functional.lsq import lsq, lsq_codes, lsq_init_scale, mse_init_scale
 from qat.kernels import Grid
-from qat.quantizers.base import Quantizer
+from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
 from qat.spec import QuantSpec
 

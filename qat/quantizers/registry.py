@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 
 from qat.errors import UsageError
-from qat.quantizers.base import Quantizer
+from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.shifted import Shifted
 from qat.spec import QuantSpec
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.base import Quantizer
+from qat.quantizers.quantizer import Quantizer
 
 
 class Shifted(Quantizer):

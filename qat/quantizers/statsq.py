@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qat.functional.statsq import statsq, statsq_codes, statsq_codes_with_scale, statsq_scale, statsq_with_scale
 from qat.functional.ste import mean_abs, view_along
-from qat.quantizers.base import Quantizer
+from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
 from qat.spec import QuantSpec
 

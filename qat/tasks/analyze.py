@@ -14,15 +14,15 @@ from typing import Any
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from qat.analysis import Analysis, ImageSet, Ledger, Outcome, Point, Row, StudiedNet, measure, write_outcome
+from qat.analysis import Analysis, Evaluation, ImageSet, Ledger, Outcome, Row, StudiedNet, measure, write_outcome
 from qat.analysis.images import gathered
 from qat.errors import UsageError
-from qat.launch.preemption import Preempted
+from qat.launch.signals import Preempted
 from qat.ptq.state import fingerprint
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_flag, check_settings
 from qat.tasks.evaluate import build_subject, origin
-from qat.tasks.predict import Subject
+from qat.tasks.predict import EvaluatedNet
 from qat.tasks.repeat import CONF, recorded
 from qat.tasks.report import remake, remember, report_run
 from qat.tasks.results import recipe_fields, write_results
@@ -36,7 +36,7 @@ INTERRUPTED = 130  # what a shell says of a command ended by Ctrl-C
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
+class AnalysisRun:
     """Everything that an analysis works on, built and checked.
 
     Attributes:
@@ -46,7 +46,7 @@ class Study:
     """
 
     analysis: Analysis
-    subjects: list[Subject]
+    subjects: list[EvaluatedNet]
     nets: list[StudiedNet]
     images: ImageSet | None
 
@@ -124,7 +124,7 @@ def _analysis_class(target: object) -> Any:
     return kind
 
 
-def _build(cfg: DictConfig) -> Study:
+def _build(cfg: DictConfig) -> AnalysisRun:
     if cfg.ckpt is not None and not (isinstance(cfg.ckpt, str) or OmegaConf.is_list(cfg.ckpt)):
         raise UsageError(f"ckpt={cfg.ckpt!r}: must be a path or a list of paths")
     paths = [cfg.ckpt] if cfg.ckpt is None or isinstance(cfg.ckpt, str) else list(cfg.ckpt)
@@ -154,7 +154,7 @@ def _build(cfg: DictConfig) -> Study:
     images = None
     if analysis.split is not None:
         images = _images(cfg, subjects[0], analysis, trainer.strategy.root_device)
-    return Study(analysis, subjects, nets, images)
+    return AnalysisRun(analysis, subjects, nets, images)
 
 
 def _with_ckpt(cfg: DictConfig, path: str | None) -> DictConfig:
@@ -163,7 +163,7 @@ def _with_ckpt(cfg: DictConfig, path: str | None) -> DictConfig:
     return one
 
 
-def _images(cfg: DictConfig, subject: Subject, analysis: Analysis, device: Any) -> ImageSet:
+def _images(cfg: DictConfig, subject: EvaluatedNet, analysis: Analysis, device: Any) -> ImageSet:
     data = subject.data
     split: str = cfg.split if cfg.split is not None else (data.evaluation_split if analysis.split == "test" else str(analysis.split))
     check_choice("split", split, SPLITS)
@@ -171,7 +171,7 @@ def _images(cfg: DictConfig, subject: Subject, analysis: Analysis, device: Any) 
     return gathered(data.sample(split, cfg.images), device, split, settings.mean, settings.std)
 
 
-def _check_alike(subjects: Sequence[Subject], paths: Sequence[str]) -> None:
+def _check_alike(subjects: Sequence[EvaluatedNet], paths: Sequence[str]) -> None:
     """Nets that are compared see the same images."""
     first = subjects[0].data
     for subject, path in zip(subjects[1:], paths[1:], strict=True):
@@ -207,7 +207,7 @@ def _labels(cfg: DictConfig, paths: Sequence[str]) -> list[str]:
     raise UsageError(f"ckpt={list(paths)}: the same file twice; must be different files")
 
 
-def _rows(cfg: DictConfig, study: Study) -> Iterator[Row]:
+def _rows(cfg: DictConfig, study: AnalysisRun) -> Iterator[Row]:
     if study.images is None:
         return iter(())
     points = study.analysis.points(study.nets, study.images)
@@ -218,7 +218,9 @@ def _rows(cfg: DictConfig, study: Study) -> Iterator[Row]:
     return _measured(study.analysis, study.nets, study.images, points, ledger)
 
 
-def _measured(analysis: Analysis, nets: Sequence[StudiedNet], images: ImageSet, points: Sequence[Point], ledger: Ledger) -> Iterator[Row]:
+def _measured(
+    analysis: Analysis, nets: Sequence[StudiedNet], images: ImageSet, points: Sequence[Evaluation], ledger: Ledger
+) -> Iterator[Row]:
     rows = []
     for row in measure(points, images, ledger):
         rows.append(row)
@@ -226,7 +228,7 @@ def _measured(analysis: Analysis, nets: Sequence[StudiedNet], images: ImageSet, 
     yield from measure(analysis.follow_up(nets, images, rows), images, ledger)
 
 
-def _announce(cfg: DictConfig, study: Study) -> None:
+def _announce(cfg: DictConfig, study: AnalysisRun) -> None:
     entries = {"analysis": study.analysis.name}
     for subject, net in zip(study.subjects, study.nets, strict=True):
         entries[net.label] = f"{summary.describe_model(subject.name, subject.net, subject.data)}; {summary.describe_recipe(subject.recipe)}"
@@ -238,7 +240,7 @@ def _announce(cfg: DictConfig, study: Study) -> None:
     log.info(summary.lines("qat: analysis", entries))
 
 
-def _write(cfg: DictConfig, study: Study, outcome: Outcome, *, complete: bool, seconds: float) -> None:
+def _write(cfg: DictConfig, study: AnalysisRun, outcome: Outcome, *, complete: bool, seconds: float) -> None:
     subject = study.subjects[0]
     weights = [str(net.path) for net in study.nets if net.path is not None]
     write_results(

@@ -21,11 +21,11 @@ from qat.model.convert import conversion_of, conversion_report
 from qat.model.cost import size_bytes
 from qat.ptq.bits import search_bits
 from qat.ptq.bits_settings import BitsSettings
+from qat.ptq.distributed import Ranks
 from qat.ptq.points import BitsResult
-from qat.ptq.ranks import Ranks
 from qat.ptq.widths import set_bits
 from qat.report.front import draw_front
-from qat.tasks.predict import Subject
+from qat.tasks.predict import EvaluatedNet
 from qat.utils.files import json_text, write_text
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,13 @@ COLUMNS = ("size_bytes", "average_bits", "fitness", "top1", "selected", "bits")
 
 
 def run_bits(
-    cfg: DictConfig, settings: BitsSettings, subject: Subject, batches: list[Tensor], targets: list[Tensor], trainer: Trainer, ranks: Ranks
+    cfg: DictConfig,
+    settings: BitsSettings,
+    subject: EvaluatedNet,
+    batches: list[Tensor],
+    targets: list[Tensor],
+    trainer: Trainer,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Search on a calibrated net, in place, and report the front; gives what `results.json` says of it.
 
@@ -70,7 +76,7 @@ def hydra_text(value: Any) -> str:
     return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def _measured(found: BitsResult, settings: BitsSettings, subject: Subject, trainer: Trainer) -> list[dict[str, Any]]:
+def _measured(found: BitsResult, settings: BitsSettings, subject: EvaluatedNet, trainer: Trainer) -> list[dict[str, Any]]:
     """The front, by ascending size; some of its points with their accuracy on the evaluation split, which is looked at for no choice."""
     chosen = spread(len(found.front), settings.front_points, found.front.index(found.best))
     rows = []
@@ -91,7 +97,7 @@ def _measured(found: BitsResult, settings: BitsSettings, subject: Subject, train
     return rows
 
 
-def _accuracy(bits: dict[str, int], subject: Subject, trainer: Trainer) -> float:
+def _accuracy(bits: dict[str, int], subject: EvaluatedNet, trainer: Trainer) -> float:
     # A copy: the device on which a trainer leaves a net is not always the one on which its scales were made.
     net = copy.deepcopy(subject.net)
     set_bits(net, bits)
@@ -100,7 +106,7 @@ def _accuracy(bits: dict[str, int], subject: Subject, trainer: Trainer) -> float
     return float(metrics["test/top1"])
 
 
-def _write(run_dir: Path, found: BitsResult, rows: list[dict[str, Any]], subject: Subject) -> None:
+def _write(run_dir: Path, found: BitsResult, rows: list[dict[str, Any]], subject: EvaluatedNet) -> None:
     """`front.json`, `front.csv` and a drawing."""
     shared = {"selected_on": "calibration", "split": subject.data.evaluation_split, "budget_bytes": found.budget_bytes}
     write_text(run_dir / "front.json", json_text(shared | {"layers": found.layers, "points": rows}))

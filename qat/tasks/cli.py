@@ -23,9 +23,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.errors import UsageError
-from qat.launch import lock, preemption, ranks, slurm
+from qat.launch import lock, ranks, signals, slurm
 from qat.launch.lock import InUseError
-from qat.launch.preemption import Preempted
+from qat.launch.signals import Preempted
 from qat.launch.watch import LOST
 from qat.tasks import foreign, overrides, repeat, resolvers, sweep
 from qat.tasks.outputs import Found, UsedError, checkpoints
@@ -81,7 +81,7 @@ def command(main: Callable[[], None]) -> int:
         Exit code: 1 if a job failed, here or in another process; 130 behind a Ctrl-C.
     """
     handler = signal.getsignal(signal.SIGINT)
-    if handler is preemption.end_at_once:
+    if handler is signals.end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     expand_home()
     missing = sweep.missing_extra(sys.argv[1:])
@@ -134,7 +134,7 @@ def run(task: str, cfg: DictConfig) -> float | None:
             if error.message is not None:
                 _report(cfg, error.message, None, found)
             _failed_jobs.append(str(error))
-            code, ends = error.code, ends or preemption.ends(error.code)
+            code, ends = error.code, ends or signals.ends(error.code)
         except Exception as error:
             mistake = _mistake(error)
             if isinstance(mistake, LostError) and ranks.is_started_here():
@@ -151,7 +151,7 @@ def run(task: str, cfg: DictConfig) -> float | None:
 
 def _call(task: str, cfg: DictConfig, found: Found) -> float | None:
     """Run the task; a signal to go ends the process, also in the middle of a multirun."""
-    with preemption.listening():
+    with signals.listening():
         try:
             return _start(task, cfg)
         except Preempted as stop:
@@ -170,7 +170,7 @@ def _start(task: str, cfg: DictConfig) -> float | None:
     slurm.continues(cfg)
     slurm.check_place(cfg)
     alone = task in {"analyze", "export"} or cfg.get("predict") is not None  # they refuse several devices themselves
-    with preemption.importing():
+    with signals.importing():
         count = max(0 if alone else ranks.to_start(cfg), least)
         function = None if count else getattr(importlib.import_module(f"qat.tasks.{task}"), task)
     if function is None:

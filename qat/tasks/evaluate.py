@@ -27,7 +27,7 @@ from qat.model.transform import data_config
 from qat.spec import recipe
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_classifier, check_patches, check_settings
-from qat.tasks.predict import Subject, class_names, find_images, predict
+from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
 from qat.tasks.repeat import recorded
 from qat.tasks.results import measured, recipe_fields, sizes, write_results
 from qat.utils.files import write_text
@@ -84,7 +84,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     return None if top1 is None else float(top1)
 
 
-def build_subject(cfg: DictConfig) -> Subject:
+def build_subject(cfg: DictConfig) -> EvaluatedNet:
     """The net of `ckpt` or `model`, its data and their classes.
 
     Raises:
@@ -98,10 +98,10 @@ def build_subject(cfg: DictConfig) -> Subject:
     _check_fit(net, data)
     done = conversion_of(net)
     classes = class_names(classes_of(net), data, data.settings.num_classes) if cfg.get("predict") is not None else []
-    return Subject(net, name, recipe("fp") if done is None else done.recipe, data, classes)
+    return EvaluatedNet(net, name, recipe("fp") if done is None else done.recipe, data, classes)
 
 
-def measure(subject: Subject, trainer: Trainer, costs: Cost) -> dict[str, Any]:
+def measure(subject: EvaluatedNet, trainer: Trainer, costs: Cost) -> dict[str, Any]:
     """Accuracies in percent, loss, sizes: the keys of `results.json` that a test split gives."""
     data = subject.data
     module = QATModule(subject.net, CompositeLoss({"ce": CrossEntropy()}), num_classes=data.settings.num_classes)

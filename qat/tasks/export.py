@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.export.artefact import Written, packed_artefact
 from qat.export.graph import check_size, require_onnx
-from qat.export.weights import TWO_BIT
+from qat.export.stored_weights import TWO_BIT
 from qat.model.checkpoint import describe
 from qat.model.convert import conversion_of
 from qat.model.frozen import freeze, is_frozen
@@ -22,7 +22,7 @@ from qat.model.transform import data_config
 from qat.tasks import build, summary
 from qat.tasks.checks import check_flag, check_keys, check_settings
 from qat.tasks.evaluate import build_subject, origin
-from qat.tasks.predict import Subject, class_names
+from qat.tasks.predict import EvaluatedNet, class_names
 from qat.tasks.repeat import recorded
 from qat.tasks.results import recipe_fields, write_results
 from qat.tasks.trainer_checks import SPLITS
@@ -117,12 +117,12 @@ def _target(cfg: DictConfig) -> Path:
     return target
 
 
-def _images(cfg: DictConfig, subject: Subject) -> list[Tensor]:
+def _images(cfg: DictConfig, subject: EvaluatedNet) -> list[Tensor]:
     split = cfg.split or subject.data.evaluation_split
     return [images for images, _ in subject.data.sample(split, cfg.images)]
 
 
-def _entries(cfg: DictConfig, subject: Subject, target: Path, images: Sequence[Tensor]) -> dict[str, str]:
+def _entries(cfg: DictConfig, subject: EvaluatedNet, target: Path, images: Sequence[Tensor]) -> dict[str, str]:
     return {
         "model": summary.describe_model(subject.name, subject.net, subject.data),
         "recipe": summary.describe_recipe(subject.recipe),
@@ -132,7 +132,7 @@ def _entries(cfg: DictConfig, subject: Subject, target: Path, images: Sequence[T
     }
 
 
-def _write(cfg: DictConfig, target: Path, subject: Subject, frozen: nn.Module, images: Sequence[Tensor]) -> tuple[Written, float]:
+def _write(cfg: DictConfig, target: Path, subject: EvaluatedNet, frozen: nn.Module, images: Sequence[Tensor]) -> tuple[Written, float]:
     """Write, compare, and only then give the file its name."""
     unchecked = target.with_name(f".unchecked.{target.name}")
     unchecked.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def _write(cfg: DictConfig, target: Path, subject: Subject, frozen: nn.Module, i
     return written, min(found.top1 for found in written.checked.agreement.values())
 
 
-def _artefact(cfg: DictConfig, subject: Subject, frozen: nn.Module, images: Sequence[Tensor]) -> Callable[[Path], Written]:
+def _artefact(cfg: DictConfig, subject: EvaluatedNet, frozen: nn.Module, images: Sequence[Tensor]) -> Callable[[Path], Written]:
     data = build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(subject.net))
     classes = class_names(None, subject.data, subject.data.settings.num_classes)
     meta = describe(frozen, data=data, classes=classes)

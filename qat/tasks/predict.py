@@ -32,7 +32,7 @@ FILE = "predictions.csv"
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedNet:
     """A net and what it is evaluated on, built and checked.
 
     Attributes:
@@ -82,7 +82,7 @@ def find_images(where: str) -> list[Path]:
     return sorted(found)
 
 
-def predict(cfg: DictConfig, subject: Subject, paths: list[Path], trainer: Trainer) -> None:
+def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: Trainer) -> None:
     """Write `predictions.csv` into the run directory and show its first lines.
 
     Raises:

@@ -26,15 +26,15 @@ from qat.model.cost import cost
 from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate, in_float
 from qat.ptq.bits_settings import BitsSettings
-from qat.ptq.ranks import Ranks
-from qat.ptq.settings import SearchSettings
+from qat.ptq.distributed import Ranks
+from qat.ptq.search_settings import SearchSettings
 from qat.spec import recipe as preset
 from qat.tasks import build, fit, outputs, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, measure, origin
-from qat.tasks.kept import build_target_net, check_start, is_kept
 from qat.tasks.outputs import UsedError
-from qat.tasks.predict import Subject
+from qat.tasks.predict import EvaluatedNet
+from qat.tasks.ptq_keep import build_target_net, check_start, is_kept
 from qat.tasks.repeat import recorded
 from qat.tasks.report import remember, report_run, studied
 from qat.tasks.results import recipe_fields, write_results
@@ -48,7 +48,7 @@ FILE = "quantized.ckpt"
 
 
 @dataclass(frozen=True)
-class Run:
+class PtqRun:
     """Everything that a run is made of, built and checked.
 
     Attributes:
@@ -60,8 +60,8 @@ class Run:
         constructor: of the timm model: what `qat.save` is told of it.
     """
 
-    subject: Subject
-    quantized: Subject
+    subject: EvaluatedNet
+    quantized: EvaluatedNet
     search: SearchSettings | BitsSettings | None
     batches: list[Tensor]
     trainer: Trainer
@@ -101,7 +101,7 @@ def ptq(cfg: DictConfig) -> float:
     return float(results["top1"])
 
 
-def _quantize(cfg: DictConfig, run: Run, began: float) -> dict[str, Any]:
+def _quantize(cfg: DictConfig, run: PtqRun, began: float) -> dict[str, Any]:
     """Do all of it, evaluate, and write what came of it; gives the results."""
     subject, net = run.quantized, run.quantized.net
     top1_fp = _measure_float(run)
@@ -120,7 +120,7 @@ def _quantize(cfg: DictConfig, run: Run, began: float) -> dict[str, Any]:
     return results
 
 
-def _as_it_is(subject: Subject) -> Subject:
+def _as_it_is(subject: EvaluatedNet) -> EvaluatedNet:
     """With the recipe that the net has by now: a search may have chosen other bits."""
     done = conversion_of(subject.net)
     return subject if done is None else dataclasses.replace(subject, recipe=done.recipe)
@@ -155,7 +155,7 @@ def calibration_batches(cfg: DictConfig, data: ImageData) -> list[Tensor]:
     return batches
 
 
-def _build(cfg: DictConfig) -> Run:
+def _build(cfg: DictConfig) -> PtqRun:
     check_settings(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     check_int("ptq.batch", cfg.ptq.batch, 1)
@@ -175,7 +175,7 @@ def _build(cfg: DictConfig) -> Run:
         net = convert(copy.deepcopy(subject.net), recipe, input_size=subject.data.input_size)
         quantized = dataclasses.replace(subject, net=net, recipe=recipe)
     check_targets(search, quantized.net)
-    return Run(subject, quantized, search, batches, trainer, teacher, constructor)
+    return PtqRun(subject, quantized, search, batches, trainer, teacher, constructor)
 
 
 def _remove_older(cfg: DictConfig) -> None:
@@ -193,7 +193,7 @@ def _refuse_used(run_dir: Path, *, allowed: bool) -> None:
         raise UsedError(f"run_dir={str(run_dir)!r} holds {held} already; choose another run_dir or set overwrite=true")
 
 
-def _announce(cfg: DictConfig, run: Run) -> None:
+def _announce(cfg: DictConfig, run: PtqRun) -> None:
     data, trainer = run.subject.data, run.trainer
     entries = {
         "model": summary.describe_model(run.subject.name, run.subject.net, data),
@@ -212,25 +212,25 @@ def _announce(cfg: DictConfig, run: Run) -> None:
     log.info(summary.compact(report))
 
 
-def _measure(trainer: Trainer, subject: Subject, what: str) -> dict[str, Any]:
+def _measure(trainer: Trainer, subject: EvaluatedNet, what: str) -> dict[str, Any]:
     """Evaluate a net: keys of `results.json`."""
     log.info("%s net", what)
     return measure(subject, trainer, cost(subject.net, subject.data.input_size))
 
 
-def _measure_float(run: Run) -> float:
+def _measure_float(run: PtqRun) -> float:
     """Top-1 in percent of the net that gives the targets."""
     subject = run.subject if run.teacher is None else dataclasses.replace(run.subject, net=run.teacher, recipe=preset("fp"))
     with in_float(subject.net):
         return float(_measure(run.trainer, subject, "float")["top1"])
 
 
-def _measure_start(run: Run) -> dict[str, Any]:
+def _measure_start(run: PtqRun) -> dict[str, Any]:
     """What `results.json` says of a net that came quantized."""
     return {"top1_start": _measure(run.trainer, run.subject, "quantized, as it came,")["top1"]} if run.keeps else {}
 
 
-def _calibrate(run: Run, ranks: Ranks) -> dict[str, Any]:
+def _calibrate(run: PtqRun, ranks: Ranks) -> dict[str, Any]:
     """Fill the scales; gives what `results.json` says of it."""
     began = time.monotonic()
     count = len(run.batches)

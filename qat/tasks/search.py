@@ -13,20 +13,20 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.lit.evaluate import evaluate
+from qat.lit.accuracy import evaluate
 from qat.model.sites import iter_quantizers
 from qat.ptq import in_float
 from qat.ptq.bits_settings import METHOD, BitsSettings
+from qat.ptq.distributed import Ranks
 from qat.ptq.fitness import logits_of
-from qat.ptq.ranks import Ranks
 from qat.ptq.search import SearchOptions, search
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from qat.ptq.state import STATE
 from qat.ptq.vector import scale_vectors
 from qat.ptq.widths import Widths
 from qat.tasks import build
 from qat.tasks.bits import run_bits
-from qat.tasks.predict import Subject
+from qat.tasks.predict import EvaluatedNet
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def check_targets(settings: SearchSettings | BitsSettings | None, net: nn.Module
 def run_search(
     cfg: DictConfig,
     settings: SearchSettings | BitsSettings | None,
-    subject: Subject,
+    subject: EvaluatedNet,
     batches: list[Tensor],
     trainer: Trainer,
     ranks: Ranks,

@@ -22,7 +22,7 @@ from qat.launch.group import meet
 from qat.launch.ranks import is_first
 from qat.launch.slurm import claim
 from qat.lit import QATModule, Teacher
-from qat.lit.evaluate import evaluate
+from qat.lit.accuracy import evaluate
 from qat.lit.loggers import closing
 from qat.model.checkpoint import build_from, describe, read_checkpoint
 from qat.model.convert import conversion_report
@@ -47,7 +47,7 @@ HEAD_GAP = 1.0  # points of top-1
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainRun:
     """Everything that a training run is made of, built and checked.
 
     Attributes:
@@ -102,7 +102,7 @@ def train(cfg: DictConfig) -> float:
     return val_top1
 
 
-def _build(cfg: DictConfig) -> Run:
+def _build(cfg: DictConfig) -> TrainRun:
     """Settings first, then what costs time: a mistake in the last of them shows before the first image is read."""
     check_settings(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
@@ -141,7 +141,7 @@ def _build(cfg: DictConfig) -> Run:
         lsq_grad_batch=cfg.lsq_grad_batch,
         describe=_describe(cfg, start, data),
     )
-    return Run(resume, replaces, start, recipe, data, teacher, module, trainer)
+    return TrainRun(resume, replaces, start, recipe, data, teacher, module, trainer)
 
 
 def _resumed(cfg: DictConfig, resume: Resume, data: ImageData) -> Start:
@@ -156,7 +156,7 @@ def _describe(cfg: DictConfig, start: Start, data: ImageData) -> dict[str, Any]:
     return said | {"run": {"settings": compared(cfg), "images": data.fingerprints()}}
 
 
-def _conclude(cfg: DictConfig, run: Run, outcome: dict[str, Any]) -> None:
+def _conclude(cfg: DictConfig, run: TrainRun, outcome: dict[str, Any]) -> None:
     """Evaluate the weights now in the module, write `results.json`, say where things are."""
     (metrics,) = run.trainer.test(run.module, datamodule=run.data, verbose=False)
     with torch.compiler.set_stance("force_eager"):  # its hooks belong to no compiled graph
@@ -196,7 +196,7 @@ def _outputs_of_an_old_run(cfg: DictConfig) -> list[Path]:
     return outputs.replaced(run_dir)
 
 
-def _announce(cfg: DictConfig, run: Run) -> None:
+def _announce(cfg: DictConfig, run: TrainRun) -> None:
     trainer = run.trainer
     batch = fit.global_batch(cfg, trainer)
     optimizer = f"{cfg.optimizer.opt} {summary.describe_lr(cfg, batch)}, weight decay {cfg.optimizer.weight_decay:g}"
@@ -219,7 +219,7 @@ def _announce(cfg: DictConfig, run: Run) -> None:
         log.info(summary.compact(report))
 
 
-def _announce_teacher(run: Run) -> float | None:
+def _announce_teacher(run: TrainRun) -> float | None:
     """Evaluate the teacher once: a wrong teacher is the most expensive mistake of a distillation run."""
     if run.teacher is None:
         return None
@@ -246,14 +246,14 @@ def _announce_early_end(trainer: Trainer) -> None:
     log.info("stopped early at step %d, behind %s: %s; best checkpoint: %s", trainer.global_step, epochs, why, best)
 
 
-def _validate_again(run: Run) -> None:
+def _validate_again(run: TrainRun) -> None:
     """For a score that no validation of this process has given; the rows of metrics are there already."""
     loggers, run.trainer.loggers = run.trainer.loggers, []
     run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     run.trainer.loggers = loggers
 
 
-def _take_best(run: Run) -> tuple[float, str]:
+def _take_best(run: TrainRun) -> tuple[float, str]:
     """Put the weights of `best.ckpt` into the module; the final ones stay where no checkpoint was written."""
     trainer = run.trainer
     best = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor and c.best_model_path), None)  # type: ignore[attr-defined]

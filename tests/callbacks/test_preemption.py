@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback
 
 from qat.callbacks import LastCheckpoint, Preemption
-from qat.launch import preemption
-from qat.launch.preemption import Preempted
+from qat.launch import signals
+from qat.launch.signals import Preempted
 from qat.tasks import cli, fit
 from tests.callbacks.fitting import batches, module, net
 from tests.callbacks.fitting import fit as train_module
@@ -94,12 +94,12 @@ def test_where_nothing_is_written_the_line_says_so_and_loggers_are_closed(tmp_pa
 
 
 def test_handlers_are_gone_afterwards_and_lightnings_own_are_not_asked(tmp_path, monkeypatch):
-    before = [signal.getsignal(number) for number in preemption.SIGNALS]
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
     writer = LastCheckpoint(dirpath=str(tmp_path))
     with pytest.raises(Preempted) as stop:
         train_module(module(net()), writer, Preemption(), Send(2, signal.SIGTERM), enable_checkpointing=True)
     assert (stop.value.step, stop.value.saved) == (3, tmp_path / "last.ckpt")
-    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
 
 
 class Note(Callback):

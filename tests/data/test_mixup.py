@@ -14,7 +14,7 @@ from qat.data import BatchMixup, DataSettings, Digits
 from qat.data.mixup import STREAM
 from qat.data.sampler import isolated_numpy
 from qat.losses import CrossEntropy, StepContext
-from tests.data.test_base import Numbered
+from tests.data.test_image_data import Numbered
 
 SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.25], "std": [0.5]}
 MODES = ("batch", "pair", "elem")

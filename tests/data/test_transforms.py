@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from qat.data.base import DataSettings
+from qat.data.image_data import DataSettings
 from qat.data.sampler import isolated_rng
 from qat.data.transforms import eval_transform, train_transform
 

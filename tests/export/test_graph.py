@@ -10,7 +10,7 @@ import torch
 
 import qat
 from qat.export.check import check_onnx
-from qat.export.graph import Shape, check_size, to_onnx
+from qat.export.graph import FreeDimensions, check_size, to_onnx
 from qat.export.session import OPTIONS_KEY, SESSION_OPTIONS, Transparent, logits_of, milliseconds, open_session
 from qat.functional.packing import unpack_codes
 from tests import tiny
@@ -92,7 +92,7 @@ def test_what_all_images_share_is_compared_once(tmp_path):
     net = qat.convert(FAMILIES["deit"].build(), qat.PtqRecipe(), input_size=FAMILIES["deit"].input_size)
     qat.ptq.calibrate(net, [FAMILIES["deit"].images(4)])
     frozen = qat.freeze(net.eval())
-    file(frozen, FAMILIES["deit"].images(1), tmp_path / "net.onnx", shape=Shape(batch=False))
+    file(frozen, FAMILIES["deit"].images(1), tmp_path / "net.onnx", shape=FreeDimensions(batch=False))
     done = check_onnx(frozen, frozen, tmp_path / "net.onnx", [FAMILIES["deit"].images(3, 1)])
     assert done.problem is None
     assert done.agreement["ORT_ENABLE_BASIC"].images == 3
@@ -150,7 +150,7 @@ def test_any_number_of_images(two_bit):
 @pytest.mark.long
 def test_one_image_at_a_time(tmp_path):
     frozen = qat.freeze(made(RECIPES["ofq_2bit"]))
-    file(frozen, tiny.images(1), tmp_path / "net.onnx", shape=Shape(batch=False))
+    file(frozen, tiny.images(1), tmp_path / "net.onnx", shape=FreeDimensions(batch=False))
     session = open_session(tmp_path / "net.onnx")
     assert session.get_inputs()[0].shape == [1, *tiny.SIZE]
     torch.testing.assert_close(logits_of(session, tiny.images(3)), frozen(tiny.images(3)), rtol=0, atol=1e-5)
@@ -167,7 +167,7 @@ def test_images_of_any_size(tmp_path):
     qat.ptq.calibrate(net, [tiny.images()])
     frozen = qat.freeze(net.eval())
     check_size(frozen)
-    file(frozen, tiny.images(1), tmp_path / "net.onnx", shape=Shape(size=True))
+    file(frozen, tiny.images(1), tmp_path / "net.onnx", shape=FreeDimensions(size=True))
     sizes = ((8, 8), (16, 8), (12, 20))
     images = [torch.randn(3, 1, *size, generator=torch.Generator().manual_seed(0)) for size in sizes]
     done = check_onnx(frozen, net, tmp_path / "net.onnx", images)

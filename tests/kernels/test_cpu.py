@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from qat import functional as F
 from qat import kernels
 from qat.errors import UsageError
-from qat.kernels import Grid, build, cpu, reference
+from qat.kernels import Grid, compile_cpp, cpu, reference
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 
@@ -164,24 +164,24 @@ SOURCE = 'extern "C" int answer() { return 42; }'
 
 
 def test_what_is_compiled_is_kept(cache, monkeypatch):
-    assert build.load(SOURCE).answer() == 42
+    assert compile_cpp.load(SOURCE).answer() == 42
     (library,) = cache.iterdir()
     assert not library.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    monkeypatch.setattr(build, "_compiled", pytest.fail)
-    assert build.load(SOURCE).answer() == 42
+    monkeypatch.setattr(compile_cpp, "_compiled", pytest.fail)
+    assert compile_cpp.load(SOURCE).answer() == 42
 
 
 def test_a_damaged_library_is_made_again(cache):
     cache.mkdir(mode=0o700)
-    library = cache / f"kernels-{build._key(SOURCE, build.shutil.which('c++'))}.so"
+    library = cache / f"kernels-{compile_cpp._key(SOURCE, compile_cpp.shutil.which('c++'))}.so"
     library.write_bytes(b"cut off")
-    assert build.load(SOURCE).answer() == 42
+    assert compile_cpp.load(SOURCE).answer() == 42
 
 
 def test_nothing_is_run_from_a_folder_that_others_can_write_to(cache):
     cache.mkdir()
     cache.chmod(0o777)
-    assert build.load(SOURCE).answer() == 42
+    assert compile_cpp.load(SOURCE).answer() == 42
     assert not os.listdir(cache)
 
 
@@ -190,7 +190,7 @@ def test_nothing_is_run_from_a_folder_that_others_can_write_to(cache):
 def test_without_a_compiler_plain_operations_do(monkeypatch, compiler):
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(OSError, match=r"neither \$CXX nor c\+\+|fails"):
-        build.load(SOURCE)
+        compile_cpp.load(SOURCE)
     cpu._library.cache_clear()
     try:
         assert not cpu.available()

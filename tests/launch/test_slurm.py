@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from qat.errors import UsageError
 from qat.launch import slurm
-from qat.launch.preemption import Preempted
+from qat.launch.signals import Preempted
 from qat.tasks import cli, fit
 from tests.conftest import compose, tiny, train
 

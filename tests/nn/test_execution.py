@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import qat
-from qat.nn.base import QuantModule
 from qat.nn.execution import keep_weights, kept_weights
+from qat.nn.quant_module import QuantModule
 from tests.tiny import images, quantized, sites
 
 

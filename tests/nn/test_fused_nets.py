@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 import qat
 from qat.errors import UsageError
-from qat.nn import attention, linear, source
+from qat.nn import attention, linear, recomputable
 from tests.nets import FAMILIES
 from tests.tiny import images, quantized
 
@@ -19,7 +19,7 @@ def unfused(monkeypatch):
     """A function that switches fusing off."""
 
     def switch():
-        for module in (attention, linear, source):
+        for module in (attention, linear, recomputable):
             monkeypatch.setattr(module, "can_fuse", lambda x: False)
 
     return switch

@@ -18,7 +18,7 @@ from qat.model.scales import initialize_scales
 from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.fitness import Evaluator, plain_fitness
 from qat.ptq.search import search
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from qat.ptq.state import SearchFiles
 from qat.ptq.widths import set_bits
 from tests import tiny

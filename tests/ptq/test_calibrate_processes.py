@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 import qat
 from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate
-from qat.ptq.ranks import Ranks
+from qat.ptq.distributed import Ranks
 from tests.tiny import SIZE, images, vit
 
 KNOBS = {"bits": 4, "placement": "fqvit"}

@@ -8,11 +8,11 @@ import torch
 
 import qat
 from qat.model.blocks import find_blocks
-from qat.ptq.blocks import trace
+from qat.ptq.block_cache import trace
+from qat.ptq.distributed import Ranks
 from qat.ptq.fitness import Evaluator, logits_of, plain_fitness
-from qat.ptq.ranks import Ranks
 from qat.ptq.search import search
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from qat.ptq.vector import scale_vectors
 from tests.nets import FAMILIES
 from tests.ptq.searching import changed, state

@@ -10,7 +10,7 @@ import qat
 from qat.model.blocks import find_blocks
 from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate
-from qat.ptq.blocks import trace
+from qat.ptq.block_cache import trace
 from qat.ptq.inplace import overwriting
 from qat.ptq.patching import patched
 from tests import tiny

@@ -6,14 +6,14 @@ import torch
 
 import qat
 from qat.model.blocks import find_blocks
-from qat.ptq.blocks import trace, verified
+from qat.ptq.block_cache import trace, verified
+from qat.ptq.distributed import Ranks
 from qat.ptq.fitness import Evaluator, logits_of, plain_fitness
-from qat.ptq.ranks import Ranks
 from qat.ptq.replay import Replay
 from qat.ptq.widths import Widths
 from tests.ptq.bit_nets import calibrated, settings
 from tests.ptq.searching import batches
-from tests.ptq.test_blocks import SWIN
+from tests.ptq.test_block_cache import SWIN
 
 TOP = (8,) * 10
 # Stem, then four layers of each block, then the head.

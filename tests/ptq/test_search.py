@@ -11,7 +11,7 @@ from qat.errors import UsageError
 from qat.ptq.drivers import DRIVERS
 from qat.ptq.fitness import Evaluator, plain_fitness
 from qat.ptq.search import search
-from qat.ptq.settings import GRADIENT_METHODS, SearchSettings
+from qat.ptq.search_settings import GRADIENT_METHODS, SearchSettings
 from tests import tiny
 from tests.ptq.searching import batches, changed, quantized, state
 

@@ -10,11 +10,11 @@ from torch.testing import assert_close
 
 from qat.functional.infonce import FITNESSES, logit_fitness
 from qat.model.blocks import find_blocks
-from qat.ptq.blocks import trace, verified
+from qat.ptq.block_cache import trace, verified
+from qat.ptq.distributed import Ranks
 from qat.ptq.fitness import Evaluator, Race, logits_of, plain_fitness, row_losses
-from qat.ptq.ranks import Ranks
 from qat.ptq.search import SearchOptions, search
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from qat.ptq.vector import scale_vectors
 from tests.ptq.searching import batches, changed, quantized, state
 

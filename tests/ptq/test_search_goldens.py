@@ -13,7 +13,7 @@ from qat.functional.evolution import Draw
 from qat.ptq.drivers import Visit, evolution
 from qat.ptq.fitness import Evaluation
 from qat.ptq.search import SearchOptions, search
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from tests import golden
 from tests.ptq.test_goldens import PTQ, batches, calibrated
 

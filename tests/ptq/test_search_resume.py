@@ -8,7 +8,7 @@ import torch
 
 from qat.errors import UsageError
 from qat.ptq.search import search
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from qat.ptq.state import SearchFiles
 from tests.ptq.searching import batches, changed, quantized, state
 

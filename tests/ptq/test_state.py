@@ -9,7 +9,7 @@ import torch
 
 import qat
 from qat.analysis.ledger import Ledger
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from qat.ptq.state import SearchFiles, SearchState
 
 

@@ -8,7 +8,7 @@ from qat.functional.allocation import assigned_bytes
 from qat.model.blocks import find_blocks
 from qat.model.cost import size_bytes
 from qat.model.ptq_spec import PtqRecipe
-from qat.ptq.blocks import trace
+from qat.ptq.block_cache import trace
 from qat.ptq.widths import Widths, set_bits, with_bits
 from tests import tiny
 from tests.ptq.bit_nets import LAYERS, bits_of, calibrated, same, with_overrides

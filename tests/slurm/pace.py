@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback
 
-from qat.launch import preemption
+from qat.launch import signals
 
 LONGEST_S = 240
 
@@ -25,5 +25,5 @@ class Pace(Callback):
             return
         (Path(trainer.default_root_dir) / f"waiting-{trainer.global_rank}").touch()
         deadline = time.monotonic() + LONGEST_S
-        while not preemption.arrived() and time.monotonic() < deadline:
+        while not signals.arrived() and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 import qat
 from qat.ptq.bits_settings import METHOD as BITS
 from qat.ptq.drivers import DRIVERS
-from qat.ptq.settings import GRADIENT_METHODS, METHODS, SearchSettings
+from qat.ptq.search_settings import GRADIENT_METHODS, METHODS, SearchSettings
 from qat.tasks.ptq import build_ptq_recipe
 from qat.tasks.search import build_search
 from tests.conftest import compose, results

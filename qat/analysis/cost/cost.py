@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from qat.analysis.base import Analysis, Drawing, Outcome, Row, StudiedNet, Table
+from qat.analysis.analysis import Analysis, Drawing, Outcome, Row, StudiedNet, Table
 from qat.analysis.cost.drawings import by_kind
 from qat.errors import UsageError
 from qat.model.checkpoint import built_alike

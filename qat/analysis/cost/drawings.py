@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qat.analysis.base import Drawing, Row
+from qat.analysis.analysis import Drawing, Row
 from qat.analysis.style import PALETTE, axes, figure
 
 # The same colour for a kind in every picture; the order is that of the stack.

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from qat.analysis.base import Drawing
+from qat.analysis.analysis import Drawing
 from qat.analysis.style import HEAT, PALETTE, WIDTH, figure, panels
 
 COLUMNS = 2

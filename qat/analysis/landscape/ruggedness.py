@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.analysis.base import Row
+from qat.analysis.analysis import Row
 
 
 @dataclass(frozen=True)
-class Shape:
+class Ruggedness:
     """Figures of a landscape; two of them compare if they were measured on the same number of points and with the same radius.
 
     Attributes:
@@ -32,14 +32,14 @@ class Shape:
     local_minima: int
 
 
-def shape_of(losses: Tensor) -> Shape:
+def shape_of(losses: Tensor) -> Ruggedness:
     """Figures of a full grid (n, n), n odd from 3."""
     lines = torch.cat([losses, losses.T])
     roughness = float(lines.diff(n=2, dim=1).abs().mean())
     low, high = float(losses.min()), float(losses.max())
     middle = len(losses) // 2
     relative = roughness / (high - low) if high > low else 0.0
-    return Shape(float(losses[middle, middle]), low, high, roughness, relative, local_minima(losses))
+    return Ruggedness(float(losses[middle, middle]), low, high, roughness, relative, local_minima(losses))
 
 
 def local_minima(losses: Tensor) -> int:

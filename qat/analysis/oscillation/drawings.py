@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from qat.analysis.base import Drawing
+from qat.analysis.analysis import Drawing
 from qat.analysis.oscillation.recorded import FLIPS, SHARE, OscillationRun, Series, per_step
 from qat.analysis.style import GREY, HEAT, axes, colours, figure, panels, quiet
 from qat.analysis.weights.drawings import label_layers, short

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from qat.analysis.base import Advice, Analysis, Drawing, Outcome, Row, StudiedNet, Table
+from qat.analysis.analysis import Advice, Analysis, Drawing, Outcome, Row, StudiedNet, Table
 from qat.analysis.oscillation.drawings import curves, frequencies, layer_map, top_layers
 from qat.analysis.oscillation.recorded import BAND, FLIPS, FREQUENCY, SHARE, LayerState, OscillationRun, read_run
 from qat.functional.oscillation import LOWEST_FREQUENCY

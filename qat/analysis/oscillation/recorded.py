@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.analysis.base import StudiedNet
+from qat.analysis.analysis import StudiedNet
 from qat.errors import UsageError
 from qat.functional.oscillation import PackedOscillation, unpack_oscillation
 from qat.utils.bounds import read_yaml

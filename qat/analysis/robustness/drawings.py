@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qat.analysis.base import Drawing
+from qat.analysis.analysis import Drawing
 from qat.analysis.style import GREY, axes, colours, figure
 from qat.utils.validate import FLOAT_BITS
 

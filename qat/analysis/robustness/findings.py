@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qat.analysis.base import Advice, Drawing, Outcome, Row, Table
+from qat.analysis.analysis import Advice, Drawing, Outcome, Row, Table
 from qat.analysis.robustness import drawings
 from qat.analysis.robustness.corruptions import level_of
 from qat.analysis.robustness.drawings import Curve, Dot
@@ -73,7 +73,7 @@ def _measured(row: Row) -> Row:
 
 
 @dataclass(frozen=True)
-class Findings:
+class RobustnessResults:
     """Rows, sorted by net and part.
 
     Attributes:

@@ -12,21 +12,21 @@ from typing import ClassVar
 
 import torch
 
-from qat.analysis.base import Advice, Analysis, Outcome, Point, Row, StudiedNet
+from qat.analysis.analysis import Advice, Analysis, Evaluation, Outcome, Row, StudiedNet
 from qat.analysis.grids import STEPS_FROM
 from qat.analysis.images import ImageSet
 from qat.analysis.requantize import GridSite, WeightChange, WeightSites, weight_sites
 from qat.analysis.robustness.corruptions import JPEG_CHANNELS, KINDS, check_severity
 from qat.analysis.robustness.evaluations import (
     OF_QUANTIZED,
-    Subject,
+    PerturbedNet,
     bit_points,
     clean_points,
     corruption_points,
     policy_points,
     step_points,
 )
-from qat.analysis.robustness.findings import Findings, NetFacts
+from qat.analysis.robustness.findings import NetFacts, RobustnessResults
 from qat.errors import UsageError
 from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_int, check_number
 
@@ -103,7 +103,7 @@ class Robustness(Analysis):
         check_number("analysis.percentile", self.percentile, 0.5, above=True, highest=1)
         check_int("analysis.seed", self.seed, 0)
 
-    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[Point]:
+    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[Evaluation]:
         """The nets as they are, then part by part.
 
         Raises:
@@ -124,20 +124,20 @@ class Robustness(Analysis):
         subjects = [self.subject(net) for net in nets]
         facts = [NetFacts(s.studied.label, s.width, min(s.studied.input_size[1:]), s.reference) for s in subjects]
         warnings = [advice for subject in subjects for advice in self._advice(subject)]
-        return Findings(facts, rows, self.factors(), self.bits, self.severities).outcome(warnings)
+        return RobustnessResults(facts, rows, self.factors(), self.bits, self.severities).outcome(warnings)
 
     def factors(self) -> list[float]:
         """The factors on the steps; what a table shows of them is what they are."""
         return [round(value, 6) for value in torch.linspace(float(self.low), float(self.high), self.ratios, dtype=torch.float64).tolist()]
 
-    def subject(self, studied: StudiedNet) -> Subject:
+    def subject(self, studied: StudiedNet) -> PerturbedNet:
         """What of a net is changed."""
         weights = weight_sites(studied.net, studied.input_size, FLOAT_SCALES[self.float_scales])
         resized = tuple(site for site in weights.sites if self._resizes(site, weights))
         base = WeightChange(percentile=self.percentile)
         if weights.is_float and self.float_bits is not None and resized:
             base = WeightChange(bits=self.float_bits, steps_from=self.steps_from, percentile=self.percentile)
-        return Subject(studied, weights, resized, base)
+        return PerturbedNet(studied, weights, resized, base)
 
     def _resizes(self, site: GridSite, weights: WeightSites) -> bool:
         if not weights.is_float and site.grid.bits == FLOAT_BITS:
@@ -147,24 +147,24 @@ class Robustness(Analysis):
         blocks = {other.grid.bits for other in weights.sites if other.place == "block"}
         return self.stem_and_head is None and not weights.is_float and blocks == {site.grid.bits}
 
-    def _parts(self, subject: Subject) -> set[str]:
+    def _parts(self, subject: PerturbedNet) -> set[str]:
         """What can be done to a net, of what is wanted."""
         parts = set(PARTS if self.parts is None else self.parts)
         if not subject.has_steps:
             parts -= set(OF_QUANTIZED)
         return parts if subject.resized else parts - {"bits"}
 
-    def _left_out(self, subject: Subject) -> str:
+    def _left_out(self, subject: PerturbedNet) -> str:
         return ", ".join(part for part in self.parts or PARTS if part not in self._parts(subject))
 
-    def _check_parts(self, subject: Subject) -> None:
+    def _check_parts(self, subject: PerturbedNet) -> None:
         left = self._left_out(subject)
         if left and self.parts is not None:
             raise UsageError(f"analysis.parts={list(self.parts)}: {_why_not(subject, left)}")
         if left:
             log.info("%s", _why_not(subject, left))
 
-    def _points_of(self, part: str, subject: Subject, images: ImageSet) -> Iterable[Point]:
+    def _points_of(self, part: str, subject: PerturbedNet, images: ImageSet) -> Iterable[Evaluation]:
         if part == "steps":
             return step_points(subject, self.factors())
         if part == "bits":
@@ -175,7 +175,7 @@ class Robustness(Analysis):
             return policy_points(subject, self.draws, self.seed)
         return corruption_points(subject, images, self._kinds(subject), self.severities, self.seed)
 
-    def _kinds(self, subject: Subject) -> list[str]:
+    def _kinds(self, subject: PerturbedNet) -> list[str]:
         channels = subject.studied.input_size[0]
         kinds = [kind for kind in self.corruptions or KINDS if kind != "jpeg" or channels in JPEG_CHANNELS]
         if self.corruptions is not None and len(kinds) < len(self.corruptions):
@@ -184,7 +184,7 @@ class Robustness(Analysis):
             )
         return kinds
 
-    def _advice(self, subject: Subject) -> Iterator[Advice]:
+    def _advice(self, subject: PerturbedNet) -> Iterator[Advice]:
         label, unknown = subject.studied.label, subject.weights.left_alone
         if left := self._left_out(subject):
             what, _, fix = _why_not(subject, left).partition("; ")
@@ -195,7 +195,7 @@ class Robustness(Analysis):
             )
 
 
-def _why_not(subject: Subject, left: str) -> str:
+def _why_not(subject: PerturbedNet, left: str) -> str:
     """One line about parts that cannot be had of a net."""
     if subject.weights.is_float:
         return f"{subject.studied.label} has no quantized weights for {left}; analysis.float_bits=4 quantizes them first"

@@ -12,7 +12,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from qat.analysis.base import Drawing, Row
+from qat.analysis.analysis import Drawing, Row
 from qat.analysis.sensitivity.mix import MB, Mix
 from qat.analysis.style import GREY, PALETTE, WIDTH, axes, figure, panels
 

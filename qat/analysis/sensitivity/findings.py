@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qat.analysis.base import Advice, Drawing, Outcome, Row, Table
+from qat.analysis.analysis import Advice, Drawing, Outcome, Row, Table
 from qat.analysis.sensitivity.drawings import PartFigures, draw_bars, draw_bits, draw_mixes
 from qat.analysis.sensitivity.mix import Mix, as_setting
 from qat.analysis.sensitivity.parts import Part, TakenApart
@@ -16,7 +16,7 @@ AS_IS, FLOAT, ONLY, WITHOUT, BITS, SUGGESTED, UNIFORM = "as it is", "float", "on
 Mixes = Sequence[tuple[Mapping[str, Any], Mix]]
 
 
-class Findings:
+class SensitivityResults:
     """Evaluations by what was evaluated.
 
     Args:
@@ -47,7 +47,7 @@ class Findings:
 
 
 def sensitivity_outcome(
-    taken: Sequence[tuple[str, TakenApart]], findings: Findings, widths: Sequence[int], mixes: Mapping[str, Mixes]
+    taken: Sequence[tuple[str, TakenApart]], findings: SensitivityResults, widths: Sequence[int], mixes: Mapping[str, Mixes]
 ) -> Outcome:
     """All that an analysis of sensitivity leaves.
 
@@ -77,7 +77,7 @@ def sensitivity_outcome(
     return Outcome(summary, tables, drawings, _warnings(taken))
 
 
-def _figures(label: str, part: Part, findings: Findings, widths: Sequence[int]) -> PartFigures:
+def _figures(label: str, part: Part, findings: SensitivityResults, widths: Sequence[int]) -> PartFigures:
     without = [findings.change(label, AS_IS, WITHOUT, figure, part=part.name) for figure in ("loss", "top1")]
     return PartFigures(
         name=part.name,
@@ -93,7 +93,7 @@ def _figures(label: str, part: Part, findings: Findings, widths: Sequence[int]) 
     )
 
 
-def _suggestions(label: str, apart: TakenApart, findings: Findings, mixes: Mixes) -> list[dict[str, Any]]:
+def _suggestions(label: str, apart: TakenApart, findings: SensitivityResults, mixes: Mixes) -> list[dict[str, Any]]:
     base = findings.row(label, AS_IS)
     found = []
     for key, mix in mixes:
@@ -119,7 +119,9 @@ def _flat(entry: Mapping[str, Any]) -> Row:
     return {name: value for name, value in entry.items() if name != "bits_of_parts"}
 
 
-def _summary(label: str, figures: Sequence[PartFigures], findings: Findings, suggestions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _summary(
+    label: str, figures: Sequence[PartFigures], findings: SensitivityResults, suggestions: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     bases = {name: findings.row(label, name) for name in (AS_IS, FLOAT)}
     found: dict[str, Any] = {
         name.replace(" ", "_"): {figure: row[figure] for figure in ("top1", "loss")} for name, row in bases.items() if row is not None

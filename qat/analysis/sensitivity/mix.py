@@ -36,7 +36,7 @@ class Mix:
     rise: float
 
 
-class Sizes:
+class NetSizes:
     """What a net takes, and may be chosen.
 
     Args:

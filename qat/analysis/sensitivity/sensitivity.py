@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from qat.analysis.base import Analysis, Outcome, Point, Row, StudiedNet
+from qat.analysis.analysis import Analysis, Evaluation, Outcome, Row, StudiedNet
 from qat.analysis.grids import STEPS_FROM
 from qat.analysis.images import ImageSet
-from qat.analysis.sensitivity.findings import AS_IS, BITS, FLOAT, ONLY, SUGGESTED, UNIFORM, WITHOUT, Findings, sensitivity_outcome
-from qat.analysis.sensitivity.mix import Mix, Sizes
+from qat.analysis.sensitivity.findings import AS_IS, BITS, FLOAT, ONLY, SUGGESTED, UNIFORM, WITHOUT, SensitivityResults, sensitivity_outcome
+from qat.analysis.sensitivity.mix import Mix, NetSizes
 from qat.analysis.sensitivity.parts import GRANULARITIES, Part, TakenApart, take_apart
 from qat.errors import UsageError
 from qat.ptq.calibrate import in_float
@@ -68,7 +68,7 @@ class Sensitivity(Analysis):
         asked: Sequence[Any] = self.budget_mb if isinstance(self.budget_mb, list | tuple) else [self.budget_mb]
         return tuple(budget for budget in asked if budget is not None)
 
-    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[Point]:
+    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[Evaluation]:
         """The net as it is and in float, then each part by each measure."""
         if self.budgets and images.split == "test":
             log.warning(
@@ -78,39 +78,39 @@ class Sensitivity(Analysis):
         for studied in nets:
             apart = self._apart(studied)
             for budget in self.budgets:
-                Sizes(apart, self.bits).check(studied.label, budget)
+                NetSizes(apart, self.bits).check(studied.label, budget)
             part_points = list(self._points_of_parts(studied.label, apart))
             if not part_points:
                 raise UsageError(
                     f"analysis.measures={list(self.measures)}: {studied.label} has nothing of the kind; a float net has {BITS}"
                 )
-            found.append(Point({"net": studied.label, "measure": AS_IS}, apart.net))
+            found.append(Evaluation({"net": studied.label, "measure": AS_IS}, apart.net))
             if any(part.sites for part in apart.parts):
-                found.append(Point({"net": studied.label, "measure": FLOAT}, apart.net, functools.partial(in_float, apart.net)))
+                found.append(Evaluation({"net": studied.label, "measure": FLOAT}, apart.net, functools.partial(in_float, apart.net)))
             found += part_points
         return found
 
-    def follow_up(self, nets: Sequence[StudiedNet], images: ImageSet, rows: Sequence[Row]) -> list[Point]:
+    def follow_up(self, nets: Sequence[StudiedNet], images: ImageSet, rows: Sequence[Row]) -> list[Evaluation]:
         """Suggested bits as a whole, and the same bits everywhere."""
         found = []
-        findings = Findings(rows)
+        findings = SensitivityResults(rows)
         for studied in nets if self.budgets else ():
             apart = self._apart(studied)
             for key, mix in self.mixes(studied.label, apart, findings):
                 change = functools.partial(apart.with_bits, mix.bits, self._steps_from(apart))
-                found.append(Point({"net": studied.label, **key}, apart.net, change))
+                found.append(Evaluation({"net": studied.label, **key}, apart.net, change))
         return found
 
     def outcome(self, nets: Sequence[StudiedNet], rows: Sequence[Row]) -> Outcome:
         """Tables of parts and of suggested bits; bars, a heat map of bits and parts, size against loss."""
-        findings = Findings(rows)
+        findings = SensitivityResults(rows)
         taken = [(studied.label, self._apart(studied)) for studied in nets]
         mixes = {label: list(self.mixes(label, apart, findings)) for label, apart in taken}
         return sensitivity_outcome(taken, findings, self.bits, mixes)
 
-    def mixes(self, label: str, apart: TakenApart, findings: Findings) -> Iterator[tuple[dict[str, Any], Mix]]:
+    def mixes(self, label: str, apart: TakenApart, findings: SensitivityResults) -> Iterator[tuple[dict[str, Any], Mix]]:
         """For each budget the bits of each part, then each width everywhere; nothing as long as a measurement is missing."""
-        sizes = Sizes(apart, self.bits)
+        sizes = NetSizes(apart, self.bits)
         rises = {(part.name, bits): findings.rise(label, part, bits) for part in sizes.parts for bits in sizes.widths[part.name]}
         known = {key: rise for key, rise in rises.items() if rise is not None}
         if not self.budgets or len(known) < len(rises):
@@ -126,17 +126,17 @@ class Sensitivity(Analysis):
     def _steps_from(self, apart: TakenApart) -> str:
         return self.steps_from or ("mse" if apart.weights.is_float else "own")
 
-    def _points_of_parts(self, label: str, apart: TakenApart) -> Iterator[Point]:
+    def _points_of_parts(self, label: str, apart: TakenApart) -> Iterator[Evaluation]:
         for measure in self.measures:
             for part in apart.parts:
                 yield from self._points_of(label, apart, part, measure)
 
-    def _points_of(self, label: str, apart: TakenApart, part: Part, measure: str) -> Iterator[Point]:
+    def _points_of(self, label: str, apart: TakenApart, part: Part, measure: str) -> Iterator[Evaluation]:
         key = {"net": label, "measure": measure, "part": part.name}
         if measure == BITS and part.weights:
             for width in self.bits:
                 if width != part.bits:
                     change = functools.partial(apart.with_bits, {part.name: width}, self._steps_from(apart))
-                    yield Point({**key, "bits": width}, apart.net, change)
+                    yield Evaluation({**key, "bits": width}, apart.net, change)
         elif measure != BITS and part.sites:
-            yield Point(key, apart.net, functools.partial(apart.only if measure == ONLY else apart.without, part))
+            yield Evaluation(key, apart.net, functools.partial(apart.only if measure == ONLY else apart.without, part))

@@ -18,7 +18,7 @@ from qat.utils.probing import probing
 
 
 @dataclass
-class Seen:
+class CodeCounts:
     """Of one quantizer, summed over batches.
 
     Attributes:
@@ -76,7 +76,7 @@ class ActivationStats:
     before: float | None
     after: float | None
     represents: tuple[float, float]
-    seen: Seen | None = field(default=None, repr=False)
+    seen: CodeCounts | None = field(default=None, repr=False)
 
     @property
     def levels(self) -> int:
@@ -84,7 +84,7 @@ class ActivationStats:
         return self.high - self.low + 1
 
 
-def activation_stats(net: nn.Module, seen: dict[str, Seen]) -> list[ActivationStats]:
+def activation_stats(net: nn.Module, seen: dict[str, CodeCounts]) -> list[ActivationStats]:
     """Every activation quantizer of a net, float ones left out.
 
     Args:
@@ -96,7 +96,7 @@ def activation_stats(net: nn.Module, seen: dict[str, Seen]) -> list[ActivationSt
 
 
 @torch.no_grad()
-def _stats(site: Site, seen: Seen | None) -> ActivationStats:
+def _stats(site: Site, seen: CodeCounts | None) -> ActivationStats:
     quantizer = site.quantizer
     inner = quantizer.quantizer if isinstance(quantizer, Shifted) else quantizer
     scale = getattr(inner, "scale", None)
@@ -142,14 +142,14 @@ def _represented(inner: Quantizer, scale: Tensor | None, before: Tensor | None) 
     return float(((low - zero) * scale).min()) - left, float(((high - zero) * scale).max()) - right
 
 
-def look(net: nn.Module, batches: Iterable[Tensor]) -> dict[str, Seen]:
+def look(net: nn.Module, batches: Iterable[Tensor]) -> dict[str, CodeCounts]:
     """What each activation quantizer is given by some images, in one forward pass of each batch.
 
     Args:
         net: in any mode; left as it was.
         batches: images (B, C, H, W) each.
     """
-    seen: dict[str, Seen] = {}
+    seen: dict[str, CodeCounts] = {}
     sites = [site for site in iter_quantizers(net) if not site.is_weight and not isinstance(site.quantizer, Float)]
     with probing(net, [site.quantizer.register_forward_pre_hook(_watcher(site.name, seen)) for site in sites]):
         for images in batches:
@@ -157,7 +157,7 @@ def look(net: nn.Module, batches: Iterable[Tensor]) -> dict[str, Seen]:
     return seen
 
 
-def _watcher(name: str, seen: dict[str, Seen]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _watcher(name: str, seen: dict[str, CodeCounts]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(module, Quantizer)  # noqa: S101  (narrows a type)
         seen[name] = joined(seen.get(name), watched(module, args[0]))
@@ -166,7 +166,7 @@ def _watcher(name: str, seen: dict[str, Seen]) -> Callable[[nn.Module, tuple[Ten
 
 
 @torch.no_grad()
-def watched(quantizer: Quantizer, x: Tensor) -> Seen:
+def watched(quantizer: Quantizer, x: Tensor) -> CodeCounts:
     """What one tensor shows."""
     low, high = code_bounds(quantizer)
     codes = quantizer.codes(x).flatten().int()
@@ -174,16 +174,16 @@ def watched(quantizer: Quantizer, x: Tensor) -> Seen:
     clipped = None if where is None else ((where.z < where.low - 0.5) | (where.z > where.high + 0.5)).sum()
     # A code outside the bounds, which a quantizer of the user's may have, counts as the outermost one.
     counts = torch.bincount((codes - low).clamp(0, high - low), minlength=high - low + 1)
-    return Seen(low, counts, clipped, *x.detach().float().aminmax())
+    return CodeCounts(low, counts, clipped, *x.detach().float().aminmax())
 
 
-def joined(before: Seen | None, now: Seen) -> Seen:
+def joined(before: CodeCounts | None, now: CodeCounts) -> CodeCounts:
     """Two batches as one."""
     if before is None:
         return now
     clipped = None if before.clipped is None or now.clipped is None else before.clipped + now.clipped
     lowest, highest = torch.minimum(before.lowest, now.lowest), torch.maximum(before.highest, now.highest)
-    return Seen(now.low, before.counts + now.counts, clipped, lowest, highest)
+    return CodeCounts(now.low, before.counts + now.counts, clipped, lowest, highest)
 
 
 def unused_levels(usage: Sequence[float]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from qat.analysis.base import Advice
+from qat.analysis.analysis import Advice
 from qat.analysis.weights.activation_stats import ActivationStats, unused_levels
 from qat.analysis.weights.weight_stats import Codes, WeightStats
 from qat.functional.lsq import SCALE_FLOOR

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from qat.analysis.base import Drawing
+from qat.analysis.analysis import Drawing
 from qat.analysis.style import GREY, HEAT, PALETTE, axes, colours, figure, panels
 from qat.analysis.weights.weight_stats import Codes, Histogram, WeightStats
 from qat.functional.kurtosis import UNIFORM_KURTOSIS

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from qat.analysis.base import Analysis, Drawing, Outcome, Point, Row, StudiedNet, Table
+from qat.analysis.analysis import Analysis, Drawing, Evaluation, Outcome, Row, StudiedNet, Table
 from qat.analysis.images import ImageSet
-from qat.analysis.weights.activation_stats import ActivationStats, Seen, activation_row, activation_stats, look, readable
+from qat.analysis.weights.activation_stats import ActivationStats, CodeCounts, activation_row, activation_stats, look, readable
 from qat.analysis.weights.advice import advice
 from qat.analysis.weights.drawings import code_usage_map, histograms, kurtosis_chart
 from qat.analysis.weights.weight_stats import WeightStats, masters, weight_stats
@@ -64,11 +64,11 @@ class WeightAnalysis(Analysis):
             object.__setattr__(self, "split", None)
 
     @functools.cached_property
-    def _seen(self) -> dict[str, dict[str, Seen]]:
+    def _seen(self) -> dict[str, dict[str, CodeCounts]]:
         """By label of the net, what `points` saw on the images."""
         return {}
 
-    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[Point]:
+    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[Evaluation]:
         """Nothing to evaluate; a few images are passed through each net, which records its activation codes."""
         batches = list(_first(images, self.activation_images))
         for studied in nets:

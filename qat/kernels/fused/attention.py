@@ -10,20 +10,20 @@ from torch import Tensor
 from qat.kernels.fused import simple
 from qat.kernels.fused.heads import heads_of, product
 from qat.kernels.fused.operand import Operand
-from qat.kernels.fused.scores import Scoring, Shape, gather, gather_backward, shape_for, softmax
+from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, softmax
 
 Operands = tuple[Operand, Operand, Operand, Operand]
 _N_TENSORS = 3
 
 
-def _scores(qkv: Tensor, operands: Operands, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+def _scores(qkv: Tensor, operands: Operands, shape: ScoreShape) -> tuple[Tensor, Tensor, Tensor]:
     """Quantized queries and keys (B, N, h*d), and their scaled scores (h, B, N, N)."""
     q, k = (o.forward(x).to(qkv.dtype).to(shape.dtype) for o, x in zip(operands[:2], qkv.chunk(3, -1)[:2], strict=True))
     out = q.new_empty(shape.num_heads, q.shape[0], q.shape[1], q.shape[1])
     return q, k, product(heads_of(q, shape.num_heads), heads_of(k, shape.num_heads).transpose(-2, -1), out, factor=shape.factor)
 
 
-def _values(qkv: Tensor, operands: Operands, shape: Shape) -> Tensor:
+def _values(qkv: Tensor, operands: Operands, shape: ScoreShape) -> Tensor:
     v = qkv.chunk(3, -1)[2]
     return operands[2].forward(v).to(qkv.dtype).to(shape.dtype)
 

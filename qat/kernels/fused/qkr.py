@@ -13,7 +13,7 @@ from qat.kernels.fused import simple
 from qat.kernels.fused.heads import is_exact, product, sum_of_products
 from qat.kernels.fused.linear import Weight
 from qat.kernels.fused.operand import Operand
-from qat.kernels.fused.scores import Scoring, Shape, gather, gather_backward, shape_for, softmax
+from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, softmax
 from qat.kernels.fused.source import again, keep
 
 
@@ -74,7 +74,7 @@ class _Factors:
     """What forward and backward both make of the input: the factors of the products."""
 
     def __init__(
-        self, x: Tensor, weights: QkrWeights, operands: QkrOperands, settings: _Settings, shape: Shape, ready: Any, scales: Any = None
+        self, x: Tensor, weights: QkrWeights, operands: QkrOperands, settings: _Settings, shape: ScoreShape, ready: Any, scales: Any = None
     ) -> None:
         self.weights, self.operands, self.shape = weights, operands, shape
         matrix, v = ready

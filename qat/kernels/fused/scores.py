@@ -31,7 +31,7 @@ class Scoring(NamedTuple):
     keep_probs: bool
 
 
-class Shape(NamedTuple):
+class ScoreShape(NamedTuple):
     """Sizes that the halves share.
 
     Attributes:
@@ -47,9 +47,9 @@ class Shape(NamedTuple):
     probs_dtype: torch.dtype
 
 
-def shape_for(x: Tensor, num_heads: int, factor: float) -> Shape:
+def shape_for(x: Tensor, num_heads: int, factor: float) -> ScoreShape:
     """Under autocast, products are in its dtype and softmax is in float32; else all is in the dtype of `x`."""
-    return Shape(num_heads, factor, product_dtype(x), probs_dtype(x))
+    return ScoreShape(num_heads, factor, product_dtype(x), probs_dtype(x))
 
 
 def softmax(scores: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -69,7 +69,7 @@ def softmax(scores: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: tor
     return scores.softmax(-1, dtype=dtype)
 
 
-def gather(probs: Tensor, values: Tensor, operand: Operand, shape: Shape) -> Tensor:
+def gather(probs: Tensor, values: Tensor, operand: Operand, shape: ScoreShape) -> Tensor:
     """Quantized probabilities (h, B, N, M) times quantized values (B, M, h*d): (B, N, h*d)."""
     out = values.new_empty(*probs.shape[1:3], values.shape[-1])
     product(operand.forward(probs).to(probs.dtype).to(shape.dtype), heads_of(values, shape.num_heads), heads_of(out, shape.num_heads))
@@ -92,7 +92,7 @@ class ScoreGradients(NamedTuple):
     bias: Tensor | None
 
 
-def gather_backward(grad: Tensor, probs: Tensor, values: Tensor, operand: Operand, shape: Shape, *, with_bias: bool) -> ScoreGradients:
+def gather_backward(grad: Tensor, probs: Tensor, values: Tensor, operand: Operand, shape: ScoreShape, *, with_bias: bool) -> ScoreGradients:
     """Gradients of `gather(softmax(factor * scores + bias))`.
 
     Args:

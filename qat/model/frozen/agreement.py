@@ -18,7 +18,7 @@ from qat.utils.validate import FLOAT_BITS
 ROUNDING = 2e-5
 
 
-class Seen(NamedTuple):
+class QuantizerTrace(NamedTuple):
     """What a quantizer did.
 
     Attributes:
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
 
 
 # Logits (B, classes), and what each quantizer did, by its name.
-Watched = tuple[Tensor, dict[str, Seen]]
+Watched = tuple[Tensor, dict[str, QuantizerTrace]]
 
 
 @dataclass
@@ -142,13 +142,13 @@ def _clamped(x: Tensor, grid: FrozenActivation, by: int) -> Tensor:
 
 def run_watched(net: nn.Module, x: Tensor) -> Watched:
     """A net's logits, and what its activation quantizers see and give, in the order in which they run."""
-    seen: dict[str, Seen] = {}
+    seen: dict[str, QuantizerTrace] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             before = getattr(module, "offset_before", getattr(module, "before", None))
             shifted = args[0].float() if before is None else args[0].float() + before
-            seen[name] = Seen(shifted, module.codes(args[0]))  # type: ignore[operator]
+            seen[name] = QuantizerTrace(shifted, module.codes(args[0]))  # type: ignore[operator]
 
         return note
 

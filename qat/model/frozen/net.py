@@ -15,8 +15,8 @@ from qat.model.frozen.quantizers import MODES, OFFSETS, Frozen, FrozenActivation
 from qat.model.scales import assert_ready
 from qat.model.sites import iter_quantizers
 from qat.nn import FqNet, QkrAttention
-from qat.nn.base import QuantModule
 from qat.nn.linear import QuantLinear
+from qat.nn.quant_module import QuantModule
 from qat.nn.swin import QuantWindowAttention
 from qat.nn.vit import QuantVitAttention
 from qat.utils.validate import check_choice

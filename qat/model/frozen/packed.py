@@ -31,7 +31,7 @@ _BYTES_OF_FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Sizes:
+class PackedSizes:
     """Bytes of a packed file.
 
     Attributes:
@@ -65,7 +65,7 @@ class Sizes:
         return "\n".join([*lines, f"{'file':<12}{self.total:>12,} bytes"])
 
 
-def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> Sizes:
+def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> PackedSizes:
     """Write a frozen net, whole or not at all.
 
     Args:
@@ -93,7 +93,7 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> S
     metadata = {"format": FORMAT, "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed, "crc32": _checksum(**tensors)}
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
-    return Sizes(**sums, header=Path(path).stat().st_size - sum(sums.values()))
+    return PackedSizes(**sums, header=Path(path).stat().st_size - sum(sums.values()))
 
 
 def _kind(name: str) -> str:

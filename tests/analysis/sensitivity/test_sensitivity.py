@@ -9,8 +9,8 @@ import qat
 from qat.analysis.ledger import Ledger
 from qat.analysis.runner import measure
 from qat.analysis.sensitivity import Sensitivity
-from qat.analysis.sensitivity.findings import Findings
-from qat.analysis.sensitivity.mix import Sizes, as_setting
+from qat.analysis.sensitivity.findings import SensitivityResults
+from qat.analysis.sensitivity.mix import NetSizes, as_setting
 from qat.analysis.sensitivity.parts import take_apart
 from qat.errors import UsageError
 from qat.model.cost import size_bytes
@@ -101,7 +101,7 @@ def test_the_table_holds_differences(tmp_path):
 def test_sizes_are_those_of_nets_converted_with_the_setting(kind):
     net = net_of(kind)
     apart = take_apart(net, tiny.SIZE, "module")
-    sizes = Sizes(apart, (2, 3, 8))
+    sizes = NetSizes(apart, (2, 3, 8))
     bits = {part.name: width for part, width in zip(sizes.parts, itertools.cycle((2, 8, 3)))}
     group, rules = overrides(as_setting(apart, bits))
     assert group == ("ptq" if kind in {"ptq4", "inputs"} else "quant")
@@ -131,7 +131,7 @@ def test_a_setting_keeps_the_rules_of_the_recipe():
 
 def test_the_best_mix_is_that_of_all_combinations():
     apart = take_apart(net_of("ptq4"), tiny.SIZE, "block")
-    sizes = Sizes(apart, (2, 3, 8))
+    sizes = NetSizes(apart, (2, 3, 8))
     rises = {(part.name, bits): 0.1 * (i + 1) / bits + 0.01 * i for i, part in enumerate(sizes.parts) for bits in (2, 3, 4, 8)}
     names = [part.name for part in sizes.parts]
     every = [dict(zip(names, bits, strict=True)) for bits in itertools.product((2, 3, 4, 8), repeat=len(names))]
@@ -148,7 +148,7 @@ def test_the_best_mix_is_that_of_all_combinations():
 @pytest.mark.parametrize("kind", ["ofq2", "ptq4"])
 def test_a_suggestion_is_evaluated_as_a_whole(tmp_path, kind):
     net = net_of(kind)
-    sizes = Sizes(take_apart(net, tiny.SIZE, "module"), (2, 4))
+    sizes = NetSizes(take_apart(net, tiny.SIZE, "module"), (2, 4))
     budget = round(sum(sizes.bounds()) / 2e6, 5)
     analysis = Sensitivity(measures=["bits"], bits=[2, 4], budget_mb=budget)
     rows = rows_of(analysis, [studied(net)], tmp_path)
@@ -241,7 +241,7 @@ def test_settings_that_cannot_work(settings, message):
 
 def test_a_budget_below_the_smallest_size_names_both():
     net = net_of("ptq4")
-    least, most = Sizes(take_apart(net, tiny.SIZE, "module"), (2, 8)).bounds()
+    least, most = NetSizes(take_apart(net, tiny.SIZE, "module"), (2, 8)).bounds()
     with pytest.raises(UsageError) as error:
         Sensitivity(bits=[2, 8], budget_mb=0.001).points([studied(net)], image_set())
     assert str(error.value).startswith(f"analysis.budget_mb=0.001: below the smallest possible size of net: {least / 1e6:.6g} MB")
@@ -264,7 +264,7 @@ def test_choosing_on_test_images_is_warned_of(caplog):
 
 
 def test_findings_of_missing_rows():
-    findings = Findings([{"net": "a", "measure": "as it is", "loss": 1.0, "top1": 50.0}])
+    findings = SensitivityResults([{"net": "a", "measure": "as it is", "loss": 1.0, "top1": 50.0}])
     part = next(part for part in take_apart(net_of("ptq4"), tiny.SIZE, "module").parts if part.weights)
     assert findings.change("a", "as it is", "only", "loss", part="x") is None
     assert findings.rise("a", part, 4) == 0.0

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import qat
 from qat.data import Digits, ImageArrays, ImageData
-from qat.data.base import DataSettings
+from qat.data.image_data import DataSettings
 
 SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.25], "std": [0.5]}
 

@@ -11,9 +11,9 @@ from qat.model.frozen import is_frozen
 from qat.model.ptq_spec import PtqRecipe
 from qat.model.scales import assert_ready
 from qat.ptq.bits_settings import BitsSettings
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from qat.tasks import summary
-from qat.tasks.predict import Subject
+from qat.tasks.predict import EvaluatedNet
 from qat.tasks.teacher import net_of_file
 
 KEEP = "keep"
@@ -24,7 +24,7 @@ def is_kept(cfg: DictConfig) -> bool:
     return bool(cfg.ptq.get("name") == KEEP)
 
 
-def check_start(cfg: DictConfig, subject: Subject, search: SearchSettings | BitsSettings | None) -> None:
+def check_start(cfg: DictConfig, subject: EvaluatedNet, search: SearchSettings | BitsSettings | None) -> None:
     """Is `ckpt` what the recipe starts from: a quantized net under `ptq=keep`, else a float one?
 
     Raises:
@@ -41,11 +41,11 @@ def check_start(cfg: DictConfig, subject: Subject, search: SearchSettings | Bits
         raise UsageError(f"teacher.ckpt={cfg.teacher.ckpt!r}: only with ptq=keep; here the targets are the logits of the net itself")
 
 
-def _recipe_name(subject: Subject) -> str | None:
+def _recipe_name(subject: EvaluatedNet) -> str | None:
     return None if conversion_of(subject.net) is None else summary.describe_recipe(subject.recipe).partition(":")[0]
 
 
-def _check_kept(cfg: DictConfig, subject: Subject, search: SearchSettings | BitsSettings | None) -> None:
+def _check_kept(cfg: DictConfig, subject: EvaluatedNet, search: SearchSettings | BitsSettings | None) -> None:
     for key in cfg.ptq:
         if key not in {"name", "batch"}:
             raise UsageError(f"ptq.{key}: the net stays as it is; ptq=keep has batch alone")
@@ -62,7 +62,7 @@ def _check_kept(cfg: DictConfig, subject: Subject, search: SearchSettings | Bits
     assert_ready(subject.net)
 
 
-def build_target_net(cfg: DictConfig, subject: Subject, args: dict) -> nn.Module | None:
+def build_target_net(cfg: DictConfig, subject: EvaluatedNet, args: dict) -> nn.Module | None:
     """The float net of `teacher.ckpt`; None where the net's own weights give the targets.
 
     Args:

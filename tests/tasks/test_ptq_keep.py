@@ -10,7 +10,7 @@ import torch
 
 import qat
 from qat.ptq.fitness import plain_fitness
-from qat.ptq.settings import SearchSettings
+from qat.ptq.search_settings import SearchSettings
 from qat.tasks import build
 from qat.tasks.evaluate import build_subject
 from qat.tasks.ptq import calibration_batches, ptq

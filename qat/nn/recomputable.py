@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.kernels.fused import can_fuse, remember
-from qat.nn.base import shallow_cast
-from qat.nn.registry import Swap, SwapContext, register_swap
+from qat.nn.quant_module import shallow_cast
+from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
 def _is_kept(x: Tensor, made: Tensor) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qat
-from qat.export.weights import needed_opset, stored_form
+from qat.export.stored_weights import needed_opset, stored_form
 from qat.model.frozen import FrozenWeight
 from tests import tiny
 from tests.model.frozen.test_freeze import made

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import qat
-from qat.nn import QuantLinear, QuantModule, Swap, register_swap, registry
+from qat.nn import QuantLinear, QuantModule, Swap, register_swap, swap_registry
 
 
 class Toy(nn.Module):
@@ -36,7 +36,7 @@ class Lookalike(Toy):
 
 @pytest.fixture
 def swaps(monkeypatch):
-    monkeypatch.setattr(registry, "_SWAPS", dict(registry._SWAPS))
+    monkeypatch.setattr(swap_registry, "_SWAPS", dict(swap_registry._SWAPS))
 
 
 def toy_net():

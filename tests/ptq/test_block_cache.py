@@ -9,8 +9,8 @@ import qat
 from qat.model.blocks import find_blocks
 from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate
-from qat.ptq.blocks import PrefixCache, trace, verified
-from qat.ptq.settings import TARGETS
+from qat.ptq.block_cache import PrefixCache, trace, verified
+from qat.ptq.search_settings import TARGETS
 from qat.ptq.vector import scale_vectors
 from tests import tiny
 from tests.ptq.searching import WEIGHTS, batches, quantized

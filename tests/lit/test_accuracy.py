@@ -5,7 +5,7 @@ import math
 import torch
 from torch.testing import assert_close
 
-from qat.lit.evaluate import evaluate
+from qat.lit.accuracy import evaluate
 
 CPU = torch.device("cpu")
 

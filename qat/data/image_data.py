@@ -22,7 +22,7 @@ from qat.data.sampler import Key, SeededSampler, kept_rng, seed_rng
 from qat.data.settings import DataSettings
 from qat.data.transforms import Transform, eval_transform, train_transform
 from qat.errors import UsageError
-from qat.launch.preemption import outlive
+from qat.launch.signals import outlive
 
 SPLITS = ("train", "val", "test")
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from qat.launch import preemption
-from qat.launch.preemption import LEAVING, SIGNALS, Preempted
+from qat.launch import signals
+from qat.launch.signals import LEAVING, SIGNALS, Preempted
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def send(number):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_outside_training_a_signal_counts_at_once(number):
-    with preemption.listening(), pytest.raises(Preempted) as stop:
+    with signals.listening(), pytest.raises(Preempted) as stop:
         send(number)
     assert (stop.value.signal, stop.value.step, stop.value.saved) == (number, None, None)
     assert stop.value.wants_requeue == (number in LEAVING)
@@ -37,7 +37,7 @@ def test_nobody_takes_it_for_an_error_of_their_own():
         with contextlib.suppress(Exception):
             send(signal.SIGUSR1)
 
-    with preemption.listening(), pytest.raises(Preempted):
+    with signals.listening(), pytest.raises(Preempted):
         careless()
 
 
@@ -51,27 +51,27 @@ def test_cleaning_up_behind_it_is_not_interrupted():
             send(signal.SIGTERM)
             cleaned.append(True)
 
-    with preemption.listening(), pytest.raises(Preempted) as stop:
+    with signals.listening(), pytest.raises(Preempted) as stop:
         tidy()
     assert cleaned == [True]
     assert stop.value.signal == signal.SIGUSR1
 
 
 def test_inside_training_it_is_noted_and_the_wish_to_stop_outranks():
-    with preemption.listening():
-        preemption.defer(on=True)
+    with signals.listening():
+        signals.defer(on=True)
         for number, expected in ((signal.SIGUSR2, signal.SIGUSR2), (signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1, signal.SIGTERM)):
             send(number)
-            assert preemption.arrived() == expected
-    with preemption.listening():
-        assert preemption.arrived() == 0, "a job is not stopped by what the one before it got"
+            assert signals.arrived() == expected
+    with signals.listening():
+        assert signals.arrived() == 0, "a job is not stopped by what the one before it got"
 
 
 def test_outside_the_main_thread_nothing_is_taken():
     found = []
 
     def job():
-        with preemption.listening():
+        with signals.listening():
             found.extend(signal.getsignal(number) for number in SIGNALS)
 
     before = [signal.getsignal(number) for number in SIGNALS]
@@ -82,8 +82,8 @@ def test_outside_the_main_thread_nothing_is_taken():
 
 
 def _interrupted(seconds, is_importing):
-    with preemption.listening(), preemption.importing() if is_importing else contextlib.nullcontext():
-        preemption.defer(on=True)
+    with signals.listening(), signals.importing() if is_importing else contextlib.nullcontext():
+        signals.defer(on=True)
         send(signal.SIGINT)
         send(signal.SIGINT)  # the same Ctrl-C, by way of the process that started this one
         time.sleep(seconds)
@@ -93,7 +93,7 @@ def _interrupted(seconds, is_importing):
 
 @pytest.mark.parametrize(("seconds", "is_importing", "code"), [(0, False, 7), (0.2, False, 130), (0, True, 130)])
 def test_a_second_ctrl_c_and_one_during_imports_do_not_wait(monkeypatch, capfd, seconds, is_importing, code):
-    monkeypatch.setattr(preemption, "ECHO_S", 0.1)
+    monkeypatch.setattr(signals, "ECHO_S", 0.1)
     process = multiprocessing.get_context("fork").Process(target=_interrupted, args=(seconds, is_importing))
     process.start()
     process.join(10)
@@ -105,7 +105,7 @@ def test_a_second_ctrl_c_and_one_during_imports_do_not_wait(monkeypatch, capfd, 
 def test_ctrl_c_stays_ignored_in_the_background_of_a_script(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with preemption.listening():
+        with signals.listening():
             send(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -113,7 +113,7 @@ def test_ctrl_c_stays_ignored_in_the_background_of_a_script(monkeypatch):
 
 def _loader(ready, is_marked):
     if is_marked:
-        preemption.outlive(0)
+        signals.outlive(0)
     ready.set()
     time.sleep(0.3)
     os._exit(7)
@@ -123,15 +123,15 @@ def _loader(ready, is_marked):
 def test_a_loader_process_sees_its_training_process_through(number, is_marked):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
-    with preemption.listening():
+    with signals.listening():
         process = context.Process(target=_loader, args=(ready, is_marked), daemon=True)
         process.start()
         ready.wait(10)
         os.kill(process.pid, number)
         process.join(10)
         assert process.exitcode == 7, "the signal neither killed it nor raised in it"
-        assert preemption.arrived() == 0
+        assert signals.arrived() == 0
 
 
 def test_exit_codes_that_end_a_multirun():
-    assert [code for code in range(256) if preemption.ends(code)] == [130, 138, 140, 143]
+    assert [code for code in range(256) if signals.ends(code)] == [130, 138, 140, 143]
