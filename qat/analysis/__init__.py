@@ -1,6 +1,6 @@
 """What a net is like: evaluations of changed copies of it, tables and pictures. Each analysis is a class and a yaml."""
 
-from qat.analysis.analysis import Advice, Analysis, Drawing, Evaluation, Outcome, Row, StudiedNet, Table
+from qat.analysis.analysis import Advice, Analysis, Drawing, EvaluationPoint, Outcome, Row, StudiedNet, Table
 from qat.analysis.images import ImageSet
 from qat.analysis.ledger import Ledger
 from qat.analysis.output import write_outcome
@@ -13,7 +13,7 @@ __all__ = [
     "ImageSet",
     "Ledger",
     "Outcome",
-    "Evaluation",
+    "EvaluationPoint",
     "Row",
     "StudiedNet",
     "Table",

@@ -43,7 +43,7 @@ class StudiedNet:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationPoint:
     """One evaluation.
 
     Attributes:
@@ -121,7 +121,7 @@ class Analysis(ABC):
     name: ClassVar[str]
     split: ClassVar[str | None] = "test"
 
-    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[Evaluation]:
+    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[EvaluationPoint]:
         """All evaluations, those that are most wanted first.
 
         Raises:
@@ -129,7 +129,7 @@ class Analysis(ABC):
         """
         return []
 
-    def follow_up(self, nets: Sequence[StudiedNet], images: ImageSet, rows: Sequence[Row]) -> list[Evaluation]:
+    def follow_up(self, nets: Sequence[StudiedNet], images: ImageSet, rows: Sequence[Row]) -> list[EvaluationPoint]:
         """Evaluations of what the results of `points` lead to; `rows` are all of them."""
         return []
 

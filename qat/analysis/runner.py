@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qat.analysis.analysis import Evaluation, Row
+from qat.analysis.analysis import EvaluationPoint, Row
 from qat.analysis.images import ImageSet
 from qat.analysis.ledger import Ledger
 from qat.ptq.weight_cache import WeightCache
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
 
 
-def measure(points: Sequence[Evaluation], images: ImageSet, ledger: Ledger) -> Iterator[Row]:
+def measure(points: Sequence[EvaluationPoint], images: ImageSet, ledger: Ledger) -> Iterator[Row]:
     """Rows in the order of the points: their keys, `top1`, `loss` and `seconds`; each is in the ledger before the next begins."""
     missing = [point for point in points if ledger.row(point.key) is None]
     if missing:
@@ -34,7 +34,7 @@ def measure(points: Sequence[Evaluation], images: ImageSet, ledger: Ledger) -> I
             yield row
 
 
-def evaluated(point: Evaluation, images: ImageSet) -> dict[str, float]:
+def evaluated(point: EvaluationPoint, images: ImageSet) -> dict[str, float]:
     """Top-1, loss and seconds of one point; the net is as before afterwards."""
     began = time.perf_counter()
     modes = [(module, module.training) for module in point.net.modules()]
@@ -48,7 +48,7 @@ def evaluated(point: Evaluation, images: ImageSet) -> dict[str, float]:
     return {**found, "seconds": round(time.perf_counter() - began, 3)}
 
 
-def announcement(points: Sequence[Evaluation], images: ImageSet, done: int) -> str:
+def announcement(points: Sequence[EvaluationPoint], images: ImageSet, done: int) -> str:
     """How many evaluations, how long they will take, and how much memory the images take; one batch of each net is timed."""
     pace = {id(point.net): point.net for point in points}
     per_image = {key: _seconds_per_image(net, images) for key, net in pace.items()}

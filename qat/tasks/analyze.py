@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from qat.analysis import Analysis, Evaluation, ImageSet, Ledger, Outcome, Row, StudiedNet, measure, write_outcome
+from qat.analysis import Analysis, EvaluationPoint, ImageSet, Ledger, Outcome, Row, StudiedNet, measure, write_outcome
 from qat.analysis.images import gathered
 from qat.errors import UsageError
 from qat.launch.signals import Preempted
@@ -219,7 +219,7 @@ def _rows(cfg: DictConfig, study: AnalysisRun) -> Iterator[Row]:
 
 
 def _measured(
-    analysis: Analysis, nets: Sequence[StudiedNet], images: ImageSet, points: Sequence[Evaluation], ledger: Ledger
+    analysis: Analysis, nets: Sequence[StudiedNet], images: ImageSet, points: Sequence[EvaluationPoint], ledger: Ledger
 ) -> Iterator[Row]:
     rows = []
     for row in measure(points, images, ledger):

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from qat.analysis import Evaluation, Ledger, measure
+from qat.analysis import EvaluationPoint, Ledger, measure
 from qat.analysis.runner import evaluated, spoken
 from tests import tiny
 from tests.analysis.common import image_set, is_as_before, net_of, state
@@ -24,7 +24,7 @@ def points_of(net, shifts):
         finally:
             net.head.bias.data.copy_(before)
 
-    return [Evaluation({"net": "a", "shift": by}, net, lambda by=by: shifted(by)) for by in shifts]
+    return [EvaluationPoint({"net": "a", "shift": by}, net, lambda by=by: shifted(by)) for by in shifts]
 
 
 def test_rows_come_in_the_order_of_the_points(tmp_path):
@@ -68,7 +68,7 @@ def test_a_point_that_fails_leaves_the_net_and_the_ones_before(tmp_path):
     def fails(batch):
         raise KeyboardInterrupt
 
-    wanted = [*points_of(net, [8]), Evaluation({"net": "a", "shift": -1}, net, points_of(net, [16])[0].change, images=fails)]
+    wanted = [*points_of(net, [8]), EvaluationPoint({"net": "a", "shift": -1}, net, points_of(net, [16])[0].change, images=fails)]
     rows = measure(wanted, images, Ledger(tmp_path, "x", resume=False))
     assert next(rows)["shift"] == 8
     with pytest.raises(KeyboardInterrupt):
@@ -85,7 +85,7 @@ def test_weights_are_quantized_once_an_evaluation(kind):
     handle = quantizer.register_forward_hook(lambda *_: calls.append("called"))
     inner = quantizer.forward
     quantizer.forward = lambda weight: calls.append("quantized") or inner(weight)
-    found = evaluated(Evaluation({"net": "a"}, net), images)
+    found = evaluated(EvaluationPoint({"net": "a"}, net), images)
     assert (calls.count("called"), calls.count("quantized")) == (len(images.batches), 1)
     del quantizer.forward
     handle.remove()
@@ -99,13 +99,13 @@ def test_modes_are_kept_and_evaluations_are_in_eval_mode():
     net.train()
     net.blocks[0].eval()
     modes = [module.training for module in net.modules()]
-    assert evaluated(Evaluation({"net": "a"}, net), images)["loss"] == expected
+    assert evaluated(EvaluationPoint({"net": "a"}, net), images)["loss"] == expected
     assert [module.training for module in net.modules()] == modes
 
 
 def test_images_of_a_point_are_changed():
     net, images = tiny.vit(), image_set()
-    found = evaluated(Evaluation({"net": "a"}, net, images=torch.neg), images)
+    found = evaluated(EvaluationPoint({"net": "a"}, net, images=torch.neg), images)
     assert found["loss"] == images.score(net, torch.neg)["loss"]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import qat
-from qat.analysis import Analysis, Evaluation, ImageSet, Outcome, Table
+from qat.analysis import Analysis, EvaluationPoint, ImageSet, Outcome, Table
 from qat.data import Digits
 from qat.launch.signals import Preempted
 from qat.tasks.analyze import INTERRUPTED, _labels
@@ -204,7 +204,7 @@ class Bare(Analysis):
     split: ClassVar[str] = "val"
 
     def points(self, nets, images):
-        return [Evaluation({"net": net.label}, net.net) for net in nets]
+        return [EvaluationPoint({"net": net.label}, net.net) for net in nets]
 
     def outcome(self, nets, rows):
         return Outcome({"n": len(rows), "word": self.word}, [Table("bare", "Bare", rows)])

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qat.analysis.analysis import Advice, Analysis, Evaluation, Outcome, Row, StudiedNet, Table
+from qat.analysis.analysis import Advice, Analysis, EvaluationPoint, Outcome, Row, StudiedNet, Table
 from qat.analysis.images import ImageSet
 from qat.analysis.landscape.directions import Axes, Globs, has_both, scale_axes, weight_axes
 from qat.analysis.landscape.drawings import Panel, draw_contours, draw_surfaces
@@ -87,14 +87,14 @@ class Landscape(Analysis):
         """The radius in force."""
         return SPACES[self.space] if self.radius is None else self.radius
 
-    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[Evaluation]:
+    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[EvaluationPoint]:
         """Every point of the plane of every net, coarse grids first."""
         targets = self._targets(nets)
         planes = [self._axes(studied, targets) for studied in nets]
         scores = [self._score(axes.net, images) for axes in planes]
         places = positions(self.side, self.reach)
         return [
-            Evaluation(
+            EvaluationPoint(
                 {"net": studied.label, "x": places[i], "y": places[j]},
                 axes.net,
                 functools.partial(axes.move, places[i], places[j]),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qat.analysis.analysis import Evaluation, StudiedNet
+from qat.analysis.analysis import EvaluationPoint, StudiedNet
 from qat.analysis.images import ImageSet
 from qat.analysis.requantize import GridSite, WeightChange, WeightSites
 from qat.analysis.robustness.corruptions import Corruption
@@ -61,38 +61,38 @@ class PerturbedNet:
         width = sum(site.grid.bits * site.numel for site in self.resized) / total
         return int(width) if width.is_integer() else width
 
-    def resized_to(self, bits: int, change: WeightChange) -> Evaluation | None:
+    def resized_to(self, bits: int, change: WeightChange) -> EvaluationPoint | None:
         """The net with weights of another width; None where all have it. A weight that has it stays as it is, its trained steps too."""
         other = [site for site in self.resized if site.grid.bits != bits]
         return self._point("bits", dataclasses.replace(change, bits=bits), other, bits=bits) if other else None
 
-    def changed(self, part: str, key: dict[str, str | float] | None = None, **change: Any) -> Evaluation:
+    def changed(self, part: str, key: dict[str, str | float] | None = None, **change: Any) -> EvaluationPoint:
         """The net with a change of all its quantized weights."""
         sites = self.resized if self.is_quantized_here else self.weights.sites
         return self._point(part, dataclasses.replace(self.base, **change), sites, **(key or {}))
 
-    def _point(self, part: str, change: WeightChange, sites: Sequence[GridSite], **key: str | float) -> Evaluation:
+    def _point(self, part: str, change: WeightChange, sites: Sequence[GridSite], **key: str | float) -> EvaluationPoint:
         context = functools.partial(self.weights.changed, change, sites)
-        return Evaluation({"net": self.studied.label, "part": part, **key}, self.weights.net, context)
+        return EvaluationPoint({"net": self.studied.label, "part": part, **key}, self.weights.net, context)
 
 
-def clean_points(subjects: Sequence[PerturbedNet], parts: Sequence[set[str]]) -> Iterator[Evaluation]:
+def clean_points(subjects: Sequence[PerturbedNet], parts: Sequence[set[str]]) -> Iterator[EvaluationPoint]:
     """The nets as they are, and float nets once they are quantized."""
     for subject in subjects:
-        yield Evaluation({"net": subject.studied.label, "part": "clean"}, subject.studied.net)
+        yield EvaluationPoint({"net": subject.studied.label, "part": "clean"}, subject.studied.net)
     for subject, wanted in zip(subjects, parts, strict=True):
         if subject.is_quantized_here and wanted & set(OF_QUANTIZED):
             yield subject.changed("quantized")
 
 
-def step_points(subject: PerturbedNet, ratios: Sequence[float]) -> Iterator[Evaluation]:
+def step_points(subject: PerturbedNet, ratios: Sequence[float]) -> Iterator[EvaluationPoint]:
     """All steps times each ratio; at 1 it is the net without a change."""
     for ratio in ratios:
         if ratio != 1:
             yield subject.changed("steps", {"ratio": ratio}, ratio=ratio)
 
 
-def bit_points(subject: PerturbedNet, widths: Sequence[int], change: WeightChange) -> Iterator[Evaluation]:
+def bit_points(subject: PerturbedNet, widths: Sequence[int], change: WeightChange) -> Iterator[EvaluationPoint]:
     """All widths but the net's own; `change` says where steps come from."""
     for bits in dict.fromkeys(widths):
         point = subject.resized_to(bits, change)
@@ -100,7 +100,7 @@ def bit_points(subject: PerturbedNet, widths: Sequence[int], change: WeightChang
             yield point
 
 
-def policy_points(subject: PerturbedNet, draws: int, seed: int) -> Iterator[Evaluation]:
+def policy_points(subject: PerturbedNet, draws: int, seed: int) -> Iterator[EvaluationPoint]:
     """Other roundings of the same steps, then other steps of the same width."""
     for rounding in ROUNDED:
         policy = f"{rounding.replace('_', '-')} rounding"
@@ -113,10 +113,12 @@ def policy_points(subject: PerturbedNet, draws: int, seed: int) -> Iterator[Eval
 
 def corruption_points(
     subject: PerturbedNet, images: ImageSet, kinds: Sequence[str], severities: Sequence[int], seed: int
-) -> Iterator[Evaluation]:
+) -> Iterator[EvaluationPoint]:
     """The net as it is, on worse images."""
     studied = subject.studied
     for kind in dict.fromkeys(kinds):
         for severity in dict.fromkeys(severities):
             damage = Corruption(kind, severity, images.mean, images.std, seed)
-            yield Evaluation({"net": studied.label, "part": "corruptions", "kind": kind, "severity": severity}, studied.net, images=damage)
+            yield EvaluationPoint(
+                {"net": studied.label, "part": "corruptions", "kind": kind, "severity": severity}, studied.net, images=damage
+            )

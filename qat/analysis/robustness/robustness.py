@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from qat.analysis.analysis import Advice, Analysis, Evaluation, Outcome, Row, StudiedNet
+from qat.analysis.analysis import Advice, Analysis, EvaluationPoint, Outcome, Row, StudiedNet
 from qat.analysis.grids import STEPS_FROM
 from qat.analysis.images import ImageSet
 from qat.analysis.requantize import GridSite, WeightChange, WeightSites, weight_sites
@@ -103,7 +103,7 @@ class Robustness(Analysis):
         check_number("analysis.percentile", self.percentile, 0.5, above=True, highest=1)
         check_int("analysis.seed", self.seed, 0)
 
-    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[Evaluation]:
+    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[EvaluationPoint]:
         """The nets as they are, then part by part.
 
         Raises:
@@ -164,7 +164,7 @@ class Robustness(Analysis):
         if left:
             log.info("%s", _why_not(subject, left))
 
-    def _points_of(self, part: str, subject: PerturbedNet, images: ImageSet) -> Iterable[Evaluation]:
+    def _points_of(self, part: str, subject: PerturbedNet, images: ImageSet) -> Iterable[EvaluationPoint]:
         if part == "steps":
             return step_points(subject, self.factors())
         if part == "bits":

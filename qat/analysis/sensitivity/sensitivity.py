@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from qat.analysis.analysis import Analysis, Evaluation, Outcome, Row, StudiedNet
+from qat.analysis.analysis import Analysis, EvaluationPoint, Outcome, Row, StudiedNet
 from qat.analysis.grids import STEPS_FROM
 from qat.analysis.images import ImageSet
 from qat.analysis.sensitivity.findings import AS_IS, BITS, FLOAT, ONLY, SUGGESTED, UNIFORM, WITHOUT, SensitivityResults, sensitivity_outcome
@@ -68,7 +68,7 @@ class Sensitivity(Analysis):
         asked: Sequence[Any] = self.budget_mb if isinstance(self.budget_mb, list | tuple) else [self.budget_mb]
         return tuple(budget for budget in asked if budget is not None)
 
-    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[Evaluation]:
+    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[EvaluationPoint]:
         """The net as it is and in float, then each part by each measure."""
         if self.budgets and images.split == "test":
             log.warning(
@@ -84,13 +84,13 @@ class Sensitivity(Analysis):
                 raise UsageError(
                     f"analysis.measures={list(self.measures)}: {studied.label} has nothing of the kind; a float net has {BITS}"
                 )
-            found.append(Evaluation({"net": studied.label, "measure": AS_IS}, apart.net))
+            found.append(EvaluationPoint({"net": studied.label, "measure": AS_IS}, apart.net))
             if any(part.sites for part in apart.parts):
-                found.append(Evaluation({"net": studied.label, "measure": FLOAT}, apart.net, functools.partial(in_float, apart.net)))
+                found.append(EvaluationPoint({"net": studied.label, "measure": FLOAT}, apart.net, functools.partial(in_float, apart.net)))
             found += part_points
         return found
 
-    def follow_up(self, nets: Sequence[StudiedNet], images: ImageSet, rows: Sequence[Row]) -> list[Evaluation]:
+    def follow_up(self, nets: Sequence[StudiedNet], images: ImageSet, rows: Sequence[Row]) -> list[EvaluationPoint]:
         """Suggested bits as a whole, and the same bits everywhere."""
         found = []
         findings = SensitivityResults(rows)
@@ -98,7 +98,7 @@ class Sensitivity(Analysis):
             apart = self._apart(studied)
             for key, mix in self.mixes(studied.label, apart, findings):
                 change = functools.partial(apart.with_bits, mix.bits, self._steps_from(apart))
-                found.append(Evaluation({"net": studied.label, **key}, apart.net, change))
+                found.append(EvaluationPoint({"net": studied.label, **key}, apart.net, change))
         return found
 
     def outcome(self, nets: Sequence[StudiedNet], rows: Sequence[Row]) -> Outcome:
@@ -126,17 +126,17 @@ class Sensitivity(Analysis):
     def _steps_from(self, apart: TakenApart) -> str:
         return self.steps_from or ("mse" if apart.weights.is_float else "own")
 
-    def _points_of_parts(self, label: str, apart: TakenApart) -> Iterator[Evaluation]:
+    def _points_of_parts(self, label: str, apart: TakenApart) -> Iterator[EvaluationPoint]:
         for measure in self.measures:
             for part in apart.parts:
                 yield from self._points_of(label, apart, part, measure)
 
-    def _points_of(self, label: str, apart: TakenApart, part: Part, measure: str) -> Iterator[Evaluation]:
+    def _points_of(self, label: str, apart: TakenApart, part: Part, measure: str) -> Iterator[EvaluationPoint]:
         key = {"net": label, "measure": measure, "part": part.name}
         if measure == BITS and part.weights:
             for width in self.bits:
                 if width != part.bits:
                     change = functools.partial(apart.with_bits, {part.name: width}, self._steps_from(apart))
-                    yield Evaluation({**key, "bits": width}, apart.net, change)
+                    yield EvaluationPoint({**key, "bits": width}, apart.net, change)
         elif measure != BITS and part.sites:
-            yield Evaluation(key, apart.net, functools.partial(apart.only if measure == ONLY else apart.without, part))
+            yield EvaluationPoint(key, apart.net, functools.partial(apart.only if measure == ONLY else apart.without, part))

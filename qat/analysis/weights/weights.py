@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from qat.analysis.analysis import Analysis, Drawing, Evaluation, Outcome, Row, StudiedNet, Table
+from qat.analysis.analysis import Analysis, Drawing, EvaluationPoint, Outcome, Row, StudiedNet, Table
 from qat.analysis.images import ImageSet
 from qat.analysis.weights.activation_stats import ActivationStats, CodeCounts, activation_row, activation_stats, look, readable
 from qat.analysis.weights.advice import advice
@@ -68,7 +68,7 @@ class WeightAnalysis(Analysis):
         """By label of the net, what `points` saw on the images."""
         return {}
 
-    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[Evaluation]:
+    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[EvaluationPoint]:
         """Nothing to evaluate; a few images are passed through each net, which records its activation codes."""
         batches = list(_first(images, self.activation_images))
         for studied in nets:
