@@ -12,7 +12,7 @@ PEERS := outputs/peers
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: export-table two-bit-forms study results results-quick gpu-bench startup step-time memory profile-step peers extras-cost features-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress map-scales models-page search-cost bits-seeds weights-figures kure-cost robustness-figures bad-inputs test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
+.PHONY: export-table two-bit-forms study results results-quick gpu-bench startup step-time memory profile-step peers extras-cost features-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress map-scales models-page search-cost weights-figures kure-cost robustness-figures bad-inputs test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -58,11 +58,6 @@ models-page: $(READY) ## write docs/models.md: what conversion does to each timm
 
 search-cost: $(READY) ## a look at the calibration images during a search, in float forwards, one thread; MODEL=deit_small_patch16_224 (10 minutes, 35)
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search_cost.py --model $(or $(MODEL),deit_tiny_patch16_224)
-
-BITS := outputs/bits
-bits-seeds: $(READY) ## mixed precision by search against equal bits of the same size, on digits, three seeds (10 minutes)
-	test -f $(BITS)/fp/checkpoints/best.ckpt || $(BIN)/python train.py experiment=demo_fp run_dir=$(BITS)/fp overwrite=true
-	@PYTHONPATH=. $(BIN)/python benchmarks/bits_seeds.py --ckpt $(BITS)/fp/checkpoints/best.ckpt --images 200 --generations 12 --out $(BITS)
 
 kure-cost: $(READY) ## share of kurtosis regularization in a DeiT-T training step on one thread (5 minutes)
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kure_cost.py

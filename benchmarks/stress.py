@@ -57,7 +57,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "parallel": (*TRAIN, "callbacks=[default,ema]", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"),
     "sweep": ("train.py", "-m", *TRAIN[1:], "callbacks=[default,ema]", "trainer.max_epochs=1", "quant=ofq_2bit,lsq_4bit", "seed=0,1"),
     "evolq": ("ptq.py", "ckpt={float}", "search=evolution", "search.passes=2", "search.cycles=3", "search.radius=0.05", *SMALL),
-    "bits": ("ptq.py", "ckpt={float}", "search=bits", "search.average_bits=3.5", "search.generations=4", "search.children=2", *SMALL),
     "analysis": (
         *("analyze.py", "ckpt={float}", "analysis=sensitivity", "analysis.measures=[bits]", "analysis.bits=[2,8]"),
         *("images=40", "split=val", "report=false", "resume=auto"),
@@ -122,7 +121,6 @@ KINDS: dict[str, Kind] = {
     "main process": Kind("parallel", [ranks("main"), ranks("1")]),
     "sweep": Kind("sweep", [among("forward", least=20, most=35), among("replaced:last.ckpt", least=5, most=9)]),
     "evolq": Kind("evolq", [among("candidate", least=3, most=12), among(*SEARCHING, most=2)]),
-    "bits": Kind("bits", [among("bits", least=2, most=20), among(*SEARCHING, most=2)]),
     "analysis": Kind("analysis", [among("torn:points.jsonl", least=2, most=8), among("complete:sensitivity.csv")]),
 }
 

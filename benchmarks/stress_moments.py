@@ -118,7 +118,6 @@ def arm(moment: str) -> None:
     from qat.callbacks import LastCheckpoint
     from qat.lit import QATModule
     from qat.ptq.fitness import Evaluator
-    from qat.ptq.replay import Replay
 
     watch(QATModule, "training_step", _note_steps)
     if not moment:
@@ -140,7 +139,6 @@ def arm(moment: str) -> None:
         "replaced": (os, "replace", dies(number, behind=True, applies=onto)),
         "torn": (io, "open", tears(number, file)),
         "candidate": (Evaluator, "fitness", dies(number, behind=False)),
-        "bits": (Replay, "fitness", dies(number, behind=False)),
     }
     watch(*table[kind])
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import qat
 from qat.model.ptq_spec import PtqRecipe, recipe_from
-from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.search_settings import SearchSettings
 from qat.spec import OUTPUT_ROLES, ROLES, QuantRecipe, QuantSpec
 from qat.utils.validate import check_int, check_number
@@ -154,13 +153,6 @@ def test_counts_of_a_search(name, value):
     lowest = 0 if name in {"passes", "racing", "seed"} else 1
     fits = isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= 2**31 - 1
     assert taken(lambda: SearchSettings(**{name: value}), f"search.{name}={value!r}: must be an integer") is fits
-
-
-@given(st.one_of(ANYTHING, st.lists(ANYTHING, max_size=4), st.lists(WIDTHS, max_size=4)))
-@EXAMPLES
-def test_widths_that_a_search_may_choose(value):
-    fits = isinstance(value, list) and all(map(is_width, value)) and len(set(value)) >= 2
-    assert taken(lambda: BitsSettings(average_bits=8, choices=value), "search.choices=") is fits
 
 
 @given(st.builds(SearchSettings, passes=st.integers(0, 9), radius=st.one_of(st.none(), st.floats(0.1, 2)), relative=st.booleans()))

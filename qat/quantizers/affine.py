@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -38,11 +37,6 @@ class Affine(Quantizer):
         """NaN scale and zero point per slice along the axis."""
         super().allocate(shape, device)
         self.scale, self.zero_point = self.nan_tensor(shape, device), self.nan_tensor(shape, device)
-
-    def resize(self, bits: int) -> None:
-        """Have codes of another width; scale and zero point, which keep their shapes, have to be filled anew."""
-        self.spec = dataclasses.replace(self.spec, bits=bits)
-        self.qmin, self.qmax = code_range(bits, signed=bool(self.spec.signed))
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Nothing to be done in passing: ranges are found on a net that runs in float.

@@ -63,7 +63,6 @@ class RunFiles:
         metrics: rows of `metrics.csv`.
         search: rows of `search.csv`.
         oscillation: rows of `oscillation.csv`.
-        front: of `front.json`.
         studies: what analyses left, those of the run itself first.
         resumed: the steps at which it was resumed.
         unread: files that are there and cannot be read.
@@ -75,7 +74,6 @@ class RunFiles:
     metrics: list[dict[str, str]]
     search: list[dict[str, str]]
     oscillation: list[dict[str, str]]
-    front: Any
     studies: list[Study]
     resumed: list[int]
     unread: list[str]
@@ -109,7 +107,6 @@ def read_run(folder: Path, origin: Origin) -> RunFiles:
         attempt(read_csv, "metrics.csv", []),
         attempt(read_csv, "search.csv", []),
         attempt(read_csv, "oscillation.csv", []),
-        attempt(read_json, "front.json", None),
         [study for place in (folder, folder / ANALYSES) for study in _studies(place, unread)],
         _resumed(folder),
         unread,

@@ -110,45 +110,12 @@ def curves(run: RunFiles) -> Html | None:
 
 
 def search(run: RunFiles) -> Html | None:
-    """The search over scales, and the front of one over bits."""
+    """The search over scales."""
     parts: list[Html] = [search_curve(run.search)] if run.search else []
     facts = run.results.get("search")
     if isinstance(facts, Mapping):
         parts.append(_facts("What the search did", {key: value for key, value in facts.items() if not isinstance(value, Mapping)}))
-    parts = [element("div", *parts, class_="plots")] if parts else []
-    parts += _front(run)
-    return joined(parts) if parts else None
-
-
-def _front(run: RunFiles) -> Iterator[Html]:
-    """Of a search over bits: the nets of which none is smaller and better than another, and the bits of the one that was taken."""
-    points = run.front.get("points") or [] if isinstance(run.front, Mapping) else []
-    if not points:
-        return
-    taken = next((point for point in points if point.get("selected")), points[0])
-    first, last, chosen = (
-        f"{scaled(number(point.get('size_bytes')), 'B')}, fitness {shown(point.get('fitness'))}" for point in (points[0], points[-1], taken)
-    )
-    words = f"{len(points)} nets, from {first} to {last}. Taken: {chosen}."
-    if (run.folder / "front.svg").is_file():
-        caption = element("figcaption", element("strong", "Size and fitness"), element("p", words, class_="hint"))
-        yield element(
-            "div", element("figure", picture(run.folder, "front.svg", "front.png", words), caption, class_="card"), class_="cards"
-        )
-    rows = [
-        {
-            "net": f"{i}, taken" if point is taken else str(i),
-            "bytes": point.get("size_bytes"),
-            "mean bits": point.get("average_bits"),
-            "fitness": point.get("fitness"),
-            "top-1, %": _fixed(number(point.get("top1"))),
-        }
-        for i, point in enumerate(points, 1)
-    ]
-    yield table("Front of the search over bits: no net is smaller and closer to the float one than another", rows, sortable=True)
-    bits = [{"layer": name, "bits": value} for name, value in (taken.get("bits") or {}).items()]
-    if bits:
-        yield element("details", element("summary", "Bits of each layer of the net that was taken"), table("Bits", bits, sortable=True))
+    return element("div", *parts, class_="plots") if parts else None
 
 
 def studies(run: RunFiles) -> Iterator[tuple[str, str, Html]]:

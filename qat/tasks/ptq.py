@@ -25,7 +25,6 @@ from qat.model.convert import conversion_of, conversion_report, convert
 from qat.model.cost import cost
 from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate, in_float
-from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.distributed import Ranks
 from qat.ptq.search_settings import SearchSettings
 from qat.spec import recipe as preset
@@ -62,7 +61,7 @@ class PtqRun:
 
     subject: EvaluatedNet
     quantized: EvaluatedNet
-    search: SearchSettings | BitsSettings | None
+    search: SearchSettings | None
     batches: list[Tensor]
     trainer: Trainer
     teacher: nn.Module | None

@@ -10,7 +10,6 @@ from qat.model.convert import check_input, conversion_of
 from qat.model.frozen import is_frozen
 from qat.model.ptq_spec import PtqRecipe
 from qat.model.scales import assert_ready
-from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.search_settings import SearchSettings
 from qat.tasks import summary
 from qat.tasks.predict import EvaluatedNet
@@ -24,7 +23,7 @@ def is_kept(cfg: DictConfig) -> bool:
     return bool(cfg.ptq.get("name") == KEEP)
 
 
-def check_start(cfg: DictConfig, subject: EvaluatedNet, search: SearchSettings | BitsSettings | None) -> None:
+def check_start(cfg: DictConfig, subject: EvaluatedNet, search: SearchSettings | None) -> None:
     """Is `ckpt` what the recipe starts from: a quantized net under `ptq=keep`, else a float one?
 
     Raises:
@@ -45,7 +44,7 @@ def _recipe_name(subject: EvaluatedNet) -> str | None:
     return None if conversion_of(subject.net) is None else summary.describe_recipe(subject.recipe).partition(":")[0]
 
 
-def _check_kept(cfg: DictConfig, subject: EvaluatedNet, search: SearchSettings | BitsSettings | None) -> None:
+def _check_kept(cfg: DictConfig, subject: EvaluatedNet, search: SearchSettings | None) -> None:
     for key in cfg.ptq:
         if key not in {"name", "batch"}:
             raise UsageError(f"ptq.{key}: the net stays as it is; ptq=keep has batch alone")

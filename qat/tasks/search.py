@@ -16,22 +16,19 @@ from qat.errors import UsageError
 from qat.lit.accuracy import evaluate
 from qat.model.sites import iter_quantizers
 from qat.ptq import in_float
-from qat.ptq.bits_settings import METHOD, BitsSettings
 from qat.ptq.distributed import Ranks
 from qat.ptq.fitness import logits_of
 from qat.ptq.search import SearchOptions, search
 from qat.ptq.search_settings import SearchSettings
 from qat.ptq.state import STATE
 from qat.ptq.vector import scale_vectors
-from qat.ptq.widths import Widths
 from qat.tasks import build
-from qat.tasks.bits import run_bits
 from qat.tasks.predict import EvaluatedNet
 
 log = logging.getLogger(__name__)
 
 
-def build_search(cfg: DictConfig) -> SearchSettings | BitsSettings | None:
+def build_search(cfg: DictConfig) -> SearchSettings | None:
     """The settings of `cfg.search`, None where there is no search.
 
     Raises:
@@ -44,28 +41,23 @@ def build_search(cfg: DictConfig) -> SearchSettings | BitsSettings | None:
     settings = build.plain(OmegaConf.select(cfg, "search"))
     if not settings:
         return None
-    kind = BitsSettings if settings.get("method") == METHOD else SearchSettings
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = [field.name for field in dataclasses.fields(SearchSettings)]
     for key in settings:
         if key not in names:
             raise UsageError(f"search.{key}: must be one of {', '.join(names)}")
-    return kind(**settings)
+    return SearchSettings(**settings)
 
 
-def check_targets(settings: SearchSettings | BitsSettings | None, net: nn.Module) -> None:
+def check_targets(settings: SearchSettings | None, net: nn.Module) -> None:
     """Raise `UsageError` if `search.targets` match nothing of a converted net: its calibration would be for nothing."""
     if settings is None:
         return
-    order = dict.fromkeys((site.name for site in iter_quantizers(net)), 0)
-    if isinstance(settings, BitsSettings):
-        Widths(net, settings.targets, order)
-    else:
-        scale_vectors(net, settings.targets, order)
+    scale_vectors(net, settings.targets, dict.fromkeys((site.name for site in iter_quantizers(net)), 0))
 
 
 def run_search(
     cfg: DictConfig,
-    settings: SearchSettings | BitsSettings | None,
+    settings: SearchSettings | None,
     subject: EvaluatedNet,
     batches: list[Tensor],
     trainer: Trainer,
@@ -90,9 +82,6 @@ def run_search(
     followed = net if teacher is None else teacher.to(trainer.strategy.root_device).eval()
     with torch.no_grad(), in_float(followed):
         targets = [logits_of(followed, batch, settings.micro_batch) for batch in batches]
-
-    if isinstance(settings, BitsSettings):
-        return run_bits(cfg, settings, subject, batches, targets, trainer, ranks)
 
     def accuracy() -> float:
         device = trainer.strategy.root_device

@@ -51,7 +51,6 @@ TABLE = (
     _evaluate("eval model", ("model",), *_TINY_MODEL, "data=digits"),
     _ptq("ptq", (), f"ckpt={FLOAT}", *_SMALL_PTQ),
     _ptq("ptq evolution", ("search",), f"ckpt={FLOAT}", *_SMALL_PTQ, "search=evolution"),
-    _ptq("ptq bits", ("search",), f"ckpt={FLOAT}", *_SMALL_PTQ, "search=bits", "search.average_bits=4"),
     _ptq(
         "ptq keep",
         ("ptq", "teacher", "search"),

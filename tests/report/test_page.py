@@ -1,6 +1,5 @@
 """The page of a run. Oracle: what was written into the run directory, and the rules of HTML."""
 
-import json
 import re
 
 import pytest
@@ -172,16 +171,12 @@ def test_png_where_a_drawing_is_large(tmp_path):
     assert len(text) < 150_000
 
 
-def test_search_and_front(tmp_path):
-    run = write_run(tmp_path / "run", command="ptq", search={"method": "bits", "accepted": 1, "bits": {"head": 4}})
+def test_search(tmp_path):
+    run = write_run(tmp_path / "run", command="ptq", search={"method": "evolution", "accepted": 1})
     (run / "search.csv").write_text("pass,cycle,fitness,accepted\n0,incumbent,5.0,1\n0,0,6.0,0\n0,1,4.5,1\n")
-    points = [{"size_bytes": 100, "fitness": 4.5, "top1": 50.0, "selected": False, "bits": {"head": 4}}]
-    points += [{"size_bytes": 200, "fitness": 4.0, "top1": None, "selected": True, "bits": {"head": 8}}]
-    (run / "front.json").write_text(json.dumps({"points": points}))
     found = Reader(write_report(run, origin()).read_text())
     assert found.wrong == []
     assert "2 candidates, 1 of them accepted" in found.text
-    assert "2, taken" in found.text
 
 
 def test_two_nets_are_no_list_of_layers(tmp_path):

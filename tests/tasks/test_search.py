@@ -6,7 +6,6 @@ import pytest
 from omegaconf import OmegaConf
 
 import qat
-from qat.ptq.bits_settings import METHOD as BITS
 from qat.ptq.drivers import DRIVERS
 from qat.ptq.search_settings import GRADIENT_METHODS, METHODS, SearchSettings
 from qat.tasks.ptq import build_ptq_recipe
@@ -27,7 +26,7 @@ def run(run_dir, *overrides):
 
 
 def test_a_file_for_every_method():
-    assert set(choices("search")) == {*METHODS, BITS, "adam_all"}
+    assert set(choices("search")) == {*METHODS, "adam_all"}
     assert set(METHODS) == set(DRIVERS)
 
 

@@ -12,13 +12,15 @@ from qat.functional.knapsack import least_loss
 from qat.functional.packing import packed_bytes
 from qat.model.cost import FLOAT_BYTES, size_bytes
 from qat.model.sites import iter_quantizers
-from qat.ptq.widths import with_bits
 from qat.quantizers import Quantizer
+from qat.spec import QuantRecipe
 from qat.utils.validate import FLOAT_BITS
 
 MB = 10**6
 # Of a float net whose weights `ptq.py` quantizes: a scale and a zero point for each row.
 _NEW_SCALE_BYTES = 2 * FLOAT_BYTES
+# What a rule about `bits` sets too; one that is older would win over it.
+_FOLLOW_BITS = ("stem_bits", "head_bits")
 
 
 @dataclass(frozen=True)
@@ -121,3 +123,18 @@ def _written(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return str(value) if isinstance(value, int | float) or str(value).isidentifier() else f'"{value}"'
+
+
+def with_bits(recipe: QuantRecipe, bits: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """The `overrides` of a recipe with those bits: its own rules, then one for each module.
+
+    Args:
+        recipe: of the net as it was converted.
+        bits: of weights, by the name of their module.
+    """
+    rules: dict[str, dict[str, Any]] = {name: dict(rule) for name, rule in recipe.overrides.items()}
+    for name, width in bits.items():
+        # A rule of that very name moves to the end: it has to keep what the rules behind it made of its knobs.
+        at, earlier = recipe.at(name), rules.pop(name, {})
+        rules[name] = {knob: getattr(at, knob) for knob in earlier if knob not in _FOLLOW_BITS} | {"bits": width}
+    return rules
