@@ -58,7 +58,7 @@ OPTIONAL_GROUPS = ("callbacks", "logger", "search", "analysis")
 MISSING = object()
 COMMANDS = ("train", "eval", "ptq", "analyze", "export")
 KEYS = {
-    "model": ("name", "pretrained", "weights", "reset_head", "imports", "init", "grad_checkpointing", "args"),
+    "model": ("name", "row", "pretrained", "weights", "reset_head", "imports", "init", "grad_checkpointing", "args"),
     "teacher": ("model", "ckpt", "pretrained"),
     "checkpoint": ("every_n_steps",),
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from omegaconf import OmegaConf
 
 SWIN_STAGES = 4
@@ -26,7 +29,20 @@ def none_of(*values: object) -> bool:
     return not any(values)
 
 
+def pick(net: str | None, bits: int, table: Mapping[str, Any]) -> Any:
+    """What a published recipe has for a net and a width: `{deit_t:140,deit_s:{2:140,3:100}}`.
+
+    Raises:
+        ValueError: there is no such row; OmegaConf's error names the setting.
+    """
+    rows = table.get(net) if net is not None else None
+    found = rows.get(bits) if isinstance(rows, Mapping) else rows
+    if found is None:
+        raise ValueError(f"no published row of this model at {bits} bits; model must be one of {', '.join(table)}")
+    return found
+
+
 def register() -> None:
     """Make them known to OmegaConf."""
-    for function in (swin_patch, swin_window, none_of):
+    for function in (swin_patch, swin_window, none_of, pick):
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

@@ -2,10 +2,12 @@
 
 import logging
 import math
+import re
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 import qat
@@ -13,7 +15,8 @@ from qat.tasks import build, fit, resolvers
 from tests import golden
 from tests.conftest import ROOT, compose, results
 
-ROWS = [f"ofq_{model}_w{bits}a{bits}" for model in ("deit_t", "deit_s", "swin_t") for bits in (2, 3, 4)]
+# Net and widths of a published row; with `_cga` its second stage.
+ROWS = [f"{model}_w{bits}a{bits}" for model in ("deit_t", "deit_s", "swin_t") for bits in (2, 3, 4)]
 STAGES = [*ROWS, *(f"{row}_cga" for row in ROWS)]
 SMALL = {
     "deit": ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3"),
@@ -21,28 +24,33 @@ SMALL = {
 }
 # Rows that share a schedule, by the golden case that has it.
 SCHEDULES = {
-    "deit_w2": ["ofq_deit_t_w2a2", "ofq_deit_t_w3a3", "ofq_deit_t_w4a4", "ofq_deit_s_w2a2"],
-    "deit_s_w3": ["ofq_deit_s_w3a3", "ofq_deit_s_w4a4"],
-    "swin_w2": ["ofq_swin_t_w2a2"],
-    "swin_w3": ["ofq_swin_t_w3a3", "ofq_swin_t_w4a4"],
+    "deit_w2": ["deit_t_w2a2", "deit_t_w3a3", "deit_t_w4a4", "deit_s_w2a2"],
+    "deit_s_w3": ["deit_s_w3a3", "deit_s_w4a4"],
+    "swin_w2": ["swin_t_w2a2"],
+    "swin_w3": ["swin_t_w3a3", "swin_t_w4a4"],
 }
 GPUS = {"deit_w2": 4, "deit_s_w3": 8, "swin_w2": 8, "swin_w3": 8}
 # Source: train_scripts and configs of nbasyl/OFQ 7ed37d1: GPUs x batch, weight decay, mixup, cutmix, smoothing, repeated augmentation.
 TABLE = {
-    "ofq_deit_t_w2a2": (140, 0.05, 0, 0, 0.0, 1),
-    "ofq_deit_t_w3a3": (140, 0.05, 0, 0, 0.0, 1),
-    "ofq_deit_t_w4a4": (140, 0.05, 0, 0, 0.0, 1),
-    "ofq_deit_s_w2a2": (140, 0.05, 0, 0, 0.0, 1),
-    "ofq_deit_s_w3a3": (100, 0.0, 0.8, 1.0, 0.1, 3),
-    "ofq_deit_s_w4a4": (100, 0.0, 0.8, 1.0, 0.1, 3),
-    "ofq_swin_t_w2a2": (64, 0.05, 0, 0, 0.0, 1),
-    "ofq_swin_t_w3a3": (64, 0.0, 0.8, 1.0, 0.1, 1),
-    "ofq_swin_t_w4a4": (64, 0.0, 0.8, 1.0, 0.1, 1),
+    "deit_t_w2a2": (140, 0.05, 0, 0, 0.0, 1),
+    "deit_t_w3a3": (140, 0.05, 0, 0, 0.0, 1),
+    "deit_t_w4a4": (140, 0.05, 0, 0, 0.0, 1),
+    "deit_s_w2a2": (140, 0.05, 0, 0, 0.0, 1),
+    "deit_s_w3a3": (100, 0.0, 0.8, 1.0, 0.1, 3),
+    "deit_s_w4a4": (100, 0.0, 0.8, 1.0, 0.1, 3),
+    "swin_t_w2a2": (64, 0.05, 0, 0, 0.0, 1),
+    "swin_t_w3a3": (64, 0.0, 0.8, 1.0, 0.1, 1),
+    "swin_t_w4a4": (64, 0.0, 0.8, 1.0, 0.1, 1),
 }
 
 
-def recipe_of(name, *overrides):
-    return compose("train", f"experiment={name}", "run_dir=a", *overrides)
+def chosen(row):
+    model, widths = re.fullmatch(r"(\w+?)_(w\da\d(?:_cga)?)", row).groups()
+    return f"experiment=ofq_{widths}", f"model={model}"
+
+
+def recipe_of(row, *overrides):
+    return compose("train", *chosen(row), "run_dir=a", *overrides)
 
 
 class Processes:
@@ -85,14 +93,14 @@ def test_settings_are_the_published_ones(row, stage):
     assert (cfg.data.augment, cfg.data.rand_augment, cfg.data.random_erasing) == ("timm", "rand-m9-mstd0.5-inc1", 0.25)
     assert (cfg.optimizer.opt, list(cfg.optimizer.betas), cfg.optimizer.eps, cfg.seed) == ("adamw", [0.9, 0.999], 1e-8, 42)
     assert (cfg.quant.name, f"w{cfg.quant.bits}a{cfg.quant.act_bits}") == ("ofq", row[-4:])
-    assert (cfg.quant.map_scales == "column") == row.startswith("ofq_swin")
+    assert (cfg.quant.map_scales == "column") == row.startswith("swin")
     assert (cfg.trainer.precision, cfg.trainer.gradient_clip_val, cfg.model.args.drop_path_rate) == ("32-true", None, 0.0)
     assert list(cfg.loss.terms) == ["kd"]
     assert cfg.loss.teacher_head == "cls"
 
 
 def test_the_second_stage_anneals_from_its_first_step():
-    cfg = recipe_of("ofq_deit_t_w2a2_cga")
+    cfg = recipe_of("deit_t_w2a2_cga")
     assert (cfg.trainer.max_epochs, cfg.callbacks.cga.boundary_range, cfg.callbacks.cga.start_epoch) == (30, 0.005, 0)
     assert (cfg.ckpt_optimizer, cfg.model.pretrained, cfg.teacher.pretrained) == (True, False, True)
 
@@ -102,19 +110,35 @@ def test_the_second_stage_anneals_from_its_first_step():
     [([], True), (["ckpt=a"], False), (["model.weights=a"], False), (["trainer.fast_dev_run=true"], False)],
 )
 def test_pretrained_weights_unless_another_start_is_given(overrides, pretrained):
-    assert recipe_of("ofq_swin_t_w2a2", *overrides).model.pretrained is pretrained
+    assert recipe_of("swin_t_w2a2", *overrides).model.pretrained is pretrained
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", sorted({row.partition("_w")[2] for row in STAGES}))
 def test_the_command_in_the_header_composes(name):
-    header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    header = (ROOT / "conf" / "experiment" / f"ofq_w{name}.yaml").read_text()
     line = header.partition("#   python train.py ")[2].partition("\n")[0]
     cfg = compose("train", "run_dir=a", *line.split())
     assert OmegaConf.missing_keys(cfg) == set()
-    devices = cfg.trainer.devices
-    assert f"# GPUs x batch: {devices} x {cfg.data.batch_size}" in header
-    assert cfg.optimizer.lr_base_batch in {devices * cfg.data.batch_size, None}
+    OmegaConf.to_container(cfg, resolve=True)
     assert (cfg.ckpt is not None) == name.endswith("_cga")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_table_of_the_header_has_the_batch_and_the_rate_is_for_it(row):
+    model, _, widths = row.rpartition("_")
+    line = next(line for line in (ROOT / "conf/experiment/_ofq.yaml").read_text().splitlines() if line.startswith(f"# {model} "))
+    of_all, _, of_more = line.partition(";")
+    devices, batch = re.findall(r"(\d) x (\d+)", of_more if of_more and widths != "w2a2" else of_all)[0]
+    cfg = recipe_of(row)
+    assert cfg.data.batch_size == int(batch)
+    assert cfg.optimizer.lr_base_batch == int(devices) * int(batch)
+
+
+def test_a_net_without_a_published_row_is_refused_by_name():
+    with pytest.raises(
+        OmegaConfBaseException, match="no published row of this model at 2 bits; model must be one of deit_t, deit_s, swin_t"
+    ):
+        _ = compose("train", "experiment=ofq_w2a2", "model=vit_b", "run_dir=a").model.name
 
 
 @pytest.mark.parametrize("family", ["deit", "swin"])
@@ -122,7 +146,7 @@ def test_a_dry_run_needs_neither_downloads_nor_a_teacher(tmp_path, family, caplo
     from qat.tasks.train import train
 
     with caplog.at_level(logging.INFO):
-        train(recipe_of(f"ofq_{family}_t_w2a2", "data=digits", "trainer.fast_dev_run=true", f"run_dir={tmp_path}", *SMALL[family]))
+        train(recipe_of(f"{family}_t_w2a2", "data=digits", "trainer.fast_dev_run=true", f"run_dir={tmp_path}", *SMALL[family]))
     assert results(tmp_path)["weights"] == "final"
     assert "no teacher: random weights stand in for it, which only a dry run (trainer.fast_dev_run) may do" in caplog.text
     batch = 140 if family == "deit" else 64
@@ -131,9 +155,7 @@ def test_a_dry_run_needs_neither_downloads_nor_a_teacher(tmp_path, family, caplo
 
 
 def test_without_a_dry_run_there_has_to_be_a_teacher(tmp_path, refused):
-    cfg = recipe_of(
-        "ofq_deit_t_w2a2", "data=digits", "model.pretrained=false", f"run_dir={tmp_path}", *SMALL["deit"], "trainer.max_epochs=20"
-    )
+    cfg = recipe_of("deit_t_w2a2", "data=digits", "model.pretrained=false", f"run_dir={tmp_path}", *SMALL["deit"], "trainer.max_epochs=20")
     assert "no teacher; give teacher.ckpt=FILE" in refused("train", cfg)
 
 
@@ -142,13 +164,13 @@ def test_both_stages_of_a_row(tmp_path, family):
     from qat.tasks.train import train
 
     row, small = (
-        f"ofq_{family}_{'s' if family == 'deit' else 't'}_w3a3",
+        f"{family}_{'s' if family == 'deit' else 't'}_w3a3",
         [
             *("data=digits", "data.batch_size=16", "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"),
             *("scheduler.warmup_epochs=0", "scheduler.cooldown_epochs=0", *SMALL[family]),
         ],
     )
-    float_net = build.build_start(compose("train", f"experiment={row}", *small, "model.pretrained=false", "run_dir=a")).net
+    float_net = build.build_start(compose("train", *chosen(row), *small, "model.pretrained=false", "run_dir=a")).net
     qat.save(float_net, tmp_path / "float.ckpt")
     train(recipe_of(row, *small, f"ckpt={tmp_path / 'float.ckpt'}", f"run_dir={tmp_path / 'first'}"))
     first = tmp_path / "first" / "checkpoints" / "last.ckpt"
