@@ -31,7 +31,6 @@ from qat.tasks.outputs import Found, UsedError, checkpoints
 from qat.tasks.watch import LOST
 
 log = logging.getLogger(__name__)
-_failed_jobs: list[str] = []
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache on a fresh machine
 PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run", "sweep", "file")
 OTHERS_WAIT_S = 3
@@ -98,14 +97,9 @@ def command(main: Callable[[], None]) -> int:
         log.warning("stopped by Ctrl-C%s", sweep.way_on())
         return 128 + signal.SIGINT
     finally:
-        sweep.conclude()
+        sweep.summarize()
         signal.signal(signal.SIGINT, handler)  # Python takes a moment to end, too
-    return 1 if _failed_jobs else 0
-
-
-def failed_jobs() -> list[str]:
-    """What went wrong: a message for each job that failed, in this process or as a sweep has heard of it."""
-    return _failed_jobs
+    return 1 if sweep.failures else 0
 
 
 def run(task: str, cfg: DictConfig) -> float | None:
@@ -133,7 +127,7 @@ def run(task: str, cfg: DictConfig) -> float | None:
         except ranks.RankError as error:
             if error.message is not None:
                 _report(cfg, error.message, None, found)
-            _failed_jobs.append(str(error))
+            sweep.failures.append(str(error))
             code, ends = error.code, ends or preemption.ends(error.code)
         except Exception as error:
             mistake = _mistake(error)
@@ -234,7 +228,7 @@ def _wants_traceback(cfg: DictConfig) -> bool:
 
 def _report(cfg: DictConfig, message: str, unexpected: BaseException | None, found: Found | None) -> None:
     """Say what went wrong, and write it into the run directory as it was `found`; None = that belongs to another run."""
-    _failed_jobs.append(message)
+    sweep.failures.append(message)
     line = " ".join(message.split())
     if not ranks.is_first():
         if not ranks.is_started_here():

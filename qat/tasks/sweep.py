@@ -43,6 +43,8 @@ PACKAGES = {"optuna": "hydra_optuna_sweeper", "joblib": "hydra_joblib_launcher",
 NO_BAR = "QAT_NO_PROGRESS_BAR"
 _running: list[SweepCallback] = []
 _refusals: list[str] = []
+# What went wrong: a message for each job that failed, in this process or in one whose record the sweep has read.
+failures: list[str] = []
 
 
 class SweepCallback(Callback):
@@ -61,7 +63,7 @@ class SweepCallback(Callback):
         _take(config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Give the sweep a name, and let a study of optuna go on where it was."""
+        """Give the sweep a name; a search repeats its draws, so `resume` goes on with it as with any other sweep."""
         _take(config.hydra.sweep.dir)
         self.token = uuid.uuid4().hex
         self.folder = str(Path(config.hydra.sweep.dir).absolute())
@@ -74,20 +76,19 @@ class SweepCallback(Callback):
         if "optuna" in config.hydra.sweeper._target_:
             from qat.tasks.study import prepare
 
-            prepare(config, Path(self.folder))
+            self.varied += [str(name).lstrip("+~") for name in config.hydra.sweeper.params or ()]
+            prepare(config)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Note that the job began; refuse to go on with one of another setting."""
-        from qat.tasks import cli
-
         _refusals.clear()
         if not self.token:
             return
         folder = Path(config.hydra.runtime.output_dir)
         if read_record(folder).get("sweep") != self.token:  # else another process of the same job was here
             _write_record(folder, {"sweep": self.token})
-        self._failed_before = len(cli.failed_jobs())
-        if "optuna" not in config.hydra.sweeper._target_ and config.get("resume"):
+        self._failed_before = len(failures)
+        if config.get("resume"):
             _refusals.extend(_other_setting(folder, list(config.hydra.overrides.task), self.varied))
         if is_parallel(config.hydra):
             os.environ[NO_BAR] = "1"
@@ -95,21 +96,18 @@ class SweepCallback(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ARG002
         """Note how it ended."""
-        from qat.tasks import cli
-
         if not self.token:
             return
         folder = Path(config.hydra.runtime.output_dir)
-        failed = cli.failed_jobs()[self._failed_before :]
-        value = job_return._return_value
+        failed = failures[self._failed_before :]
         if job_return.status == JobStatus.FAILED:
-            failed, value = [f"{type(value).__name__}: {value}"], None
-        error = _said(folder, f"{config.hydra.job.name}.log", failed) if failed else read_record(folder).get("error")
-        _write_record(folder, {"sweep": self.token, "error": error, "value": None if error else value})
+            failed = [f"{type(job_return._return_value).__name__}: {job_return._return_value}"]
+        error = " ".join(failed[0].split()) if failed else read_record(folder).get("error")
+        _write_record(folder, {"sweep": self.token, "error": error})
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Say what came of it."""
-        conclude()
+        """Show its summary."""
+        summarize()
 
 
 def _take(run_dir: str) -> None:
@@ -151,17 +149,6 @@ def _number_lines(number: int) -> None:
             handler.setFormatter(NumberedFormatter(number))
 
 
-def _said(folder: Path, log_name: str, failed: list[str]) -> str:
-    """What a job said of its failure; a process that it had started may have said it in its place."""
-    told = [message for message in failed if message and message != "None"]
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        told = told or [json.loads((folder / "results.json").read_text(encoding="utf-8"))["error"]]
-    with contextlib.suppress(OSError):
-        lines = (folder / log_name).read_text(encoding="utf-8", errors="replace").splitlines()
-        told = told or [line.partition("error: ")[2] for line in reversed(lines) if "error: " in line]
-    return " ".join(told[0].split()) if told else "it failed"
-
-
 def reported(value: float | None) -> float | None:
     """What a job returns to the sweeper: optuna takes no NaN, the sign of a failed job, and would end the sweep with a traceback."""
     is_nan = value is not None and math.isnan(value)
@@ -183,12 +170,11 @@ def way_on() -> str:
     return f"; the same command goes on with resume=auto run_dir={_running[-1].folder}" if _running and _running[-1].resumes else ""
 
 
-def conclude() -> None:
-    """Say what came of the sweep of this process, if there was one, and write its tables and page; do so once."""
+def summarize() -> None:
+    """Show the results of the sweep of this process, if there was one, and write its tables and page; do so once."""
     if not _running or not ranks.is_first():
         return
     from qat.report.sweep import gather
-    from qat.tasks import cli
 
     callback = _running.pop()
     _running.clear()
@@ -196,12 +182,10 @@ def conclude() -> None:
     sweep = gather(folder)
     records = {job.name: read_record(folder / job.name) for job in sweep.jobs}
     ours = {name: record for name, record in records.items() if record.get("sweep") == callback.token}
-    ended = {name: record.get("error") if "error" in record else KILLED for name, record in ours.items()}
-    for error in ended.values():
-        if error:
-            cli.failed_jobs().append(error)
+    failed = {name: error for name, record in ours.items() if (error := record.get("error", KILLED))}
+    failures.extend(failed.values())
     if ours:
-        refused = {name: error for name, error in ended.items() if error and name not in {job.name for job in sweep.troubled}}
+        refused = {name: error for name, error in failed.items() if name not in {job.name for job in sweep.troubled}}
         _publish(sweep, refused, report=callback.report)
     lock.release(callback.folder)
 
