@@ -1,7 +1,8 @@
 """Searches of optuna: their lines on the terminal, and where a search without a good trial ends.
 
 Nothing of a study is stored: its sampler has a seed, jobs that are done return their values again, so the same command draws the same
-trials, and `resume` goes on with each in its own folder. `hydra.sweeper.storage=sqlite:///FILE` is optuna's own way.
+trials, and `resume` goes on with each in its own folder. (The databases of optuna 2.10, the last that Hydra's sweeper takes, fail beside
+SQLAlchemy 2.)
 """
 
 from __future__ import annotations
