@@ -13,10 +13,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 LEAVING = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (*LEAVING, signal.SIGTERM, signal.SIGINT)
@@ -78,19 +79,29 @@ _arrivals = _Arrivals()
 
 
 @contextlib.contextmanager
-def listening() -> Generator[None]:
-    """Take the signals, give them back to whom they belonged afterwards. Nothing outside the main thread, where none arrives."""
+def handling(handler: Callable[[int, FrameType | None], Any]) -> Generator[None]:
+    """Have a function take the signals during a block. Nothing outside the main thread, where none arrives."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    forget()
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    listen()
+    _set_handler(handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number, old in before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+@contextlib.contextmanager
+def listening() -> Generator[None]:
+    """Note the signals, or raise `Preempted`."""
+    forget()
+    _arrivals.process = os.getpid()
+    try:
+        with handling(_note):
+            yield
+    finally:
         forget()
 
 
@@ -98,9 +109,13 @@ def listen() -> None:
     """Take the signals again from whoever took them since."""
     if threading.current_thread() is threading.main_thread():
         _arrivals.process = os.getpid()
-        for number in SIGNALS:
-            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
-                signal.signal(number, _note)
+        _set_handler(_note)
+
+
+def _set_handler(handler: Callable[[int, FrameType | None], Any]) -> None:
+    for number in SIGNALS:
+        if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

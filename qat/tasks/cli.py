@@ -16,8 +16,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -25,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat import preemption
 from qat.errors import UsageError
 from qat.preemption import Preempted
-from qat.tasks import foreign, lock, overrides, ranks, repeat, resolvers, slurm, sweep
+from qat.tasks import foreign, job, lock, overrides, ranks, repeat, resolvers, slurm, sweep
 from qat.tasks.lock import InUseError
 from qat.tasks.outputs import Found, UsedError, checkpoints
 from qat.tasks.watch import LOST
@@ -66,7 +68,6 @@ def writable(run_dir: str) -> str:
 OmegaConf.register_new_resolver("run_name", _run_name, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("writable", writable, replace=True)
 resolvers.register()
-slurm.register()
 repeat.register()
 
 
@@ -151,7 +152,7 @@ def _call(task: str, cfg: DictConfig, found: Found) -> float | None:
         except Preempted as stop:
             if not stop.wants_requeue and found.has_begun() and not checkpoints(Path(cfg.run_dir)):
                 _write_error(cfg, f"stopped by {stop.name}", found)  # so that the same command may be given again
-            sys.exit(slurm.leave(stop, cfg))
+            sys.exit(slurm.leave(stop, Path(cfg.run_dir), _way_on(cfg)))
 
 
 def _start(task: str, cfg: DictConfig) -> float | None:
@@ -161,18 +162,48 @@ def _start(task: str, cfg: DictConfig) -> float | None:
     if HydraConfig.initialized():
         repeat.follow(cfg, list(HydraConfig.get().overrides.task))
         least = sweep.begin_job()
-    slurm.continues(cfg)
-    slurm.check_place(cfg)
+    if "resume" in cfg:
+        cfg.resume = slurm.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=bool(cfg.get("overwrite")))
+    trainer = cfg.get("trainer")
+    slurm.check_place(trainer if OmegaConf.is_dict(trainer) else {})
     alone = task in {"analyze", "export"} or cfg.get("predict") is not None  # they refuse several devices themselves
     with preemption.importing():
-        count = max(0 if alone else ranks.to_start(cfg), least)
+        count = max(0 if alone else ranks.to_start(trainer), least)
         function = None if count else getattr(importlib.import_module(f"qat.tasks.{task}"), task)
     if function is None:
-        return ranks.supervise(task, cfg, count)
+        nodes = int(trainer.get("num_nodes", 1)) if trainer else 1
+        return ranks.supervise(f"{__name__}:{run_serialized.__name__}", job.serialize_job(task, cfg), Path(cfg.run_dir), count, nodes)
     if not ranks.is_first():
         logging.getLogger().setLevel(logging.ERROR)
     result: float | None = function(cfg)
     return result
+
+
+def run_serialized(text: str) -> None:
+    """Run a job in a process that was started for it, and hand back what came of it.
+
+    Args:
+        text: the job, of `serialize_job`.
+    """
+    task, cfg = job.deserialize_job(text)
+    if ranks.is_first() and HydraConfig.initialized():
+        hydra_cfg: Any = HydraConfig.get()
+        configure_log(hydra_cfg.job_logging, hydra_cfg.verbose)
+    else:
+        logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    value = None
+    try:
+        value = run(task, cfg)
+    finally:
+        ranks.hand_back(value, next(iter(sweep.failures), None))
+
+
+def _way_on(cfg: DictConfig) -> str:
+    """How a person goes on with a run that a signal has stopped."""
+    if "resume" not in cfg:
+        return "the same command does it again"
+    line = None if slurm.job() is not None or ranks.is_started_elsewhere() else repeat.going_on(cfg)
+    return f"go on with: {line}" if line else f"the same command goes on with resume=auto run_dir={cfg.get('sweep_dir') or cfg.run_dir}"
 
 
 def _enter_run_dir(cfg: DictConfig) -> None:

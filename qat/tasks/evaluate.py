@@ -26,7 +26,7 @@ from qat.spec import recipe
 from qat.start import check_finite
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_classifier, check_patches, check_settings
-from qat.tasks.group import meet
+from qat.tasks.group import connect
 from qat.tasks.predict import Subject, class_names, find_images, predict
 from qat.tasks.ranks import is_first
 from qat.tasks.repeat import recorded
@@ -56,7 +56,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     if is_first() and not (Path(cfg.run_dir) / "checkpoints").exists():  # else the config there is that of the training run
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
-    meet(cfg, trainer)
+    connect(trainer, build.plain(cfg))
     data = subject.data
     entries = {
         "model": summary.describe_model(subject.name, subject.net, data),

@@ -32,7 +32,7 @@ from qat.spec import recipe as preset
 from qat.tasks import build, fit, outputs, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, measure, origin
-from qat.tasks.group import meet
+from qat.tasks.group import connect
 from qat.tasks.kept import build_target_net, check_start, is_kept
 from qat.tasks.outputs import UsedError
 from qat.tasks.predict import Subject
@@ -88,7 +88,7 @@ def ptq(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     run = _build(cfg)
-    meet(cfg, run.trainer)
+    connect(run.trainer, build.plain(cfg))
     if is_first():
         _remove_older(cfg)
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))

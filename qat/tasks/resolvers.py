@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from omegaconf import OmegaConf
+
+from qat.tasks import slurm
 
 SWIN_STAGES = 4
 
@@ -28,5 +33,7 @@ def none_of(*values: object) -> bool:
 
 def register() -> None:
     """Make them known to OmegaConf."""
-    for function in (swin_patch, swin_window, none_of):
-        OmegaConf.register_new_resolver(function.__name__, function, replace=True)
+    functions: dict[str, Callable[..., Any]] = {function.__name__: function for function in (swin_patch, swin_window, none_of)}
+    functions |= {"slurm_tasks_per_node": slurm.tasks_per_node, "slurm_nodes": slurm.nodes}
+    for name, function in functions.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)

@@ -32,14 +32,14 @@ from qat.start import Start
 from qat.tasks import build, fit, options, outputs, summary
 from qat.tasks.checks import check_classifier, check_patches, check_settings
 from qat.tasks.compare import compared
-from qat.tasks.group import meet
+from qat.tasks.group import connect
 from qat.tasks.outputs import UsedError
 from qat.tasks.ranks import is_first
 from qat.tasks.repeat import recorded
 from qat.tasks.report import remember, report_run, studied
 from qat.tasks.results import measured, recipe_fields, write_results
 from qat.tasks.resume import Resume, check_data, check_optimizer, find_resume
-from qat.tasks.slurm import claim
+from qat.tasks.slurm import write_owner
 from qat.tasks.teacher import build_teacher, is_float
 from qat.tasks.trainer_checks import check_batches
 
@@ -82,12 +82,12 @@ def train(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     run = _build(cfg)
-    meet(cfg, run.trainer)
+    connect(run.trainer, build.plain(cfg))
     run.data.trainer = run.trainer  # from here on each process has its own share of the images
     if is_first():
         for path in run.replaces:
             path.unlink(missing_ok=True)
-        claim(Path(cfg.run_dir))
+        write_owner(Path(cfg.run_dir))
         _announce(cfg, run)
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
         remember(cfg)
