@@ -15,9 +15,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from qat import preemption
@@ -149,7 +148,7 @@ def supervise(function: str, job: str, run_dir: Path, count: int, nodes: int = 1
         RankError: one of them failed.
     """
     watch = Watch([run_dir / f"rank-{number}.log" for number in range(1, count)])
-    with tempfile.TemporaryDirectory(prefix="qat-") as folder, _forwarding(watch):
+    with tempfile.TemporaryDirectory(prefix="qat-") as folder, preemption.handling(watch.hand_on):
         Path(folder, JOB).write_text(job, encoding="utf-8")
         environment = os.environ | _shared_environment(count, nodes) | {EXCHANGE: folder}
         try:
@@ -159,8 +158,9 @@ def supervise(function: str, job: str, run_dir: Path, count: int, nodes: int = 1
         except BaseException:  # Ctrl-C too
             watch.end(signal.SIGINT, signal.SIGKILL)
             raise
-        outcome = Path(folder, OUTCOME)
-        found = json.loads(outcome.read_text(encoding="utf-8")) if outcome.exists() else {}
+        found: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):  # the first process was killed
+            found = json.loads(Path(folder, OUTCOME).read_text(encoding="utf-8"))
     if watch.failed is not None:
         code = watch.failed[1]
         raise RankError(code if code >= 0 else 128 - code, watch.complaint(), found.get("error"))
@@ -174,19 +174,6 @@ def hand_back(value: Any, error: str | None) -> None:
     """Give what a job returned, and its error if it had one, to the process that started this one; the first on a machine does so."""
     if os.environ["LOCAL_RANK"] == "0":
         Path(os.environ[EXCHANGE], OUTCOME).write_text(json.dumps({"value": value, "error": error}), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _forwarding(watch: Watch) -> Generator[None]:
-    """Hand on the signals by which a cluster or a person ends or preempts a job; a second Ctrl-C ends it here."""
-
-    def hand_on(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and preemption.is_impatient():
-            raise KeyboardInterrupt
-        watch.send(number)
-
-    with preemption.handling(hand_on):
-        yield
 
 
 def _shared_environment(count: int, nodes: int) -> dict[str, str]:

@@ -1,19 +1,16 @@
 """Sweeps (`-m`): what Hydra calls around their jobs, the summary at the end, and `analyze.py sweep=DIR`. Imports nothing heavy.
 
-Jobs may run in other processes and on other machines, so what they tell the sweep is in files: `.hydra/job.json` of each says to which
-sweep it belongs, and how it ended.
+Jobs may run in other processes and on other machines, so one that fails says so in a file: its `results.json` may be of an earlier run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import logging
 import math
 import os
 import sys
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,16 +31,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECORD = Path(".hydra") / "job.json"
-# Of a job that a signal ended there is no other word.
-KILLED = "it was killed, or is still going"
+# Below the folder of a job that has not ended well: its error, to begin with this one.
+ERROR, KILLED = Path(".hydra") / "error.txt", "it was killed, or is still going"
 CHOICES = ("hydra/launcher", "hydra/sweeper", "hparams_search")
 PACKAGES = {"optuna": "hydra_optuna_sweeper", "joblib": "hydra_joblib_launcher", "submitit": "hydra_submitit_launcher"}
 # In the environment of a job that shares its terminal with others.
 NO_BAR = "QAT_NO_PROGRESS_BAR"
 _running: list[SweepCallback] = []
 _refusals: list[str] = []
-# What went wrong: a message for each job that failed, in this process or in one whose record the sweep has read.
+# What went wrong: a message for each job that failed, in this process or as the sweep has read.
 failures: list[str] = []
 
 
@@ -51,8 +47,7 @@ class SweepCallback(Callback):
     """Hydra makes one for each command; it travels to wherever the jobs of a sweep run."""
 
     def __init__(self) -> None:
-        self.token = ""
-        self.folder = ""
+        self.folder = ""  # of the sweep
         self.varied: list[str] = []
         self.report = True
         self.resumes = False
@@ -63,9 +58,8 @@ class SweepCallback(Callback):
         _take(config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Give the sweep a name; a search repeats its draws, so `resume` goes on with it as with any other sweep."""
+        """Begin the summary; a search repeats its draws, so `resume` goes on with it as with any other sweep."""
         _take(config.hydra.sweep.dir)
-        self.token = uuid.uuid4().hex
         self.folder = str(Path(config.hydra.sweep.dir).absolute())
         self.report, self.resumes = bool(config.get("report", True)), "resume" in config
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
@@ -82,11 +76,11 @@ class SweepCallback(Callback):
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Note that the job began; refuse to go on with one of another setting."""
         _refusals.clear()
-        if not self.token:
+        if not self.folder:
             return
         folder = Path(config.hydra.runtime.output_dir)
-        if read_record(folder).get("sweep") != self.token:  # else another process of the same job was here
-            _write_record(folder, {"sweep": self.token})
+        if ranks.is_first():
+            _note_error(folder, KILLED)
         self._failed_before = len(failures)
         if config.get("resume"):
             _refusals.extend(_other_setting(folder, list(config.hydra.overrides.task), self.varied))
@@ -95,15 +89,12 @@ class SweepCallback(Callback):
             _number_lines(config.hydra.job.num)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ARG002
-        """Note how it ended."""
-        if not self.token:
-            return
-        folder = Path(config.hydra.runtime.output_dir)
+        """Note its error."""
         failed = failures[self._failed_before :]
         if job_return.status == JobStatus.FAILED:
             failed = [f"{type(job_return._return_value).__name__}: {job_return._return_value}"]
-        error = " ".join(failed[0].split()) if failed else read_record(folder).get("error")
-        _write_record(folder, {"sweep": self.token, "error": error})
+        if self.folder:
+            _note_error(Path(config.hydra.runtime.output_dir), failed[0] if failed else "")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Show its summary."""
@@ -128,18 +119,14 @@ def begin_job() -> int:
     Raises:
         UsageError: the job would go on with one of another setting.
     """
-    if not is_parallel(HydraConfig.get()):
-        return _checked(0)
-    if not ranks.is_started_here():
-        return _checked(1)
-    _number_lines(HydraConfig.get().job.num)
-    return 0
-
-
-def _checked(count: int) -> int:
     if _refusals:
         raise UsageError(_refusals[0])
-    return count
+    if not is_parallel(HydraConfig.get()):
+        return 0
+    if not ranks.is_started_here():
+        return 1
+    _number_lines(HydraConfig.get().job.num)
+    return 0
 
 
 def _number_lines(number: int) -> None:
@@ -178,15 +165,14 @@ def summarize() -> None:
 
     callback = _running.pop()
     _running.clear()
-    folder = Path(callback.folder)
-    sweep = gather(folder)
-    records = {job.name: read_record(folder / job.name) for job in sweep.jobs}
-    ours = {name: record for name, record in records.items() if record.get("sweep") == callback.token}
-    failed = {name: error for name, record in ours.items() if (error := record.get("error", KILLED))}
-    failures.extend(failed.values())
-    if ours:
-        refused = {name: error for name, error in failed.items() if name not in {job.name for job in sweep.troubled}}
-        _publish(sweep, refused, report=callback.report)
+    sweep = gather(Path(callback.folder))
+    paths = {job.name: Path(callback.folder, job.name, ERROR) for job in sweep.jobs}
+    errors = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.exists()}
+    failures.extend(errors.values())
+    if sweep.jobs:
+        for job in sweep.troubled:
+            errors.pop(job.name, None)
+        _publish(sweep, errors, report=callback.report)
     lock.release(callback.folder)
 
 
@@ -251,17 +237,11 @@ def _other_setting(folder: Path, overrides: list[str], varied: list[str]) -> lis
     ]
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What a job said of itself; empty where it said nothing."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    path = folder / RECORD
-    beside = path.with_suffix(f".{os.getpid()}")
+def _note_error(folder: Path, error: str) -> None:
+    """Note how a job has failed; with an empty text, that it has not."""
+    path = folder / ERROR
     with contextlib.suppress(OSError):  # a full disk is the job's affair
-        beside.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        beside.replace(path)
+        if error:
+            path.write_text(" ".join(error.split()), encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)

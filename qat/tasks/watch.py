@@ -14,6 +14,9 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+
+from qat import preemption
 
 # Exit code of a process that lost the connection to another: what happened to that one is the news.
 LOST = 75
@@ -44,6 +47,16 @@ class Watch:
             if time.monotonic() > deadline:
                 self.end(signal.SIGKILL)
             time.sleep(TICK)
+
+    def hand_on(self, number: int, _: FrameType | None) -> None:
+        """Take a signal by which a cluster or a person ends or preempts a job, for all of them.
+
+        Raises:
+            KeyboardInterrupt: it is a second Ctrl-C, which ends the job here.
+        """
+        if number == signal.SIGINT and preemption.is_impatient():
+            raise KeyboardInterrupt
+        self.send(number)
 
     def send(self, kind: int) -> None:
         """Send a signal to all that are alive."""
