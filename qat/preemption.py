@@ -51,11 +51,6 @@ class Preempted(BaseException):
         return self.signal in LEAVING
 
 
-def ends(code: int) -> bool:
-    """True for the exit code of a process that one of the signals has ended: no other job is to follow it."""
-    return code - 128 in SIGNALS
-
-
 @dataclass
 class _Arrivals:
     """What has arrived in this process, and what becomes of it.

@@ -84,9 +84,6 @@ def command(main: Callable[[], None]) -> int:
     if handler is preemption.end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     expand_home()
-    missing = sweep.missing_extra(sys.argv[1:])
-    if missing is not None:
-        sys.exit(f"error: {missing}")
     try:
         foreign.check_repeated(sys.argv[1:])
     except UsageError as error:
@@ -129,7 +126,7 @@ def run(task: str, cfg: DictConfig) -> float | None:
             if error.message is not None:
                 _report(cfg, error.message, None, found)
             sweep.failures.append(str(error))
-            code, ends = error.code, ends or preemption.ends(error.code)
+            code, ends = error.code, ends or error.code - 128 in preemption.SIGNALS  # which end a multirun, too
         except Exception as error:
             mistake = _mistake(error)
             if isinstance(mistake, LostError) and ranks.is_started_here():

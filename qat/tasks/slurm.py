@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import signal
@@ -21,8 +19,7 @@ from qat.tasks import ranks
 log = logging.getLogger(__name__)
 
 OWNER = ".slurm-job"
-# Stretches of a job in a row that may end without anything to go on from; and where they are counted.
-FRUITLESS, COUNT = 3, ".slurm-stretches"
+FRUITLESS = 3  # so many stretches of a job may end without anything to go on from
 SAID_S, REQUEUE_S, KILL_S = 0.5, 60, 120
 # Names by which Lightning knows a session of a person, who may start what they like.
 OF_PERSONS = ("bash", "interactive")
@@ -149,25 +146,11 @@ def leave(stop: Preempted, run_dir: Path, way_on: str) -> int:
 
 
 def _no_progress(run_dir: Path) -> str | None:
-    """Why it is of no use to start this job again, None where the next stretch may get further."""
-    from qat.files import write_text  # noqa: PLC0415  (imports torch)
-
-    path, saved = run_dir / COUNT, _saved(run_dir)
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    same = before.get("job") == job() and before.get("saved") == saved
-    stretches = before["stretches"] + 1 if same else int(not saved)
-    if stretches == FRUITLESS:
-        path.unlink()
-        return f"{stretches} stretches in a row have saved nothing to go on from; its time limit is too short for what comes before"
-    with contextlib.suppress(OSError):  # a full disk is no reason to stay away
-        write_text(path, json.dumps({"job": job(), "stretches": stretches, "saved": saved}))
-    return None
-
-
-def _saved(run_dir: Path) -> dict[str, list[int]]:
-    """Files that a run goes on from, as they are. A start writes those with a row for each evaluation anew: rows tell, not the time."""
-    found = {str(path.relative_to(run_dir)): path.stat() for pattern in ("*.ckpt", "*.jsonl") for path in sorted(run_dir.rglob(pattern))}
-    return {name: [at.st_size] if name.endswith(".jsonl") else [at.st_size, at.st_mtime_ns] for name, at in found.items()}
+    """Why it is of no use to start this job again; None where there is something to go on from, or there was little time for it yet."""
+    stretches = ranks.env_number("SLURM_RESTART_COUNT", default=0) + 1
+    if stretches < FRUITLESS or any(path for pattern in ("*.ckpt", "*.jsonl") for path in run_dir.rglob(pattern)):
+        return None
+    return f"{stretches} stretches have saved nothing to go on from; its time limit is too short for what comes before"
 
 
 def _requeue() -> str | None:

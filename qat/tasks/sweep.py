@@ -6,7 +6,6 @@ Jobs may run in other processes and on other machines, so one that fails says so
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import math
 import os
@@ -33,8 +32,6 @@ log = logging.getLogger(__name__)
 
 # Below the folder of a job that has not ended well: its error, to begin with this one.
 ERROR, KILLED = Path(".hydra") / "error.txt", "it was killed, or is still going"
-CHOICES = ("hydra/launcher", "hydra/sweeper", "hparams_search")
-PACKAGES = {"optuna": "hydra_optuna_sweeper", "joblib": "hydra_joblib_launcher", "submitit": "hydra_submitit_launcher"}
 # In the environment of a job that shares its terminal with others.
 NO_BAR = "QAT_NO_PROGRESS_BAR"
 _running: list[SweepCallback] = []
@@ -140,16 +137,6 @@ def reported(value: float | None) -> float | None:
     """What a job returns to the sweeper: optuna takes no NaN, the sign of a failed job, and would end the sweep with a traceback."""
     is_nan = value is not None and math.isnan(value)
     return None if is_nan and HydraConfig.initialized() and "optuna" in str(HydraConfig.get().sweeper._target_) else value
-
-
-def missing_extra(arguments: list[str]) -> str | None:
-    """A line if the command line chooses a launcher or sweeper whose package is not installed: Hydra would list what it has."""
-    for argument in arguments:
-        key, _, choice = argument.partition("=")
-        for word, package in PACKAGES.items():
-            if key in CHOICES and choice.startswith(word) and importlib.util.find_spec(f"hydra_plugins.{package}") is None:
-                return f"{argument}: {package.replace('_', '-')} is not installed; pip install -e '.[sweep]' brings it"
-    return None
 
 
 def way_on() -> str:

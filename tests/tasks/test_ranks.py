@@ -36,10 +36,6 @@ def test_a_command_starts_what_devices_asks_for(devices, count):
     assert ranks.to_start(asking(devices=devices)) == count
 
 
-def test_a_config_without_a_trainer_needs_no_processes():
-    assert ranks.to_start(None) == 0
-
-
 @pytest.mark.parametrize(
     "found", [{"LOCAL_RANK": "0"}, {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, {ranks.EXCHANGE: ""}, {"OMPI_COMM_WORLD_SIZE": "2"}]
 )

@@ -192,46 +192,19 @@ def test_of_an_array_it_is_the_one_job_and_only_the_first_process_asks(place, sc
     assert told() == (["requeue 3_0"], [slurm.SAID_S, slurm.KILL_S, slurm.KILL_S])
 
 
-def test_a_full_disk_keeps_no_job_from_being_started_again(place, scontrol, caplog, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
+@pytest.mark.parametrize("name", [None, "checkpoints/last.ckpt", "points.jsonl"])
+def test_a_job_that_never_saves_anything_is_not_started_for_ever(place, scontrol, caplog, tmp_path, name):
     told = scontrol()
-    place(JOB)
-    monkeypatch.setattr("qat.files.write_text", full)
-    assert left(caplog, Preempted(signal.SIGUSR1), tmp_path)[0] == 138
-    assert told()[0] == ["requeue 17"]
-
-
-def test_a_job_that_never_gets_to_a_checkpoint_is_not_started_for_ever(place, scontrol, caplog, tmp_path):
-    told = scontrol()
-    place(JOB)
-    saved = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    saved.parent.mkdir(parents=True)
-    for _ in range(2):
-        left(caplog, Preempted(signal.SIGUSR1), tmp_path / "run")
-    saved.write_bytes(b"one")
-    for step in (5, None, None):
-        left(caplog, Preempted(signal.SIGUSR1, step, saved), tmp_path / "run")
-    assert len(told()[0]) == 5
-    code, (_, line) = left(caplog, Preempted(signal.SIGUSR1), tmp_path / "run")
-    assert (code, len(told()[0])) == (138, 5)
-    assert line == (
-        "job 17 not requeued (3 stretches in a row have saved nothing to go on from; "
-        "its time limit is too short for what comes before); WAY ON"
-    )
-    left(caplog, Preempted(signal.SIGUSR1), tmp_path / "run")
-    assert len(told()[0]) == 6
-
-
-def test_evaluations_that_are_done_count_as_saved_and_a_file_that_is_only_written_anew_does_not(place, scontrol, caplog, tmp_path):
-    told = scontrol()
-    place(JOB)
-    points = tmp_path / "points.jsonl"
-    for rows in (1, 2, 3, 4, 4, 4, 4):
-        points.write_text("{}\n" * rows)
-        left(caplog, Preempted(signal.SIGUSR1), tmp_path)
-    assert len(told()[0]) == 6
+    place({**JOB, "SLURM_RESTART_COUNT": "1"})
+    assert len(left(caplog, Preempted(signal.SIGUSR1), tmp_path)[1]) == 1
+    place({"SLURM_RESTART_COUNT": "2"})
+    if name is not None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    code, lines = left(caplog, Preempted(signal.SIGUSR1), tmp_path)
+    assert (code, len(told()[0])) == (138, 1 if name is None else 2)
+    why = "3 stretches have saved nothing to go on from; its time limit is too short for what comes before"
+    assert lines[1:] == ([f"job 17 not requeued ({why}); WAY ON"] if name is None else [])
 
 
 def test_a_job_that_cannot_be_requeued_says_why_and_how_to_go_on(place, scontrol, caplog, tmp_path):

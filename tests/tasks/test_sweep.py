@@ -6,10 +6,12 @@ import signal
 
 import hydra
 import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from lightning.pytorch import Callback
 
 from qat.report.sweep import overrides_of
-from qat.tasks import cli, sweep
+from qat.tasks import cli
 from tests.commands import typed
 from tests.conftest import ROOT, TINY, compose, results
 from tests.tasks.test_cli import command
@@ -165,13 +167,16 @@ def test_searches_are_repeatable_and_name_settings_that_exist(search):
 
 
 @pytest.mark.parametrize(
-    "argument", ["hparams_search=optuna_lr", "hydra/sweeper=optuna", "hydra/launcher=joblib", "hydra/launcher=submitit_local"]
+    ("argument", "group"),
+    [("hparams_search=optuna_lr", "sweeper"), ("hydra/sweeper=optuna", "sweeper"), ("hydra/launcher=joblib", "launcher")],
 )
-def test_a_plugin_that_is_not_installed_is_named_with_what_to_do(tmp_path, monkeypatch, argument):
-    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
+def test_a_plugin_that_is_not_installed_is_one_line_with_what_to_do(tmp_path, monkeypatch, argument, group):
+    Plugins.instance()  # they are in the store from here on
+    repo = ConfigStore.instance().repo["hydra"]
+    monkeypatch.setitem(repo, group, {"basic.yaml": repo[group]["basic.yaml"]})
     code, _ = typed("train.py", "-m", argument, cwd=tmp_path)
-    assert code.startswith(f"error: {argument}: hydra-")
-    assert code.endswith("is not installed; pip install -e '.[sweep]' brings it")
+    assert code.startswith(f"error: hydra/{group}")
+    assert code.endswith("pip install -e '.[sweep]' brings joblib, submitit and optuna")
 
 
 @pytest.mark.long
