@@ -12,7 +12,7 @@ from unittest import mock
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from qat.tasks import cli
+from qat.tasks import sweep
 from tests.conftest import ROOT
 
 
@@ -27,7 +27,7 @@ def typed(script, *arguments, cwd):
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(out),
             mock.patch.object(sys, "argv", argv),
-            mock.patch.object(cli, "_failed_jobs", []),
+            mock.patch.object(sweep, "failures", []),
         ):
             runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as stop:

@@ -36,7 +36,7 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout: 
 
 
 def _run(number, count, port, errors, function, args):
-    place = {"LOCAL_RANK": number, "RANK": number, "WORLD_SIZE": count, "NODE_RANK": 0, "MASTER_PORT": port, ranks.OUTCOME: -1}
+    place = {"LOCAL_RANK": number, "RANK": number, "WORLD_SIZE": count, "NODE_RANK": 0, "MASTER_PORT": port, ranks.EXCHANGE: ""}
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}})
     rank_zero_only.rank = fabric_rank_zero_only.rank = number
     torch.set_num_threads(1)

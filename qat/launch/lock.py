@@ -2,13 +2,13 @@
 
 It is held by the process that stands for the run: the one that starts the others, the first one under srun and torchrun. The operating
 system gives it back when that process ends, however it ends; what the file says of its holder is for people alone. The package filelock
-does not serve: where a file system has no locks it takes a file that is there for a lock, and a killed run would leave it behind.
+does not serve: where a file system has no locks it takes a file that is there for a lock, and a killed run would leave it behind. Locks of
+POSIX (`lockf`) are not inherited by loader processes, which may outlive a run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 FILE = ".lock"
 # Seconds that a job waits which SLURM has started again: a network file system may notice late that the node of its last stretch is gone.
 PATIENCE_S, TICK_S = 120, 0.5
-_TAKEN = {errno.EAGAIN, errno.EACCES}
 # Directories that this process holds, and the open file of each; None where there are no locks.
 _held: dict[Path, int | None] = {}
 
@@ -65,7 +64,7 @@ def take(run_dir: str) -> None:
     while True:
         try:
             _held[folder] = _locked(folder / FILE)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             if time.monotonic() >= deadline:
                 holder = _holder(folder / FILE)
                 raise InUseError(
@@ -96,24 +95,27 @@ def _locked(path: Path) -> int | None:
     """The open, locked file; None where the file system has no locks.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError, PermissionError: another process has it.
     """
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(handle), path.stat()):
-            raise FileNotFoundError(path)
-    except OSError as error:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_current = os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        is_current = False
+    except (BlockingIOError, PermissionError):
         os.close(handle)
-        if error.errno in _TAKEN:
-            raise BlockingIOError(error.errno, error.strerror) from error
-        if isinstance(error, FileNotFoundError):  # its holder has just given it back
-            return _locked(path)
+        raise
+    except OSError:
+        os.close(handle)
         path.unlink(missing_ok=True)
         return None
+    if not is_current:  # its holder has just given it back
+        os.close(handle)
+        return _locked(path)
     os.ftruncate(handle, 0)
     os.write(handle, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
     return handle
@@ -123,14 +125,3 @@ def _holder(path: Path) -> str:
     with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
     return "another process"
-
-
-def _let_go() -> None:
-    """In a copy of this process, as loaders make them: it would hold the lock when this one has been killed."""
-    for handle in _held.values():
-        if handle is not None:
-            os.close(handle)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)

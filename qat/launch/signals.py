@@ -13,10 +13,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 LEAVING = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (*LEAVING, signal.SIGTERM, signal.SIGINT)
@@ -50,11 +51,6 @@ class Preempted(BaseException):
         return self.signal in LEAVING
 
 
-def ends(code: int) -> bool:
-    """True for the exit code of a process that one of the signals has ended: no other job is to follow it."""
-    return code - 128 in SIGNALS
-
-
 @dataclass
 class _Arrivals:
     """What has arrived in this process, and what becomes of it.
@@ -78,19 +74,29 @@ _arrivals = _Arrivals()
 
 
 @contextlib.contextmanager
-def listening() -> Generator[None]:
-    """Take the signals, give them back to whom they belonged afterwards. Nothing outside the main thread, where none arrives."""
+def handling(handler: Callable[[int, FrameType | None], Any]) -> Generator[None]:
+    """Have a function take the signals during a block. Nothing outside the main thread, where none arrives."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    forget()
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    listen()
+    _set_handler(handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number, old in before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+@contextlib.contextmanager
+def listening() -> Generator[None]:
+    """Note the signals, or raise `Preempted`."""
+    forget()
+    _arrivals.process = os.getpid()
+    try:
+        with handling(_note):
+            yield
+    finally:
         forget()
 
 
@@ -98,9 +104,13 @@ def listen() -> None:
     """Take the signals again from whoever took them since."""
     if threading.current_thread() is threading.main_thread():
         _arrivals.process = os.getpid()
-        for number in SIGNALS:
-            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
-                signal.signal(number, _note)
+        _set_handler(_note)
+
+
+def _set_handler(handler: Callable[[int, FrameType | None], Any]) -> None:
+    for number in SIGNALS:
+        if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

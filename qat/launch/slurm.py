@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UsageError
 from qat.launch import ranks
 from qat.launch.signals import Preempted
-from qat.tasks import repeat
 
 log = logging.getLogger(__name__)
 
 OWNER = ".slurm-job"
-# Stretches of a job in a row that may end without anything to go on from; and where they are counted.
-FRUITLESS, COUNT = 3, ".slurm-stretches"
+FRUITLESS = 3  # so many stretches of a job may end without anything to go on from
 SAID_S, REQUEUE_S, KILL_S = 0.5, 60, 120
 # Names by which Lightning knows a session of a person, who may start what they like.
 OF_PERSONS = ("bash", "interactive")
@@ -36,54 +31,45 @@ def job() -> str | None:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
-def is_task() -> bool:
-    """True for one of several processes that srun started."""
-    return "SLURM_STEP_ID" in os.environ and _number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") > 1 and not ranks.is_started_here()
-
-
 def tasks_per_node() -> int:
     """What a config file calls `${slurm_tasks_per_node:}`: processes on each node, 1 outside SLURM."""
-    return _number("SLURM_NTASKS_PER_NODE")
+    return ranks.env_number("SLURM_NTASKS_PER_NODE")
 
 
 def nodes() -> int:
     """What a config file calls `${slurm_nodes:}`: 1 outside SLURM."""
-    return _number("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
+    return ranks.env_number("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
 
-def _number(*names: str) -> int:
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 1)
+def check_place(trainer: Mapping[str, Any]) -> None:
+    """Compare the processes that SLURM has started with those that `trainer.*` asks for: they would wait for each other.
 
-
-def register() -> None:
-    """Make the numbers known to OmegaConf."""
-    OmegaConf.register_new_resolver("slurm_tasks_per_node", tasks_per_node, replace=True)
-    OmegaConf.register_new_resolver("slurm_nodes", nodes, replace=True)
-
-
-def check_place(cfg: DictConfig) -> None:
-    """Raise `UsageError` if the processes that SLURM has started are not those that the config asks for: they would wait for each other."""
+    Raises:
+        UsageError: they differ, or cannot find each other.
+    """
     if "SLURM_JOB_ID" not in os.environ or ranks.is_started_here() or "TORCHELASTIC_RUN_ID" in os.environ:
         return
-    if not is_task():
+    if not ranks.is_srun_task():
         _check_alone()
         return
-    per_node = os.environ.get("SLURM_NTASKS_PER_NODE")
-    tasks = _number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
-    if per_node is None:
+    if "SLURM_NTASKS_PER_NODE" not in os.environ:
+        tasks = ranks.env_number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
         each = -(-tasks // nodes())
         raise UsageError(f"SLURM has --ntasks={tasks} without the number on each node; must be --ntasks-per-node={each}")
-    settings = cfg.get("trainer") or {}
-    wanted = {"devices": (ranks.local_count(settings), tasks_per_node()), "num_nodes": (settings.get("num_nodes", 1), nodes())}
-    for name, (asked, there) in wanted.items():
+    wanted = {
+        "devices": (ranks.local_count(trainer), tasks_per_node(), "tasks on each node"),
+        "num_nodes": (trainer.get("num_nodes", 1), nodes(), "nodes"),
+    }
+    for name, (asked, there, what) in wanted.items():
         if asked != there:
-            what = f"{there} tasks on each node" if name == "devices" else f"{there} nodes"
-            raise UsageError(f"trainer.{name}={settings.get(name, 1)!r}: SLURM has {what}; must be {there}, which trainer=slurm sets")
+            raise UsageError(
+                f"trainer.{name}={trainer.get(name, 1)!r}: SLURM has {there} {what}; must be {there}, which trainer=slurm sets"
+            )
     _check_meeting_place()
 
 
 def _check_alone() -> None:
-    tasks = _number("SLURM_NTASKS")
+    tasks = ranks.env_number("SLURM_NTASKS")
     if tasks > 1 and "SLURM_STEP_ID" not in os.environ and os.environ.get("SLURM_JOB_NAME") not in OF_PERSONS:
         ways = "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
         raise UsageError(f"SLURM has {tasks} tasks for this job, and this process is none of them; {ways}")
@@ -107,24 +93,24 @@ def environments() -> list[Any]:
     """What tells Lightning the place of this process: left to itself it takes any process of a job for one that srun has started."""
     from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
-    if is_task():
+    if ranks.is_srun_task():
         return [SLURMEnvironment(auto_requeue=False)]
     is_alone = "SLURM_JOB_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     return [LightningEnvironment()] if is_alone or ranks.is_started_here() else []
 
 
-def continues(cfg: DictConfig) -> None:
-    """Have a job that SLURM has started again go on where it was, whatever its command says."""
+def implied_resume(resume: Any, run_dir: Path, *, overwrite: bool) -> Any:
+    """The setting `resume`; "auto" where it is False in a job that SLURM has started again, which goes on where it was."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    if restarts == "0" or cfg.get("resume", True) is not False or (cfg.get("overwrite") and not _is_owner(Path(cfg.run_dir))):
-        return
-    cfg.resume = "auto"
+    if restarts == "0" or resume is not False or (overwrite and not _is_owner(run_dir)):
+        return resume
     if ranks.is_first():
         log.info("job %s, restart %s: resume=auto", job(), restarts)
+    return "auto"
 
 
-def claim(run_dir: Path) -> None:
-    """Note that what is in a directory from here on is of this job; what an `overwrite=true` has removed was not."""
+def write_owner(run_dir: Path) -> None:
+    """Note that the files in a directory are of this job from here on; what an `overwrite=true` has removed was not."""
     if "SLURM_JOB_ID" in os.environ:
         (run_dir / OWNER).write_text(f"{job()}\n")
 
@@ -134,8 +120,13 @@ def _is_owner(run_dir: Path) -> bool:
     return path.is_file() and path.read_text().strip() == job()
 
 
-def leave(stop: Preempted, cfg: DictConfig) -> int:
-    """Say what happened, and have SLURM start the job again if that is what the signal means.
+def leave(stop: Preempted, run_dir: Path, way_on: str) -> int:
+    """Say that a signal ended the run, and have SLURM start the job again if that is what the signal means.
+
+    Args:
+        stop: the signal, and where the run stands.
+        run_dir: of the run.
+        way_on: how a person goes on with it.
 
     Returns:
         The exit code, for where nobody ends this process.
@@ -144,36 +135,22 @@ def leave(stop: Preempted, cfg: DictConfig) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # SLURM's word to a job that is requeued
     requeues = stop.wants_requeue and job() is not None
     if ranks.is_first():
-        log.warning("%s", _account(stop, f", requeueing job {job()}" if requeues else f"; {_way_on(cfg)}"))
-        failure = (_futile(Path(cfg.run_dir)) or _requeue()) if requeues else None
+        log.warning("%s%s", _describe(stop), f", requeueing job {job()}" if requeues else f"; {way_on}")
+        failure = (_no_progress(run_dir) or _requeue()) if requeues else None
         if failure is not None:
-            log.error("job %s not requeued (%s); %s", job(), failure, _way_on(cfg))
+            log.error("job %s not requeued (%s); %s", job(), failure, way_on)
             return code
     if requeues:
         time.sleep(KILL_S)
     return code
 
 
-def _futile(run_dir: Path) -> str | None:
-    """Why it is of no use to start this job again, None where the next stretch may get further."""
-    from qat.utils.files import write_text  # noqa: PLC0415  (imports torch)
-
-    path, saved = run_dir / COUNT, _saved(run_dir)
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    same = before.get("job") == job() and before.get("saved") == saved
-    stretches = before["stretches"] + 1 if same else int(not saved)
-    if stretches == FRUITLESS:
-        path.unlink()
-        return f"{stretches} stretches in a row have saved nothing to go on from; its time limit is too short for what comes before"
-    with contextlib.suppress(OSError):  # a full disk is no reason to stay away
-        write_text(path, json.dumps({"job": job(), "stretches": stretches, "saved": saved}))
-    return None
-
-
-def _saved(run_dir: Path) -> dict[str, list[int]]:
-    """Files that a run goes on from, as they are. A start writes those with a row for each evaluation anew: rows tell, not the time."""
-    found = {str(path.relative_to(run_dir)): path.stat() for pattern in ("*.ckpt", "*.jsonl") for path in sorted(run_dir.rglob(pattern))}
-    return {name: [at.st_size] if name.endswith(".jsonl") else [at.st_size, at.st_mtime_ns] for name, at in found.items()}
+def _no_progress(run_dir: Path) -> str | None:
+    """Why it is of no use to start this job again; None where there is something to go on from, or there was little time for it yet."""
+    stretches = ranks.env_number("SLURM_RESTART_COUNT", default=0) + 1
+    if stretches < FRUITLESS or any(path for pattern in ("*.ckpt", "*.jsonl") for path in run_dir.rglob(pattern)):
+        return None
+    return f"{stretches} stretches have saved nothing to go on from; its time limit is too short for what comes before"
 
 
 def _requeue() -> str | None:
@@ -188,19 +165,9 @@ def _requeue() -> str | None:
     return None if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())
 
 
-def _account(stop: Preempted, sequel: str) -> str:
-    """One line."""
+def _describe(stop: Preempted) -> str:
     verb = "preempted" if stop.wants_requeue else "stopped"
     if stop.step is None:
-        return f"{verb} by {stop.name} outside training{sequel}"
+        return f"{verb} by {stop.name} outside training"
     saved = f"{stop.saved.name} written" if stop.saved else "this run writes no last.ckpt"
-    return f"{verb} by {stop.name} at step {stop.step}: {saved}{sequel}"
-
-
-def _way_on(cfg: DictConfig) -> str:
-    if "resume" not in cfg:
-        return "the same command does it again"
-    line = None if job() is not None or ranks.is_started_elsewhere() else repeat.going_on(cfg)
-    if line is not None:
-        return f"go on with: {line}"
-    return f"the same command goes on with resume=auto run_dir={cfg.get('sweep_dir') or cfg.run_dir}"
+    return f"{verb} by {stop.name} at step {stop.step}: {saved}"

@@ -1,4 +1,9 @@
-"""Watching over the processes of a job: none is left waiting for one that is gone."""
+"""Watching over the processes of a job: none is left waiting for one that is gone. Imports nothing heavy.
+
+`torch.distributed.elastic.multiprocessing` does not serve (tried with torch 2.14): the moment one process fails it sends the others
+SIGTERM, which a run answers by saving, and waits 30 s for them; the first process is often ended before it has said what is wrong. Of
+failures in the same second it names any, and importing it takes 4 s and 600 MB in a process that only waits.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,9 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+
+from qat.launch import signals
 
 # Exit code of a process that lost the connection to another: what happened to that one is the news.
 LOST = 75
@@ -23,26 +31,34 @@ class Watch:
     Attributes:
         logs: where those behind the first write; what the first writes is what a person sees.
         processes: by local rank.
-        culprit: the one that failed, and its exit code; None while none has.
+        failed: local rank and exit code of the one that failed first; None while none has.
     """
 
     logs: list[Path]
     processes: list[subprocess.Popen] = field(default_factory=list)
-    culprit: tuple[int, int] | None = None
+    failed: tuple[int, int] | None = None
 
     def wait(self) -> None:
         """Wait until all have ended; once one has failed the others get a moment, then are killed."""
         deadline = math.inf
-        while any(process.poll() is None for process in self.processes):
-            self._look()
-            if self.culprit is not None:
+        while self._is_going():
+            if self.failed is not None:
                 deadline = min(deadline, time.monotonic() + GRACE)
             if time.monotonic() > deadline:
                 self.end(signal.SIGKILL)
             time.sleep(TICK)
-        self._look()
 
-    def send(self, kind: signal.Signals) -> None:
+    def hand_on(self, number: int, _: FrameType | None) -> None:
+        """Take a signal by which a cluster or a person ends or preempts a job, for all of them.
+
+        Raises:
+            KeyboardInterrupt: it is a second Ctrl-C, which ends the job here.
+        """
+        if number == signal.SIGINT and signals.is_impatient():
+            raise KeyboardInterrupt
+        self.send(number)
+
+    def send(self, kind: int) -> None:
         """Send a signal to all that are alive."""
         for process in self.processes:
             if process.poll() is None:
@@ -56,33 +72,24 @@ class Watch:
                 for process in self.processes:
                     process.wait(ENDING)
 
-    def _look(self) -> None:
-        """Find the culprit: not one that merely lost the connection, unless all did; the first process where several failed at once."""
-        failed = [(number, process.returncode) for number, process in enumerate(self.processes) if process.poll()]
-        if self.culprit is None or self.culprit[1] == LOST:
-            self.culprit = min(failed, key=lambda one: (one[1] == LOST, one[0]), default=None)
-
-    def exit_code(self) -> int:
-        """Of the culprit, as a shell has it; 0 where there is none."""
-        code = 0 if self.culprit is None else self.culprit[1]
-        return code if code >= 0 else 128 - code
+    def _is_going(self) -> bool:
+        """False when all have ended; finds the one that failed first, the lowest of several, not one that merely lost the connection."""
+        codes = [process.poll() for process in self.processes]
+        if self.failed is None or self.failed[1] == LOST:
+            found = ((number, code) for number, code in enumerate(codes) if code)
+            self.failed = min(found, key=lambda one: (one[1] == LOST, one[0]), default=None)
+        return None in codes
 
     def complaint(self) -> str | None:
-        """What is to be said of a job that failed; None where its first process has said it, or what it says is the same."""
-        if self.culprit is None:
+        """One line about the failure; None where there is none, or the first process has said it itself."""
+        if self.failed is None:
             return None
-        number, code = self.culprit
-        first = self.processes[0].returncode
-        if code != LOST and code > 0 and first == code:
+        number, code = self.failed
+        if code > 0 and code != LOST and self.processes[0].returncode == code:
             return None
-        return f"process {number} of {len(self.processes)} {_fate(code)}{self._last_words(number)}"
-
-    def _last_words(self, number: int) -> str:
-        if number == 0:
-            return ""
-        path = self.logs[number - 1]
-        said = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
-        return f": {said[-1]} ({path})" if said else ""
+        said = self.logs[number - 1].read_text(encoding="utf-8", errors="replace").strip() if number else ""
+        last = f": {said.splitlines()[-1].strip()} ({self.logs[number - 1]})" if said else ""
+        return f"process {number} of {len(self.processes)} {_fate(code)}{last}"
 
 
 def _fate(code: int) -> str:

@@ -16,8 +16,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -27,11 +29,10 @@ from qat.launch import lock, ranks, signals, slurm
 from qat.launch.lock import InUseError
 from qat.launch.signals import Preempted
 from qat.launch.watch import LOST
-from qat.tasks import foreign, overrides, repeat, resolvers, sweep
+from qat.tasks import foreign, job, overrides, repeat, resolvers, sweep
 from qat.tasks.outputs import Found, UsedError, checkpoints
 
 log = logging.getLogger(__name__)
-_failed_jobs: list[str] = []
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache on a fresh machine
 PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run", "sweep", "file")
 OTHERS_WAIT_S = 3
@@ -67,7 +68,6 @@ def writable(run_dir: str) -> str:
 OmegaConf.register_new_resolver("run_name", _run_name, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("writable", writable, replace=True)
 resolvers.register()
-slurm.register()
 repeat.register()
 
 
@@ -84,9 +84,6 @@ def command(main: Callable[[], None]) -> int:
     if handler is signals.end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     expand_home()
-    missing = sweep.missing_extra(sys.argv[1:])
-    if missing is not None:
-        sys.exit(f"error: {missing}")
     try:
         foreign.check_repeated(sys.argv[1:])
     except UsageError as error:
@@ -98,14 +95,9 @@ def command(main: Callable[[], None]) -> int:
         log.warning("stopped by Ctrl-C%s", sweep.way_on())
         return 128 + signal.SIGINT
     finally:
-        sweep.conclude()
+        sweep.summarize()
         signal.signal(signal.SIGINT, handler)  # Python takes a moment to end, too
-    return 1 if _failed_jobs else 0
-
-
-def failed_jobs() -> list[str]:
-    """What went wrong: a message for each job that failed, in this process or as a sweep has heard of it."""
-    return _failed_jobs
+    return 1 if sweep.failures else 0
 
 
 def run(task: str, cfg: DictConfig) -> float | None:
@@ -133,8 +125,8 @@ def run(task: str, cfg: DictConfig) -> float | None:
         except ranks.RankError as error:
             if error.message is not None:
                 _report(cfg, error.message, None, found)
-            _failed_jobs.append(str(error))
-            code, ends = error.code, ends or signals.ends(error.code)
+            sweep.failures.append(str(error))
+            code, ends = error.code, ends or error.code - 128 in signals.SIGNALS  # which end a multirun, too
         except Exception as error:
             mistake = _mistake(error)
             if isinstance(mistake, LostError) and ranks.is_started_here():
@@ -157,7 +149,7 @@ def _call(task: str, cfg: DictConfig, found: Found) -> float | None:
         except Preempted as stop:
             if not stop.wants_requeue and found.has_begun() and not checkpoints(Path(cfg.run_dir)):
                 _write_error(cfg, f"stopped by {stop.name}", found)  # so that the same command may be given again
-            sys.exit(slurm.leave(stop, cfg))
+            sys.exit(slurm.leave(stop, Path(cfg.run_dir), _way_on(cfg)))
 
 
 def _start(task: str, cfg: DictConfig) -> float | None:
@@ -167,18 +159,48 @@ def _start(task: str, cfg: DictConfig) -> float | None:
     if HydraConfig.initialized():
         repeat.follow(cfg, list(HydraConfig.get().overrides.task))
         least = sweep.begin_job()
-    slurm.continues(cfg)
-    slurm.check_place(cfg)
+    if "resume" in cfg:
+        cfg.resume = slurm.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=bool(cfg.get("overwrite")))
+    trainer = cfg.get("trainer")
+    slurm.check_place(trainer if OmegaConf.is_dict(trainer) else {})
     alone = task in {"analyze", "export"} or cfg.get("predict") is not None  # they refuse several devices themselves
     with signals.importing():
-        count = max(0 if alone else ranks.to_start(cfg), least)
+        count = max(0 if alone else ranks.to_start(trainer), least)
         function = None if count else getattr(importlib.import_module(f"qat.tasks.{task}"), task)
     if function is None:
-        return ranks.supervise(task, cfg, count)
+        nodes = int(trainer.get("num_nodes", 1)) if trainer else 1
+        return ranks.supervise(f"{__name__}:{run_serialized.__name__}", job.serialize_job(task, cfg), Path(cfg.run_dir), count, nodes)
     if not ranks.is_first():
         logging.getLogger().setLevel(logging.ERROR)
     result: float | None = function(cfg)
     return result
+
+
+def run_serialized(text: str) -> None:
+    """Run a job in a process that was started for it, and hand back what came of it.
+
+    Args:
+        text: the job, of `serialize_job`.
+    """
+    task, cfg = job.deserialize_job(text)
+    if ranks.is_first() and HydraConfig.initialized():
+        hydra_cfg: Any = HydraConfig.get()
+        configure_log(hydra_cfg.job_logging, hydra_cfg.verbose)
+    else:
+        logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    value = None
+    try:
+        value = run(task, cfg)
+    finally:
+        ranks.hand_back(value, next(iter(sweep.failures), None))
+
+
+def _way_on(cfg: DictConfig) -> str:
+    """How a person goes on with a run that a signal has stopped."""
+    if "resume" not in cfg:
+        return "the same command does it again"
+    line = None if slurm.job() is not None or ranks.is_started_elsewhere() else repeat.going_on(cfg)
+    return f"go on with: {line}" if line else f"the same command goes on with resume=auto run_dir={cfg.get('sweep_dir') or cfg.run_dir}"
 
 
 def _enter_run_dir(cfg: DictConfig) -> None:
@@ -234,7 +256,7 @@ def _wants_traceback(cfg: DictConfig) -> bool:
 
 def _report(cfg: DictConfig, message: str, unexpected: BaseException | None, found: Found | None) -> None:
     """Say what went wrong, and write it into the run directory as it was `found`; None = that belongs to another run."""
-    _failed_jobs.append(message)
+    sweep.failures.append(message)
     line = " ".join(message.split())
     if not ranks.is_first():
         if not ranks.is_started_here():

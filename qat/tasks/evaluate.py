@@ -14,7 +14,7 @@ from torch import nn
 import qat.data
 from qat.data import ImageData
 from qat.errors import UsageError
-from qat.launch.group import meet
+from qat.launch.group import connect
 from qat.launch.ranks import is_first
 from qat.lit import QATModule
 from qat.lit.loggers import closing
@@ -56,7 +56,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     if is_first() and not (Path(cfg.run_dir) / "checkpoints").exists():  # else the config there is that of the training run
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
-    meet(cfg, trainer)
+    connect(trainer, build.plain(cfg))
     data = subject.data
     entries = {
         "model": summary.describe_model(subject.name, subject.net, data),

@@ -17,6 +17,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+PLUGINS = ("hydra/launcher", "hydra/sweeper")  # groups to which packages add options
 SHOWN = 3  # near names in a line
 # What composing raises; the last is of a group that is set to null or to a number.
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
@@ -65,7 +66,8 @@ def explain(error: Exception, overrides: Sequence[str], compose: Compose, option
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = error.options or options_with(group, "")  # of a list of options Hydra names none
-        return f"{group}={option}: there is no such option; must be one of {', '.join(o for o in options if not o.startswith('_'))}"
+        extra = "; pip install -e '.[sweep]' brings joblib, submitit and optuna" if group.startswith(PLUGINS) else ""
+        return f"{group}={option}: there is no such option; must be one of {', '.join(o for o in options if not o.startswith('_'))}{extra}"
     if isinstance(error, OverrideParseException):
         reason = " ".join(line for line in str(error).splitlines() if not line.startswith(("Error parsing", "See ")))
         return f"{error.override}: not understood ({reason}); must be key=value, in quotes if it has blanks, commas or brackets"

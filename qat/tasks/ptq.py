@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qat.data import ImageData
 from qat.errors import UsageError
-from qat.launch.group import meet
+from qat.launch.group import connect
 from qat.launch.ranks import is_first
 from qat.lit.loggers import closing
 from qat.model.checkpoint import read_checkpoint, save
@@ -87,7 +87,7 @@ def ptq(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     run = _build(cfg)
-    meet(cfg, run.trainer)
+    connect(run.trainer, build.plain(cfg))
     if is_first():
         _remove_older(cfg)
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from qat.launch import slurm
 
 SWIN_STAGES = 4
 
@@ -44,5 +46,7 @@ def pick(net: str | None, bits: int, table: Mapping[str, Any]) -> Any:
 
 def register() -> None:
     """Make them known to OmegaConf."""
-    for function in (swin_patch, swin_window, none_of, pick):
-        OmegaConf.register_new_resolver(function.__name__, function, replace=True)
+    functions: dict[str, Callable[..., Any]] = {function.__name__: function for function in (swin_patch, swin_window, none_of, pick)}
+    functions |= {"slurm_tasks_per_node": slurm.tasks_per_node, "slurm_nodes": slurm.nodes}
+    for name, function in functions.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)

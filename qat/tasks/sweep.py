@@ -1,19 +1,15 @@
 """Sweeps (`-m`): what Hydra calls around their jobs, the summary at the end, and `analyze.py sweep=DIR`. Imports nothing heavy.
 
-Jobs may run in other processes and on other machines, so what they tell the sweep is in files: `.hydra/job.json` of each says to which
-sweep it belongs, and how it ended.
+Jobs may run in other processes and on other machines, so one that fails says so in a file: its `results.json` may be of an earlier run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import json
 import logging
 import math
 import os
 import sys
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,23 +30,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECORD = Path(".hydra") / "job.json"
-# Of a job that a signal ended there is no other word.
-KILLED = "it was killed, or is still going"
-CHOICES = ("hydra/launcher", "hydra/sweeper", "hparams_search")
-PACKAGES = {"optuna": "hydra_optuna_sweeper", "joblib": "hydra_joblib_launcher", "submitit": "hydra_submitit_launcher"}
+# Below the folder of a job that has not ended well: its error, to begin with this one.
+ERROR, KILLED = Path(".hydra") / "error.txt", "it was killed, or is still going"
 # In the environment of a job that shares its terminal with others.
 NO_BAR = "QAT_NO_PROGRESS_BAR"
 _running: list[SweepCallback] = []
 _refusals: list[str] = []
+# What went wrong: a message for each job that failed, in this process or as the sweep has read.
+failures: list[str] = []
 
 
 class SweepCallback(Callback):
     """Hydra makes one for each command; it travels to wherever the jobs of a sweep run."""
 
     def __init__(self) -> None:
-        self.token = ""
-        self.folder = ""
+        self.folder = ""  # of the sweep
         self.varied: list[str] = []
         self.report = True
         self.resumes = False
@@ -61,9 +55,8 @@ class SweepCallback(Callback):
         _take(config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Give the sweep a name, and let a study of optuna go on where it was."""
+        """Begin the summary; a search repeats its draws, so `resume` goes on with it as with any other sweep."""
         _take(config.hydra.sweep.dir)
-        self.token = uuid.uuid4().hex
         self.folder = str(Path(config.hydra.sweep.dir).absolute())
         self.report, self.resumes = bool(config.get("report", True)), "resume" in config
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
@@ -74,42 +67,35 @@ class SweepCallback(Callback):
         if "optuna" in config.hydra.sweeper._target_:
             from qat.tasks.study import prepare
 
-            prepare(config, Path(self.folder))
+            self.varied += [str(name).lstrip("+~") for name in config.hydra.sweeper.params or ()]
+            prepare(config)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Note that the job began; refuse to go on with one of another setting."""
-        from qat.tasks import cli
-
         _refusals.clear()
-        if not self.token:
+        if not self.folder:
             return
         folder = Path(config.hydra.runtime.output_dir)
-        if read_record(folder).get("sweep") != self.token:  # else another process of the same job was here
-            _write_record(folder, {"sweep": self.token})
-        self._failed_before = len(cli.failed_jobs())
-        if "optuna" not in config.hydra.sweeper._target_ and config.get("resume"):
+        if ranks.is_first():
+            _note_error(folder, KILLED)
+        self._failed_before = len(failures)
+        if config.get("resume"):
             _refusals.extend(_other_setting(folder, list(config.hydra.overrides.task), self.varied))
         if is_parallel(config.hydra):
             os.environ[NO_BAR] = "1"
             _number_lines(config.hydra.job.num)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:  # noqa: ARG002
-        """Note how it ended."""
-        from qat.tasks import cli
-
-        if not self.token:
-            return
-        folder = Path(config.hydra.runtime.output_dir)
-        failed = cli.failed_jobs()[self._failed_before :]
-        value = job_return._return_value
+        """Note its error."""
+        failed = failures[self._failed_before :]
         if job_return.status == JobStatus.FAILED:
-            failed, value = [f"{type(value).__name__}: {value}"], None
-        error = _said(folder, f"{config.hydra.job.name}.log", failed) if failed else read_record(folder).get("error")
-        _write_record(folder, {"sweep": self.token, "error": error, "value": None if error else value})
+            failed = [f"{type(job_return._return_value).__name__}: {job_return._return_value}"]
+        if self.folder:
+            _note_error(Path(config.hydra.runtime.output_dir), failed[0] if failed else "")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Say what came of it."""
-        conclude()
+        """Show its summary."""
+        summarize()
 
 
 def _take(run_dir: str) -> None:
@@ -130,18 +116,14 @@ def begin_job() -> int:
     Raises:
         UsageError: the job would go on with one of another setting.
     """
-    if not is_parallel(HydraConfig.get()):
-        return _checked(0)
-    if not ranks.is_started_here():
-        return _checked(1)
-    _number_lines(HydraConfig.get().job.num)
-    return 0
-
-
-def _checked(count: int) -> int:
     if _refusals:
         raise UsageError(_refusals[0])
-    return count
+    if not is_parallel(HydraConfig.get()):
+        return 0
+    if not ranks.is_started_here():
+        return 1
+    _number_lines(HydraConfig.get().job.num)
+    return 0
 
 
 def _number_lines(number: int) -> None:
@@ -151,31 +133,10 @@ def _number_lines(number: int) -> None:
             handler.setFormatter(NumberedFormatter(number))
 
 
-def _said(folder: Path, log_name: str, failed: list[str]) -> str:
-    """What a job said of its failure; a process that it had started may have said it in its place."""
-    told = [message for message in failed if message and message != "None"]
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        told = told or [json.loads((folder / "results.json").read_text(encoding="utf-8"))["error"]]
-    with contextlib.suppress(OSError):
-        lines = (folder / log_name).read_text(encoding="utf-8", errors="replace").splitlines()
-        told = told or [line.partition("error: ")[2] for line in reversed(lines) if "error: " in line]
-    return " ".join(told[0].split()) if told else "it failed"
-
-
 def reported(value: float | None) -> float | None:
     """What a job returns to the sweeper: optuna takes no NaN, the sign of a failed job, and would end the sweep with a traceback."""
     is_nan = value is not None and math.isnan(value)
     return None if is_nan and HydraConfig.initialized() and "optuna" in str(HydraConfig.get().sweeper._target_) else value
-
-
-def missing_extra(arguments: list[str]) -> str | None:
-    """A line if the command line chooses a launcher or sweeper whose package is not installed: Hydra would list what it has."""
-    for argument in arguments:
-        key, _, choice = argument.partition("=")
-        for word, package in PACKAGES.items():
-            if key in CHOICES and choice.startswith(word) and importlib.util.find_spec(f"hydra_plugins.{package}") is None:
-                return f"{argument}: {package.replace('_', '-')} is not installed; pip install -e '.[sweep]' brings it"
-    return None
 
 
 def way_on() -> str:
@@ -183,26 +144,22 @@ def way_on() -> str:
     return f"; the same command goes on with resume=auto run_dir={_running[-1].folder}" if _running and _running[-1].resumes else ""
 
 
-def conclude() -> None:
-    """Say what came of the sweep of this process, if there was one, and write its tables and page; do so once."""
+def summarize() -> None:
+    """Show the results of the sweep of this process, if there was one, and write its tables and page; do so once."""
     if not _running or not ranks.is_first():
         return
     from qat.report.sweep import gather
-    from qat.tasks import cli
 
     callback = _running.pop()
     _running.clear()
-    folder = Path(callback.folder)
-    sweep = gather(folder)
-    records = {job.name: read_record(folder / job.name) for job in sweep.jobs}
-    ours = {name: record for name, record in records.items() if record.get("sweep") == callback.token}
-    ended = {name: record.get("error") if "error" in record else KILLED for name, record in ours.items()}
-    for error in ended.values():
-        if error:
-            cli.failed_jobs().append(error)
-    if ours:
-        refused = {name: error for name, error in ended.items() if error and name not in {job.name for job in sweep.troubled}}
-        _publish(sweep, refused, report=callback.report)
+    sweep = gather(Path(callback.folder))
+    paths = {job.name: Path(callback.folder, job.name, ERROR) for job in sweep.jobs}
+    errors = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.exists()}
+    failures.extend(errors.values())
+    if sweep.jobs:
+        for job in sweep.troubled:
+            errors.pop(job.name, None)
+        _publish(sweep, errors, report=callback.report)
     lock.release(callback.folder)
 
 
@@ -267,17 +224,11 @@ def _other_setting(folder: Path, overrides: list[str], varied: list[str]) -> lis
     ]
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What a job said of itself; empty where it said nothing."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    path = folder / RECORD
-    beside = path.with_suffix(f".{os.getpid()}")
+def _note_error(folder: Path, error: str) -> None:
+    """Note how a job has failed; with an empty text, that it has not."""
+    path = folder / ERROR
     with contextlib.suppress(OSError):  # a full disk is the job's affair
-        beside.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        beside.replace(path)
+        if error:
+            path.write_text(" ".join(error.split()), encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)

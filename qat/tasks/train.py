@@ -18,9 +18,9 @@ from torch import Tensor
 
 from qat.callbacks import Stopwatch
 from qat.data import ImageData
-from qat.launch.group import meet
+from qat.launch.group import connect
 from qat.launch.ranks import is_first
-from qat.launch.slurm import claim
+from qat.launch.slurm import write_owner
 from qat.lit import QATModule, Teacher
 from qat.lit.accuracy import evaluate
 from qat.lit.loggers import closing
@@ -79,12 +79,12 @@ def train(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     run = _build(cfg)
-    meet(cfg, run.trainer)
+    connect(run.trainer, build.plain(cfg))
     run.data.trainer = run.trainer  # from here on each process has its own share of the images
     if is_first():
         for path in run.replaces:
             path.unlink(missing_ok=True)
-        claim(Path(cfg.run_dir))
+        write_owner(Path(cfg.run_dir))
         _announce(cfg, run)
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
         remember(cfg)

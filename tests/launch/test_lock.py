@@ -102,7 +102,7 @@ def test_one_that_waits_gets_the_lock_of_one_that_ends(tmp_path, monkeypatch):
             assert (tmp_path / lock.FILE).exists()
 
 
-OTHERS = [{"RANK": "1"}, {"QAT_RANK_OUTCOME": "-1"}, {"NODE_RANK": "1"}, {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}]
+OTHERS = [{"RANK": "1"}, {"QAT_RANK_EXCHANGE": ""}, {"NODE_RANK": "1"}, {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}]
 
 
 @pytest.mark.parametrize("place", OTHERS, ids=str)
@@ -121,7 +121,7 @@ def test_a_file_system_without_locks_prevents_no_run(tmp_path, monkeypatch, capl
     def no_locks(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
     monkeypatch.setattr("qat.tasks.train.train", lambda cfg: 42.0)
     assert cli.run("train", tiny(tmp_path / "run")) == 42.0
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

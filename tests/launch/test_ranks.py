@@ -17,7 +17,7 @@ from qat.launch import group, ranks, watch
 from qat.tasks import cli
 from tests.conftest import ROOT, results
 
-PLACES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", ranks.OUTCOME)
+PLACES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", ranks.EXCHANGE)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def alone(monkeypatch):
 
 
 def asking(**trainer):
-    return OmegaConf.create({"trainer": {"accelerator": "cpu", "strategy": "auto", **trainer}})
+    return OmegaConf.create({"accelerator": "cpu", "strategy": "auto", **trainer})
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,8 @@ def test_a_command_starts_what_devices_asks_for(devices, count):
     assert ranks.to_start(asking(devices=devices)) == count
 
 
-def test_a_config_without_a_trainer_needs_no_processes():
-    assert ranks.to_start(OmegaConf.create({})) == 0
-
-
 @pytest.mark.parametrize(
-    "found", [{"LOCAL_RANK": "0"}, {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, {ranks.OUTCOME: "-1"}, {"OMPI_COMM_WORLD_SIZE": "2"}]
+    "found", [{"LOCAL_RANK": "0"}, {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, {ranks.EXCHANGE: ""}, {"OMPI_COMM_WORLD_SIZE": "2"}]
 )
 def test_nothing_is_started_where_the_processes_are_there(monkeypatch, found):
     for name, value in found.items():
@@ -94,6 +90,7 @@ def test_differing_configs_are_named():
     message = group.difference([base, base, base | {"optimizer.lr": 0.3}])
     assert message.startswith("optimizer.lr: process 2 of 3 has 0.3, process 0 has 0.1; all processes of a run need one config")
     assert "extra: process 1 of 2 has 1, process 0 has 'nothing'" in group.difference([base, base | {"extra": 1}])
+    assert group.difference([base | {"nan": float("nan")}, base | {"nan": float("nan")}]) is None
 
 
 def test_flat_names_leaves():
@@ -127,17 +124,17 @@ def dies(kind):
         (("exit(1)", "exit(1)"), 1, None),
         (("exit(1)", WAITS), 1, None),
         ((WAITS, "exit('error: the line')"), 1, r"^process 1 of 2 ended with exit code 1: error: the line \(.*rank-1\.log\)$"),
-        ((WAITS, dies(signal.SIGKILL)), 137, r"^process 1 of 2 was killed \(SIGKILL, often for want of memory\)$"),
-        ((dies(signal.SIGSEGV), WAITS), 139, r"^process 0 of 2 was killed \(SIGSEGV\)$"),
+        ((WAITS, dies(signal.SIGKILL)), -9, r"^process 1 of 2 was killed \(SIGKILL, often for want of memory\)$"),
+        ((dies(signal.SIGSEGV), WAITS), -11, r"^process 0 of 2 was killed \(SIGSEGV\)$"),
         # Who lost the connection to one that was killed is not the news.
-        ((f"exit({watch.LOST})", f"import time; time.sleep(0.5); {dies(signal.SIGKILL)}"), 137, r"^process 1 of 2 was killed"),
+        ((f"exit({watch.LOST})", f"import time; time.sleep(0.5); {dies(signal.SIGKILL)}"), -9, r"^process 1 of 2 was killed"),
         ((f"exit({watch.LOST})", f"exit({watch.LOST})"), watch.LOST, "^process 0 of 2 lost the connection to another$"),
     ],
 )
 def test_the_one_that_failed_is_named_and_none_is_left(tmp_path, monkeypatch, scripts, code, complaint):
     monkeypatch.setattr(watch, "GRACE", 1.5)
     found = watched(tmp_path, *scripts)
-    assert found.exit_code() == code
+    assert (found.failed or (0, 0))[1] == code
     if complaint is None:
         assert found.complaint() is None
     else:
@@ -201,7 +198,7 @@ def test_killing_a_process_ends_the_run(tmp_path):
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     others = _wait_for_ranks(run, tmp_path / "run" / "checkpoints" / "last.ckpt")
     os.kill(others[1], signal.SIGKILL)
-    said, _ = run.communicate(timeout=60)
+    said, _ = run.communicate(timeout=180)  # the report of an error takes imports
     assert run.returncode == 128 + signal.SIGKILL
     assert "error: process 1 of 2 was killed (SIGKILL, often for want of memory)" in said
     assert "Traceback" not in said

@@ -131,7 +131,3 @@ def test_a_loader_process_sees_its_training_process_through(number, is_marked):
         process.join(10)
         assert process.exitcode == 7, "the signal neither killed it nor raised in it"
         assert signals.arrived() == 0
-
-
-def test_exit_codes_that_end_a_multirun():
-    assert [code for code in range(256) if signals.ends(code)] == [130, 138, 140, 143]

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import stat
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -66,7 +67,7 @@ def place(monkeypatch):
 def test_processes_that_would_wait_for_each_other_are_refused(place, variables, overrides, message):
     place(variables)
     with pytest.raises(UsageError) as error:
-        slurm.check_place(compose("train", *overrides, "run_dir=a"))
+        slurm.check_place(compose("train", *overrides, "run_dir=a").trainer)
     expected = re.escape(message).replace(r"\.\*", ".*") if "MASTER_ADDR" in message else re.escape(message)
     assert re.fullmatch(expected, str(error.value))
 
@@ -85,12 +86,12 @@ def test_processes_that_would_wait_for_each_other_are_refused(place, variables, 
 )
 def test_others_are_not(place, variables, overrides):
     place(variables)
-    slurm.check_place(compose("train", *overrides, "run_dir=a"))
+    slurm.check_place(compose("train", *overrides, "run_dir=a").trainer)
 
 
 def test_on_one_node_no_name_is_looked_up(place):
     place(TASK)
-    slurm.check_place(compose("train", "trainer=slurm", "run_dir=a"))
+    slurm.check_place(compose("train", "trainer=slurm", "run_dir=a").trainer)
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
 
 
@@ -99,7 +100,7 @@ def test_on_one_node_no_name_is_looked_up(place):
     [
         (TASK, SLURMEnvironment),
         ({**JOB, "SLURM_NTASKS": "1"}, LightningEnvironment),
-        ({**BATCH, "QAT_RANK_OUTCOME": "-1", "RANK": "1"}, LightningEnvironment),
+        ({**BATCH, "QAT_RANK_EXCHANGE": "", "RANK": "1"}, LightningEnvironment),
         ({**TASK, "TORCHELASTIC_RUN_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}, None),
         ({}, None),
     ],
@@ -122,42 +123,30 @@ def test_the_trainer_takes_its_numbers_from_slurm(place):
 
 
 @pytest.mark.parametrize(
-    ("variables", "settings", "expected"),
+    ("variables", "resume", "overwrite", "expected"),
     [
-        ({**JOB, "SLURM_RESTART_COUNT": "1"}, {"resume": False}, "auto"),
-        ({**JOB, "SLURM_RESTART_COUNT": "1"}, {"resume": True}, True),
-        ({**JOB, "SLURM_RESTART_COUNT": "0"}, {"resume": False}, False),
-        (JOB, {"resume": False}, False),
+        ({**JOB, "SLURM_RESTART_COUNT": "1"}, False, False, "auto"),
+        ({**JOB, "SLURM_RESTART_COUNT": "1"}, True, False, True),
+        ({**JOB, "SLURM_RESTART_COUNT": "0"}, False, False, False),
+        (JOB, False, False, False),
         # What is in the directory may be the older run that is to be overwritten.
-        ({**JOB, "SLURM_RESTART_COUNT": "1"}, {"resume": False, "overwrite": True}, False),
+        ({**JOB, "SLURM_RESTART_COUNT": "1"}, False, True, False),
     ],
 )
-def test_a_job_that_is_started_again_goes_on(place, tmp_path, variables, settings, expected):
+def test_a_job_that_is_started_again_goes_on(place, tmp_path, variables, resume, overwrite, expected):
     place(variables)
-    cfg = OmegaConf.create({"run_dir": str(tmp_path), "overwrite": False, **settings})
-    slurm.continues(cfg)
-    assert cfg.resume == expected
+    assert slurm.implied_resume(resume, tmp_path, overwrite=overwrite) == expected
 
 
 def test_what_is_overwritten_is_not_gone_on_with_but_what_came_after_it(place, tmp_path, float_run):
     # A job that overwrites an older run: preempted before it began, and after.
-    overwriting = OmegaConf.create({"run_dir": str(tmp_path), "overwrite": True, "resume": False})
     place({**JOB, "SLURM_RESTART_COUNT": "1", "SLURM_NTASKS": "1"})
     train(tmp_path, "quant=fp")
     assert (tmp_path / ".slurm-job").read_text() == "17\n"
     place({"SLURM_JOB_ID": "18"})
-    slurm.continues(overwriting)
-    assert overwriting.resume is False
-    slurm.claim(tmp_path)
-    slurm.continues(overwriting)
-    assert overwriting.resume == "auto"
-
-
-def test_eval_has_nothing_to_go_on_with(place):
-    place({**JOB, "SLURM_RESTART_COUNT": "1"})
-    cfg = OmegaConf.create({"run_dir": "a"})
-    slurm.continues(cfg)
-    assert "resume" not in cfg
+    assert slurm.implied_resume(False, tmp_path, overwrite=True) is False
+    slurm.write_owner(tmp_path)
+    assert slurm.implied_resume(False, tmp_path, overwrite=True) == "auto"
 
 
 @pytest.fixture
@@ -180,12 +169,9 @@ def scontrol(tmp_path, monkeypatch):
     signal.signal(signal.SIGTERM, before)
 
 
-CFG = {"run_dir": "runs/a", "resume": False}
-
-
-def left(caplog, stop, cfg=None):
+def left(caplog, stop, run_dir="runs/a"):
     caplog.clear()
-    code = slurm.leave(stop, OmegaConf.create(CFG if cfg is None else cfg))
+    code = slurm.leave(stop, Path(run_dir), "WAY ON")
     return code, [record.getMessage() for record in caplog.records]
 
 
@@ -207,46 +193,19 @@ def test_of_an_array_it_is_the_one_job_and_only_the_first_process_asks(place, sc
     assert told() == (["requeue 3_0"], [slurm.SAID_S, slurm.KILL_S, slurm.KILL_S])
 
 
-def test_a_full_disk_keeps_no_job_from_being_started_again(place, scontrol, caplog, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
+@pytest.mark.parametrize("name", [None, "checkpoints/last.ckpt", "points.jsonl"])
+def test_a_job_that_never_saves_anything_is_not_started_for_ever(place, scontrol, caplog, tmp_path, name):
     told = scontrol()
-    place(JOB)
-    monkeypatch.setattr("qat.utils.files.write_text", full)
-    assert left(caplog, Preempted(signal.SIGUSR1), {"run_dir": str(tmp_path), "resume": False})[0] == 138
-    assert told()[0] == ["requeue 17"]
-
-
-def test_a_job_that_never_gets_to_a_checkpoint_is_not_started_for_ever(place, scontrol, caplog, tmp_path):
-    told = scontrol()
-    place(JOB)
-    cfg, saved = {"run_dir": str(tmp_path / "run"), "resume": False}, tmp_path / "run" / "checkpoints" / "last.ckpt"
-    saved.parent.mkdir(parents=True)
-    for _ in range(2):
-        left(caplog, Preempted(signal.SIGUSR1), cfg)
-    saved.write_bytes(b"one")
-    for step in (5, None, None):
-        left(caplog, Preempted(signal.SIGUSR1, step, saved), cfg)
-    assert len(told()[0]) == 5
-    code, (_, line) = left(caplog, Preempted(signal.SIGUSR1), cfg)
-    assert (code, len(told()[0])) == (138, 5)
-    assert line == (
-        "job 17 not requeued (3 stretches in a row have saved nothing to go on from; its time limit is too short for what comes before); "
-        f"the same command goes on with resume=auto run_dir={tmp_path}/run"
-    )
-    left(caplog, Preempted(signal.SIGUSR1), cfg)
-    assert len(told()[0]) == 6
-
-
-def test_evaluations_that_are_done_count_as_saved_and_a_file_that_is_only_written_anew_does_not(place, scontrol, caplog, tmp_path):
-    told = scontrol()
-    place(JOB)
-    points = tmp_path / "points.jsonl"
-    for rows in (1, 2, 3, 4, 4, 4, 4):
-        points.write_text("{}\n" * rows)
-        left(caplog, Preempted(signal.SIGUSR1), {"run_dir": str(tmp_path), "resume": False})
-    assert len(told()[0]) == 6
+    place({**JOB, "SLURM_RESTART_COUNT": "1"})
+    assert len(left(caplog, Preempted(signal.SIGUSR1), tmp_path)[1]) == 1
+    place({"SLURM_RESTART_COUNT": "2"})
+    if name is not None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    code, lines = left(caplog, Preempted(signal.SIGUSR1), tmp_path)
+    assert (code, len(told()[0])) == (138, 1 if name is None else 2)
+    why = "3 stretches have saved nothing to go on from; its time limit is too short for what comes before"
+    assert lines[1:] == ([f"job 17 not requeued ({why}); WAY ON"] if name is None else [])
 
 
 def test_a_job_that_cannot_be_requeued_says_why_and_how_to_go_on(place, scontrol, caplog, tmp_path):
@@ -254,36 +213,39 @@ def test_a_job_that_cannot_be_requeued_says_why_and_how_to_go_on(place, scontrol
     place(JOB)
     lines = [
         "preempted by SIGUSR1 at step 5: last.ckpt written, requeueing job 17",
-        "job 17 not requeued (slurm_requeue error: Requested operation is presently disabled); "
-        "the same command goes on with resume=auto run_dir=runs/a",
+        "job 17 not requeued (slurm_requeue error: Requested operation is presently disabled); WAY ON",
     ]
     assert left(caplog, Preempted(signal.SIGUSR1, 5, tmp_path / "last.ckpt")) == (138, lines)
     assert told() == (["requeue 17"], [slurm.SAID_S])
 
 
 @pytest.mark.parametrize(
-    ("variables", "stop", "cfg", "line"),
+    ("variables", "stop", "line"),
     [
-        (
-            JOB,
-            Preempted(signal.SIGTERM, 5),
-            CFG,
-            "stopped by SIGTERM at step 5: this run writes no last.ckpt; the same command goes on with ",
-        ),
-        ({}, Preempted(signal.SIGUSR1), CFG, "preempted by SIGUSR1 outside training; the same command goes on with "),
-        ({}, Preempted(signal.SIGTERM), {**CFG, "run_dir": "x/0", "sweep_dir": "runs/a"}, "stopped by SIGTERM outside training; the same "),
-        ({}, Preempted(signal.SIGTERM), {"run_dir": "runs/a"}, "stopped by SIGTERM outside training; the same command does it again"),
+        (JOB, Preempted(signal.SIGTERM, 5), "stopped by SIGTERM at step 5: this run writes no last.ckpt; WAY ON"),
+        ({}, Preempted(signal.SIGUSR1), "preempted by SIGUSR1 outside training; WAY ON"),
     ],
-    ids=["cancelled", "elsewhere", "sweep", "eval"],
+    ids=["cancelled", "elsewhere"],
 )
-def test_elsewhere_and_where_it_is_to_stop_nobody_is_asked(place, scontrol, caplog, variables, stop, cfg, line):
+def test_elsewhere_and_where_it_is_to_stop_nobody_is_asked(place, scontrol, caplog, variables, stop, line):
     told = scontrol()
     place(variables)
-    code, (said,) = left(caplog, stop, cfg)
-    assert code == 128 + stop.signal
-    assert said.startswith(line)
-    assert said.endswith("run_dir=runs/a" if "resume" in cfg else "again")
+    assert left(caplog, stop) == (128 + stop.signal, [line])
     assert told() == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("cfg", "line"),
+    [
+        ({"run_dir": "runs/a", "resume": False}, "the same command goes on with resume=auto run_dir=runs/a"),
+        ({"run_dir": "x/0", "resume": False, "sweep_dir": "runs/a"}, "the same command goes on with resume=auto run_dir=runs/a"),
+        ({"run_dir": "runs/a"}, "the same command does it again"),
+    ],
+    ids=["run", "sweep", "eval"],
+)
+def test_the_line_says_how_to_go_on(place, cfg, line):
+    place({})
+    assert cli._way_on(OmegaConf.create(cfg)) == line
 
 
 def test_a_signal_while_a_run_is_built_ends_it_in_one_line(place, tmp_path, monkeypatch, caplog):
