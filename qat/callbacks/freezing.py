@@ -14,7 +14,7 @@ from qat.callbacks.common import layer_of, logs_now, net_of, parameter_of
 from qat.errors import UsageError
 from qat.functional.oscillation import FreezingState, OscillationState, cosine_between, freezing_step, oscillation_step, with_frozen
 from qat.holding import Hold
-from qat.quantizers.grid import has_grid, weight_grid
+from qat.quantizers import UniformGrid
 from qat.sites import Site, iter_quantizers
 from qat.spec import check_number, check_whole
 
@@ -70,9 +70,9 @@ class IterativeFreezing(Callback):
             return
         self._codes, self._frozen = {}, {}
         found = [site for site in iter_quantizers(net_of(pl_module)) if site.role == "weight" and site.quantizer.spec.bits <= self.max_bits]
-        self._sites = [site for site in found if has_grid(site.quantizer)]
+        self._sites = [site for site in found if isinstance(site.quantizer.grid(site.latent().detach()), UniformGrid)]
         if not self._sites:
-            raise UsageError(f"callbacks.freeze.max_bits={self.max_bits}: this net has no statsq or lsq weights of so few bits")
+            raise UsageError(f"callbacks.freeze.max_bits={self.max_bits}: this net has no weights on evenly spaced values of so few bits")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step."""
@@ -126,10 +126,10 @@ class IterativeFreezing(Callback):
             if (state := self._frozen.get(site.name)) is None:
                 continue
             weight = parameter_of(site.latent())
-            step, shift = weight_grid(site.quantizer, weight)
-            target = (state.codes + shift) * step
-            strayed = state.frozen & ((weight.float() / step - shift - state.codes).abs() > _STRAY)
-            weight.copy_(torch.where(strayed, target.to(weight.dtype), weight))
+            grid = site.quantizer.grid(weight)
+            assert grid is not None  # noqa: S101  (narrows a type)
+            strayed = state.frozen & ((grid.to_code_coordinates(weight) - state.codes).abs() > _STRAY)
+            weight.copy_(torch.where(strayed, grid.dequantize(state.codes).to(weight.dtype), weight))
 
     @staticmethod
     def _state(states: dict[str, Any], name: str, like: Tensor) -> Any:

@@ -1,15 +1,15 @@
 """The deployable form of a quantized net: integer codes, and products that are computed on them."""
 
-from qat.frozen.coded import Coded
+from qat.frozen.coded import QuantizedTensor
 from qat.frozen.net import freeze, freeze_structure, integer_forward, is_frozen, prune_offsets
 from qat.frozen.products import Noted, Product, noting
-from qat.frozen.quantizers import Frozen, FrozenActivation, FrozenLog2, FrozenWeight, set_mode
+from qat.frozen.quantizers import Frozen, FrozenActivation, FrozenNonuniform, FrozenWeight, set_mode
 
 __all__ = [
-    "Coded",
+    "QuantizedTensor",
     "Frozen",
     "FrozenActivation",
-    "FrozenLog2",
+    "FrozenNonuniform",
     "FrozenWeight",
     "Noted",
     "Product",

@@ -6,13 +6,13 @@ Same values as the quantizers and products apart, bit for bit; `torch.compile` g
 from qat.fused.attention import attention
 from qat.fused.joint import joint_scores
 from qat.fused.linear import lsq_linear
-from qat.fused.operand import Operand, can_fuse, probs_dtype
+from qat.fused.operand import LSQParams, can_fuse, probs_dtype
 from qat.fused.qkr import QkrOperands, QkrWeights, qkr_attention
 from qat.fused.scores import Scoring
 from qat.fused.source import remember, viewed
 
 __all__ = [
-    "Operand",
+    "LSQParams",
     "QkrOperands",
     "QkrWeights",
     "Scoring",

@@ -3,6 +3,7 @@
 from qat.quantizers.affine import Affine, DynamicMinMax, MinMax
 from qat.quantizers.base import Quantizer
 from qat.quantizers.float import Float
+from qat.quantizers.grid import Grid, UniformGrid
 from qat.quantizers.log2 import Log2
 from qat.quantizers.lsq import LSQ, AutoSignLSQ
 from qat.quantizers.registry import build_quantizer, register
@@ -16,11 +17,13 @@ __all__ = [
     "AutoSignLSQ",
     "DynamicMinMax",
     "Float",
+    "Grid",
     "Log2",
     "MinMax",
     "Quantizer",
     "Shifted",
     "StatsQ",
+    "UniformGrid",
     "build_quantizer",
     "register",
 ]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from qat.analysis.code_axis import code_bounds, placed
 
 import qat
-from qat.analysis.code_axis import code_bounds, placed
 from qat.quantizers import Float, Quantizer
 from qat.spec import QuantSpec
 from tests import tiny
