@@ -26,8 +26,8 @@ def frozen_form(site: Site) -> Quantizer:
     if isinstance(grid, UniformGrid):
         return FrozenActivation(quantizer.spec, site.name, grid) if weight is None else _weight(site, grid, weight)
     if grid is None or weight is not None or grid.before is not None:
-        kind = f"{site.name} is quantized by {type(quantizer).__name__}"
-        raise UsageError(f"freeze: {kind}, which has no fixed grid; must be one of statsq for weights, lsq, minmax, affine, log2, float")
+        why = f"{site.name} is quantized by {quantizer.spec.quantizer}, whose values have no fixed grid"
+        raise UsageError(f"freeze: {why}; must be statsq for weights, lsq, minmax, affine, log2, float or a class with the method grid")
     return FrozenNonuniform(quantizer, site.name)
 
 

@@ -74,7 +74,7 @@ class FrozenWeight(Frozen):
         """The weight, as codes where the mode says so."""
         if self.form is not None:
             return self.form(None)
-        return _coded(self.grid(), self.stored, self.name) if self.gives_codes else self()  # type: ignore[return-value]
+        return _quantized(self.grid(), self.stored, self.name) if self.gives_codes else self()  # type: ignore[return-value]
 
     def codes(self, x: Tensor | None = None) -> Tensor:
         """`stored`."""
@@ -126,7 +126,7 @@ class FrozenActivation(Frozen):
         if self.form is not None:
             return self.form(x)
         if self.gives_codes:
-            return _coded(self.grid(), self._rounded(x), self.name)  # type: ignore[return-value]
+            return _quantized(self.grid(), self._rounded(x), self.name)  # type: ignore[return-value]
         return self.grid().dequantize(self._rounded(x)).to(x.dtype)
 
     def codes(self, x: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class FrozenNonuniform(Frozen):
         return found
 
 
-def _coded(grid: UniformGrid, codes: Tensor, name: str) -> QuantizedTensor:
+def _quantized(grid: UniformGrid, codes: Tensor, name: str) -> QuantizedTensor:
     """On a grid through zero: codes without the zero point, of half steps the odd numbers 2k+1 in units of half a step."""
     _, zero = grid.along(codes.ndim)
     factor = 2 if grid.is_half_step else 1

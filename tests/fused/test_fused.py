@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from qat.fused import LSQParams, QkrLSQParamss, QkrWeights, Scoring, attention, lsq_linear, qkr_attention, remember, simple, viewed
+from qat.fused import LSQParams, QkrOperands, QkrWeights, Scoring, attention, lsq_linear, qkr_attention, remember, simple, viewed
 from qat.kernels import CodeRange
 
 B, N, H, D = 4, 7, 2, 6
@@ -146,7 +146,7 @@ def qkr_parts(q_bias=False):
     weights = weights._replace(q_bias=randn(C, seed=67) if q_bias else None)
     token = CodeRange(-2, 1, -2)
     probs = operand(N, CodeRange(0, 3, -2), 0, 15)
-    operands = QkrLSQParamss(
+    operands = QkrOperands(
         operand(N, token, 2),
         operand(N * H, token, 0, 5)._replace(scale=randn(N * H, seed=66).abs().detach().add(1).requires_grad_()),
         operand(C, CodeRange(-2, 1, -1), 2, 10),
