@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qat.errors import UsageError
-from qat.spec import HIGHEST_NUMBER, check_number, check_whole
+from qat.spec import HIGHEST_NUMBER, check_int, check_number
 
 POSITIVE = {"img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "update_every_n_steps"}
 _PLAIN = (bool, int, float, str)
@@ -57,7 +57,7 @@ def _check_kind(setting: str, value: object, kinds: set[Any], lowest: int) -> No
     elif float in kinds:
         _check_float(setting, value)
     elif int in kinds and (isinstance(value, float | int) or not _others(kinds)):
-        check_whole(setting, value, lowest)
+        check_int(setting, value, lowest)
 
 
 def _in_words(plain: set[type]) -> str:

@@ -16,7 +16,7 @@ import qat
 from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.settings import SearchSettings
 from qat.ptq_spec import PtqRecipe, recipe_from
-from qat.spec import OUTPUT_ROLES, ROLES, QuantRecipe, QuantSpec, check_number, check_whole
+from qat.spec import OUTPUT_ROLES, ROLES, QuantRecipe, QuantSpec, check_int, check_number
 
 EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True)
 ANYTHING = st.one_of(
@@ -135,7 +135,7 @@ def test_later_rules_win_where_their_globs_match(recipe, module):
 @EXAMPLES
 def test_whole_numbers_from_a_bound(value, lowest):
     fits = isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= 2**31 - 1
-    assert taken(lambda: check_whole("x", value, lowest), f"x={value!r}: must be an integer") is fits
+    assert taken(lambda: check_int("x", value, lowest), f"x={value!r}: must be an integer") is fits
 
 
 @given(ANYTHING, st.floats(-1, 1), st.booleans())

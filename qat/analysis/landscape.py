@@ -23,7 +23,7 @@ from qat.conversion import conversion_of
 from qat.errors import UsageError
 from qat.functional.infonce import TEMPERATURE, info_nce
 from qat.ptq.calibrate import in_float
-from qat.spec import check_choice, check_number, check_whole
+from qat.spec import check_choice, check_int, check_number
 
 SPACES = {"scales": 0.1, "weights": 1.0}
 CE, INFONCE = "ce", "infonce"
@@ -65,13 +65,13 @@ class Landscape(Analysis):
     def __post_init__(self) -> None:
         check_choice("analysis.space", self.space, tuple(SPACES))
         check_choice("analysis.loss", self.loss, (CE, INFONCE))
-        check_whole("analysis.points", self.side, 3)
+        check_int("analysis.points", self.side, 3)
         if self.side % 2 == 0:
             raise UsageError(f"analysis.points={self.side}: must be odd numbers, so that the net as it is lies in the middle")
         if self.radius is not None:
             check_number("analysis.radius", self.radius, 0, above=True, below=MOST_OF_A_SCALE if self.space == "scales" else torch.inf)
         check_number("analysis.temperature", self.temperature, 0, above=True)
-        check_whole("analysis.seed", self.seed, 0)
+        check_int("analysis.seed", self.seed, 0)
         if self.targets is not None:
             self._check_targets(self.targets)
 

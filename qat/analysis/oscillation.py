@@ -12,7 +12,7 @@ from qat.analysis.base import Advice, Analysis, Drawing, Outcome, Row, StudiedNe
 from qat.analysis.oscillation_drawings import curves, frequencies, layer_map, top_layers
 from qat.analysis.oscillation_run import BAND, FLIPS, FREQUENCY, SHARE, LayerState, OscillationRun, read_run
 from qat.functional.oscillation import LOWEST_FREQUENCY
-from qat.spec import check_number, check_whole
+from qat.spec import check_int, check_number
 
 # A layer of which more oscillates is worth a word.
 LAYER_SHARE = 0.1
@@ -44,7 +44,7 @@ class OscillationAnalysis(Analysis):
     top: int = 15
 
     def __post_init__(self) -> None:
-        check_whole("analysis.top", self.top, 1)
+        check_int("analysis.top", self.top, 1)
         if self.threshold is not None:
             check_number("analysis.threshold", self.threshold, 0, below=1)
 

@@ -20,7 +20,7 @@ from qat.analysis.requantize import GridSite, WeightChange, WeightSites, weight_
 from qat.analysis.robustness_points import OF_QUANTIZED, Subject, bit_points, clean_points, corruption_points, policy_points, step_points
 from qat.analysis.robustness_results import Findings, NetFacts
 from qat.errors import UsageError
-from qat.spec import FLOAT_BITS, check_bits, check_choice, check_number, check_whole
+from qat.spec import FLOAT_BITS, check_bits, check_choice, check_int, check_number
 
 log = logging.getLogger(__name__)
 PARTS = ("steps", "bits", "power_of_two", "corruptions", "quantizers")
@@ -78,7 +78,7 @@ class Robustness(Analysis):
                     check_choice(f"analysis.{field}", value, allowed)
         check_number("analysis.low", self.low, 0, above=True)
         check_number("analysis.high", self.high, self.low, above=True)
-        check_whole("analysis.ratios", self.ratios, 2)
+        check_int("analysis.ratios", self.ratios, 2)
         _check_list("analysis.bits", self.bits, "whole numbers from 2 to 8, and 32")
         for bits in self.bits:
             check_bits("analysis.bits", bits, "float")
@@ -91,9 +91,9 @@ class Robustness(Analysis):
         _check_list("analysis.severities", self.severities, "whole numbers from 1 to 5")
         for severity in self.severities:
             check_severity("analysis.severities", severity)
-        check_whole("analysis.draws", self.draws, 1)
+        check_int("analysis.draws", self.draws, 1)
         check_number("analysis.percentile", self.percentile, 0.5, above=True, highest=1)
-        check_whole("analysis.seed", self.seed, 0)
+        check_int("analysis.seed", self.seed, 0)
 
     def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[Point]:
         """The nets as they are, then part by part.

@@ -18,7 +18,7 @@ from qat.analysis.weight_drawings import code_usage_map, histograms, kurtosis_ch
 from qat.analysis.weight_stats import WeightStats, masters, weight_stats
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
-from qat.spec import check_whole
+from qat.spec import check_int
 
 # Beyond this many levels a table of usage lists only those that occur.
 _LISTED = 16
@@ -53,8 +53,8 @@ class WeightAnalysis(Analysis):
     def __post_init__(self) -> None:
         if self.layers is not None and not _is_list_of_globs(self.layers):
             raise UsageError(f"analysis.layers={self.layers!r}: must be null or a list of globs such as ['blocks.0.*']")
-        check_whole("analysis.max_panels", self.max_panels, 1)
-        check_whole("analysis.activation_images", self.activation_images, 1)
+        check_int("analysis.max_panels", self.max_panels, 1)
+        check_int("analysis.activation_images", self.activation_images, 1)
         check_boundary("analysis.boundary", self.boundary)
         for setting in ("factors", "activations"):
             if not isinstance(getattr(self, setting), bool):

@@ -18,7 +18,7 @@ from qat.functional.confidence import check_boundary
 from qat.holding import Hold
 from qat.quantizers import Quantizer, UniformGrid
 from qat.sites import Site, iter_quantizers
-from qat.spec import check_choice, check_number, check_whole
+from qat.spec import check_choice, check_int, check_number
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +95,9 @@ class CGA(Callback):
         check_number("callbacks.cga.lr", lr, 0, above=True)
         check_choice("callbacks.cga.qk", qk, QK_POLICIES)
         if epochs is not None:
-            check_whole("callbacks.cga.epochs", epochs, 1)
+            check_int("callbacks.cga.epochs", epochs, 1)
         if start_epoch is not None:
-            check_whole("callbacks.cga.start_epoch", start_epoch, 0)
+            check_int("callbacks.cga.start_epoch", start_epoch, 0)
         self.boundary_range, self.epochs, self.start_epoch, self.lr, self.qk = boundary_range, epochs, start_epoch, lr, qk
         self._first, self._stop = 0.0, math.inf
         self._active = False

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qat.functional.lsq import SCALE_FLOOR
 from qat.shards import whole
 from qat.sites import iter_quantizers
-from qat.spec import check_number, check_whole
+from qat.spec import check_int, check_number
 
 
 class ScaleWatch:
@@ -41,7 +41,7 @@ class ScaleWatch:
 
     def __init__(self, max_change: float, dead_steps: int) -> None:
         check_number("callbacks.finite.max_scale_change", max_change, 1, above=True)
-        check_whole("callbacks.finite.dead_steps", dead_steps, 1)
+        check_int("callbacks.finite.dead_steps", dead_steps, 1)
         self.max_change, self.dead_steps = float(max_change), dead_steps
         self.starts: dict[str, Tensor] = {}
         self._steps: list[tuple[str, nn.Parameter]] = []

@@ -16,7 +16,7 @@ from qat.callbacks.fault_cause import ELSEWHERE, agreed, all_finite, find_cause,
 from qat.callbacks.fault_scales import ScaleWatch
 from qat.errors import UsageError
 from qat.shards import own
-from qat.spec import check_choice, check_whole
+from qat.spec import check_choice, check_int
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ class FaultGuard(Callback):
         dead_steps: int = 100,
         dead_scales: str = "warn",
     ) -> None:
-        check_whole("callbacks.finite.every_n_steps", every_n_steps, 1)
-        check_whole("callbacks.finite.max_in_a_row", max_in_a_row, 1)
+        check_int("callbacks.finite.every_n_steps", every_n_steps, 1)
+        check_int("callbacks.finite.max_in_a_row", max_in_a_row, 1)
         check_choice("callbacks.finite.dead_scales", dead_scales, DEAD_SCALES)
         self.every_n_steps, self.max_in_a_row, self.dead_scales = every_n_steps, max_in_a_row, dead_scales
         self.skipped_by_scaler = self.in_a_row = 0

@@ -16,7 +16,7 @@ from qat.functional.oscillation import FreezingState, OscillationState, cosine_b
 from qat.holding import Hold
 from qat.quantizers import UniformGrid
 from qat.sites import Site, iter_quantizers
-from qat.spec import check_number, check_whole
+from qat.spec import check_int, check_number
 
 # A frozen latent that strays further from the middle of its cell than this, in codes, is put back there; the cell ends at 0.5.
 _STRAY = 0.25
@@ -54,8 +54,8 @@ class IterativeFreezing(Callback):
         check_number("callbacks.freeze.threshold", threshold, 0, above=True)
         check_number("callbacks.freeze.final_threshold", final_threshold, 0, above=True)
         check_number("callbacks.freeze.momentum", momentum, 0, above=True, below=1)
-        check_whole("callbacks.freeze.start_epoch", start_epoch, 0)
-        check_whole("callbacks.freeze.max_bits", max_bits, 2)
+        check_int("callbacks.freeze.start_epoch", start_epoch, 0)
+        check_int("callbacks.freeze.max_bits", max_bits, 2)
         self.threshold, self.final_threshold, self.momentum = threshold, final_threshold, momentum
         self.start_epoch, self.max_bits = start_epoch, max_bits
         self._first_step, self._steps = 0.0, math.inf

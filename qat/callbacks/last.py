@@ -9,7 +9,7 @@ from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
-from qat.spec import check_whole
+from qat.spec import check_int
 
 NAME = "last.ckpt"
 
@@ -44,7 +44,7 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, every_n_steps: int | None = None, dirpath: str | None = None) -> None:
         super().__init__()
         if every_n_steps is not None:
-            check_whole("checkpoint.every_n_steps", every_n_steps, 1)
+            check_int("checkpoint.every_n_steps", every_n_steps, 1)
         self.every_n_steps = every_n_steps
         self.dirpath = dirpath
         self._step, self._saved_at, self._waits, self._has_trained = 0, -1, False, False

@@ -17,7 +17,7 @@ from qat.files import csv_text, write_text
 from qat.functional.confidence import check_boundary
 from qat.functional.oscillation import PackedOscillation, oscillation_step, pack_oscillation, unpack_oscillation
 from qat.sites import Site, iter_quantizers
-from qat.spec import check_number, check_text, check_whole
+from qat.spec import check_int, check_number, check_text
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +63,9 @@ class Oscillation(Callback):
         check_number("callbacks.oscillation.momentum", momentum, _LOWEST_MOMENTUM, below=1)
         check_number("callbacks.oscillation.threshold", threshold, 0)
         check_boundary("callbacks.oscillation.boundary_range", boundary_range)
-        check_whole("callbacks.oscillation.every_n_steps", every_n_steps, 1)
-        check_whole("callbacks.oscillation.max_bits", max_bits, 2)
-        check_whole("callbacks.oscillation.probe_images", probe_images, 0)
+        check_int("callbacks.oscillation.every_n_steps", every_n_steps, 1)
+        check_int("callbacks.oscillation.max_bits", max_bits, 2)
+        check_int("callbacks.oscillation.probe_images", probe_images, 0)
         if dirpath is not None:
             check_text("callbacks.oscillation.dirpath", dirpath)
         self.momentum, self.threshold, self.boundary_range = momentum, threshold, boundary_range

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qat.data.checks import check_augmentation, check_mixing, check_normalisation
 from qat.data.transforms import INTERPOLATIONS
 from qat.errors import UsageError
-from qat.spec import check_choice, check_number, check_text, check_whole
+from qat.spec import check_choice, check_int, check_number, check_text
 
 ON_ERROR = ("raise", "skip")
 # A typing mistake may ask for more processes or pixels than a machine survives.
@@ -116,12 +116,12 @@ class DataSettings:
     def __post_init__(self) -> None:
         check_choice("data.on_error", self.on_error, ON_ERROR)
         for name, bounds in WHOLE.items():
-            check_whole(f"data.{name}", getattr(self, name), *bounds)
+            check_int(f"data.{name}", getattr(self, name), *bounds)
         for name in ("root", "image_column", "label_column", "model"):
             if getattr(self, name) is not None:
                 check_text(f"data.{name}", getattr(self, name))
         if self.patch_size is not None:
-            check_whole("data.patch_size", self.patch_size, 1, HIGHEST_SIDE)
+            check_int("data.patch_size", self.patch_size, 1, HIGHEST_SIDE)
         if not isinstance(self.in_memory, bool):
             raise UsageError(f"data.in_memory={self.in_memory!r}: must be true or false")
         check_number("data.memory_mb", self.memory_mb, 0)

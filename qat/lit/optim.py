@@ -15,7 +15,7 @@ from torch import nn
 from qat.errors import UsageError
 from qat.nn import QkrAttention
 from qat.quantizers import Quantizer
-from qat.spec import check_choice, check_number, check_whole
+from qat.spec import check_choice, check_int, check_number
 
 INTERVALS = ("epoch", "step")
 GROUPS = ("decay", "no_decay", "scales")
@@ -113,7 +113,7 @@ def scaled_lr(lr: float, *, global_batch: int, lr_base_batch: int | None = None,
     check_choice("optimizer.lr_batch_rule", lr_batch_rule, LR_BATCH_RULES)
     if lr_base_batch is None:
         return lr
-    check_whole("optimizer.lr_base_batch", lr_base_batch, 1)
+    check_int("optimizer.lr_base_batch", lr_base_batch, 1)
     ratio = global_batch / lr_base_batch
     return lr * (ratio if lr_batch_rule == "linear" else math.sqrt(ratio))
 

@@ -11,7 +11,7 @@ from qat.losses.compose import LossTerm
 from qat.losses.context import StepContext
 from qat.quantizers import UniformGrid
 from qat.sites import Site, iter_quantizers
-from qat.spec import check_whole
+from qat.spec import check_int
 
 
 class Dampening(LossTerm):
@@ -29,7 +29,7 @@ class Dampening(LossTerm):
 
     def __init__(self, weight: float = 0.1, max_bits: int = 4) -> None:
         super().__init__(weight)
-        check_whole("loss term Dampening: max_bits", max_bits, 2)
+        check_int("loss term Dampening: max_bits", max_bits, 2)
         self.max_bits = max_bits
 
     def forward(self, step: StepContext) -> Tensor:

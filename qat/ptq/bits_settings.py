@@ -9,7 +9,7 @@ from typing import Any
 from qat.errors import UsageError
 from qat.functional.infonce import FITNESSES, TEMPERATURE
 from qat.ptq.settings import SearchSettings
-from qat.spec import check_bits, check_choice, check_globs, check_number, check_whole
+from qat.spec import check_bits, check_choice, check_globs, check_int, check_number
 
 METHOD = "bits"
 CHOICES = (2, 3, 4, 6, 8)
@@ -69,7 +69,7 @@ class BitsSettings:
             ("micro_batch", 1),
             ("seed", 0),
         ):
-            check_whole(f"search.{name}", getattr(self, name), lowest)
+            check_int(f"search.{name}", getattr(self, name), lowest)
         check_number("search.temperature", self.temperature, 0, above=True)
         check_number("search.cache_gib", self.cache_gib, 0)
         self._check_budget()

@@ -9,7 +9,7 @@ from typing import Any
 from qat.errors import UsageError
 from qat.functional.evolution import POPULATION, TOURNAMENT
 from qat.functional.infonce import FITNESSES, TEMPERATURE
-from qat.spec import check_choice, check_globs, check_number, check_whole
+from qat.spec import check_choice, check_globs, check_int, check_number
 
 METHODS = ("evolution", "random", "adam", "sgd")
 GRADIENT_METHODS = ("adam", "sgd")
@@ -72,7 +72,7 @@ class SearchSettings:
             ("micro_batch", 1),
             ("seed", 0),
         ):
-            check_whole(f"search.{name}", getattr(self, name), lowest)
+            check_int(f"search.{name}", getattr(self, name), lowest)
         check_number("search.temperature", self.temperature, 0, above=True)
         check_number("search.cache_gib", self.cache_gib, 0)
         if self.radius is not None:

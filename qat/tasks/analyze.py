@@ -20,7 +20,7 @@ from qat.errors import UsageError
 from qat.files import write_text
 from qat.preemption import Preempted
 from qat.ptq.state import fingerprint
-from qat.spec import check_choice, check_whole
+from qat.spec import check_choice, check_int
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_flag, check_settings
 from qat.tasks.evaluate import build_subject, origin
@@ -133,7 +133,7 @@ def _build(cfg: DictConfig) -> Study:
         check_settings(one)
     seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.images is not None:
-        check_whole("images", cfg.images, 1)
+        check_int("images", cfg.images, 1)
     if cfg.resume not in {False, "auto"}:
         raise UsageError(f"resume={cfg.resume!r}: must be one of false, auto")
     analysis = build_analysis(cfg)

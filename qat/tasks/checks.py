@@ -20,7 +20,7 @@ from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit.parallel import SHARDED
 from qat.nn.execution import MEMORY
-from qat.spec import check_bits, check_choice, check_whole
+from qat.spec import check_bits, check_choice, check_int
 from qat.tasks.cli import PATHS
 from qat.tasks.trainer_checks import check_trainer
 
@@ -68,7 +68,7 @@ def check_settings(cfg: DictConfig) -> None:
     """Raise `UsageError` on the first of the settings of a command that cannot work; from here on the kernels are those it names."""
     _check_groups(cfg)
     check_choice("command", cfg.command, COMMANDS)
-    check_whole("seed", cfg.seed, 0)
+    check_int("seed", cfg.seed, 0)
     if cfg.seed > HIGHEST_SEED:
         raise UsageError(f"seed={cfg.seed}: must be an integer from 0 to {HIGHEST_SEED}")
     check_choice("memory", OmegaConf.select(cfg, "memory", default=MEMORY[0]), MEMORY)

@@ -20,7 +20,7 @@ from qat.export.weights import TWO_BIT
 from qat.files import write_text
 from qat.frozen import freeze, is_frozen
 from qat.inference import data_config
-from qat.spec import check_choice, check_whole
+from qat.spec import check_choice, check_int
 from qat.tasks import build, summary
 from qat.tasks.checks import check_flag, check_keys, check_settings
 from qat.tasks.evaluate import build_subject, origin
@@ -86,7 +86,7 @@ def _check(cfg: DictConfig) -> None:
         check_flag(flag, cfg[flag])
     for count, lowest in (("images", 1), ("opset", 1), ("latency", 0), ("threads", 1)):
         if cfg[count] is not None or count in {"latency", "threads"}:
-            check_whole(count, cfg[count], lowest)
+            check_int(count, cfg[count], lowest)
     if cfg.split is not None:
         check_choice("split", cfg.split, SPLITS)
     if not cfg.ckpt:

@@ -28,7 +28,7 @@ from qat.lit.csv_log import continue_csv
 from qat.lit.optim import INTERVALS, build_optimizer, check_layer_decay, cosine_schedule, scaled_lr
 from qat.lit.optimizer_state import with_optimizer_state
 from qat.lit.parallel import SHARDED, strategy_of
-from qat.spec import check_choice, check_number, check_whole
+from qat.spec import check_choice, check_int, check_number
 from qat.start import Start
 from qat.tasks.build import instantiate, plain
 from qat.tasks.checks import check_averaging, check_callback, check_keys, check_sharding
@@ -94,7 +94,7 @@ def take_optimizer_state(cfg: DictConfig, make: Any, start: Start) -> Any:
 
 def global_batch(cfg: DictConfig, trainer: Trainer) -> int:
     """Images per optimizer step: batch size x processes x accumulated batches."""
-    check_whole("data.batch_size", cfg.data.batch_size, 1)
+    check_int("data.batch_size", cfg.data.batch_size, 1)
     return int(cfg.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches)
 
 

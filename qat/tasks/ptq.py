@@ -27,7 +27,7 @@ from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.ranks import Ranks
 from qat.ptq.settings import SearchSettings
 from qat.ptq_spec import PtqRecipe
-from qat.spec import check_whole
+from qat.spec import check_int
 from qat.spec import recipe as preset
 from qat.tasks import build, fit, outputs, summary
 from qat.tasks.checks import check_settings
@@ -158,7 +158,7 @@ def calibration_batches(cfg: DictConfig, data: ImageData) -> list[Tensor]:
 def _build(cfg: DictConfig) -> Run:
     check_settings(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    check_whole("ptq.batch", cfg.ptq.batch, 1)
+    check_int("ptq.batch", cfg.ptq.batch, 1)
     recipe, search = None if is_kept(cfg) else build_ptq_recipe(cfg), build_search(cfg)
     _refuse_used(Path(cfg.run_dir), allowed=bool(cfg.overwrite or cfg.resume))
     build.import_modules(cfg)

@@ -9,7 +9,7 @@ from typing import Any
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit.module import limited
-from qat.spec import HIGHEST_WHOLE, check_number, check_whole
+from qat.spec import HIGHEST_WHOLE, check_int, check_number
 from qat.tasks.ranks import HIGHEST_COUNT
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
@@ -28,7 +28,7 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
 
 
 def _whole_from(lowest: int) -> Callable[[str, object], None]:
-    return lambda setting, value: check_whole(setting, value, lowest)
+    return lambda setting, value: check_int(setting, value, lowest)
 
 
 def _check_limit(setting: str, value: object) -> None:
@@ -52,12 +52,12 @@ def _check_clip(setting: str, value: object) -> None:
 
 def _check_every(setting: str, value: object) -> None:
     if value is not None:
-        check_whole(setting, value, 1)
+        check_int(setting, value, 1)
 
 
 def _check_steps(setting: str, value: object) -> None:
     if value is not None and value != -1:
-        check_whole(setting, value, 1)
+        check_int(setting, value, 1)
 
 
 def _check_interval(setting: str, value: object) -> None:

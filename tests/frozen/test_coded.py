@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qat.frozen import QuantizedTensor, Product, noting
+from qat.frozen import Product, QuantizedTensor, noting
 
 
 def coded(shape, scale_shape, after_shape=None, bound=8, seed=0, name="x"):

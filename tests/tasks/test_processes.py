@@ -9,7 +9,6 @@ from lightning.pytorch import Callback
 
 import qat
 from qat.data import Digits
-from qat.functional.ste import view_along
 from qat.quantizers import LSQ, StatsQ
 from qat.tasks import fit, ranks
 from qat.tasks.train import train
