@@ -63,9 +63,9 @@ class Kernels:
         self.product = 16 if dry_run else 8192
         # On a device the kernels themselves: a form that declines is seen, not replaced.
         self.lsq_forward: Any = kernels.lsq_forward if dry_run else gpu.lsq_forward
-        self.lsq_gradients: Any = kernels.lsq_backward if dry_run else gpu.lsq_gradients
+        self.lsq_gradients: Any = kernels.lsq_backward if dry_run else gpu.lsq_backward
         self.statsq_forward: Any = kernels.statsq_forward if dry_run else gpu.statsq_forward
-        self.probs_gradients: Any = kernels.probs_backward if dry_run else gpu.probs_gradients
+        self.probs_gradients: Any = kernels.probs_backward if dry_run else gpu.probs_backward
 
     def machine(self) -> Row:
         """What everything is measured on, and its two ceilings: bytes copied and products in bfloat16, on random data."""
@@ -108,7 +108,7 @@ class Kernels:
         given, shape = (self._random(*x.shape), x, scale, before, grid), after.shape
 
         def plain() -> Any:
-            found = reference.lsq_gradients(*given, after_shape=shape)
+            found = reference.lsq_backward(*given, after_shape=shape)
             return found._replace(dequantized=reference.lsq_forward(x, scale, before, after, grid))
 
         return lambda: self.lsq_gradients(*given, after_shape=shape, dequantized=True, after=after), plain, 4 * n_bytes(x)

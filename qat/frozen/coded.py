@@ -19,6 +19,11 @@ class UnsupportedIntegerOp(UsageError, TypeError):
     """What a net does between two quantizers has no form on integer codes."""
 
 
+def _view(name: str) -> Callable[..., QuantizedTensor]:
+    """The method of that name of a tensor, which shows it in another shape."""
+    return lambda self, *args, **kwargs: self.seen(lambda t: getattr(t, name)(*args, **kwargs))
+
+
 @dataclass(frozen=True)
 class QuantizedTensor:
     """The value codes * scale + after, of which products read the codes alone.
@@ -76,38 +81,18 @@ class QuantizedTensor:
         """Where it is."""
         return self.codes.device
 
-    def transpose(self, first: int, second: int) -> QuantizedTensor:
-        """As of a tensor."""
-        return self.seen(lambda t: t.transpose(first, second))
-
-    def permute(self, *dims: int) -> QuantizedTensor:
-        """As of a tensor."""
-        return self.seen(lambda t: t.permute(*dims))
-
-    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> QuantizedTensor:
-        """As of a tensor."""
-        return self.seen(lambda t: t.flatten(start_dim, end_dim))
-
-    def unflatten(self, dim: int, sizes: Sequence[int]) -> QuantizedTensor:
-        """As of a tensor."""
-        return self.seen(lambda t: t.unflatten(dim, tuple(sizes)))
-
-    def unsqueeze(self, dim: int) -> QuantizedTensor:
-        """As of a tensor."""
-        return self.seen(lambda t: t.unsqueeze(dim))
-
-    def repeat_interleave(self, repeats: int, dim: int) -> QuantizedTensor:
-        """As of a tensor."""
-        return self.seen(lambda t: t.repeat_interleave(repeats, dim=dim))
-
     def chunk(self, chunks: int, dim: int = 0) -> tuple[QuantizedTensor, ...]:
         """As of a tensor."""
         size = math.ceil(self.shape[dim] / chunks)
         return tuple(self.narrow(dim, at, min(size, self.shape[dim] - at)) for at in range(0, self.shape[dim], size))
 
-    def narrow(self, dim: int, start: int, length: int) -> QuantizedTensor:
-        """As of a tensor."""
-        return self.seen(lambda t: t.narrow(dim, start, length))
+    transpose = _view("transpose")
+    permute = _view("permute")
+    flatten = _view("flatten")
+    unflatten = _view("unflatten")
+    unsqueeze = _view("unsqueeze")
+    repeat_interleave = _view("repeat_interleave")
+    narrow = _view("narrow")
 
     def __matmul__(self, other: QuantizedTensor | Tensor) -> Tensor:
         return multiplied(self, other)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qat.functional.affine_search import affine_error
-from qat.functional.ste import TINY, code_dtype, group_size, mean_abs, sum_along, view_along
+from qat.functional.ste import code_dtype, group_size, mean_abs, sum_along, view_along
 
 # A step smaller than this is taken for this.
 SCALE_FLOOR = 1e-5
@@ -46,6 +46,24 @@ class CodeRange(NamedTuple):
         return lowest, lowest + (self.qmax - self.qmin)
 
 
+class LsqGradients(NamedTuple):
+    """What `lsq_backward` gives.
+
+    Attributes:
+        x: the shape of the input, float32.
+        scale: the shape of the scale; the gradient but for LSQ's 1/sqrt(qmax * m).
+        before: the shape of the offset in front; None without one.
+        after: that of the offset behind, if it was asked for.
+        dequantized: what `lsq_forward` gave, if it was asked for.
+    """
+
+    x: Tensor
+    scale: Tensor
+    before: Tensor | None
+    after: Tensor | None
+    dequantized: Tensor | None = None
+
+
 def step_of(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
     """The step in force, broadcasting against `ndim` dimensions. Clamp lets NaN through: a scale that was never set is no number."""
     return view_along(scale.float().clamp(min=SCALE_FLOOR), ndim, axis)
@@ -75,70 +93,6 @@ def lsq_forward(
 
 
 def lsq_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, before: Tensor | None, codes: CodeRange, *, sign: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `lsq_forward`.
-
-    Args:
-        grad: gradient of its result, the shape of `x`.
-        x: as in the forward pass.
-        scale: likewise.
-        before: likewise.
-        codes: likewise.
-        sign: likewise.
-
-    Returns:
-        That of `x`, whose sum over the leading dimensions is that of `before`; and the shape of `scale`: the sum over a group of
-        grad * (code - u), u = (x + a) / s, or of grad * code outside of the range. The gradient of the scale is that times LSQ's
-        1/sqrt(qmax * m).
-    """
-    low, high = codes.bounds(sign)
-    shifted = x.float() if before is None else x.float() + before.float()
-    u = shifted / step_of(scale, x.ndim, codes.axis)
-    g = grad.float()
-    grad_x = _in_range(g, u, low, high)
-    clamped = u.clamp(low, high)  # type: ignore[arg-type]  # where u overflows, 0 * inf would be NaN; inside the range they are the same
-    return grad_x, sum_along(g * clamped.round() - grad_x * clamped, codes.axis)
-
-
-def _in_range(grad: Tensor, u: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """`grad` where low <= u <= high, else 0."""
-    if isinstance(low, Tensor):
-        return torch.where((u >= low) & (u <= high), grad, 0.0)
-    # hardtanh's open range between the neighbours of the bounds is the closed range, masked in one pass over the data.
-    return torch.ops.aten.hardtanh_backward(grad, u, _just_outside(low), _just_outside(high))  # type: ignore[arg-type]
-
-
-def _just_outside(code: float) -> float:
-    """The float32 neighbour of a whole `code` away from zero; below 0, a value too small to matter."""
-    ulp = 2.0 ** (int(abs(code)).bit_length() - 24) if code else TINY
-    return code + ulp if code > 0 else code - ulp
-
-
-class LsqGradients(NamedTuple):
-    """What `lsq_backward` gives.
-
-    Attributes:
-        x: the shape of the input, float32.
-        scale: the shape of the scale; the gradient but for LSQ's 1/sqrt(qmax * m).
-        before: the shape of the offset in front; None without one.
-        after: that of the offset behind, if it was asked for.
-        dequantized: what `lsq_forward` gave, if it was asked for.
-    """
-
-    x: Tensor
-    scale: Tensor
-    before: Tensor | None
-    after: Tensor | None
-    dequantized: Tensor | None = None
-
-
-def _over_leading(x: Tensor, kept: int) -> Tensor:
-    # The batch first: inductor then reads rows that follow each other in memory, not a column of the whole tensor at a time.
-    return x if x.ndim <= kept else _over_leading(x.sum(0), kept)
-
-
-def lsq_gradients(
     grad: Tensor,
     x: Tensor,
     scale: Tensor,
@@ -148,11 +102,35 @@ def lsq_gradients(
     sign: Tensor | None = None,
     after_shape: torch.Size | None = None,
 ) -> LsqGradients:
-    """`lsq_backward` and the gradients of the offsets; `after_shape` is that of the offset behind, if its gradient is wanted."""
-    grad_x, of_scale = lsq_backward(grad, x, scale, before, codes, sign=sign)
-    of_before = None if before is None else _over_leading(grad_x, before.ndim)
-    of_after = None if after_shape is None else _over_leading(grad.float(), len(after_shape))
-    return LsqGradients(grad_x, of_scale, of_before, of_after)
+    """Gradients of `lsq_forward`, straight through the rounding, with u = (x + a) / s.
+
+    That of `x` is `grad` where u is in the closed range, else 0; that of the scale is the sum over a group of grad * (code - u), or of
+    grad * code outside of the range.
+
+    Args:
+        grad: gradient of its result, the shape of `x`.
+        x: as in the forward pass.
+        scale: likewise.
+        before: likewise.
+        codes: likewise.
+        sign: likewise.
+        after_shape: the shape of the offset behind, if its gradient is wanted.
+    """
+    low, high = codes.bounds(sign)
+    shifted = x.float() if before is None else x.float() + before.float()
+    u = shifted / step_of(scale, x.ndim, codes.axis)
+    g = grad.float()
+    of_x = torch.where((u >= low) & (u <= high), g, 0.0)
+    clamped = u.clamp(low, high)  # type: ignore[arg-type]  # where u overflows, 0 * inf would be NaN; inside the range they are the same
+    of_scale = sum_along(g * clamped.round() - of_x * clamped, codes.axis)
+    of_before = None if before is None else _over_leading(of_x, before.ndim)
+    of_after = None if after_shape is None else _over_leading(g, len(after_shape))
+    return LsqGradients(of_x, of_scale, of_before, of_after)
+
+
+def _over_leading(x: Tensor, kept: int) -> Tensor:
+    # The batch first: inductor then reads rows that follow each other in memory, not a column of the whole tensor at a time.
+    return x if x.ndim <= kept else _over_leading(x.sum(0), kept)
 
 
 def gradient_scale(x: Tensor, codes: CodeRange, grad_factor: float, sign: Tensor | None = None) -> float | Tensor:
@@ -181,12 +159,12 @@ class LSQFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """`lsq_gradients`, that of the scale times LSQ's factor."""
-        return all_gradients(ctx, grad, lsq_gradients)
+        """`lsq_backward`, that of the scale times LSQ's factor."""
+        return all_gradients(ctx, grad, lsq_backward)
 
 
 def all_gradients(ctx: Any, grad: Tensor, formula: Callable[..., LsqGradients]) -> tuple[Tensor | None, ...]:
-    """What `LSQFunction.backward` returns, by `lsq_gradients` or a faster form of it."""
+    """What `LSQFunction.backward` returns, by `lsq_backward` or a faster form of it."""
     x, scale, before, sign = ctx.saved_tensors
     found = formula(grad, x, scale, before, ctx.codes, sign=sign, after_shape=ctx.after_shape)
     of_scale = (found.scale * gradient_scale(x, ctx.codes, ctx.grad_factor, sign)).to(scale.dtype) if ctx.needs_input_grad[1] else None

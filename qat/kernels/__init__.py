@@ -97,12 +97,12 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pas
             of_after = of_after if after_shape is None or of_after is None else of_after.view(after_shape)
             return LsqGradients(out, of_scale, of_before, of_after, made)
     elif backend == "gpu":
-        found = gpu.lsq_gradients(
+        found = gpu.lsq_backward(
             grad, x, scale, before, codes, sign=sign, after_shape=after_shape, out=out, dequantized=dequantized, after=after
         )
         if found is not None:
             return found
-    gradients = reference.lsq_gradients(grad, x, scale, before, codes, sign=sign, after_shape=after_shape)
+    gradients = reference.lsq_backward(grad, x, scale, before, codes, sign=sign, after_shape=after_shape)
     gradients = gradients if out is None else gradients._replace(x=out.copy_(gradients.x))
     return gradients._replace(dequantized=lsq_forward(x, scale, before, after, codes, sign=sign)) if dequantized else gradients
 
@@ -128,7 +128,7 @@ def probs_backward(
         if extras is not None:
             return out, *extras
     elif backend == "gpu":
-        found = gpu.probs_gradients(grad, probs, scale, codes, factor, out=out)
+        found = gpu.probs_backward(grad, probs, scale, codes, factor, out=out)
         if found is not None and found[2] is not None:
             return found[0], found[1], found[2]
     grad_scores, of_scale = reference.probs_backward(grad, probs, scale, codes, factor)
@@ -147,7 +147,7 @@ class _LSQ(LSQFunction):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # What is differentiated once more has to be made of operations that autograd knows.
         plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return all_gradients(ctx, grad, reference.lsq_gradients if plain else lsq_backward)
+        return all_gradients(ctx, grad, reference.lsq_backward if plain else lsq_backward)
 
 
 def lsq(  # noqa: PLR0913  (what `qat.functional.lsq` takes)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qat.functional.lsq import CodeRange, lsq_backward, lsq_forward, lsq_gradients
+from qat.functional.lsq import CodeRange, lsq_backward, lsq_forward
 from qat.functional.statsq import statsq_forward
 
-__all__ = ["lsq_backward", "lsq_forward", "lsq_gradients", "probs_backward", "statsq_forward"]
+__all__ = ["lsq_backward", "lsq_forward", "probs_backward", "statsq_forward"]
 
 
 def probs_backward(grad: Tensor, probs: Tensor, scale: Tensor, codes: CodeRange, factor: float) -> tuple[Tensor, Tensor]:
@@ -23,5 +23,5 @@ def probs_backward(grad: Tensor, probs: Tensor, scale: Tensor, codes: CodeRange,
     Returns:
         The gradient of the scores, and `lsq_backward`'s sum for the scale.
     """
-    inner, of_scale = lsq_backward(grad, probs, scale, None, codes)
+    inner, of_scale, *_ = lsq_backward(grad, probs, scale, None, codes)
     return (inner - (inner * probs).sum(-1, keepdim=True)) * probs * factor, of_scale

@@ -47,9 +47,9 @@ def both_passes(device, shape=(4, 300, 64)):
         x, scale, before, after, grid = case(shape, 1, 1, (-2, 1))
         grad = torch.randn(shape)
     given = (grad, x, scale, before, grid)
-    expected = reference.lsq_gradients(*given, after_shape=after.shape)
+    expected = reference.lsq_backward(*given, after_shape=after.shape)
     levels = reference.lsq_forward(x, scale, before, after, grid)
-    return lambda: gpu.lsq_gradients(*given, after_shape=after.shape, dequantized=True, after=after), (expected, levels)
+    return lambda: gpu.lsq_backward(*given, after_shape=after.shape, dequantized=True, after=after), (expected, levels)
 
 
 def test_in_a_cuda_graph(device):
@@ -94,7 +94,7 @@ def test_more_than_65535_tiles(device, shape, axis):
         x, scale = torch.randn(shape), torch.full((1 if axis is None else shape[axis],), 0.7)
         found = gpu.lsq_forward(x, scale, None, None, grid)
         assert same(found, reference.lsq_forward(x, scale, None, None, grid))
-        assert same(gpu.lsq_gradients(x, x, scale, None, grid).x, reference.lsq_gradients(x, x, scale, None, grid).x)
+        assert same(gpu.lsq_backward(x, x, scale, None, grid).x, reference.lsq_backward(x, x, scale, None, grid).x)
 
 
 def test_more_elements_than_32_bits_count(device):

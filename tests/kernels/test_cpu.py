@@ -63,7 +63,7 @@ def test_lsq_agrees(name):
     expected = reference.lsq_forward(x, scale, before, after, grid)
     assert torch.equal(kernels.lsq_forward(x, scale, before, after, grid), expected)
     shape = None if after is None else after.shape
-    wanted = reference.lsq_gradients(grad, x, scale, before, grid, after_shape=shape)
+    wanted = reference.lsq_backward(grad, x, scale, before, grid, after_shape=shape)
     found = kernels.lsq_backward(grad, x, scale, before, grid, after_shape=shape, dequantized=True, after=after)
     assert torch.equal(found.x, wanted.x)
     assert torch.equal(found.dequantized, expected)
