@@ -120,7 +120,7 @@ def lsq_backward(
     shifted = x.float() if before is None else x.float() + before.float()
     u = shifted / step_of(scale, x.ndim, codes.axis)
     g = grad.float()
-    of_x = torch.where((u >= low) & (u <= high), g, 0.0)
+    of_x = torch.where((u < low) | (u > high), 0.0, g)  # NaN passes, as in the forward pass
     clamped = u.clamp(low, high)  # type: ignore[arg-type]  # where u overflows, 0 * inf would be NaN; inside the range they are the same
     of_scale = sum_along(g * clamped.round() - of_x * clamped, codes.axis)
     of_before = None if before is None else _over_leading(of_x, before.ndim)
