@@ -8,8 +8,10 @@ import textwrap
 import pytest
 import timm.models._registry as timm_registry
 import torch
+from torch.testing import assert_close
 
 import qat
+from qat.model.frozen import integer_forward
 from qat.nn import swap_registry
 from tests.conftest import ROOT, TINY, compose, evaluate, results, tiny, train
 
@@ -25,6 +27,43 @@ FILES = {
 
             def codes(self, x):
                 return x.sign().to(torch.int8)
+    ''',
+    "half": '''
+        """Half steps, learned relative to where they begin: what is outside of a quantizer knows its grid alone."""
+        import torch
+        from torch import nn
+        from qat.functional import mean_abs, round_ste, view_along
+        from qat.quantizers import Quantizer, UniformGrid
+
+        class HalfStep(Quantizer):
+            def __init__(self, spec):
+                super().__init__(spec)
+                self.n = 2 ** (spec.bits - 1)
+                self.register_buffer("start", None)
+                self.register_parameter("ratio", None)
+
+            @property
+            def scale(self):
+                return self.start * self.ratio.clamp(min=0.05)
+
+            def allocate(self, shape, device):
+                super().allocate(shape, device)
+                self.start = self.nan_tensor(shape, device)
+                self.ratio = nn.Parameter(torch.ones_like(self.start))
+
+            def calibrate(self, x, state):
+                self.start.copy_(2 * mean_abs(x.detach(), self.axis) / self.n)
+
+            def forward(self, x):
+                step = view_along(self.scale, x.ndim, self.axis)
+                return step * (round_ste(x / step - 0.5).clamp(-self.n, self.n - 1) + 0.5)
+
+            def codes(self, x):
+                step = view_along(self.scale, x.ndim, self.axis)
+                return (x / step - 0.5).round().clamp(-self.n, self.n - 1).to(torch.int8)
+
+            def grid(self, x=None):
+                return UniformGrid(qmin=-self.n, qmax=self.n - 1, step=self.scale.detach(), zero_point=-0.5, axis=self.axis)
     ''',
     "dataset": '''
         """Bright images are class 1."""
@@ -99,6 +138,12 @@ YAMLS = {
         name: mine
         weight_quantizer: ext_quantizer:Sign
     """,
+    "quant/half.yaml": """
+        defaults: [ofq_noqkr_2bit]
+        name: half
+        weight_quantizer: ext_half:HalfStep
+        act_quantizer: ext_half:HalfStep
+    """,
     "data/mine.yaml": """
         defaults: [digits]
         _target_: ext_dataset.Bright
@@ -160,6 +205,50 @@ def test_a_quantizer(tmp_path, extended):
     for site in weights:
         assert site.quantizer.codes(site.latent()).unique().tolist() == [-1, 1]
     assert evaluate(tmp_path / "eval", f"ckpt={run}/checkpoints/best.ckpt")["top1"] == results(run)["top1"]
+
+
+@pytest.fixture
+def half_steps(tmp_path, extended):
+    """A short run with half steps for weights and activations, oscillations tracked."""
+    return train(tmp_path / "run", extended, "quant=half", "callbacks=[default,oscillation]", "callbacks.oscillation.max_bits=8")
+
+
+def exported(folder, run, *overrides):
+    """Export the last checkpoint; gives the results."""
+    from qat.tasks.export import export
+
+    export(compose("export", f"ckpt={run}/checkpoints/last.ckpt", f"run_dir={folder}", "model.imports=[ext_half]", *overrides))
+    return results(folder)
+
+
+def test_what_is_outside_of_a_quantizer_knows_its_grid_alone(tmp_path, half_steps):
+    net = qat.load(half_steps / "checkpoints" / "last.ckpt", imports=["ext_half"])
+    assert any((ratio != 1).any() for name, ratio in net.named_parameters() if name.endswith("ratio"))
+    packed = exported(tmp_path / "packed", half_steps, "format=packed")
+    assert packed["agreement"] == 100
+    frozen = qat.load(tmp_path / "packed" / "net.safetensors", imports=["ext_half"])
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_close(frozen(x), net(x), rtol=1e-4, atol=1e-4)
+        assert_close(integer_forward(net, x), net(x), rtol=1e-4, atol=1e-4)
+    onnx = exported(tmp_path / "onnx", half_steps, "format=onnx", "latency=0")  # compared in onnxruntime
+    assert onnx["agreement"] == 100
+    oscillations = (half_steps / "oscillation.csv").read_text().splitlines()
+    assert len(oscillations) == 2 + sum(site.is_weight for site in qat.iter_quantizers(net))
+    assert "in_band" in oscillations[0]
+
+
+def test_reports_of_a_quantizer_know_its_grid_alone(tmp_path, half_steps):
+    from qat.tasks.analyze import analyze
+
+    for name in ("weights", "oscillation"):
+        overrides = (f"ckpt={half_steps}/checkpoints/last.ckpt", f"analysis={name}", "model.imports=[ext_half]")
+        analyze(compose("analyze", *overrides, f"run_dir={tmp_path}/{name}"))
+    (found,) = results(tmp_path / "weights")["summary"].values()
+    assert found["quantized_weights"] == found["weights"]
+    # Of what no grid is known, neither is.
+    assert 0 < found["near_threshold_percent"] < 100 * 2 * 0.005
+    assert 0 < found["clipped_percent"] < 50
 
 
 def test_a_quantizer_of_a_file_is_imported_by_its_user_alone(tmp_path, extended, refused):

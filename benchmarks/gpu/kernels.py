@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.gpu.clock import median_ms
 from benchmarks.gpu.records import Row, commit
 from qat import kernels
-from qat.kernels import Grid, gpu, reference
+from qat.kernels import CodeRange, gpu, reference
 
 NAMES = (
     "lsq_forward tokens",
@@ -63,9 +63,9 @@ class Kernels:
         self.product = 16 if dry_run else 8192
         # On a device the kernels themselves: a form that declines is seen, not replaced.
         self.lsq_forward: Any = kernels.lsq_forward if dry_run else gpu.lsq_forward
-        self.lsq_gradients: Any = kernels.lsq_backward if dry_run else gpu.lsq_gradients
+        self.lsq_gradients: Any = kernels.lsq_backward if dry_run else gpu.lsq_backward
         self.statsq_forward: Any = kernels.statsq_forward if dry_run else gpu.statsq_forward
-        self.probs_gradients: Any = kernels.probs_backward if dry_run else gpu.probs_gradients
+        self.probs_gradients: Any = kernels.probs_backward if dry_run else gpu.probs_backward
 
     def machine(self) -> Row:
         """What everything is measured on, and its two ceilings: bytes copied and products in bfloat16, on random data."""
@@ -99,7 +99,7 @@ class Kernels:
         by_channel = "channels" in name
         x = self._random(self.images, self.tokens, self.channels)
         x = x.bfloat16() if "bfloat16" in name else x
-        grid = Grid(-2, 1, -1 if by_channel else -2)
+        grid = CodeRange(-2, 1, -1 if by_channel else -2)
         scale = torch.rand(self.channels if by_channel else self.tokens, device=self.device) + 0.5
         before, after = self._random(self.channels), self._random(self.channels)
         if kind == "lsq_forward":
@@ -108,14 +108,14 @@ class Kernels:
         given, shape = (self._random(*x.shape), x, scale, before, grid), after.shape
 
         def plain() -> Any:
-            found = reference.lsq_gradients(*given, after_shape=shape)
-            return found._replace(levels=reference.lsq_forward(x, scale, before, after, grid))
+            found = reference.lsq_backward(*given, after_shape=shape)
+            return found._replace(dequantized=reference.lsq_forward(x, scale, before, after, grid))
 
-        return lambda: self.lsq_gradients(*given, after_shape=shape, levels=True, after=after), plain, 4 * n_bytes(x)
+        return lambda: self.lsq_gradients(*given, after_shape=shape, dequantized=True, after=after), plain, 4 * n_bytes(x)
 
     def _probs(self) -> tuple[Call, Call, int]:
         p = self._random(self.images, self.heads, self.tokens, self.tokens).softmax(-1)
-        scale, grid = torch.rand(self.tokens, device=self.device) * 0.01 + 0.005, Grid(0, 3, -2)
+        scale, grid = torch.rand(self.tokens, device=self.device) * 0.01 + 0.005, CodeRange(0, 3, -2)
         given = (self._random(*p.shape), p, scale, grid, 0.1)
 
         def plain() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -11,18 +12,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qat.analysis.grids import STEPS_FROM, Round, Scales, WeightGrid, derived, grid_of
+from qat.analysis.grids import STEPS_FROM, Round, WeightGrid, derived, grid_of
 from qat.model.convert import conversion_of, convert, stem_and_heads
 from qat.model.sites import iter_quantizers
 from qat.ptq.patching import patched
-from qat.quantizers import Float, Quantizer
+from qat.quantizers import Quantizer, UniformGrid
 from qat.spec import QuantRecipe
 from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_number
 
 ROUNDINGS = ("nearest", "half_up", "floor", "stochastic")
 STEPS = ("any", "power_of_two")
-# Scales by the number of a weight, its width, where they come from, and a percentile.
-Found = dict[tuple[int, int, str, float], Scales]
+# Grids by the number of a weight, its width, where its steps come from, and a percentile.
+Found = dict[tuple[int, int, str, float], UniformGrid]
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,14 @@ def requantized(grid: WeightGrid, weight: Tensor, change: WeightChange, number: 
     if bits == FLOAT_BITS:
         return weight
     rule = (change.steps_from, change.percentile)
-    scales = None if found is None else found.get((number, bits, *rule))
-    if scales is None:
-        scales = derived(grid, weight, bits, *rule)
+    onto = None if found is None else found.get((number, bits, *rule))
+    if onto is None:
+        onto = derived(grid, weight, bits, *rule)
     if found is not None and change.steps_from != "own":
-        found[number, bits, *rule] = scales
-    scale = scales.scale * change.ratio
-    scales = scales._replace(scale=nearest_power_of_two(scale) if change.steps == "power_of_two" else scale)
-    return grid.fake_quantize(weight, scales, bits, _rounding(change, number)).to(weight.dtype)
+        found[number, bits, *rule] = onto
+    step = onto.step * change.ratio
+    onto = dataclasses.replace(onto, step=nearest_power_of_two(step) if change.steps == "power_of_two" else step)
+    return grid.fake_quantize(weight, onto, _rounding(change, number)).to(weight.dtype)
 
 
 def nearest_power_of_two(x: Tensor) -> Tensor:
@@ -163,8 +164,7 @@ def _forward(grid: WeightGrid, change: WeightChange, number: int, found: Found, 
 def weight_sites(net: nn.Module, input_size: tuple[int, int, int], float_axis: int | None = 0) -> WeightSites:
     """The weights of a net, quantized or not.
 
-    A quantizer is only counted as known if its grid gives back what it gives, bit for bit: a class that is derived from one of ours may
-    do anything.
+    A quantizer is only counted as known if its grid gives back what it gives, bit for bit.
 
     Args:
         net: quantized with scales filled, or float; stays as it is.
@@ -179,16 +179,18 @@ def weight_sites(net: nn.Module, input_size: tuple[int, int, int], float_axis: i
             continue
         name, weight = site.name.rpartition(".")[0], site.latent().detach()
         grid = grid_of(site.quantizer, float_axis)
-        if grid is None or not _same(grid, site.quantizer, weight):
+        if not _same(grid, site.quantizer, weight):
             unknown.append(name)
             continue
         known.append(GridSite(name, where.get(name, "block"), site.quantizer, grid, weight.numel()))
-    is_float = not unknown and all(isinstance(site.quantizer, Float) for site in known)
+    is_float = not unknown and all(site.quantizer.is_float for site in known)
     return WeightSites(twin, tuple(known), tuple(unknown), is_float)
 
 
 @torch.no_grad()
 def _same(grid: WeightGrid, quantizer: Quantizer, weight: Tensor) -> bool:
+    if not (quantizer.is_float or isinstance(quantizer.grid(weight), UniformGrid)):
+        return False
     return torch.equal(requantized(grid, weight, WeightChange()), quantizer(weight))
 
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.model.sites import Site, iter_quantizers
-from qat.quantizers import Float
 from qat.utils.probing import probing
 
 
@@ -34,7 +33,7 @@ class ActivationCodes:
         Returns:
             By site name, the share of codes that differ from the last look, a scalar each; empty at the first.
         """
-        sites = [s for s in iter_quantizers(net) if not s.is_weight and not isinstance(s.quantizer, Float)]
+        sites = [s for s in iter_quantizers(net) if not s.is_weight and not s.quantizer.is_float]
         seen: dict[str, Tensor] = {}
         with probing(net, [_remember(site, seen, len(images)) for site in sites]), precision:
             net.forward(images)

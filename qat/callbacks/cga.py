@@ -15,9 +15,9 @@ from qat.callbacks.common import layer_of, logs_now, net_of, parameter_of
 from qat.callbacks.entry_freezer import EntryFreezer
 from qat.callbacks.freezing import IterativeFreezing
 from qat.errors import UsageError
-from qat.functional.confidence import check_boundary, near_threshold
+from qat.functional.confidence import check_boundary
 from qat.model.sites import Site, iter_quantizers
-from qat.quantizers import StatsQ
+from qat.quantizers import Quantizer, UniformGrid
 from qat.utils.validate import check_choice, check_int, check_number
 
 log = logging.getLogger(__name__)
@@ -27,26 +27,37 @@ QK_POLICIES = ("reference", "product", "freeze")
 _DEFAULT_SHARE = 0.1
 
 
+def _near(quantizer: Quantizer, weight: Tensor, boundary_range: float) -> Tensor:
+    grid = quantizer.grid(weight.detach())
+    assert grid is not None  # noqa: S101  (narrows a type)
+    return grid.near_threshold(weight, boundary_range)
+
+
+def _has_half_steps(site: Site) -> bool:
+    """True for a weight on half steps: the paper's thresholds lie between two values of one magnitude."""
+    grid = site.quantizer.grid(site.latent().detach()) if site.is_weight else None
+    return isinstance(grid, UniformGrid) and grid.is_half_step
+
+
 class BandGate:
     """Lets the gradient of a folded query-key matrix pass only where the matrix is near a threshold; a hook on its quantizer.
 
     Args:
-        bits: of the quantizer.
         boundary_range: half-width of the band, in codes.
 
     Attributes:
         active: off until annealing begins.
     """
 
-    def __init__(self, bits: int, boundary_range: float) -> None:
-        self.bits, self.boundary_range, self.active = bits, boundary_range, False
+    def __init__(self, boundary_range: float) -> None:
+        self.boundary_range, self.active = boundary_range, False
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    def __call__(self, module: Quantizer, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """The matrix, detached outside the band."""
         if not self.active:
             return None
         (matrix,) = args
-        return (torch.where(near_threshold(matrix, self.bits, self.boundary_range), matrix, matrix.detach()),)
+        return (torch.where(_near(module, matrix, self.boundary_range), matrix, matrix.detach()),)
 
 
 class CGA(Callback):
@@ -102,9 +113,9 @@ class CGA(Callback):
         self._first, self._stop = self._span(trainer)
         if any(isinstance(callback, IterativeFreezing) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise UsageError("callbacks.cga: callbacks.freeze holds the same weights; choose one of the two")
-        found = [site for site in iter_quantizers(net_of(pl_module)) if site.is_weight and isinstance(site.quantizer, StatsQ)]
+        found = [site for site in iter_quantizers(net_of(pl_module)) if _has_half_steps(site)]
         self._sites = [site for site in found if site.role == "weight"]
-        self._products = [(s, BandGate(s.quantizer.spec.bits, self.boundary_range)) for s in found if s.role == "qk"]
+        self._products = [(s, BandGate(self.boundary_range)) for s in found if s.role == "qk"]
         if not found:
             raise UsageError("callbacks.cga: this net has no weights with the statsq quantizer; use another quant=... or leave cga out")
 
@@ -155,7 +166,7 @@ class CGA(Callback):
         """Every weight with its frozen entries; notes in `trainable` how many entries of each are not."""
         for site in self._sites:
             weight = parameter_of(site.latent())
-            near = near_threshold(weight, site.quantizer.spec.bits, self.boundary_range)
+            near = _near(site.quantizer, weight, self.boundary_range)
             trainable[layer_of(site)] = (near.sum(), near.numel())
             yield weight, ~near
         if self.qk == "freeze":
@@ -169,8 +180,8 @@ class CGA(Callback):
         if trainable:
             values["cga/trainable"] = torch.stack([near for near, _ in trainable.values()]).sum() / sum(n for _, n in trainable.values())
         if self.qk == "product":
-            for site, gate in self._products:
-                near = near_threshold(site.latent(), gate.bits, gate.boundary_range)
+            for site, _ in self._products:
+                near = _near(site.quantizer, site.latent(), self.boundary_range)
                 values[f"cga/trainable_product/{layer_of(site)}"] = near.float().mean()
         pl_module.log_dict(values, on_step=True, on_epoch=False)
 

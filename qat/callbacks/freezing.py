@@ -15,7 +15,7 @@ from qat.callbacks.entry_freezer import EntryFreezer
 from qat.errors import UsageError
 from qat.functional.oscillation import FreezingState, OscillationState, cosine_between, freezing_step, oscillation_step, with_frozen
 from qat.model.sites import Site, iter_quantizers
-from qat.quantizers.grid import has_grid, weight_grid
+from qat.quantizers import UniformGrid
 from qat.utils.validate import check_int, check_number
 
 # A frozen latent that strays further from the middle of its cell than this, in codes, is put back there; the cell ends at 0.5.
@@ -70,9 +70,9 @@ class IterativeFreezing(Callback):
             return
         self._codes, self._frozen = {}, {}
         found = [site for site in iter_quantizers(net_of(pl_module)) if site.role == "weight" and site.quantizer.spec.bits <= self.max_bits]
-        self._sites = [site for site in found if has_grid(site.quantizer)]
+        self._sites = [site for site in found if isinstance(site.quantizer.grid(site.latent().detach()), UniformGrid)]
         if not self._sites:
-            raise UsageError(f"callbacks.freeze.max_bits={self.max_bits}: this net has no statsq or lsq weights of so few bits")
+            raise UsageError(f"callbacks.freeze.max_bits={self.max_bits}: this net has no weights on evenly spaced values of so few bits")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step."""
@@ -126,10 +126,10 @@ class IterativeFreezing(Callback):
             if (state := self._frozen.get(site.name)) is None:
                 continue
             weight = parameter_of(site.latent())
-            step, shift = weight_grid(site.quantizer, weight)
-            target = (state.codes + shift) * step
-            strayed = state.frozen & ((weight.float() / step - shift - state.codes).abs() > _STRAY)
-            weight.copy_(torch.where(strayed, target.to(weight.dtype), weight))
+            grid = site.quantizer.grid(weight)
+            assert grid is not None  # noqa: S101  (narrows a type)
+            strayed = state.frozen & ((grid.to_code_coordinates(weight) - state.codes).abs() > _STRAY)
+            weight.copy_(torch.where(strayed, grid.dequantize(state.codes).to(weight.dtype), weight))
 
     @staticmethod
     def _state(states: dict[str, Any], name: str, like: Tensor) -> Any:

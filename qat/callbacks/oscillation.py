@@ -13,10 +13,9 @@ from torch import Tensor
 from qat.callbacks.activation_codes import ActivationCodes, mean_share
 from qat.callbacks.common import layer_of, logs_now, net_of
 from qat.errors import UsageError
-from qat.functional.confidence import check_boundary, near_step_threshold, near_threshold
+from qat.functional.confidence import check_boundary
 from qat.functional.oscillation import PackedOscillation, oscillation_step, pack_oscillation, unpack_oscillation
 from qat.model.sites import Site, iter_quantizers
-from qat.quantizers import LSQ, StatsQ
 from qat.utils.files import csv_text, write_text
 from qat.utils.validate import check_int, check_number, check_text
 
@@ -107,13 +106,9 @@ class Oscillation(Callback):
         self._flips[site.name] = flips if before is None else flips + before.to(flips.device)
 
     def _in_band(self, site: Site) -> Tensor:
-        weight, quantizer = site.latent().detach(), site.quantizer
-        if isinstance(quantizer, StatsQ):
-            return near_threshold(weight, quantizer.spec.bits, self.boundary_range)
-        if isinstance(quantizer, LSQ):
-            spec = quantizer.spec
-            return near_step_threshold(weight, quantizer.scale, spec.qmin, spec.qmax, quantizer.axis, self.boundary_range)
-        return torch.zeros_like(weight, dtype=torch.bool)
+        weight = site.latent().detach()
+        grid = site.quantizer.grid(weight)
+        return torch.zeros_like(weight, dtype=torch.bool) if grid is None else grid.near_threshold(weight, self.boundary_range)
 
     def _measure(self, site: Site) -> Tensor:
         """Of one tensor: weights, how many of them oscillate, sum of their frequencies, how many are in the band, flips; (5,) float32."""

@@ -131,7 +131,7 @@ def _alone(net: nn.Module) -> set[int]:
     for module in net.modules():
         if isinstance(module, QuantLinear | QuantConv2d) and isinstance(module.weight_quantizer, FrozenWeight):
             grid = module.input_quantizer
-            plain = isinstance(grid, FrozenActivation) and grid.after is None
+            plain = isinstance(grid, FrozenActivation) and grid.after is None and not grid.grid().is_half_step
             bits = module.weight_quantizer.spec.bits
             if not plain or bits < WIDTHS["INT4"] or (grid.axis is not None and bits > WIDTHS["INT4"]):
                 found.add(id(module.weight_quantizer))
@@ -172,13 +172,15 @@ def _give_activation_form(grid: Any) -> None:
 
     Behind quantizers whose steps are powers of two apart half of all values lie on such a tie. There the sum is made in front. So it is
     where a tensor has several scales: what onnxruntime makes of an operator between two quantizers, unless a session option forbids it,
-    takes one.
+    takes one, and where values lie half a step beside those of integers, which is added behind.
     """
     kind = torch.int8 if grid.qmin < 0 else torch.uint8
     scale = grid.scale.reshape(()) if grid.axis is None else grid.scale
     zero = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point.reshape(scale.shape)
+    whole = zero.ceil()
     grid.register_buffer(_GRID, scale.clone())
-    grid.register_buffer(_ZERO, zero.to(kind))
+    grid.register_buffer(_ZERO, whole.to(kind))
+    grid.register_buffer("onnx_rest", (whole - zero) * scale if grid.grid().is_half_step else None)
     before = (grid.axis is not None and grid.after is None) or bool((zero % 2 != 0).any())
     grid.register_buffer("onnx_one", torch.ones(()) if before else None)
     grid.register_buffer("onnx_none", torch.zeros((), dtype=kind) if before else None)
@@ -201,6 +203,7 @@ def _activation_form(grid: Any, kind: torch.dtype, x: Tensor) -> Tensor:
     if (grid.qmin, grid.qmax) != (info.min, info.max):
         codes = codes.clamp(grid.qmin, grid.qmax)
     y = torch.onnx.ops.symbolic("DequantizeLinear", (codes, *operands), along, dtype=torch.float32, shape=x.shape)
+    y = y if grid.onnx_rest is None else y + view_along(grid.onnx_rest.reshape(-1), x.ndim, grid.axis)
     return y if grid.after is None else y + grid.after
 
 

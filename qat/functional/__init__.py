@@ -5,7 +5,7 @@ The search is a module of its own, `qat.functional.evolution`.
 
 from qat.functional.affine import affine_codes, affine_from_range, code_range, fake_quantize_affine, fake_quantize_affine_, min_max
 from qat.functional.bias_correction import correct_mean_and_std
-from qat.functional.confidence import near_step_threshold, near_threshold
+from qat.functional.confidence import near_threshold
 from qat.functional.distillation import distillation_loss, feature_distance, soft_cross_entropy
 from qat.functional.infonce import info_nce, logit_fitness
 from qat.functional.int_layer_norm import integer_layer_norm
@@ -62,7 +62,6 @@ __all__ = [
     "mse_init_scale",
     "mean_abs",
     "min_max",
-    "near_step_threshold",
     "near_threshold",
     "observe",
     "oscillation_step",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qat.functional.statsq import statsq_scale
-from qat.functional.ste import view_along
-from qat.kernels import statsq_coordinate
+from qat.functional.statsq import statsq_coordinate, statsq_scale
 from qat.utils.validate import check_bits, check_number
 
 
@@ -15,14 +13,17 @@ def check_boundary(setting: str, boundary: object) -> None:
     check_number(setting, boundary, 0, above=True, below=0.5)
 
 
-def _in_band(z: Tensor, boundary: float) -> Tensor:
+def in_band(z: Tensor, qmin: int, qmax: int, boundary: float) -> Tensor:
     """True where z is within `boundary` of i + 1/2, for a whole i from the lowest code that occurs to below the highest.
 
     Args:
         z: coordinates whose rounding gives the codes, float32.
+        qmin: lowest code.
+        qmax: highest code.
         boundary: below 0.5, so that at most one threshold is near: the one above floor(z).
     """
-    below, codes = z.floor(), z.round()
+    check_boundary("boundary", boundary)
+    below, codes = z.floor(), z.round().clamp(qmin, qmax)
     above = z - below
     inner = (below >= codes.amin()) & (below < codes.amax())
     return inner & (above >= 0.5 - boundary) & (above <= 0.5 + boundary)
@@ -43,23 +44,5 @@ def near_threshold(w: Tensor, bits: int, boundary: float) -> Tensor:
         bool, the shape of `w`: True = trainable.
     """
     check_bits("bits", bits)
-    check_boundary("boundary", boundary)
-    return _in_band(statsq_coordinate(w.detach(), statsq_scale(w), bits), boundary)
-
-
-def near_step_threshold(w: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, boundary: float) -> Tensor:
-    """The same band for a quantizer that rounds clamp(w/s, qmin, qmax) on a stored step, such as LSQ.
-
-    Args:
-        w: any shape.
-        scale: (w.shape[axis],), or (1,) for axis None, above 0.
-        qmin: lowest code.
-        qmax: highest code.
-        axis: dimension that keeps scales of its own.
-        boundary: half-width of the band in codes, 0 < boundary < 0.5.
-
-    Returns:
-        bool, the shape of `w`.
-    """
-    check_boundary("boundary", boundary)
-    return _in_band((w.detach().float() / view_along(scale.detach().float(), w.ndim, axis)).clamp(qmin, qmax), boundary)
+    n = 2 ** (bits - 1)
+    return in_band(statsq_coordinate(w.detach(), statsq_scale(w), bits), -n, n - 1, boundary)

@@ -1,55 +1,174 @@
-"""LSQ: learned step size quantization. Source: arXiv 1902.08153, as used by OFQ (arXiv 2302.02210)."""
+"""LSQ: learned step size quantization. Source: arXiv 1902.08153, as used by OFQ (arXiv 2302.02210).
+
+`lsq_forward` and `lsq_backward` are the formula. `qat.kernels` computes the same in fewer passes over memory.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qat import kernels
 from qat.functional.affine_search import affine_error
-from qat.functional.ste import code_dtype, group_size, mean_abs
-from qat.kernels import SCALE_FLOOR, Grid, reference
+from qat.functional.ste import code_dtype, group_size, mean_abs, sum_along, view_along
 
-__all__ = ["SCALE_FLOOR", "gradient_scale", "lsq", "lsq_codes", "lsq_init_scale", "mse_init_scale"]
-
-# In eighths of a power of two around LSQ's first step: at 2 bits finer ones lower the error by less than 1 %.
+# A step smaller than this is taken for this.
+SCALE_FLOOR = 1e-5
+# In eighths of a power of two around LSQ's initial step: at 2 bits finer ones lower the error by less than 1 %.
 MSE_FACTORS = tuple(2 ** (i / 8) for i in range(-24, 33))
 
 
-def gradient_scale(x: Tensor, grid: Grid, grad_factor: float, sign: Tensor | None = None) -> float | Tensor:
+class CodeRange(NamedTuple):
+    """Which codes LSQ has, and which elements share a step.
+
+    Attributes:
+        qmin: lowest code.
+        qmax: highest code.
+        axis: dimension that keeps steps of its own, None = one for the tensor.
+    """
+
+    qmin: int
+    qmax: int
+    axis: int | None
+
+    def bounds(self, sign: Tensor | None) -> tuple[float, float] | tuple[Tensor, Tensor]:
+        """Lowest and highest code.
+
+        Args:
+            sign: None, or one number: above 0 the codes are these, else as many from 0 up. Read without waiting for the device.
+        """
+        if sign is None:
+            return self.qmin, self.qmax
+        lowest = torch.where(sign > 0, float(self.qmin), 0.0)
+        return lowest, lowest + (self.qmax - self.qmin)
+
+
+class LsqGradients(NamedTuple):
+    """What `lsq_backward` gives.
+
+    Attributes:
+        x: the shape of the input, float32.
+        scale: the shape of the scale; the gradient but for LSQ's 1/sqrt(qmax * m).
+        before: the shape of the offset in front; None without one.
+        after: that of the offset behind, if it was asked for.
+        dequantized: what `lsq_forward` gave, if it was asked for.
+    """
+
+    x: Tensor
+    scale: Tensor
+    before: Tensor | None
+    after: Tensor | None
+    dequantized: Tensor | None = None
+
+
+def step_of(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
+    """The step in force, broadcasting against `ndim` dimensions. Clamp lets NaN through: a scale that was never set is no number."""
+    return view_along(scale.float().clamp(min=SCALE_FLOOR), ndim, axis)
+
+
+def lsq_forward(
+    x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, codes: CodeRange, *, sign: Tensor | None = None
+) -> Tensor:
+    """round(clamp((x + a) / s, qmin, qmax)) * s + c.
+
+    Args:
+        x: any shape and float dtype.
+        scale: s, (x.shape[axis],), or (1,) for axis None.
+        before: a, over the trailing dimensions of `x`, or None.
+        after: c, likewise.
+        codes: the codes and their axis.
+        sign: see `CodeRange.bounds`.
+
+    Returns:
+        The shape of `x`.
+    """
+    low, high = codes.bounds(sign)
+    shifted = x.float() if before is None else x.float() + before.float()
+    step = step_of(scale, x.ndim, codes.axis)
+    y = (shifted / step).clamp(low, high).round() * step  # type: ignore[arg-type]
+    return y if after is None else y + after.float()
+
+
+def lsq_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    before: Tensor | None,
+    codes: CodeRange,
+    *,
+    sign: Tensor | None = None,
+    after_shape: torch.Size | None = None,
+) -> LsqGradients:
+    """Gradients of `lsq_forward`, straight through the rounding, with u = (x + a) / s.
+
+    That of `x` is `grad` where u is in the closed range, else 0; that of the scale is the sum over a group of grad * (code - u), or of
+    grad * code outside of the range.
+
+    Args:
+        grad: gradient of its result, the shape of `x`.
+        x: as in the forward pass.
+        scale: likewise.
+        before: likewise.
+        codes: likewise.
+        sign: likewise.
+        after_shape: the shape of the offset behind, if its gradient is wanted.
+    """
+    low, high = codes.bounds(sign)
+    shifted = x.float() if before is None else x.float() + before.float()
+    u = shifted / step_of(scale, x.ndim, codes.axis)
+    g = grad.float()
+    of_x = torch.where((u < low) | (u > high), 0.0, g)  # NaN passes, as in the forward pass
+    clamped = u.clamp(low, high)  # type: ignore[arg-type]  # where u overflows, 0 * inf would be NaN; inside the range they are the same
+    of_scale = sum_along(g * clamped.round() - of_x * clamped, codes.axis)
+    of_before = None if before is None else _over_leading(of_x, before.ndim)
+    of_after = None if after_shape is None else _over_leading(g, len(after_shape))
+    return LsqGradients(of_x, of_scale, of_before, of_after)
+
+
+def _over_leading(x: Tensor, kept: int) -> Tensor:
+    # The batch first: inductor then reads rows that follow each other in memory, not a column of the whole tensor at a time.
+    return x if x.ndim <= kept else _over_leading(x.sum(0), kept)
+
+
+def gradient_scale(x: Tensor, codes: CodeRange, grad_factor: float, sign: Tensor | None = None) -> float | Tensor:
     """LSQ's factor on the gradient of a step: `grad_factor` / sqrt(qmax * m), m = elements of `x` per step."""
-    _, highest = grid.bounds(sign)
-    m = max(group_size(x, grid.axis), 1)
+    _, highest = codes.bounds(sign)
+    m = max(group_size(x, codes.axis), 1)
     return grad_factor / ((highest * m).sqrt() if isinstance(highest, Tensor) else math.sqrt(highest * m))
 
 
-class _LSQ(torch.autograd.Function):
+class LSQFunction(torch.autograd.Function):
     """Keeps the input, the scale and the offset in front for backward, no mask and no codes."""
 
     @staticmethod
     def forward(
-        x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, sign: Tensor | None, grid: Grid, grad_factor: float
+        x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, sign: Tensor | None, codes: CodeRange, grad_factor: float
     ) -> Tensor:
-        return kernels.lsq_forward(x, scale, before, after, grid, sign=sign).to(x.dtype)
+        """`lsq_forward`, in the dtype of `x`."""
+        return lsq_forward(x, scale, before, after, codes, sign=sign).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, scale, before, after, sign, ctx.grid, ctx.grad_factor = inputs
+        """What backward needs."""
+        x, scale, before, after, sign, ctx.codes, ctx.grad_factor = inputs
         ctx.after_shape = None if after is None else after.shape
         ctx.save_for_backward(x, scale, before, sign)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, before, sign = ctx.saved_tensors
-        # What is differentiated once more has to be made of operations that autograd knows.
-        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        backward = reference.lsq_gradients if plain else kernels.lsq_backward
-        found = backward(grad, x, scale, before, ctx.grid, sign=sign, after_shape=ctx.after_shape)
-        of_scale = (found.scale * gradient_scale(x, ctx.grid, ctx.grad_factor, sign)).to(scale.dtype) if ctx.needs_input_grad[1] else None
-        return found.x.to(x.dtype), of_scale, found.before, found.after, None, None, None
+        """`lsq_backward`, that of the scale times LSQ's factor."""
+        return all_gradients(ctx, grad, lsq_backward)
+
+
+def all_gradients(ctx: Any, grad: Tensor, formula: Callable[..., LsqGradients]) -> tuple[Tensor | None, ...]:
+    """What `LSQFunction.backward` returns, by `lsq_backward` or a faster form of it."""
+    x, scale, before, sign = ctx.saved_tensors
+    found = formula(grad, x, scale, before, ctx.codes, sign=sign, after_shape=ctx.after_shape)
+    of_scale = (found.scale * gradient_scale(x, ctx.codes, ctx.grad_factor, sign)).to(scale.dtype) if ctx.needs_input_grad[1] else None
+    return found.x.to(x.dtype), of_scale, found.before, found.after, None, None, None
 
 
 def lsq(  # noqa: PLR0913, PLR0917  (a grid, and what may stand around it)
@@ -81,17 +200,17 @@ def lsq(  # noqa: PLR0913, PLR0917  (a grid, and what may stand around it)
         The shape and dtype of `x`. Gradient of `x`: passes inside the closed range, zero outside. Gradient of `scale`: LSQ,
         straight through the floor of 1e-5.
     """
-    return _LSQ.apply(x, scale, before, after, sign, Grid(qmin, qmax, axis), grad_factor)
+    return LSQFunction.apply(x, scale, before, after, sign, CodeRange(qmin, qmax, axis), grad_factor)
 
 
 def lsq_codes(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
     """Integer codes of `lsq`, in [qmin, qmax], int8 where they fit, else int16; the shape of `x`."""
-    codes = (x.detach().float() / reference.step_of(scale.detach(), x.ndim, axis)).clamp(qmin, qmax).round()
+    codes = (x.detach().float() / step_of(scale.detach(), x.ndim, axis)).clamp(qmin, qmax).round()
     return codes.to(code_dtype(qmin, qmax))
 
 
 def lsq_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
-    """First step from data: 2 * mean|x| / sqrt(qmax), or 4 * mean|x| / sqrt(qmax) where qmin = 0.
+    """Initial step size from data: 2 * mean|x| / sqrt(qmax), or 4 * mean|x| / sqrt(qmax) where qmin = 0.
 
     Returns:
         (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`.
@@ -102,7 +221,7 @@ def lsq_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
 
 
 def mse_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
-    """First step with the least squared error of fake quantization, of 57 candidates from 1/8 to 16 times `lsq_init_scale`.
+    """Initial step size with the least squared error of fake quantization, of 57 candidates from 1/8 to 16 times `lsq_init_scale`.
 
     Returns:
         (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`; of equally good ones the smallest.

@@ -20,6 +20,8 @@ _MOVING = ("ema", "percentile")
 _SEARCHES = {"omse": omse_scale, "mse": mse_scale, "ptf": ptf_scale}
 # torch.quantile computes ranks in float32, which are no whole numbers beyond 2^24; older versions refuse longer rows.
 LONGEST_ROW = 16_000_000
+# Share of a one-sided range that may fall off the codes.
+_NEGLIGIBLE = 1 / 16
 
 
 class RangeState(NamedTuple):
@@ -90,6 +92,16 @@ def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str, 
     first = state.low > state.high
     moved = (old + momentum * (new - old) for old, new in zip(state, (low, high), strict=True))
     return RangeState(*(torch.where(first, new, mean) for new, mean in zip((low, high), moved, strict=True)))
+
+
+def reaching_zero(state: RangeState) -> RangeState:
+    """Extend ranges that lie on one side of zero up to it, where their distance from it is more than a sixteenth of their width.
+
+    A zero point is a code: without zero in the range, the far end of it would be cut off by that distance.
+    """
+    width = _NEGLIGIBLE * (state.high - state.low)
+    low = torch.where(state.low > width, torch.zeros_like(state.low), state.low)
+    return RangeState(low, torch.where(state.high < -width, torch.zeros_like(state.high), state.high))
 
 
 def affine_from_state(state: RangeState, x: Tensor, bits: int, *, signed: bool, axis: int | None, method: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""StatsQ weight quantizer. Source: OFQ, arXiv 2302.02210. Deviations from its code: docs/deviations.md#statsq."""
+"""StatsQ weight quantizer. Source: OFQ, arXiv 2302.02210. Deviations from its code: docs/deviations.md#statsq.
+
+`statsq_forward` is the formula; its gradient is the identity. `qat.kernels` computes the same in one pass over memory.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from qat import kernels
-from qat.functional.ste import code_dtype
-from qat.kernels import statsq_coordinate
+from qat.functional.ste import TINY, code_dtype
 from qat.utils.validate import check_bits
+
+# Just inside the end of the range, so that the outermost code is the highest.
+TOP_CLIP = 1 - 1e-6
 
 
 def statsq_scale(w: Tensor) -> Tensor:
@@ -29,12 +33,31 @@ def statsq_scale(w: Tensor) -> Tensor:
     return 2 * mean
 
 
-class _StatsQ(torch.autograd.Function):
+def statsq_coordinate(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Place of `w` on the axis of codes, in [-n - 1/2, n - 1/2) with n = 2^(bits-1): rounding it gives the code."""
+    n = 2 ** (bits - 1)
+    u = (w.float() / scale.clamp(min=TINY)).clamp(-1.0, TOP_CLIP)
+    return u * n - 0.5
+
+
+def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The level of every element: s * (k + 1/2) / 2^(bits-1).
+
+    Args:
+        w: any shape.
+        scale: s, broadcasts against `w`.
+        bits: 2 to 8.
+    """
+    return (statsq_coordinate(w, scale, bits).round() + 0.5) / 2 ** (bits - 1) * scale
+
+
+class StatsQFunction(torch.autograd.Function):
     """Forward on the grid, identity backward: nothing is kept for it."""
 
     @staticmethod
     def forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-        return kernels.statsq_forward(w, scale, bits).to(w.dtype)
+        """`statsq_forward`, in the dtype of `w`."""
+        return statsq_forward(w, scale, bits).to(w.dtype)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -42,12 +65,13 @@ class _StatsQ(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Straight through."""
         return grad, None, None
 
 
 def statsq_with_scale(w: Tensor, scale: Tensor, bits: int) -> Tensor:
     """StatsQ on a given scale that broadcasts against `w`; see `statsq`."""
-    return _StatsQ.apply(w, scale, bits)
+    return StatsQFunction.apply(w, scale, bits)
 
 
 def statsq(w: Tensor, bits: int) -> Tensor:

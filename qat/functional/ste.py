@@ -1,19 +1,46 @@
-"""Straight-through pieces and the two shape helpers that every per-axis quantizer needs."""
+"""Straight-through rounding, and what every quantizer with scales along an axis needs."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from qat.kernels.grid import group_size
-from qat.kernels.reference import sum_along, view_along
-
-__all__ = ["code_dtype", "group_size", "mean_abs", "round_ste", "sum_along", "view_along"]
+# Keeps 0/0 out of an all-zero row without moving any other scale.
+TINY = torch.finfo(torch.float32).tiny
 
 
 def round_ste(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes unchanged. The value is exact: `x - x.detach()` is zero, not a rounding error."""
     return x.round().detach() + (x - x.detach())
+
+
+def view_along(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
+    """Reshape a 1-D scale so that it broadcasts against an `ndim`-dimensional tensor along `axis`; one element for None."""
+    if axis is None:
+        return scale.reshape(())
+    shape = [1] * ndim
+    shape[axis] = -1
+    return scale.reshape(shape)
+
+
+def sum_along(x: Tensor, axis: int | None) -> Tensor:
+    """Sum over every dimension but `axis`: shape (x.shape[axis],), or (1,) for None.
+
+    Two stages, trailing dimensions first: inductor vectorises `sum(-1).sum(0)` and not `sum((0, 2))`.
+    """
+    if axis is None:
+        return x.sum().reshape(1)
+    axis %= x.ndim
+    if axis < x.ndim - 1:
+        x = x.flatten(axis + 1).sum(-1)
+    return x.flatten(0, axis - 1).sum(0) if axis else x
+
+
+def group_size(x: Tensor, axis: int | None) -> int:
+    """Number of elements that share one scale."""
+    return x.numel() if axis is None else math.prod(x.shape) // max(x.shape[axis], 1)
 
 
 def mean_abs(x: Tensor, axis: int | None, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,18 +1,20 @@
-"""The arithmetic of LSQ and StatsQ, forward and backward, in the form that is fastest where the tensors are.
+"""LSQ and StatsQ in the form that is fastest where the tensors are: what quantizers call.
 
-A few lines of C++ on a CPU, Triton on CUDA, plain tensor operations (`reference`) for everything else and under `torch.compile`, which
-fuses them itself. All forms give the same bits forward; sums in gradients differ by rounding.
+A few lines of C++ on a CPU, Triton on CUDA, and for everything else and under `torch.compile`, which fuses them itself, the plain tensor
+operations of `qat.functional`. All forms give the same bits forward; sums in gradients differ by rounding.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qat.errors import UsageError
+from qat.functional.lsq import CodeRange, LSQFunction, LsqGradients, all_gradients
+from qat.functional.statsq import StatsQFunction
 from qat.kernels import cpu, gpu, reference
-from qat.kernels.grid import SCALE_FLOOR, Grid
-from qat.kernels.reference import LsqGradients, statsq_coordinate
 
 CHOICES = ("auto", "triton", "off")
 _choice = "auto"
@@ -45,14 +47,16 @@ def _backend(x: Tensor) -> str:
     return "cpu" if x.device.type == "cpu" and type(x) in {Tensor, torch.nn.Parameter} else "reference"
 
 
-def lsq_forward(x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, grid: Grid, *, sign: Tensor | None = None) -> Tensor:
+def lsq_forward(
+    x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, codes: CodeRange, *, sign: Tensor | None = None
+) -> Tensor:
     """`reference.lsq_forward`, float32."""
     backend, found = _backend(x), None
     if backend == "cpu":
-        found = cpu.lsq_forward(x.float(), scale, before, after, grid, sign)
+        found = cpu.lsq_forward(x.float(), scale, before, after, codes, sign)
     elif backend == "gpu":
-        found = gpu.lsq_forward(x, scale, before, after, grid, sign=sign)
-    return reference.lsq_forward(x, scale, before, after, grid, sign=sign) if found is None else found
+        found = gpu.lsq_forward(x, scale, before, after, codes, sign=sign)
+    return reference.lsq_forward(x, scale, before, after, codes, sign=sign) if found is None else found
 
 
 def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pass over memory is up to the caller)
@@ -60,12 +64,12 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pas
     x: Tensor,
     scale: Tensor,
     before: Tensor | None,
-    grid: Grid,
+    codes: CodeRange,
     *,
     sign: Tensor | None = None,
     after_shape: torch.Size | None = None,
     out: Tensor | None = None,
-    levels: bool = False,
+    dequantized: bool = False,
     after: Tensor | None = None,
 ) -> LsqGradients:
     """Gradients of `lsq_forward`.
@@ -75,30 +79,32 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pas
         x: as in the forward pass.
         scale: likewise.
         before: likewise.
-        grid: likewise.
+        codes: likewise.
         sign: likewise.
         after_shape: the shape of the offset behind, if its gradient is wanted.
         out: takes the gradient of `x`; may be `grad`.
-        levels: whether to give the result of `lsq_forward` as well.
-        after: the offset behind; only for `levels`.
+        dequantized: whether to give the result of `lsq_forward` as well.
+        after: the offset behind; only for `dequantized`.
     """
     backend = _backend(x)
     if backend == "cpu":
         out = torch.empty(x.shape, dtype=torch.float32) if out is None else out
-        wanted = cpu.Wanted(before is not None, after_shape, levels, after)
-        extras = cpu.lsq_backward(grad.float(), x.float(), scale, before, grid, sign, out, wanted)
+        wanted = cpu.Wanted(before is not None, after_shape, dequantized, after)
+        extras = cpu.lsq_backward(grad.float(), x.float(), scale, before, codes, sign, out, wanted)
         if extras is not None:
             of_scale, of_before, of_after, made = extras
             of_before = of_before if before is None or of_before is None else of_before.view(before.shape)
             of_after = of_after if after_shape is None or of_after is None else of_after.view(after_shape)
             return LsqGradients(out, of_scale, of_before, of_after, made)
     elif backend == "gpu":
-        found = gpu.lsq_gradients(grad, x, scale, before, grid, sign=sign, after_shape=after_shape, out=out, levels=levels, after=after)
+        found = gpu.lsq_backward(
+            grad, x, scale, before, codes, sign=sign, after_shape=after_shape, out=out, dequantized=dequantized, after=after
+        )
         if found is not None:
             return found
-    gradients = reference.lsq_gradients(grad, x, scale, before, grid, sign=sign, after_shape=after_shape)
+    gradients = reference.lsq_backward(grad, x, scale, before, codes, sign=sign, after_shape=after_shape)
     gradients = gradients if out is None else gradients._replace(x=out.copy_(gradients.x))
-    return gradients._replace(levels=lsq_forward(x, scale, before, after, grid, sign=sign)) if levels else gradients
+    return gradients._replace(dequantized=lsq_forward(x, scale, before, after, codes, sign=sign)) if dequantized else gradients
 
 
 def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -112,34 +118,73 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def probs_backward(
-    grad: Tensor, probs: Tensor, scale: Tensor, grid: Grid, factor: float, *, out: Tensor | None = None
+    grad: Tensor, probs: Tensor, scale: Tensor, codes: CodeRange, factor: float, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.probs_backward`, and the quantized probabilities; `out` takes the gradient of the scores and may be `grad`."""
     backend = _backend(probs)
     if backend == "cpu":
         out = torch.empty(probs.shape, dtype=torch.float32) if out is None else out
-        extras = cpu.probs_backward(grad.float(), probs.float(), scale, grid, factor, out)
+        extras = cpu.probs_backward(grad.float(), probs.float(), scale, codes, factor, out)
         if extras is not None:
             return out, *extras
     elif backend == "gpu":
-        found = gpu.probs_gradients(grad, probs, scale, grid, factor, out=out)
+        found = gpu.probs_backward(grad, probs, scale, codes, factor, out=out)
         if found is not None and found[2] is not None:
             return found[0], found[1], found[2]
-    grad_scores, of_scale = reference.probs_backward(grad, probs, scale, grid, factor)
-    levels = lsq_forward(probs, scale, None, None, grid)
-    return grad_scores if out is None else out.copy_(grad_scores), of_scale, levels
+    grad_scores, of_scale = reference.probs_backward(grad, probs, scale, codes, factor)
+    dequantized = lsq_forward(probs, scale, None, None, codes)
+    return grad_scores if out is None else out.copy_(grad_scores), of_scale, dequantized
+
+
+class _LSQ(LSQFunction):
+    @staticmethod
+    def forward(
+        x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, sign: Tensor | None, codes: CodeRange, grad_factor: float
+    ) -> Tensor:
+        return lsq_forward(x, scale, before, after, codes, sign=sign).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # What is differentiated once more has to be made of operations that autograd knows.
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return all_gradients(ctx, grad, reference.lsq_backward if plain else lsq_backward)
+
+
+def lsq(  # noqa: PLR0913  (what `qat.functional.lsq` takes)
+    x: Tensor,
+    scale: Tensor,
+    codes: CodeRange,
+    *,
+    grad_factor: float = 1.0,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+    sign: Tensor | None = None,
+) -> Tensor:
+    """`qat.functional.lsq`."""
+    return _LSQ.apply(x, scale, before, after, sign, codes, grad_factor)
+
+
+class _StatsQ(StatsQFunction):
+    @staticmethod
+    def forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+        return statsq_forward(w, scale, bits).to(w.dtype)
+
+
+def statsq(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """`qat.functional.statsq_with_scale`."""
+    return _StatsQ.apply(w, scale, bits)
 
 
 __all__ = [
     "CHOICES",
-    "SCALE_FLOOR",
-    "Grid",
+    "CodeRange",
     "LsqGradients",
     "in_use",
+    "lsq",
     "lsq_backward",
     "lsq_forward",
     "probs_backward",
-    "statsq_coordinate",
+    "statsq",
     "statsq_forward",
     "use",
 ]

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qat.functional.lsq import CodeRange
+from qat.functional.statsq import TOP_CLIP
 from qat.kernels import compile_cpp, reference
-from qat.kernels.grid import Grid, Layout, row_stride, rows_of
+from qat.kernels.rows import Layout, row_stride, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +49,9 @@ def _library() -> Any:
 def _agrees(library: Any) -> bool:
     """Bit for bit, for values in and out of range and halfway between codes."""
     x = torch.linspace(-9, 9, 4 * 37 * 3).reshape(3, 4, 37)
-    scale, offset, grid = torch.tensor([0.5, 1.0, 0.3, torch.nan]), torch.linspace(-1, 1, 37), Grid(-4, 3, 1)
-    ours = _forward(library, x, scale, offset, offset, grid, None)
-    expected = reference.lsq_forward(x, scale, offset, offset, grid)
+    scale, offset, codes = torch.tensor([0.5, 1.0, 0.3, torch.nan]), torch.linspace(-1, 1, 37), CodeRange(-4, 3, 1)
+    ours = _forward(library, x, scale, offset, offset, codes, None)
+    expected = reference.lsq_forward(x, scale, offset, offset, codes)
     return ours is not None and torch.equal(ours.nan_to_num(77.0), expected.nan_to_num(77.0))
 
 
@@ -75,7 +77,7 @@ def _layout(
     scale: Tensor,
     before: Tensor | None,
     after: Tensor | None,
-    grid: Grid,
+    codes: CodeRange,
     sign: Tensor | None,
     after_shape: torch.Size | None = None,
 ) -> Layout | None:
@@ -83,28 +85,30 @@ def _layout(
     if not (_fits(x, scale, before, after, sign) and _dense(scale, before, after)):
         return None
     shapes = [before.shape if before is not None else None, after.shape if after is not None else None, after_shape]
-    return rows_of(x, scale, [shape for shape in shapes if shape is not None], grid)
+    return rows_of(x, scale, [shape for shape in shapes if shape is not None], codes)
 
 
 def _forward(
-    library: Any, x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, grid: Grid, sign: Tensor | None
+    library: Any, x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, codes: CodeRange, sign: Tensor | None
 ) -> Tensor | None:
-    layout = _layout(x, scale, before, after, grid, sign)
+    layout = _layout(x, scale, before, after, codes, sign)
     if layout is None:
         return None
     rows, length, stride, steps, by_column = layout
     out = torch.empty(x.shape, dtype=torch.float32)
     library.lsq_forward(
         x.data_ptr(), stride, out.data_ptr(), rows, length, scale.data_ptr(), steps, by_column,
-        _pointer(before), _pointer(after), grid.qmin, grid.qmax, _pointer(sign), torch.get_num_threads(),
+        _pointer(before), _pointer(after), codes.qmin, codes.qmax, _pointer(sign), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def lsq_forward(x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, grid: Grid, sign: Tensor | None) -> Tensor | None:
+def lsq_forward(
+    x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, codes: CodeRange, sign: Tensor | None
+) -> Tensor | None:
     """`reference.lsq_forward`, None where it does not fit."""
     library = _library()
-    return None if library is None else _forward(library, x, scale, before, after, grid, sign)
+    return None if library is None else _forward(library, x, scale, before, after, codes, sign)
 
 
 class Wanted(NamedTuple):
@@ -113,18 +117,18 @@ class Wanted(NamedTuple):
     Attributes:
         sum_x: the sum of that gradient over the leading dimensions, down to rows.
         after_shape: of the offset behind, if that of `grad` is wanted.
-        levels: what the forward pass gave.
-        after: the offset behind, for `levels`.
+        dequantized: what the forward pass gave.
+        after: the offset behind, for `dequantized`.
     """
 
     sum_x: bool
     after_shape: torch.Size | None
-    levels: bool
+    dequantized: bool
     after: Tensor | None
 
 
 def lsq_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, before: Tensor | None, grid: Grid, sign: Tensor | None, out: Tensor, wanted: Wanted
+    grad: Tensor, x: Tensor, scale: Tensor, before: Tensor | None, codes: CodeRange, sign: Tensor | None, out: Tensor, wanted: Wanted
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
     """`reference.lsq_backward` with the gradient of `x` written to `out`, None where it does not fit.
 
@@ -133,7 +137,7 @@ def lsq_backward(
         x: likewise.
         scale: likewise.
         before: likewise.
-        grid: likewise.
+        codes: likewise.
         sign: likewise.
         out: the shape of `x`; its rows may lie apart. May be `grad`.
         wanted: what else.
@@ -141,8 +145,8 @@ def lsq_backward(
     Returns:
         The sum for the scale, and what is wanted: (length of a row,) twice, and the shape of `x`.
     """
-    library, layout = _library(), _layout(x, scale, before, wanted.after, grid, sign, wanted.after_shape)
-    if library is None or layout is None or not _fits(grad, out) or (layout.by_column and wanted.levels):
+    library, layout = _library(), _layout(x, scale, before, wanted.after, codes, sign, wanted.after_shape)
+    if library is None or layout is None or not _fits(grad, out) or (layout.by_column and wanted.dequantized):
         return None
     rows, length, stride, steps, by_column = layout
     grad_stride, out_stride = row_stride(grad, length), row_stride(out, length)
@@ -151,14 +155,14 @@ def lsq_backward(
     threads = torch.get_num_threads()
     errors = torch.zeros(threads, length) if by_column else torch.empty(rows)
     sum_x, sum_grad = (torch.zeros(threads, length) if is_wanted else None for is_wanted in (wanted.sum_x, wanted.after_shape is not None))
-    levels = torch.empty(x.shape) if wanted.levels else None
+    dequantized = torch.empty(x.shape) if wanted.dequantized else None
     library.lsq_backward(
         grad.data_ptr(), grad_stride, x.data_ptr(), stride, out.data_ptr(), out_stride, rows, length, scale.data_ptr(), steps, by_column,
-        _pointer(before), grid.qmin, grid.qmax, _pointer(sign), errors.data_ptr(), _pointer(sum_x), _pointer(sum_grad),
-        _pointer(wanted.after), _pointer(levels), threads,
+        _pointer(before), codes.qmin, codes.qmax, _pointer(sign), errors.data_ptr(), _pointer(sum_x), _pointer(sum_grad),
+        _pointer(wanted.after), _pointer(dequantized), threads,
     )  # fmt: skip
     total = errors.sum(0) if by_column else errors.view(-1, steps).sum(0)
-    return total, None if sum_x is None else sum_x.sum(0), None if sum_grad is None else sum_grad.sum(0), levels
+    return total, None if sum_x is None else sum_x.sum(0), None if sum_grad is None else sum_grad.sum(0), dequantized
 
 
 def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor | None:
@@ -168,25 +172,27 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor | None:
         return None
     out = torch.empty_like(w)
     rows, threads = w.shape[0], torch.get_num_threads()
-    library.statsq_forward(w.data_ptr(), out.data_ptr(), rows, w.numel() // rows, scale.data_ptr(), bits, reference.TOP_CLIP, threads)
+    library.statsq_forward(w.data_ptr(), out.data_ptr(), rows, w.numel() // rows, scale.data_ptr(), bits, TOP_CLIP, threads)
     return out
 
 
-def probs_backward(grad: Tensor, probs: Tensor, scale: Tensor, grid: Grid, factor: float, out: Tensor) -> tuple[Tensor, Tensor] | None:
+def probs_backward(
+    grad: Tensor, probs: Tensor, scale: Tensor, codes: CodeRange, factor: float, out: Tensor
+) -> tuple[Tensor, Tensor] | None:
     """`reference.probs_backward` with the gradient of the scores written to `out`, which may be `grad`.
 
     Returns:
         The sum for the scale, and the quantized probabilities; None where it does not fit.
     """
-    library, layout = _library(), _layout(probs, scale, None, None, grid, None)
+    library, layout = _library(), _layout(probs, scale, None, None, codes, None)
     if library is None or layout is None or not (_fits(grad, out) and _dense(grad, probs, out)):
         return None
     rows, length, _, steps, by_column = layout
     if by_column or length != probs.shape[-1]:
         return None
-    errors, levels = torch.empty(rows), torch.empty(probs.shape)
+    errors, dequantized = torch.empty(rows), torch.empty(probs.shape)
     library.probs_backward(
         grad.data_ptr(), probs.data_ptr(), out.data_ptr(), rows, length, scale.data_ptr(), steps,
-        grid.qmin, grid.qmax, factor, errors.data_ptr(), levels.data_ptr(), torch.get_num_threads(),
+        codes.qmin, codes.qmax, factor, errors.data_ptr(), dequantized.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return errors.view(-1, steps).sum(0), levels
+    return errors.view(-1, steps).sum(0), dequantized

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat.functional.lsq import CodeRange, LsqGradients
 from qat.kernels import reference
-from qat.kernels.grid import Grid, row_stride
-from qat.kernels.reference import LsqGradients
+from qat.kernels.rows import row_stride
 from qat.kernels.tiles import dense, device_type, fit, rows_of, shapes_of, spaced, tiles_of
 
 log = logging.getLogger(__name__)
@@ -56,13 +56,13 @@ def available() -> bool:
 def _agrees(device: torch.device) -> bool:
     """For values in and out of range and halfway between codes: bit for bit, but for sums."""
     x = torch.linspace(-9, 9, 4 * 37 * 3, device=device, dtype=torch.float32).reshape(3, 4, 37)
-    scale, offset, grid = x.new_tensor([0.5, 1.0, 0.3, 2.0]), x.flatten()[:37].clone(), Grid(-4, 3, 1)
-    levels = lsq_forward(x, scale, offset, offset, grid), reference.lsq_forward(x, scale, offset, offset, grid)
+    scale, offset, codes = x.new_tensor([0.5, 1.0, 0.3, 2.0]), x.flatten()[:37].clone(), CodeRange(-4, 3, 1)
+    dequantized = lsq_forward(x, scale, offset, offset, codes), reference.lsq_forward(x, scale, offset, offset, codes)
     weights = statsq_forward(x[0], scale[:, None], 2), reference.statsq_forward(x[0], scale[:, None], 2)
-    steps = lsq_backward(x, x, scale, offset, grid), reference.lsq_backward(x, x, scale, offset, grid)
-    scores = probs_backward(x, x, scale, grid, 0.3), reference.probs_backward(x, x, scale, grid, 0.3)
-    return all(ours is not None and torch.equal(ours, expected) for ours, expected in (levels, weights)) and all(
-        ours is not None and all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(ours, expected, strict=True))
+    steps = lsq_backward(x, x, scale, offset, codes), reference.lsq_backward(x, x, scale, offset, codes)
+    scores = probs_backward(x, x, scale, codes, 0.3), reference.probs_backward(x, x, scale, codes, 0.3)
+    return all(ours is not None and torch.equal(ours, expected) for ours, expected in (dequantized, weights)) and all(
+        ours is not None and all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(ours[:2], expected[:2], strict=True))
         for ours, expected in (steps, scores)
     )
 
@@ -79,51 +79,51 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
 
 
 def lsq_forward(
-    x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, grid: Grid, *, sign: Tensor | None = None
+    x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, codes: CodeRange, *, sign: Tensor | None = None
 ) -> Tensor | None:
     """`reference.lsq_forward`."""
     fits = fit(x, scale, before, after, sign) and dense(scale, before, after)
-    layout = rows_of(x, scale, shapes_of(before, after), grid) if fits else None
+    layout = rows_of(x, scale, shapes_of(before, after), codes) if fits else None
     if layout is None:
         return None
     tiles, out = tiles_of(layout), _floats(x, *x.shape)
     _launch(
-        _kernels().lsq_forward, (tiles.down, tiles.across), x, out, scale, before, after, sign, float(grid.qmin), float(grid.qmax),
+        _kernels().lsq_forward, (tiles.down, tiles.across), x, out, scale, before, after, sign, float(codes.qmin), float(codes.qmax),
         layout.rows, layout.length, layout.stride, layout.steps, BY_COLUMN=layout.by_column, **tiles.block,
     )  # fmt: skip
     return out
 
 
-def lsq_gradients(  # noqa: PLR0913  (one pass gives all that may be wanted)
+def lsq_backward(  # noqa: PLR0913  (one pass gives all that may be wanted)
     grad: Tensor,
     x: Tensor,
     scale: Tensor,
     before: Tensor | None,
-    grid: Grid,
+    codes: CodeRange,
     *,
     sign: Tensor | None = None,
     after_shape: torch.Size | None = None,
     out: Tensor | None = None,
-    levels: bool = False,
+    dequantized: bool = False,
     after: Tensor | None = None,
 ) -> LsqGradients | None:
-    """`reference.lsq_gradients` and more in one pass.
+    """`reference.lsq_backward` and more in one pass.
 
     Args:
         grad: as there.
         x: likewise.
         scale: likewise.
         before: likewise.
-        grid: likewise.
+        codes: likewise.
         sign: likewise.
         after_shape: likewise.
         out: takes the gradient of `x`, float32; may be `grad`.
-        levels: whether to give the result of `lsq_forward` as well.
-        after: the offset behind; only for `levels`.
+        dequantized: whether to give the result of `lsq_forward` as well.
+        after: the offset behind; only for `dequantized`.
     """
     fits = fit(grad, x, scale, before, sign, out, after) and dense(scale, before, after)
     wanted = [None if before is None else before.shape, after_shape]
-    layout = rows_of(x, scale, [*shapes_of(after), *(shape for shape in wanted if shape is not None)], grid) if fits else None
+    layout = rows_of(x, scale, [*shapes_of(after), *(shape for shape in wanted if shape is not None)], codes) if fits else None
     out = _floats(x, *x.shape) if out is None else out
     out_stride = None if layout is None else row_stride(out, layout.length)
     if layout is None or out_stride is None or out.dtype != torch.float32:
@@ -134,22 +134,15 @@ def lsq_gradients(  # noqa: PLR0913  (one pass gives all that may be wanted)
     strips = -(-rows // strip)
     errors = _floats(x, strips, length) if by_column else _floats(x, rows // steps, steps, tiles.across)
     sums = [None if shape is None else _floats(x, strips, length) for shape in wanted]
-    y = _floats(x, *x.shape) if levels else None
+    y = _floats(x, *x.shape) if dequantized else None
     _launch(
         _kernels().lsq_backward, (strips, tiles.across), grad, x, out, scale, before, after, sign, y, errors, *sums,
-        float(grid.qmin), float(grid.qmax), rows, length, grad_stride, stride, out_stride, steps, strip, BY_COLUMN=by_column, **tiles.block,
+        float(codes.qmin), float(codes.qmax), rows, length, grad_stride, stride, out_stride, steps, strip,
+        BY_COLUMN=by_column, **tiles.block,
     )  # fmt: skip
     of_scale = errors.sum(0) if by_column else errors.sum((0, 2))
     of_before, of_after = (None if s is None or shape is None else s.sum(0).view(shape) for s, shape in zip(sums, wanted, strict=True))
     return LsqGradients(out, of_scale, of_before, of_after, y)
-
-
-def lsq_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, before: Tensor | None, grid: Grid, *, sign: Tensor | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """`reference.lsq_backward`."""
-    found = lsq_gradients(grad, x, scale, before, grid, sign=sign)
-    return None if found is None else (found.x, found.scale)
 
 
 def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor | None:
@@ -157,7 +150,7 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor | None:
     if w.ndim != scale.ndim or not (fit(w, scale) and dense(w, scale)):
         return None
     axis = max(range(w.ndim - 1), key=lambda i: scale.shape[i], default=0)
-    layout = rows_of(w, scale, [], Grid(0, 0, axis)) if scale.shape[axis] == scale.numel() else None
+    layout = rows_of(w, scale, [], CodeRange(0, 0, axis)) if scale.shape[axis] == scale.numel() else None
     if layout is None or layout.by_column:
         return None
     tiles, out = tiles_of(layout), _floats(w, *w.shape)
@@ -168,21 +161,21 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor | None:
     return out
 
 
-def probs_gradients(
-    grad: Tensor, probs: Tensor, scale: Tensor, grid: Grid, factor: float, *, out: Tensor | None = None, levels: bool = True
+def probs_backward(
+    grad: Tensor, probs: Tensor, scale: Tensor, codes: CodeRange, factor: float, *, out: Tensor | None = None, dequantized: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """`reference.probs_backward`, and the quantized probabilities if `levels`.
+    """`reference.probs_backward`, and the quantized probabilities if `dequantized`.
 
     Args:
         grad: as there.
         probs: likewise.
         scale: likewise.
-        grid: likewise.
+        codes: likewise.
         factor: likewise.
         out: takes the gradient of the scores, float32; may be `grad`.
-        levels: see above.
+        dequantized: see above.
     """
-    layout = rows_of(probs, scale, [], grid) if fit(grad, probs, scale, out) and dense(scale) else None
+    layout = rows_of(probs, scale, [], codes) if fit(grad, probs, scale, out) and dense(scale) else None
     if layout is None or layout.by_column or layout.length != probs.shape[-1] or layout.length > LONGEST:
         return None
     rows, length, stride, steps, _ = layout
@@ -191,15 +184,9 @@ def probs_gradients(
     if out_stride is None or out.dtype != torch.float32:
         return None
     tiles, (grad, grad_stride), errors = tiles_of(layout, LONGEST), spaced(grad, length), _floats(probs, rows // steps, steps)
-    y = _floats(probs, *probs.shape) if levels else None
+    y = _floats(probs, *probs.shape) if dequantized else None
     _launch(
-        _kernels().probs_backward, (tiles.down,), grad, probs, out, scale, y, errors, float(grid.qmin), float(grid.qmax), float(factor),
+        _kernels().probs_backward, (tiles.down,), grad, probs, out, scale, y, errors, float(codes.qmin), float(codes.qmax), float(factor),
         rows, length, grad_stride, stride, out_stride, steps, **tiles.block,
     )  # fmt: skip
     return out, errors.sum(0), y
-
-
-def probs_backward(grad: Tensor, probs: Tensor, scale: Tensor, grid: Grid, factor: float) -> tuple[Tensor, Tensor] | None:
-    """`reference.probs_backward`."""
-    found = probs_gradients(grad, probs, scale, grid, factor, levels=False)
-    return None if found is None else found[:2]

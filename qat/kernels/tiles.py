@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.kernels import grid
-from qat.kernels.grid import Grid, Layout, row_stride
+from qat.functional.lsq import CodeRange
+from qat.kernels import rows
+from qat.kernels.rows import Layout, row_stride
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of the tile that a program holds, and columns at most.
@@ -53,9 +54,9 @@ def dense(*tensors: Tensor | None) -> bool:
     return all(x is None or x.is_contiguous() for x in tensors)
 
 
-def rows_of(x: Tensor, scale: Tensor, offsets: list[torch.Size], of: Grid) -> Layout | None:
-    """`grid.rows_of`; None also where a row has more tiles than can be launched."""
-    layout = grid.rows_of(x, scale, offsets, of)
+def rows_of(x: Tensor, scale: Tensor, offsets: list[torch.Size], codes: CodeRange) -> Layout | None:
+    """`rows.rows_of`; None also where a row has more tiles than can be launched."""
+    layout = rows.rows_of(x, scale, offsets, codes)
     return None if layout is None or layout.length > MOST_ACROSS * WIDEST else layout
 
 

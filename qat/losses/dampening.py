@@ -10,7 +10,7 @@ from qat.functional.oscillation import cosine_between
 from qat.losses.compose import LossTerm
 from qat.losses.context import StepContext
 from qat.model.sites import Site, iter_quantizers
-from qat.quantizers.grid import has_grid, weight_grid
+from qat.quantizers import UniformGrid
 from qat.utils.validate import check_int
 
 
@@ -36,18 +36,22 @@ class Dampening(LossTerm):
         """Scalar, on the part of `weight` that is in force.
 
         Raises:
-            UsageError: the net has no statsq or lsq weights of so few bits.
+            UsageError: the net has no weights on evenly spaced values of so few bits.
         """
         sites = [s for s in iter_quantizers(step.net) if s.is_weight and s.quantizer.spec.bits <= self.max_bits]
-        terms = [distance(site) for site in sites if has_grid(site.quantizer)]
+        terms = [term for site in sites if (term := distance(site)) is not None]
         if not terms:
-            raise UsageError(f"loss term Dampening: max_bits={self.max_bits}: this net has no statsq or lsq weights of so few bits")
+            raise UsageError(
+                f"loss term Dampening: max_bits={self.max_bits}: this net has no weights on evenly spaced values of so few bits"
+            )
         return cosine_between(0.0, 1.0, step.progress) * torch.stack(terms).sum()
 
 
-def distance(site: Site) -> Tensor:
-    """Squared distance of the weights of a site to their levels, summed; float32, without gradient to the step size."""
-    weight, spec = site.latent().float(), site.quantizer.spec
-    step, shift = weight_grid(site.quantizer, weight.detach())
-    inside = weight.clamp((spec.qmin + shift) * step, (spec.qmax + shift) * step)
+def distance(site: Site) -> Tensor | None:
+    """Squared distance of the weights of a site to their values, summed; float32, without gradient to the step. None without a grid."""
+    weight = site.latent().float()
+    grid = site.quantizer.grid(weight.detach())
+    if not isinstance(grid, UniformGrid):
+        return None
+    inside = weight.clamp(*grid.ends(weight.ndim))
     return (site.quantizer(weight).detach() - inside).square().sum()

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from qat.kernels.fused import Operand
+from qat.kernels.fused import LSQParams
 from qat.nn.quant_module import is_watched
 from qat.quantizers import LSQ, Shifted, StatsQ
 
 
-def operand_of(quantizer: nn.Module) -> Operand | None:
+def operand_of(quantizer: nn.Module) -> LSQParams | None:
     """An LSQ quantizer with its parameters, with or without offsets over the last dimension; None for all others, and watched ones."""
     before = after = None
     if type(quantizer) is Shifted and not is_watched(quantizer) and quantizer.spec.offset_ndim == 1:
         before, after, quantizer = quantizer.offset_before, quantizer.offset_after, quantizer.quantizer
     if type(quantizer) is not LSQ or is_watched(quantizer) or quantizer.scale is None:
         return None
-    return Operand(quantizer.scale, before, after, quantizer.grid, quantizer.grad_factor)
+    return LSQParams(quantizer.scale, before, after, quantizer.code_range, quantizer.grad_factor)
 
 
 def statsq_bits(quantizer: nn.Module) -> int | None:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qat.functional.observers import RangeState, affine_from_state, observe
+from qat.functional.observers import RangeState, affine_from_state, observe, reaching_zero
 from qat.ptq.distributed import Ranks
 from qat.quantizers import Affine
 
@@ -14,18 +14,6 @@ from qat.quantizers import Affine
 SEARCHING = ("omse", "mse", "ptf")
 # These average over batches; the others remember the outermost ends.
 MOVING = ("ema", "percentile")
-# Share of a one-sided range that may fall off the codes.
-_NEGLIGIBLE = 1 / 16
-
-
-def reaching_zero(state: RangeState) -> RangeState:
-    """Extend ranges that lie on one side of zero up to it, where their distance from it is more than a sixteenth of their width.
-
-    A zero point is a code: without zero in the range, the far end of it would be cut off by that distance.
-    """
-    width = _NEGLIGIBLE * (state.high - state.low)
-    low = torch.where(state.low > width, torch.zeros_like(state.low), state.low)
-    return RangeState(low, torch.where(state.high < -width, torch.zeros_like(state.high), state.high))
 
 
 class Observer(nn.Module):

@@ -2,6 +2,7 @@
 
 from qat.quantizers.affine import Affine, DynamicMinMax, MinMax
 from qat.quantizers.float import Float
+from qat.quantizers.grid import Grid, UniformGrid
 from qat.quantizers.log2 import Log2
 from qat.quantizers.lsq import LSQ, AutoSignLSQ
 from qat.quantizers.quantizer import Quantizer
@@ -16,11 +17,13 @@ __all__ = [
     "AutoSignLSQ",
     "DynamicMinMax",
     "Float",
+    "Grid",
     "Log2",
     "MinMax",
     "Quantizer",
     "Shifted",
     "StatsQ",
+    "UniformGrid",
     "build_quantizer",
     "register",
 ]

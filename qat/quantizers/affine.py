@@ -10,7 +10,8 @@ from torch import Tensor
 from qat.errors import UsageError
 from qat.functional.affine import affine_codes, affine_from_range, code_range, fake_quantize_affine, min_max
 from qat.functional.bias_correction import correct_mean_and_std
-from qat.functional.observers import affine_scale
+from qat.functional.observers import affine_from_state, affine_scale, observe, reaching_zero
+from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
 from qat.spec import QuantSpec
@@ -39,12 +40,20 @@ class Affine(Quantizer):
         self.scale, self.zero_point = self.nan_tensor(shape, device), self.nan_tensor(shape, device)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Nothing to be done in passing: ranges are found on a net that runs in float.
+        """Find the range of a weight by the observer of the spec; those of activations are found on a net that runs in float.
 
         Raises:
-            UsageError: always.
+            UsageError: `x` is an activation.
         """
-        raise UsageError(f"scales of role {self.spec.role!r} are found by qat.ptq.calibrate(net, batches), not by initialize_scales")
+        if self.spec.role != "weight":
+            raise UsageError(f"scales of role {self.spec.role!r} are found by qat.ptq.calibrate(net, batches), not by initialize_scales")
+        bits, method = self.spec.bits, self.spec.observer or "minmax"
+        found = reaching_zero(observe(None, x, self.axis, method))
+        self._fill(*affine_from_state(found, x, bits, signed=self.qmin < 0, axis=self.axis, method=method))
+
+    def _fill(self, scale: Tensor, zero_point: Tensor) -> None:
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         """`fake_quantize_affine` on the fixed range, corrected for a weight whose spec says so."""
@@ -54,6 +63,11 @@ class Affine(Quantizer):
     def codes(self, x: Tensor) -> Tensor:
         """Codes, zero point included."""
         return affine_codes(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
+
+    def grid(self, x: Tensor | None = None) -> UniformGrid:
+        """The fixed range, without the correction of a bias, which is no part of the grid (`spec.bias_correction`)."""
+        step, zero = self.scale.float(), self.zero_point.float()
+        return UniformGrid(qmin=self.qmin, qmax=self.qmax, step=step, zero_point=zero, axis=self.axis)
 
 
 @register("minmax")
@@ -73,9 +87,7 @@ class MinMax(Affine):
         zero = torch.zeros_like(low)
         state["low"] = torch.minimum(low, state.get("low", zero))
         state["high"] = torch.maximum(high, state.get("high", zero))
-        scale, zero_point = affine_from_range(state["low"], state["high"], self.spec.bits, signed=False)
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
+        self._fill(*affine_from_range(state["low"], state["high"], self.spec.bits, signed=False))
 
 
 @register("minmax_dynamic")
@@ -84,12 +96,19 @@ class DynamicMinMax(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`fake_quantize_affine` on the present range."""
-        return fake_quantize_affine(x, *self.grid_of(x), self.spec.qmin, self.spec.qmax, self.axis)
+        return fake_quantize_affine(x, *self._range(x), self.spec.qmin, self.spec.qmax, self.axis)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes in [-2^(b-1), 2^(b-1)-1]."""
-        return affine_codes(x, *self.grid_of(x), self.spec.qmin, self.spec.qmax, self.axis)
+        return affine_codes(x, *self._range(x), self.spec.qmin, self.spec.qmax, self.axis)
 
-    def grid_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def grid(self, x: Tensor | None = None) -> UniformGrid | None:
+        """That of `x`."""
+        if x is None:
+            return None
+        step, zero = self._range(x)
+        return UniformGrid(qmin=self.spec.qmin, qmax=self.spec.qmax, step=step, zero_point=zero, axis=self.axis)
+
+    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for `x`, (n,) each."""
         return affine_scale(x, self.spec.bits, signed=True, axis=self.axis)

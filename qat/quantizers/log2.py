@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from qat.functional.log2 import fake_quantize_log2, log2_codes
+from qat.quantizers.grid import Grid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowersOfTwo(Grid):
+    """Code k stands for 2^-k, the last one also for zero."""
+
+    @property
+    def unit(self) -> float:
+        """The smallest power."""
+        return 2.0**-self.qmax
+
+    def ends(self, ndim: int | None = None) -> tuple[Tensor, Tensor]:
+        """The smallest power, and 1."""
+        return torch.tensor(self.unit), torch.ones(())
+
+    def to_code_coordinates(self, x: Tensor) -> Tensor:
+        """-log2 x."""
+        return -self.shift(x).log2()
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """2^-k."""
+        y = torch.exp2(-codes.float())
+        return y if self.after is None else y + self.after
 
 
 @register("log2")
@@ -20,3 +47,7 @@ class Log2(Quantizer):
     def codes(self, x: Tensor) -> Tensor:
         """The exponents k, in [0, 2^b - 1]."""
         return log2_codes(x, self.spec.bits)
+
+    def grid(self, x: Tensor | None = None) -> PowersOfTwo:
+        """Powers of two from 1 down."""
+        return PowersOfTwo(qmin=0, qmax=2**self.spec.bits - 1)

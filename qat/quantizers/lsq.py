@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.functional.lsq import lsq, lsq_codes, lsq_init_scale, mse_init_scale
-from qat.kernels import Grid
+from qat import kernels
+from qat.functional.lsq import SCALE_FLOOR, CodeRange, lsq_codes, lsq_init_scale, mse_init_scale
+from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
 from qat.spec import QuantSpec
@@ -20,7 +21,7 @@ def build_lsq(spec: QuantSpec) -> Quantizer:
     return LSQ(spec) if spec.signed is not None else AutoSignLSQ(spec)
 
 
-_FIRST_STEP = {"lsq": lsq_init_scale, "mse": mse_init_scale}
+_INITIAL_SCALE = {"lsq": lsq_init_scale, "mse": mse_init_scale}
 
 
 def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
@@ -50,19 +51,19 @@ class LSQ(Quantizer):
         self.scale = nn.Parameter(self.nan_tensor(shape, device))
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Step = `first_step`, averaged over the batches in `state`."""
-        step = running_mean(state, self.first_step(x, self.spec.qmin, self.spec.qmax))
+        """Step = `initial_scale`, averaged over the batches in `state`."""
+        step = running_mean(state, self.initial_scale(x, self.spec.qmin, self.spec.qmax))
         with torch.no_grad():
             self.scale.copy_(step)
 
-    def first_step(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
+    def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
         """Where learning begins with codes in [qmin, qmax], by the rule of the spec: (n,), in the unit of `x`."""
-        return _FIRST_STEP[self.spec.step_init](x, qmin, qmax, self.axis)
+        return _INITIAL_SCALE[self.spec.step_init](x, qmin, qmax, self.axis)
 
     @property
-    def grid(self) -> Grid:
+    def code_range(self) -> CodeRange:
         """Codes and axis; of as many codes from 0 up where `sign` says so."""
-        return Grid(self.spec.qmin, self.spec.qmax, self.axis)
+        return CodeRange(self.spec.qmin, self.spec.qmax, self.axis)
 
     @property
     def sign(self) -> Tensor | None:
@@ -70,18 +71,25 @@ class LSQ(Quantizer):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`lsq` on the learned step."""
-        return lsq(x, self.scale, *self.grid, grad_factor=self.grad_factor, sign=self.sign)
+        """`qat.functional.lsq` on the learned step."""
+        return kernels.lsq(x, self.scale, self.code_range, grad_factor=self.grad_factor, sign=self.sign)
 
     def shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
-        """`lsq` between two offsets, of which only the input is kept for backward."""
+        """`qat.functional.lsq` between two offsets, of which only the input is kept for backward."""
         if type(self).forward is not LSQ.forward:
             return super().shifted(x, before, after)
-        return lsq(x, self.scale, *self.grid, grad_factor=self.grad_factor, before=before, after=after, sign=self.sign)
+        return kernels.lsq(x, self.scale, self.code_range, grad_factor=self.grad_factor, before=before, after=after, sign=self.sign)
 
     def codes(self, x: Tensor) -> Tensor:
         """`lsq_codes` on the learned step."""
         return lsq_codes(x, self.scale, self.spec.qmin, self.spec.qmax, self.axis)
+
+    def grid(self, x: Tensor | None = None) -> UniformGrid:
+        """Through zero, on the learned step."""
+        return self._grid(self.spec.qmin, self.spec.qmax)
+
+    def _grid(self, qmin: int, qmax: int) -> UniformGrid:
+        return UniformGrid(qmin=qmin, qmax=qmax, step=self.scale.detach().float().clamp(min=SCALE_FLOOR), axis=self.axis)
 
 
 class AutoSignLSQ(LSQ):
@@ -124,14 +132,14 @@ class AutoSignLSQ(LSQ):
             twice_mean_abs = running_mean(state, lsq_init_scale(x, -1, 1, self.axis))
             return {signed: twice_mean_abs / qmax**0.5 for signed, (_, qmax) in self.bounds.items()}
         return {
-            signed: running_mean(state.setdefault(f"signed={signed}", {}), self.first_step(x, *bounds))
+            signed: running_mean(state.setdefault(f"signed={signed}", {}), self.initial_scale(x, *bounds))
             for signed, bounds in self.bounds.items()
         }
 
     @property
-    def grid(self) -> Grid:
+    def code_range(self) -> CodeRange:
         """The signed codes."""
-        return Grid(*self.bounds[True], self.axis)
+        return CodeRange(*self.bounds[True], self.axis)
 
     @property
     def sign(self) -> Tensor:
@@ -142,3 +150,7 @@ class AutoSignLSQ(LSQ):
         """Codes with the bounds of the sign that was found, int16."""
         signed, unsigned = (lsq_codes(x, self.scale, *self.bounds[s], self.axis).to(torch.int16) for s in (True, False))
         return torch.where(self.signed > 0, signed, unsigned)
+
+    def grid(self, x: Tensor | None = None) -> UniformGrid:
+        """With the bounds of the sign that was found."""
+        return self._grid(*self.bounds[bool(self.signed > 0)])

@@ -8,19 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.quantizers.grid import Grid
 from qat.spec import QuantSpec
+from qat.utils.validate import FLOAT_BITS
 
 
 class Quantizer(nn.Module, ABC):
     """Maps a tensor to its low-bit grid.
 
-    A subclass implements `forward` and `codes`; one with scales also `allocate` and `calibrate`. Scales exist in their final
+    A subclass implements `forward` and `codes`, and `grid`, without which its tensors can neither be frozen nor exported and reports
+    say less of them; one with scales also `allocate` and `calibrate`. Scales exist in their final
     shape, filled with NaN, from conversion on: the parameter set never changes afterwards, and a quantizer that was not initialised
     yields NaN instead of plausible numbers (its net raises: `qat.model.scales.guard`).
 
     Args:
         spec: how the tensor is quantized.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Who rounds in a way of its own has a grid of its own: that of a class that it inherits from might be wrong."""
+        super().__init_subclass__(**kwargs)
+        if vars(cls).keys() & {"forward", "codes"} and "grid" not in vars(cls):
+            cls.grid = Quantizer.grid  # type: ignore[method-assign]
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
@@ -39,6 +48,22 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, same shape."""
+
+    def grid(self, x: Tensor | None = None) -> Grid | None:
+        """Where the values lie.
+
+        Args:
+            x: the tensor, which a quantizer reads that finds its steps anew in every forward.
+
+        Returns:
+            None for a quantizer without codes, of which nothing is known, or one that would have to read `x`.
+        """
+        return None
+
+    @property
+    def is_float(self) -> bool:
+        """True for the identity."""
+        return self.spec.bits == FLOAT_BITS
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
         """Create the state for inputs of `shape` (any batch size), scales filled with NaN.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat.quantizers.grid import Grid
 from qat.quantizers.quantizer import Quantizer
 
 
@@ -50,6 +52,12 @@ class Shifted(Quantizer):
     def codes(self, x: Tensor) -> Tensor:
         """Codes of x + a."""
         return self.quantizer.codes(self._moved(x, self.offset_before))
+
+    def grid(self, x: Tensor | None = None) -> Grid | None:
+        """That of the quantizer in the middle, with the offsets around it."""
+        before, after = (None if t is None else t.detach().float() for t in (self.offset_before, self.offset_after))
+        found = self.quantizer.grid(None if x is None else self._moved(x, self.offset_before))
+        return None if found is None else dataclasses.replace(found, before=before, after=after)
 
     @staticmethod
     def _moved(x: Tensor, offset: Tensor) -> Tensor:

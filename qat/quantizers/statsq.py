@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 
-from qat.functional.statsq import statsq, statsq_codes, statsq_codes_with_scale, statsq_scale, statsq_with_scale
+from qat import kernels
+from qat.functional.statsq import statsq_codes, statsq_codes_with_scale, statsq_scale
 from qat.functional.ste import mean_abs, view_along
+from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
 from qat.spec import QuantSpec
@@ -14,15 +18,21 @@ from qat.spec import QuantSpec
 @register("statsq")
 def build_statsq(spec: QuantSpec) -> Quantizer:
     """StatsQ for a weight, or `ActStatsQ` for an activation."""
-    return StatsQ(spec) if spec.role in {"weight", "qk"} else ActStatsQ(spec)
+    return StatsQ(spec) if spec.role in {"weight", "qk"} else ActStatsQ(dataclasses.replace(spec, signed=True))
+
+
+def _grid(scale: Tensor, bits: int, axis: int | None) -> UniformGrid:
+    """Half steps: code k stands for (k + 1/2) s / 2^(b-1)."""
+    n = 2 ** (bits - 1)
+    return UniformGrid(qmin=-n, qmax=n - 1, step=scale.flatten() / n, zero_point=-0.5, axis=axis)
 
 
 class StatsQ(Quantizer):
     """Weights (out, ...): one scale per output row, twice the mean magnitude."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`statsq(x, bits)`."""
-        return statsq(x, self.spec.bits)
+        """`qat.functional.statsq`."""
+        return kernels.statsq(x, statsq_scale(x), self.spec.bits)
 
     def codes(self, x: Tensor) -> Tensor:
         """`statsq_codes(x, bits)`."""
@@ -32,13 +42,17 @@ class StatsQ(Quantizer):
         """The scale in force for `x`; broadcasts against it."""
         return statsq_scale(x)
 
+    def grid(self, x: Tensor | None = None) -> UniformGrid | None:
+        """That of `x`."""
+        return None if x is None else _grid(self.scale_of(x), self.spec.bits, 1 if x.ndim == 3 else 0)
+
 
 class ActStatsQ(Quantizer):
     """Activations: the statistics of the present batch along the spec's axis. Always signed: StatsQ's grid is symmetric."""
 
     def forward(self, x: Tensor) -> Tensor:
         """StatsQ with one scale per slice along the axis."""
-        return statsq_with_scale(x, self.scale_of(x), self.spec.bits)
+        return kernels.statsq(x, self.scale_of(x), self.spec.bits)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes in [-2^(b-1), 2^(b-1)-1]."""
@@ -47,3 +61,7 @@ class ActStatsQ(Quantizer):
     def scale_of(self, x: Tensor) -> Tensor:
         """The scale in force for `x`; broadcasts against it."""
         return view_along(2 * mean_abs(x.detach(), self.axis), x.ndim, self.axis)
+
+    def grid(self, x: Tensor | None = None) -> UniformGrid | None:
+        """That of `x`."""
+        return None if x is None else _grid(self.scale_of(x), self.spec.bits, self.axis)

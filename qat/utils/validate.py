@@ -32,7 +32,7 @@ def check_number(
 
 
 def check_int(setting: str, value: object, lowest: int, highest: int = HIGHEST_WHOLE) -> None:
-    """Raise `UsageError` unless `value` is a whole number from `lowest` to `highest`."""
+    """Raise `UsageError` unless `value` is an integer from `lowest` to `highest`."""
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
         is_too_large = isinstance(value, int) and value > highest
         bound = f"from {lowest} to {highest}" if is_too_large or highest < HIGHEST_WHOLE else f"of at least {lowest}"

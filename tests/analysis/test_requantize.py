@@ -247,8 +247,8 @@ def test_roundings_by_hand():
 @torch.no_grad()
 def test_no_rounding_leaves_the_range(kind, rounding):
     for _, weight, grid in sites_of(net_of(kind))[::4]:
-        scales = grid.own(weight, grid.bits)
-        levels = [grid.fake_quantize(torch.full_like(weight, far), scales, grid.bits, torch.round) for far in (-1e6, 1e6)]
+        onto = grid.own(weight, grid.bits)
+        levels = [grid.fake_quantize(torch.full_like(weight, far), onto) for far in (-1e6, 1e6)]
         # Steps that are far too small: most of the weight is beyond the outermost levels.
         found = requantized(grid, weight, WeightChange(rounding=rounding, ratio=2.0**-7))
         assert (found >= 2.0**-7 * levels[0]).all()

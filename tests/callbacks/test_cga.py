@@ -141,7 +141,7 @@ def test_product_changes_no_output():
 def test_the_gate_closes_in_a_compiled_net_too():
     # A graph compiled before annealing knows of the gate: it is compiled anew when the gate closes.
     quantizer = sites(net())["blocks.0.attn.qk_quantizer"].quantizer
-    gate = BandGate(2, RANGE)
+    gate = BandGate(RANGE)
     quantizer.register_forward_pre_hook(gate)
     matrix = torch.randn(40, 20, generator=torch.Generator().manual_seed(0), requires_grad=True)
     compiled = torch.compile(quantizer, fullgraph=True, backend="eager")

@@ -89,7 +89,9 @@ def test_the_band_of_learned_steps():
     steps, seen = Steps(), Seen()
     fit(module(net("lsq")), Oscillation(boundary_range=0.1), steps, seen, max_epochs=1, log_every_n_steps=4)
     weight, scale = (steps.before[-1][f"blocks.0.mlp.fc1.{n}"] for n in ("weight", "weight_quantizer.scale"))
-    band = F.near_step_threshold(weight, scale, -2, 1, 0, 0.1)
+    z = weight / scale[:, None]
+    codes = z.round().clamp(-2, 1)
+    band = ((z - z.floor() - 0.5).abs() <= 0.1) & (z.floor() >= codes.min()) & (z.floor() < codes.max())
     assert seen.logged[-1]["osc/band/blocks.0.mlp.fc1"] == pytest.approx(band.float().mean().item())
 
 

@@ -6,6 +6,7 @@ import torch
 
 import qat
 from qat import functional as F
+from qat.quantizers import UniformGrid
 
 
 def by_definition(z, boundary):
@@ -84,4 +85,5 @@ def test_the_band_of_a_stored_step(axis):
     w = gaussian(8, 300)
     scale = torch.rand(8 if axis == 0 else 1, generator=torch.Generator().manual_seed(1)) + 0.3
     z = (w / (scale[:, None] if axis == 0 else scale)).clamp(-4, 3)
-    assert torch.equal(F.near_step_threshold(w, scale, -4, 3, axis, 0.02), by_definition(z, 0.02))
+    found = UniformGrid(qmin=-4, qmax=3, step=scale, axis=axis).near_threshold(w, 0.02)
+    assert torch.equal(found, by_definition(z, 0.02))

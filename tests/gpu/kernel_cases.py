@@ -9,8 +9,9 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qat.kernels import gpu, reference
-from qat.kernels.grid import Grid
+from qat.functional.lsq import step_of
+from qat.functional.ste import sum_along
+from qat.kernels import CodeRange, gpu, reference
 
 BOUNDS = {"signed": (-2, 1), "unsigned": (0, 3), "three bits": (-4, 3), "four bits": (0, 15), "eight bits": (-128, 127)}
 # Shape, axis, and the number of dimensions that offsets vary over.
@@ -55,9 +56,9 @@ def values(step, shape, low, high):
 
 def case(shape, axis, n_offsets, bounds):
     """Input, scale, offsets before and after, grid. Steps are powers of two, so that halfway is exact, others, and one too small."""
-    grid = Grid(*bounds, axis)
+    grid = CodeRange(*bounds, axis)
     scale = torch.tensor([0.5, 1e-7, 0.3, 2.0]).repeat(1 if axis is None else -(-shape[axis] // 4))[: 1 if axis is None else shape[axis]]
-    x = values(reference.step_of(scale, len(shape), axis), shape, *bounds)
+    x = values(step_of(scale, len(shape), axis), shape, *bounds)
     before, after = (torch.randn(shape[-n_offsets:]).round() if n_offsets else None for _ in range(2))
     return x, scale, before, after, grid
 
@@ -66,12 +67,12 @@ def differences(x, scale, before, after, grid, sign=None, grad=None, out=None):
     """Names of the results of both passes that differ."""
     grad = torch.randn(x.shape) if grad is None else grad
     shape = None if after is None else after.shape
-    expected, sizes = (reference.lsq_gradients(g, x, scale, before, grid, sign=sign, after_shape=shape) for g in (grad, grad.abs()))
-    furthest = 2 * max(-grid.qmin, grid.qmax) * reference.sum_along(grad.float().abs(), grid.axis)
+    expected, sizes = (reference.lsq_backward(g, x, scale, before, grid, sign=sign, after_shape=shape) for g in (grad, grad.abs()))
+    furthest = 2 * max(-grid.qmin, grid.qmax) * sum_along(grad.float().abs(), grid.axis)
     expected_y = reference.lsq_forward(x, scale, before, after, grid, sign=sign)
     is_right = {"forward": same(gpu.lsq_forward(x, scale, before, after, grid, sign=sign), expected_y)}
-    found = gpu.lsq_gradients(grad, x, scale, before, grid, sign=sign, after_shape=shape, levels=True, after=after, out=out)
-    is_right["levels"] = same(found.levels, expected_y)
+    found = gpu.lsq_backward(grad, x, scale, before, grid, sign=sign, after_shape=shape, dequantized=True, after=after, out=out)
+    is_right["levels"] = same(found.dequantized, expected_y)
     is_right["out"] = out is None or found.x is out
     is_right["x"] = same(found.x, expected.x)
     is_right["scale"] = near(found.scale, expected.scale, furthest)
@@ -92,13 +93,13 @@ def probs(shape, axis, dtype=torch.float32):
     x, scale, _, _, grid = case(shape, axis, 0, (0, 3))
     p, grad = x.abs().clamp(max=9).softmax(-1).to(dtype), torch.randn(shape)
     expected, of_scale = reference.probs_backward(grad, p, scale, grid, 0.3)
-    size, furthest = grad.abs() * p, 6 * reference.sum_along(grad.abs(), axis)
-    ours, our_scale = gpu.probs_backward(grad, p, scale, grid, 0.3)
+    size, furthest = grad.abs() * p, 6 * sum_along(grad.abs(), axis)
+    ours, our_scale, _ = gpu.probs_backward(grad, p, scale, grid, 0.3)
     right = [
         near(ours, expected, size + size.sum(-1, keepdim=True) * p),
         near(our_scale, of_scale, furthest),
     ]
-    found, _, levels = gpu.probs_gradients(grad, p, scale, grid, 0.3, out=grad)
+    found, _, levels = gpu.probs_backward(grad, p, scale, grid, 0.3, out=grad)
     right += [found is grad, torch.equal(grad, ours), same(levels, reference.lsq_forward(p, scale, None, None, grid))]
     return [name for name, fine in zip(("scores", "scale", "out", "in place", "levels"), right, strict=True) if not fine]
 
@@ -126,8 +127,8 @@ def apart(shape, axis, n_offsets, bounds):
 def in_place(shape, axis, n_offsets, bounds):
     x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
     grad = torch.randn(shape)
-    expected = gpu.lsq_gradients(grad, x, scale, before, grid, after_shape=after.shape)[:4]
-    found = gpu.lsq_gradients(grad, x, scale, before, grid, after_shape=after.shape, out=grad)[:4]
+    expected = gpu.lsq_backward(grad, x, scale, before, grid, after_shape=after.shape)[:4]
+    found = gpu.lsq_backward(grad, x, scale, before, grid, after_shape=after.shape, out=grad)[:4]
     return [] if all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)) and found[0] is grad else ["in place"]
 
 
@@ -137,11 +138,11 @@ def infinite(shape, axis, n_offsets, bounds):
     x.view(-1)[::3], x.view(-1)[1::3] = torch.inf, -torch.inf
     grad = torch.randn(shape)
     grad.view(-1)[0], grad.view(-1)[-1] = torch.nan, torch.inf
-    found = gpu.lsq_gradients(grad, x, scale, before, grid, levels=True, after=after)
-    expected = reference.lsq_gradients(grad, x, scale, before, grid)
+    found = gpu.lsq_backward(grad, x, scale, before, grid, dequantized=True, after=after)
+    expected = reference.lsq_backward(grad, x, scale, before, grid)
     levels = reference.lsq_forward(x, scale, before, after, grid)
     right = {
-        "levels": same(found.levels, levels),
+        "levels": same(found.dequantized, levels),
         "x": same(found.x, expected.x),
         "scale": torch.equal(found.scale.isfinite(), expected.scale.isfinite()),
     }
@@ -178,15 +179,15 @@ def declined():
         "turned": gpu.lsq_forward(turned, scale, None, None, grid),
         "fake": gpu.lsq_forward(fake, scale, None, None, grid),
         "two offsets": gpu.lsq_forward(x, scale, before, x[0].clone(), grid),
-        "offset of rows": gpu.lsq_forward(x, scale[:1], torch.ones(6, 1), None, Grid(-2, 1, None)),
+        "offset of rows": gpu.lsq_forward(x, scale[:1], torch.ones(6, 1), None, CodeRange(-2, 1, None)),
         "steps": gpu.lsq_forward(x, scale[:1], None, None, grid),
         "steps apart": gpu.lsq_forward(x, scale.repeat(2)[::2], None, None, grid),
         "no elements": gpu.lsq_forward(x[:0], scale, None, None, grid),
-        "out": gpu.lsq_gradients(x, x, scale, None, grid, out=x.bfloat16()),
+        "out": gpu.lsq_backward(x, x, scale, None, grid, out=x.bfloat16()),
         "columns": gpu.statsq_forward(x[0], scale[:1].expand(1, 6).clone(), 2),
         "expanded": gpu.lsq_forward(torch.ones(1, 1, 1).expand(2, 4, 6), scale, None, None, grid),
-        "wide": gpu.lsq_forward(torch.empty(1, 65_535 * 1024 + 1, dtype=torch.float16), scale[:1], None, None, Grid(-2, 1, None)),
-        "long": gpu.probs_backward(long, long, scale[:1], Grid(0, 3, None), 1.0),
+        "wide": gpu.lsq_forward(torch.empty(1, 65_535 * 1024 + 1, dtype=torch.float16), scale[:1], None, None, CodeRange(-2, 1, None)),
+        "long": gpu.probs_backward(long, long, scale[:1], CodeRange(0, 3, None), 1.0),
     }
     return [name for name, found in given.items() if found is not None]
 

@@ -30,15 +30,15 @@ class NoDriver:
 def rows(x, scale, before, after, grid, sign=None):
     gpu.lsq_forward(x, scale, before, after, grid, sign=sign)
     shape = None if after is None else after.shape
-    gpu.lsq_gradients(x, x, scale, before, grid, sign=sign, after_shape=shape, levels=after is not None, after=after)
+    gpu.lsq_backward(x, x, scale, before, grid, sign=sign, after_shape=shape, dequantized=after is not None, after=after)
 
 
 def probabilities(dtype):
-    gpu.probs_gradients(torch.ones(2, 3, 3, dtype=dtype), torch.ones(2, 3, 3, dtype=dtype), torch.ones(3), gpu.Grid(0, 3, -2), 0.3)
+    gpu.probs_backward(torch.ones(2, 3, 3, dtype=dtype), torch.ones(2, 3, 3, dtype=dtype), torch.ones(3), gpu.CodeRange(0, 3, -2), 0.3)
 
 
 def halves(dtype):
-    rows(torch.ones(2, 3, 8, dtype=dtype), torch.ones(3), None, None, gpu.Grid(-2, 1, 1))
+    rows(torch.ones(2, 3, 8, dtype=dtype), torch.ones(3), None, None, gpu.CodeRange(-2, 1, 1))
 
 
 LAUNCHES = {

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from qat.kernels import gpu, reference
-from qat.kernels.grid import Grid
+from qat.kernels import CodeRange, gpu, reference
 from tests.gpu.kernel_cases import CASES, case, same
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +35,7 @@ def test_without_a_device(monkeypatch):
     try:
         if gpu.available():  # in Triton's interpreter
             pytest.skip("Triton's interpreter stands in for a device")
-        assert gpu.lsq_forward(torch.ones(2, 3, 4), torch.ones(3), None, None, Grid(-2, 1, 1)) is None
+        assert gpu.lsq_forward(torch.ones(2, 3, 4), torch.ones(3), None, None, CodeRange(-2, 1, 1)) is None
     finally:
         gpu.available.cache_clear()
 
@@ -48,9 +47,9 @@ def both_passes(device, shape=(4, 300, 64)):
         x, scale, before, after, grid = case(shape, 1, 1, (-2, 1))
         grad = torch.randn(shape)
     given = (grad, x, scale, before, grid)
-    expected = reference.lsq_gradients(*given, after_shape=after.shape)
+    expected = reference.lsq_backward(*given, after_shape=after.shape)
     levels = reference.lsq_forward(x, scale, before, after, grid)
-    return lambda: gpu.lsq_gradients(*given, after_shape=after.shape, levels=True, after=after), (expected, levels)
+    return lambda: gpu.lsq_backward(*given, after_shape=after.shape, dequantized=True, after=after), (expected, levels)
 
 
 def test_in_a_cuda_graph(device):
@@ -66,7 +65,7 @@ def test_in_a_cuda_graph(device):
     torch.cuda.synchronize()
     eager = run()
     assert all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))
-    assert same(found.levels, levels)
+    assert same(found.dequantized, levels)
     assert same(found.x, expected.x)
 
 
@@ -77,7 +76,7 @@ def test_on_a_device_that_is_not_the_current_one(device):
     assert torch.cuda.current_device() == 0
     found = run()
     assert found.x.device == torch.device("cuda:1")
-    assert same(found.levels, levels)
+    assert same(found.dequantized, levels)
     assert same(found.x, expected.x)
 
 
@@ -90,12 +89,12 @@ def test_the_same_bits_in_every_run(device):
 
 @pytest.mark.parametrize(("shape", "axis"), [((140_000, 1024), None), ((9_000_000, 16), None), ((2, 70_000, 600), 1)])
 def test_more_than_65535_tiles(device, shape, axis):
-    grid = Grid(-2, 1, axis)
+    grid = CodeRange(-2, 1, axis)
     with torch.device(device):
         x, scale = torch.randn(shape), torch.full((1 if axis is None else shape[axis],), 0.7)
         found = gpu.lsq_forward(x, scale, None, None, grid)
         assert same(found, reference.lsq_forward(x, scale, None, None, grid))
-        assert same(gpu.lsq_gradients(x, x, scale, None, grid).x, reference.lsq_gradients(x, x, scale, None, grid).x)
+        assert same(gpu.lsq_backward(x, x, scale, None, grid).x, reference.lsq_backward(x, x, scale, None, grid).x)
 
 
 def test_more_elements_than_32_bits_count(device):
@@ -104,9 +103,11 @@ def test_more_elements_than_32_bits_count(device):
     if free < 5 * 2 * rows * length:
         pytest.skip("less than 22 GB of memory are free")
     x = torch.empty(rows, length, device=device, dtype=torch.bfloat16).normal_()
-    found = gpu.lsq_forward(x, torch.full((1,), 0.7, device=device), None, None, Grid(-2, 1, None))
+    found = gpu.lsq_forward(x, torch.full((1,), 0.7, device=device), None, None, CodeRange(-2, 1, None))
     tail = x[-5:].contiguous()
-    assert same(found[-5:].contiguous(), reference.lsq_forward(tail, torch.full((1,), 0.7, device=device), None, None, Grid(-2, 1, None)))
+    assert same(
+        found[-5:].contiguous(), reference.lsq_forward(tail, torch.full((1,), 0.7, device=device), None, None, CodeRange(-2, 1, None))
+    )
 
 
 def test_machine_code():

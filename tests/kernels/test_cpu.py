@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from qat import functional as F
 from qat import kernels
 from qat.errors import UsageError
-from qat.kernels import Grid, compile_cpp, cpu, reference
+from qat.kernels import CodeRange, compile_cpp, cpu, reference
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 
@@ -25,21 +25,21 @@ def offset(*shape):
 
 # x, number of steps, offset in front, offset behind, grid
 CASES = {
-    "token": (2 * randn(2, 5, 19), 5, offset(19), offset(19), Grid(-2, 1, -2)),
-    "token, no offsets": (2 * randn(2, 5, 19), 5, None, None, Grid(-4, 3, 1)),
-    "before alone": (2 * randn(2, 5, 19), 5, offset(19), None, Grid(-2, 1, -2)),
-    "behind alone": (2 * randn(2, 5, 19), 5, None, offset(19), Grid(-2, 1, -2)),
-    "channel": (2 * randn(2, 5, 19), 19, offset(19), offset(19), Grid(-8, 7, -1)),
-    "channel, no offsets": (2 * randn(2, 5, 19), 19, None, None, Grid(0, 15, 2)),
-    "tensor": (2 * randn(2, 5, 19), 1, offset(19), offset(19), Grid(-128, 127, None)),
-    "one row": (2 * randn(4, 33), 1, None, None, Grid(0, 3, None)),
-    "query": (randn(3, 2, 6, 7).softmax(-1), 6, None, None, Grid(0, 3, -2)),
-    "map": (randn(2, 3, 8, 8), 3, offset(8, 8), offset(8, 8), Grid(-128, 127, 1)),
-    "output row": (randn(12, 3, 4, 4), 12, None, None, Grid(-128, 127, 0)),
-    "columns of a wider tensor": (randn(2, 5, 57)[..., 19:38], 5, offset(19), None, Grid(-2, 1, -2)),
-    "channels of a wider tensor": (randn(2, 5, 57)[..., 38:], 19, offset(19), offset(19), Grid(-2, 1, -1)),
-    "rows that are no sequence": (randn(5, 2, 19).transpose(0, 1), 5, offset(19), None, Grid(-2, 1, -2)),
-    "half precision": (randn(2, 5, 19).bfloat16(), 5, offset(19), offset(19), Grid(-2, 1, -2)),
+    "token": (2 * randn(2, 5, 19), 5, offset(19), offset(19), CodeRange(-2, 1, -2)),
+    "token, no offsets": (2 * randn(2, 5, 19), 5, None, None, CodeRange(-4, 3, 1)),
+    "before alone": (2 * randn(2, 5, 19), 5, offset(19), None, CodeRange(-2, 1, -2)),
+    "behind alone": (2 * randn(2, 5, 19), 5, None, offset(19), CodeRange(-2, 1, -2)),
+    "channel": (2 * randn(2, 5, 19), 19, offset(19), offset(19), CodeRange(-8, 7, -1)),
+    "channel, no offsets": (2 * randn(2, 5, 19), 19, None, None, CodeRange(0, 15, 2)),
+    "tensor": (2 * randn(2, 5, 19), 1, offset(19), offset(19), CodeRange(-128, 127, None)),
+    "one row": (2 * randn(4, 33), 1, None, None, CodeRange(0, 3, None)),
+    "query": (randn(3, 2, 6, 7).softmax(-1), 6, None, None, CodeRange(0, 3, -2)),
+    "map": (randn(2, 3, 8, 8), 3, offset(8, 8), offset(8, 8), CodeRange(-128, 127, 1)),
+    "output row": (randn(12, 3, 4, 4), 12, None, None, CodeRange(-128, 127, 0)),
+    "columns of a wider tensor": (randn(2, 5, 57)[..., 19:38], 5, offset(19), None, CodeRange(-2, 1, -2)),
+    "channels of a wider tensor": (randn(2, 5, 57)[..., 38:], 19, offset(19), offset(19), CodeRange(-2, 1, -1)),
+    "rows that are no sequence": (randn(5, 2, 19).transpose(0, 1), 5, offset(19), None, CodeRange(-2, 1, -2)),
+    "half precision": (randn(2, 5, 19).bfloat16(), 5, offset(19), offset(19), CodeRange(-2, 1, -2)),
 }
 
 
@@ -63,10 +63,10 @@ def test_lsq_agrees(name):
     expected = reference.lsq_forward(x, scale, before, after, grid)
     assert torch.equal(kernels.lsq_forward(x, scale, before, after, grid), expected)
     shape = None if after is None else after.shape
-    wanted = reference.lsq_gradients(grad, x, scale, before, grid, after_shape=shape)
-    found = kernels.lsq_backward(grad, x, scale, before, grid, after_shape=shape, levels=True, after=after)
+    wanted = reference.lsq_backward(grad, x, scale, before, grid, after_shape=shape)
+    found = kernels.lsq_backward(grad, x, scale, before, grid, after_shape=shape, dequantized=True, after=after)
     assert torch.equal(found.x, wanted.x)
-    assert torch.equal(found.levels, expected)
+    assert torch.equal(found.dequantized, expected)
     assert_close(found[1:4], wanted[1:4], rtol=1e-5, atol=1e-5)
 
 
@@ -93,7 +93,7 @@ def test_the_gradient_may_go_into_columns_of_a_wider_tensor():
 @pytest.mark.parametrize("sign", [1.0, 0.0])
 def test_the_sign_is_read_off_a_tensor(sign):
     x, n, before, after, grid = CASES["map"]
-    plain = Grid(-128, 127, 1) if sign else Grid(0, 255, 1)
+    plain = CodeRange(-128, 127, 1) if sign else CodeRange(0, 255, 1)
     found = kernels.lsq_forward(x, steps(n), before, after, grid, sign=torch.tensor(sign))
     assert torch.equal(found, reference.lsq_forward(x, steps(n), before, after, plain))
     backward = kernels.lsq_backward(grad := randn(*x.shape), x, steps(n), before, grid, sign=torch.tensor(sign))
@@ -102,7 +102,7 @@ def test_the_sign_is_read_off_a_tensor(sign):
 
 def test_ties_the_ends_of_the_range_and_what_is_no_number():
     x = torch.tensor([[-2.5, -2.0, -1.5, -0.5, 0.5, 1.0, 1.5, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45]])
-    for grid in (Grid(-2, 1, -2), Grid(0, 3, -2)):
+    for grid in (CodeRange(-2, 1, -2), CodeRange(0, 3, -2)):
         scale = torch.ones(1)
         assert_close(
             kernels.lsq_forward(x, scale, None, None, grid),
@@ -113,9 +113,9 @@ def test_ties_the_ends_of_the_range_and_what_is_no_number():
         )
         ours, theirs = (f(torch.ones_like(x), x, scale, None, grid)[0] for f in (kernels.lsq_backward, reference.lsq_backward))
         assert torch.equal(ours, theirs)
-    assert kernels.lsq_forward(x, torch.tensor([torch.nan]), None, None, Grid(-2, 1, -2)).isnan().all()
+    assert kernels.lsq_forward(x, torch.tensor([torch.nan]), None, None, CodeRange(-2, 1, -2)).isnan().all()
     assert torch.equal(
-        kernels.lsq_forward(x[:, :6], torch.zeros(1), None, None, Grid(-2, 1, -2)), torch.tensor([[-2, -2, -2, -2, 1, 1]]) * 1e-5
+        kernels.lsq_forward(x[:, :6], torch.zeros(1), None, None, CodeRange(-2, 1, -2)), torch.tensor([[-2, -2, -2, -2, 1, 1]]) * 1e-5
     )
 
 
@@ -127,7 +127,7 @@ def test_statsq_agrees(bits):
 
 
 def test_probabilities_agree():
-    probs, grid = randn(2, 3, 6, 7).softmax(-1), Grid(0, 3, -2)
+    probs, grid = randn(2, 3, 6, 7).softmax(-1), CodeRange(0, 3, -2)
     grad, scale = randn(2, 3, 6, 7, seed=1), steps(6)
     of_scores, of_scale, quantized = kernels.probs_backward(grad, probs, scale, grid, 0.125)
     expected, expected_scale = reference.probs_backward(grad, probs, scale, grid, 0.125)
@@ -203,7 +203,7 @@ def test_without_a_compiler_plain_operations_do(monkeypatch, compiler):
 @pytest.mark.parametrize("n", [4, 6, 19])
 def test_a_step_for_each_row_or_no_kernel(n):
     """Behind its last element a tensor of steps has what is another's."""
-    x, grid = CASES["token, no offsets"][0], Grid(-4, 3, 1)
+    x, grid = CASES["token, no offsets"][0], CodeRange(-4, 3, 1)
     assert cpu.lsq_forward(x, steps(n), None, None, grid, None) is None
     with pytest.raises(RuntimeError, match="must match"):
         kernels.lsq_forward(x, steps(n), None, None, grid)
@@ -211,7 +211,7 @@ def test_a_step_for_each_row_or_no_kernel(n):
 
 @pytest.mark.parametrize("axis", [3, -4])
 def test_an_axis_that_is_not_there(axis):
-    assert cpu.lsq_forward(randn(2, 5, 19), steps(5), None, None, Grid(-2, 1, axis), None) is None
+    assert cpu.lsq_forward(randn(2, 5, 19), steps(5), None, None, CodeRange(-2, 1, axis), None) is None
 
 
 def test_offsets_behind_a_row_of_several_dimensions():

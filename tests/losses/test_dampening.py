@@ -65,7 +65,9 @@ def test_under_qkr_both_factors_are_pulled():
 
 
 def test_a_net_without_such_weights():
-    with pytest.raises(qat.UsageError, match=r"loss term Dampening: max_bits=4: this net has no statsq or lsq weights of so few bits"):
+    with pytest.raises(
+        qat.UsageError, match=r"loss term Dampening: max_bits=4: this net has no weights on evenly spaced values of so few bits"
+    ):
         Dampening()(step(vit()))
 
 

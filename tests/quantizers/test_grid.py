@@ -1,28 +1,94 @@
-"""Levels of weight quantizers. Oracle: a quantizer's own output on its own codes."""
+"""What quantizers say of their grid. Oracle: the codes and the values that they themselves give."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from qat.quantizers.grid import has_grid, weight_grid
-from tests.tiny import quantized, sites
+import qat
+from qat.quantizers import LSQ, Quantizer, UniformGrid
+from qat.spec import QuantSpec
+from tests import tiny
+from tests.analysis.common import KINDS, net_of
+from tests.quantizers.common import build
 
 
-@pytest.mark.parametrize("preset", ["ofq", "lsq"])
-@pytest.mark.parametrize("bits", [2, 4])
-def test_a_code_stands_for_its_level(preset, bits):
-    weights = [site for site in sites(quantized(preset, bits=bits)).values() if site.is_weight]
-    assert len(weights) >= 10
-    for site in weights:
-        latent = site.latent().detach()
-        step, shift = weight_grid(site.quantizer, latent)
-        assert has_grid(site.quantizer)
-        assert not step.requires_grad
-        assert_close((site.quantizer.codes(latent) + shift) * step, site.quantizer(latent).detach(), rtol=1e-6, atol=1e-7)
+def given(net):
+    """(name, quantizer, what it is given) of every quantizer of a net that runs."""
+    seen, handles = [], []
+    for site in qat.iter_quantizers(net):
+        hook = site.quantizer.register_forward_pre_hook(lambda module, args, name=site.name: seen.append((name, module, args[0])))
+        handles.append(hook)
+    with torch.no_grad():
+        net(tiny.images(4, seed=7))
+    for handle in handles:
+        handle.remove()
+    return [entry for entry in seen if not entry[1].is_float]
 
 
-def test_others_have_none():
-    site = sites(quantized("minmax", bits=4))["blocks.0.mlp.fc1.weight_quantizer"]
-    assert not has_grid(site.quantizer)
-    with pytest.raises(TypeError, match="DynamicMinMax has no grid"):
-        weight_grid(site.quantizer, torch.zeros(2, 2))
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_codes_and_values_are_those_of_the_quantizer(kind):
+    found = given(net_of(kind))
+    assert len(found) >= 10
+    for name, quantizer, x in found:
+        grid, codes, values = quantizer.grid(x), quantizer.codes(x).float(), quantizer(x)
+        assert torch.equal(grid.to_code_coordinates(x).round().clamp(grid.qmin, grid.qmax), codes), name
+        assert not grid.step.requires_grad, name
+        if not quantizer.spec.bias_correction:
+            assert_close(grid.dequantize(codes), values, rtol=1e-6, atol=1e-6)
+            lowest, highest = (end if grid.after is None else end + grid.after for end in grid.ends(x.ndim))
+            assert ((values >= lowest - 1e-6) & (values <= highest + 1e-6)).all(), name
+
+
+def test_powers_of_two():
+    quantizer = build("log2", "probs", bits=2, signed=False)
+    grid, x = quantizer.grid(), torch.tensor([1.0, 0.4, 0.2, 0.1])
+    assert (grid.qmin, grid.qmax, grid.unit) == (0, 3, 0.125)
+    assert grid.dequantize(quantizer.codes(x)).tolist() == quantizer(x).tolist() == [1.0, 0.5, 0.25, 0.125]
+    assert grid.to_code_coordinates(x).round().tolist() == [0, 1, 2, 3]
+    assert [end.item() for end in grid.ends()] == [0.125, 1.0]
+
+
+def test_a_grid_that_follows_the_tensor_is_not_known_without_it():
+    for quantizer in (build("statsq", "weight", axis=0), build("statsq", "input", axis=-1), build("minmax_dynamic", "weight", axis=0)):
+        assert quantizer.grid() is None
+        assert isinstance(quantizer.grid(torch.randn(3, 4)), UniformGrid)
+    assert build("float", "input", bits=32).grid(torch.randn(3, 4)) is None
+
+
+class Odd(Quantizer):
+    """A quantizer that says nothing of its grid: signs."""
+
+    def forward(self, x):
+        return x.sign()
+
+    def codes(self, x):
+        return x.sign().to(torch.int8)
+
+
+class Doubled(LSQ):
+    """Rounds in a way of its own and says nothing of it."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Renamed(LSQ):
+    """Rounds as LSQ does."""
+
+
+def test_who_rounds_in_another_way_does_not_inherit_the_grid():
+    spec = QuantSpec("input", "lsq", 2, axis=None)
+    assert Odd(spec).grid(torch.ones(3)) is Doubled(spec).grid(torch.ones(3)) is None
+    quantizer = Renamed(spec)
+    quantizer.allocate(torch.Size([2, 3, 4]), torch.device("cpu"))
+    assert quantizer.grid().qmax == 1
+
+
+def test_zeros_on_a_step_of_zero_sit_on_the_threshold():
+    weight = torch.randn(4, 8)
+    weight[2] = 0
+    grid = build("statsq", "weight", axis=0, bits=2).grid(weight)
+    assert (grid.to_code_coordinates(weight)[2] == -0.5).all()
+    assert (grid.dequantize(torch.zeros_like(weight))[2] == 0).all()
+    assert torch.equal(grid.near_threshold(weight, 0.005), qat.functional.near_threshold(weight, 2, 0.005))

@@ -9,10 +9,8 @@ from lightning.pytorch import Callback
 
 import qat
 from qat.data import Digits
-from qat.functional.ste import view_along
 from qat.launch import ranks
 from qat.quantizers import LSQ, StatsQ
-from qat.quantizers.grid import weight_grid
 from qat.tasks import fit
 from qat.tasks.train import train
 from tests.conftest import compose, results
@@ -131,12 +129,9 @@ def codes_and_values(net, weights, images):
 
     def look(module, args, output):
         (values,) = args
-        if isinstance(module, LSQ):
-            places, (low, high) = values / view_along(module.scale, values.ndim, module.axis), (module.spec.qmin, module.spec.qmax)
-        else:
-            step, shift = weight_grid(module, values)
-            places, high = values / step - shift, 2 ** (module.spec.bits - 1)
-            low, high = -high - shift, high - shift
+        grid = module.grid(values)
+        places, half = grid.to_code_coordinates(values), 0.5 * grid.is_half_step
+        low, high = grid.qmin - half, grid.qmax + half
         found.append((module.codes(values).double() + 100 * (places < low) + 200 * (places > high), values))
 
     net.load_state_dict(weights)

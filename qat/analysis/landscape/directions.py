@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import functools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat.analysis.grids import Scales
 from qat.analysis.requantize import GridSite, weight_sites
 from qat.errors import UsageError
 from qat.model.blocks import find_blocks
@@ -20,7 +20,7 @@ from qat.model.sites import iter_quantizers
 from qat.nn import QkrAttention
 from qat.ptq.patching import Forward, patched
 from qat.ptq.vector import place_in, stored_scale
-from qat.quantizers import Quantizer
+from qat.quantizers import Quantizer, UniformGrid
 from qat.utils.validate import FLOAT_BITS
 
 Globs = tuple[str, ...]
@@ -60,7 +60,7 @@ def scale_axes(net: nn.Module, input_size: tuple[int, int, int], targets: Sequen
     weights = {f"{site.name}.{site.quantizer.spec.role}": site for site in found.sites if site.grid.bits != FLOAT_BITS}
     stored = dict(_stored_scales(net))
     latents = {site.quantizer: site.latent().detach() for site in iter_quantizers(found.net) if site.is_weight}
-    counts = {name: len(_own(site, latents[site.quantizer]).scale) for name, site in weights.items()}
+    counts = {name: len(_own(site, latents[site.quantizer]).step) for name, site in weights.items()}
     counts |= {name: scale.numel() for name, scale in stored.items()}
     names = _matched(net, tuple(counts), targets, "scale")
     plane = _plane({name: torch.Size([n]) for name, n in counts.items()}, names, seed, _uniform)
@@ -124,15 +124,15 @@ def has_both(net: nn.Module, targets: Sequence[Globs]) -> bool:
     return all(_chosen(net, names, globs) for globs in targets)
 
 
-def _own(site: GridSite, weight: Tensor) -> Scales:
+def _own(site: GridSite, weight: Tensor) -> UniformGrid:
     return site.grid.own(weight, site.grid.bits)
 
 
 @torch.no_grad()
 def _rescaled(site: GridSite, factor: Tensor, weight: Tensor) -> Tensor:
     own = _own(site, weight)
-    scales = own._replace(scale=own.scale * factor.to(own.scale))
-    return site.grid.fake_quantize(weight, scales, site.grid.bits, torch.round).to(weight.dtype)
+    onto = dataclasses.replace(own, step=own.step * factor.to(own.step))
+    return site.grid.fake_quantize(weight, onto).to(weight.dtype)
 
 
 def _stored_scales(net: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from qat.model.convert import conversion_of
 from qat.model.sites import Site, iter_quantizers
 from qat.ptq.calibrate import in_float
 from qat.ptq.patching import Forward, patched
-from qat.quantizers import Float, Quantizer
+from qat.quantizers import Quantizer
 from qat.spec import QuantRecipe
 from qat.utils.validate import FLOAT_BITS
 
@@ -120,7 +120,7 @@ def take_apart(net: nn.Module, input_size: tuple[int, int, int], by: str) -> Tak
 
 def _part(name: str, sites: list[Site], grids: Mapping[Quantizer, GridSite], recipe: QuantRecipe | None) -> Part:
     weights = tuple(grids[site.quantizer] for site in sites if site.quantizer in grids)
-    rounding = tuple(site for site in sites if not isinstance(site.quantizer, Float))
+    rounding = tuple(site for site in sites if not site.quantizer.is_float)
     return Part(name, rounding, weights, next(_obstacles(sites, weights, recipe), ""))
 
 

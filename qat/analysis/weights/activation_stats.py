@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.analysis.code_axis import code_bounds, placed
 from qat.analysis.weights.weight_stats import entropy, spread_of
 from qat.model.sites import Site, iter_quantizers
-from qat.quantizers import Affine, Float, Log2, Quantizer, Shifted
+from qat.quantizers import Grid, Quantizer, UniformGrid
 from qat.utils.probing import probing
 
 
@@ -91,19 +90,18 @@ def activation_stats(net: nn.Module, seen: dict[str, CodeCounts]) -> list[Activa
         net: converted or float.
         seen: of `look`, by site.
     """
-    sites = [site for site in iter_quantizers(net) if not site.is_weight and not isinstance(site.quantizer, Float)]
+    sites = [site for site in iter_quantizers(net) if not site.is_weight and not site.quantizer.is_float]
     return [_stats(site, seen.get(site.name)) for site in sites]
 
 
 @torch.no_grad()
 def _stats(site: Site, seen: CodeCounts | None) -> ActivationStats:
-    quantizer = site.quantizer
-    inner = quantizer.quantizer if isinstance(quantizer, Shifted) else quantizer
-    scale = getattr(inner, "scale", None)
-    step = (math.nan,) * 3 if scale is None else spread_of(scale)
-    zeros = inner.zero_point.float() if isinstance(inner, Affine) else None
-    before, after = (getattr(quantizer, f"offset_{where}", None) for where in ("before", "after"))
-    low, high = code_bounds(quantizer)
+    quantizer, grid = site.quantizer, site.quantizer.grid()
+    uniform = grid if isinstance(grid, UniformGrid) else None
+    step = (math.nan,) * 3 if uniform is None else spread_of(uniform.step)
+    zeros = uniform.zero_point if uniform is not None and isinstance(uniform.zero_point, Tensor) else None
+    before, after = (None, None) if grid is None else (grid.before, grid.after)
+    low, high = _bounds(quantizer, grid)
     return ActivationStats(
         site=site.name,
         role=site.role,
@@ -116,7 +114,7 @@ def _stats(site: Site, seen: CodeCounts | None) -> ActivationStats:
         zero_point=(math.nan, math.nan) if zeros is None else (float(zeros.min()), float(zeros.max())),
         before=_in_steps(before, step[1]),
         after=_in_steps(after, step[1]),
-        represents=_represented(inner, scale, before),
+        represents=(math.nan, math.nan) if grid is None else _represented(grid),
         seen=seen,
     )
 
@@ -128,18 +126,15 @@ def _in_steps(offset: Tensor | None, step: float) -> float | None:
     return largest / step if step > 0 else largest
 
 
-def _represented(inner: Quantizer, scale: Tensor | None, before: Tensor | None) -> tuple[float, float]:
+def _bounds(quantizer: Quantizer, grid: Grid | None) -> tuple[int, int]:
+    return (quantizer.spec.qmin, quantizer.spec.qmax) if grid is None else (grid.qmin, grid.qmax)
+
+
+def _represented(grid: Grid) -> tuple[float, float]:
     """The widest of what the slices represent: one with a larger step, or a channel with another offset, sees further."""
-    low, high = code_bounds(inner)
-    if isinstance(inner, Log2):
-        return 2.0**-high, 1.0
-    if scale is None:
-        return math.nan, math.nan
-    zero = inner.zero_point if isinstance(inner, Affine) else torch.zeros_like(scale)
-    left = right = 0.0
-    if before is not None:
-        left, right = float(before.max()), float(before.min())
-    return float(((low - zero) * scale).min()) - left, float(((high - zero) * scale).max()) - right
+    lowest, highest = grid.ends()
+    left, right = (0.0, 0.0) if grid.before is None else (float(grid.before.max()), float(grid.before.min()))
+    return float(lowest.min()) - left, float(highest.max()) - right
 
 
 def look(net: nn.Module, batches: Iterable[Tensor]) -> dict[str, CodeCounts]:
@@ -150,7 +145,7 @@ def look(net: nn.Module, batches: Iterable[Tensor]) -> dict[str, CodeCounts]:
         batches: images (B, C, H, W) each.
     """
     seen: dict[str, CodeCounts] = {}
-    sites = [site for site in iter_quantizers(net) if not site.is_weight and not isinstance(site.quantizer, Float)]
+    sites = [site for site in iter_quantizers(net) if not site.is_weight and not site.quantizer.is_float]
     with probing(net, [site.quantizer.register_forward_pre_hook(_watcher(site.name, seen)) for site in sites]):
         for images in batches:
             net(images)
@@ -168,10 +163,11 @@ def _watcher(name: str, seen: dict[str, CodeCounts]) -> Callable[[nn.Module, tup
 @torch.no_grad()
 def watched(quantizer: Quantizer, x: Tensor) -> CodeCounts:
     """What one tensor shows."""
-    low, high = code_bounds(quantizer)
+    grid = quantizer.grid(x)
+    low, high = _bounds(quantizer, grid)
     codes = quantizer.codes(x).flatten().int()
-    where = placed(quantizer, x)
-    clipped = None if where is None else ((where.z < where.low - 0.5) | (where.z > where.high + 0.5)).sum()
+    z = None if grid is None else grid.to_code_coordinates(x)
+    clipped = None if z is None else ((z < low - 0.5) | (z > high + 0.5)).sum()
     # A code outside the bounds, which a quantizer of the user's may have, counts as the outermost one.
     counts = torch.bincount((codes - low).clamp(0, high - low), minlength=high - low + 1)
     return CodeCounts(low, counts, clipped, *x.detach().float().aminmax())

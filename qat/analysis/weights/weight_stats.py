@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat.analysis.code_axis import Placed, code_bounds, placed
 from qat.functional.kurtosis import kurtosis
 from qat.model.sites import Site, iter_quantizers
 from qat.nn import QkrAttention
-from qat.quantizers import Float, Quantizer
+from qat.quantizers import Grid, Quantizer, UniformGrid
 from qat.utils.validate import FLOAT_BITS
 
 # A channel whose largest weight is below this share of the median channel's is dead.
@@ -144,12 +143,34 @@ def masters(net: nn.Module, *, factors: bool) -> Iterator[Master]:
             found[site.name.rpartition(".")[0]].append(site)
     for name, module in net.named_modules():
         for site in found.get(name, ()):
-            yield Master(name, site.role, site.latent().detach(), None if isinstance(site.quantizer, Float) else site.quantizer)
+            yield Master(name, site.role, site.latent().detach(), None if site.quantizer.is_float else site.quantizer)
         if factors and isinstance(module, QkrAttention):
             yield Master(name, "q factor", module.q_weight.detach(), None)
             yield Master(name, "k factor", module.k_weight.detach(), None)
         if name not in found and isinstance(module, nn.Linear | nn.Conv2d):
             yield Master(name, "weight", module.weight.detach(), None)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A tensor on the axis of codes.
+
+    Attributes:
+        z: coordinates, the shape of the tensor; NaN where the step is zero.
+        step: broadcasts against it; NaN where values are not evenly spaced.
+        low: lowest code.
+        high: highest code.
+    """
+
+    z: Tensor
+    step: Tensor
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, grid: Grid, x: Tensor) -> _Placed:
+        step = grid.along(x.ndim)[0] if isinstance(grid, UniformGrid) else torch.full((), torch.nan, device=x.device)
+        return cls(torch.where(step == 0, torch.nan, grid.to_code_coordinates(x)), step, grid.qmin, grid.qmax)
 
 
 @torch.no_grad()
@@ -161,7 +182,8 @@ def weight_stats(master: Master, boundary: float) -> WeightStats:
         boundary: half-width of the band around thresholds, in codes.
     """
     weight, quantizer = master.weight.float(), master.quantizer
-    where = None if quantizer is None else placed(quantizer, weight)
+    grid = None if quantizer is None else quantizer.grid(weight)
+    where = None if grid is None else _Placed.of(grid, weight)
     rounded = None if quantizer is None else quantizer(weight).float()
     low, high = weight.aminmax()
     return WeightStats(
@@ -189,8 +211,9 @@ def _dead(weight: Tensor, rounded: Tensor | None) -> int:
     return int(dead.sum())
 
 
-def _codes(quantizer: Quantizer, weight: Tensor, rounded: Tensor, where: Placed | None, boundary: float) -> Codes:
-    usage, low = code_usage(quantizer.codes(weight), *code_bounds(quantizer))
+def _codes(quantizer: Quantizer, weight: Tensor, rounded: Tensor, where: _Placed | None, boundary: float) -> Codes:
+    bounds = (quantizer.spec.qmin, quantizer.spec.qmax) if where is None else (where.low, where.high)
+    usage, low = code_usage(quantizer.codes(weight), *bounds)
     error = (weight - rounded).abs()
     signal, noise = float(weight.square().sum()), float(error.square().sum())
     unknown = (math.nan, math.nan, math.nan)
@@ -230,7 +253,7 @@ def _share(mask: Tensor) -> float:
     return float(mask.sum()) / mask.numel()
 
 
-def _near(where: Placed, usage: Sequence[float], boundary: float) -> float:
+def _near(where: _Placed, usage: Sequence[float], boundary: float) -> float:
     """As `qat.functional.near_threshold` counts, for any evenly spaced grid: between codes that occur alone."""
     used = [code for code, share in enumerate(usage, where.low) if share > 0]
     below = where.z.floor()
@@ -238,7 +261,7 @@ def _near(where: Placed, usage: Sequence[float], boundary: float) -> float:
     return _share(inner & ((where.z - below - 0.5).abs() <= boundary))
 
 
-def _histogram(weight: Tensor, where: Placed | None) -> Histogram:
+def _histogram(weight: Tensor, where: _Placed | None) -> Histogram:
     if where is not None:
         values, low, high = where.z.nan_to_num(0.0), where.low - _MARGIN, where.high + _MARGIN
         # Of 256 codes most may be empty: only the part that is occupied is worth its place.

@@ -6,13 +6,13 @@ Same values as the quantizers and products apart, bit for bit; `torch.compile` g
 from qat.kernels.fused.attention import attention
 from qat.kernels.fused.joint import joint_scores
 from qat.kernels.fused.linear import lsq_linear
-from qat.kernels.fused.operand import Operand, can_fuse, probs_dtype
+from qat.kernels.fused.operand import LSQParams, can_fuse, probs_dtype
 from qat.kernels.fused.qkr import QkrOperands, QkrWeights, qkr_attention
 from qat.kernels.fused.scores import Scoring
 from qat.kernels.fused.source import remember, viewed
 
 __all__ = [
-    "Operand",
+    "LSQParams",
     "QkrOperands",
     "QkrWeights",
     "Scoring",

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from qat.kernels.fused import simple
 from qat.kernels.fused.heads import heads_of, product
-from qat.kernels.fused.operand import Operand
+from qat.kernels.fused.operand import LSQParams
 from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, softmax
 
-Operands = tuple[Operand, Operand, Operand, Operand]
+Operands = tuple[LSQParams, LSQParams, LSQParams, LSQParams]
 _N_TENSORS = 3
 
 
@@ -71,7 +71,7 @@ class _Attention(torch.autograd.Function):
 
 def _operands(tensors: Any, settings: Any) -> Operands:
     n = _N_TENSORS
-    q, k, v, p = (Operand(*tensors[n * i : n * i + n], *settings[i]) for i in range(4))
+    q, k, v, p = (LSQParams(*tensors[n * i : n * i + n], *settings[i]) for i in range(4))
     return q, k, v, p
 
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from qat import kernels
 from qat.functional.statsq import statsq_scale
 from qat.kernels.fused import simple
-from qat.kernels.fused.operand import Operand, product_dtype
-from qat.kernels.fused.source import again, keep
+from qat.kernels.fused.operand import LSQParams, product_dtype
+from qat.kernels.fused.source import keep, recompute
 
 
 class Weight(NamedTuple):
@@ -53,14 +53,14 @@ class _LsqLinear(torch.autograd.Function):
         ctx.make, ctx.settings, ctx.bits, ctx.dtype = kept.make, settings, bits, dtype
         w = Weight.of(weight, bits, ready)
         ctx.save_for_backward(scale, before, after, weight, bias, w.scale, ready, *kept.tensors)
-        xq = Operand(scale, before, after, *settings).forward(x).to(x.dtype)
+        xq = LSQParams(scale, before, after, *settings).forward(x).to(x.dtype)
         return F.linear(xq.to(dtype), w.quantized(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale, before, after, weight, bias, w_scale, ready, *saved = ctx.saved_tensors
-        x = again(ctx.make, tuple(saved))
-        operand = Operand(scale, before, after, *ctx.settings)
+        x = recompute(ctx.make, tuple(saved))
+        operand = LSQParams(scale, before, after, *ctx.settings)
         if torch.is_grad_enabled():
             out = simple.lsq_linear(x, operand, weight, bias, ctx.bits)
             return *simple.gradients(out, [x, *operand.tensors, weight, bias], ctx.needs_input_grad, grad), None, None, None
@@ -71,14 +71,14 @@ class _LsqLinear(torch.autograd.Function):
         # The offset behind is a constant row of the input: its gradient goes through the product as the bias's does.
         of_after = None if after is None or of_bias is None else (of_bias.unsqueeze(0) @ wq).squeeze(0).float()
         place = of_xq if of_xq.dtype == torch.float32 else None
-        found = operand.backward(of_xq, x, out=place, with_after=False, levels=ctx.needs_input_grad[4])
-        xq = None if found.levels is None else found.levels.to(x.dtype).to(ctx.dtype).flatten(0, -2)
+        found = operand.backward(of_xq, x, out=place, with_after=False, dequantized=ctx.needs_input_grad[4])
+        xq = None if found.dequantized is None else found.dequantized.to(x.dtype).to(ctx.dtype).flatten(0, -2)
         of_weight = None if xq is None else (grad.t() @ xq).to(weight.dtype)
         shown = None if bias is None or of_bias is None else of_bias.to(bias.dtype)
         return found.x.to(x.dtype), found.scale, found.before, of_after, of_weight, shown, None, None, None
 
 
-def lsq_linear(x: Tensor, operand: Operand, weight: Tensor, bias: Tensor | None, bits: int | None, ready: Tensor | None = None) -> Tensor:
+def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, bias: Tensor | None, bits: int | None, ready: Tensor | None = None) -> Tensor:
     """q(x) @ q(W)^T + b.
 
     Args:

@@ -9,24 +9,24 @@ from torch import Tensor
 
 from qat import kernels
 from qat.functional.lsq import gradient_scale
-from qat.kernels import Grid, LsqGradients
+from qat.kernels import CodeRange, LsqGradients
 
 
-class Operand(NamedTuple):
+class LSQParams(NamedTuple):
     """An LSQ quantizer with its offsets.
 
     Attributes:
         scale: (n,), see `qat.functional.lsq`.
         before: offset in front, over the last dimension, or None.
         after: offset behind, likewise.
-        grid: codes and axis.
+        codes: codes and axis.
         grad_factor: factor on the gradient of the scale.
     """
 
     scale: Tensor
     before: Tensor | None
     after: Tensor | None
-    grid: Grid
+    codes: CodeRange
     grad_factor: float
 
     @property
@@ -35,16 +35,16 @@ class Operand(NamedTuple):
         return self.scale, self.before, self.after
 
     @property
-    def settings(self) -> tuple[Grid, float]:
+    def settings(self) -> tuple[CodeRange, float]:
         """The rest."""
-        return self.grid, self.grad_factor
+        return self.codes, self.grad_factor
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize `x`: float32, the shape of `x`."""
-        return kernels.lsq_forward(x, self.scale, self.before, self.after, self.grid)
+        return kernels.lsq_forward(x, self.scale, self.before, self.after, self.codes)
 
     def backward(
-        self, grad: Tensor, x: Tensor, *, out: Tensor | None = None, with_after: bool = True, levels: bool = False
+        self, grad: Tensor, x: Tensor, *, out: Tensor | None = None, with_after: bool = True, dequantized: bool = False
     ) -> LsqGradients:
         """Gradients, that of the scale complete.
 
@@ -53,13 +53,21 @@ class Operand(NamedTuple):
             x: its argument.
             out: takes the gradient of `x`; may be `grad`.
             with_after: whether to sum up that of the offset behind; else it is None.
-            levels: whether to give the result of `forward` as well.
+            dequantized: whether to give the result of `forward` as well.
         """
         shape = self.after.shape if self.after is not None and with_after else None
         found = kernels.lsq_backward(
-            grad, x, self.scale, self.before, self.grid, after_shape=shape, out=out, levels=levels, after=self.after if levels else None
+            grad,
+            x,
+            self.scale,
+            self.before,
+            self.codes,
+            after_shape=shape,
+            out=out,
+            dequantized=dequantized,
+            after=self.after if dequantized else None,
         )
-        return found._replace(scale=(found.scale * gradient_scale(x, self.grid, self.grad_factor)).to(self.scale.dtype))
+        return found._replace(scale=(found.scale * gradient_scale(x, self.codes, self.grad_factor)).to(self.scale.dtype))
 
 
 def can_fuse(x: Tensor) -> bool:

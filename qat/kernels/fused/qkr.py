@@ -12,9 +12,9 @@ from qat.functional.qkr import fold_q_bias, fold_qk
 from qat.kernels.fused import simple
 from qat.kernels.fused.heads import is_exact, product, sum_of_products
 from qat.kernels.fused.linear import Weight
-from qat.kernels.fused.operand import Operand
+from qat.kernels.fused.operand import LSQParams
 from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, softmax
-from qat.kernels.fused.source import again, keep
+from qat.kernels.fused.source import keep, recompute
 
 
 class QkrWeights(NamedTuple):
@@ -47,10 +47,10 @@ class QkrOperands(NamedTuple):
         probs: of the probabilities (..., N, N).
     """
 
-    input: Operand
-    product: Operand
-    values: Operand
-    probs: Operand
+    input: LSQParams
+    product: LSQParams
+    values: LSQParams
+    probs: LSQParams
 
 
 class _Settings(NamedTuple):
@@ -67,7 +67,7 @@ _N_WEIGHTS = len(QkrWeights._fields)
 
 def _unpack(tensors: Any, settings: _Settings) -> tuple[QkrWeights, QkrOperands]:
     weights, rest = QkrWeights(*tensors[:_N_WEIGHTS]), tensors[_N_WEIGHTS:]
-    return weights, QkrOperands(*(Operand(*rest[3 * i : 3 * i + 3], *settings.operands[i]) for i in range(4)))
+    return weights, QkrOperands(*(LSQParams(*rest[3 * i : 3 * i + 3], *settings.operands[i]) for i in range(4)))
 
 
 class _Factors:
@@ -146,7 +146,7 @@ class _Qkr(torch.autograd.Function):
         tensors, saved = found[: ctx.n], found[ctx.n :]
         bias, mask, mapped, values, probs, *scales_and_ready = saved[:9]
         scales, ready = scales_and_ready[:2], scales_and_ready[2:]
-        x = again(ctx.make, saved[9:])
+        x = recompute(ctx.make, saved[9:])
         weights, operands = _unpack(tensors, ctx.settings)
         if torch.is_grad_enabled():
             _, bits, v_bits, *sizes, _ = ctx.settings

@@ -10,7 +10,7 @@ from torch import Tensor
 from qat import kernels
 from qat.functional.lsq import gradient_scale
 from qat.kernels.fused.heads import heads_of, product
-from qat.kernels.fused.operand import Operand, probs_dtype, product_dtype
+from qat.kernels.fused.operand import LSQParams, probs_dtype, product_dtype
 
 
 class Scoring(NamedTuple):
@@ -69,7 +69,7 @@ def softmax(scores: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: tor
     return scores.softmax(-1, dtype=dtype)
 
 
-def gather(probs: Tensor, values: Tensor, operand: Operand, shape: ScoreShape) -> Tensor:
+def gather(probs: Tensor, values: Tensor, operand: LSQParams, shape: ScoreShape) -> Tensor:
     """Quantized probabilities (h, B, N, M) times quantized values (B, M, h*d): (B, N, h*d)."""
     out = values.new_empty(*probs.shape[1:3], values.shape[-1])
     product(operand.forward(probs).to(probs.dtype).to(shape.dtype), heads_of(values, shape.num_heads), heads_of(out, shape.num_heads))
@@ -92,7 +92,9 @@ class ScoreGradients(NamedTuple):
     bias: Tensor | None
 
 
-def gather_backward(grad: Tensor, probs: Tensor, values: Tensor, operand: Operand, shape: ScoreShape, *, with_bias: bool) -> ScoreGradients:
+def gather_backward(
+    grad: Tensor, probs: Tensor, values: Tensor, operand: LSQParams, shape: ScoreShape, *, with_bias: bool
+) -> ScoreGradients:
     """Gradients of `gather(softmax(factor * scores + bias))`.
 
     Args:
@@ -108,8 +110,8 @@ def gather_backward(grad: Tensor, probs: Tensor, values: Tensor, operand: Operan
     of_probs = product(grads, heads_of(values, h).transpose(-2, -1), grad.new_empty(probs.shape))
     inner = shape.factor if not with_bias else 1.0
     out = of_probs if of_probs.dtype == torch.float32 else None
-    of_scores, of_scale, quantized = kernels.probs_backward(of_probs, probs, operand.scale, operand.grid, inner, out=out)
-    of_scale = (of_scale * gradient_scale(probs, operand.grid, operand.grad_factor)).to(operand.scale.dtype)
+    of_scores, of_scale, quantized = kernels.probs_backward(of_probs, probs, operand.scale, operand.codes, inner, out=out)
+    of_scale = (of_scale * gradient_scale(probs, operand.codes, operand.grad_factor)).to(operand.scale.dtype)
     of_values = torch.empty_like(values)
     product(quantized.to(probs.dtype).to(shape.dtype).transpose(-2, -1), grads, heads_of(of_values, h))
     del quantized

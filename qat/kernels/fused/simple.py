@@ -12,21 +12,21 @@ from qat.functional.lsq import lsq
 from qat.functional.qkr import fold_q_bias, fold_qk
 from qat.functional.statsq import statsq
 from qat.kernels.fused.heads import heads_of
-from qat.kernels.fused.operand import Operand
+from qat.kernels.fused.operand import LSQParams
 from qat.kernels.fused.scores import softmax
 
 
-def quantize(o: Operand, x: Tensor) -> Tensor:
+def quantize(o: LSQParams, x: Tensor) -> Tensor:
     """Fake-quantize `x`."""
-    return lsq(x, o.scale, *o.grid, grad_factor=o.grad_factor, before=o.before, after=o.after)
+    return lsq(x, o.scale, *o.codes, grad_factor=o.grad_factor, before=o.before, after=o.after)
 
 
-def lsq_linear(x: Tensor, operand: Operand, weight: Tensor, bias: Tensor | None, bits: int | None) -> Tensor:
+def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, bias: Tensor | None, bits: int | None) -> Tensor:
     """See `qat.kernels.fused.lsq_linear`."""
     return F.linear(quantize(operand, x), weight if bits is None else statsq(weight, bits), bias)
 
 
-def _gather(scores: Tensor, values: Tensor, probs: Operand, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+def _gather(scores: Tensor, values: Tensor, probs: LSQParams, bias: Tensor | None, mask: Tensor | None) -> Tensor:
     return (quantize(probs, softmax(scores, bias, mask, scores.dtype)) @ values).permute(1, 2, 0, 3).flatten(2)
 
 

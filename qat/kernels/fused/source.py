@@ -54,7 +54,7 @@ class Kept(NamedTuple):
     make: Callable[..., Tensor] | None
 
 
-def again(make: Callable[..., Tensor] | None, saved: tuple[Tensor | None, ...]) -> Tensor:
+def recompute(make: Callable[..., Tensor] | None, saved: tuple[Tensor | None, ...]) -> Tensor:
     """The tensor, from `Kept.make` and what `save_for_backward` gives back of `Kept.tensors`."""
     found = saved[0] if make is None else make(*saved)
     assert found is not None  # noqa: S101  (narrows a type)

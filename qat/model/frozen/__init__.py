@@ -1,15 +1,15 @@
 """The deployable form of a quantized net: integer codes, and products that are computed on them."""
 
-from qat.model.frozen.coded import Coded
+from qat.model.frozen.coded import QuantizedTensor
 from qat.model.frozen.net import freeze, freeze_structure, integer_forward, is_frozen, prune_offsets
 from qat.model.frozen.products import Noted, Product, noting
-from qat.model.frozen.quantizers import Frozen, FrozenActivation, FrozenLog2, FrozenWeight, set_mode
+from qat.model.frozen.quantizers import Frozen, FrozenActivation, FrozenNonuniform, FrozenWeight, set_mode
 
 __all__ = [
-    "Coded",
+    "QuantizedTensor",
     "Frozen",
     "FrozenActivation",
-    "FrozenLog2",
+    "FrozenNonuniform",
     "FrozenWeight",
     "Noted",
     "Product",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from qat.model.frozen.quantizers import FrozenActivation
 from qat.model.sites import iter_quantizers
 from qat.utils.probing import probing
-from qat.utils.validate import FLOAT_BITS
 
 # A float32 value behind a few hundred terms is known to about this share of the largest value of its tensor.
 ROUNDING = 2e-5
@@ -115,7 +115,8 @@ def compare(frozen: nn.Module, theirs: Watched, mine: Watched) -> Agreement:
         grid, both = grids[name], (first[name], seen)
         if not isinstance(grid, FrozenActivation) or len(seen.value) % n:
             continue
-        u, v = (_clamped(one.value if one.in_codes else grid.placed(one.value), grid, 1).reshape(n, -1) for one in both)
+        axis = dataclasses.replace(grid.grid(), before=None)  # values hold the offset in front already
+        u, v = (_clamped(one.value if one.in_codes else axis.to_code_coordinates(one.value), grid, 1).reshape(n, -1) for one in both)
         codes, others = (_clamped(one.codes.float(), grid, 0).reshape(n, -1) for one in both)
         differs = codes != others
         here = differs.any(1) & ~flipped
@@ -145,14 +146,13 @@ def run_watched(net: nn.Module, x: Tensor) -> Watched:
     seen: dict[str, QuantizerTrace] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            before = getattr(module, "offset_before", getattr(module, "before", None))
-            shifted = args[0].float() if before is None else args[0].float() + before
-            seen[name] = QuantizerTrace(shifted, module.codes(args[0]))  # type: ignore[operator]
+        def note(module: Any, args: tuple[Tensor, ...]) -> None:
+            grid = module.grid(args[0])
+            seen[name] = QuantizerTrace(args[0].float() if grid is None else grid.shift(args[0]), module.codes(args[0]))
 
         return note
 
-    sites = [site for site in iter_quantizers(net) if not site.is_weight and site.quantizer.spec.bits != FLOAT_BITS]
+    sites = [site for site in iter_quantizers(net) if not site.is_weight and not site.quantizer.is_float]
     with probing(net, [site.quantizer.register_forward_pre_hook(hook(site.name)) for site in sites]):
         out: Tensor = net(x)
     return out, seen

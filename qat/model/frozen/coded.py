@@ -12,19 +12,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat.errors import UsageError
-from qat.model.frozen.products import Product, note, whole_product
+from qat.model.frozen.products import Product, int_matmul, note
 
 
-class NotOfCodes(UsageError, TypeError):
+class UnsupportedIntegerOp(UsageError, TypeError):
     """What a net does between two quantizers has no form on integer codes."""
 
 
+def _view(name: str) -> Callable[..., QuantizedTensor]:
+    """The method of that name of a tensor, which shows it in another shape."""
+    return lambda self, *args, **kwargs: self.seen(lambda t: getattr(t, name)(*args, **kwargs))
+
+
 @dataclass(frozen=True)
-class Coded:
+class QuantizedTensor:
     """The value codes * scale + after, of which products read the codes alone.
 
     It stands in for a tensor between a quantizer and the products that take its result. It can be seen in another shape, and be
-    multiplied; everything else raises `NotOfCodes`, so nothing in a net can fall back to float numbers unnoticed.
+    multiplied; everything else raises `UnsupportedIntegerOp`, so nothing in a net can fall back to float numbers unnoticed.
 
     Attributes:
         codes: whole numbers, int32. Those of StatsQ are the odd numbers 2k+1, with half its step as the scale.
@@ -41,7 +46,7 @@ class Coded:
     name: str = ""
 
     @classmethod
-    def of(cls, codes: Tensor, scale: Tensor, after: Tensor | None, bound: int, name: str = "") -> Coded:
+    def of(cls, codes: Tensor, scale: Tensor, after: Tensor | None, bound: int, name: str = "") -> QuantizedTensor:
         """From a scale and an offset that broadcast against the codes."""
         behind = None if after is None else after.float().expand(codes.shape)
         return cls(codes.to(torch.int32), scale.float().expand(codes.shape), behind, bound, name)
@@ -51,10 +56,10 @@ class Coded:
         x = self.codes * self.scale
         return x if self.after is None else x + self.after
 
-    def seen(self, view: Callable[[Tensor], Tensor]) -> Coded:
+    def seen(self, view: Callable[[Tensor], Tensor]) -> QuantizedTensor:
         """The same in another shape."""
         after = None if self.after is None else view(self.after)
-        return Coded(view(self.codes), view(self.scale), after, self.bound, self.name)
+        return QuantizedTensor(view(self.codes), view(self.scale), after, self.bound, self.name)
 
     @property
     def shape(self) -> torch.Size:
@@ -76,58 +81,38 @@ class Coded:
         """Where it is."""
         return self.codes.device
 
-    def transpose(self, first: int, second: int) -> Coded:
-        """As of a tensor."""
-        return self.seen(lambda t: t.transpose(first, second))
-
-    def permute(self, *dims: int) -> Coded:
-        """As of a tensor."""
-        return self.seen(lambda t: t.permute(*dims))
-
-    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Coded:
-        """As of a tensor."""
-        return self.seen(lambda t: t.flatten(start_dim, end_dim))
-
-    def unflatten(self, dim: int, sizes: Sequence[int]) -> Coded:
-        """As of a tensor."""
-        return self.seen(lambda t: t.unflatten(dim, tuple(sizes)))
-
-    def unsqueeze(self, dim: int) -> Coded:
-        """As of a tensor."""
-        return self.seen(lambda t: t.unsqueeze(dim))
-
-    def repeat_interleave(self, repeats: int, dim: int) -> Coded:
-        """As of a tensor."""
-        return self.seen(lambda t: t.repeat_interleave(repeats, dim=dim))
-
-    def chunk(self, chunks: int, dim: int = 0) -> tuple[Coded, ...]:
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[QuantizedTensor, ...]:
         """As of a tensor."""
         size = math.ceil(self.shape[dim] / chunks)
         return tuple(self.narrow(dim, at, min(size, self.shape[dim] - at)) for at in range(0, self.shape[dim], size))
 
-    def narrow(self, dim: int, start: int, length: int) -> Coded:
-        """As of a tensor."""
-        return self.seen(lambda t: t.narrow(dim, start, length))
+    transpose = _view("transpose")
+    permute = _view("permute")
+    flatten = _view("flatten")
+    unflatten = _view("unflatten")
+    unsqueeze = _view("unsqueeze")
+    repeat_interleave = _view("repeat_interleave")
+    narrow = _view("narrow")
 
-    def __matmul__(self, other: Coded | Tensor) -> Tensor:
+    def __matmul__(self, other: QuantizedTensor | Tensor) -> Tensor:
         return multiplied(self, other)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         handled = _HANDLED.get(func)
         if handled is None:
-            raise NotOfCodes(f"{getattr(func, '__name__', func)} is not done on codes: must be a view or a product")
+            raise UnsupportedIntegerOp(f"{getattr(func, '__name__', func)} is not done on codes: must be a view or a product")
         return handled(*args, **(kwargs or {}))
 
 
-def multiplied(a: Coded | Tensor, b: Coded | Tensor) -> Tensor:
+def multiplied(a: QuantizedTensor | Tensor, b: QuantizedTensor | Tensor) -> Tensor:
     """The product of (..., N, K) and (..., K, M): of the codes in integers, the scales outside; float32.
 
     Offsets behind quantizers meet the other factor in float numbers: constant rows, of no size beside the product. Where one factor was
     never quantized, there is nothing to do in integers.
     """
-    if not (isinstance(a, Coded) and isinstance(b, Coded)):
-        return torch.matmul(*(t.value() if isinstance(t, Coded) else t for t in (a, b)))
+    if not (isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor)):
+        return torch.matmul(*(t.value() if isinstance(t, QuantizedTensor) else t for t in (a, b)))
     out = _of_codes(a, b)
     if a.after is not None:
         out = out + torch.matmul(_once(a.after, -2), b.value())
@@ -141,7 +126,7 @@ def _once(t: Tensor, dim: int) -> Tensor:
     return t.narrow(dim, 0, 1) if t.stride(dim) == 0 and t.shape[dim] else t
 
 
-def _of_codes(a: Coded, b: Coded) -> Tensor:
+def _of_codes(a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
     across = _shared(b.scale, -2)
     if across is None:
         raise _inside(b)
@@ -156,8 +141,10 @@ def _of_codes(a: Coded, b: Coded) -> Tensor:
     return sum(_product(a, b, a.codes[..., at], b.codes[..., at, :]) * (value * across) for value, at in groups)
 
 
-def _inside(factor: Coded) -> NotOfCodes:
-    return NotOfCodes(f"{factor.name}: its scale changes along the summed dimension; codes allow scales that can stand outside of it")
+def _inside(factor: QuantizedTensor) -> UnsupportedIntegerOp:
+    return UnsupportedIntegerOp(
+        f"{factor.name}: its scale changes along the summed dimension; codes allow scales that can stand outside of it"
+    )
 
 
 def _shared(scale: Tensor, dim: int) -> Tensor | None:
@@ -166,20 +153,20 @@ def _shared(scale: Tensor, dim: int) -> Tensor | None:
     return one if scale.stride(dim) == 0 or torch.equal(scale, one.expand_as(scale)) else None
 
 
-def _product(a: Coded, b: Coded, left: Tensor, right: Tensor) -> Tensor:
-    out = whole_product(left, right)
+def _product(a: QuantizedTensor, b: QuantizedTensor, left: Tensor, right: Tensor) -> Tensor:
+    out = int_matmul(left, right)
     note(Product(a.name, b.name, left.shape[-1], a.bound, b.bound), out)
     return out
 
 
-def _linear(x: Coded | Tensor, weight: Coded | Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(x: QuantizedTensor | Tensor, weight: QuantizedTensor | Tensor, bias: Tensor | None = None) -> Tensor:
     out = multiplied(x, weight.transpose(0, 1))
     return out if bias is None else out + bias
 
 
 def _conv2d(  # noqa: PLR0913, PLR0917  (torch's signature)
-    x: Coded | Tensor,
-    weight: Coded | Tensor,
+    x: QuantizedTensor | Tensor,
+    weight: QuantizedTensor | Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
     padding: Any = 0,
@@ -187,13 +174,13 @@ def _conv2d(  # noqa: PLR0913, PLR0917  (torch's signature)
     groups: int = 1,
 ) -> Tensor:
     """A convolution as a product of patches (B, groups, positions, n) and kernels (groups, n, out)."""
-    if not (isinstance(x, Coded) and isinstance(weight, Coded)):
-        x, weight = (t.value() if isinstance(t, Coded) else t for t in (x, weight))
+    if not (isinstance(x, QuantizedTensor) and isinstance(weight, QuantizedTensor)):
+        x, weight = (t.value() if isinstance(t, QuantizedTensor) else t for t in (x, weight))
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     (sh, sw), (dh, dw) = (_pair(n) for n in (stride, dilation))
     kh, kw = weight.shape[-2:]
     if (dh, dw) != (1, 1) or isinstance(padding, str):
-        raise NotOfCodes(f"{weight.name}: convolutions of codes have dilation 1 and padding in numbers")
+        raise UnsupportedIntegerOp(f"{weight.name}: convolutions of codes have dilation 1 and padding in numbers")
     ph, pw = _pair(padding)
     padded = _padded(x, (pw, pw, ph, ph))
     patches = padded.seen(lambda t: t.unfold(2, kh, sh).unfold(3, kw, sw))  # (B, I, H', W', kh, kw)
@@ -204,24 +191,24 @@ def _conv2d(  # noqa: PLR0913, PLR0917  (torch's signature)
     return out if bias is None else out + bias.view(-1, 1, 1)
 
 
-def _padded(x: Coded, by: tuple[int, int, int, int]) -> Coded:
+def _padded(x: QuantizedTensor, by: tuple[int, int, int, int]) -> QuantizedTensor:
     """Zeros around an image (B, C, H, W): the code 0 without an offset."""
     if not any(by):
         return x
     one = x.scale[..., :1, :1]
     if not torch.equal(x.scale, one.expand_as(x.scale)):
-        raise NotOfCodes(f"{x.name}: a scale that changes from pixel to pixel cannot be padded")
+        raise UnsupportedIntegerOp(f"{x.name}: a scale that changes from pixel to pixel cannot be padded")
     codes = F.pad(x.codes, by)
-    return Coded(codes, one.expand(codes.shape), None if x.after is None else F.pad(x.after, by), x.bound, x.name)
+    return QuantizedTensor(codes, one.expand(codes.shape), None if x.after is None else F.pad(x.after, by), x.bound, x.name)
 
 
 def _pair(n: Any) -> tuple[int, int]:
     return (n, n) if isinstance(n, int) else tuple(n)
 
 
-def _dropout(x: Coded, p: float = 0.5, training: bool = True, inplace: bool = False) -> Coded:  # noqa: FBT001, FBT002  (torch's signature)
+def _dropout(x: QuantizedTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> QuantizedTensor:  # noqa: FBT001, FBT002  (torch's signature)
     if training and p:
-        raise NotOfCodes("dropout is not done on codes: put the net into evaluation mode")
+        raise UnsupportedIntegerOp("dropout is not done on codes: put the net into evaluation mode")
     return x
 
 

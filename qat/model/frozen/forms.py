@@ -1,20 +1,15 @@
-"""The frozen form of each quantizer."""
+"""The frozen form of a quantizer: what its grid says, and the codes of its weight."""
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
 
 from qat.errors import UsageError
 from qat.functional.bias_correction import correct_mean_and_std
-from qat.functional.lsq import SCALE_FLOOR
-from qat.model.frozen.quantizers import FrozenActivation, FrozenLog2, FrozenWeight
+from qat.model.frozen.quantizers import FrozenActivation, FrozenNonuniform, FrozenWeight
 from qat.model.sites import Site
-from qat.quantizers import LSQ, Affine, AutoSignLSQ, DynamicMinMax, Float, Log2, MinMax, Quantizer, Shifted, StatsQ
-
-KNOWN = (StatsQ, LSQ, AutoSignLSQ, Affine, MinMax, DynamicMinMax, Log2, Float)
+from qat.quantizers import Quantizer, UniformGrid
 
 
 def frozen_form(site: Site) -> Quantizer:
@@ -23,60 +18,24 @@ def frozen_form(site: Site) -> Quantizer:
     Raises:
         UsageError: the quantizer has no fixed grid.
     """
-    inside = site.quantizer.quantizer if isinstance(site.quantizer, Shifted) else site.quantizer
-    if type(inside) not in KNOWN:  # a subclass may round in another way
-        raise _refusal(site)
-    return _weight(site.quantizer, site, site.latent().detach()) if site.is_weight else _activation(site.quantizer, site)
+    quantizer = site.quantizer
+    if quantizer.is_float:
+        return quantizer
+    weight = site.latent().detach() if site.is_weight else None
+    grid = quantizer.grid(weight)
+    if isinstance(grid, UniformGrid):
+        return FrozenActivation(quantizer.spec, site.name, grid) if weight is None else _weight(site, grid, weight)
+    if grid is None or weight is not None or grid.before is not None:
+        why = f"{site.name} is quantized by {quantizer.spec.quantizer}, whose values have no fixed grid"
+        raise UsageError(f"freeze: {why}; must be statsq for weights, lsq, minmax, affine, log2, float or a class with the method grid")
+    return FrozenNonuniform(quantizer, site.name)
 
 
-@functools.singledispatch
-def _weight(quantizer: Quantizer, site: Site, weight: Tensor) -> Quantizer:
-    raise _refusal(site)
-
-
-def _refusal(site: Site) -> UsageError:
-    inside = site.quantizer.quantizer if isinstance(site.quantizer, Shifted) else site.quantizer
-    why = f"{site.name} is quantized by {type(inside).__name__}, of which no frozen form is known"
-    return UsageError(f"freeze: {why}; must be one of statsq for weights, lsq, minmax, affine, log2, float")
-
-
-@_weight.register
-def _(quantizer: Float, site: Site, weight: Tensor) -> Quantizer:
-    return quantizer
-
-
-@_weight.register
-def _(quantizer: StatsQ, site: Site, weight: Tensor) -> Quantizer:
-    step = (quantizer.scale_of(weight) / 2 ** (quantizer.spec.bits - 1)).flatten()
-    return _codes(site, quantizer.codes(weight), quantizer.axis or 0, step, torch.full_like(step, 0.5))
-
-
-@_weight.register
-def _(quantizer: LSQ, site: Site, weight: Tensor) -> Quantizer:
-    step = quantizer.scale.detach().float().clamp(min=SCALE_FLOOR)
-    return _codes(site, quantizer.codes(weight), quantizer.axis, step, torch.zeros_like(step))
-
-
-@_weight.register
-def _(quantizer: DynamicMinMax, site: Site, weight: Tensor) -> Quantizer:
-    step, zero_point = quantizer.grid_of(weight)
-    return _codes(site, quantizer.codes(weight), quantizer.axis, step, -zero_point)
-
-
-@_weight.register
-def _(quantizer: Affine, site: Site, weight: Tensor) -> Quantizer:
-    step, shift = quantizer.scale.float(), -quantizer.zero_point.float()
-    codes = quantizer.codes(weight)
-    if quantizer.qmin == 0:
-        codes = codes.to(torch.uint8)
-    made = _codes(site, codes, quantizer.axis, step, shift)
-    if quantizer.spec.bias_correction:
-        return _corrected(made, weight)
-    return made
-
-
-def _codes(site: Site, codes: Tensor, axis: int | None, step: Tensor, shift: Tensor) -> FrozenWeight:
-    return FrozenWeight(site.quantizer.spec, axis, site.name, (codes, step.clone(), shift.clone(), None))
+def _weight(site: Site, grid: UniformGrid, weight: Tensor) -> FrozenWeight:
+    codes = site.quantizer.codes(weight).to(torch.int8 if grid.qmin < 0 else torch.uint8)
+    shift = torch.zeros_like(grid.step) - grid.zero_point
+    made = FrozenWeight(site.quantizer.spec, grid.axis, site.name, (codes, grid.step.clone(), shift, None))
+    return _corrected(made, weight) if site.quantizer.spec.bias_correction else made
 
 
 def _corrected(made: FrozenWeight, weight: Tensor) -> FrozenWeight:
@@ -92,48 +51,3 @@ def _corrected(made: FrozenWeight, weight: Tensor) -> FrozenWeight:
     n = len(rows)
     parts = (made.stored, made.scale.expand(n) * ratio, made.shift.expand(n).clone(), corrected.mean(1) - ratio * rows.mean(1))
     return FrozenWeight(made.spec, axis, made.name, parts)
-
-
-@functools.singledispatch
-def _activation(quantizer: Quantizer, site: Site) -> Quantizer:
-    raise _refusal(site)
-
-
-@_activation.register
-def _(quantizer: Float, site: Site) -> Quantizer:
-    return quantizer
-
-
-@_activation.register
-def _(quantizer: Log2, site: Site) -> Quantizer:
-    return FrozenLog2(quantizer, site.name)
-
-
-@_activation.register
-def _(quantizer: LSQ, site: Site) -> FrozenActivation:
-    step = quantizer.scale.detach().float().clamp(min=SCALE_FLOOR)
-    return FrozenActivation(quantizer.spec, quantizer.axis, site.name, _bounds(quantizer), scale=step)
-
-
-def _bounds(quantizer: LSQ) -> tuple[int, int]:
-    if isinstance(quantizer, AutoSignLSQ):
-        return quantizer.bounds[bool(quantizer.signed > 0)]
-    return quantizer.spec.qmin, quantizer.spec.qmax
-
-
-@_activation.register
-def _(quantizer: Affine, site: Site) -> FrozenActivation:
-    zero_point = quantizer.zero_point.float().clone()
-    bounds = quantizer.qmin, quantizer.qmax
-    return FrozenActivation(quantizer.spec, quantizer.axis, site.name, bounds, scale=quantizer.scale.float().clone(), zero_point=zero_point)
-
-
-@_activation.register
-def _(quantizer: Shifted, site: Site) -> Quantizer:
-    made = _activation(quantizer.quantizer, site)
-    if not isinstance(made, FrozenActivation):
-        raise _refusal(site)
-    made.before = quantizer.offset_before.detach().float().clone()
-    if quantizer.offset_after is not None:
-        made.after = quantizer.offset_after.detach().float().clone()
-    return made

@@ -40,7 +40,7 @@ class Product:
         return self.largest.bit_length() + 1
 
 
-def whole_product(a: Tensor, b: Tensor) -> Tensor:
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """The product of int32 matrices, exact, int32.
 
     CUDA has no product of int32: float64, whose whole numbers are exact to 2^53, gives the same ones there.

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from qat.functional.ste import code_dtype, view_along
-from qat.model.frozen.coded import Coded
-from qat.quantizers import Quantizer
+from qat.model.frozen.coded import QuantizedTensor
+from qat.model.frozen.products import LARGEST
+from qat.quantizers import Grid, Quantizer, UniformGrid
 from qat.spec import OUTPUT_ROLES, QuantSpec
 
 MODES = ("float", "integer")
 # What leaves these goes into sums and norms, not into products.
 _STAYS_A_NUMBER = frozenset(OUTPUT_ROLES) - {"qkv"}
-_LOG2_BITS = 4
 # Of activations: in front of the rounding, and behind it.
 OFFSETS = ("before", "after")
 
@@ -26,7 +26,7 @@ class Frozen(Quantizer):
     """A quantizer without parameters.
 
     Attributes:
-        mode: `float` gives numbers on the grid, `integer` what products of codes take (`Coded`).
+        mode: `float` gives numbers on the grid, `integer` what products of codes take (`QuantizedTensor`).
         name: of its site.
         form: computes the same in another way, as operators of a file format; takes what `forward` takes. None = as here.
     """
@@ -42,7 +42,7 @@ class Frozen(Quantizer):
 
     @property
     def gives_codes(self) -> bool:
-        """True if the next forward pass gives `Coded`."""
+        """True if the next forward pass gives `QuantizedTensor`."""
         return self.mode == "integer" and self.spec.role not in _STAYS_A_NUMBER
 
 
@@ -68,39 +68,24 @@ class FrozenWeight(Frozen):
 
     def forward(self, x: Tensor | None = None) -> Tensor:
         """The weight, float32, whatever `x` is."""
-        ndim = self.stored.ndim
-        y = (self.stored + view_along(self.shift, ndim, self.axis)) * view_along(self.scale, ndim, self.axis)
-        return y if self.after is None else y + view_along(self.after, ndim, self.axis)
+        return self.grid().dequantize(self.stored)
 
     def held(self) -> Tensor:
         """The weight, as codes where the mode says so."""
         if self.form is not None:
             return self.form(None)
-        return self.coded() if self.gives_codes else self()  # type: ignore[return-value]
+        return _quantized(self.grid(), self.stored, self.name) if self.gives_codes else self()  # type: ignore[return-value]
 
     def codes(self, x: Tensor | None = None) -> Tensor:
         """`stored`."""
         return self.stored
 
-    def coded(self) -> Coded:
-        """On a grid through zero: of StatsQ the odd numbers 2k+1, of half its step."""
-        ndim = self.stored.ndim
-        halves = bool((self.shift % 1 != 0).any())
-        doubled = (self.stored + view_along(self.shift, ndim, self.axis)) * (2 if halves else 1)
-        scale = view_along(self.scale / (2 if halves else 1), ndim, self.axis)
-        after = None if self.after is None else view_along(self.after, ndim, self.axis)
-        bound = int(((torch.tensor([self.lowest, self.highest]) + self.shift.cpu()[:, None]) * (2 if halves else 1)).abs().max())
-        return Coded.of(doubled, scale, after, bound, self.name)
-
-    @property
-    def lowest(self) -> int:
-        """Lowest code."""
-        return -(2 ** (self.spec.bits - 1)) if self.stored.dtype == torch.int8 else 0
-
-    @property
-    def highest(self) -> int:
-        """Highest code."""
-        return self.lowest + 2**self.spec.bits - 1
+    def grid(self, x: Tensor | None = None) -> UniformGrid:
+        """Of the float weight that is gone."""
+        lowest = -(2 ** (self.spec.bits - 1)) if self.stored.dtype == torch.int8 else 0
+        highest = lowest + 2**self.spec.bits - 1
+        after = None if self.after is None else view_along(self.after, self.stored.ndim, self.axis)
+        return UniformGrid(qmin=lowest, qmax=highest, step=self.scale, zero_point=-self.shift, axis=self.axis, after=after)
 
     def extra_repr(self) -> str:
         """What is stored."""
@@ -112,7 +97,7 @@ class FrozenActivation(Frozen):
 
     Attributes:
         scale: s, (n,), in the unit of the input.
-        zero_point: z, (n,), whole numbers, or None = 0.
+        zero_point: z, (n,), whole or half numbers, or None = 0.
         before: a, over trailing dimensions, or None.
         after: c, likewise.
         bounds: lowest and highest code, int16, (2,): whether those of an image have a sign was found from data.
@@ -126,78 +111,83 @@ class FrozenActivation(Frozen):
     before: Tensor | None
     after: Tensor | None
 
-    def __init__(self, spec: QuantSpec, axis: int | None, name: str, bounds: tuple[int, int], **parts: Tensor | None) -> None:
-        super().__init__(spec, axis, name)
-        self.qmin, self.qmax = bounds
-        self.register_buffer("bounds", torch.tensor(bounds, dtype=torch.int16))
-        for key in ("scale", "zero_point", *OFFSETS):
-            self.register_buffer(key, parts.get(key))
+    def __init__(self, spec: QuantSpec, name: str, grid: UniformGrid) -> None:
+        super().__init__(spec, grid.axis, name)
+        self.qmin, self.qmax = grid.qmin, grid.qmax
+        self.register_buffer("bounds", torch.tensor([grid.qmin, grid.qmax], dtype=torch.int16))
+        zero = grid.zero_point
+        if not isinstance(zero, Tensor):
+            zero = torch.full_like(grid.step, zero) if zero else None  # type: ignore[assignment]
+        for key, value in (("scale", grid.step), ("zero_point", zero), ("before", grid.before), ("after", grid.after)):
+            self.register_buffer(key, None if value is None else value.detach().float().clone())  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Numbers on the grid, float32 inside and the dtype of `x` outside; or `Coded`."""
+        """Numbers on the grid, float32 inside and the dtype of `x` outside; or `QuantizedTensor`."""
         if self.form is not None:
             return self.form(x)
         if self.gives_codes:
-            return self.coded(x)  # type: ignore[return-value]
-        codes, step, zero = self.rounded(x)
-        y = (codes if zero is None else codes - zero) * step
-        return (y if self.after is None else y + self.after).to(x.dtype)
-
-    def placed(self, shifted: Tensor) -> Tensor:
-        """Where x + a is between the codes, before rounding, float32, the shape of x."""
-        u, _, _ = self._coordinate(shifted)
-        return u
+            return _quantized(self.grid(), self._rounded(x), self.name)  # type: ignore[return-value]
+        return self.grid().dequantize(self._rounded(x)).to(x.dtype)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes in [qmin, qmax], zero point included."""
-        return self.rounded(x)[0].to(code_dtype(self.qmin, self.qmax))
+        return self._rounded(x).to(code_dtype(self.qmin, self.qmax))
 
-    def coded(self, x: Tensor) -> Coded:
-        """Codes without the zero point."""
-        codes, step, zero = self.rounded(x)
-        lowest = 0 if zero is None else int(zero.min())
-        highest = 0 if zero is None else int(zero.max())
-        bound = max(abs(self.qmin - highest), abs(self.qmax - lowest))
-        return Coded.of(codes if zero is None else codes - zero, step, self.after, bound, self.name)
+    def grid(self, x: Tensor | None = None) -> UniformGrid:
+        """That of the buffers."""
+        zero = 0.0 if self.zero_point is None else self.zero_point
+        bounds = {"qmin": self.qmin, "qmax": self.qmax}
+        return UniformGrid(**bounds, step=self.scale, zero_point=zero, axis=self.axis, before=self.before, after=self.after)
 
-    def rounded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes as float32, step and zero point that broadcast against them."""
-        u, step, zero = self._coordinate(x.float() if self.before is None else x.float() + self.before)
-        return u.round().clamp(self.qmin, self.qmax), step, zero
-
-    def _coordinate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        step = view_along(self.scale, x.ndim, self.axis)
-        zero = None if self.zero_point is None else view_along(self.zero_point, x.ndim, self.axis)
-        u = x / step
-        return u if zero is None else u + zero, step, zero
+    def _rounded(self, x: Tensor) -> Tensor:
+        """Codes as float32."""
+        return self.grid().to_code_coordinates(x).round().clamp(self.qmin, self.qmax)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.qmin, self.qmax = (int(n) for n in self.bounds)
 
 
-class FrozenLog2(Frozen):
-    """Powers of two; as codes, whole multiples of the smallest one."""
+class FrozenNonuniform(Frozen):
+    """Values that are not evenly spaced, as powers of two; as codes, whole multiples of the unit of their grid."""
 
     def __init__(self, quantizer: Quantizer, name: str) -> None:
-        super().__init__(quantizer.spec, None, name)
+        super().__init__(quantizer.spec, quantizer.axis, name)
         self.quantizer = quantizer
 
     def forward(self, x: Tensor) -> Tensor:
-        """2^-k, or `Coded`."""
+        """What the quantizer gives, or `QuantizedTensor`."""
         y: Tensor = self.quantizer(x)
         if not self.gives_codes:
             return y
-        if self.spec.bits > _LOG2_BITS:
+        grid = self.grid()
+        unit = torch.as_tensor(grid.unit, device=x.device)
+        bound = int(max(float(end.abs().max()) for end in grid.ends()) / float(grid.unit))
+        if bound > LARGEST:
             raise TypeError(
-                f"{self.name}: powers of two of {self.spec.bits} bits are no integers of 32 bits; must be from 2 to {_LOG2_BITS}"
+                f"{self.name}: its values are no integers of 32 bits: they go up to {bound} times the smallest; must be fewer bits"
             )
-        places = 2**self.spec.bits - 1
-        return Coded.of(y.float() * 2**places, torch.tensor(2.0**-places, device=x.device), None, 2**places, self.name)  # type: ignore[return-value]
+        return QuantizedTensor.of(y.float() / unit, unit, None, bound, self.name)  # type: ignore[return-value]
 
     def codes(self, x: Tensor) -> Tensor:
-        """The exponents."""
+        """Those of the quantizer."""
         return self.quantizer.codes(x)
+
+    def grid(self, x: Tensor | None = None) -> Grid:
+        """That of the quantizer."""
+        found = self.quantizer.grid(x)
+        assert found is not None  # noqa: S101  (narrows a type)
+        return found
+
+
+def _quantized(grid: UniformGrid, codes: Tensor, name: str) -> QuantizedTensor:
+    """On a grid through zero: codes without the zero point, of half steps the odd numbers 2k+1 in units of half a step."""
+    _, zero = grid.along(codes.ndim)
+    factor = 2 if grid.is_half_step else 1
+    lowest, highest = (float(end) for end in torch.as_tensor(zero).aminmax())
+    bound = int(factor * max(abs(grid.qmin - highest), abs(grid.qmax - lowest)))
+    unit = view_along(grid.unit, codes.ndim, grid.axis)
+    return QuantizedTensor.of((codes - zero) * factor, unit, grid.after, bound, name)
 
 
 def set_mode(net: nn.Module, mode: str) -> nn.Module:

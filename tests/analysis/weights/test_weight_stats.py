@@ -12,7 +12,7 @@ from qat.quantizers import LSQ, Affine, StatsQ
 from qat.spec import QuantSpec
 from tests import tiny
 from tests.analysis.common import KINDS, net_of
-from tests.analysis.test_code_axis import Odd
+from tests.quantizers.test_grid import Odd
 
 
 def lsq(*steps, bits=2):

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from qat.kernels import Grid
-from qat.kernels.fused import Operand, QkrOperands, QkrWeights, Scoring, attention, lsq_linear, qkr_attention, remember, simple, viewed
+from qat.kernels import CodeRange
+from qat.kernels.fused import LSQParams, QkrOperands, QkrWeights, Scoring, attention, lsq_linear, qkr_attention, remember, simple, viewed
 
 B, N, H, D = 4, 7, 2, 6
 C = H * D
@@ -19,7 +19,7 @@ def randn(*shape, seed=0, scale=1.0):
 def operand(n, grid, offsets=2, seed=0, channels=C):
     scale = (0.2 + torch.rand(n, generator=torch.Generator().manual_seed(seed))).requires_grad_()
     before, after = (randn(channels, seed=seed + i, scale=0.2) if i <= offsets else None for i in (1, 2))
-    return Operand(scale, before, after, grid, 0.5)
+    return LSQParams(scale, before, after, grid, 0.5)
 
 
 def leaves(*parts):
@@ -44,7 +44,7 @@ def compare(fused, plain, tensors):
 
 def linear_parts(bias=True, offsets=2):
     x, w = randn(B, N, C, seed=20, scale=2.0), randn(9, C, seed=21)
-    return x, operand(N, Grid(-2, 1, -2), offsets), w, randn(9, seed=22) if bias else None
+    return x, operand(N, CodeRange(-2, 1, -2), offsets), w, randn(9, seed=22) if bias else None
 
 
 @pytest.mark.parametrize(("bits", "bias", "offsets"), [(2, True, 2), (4, False, 2), (2, True, 0), (None, False, 1), (3, True, 1)])
@@ -54,7 +54,7 @@ def test_linear(bits, bias, offsets):
 
 
 def test_linear_on_a_map_and_on_one_row():
-    for shape, grid, n in (((2, 3, 5, C), Grid(-8, 7, None), 1), ((B, C), Grid(-128, 127, None), 1)):
+    for shape, grid, n in (((2, 3, 5, C), CodeRange(-8, 7, None), 1), ((B, C), CodeRange(-128, 127, None), 1)):
         parts = randn(*shape), operand(n, grid), randn(9, C), randn(9)
         compare(lsq_linear(*parts, 2), simple.lsq_linear(*parts, 2), leaves(*parts))
 
@@ -95,7 +95,7 @@ def test_what_can_be_made_again_is_not_kept(maker):
 
 def test_a_view_keeps_the_note():
     x, o, w, b = linear_parts()
-    o = o._replace(grid=Grid(-8, 7, None), scale=o.scale[:1].detach().requires_grad_())
+    o = o._replace(codes=CodeRange(-8, 7, None), scale=o.scale[:1].detach().requires_grad_())
 
     def run(note):
         made = F.gelu(x)
@@ -118,8 +118,8 @@ def test_a_tensor_written_into_is_kept_itself():
 
 def attention_parts(seed=40):
     qkv = randn(B, N, 3 * C, seed=seed)
-    token, channel = Grid(-2, 1, -2), Grid(-2, 1, -1)
-    operands = operand(N, token, 2), operand(N, token, 1, 5), operand(C, channel, 2, 10), operand(N, Grid(0, 3, -2), 0, 15)
+    token, channel = CodeRange(-2, 1, -2), CodeRange(-2, 1, -1)
+    operands = operand(N, token, 2), operand(N, token, 1, 5), operand(C, channel, 2, 10), operand(N, CodeRange(0, 3, -2), 0, 15)
     return qkv, tuple(o._replace(scale=(0.1 * o.scale).detach().requires_grad_()) if i == 3 else o for i, o in enumerate(operands))
 
 
@@ -144,12 +144,12 @@ def qkr_parts(q_bias=False):
     x = randn(B, N, C, seed=60)
     weights = QkrWeights(*(randn(C, C, seed=i) for i in (61, 62, 63)), randn(C, seed=64), randn(H * C, seed=65), None)
     weights = weights._replace(q_bias=randn(C, seed=67) if q_bias else None)
-    token = Grid(-2, 1, -2)
-    probs = operand(N, Grid(0, 3, -2), 0, 15)
+    token = CodeRange(-2, 1, -2)
+    probs = operand(N, CodeRange(0, 3, -2), 0, 15)
     operands = QkrOperands(
         operand(N, token, 2),
         operand(N * H, token, 0, 5)._replace(scale=randn(N * H, seed=66).abs().detach().add(1).requires_grad_()),
-        operand(C, Grid(-2, 1, -1), 2, 10),
+        operand(C, CodeRange(-2, 1, -1), 2, 10),
         probs._replace(scale=(0.1 * probs.scale).detach().requires_grad_()),
     )
     return x, weights, operands

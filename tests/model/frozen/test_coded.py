@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qat.model.frozen import Coded, Product, noting
+from qat.model.frozen import Product, QuantizedTensor, noting
 
 
 def coded(shape, scale_shape, after_shape=None, bound=8, seed=0, name="x"):
@@ -12,7 +12,7 @@ def coded(shape, scale_shape, after_shape=None, bound=8, seed=0, name="x"):
     codes = torch.randint(-bound, bound + 1, shape, generator=generator)
     scale = torch.rand(scale_shape, generator=generator) + 0.5
     after = None if after_shape is None else torch.randn(after_shape, generator=generator)
-    return Coded.of(codes, scale, after, bound, name)
+    return QuantizedTensor.of(codes, scale, after, bound, name)
 
 
 def exact(x):
@@ -70,7 +70,10 @@ def test_products_are_noted_with_the_accumulator_that_they_need():
 
 
 def test_sums_that_could_overflow_are_refused():
-    x, w = Coded.of(torch.zeros(1, 2), torch.ones(1), None, 2**15), Coded.of(torch.zeros(1, 2), torch.ones(1), None, 2**15)
+    x, w = (
+        QuantizedTensor.of(torch.zeros(1, 2), torch.ones(1), None, 2**15),
+        QuantizedTensor.of(torch.zeros(1, 2), torch.ones(1), None, 2**15),
+    )
     with pytest.raises(OverflowError, match="33 bits"):
         F.linear(x, w)
 

@@ -1,4 +1,4 @@
-"""Where the codes of a tensor lie, and which of its elements share a step: what every kernel of LSQ is told."""
+"""A tensor as rows in memory: what kernels that walk through it are told."""
 
 from __future__ import annotations
 
@@ -8,38 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A step smaller than this is taken for this.
-SCALE_FLOOR = 1e-5
-
-
-def group_size(x: Tensor, axis: int | None) -> int:
-    """Number of elements that share one scale."""
-    return x.numel() if axis is None else math.prod(x.shape) // max(x.shape[axis], 1)
-
-
-class Grid(NamedTuple):
-    """The grid of an LSQ quantizer.
-
-    Attributes:
-        qmin: lowest code.
-        qmax: highest code.
-        axis: dimension that keeps steps of its own, None = one for the tensor.
-    """
-
-    qmin: int
-    qmax: int
-    axis: int | None
-
-    def bounds(self, sign: Tensor | None) -> tuple[float, float] | tuple[Tensor, Tensor]:
-        """Lowest and highest code.
-
-        Args:
-            sign: None, or one number: above 0 the codes are the grid's, else as many from 0 up. Read without waiting for the device.
-        """
-        if sign is None:
-            return self.qmin, self.qmax
-        lowest = torch.where(sign > 0, float(self.qmin), 0.0)
-        return lowest, lowest + (self.qmax - self.qmin)
+from qat.functional.lsq import CodeRange
 
 
 class Layout(NamedTuple):
@@ -74,17 +43,17 @@ def row_stride(x: Tensor, length: int) -> int | None:
     return x.stride(-2)
 
 
-def layout_of(x: Tensor, grid: Grid, n_offsets: int = 0) -> Layout | None:
+def layout_of(x: Tensor, codes: CodeRange, n_offsets: int = 0) -> Layout | None:
     """The rows of `x`, (..., length); None where a kernel that walks through rows does not fit.
 
     Args:
         x: the tensor to quantize.
-        grid: its grid.
+        codes: its codes.
         n_offsets: elements of the offsets, which vary over the trailing dimensions of `x`; 0 = none.
     """
-    if x.ndim == 0 or (grid.axis is not None and not -x.ndim <= grid.axis < x.ndim):
+    if x.ndim == 0 or (codes.axis is not None and not -x.ndim <= codes.axis < x.ndim):
         return None
-    axis = None if grid.axis is None else grid.axis % x.ndim
+    axis = None if codes.axis is None else codes.axis % x.ndim
     by_column = axis is not None and axis == x.ndim - 1
     length = math.prod(x.shape[axis + 1 :]) if axis is not None and not by_column else n_offsets or x.shape[-1]
     stride = row_stride(x, length) if length and x.numel() else None
@@ -94,16 +63,16 @@ def layout_of(x: Tensor, grid: Grid, n_offsets: int = 0) -> Layout | None:
     return Layout(x.numel() // length, length, stride, steps, by_column)
 
 
-def rows_of(x: Tensor, scale: Tensor, offsets: list[torch.Size], grid: Grid) -> Layout | None:
+def rows_of(x: Tensor, scale: Tensor, offsets: list[torch.Size], codes: CodeRange) -> Layout | None:
     """Rows of `x`, if each of them, or each of their elements, has a step, and each element of a row an offset.
 
     Args:
         x: any shape.
         scale: the steps.
         offsets: shapes of the offsets.
-        grid: codes and axis.
+        codes: codes and axis.
     """
-    layout = layout_of(x, grid, math.prod(offsets[0]) if offsets else 0)
+    layout = layout_of(x, codes, math.prod(offsets[0]) if offsets else 0)
     if layout is None or scale.numel() != layout.steps:
         return None
     are_trailing = all(math.prod(shape) == layout.length and x.shape[x.ndim - len(shape) :] == shape for shape in offsets)
