@@ -7,8 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from qat.data.auto_augment import check_auto_augment
-from qat.data.transforms import AUGMENTATIONS, ERASE_MODES, INTERPOLATIONS
+from qat.data.auto_augment import AUGMENTATIONS, ERASE_MODES, INTERPOLATIONS, check_auto_augment
 from qat.errors import UsageError
 from qat.spec import check_choice, check_number, check_whole
 

@@ -1,25 +1,29 @@
-"""A folder per class, as torchvision's `ImageFolder` and most tools write them."""
+"""A folder per class, as torchvision's `ImageFolder` and most tools write them; ImageNet (ILSVRC 2012) comes as one."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+from timm.data import ImageNetInfo
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from qat.data.arrays import ImageSource, digest, stratified_split
-from qat.data.encoded import as_labels
-from qat.data.folders import data_folder
+from qat.data.base import data_folder
+from qat.data.encoded import load
 from qat.data.kept import stamp
-from qat.data.lazy import load
 from qat.data.photos import Photos
 from qat.errors import UsageError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+EXTENSIONS = IMG_EXTENSIONS
 FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 LAYOUT = "train/<class>/*, val/<class>/* and test/<class>/*"
 
@@ -40,9 +44,9 @@ class FileImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def content(self, index: int) -> bytes:
-        """The bytes of one image file."""
-        return Path(self.name(index)).read_bytes()
+    def open(self, index: int) -> Image.Image:
+        """One image."""
+        return Image.open(io.BytesIO(Path(self.name(index)).read_bytes()))
 
     def name(self, index: int) -> str:
         """Its path."""
@@ -63,9 +67,6 @@ class FileImages:
         """Of the names of the files below their folder, and the labels; a file whose content alone has changed is not noticed."""
         start = len(os.fsencode(self.folder))
         return digest(self.labels, b"\0".join(path[start:] for path in self.paths.tolist()))
-
-    def hold(self, megabytes: float, *, keeps: bool) -> None:
-        """Nothing to do: a file is read when it is asked for."""
 
     def take(self, indices: NDArray[np.int64]) -> FileImages:
         """The files at `indices`."""
@@ -116,6 +117,35 @@ class ImageFolder(Photos):
         return len(self.classes(data_folder(settings.get("root"), LAYOUT)))
 
 
+class ImageNet(ImageFolder):
+    """`root/train/<wnid>/*` and `root/{val,validation}/<wnid>/*`; class ids of pretrained heads are those of the sorted wnids.
+
+    Validation images alone are enough to evaluate a net.
+    """
+
+    def classes(self, root: Path) -> list[str]:
+        """Sorted wnids.
+
+        Raises:
+            UsageError: a folder is not named by its wnid: other names have another order, and a pretrained head would be wrong.
+        """
+        names = super().classes(root)
+        for name in names:
+            if not re.fullmatch(r"n\d{8}", name):
+                raise UsageError(
+                    f"{classes_folder(root) / name}: is no wnid like n01440764; other class names are read by data=imagefolder"
+                )
+        return names
+
+    def named_classes(self) -> list[str] | None:
+        """In words, as timm has them for a wnid; without `data.root` for all 1000."""
+        info = ImageNetInfo()
+        known = info.label_names()
+        words = {wnid: info.label_name_to_description(wnid) for wnid in known}
+        wnids = super().named_classes() or (known if self.settings.num_classes == len(known) else [])
+        return [words.get(wnid, wnid) for wnid in wnids] or None
+
+
 def _first_folder(root: Path, split: str) -> Path | None:
     return next((root / name for name in FOLDERS[split] if (root / name).is_dir()), None)
 
@@ -156,22 +186,20 @@ def list_files(folder: Path, classes: list[str], source: str = "train") -> FileI
         UsageError: a folder is none of `classes`, there is no image, or none of a class in the split that has them.
     """
     ids = {name: number for number, name in enumerate(classes)}
-    paths: list[bytes] = []
-    empty: list[str] = []
-    labels: list[int] = []
     for name in class_names(folder):
         if name not in ids:
             raise UsageError(f"{folder / name}: is no class of {source}; its classes are {_shown(classes)}")
-        walked = (os.path.join(at, file) for at, _, files in os.walk(folder / name, followlinks=True) for file in files)
-        found = sorted(path for path in walked if path.lower().endswith(EXTENSIONS) and not os.path.basename(path).startswith("."))
-        empty += [name] if not found else []
-        paths += [os.fsencode(path) for path in found]
-        labels += [ids[name]] * len(found)
-    if not paths:
-        raise UsageError(f"{folder}: holds no images; known are {', '.join(EXTENSIONS)}")
-    if empty and folder.name == source:
-        raise UsageError(f"{folder / empty[0]}: holds no images; known are {', '.join(EXTENSIONS)}")
-    return FileImages(np.asarray(paths), as_labels(labels), str(folder))
+    found = sorted(make_dataset(str(folder), ids, is_valid_file=_is_image, allow_empty=True), key=lambda one: (one[1], one[0]))
+    labels = np.asarray([label for _, label in found], dtype=np.int64)
+    empty = sorted({*range(len(classes))} - {*labels.tolist()})
+    if not found or (empty and folder.name == source):
+        lacking = folder / classes[empty[0]] if found else folder
+        raise UsageError(f"{lacking}: holds no images; known are {', '.join(EXTENSIONS)}")
+    return FileImages(np.asarray([os.fsencode(path) for path, _ in found]), labels, str(folder))
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(EXTENSIONS) and not os.path.basename(path).startswith(".")
 
 
 def _shown(names: list[str], at_most: int = 10) -> str:

@@ -35,21 +35,6 @@ class _Record:
         self.state = state
 
 
-class _Latin1:
-    """How Python 3 writes bytes into old pickles: a text and the name of its encoding."""
-
-    __slots__ = ()
-
-    def __call__(self, text: str, encoding: str) -> bytes:
-        if encoding != "latin1":
-            raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
-        return text.encode("latin1")
-
-    def __setstate__(self, state: Any) -> None:
-        # On a plain function a pickle could set attributes.
-        raise pickle.UnpicklingError("it changes a function")
-
-
 class _Unpickler(pickle.Unpickler):
     """Builds lists, dicts, numbers, bytes and `_Record`."""
 
@@ -58,7 +43,6 @@ class _Unpickler(pickle.Unpickler):
         ("numpy._core.multiarray", "_reconstruct"): _Record,
         ("numpy", "ndarray"): _Record,
         ("numpy", "dtype"): _Record,
-        ("_codecs", "encode"): _Latin1(),
     }
 
     def find_class(self, module: str, name: str) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qat.data.auto_augment import INTERPOLATIONS
 from qat.data.checks import check_augmentation, check_mixing, check_normalisation
-from qat.data.transforms import INTERPOLATIONS
 from qat.errors import UsageError
 from qat.spec import check_choice, check_number, check_text, check_whole
 
