@@ -10,6 +10,7 @@ from qat.data.imagefolder import ImageFolder, ImageNet
 from qat.data.mixup import BatchMixup
 from qat.data.parquet import HfParquet
 from qat.data.settings import DataSettings
+from qat.data.timm_readers import Timm
 
 __all__ = [
     "BatchMixup",
@@ -22,5 +23,6 @@ __all__ = [
     "ImageData",
     "ImageFolder",
     "ImageNet",
+    "Timm",
     "image_transform",
 ]

@@ -81,6 +81,7 @@ class ImageData(LightningDataModule, ABC):
     """
 
     CLASSES: ClassVar[Sequence[str]] = ()
+    SETTINGS: ClassVar[type[DataSettings]] = DataSettings
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -94,14 +95,14 @@ class ImageData(LightningDataModule, ABC):
         Raises:
             UsageError: unknown setting, or a value that cannot work.
         """
-        fields = {field.name: field for field in dataclasses.fields(DataSettings)}
+        fields = {field.name: field for field in dataclasses.fields(cls.SETTINGS)}
         for name in settings:
             if name not in fields:
                 raise UsageError(f"data.{name} is none of them: the settings are {', '.join(fields)}")
         for name, field in fields.items():
             if name not in settings and field.default is dataclasses.MISSING:
                 raise UsageError(f"data.{name} is missing")
-        return DataSettings(**settings)
+        return cls.SETTINGS(**settings)
 
     @abstractmethod
     def read(self) -> Mapping[str, ImageSource]:
