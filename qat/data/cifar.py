@@ -7,7 +7,7 @@ import dataclasses
 from qat.data.arrays import ImageArrays, stratified_split
 from qat.data.base import ImageData, data_folder
 from qat.data.encoded import decoded
-from qat.data.parquet import ParquetImages, find_parquet, in_words
+from qat.data.parquet import ParquetImages, find_parquet
 from qat.data.pickled import FOLDER, TEST, TRAIN, find_batches, read_batches
 from qat.errors import UsageError
 
@@ -38,7 +38,7 @@ class Cifar10(ImageData):
         root = data_folder(settings.root, f"train*.parquet and test*.parquet, or {FOLDER}")
         if any(root.rglob("train*.parquet")):
             files = (find_parquet(settings.root, split) for split in ("train", "test"))
-            train, test = (decoded(ParquetImages(found), settings, in_words(found)) for found in files)
+            train, test = (decoded(ParquetImages(found), settings) for found in files)
             return train, test
         batches = find_batches(root)
         if batches is None:

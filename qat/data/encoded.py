@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Self
 
 import numpy as np
 import PIL
@@ -37,30 +39,49 @@ class ImageError(UsageError):
         super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
 
 
-class EncodedImages(Protocol):
-    """Image files by index, wherever they are stored."""
+class EncodedImages(ABC):
+    """Image files by index, wherever they are stored: all, or some rows of them.
 
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """(N,), class ids."""
+    Args:
+        labels: (N,), class ids.
+        where: what holds them, for messages.
+    """
 
-    def __len__(self) -> int: ...
+    def __init__(self, labels: NDArray[np.int64], where: str) -> None:
+        self.labels, self.where, self.rows = labels, where, np.arange(len(labels))
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, indices: NDArray[np.int64]) -> Self:
+        """The images at `indices`."""
+        taken = copy.copy(self)
+        taken.labels, taken.rows = self.labels[indices], self.rows[indices]
+        return taken
+
+    @abstractmethod
     def open(self, index: int) -> Image.Image:
         """One image, of which no more than the header needs to be decoded."""
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """Where it is, for messages."""
 
+    @abstractmethod
     def origin(self) -> list[Any] | None:
-        """What tells these images from any others, as plain data: files, their sizes and times, which images of them; None = not known.
+        """What tells these images from any others, as plain data: files, their sizes and times, which rows of them; None = not known.
 
         Raises:
             OSError: a file is not there any more.
         """
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """What tells these images from any others wherever their folder lies: names below it, and labels; no image is read."""
+
+    def row_bytes(self) -> bytes:
+        """The rows as a fingerprint takes them."""
+        return np.ascontiguousarray(self.rows, "<i8").tobytes()
 
 
 def read_one(encoded: EncodedImages, index: int, chans: int) -> NDArray[np.uint8]:
@@ -77,14 +98,13 @@ def read_one(encoded: EncodedImages, index: int, chans: int) -> NDArray[np.uint8
         raise ImageError(f"{encoded.name(index)} cannot be decoded ({' '.join(f'{error}'.split())})") from error
 
 
-def read_all(encoded: EncodedImages, chans: int, on_error: str, where: str) -> ImageArrays:
+def read_all(encoded: EncodedImages, chans: int, on_error: str) -> ImageArrays:
     """Decode all images, which must be of one size.
 
     Args:
         encoded: the images.
         chans: colour channels of the result.
         on_error: `raise`, or `skip` = leave out what cannot be decoded, count and name it in a warning.
-        where: what holds the images, for messages.
 
     Raises:
         UsageError: an image cannot be decoded, there are none, or sizes differ.
@@ -103,19 +123,18 @@ def read_all(encoded: EncodedImages, chans: int, on_error: str, where: str) -> I
         names = "; ".join(failed[:NAMED_AT_MOST])
         log.warning("data.on_error=skip: left out %d of %d images: %s%s", len(failed), len(encoded), names, more)
     if not images:
-        raise UsageError(f"{where}: no images")
+        raise UsageError(f"{encoded.where}: no images")
     if len({image.shape for image in images}) > 1:
-        raise UsageError(f"{where}: images have different sizes, one size is needed here")
+        raise UsageError(f"{encoded.where}: images have different sizes, one size is needed here")
     return ImageArrays(np.stack(images), encoded.labels[rows], len(failed))
 
 
-def decoded(encoded: EncodedImages, settings: DataSettings, where: str) -> ImageArrays:
+def decoded(encoded: EncodedImages, settings: DataSettings) -> ImageArrays:
     """All images, which must be of one size, decoded; from the disk if an earlier run has left them there (`data.cache`).
 
     Args:
         encoded: the images.
         settings: with `in_chans`, `on_error` and `cache`.
-        where: what holds the images, for messages.
 
     Raises:
         UsageError: an image cannot be decoded, there are none, or sizes differ.
@@ -124,13 +143,13 @@ def decoded(encoded: EncodedImages, settings: DataSettings, where: str) -> Image
     if found is not None:
         return found
     began = time.perf_counter()
-    arrays = read_all(encoded, settings.in_chans, settings.on_error, where)
+    arrays = read_all(encoded, settings.in_chans, settings.on_error)
     seconds = time.perf_counter() - began
     origin = _origin(encoded, settings)
     is_slow = settings.cache is True or seconds > SLOW_S
     if origin is None or not is_slow or arrays.left_out:
         return arrays
-    kept.keep(origin, arrays.images, f"{where}: decoded in {seconds:.0f} s")
+    kept.keep(origin, arrays.images, f"{encoded.where}: decoded in {seconds:.0f} s")
     found = _kept(encoded, settings)  # what is mapped is shared by the processes of a machine
     return arrays if found is None else found
 
@@ -152,22 +171,18 @@ def _origin(encoded: EncodedImages, settings: DataSettings) -> dict[str, Any] | 
     return {"format": FORMAT, "decoder": f"Pillow {PIL.__version__}", "chans": settings.in_chans, "images": images}
 
 
-def load(encoded: EncodedImages, settings: DataSettings, where: str) -> ImageSource:
+def load(encoded: EncodedImages, settings: DataSettings) -> ImageSource:
     """In memory where the settings allow it, all images are of one size and they fit, else decoded when needed."""
     if settings.in_memory:
         arrays = _kept(encoded, settings)
         size = _one_size(encoded) if arrays is None else arrays.images.shape[1:3]
-        if size is not None and _fits(len(encoded) * math.prod(size) * settings.in_chans, settings, where):
-            return replace(decoded(encoded, settings, where) if arrays is None else arrays, known_as=encoded.fingerprint())
+        pixels = 0 if size is None else len(encoded) * math.prod(size) * settings.in_chans
+        if pixels > settings.memory_mb * MEGABYTE:
+            needs = f"{pixels / MEGABYTE:.0f} MB once decoded, data.memory_mb={settings.memory_mb:g}"
+            log.info("%s: %s: decoded when needed", encoded.where, needs)
+        elif size is not None:
+            return replace(decoded(encoded, settings) if arrays is None else arrays, known_as=encoded.fingerprint())
     return LazyImages(encoded, settings.in_chans, settings.on_error)
-
-
-def _fits(size: int, settings: DataSettings, where: str) -> bool:
-    """True if so many bytes of images may be in memory; says so if not."""
-    if size <= settings.memory_mb * MEGABYTE:
-        return True
-    log.info("%s: %.0f MB once decoded, data.memory_mb=%g: decoded when needed", where, size / MEGABYTE, settings.memory_mb)
-    return False
 
 
 def _one_size(encoded: EncodedImages) -> tuple[int, int] | None:

@@ -16,9 +16,9 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from qat.data.arrays import ImageSource, digest, stratified_split
+from qat.data.arrays import digest
 from qat.data.base import data_folder
-from qat.data.encoded import load
+from qat.data.encoded import EncodedImages
 from qat.data.kept import stamp
 from qat.data.photos import Photos
 from qat.errors import UsageError
@@ -28,7 +28,7 @@ FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": (
 LAYOUT = "train/<class>/*, val/<class>/* and test/<class>/*"
 
 
-class FileImages:
+class FileImages(EncodedImages):
     """Image files and their classes.
 
     Args:
@@ -39,10 +39,8 @@ class FileImages:
 
     def __init__(self, paths: NDArray[np.bytes_], labels: NDArray[np.int64], folder: str = "") -> None:
         # One array: a million Python objects would be copied page by page into every worker process, as their counts change.
-        self.paths, self.labels, self.folder = paths, labels, folder
-
-    def __len__(self) -> int:
-        return len(self.labels)
+        self.paths = paths
+        super().__init__(labels, folder)
 
     def open(self, index: int) -> Image.Image:
         """One image."""
@@ -50,7 +48,7 @@ class FileImages:
 
     def name(self, index: int) -> str:
         """Its path."""
-        return os.fsdecode(self.paths[index])
+        return os.fsdecode(self.paths[self.rows[index]])
 
     def origin(self) -> list[Any]:
         """How many files, and a sum over their paths, sizes and times.
@@ -65,12 +63,8 @@ class FileImages:
 
     def fingerprint(self) -> str:
         """Of the names of the files below their folder, and the labels; a file whose content alone has changed is not noticed."""
-        start = len(os.fsencode(self.folder))
-        return digest(self.labels, b"\0".join(path[start:] for path in self.paths.tolist()))
-
-    def take(self, indices: NDArray[np.int64]) -> FileImages:
-        """The files at `indices`."""
-        return FileImages(self.paths[indices], self.labels[indices], self.folder)
+        start = len(os.fsencode(self.where))
+        return digest(self.labels, b"\0".join(path[start:] for path in self.paths[self.rows].tolist()))
 
 
 class ImageFolder(Photos):
@@ -80,9 +74,7 @@ class ImageFolder(Photos):
     where another split has a folder for every class.
     """
 
-    HELD_OUT = 0.1
-
-    def read(self) -> dict[str, ImageSource]:
+    def encoded(self) -> dict[str, EncodedImages]:
         """All splits that there are.
 
         Raises:
@@ -94,11 +86,7 @@ class ImageFolder(Photos):
             why = "" if source.name == "train" else "; without train it needs one for every class, ids are those of the sorted names"
             raise UsageError(f"data.num_classes={self.settings.num_classes}: {source} has {len(classes)} class folders{why}")
         folders = {split: folder for split in FOLDERS if (folder := _first_folder(root, split)) is not None}
-        files = {split: list_files(folder, classes, source.name) for split, folder in folders.items()}
-        if "train" in files and "val" not in files:
-            kept, out = stratified_split(files["train"].labels, self.HELD_OUT)
-            files |= {"train": files["train"].take(kept), "val": files["train"].take(out)}
-        return {split: load(images, self.settings, where=str(folders.get(split, source))) for split, images in files.items()}
+        return {split: list_files(folder, classes, source.name) for split, folder in folders.items()}
 
     def classes(self, root: Path) -> list[str]:
         """Sorted names of the folders below train, or where there is no train below the first split that there is.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import json
@@ -16,9 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from qat.data.arrays import MEGABYTE, ImageSource, digest, stratified_split
+from qat.data.arrays import MEGABYTE, digest
 from qat.data.base import data_folder
-from qat.data.encoded import load
+from qat.data.encoded import EncodedImages
 from qat.data.kept import stamp
 from qat.data.photos import Photos
 from qat.errors import UsageError
@@ -42,7 +41,7 @@ def find_parquet(root: str | None, split: str) -> list[Path]:
     return files
 
 
-class ParquetImages:
+class ParquetImages(EncodedImages):
     """The encoded images of some files, in memory.
 
     Args:
@@ -59,14 +58,9 @@ class ParquetImages:
         read = [_read_column(file, (image_column,) if image_column else IMAGE_COLUMNS, "image") for file in files]
         self.columns = [name for name, _ in read]
         self.cells = [cells for _, cells in read]
-        self.labels = np.concatenate([read_labels(file, label_column) for file in files])
         self._ends = np.cumsum([len(cells) for cells in self.cells])
-        self._rows = np.arange(len(self.labels))
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all encoded images of the files."""
-        return sum(cells.nbytes for cells in self.cells)
+        where = f"{files[0].parent}/{', '.join(file.name for file in files)}"
+        super().__init__(np.concatenate([read_labels(file, label_column) for file in files]), where)
 
     def origin(self) -> list[Any]:
         """Files, their columns, and a sum over the rows.
@@ -74,26 +68,16 @@ class ParquetImages:
         Raises:
             OSError: a file is not there any more.
         """
-        rows = hashlib.sha256(np.ascontiguousarray(self._rows, "<i8").data).hexdigest()
-        return [[stamp(file) for file in self.files], self.columns, len(self), rows]
+        return [[stamp(file) for file in self.files], self.columns, len(self), hashlib.sha256(self.row_bytes()).hexdigest()]
 
     def fingerprint(self) -> str:
         """Of names and sizes of the files, the rows of them, and the labels."""
         files = json.dumps([[file.name, file.stat().st_size] for file in self.files])
-        return digest(self.labels, files.encode(), np.ascontiguousarray(self._rows, "<i8").data)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def take(self, indices: NDArray[np.int64]) -> ParquetImages:
-        """The images at `indices`."""
-        taken = copy.copy(self)
-        taken._rows, taken.labels = self._rows[indices], self.labels[indices]
-        return taken
+        return digest(self.labels, files.encode(), self.row_bytes())
 
     def _place(self, index: int) -> tuple[int, int]:
         """Number of the file, row in it."""
-        row = int(self._rows[index])
+        row = int(self.rows[index])
         file = int(np.searchsorted(self._ends, row, side="right"))
         return file, row - int(self._ends[file]) + len(self.cells[file])
 
@@ -134,11 +118,6 @@ def _read_column(file: Path, names: tuple[str, ...], kind: str) -> tuple[str, pa
     raise UsageError(f"{file}: has columns {', '.join(there)}; one of {', '.join(names)} is needed; data.{kind}_column names another")
 
 
-def in_words(files: list[Path]) -> str:
-    """Folder and names of some files."""
-    return f"{files[0].parent}/{', '.join(file.name for file in files)}"
-
-
 class HfParquet(Photos):
     """`train*.parquet`, `val*.parquet` and `test*.parquet` below `root`; images are in memory, decoded where they are of one size.
 
@@ -146,9 +125,7 @@ class HfParquet(Photos):
     evaluated.
     """
 
-    HELD_OUT = 0.1
-
-    def read(self) -> dict[str, ImageSource]:
+    def encoded(self) -> dict[str, EncodedImages]:
         """All splits that there are.
 
         Raises:
@@ -157,16 +134,13 @@ class HfParquet(Photos):
         files = {split: found for split, found in self._files(self.settings.root).items() if found}
         columns = self.settings.image_column, self.settings.label_column
         images = {split: ParquetImages(found, *columns) for split, found in files.items()}
-        size = sum(one.nbytes for one in images.values()) / MEGABYTE
+        size = sum(cells.nbytes for one in images.values() for cells in one.cells) / MEGABYTE
         if size > self.settings.memory_mb:
             log.warning("data.root=%r: %.0f MB of encoded images are in memory; data=timm can map them", self.settings.root, size)
         if "test" in images and np.all(images["test"].labels == UNPUBLISHED):
             log.warning("data.root=%r: the test images have no labels, val is evaluated", self.settings.root)
             del images["test"]
-        if "val" not in images:
-            kept, out = stratified_split(images["train"].labels, self.HELD_OUT)
-            images |= {"train": images["train"].take(kept), "val": images["train"].take(out)}
-        return {split: load(one, self.settings, where=in_words(one.files)) for split, one in images.items()}
+        return dict(images)
 
     def count_classes(self, settings: dict[str, Any]) -> int:
         """Highest label of train plus one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import io
 import os
@@ -18,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from qat.data.arrays import MEGABYTE, ImageSource, digest, stratified_split, to_pil, to_pixels
+from qat.data.arrays import MEGABYTE, digest, to_pil, to_pixels
 from qat.data.base import data_folder
-from qat.data.encoded import load
+from qat.data.encoded import EncodedImages
 from qat.data.photos import Photos, completed
 from qat.data.settings import DataSettings
 from qat.errors import UsageError
@@ -71,7 +70,7 @@ class TimmSettings(DataSettings):
         return {split: name for split, name in names.items() if name is not None}
 
 
-class TimmImages:
+class TimmImages(EncodedImages):
     """One split as timm reads it.
 
     Args:
@@ -86,17 +85,18 @@ class TimmImages:
     def __init__(self, settings: TimmSettings, split: str, class_map: Mapping[str, int] | None = None) -> None:
         self.settings, self.split = settings, split
         try:
-            self._read(class_map)
+            labels = self._read(class_map)
         except UsageError:
             raise
         except Exception as error:  # timm, torchvision and the packages behind them raise nearly anything
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(f"data.name={settings.name!r}: must be a dataset that timm can read; of {split!r} it says: {why}") from error
-        if self.labels.dtype.kind not in "iu" or self.labels.ndim != 1:
+        if labels.dtype.kind not in "iu" or labels.ndim != 1:
             raise UsageError(f"data.label_column={settings.label_column!r}: must hold one class id for each image of {split!r}")
-        self._rows = np.arange(len(self.labels))
+        super().__init__(labels.astype(np.int64), f"data.name={settings.name!r}, {split!r}")
 
-    def _read(self, class_map: Mapping[str, int] | None) -> None:
+    def _read(self, class_map: Mapping[str, int] | None) -> NDArray[Any]:
+        """Open the split; gives its labels as they are stored."""
         chosen = self.settings
         options: dict[str, Any] = {"root": chosen.root, "split": self.split, "download": chosen.download, "class_map": class_map}
         options["input_img_mode"] = "L" if chosen.in_chans == 1 else "RGB"
@@ -108,10 +108,10 @@ class TimmImages:
         source = getattr(dataset, "reader", dataset)
         self._items: Any = self._in_order(dataset) if isinstance(dataset, IterableDataset) else source
         self.classes: dict[str, int] = getattr(source, "class_to_idx", getattr(source, "class_name_to_idx", {}))
-        self.labels = np.asarray(_targets(source, self._items))
         part = getattr(source, "train", getattr(source, "split", "")) if chosen.reader == "torch" else ""
         # One that begins with another's has images of it.
         self.place = os.path.join(self.split if chosen.reader in PACKAGES else source.root, f"{part}", "")
+        return np.asarray(_targets(source, self._items))
 
     def _in_order(self, dataset: Any) -> list[tuple[Image.Image, int]]:
         """All images of a reader that has no index, whatever process this is."""
@@ -126,12 +126,9 @@ class TimmImages:
             items.append((to_pil(pixels), label))
         return items
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def open(self, index: int) -> Image.Image:
         """One image."""
-        found = self._items[int(self._rows[index])][0]
+        found = self._items[int(self.rows[index])][0]
         if isinstance(found, Image.Image):
             return found
         with found:
@@ -139,7 +136,7 @@ class TimmImages:
 
     def name(self, index: int) -> str:
         """Split, and number in it."""
-        return f"data.name={self.settings.name!r}: image {self._rows[index]} of {self.split!r}"
+        return f"{self.where}: image {self.rows[index]}"
 
     def origin(self) -> None:
         """Decoded pixels are not kept: what they depend on is timm's."""
@@ -147,14 +144,8 @@ class TimmImages:
     def fingerprint(self) -> str:
         """Of the name of the dataset, labels and rows, and names of files in folders and tar files; no change of pixels is noticed."""
         names = self._items.filenames() if self.settings.reader == "" else []
-        known = "\0".join([self.settings.name.lower(), *(names[row] for row in self._rows[: len(names)])])
-        return digest(self.labels, os.fsencode(known), np.ascontiguousarray(self._rows, "<i8").data)
-
-    def take(self, indices: NDArray[np.int64]) -> TimmImages:
-        """The images at `indices`."""
-        taken = copy.copy(self)
-        taken._rows, taken.labels = self._rows[indices], self.labels[indices]
-        return taken
+        known = "\0".join([self.settings.name.lower(), *(names[row] for row in self.rows[: len(names)])])
+        return digest(self.labels, os.fsencode(known), self.row_bytes())
 
 
 def _targets(source: Any, items: Any) -> Any:
@@ -174,20 +165,15 @@ class Timm(Photos):
     """
 
     SETTINGS: ClassVar[type[DataSettings]] = TimmSettings
-    HELD_OUT = 0.1
     settings: TimmSettings
 
-    def read(self) -> dict[str, ImageSource]:
+    def encoded(self) -> Mapping[str, EncodedImages]:
         """The splits that are asked for.
 
         Raises:
             UsageError: one cannot be read, shares images with another, or has classes that train does not have.
         """
-        images = dict(self._images)
-        if "train" in images and "val" not in images:
-            kept, out = stratified_split(images["train"].labels, self.HELD_OUT)
-            images |= {"train": images["train"].take(kept), "val": images["train"].take(out)}
-        return {split: load(one, self.settings, f"data.name={self.settings.name!r}, {one.split!r}") for split, one in images.items()}
+        return self._images
 
     def named_classes(self) -> list[str] | None:
         """Names as the reader has them; None where it has none."""

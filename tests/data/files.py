@@ -9,7 +9,7 @@ from PIL import Image
 
 from qat.data import DataSettings
 from qat.data.encoded import decoded
-from qat.data.parquet import ParquetImages, in_words
+from qat.data.parquet import ParquetImages
 
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
@@ -22,7 +22,7 @@ def settings(chans=3, **changes):
 
 def read_parquet(files, chans=3, **changes):
     """All images of parquet files, decoded."""
-    return decoded(ParquetImages(files), settings(chans, **changes), in_words(files))
+    return decoded(ParquetImages(files), settings(chans, **changes))
 
 
 def write_idx(path, array):

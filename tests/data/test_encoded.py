@@ -40,7 +40,7 @@ def test_raise_names_file_and_reason(tmp_path, content):
         (tmp_path / "a" / "2.png").write_bytes(content)
     lazy = LazyImages(encoded, chans=3, on_error="raise")
     assert lazy[1][0].shape == (8, 8, 3)
-    for read in (lambda: lazy[2], lambda: read_all(encoded, 3, "raise", "here")):
+    for read in (lambda: lazy[2], lambda: read_all(encoded, 3, "raise")):
         with pytest.raises(qat.UsageError, match=rf"{tmp_path}/a/2\.png cannot be decoded \(.+\)") as caught:
             read()
         assert "\n" not in str(caught.value)
@@ -54,7 +54,7 @@ def test_a_file_that_has_gone_is_named(tmp_path):
 
 
 def test_skip_leaves_out_what_is_read_into_memory(tmp_path, caplog):
-    arrays = read_all(images(tmp_path, damaged=[2, 5]), 3, "skip", "here")
+    arrays = read_all(images(tmp_path, damaged=[2, 5]), 3, "skip")
     assert values(arrays) == [0, 10, 30, 40]
     assert len(arrays.labels) == 4
     (line,) = warnings(caplog)
@@ -80,7 +80,7 @@ def test_skip_replaces_by_the_next_that_can_be_decoded(tmp_path, caplog):
 def test_nothing_but_damaged_images_is_refused(tmp_path, read):
     encoded = images(tmp_path, damaged=range(6))
     with pytest.raises(qat.UsageError, match="no images|none of 6 images can be decoded"):
-        read_all(encoded, 3, "skip", "here") if read == "memory" else LazyImages(encoded, 3, "skip")[4]
+        read_all(encoded, 3, "skip") if read == "memory" else LazyImages(encoded, 3, "skip")[4]
 
 
 @pytest.mark.parametrize("chans", [1, 3])

@@ -66,7 +66,7 @@ def test_a_second_run_maps_what_the_first_has_decoded(file, cache, decoding):
 def test_what_was_slow_is_kept(file, monkeypatch, tmp_path, setting, seconds, is_kept):
     clock = iter([0.0, seconds])
     monkeypatch.setattr(encoded_images, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert same(encoded_images.decoded(ParquetImages([file]), settings(cache=setting), "here"))
+    assert same(encoded_images.decoded(ParquetImages([file]), settings(cache=setting)))
     assert bool(list(tmp_path.rglob("*.npy"))) == is_kept
 
 
@@ -78,7 +78,7 @@ def test_a_changed_file_is_decoded_again(file, decoding):
     assert same(read_parquet([file], 3, cache=True), PIXELS[::-1])
     assert read_parquet([file], 1, cache=True).images.shape == (40, 8, 8, 1), "grey ones are others"
     rows = np.asarray([3, 1])
-    assert same(encoded_images.decoded(ParquetImages([file]).take(rows), settings(cache=True), "here"), PIXELS[::-1][rows])
+    assert same(encoded_images.decoded(ParquetImages([file]).take(rows), settings(cache=True)), PIXELS[::-1][rows])
     assert len(decoding) == 4
 
 
