@@ -91,6 +91,8 @@ class TimmImages(EncodedImages):
         except Exception as error:  # timm, torchvision and the packages behind them raise nearly anything
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(f"data.name={settings.name!r}: must be a dataset that timm can read; of {split!r} it says: {why}") from error
+        if not len(labels):
+            raise UsageError(f"data.name={settings.name!r}: must hold images; {split!r} has none")
         if labels.dtype.kind not in "iu" or labels.ndim != 1:
             raise UsageError(f"data.label_column={settings.label_column!r}: must hold one class id for each image of {split!r}")
         super().__init__(labels.astype(np.int64), f"data.name={settings.name!r}, {split!r}")
@@ -98,7 +100,8 @@ class TimmImages(EncodedImages):
     def _read(self, class_map: Mapping[str, int] | None) -> NDArray[Any]:
         """Open the split; gives its labels as they are stored."""
         chosen = self.settings
-        options: dict[str, Any] = {"root": chosen.root, "split": self.split, "download": chosen.download, "class_map": class_map}
+        root = chosen.root and os.path.abspath(chosen.root)  # never a "pipe:command", which webdataset would run
+        options: dict[str, Any] = {"root": root, "split": self.split, "download": chosen.download, "class_map": class_map}
         options["input_img_mode"] = "L" if chosen.in_chans == 1 else "RGB"
         if chosen.reader in PACKAGES:
             options |= {"input_key": chosen.image_column, "target_key": chosen.label_column}

@@ -9,7 +9,7 @@ import pytest
 
 import qat
 from qat.data import Cifar10
-from qat.data.pickled import TEST, TRAIN, read_batches
+from qat.data.cifar import TEST, TRAIN, read_batches
 from tests.conftest import results, train, write_cifar
 from tests.data.files import python2_batch, python3_batch, write_cifar_batches
 
@@ -95,7 +95,7 @@ def test_no_function_is_called(tmp_path, function, protocol):
 
 def test_numpy_itself_is_not_called():
     # An array of objects and a dtype from text reach numpy's own parsers when they are really built.
-    from qat.data.pickled import _Record, _Unpickler
+    from qat.data.cifar import _Record, _Unpickler
 
     assert {value for (module, _), value in _Unpickler.KNOWN.items() if module.startswith("numpy")} == {_Record}
 

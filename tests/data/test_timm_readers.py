@@ -133,6 +133,23 @@ def test_a_reader_without_an_index_is_read_once_and_whole(tmp_path, shards):
     assert len(first) == 5
 
 
+def test_a_split_without_images_is_named(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr(timm.data, "create_dataset", lambda name, split, **_: InOrder(0))
+    with pytest.raises(qat.UsageError, match=r"^data\.name='wds/photos': must hold images; 'train' has none$"):
+        data(tmp_path, name="wds/photos").train_dataloader()
+
+
+def test_labels_that_are_no_class_ids_are_refused(tmp_path, monkeypatch):
+    class OfSeveral(InOrder):
+        def __iter__(self):
+            yield from ((image, [0.5, 0.5]) for image, _ in super().__iter__())
+
+    monkeypatch.setattr(timm.data, "create_dataset", lambda name, split, **_: OfSeveral(3))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    with pytest.raises(qat.UsageError, match=r"^data\.label_column='kind': must hold one class id for each image of 'train'$"):
+        data(tmp_path, name="wds/photos", label_column="kind").train_dataloader()
+
+
 def test_one_that_does_not_fit_is_refused(tmp_path, shards):
     with pytest.raises(
         qat.UsageError, match=r"^data\.memory_mb=0\.001: must hold all images of 'train': wds/ has no index; hfds/ has one$"
