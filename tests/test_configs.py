@@ -7,12 +7,12 @@ import itertools
 
 import pytest
 from hydra.errors import HydraException
+from hydra.utils import get_class
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 from torch import nn
 
 import qat
-from qat.data.image_data import DataSettings
 from qat.lit import build_optimizer, cosine_schedule, scaled_lr
 from qat.spec import PRESETS
 from qat.tasks import build, fit
@@ -187,8 +187,8 @@ def test_trainer_keys_are_lightnings(name):
 
 @pytest.mark.parametrize("name", choices("data"))
 def test_data_files_have_all_settings(name):
-    keys = set(compose("train", f"data={name}", "run_dir=a").data)
-    assert keys == {f.name for f in dataclasses.fields(DataSettings)} | {"_target_"}
+    cfg = compose("train", f"data={name}", "run_dir=a").data
+    assert set(cfg) == {f.name for f in dataclasses.fields(get_class(cfg._target_).SETTINGS)} | {"_target_"}
 
 
 @pytest.mark.parametrize("name", choices("optimizer"))

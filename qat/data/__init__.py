@@ -4,13 +4,13 @@ from qat.data.arrays import ImageArrays
 from qat.data.cifar import Cifar10
 from qat.data.digits import Digits
 from qat.data.fashion_mnist import FashionMnist
-from qat.data.hf_parquet import HfParquet
 from qat.data.image_data import ImageData
 from qat.data.image_transform import image_transform
-from qat.data.imagefolder import ImageFolder
-from qat.data.imagenet import ImageNet
+from qat.data.imagefolder import ImageFolder, ImageNet
 from qat.data.mixup import BatchMixup
+from qat.data.parquet import HfParquet
 from qat.data.settings import DataSettings
+from qat.data.timm_readers import Timm
 
 __all__ = [
     "BatchMixup",
@@ -23,5 +23,6 @@ __all__ = [
     "ImageData",
     "ImageFolder",
     "ImageNet",
+    "Timm",
     "image_transform",
 ]

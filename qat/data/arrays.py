@@ -15,6 +15,7 @@ from qat.errors import UsageError
 # One fixed division into train, val and test: results of different runs and seeds are on the same images.
 SPLIT_SEED = 0
 HIGHEST_16_BIT = 2**16 - 1
+MEGABYTE = 10**6
 
 
 class ImageSource(Protocol):
@@ -31,10 +32,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        """Image (H, W, C) and class id."""
-
-    def resized(self, size: int) -> ImageSource:
-        """The same with all images squeezed into `size` x `size` pixels."""
+        """Image (H, W, C) of any size and class id."""
 
     def fingerprint(self) -> str:
         """What tells these images and labels from any others, wherever they lie and however they are held."""
@@ -83,54 +81,11 @@ class ImageArrays:
         """All images as `size` x `size` pixels, bicubic; itself if they are."""
         if self.images.shape[1:3] == (size, size):
             return self
-        return replace(self, images=np.stack([squeeze(image, size) for image in self.images]))
+        return replace(self, images=np.stack([resize_square(image, size) for image in self.images]))
 
     def fingerprint(self) -> str:
         """What tells these images and labels from any others: of their files, else of the pixels."""
         return self.known_as or digest(self.labels, np.ascontiguousarray(self.images).data)
-
-
-@dataclass(frozen=True)
-class SqueezedImages:
-    """Images of which each is squeezed into a square when it is needed.
-
-    Attributes:
-        images: as they are in memory.
-        size: side of the square in pixels.
-    """
-
-    images: ImageArrays
-    size: int
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """(N,), class ids."""
-        return self.images.labels
-
-    @property
-    def chans(self) -> int:
-        """Colour channels."""
-        return self.images.chans
-
-    @property
-    def left_out(self) -> int:
-        """How many images could not be decoded and are not among these."""
-        return self.images.left_out
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        image, label = self.images[index]
-        return squeeze(image, self.size), label
-
-    def resized(self, size: int) -> SqueezedImages:
-        """The same in squares of another size."""
-        return SqueezedImages(self.images, size)
-
-    def fingerprint(self) -> str:
-        """That of the images as they are in memory."""
-        return self.images.fingerprint()
 
 
 def to_pil(image: NDArray[np.uint8]) -> Image.Image:
@@ -159,7 +114,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values / (HIGHEST_16_BIT / 255)).astype(np.uint8))
 
 
-def squeeze(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+def resize_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """An image (H, W, C) as (size, size, C), bicubic, its proportions lost."""
     if image.shape[:2] == (size, size):
         return image

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import timm.data
@@ -14,6 +14,9 @@ from qat.data.sampler import isolated_rng
 from qat.errors import UsageError
 
 HIGHEST_LEVEL = 10
+AUGMENTATIONS = ("none", "light", "timm")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+ERASE_MODES = ("pixel", "const", "rand")
 NUMBER = r"\d+(\.\d+)?"
 # Source: docstrings of timm.data.auto_augment. timm itself passes over a section that it cannot read.
 PATTERNS = (
@@ -36,18 +39,19 @@ def check_auto_augment(setting: str, value: object) -> None:
     try:
         transform = timm.data.create_transform(8, is_training=True, auto_augment=value)
         with isolated_rng(0):
-            tamed(transform)(Image.new("RGB", (8, 8)))
+            restrict_to_pillow(transform)(Image.new("RGB", (8, 8)))
     except (AssertionError, ValueError, IndexError) as error:  # such as more layers than there are operations
         raise UsageError(f"{setting}={value!r}: timm cannot do that ({error}); must be one of {ALLOWED}") from error
 
 
-def tamed(transform: Any) -> Any:
+def restrict_to_pillow(transform: Any) -> Any:
     """One of timm's training transforms, its operations changed in place to what Pillow can do.
 
     A level of exactly 10 would draw at the very end of each range; only a string's own `mmax` goes there and beyond.
     """
     for step in transform.transforms:
-        for operation in _operations(step):
+        sequences = (getattr(step, "ops", ()), *getattr(step, "policy", ()))
+        for operation in itertools.chain(*sequences):
             if operation.magnitude_max is None:
                 operation.magnitude_max = math.nextafter(HIGHEST_LEVEL, 0)
             if operation.name.startswith("Posterize"):
@@ -56,12 +60,6 @@ def tamed(transform: Any) -> Any:
                 # Pillow scales with it, but does not rotate or shear.
                 operation.kwargs["resample"] = Image.Resampling.BICUBIC
     return transform
-
-
-def _operations(step: Any) -> Iterator[Any]:
-    yield from getattr(step, "ops", ())
-    for sequence in getattr(step, "policy", ()):
-        yield from sequence
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

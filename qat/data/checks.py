@@ -1,19 +1,15 @@
-"""What `DataSettings` may hold, for the knobs of recipes: augmentation, mixing, normalisation."""
+"""What `DataSettings`, here `settings`, may hold for the knobs of recipes: augmentation, mixing, normalisation."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
-from qat.data.auto_augment import check_auto_augment
-from qat.data.transforms import AUGMENTATIONS, ERASE_MODES, INTERPOLATIONS
+from qat.data.auto_augment import AUGMENTATIONS, ERASE_MODES, INTERPOLATIONS, check_auto_augment
 from qat.errors import UsageError
 from qat.utils.validate import check_choice, check_int, check_number
-
-if TYPE_CHECKING:
-    from qat.data.settings import DataSettings
 
 MIXUP_MODES = ("batch", "pair", "elem")
 # What only timm's augmentation does, and the values that ask for nothing.
@@ -23,7 +19,7 @@ HIGHEST_HUE = 0.5
 HIGHEST_REPEATS = 1000
 
 
-def check_augmentation(settings: DataSettings) -> None:
+def check_augmentation(settings: Any) -> None:
     """Raise `UsageError` for a value that cannot work, or that asks for what the chosen `augment` does not do."""
     check_choice("data.augment", settings.augment, AUGMENTATIONS)
     check_number("data.hflip", settings.hflip, 0, highest=1)
@@ -40,7 +36,7 @@ def check_augmentation(settings: DataSettings) -> None:
     _check_effect(settings)
 
 
-def check_mixing(settings: DataSettings) -> None:
+def check_mixing(settings: Any) -> None:
     """Raise `UsageError` for a value of `mixup*` or `cutmix` that cannot work."""
     check_number("data.mixup", settings.mixup, 0)
     check_number("data.cutmix", settings.cutmix, 0)
@@ -50,7 +46,7 @@ def check_mixing(settings: DataSettings) -> None:
     check_int("data.mixup_off_epoch", settings.mixup_off_epoch, 0)
 
 
-def check_normalisation(settings: DataSettings) -> None:
+def check_normalisation(settings: Any) -> None:
     """Raise `UsageError` unless `mean` and `std` hold a finite number per channel, those of `std` above 0."""
     for name, lowest in (("mean", -math.inf), ("std", 0.0)):
         shown = _plain(getattr(settings, name))
@@ -79,7 +75,7 @@ def _check_color_jitter(value: object) -> None:
         raise UsageError(f"data.color_jitter={shown!r}: must be null, a number of at least 0, {kinds}")
 
 
-def _check_effect(settings: DataSettings) -> None:
+def _check_effect(settings: Any) -> None:
     """`none` switches all off, and is no mistake; `light` with a knob that only `timm` has is one."""
     if settings.augment == "light":
         idle = TIMM_ONLY if settings.crop_pct is not None else (*TIMM_ONLY, "scale")

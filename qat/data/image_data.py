@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from qat.data.arrays import ImageArrays, ImageSource, SqueezedImages, digest
-from qat.data.kept import MEGABYTE
+from qat.data.arrays import MEGABYTE, ImageArrays, ImageSource, digest
 from qat.data.loader import ResumableLoader
 from qat.data.mixup import BatchMixup
 from qat.data.sampler import Key, SeededSampler, kept_rng, seed_rng
@@ -25,6 +25,23 @@ from qat.errors import UsageError
 from qat.launch.signals import outlive
 
 SPLITS = ("train", "val", "test")
+
+
+def data_folder(root: str | None, holds: str) -> Path:
+    """`data.root` as a path.
+
+    Args:
+        root: the setting.
+        holds: what a user has to put there, in words.
+
+    Raises:
+        UsageError: it is not set, or no folder.
+    """
+    if root is None:
+        raise UsageError(f"data.root is not set: give the folder that holds {holds}")
+    if not Path(root).is_dir():
+        raise UsageError(f"data.root={root!r}: no such folder")
+    return Path(root)
 
 
 class TransformedImages(Dataset[tuple[Tensor, int]]):
@@ -64,6 +81,7 @@ class ImageData(LightningDataModule, ABC):
     """
 
     CLASSES: ClassVar[Sequence[str]] = ()
+    SETTINGS: ClassVar[type[DataSettings]] = DataSettings
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -77,14 +95,14 @@ class ImageData(LightningDataModule, ABC):
         Raises:
             UsageError: unknown setting, or a value that cannot work.
         """
-        fields = {field.name: field for field in dataclasses.fields(DataSettings)}
+        fields = {field.name: field for field in dataclasses.fields(cls.SETTINGS)}
         for name in settings:
             if name not in fields:
                 raise UsageError(f"data.{name} is none of them: the settings are {', '.join(fields)}")
         for name, field in fields.items():
             if name not in settings and field.default is dataclasses.MISSING:
                 raise UsageError(f"data.{name} is missing")
-        return DataSettings(**settings)
+        return cls.SETTINGS(**settings)
 
     @abstractmethod
     def read(self) -> Mapping[str, ImageSource]:
@@ -100,7 +118,7 @@ class ImageData(LightningDataModule, ABC):
         return self.settings.in_chans, self.settings.image_size, self.settings.image_size
 
     def split(self, name: str) -> ImageSource:
-        """The images of one split, at the settings' size.
+        """The images of one split; the transforms bring them to the settings' size.
 
         Raises:
             UsageError: there is no such split, or a label is not a class.
@@ -148,12 +166,10 @@ class ImageData(LightningDataModule, ABC):
             raise UsageError(f"data.num_classes={self.settings.num_classes}: the {split} split has a label {wrong.max()}")
         if source.chans != self.settings.in_chans:
             raise UsageError(f"data.in_chans={self.settings.in_chans}: the images have {source.chans} channels")
-        if self.settings.crop_pct is not None:  # what will be cropped is scaled after the crop
-            return source
         size = self.settings.image_size
-        if isinstance(source, ImageArrays) and len(source) * size**2 * source.chans > self.settings.memory_mb * MEGABYTE:
-            return SqueezedImages(source, size)
-        return source.resized(size)
+        fits = len(source) * size**2 * source.chans <= self.settings.memory_mb * MEGABYTE
+        # Else the transforms scale each image: behind the crop where there is one, or because all at once would be too many.
+        return source.resized(size) if isinstance(source, ImageArrays) and self.settings.crop_pct is None and fits else source
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented; the last incomplete batch is left out.

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from qat.data.arrays import to_pil, to_pixels
-from qat.data.encoded import as_labels, read_one
+from qat.data.encoded import read_one
 from qat.data.image_data import ImageData
 from qat.data.imagefolder import FileImages
 from qat.data.settings import DataSettings
@@ -68,7 +68,7 @@ def _datasets(cls: Any) -> Iterator[type[ImageData]]:
 def _pixels(image: AnyImage, chans: int) -> NDArray[np.uint8]:
     """(H, W, chans)."""
     if isinstance(image, str | Path):
-        return read_one(FileImages(np.asarray([os.fsencode(image)]), as_labels([0])), 0, chans)
+        return read_one(FileImages(np.asarray([os.fsencode(image)]), np.zeros(1, dtype=np.int64)), 0, chans)
     if isinstance(image, Image.Image):
         return to_pixels(image, chans)
     if not isinstance(image, np.ndarray):

@@ -1,30 +1,34 @@
-"""A folder per class, as torchvision's `ImageFolder` and most tools write them."""
+"""A folder per class, as torchvision's `ImageFolder` and most tools write them; ImageNet (ILSVRC 2012) comes as one."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+from timm.data import ImageNetInfo
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from qat.data.arrays import ImageSource, digest, stratified_split
-from qat.data.encoded import as_labels
-from qat.data.folders import data_folder
+from qat.data.arrays import digest
+from qat.data.encoded import EncodedImages
+from qat.data.image_data import data_folder
 from qat.data.kept import stamp
-from qat.data.lazy import load
 from qat.data.photos import Photos
 from qat.errors import UsageError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+EXTENSIONS = IMG_EXTENSIONS
 FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 LAYOUT = "train/<class>/*, val/<class>/* and test/<class>/*"
 
 
-class FileImages:
+class FileImages(EncodedImages):
     """Image files and their classes.
 
     Args:
@@ -35,18 +39,16 @@ class FileImages:
 
     def __init__(self, paths: NDArray[np.bytes_], labels: NDArray[np.int64], folder: str = "") -> None:
         # One array: a million Python objects would be copied page by page into every worker process, as their counts change.
-        self.paths, self.labels, self.folder = paths, labels, folder
+        self.paths = paths
+        super().__init__(labels, folder)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def content(self, index: int) -> bytes:
-        """The bytes of one image file."""
-        return Path(self.name(index)).read_bytes()
+    def open(self, index: int) -> Image.Image:
+        """One image."""
+        return Image.open(io.BytesIO(Path(self.name(index)).read_bytes()))
 
     def name(self, index: int) -> str:
         """Its path."""
-        return os.fsdecode(self.paths[index])
+        return os.fsdecode(self.paths[self.rows[index]])
 
     def origin(self) -> list[Any]:
         """How many files, and a sum over their paths, sizes and times.
@@ -61,15 +63,8 @@ class FileImages:
 
     def fingerprint(self) -> str:
         """Of the names of the files below their folder, and the labels; a file whose content alone has changed is not noticed."""
-        start = len(os.fsencode(self.folder))
-        return digest(self.labels, b"\0".join(path[start:] for path in self.paths.tolist()))
-
-    def hold(self, megabytes: float, *, keeps: bool) -> None:
-        """Nothing to do: a file is read when it is asked for."""
-
-    def take(self, indices: NDArray[np.int64]) -> FileImages:
-        """The files at `indices`."""
-        return FileImages(self.paths[indices], self.labels[indices], self.folder)
+        start = len(os.fsencode(self.where))
+        return digest(self.labels, b"\0".join(path[start:] for path in self.paths[self.rows].tolist()))
 
 
 class ImageFolder(Photos):
@@ -79,9 +74,7 @@ class ImageFolder(Photos):
     where another split has a folder for every class.
     """
 
-    HELD_OUT = 0.1
-
-    def read(self) -> dict[str, ImageSource]:
+    def encoded(self) -> dict[str, EncodedImages]:
         """All splits that there are.
 
         Raises:
@@ -93,11 +86,7 @@ class ImageFolder(Photos):
             why = "" if source.name == "train" else "; without train it needs one for every class, ids are those of the sorted names"
             raise UsageError(f"data.num_classes={self.settings.num_classes}: {source} has {len(classes)} class folders{why}")
         folders = {split: folder for split in FOLDERS if (folder := _first_folder(root, split)) is not None}
-        files = {split: list_files(folder, classes, source.name) for split, folder in folders.items()}
-        if "train" in files and "val" not in files:
-            kept, out = stratified_split(files["train"].labels, self.HELD_OUT)
-            files |= {"train": files["train"].take(kept), "val": files["train"].take(out)}
-        return {split: load(images, self.settings, where=str(folders.get(split, source))) for split, images in files.items()}
+        return {split: list_files(folder, classes, source.name) for split, folder in folders.items()}
 
     def classes(self, root: Path) -> list[str]:
         """Sorted names of the folders below train, or where there is no train below the first split that there is.
@@ -114,6 +103,35 @@ class ImageFolder(Photos):
     def count_classes(self, settings: dict[str, Any]) -> int:
         """Number of class folders."""
         return len(self.classes(data_folder(settings.get("root"), LAYOUT)))
+
+
+class ImageNet(ImageFolder):
+    """`root/train/<wnid>/*` and `root/{val,validation}/<wnid>/*`; class ids of pretrained heads are those of the sorted wnids.
+
+    Validation images alone are enough to evaluate a net.
+    """
+
+    def classes(self, root: Path) -> list[str]:
+        """Sorted wnids.
+
+        Raises:
+            UsageError: a folder is not named by its wnid: other names have another order, and a pretrained head would be wrong.
+        """
+        names = super().classes(root)
+        for name in names:
+            if not re.fullmatch(r"n\d{8}", name):
+                raise UsageError(
+                    f"{classes_folder(root) / name}: is no wnid like n01440764; other class names are read by data=imagefolder"
+                )
+        return names
+
+    def named_classes(self) -> list[str] | None:
+        """In words, as timm has them for a wnid; without `data.root` for all 1000."""
+        info = ImageNetInfo()
+        known = info.label_names()
+        words = {wnid: info.label_name_to_description(wnid) for wnid in known}
+        wnids = super().named_classes() or (known if self.settings.num_classes == len(known) else [])
+        return [words.get(wnid, wnid) for wnid in wnids] or None
 
 
 def _first_folder(root: Path, split: str) -> Path | None:
@@ -156,22 +174,20 @@ def list_files(folder: Path, classes: list[str], source: str = "train") -> FileI
         UsageError: a folder is none of `classes`, there is no image, or none of a class in the split that has them.
     """
     ids = {name: number for number, name in enumerate(classes)}
-    paths: list[bytes] = []
-    empty: list[str] = []
-    labels: list[int] = []
     for name in class_names(folder):
         if name not in ids:
             raise UsageError(f"{folder / name}: is no class of {source}; its classes are {_shown(classes)}")
-        walked = (os.path.join(at, file) for at, _, files in os.walk(folder / name, followlinks=True) for file in files)
-        found = sorted(path for path in walked if path.lower().endswith(EXTENSIONS) and not os.path.basename(path).startswith("."))
-        empty += [name] if not found else []
-        paths += [os.fsencode(path) for path in found]
-        labels += [ids[name]] * len(found)
-    if not paths:
-        raise UsageError(f"{folder}: holds no images; known are {', '.join(EXTENSIONS)}")
-    if empty and folder.name == source:
-        raise UsageError(f"{folder / empty[0]}: holds no images; known are {', '.join(EXTENSIONS)}")
-    return FileImages(np.asarray(paths), as_labels(labels), str(folder))
+    found = sorted(make_dataset(str(folder), ids, is_valid_file=_is_image, allow_empty=True), key=lambda one: (one[1], one[0]))
+    labels = np.asarray([label for _, label in found], dtype=np.int64)
+    empty = sorted({*range(len(classes))} - {*labels.tolist()})
+    if not found or (empty and folder.name == source):
+        lacking = folder / classes[empty[0]] if found else folder
+        raise UsageError(f"{lacking}: holds no images; known are {', '.join(EXTENSIONS)}")
+    return FileImages(np.asarray([os.fsencode(path) for path, _ in found]), labels, str(folder))
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(EXTENSIONS) and not os.path.basename(path).startswith(".")
 
 
 def _shown(names: list[str], at_most: int = 10) -> str:

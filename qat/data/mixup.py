@@ -5,19 +5,13 @@ Papers: mixup arXiv 1710.09412, cutmix arXiv 1905.04899.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from timm.data.mixup import Mixup, cutmix_bbox_and_lam
+from timm.data.mixup import Mixup
 from torch import Tensor
 
-from qat.data.sampler import isolated_numpy
+from qat.data.sampler import isolated_rng
+from qat.data.settings import DataSettings
 from qat.errors import UsageError
-
-if TYPE_CHECKING:
-    from qat.data.settings import DataSettings
 
 # Keeps these draws apart from those of augmentation, whose numbers are (seed, epoch, index).
 STREAM = 0x6D6978
@@ -34,7 +28,7 @@ class BatchMixup:
 
     def __init__(self, settings: DataSettings) -> None:
         self.seed, self.off_epoch = settings.seed, settings.mixup_off_epoch
-        self._mixup = _BatchedMixup(
+        self._mixup = Mixup(
             mixup_alpha=settings.mixup,
             cutmix_alpha=settings.cutmix,
             prob=settings.mixup_prob,
@@ -68,39 +62,7 @@ class BatchMixup:
             return images, target
         if len(images) % 2:
             raise UsageError(f"data.batch_size: mixup and cutmix need an even number of images in a batch, got {len(images)}")
-        with isolated_numpy(self.seed, step, rank, STREAM):
-            return self._mixup(images.clone(), target)
-
-
-class _BatchedMixup(Mixup):
-    """timm's mixup; its modes `pair` and `elem` in a few operations on the batch, where timm has several for each image.
-
-    timm's also wait for the device, to which they copy the factors. Draws, pixels and targets are timm's.
-    """
-
-    def _mix_elem(self, x: Tensor) -> Tensor:
-        return self._mix_each(x, *self._draw(x, len(x)))
-
-    def _mix_pair(self, x: Tensor) -> Tensor:
-        factors, boxes = self._draw(x, len(x) // 2)
-        return self._mix_each(x, np.concatenate([factors, factors[::-1]]), np.concatenate([boxes, boxes[::-1]]))
-
-    def _draw(self, x: Tensor, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Per image (n, 2): share of its class, factor of its pixels; and (n, 4): first and last row and column that cutmix replaces."""
-        shares, use_cutmix = self._params_per_elem(number)
-        boxes = np.zeros((number, 4), dtype=np.int64)
-        for i in np.flatnonzero(use_cutmix & (shares != 1)):
-            boxes[i], shares[i] = cutmix_bbox_and_lam(x.shape, shares[i], correct_lam=self.correct_lam)
-        return np.stack([shares, np.where(use_cutmix, 1, shares)], axis=1).astype(np.float32), boxes
-
-    @staticmethod
-    def _mix_each(x: Tensor, factors: NDArray[Any], boxes: NDArray[Any]) -> Tensor:
-        """Mix in place; gives the share of each image's own class, (B, 1)."""
-        shares, pixels = (torch.from_numpy(factors[:, i].copy()).to(x.device, non_blocking=True) for i in (0, 1))
-        top, bottom, left, right = torch.from_numpy(boxes.T.copy()).to(x.device, non_blocking=True)[..., None, None, None]
-        rows = torch.arange(x.shape[-2], device=x.device)[:, None]
-        columns = torch.arange(x.shape[-1], device=x.device)
-        is_replaced = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-        opposite, own = x.flip(0), pixels.to(x.dtype)[:, None, None, None]
-        x.copy_(torch.where(is_replaced, opposite, opposite.lerp(x, own)))
-        return shares[:, None]
+        exact = torch.promote_types(images.dtype, torch.float32)  # timm gives shares of classes the dtype of the images
+        with isolated_rng(self.seed, step, rank, STREAM):
+            mixed, shares = self._mixup(images.to(exact, copy=True), target)
+        return mixed.to(images.dtype), shares

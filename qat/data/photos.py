@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import timm
 
+from qat.data.arrays import ImageSource, stratified_split
+from qat.data.encoded import EncodedImages, load
 from qat.data.image_data import ImageData
 from qat.data.settings import DataSettings
 from qat.errors import UsageError
@@ -27,6 +30,8 @@ class Photos(ImageData):
         UsageError: unknown setting, a value that cannot work, or `num_classes` is None: the line says how many the data have.
     """
 
+    HELD_OUT = 0.1
+
     def __init__(self, **settings: Any) -> None:
         if settings.get("num_classes", 0) is None:
             # The model is built from the config, so the number has to stand there, not only here.
@@ -38,6 +43,18 @@ class Photos(ImageData):
     def complete(cls, settings: dict[str, Any]) -> DataSettings:
         """The settings, None filled in from `model`."""
         return super().complete(completed(settings))
+
+    def read(self) -> dict[str, ImageSource]:
+        """All splits that there are; without val a tenth of train is held out."""
+        found = dict(self.encoded())
+        if "train" in found and "val" not in found:
+            kept, out = stratified_split(found["train"].labels, self.HELD_OUT)
+            found |= {"train": found["train"].take(kept), "val": found["train"].take(out)}
+        return {split: load(images, self.settings) for split, images in found.items()}
+
+    @abstractmethod
+    def encoded(self) -> Mapping[str, EncodedImages]:
+        """The splits as they are stored."""
 
     @abstractmethod
     def count_classes(self, settings: dict[str, Any]) -> int:

@@ -97,17 +97,6 @@ def seed_rng(*numbers: int) -> None:
     np.random.seed(seed & 0xFFFFFFFF)
 
 
-@contextlib.contextmanager
-def isolated_numpy(*numbers: int) -> Generator[None]:
-    """Seed numpy's global generator alone, and give it back as it was."""
-    state = np.random.get_state()
-    try:
-        np.random.seed(mix(*numbers) & 0xFFFFFFFF)
-        yield
-    finally:
-        np.random.set_state(state)
-
-
 def seed_step(*numbers: int) -> None:
     """Seed what a training step draws from (dropout, drop path), so that a resumed run draws the same.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qat.data.auto_augment import INTERPOLATIONS
 from qat.data.checks import check_augmentation, check_mixing, check_normalisation
-from qat.data.transforms import INTERPOLATIONS
 from qat.errors import UsageError
 from qat.utils.validate import check_choice, check_int, check_number, check_text
 
@@ -62,8 +62,7 @@ class DataSettings:
         seed: of order, augmentation and calibration images.
         root: folder with the data.
         in_memory: False = decode an image each time it is needed; images of different sizes always are.
-        memory_mb: decoded images of a split that are more than so many megabytes are decoded when needed, and encoded ones in parquet files
-            mapped from the disk.
+        memory_mb: decoded images of a split that are more than so many megabytes are decoded when needed.
         cache: whether decoded images are kept on the disk for the next run: `auto` = if decoding took more than two seconds, True =
             always; False = neither kept nor looked for.
         on_error: what an image does that cannot be decoded: `raise` stops, `skip` warns and goes on without it.

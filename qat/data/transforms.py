@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import timm.data
@@ -14,15 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import v2
 
-from qat.data.arrays import squeeze, to_pil
-from qat.data.auto_augment import tamed
-
-if TYPE_CHECKING:
-    from qat.data.settings import DataSettings
-
-AUGMENTATIONS = ("none", "light", "timm")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-ERASE_MODES = ("pixel", "const", "rand")
+from qat.data.arrays import resize_square, to_pil
+from qat.data.auto_augment import restrict_to_pillow
+from qat.data.settings import DataSettings
 
 
 @dataclass(frozen=True)
@@ -53,6 +47,11 @@ def _to_tensor(image: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1)
 
 
+def _square(settings: DataSettings) -> list[Callable[[NDArray[np.uint8]], NDArray[np.uint8]]]:
+    """What comes first where there is no `crop_pct`: any image as a square of the settings' size."""
+    return [partial(resize_square, size=settings.image_size)] if settings.crop_pct is None else []
+
+
 def _normalise(settings: DataSettings) -> Callable[[Tensor], Tensor]:
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(settings.mean), list(settings.std), inplace=True)])
 
@@ -63,7 +62,7 @@ def eval_transform(settings: DataSettings) -> Transform:
     It is squeezed into the square, or with a `crop_pct` scaled and cropped by timm; then scaled to [0, 1] and normalised.
     """
     if settings.crop_pct is None:
-        return Transform(v2.Compose([partial(squeeze, size=settings.image_size), _to_tensor]), finish=_normalise(settings))
+        return Transform(v2.Compose([*_square(settings), _to_tensor]), finish=_normalise(settings))
     scaling = {"crop_pct": settings.crop_pct, "interpolation": settings.interpolation or "bicubic"}
     return Transform(v2.Compose([to_pil, _timm_transform(settings, **scaling)]))
 
@@ -80,7 +79,7 @@ def _light(settings: DataSettings) -> Transform:
     if settings.crop_pct is None:
         shift = max(size // 8, 1) if settings.shift is None else settings.shift
         crop = [v2.RandomCrop(size, padding=shift)] if shift else []
-        shifted = v2.Compose([_to_tensor, *crop, v2.RandomHorizontalFlip(settings.hflip)])
+        shifted = v2.Compose([*_square(settings), _to_tensor, *crop, v2.RandomHorizontalFlip(settings.hflip)])
         return Transform(shifted, is_random=True, finish=_normalise(settings))
     interpolation = settings.interpolation or "bicubic"
     crop_and_flip = _timm_training(settings, color_jitter=None, interpolation=interpolation)
@@ -97,7 +96,7 @@ def _timm(settings: DataSettings) -> Transform:
         re_count=settings.erase_count,
         interpolation=settings.train_interpolation,
     )
-    return Transform(v2.Compose([to_pil, tamed(augmentation)]), is_random=True)
+    return Transform(v2.Compose([*_square(settings), to_pil, restrict_to_pillow(augmentation)]), is_random=True)
 
 
 def _timm_training(settings: DataSettings, **options: Any) -> Any:

@@ -7,7 +7,22 @@ import struct
 import numpy as np
 from PIL import Image
 
+from qat.data import DataSettings
+from qat.data.encoded import decoded
+from qat.data.parquet import ParquetImages
+
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+
+def settings(chans=3, **changes):
+    """Those of images of 8 x 8 pixels of two classes."""
+    fixed = {"image_size": 8, "patch_size": 4, "in_chans": chans, "num_classes": 2, "mean": [0.5] * chans, "std": [0.25] * chans}
+    return DataSettings(**{**fixed, "cache": False, **changes})
+
+
+def read_parquet(files, chans=3, **changes):
+    """All images of parquet files, decoded."""
+    return decoded(ParquetImages(files), settings(chans, **changes))
 
 
 def write_idx(path, array):

@@ -14,7 +14,15 @@ from qat.data.transforms import train_transform
 
 
 def settings(chans=3, **changes):
-    fixed = {"image_size": 8, "patch_size": 4, "in_chans": chans, "num_classes": 10, "mean": [0.25] * chans, "std": [0.5] * chans}
+    fixed = {
+        "image_size": 8,
+        "patch_size": 4,
+        "in_chans": chans,
+        "num_classes": 10,
+        "mean": [0.25] * chans,
+        "std": [0.5] * chans,
+        "crop_pct": 1.0,
+    }
     return DataSettings(**{**fixed, "augment": "timm", **changes})
 
 

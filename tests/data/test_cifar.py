@@ -5,8 +5,8 @@ import pytest
 
 import qat
 from qat.data import Cifar10
-from qat.data.parquet import read_parquet
 from tests.conftest import write_cifar
+from tests.data.files import read_parquet
 
 SETTINGS = {"image_size": 32, "patch_size": 4, "in_chans": 3, "num_classes": 4, "mean": [0.5] * 3, "std": [0.25] * 3}
 

@@ -5,14 +5,12 @@ import logging
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch._utils import ExceptionWrapper
 
 import qat
 from qat.data import ImageFolder
-from qat.data.encoded import ImageError, read_all
+from qat.data.encoded import ImageError, LazyImages, read_all
 from qat.data.imagefolder import list_files
-from qat.data.lazy import LazyImages
 from tests.data.files import write_folder, write_image
 
 SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 3, "num_classes": 2, "mean": [0.5] * 3, "std": [0.25] * 3}
@@ -42,7 +40,7 @@ def test_raise_names_file_and_reason(tmp_path, content):
         (tmp_path / "a" / "2.png").write_bytes(content)
     lazy = LazyImages(encoded, chans=3, on_error="raise")
     assert lazy[1][0].shape == (8, 8, 3)
-    for read in (lambda: lazy[2], lambda: read_all(encoded, 3, "raise", "here")):
+    for read in (lambda: lazy[2], lambda: read_all(encoded, 3, "raise")):
         with pytest.raises(qat.UsageError, match=rf"{tmp_path}/a/2\.png cannot be decoded \(.+\)") as caught:
             read()
         assert "\n" not in str(caught.value)
@@ -56,7 +54,7 @@ def test_a_file_that_has_gone_is_named(tmp_path):
 
 
 def test_skip_leaves_out_what_is_read_into_memory(tmp_path, caplog):
-    arrays = read_all(images(tmp_path, damaged=[2, 5]), 3, "skip", "here")
+    arrays = read_all(images(tmp_path, damaged=[2, 5]), 3, "skip")
     assert values(arrays) == [0, 10, 30, 40]
     assert len(arrays.labels) == 4
     (line,) = warnings(caplog)
@@ -82,7 +80,7 @@ def test_skip_replaces_by_the_next_that_can_be_decoded(tmp_path, caplog):
 def test_nothing_but_damaged_images_is_refused(tmp_path, read):
     encoded = images(tmp_path, damaged=range(6))
     with pytest.raises(qat.UsageError, match="no images|none of 6 images can be decoded"):
-        read_all(encoded, 3, "skip", "here") if read == "memory" else LazyImages(encoded, 3, "skip")[4]
+        read_all(encoded, 3, "skip") if read == "memory" else LazyImages(encoded, 3, "skip")[4]
 
 
 @pytest.mark.parametrize("chans", [1, 3])
@@ -93,14 +91,6 @@ def test_grey_and_colour(tmp_path, chans):
     assert image.dtype == np.uint8
     assert label == 0
     assert np.array_equal(image[..., 0], np.full((8, 8), 30))
-
-
-def test_lazy_images_are_squeezed_like_those_in_memory(tmp_path):
-    encoded = list_files(write_folder(tmp_path, size=20) / "train", ["ant", "bee"])
-    lazy, arrays = LazyImages(encoded, 3, "raise").resized(8), read_all(encoded, 3, "raise", "here").resized(8)
-    assert all(np.array_equal(lazy[i][0], arrays[i][0]) for i in range(len(arrays)))
-    expected = Image.open(tmp_path / "train" / "ant" / "000.png").resize((8, 8), Image.Resampling.BICUBIC)
-    assert np.array_equal(lazy[0][0], np.asarray(expected))
 
 
 def test_the_line_survives_the_way_out_of_a_worker_process(tmp_path):
@@ -129,11 +119,11 @@ def test_worker_processes_replace_the_same_images_and_name_each_once(tmp_path):
     here = epochs(0)
     # What a worker process logs is seen in a file only.
     handler = logging.FileHandler(tmp_path / "log")
-    logging.getLogger("qat.data.lazy").addHandler(handler)
+    logging.getLogger("qat.data.encoded").addHandler(handler)
     try:
         assert torch.equal(epochs(2), here)
     finally:
-        logging.getLogger("qat.data.lazy").removeHandler(handler)
+        logging.getLogger("qat.data.encoded").removeHandler(handler)
     lines = (tmp_path / "log").read_text().splitlines()
     assert [sum(f"{path} cannot be decoded" in line for line in lines) for path in damaged] == [1, 1]
 

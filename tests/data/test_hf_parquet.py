@@ -7,7 +7,7 @@ import pytest
 
 import qat
 from qat.data import HfParquet, ImageArrays
-from qat.data.lazy import LazyImages
+from qat.data.encoded import LazyImages
 from tests.conftest import compose, encoded, evaluate, results, train, write_parquet
 
 SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 3, "num_classes": 2, "mean": [0.5] * 3, "std": [0.25] * 3}

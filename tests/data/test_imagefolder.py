@@ -9,7 +9,7 @@ from torchvision import datasets
 
 import qat
 from qat.data import ImageArrays, ImageFolder
-from qat.data.lazy import LazyImages
+from qat.data.encoded import LazyImages
 from tests.conftest import TINY, compose, evaluate, results, train
 from tests.data.files import write_folder, write_image
 

@@ -1,6 +1,5 @@
 """What is kept on the disk between runs. Oracle: the pixels that were written; decoding again."""
 
-import json
 import logging
 import os
 import threading
@@ -9,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from qat.data import Cifar10, HfParquet, ImageFolder, kept
-from qat.data.arrays import ImageArrays, SqueezedImages
-from qat.data.lazy import LazyImages
-from qat.data.parquet import ParquetImages, read_parquet
+from qat.data import Cifar10, HfParquet, ImageArrays, ImageFolder, kept
+from qat.data import encoded as encoded_images
+from qat.data.encoded import LazyImages
+from qat.data.parquet import ParquetImages
 from tests.conftest import encoded, write_parquet
-from tests.data.files import write_folder
+from tests.data.files import read_parquet, settings, write_folder
 
 SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 3, "num_classes": 2, "mean": [0.5] * 3, "std": [0.25] * 3}
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
@@ -36,8 +35,8 @@ def file(tmp_path):
 @pytest.fixture
 def decoding(monkeypatch):
     """How often images were decoded."""
-    calls, read = [], kept.read_all
-    monkeypatch.setattr(kept, "read_all", lambda *args: calls.append(args) or read(*args))
+    calls, read = [], encoded_images.read_all
+    monkeypatch.setattr(encoded_images, "read_all", lambda *args: calls.append(args) or read(*args))
     return calls
 
 
@@ -58,7 +57,7 @@ def test_a_second_run_maps_what_the_first_has_decoded(file, cache, decoding):
     assert second.labels.tolist() == LABELS
     assert isinstance(second.images.base, np.memmap), "processes of a machine share what is mapped"
     assert not second.images.flags.writeable
-    assert [name.partition(".")[2] for name in files(cache)] == ["json", "npy"]
+    assert [name.partition(".")[2] for name in files(cache)] == ["npy"]
 
 
 @pytest.mark.parametrize(
@@ -66,8 +65,8 @@ def test_a_second_run_maps_what_the_first_has_decoded(file, cache, decoding):
 )
 def test_what_was_slow_is_kept(file, monkeypatch, tmp_path, setting, seconds, is_kept):
     clock = iter([0.0, seconds])
-    monkeypatch.setattr(kept, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert same(kept.decoded(ParquetImages([file]), "here", 3, cache=setting))
+    monkeypatch.setattr(encoded_images, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert same(encoded_images.decoded(ParquetImages([file]), settings(cache=setting)))
     assert bool(list(tmp_path.rglob("*.npy"))) == is_kept
 
 
@@ -79,26 +78,24 @@ def test_a_changed_file_is_decoded_again(file, decoding):
     assert same(read_parquet([file], 3, cache=True), PIXELS[::-1])
     assert read_parquet([file], 1, cache=True).images.shape == (40, 8, 8, 1), "grey ones are others"
     rows = np.asarray([3, 1])
-    assert same(kept.decoded(ParquetImages([file]).take(rows), "here", 3, cache=True), PIXELS[::-1][rows])
+    assert same(encoded_images.decoded(ParquetImages([file]).take(rows), settings(cache=True)), PIXELS[::-1][rows])
     assert len(decoding) == 4
 
 
-@pytest.mark.parametrize("how", ["pixel", "short", "pickle", "empty", "no json", "list"])
+@pytest.mark.parametrize("how", ["short", "pickle", "empty"])
 def test_a_damaged_copy_is_made_anew(file, cache, decoding, how):
     read_parquet([file], 3, cache=True)
     (path,) = cache.glob("*.npy")
-    content, index = path.read_bytes(), path.with_suffix(".json")
+    content = path.read_bytes()
     if how == "pickle":
         np.save(path, np.asarray([print] * 40, dtype=object), allow_pickle=True)
-    elif how in {"pixel", "short", "empty"}:
-        path.write_bytes({"pixel": content[:-1] + bytes([content[-1] ^ 1]), "short": content[:-9], "empty": b""}[how])
     else:
-        index.write_text({"no json": "{", "list": "[]"}[how])
+        path.write_bytes({"short": content[:-9], "empty": b""}[how])
     assert same(read_parquet([file], 3, cache=True))
     assert len(decoding) == 2
     assert same(read_parquet([file], 3, cache=True))
     assert len(decoding) == 2
-    assert len(files(cache)) == 2
+    assert len(files(cache)) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_no_error(file, cache, caplog):
@@ -110,7 +107,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_no_error(file, cache, caplog
 def test_images_that_cannot_be_decoded_are_named_each_time(tmp_path, cache, caplog):
     write_parquet(tmp_path / "train.parquet", [encoded(PIXELS[0]), b"no image"], [0, 1])
     for number in (1, 2):
-        assert read_parquet([tmp_path / "train.parquet"], 3, "skip", cache=True).left_out == 1
+        assert read_parquet([tmp_path / "train.parquet"], 3, on_error="skip", cache=True).left_out == 1
         assert caplog.text.count("left out 1 of 2 images") == number
     assert files(cache) == []
 
@@ -123,9 +120,7 @@ def test_several_may_start_at_once(file, cache):
     for one in threads:
         one.join()
     assert [same(one) for one in found] == [True] * 4
-    assert len(files(cache)) == 2
-    (index,) = cache.glob("*.json")
-    assert json.loads(index.read_text())["origin"]["images"][0][0][0] == str(file)
+    assert len(files(cache)) == 1
 
 
 def test_where_it_is(monkeypatch, tmp_path):
@@ -171,35 +166,20 @@ def test_what_does_not_fit_is_decoded_when_needed(tmp_path, caplog):
     assert all(np.array_equal(small.split("train")[i][0], large.split("train")[i][0]) for i in range(40))
 
 
-def test_small_images_whose_squares_do_not_fit_are_squeezed_when_needed(file):
+@pytest.mark.parametrize("augment", ["none", "light", "timm"])
+def test_small_images_whose_squares_do_not_fit_are_resized_when_needed(file, augment):
     write_parquet(file.parent / "test.parquet", [encoded(p) for p in PIXELS[:10]], LABELS[:10])
-    settings = {**SETTINGS, "image_size": 16, "root": str(file.parent), "batch_size": 4, "augment": "light", "hflip": 0.5}
-    small, large = (Cifar10(**settings, memory_mb=mb) for mb in (36 * 16 * 16 * 3 / 1e6 - 1e-6, 36 * 16 * 16 * 3 / 1e6))
-    assert isinstance(small.split("train"), SqueezedImages)
-    assert isinstance(large.split("train"), ImageArrays)
-    for ours, theirs in zip(small.train_dataloader(), large.train_dataloader(), strict=True):
+    chosen = {**SETTINGS, "image_size": 16, "root": str(file.parent), "batch_size": 4, "augment": augment, "hflip": 0.5}
+    small, large = (Cifar10(**chosen, memory_mb=mb) for mb in (36 * 16 * 16 * 3 / 1e6 - 1e-6, 36 * 16 * 16 * 3 / 1e6))
+    assert [data.split("train").images.shape[1] for data in (small, large)] == [8, 16]
+    batches = ([*data.train_dataloader(), *data.test_dataloader()] for data in (small, large))
+    for ours, theirs in zip(*batches, strict=True):
         assert ours[0].equal(theirs[0])
         assert ours[1].equal(theirs[1])
 
 
-@pytest.mark.parametrize("how", ["mapped", "cut short", "cache=false", "no room"])
-def test_encoded_images_that_do_not_fit_are_mapped(tmp_path, cache, caplog, how):
-    made = [PIXELS[i][: 5 + i % 3] for i in range(40)]
-    write_parquet(tmp_path / "data" / "train.parquet", [encoded(p) for p in made], LABELS)
-    settings = {**SETTINGS, "root": str(tmp_path / "data"), "memory_mb": 0.001, "cache": how != "cache=false"}
-    if how == "no room":
-        cache.write_text("a file")
-    splits = HfParquet(**settings)
-    assert len(splits.split("train")) == 36
-    if how == "cut short":
-        (path,) = cache.glob("*.arrow")
-        path.write_bytes(path.read_bytes()[:200])
-        splits = HfParquet(**settings)
-    held_in_memory = HfParquet(**{**settings, "memory_mb": 1, "in_memory": False})
-    for name in ("train", "val"):
-        ours, theirs = splits.split(name), held_in_memory.split(name)
-        assert isinstance(ours, LazyImages)
-        assert all(np.array_equal(ours[i][0], theirs[i][0]) and ours[i][1] == theirs[i][1] for i in range(len(theirs)))
-    assert bool(list(tmp_path.rglob("*.arrow"))) == (how == "mapped")
-    assert ("held in memory" in caplog.text) == (how in {"cut short", "no room"})
-    assert "decoding again" not in caplog.text
+def test_encoded_images_that_are_many_are_said_to_be_in_memory(tmp_path, caplog):
+    write_parquet(tmp_path / "data" / "train.parquet", [encoded(PIXELS[i][: 5 + i % 3]) for i in range(40)], LABELS)
+    data = HfParquet(**SETTINGS, root=str(tmp_path / "data"), memory_mb=0.001)
+    assert isinstance(data.split("train"), LazyImages)
+    assert "MB of encoded images are in memory; data=timm can map them" in caplog.text

@@ -15,14 +15,17 @@ from PIL import Image
 import qat
 from qat.data import Cifar10, HfParquet, ImageFolder
 from qat.data.arrays import to_pixels
-from qat.data.encoded import ImageError, decode
+from qat.data.encoded import ImageError, LazyImages
 from qat.data.image_transform import image_transform
-from qat.data.lazy import LazyImages
 from tests.conftest import encoded, results, tiny, write_cifar, write_parquet
 from tests.data.files import write_folder
 
 SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 3, "num_classes": 2, "mean": [0.5] * 3, "std": [0.25] * 3}
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+
+
+def decode(content, chans):
+    return to_pixels(Image.open(io.BytesIO(content)), chans)
 
 
 def saved(image, fmt="PNG", **options):

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import qat
-from qat.data.parquet import find_parquet, read_parquet
+from qat.data.parquet import find_parquet
 from tests.conftest import encoded, write_parquet
+from tests.data.files import read_parquet
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 6, 6, 3), dtype=np.uint8)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from qat.data.sampler import SeededSampler, isolated_numpy, isolated_rng, mix
+from qat.data.sampler import SeededSampler, isolated_rng, mix
 
 
 def indices(sampler):
@@ -99,24 +99,6 @@ def test_generators_come_back_after_an_error():
     with pytest.raises(KeyError):
         dies()
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_numpy_alone_is_seeded_and_given_back():
-    np.random.seed(0)
-    expected = np.random.rand(2).tolist()
-    np.random.seed(0)
-    first = np.random.rand()
-    torch.manual_seed(0)
-    random.seed(0)
-    before = torch.get_rng_state(), random.getstate()
-    made = []
-    for numbers in ((1, 2), (1, 2), (2, 1)):
-        with isolated_numpy(*numbers):
-            made.append(np.random.rand())
-    assert made[0] == made[1] != made[2]
-    assert [first, np.random.rand()] == expected
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert random.getstate() == before[1]
 
 
 def test_without_repeats_the_order_is_what_it_always_was():
