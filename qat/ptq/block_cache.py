@@ -19,13 +19,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qat.ptq.inplace import addresses
 from qat.ptq.patching import Forward, patched
 from qat.quantizers import Quantizer
 from qat.utils.probing import probing
 
 GIB = 2**30
 log = logging.getLogger(__name__)
+
+
+def addresses(value: Any) -> Iterable[int]:
+    """Addresses of the memory behind all tensors in a value."""
+    return (t.untyped_storage().data_ptr() for t in tree_leaves(value) if isinstance(t, Tensor))
 
 
 class Moment(NamedTuple):

@@ -16,8 +16,6 @@ from qat.errors import UsageError
 from qat.functional.infonce import logit_fitness
 from qat.ptq.block_cache import GIB, PrefixCache, Trace
 from qat.ptq.distributed import Ranks
-from qat.ptq.inplace import overwriting
-from qat.ptq.patching import patched
 from qat.ptq.search_settings import SearchSettings
 from qat.ptq.vector import ScaleVector
 from qat.ptq.weight_cache import WeightCache
@@ -215,17 +213,13 @@ class Evaluator:
         self.loss = logit_fitness(settings.fitness, settings.temperature)
         self.row_losses = row_losses(settings.fitness, settings.temperature)
         self.weights = WeightCache(net)
-        kept = {name for block in traced.prefixes for name in traced.needed(block)}
-        # An evaluation runs half of the blocks on average.
-        passes = self.n_images * settings.passes * settings.cycles * len(traced.prefixes) / 2
-        self.overwriting = overwriting(net, kept, torch.cat([batches[0][:1]] * 2).to(device), passes)
         self.prefixes = PrefixCache(net, traced, [m.images for m in self.micro_batches], settings.cache_gib * GIB)
 
     @contextlib.contextmanager
     def active(self) -> Generator[None]:
-        """While it lasts, weights are quantized once, activations in place; whoever changes a scale calls `changed`."""
+        """While it lasts, weights are quantized once; whoever changes a scale calls `changed`."""
         try:
-            with self.weights.active(), patched(self.overwriting):
+            with self.weights.active():
                 yield
         finally:
             self.prefixes.clear()

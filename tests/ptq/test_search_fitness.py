@@ -32,9 +32,8 @@ def evaluator(net, targets, *, inner=False, **knobs):
 @pytest.mark.parametrize("cache_gib", [4.0, 0.0])
 @pytest.mark.parametrize("micro_batch", [3, 100])
 @pytest.mark.parametrize("inner", [False, True])
-def test_fitness_is_that_of_plain_forwards_bit_for_bit(inner, micro_batch, cache_gib, monkeypatch):
+def test_fitness_is_that_of_plain_forwards_bit_for_bit(inner, micro_batch, cache_gib):
     """The plain forwards run on the very net before its evaluator is active, and with scales that were drawn."""
-    monkeypatch.setattr("qat.ptq.inplace.WORTH_COMPILING", 0 if inner else float("inf"))
     net, targets = quantized()
     made, settings, vectors = evaluator(net, targets, inner=inner, micro_batch=micro_batch, cache_gib=cache_gib)
     start = {name: vector.read() for name, vector in vectors.items()}
