@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat import preemption
 from qat.errors import UsageError
 from qat.preemption import Preempted
-from qat.tasks import foreign, lock, overrides, ranks, repeat, resolvers, slurm, sweep
+from qat.tasks import foreign, lock, ranks, repeat, resolvers, slurm, sweep
 from qat.tasks.lock import InUseError
 from qat.tasks.outputs import Found, UsedError, checkpoints
 from qat.tasks.watch import LOST
@@ -84,7 +84,7 @@ def command(main: Callable[[], None]) -> int:
     if handler is preemption.end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     expand_home()
-    missing = sweep.missing_extra(sys.argv[1:])
+    missing = sweep.missing_extra(sys.argv[1:]) or _group_of_null(sys.argv[1:])
     if missing is not None:
         sys.exit(f"error: {missing}")
     try:
@@ -92,8 +92,7 @@ def command(main: Callable[[], None]) -> int:
     except UsageError as error:
         sys.exit(f"error: {error}")
     try:
-        with overrides.answered_in_one_line():
-            main()
+        main()
     except KeyboardInterrupt:
         log.warning("stopped by Ctrl-C%s", sweep.way_on())
         return 128 + signal.SIGINT
@@ -101,6 +100,19 @@ def command(main: Callable[[], None]) -> int:
         sweep.conclude()
         signal.signal(signal.SIGINT, handler)  # Python takes a moment to end, too
     return 1 if _failed_jobs else 0
+
+
+def _group_of_null(arguments: list[str]) -> str | None:
+    """What is wrong with `logger=null`, which Hydra answers with a traceback; None if no group is set to null."""
+    groups = [one.lstrip("+").removesuffix("=null") for one in arguments if one.endswith("=null")]
+    return next(
+        (
+            f"{group}=null: must be the name of a file in conf/{group}; ~{group} leaves it out"
+            for group in groups
+            if (repeat.CONF / group).is_dir()
+        ),
+        None,
+    )
 
 
 def failed_jobs() -> list[str]:

@@ -20,18 +20,16 @@ from qat.export.weights import TWO_BIT
 from qat.files import write_text
 from qat.frozen import freeze, is_frozen
 from qat.inference import data_config
-from qat.spec import check_choice, check_whole
+from qat.spec import check_choice
 from qat.tasks import build, summary
-from qat.tasks.checks import check_flag, check_keys, check_settings
+from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import Subject, class_names
 from qat.tasks.repeat import recorded
 from qat.tasks.results import recipe_fields, write_results
-from qat.tasks.trainer_checks import SPLITS
 
 log = logging.getLogger(__name__)
 
-FORMATS = {"onnx": ("name", "two_bit"), "packed": ("name",)}
 NAMES = {"onnx": "net.onnx", "packed": "net.safetensors"}
 
 
@@ -79,19 +77,9 @@ def export(cfg: DictConfig) -> float:
 
 def _check(cfg: DictConfig) -> None:
     check_settings(cfg)
-    name = cfg.format.get("name")
-    check_choice("format.name", name, tuple(FORMATS))
-    check_keys("format", build.plain(cfg.format), FORMATS[name])
-    for flag in ("dynamic_batch", "dynamic_size", "overwrite"):
-        check_flag(flag, cfg[flag])
-    for count, lowest in (("images", 1), ("opset", 1), ("latency", 0), ("threads", 1)):
-        if cfg[count] is not None or count in {"latency", "threads"}:
-            check_whole(count, cfg[count], lowest)
-    if cfg.split is not None:
-        check_choice("split", cfg.split, SPLITS)
     if not cfg.ckpt:
         raise UsageError("ckpt is not set; export.py writes a checkpoint of train.py or ptq.py: ckpt=PATH")
-    _check_packed(cfg) if name == "packed" else _check_onnx(cfg)
+    _check_packed(cfg) if cfg.format.name == "packed" else _check_onnx(cfg)
 
 
 def _check_packed(cfg: DictConfig) -> None:

@@ -31,7 +31,6 @@ from qat.report import Origin, write_report
 from qat.report.files import ANALYSES
 from qat.report.notes import OWN
 from qat.tasks.build import import_modules
-from qat.tasks.checks import check_path
 from qat.tasks.repeat import CONF, FOLLOWS, OF_THE_DIRECTORY, references
 
 log = logging.getLogger(__name__)
@@ -89,7 +88,6 @@ def remake(cfg: DictConfig) -> Path:
     Raises:
         UsageError: there is no run.
     """
-    check_path("run", cfg.run)
     if cfg.get("analysis") is not None:
         raise UsageError(f"run={cfg.run!r}: makes a report anew and analyses nothing; leave analysis out")
     import_modules(cfg)

@@ -37,8 +37,6 @@ def build_search(cfg: DictConfig) -> SearchSettings | BitsSettings | None:
     Raises:
         UsageError: it has a key that is no setting, or a value that cannot work.
     """
-    if cfg.resume not in {False, True, "auto"}:
-        raise UsageError(f"resume={cfg.resume!r}: must be one of false, true, auto")
     if cfg.resume is True and not (Path(cfg.run_dir) / STATE).is_file():
         raise UsageError(f"resume=true: run_dir={str(cfg.run_dir)!r} has no {STATE}; resume=auto starts where there is none")
     settings = build.plain(OmegaConf.select(cfg, "search"))
