@@ -27,8 +27,7 @@ def check_settings(cfg: DictConfig) -> None:
     """Give the settings of a command their types, and the kernels that it names.
 
     Raises:
-        OmegaConfBaseException: an unknown setting, or a value of another type.
-        UsageError: a value that cannot work.
+        UsageError: an unknown setting, a value of another type, or one that cannot work.
     """
     conform(cfg)
     kernels.use(cfg.get("kernels", kernels.CHOICES[0]))

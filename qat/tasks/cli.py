@@ -222,7 +222,7 @@ def _mistake(error: BaseException | None) -> UsageError | None:
         if isinstance(error, UsageError):
             return error
         if isinstance(error, OmegaConfBaseException):
-            return UsageError(f"config: {_of_config(error)}")
+            return UsageError(f"config: {in_one_line(error)}")
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             return UsageError(f"cannot be written: {error.filename} ({error.strerror})")
         if isinstance(error, PermissionError):
@@ -233,7 +233,7 @@ def _mistake(error: BaseException | None) -> UsageError | None:
     return None
 
 
-def _of_config(error: OmegaConfBaseException) -> str:
+def in_one_line(error: OmegaConfBaseException) -> str:
     """The first line of what OmegaConf says, and the whole name of the setting where the line has its last part alone."""
     line, name = str(error).partition("\n")[0], str(error.full_key or "")
     return f"{line} ({name})" if name not in line else line

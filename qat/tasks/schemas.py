@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from qat.checkpoint import FORMATS
 from qat.errors import UsageError
 from qat.lit.optim import INTERVALS
 from qat.nn.execution import MEMORY
 from qat.spec import check_bits, check_choice, check_number, check_whole
-from qat.tasks.cli import PATHS
+from qat.tasks.cli import PATHS, in_one_line
 
 COMMANDS = ("train", "eval", "ptq", "analyze", "export")
 EXPORT_FORMATS = ("onnx", "packed")
@@ -184,13 +185,15 @@ def conform(cfg: DictConfig) -> None:
     """Give a composed config the types of `Settings` in place: `overwrite=no` is false. What it does not have stays away.
 
     Raises:
-        OmegaConfBaseException: a key that no command has, or a value of another type.
-        UsageError: a value that cannot work.
+        UsageError: a key that no command has, a value of another type, or one that cannot work.
     """
-    typed = OmegaConf.merge(OmegaConf.structured(Settings), cfg)
-    cfg.merge_with(_of(OmegaConf.to_container(typed), OmegaConf.to_container(cfg)))
-    typed.model.args = {}  # may refer to data that only the checkpoint knows
-    OmegaConf.to_object(typed)
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(Settings), cfg)
+        cfg.merge_with(_of(OmegaConf.to_container(typed), OmegaConf.to_container(cfg)))
+        typed.model.args = {}  # may refer to data that only the checkpoint knows
+        OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"config: {in_one_line(error)}") from error
     for name in PATHS:
         value = OmegaConf.select(cfg, name)
         for one in value if OmegaConf.is_list(value) and cfg.command == "analyze" else [value]:
