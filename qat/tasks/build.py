@@ -6,7 +6,8 @@ import dataclasses
 import importlib
 import logging
 import pydoc
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import hydra.utils
 from hydra.errors import InstantiationException
@@ -28,6 +29,7 @@ from qat.start import Start, from_checkpoint, from_net, from_pretrained, from_sc
 from qat.transfer import copy_scales, forget_attention_weights
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CALIBRATION_BATCH = 1024  # at most: it has to fit one device
 
@@ -66,6 +68,19 @@ def located(target: object) -> Any:
         return None
 
 
+def settings_of(kind: type[T], group: str, settings: Mapping[str, Any]) -> T:
+    """The dataclass that consumes a group of settings.
+
+    Raises:
+        UsageError: a key is no field of it, or a value cannot work.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in settings:
+        if key not in names:
+            raise UsageError(f"{group}.{key}: must be one of {', '.join(names)}")
+    return kind(**settings)
+
+
 def build_data(cfg: DictConfig) -> ImageData:
     """The dataset of `cfg.data`.
 
@@ -84,11 +99,7 @@ def build_recipe(cfg: DictConfig) -> QuantRecipe:
     Raises:
         UsageError: it has a key that is no knob, or a value that cannot work.
     """
-    knobs = [field.name for field in dataclasses.fields(QuantRecipe)]
-    for key in cfg.quant:
-        if key not in knobs:
-            raise UsageError(f"quant.{key}: must be one of {', '.join(knobs)}")
-    recipe = QuantRecipe(**plain(cfg.quant))
+    recipe = settings_of(QuantRecipe, "quant", plain(cfg.quant))
     for name in custom_quantizers(recipe):
         import_quantizer(name)  # typed by the user; a checkpoint that names the same one finds it imported
     return recipe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -42,12 +41,9 @@ def build_search(cfg: DictConfig) -> SearchSettings | BitsSettings | None:
     settings = build.plain(OmegaConf.select(cfg, "search"))
     if not settings:
         return None
-    kind = BitsSettings if settings.get("method") == METHOD else SearchSettings
-    names = [field.name for field in dataclasses.fields(kind)]
-    for key in settings:
-        if key not in names:
-            raise UsageError(f"search.{key}: must be one of {', '.join(names)}")
-    return kind(**settings)
+    kind: Any = BitsSettings if settings.get("method") == METHOD else SearchSettings
+    made: SearchSettings | BitsSettings = build.settings_of(kind, "search", settings)
+    return made
 
 
 def check_targets(settings: SearchSettings | BitsSettings | None, net: nn.Module) -> None:
