@@ -20,7 +20,7 @@ from qat.export.weights import TWO_BIT
 from qat.files import write_text
 from qat.frozen import freeze, is_frozen
 from qat.inference import data_config
-from qat.spec import check_choice
+from qat.spec import check_choice, check_whole
 from qat.tasks import build, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
@@ -77,6 +77,8 @@ def export(cfg: DictConfig) -> float:
 
 def _check(cfg: DictConfig) -> None:
     check_settings(cfg)
+    check_whole("latency", cfg.latency, 0)
+    check_whole("threads", cfg.threads, 1)
     if not cfg.ckpt:
         raise UsageError("ckpt is not set; export.py writes a checkpoint of train.py or ptq.py: ckpt=PATH")
     _check_packed(cfg) if cfg.format.name == "packed" else _check_onnx(cfg)

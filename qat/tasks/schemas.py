@@ -174,7 +174,7 @@ class Settings:
                 check_bits(name, bits)
                 if not self.ckpt:
                     raise UsageError(f"{name}={bits!r}: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE")
-        for name, lowest in (("images", 1), ("opset", 1), ("latency", 0), ("threads", 1)):
+        for name, lowest in (("images", 1), ("opset", 1)):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), lowest)
         if self.split is not None:
