@@ -150,7 +150,7 @@ def _artefact(cfg: DictConfig, subject: Subject, frozen: nn.Module, images: Sequ
 
     settings = OnnxSettings(
         opset=cfg.opset,
-        dynamic_batch=cfg.dynamic_batch,
+        dynamic_batch=cfg.get("dynamic_batch", True),
         dynamic_size=cfg.dynamic_size,
         two_bit=cfg.format.two_bit,
         latency=cfg.latency,

@@ -194,6 +194,9 @@ def conform(cfg: DictConfig) -> None:
         OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise UsageError(f"config: {in_one_line(error)}") from error
+    for name in ("loss", "scheduler", "format"):
+        if name in cfg and cfg[name] is None:
+            raise UsageError(f"{name}=None: must be a group of settings")
     for name in PATHS:
         value = OmegaConf.select(cfg, name)
         for one in value if OmegaConf.is_list(value) and cfg.command == "analyze" else [value]:

@@ -154,6 +154,7 @@ REMOVABLE = (
     "ckpt*",
     "data._target_",
     "data.*",
+    "dynamic_batch",
     "logger*",
     "loss.*",
     "model",

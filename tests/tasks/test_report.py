@@ -165,7 +165,7 @@ def test_a_resumed_run_shows_all_of_it(tmp_path, monkeypatch):
         ([], "analysis is not set: must be one of cost,"),
         (["run=/nowhere"], "run='/nowhere': neither config.yaml nor results.json is there"),
         (["run=/nowhere", "analysis=cost"], "run='/nowhere': makes a report anew and analyses nothing"),
-        (["run=[a,b]"], "run=['a', 'b']: must be a path"),
+        (["run=[a,b]"], "Cannot convert 'ListConfig' to string: '['a', 'b']' (run)"),
     ],
 )
 def test_mistakes(overrides, message, tmp_path, refused):
