@@ -1,4 +1,4 @@
-"""What `DataSettings`, here `settings`, may hold for the knobs of recipes: augmentation, mixing, normalisation."""
+"""What `DataSettings` may hold where several values belong together: augmentation, normalisation."""
 
 from __future__ import annotations
 
@@ -7,43 +7,24 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
-from qat.data.auto_augment import AUGMENTATIONS, ERASE_MODES, INTERPOLATIONS, check_auto_augment
+from qat.data.auto_augment import check_auto_augment
 from qat.errors import UsageError
-from qat.utils.validate import check_choice, check_int, check_number
+from qat.utils.validate import check_int
 
-MIXUP_MODES = ("batch", "pair", "elem")
 # What only timm's augmentation does, and the values that ask for nothing.
 TIMM_ONLY = ("rand_augment", "random_erasing", "erase_mode", "erase_count", "color_jitter", "train_interpolation")
 NOTHING = (None, 0)
 HIGHEST_HUE = 0.5
-HIGHEST_REPEATS = 1000
 
 
 def check_augmentation(settings: Any) -> None:
     """Raise `UsageError` for a value that cannot work, or that asks for what the chosen `augment` does not do."""
-    check_choice("data.augment", settings.augment, AUGMENTATIONS)
-    check_number("data.hflip", settings.hflip, 0, highest=1)
     if settings.shift is not None:
         check_int("data.shift", settings.shift, 0, settings.image_size - 1)
-    check_number("data.random_erasing", settings.random_erasing, 0, highest=1)
-    check_choice("data.erase_mode", settings.erase_mode, ERASE_MODES)
-    check_int("data.erase_count", settings.erase_count, 1)
-    check_choice("data.train_interpolation", settings.train_interpolation, ("random", *INTERPOLATIONS))
-    check_int("data.repeats", settings.repeats, 1, HIGHEST_REPEATS)
     _check_scale(settings.scale)
     _check_color_jitter(settings.color_jitter)
     check_auto_augment("data.rand_augment", settings.rand_augment)
     _check_effect(settings)
-
-
-def check_mixing(settings: Any) -> None:
-    """Raise `UsageError` for a value of `mixup*` or `cutmix` that cannot work."""
-    check_number("data.mixup", settings.mixup, 0)
-    check_number("data.cutmix", settings.cutmix, 0)
-    check_number("data.mixup_prob", settings.mixup_prob, 0, highest=1)
-    check_number("data.mixup_switch_prob", settings.mixup_switch_prob, 0, highest=1)
-    check_choice("data.mixup_mode", settings.mixup_mode, MIXUP_MODES)
-    check_int("data.mixup_off_epoch", settings.mixup_off_epoch, 0)
 
 
 def check_normalisation(settings: Any) -> None:

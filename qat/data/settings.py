@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qat.data.auto_augment import INTERPOLATIONS
-from qat.data.checks import check_augmentation, check_mixing, check_normalisation
+from qat.data.auto_augment import AUGMENTATIONS, ERASE_MODES, INTERPOLATIONS
+from qat.data.checks import check_augmentation, check_normalisation
 from qat.errors import UsageError
 from qat.utils.validate import check_choice, check_int, check_number, check_text
 
-ON_ERROR = ("raise", "skip")
 # A typing mistake may ask for more processes or pixels than a machine survives.
-HIGHEST_WORKERS, HIGHEST_SIDE = 256, 2**14
+HIGHEST_WORKERS, HIGHEST_SIDE, HIGHEST_REPEATS = 256, 2**14, 1000
+CHOICES = {
+    "on_error": ("raise", "skip"),
+    "augment": AUGMENTATIONS,
+    "erase_mode": ERASE_MODES,
+    "train_interpolation": ("random", *INTERPOLATIONS),
+    "mixup_mode": ("batch", "pair", "elem"),
+}
+HIGHEST = {
+    "hflip": 1,
+    "random_erasing": 1,
+    "mixup_prob": 1,
+    "mixup_switch_prob": 1,
+    "memory_mb": math.inf,
+    "mixup": math.inf,
+    "cutmix": math.inf,
+}
 WHOLE = {
     "image_size": (1, HIGHEST_SIDE),
     "in_chans": (1,),
@@ -21,6 +37,9 @@ WHOLE = {
     "num_workers": (0, HIGHEST_WORKERS),
     "calibration_images": (1,),
     "seed": (0,),
+    "erase_count": (1,),
+    "repeats": (1, HIGHEST_REPEATS),
+    "mixup_off_epoch": (0,),
 }
 
 
@@ -113,9 +132,7 @@ class DataSettings:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        check_choice("data.on_error", self.on_error, ON_ERROR)
-        for name, bounds in WHOLE.items():
-            check_int(f"data.{name}", getattr(self, name), *bounds)
+        self._check_values()
         for name in ("root", "image_column", "label_column", "model"):
             if getattr(self, name) is not None:
                 check_text(f"data.{name}", getattr(self, name))
@@ -123,13 +140,19 @@ class DataSettings:
             check_int("data.patch_size", self.patch_size, 1, HIGHEST_SIDE)
         if not isinstance(self.in_memory, bool):
             raise UsageError(f"data.in_memory={self.in_memory!r}: must be true or false")
-        check_number("data.memory_mb", self.memory_mb, 0)
         if self.cache != "auto" and not isinstance(self.cache, bool):
             raise UsageError(f"data.cache={self.cache!r}: must be one of auto, true, false")
         self._check_crop()
         check_normalisation(self)
         check_augmentation(self)
-        check_mixing(self)
+
+    def _check_values(self) -> None:
+        for name, allowed in CHOICES.items():
+            check_choice(f"data.{name}", getattr(self, name), allowed)
+        for name, bounds in WHOLE.items():
+            check_int(f"data.{name}", getattr(self, name), *bounds)
+        for name, highest in HIGHEST.items():
+            check_number(f"data.{name}", getattr(self, name), 0, highest=highest)
 
     @property
     def mixes(self) -> bool:
@@ -139,6 +162,5 @@ class DataSettings:
     def _check_crop(self) -> None:
         if self.interpolation is not None:
             check_choice("data.interpolation", self.interpolation, INTERPOLATIONS)
-        is_share = isinstance(self.crop_pct, int | float) and 0 < self.crop_pct <= 1
-        if self.crop_pct is not None and (not is_share or isinstance(self.crop_pct, bool)):
-            raise UsageError(f"data.crop_pct={self.crop_pct!r}: must be a number above 0 to 1, or null")
+        if self.crop_pct is not None:
+            check_number("data.crop_pct", self.crop_pct, 0, above=True, highest=1)

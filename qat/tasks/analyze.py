@@ -20,16 +20,16 @@ from qat.errors import UsageError
 from qat.launch.signals import Preempted
 from qat.ptq.state import fingerprint
 from qat.tasks import build, fit, summary
-from qat.tasks.checks import check_flag, check_settings
+from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.repeat import CONF, recorded
 from qat.tasks.report import remake, remember, report_run
 from qat.tasks.results import recipe_fields, write_results
+from qat.tasks.schemas import SPLITS
 from qat.tasks.sweep import gather_sweep
-from qat.tasks.trainer_checks import SPLITS
 from qat.utils.files import write_text
-from qat.utils.validate import check_choice, check_int
+from qat.utils.validate import check_choice
 
 log = logging.getLogger(__name__)
 INTERRUPTED = 130  # what a shell says of a command ended by Ctrl-C
@@ -60,12 +60,11 @@ def analyze(cfg: DictConfig) -> None:
     Raises:
         UsageError: a setting, path or file cannot work.
     """
+    check_settings(cfg)
     if cfg.sweep is not None:
-        check_flag("report", cfg.report)
         gather_sweep(cfg)
         return
     if cfg.run is not None:
-        check_flag("report", cfg.report)
         remake(cfg)
         return
     began = time.monotonic()
@@ -125,15 +124,9 @@ def _analysis_class(target: object) -> Any:
 
 
 def _build(cfg: DictConfig) -> AnalysisRun:
-    if cfg.ckpt is not None and not (isinstance(cfg.ckpt, str) or OmegaConf.is_list(cfg.ckpt)):
-        raise UsageError(f"ckpt={cfg.ckpt!r}: must be a path or a list of paths")
     paths = [cfg.ckpt] if cfg.ckpt is None or isinstance(cfg.ckpt, str) else list(cfg.ckpt)
     single = [_with_ckpt(cfg, path) for path in paths or [None]]
-    for one in single:
-        check_settings(one)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    if cfg.images is not None:
-        check_int("images", cfg.images, 1)
     if cfg.resume not in {False, "auto"}:
         raise UsageError(f"resume={cfg.resume!r}: must be one of false, auto")
     analysis = build_analysis(cfg)

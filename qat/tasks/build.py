@@ -6,7 +6,8 @@ import dataclasses
 import importlib
 import logging
 import pydoc
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import hydra.utils
 from hydra.errors import InstantiationException
@@ -28,10 +29,9 @@ from qat.spec import QuantRecipe
 from qat.utils.signature import check_arguments
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CALIBRATION_BATCH = 1024  # at most: it has to fit one device
-REGULARIZERS = ("kure", "grad_l1", "features")  # a loss of one's own may leave them out, and their settings stand
-LOSS_KEYS = ("terms", "regularizers", "teacher_head", "label_smoothing", "hard_weight", "temperature")
 
 
 def plain(cfg: Any) -> Any:
@@ -68,6 +68,19 @@ def located(target: object) -> Any:
         return None
 
 
+def settings_of(kind: type[T], group: str, settings: Mapping[str, Any]) -> T:
+    """The dataclass that consumes a group of settings.
+
+    Raises:
+        UsageError: a key is no field of it, or a value cannot work.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in settings:
+        if key not in names:
+            raise UsageError(f"{group}.{key}: must be one of {', '.join(names)}")
+    return kind(**settings)
+
+
 def build_data(cfg: DictConfig) -> ImageData:
     """The dataset of `cfg.data`.
 
@@ -86,11 +99,7 @@ def build_recipe(cfg: DictConfig) -> QuantRecipe:
     Raises:
         UsageError: it has a key that is no knob, or a value that cannot work.
     """
-    knobs = [field.name for field in dataclasses.fields(QuantRecipe)]
-    for key in cfg.quant:
-        if key not in knobs:
-            raise UsageError(f"quant.{key}: must be one of {', '.join(knobs)}")
-    recipe = QuantRecipe(**plain(cfg.quant))
+    recipe = settings_of(QuantRecipe, "quant", plain(cfg.quant))
     for name in custom_quantizers(recipe):
         import_quantizer(name)  # typed by the user; a checkpoint that names the same one finds it imported
     return recipe
@@ -116,11 +125,7 @@ def import_modules(cfg: DictConfig) -> None:
     Raises:
         UsageError: one of them cannot be imported.
     """
-    names = plain(OmegaConf.select(cfg, "model.imports"))
-    names = [] if names is None else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UsageError(f"model.imports={names!r}: must be a list of Python modules, [package.module]")
-    for name in names:
+    for name in OmegaConf.select(cfg, "model.imports") or ():
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -217,13 +222,8 @@ def build_loss(cfg: DictConfig) -> CompositeLoss:
     """The terms of `cfg.loss`, and those of its regularizers whose weight is not 0: what is off costs a step nothing.
 
     Raises:
-        UsageError: a term cannot be made, or a setting is read by none.
+        UsageError: a term cannot be made.
     """
-    text = OmegaConf.to_yaml(cfg.loss)
-    regularizers = tuple(cfg.loss.get("regularizers") or REGULARIZERS)
-    for key in cfg.loss:
-        if key not in LOSS_KEYS and not key.startswith(regularizers) and f"loss.{key}}}" not in text:
-            raise UsageError(f"loss.{key}: none of loss.terms and loss.regularizers reads it")
     terms = {name: instantiate(term, f"loss.terms.{name}") for name, term in cfg.loss.terms.items()}
     added = {name: instantiate(term, f"loss.regularizers.{name}") for name, term in (cfg.loss.get("regularizers") or {}).items()}
     return CompositeLoss(terms | {name: term for name, term in added.items() if getattr(term, "weight", None) != 0})

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import WeightAveraging
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -17,126 +16,23 @@ from qat import kernels
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit.parallel import SHARDED
-from qat.model.checkpoint import FORMATS
 from qat.model.convert import check_input
-from qat.nn.execution import MEMORY
-from qat.tasks.cli import PATHS
+from qat.tasks.schemas import conform
 from qat.tasks.trainer_checks import check_trainer
-from qat.utils.validate import check_bits, check_choice, check_int
 
-FLAGS = (
-    "overwrite",
-    "allow_changed_data",
-    "ckpt_optimizer",
-    "compile",
-    "model.pretrained",
-    "model.reset_head",
-    "model.grad_checkpointing",
-    "teacher.pretrained",
-    "report",
-)
-HIGHEST_SEED = 2**32 - 1  # numpy's
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
-GROUPS = (
-    "model",
-    "model.args",
-    "data",
-    "trainer",
-    "quant",
-    "ptq",
-    "loss",
-    "optimizer",
-    "scheduler",
-    "teacher",
-    "checkpoint",
-    "loss.terms",
-    "loss.regularizers",
-    "format",
-)
-INITS = ("full", "reference")
-OPTIONAL_GROUPS = ("callbacks", "logger", "search", "analysis")
-MISSING = object()
-COMMANDS = ("train", "eval", "ptq", "analyze", "export")
-KEYS = {
-    "model": ("name", "row", "pretrained", "weights", "reset_head", "imports", "init", "grad_checkpointing", "args"),
-    "teacher": ("model", "ckpt", "pretrained"),
-    "checkpoint": ("every_n_steps",),
-}
 
 
 def check_settings(cfg: DictConfig) -> None:
-    """Raise `UsageError` on the first of the settings of a command that cannot work; from here on the kernels are those it names."""
-    _check_groups(cfg)
-    check_choice("command", cfg.command, COMMANDS)
-    check_int("seed", cfg.seed, 0)
-    if cfg.seed > HIGHEST_SEED:
-        raise UsageError(f"seed={cfg.seed}: must be an integer from 0 to {HIGHEST_SEED}")
-    check_choice("memory", OmegaConf.select(cfg, "memory", default=MEMORY[0]), MEMORY)
-    kernels.use(OmegaConf.select(cfg, "kernels", default=kernels.CHOICES[0]))
-    for name in FLAGS:
-        check_flag(name, OmegaConf.select(cfg, name, default=False))
-    for name in PATHS:
-        check_path(name, OmegaConf.select(cfg, name))
-    _check_keys_of_groups(cfg)
-    _check_file_settings(cfg)
+    """Give the settings of a command their types, and the kernels that it names.
+
+    Raises:
+        UsageError: an unknown setting, a value of another type, or one that cannot work.
+    """
+    conform(cfg)
+    kernels.use(cfg.get("kernels", kernels.CHOICES[0]))
     if cfg.command != "export":
         check_trainer(cfg.trainer)
-
-
-def _check_groups(cfg: DictConfig) -> None:
-    for name in GROUPS + OPTIONAL_GROUPS:
-        value = OmegaConf.select(cfg, name, default=MISSING)
-        if value is not MISSING and not OmegaConf.is_dict(value) and not (value is None and name in OPTIONAL_GROUPS):
-            raise UsageError(f"{name}={value!r}: must be a group of settings")
-
-
-def _check_keys_of_groups(cfg: DictConfig) -> None:
-    """Settings that no command reads would be passed over in silence: `model.pretrainde=true`."""
-    for group, keys in KEYS.items():
-        settings = OmegaConf.select(cfg, group) or {}
-        text = OmegaConf.to_yaml(settings)
-        for key in settings:
-            if key not in keys and f"{group}.{key}}}" not in text:  # others of the group may be made of it
-                raise UsageError(f"{group}.{key} is none of them: the settings are {', '.join(keys)}")
-
-
-def _check_file_settings(cfg: DictConfig) -> None:
-    """What is read only beside a file, and would be passed over without one."""
-    check_choice("ckpt_format", OmegaConf.select(cfg, "ckpt_format", default="auto"), FORMATS)
-    for name in ("ckpt_bits", "ckpt_act_bits"):
-        bits = OmegaConf.select(cfg, name)
-        if bits is not None:
-            check_bits(name, bits)
-            if not OmegaConf.select(cfg, "ckpt"):
-                raise UsageError(f"{name}={bits!r}: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE")
-    check_choice("model.init", OmegaConf.select(cfg, "model.init", default=INITS[0]), INITS)
-    for name in ("model.name", "teacher.model"):
-        value = OmegaConf.select(cfg, name)
-        if value is not None and not isinstance(value, str):
-            raise UsageError(f"{name}={value!r}: must be the name of a timm model")
-
-
-def check_flag(setting: str, value: object) -> None:
-    """Raise `UsageError` unless `value` is true or false: any other text, `no` too, would count as true."""
-    if not isinstance(value, bool):
-        raise UsageError(f"{setting}={value!r}: must be true or false")
-
-
-def check_path(setting: str, value: object) -> None:
-    """Raise `UsageError` unless `value` is a text that can be a path, or None: an empty one is a variable of a shell that is not set."""
-    if value is not None and not (isinstance(value, str) and value and "\0" not in value):
-        raise UsageError(f"{setting}={value!r}: must be a path{'' if value else '; null = none'}")
-    try:
-        Path(value or ".").exists()
-    except OSError as error:  # a name too long, a folder that may not be entered
-        raise UsageError(f"{setting}={value!r}: cannot be looked at ({error.strerror})") from error
-
-
-def check_keys(setting: str, settings: Mapping[str, Any], keys: tuple[str, ...]) -> None:
-    """Raise `UsageError` unless the keys of a group are `keys`."""
-    for key in sorted(settings.keys() ^ set(keys)):
-        problem = "is missing" if key in keys else "is none of them"
-        raise UsageError(f"{setting}.{key} {problem}: the settings are {', '.join(keys)}")
 
 
 def check_callback(name: str, callback: object) -> None:

@@ -29,7 +29,7 @@ from qat.launch import lock, ranks, signals, slurm
 from qat.launch.lock import InUseError
 from qat.launch.signals import Preempted
 from qat.launch.watch import LOST
-from qat.tasks import foreign, job, overrides, repeat, resolvers, sweep
+from qat.tasks import foreign, job, repeat, resolvers, sweep
 from qat.tasks.outputs import Found, UsedError, checkpoints
 
 log = logging.getLogger(__name__)
@@ -84,13 +84,14 @@ def command(main: Callable[[], None]) -> int:
     if handler is signals.end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     expand_home()
+    if (wrong := _group_of_null(sys.argv[1:])) is not None:
+        sys.exit(f"error: {wrong}")
     try:
         foreign.check_repeated(sys.argv[1:])
     except UsageError as error:
         sys.exit(f"error: {error}")
     try:
-        with overrides.answered_in_one_line():
-            main()
+        main()
     except KeyboardInterrupt:
         log.warning("stopped by Ctrl-C%s", sweep.way_on())
         return 128 + signal.SIGINT
@@ -98,6 +99,13 @@ def command(main: Callable[[], None]) -> int:
         sweep.summarize()
         signal.signal(signal.SIGINT, handler)  # Python takes a moment to end, too
     return 1 if sweep.failures else 0
+
+
+def _group_of_null(arguments: list[str]) -> str | None:
+    """What is wrong with `logger=null`, which Hydra answers with a traceback; None if no group is set to null."""
+    groups = [one.lstrip("+").removesuffix("=null") for one in arguments if one.endswith("=null")]
+    null = next((group for group in groups if (repeat.CONF / group).is_dir()), None)
+    return None if null is None else f"{null}=null: must be the name of a file in conf/{null}; ~{null} leaves it out"
 
 
 def run(task: str, cfg: DictConfig) -> float | None:
@@ -232,7 +240,7 @@ def _mistake(error: BaseException | None) -> UsageError | None:
         if isinstance(error, UsageError):
             return error
         if isinstance(error, OmegaConfBaseException):
-            return UsageError(f"config: {_of_config(error)}")
+            return UsageError(f"config: {in_one_line(error)}")
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             return UsageError(f"cannot be written: {error.filename} ({error.strerror})")
         if isinstance(error, PermissionError):
@@ -243,7 +251,7 @@ def _mistake(error: BaseException | None) -> UsageError | None:
     return None
 
 
-def _of_config(error: OmegaConfBaseException) -> str:
+def in_one_line(error: OmegaConfBaseException) -> str:
     """The first line of what OmegaConf says, and the whole name of the setting where the line has its last part alone."""
     line, name = str(error).partition("\n")[0], str(error.full_key or "")
     return f"{line} ({name})" if name not in line else line

@@ -20,18 +20,16 @@ from qat.model.convert import conversion_of
 from qat.model.frozen import freeze, is_frozen
 from qat.model.transform import data_config
 from qat.tasks import build, summary
-from qat.tasks.checks import check_flag, check_keys, check_settings
+from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import EvaluatedNet, class_names
 from qat.tasks.repeat import recorded
 from qat.tasks.results import recipe_fields, write_results
-from qat.tasks.trainer_checks import SPLITS
 from qat.utils.files import write_text
 from qat.utils.validate import check_choice, check_int
 
 log = logging.getLogger(__name__)
 
-FORMATS = {"onnx": ("name", "two_bit"), "packed": ("name",)}
 NAMES = {"onnx": "net.onnx", "packed": "net.safetensors"}
 
 
@@ -79,19 +77,11 @@ def export(cfg: DictConfig) -> float:
 
 def _check(cfg: DictConfig) -> None:
     check_settings(cfg)
-    name = cfg.format.get("name")
-    check_choice("format.name", name, tuple(FORMATS))
-    check_keys("format", build.plain(cfg.format), FORMATS[name])
-    for flag in ("dynamic_batch", "dynamic_size", "overwrite"):
-        check_flag(flag, cfg[flag])
-    for count, lowest in (("images", 1), ("opset", 1), ("latency", 0), ("threads", 1)):
-        if cfg[count] is not None or count in {"latency", "threads"}:
-            check_int(count, cfg[count], lowest)
-    if cfg.split is not None:
-        check_choice("split", cfg.split, SPLITS)
+    check_int("latency", cfg.latency, 0)
+    check_int("threads", cfg.threads, 1)
     if not cfg.ckpt:
         raise UsageError("ckpt is not set; export.py writes a checkpoint of train.py or ptq.py: ckpt=PATH")
-    _check_packed(cfg) if name == "packed" else _check_onnx(cfg)
+    _check_packed(cfg) if cfg.format.name == "packed" else _check_onnx(cfg)
 
 
 def _check_packed(cfg: DictConfig) -> None:
@@ -160,7 +150,7 @@ def _artefact(cfg: DictConfig, subject: EvaluatedNet, frozen: nn.Module, images:
 
     settings = OnnxSettings(
         opset=cfg.opset,
-        dynamic_batch=cfg.dynamic_batch,
+        dynamic_batch=cfg.get("dynamic_batch", True),
         dynamic_size=cfg.dynamic_size,
         two_bit=cfg.format.two_bit,
         latency=cfg.latency,

@@ -27,14 +27,14 @@ from qat.launch.ranks import local_count
 from qat.launch.slurm import environments
 from qat.lit.checkpoint_io import AtomicCheckpointIO
 from qat.lit.csv_log import continue_csv
-from qat.lit.optim import INTERVALS, build_optimizer, check_layer_decay, cosine_schedule, scaled_lr
+from qat.lit.optim import build_optimizer, check_layer_decay, cosine_schedule, scaled_lr
 from qat.lit.optimizer_state import with_optimizer_state
 from qat.lit.parallel import SHARDED, strategy_of
 from qat.model.start import Start
 from qat.tasks.build import instantiate, plain
-from qat.tasks.checks import check_averaging, check_callback, check_keys, check_sharding
+from qat.tasks.checks import check_averaging, check_callback, check_sharding
 from qat.tasks.trainer_checks import check_trainer
-from qat.utils.validate import check_choice, check_int, check_number
+from qat.utils.validate import check_int, check_number
 
 # All repeat what the first lines of a run say already; what ends a run early they do not. The root logger's handlers say it, once.
 logging.getLogger("lightning").handlers.clear()
@@ -58,8 +58,6 @@ warnings.filterwarnings("ignore", message="The `srun` command is available")  # 
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # timm's nets add to it out of place
 warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval")
 
-SCHEDULE = ("interval", "warmup_epochs", "cooldown_epochs", "warmup_lr", "min_lr")
-
 
 def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
     """A function from a net to its optimizer; tried on one parameter, so that a mistake shows before anything is trained."""
@@ -79,10 +77,8 @@ def take_optimizer_state(cfg: DictConfig, make: Any, start: Start) -> Any:
     """The optimizer factory, with the state of `ckpt`'s optimizer under `ckpt_optimizer=true`; the start says so.
 
     Raises:
-        UsageError: the setting is neither true nor false, or `ckpt` has no such state.
+        UsageError: `ckpt` has no such state.
     """
-    if not isinstance(cfg.ckpt_optimizer, bool):
-        raise UsageError(f"ckpt_optimizer={cfg.ckpt_optimizer!r}: must be true or false")
     if not cfg.ckpt_optimizer:
         return make
     if not cfg.ckpt:
@@ -101,10 +97,6 @@ def global_batch(cfg: DictConfig, trainer: Trainer) -> int:
 def build_scheduler_factory(cfg: DictConfig) -> Any:
     """A function from (optimizer, epochs, steps per epoch) to (schedule, interval)."""
     settings = plain(cfg.scheduler)
-    check_keys("scheduler", settings, SCHEDULE)
-    check_choice("scheduler.interval", settings["interval"], INTERVALS)
-    for name in ("warmup_lr", "min_lr"):
-        check_number(f"scheduler.{name}", settings[name], 0)
     warmup_epochs, cooldown_epochs = settings.pop("warmup_epochs"), settings.pop("cooldown_epochs")
     max_epochs = cfg.trainer.max_epochs if cfg.trainer.max_epochs > 0 else math.inf
     check_number("scheduler.warmup_epochs", warmup_epochs, 0, below=max_epochs)

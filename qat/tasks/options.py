@@ -98,10 +98,8 @@ def check_compiler(cfg: DictConfig, device: torch.device) -> None:
     """Compile one addition under `compile=true`, so that a missing compiler shows at once.
 
     Raises:
-        UsageError: `compile` is neither true nor false, or torch cannot compile for `device`.
+        UsageError: torch cannot compile for `device`.
     """
-    if not isinstance(cfg.compile, bool):
-        raise UsageError(f"compile={cfg.compile!r}: must be true or false")
     if not cfg.compile:
         return
     try:

@@ -131,12 +131,7 @@ def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe:
     Raises:
         UsageError: it has a key that is no knob, or a value that cannot work.
     """
-    settings = build.plain(cfg.ptq)
-    knobs = [field.name for field in dataclasses.fields(PtqRecipe)]
-    for key in settings:
-        if key not in {*knobs, "batch"}:
-            raise UsageError(f"ptq.{key}: must be one of batch, {', '.join(knobs)}")
-    return PtqRecipe(**{key: value for key, value in settings.items() if key != "batch"})
+    return build.settings_of(PtqRecipe, "ptq", {key: value for key, value in build.plain(cfg.ptq).items() if key != "batch"})
 
 
 def calibration_batches(cfg: DictConfig, data: ImageData) -> list[Tensor]:

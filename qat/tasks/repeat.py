@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -40,8 +41,9 @@ class ConfFolder(SearchPathPlugin):
 
 
 def register() -> None:
-    """Make `ConfFolder` known to Hydra."""
+    """Make `ConfFolder` known to Hydra, and a `trainer` group that takes any argument of Lightning's without a plus."""
     Plugins.instance().register(ConfFolder)
+    ConfigStore.instance().store(group="trainer", name="_lightning", node=DictConfig({}, flags={"struct": False}), provider="qat")
 
 
 def recorded(cfg: DictConfig) -> str:

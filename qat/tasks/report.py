@@ -29,7 +29,6 @@ from qat.report import Origin, write_report
 from qat.report.files import ANALYSES
 from qat.report.notes import OWN
 from qat.tasks.build import import_modules
-from qat.tasks.checks import check_path
 from qat.tasks.repeat import CONF, FOLLOWS, OF_THE_DIRECTORY, references
 from qat.utils.bounds import read_json, read_yaml
 from qat.utils.files import write_text
@@ -89,7 +88,6 @@ def remake(cfg: DictConfig) -> Path:
     Raises:
         UsageError: there is no run.
     """
-    check_path("run", cfg.run)
     if cfg.get("analysis") is not None:
         raise UsageError(f"run={cfg.run!r}: makes a report anew and analyses nothing; leave analysis out")
     import_modules(cfg)

@@ -56,11 +56,8 @@ def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
     deleted.
 
     Raises:
-        UsageError: `resume` has another value than false, true and auto; there is nothing to go on from under `true`; or the run had
-            another model or recipe.
+        UsageError: there is nothing to go on from under `true`, or the run had another model or recipe.
     """
-    if cfg.resume not in {True, False, "auto"}:
-        raise UsageError(f"resume={cfg.resume!r}: must be one of false, true, auto")
     folder = Path(cfg.run_dir) / "checkpoints"
     if is_first():
         remove_unfinished([folder.parent, folder])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -34,18 +33,12 @@ def build_search(cfg: DictConfig) -> SearchSettings | None:
     Raises:
         UsageError: it has a key that is no setting, or a value that cannot work.
     """
-    if cfg.resume not in {False, True, "auto"}:
-        raise UsageError(f"resume={cfg.resume!r}: must be one of false, true, auto")
     if cfg.resume is True and not (Path(cfg.run_dir) / STATE).is_file():
         raise UsageError(f"resume=true: run_dir={str(cfg.run_dir)!r} has no {STATE}; resume=auto starts where there is none")
     settings = build.plain(OmegaConf.select(cfg, "search"))
     if not settings:
         return None
-    names = [field.name for field in dataclasses.fields(SearchSettings)]
-    for key in settings:
-        if key not in names:
-            raise UsageError(f"search.{key}: must be one of {', '.join(names)}")
-    return SearchSettings(**settings)
+    return build.settings_of(SearchSettings, "search", settings)
 
 
 def check_targets(settings: SearchSettings | None, net: nn.Module) -> None:

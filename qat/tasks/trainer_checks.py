@@ -3,103 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from lightning.pytorch import Trainer
 
 from qat.data import ImageData
 from qat.errors import UsageError
-from qat.launch.ranks import HIGHEST_COUNT
 from qat.lit.module import limited
-from qat.utils.validate import HIGHEST_WHOLE, check_int, check_number
+from qat.tasks.schemas import SPLITS
+from qat.utils.signature import check_arguments
+from qat.utils.validate import check_int, check_number
 
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "bf16", "64")
-SPLITS = ("train", "val", "test")
+# What Lightning takes below that trains on nothing, never ends, or fails in the middle.
+LOWEST = {"accumulate_grad_batches": 1, "num_nodes": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0}
 
 
 def check_trainer(settings: Mapping[str, Any]) -> None:
     """Raise `UsageError` on the first of Lightning's settings with a value that cannot work; those that are absent are left to it."""
-    for name, check in _CHECKS.items():
-        if name in settings:
-            check(f"trainer.{name}", settings[name])
+    check_arguments("trainer", Trainer, settings, lowest=-1)
+    check_int("trainer.max_epochs", settings.get("max_epochs"), 1)
+    for name, lowest in LOWEST.items():
+        if settings.get(name) is not None:
+            check_int(f"trainer.{name}", settings[name], lowest)
+    if settings.get("gradient_clip_val") is not None:
+        check_number("trainer.gradient_clip_val", settings["gradient_clip_val"], 0)
+    for name in ("max_steps", "limit_train_batches", "limit_test_batches"):
+        if settings.get(name) == 0:
+            raise UsageError(f"trainer.{name}={settings[name]!r}: must be above 0, or there is nothing to do")
+    if str(settings.get("strategy")).startswith(("fsdp_", "deepspeed", "model_parallel")):
+        raise UsageError(f"trainer.strategy={settings['strategy']!r}: must be one of auto, ddp, fsdp")
     every, epochs = settings.get("check_val_every_n_epoch"), settings.get("max_epochs")
     if every is not None and epochs is not None and every > epochs:
         setting = f"trainer.check_val_every_n_epoch={every}"
         raise UsageError(f"{setting}: none of the {epochs} epochs would be validated; must be an integer from 1 to {epochs}")
-
-
-def _whole_from(lowest: int) -> Callable[[str, object], None]:
-    return lambda setting, value: check_int(setting, value, lowest)
-
-
-def _check_limit(setting: str, value: object) -> None:
-    """A count of batches or a share of them: 2.0 is neither, and 0 would train or test on nothing."""
-    is_count = isinstance(value, int) and HIGHEST_WHOLE >= value >= (0 if "val" in setting else 1)
-    is_share = isinstance(value, float) and 0 < value <= 1
-    if isinstance(value, bool) or not (value is None or is_count or is_share):
-        lowest = "0 (off)" if "val" in setting else "1"
-        raise UsageError(f"{setting}={value!r}: must be an integer of at least {lowest}, or a share of all batches above 0 to 1.0")
-
-
-def _check_fast_dev_run(setting: str, value: object) -> None:
-    if value is not None and not isinstance(value, bool) and not (isinstance(value, int) and 0 <= value <= HIGHEST_WHOLE):
-        raise UsageError(f"{setting}={value!r}: must be true, false or a number of batches")
-
-
-def _check_clip(setting: str, value: object) -> None:
-    if value is not None:
-        check_number(setting, value, 0)
-
-
-def _check_every(setting: str, value: object) -> None:
-    if value is not None:
-        check_int(setting, value, 1)
-
-
-def _check_steps(setting: str, value: object) -> None:
-    if value is not None and value != -1:
-        check_int(setting, value, 1)
-
-
-def _check_interval(setting: str, value: object) -> None:
-    """A share of an epoch, or a number of batches; Lightning compares the latter with those that there are."""
-    is_share = isinstance(value, float) and 0 < value <= 1
-    if value is not None and not is_share and (isinstance(value, bool | float) or not (isinstance(value, int) and value >= 1)):
-        raise UsageError(f"{setting}={value!r}: must be an integer of at least 1 (batches), or a share of an epoch above 0 to 1.0")
-
-
-def _check_precision(setting: str, value: object) -> None:
-    if str(value) not in PRECISIONS:
-        raise UsageError(f"{setting}={value!r}: must be one of {', '.join(PRECISIONS)}")
-
-
-def _check_devices(setting: str, value: object) -> None:
-    if isinstance(value, bool) or (isinstance(value, int) and value > HIGHEST_COUNT):
-        raise UsageError(f"{setting}={value!r}: must be a number of devices up to {HIGHEST_COUNT}, auto, or a list of indices")
-
-
-def _check_strategy(setting: str, value: object) -> None:
-    if isinstance(value, list | Mapping):
-        raise UsageError(f"{setting}={value!r}: must be the name of one of Lightning's strategies")
-    if str(value).startswith(("fsdp_", "deepspeed", "model_parallel")):
-        raise UsageError(f"{setting}={value!r}: must be one of auto, ddp, fsdp")
-
-
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "max_epochs": _whole_from(1),
-    "accumulate_grad_batches": _whole_from(1),
-    "gradient_clip_val": _check_clip,
-    "precision": _check_precision,
-    "devices": _check_devices,
-    "strategy": _check_strategy,
-    "fast_dev_run": _check_fast_dev_run,
-    "num_nodes": _whole_from(1),
-    "max_steps": _check_steps,
-    "val_check_interval": _check_interval,
-    "check_val_every_n_epoch": _check_every,
-    "log_every_n_steps": _whole_from(0),
-    "num_sanity_val_steps": _whole_from(-1),
-    **{f"limit_{split}_batches": _check_limit for split in SPLITS},
-}
 
 
 def check_batches(settings: Mapping[str, Any], data: ImageData, world_size: int) -> None:
@@ -130,5 +67,5 @@ def _check_interval_within(settings: Mapping[str, Any], data: ImageData, world_s
         return
     batches = limited(max(len(data.split("train")) // world_size // data.settings.batch_size, 1), settings.get("limit_train_batches"))
     if every > batches:
-        allowed = f"must be an integer of at most {batches}; any with +trainer.check_val_every_n_epoch=null"
+        allowed = f"must be an integer of at most {batches}; any with trainer.check_val_every_n_epoch=null"
         raise UsageError(f"trainer.val_check_interval={every}: an epoch has {batches} batches; {allowed}")

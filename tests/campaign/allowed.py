@@ -3,7 +3,23 @@
 A setting may stand for several (`*`). Its kinds are those of `mutations.KINDS`; `removed` leaves a default in force.
 """
 
+import dataclasses
 import fnmatch
+import typing
+
+from qat.tasks.schemas import Settings
+
+
+def flags(kind=Settings, below=""):
+    """Names of the settings that are true or false: a number is one of them, too."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from flags(hint, f"{below}{name}.")
+        elif hint is bool:
+            yield f"{below}{name}"
+
+
+FLAGS = set(flags())
 
 # Off, or on: what the config says itself.
 SWITCHES = {
@@ -12,13 +28,7 @@ SWITCHES = {
     "logger": "null",
     "logger.*": "null",
     "search": "null",
-    "overwrite": "true",
-    "report": "true",
     "data.cache": "true",
-    "resume": "zero",  # 0 is false
-    "model.reset_head": "true",
-    "model.grad_checkpointing": "true",
-    "teacher.pretrained": "true",  # without a loss that follows a teacher there is a warning
     "quant.offsets": "true",
     "ptq.act_signed": "true",
     "ptq.weight_signed": "true",
@@ -49,7 +59,7 @@ DEFAULTS = {
     "ptq.residual_observer": "null",
     "search.radius": "null",
     "images": "null",
-    "trainer.limit_*_batches": "null",
+    "trainer.limit_*_batches": "null huge",  # all that there are
     "callbacks.cga.epochs": "null",
     "callbacks.best.monitor": "null",  # the last one is kept then
     "callbacks.best.filename": "null text",
@@ -144,6 +154,7 @@ REMOVABLE = (
     "ckpt*",
     "data._target_",
     "data.*",
+    "dynamic_batch",
     "logger*",
     "loss.*",
     "model",
@@ -171,6 +182,8 @@ def is_allowed(mutation):
     """True if a command may go on to its first step."""
     if mutation.kind == "removed":
         return any(fnmatch.fnmatchcase(mutation.setting, pattern) for pattern in REMOVABLE)
+    if mutation.setting in FLAGS and mutation.kind in {"true", "zero", "negative", "huge"}:
+        return True
     found = [kinds for table in (SWITCHES, DEFAULTS, NUMBERS, WORDS) for kinds in _matching(table, mutation.setting)]
     return any(mutation.kind in kinds.split() for kinds in found)
 

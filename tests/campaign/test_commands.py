@@ -20,14 +20,14 @@ TYPED = [
     ("train.py", ["model.args.class_token=maybe"], "model.args.class_token='maybe': must be true or false"),
     ("train.py", ["model.args.global_pool=''"], "model.args.global_pool: the net gives (1, 4, 10) for an image"),
     ("train.py", ["model.args.num_heads=-1"], "model.args.num_heads=-1: must be an integer of at least 1"),
-    ("train.py", ["+model.pretrainde=true"], "model.pretrainde is none of them: the settings are name, pretrained"),
+    ("train.py", ["+model.pretrainde=true"], "config: Key 'pretrainde' not in 'Model' (model.pretrainde)"),
     ("train.py", ["ckpt="], "ckpt='': must be a path; null = none"),
     ("train.py", ["ckpt_format=zip"], "ckpt_format='zip': must be one of auto, qat, timm, ofq"),
     ("train.py", ["ckpt_bits=4"], "ckpt_bits=4: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE"),
     ("train.py", ["~optimizer.weight_decay"], "optimizer.weight_decay is missing"),
     ("train.py", ["optimizer.eps=0"], "optimizer.eps=0: must be a number above 0 to below 1"),
     ("train.py", ["+data.colour=3"], "data.colour is none of them: the settings are image_size"),
-    ("train.py", ["+loss.colour=3"], "loss.colour: none of loss.terms and loss.regularizers reads it"),
+    ("train.py", ["+loss.colour=3"], "config: Key 'colour' not in 'Loss' (loss.colour)"),
     ("train.py", ["callbacks=[default,ema]", "callbacks.ema.decay=nan"], "callbacks.ema.decay=nan: must be a finite number"),
     ("train.py", ["logger=wandb", "logger.wandb.project=3"], "logger.wandb.project=3: must be a text that is not empty"),
     ("train.py", ["~model.init"], "config: Key 'init' is not in struct (model.init)"),
@@ -36,7 +36,7 @@ TYPED = [
     ("ptq.py", ["ckpt={best}", "search=evolution", "search.targets=3"], "search.targets=3: must be a list of globs such as attn.qkv"),
     ("ptq.py", ["ckpt={best}", "search=evolution", "search.targets=[nope]"], "search.targets=['nope']: no block has such a scale"),
     ("analyze.py", ["analysis=weights", "analysis.layers=3", "ckpt={best}"], "analysis.layers=3: must be null or a list of globs"),
-    ("analyze.py", ["analysis=cost", "ckpt=3"], "ckpt=3: must be a path or a list of paths"),
+    ("analyze.py", ["analysis=cost", "ckpt=3"], "ckpt=3: must be a path"),
 ]  # fmt: skip
 
 

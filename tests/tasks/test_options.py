@@ -41,11 +41,6 @@ def test_a_model_without_checkpointing():
         options.use_less_memory(cfg, torch.nn.Linear(2, 2))
 
 
-def test_compile_is_a_switch():
-    with pytest.raises(qat.UsageError, match=r"compile='fast': must be true or false"):
-        options.check_compiler(compose("train", "compile=fast", "run_dir=a"), torch.device("cpu"))
-
-
 def test_no_compiler(monkeypatch):
     def broken(*_):
         raise RuntimeError("no C++ compiler found\nand much more")
