@@ -25,7 +25,6 @@ from qat.ptq.bits_settings import BitsSettings
 from qat.ptq.points import BitsResult
 from qat.ptq.ranks import Ranks
 from qat.ptq.widths import set_bits
-from qat.report.front import draw_front
 from qat.tasks.predict import Subject
 
 log = logging.getLogger(__name__)
@@ -102,6 +101,8 @@ def _accuracy(bits: dict[str, int], subject: Subject, trainer: Trainer) -> float
 
 def _write(run_dir: Path, found: BitsResult, rows: list[dict[str, Any]], subject: Subject) -> None:
     """`front.json`, `front.csv` and a drawing."""
+    from qat.report.front import draw_front
+
     shared = {"selected_on": "calibration", "split": subject.data.evaluation_split, "budget_bytes": found.budget_bytes}
     write_text(run_dir / "front.json", json_text(shared | {"layers": found.layers, "points": rows}))
     text = io.StringIO()

@@ -1,12 +1,11 @@
 """The page of a run. Oracle: what was written into the run directory, and the rules of HTML."""
 
-import json
 import re
 
 import pytest
 
 from qat.analysis import Advice, Outcome, Table, write_outcome
-from qat.report import write_report
+from qat.report.page import write_report
 from tests.report.pages import LAYERS, RESULTS, Reader, drawing, origin, write_run
 
 HOSTILE = "<script>document.title='hacked'</script>\"'&amp;</style><img src=x onerror=alert(1)>"
@@ -54,7 +53,12 @@ def test_every_picture_has_words(read):
     assert {image["alt"] for image in read.all("img")} == {"The first bar has 1, the second 2."}
     drawn = read.all("svg")
     assert len(drawn) == 4
-    assert all(one["role"] == "img" and one["aria-labelledby"] for one in drawn)
+    assert [attrs["aria-label"] for _, attrs in read.found if attrs.get("role") == "img"] == [
+        "Loss",
+        "Validation top-1, %",
+        "Learning rate",
+        "Share of weights that oscillate",
+    ]
     assert "training loss: from 2.25 at step 9 to 1.5 at step 19" in read.text
     assert "validation top-1: from 40 at step 9 to 80 at step 19" in read.text
 
@@ -95,7 +99,10 @@ def test_text_is_never_markup(tmp_path):
     write_outcome(run, "robustness", {}, outcome)
     (run / "metrics.csv").write_text("step,val/top1,lr-<script>\n1,2,3\n2,3,4\n")
     text = write_report(
-        run, origin(config_text=HOSTILE, command=HOSTILE, repeat=HOSTILE, compared=HOSTILE, differences=[(HOSTILE, HOSTILE, HOSTILE)])
+        run,
+        origin(
+            config_text=HOSTILE, command=HOSTILE, repeat=HOSTILE, compared=HOSTILE, differences=[{"setting": HOSTILE, HOSTILE: HOSTILE}]
+        ),
     ).read_text()
     found = Reader(text)
     assert found.wrong == []
@@ -160,7 +167,7 @@ def test_colours_come_from_the_page(page):
     drawn = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
     assert "var(--series-1)" in drawn
     assert "currentColor" in drawn
-    assert re.findall(r"#0123\d\d", drawn) == []
+    assert re.findall(r"#[0-9a-f]{6}\b", drawn) == []
 
 
 def test_png_where_a_drawing_is_large(tmp_path):
@@ -175,13 +182,12 @@ def test_png_where_a_drawing_is_large(tmp_path):
 def test_search_and_front(tmp_path):
     run = write_run(tmp_path / "run", command="ptq", search={"method": "bits", "accepted": 1, "bits": {"head": 4}})
     (run / "search.csv").write_text("pass,cycle,fitness,accepted\n0,incumbent,5.0,1\n0,0,6.0,0\n0,1,4.5,1\n")
-    points = [{"size_bytes": 100, "fitness": 4.5, "top1": 50.0, "selected": False, "bits": {"head": 4}}]
-    points += [{"size_bytes": 200, "fitness": 4.0, "top1": None, "selected": True, "bits": {"head": 8}}]
-    (run / "front.json").write_text(json.dumps({"points": points}))
+    (run / "front.csv").write_text("size_bytes,average_bits,fitness,top1,selected,bits\n100,4,4.5,50.0,0,4 4\n200,6.0,4.0,,1,4 8\n")
     found = Reader(write_report(run, origin()).read_text())
     assert found.wrong == []
     assert "2 candidates, 1 of them accepted" in found.text
-    assert "2, taken" in found.text
+    assert "front.svg cannot be read." in found.text
+    assert "4 8" in found.text
 
 
 def test_two_nets_are_no_list_of_layers(tmp_path):
