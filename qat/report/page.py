@@ -6,7 +6,7 @@ import base64
 import functools
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +18,7 @@ from qat.files import write_text
 from qat.report.curves import search_curve, training_curves
 from qat.report.layers import layer_rows, used_files
 from qat.report.notes import grouped, notes_of
-from qat.report.numbers import MISSING, bits_of, duration, number, percent, scaled, shown, signed, times
+from qat.report.numbers import MISSING, bits_of, duration, leaves, number, percent, scaled, shown, signed, times
 from qat.report.run_files import AnalysisFiles, Origin, Row, RunFiles, read_run
 
 FILE = "report.html"
@@ -52,7 +52,7 @@ def write_report(folder: Path, origin: Origin) -> Path:
         "notes": grouped(notes_of(run)),
         "curves": training_curves(run.metrics),
         "search_curve": search_curve(run.search),
-        "search_facts": _leaves({key: one for key, one in facts.items() if key != "bits"} if isinstance(facts, Mapping) else {}),
+        "search_facts": _facts({key: one for key, one in facts.items() if key != "bits"} if isinstance(facts, Mapping) else {}),
         "front": _front(run),
         "layers": layer_rows(run),
         "analyses": [_analysis(one, run.folder, used_files(run)) for one in run.analyses],
@@ -141,7 +141,7 @@ def _analysis(analysis: AnalysisFiles, folder: Path, used: set[str]) -> dict[str
         "name": analysis.name,
         "pictures": pictures,
         "tables": tables,
-        "summary": _leaves(index.get("summary") or {}) if is_asked_for and not tables and not pictures else [],
+        "summary": _facts(index.get("summary") or {}) if is_asked_for and not tables and not pictures else [],
         "others": [{**one, "file": f"{analysis.folder.name}/{one['file']}"} for one in named] if pictures and not is_asked_for else [],
     }
 
@@ -176,14 +176,7 @@ def _versions(run: RunFiles) -> list[tuple[str, Any]]:
     return list(facts.items())
 
 
-def _leaves(node: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The first scalars of nested dicts, by their path."""
-    return list(_walk(node, ""))[:MOST_FACTS]
-
-
-def _walk(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _walk(value, f"{path} {key}".strip().replace("_", " "))
-    elif not isinstance(node, list | tuple):
-        yield path, node
+def _facts(node: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The first scalars of nested dicts, named by their path."""
+    found = [(" ".join(path).replace("_", " "), value) for path, value in leaves(node) if not isinstance(value, list)]
+    return found[:MOST_FACTS]

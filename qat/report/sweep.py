@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 from qat.bounds import read_json, read_yaml
 from qat.errors import UsageError
 from qat.files import csv_text, write_text
+from qat.report.numbers import leaves
 
 JOBS, GROUPS = "sweep.csv", "sweep_groups.csv"
 # What is averaged over the jobs of a group, in the order of the columns.
@@ -168,7 +169,8 @@ def write_tables(sweep: Sweep) -> None:
 def _job_row(job: Job) -> dict[str, Any]:
     """A job as one row: its overrides as `overrides.NAME`, then all scalars of `results.json`, nested ones by their path."""
     own = {"job": job.name, "status": job.status, "error": job.trouble}
-    results = {key: value for key, value in _leaves(job.results) if key != "error"}
+    found = [(".".join(path), value) for path, value in leaves(job.results) if path != ("error",)]
+    results = {name: json.dumps(value) if isinstance(value, list) else value for name, value in found}
     return own | {f"overrides.{key}": value for key, value in job.overrides.items()} | results
 
 
@@ -246,18 +248,16 @@ def _without_accuracy(jobs: list[Job]) -> list[Job]:
 
 
 def _grouped(jobs: Sequence[Job]) -> list[Group]:
-    found: dict[tuple[tuple[str, str], ...], list[Job]] = {}
-    several = len({job.command for job in jobs if job.command}) > 1
-    for job in jobs:
-        command = {"command": job.command} if several and job.command else {}
-        found.setdefault(tuple(sorted((command | job.setting).items())), []).append(job)
-    settings = [dict(pairs) for pairs in found]
-    names = dict.fromkeys(key for job in jobs for key in ["command", *job.setting])
+    """Jobs by setting; the command is part of it where there are several."""
+    has_several = len({job.command for job in jobs if job.command}) > 1
+    settings = [({"command": job.command} if has_several and job.command else {}) | job.setting for job in jobs]
+    names = dict.fromkeys(name for setting in settings for name in setting)
     varied = [name for name in names if len({setting.get(name) for setting in settings}) > 1]
-    return [
-        Group({name: setting[name] for name in varied if name in setting}, members)
-        for setting, members in zip(settings, found.values(), strict=True)
-    ]
+    found: dict[tuple[str | None, ...], Group] = {}
+    for job, setting in zip(jobs, settings, strict=True):
+        group = Group({name: setting[name] for name in varied if name in setting}, [])
+        found.setdefault(tuple(setting.get(name) for name in varied), group).jobs.append(job)
+    return list(found.values())
 
 
 def _command(folder: Path) -> list[str] | None:
@@ -272,11 +272,3 @@ def _command(folder: Path) -> list[str] | None:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _leaves(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", json.dumps(value) if isinstance(value, list) else value

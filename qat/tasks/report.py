@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 COMMAND = "command.json"
 NO_SETTINGS = ("run_dir", "resume", "overwrite", "report", "sweep_dir", "hydra")  # they say nothing of what was run
 CHECKPOINTS = ("quantized.ckpt", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
-OVERRIDE = re.compile(r"[+~]{0,2}(?P<name>[\w/@.]+)(=(?P<value>.*))?", re.DOTALL)
+COMMANDS = ("train", "eval", "ptq", "analyze", "export")
+OVERRIDE = re.compile(r"[+~]{0,2}(?P<name>\w+([/@.]\w+)*)(=(?P<value>.*))?", re.DOTALL)
 CHOICE = re.compile(r"\[?[\w/, -]*\]?")
 
 
@@ -171,13 +172,14 @@ def _differences(config: dict[str, Any], typed: list[str]) -> tuple[str, list[di
     found = [(one, match["name"], match["value"] or "") for one in typed if (match := OVERRIDE.fullmatch(one))]
     chosen = [(one, value) for one, name, value in found if (CONF / name.partition("@")[0]).is_dir()]
     command = str(config.get("command"))
-    if not (CONF / f"{command}.yaml").is_file() or not all(CHOICE.fullmatch(value) for _, value in chosen):
+    if command not in COMMANDS or not all(CHOICE.fullmatch(value) for _, value in chosen):
         return "", []
     choices = [one for one, _ in chosen]
     names = dict.fromkeys(name for one, name, _ in found if one not in choices and name.partition(".")[0] not in NO_SETTINGS)
     try:
         defaults = _composed(command, choices)
-        pairs = [(name, _text(_at(config, name)), _text(_default(defaults, name))) for name in names]
+        defaults["data"] = defaults.get("data") or defaults.get("default_data")  # of a command that takes them from a checkpoint
+        pairs = [(name, _text(_at(config, name)), _text(_at(defaults, name))) for name in names]
     except (HydraException, OmegaConfBaseException, SystemExit):  # the last is how a command answers what cannot be composed
         return "", []  # chosen among files that are not here: those of a --config-dir
     rows = [{"setting": name, "here": here, "default": default} for name, here, default in pairs if here != default]
@@ -200,12 +202,6 @@ def _at(node: Any, name: str) -> Any:
     for key in name.split("."):
         node = node.get(key) if isinstance(node, dict) else None
     return node
-
-
-def _default(defaults: Any, name: str) -> Any:
-    """A setting of a composed config; of data that a checkpoint brings along, those that are taken where there is none."""
-    found = _at(defaults, name)
-    return _at(defaults, f"default_{name}") if found is None else found
 
 
 def _text(value: object) -> str:

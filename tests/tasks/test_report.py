@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -94,6 +96,11 @@ def test_an_analysis_has_a_page(tmp_path, run_4bit):
     assert not (tmp_path / "analysis").exists()
 
 
+def test_a_run_starts_without_what_makes_a_page():
+    code = "import sys, qat.tasks.train, qat.tasks.ptq; print([m for m in sys.modules if m.startswith(('qat.report', 'qat.analysis'))])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 @pytest.mark.parametrize("off", ["report=false", "trainer.fast_dev_run=true"])
 def test_no_page(tmp_path, off):
     train(tmp_path / "run", "quant=fp", "report=true", off)
@@ -179,6 +186,9 @@ def test_nothing_that_a_foreign_directory_says_is_resolved(tmp_path, monkeypatch
     remake(compose("analyze", f"run={tmp_path}", f"run_dir={tmp_path}/log"))
     assert "hunter2" not in (tmp_path / "report.html").read_text()
     assert origin_of(tmp_path).differences == []
+    (tmp_path / report.COMMAND).write_text(json.dumps({"command": "train.py", "overrides": ["../conf/quant=fp", "seed=1"]}))
+    assert origin_of(tmp_path).compared == "conf/train.yaml"
+    assert origin_of(tmp_path).differences == [{"setting": "seed", "here": "${oc.env:SECRET}", "default": "0"}]
 
 
 @pytest.mark.parametrize(
