@@ -1,7 +1,1 @@
-"""What came of runs, for people to look at: a table of several, a page for each."""
-
-from qat.report.collect import collect, table
-from qat.report.files import Origin
-from qat.report.page import write_report
-
-__all__ = ["Origin", "collect", "table", "write_report"]
+"""What came of runs, for people to look at: a table of several, a page for each. Import its modules only when a page is made."""

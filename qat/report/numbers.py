@@ -1,14 +1,17 @@
-"""Numbers as people read them."""
+"""Numbers as people read them; "–" stands for one that is not known."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+MISSING = "–"
 PREFIXES = ("", "k", "M", "G", "T", "P")
 
 
 def number(value: object) -> float | None:
-    """What a cell holds, None where that is no number."""
+    """The finite or non-finite number that a value is or spells, else None."""
     if isinstance(value, bool) or value is None:
         return None
     try:
@@ -18,41 +21,55 @@ def number(value: object) -> float | None:
 
 
 def shown(value: object) -> str:
-    """Whole numbers with separators, others with five digits that count; what is no number as it is."""
-    found = number(value)
-    if found is None:
-        return "" if value is None else str(value)
-    if not math.isfinite(found):
+    """Whole numbers with separators, others with five significant digits; text as it is."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return str(value)
-    if found.is_integer() and abs(found) < 1e15:
-        return f"{int(found):,}"
-    return f"{found:,.2f}" if 100 <= abs(found) < 1e6 else f"{found:.5g}"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.2f}" if 100 <= abs(value) < 1e6 else f"{value:.5g}"
 
 
 def percent(value: float | None) -> str:
-    """Two decimals; a dash where there is none."""
-    return "–" if value is None else f"{value:.2f}"
+    """Two decimals."""
+    return MISSING if value is None else f"{value:.2f}"
+
+
+def signed(value: float) -> str:
+    """Two decimals and a sign."""
+    return f"{value:+.2f}".replace("-", "−")
 
 
 def scaled(value: float | None, unit: str) -> str:
-    """Three digits that count and a prefix of powers of 1000: `190 kB`."""
+    """Three significant digits and a prefix of powers of 1000: `190 kB`."""
     if value is None:
-        return "–"
+        return MISSING
     power = 0 if value < 1 else min(int(math.log10(value) // 3), len(PREFIXES) - 1)
-    digits = f"{value / 1000**power:.3g}"
-    return f"{digits} {PREFIXES[power]}{unit}".rstrip()
+    return f"{value / 1000**power:.3g} {PREFIXES[power]}{unit}".rstrip()
 
 
-def times(ratio: float | None) -> str:
+def times(ratio: float) -> str:
     """A factor."""
-    if ratio is None:
-        return "–"
     return f"{ratio:.1f}×" if ratio < 100 else f"{ratio:,.0f}×"
 
 
-def spoken(seconds: float) -> str:
-    """A duration."""
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def bits_of(recipe: Mapping[str, Any] | None) -> str | None:
+    """`W2 A2`; None of a float model."""
+    return None if not recipe or recipe.get("name") == "fp" else f"W{recipe.get('bits')} A{recipe.get('act_bits')}"
+
+
+def leaves(node: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What nested dicts hold, each with the names that lead to it."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
-from importlib import resources
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
-from qat.report import sections
-from qat.report.files import Origin, RunFiles, read_run
-from qat.report.html import Html, element, joined
-from qat.report.layers import layers_table
-from qat.report.notes import notes_of, notes_section
-from qat.report.numbers import percent, scaled
-from qat.report.origin import origin as origin_section
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from qat.report.curves import search_curve, training_curves
+from qat.report.layers import layer_rows, used_files
+from qat.report.notes import grouped, notes_of
+from qat.report.numbers import MISSING, bits_of, duration, leaves, number, percent, scaled, shown, signed, times
+from qat.report.run_files import AnalysisFiles, Origin, Row, RunFiles, read_run
 from qat.utils.files import write_text
 
 FILE = "report.html"
 TITLES = {"train": "Training", "ptq": "Post-training quantization", "analyze": "Analysis", "eval": "Evaluation"}
+MOST_ROWS = 200  # of a table
+MOST_PLACES = 8  # of notes with the same advice
+MOST_FACTS = 24
+SAFE = " /:;=,.()!*~?@$'-_"  # characters of a data URL in double quotes
+LARGEST = 150_000  # bytes of an SVG file that is shown; above it a PNG that is smaller takes its place
+# Pictures and styles of the page itself, and its one script.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
+MEASURES = ("top1", "top5", "loss", "top1_fp", "size_bytes", "bitops", "wall_seconds")
 
 
 def write_report(folder: Path, origin: Origin) -> Path:
@@ -30,106 +43,127 @@ def write_report(folder: Path, origin: Origin) -> Path:
     Returns:
         The file.
     """
-    path = folder / FILE
-    write_text(path, page(read_run(folder, origin)))
-    return path
+    run = read_run(folder, origin)
+    facts = run.results.get("search")
+    context = {
+        "run": run,
+        "n": _numbers(run),
+        "titles": TITLES,
+        "notes": grouped(notes_of(run)),
+        "curves": training_curves(run.metrics),
+        "search_curve": search_curve(run.search),
+        "search_facts": _facts({key: one for key, one in facts.items() if key != "bits"} if isinstance(facts, Mapping) else {}),
+        "layers": layer_rows(run),
+        "analyses": [_analysis(one, run.folder, used_files(run)) for one in run.analyses],
+        "versions": _versions(run),
+    }
+    write_text(folder / FILE, render("run.html.j2", folder, context))
+    return folder / FILE
 
 
-def page(run: RunFiles) -> str:
-    """The text of the page."""
-    parts = [(ident, name, content) for ident, name, content in _parts(run) if content]
-    return document(TITLES.get(run.command, "Run"), _subject(run), _lead(run), parts, str(run.folder))
-
-
-def document(kind: str, subject: str, lead: str, parts: list[tuple[str, str, Html]], source: str) -> str:
-    """A whole page.
+def render(template: str, folder: Path, context: Mapping[str, Any]) -> str:
+    """The text of a page.
 
     Args:
-        kind: of what it is about: Training, Sweep.
-        subject: its heading.
-        lead: one sentence below that.
-        parts: id, title and content of each.
-        source: directory of the files that it was made from.
+        template: of the page.
+        folder: that the page is about.
+        context: what the template shows.
     """
-    links = [element("li", element("a", name, href=f"#{ident}")) for ident, name, _ in parts]
-    body = [
-        element("a", "Skip to the content", href="#main", class_="skip"),
-        element(
-            "header",
-            element("p", f"qat · {kind}", class_="kicker"),
-            element("h1", subject),
-            element("p", lead, class_="lead"),
-        ),
-        element("nav", element("ul", *links), aria_label="Parts of this page"),
-        element("main", *(_section(ident, name, content) for ident, name, content in parts), id="main", tabindex="-1"),
-        element("footer", element("p", f"Made by qat from the files in {source}. Nothing on this page is fetched from elsewhere.")),
-        element("div", id="said", class_="unseen", role="status", aria_live="polite"),
-    ]
-    script = Html(_asset("script.js"))
-    head = [
-        element("meta", charset="utf-8"),
-        element("meta", name_="viewport", content_="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content_=_policy(script)),
-        element("meta", name_="color-scheme", content_="light dark"),
-        element("title", f"{kind}: {subject}"),
-        element("link", rel="icon", href="data:,"),
-        element("style", Html(_asset("style.css"))),
-    ]
-    content = [element("head", *head), element("body", *body, element("script", script))]
-    return f"<!DOCTYPE html>\n{element('html', joined(content, chr(10)), lang='en')}\n"
-
-
-def _parts(run: RunFiles) -> list[tuple[str, str, Html | None]]:
-    """Id, title and content, in their order."""
-    notes = notes_of(run)
-    results = [part for part in (sections.key_figures(run), sections.headline(run)) if part]
-    return [
-        ("notes", "Worth knowing", notes_section(notes) if notes else None),
-        ("results", "Results", joined(results) if results else None),
-        ("curves", "Course of the training", sections.curves(run)),
-        ("search-part", "Search", sections.search(run)),
-        ("layers", "Layers", layers_table(run)),
-        *sections.studies(run),
-        ("run", "How it was run", origin_section(run)),
-    ]
-
-
-def _section(ident: str, title: str, content: Html) -> Html:
-    return element("section", element("h2", title, id=ident), content, aria_labelledby=ident)
-
-
-def _subject(run: RunFiles) -> str:
-    results = run.results
-    named = [results.get("model") or (run.origin.config.get("model") or {}).get("name"), results.get("quant"), results.get("data")]
-    return " · ".join(str(name) for name in named if name) or run.folder.name
-
-
-def _lead(run: RunFiles) -> str:
-    """One sentence."""
-    results = run.results
-    if results.get("error"):
-        return "The run failed."
-    if not results:
-        return "The run has not ended."
-    size = results.get("size_bytes")
-    stored = f", {scaled(size, 'B')} as stored" if size else ""
-    if results.get("top1") is not None:
-        fp = results.get("top1_fp")
-        compared = "" if fp is None else f" ({percent(fp)} % in float)"
-        return f"{percent(results['top1'])} % top-1 on the {results.get('split')} split{compared}{stored}."
-    if not results.get("analysis"):
-        return ""
-    weights = results.get("weights") or "a net"
-    return f"{str(results['analysis']).capitalize()} of {weights if isinstance(weights, str) else ' and '.join(map(str, weights))}."
-
-
-def _asset(name: str) -> str:
-    return resources.files("qat.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _policy(script: str) -> str:
-    """What a browser may load and run: pictures and styles of the page itself, and its one script."""
+    environment = _environment()
+    script = environment.get_template("script.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    own = {"folder": str(folder), "script": Markup(script), "policy": POLICY.format(digest), "contents": []}
+    return environment.get_template(template).render(**own, **context)
+
+
+@functools.cache
+def _environment() -> Environment:
+    """Templates in which all text is escaped, and a name that does not exist is an error."""
+    found = Environment(
+        loader=PackageLoader("qat.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.do"],
     )
+    for one in (columns, duration, percent, scaled, shown, signed, times):
+        found.filters[one.__name__] = one
+    found.globals |= {"most_rows": MOST_ROWS, "most_places": MOST_PLACES}
+    return found
+
+
+def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    """Names of a table's columns, each with whether it is one of numbers; the first names the rows."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return [(name, i > 0 and _is_numeric([row.get(name) for row in rows])) for i, name in enumerate(names)]
+
+
+def _is_numeric(cells: Sequence[object]) -> bool:
+    known = [str(cell) for cell in cells if cell not in {None, "", MISSING}]
+    return bool(known) and all(number(cell) is not None or cell[0] in "+−0123456789" for cell in known)
+
+
+def _numbers(run: RunFiles) -> dict[str, Any]:
+    """What was measured, and the same model in float32; None where it is not known."""
+    known: dict[str, Any] = {name: number(run.results.get(name)) for name in MEASURES}
+    bits = bits_of(run.results.get("recipe"))
+    cost = run.analysis("cost")
+    models = list((cost.index.get("summary") or {}).values()) if cost else []
+    in_float = models[0].get("in_float") if len(models) == 1 and isinstance(models[0], Mapping) else None
+    size, bitops = (number(in_float.get(name)) if isinstance(in_float, Mapping) else None for name in ("size_bytes", "bitops"))
+    smaller = size / known["size_bytes"] if bits and size and known["size_bytes"] else None
+    fewer = bitops / known["bitops"] if bits and bitops and known["bitops"] else None
+    return known | {"bits": bits, "float_size": size, "float_bitops": bitops, "smaller": smaller, "fewer": fewer}
+
+
+def _analysis(analysis: AnalysisFiles, folder: Path, used: set[str]) -> dict[str, Any]:
+    """What an analysis shows: pictures, and of one that was asked for its tables, or where there is nothing else its summary."""
+    index = analysis.index
+    pictures = [_picture(analysis.folder, one) for one in index.get("figures") or []]
+    is_asked_for = analysis.folder == folder
+    named = [{"file": str(one["file"]), "title": str(one.get("title", ""))} for one in index.get("tables") or []]
+    tables = [one | {"rows": analysis.rows(one["file"])} for one in named if is_asked_for and one["file"] not in used]
+    return {
+        "name": analysis.name,
+        "pictures": pictures,
+        "tables": tables,
+        "summary": _facts(index.get("summary") or {}) if is_asked_for and not tables and not pictures else [],
+        "others": [{**one, "file": f"{analysis.folder.name}/{one['file']}"} for one in named] if pictures and not is_asked_for else [],
+    }
+
+
+def _picture(folder: Path, one: Mapping[str, Any]) -> dict[str, Any]:
+    """A picture file for an `img`, its data in the page: ids and scripts in it, if any, stay inside. None where it cannot be read."""
+    title = str(one.get("title", ""))
+    found = {"file": str(one["file"]), "title": title, "alt": str(one.get("alt") or title), "source": None}
+    svg, png = (folder / Path(str(one.get(key) or "none")).name for key in ("file", "png"))
+    try:
+        if png.is_file() and (not svg.is_file() or svg.stat().st_size > max(LARGEST, png.stat().st_size)):
+            return found | {"source": f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"}
+        text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|(?<=>)\s+(?=<)", "", svg.read_text(encoding="utf-8"), flags=re.DOTALL)
+        return found | {"source": f"data:image/svg+xml,{quote(text, safe=SAFE)}"}
+    except (OSError, ValueError):
+        return found
+
+
+def _versions(run: RunFiles) -> list[tuple[str, Any]]:
+    results = run.results
+    seconds = number(results.get("wall_seconds"))
+    facts = {
+        "directory": str(run.folder),
+        "finished": results.get("finished"),
+        "took": None if seconds is None else duration(seconds),
+        "device": results.get("device"),
+        "seed": results.get("seed"),
+        "weights": results.get("weights"),
+        "git commit": results.get("git_commit"),
+        **(results.get("versions") or {}),
+    }
+    return list(facts.items())
+
+
+def _facts(node: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The first scalars of nested dicts, named by their path."""
+    found = [(" ".join(path).replace("_", " "), value) for path, value in leaves(node) if not isinstance(value, list)]
+    return found[:MOST_FACTS]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from qat.errors import UsageError
+from qat.report.numbers import leaves
 from qat.utils.bounds import read_json, read_yaml
 from qat.utils.files import csv_text, write_text
 
@@ -47,6 +50,11 @@ class Job:
         """What makes it another experiment: the overrides without seed and directories."""
         return {key: value for key, value in self.overrides.items() if key not in IGNORED and not key.startswith("hydra.")}
 
+    @property
+    def status(self) -> str:
+        """Done, failed, not finished."""
+        return "done" if self.trouble is None else "failed" if self.results.get("error") else "not finished"
+
 
 @dataclass(frozen=True)
 class Statistic:
@@ -75,8 +83,7 @@ class Group:
 
     def values(self, measure: str) -> list[float]:
         """The known numbers of one measure."""
-        found = [job.results.get(measure) for job in self.done]
-        return [float(value) for value in found if isinstance(value, int | float) and not isinstance(value, bool)]
+        return [float(value) for job in self.done if _is_number(value := job.results.get(measure))]
 
     def statistic(self, measure: str) -> Statistic | None:
         """Mean and deviation; None where nothing is known."""
@@ -97,16 +104,11 @@ class Sweep:
     folder: Path
     jobs: list[Job]
     command: list[str] | None = None
-    groups: list[Group] = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Group the jobs, in the order in which the first of each comes."""
-        object.__setattr__(self, "groups", _grouped(self.jobs))
-
-    @property
-    def done(self) -> list[Job]:
-        """Jobs whose numbers count."""
-        return [job for job in self.jobs if job.trouble is None]
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """The jobs by what they were given, in the order in which the first of each comes."""
+        return _grouped(self.jobs)
 
     @property
     def troubled(self) -> list[Job]:
@@ -132,9 +134,8 @@ class Sweep:
     @property
     def counted(self) -> str:
         """How many jobs, and what became of them."""
-        failed = sum(bool(job.results.get("error")) for job in self.troubled)
-        parts = [f"{len(self.done)} done", f"{failed} failed", f"{len(self.troubled) - failed} not finished"]
-        return f"{len(self.jobs)} jobs: {', '.join(part for part in parts if part[:2] != '0 ')}"
+        found = Counter(job.status for job in self.jobs)
+        return f"{len(self.jobs)} jobs: {', '.join(f'{found[one]} {one}' for one in ('done', 'failed', 'not finished') if found[one])}"
 
 
 def gather(folder: Path) -> Sweep:
@@ -144,7 +145,7 @@ def gather(folder: Path) -> Sweep:
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """The same of a directory that somebody names.
+    """Read the jobs below a directory that somebody names.
 
     Raises:
         UsageError: it is no directory, is a run itself, or holds no jobs with results.
@@ -161,19 +162,19 @@ def read_sweep(folder: Path) -> Sweep:
 
 def write_tables(sweep: Sweep) -> None:
     """Write `sweep.csv`, a row for each job with all its keys, and `sweep_groups.csv`, a row for each group."""
-    write_text(sweep.folder / JOBS, csv_text([job_row(job) for job in sweep.jobs]))
-    write_text(sweep.folder / GROUPS, csv_text([group_row(group, sweep.measures) for group in sweep.groups]))
+    write_text(sweep.folder / JOBS, csv_text([_job_row(job) for job in sweep.jobs]))
+    write_text(sweep.folder / GROUPS, csv_text([_group_row(group, sweep.measures) for group in sweep.groups]))
 
 
-def job_row(job: Job) -> dict[str, Any]:
+def _job_row(job: Job) -> dict[str, Any]:
     """A job as one row: its overrides as `overrides.NAME`, then all scalars of `results.json`, nested ones by their path."""
-    status = "done" if job.trouble is None else "failed" if job.results.get("error") else "not finished"
-    own = {"job": job.name, "status": status, "error": job.trouble}
-    results = {key: value for key, value in _leaves(job.results) if key != "error"}
+    own = {"job": job.name, "status": job.status, "error": job.trouble}
+    found = [(".".join(path), value) for path, value in leaves(job.results) if path != ("error",)]
+    results = {name: json.dumps(value) if isinstance(value, list) else value for name, value in found}
     return own | {f"overrides.{key}": value for key, value in job.overrides.items()} | results
 
 
-def group_row(group: Group, measures: Sequence[str]) -> dict[str, Any]:
+def _group_row(group: Group, measures: Sequence[str]) -> dict[str, Any]:
     """A group as one row: its setting, how many jobs count of how many, their seeds, mean and deviation of each measure."""
     seeds = " ".join(str(job.results.get("seed")) for job in group.done)
     row: dict[str, Any] = {**group.setting, "n": len(group.done), "jobs": len(group.jobs), "seeds": seeds}
@@ -219,73 +220,55 @@ def _in_order(name: str) -> list[tuple[int, int, str]]:
 
 
 def _job(folder: Path, path: Path) -> Job:
-    try:
-        results = read_json(path / "results.json")
-        trouble = None if isinstance(results, dict) else "results.json cannot be read"
-    except FileNotFoundError:
-        results, trouble = {}, UNFINISHED
-    except (OSError, ValueError):
-        results, trouble = {}, "results.json cannot be read"
-    results = results if isinstance(results, dict) else {}
+    results = _object(path / "results.json")
+    is_there = (path / "results.json").is_file()
+    trouble = None if results else "results.json cannot be read" if is_there else UNFINISHED
     if results.get("error"):
         trouble = " ".join(str(results["error"]).split())
-    name = str(path.relative_to(folder))
     known = overrides_of(path) or {key: str(results[key]) for key in ("command", "model", "quant", "data", "seed") if results.get(key)}
-    return Job(name, known, results, trouble, results.get("command") or _command_of(path))
+    command = results.get("command") or str(_object(path / "command.json").get("command", "")).removesuffix(".py")
+    return Job(str(path.relative_to(folder)), known, results, trouble, command or None)
 
 
-def _command_of(path: Path) -> str | None:
-    """Of a job without results, as it was noted when it began."""
+def _object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; empty where it cannot be read, or holds something else."""
     try:
-        return str(read_json(path / "command.json")["command"]).removesuffix(".py")
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _without_accuracy(jobs: list[Job]) -> list[Job]:
-    """The same; where jobs have an accuracy, one that ended without any does not count."""
+    """Where jobs have an accuracy, one that ended without any does not count."""
     if not any(_is_number(job.results.get("top1")) for job in jobs):
         return jobs
     none = "its results.json has no accuracy"
-    lacks = [job.trouble is None and not _is_number(job.results.get("top1")) for job in jobs]
-    return [dataclasses.replace(job, trouble=none) if lacking else job for job, lacking in zip(jobs, lacks, strict=True)]
+    return [job if job.trouble or _is_number(job.results.get("top1")) else dataclasses.replace(job, trouble=none) for job in jobs]
 
 
 def _grouped(jobs: Sequence[Job]) -> list[Group]:
-    found: dict[tuple[tuple[str, str], ...], list[Job]] = {}
-    several = len({job.command for job in jobs if job.command}) > 1
-    for job in jobs:
-        command = {"command": job.command} if several and job.command else {}
-        found.setdefault(tuple(sorted((command | job.setting).items())), []).append(job)
-    settings = [dict(pairs) for pairs in found]
-    names = dict.fromkeys(key for job in jobs for key in ["command", *job.setting])
+    """Jobs by setting; the command is part of it where there are several."""
+    has_several = len({job.command for job in jobs if job.command}) > 1
+    settings = [({"command": job.command} if has_several and job.command else {}) | job.setting for job in jobs]
+    names = dict.fromkeys(name for setting in settings for name in setting)
     varied = [name for name in names if len({setting.get(name) for setting in settings}) > 1]
-    return [
-        Group({name: setting[name] for name in varied if name in setting}, members)
-        for setting, members in zip(settings, found.values(), strict=True)
-    ]
+    found: dict[tuple[str | None, ...], Group] = {}
+    for job, setting in zip(jobs, settings, strict=True):
+        group = Group({name: setting[name] for name in varied if name in setting}, [])
+        found.setdefault(tuple(setting.get(name) for name in varied), group).jobs.append(job)
+    return list(found.values())
 
 
 def _command(folder: Path) -> list[str] | None:
     """Arguments of a sweep, as Hydra wrote them down."""
     try:
         found = read_yaml(folder / "multirun.yaml")[0]["hydra"]
-        return [f"{found['job']['name']}.py", "-m", *found["overrides"]["task"], *_of_hydra(found["overrides"]["hydra"])]
+        of_hydra = [one for one in found["overrides"]["hydra"] if one != "hydra.mode=MULTIRUN"]
+        return [f"{found['job']['name']}.py", "-m", *found["overrides"]["task"], *of_hydra]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _of_hydra(overrides: Sequence[str]) -> list[str]:
-    return [one for one in overrides if one != "hydra.mode=MULTIRUN"]
-
-
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _leaves(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", json.dumps(value) if isinstance(value, list) else value

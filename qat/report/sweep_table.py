@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from rich.table import Table
 from rich.text import Text
 
-from qat.report.numbers import number
+from qat.report.numbers import MISSING, number
 from qat.report.sweep import GROUPS, JOBS, Group, Job, Statistic, Sweep
 
 HEADINGS = {
@@ -20,26 +20,29 @@ HEADINGS = {
     "wall_seconds": "seconds",
 }
 FORMATS = {"loss": ".4f", "size_bytes": ",.0f", "wall_seconds": ",.1f"}
-MISSING = "–"
 LONG = 9  # characters of a number from which it is shortened
 
 
 def table(sweep: Sweep) -> Table:
     """Settings that differ, how many jobs count, and mean ± sample deviation of what was measured."""
     out = Table()
-    for name in sweep.varied:
-        out.add_column(name, overflow="fold")
-    for name in ("n", *(HEADINGS[measure] for measure in sweep.measures)):
-        out.add_column(name, justify="right", overflow="fold")
-    for group in sweep.groups:
-        setting = [Text(brief(group.setting.get(name, MISSING))) for name in sweep.varied]
-        out.add_row(*setting, number_of_jobs(group), *(shown(measure, group.statistic(measure)) for measure in sweep.measures))
+    rows = group_cells(sweep)
+    for name in rows[0] if rows else ():
+        out.add_column(name, justify="left" if name in sweep.varied else "right", overflow="fold")
+    for row in rows:
+        out.add_row(*map(Text, row.values()))
     return out
 
 
-def number_of_jobs(group: Group) -> str:
-    """How many count, and of how many where some do not: `2 of 3`."""
-    return str(len(group.done)) if len(group.done) == len(group.jobs) else f"{len(group.done)} of {len(group.jobs)}"
+def group_cells(sweep: Sweep) -> list[dict[str, str]]:
+    """The same as text by heading, a row for each group; `n` = how many jobs count, and of how many where some do not: `2 of 3`."""
+    rows = []
+    for group in sweep.groups:
+        setting = {name: brief(group.setting.get(name, MISSING)) for name in sweep.varied}
+        n, jobs = len(group.done), len(group.jobs)
+        measured = {HEADINGS[measure]: shown(measure, group.statistic(measure)) for measure in sweep.measures}
+        rows.append(setting | {"n": str(n) if n == jobs else f"{n} of {jobs}"} | measured)
+    return rows
 
 
 def shown(measure: str, found: Statistic | None) -> str:
@@ -47,9 +50,8 @@ def shown(measure: str, found: Statistic | None) -> str:
     if found is None:
         return MISSING
     spec = FORMATS.get(measure, ".2f")
-    if found.std is None or (measure == "size_bytes" and found.std == 0):
-        return f"{found.mean:{spec}}"
-    return f"{found.mean:{spec}} ± {found.std:{spec}}"
+    has_deviation = found.std is not None and (found.std > 0 or measure != "size_bytes")
+    return f"{found.mean:{spec}} ± {found.std:{spec}}" if has_deviation else f"{found.mean:{spec}}"
 
 
 def closing_lines(sweep: Sweep, refused: Mapping[str, str]) -> list[str]:
@@ -76,7 +78,7 @@ def label(group: Group) -> str:
 
 
 def brief(value: str) -> str:
-    """A long number with four digits that count, anything else as it is."""
+    """A long number with four significant digits, anything else as it is."""
     found = number(value)
     return value if found is None or len(value) < LONG or not math.isfinite(found) else f"{found:.4g}"
 

@@ -24,7 +24,7 @@ from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.repeat import CONF, recorded
-from qat.tasks.report import remake, remember, report_run
+from qat.tasks.report import record_command, remake, report_run
 from qat.tasks.results import recipe_fields, write_results
 from qat.tasks.schemas import SPLITS
 from qat.tasks.sweep import gather_sweep
@@ -73,7 +73,7 @@ def analyze(cfg: DictConfig) -> None:
     _announce(cfg, study)
     coming = _rows(cfg, study)  # the last that may refuse: the files of an older run are as they were until here
     write_text(run_dir / "config.yaml", recorded(cfg))
-    remember(cfg)
+    record_command(cfg)
     rows: list[Row] = []
     complete = False
     try:

@@ -35,7 +35,7 @@ from qat.tasks.outputs import UsedError
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.ptq_keep import build_target_net, check_start, is_kept
 from qat.tasks.repeat import recorded
-from qat.tasks.report import remember, report_run, studied
+from qat.tasks.report import record_command, report_run
 from qat.tasks.results import recipe_fields, write_results
 from qat.tasks.search import build_search, check_targets, run_search
 from qat.utils.files import write_text
@@ -91,12 +91,12 @@ def ptq(cfg: DictConfig) -> float:
     if is_first():
         _remove_older(cfg)
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
-        remember(cfg)
+        record_command(cfg)
         _announce(cfg, run)
     with closing(run.trainer.loggers):
         results = _quantize(cfg, run, began)
     subject = run.quantized
-    report_run(cfg, [studied(subject.net, subject.name, subject.data.input_size)], is_first=run.trainer.is_global_zero)
+    report_run(cfg, subject.net, subject.data.input_size, is_first=run.trainer.is_global_zero)
     return float(results["top1"])
 
 

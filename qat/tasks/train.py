@@ -34,7 +34,7 @@ from qat.tasks.checks import check_classifier, check_patches, check_settings
 from qat.tasks.compare import compared
 from qat.tasks.outputs import UsedError
 from qat.tasks.repeat import recorded
-from qat.tasks.report import remember, report_run, studied
+from qat.tasks.report import record_command, report_run
 from qat.tasks.results import measured, recipe_fields, write_results
 from qat.tasks.resume import Resume, check_data, check_optimizer, find_resume
 from qat.tasks.teacher import build_teacher, is_float
@@ -87,7 +87,7 @@ def train(cfg: DictConfig) -> float:
         write_owner(Path(cfg.run_dir))
         _announce(cfg, run)
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
-        remember(cfg)
+        record_command(cfg)
     top1_fp = _announce_teacher(run)
     options.compile_nets(cfg, run.module.net, run.teacher)
     with closing(run.trainer.loggers):
@@ -98,7 +98,7 @@ def train(cfg: DictConfig) -> float:
         watch = next(c for c in run.trainer.callbacks if isinstance(c, Stopwatch))  # type: ignore[attr-defined]
         seconds = time.monotonic() - began + watch.earlier_seconds
         _conclude(cfg, run, {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": round(seconds, 1)})
-    report_run(cfg, [studied(run.module.net, cfg.model.name, run.data.input_size)], is_first=run.trainer.is_global_zero)
+    report_run(cfg, run.module.net, run.data.input_size, is_first=run.trainer.is_global_zero)
     return val_top1
 
 

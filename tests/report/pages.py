@@ -10,8 +10,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from qat.analysis import Advice, Drawing, Outcome, Table, write_outcome
-from qat.report import Origin
-from qat.report.html import VOID
+from qat.report.run_files import Origin
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 RESULTS = {
     "command": "train",
@@ -74,7 +75,11 @@ def _analyses():
 
 def origin(**changes):
     known = {"config": CONFIG, "config_text": "command: train\n", "command": "python train.py seed=0", "repeat": "python train.py"}
-    return Origin(**known | {"compared": "conf/train.yaml", "differences": [("optimizer.lr", "0.002", "0.001")]} | changes)
+    return Origin(
+        **known
+        | {"compared": "conf/train.yaml", "differences": [{"setting": "optimizer.lr", "here": "0.002", "default": "0.001"}]}
+        | changes
+    )
 
 
 class Reader(HTMLParser):

@@ -2,14 +2,14 @@
 
 import pytest
 
-from qat.report import write_report
+from qat.report.page import write_report
 from tests.report import browser
 from tests.report.pages import origin, write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(browser.found() is None, reason="no chromium here: apt-get install chromium")]
 
-COLUMN = """[...document.querySelector('[aria-labelledby=layers-caption] tbody').rows].map(row => row.cells[{}].textContent)"""
-HEADER = "document.querySelectorAll('[aria-labelledby=layers-caption] thead th')[{}]"
+COLUMN = """[...document.querySelector('[aria-labelledby=layers] tbody').rows].map(row => row.cells[{}].textContent)"""
+HEADER = "document.querySelectorAll('[aria-labelledby=layers] thead th')[{}]"
 LEFT_OF_NOTHING = "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().left < -1).length"
 CONTRAST = """(() => {
   const channel = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;

@@ -3,9 +3,12 @@
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
+from qat.report.run_files import Origin
 from qat.tasks import report
 from qat.tasks.report import origin_of, remake
 from tests.commands import typed
@@ -48,21 +51,24 @@ def test_it_has_the_command_and_what_it_changed(by_command):
     assert origin.command.startswith("python train.py ++model.args.embed_dim=24 ")
     assert origin.command.endswith("quant=ofq_3bit 'callbacks=[default,ema]' optimizer.lr=2e-3 seed=3 run_dir=first")
     assert origin.compared == "conf/train.yaml quant=ofq_3bit callbacks=[default,ema]"
-    found = {name: (here, default) for name, here, default in origin.differences}
-    # Three bits and averaging are those of the files that were chosen, data.seed follows the seed, run_dir is every run's own.
-    assert (
-        found
-        == {
-            "seed": ("3", "0"),
-            "optimizer.lr": ("0.002", "0.001"),
-            "trainer.max_epochs": ("1", "30"),
-            "trainer.limit_train_batches": ("2", "1.0"),
-            "model.args.embed_dim": ("24", "96"),
-            "model.args.depth": ("1", "4"),
-            "model.args.num_heads": ("3", "3"),
-        }
-        or {k: v for k, v in found.items() if v[0] != v[1]} == found
-    )
+    found = {one["setting"]: (one["here"], one["default"]) for one in origin.differences}
+    # Three bits and averaging are those of the files that were chosen; run_dir is every run's own.
+    expected = {"seed": ("3", "0"), "optimizer.lr": ("0.002", "0.001"), "model.args.embed_dim": ("24", "96")}
+    assert expected.items() <= found.items()
+    assert all(here != default for here, default in found.values())
+    assert {"quant", "callbacks", "run_dir"}.isdisjoint(found)
+
+
+def test_data_of_a_checkpoint_are_compared_with_those_that_are_taken_without(tmp_path):
+    (tmp_path / "config.yaml").write_text("command: ptq\ndata: {calibration_images: 20, image_size: 8}\nckpt: a.ckpt\n")
+    typed = ["ckpt=a.ckpt", "data.calibration_images=20", "ptq=minmax_w8a8", "run_dir=b"]
+    (tmp_path / report.COMMAND).write_text(json.dumps({"command": "ptq.py", "overrides": typed}))
+    origin = origin_of(tmp_path)
+    assert origin.compared == "conf/ptq.yaml ptq=minmax_w8a8"
+    assert list(origin.differences) == [
+        {"setting": "ckpt", "here": "a.ckpt", "default": "(none)"},
+        {"setting": "data.calibration_images", "here": "20", "default": "1000"},
+    ]
 
 
 def test_the_command_to_repeat_works(by_command):
@@ -79,8 +85,6 @@ def test_quantization_after_training_has_a_page(tmp_path, float_run):
     found = page(tmp_path)
     assert "Post-training quantization" in found.text
     assert f"{results(tmp_path)['top1_fp']:.2f} % in float" in found.text
-    # The data are those of the checkpoint: no settings of this run.
-    assert [name for name, _, _ in origin_of(tmp_path).differences] == ["ckpt", "data.calibration_images", "ptq.batch"]
 
 
 def test_an_analysis_has_a_page(tmp_path, run_4bit):
@@ -90,6 +94,11 @@ def test_an_analysis_has_a_page(tmp_path, run_4bit):
     found = page(tmp_path)
     assert "Bit operations of one image" in found.text
     assert not (tmp_path / "analysis").exists()
+
+
+def test_a_run_starts_without_what_makes_a_page():
+    code = "import sys, qat.tasks.train, qat.tasks.ptq; print([m for m in sys.modules if m.startswith(('qat.report', 'qat.analysis'))])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("off", ["report=false", "trainer.fast_dev_run=true"])
@@ -104,8 +113,7 @@ def test_a_page_that_fails_fails_no_run(tmp_path, monkeypatch, caplog):
     def broken(*args):
         raise RuntimeError("no ink\nat all")
 
-    monkeypatch.setattr(report, "write_report", broken)
-    monkeypatch.setattr(report, "STUDIES", ())
+    monkeypatch.setattr(report, "describe_layers", broken)
     train(tmp_path / "run", "quant=fp", "report=true")
     assert results(tmp_path / "run")["top1"] is not None
     (record,) = [r for r in caplog.records if "report.html" in r.getMessage()]
@@ -151,7 +159,7 @@ def test_a_run_that_fails_in_training_has_a_page(tmp_path, refused):
 
 
 def test_a_resumed_run_shows_all_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "STUDIES", ())
+    monkeypatch.setattr(report, "describe_layers", lambda *args: None)
     run = train(tmp_path / "run", "quant=fp")
     train(run, "quant=fp", "resume=true", "trainer.max_epochs=3", "report=true")
     # Two steps an epoch.
@@ -180,6 +188,9 @@ def test_nothing_that_a_foreign_directory_says_is_resolved(tmp_path, monkeypatch
     remake(compose("analyze", f"run={tmp_path}", f"run_dir={tmp_path}/log"))
     assert "hunter2" not in (tmp_path / "report.html").read_text()
     assert origin_of(tmp_path).differences == []
+    (tmp_path / report.COMMAND).write_text(json.dumps({"command": "train.py", "overrides": ["../conf/quant=fp", "seed=1"]}))
+    assert origin_of(tmp_path).compared == "conf/train.yaml"
+    assert origin_of(tmp_path).differences == [{"setting": "seed", "here": "${oc.env:SECRET}", "default": "0"}]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +210,7 @@ def test_a_damaged_config_is_left_out(tmp_path, content, caplog):
     (tmp_path / report.COMMAND).write_text("{" if content else json.dumps([1]))
     (tmp_path / "results.json").write_text('{"command": "train", "top1": 50.0}')
     remake(compose("analyze", f"run={tmp_path}", f"run_dir={tmp_path}/log"))
-    assert origin_of(tmp_path) == report.Origin()
+    assert origin_of(tmp_path) == Origin()
     assert "50.00 %" in page(tmp_path).text
     assert all("\n" not in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
 

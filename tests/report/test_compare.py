@@ -7,8 +7,7 @@ import pytest
 from rich.console import Console
 
 import qat
-from qat.report import collect, table
-from qat.report.__main__ import main
+from qat.report.__main__ import compare, main
 
 
 def write(folder, **values):
@@ -27,9 +26,9 @@ def write(folder, **values):
     return folder
 
 
-def text(results):
+def text(*run_dirs):
     out = io.StringIO()
-    Console(width=200, file=out).print(table(results))
+    Console(width=200, file=out).print(compare([str(one) for one in run_dirs]))
     return out.getvalue()
 
 
@@ -41,7 +40,7 @@ def test_one_row_a_run(tmp_path):
         "command": "eval",
         "weights": "a/best.ckpt",
     }
-    shown = text(collect([write(tmp_path / "fp"), write(tmp_path / "q", **ofq)]))
+    shown = text(write(tmp_path / "fp"), write(tmp_path / "q", **ofq))
     first, second = (next(line for line in shown.splitlines() if f" {name} " in line) for name in ("fp", "ofq_2bit"))
     assert "W32 A32" in first
     assert "1,234,567" in first
@@ -52,18 +51,18 @@ def test_one_row_a_run(tmp_path):
 
 def test_seeds_of_a_run_share_a_row(tmp_path):
     runs = [write(tmp_path / f"seed{s}" / "fp", seed=s, top1=top1) for s, top1 in enumerate((90.0, 92.0, 94.0))]
-    shown = text(collect(runs))
+    shown = text(*runs)
     assert "92.00 ± 2.00" in shown
     assert "fp (3 seeds: 0, 1, 2)" in shown
 
 
 def test_a_failed_run_has_dashes(tmp_path):
-    assert text(collect([write(tmp_path / "a", top1=None, top5=None, size_bytes=None)])).count(" - ") == 3
+    assert text(write(tmp_path / "a", top1=None, top5=None, size_bytes=None)).count(" – ") == 3
 
 
 def test_a_folder_without_results_is_named(tmp_path):
     with pytest.raises(qat.UsageError, match="nowhere/results.json: no results there"):
-        collect([tmp_path / "nowhere"])
+        compare([str(tmp_path / "nowhere")])
 
 
 def test_command(tmp_path, capsys):
