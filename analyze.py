@@ -1,19 +1,19 @@
 """What a checkpoint is like: `python analyze.py ckpt=PATH analysis=robustness`."""
 
-from qat.tasks import startup  # noqa: F401  (first: Ctrl-C)
+from qat.launch import startup  # noqa: F401  (first: Ctrl-C)
 
 # isort: split
 import hydra
 from omegaconf import DictConfig
 
-from qat.tasks import cli
+from qat.cli import entry
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
 def main(cfg: DictConfig) -> float | None:
     """Hand the composed config to the task."""
-    return cli.run("analyze", cfg)
+    return entry.run("analyze", cfg)
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.command(main))
+    raise SystemExit(entry.command(main))

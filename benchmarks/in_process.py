@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from qat.tasks import cli  # noqa: F401  (registers the resolvers of the configs)
+from qat.cli import entry  # noqa: F401  (registers the resolvers of the configs)
 
 ROOT = Path(__file__).resolve().parents[1]
 

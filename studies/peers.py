@@ -28,15 +28,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from benchmarks.memory import MIB, resident, saved_bytes
+from qat.cli import entry
+from qat.cli.results import PACKAGES, recipe_fields, write_results
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit import QATModule
 from qat.lit.accuracy import evaluate
 from qat.lit.loggers import closing
 from qat.model.start import Start
-from qat.tasks import build, cli, fit, summary
+from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_settings
-from qat.tasks.results import PACKAGES, recipe_fields, write_results
 from qat.tasks.teacher import build_teacher
 from qat.utils.files import read_torch, write_text
 from studies.peer_nets import PEERS, quantized
@@ -113,7 +114,7 @@ def composed(arguments: Sequence[str]) -> tuple[Choice, DictConfig]:
         raise UsageError(f"quant: only {OURS} reads it; library={library} has bits=...")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("train", overrides=[*FIXED, *([] if library == OURS else ["quant=fp"]), *rest])
-    cfg.run_dir = cli.writable(cfg.run_dir)
+    cfg.run_dir = entry.writable(cfg.run_dir)
     return Choice(library, None if bits is None else int(bits)), cfg
 
 

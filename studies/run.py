@@ -18,7 +18,7 @@ from typing import Any
 import hydra
 
 import qat
-from qat.tasks import cli  # noqa: F401  (registers the resolvers of the configs)
+import qat.cli.entry  # noqa: F401  (registers the resolvers of the configs)
 from studies.arms import ROOT, Arm, Arms, Places, Run, preset
 from studies.collect import Done, collect
 

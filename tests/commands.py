@@ -12,7 +12,7 @@ from unittest import mock
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from qat.tasks import sweep
+from qat.cli import sweep
 from tests.conftest import ROOT
 
 

@@ -1,6 +1,7 @@
 """What the package promises of itself: import directions, sizes, names."""
 
 import ast
+import collections
 import re
 import subprocess
 import sys
@@ -15,10 +16,10 @@ PACKAGE = ROOT / "qat"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Where a library may be imported, the closest to the root that may.
 LIBRARIES = {
-    "hydra": ("tasks",),
-    "omegaconf": ("tasks",),
-    "lightning": ("lit", "callbacks", "data", "tasks"),
-    "timm": ("nn", "data", "lit", "model", "interop", "tasks"),
+    "hydra": ("cli", "tasks"),
+    "omegaconf": ("cli", "tasks"),
+    "lightning": ("lit", "callbacks", "data", "launch", "cli", "tasks"),
+    "timm": ("nn", "data", "lit", "model", "interop", "cli", "tasks"),
     "sklearn": ("data",),
     "matplotlib": ("analysis", "report"),
     "pyarrow": ("data",),
@@ -52,6 +53,58 @@ def test_layers():
     )
     assert done.returncode == 0, done.stdout
     assert "0 broken" in done.stdout
+
+
+def test_no_folder_is_a_drawer():
+    """Nobody reads a list of more than twenty files."""
+    sizes = collections.Counter(path.parent for path in FILES if path.name != "__init__.py")
+    assert {str(folder): count for folder, count in sizes.items() if count > 20} == {}
+
+
+def modules_of(node, path):
+    """Modules of this package that a statement imports: a name may be a module, or something in one."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom) or node.level or node.module is None:
+        return []
+    return [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+
+
+def import_graph():
+    """Every import of a module by another one, those inside functions too."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    graph = {}
+    for name, path in names.items():
+        found = {module for node in ast.walk(ast.parse(path.read_text())) for module in modules_of(node, path)}
+        graph[name] = {module for module in found if module in names and names[module].name != "__init__.py"} - {name}
+    return graph
+
+
+def circles(graph):
+    """Groups of nodes that reach each other."""
+    reached = {node: set(targets) for node, targets in graph.items()}
+    for middle in graph:
+        for targets in reached.values():
+            if middle in targets:
+                targets |= reached[middle]
+    return {frozenset(other for other in reached[node] if node in reached.get(other, ())) for node in graph if node in reached[node]}
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == {frozenset("abc")}
+
+
+def test_no_module_imports_itself_through_others():
+    graph = import_graph()
+    assert sum(map(len, graph.values())) > 500
+    assert circles(graph) == set()
+
+
+def test_a_class_name_means_one_thing():
+    found = collections.Counter(
+        node.name for path in FILES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
+    )
+    assert {name: count for name, count in found.items() if count > 1 and not name.startswith("_")} == {}
 
 
 def test_every_public_function_is_exported_under_its_name():
@@ -88,7 +141,7 @@ def test_every_public_function_is_exported_under_its_name():
         _ = qat.nope
 
 
-@pytest.mark.parametrize("statement", ["import qat", "from qat.tasks import cli"])
+@pytest.mark.parametrize("statement", ["import qat", "from qat.cli import entry"])
 def test_torch_is_loaded_on_first_use(statement):
     code = f"import sys; {statement}; sys.exit(any(m in sys.modules for m in ('torch', 'timm', 'lightning')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qat.tasks import startup  # noqa: F401  (first: Ctrl-C)
+from qat.launch import startup  # noqa: F401  (first: Ctrl-C)
 
 # isort: split
 import importlib

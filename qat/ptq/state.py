@@ -59,7 +59,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-class Settings(Protocol):
+class PlainSettings(Protocol):
     """What a search was asked to do."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,7 +77,9 @@ class SearchFiles:
         columns: of `search.csv`.
     """
 
-    def __init__(self, folder: Path, settings: Settings, inputs: str, state: type = SearchState, columns: Sequence[str] = COLUMNS) -> None:
+    def __init__(
+        self, folder: Path, settings: PlainSettings, inputs: str, state: type = SearchState, columns: Sequence[str] = COLUMNS
+    ) -> None:
         self.state_file, self.log_file = folder / STATE, folder / LOG
         remove_unfinished([folder])
         self.settings, self.inputs, self.state, self.columns = settings, inputs, state, columns

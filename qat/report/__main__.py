@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qat.errors import UsageError
 from qat.report.numbers import bits_of
-from qat.report.sweep import Group, Job
+from qat.report.sweep_jobs import Group, Job
 from qat.report.sweep_table import shown
 from qat.utils.bounds import read_json
 

@@ -13,7 +13,7 @@ from qat.report.notes import Note, grouped
 from qat.report.numbers import number
 from qat.report.page import FILE, render
 from qat.report.run_files import Row
-from qat.report.sweep import GROUPS, JOBS, Group, Job, Sweep
+from qat.report.sweep_jobs import GROUPS, JOBS, Group, Job, Sweep
 from qat.report.sweep_table import HEADINGS, best_line, brief, group_cells, label, shown
 from qat.utils.files import write_text
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qat.report.numbers import MISSING, number
-from qat.report.sweep import GROUPS, JOBS, Group, Job, Statistic, Sweep
+from qat.report.sweep_jobs import GROUPS, JOBS, Group, Job, Statistic, Sweep
 
 HEADINGS = {
     "top1": "top-1 %",

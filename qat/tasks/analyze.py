@@ -16,6 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat.analysis import Analysis, EvaluationPoint, ImageSet, Ledger, Outcome, Row, StudiedNet, measure, write_outcome
 from qat.analysis.images import gathered
+from qat.cli.repeat import CONF, recorded
+from qat.cli.results import recipe_fields, write_results
+from qat.cli.schemas import SPLITS
+from qat.cli.sweep import gather_sweep
 from qat.errors import UsageError
 from qat.launch.signals import Preempted
 from qat.ptq.state import fingerprint
@@ -23,11 +27,7 @@ from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import EvaluatedNet
-from qat.tasks.repeat import CONF, recorded
 from qat.tasks.report import record_command, remake, report_run
-from qat.tasks.results import recipe_fields, write_results
-from qat.tasks.schemas import SPLITS
-from qat.tasks.sweep import gather_sweep
 from qat.utils.files import write_text
 from qat.utils.validate import check_choice
 

@@ -13,11 +13,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from qat import kernels
+from qat.cli.schemas import conform
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit.parallel import SHARDED
 from qat.model.convert import check_input
-from qat.tasks.schemas import conform
 from qat.tasks.trainer_checks import check_trainer
 
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qat.tasks.repeat import DEFAULTS, FOLLOWS, REMOVED
+from qat.cli.repeat import DEFAULTS, FOLLOWS, REMOVED
 
 # Where things are, how they are shown and how images come to the run: nothing of it changes a result. All other settings are compared.
 INDIFFERENT = {

@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 import qat.data
+from qat.cli.repeat import recorded
+from qat.cli.results import measured, recipe_fields, sizes, write_results
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.launch.group import connect
@@ -28,8 +30,6 @@ from qat.spec import recipe
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_classifier, check_patches, check_settings
 from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
-from qat.tasks.repeat import recorded
-from qat.tasks.results import measured, recipe_fields, sizes, write_results
 from qat.utils.files import write_text
 
 log = logging.getLogger(__name__)

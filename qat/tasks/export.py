@@ -11,6 +11,8 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from qat.cli.repeat import recorded
+from qat.cli.results import recipe_fields, write_results
 from qat.errors import UsageError
 from qat.export.artefact import Written, packed_artefact
 from qat.export.graph import check_size, require_onnx
@@ -23,8 +25,6 @@ from qat.tasks import build, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import EvaluatedNet, class_names
-from qat.tasks.repeat import recorded
-from qat.tasks.results import recipe_fields, write_results
 from qat.utils.files import write_text
 from qat.utils.validate import check_choice, check_int
 

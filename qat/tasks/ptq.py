@@ -15,9 +15,13 @@ from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from qat.cli.repeat import recorded
+from qat.cli.results import recipe_fields, write_results
 from qat.data import ImageData
 from qat.errors import UsageError
+from qat.launch import outputs
 from qat.launch.group import connect
+from qat.launch.outputs import UsedError
 from qat.launch.ranks import is_first
 from qat.lit.loggers import closing
 from qat.model.checkpoint import read_checkpoint, save
@@ -28,15 +32,12 @@ from qat.ptq import calibrate, in_float
 from qat.ptq.distributed import Ranks
 from qat.ptq.search_settings import SearchSettings
 from qat.spec import recipe as preset
-from qat.tasks import build, fit, outputs, summary
+from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, measure, origin
-from qat.tasks.outputs import UsedError
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.ptq_keep import build_target_net, check_start, is_kept
-from qat.tasks.repeat import recorded
 from qat.tasks.report import record_command, report_run
-from qat.tasks.results import recipe_fields, write_results
 from qat.tasks.search import build_search, check_targets, run_search
 from qat.utils.files import write_text
 from qat.utils.validate import check_int

@@ -22,10 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from qat.cli.repeat import CONF
 from qat.errors import UsageError
 from qat.model.checkpoint import build_from, read_checkpoint
 from qat.tasks.build import import_modules
-from qat.tasks.repeat import CONF
 from qat.utils.bounds import read_json, read_yaml
 from qat.utils.files import write_text
 

@@ -17,8 +17,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from qat.callbacks import Stopwatch
+from qat.cli.repeat import recorded
+from qat.cli.results import measured, recipe_fields, write_results
 from qat.data import ImageData
+from qat.launch import outputs
 from qat.launch.group import connect
+from qat.launch.outputs import UsedError
 from qat.launch.ranks import is_first
 from qat.launch.slurm import write_owner
 from qat.lit import QATModule, Teacher
@@ -29,13 +33,10 @@ from qat.model.convert import conversion_report
 from qat.model.cost import cost
 from qat.model.start import Start
 from qat.spec import QuantRecipe
-from qat.tasks import build, fit, options, outputs, summary
+from qat.tasks import build, fit, options, summary
 from qat.tasks.checks import check_classifier, check_patches, check_settings
 from qat.tasks.compare import compared
-from qat.tasks.outputs import UsedError
-from qat.tasks.repeat import recorded
 from qat.tasks.report import record_command, report_run
-from qat.tasks.results import measured, recipe_fields, write_results
 from qat.tasks.resume import Resume, check_data, check_optimizer, find_resume
 from qat.tasks.teacher import build_teacher, is_float
 from qat.tasks.trainer_checks import check_batches

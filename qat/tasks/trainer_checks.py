@@ -8,10 +8,10 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from qat.cli.schemas import SPLITS
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit.module import limited
-from qat.tasks.schemas import SPLITS
 from qat.utils.signature import check_arguments
 from qat.utils.validate import check_int, check_number
 

@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch import Callback
 
 from qat.callbacks import LastCheckpoint, Preemption
+from qat.cli import entry
 from qat.launch import signals
 from qat.launch.signals import Preempted
-from qat.tasks import cli, fit
+from qat.tasks import fit
 from tests.callbacks.fitting import batches, module, net
 from tests.callbacks.fitting import fit as train_module
 from tests.conftest import compose
@@ -38,7 +39,7 @@ def stopped(run_dir, monkeypatch, sender, *overrides):
     with monkeypatch.context() as patch:
         patch.setattr(fit, "build_callbacks", lambda cfg: [*make(cfg), sender])
         with pytest.raises(SystemExit) as stop:
-            cli.run("train", compose("train", *SETTINGS, "checkpoint.every_n_steps=null", f"run_dir={run_dir}", *overrides))
+            entry.run("train", compose("train", *SETTINGS, "checkpoint.every_n_steps=null", f"run_dir={run_dir}", *overrides))
     return stop.value.code
 
 

@@ -11,9 +11,10 @@ from unittest import mock
 
 import sklearn.datasets
 
+from qat.cli import entry, results
 from qat.launch import ranks
 from qat.lit import QATModule
-from qat.tasks import analyze, cli, export, predict, results
+from qat.tasks import analyze, export, predict
 
 LIMIT_S = 20
 LEDGER = "points.jsonl"
@@ -86,7 +87,7 @@ def _forget(cfg):
 
 def attempt(task, cfg):
     """The outcome of a command with this config."""
-    log, lines = logging.getLogger("qat.tasks.cli"), _Lines()
+    log, lines = logging.getLogger("qat.cli.entry"), _Lines()
     level, disabled = log.level, logging.root.manager.disable
     log.addHandler(lines)
     log.setLevel(logging.ERROR)
@@ -96,7 +97,7 @@ def attempt(task, cfg):
     signal.signal(signal.SIGALRM, _hang)
     signal.alarm(LIMIT_S)
     try:
-        cli.run(task, cfg)
+        entry.run(task, cfg)
         kind, message = "reached", "the end"
     except ReachedAStep:
         kind, message = "reached", "a step"

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
+from qat.cli import entry
 from qat.launch import lock
 from qat.launch.lock import InUseError
-from qat.tasks import cli
 from tests.commands import typed
 from tests.conftest import TINY, tiny
 
@@ -123,7 +123,7 @@ def test_a_file_system_without_locks_prevents_no_run(tmp_path, monkeypatch, capl
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     monkeypatch.setattr("qat.tasks.train.train", lambda cfg: 42.0)
-    assert cli.run("train", tiny(tmp_path / "run")) == 42.0
+    assert entry.run("train", tiny(tmp_path / "run")) == 42.0
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning.startswith(f"run_dir='{tmp_path / 'run'}': this file system has no locks")
     assert contents(tmp_path) == {}

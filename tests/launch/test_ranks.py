@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from qat.cli import entry
 from qat.errors import UsageError
 from qat.launch import group, ranks, watch
-from qat.tasks import cli
 from tests.conftest import ROOT, results
 
 PLACES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", ranks.EXCHANGE)
@@ -143,11 +143,11 @@ def test_the_one_that_failed_is_named_and_none_is_left(tmp_path, monkeypatch, sc
 
 def test_a_lost_connection_is_one_line():
     error = RuntimeError("[.../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:25395. This is typically ...\nmore")
-    found = cli._mistake(error)
-    assert isinstance(found, cli.LostError)
+    found = entry._mistake(error)
+    assert isinstance(found, entry.LostError)
     assert str(found).startswith("another process of this run is gone: ")
     assert "\n" not in str(found)
-    assert cli._mistake(RuntimeError("shapes differ")) is None
+    assert entry._mistake(RuntimeError("shapes differ")) is None
 
 
 TINY = (

@@ -12,10 +12,11 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
+from qat.cli import entry
 from qat.errors import UsageError
 from qat.launch import slurm
 from qat.launch.signals import Preempted
-from qat.tasks import cli, fit
+from qat.tasks import fit
 from tests.conftest import compose, tiny, train
 
 WAYS = "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
@@ -245,13 +246,13 @@ def test_elsewhere_and_where_it_is_to_stop_nobody_is_asked(place, scontrol, capl
 )
 def test_the_line_says_how_to_go_on(place, cfg, line):
     place({})
-    assert cli._way_on(OmegaConf.create(cfg)) == line
+    assert entry._way_on(OmegaConf.create(cfg)) == line
 
 
 def test_a_signal_while_a_run_is_built_ends_it_in_one_line(place, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fit, "build_trainer", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stop:
-        cli.run("train", tiny(tmp_path / "run"))
+        entry.run("train", tiny(tmp_path / "run"))
     assert stop.value.code == 143
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == f"stopped by SIGTERM outside training; the same command goes on with resume=auto run_dir={tmp_path}/run"

@@ -14,8 +14,8 @@ import timm
 import torch
 from lightning.pytorch import Trainer
 
+from qat.cli import entry
 from qat.model import start
-from qat.tasks import cli
 from tests.conftest import ROOT, compose, results, tiny
 
 WHOLE = "must be an integer (?:of at least|from)"
@@ -266,8 +266,8 @@ def test_a_tilde_is_the_home_folder(tmp_path, refused, no_step, monkeypatch, set
     monkeypatch.setenv("HOME", str(tmp_path))
     assert f"{setting}='{tmp_path}/nowhere'" in refused("train", tiny(tmp_path / "run", data, f"{setting}='~/nowhere'"))
     monkeypatch.setattr("sys.argv", ["train.py", f"{setting}=~/nowhere", "a=b~/c", "~logger", "run_dir=~"])
-    cli.expand_home()
-    assert cli.sys.argv[1:] == [f"{setting}={tmp_path}/nowhere", "a=b~/c", "~logger", f"run_dir={tmp_path}"]
+    entry.expand_home()
+    assert entry.sys.argv[1:] == [f"{setting}={tmp_path}/nowhere", "a=b~/c", "~logger", f"run_dir={tmp_path}"]
 
 
 @pytest.mark.parametrize("run_dir", ["{file}", "{file}/run", "/proc/run"])
@@ -276,11 +276,11 @@ def test_a_run_dir_that_cannot_be_made_ends_the_process(tmp_path, run_dir):
     file.touch()
     path = run_dir.format(file=file)
     with pytest.raises(SystemExit, match=rf"error: run_dir='{path}': cannot be written \(.*\); must be a folder that is or can be made"):
-        cli.writable(path)
+        entry.writable(path)
 
 
 def test_a_run_dir_that_can_be_made_is_left_to_hydra(tmp_path):
-    assert cli.writable(str(tmp_path / "a" / "b")) == str(tmp_path / "a" / "b")
+    assert entry.writable(str(tmp_path / "a" / "b")) == str(tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
 
 
@@ -289,7 +289,7 @@ def test_a_full_disk_outside_of_checkpoints_is_one_line_too(tmp_path, refused, m
         raise OSError(28, "No space left on device", "config.yaml")
 
     monkeypatch.setattr("qat.tasks.train.write_text", full)
-    monkeypatch.setattr("qat.tasks.results.write_text", full)
+    monkeypatch.setattr("qat.cli.results.write_text", full)
     assert "cannot be written: config.yaml (No space left on device)" in refused("train", tiny(tmp_path / "run"))
 
 

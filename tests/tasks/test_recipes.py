@@ -11,7 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 import qat
-from qat.tasks import build, fit, resolvers
+from qat.cli import resolvers
+from qat.tasks import build, fit
 from tests import golden
 from tests.conftest import ROOT, compose, results
 

@@ -10,14 +10,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from lightning.pytorch import Callback
 
-from qat.report.sweep import overrides_of
-from qat.tasks import cli
+from qat.cli import entry
+from qat.report.sweep_jobs import overrides_of
+from tests.cli.test_entry import command
 from tests.commands import typed
 from tests.conftest import ROOT, TINY, compose, results
-from tests.tasks.test_cli import command
 
 QUICK = (*TINY, "report=false")
-END = "+callbacks.end._target_=tests.tasks.test_sweep.Ends"
+END = "+callbacks.end._target_=tests.cli.test_sweep.Ends"
 
 
 class Ends(Callback):
@@ -163,7 +163,7 @@ def test_searches_are_repeatable_and_name_settings_that_exist(search):
     assert sweeper.direction == "maximize"
     for name in sweeper.params:
         parent, _, key = name.rpartition(".")
-        assert key in cli.OmegaConf.select(cfg, parent), name
+        assert key in entry.OmegaConf.select(cfg, parent), name
 
 
 @pytest.mark.parametrize(

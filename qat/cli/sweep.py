@@ -21,12 +21,12 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from qat.cli.console import NumberedFormatter, TerminalHandler
 from qat.errors import UsageError
 from qat.launch import lock, ranks
-from qat.tasks.console import NumberedFormatter, TerminalHandler
 
 if TYPE_CHECKING:
-    from qat.report.sweep import Sweep
+    from qat.report.sweep_jobs import Sweep
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class SweepCallback(Callback):
         OmegaConf.save(config, Path(self.folder) / "multirun.yaml")  # some sweepers do so, others do not
         _running.append(self)
         if "optuna" in config.hydra.sweeper._target_:
-            from qat.tasks.study import prepare
+            from qat.cli.study import prepare
 
             self.varied += [str(name).lstrip("+~") for name in config.hydra.sweeper.params or ()]
             prepare(config)
@@ -148,7 +148,7 @@ def summarize() -> None:
     """Show the results of the sweep of this process, if there was one, and write its tables and page; do so once."""
     if not _running or not ranks.is_first():
         return
-    from qat.report.sweep import gather
+    from qat.report.sweep_jobs import gather
 
     callback = _running.pop()
     _running.clear()
@@ -169,7 +169,7 @@ def gather_sweep(cfg: DictConfig) -> None:
     Raises:
         UsageError: there are none, or something else is asked for as well.
     """
-    from qat.report.sweep import read_sweep
+    from qat.report.sweep_jobs import read_sweep
 
     if not isinstance(cfg.sweep, str):
         raise UsageError(f"sweep={cfg.sweep!r}: must be the folder of a sweep")
@@ -190,7 +190,7 @@ def _publish(sweep: Sweep, refused: dict[str, str], *, report: bool) -> None:
     """
     from rich.console import Console
 
-    from qat.report.sweep import write_tables
+    from qat.report.sweep_jobs import write_tables
     from qat.report.sweep_table import closing_lines, table
 
     write_tables(sweep)
@@ -210,7 +210,7 @@ def _publish(sweep: Sweep, refused: dict[str, str], *, report: bool) -> None:
 
 def _other_setting(folder: Path, overrides: list[str], varied: list[str]) -> list[str]:
     """A line if what the directory holds was given other values of the settings that the sweep varies."""
-    from qat.report.sweep import overrides_of, pairs
+    from qat.report.sweep_jobs import overrides_of, pairs
 
     if not (folder / "command.json").is_file():
         return []

@@ -1,4 +1,4 @@
-"""The first import of each command: from here on Ctrl-C ends it in one line, `qat.tasks.cli` takes over. Imports nothing heavy."""
+"""The first import of each command: from here on Ctrl-C ends it in one line, `qat.cli.entry` takes over. Imports nothing heavy."""
 
 import signal
 import threading

@@ -229,18 +229,20 @@ def test_without_slurm_date_and_time_do(monkeypatch):
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(tmp_path, monkeypatch):
-    from qat.tasks import cli, train
+    from qat.cli import entry
+    from qat.tasks import train
 
     def fails(cfg):
         raise ZeroDivisionError
 
     monkeypatch.setattr(train, "train", fails)
     with pytest.raises(ZeroDivisionError):
-        cli.run("train", tiny(tmp_path / "run"))
+        entry.run("train", tiny(tmp_path / "run"))
 
 
 def test_the_result_of_the_task_is_handed_on(tmp_path, monkeypatch):
-    from qat.tasks import cli, train
+    from qat.cli import entry
+    from qat.tasks import train
 
     monkeypatch.setattr(train, "train", lambda cfg: 42.0)
-    assert cli.run("train", tiny(tmp_path / "run")) == 42.0
+    assert entry.run("train", tiny(tmp_path / "run")) == 42.0

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from qat.errors import UsageError
-from qat.report.sweep import gather, read_sweep, write_tables
+from qat.report.sweep_jobs import gather, read_sweep, write_tables
 from qat.report.sweep_page import sweep_page
 from qat.report.sweep_table import closing_lines, shown, table
 from tests.report.pages import RESULTS, Reader

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from qat.cli.repeat import CONF, DEFAULTS, FOLLOWS, IN_FILE, MARK
 from qat.errors import UsageError
-from qat.tasks.repeat import CONF, DEFAULTS, FOLLOWS, IN_FILE, MARK
 
 NAME = "config"
 # What a recorded reference may call; `oc.env` and the like would bring in what is not in the file.

@@ -24,13 +24,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from qat.cli import foreign, job, repeat, resolvers, sweep
 from qat.errors import UsageError
 from qat.launch import lock, ranks, signals, slurm
 from qat.launch.lock import InUseError
+from qat.launch.outputs import Found, UsedError, checkpoints
 from qat.launch.signals import Preempted
 from qat.launch.watch import LOST
-from qat.tasks import foreign, job, repeat, resolvers, sweep
-from qat.tasks.outputs import Found, UsedError, checkpoints
 
 log = logging.getLogger(__name__)
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache on a fresh machine
@@ -278,7 +278,7 @@ def _report(cfg: DictConfig, message: str, unexpected: BaseException | None, fou
 
 def _write_error(cfg: DictConfig, message: str, found: Found) -> None:
     """Results with an error, and the report of a run that had begun."""
-    from qat.tasks.results import write_results
+    from qat.cli.results import write_results
 
     if not ranks.is_first() or not found.takes_error():
         return

@@ -4,11 +4,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from qat.cli.repeat import follow, recorded
 from qat.model.checkpoint import read_checkpoint
-from qat.tasks.repeat import follow, recorded
+from tests.cli.test_entry import command
 from tests.commands import typed
 from tests.conftest import TINY, compose, results
-from tests.tasks.test_cli import command
 
 MEASURED = ("model", "quant", "recipe", "data", "seed", "split", "top1", "top5", "loss", "val_top1", "n_params", "size_bytes", "bitops")
 

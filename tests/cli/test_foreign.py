@@ -4,9 +4,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from qat.cli.foreign import check_repeated
+from qat.cli.repeat import recorded
 from qat.errors import UsageError
-from qat.tasks.foreign import check_repeated
-from qat.tasks.repeat import recorded
 from tests.commands import typed
 from tests.conftest import TINY, compose
 

@@ -1,0 +1,1 @@
+"""The command line: composition of the config, overrides, and mistakes made into lines."""
