@@ -21,11 +21,11 @@ import qat
 from benchmarks.gpu.cifar import CLASSES, SIZE, Cifar
 from benchmarks.gpu.plan import Run
 from benchmarks.gpu.records import Row, append, commit
-from qat.callbacks.entry_freezer import EntryFreezer
 from qat.functional.confidence import near_threshold
 from qat.lit.optim import build_optimizer, cosine_schedule
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, StepContext
+from qat.model.entry_freezer import EntryFreezer
 from qat.nn.execution import kept_weights
 from qat.quantizers import StatsQ
 from qat.utils.files import read_torch, write_torch

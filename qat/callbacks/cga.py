@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from qat.callbacks.common import layer_of, logs_now, net_of, parameter_of
-from qat.callbacks.entry_freezer import EntryFreezer
 from qat.callbacks.freezing import IterativeFreezing
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
+from qat.model.entry_freezer import EntryFreezer
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import Quantizer, UniformGrid
 from qat.utils.validate import check_choice, check_int, check_number

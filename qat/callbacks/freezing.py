@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from qat.callbacks.common import layer_of, logs_now, net_of, parameter_of
-from qat.callbacks.entry_freezer import EntryFreezer
 from qat.errors import UsageError
 from qat.functional.oscillation import FreezingState, OscillationState, cosine_between, freezing_step, oscillation_step, with_frozen
+from qat.model.entry_freezer import EntryFreezer
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import UniformGrid
 from qat.utils.validate import check_int, check_number

@@ -138,7 +138,7 @@ def test_worker_processes_replace_the_same_images_and_name_each_once(tmp_path):
         ({"cache": 1}, r"data\.cache=1: must be one of auto, true, false"),
         ({"memory_mb": -1}, r"data\.memory_mb=-1: must be a number of at least 0"),
         ({"memory_mb": True}, r"data\.memory_mb=True: must be a number of at least 0"),
-        ({"crop_pct": 0}, r"data\.crop_pct=0: must be a number above 0 to 1, or null"),
+        ({"crop_pct": 0}, r"data\.crop_pct=0: must be a number above 0 to 1"),
         ({"crop_pct": 1.1}, r"data\.crop_pct=1\.1: "),
         ({"crop_pct": True}, r"data\.crop_pct=True: "),
         ({"crop_pct": "a"}, r"data\.crop_pct='a': "),

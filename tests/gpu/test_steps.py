@@ -10,10 +10,10 @@ import torch
 
 import qat
 from benchmarks.gpu.nets import build, images_of, teacher_of
-from qat.callbacks.entry_freezer import EntryFreezer
 from qat.functional.confidence import near_threshold
 from qat.lit.optim import build_optimizer
 from qat.losses import CompositeLoss, CrossEntropy, Dampening, Distillation, Kure, StepContext
+from qat.model.entry_freezer import EntryFreezer
 from qat.quantizers import StatsQ
 from qat.utils.files import read_torch, write_torch
 
@@ -36,8 +36,8 @@ class Run:
         self.loss = CompositeLoss(TERMS[terms]())
         self.loss.prepare(self.net)
         self.optimizer = build_optimizer(self.net, lr=1e-3, weight_decay=0.05, fused=True)
-        self.hold = EntryFreezer()
-        self.hold.attach([self.optimizer])
+        self.freezer = EntryFreezer()
+        self.freezer.attach([self.optimizer])
 
     def step(self):
         followed = None if self.teacher is None else self.teacher(self.images)
@@ -46,7 +46,7 @@ class Run:
         loss.backward()
         if self.anneals:
             sites = [s for s in qat.iter_quantizers(self.net) if s.role == "weight" and isinstance(s.quantizer, StatsQ)]
-            self.hold.hold((s.owner.weight, ~near_threshold(s.owner.weight, s.quantizer.spec.bits, 0.005)) for s in sites)
+            self.freezer.freeze((s.owner.weight, ~near_threshold(s.owner.weight, s.quantizer.spec.bits, 0.005)) for s in sites)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()

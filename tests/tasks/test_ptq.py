@@ -218,7 +218,7 @@ def test_the_script_as_it_is_typed(tmp_path, float_run):
     [
         (("ptq.bits=9",), "ptq.bits=9: must be an integer from 2 to 8"),
         (("ptq.act_observer=median",), "ptq.act_observer='median': must be one of minmax, percentile, omse, mse, ema"),
-        (("+ptq.colour=red",), "ptq.colour: must be one of batch, name, bits"),
+        (("+ptq.colour=red",), "ptq.colour: must be one of name, bits"),
         (("ptq.batch=0",), "ptq.batch=0: must be an integer of at least 1"),
         (("data.calibration_images=50",), "data.calibration_images=50: less than one batch; must be an integer of at least ptq.batch=100"),
         (("ptq.batch=2000", "data.calibration_images=2000"), "ptq.batch=2000: the data have 1257 training images"),

@@ -207,4 +207,4 @@ def test_cooldown_is_part_of_the_epochs(refused, tmp_path):
     schedule.step(10)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
     bad = compose("train", "trainer.max_epochs=3", "scheduler.warmup_epochs=1", "scheduler.cooldown_epochs=2", f"run_dir={tmp_path}")
-    assert refused("train", bad) == "error: scheduler.cooldown_epochs=2: must be a number from 0 to below 2"
+    assert refused("train", bad) == "error: scheduler.cooldown_epochs=2.0: must be a number from 0 to below 2"

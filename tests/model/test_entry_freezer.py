@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qat.callbacks.entry_freezer import EntryFreezer
+from qat.model.entry_freezer import EntryFreezer
 
 
 def start(optimizer="adamw", **settings):
