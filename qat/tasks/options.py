@@ -51,10 +51,12 @@ def check_precision(cfg: DictConfig, recipe: QuantRecipe) -> None:
         )
 
 
-def check_loss(cfg: DictConfig, loss: CompositeLoss) -> None:
-    """Raise `UsageError` if a term of the loss cannot be computed the way a step is: `check_second_derivatives`, `check_sharded`."""
+def check_options(cfg: DictConfig, recipe: QuantRecipe, loss: CompositeLoss, device: torch.device) -> None:
+    """Raise `UsageError` if steps cannot be computed as the settings say."""
+    check_precision(cfg, recipe)
     check_second_derivatives(cfg, loss)
     check_sharded(cfg, loss)
+    check_compiler(cfg, device)
 
 
 def check_second_derivatives(cfg: DictConfig, loss: CompositeLoss) -> None:

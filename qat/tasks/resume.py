@@ -14,6 +14,8 @@ from omegaconf import DictConfig
 from qat.callbacks.last import NAME
 from qat.data import ImageData
 from qat.errors import UsageError
+from qat.launch import outputs
+from qat.launch.outputs import UsedError
 from qat.launch.ranks import is_first
 from qat.lit.checkpoint_io import PREVIOUS
 from qat.lit.csv_log import read_rows
@@ -187,3 +189,23 @@ def _check_same(checkpoint: Checkpoint, cfg: DictConfig, recipe: QuantRecipe, mo
     differ = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
     if differ:
         raise UsageError(f"resume: {checkpoint.path} has another recipe (quant: {', '.join(differ)}); use ckpt=PATH to start from it")
+
+
+def outputs_to_replace(cfg: DictConfig) -> list[Path]:
+    """What a new run in a used directory replaces, once everything is checked and a `ckpt` from there is in memory.
+
+    Raises:
+        UsedError: there are files of another run, and they may not be overwritten.
+    """
+    run_dir = Path(cfg.run_dir)
+    used = outputs.used(run_dir)
+    checkpoints = [path.name for path in outputs.checkpoints(run_dir)]
+    if checkpoints and cfg.trainer.fast_dev_run:
+        raise UsedError(
+            f"trainer.fast_dev_run: run_dir={str(run_dir)!r} holds {checkpoints[0]}, which a dry run leaves alone; choose another run_dir"
+        )
+    # A run that was killed before its first last.ckpt has nothing to go on from.
+    unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
+    if used and not (cfg.overwrite or (cfg.resume == "auto" and unsaved)):
+        raise UsedError(f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true")
+    return outputs.replaced(run_dir)
