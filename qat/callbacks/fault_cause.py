@@ -1,4 +1,4 @@
-"""Where the first number comes from that is none."""
+"""Where the first non-finite number (NaN or infinite) comes from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ELSEWHERE = "in another process"
 
 
 def find_cause(pl_module: LightningModule, batch: Any, context: Context = torch.no_grad) -> str:
-    """Where the first number comes from that is none: the batch, a parameter, a module, the teacher or the loss.
+    """Where the first non-finite number comes from: the batch, a parameter, a module, the teacher or the loss.
 
     Args:
         pl_module: has a `net`; and a `teacher`, or none.

@@ -98,7 +98,7 @@ class ImageData(LightningDataModule, ABC):
         fields = {field.name: field for field in dataclasses.fields(cls.SETTINGS)}
         for name in settings:
             if name not in fields:
-                raise UsageError(f"data.{name} is none of them: the settings are {', '.join(fields)}")
+                raise UsageError(f"data.{name}: must be one of {', '.join(fields)}")
         for name, field in fields.items():
             if name not in settings and field.default is dataclasses.MISSING:
                 raise UsageError(f"data.{name} is missing")

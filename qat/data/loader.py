@@ -21,7 +21,7 @@ class ResumableLoader(DataLoader):
 
     Args:
         args: of `DataLoader`; the sampler must be a `SeededSampler`.
-        options: likewise.
+        options: of `DataLoader`, by name.
 
     Attributes:
         waited_s: seconds that whoever iterates has waited for batches so far, the start of worker processes included; without them the

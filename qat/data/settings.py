@@ -53,7 +53,7 @@ class DataSettings:
         in_chans: colour channels.
         num_classes: number of classes.
         mean: per channel, of pixel values in [0, 1]; photos: None = that of `model`.
-        std: likewise.
+        std: per channel, of pixel values in [0, 1]; photos: None = that of `model`.
         batch_size: images per process and step.
         num_workers: loader processes.
         augment: `none` (all that follows is off, `repeats` too), `light` (shifted crop, flip; with a `crop_pct` random resized crop, flip)
@@ -89,7 +89,7 @@ class DataSettings:
             is squeezed into the square when read; photos: None = that of `model`.
         interpolation: of evaluation's and `light`'s scaling where there is a `crop_pct`; photos: None = that of `model`.
         image_column: parquet column with encoded images; None = found by its usual names.
-        label_column: likewise, of labels.
+        label_column: parquet column with labels; None = found by its usual names.
         model: timm name whose pretrained config says what photos leave None.
     """
 

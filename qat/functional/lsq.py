@@ -65,7 +65,7 @@ class LsqGradients(NamedTuple):
 
 
 def step_of(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
-    """The step in force, broadcasting against `ndim` dimensions. Clamp lets NaN through: a scale that was never set is no number."""
+    """The step in force, broadcasting against `ndim` dimensions. Clamp lets NaN through: a scale that was never set stays NaN."""
     return view_along(scale.float().clamp(min=SCALE_FLOOR), ndim, axis)
 
 
@@ -78,7 +78,7 @@ def lsq_forward(
         x: any shape and float dtype.
         scale: s, (x.shape[axis],), or (1,) for axis None.
         before: a, over the trailing dimensions of `x`, or None.
-        after: c, likewise.
+        after: c, over the trailing dimensions of `x`, or None.
         codes: the codes and their axis.
         sign: see `CodeRange.bounds`.
 
@@ -110,10 +110,10 @@ def lsq_backward(
     Args:
         grad: gradient of its result, the shape of `x`.
         x: as in the forward pass.
-        scale: likewise.
-        before: likewise.
-        codes: likewise.
-        sign: likewise.
+        scale: as in the forward pass.
+        before: as in the forward pass.
+        codes: as in the forward pass.
+        sign: as in the forward pass.
         after_shape: the shape of the offset behind, if its gradient is wanted.
     """
     low, high = codes.bounds(sign)
@@ -193,7 +193,7 @@ def lsq(  # noqa: PLR0913, PLR0917  (a grid, and what may stand around it)
         axis: dimension that keeps scales of its own, None = one for the tensor.
         grad_factor: extra factor on the gradient of `scale`, beside LSQ's 1 / sqrt(qmax * m), m = elements per scale.
         before: the offset a, over the trailing dimensions of `x`; None = 0.
-        after: the offset c, likewise.
+        after: the offset c, over the trailing dimensions of `x`; None = 0.
         sign: one number, not above 0 = codes from 0 to qmax - qmin; None = the codes are as given.
 
     Returns:

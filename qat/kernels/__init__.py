@@ -24,7 +24,7 @@ def use(choice: str) -> None:
     """Choose kernels for this process: `auto`, `triton` = auto, but those of CUDA or an error, `off` = plain tensor operations.
 
     Raises:
-        UsageError: the choice is none of them, or Triton is not there.
+        UsageError: an unknown choice, or Triton is not there.
     """
     global _choice  # noqa: PLW0603  (like torch's number of threads)
     if choice not in CHOICES:
@@ -77,10 +77,10 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pas
     Args:
         grad: gradient of its result.
         x: as in the forward pass.
-        scale: likewise.
-        before: likewise.
-        codes: likewise.
-        sign: likewise.
+        scale: as in the forward pass.
+        before: as in the forward pass.
+        codes: as in the forward pass.
+        sign: as in the forward pass.
         after_shape: the shape of the offset behind, if its gradient is wanted.
         out: takes the gradient of `x`; may be `grad`.
         dequantized: whether to give the result of `lsq_forward` as well.

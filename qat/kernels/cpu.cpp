@@ -27,7 +27,7 @@ inline void choose_bounds(const float* sign, float& low, float& high) {
 
 inline float quantized(float x, float s, float low, float high) { return rintf(clamped(x / s, low, high)) * s; }
 
-// The gradient of what is in the range, or is no number. Written by the clamped value: compared with the bounds once more, compilers make
+// The gradient of what is in the range, or is NaN. Written by the clamped value: compared with the bounds once more, compilers make
 // branches of it, which takes four times as long.
 inline float passed(float upstream, float u, float code) { return code == u || !(u == u) ? upstream : 0.0f; }
 

@@ -133,12 +133,12 @@ def lsq_backward(
     """`reference.lsq_backward` with the gradient of `x` written to `out`, None where it does not fit.
 
     Args:
-        grad: as there.
-        x: likewise.
-        scale: likewise.
-        before: likewise.
-        codes: likewise.
-        sign: likewise.
+        grad: gradient of the result of the forward pass.
+        x: as in the forward pass.
+        scale: as in the forward pass.
+        before: as in the forward pass.
+        codes: as in the forward pass.
+        sign: as in the forward pass.
         out: the shape of `x`; its rows may lie apart. May be `grad`.
         wanted: what else.
 

@@ -110,13 +110,13 @@ def lsq_backward(  # noqa: PLR0913  (one pass gives all that may be wanted)
     """`reference.lsq_backward` and more in one pass.
 
     Args:
-        grad: as there.
-        x: likewise.
-        scale: likewise.
-        before: likewise.
-        codes: likewise.
-        sign: likewise.
-        after_shape: likewise.
+        grad: gradient of the result of the forward pass.
+        x: as in the forward pass.
+        scale: as in the forward pass.
+        before: as in the forward pass.
+        codes: as in the forward pass.
+        sign: as in the forward pass.
+        after_shape: the shape of the offset behind, if its gradient is wanted.
         out: takes the gradient of `x`, float32; may be `grad`.
         dequantized: whether to give the result of `lsq_forward` as well.
         after: the offset behind; only for `dequantized`.
@@ -167,11 +167,11 @@ def probs_backward(
     """`reference.probs_backward`, and the quantized probabilities if `dequantized`.
 
     Args:
-        grad: as there.
-        probs: likewise.
-        scale: likewise.
-        codes: likewise.
-        factor: likewise.
+        grad: gradient of the result of the forward pass.
+        probs: the probabilities, not quantized.
+        scale: as in the forward pass.
+        codes: as in the forward pass.
+        factor: what scores are multiplied by.
         out: takes the gradient of the scores, float32; may be `grad`.
         dequantized: see above.
     """

@@ -15,7 +15,7 @@ def probs_backward(grad: Tensor, probs: Tensor, scale: Tensor, codes: CodeRange,
 
     Args:
         grad: gradient of the quantized probabilities, (..., N, M).
-        probs: the probabilities, likewise.
+        probs: the probabilities, (..., N, M), not quantized.
         scale: (N,) or (1,), as `codes.axis` says.
         codes: codes and axis.
         factor: what the scores are multiplied by in front of the softmax.

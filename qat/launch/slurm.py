@@ -72,7 +72,7 @@ def _check_alone() -> None:
     tasks = ranks.env_number("SLURM_NTASKS")
     if tasks > 1 and "SLURM_STEP_ID" not in os.environ and os.environ.get("SLURM_JOB_NAME") not in OF_PERSONS:
         ways = "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
-        raise UsageError(f"SLURM has {tasks} tasks for this job, and this process is none of them; {ways}")
+        raise UsageError(f"SLURM has {tasks} tasks for this job, and this process is not one of them; {ways}")
 
 
 def _check_meeting_place() -> None:

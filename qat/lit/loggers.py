@@ -126,7 +126,7 @@ def _check_options(setting: str, options: Mapping[str, Any], *takers: Callable[.
     known = {name for taker in takers for name in inspect.signature(taker).parameters}
     for name in options:
         if name not in known:
-            raise UsageError(f"{setting}.{name} is none of them: the settings are {', '.join(sorted(known))}")
+            raise UsageError(f"{setting}.{name}: must be one of {', '.join(sorted(known))}")
 
 
 def _require(package: str) -> Any:

@@ -23,7 +23,7 @@ class Observer(nn.Module):
         method: one of `qat.functional.observers.OBSERVERS`.
         axis: dimension that keeps ranges of its own, None = one for the tensor.
         low: (n,) one per scale, in the unit of the input; NaN until something was seen.
-        high: likewise.
+        high: (n,) one per scale, in the unit of the input; NaN until something was seen.
         seen: number of batches.
 
     Args:

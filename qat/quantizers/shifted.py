@@ -18,7 +18,7 @@ class Shifted(Quantizer):
     Attributes:
         quantizer: the quantizer in the middle.
         offset_before: a, over the last `spec.offset_ndim` dimensions of the input, in its unit.
-        offset_after: c, likewise; absent where it could have no effect (`spec.offsets = "before"`).
+        offset_after: c, shaped like the other; absent where it could have no effect (`spec.offsets = "before"`).
     """
 
     def __init__(self, quantizer: Quantizer) -> None:

@@ -51,7 +51,7 @@ def check_averaging(name: str, settings: Mapping[str, Any], callback: object) ->
     known = {*inspect.signature(type(callback)).parameters, *inspect.signature(AveragedModel).parameters}
     for key in settings:
         if key not in known and not str(key).startswith("_"):
-            raise UsageError(f"callbacks.{name}.{key} is none of them: the settings are {', '.join(sorted(known))}")
+            raise UsageError(f"callbacks.{name}.{key}: must be one of {', '.join(sorted(known))}")
 
 
 def check_classifier(net: nn.Module, data: ImageData) -> None:

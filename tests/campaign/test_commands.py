@@ -26,7 +26,7 @@ TYPED = [
     ("train.py", ["ckpt_bits=4"], "ckpt_bits=4: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE"),
     ("train.py", ["~optimizer.weight_decay"], "optimizer.weight_decay is missing"),
     ("train.py", ["optimizer.eps=0"], "optimizer.eps=0: must be a number above 0 to below 1"),
-    ("train.py", ["+data.colour=3"], "data.colour is none of them: the settings are image_size"),
+    ("train.py", ["+data.colour=3"], "data.colour: must be one of image_size"),
     ("train.py", ["+loss.colour=3"], "config: Key 'colour' not in 'Loss' (loss.colour)"),
     ("train.py", ["callbacks=[default,ema]", "callbacks.ema.decay=nan"], "callbacks.ema.decay=nan: must be a finite number"),
     ("train.py", ["logger=wandb", "logger.wandb.project=3"], "logger.wandb.project=3: must be a text that is not empty"),

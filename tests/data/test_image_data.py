@@ -188,7 +188,7 @@ def test_calibration_images_that_are_not_finite_are_named():
         ({"hflip": 1.5}, r"data\.hflip=1\.5: must be a number from 0 to 1"),
         ({"mean": [0.1, 0.2, 0.3]}, r"data\.mean=\[0\.1, 0\.2, 0\.3\]: needs one number for each of the 1 channels"),
         ({"std": []}, r"data\.std=\[\]: needs one number for each of the 1 channels"),
-        ({"colour": 3}, r"data\.colour is none of them: the settings are image_size"),
+        ({"colour": 3}, r"data\.colour: must be one of image_size"),
     ],
 )
 def test_bad_settings_name_themselves(settings, message):

@@ -154,5 +154,5 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_settings_that_cannot_work_are_named():
     with pytest.raises(qat.UsageError, match=r"data\.in_chans=4: image files have 1 \(grey\) or 3 \(RGB\) channels"):
         image_transform({**COLOURS, "in_chans": 4, "mean": [0] * 4, "std": [1] * 4})
-    with pytest.raises(qat.UsageError, match=r"data\.colour is none of them: the settings are image_size"):
+    with pytest.raises(qat.UsageError, match=r"data\.colour: must be one of image_size"):
         image_transform({**COLOURS, "colour": 1})

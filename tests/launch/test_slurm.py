@@ -51,7 +51,7 @@ def place(monkeypatch):
         (
             BATCH,
             [],
-            f"SLURM has 2 tasks for this job, and this process is none of them; {WAYS}",
+            f"SLURM has 2 tasks for this job, and this process is not one of them; {WAYS}",
         ),
         (TASK, [], "trainer.devices=1: SLURM has 2 tasks on each node; must be 2, which trainer=slurm sets"),
         (TASK, ["trainer.devices=4"], "trainer.devices=4: SLURM has 2 tasks on each node; must be 2, which trainer=slurm sets"),

@@ -163,7 +163,7 @@ def test_cancelled_it_saves_and_stays_cancelled(jobs, scheduler):
 
 
 def test_without_srun_several_tasks_are_refused(jobs):
-    what = "error: SLURM has 2 tasks for this job, and this process is none of them"
+    what = "error: SLURM has 2 tasks for this job, and this process is not one of them"
     ways = "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
     assert jobs["plain"].ended("FAILED").strip() == f"{what}; {ways}"
 

@@ -81,7 +81,7 @@ class RobustnessResults:
         rows: of the evaluations that are done.
         ratios: those that were asked for.
         bits: widths that were asked for.
-        severities: likewise.
+        severities: of corruptions that were asked for.
     """
 
     facts: Sequence[NetFacts]

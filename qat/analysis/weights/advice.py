@@ -51,18 +51,18 @@ def advice(label: str, weights: Sequence[WeightStats], activations: Sequence[Act
         activations: of the net.
     """
     coded = [stats for stats in weights if stats.codes is not None] or list(weights)
-    found = [_told(label, worry, [(worry.measure(s), s.title) for s in coded]) for worry in WEIGHTS]
-    found += [_told(label, worry, [(worry.measure(s), s.site) for s in activations]) for worry in ACTIVATIONS]
+    found = [_told(label, check, [(check.measure(s), s.title) for s in coded]) for check in WEIGHTS]
+    found += [_told(label, check, [(check.measure(s), s.site) for s in activations]) for check in ACTIVATIONS]
     return [entry for entry in found if entry is not None]
 
 
-def _told(label: str, worry: HealthCheck, measured: Sequence[tuple[float, str]]) -> Advice | None:
-    over = sorted(((value, title) for value, title in measured if value > worry.limit), key=lambda pair: -pair[0])
+def _told(label: str, check: HealthCheck, measured: Sequence[tuple[float, str]]) -> Advice | None:
+    over = sorted(((value, title) for value, title in measured if value > check.limit), key=lambda pair: -pair[0])
     if not over:
         return None
     names = ", ".join(title for _, title in over[:_NAMED])
     more = f" and {len(over) - _NAMED} more" if len(over) > _NAMED else ""
-    return Advice(f"{label}: {names}{more}", worry.what.format(worst=over[0][0]), worry.advice)
+    return Advice(f"{label}: {names}{more}", check.what.format(worst=over[0][0]), check.advice)
 
 
 def _of_codes(measure: Callable[[Codes], float], *, low: bool | None = None) -> Callable[[WeightStats], float]:

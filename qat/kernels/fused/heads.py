@@ -19,7 +19,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, factor: float = 1.0) -> Tensor
 
     Args:
         a: (h, B, n, k), or (B, n, k) for all heads.
-        b: (h, B, k, m), likewise.
+        b: (h, B, k, m), or (B, k, m) for all heads.
         out: (h, B, n, m); its heads may lie anywhere.
         factor: a power of two is part of the product, another number is multiplied behind it, as a product in two steps would be.
     """

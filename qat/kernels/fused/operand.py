@@ -18,7 +18,7 @@ class LSQParams(NamedTuple):
     Attributes:
         scale: (n,), see `qat.functional.lsq`.
         before: offset in front, over the last dimension, or None.
-        after: offset behind, likewise.
+        after: offset behind, over the last dimension, or None.
         codes: codes and axis.
         grad_factor: factor on the gradient of the scale.
     """

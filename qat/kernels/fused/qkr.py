@@ -22,7 +22,7 @@ class QkrWeights(NamedTuple):
 
     Attributes:
         q: Wq (h*d, C), rows grouped by head.
-        k: Wk, likewise.
+        k: Wk (h*d, C), rows grouped by head.
         v: Wv (h*d, C), the float master of StatsQ.
         v_bias: (h*d,) or None.
         offset: (h*C,), in front of the quantizer of the folded product, or None.

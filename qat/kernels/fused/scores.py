@@ -101,8 +101,8 @@ def gather_backward(
         grad: of its result (B, N, h*d).
         probs: (h, B, N, M), not quantized.
         values: as in the forward pass.
-        operand: likewise.
-        shape: likewise.
+        operand: as in the forward pass.
+        shape: as in the forward pass.
         with_bias: whether there was one.
     """
     h = shape.num_heads

@@ -48,7 +48,7 @@ class Agreement:
         ties: those of them where the first codes that differ lie on a threshold, to rounding.
         largest: largest difference of logits among images without a flip, relative to the largest logit.
         largest_absolute: the same in the unit of logits.
-        largest_flipped: likewise among the others, relative.
+        largest_flipped: largest difference of logits among images with a flip, relative to the largest logit.
         not_ties: names of quantizers where codes first differed away from a threshold; empty if the nets are the same.
     """
 
@@ -104,7 +104,7 @@ def compare(frozen: nn.Module, theirs: Watched, mine: Watched) -> Agreement:
     Args:
         frozen: has the grids of all quantizers.
         theirs: logits, and what arrived at each quantizer; see `run_watched`.
-        mine: likewise, in the order in which they run.
+        mine: the same of the other form, in the order in which quantizers run.
     """
     (a, first), (b, second) = theirs, mine
     n, found = len(a), Agreement()

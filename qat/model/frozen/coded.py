@@ -34,7 +34,7 @@ class QuantizedTensor:
     Attributes:
         codes: whole numbers, int32. Those of StatsQ are the odd numbers 2k+1, with half its step as the scale.
         scale: float32, the shape of `codes`, a view where it repeats itself.
-        after: offset behind the quantizer, likewise; None = 0.
+        after: offset behind the quantizer, the shape of `codes`; None = 0.
         bound: largest magnitude that a code can have.
         name: of the quantizer.
     """

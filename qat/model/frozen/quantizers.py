@@ -99,7 +99,7 @@ class FrozenActivation(Frozen):
         scale: s, (n,), in the unit of the input.
         zero_point: z, (n,), whole or half numbers, or None = 0.
         before: a, over trailing dimensions, or None.
-        after: c, likewise.
+        after: c, over trailing dimensions, or None.
         bounds: lowest and highest code, int16, (2,): whether those of an image have a sign was found from data.
         qmin, qmax: the same as numbers.
     """
