@@ -112,7 +112,7 @@ class Format:
 
 
 @dataclass
-class CommonSettings:
+class Settings:
     """All settings of all commands. What makes an object is checked by its class: `data`, `quant`, `ptq`, `search`, `callbacks` ..."""
 
     command: str
@@ -183,13 +183,13 @@ class CommonSettings:
 
 
 def conform(cfg: DictConfig) -> None:
-    """Give a composed config the types of `CommonSettings` in place: `overwrite=no` is false. What it does not have stays away.
+    """Give a composed config the types of `Settings` in place: `overwrite=no` is false. What it does not have stays away.
 
     Raises:
         UsageError: a key that no command has, a value of another type, or one that cannot work.
     """
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(CommonSettings), cfg)
+        typed = OmegaConf.merge(OmegaConf.structured(Settings), cfg)
         cfg.merge_with(_of(OmegaConf.to_container(typed), OmegaConf.to_container(cfg)))
         typed.model.args = {}  # may refer to data that only the checkpoint knows
         OmegaConf.to_object(typed)

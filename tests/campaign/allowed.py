@@ -7,10 +7,10 @@ import dataclasses
 import fnmatch
 import typing
 
-from qat.cli.schemas import CommonSettings
+from qat.cli.schemas import Settings
 
 
-def flags(kind=CommonSettings, below=""):
+def flags(kind=Settings, below=""):
     """Names of the settings that are true or false: a number is one of them, too."""
     for name, hint in typing.get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint):
@@ -147,7 +147,7 @@ WORDS = {
     "logger.wandb.project": "text",
 }
 
-# CommonSettings whose absence leaves a default in force; the others are read from the config alone.
+# Settings whose absence leaves a default in force; the others are read from the config alone.
 REMOVABLE = (
     "analysis.*",
     "callbacks*",

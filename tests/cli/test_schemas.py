@@ -11,12 +11,12 @@ import pytest
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
-from qat.cli.schemas import COMMANDS, CommonSettings, conform
+from qat.cli.schemas import COMMANDS, Settings, conform
 from qat.errors import UsageError
 from tests.conftest import ROOT, compose
 
 
-def typed_fields(kind=CommonSettings, below=""):
+def typed_fields(kind=Settings, below=""):
     """Names of all settings with a type, groups within groups included."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -38,7 +38,7 @@ def test_the_configs_have_these_types_as_they_are(command):
 
 def test_each_setting_is_one_of_a_command():
     there = {key for command in COMMANDS for key in compose(command, "run_dir=a")}
-    assert {field.name for field in dataclasses.fields(CommonSettings)} == there | {"sweep_dir", "search", "analysis"}
+    assert {field.name for field in dataclasses.fields(Settings)} == there | {"sweep_dir", "search", "analysis"}
 
 
 @pytest.mark.parametrize("setting", typed_fields())
