@@ -73,14 +73,15 @@ def cpu_seconds() -> float:
 
 def check(work: Path, model: str, bits: int) -> None:
     """Both stages of one row."""
-    name, start = f"ofq_{model}_w{bits}a{bits}", work / f"{model}.ckpt"
+    row, start = f"ofq_w{bits}a{bits}", work / f"{model}.ckpt"
+    name = f"{model}_{row}"
     if not start.exists():
         qat.save(timm.create_model(MODELS[model], num_classes=CLASSES), start)
     began, cpu_began = time.monotonic(), cpu_seconds()
-    train(f"experiment={name}", f"data.root={work / 'images'}", f"ckpt={start}", f"run_dir={work / name}", *SMALL)
+    train(f"experiment={row}", f"model={model}", f"data.root={work / 'images'}", f"ckpt={start}", f"run_dir={work / name}", *SMALL)
     first = work / name / "checkpoints" / "last.ckpt"
     second = (f"ckpt={first}", f"teacher.ckpt={start}", f"run_dir={work / name}_cga")
-    train(f"experiment={name}_cga", f"data.root={work / 'images'}", *second, *SMALL)
+    train(f"experiment={row}_cga", f"model={model}", f"data.root={work / 'images'}", *second, *SMALL)
     print(f"{name:20} both stages ran  {time.monotonic() - began:5.0f} s, {cpu_seconds() - cpu_began:5.0f} s of CPU", flush=True)
 
 

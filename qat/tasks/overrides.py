@@ -64,6 +64,8 @@ def explain(error: Exception, overrides: Sequence[str], compose: Compose, option
     """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if group.startswith("experiment/_row/"):
+            return f"model={option}: must be one of {', '.join(options_with(group, ''))}, which have a published row of these bits"
         options = error.options or options_with(group, "")  # of a list of options Hydra names none
         return f"{group}={option}: there is no such option; must be one of {', '.join(o for o in options if not o.startswith('_'))}"
     if isinstance(error, OverrideParseException):

@@ -262,7 +262,15 @@ def test_a_published_recipe_takes_a_step_in_eight_processes(tmp_path, model):
         8,
         _train,
         folder,
-        *(f"experiment=ofq_{model}_w2a2", f"data.root={root}", "trainer=ddp", "trainer.devices=8", "trainer.accelerator=cpu", *small),
+        *(
+            "experiment=ofq_w2a2",
+            f"model={model}",
+            f"data.root={root}",
+            "trainer=ddp",
+            "trainer.devices=8",
+            "trainer.accelerator=cpu",
+            *small,
+        ),
         *("data.batch_size=2", "data.num_workers=0", "data.calibration_images=4", "trainer.fast_dev_run=1", "data.num_classes=2"),
         timeout=300,
     )

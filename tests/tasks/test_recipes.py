@@ -2,6 +2,9 @@
 
 import logging
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,36 +16,40 @@ from qat.tasks import build, fit, resolvers
 from tests import golden
 from tests.conftest import ROOT, compose, results
 
-ROWS = [f"ofq_{model}_w{bits}a{bits}" for model in ("deit_t", "deit_s", "swin_t") for bits in (2, 3, 4)]
-STAGES = [*ROWS, *(f"{row}_cga" for row in ROWS)]
+NAMES = {
+    "deit_t": "deit_tiny_distilled_patch16_224",
+    "deit_s": "deit_small_distilled_patch16_224",
+    "swin_t": "swin_tiny_patch4_window7_224",
+}
+ROWS = [(f"ofq_w{bits}a{bits}", model) for model in NAMES for bits in (2, 3, 4)]
 SMALL = {
     "deit": ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3"),
     "swin": ("++model.args.embed_dim=8", "++model.args.depths=[2,1,1,1]", "++model.args.num_heads=[1,1,2,2]"),
 }
 # Rows that share a schedule, by the golden case that has it.
 SCHEDULES = {
-    "deit_w2": ["ofq_deit_t_w2a2", "ofq_deit_t_w3a3", "ofq_deit_t_w4a4", "ofq_deit_s_w2a2"],
-    "deit_s_w3": ["ofq_deit_s_w3a3", "ofq_deit_s_w4a4"],
-    "swin_w2": ["ofq_swin_t_w2a2"],
-    "swin_w3": ["ofq_swin_t_w3a3", "ofq_swin_t_w4a4"],
+    "deit_w2": [*((f"ofq_w{bits}a{bits}", "deit_t") for bits in (2, 3, 4)), ("ofq_w2a2", "deit_s")],
+    "deit_s_w3": [("ofq_w3a3", "deit_s"), ("ofq_w4a4", "deit_s")],
+    "swin_w2": [("ofq_w2a2", "swin_t")],
+    "swin_w3": [("ofq_w3a3", "swin_t"), ("ofq_w4a4", "swin_t")],
 }
 GPUS = {"deit_w2": 4, "deit_s_w3": 8, "swin_w2": 8, "swin_w3": 8}
 # Source: train_scripts and configs of nbasyl/OFQ 7ed37d1: GPUs x batch, weight decay, mixup, cutmix, smoothing, repeated augmentation.
 TABLE = {
-    "ofq_deit_t_w2a2": (140, 0.05, 0, 0, 0.0, 1),
-    "ofq_deit_t_w3a3": (140, 0.05, 0, 0, 0.0, 1),
-    "ofq_deit_t_w4a4": (140, 0.05, 0, 0, 0.0, 1),
-    "ofq_deit_s_w2a2": (140, 0.05, 0, 0, 0.0, 1),
-    "ofq_deit_s_w3a3": (100, 0.0, 0.8, 1.0, 0.1, 3),
-    "ofq_deit_s_w4a4": (100, 0.0, 0.8, 1.0, 0.1, 3),
-    "ofq_swin_t_w2a2": (64, 0.05, 0, 0, 0.0, 1),
-    "ofq_swin_t_w3a3": (64, 0.0, 0.8, 1.0, 0.1, 1),
-    "ofq_swin_t_w4a4": (64, 0.0, 0.8, 1.0, 0.1, 1),
+    ("ofq_w2a2", "deit_t"): (140, 0.05, 0, 0, 0.0, 1),
+    ("ofq_w3a3", "deit_t"): (140, 0.05, 0, 0, 0.0, 1),
+    ("ofq_w4a4", "deit_t"): (140, 0.05, 0, 0, 0.0, 1),
+    ("ofq_w2a2", "deit_s"): (140, 0.05, 0, 0, 0.0, 1),
+    ("ofq_w3a3", "deit_s"): (100, 0.0, 0.8, 1.0, 0.1, 3),
+    ("ofq_w4a4", "deit_s"): (100, 0.0, 0.8, 1.0, 0.1, 3),
+    ("ofq_w2a2", "swin_t"): (64, 0.05, 0, 0, 0.0, 1),
+    ("ofq_w3a3", "swin_t"): (64, 0.0, 0.8, 1.0, 0.1, 1),
+    ("ofq_w4a4", "swin_t"): (64, 0.0, 0.8, 1.0, 0.1, 1),
 }
 
 
-def recipe_of(name, *overrides):
-    return compose("train", f"experiment={name}", "run_dir=a", *overrides)
+def recipe_of(name, model, *overrides):
+    return compose("train", f"experiment={name}", f"model={model}", "run_dir=a", *overrides)
 
 
 class Processes:
@@ -54,9 +61,9 @@ class Processes:
         self.world_size = world_size
 
 
-def rates(name, world_size):
+def rates(name, model, world_size):
     """Learning rate of each epoch, on the way that a run takes from its config."""
-    cfg = recipe_of(name)
+    cfg = recipe_of(name, model)
     optimizer = fit.build_optimizer_factory(cfg, Processes(world_size))(nn.Linear(2, 2))
     schedule, interval = fit.build_scheduler_factory(cfg)(optimizer, cfg.trainer.max_epochs, 1000)
     assert interval == "epoch"
@@ -72,27 +79,28 @@ def rates(name, world_size):
 def test_learning_rates_of_both_stages(case):
     expected = golden.tensor("ofq_goldens.npz", f"{case}/lr_per_epoch").double().tolist()
     kind = case.removeprefix("lr_")
-    for row in SCHEDULES[kind]:
-        assert rates(row, GPUS[kind]) + rates(f"{row}_cga", GPUS[kind]) == pytest.approx(expected, rel=1e-6)
+    for row, model in SCHEDULES[kind]:
+        assert rates(row, model, GPUS[kind]) + rates(f"{row}_cga", model, GPUS[kind]) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(("row", "model"), ROWS)
 @pytest.mark.parametrize("stage", ["", "_cga"])
-def test_settings_are_the_published_ones(row, stage):
-    cfg = recipe_of(row + stage)
+def test_settings_are_the_published_ones(row, model, stage):
+    cfg = recipe_of(row + stage, model)
     found = (cfg.data.batch_size, cfg.optimizer.weight_decay, cfg.data.mixup, cfg.data.cutmix, cfg.loss.label_smoothing, cfg.data.repeats)
-    assert found == TABLE[row]
+    assert found == TABLE[row, model]
+    assert cfg.model.name == NAMES[model]
     assert (cfg.data.augment, cfg.data.rand_augment, cfg.data.random_erasing) == ("timm", "rand-m9-mstd0.5-inc1", 0.25)
     assert (cfg.optimizer.opt, list(cfg.optimizer.betas), cfg.optimizer.eps, cfg.seed) == ("adamw", [0.9, 0.999], 1e-8, 42)
     assert (cfg.quant.name, f"w{cfg.quant.bits}a{cfg.quant.act_bits}") == ("ofq", row[-4:])
-    assert (cfg.quant.map_scales == "column") == row.startswith("ofq_swin")
+    assert (cfg.quant.map_scales == "column") == (model == "swin_t")
     assert (cfg.trainer.precision, cfg.trainer.gradient_clip_val, cfg.model.args.drop_path_rate) == ("32-true", None, 0.0)
     assert list(cfg.loss.terms) == ["kd"]
     assert cfg.loss.teacher_head == "cls"
 
 
 def test_the_second_stage_anneals_from_its_first_step():
-    cfg = recipe_of("ofq_deit_t_w2a2_cga")
+    cfg = recipe_of("ofq_w2a2_cga", "deit_t")
     assert (cfg.trainer.max_epochs, cfg.callbacks.cga.boundary_range, cfg.callbacks.cga.start_epoch) == (30, 0.005, 0)
     assert (cfg.ckpt_optimizer, cfg.model.pretrained, cfg.teacher.pretrained) == (True, False, True)
 
@@ -102,19 +110,30 @@ def test_the_second_stage_anneals_from_its_first_step():
     [([], True), (["ckpt=a"], False), (["model.weights=a"], False), (["trainer.fast_dev_run=true"], False)],
 )
 def test_pretrained_weights_unless_another_start_is_given(overrides, pretrained):
-    assert recipe_of("ofq_swin_t_w2a2", *overrides).model.pretrained is pretrained
+    assert recipe_of("ofq_w2a2", "swin_t", *overrides).model.pretrained is pretrained
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_the_command_in_the_header_composes(name):
-    header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+@pytest.mark.parametrize(("row", "model"), ROWS)
+@pytest.mark.parametrize("stage", ["", "_cga"])
+def test_the_command_in_the_header_composes(row, model, stage):
+    header = (ROOT / "conf" / "experiment" / f"{row}{stage}.yaml").read_text()
     line = header.partition("#   python train.py ")[2].partition("\n")[0]
-    cfg = compose("train", "run_dir=a", *line.split())
+    first = header if not stage else (ROOT / "conf" / "experiment" / f"{row}.yaml").read_text()
+    devices, batch = map(int, re.search(rf"# GPUs x batch:.* {model} (\d+) x (\d+)", first).groups())
+    cfg = compose("train", "run_dir=a", *line.replace("MODEL", model).replace("GPUS", str(devices)).split())
     assert OmegaConf.missing_keys(cfg) == set()
-    devices = cfg.trainer.devices
-    assert f"# GPUs x batch: {devices} x {cfg.data.batch_size}" in header
-    assert cfg.optimizer.lr_base_batch in {devices * cfg.data.batch_size, None}
-    assert (cfg.ckpt is not None) == name.endswith("_cga")
+    assert cfg.data.batch_size == batch
+    assert cfg.optimizer.lr_base_batch == (None if stage else devices * batch)
+    assert (cfg.ckpt is not None) == bool(stage)
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_demo", "deit_b"])
+def test_a_model_without_a_row_is_one_line(model):
+    done = subprocess.run(
+        [sys.executable, "train.py", "experiment=ofq_w3a3_cga", f"model={model}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"error: model={model}: must be one of deit_s, deit_t, swin_t, which have a published row of these bits"
 
 
 @pytest.mark.parametrize("family", ["deit", "swin"])
@@ -122,7 +141,7 @@ def test_a_dry_run_needs_neither_downloads_nor_a_teacher(tmp_path, family, caplo
     from qat.tasks.train import train
 
     with caplog.at_level(logging.INFO):
-        train(recipe_of(f"ofq_{family}_t_w2a2", "data=digits", "trainer.fast_dev_run=true", f"run_dir={tmp_path}", *SMALL[family]))
+        train(recipe_of("ofq_w2a2", f"{family}_t", "data=digits", "trainer.fast_dev_run=true", f"run_dir={tmp_path}", *SMALL[family]))
     assert results(tmp_path)["weights"] == "final"
     assert "no teacher: random weights stand in for it, which only a dry run (trainer.fast_dev_run) may do" in caplog.text
     batch = 140 if family == "deit" else 64
@@ -132,7 +151,7 @@ def test_a_dry_run_needs_neither_downloads_nor_a_teacher(tmp_path, family, caplo
 
 def test_without_a_dry_run_there_has_to_be_a_teacher(tmp_path, refused):
     cfg = recipe_of(
-        "ofq_deit_t_w2a2", "data=digits", "model.pretrained=false", f"run_dir={tmp_path}", *SMALL["deit"], "trainer.max_epochs=20"
+        "ofq_w2a2", "deit_t", "data=digits", "model.pretrained=false", f"run_dir={tmp_path}", *SMALL["deit"], "trainer.max_epochs=20"
     )
     assert "no teacher; give teacher.ckpt=FILE" in refused("train", cfg)
 
@@ -141,18 +160,18 @@ def test_without_a_dry_run_there_has_to_be_a_teacher(tmp_path, refused):
 def test_both_stages_of_a_row(tmp_path, family):
     from qat.tasks.train import train
 
-    row, small = (
-        f"ofq_{family}_{'s' if family == 'deit' else 't'}_w3a3",
-        [
-            *("data=digits", "data.batch_size=16", "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"),
-            *("scheduler.warmup_epochs=0", "scheduler.cooldown_epochs=0", *SMALL[family]),
-        ],
-    )
-    float_net = build.build_start(compose("train", f"experiment={row}", *small, "model.pretrained=false", "run_dir=a")).net
+    row, model = "ofq_w3a3", "deit_s" if family == "deit" else "swin_t"
+    small = [
+        *("data=digits", "data.batch_size=16", "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"),
+        *("scheduler.warmup_epochs=0", "scheduler.cooldown_epochs=0", *SMALL[family]),
+    ]
+    float_net = build.build_start(recipe_of(row, model, *small, "model.pretrained=false")).net
     qat.save(float_net, tmp_path / "float.ckpt")
-    train(recipe_of(row, *small, f"ckpt={tmp_path / 'float.ckpt'}", f"run_dir={tmp_path / 'first'}"))
+    train(recipe_of(row, model, *small, f"ckpt={tmp_path / 'float.ckpt'}", f"run_dir={tmp_path / 'first'}"))
     first = tmp_path / "first" / "checkpoints" / "last.ckpt"
-    train(recipe_of(f"{row}_cga", *small, f"ckpt={first}", f"teacher.ckpt={tmp_path / 'float.ckpt'}", f"run_dir={tmp_path / 'second'}"))
+    train(
+        recipe_of(f"{row}_cga", model, *small, f"ckpt={first}", f"teacher.ckpt={tmp_path / 'float.ckpt'}", f"run_dir={tmp_path / 'second'}")
+    )
     before, after = qat.load(first).state_dict(), qat.load(tmp_path / "second" / "checkpoints" / "last.ckpt").state_dict()
     weight = next(name for name in before if name.endswith("mlp.fc1.weight"))
     moved = (before[weight] != after[weight]).float().mean().item()
