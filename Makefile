@@ -12,7 +12,7 @@ PEERS := outputs/peers
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: export-table two-bit-forms study results results-quick gpu-bench startup step-time memory profile-step peers extras-cost features-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations recipes-check stress map-scales models-page search-cost weights-figures kure-cost robustness-figures bad-inputs test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
+.PHONY: export-table study results results-quick gpu-bench startup step-time memory peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -43,27 +43,15 @@ demo-seeds: $(READY) ## the demo over three seeds, with the float net given the 
 golden-deviations: $(READY) ## how far we are from the papers' own code
 	@PYTHONPATH=. $(BIN)/python benchmarks/golden_deviations.py
 
-recipes-check: $(READY) ## two steps of both stages of each published recipe at full size, on random images (36 minutes on two busy cores)
-	$(BIN)/python benchmarks/recipes_check.py
-
 SEED ?= 0
 stress: $(READY) ## kill -9 commands at random moments, run them again, compare all they leave with runs that were not killed; SEED=1 (10 minutes)
-	$(BIN)/python benchmarks/stress.py --fork --kills 40 --seed $(SEED)
-
-map-scales: $(READY) ## a 2-bit Swin with one scale for a map and with one a column, over seeds (10 minutes)
-	@PYTHONPATH=. $(BIN)/python benchmarks/map_scales.py
+	@PYTHONPATH=. $(BIN)/python benchmarks/stress.py --kills 40 --seed $(SEED)
 
 models-page: $(READY) ## write docs/models.md: what conversion does to each timm family
 	@PYTHONPATH=. $(BIN)/python benchmarks/models_page.py
 
 search-cost: $(READY) ## a look at the calibration images during a search, in float forwards, one thread; MODEL=deit_small_patch16_224 (10 minutes, 35)
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search_cost.py --model $(or $(MODEL),deit_tiny_patch16_224)
-
-kure-cost: $(READY) ## share of kurtosis regularization in a DeiT-T training step on one thread (5 minutes)
-	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kure_cost.py
-
-robustness-figures: $(READY) ## draw the figures of docs/robustness.md, from the runs of claim C5
-	@PYTHONPATH=. $(BIN)/python benchmarks/robustness_figures.py --runs outputs/studies/C5
 
 WEIGHTS := outputs/weights
 weights-figures: $(READY) ## the pictures of weights, oscillation and cost in docs/analysis.md: a short 2-bit run, plain and annealed (4 minutes)
@@ -80,14 +68,10 @@ weights-figures: $(READY) ## the pictures of weights, oscillation and cost in do
 	cp $(WEIGHTS)/oscillation/oscillation_curves.svg docs/figures/oscillation-digits.svg
 	cp $(WEIGHTS)/cost/cost_bytes.svg docs/figures/cost-digits.svg
 
-bad-inputs: $(READY) ## every mistake in every setting, path, checkpoint and data file: a table of the lines that answer them (8 minutes)
-	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bad_inputs.py --log outputs/bad-inputs.log
-	gzip -9 -n -c outputs/bad-inputs.log > docs/logs/bad-inputs.log.gz
-
 # Figures go to the screen and to docs/logs; all seconds and bytes to $(COSTS).
 COSTS := outputs/costs
 LOGGED := set -o pipefail; export PYTHONPATH=. OMP_NUM_THREADS=1;
-step-time memory profile-step peers extras-cost features-cost export-table two-bit-forms: SHELL := bash
+step-time memory peers extras-cost export-table: SHELL := bash
 
 step-time: $(READY) ## a quantized training step in float steps, eager, compiled, DeiT-T; eager also DeiT-S and Swin-T, one thread (20 minutes)
 	@$(LOGGED) { \
@@ -101,9 +85,6 @@ step-time: $(READY) ## a quantized training step in float steps, eager, compiled
 memory: $(READY) ## what a quantized training step keeps for backward, and its peak, in those of a float step of DeiT-T (10 minutes)
 	@$(LOGGED) $(BIN)/python benchmarks/memory.py --out $(COSTS)/memory.json | tee docs/logs/memory.log
 
-profile-step: $(READY) ## where the time of a training step of DeiT-T goes, and what it cannot do without (2 minutes)
-	@$(LOGGED) $(BIN)/python benchmarks/profile_step.py --out $(COSTS)/profile.json | tee docs/logs/profile-step.log
-
 PEER_PACKAGES := torchao==0.18.0 brevitas==0.13.4 nvidia-modelopt==0.47.0 dependencies==2.0.1 unfoldNd==0.2.3 regex pulp nvidia-ml-py
 $(PEERS)/.ready: $(READY)
 	$(BIN)/python -m venv $(PEERS)
@@ -114,11 +95,8 @@ $(PEERS)/.ready: $(READY)
 peers: $(PEERS)/.ready ## training steps of torchao, brevitas, ModelOpt and torch.ao beside ours; installs them next to .venv (30 minutes)
 	@$(LOGGED) $(PEERS)/bin/python benchmarks/peers.py --out $(COSTS)/peers.json | tee docs/logs/peers.log
 
-extras-cost: $(READY) ## share of kurtosis regularization and of the tracking of oscillation in a training step of DeiT-T (2 minutes)
+extras-cost: $(READY) ## what KURE, the gradient's L1 norm, the tracking of oscillation and a teacher's blocks add to a step of DeiT-T (5 minutes)
 	@$(LOGGED) $(BIN)/python benchmarks/extras_cost.py | tee docs/logs/extras-cost.log
-
-features-cost: $(READY) ## what following a teacher's blocks adds to a training step of DeiT-T (2 minutes)
-	@$(LOGGED) $(BIN)/python benchmarks/features_cost.py | tee docs/logs/features-cost.log
 
 EXPORTS := outputs/exports
 export-table: $(READY) ## bytes, agreement and time of exported files: the demo's net and DeiT-T, DeiT-S and Swin-T at 8, 4, 3 and 2 bits; CKPT=PATHS (25 minutes)
@@ -128,9 +106,6 @@ export-table: $(READY) ## bytes, agreement and time of exported files: the demo'
 	    trainer.max_epochs=10 ckpt=$(EXPORTS)/fp/checkpoints/best.ckpt run_dir=$(EXPORTS)/w$$bits overwrite=true || exit 1; \
 	done
 	@$(LOGGED) $(BIN)/python benchmarks/export_table.py $(CKPT) $(foreach bits,8 4 3 2,$(EXPORTS)/w$(bits)/checkpoints/last.ckpt) | tee docs/logs/export-table.log
-
-two-bit-forms: $(READY) ## 2-bit weights in ONNX as INT2 against INT4: bytes and time, DeiT-T and Swin-T; CKPT=PATHS (1 minute)
-	@$(LOGGED) $(BIN)/python benchmarks/two_bit_forms.py $(CKPT) | tee docs/logs/two-bit-forms.log
 
 startup: $(READY) ## seconds until the commands answer and until the first training step, medians of five (3 minutes)
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/startup.py

@@ -1,7 +1,6 @@
 """The table of docs/deployment.md: bytes, agreement and time of exported files, of a trained net and of full-size nets with random weights.
 
-`python benchmarks/export_table.py [CKPT ...]`: checkpoints as they are, on the whole test set; behind them DeiT-T, DeiT-S and Swin-T at
-8, 4, 3 and 2 bits.
+Run by `make export-table`: checkpoints as they are, on the whole test set; behind them DeiT-T, DeiT-S and Swin-T at 8, 4, 3 and 2 bits.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from qat.export.artefact_onnx import OnnxSettings, onnx_artefact
 from qat.export.check import table
 from qat.model.checkpoint import describe
 from qat.tasks.evaluate import build_subject
-from qat.tasks.predict import EvaluatedNet
 
 NETS = {"DeiT-T": "deit_tiny_patch16_224", "DeiT-S": "deit_small_patch16_224", "Swin-T": "swin_tiny_patch4_window7_224"}
 SIZE = (3, 224, 224)
 PREPROCESSING = {"size": 224, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.9}
+IMAGES, LATENCY = 16, 20  # of noise, that each file and its net are run on; that are timed
 
 
 def main() -> None:
@@ -35,20 +34,17 @@ def main() -> None:
     parser.add_argument("ckpt", nargs="*", help="checkpoints of train.py or ptq.py")
     parser.add_argument("--nets", nargs="*", default=list(NETS), choices=NETS)
     parser.add_argument("--bits", nargs="*", type=int, default=[8, 4, 3, 2])
-    parser.add_argument("--images", type=int, default=16, help="of noise, that each file and its net are run on")
-    parser.add_argument("--latency", type=int, default=20, help="images that are timed")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     rows: dict[str, dict[str, str]] = {}
     for ckpt in args.ckpt:
-        subject = subject_of(ckpt)
-        recipe = subject.recipe
-        rows |= row(f"{ckpt}, W{recipe.bits} A{recipe.act_bits}", subject.net, images_of_the_test_set(subject), args.latency)
+        with initialize_config_dir(str(Path(qat.__file__).parents[1] / "conf"), version_base="1.3"):
+            subject = build_subject(compose("eval", [f"ckpt={ckpt}"]))
+        batches = [images for images, _ in subject.data.sample("test", None)]
+        rows |= row(f"{ckpt}, W{subject.recipe.bits} A{subject.recipe.act_bits}", subject.net, batches)
     for name in args.nets:
         for bits in args.bits:
-            rows |= row(
-                f"{name}, W{bits} A{bits}", random_net(NETS[name], bits), list(torch.randn(args.images, *SIZE).split(8)), args.latency
-            )
+            rows |= row(f"{name}, W{bits} A{bits}", random_net(NETS[name], bits), list(torch.randn(IMAGES, *SIZE).split(8)))
     print(table(rows))
 
 
@@ -63,29 +59,17 @@ def random_net(name: str, bits: int) -> nn.Module:
     return net.eval()
 
 
-def subject_of(ckpt: str) -> EvaluatedNet:
-    """What `eval.py ckpt=...` would run: the net and its data."""
-    with initialize_config_dir(str(Path(qat.__file__).parents[1] / "conf"), version_base="1.3"):
-        return build_subject(compose("eval", [f"ckpt={ckpt}"]))
-
-
-def images_of_the_test_set(subject: EvaluatedNet) -> list[Tensor]:
-    """The whole test set, in batches."""
-    return [images for images, _ in subject.data.sample("test", None)]
-
-
-def row(name: str, net: nn.Module, batches: list[Tensor], latency: int) -> dict[str, dict[str, str]]:
+def row(name: str, net: nn.Module, batches: list[Tensor]) -> dict[str, dict[str, str]]:
     """One net in both formats."""
     frozen = qat.freeze(net)
     meta = describe(frozen)
     with tempfile.TemporaryDirectory() as folder:
         packed = packed_artefact(Path(folder) / "net.safetensors", frozen, net, meta, batches)
         size = (Path(folder) / "net.safetensors").stat().st_size
-        settings = OnnxSettings(latency=latency)
-        onnx = onnx_artefact(Path(folder) / "net.onnx", frozen, net, {**meta, "preprocessing": PREPROCESSING}, batches, settings)
+        meta |= {"preprocessing": PREPROCESSING}
+        onnx = onnx_artefact(Path(folder) / "net.onnx", frozen, net, meta, batches, OnnxSettings(latency=LATENCY))
     sizes, times = onnx.results["bytes"], onnx.results["latency_ms"] or {}
     found = onnx.checked.agreement["ORT_ENABLE_BASIC"]
-    problem = packed.checked.problem or onnx.checked.problem
     made = {
         "float": f"{sizes['float'] / 1e6:.2f} MB",
         "packed": f"{size / 1e6:.2f}",
@@ -96,7 +80,7 @@ def row(name: str, net: nn.Module, batches: list[Tensor], latency: int) -> dict[
         "ties": f"{found.ties}",
         "logits": f"{found.largest:.0e}",
         **{f"{key}, ms": f"{time:.1f}" for key, time in times.items()},
-        "": problem or "",
+        "": packed.checked.problem or onnx.checked.problem or "",
     }
     print(name, made, flush=True)
     return {name: made}

@@ -13,24 +13,17 @@ import argparse
 import ctypes
 import gc
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import step_arms
-from benchmarks.step_arms import ARMS, FLOAT, RECOMPUTED, Step
+from benchmarks import step_arms, timing
+from benchmarks.step_arms import ARMS, FLOAT, RECOMPUTED
+from benchmarks.timing import Step
 
 MODES = ("eager", "recompute", "compiled")
-# Goals for DeiT-T at batch 8, for `saved`.
-GOALS = {
-    "eager": {"linears": 0.78, "ofq without qkr": 1.00, "ofq": 1.08, "ofq + teacher": 1.10},
-    "recompute": {"ofq without qkr": 0.80, "ofq": 0.90},
-    "compiled": {"linears": 0.60, "ofq without qkr": 0.85, "ofq": 0.92, "ofq + teacher": 0.95},
-}
-GOALS_ARE_FOR = ("deit_tiny_patch16_224", 8)
 MIB = 2**20
 
 
@@ -68,10 +61,10 @@ def peak_bytes(run: Step) -> int:
 
 def measure(args: argparse.Namespace) -> None:
     """The work of a fresh process: print the figures of one arm as JSON."""
-    arm, batch, compiled = ARMS[args.one], step_arms.random_batch(args.batch), args.modes == ["compiled"]
-    net = step_arms.build(args.model, batch[0], arm, args.bits, "recompute" if args.modes == ["recompute"] else "save")
+    arm, batch, (mode,) = ARMS[args.one], step_arms.random_batch(args.batch), args.modes
+    net = step_arms.build(args.model, batch[0], arm, args.bits, "recompute" if mode == "recompute" else "save")
     teacher: Any = step_arms.teacher_of(args.model, batch[0], arm)
-    if compiled:
+    if mode == "compiled":
         net.compile(fullgraph=True)
         teacher = None if teacher is None else torch.compile(teacher.__call__, fullgraph=True)
     run = step_arms.step(net, batch, teacher)
@@ -79,61 +72,39 @@ def measure(args: argparse.Namespace) -> None:
         run()
         run()
         found = {"saved": saved_bytes(net, run), "peak": sorted(peak_bytes(run) for _ in range(3))[1]}
-    if compiled:
+    if mode == "compiled":
         step_arms.check_graphs(2 if arm.teacher else 1)
     print(json.dumps(found))
 
 
-def cells(found: dict[str, Any] | None, base: dict[str, Any], goal: float | None) -> list[str]:
-    """Of one arm in one mode."""
-    if found is None:
-        return ["failed", "", ""]
-    saved, peak = (f"{found[key] / base[key]:.2f} ({found[key] / MIB:.0f} MiB)" for key in ("saved", "peak"))
-    return [saved, "" if goal is None else f"{goal:.2f}", peak]
-
-
-def arguments() -> argparse.Namespace:
-    """What to measure."""
+def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=GOALS_ARE_FOR[0])
-    parser.add_argument("--batch", type=int, default=GOALS_ARE_FOR[1])
+    parser.add_argument("--model", default=step_arms.MODEL)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--one", help="for the fresh processes: the arm to measure")
     parser.add_argument("--out", type=Path, help="JSON of all bytes")
-    return parser.parse_args()
-
-
-def pairs(modes: list[str], arms: list[str]) -> list[tuple[str, str]]:
-    """Modes and arms to measure, the eager float net first."""
-    wanted = [(mode, arm) for mode in modes for arm in arms if mode != "recompute" or arm in RECOMPUTED]
-    return [("eager", FLOAT), *(pair for pair in wanted if pair != ("eager", FLOAT))]
-
-
-def main() -> None:
-    """Print the table."""
-    args = arguments()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     if args.one:
         measure(args)
         return
-    print(step_arms.environment())
+    print(timing.environment())
     print(f"{args.model}, batch {args.batch}, W{args.bits}A{args.bits}; in those of the eager float step\n", flush=True)
-    if "recompute" in args.modes and not step_arms.has_memory_modes():
-        print("recompute left out: there is no qat.set_execution\n")
-        args.modes.remove("recompute")
+    wanted = [(mode, arm) for mode in args.modes for arm in args.arms if mode != "recompute" or arm in RECOMPUTED]
     found: dict[str, Any] = {}
     rows = []
-    cache = tempfile.TemporaryDirectory()  # of the compiler, for all: a teacher does not change what is compiled for the student
-    variables = {"MALLOC_MMAP_THRESHOLD_": "65536", "TORCHINDUCTOR_CACHE_DIR": cache.name}
-    for mode, name in pairs(args.modes, args.arms):
+    for mode, name in dict.fromkeys([("eager", FLOAT), *wanted]):
         options = ("--one", name, "--modes", mode, "--model", args.model, "--batch", args.batch, "--bits", args.bits)
-        result = found[f"{name}, {mode}"] = step_arms.in_a_process(__file__, *options, **variables)
-        goal = GOALS[mode].get(name) if (args.model, args.batch) == GOALS_ARE_FOR else None
-        rows.append([name, mode, *cells(result, found[f"{FLOAT}, eager"], goal)])
-    print(step_arms.table(["arm", "mode", "saved x float", "goal", "peak x float"], rows))
-    step_arms.write_json(args.out, {"model": args.model, "batch": args.batch, "bits": args.bits, "bytes": found})
+        one = found[f"{name}, {mode}"] = timing.in_a_process(__file__, *options, MALLOC_MMAP_THRESHOLD_="65536")
+        base = found[f"{FLOAT}, eager"]
+        cells = [f"{one[key] / base[key]:.2f} ({one[key] / MIB:.0f} MiB)" for key in ("saved", "peak")] if one else ["failed", ""]
+        rows.append([name, mode, *cells])
+    print(timing.table(["arm", "mode", "saved x float", "peak x float"], rows))
+    timing.write_json(args.out, {"model": args.model, "batch": args.batch, "bits": args.bits, "bytes": found})
 
 
 if __name__ == "__main__":

@@ -19,70 +19,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import step_arms
+from benchmarks import step_arms, timing
 from benchmarks.memory import MIB, saved_bytes
 from benchmarks.peer_nets import PEERS
-from benchmarks.step_arms import ARMS, FLOAT, Timing, ratio
+from benchmarks.step_arms import ARMS, COMPILED_FLOAT, FLOAT
+from benchmarks.timing import Timing, ratio
 
 BITS = 4
-COMPILED_FLOAT = "compiled float"
 LIBRARIES = ("torchao", "brevitas", "nvidia-modelopt")
 OURS = {
     "qat, linears": ("W4 StatsQ per channel, A4 per token, learned, offsets; first and last layer W8 A8", "linears"),
-    "qat, OFQ without QKR": ("likewise; queries, keys, values and probabilities A4", "ofq without qkr"),
-    "qat, OFQ": ("likewise; query-key reparameterization", "ofq"),
+    "qat, OFQ without QKR": ("also queries, keys, values and probabilities A4", "ofq without qkr"),
+    "qat, OFQ": ("also query-key reparameterization", "ofq"),
 }
-
-
-def _float(model: str, images: Tensor) -> nn.Module:
-    return step_arms.build(model, images, ARMS[FLOAT], BITS)
 
 
 def build(model: str, images: Tensor, row: str) -> nn.Module:
     """The net of a row of the table, in training mode."""
-    if row in OURS:
-        return step_arms.build(model, images, ARMS[OURS[row][1]], BITS)
-    return PEERS[row][1](_float(model, images), images).train()
+    if row in OURS or row in {FLOAT, COMPILED_FLOAT}:
+        return step_arms.build(model, images, ARMS[OURS[row][1] if row in OURS else FLOAT], BITS)
+    return PEERS[row][1](build(model, images, FLOAT), images).train()
 
 
 def versions() -> str:
     """Of what is installed."""
-    found = []
-    for library in LIBRARIES:
-        try:
-            found.append(f"{library} {metadata.version(library)}")
-        except metadata.PackageNotFoundError:
-            found.append(f"{library} not installed")
-    return ", ".join(found)
+    there = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
+    return ", ".join(f"{library} {there.get(library, 'not installed')}" for library in LIBRARIES)
 
 
 def eager(args: argparse.Namespace) -> dict[str, Any]:
     """By row: seconds, and bytes kept for backward. Rows whose library is not there say why."""
-    batch = step_arms.random_batch(args.batch)
-    nets, found = {FLOAT: _float(args.model, batch[0])}, {}
-    for row in args.rows:
+    batch, nets, found = step_arms.random_batch(args.batch), {}, {}
+    for row in (FLOAT, *args.rows):
         try:
             nets[row] = build(args.model, batch[0], row)
         except ImportError as error:
             found[row] = {"skipped": str(error)}
     steps = {row: step_arms.step(net, batch) for row, net in nets.items()}
-    timings = step_arms.take_turns(steps, args.rounds, args.warmup)
-    measured = {row: {"timing": dataclasses.asdict(timings[row]), "saved": saved_bytes(net, steps[row])} for row, net in nets.items()}
-    return {**found, **measured}
+    timings = timing.take_turns(steps, args.rounds, args.warmup)
+    return found | {row: {"timing": dataclasses.asdict(timings[row]), "saved": saved_bytes(net, steps[row])} for row, net in nets.items()}
 
 
 def measure_compiled(args: argparse.Namespace) -> None:
     """The work of a fresh process: print what one row comes to as JSON."""
     batch, row = step_arms.random_batch(args.batch), args.one
-    nets = {FLOAT: _float(args.model, batch[0]), COMPILED_FLOAT: _float(args.model, batch[0]), row: build(args.model, batch[0], row)}
+    nets = {key: build(args.model, batch[0], key) for key in (FLOAT, COMPILED_FLOAT, row)}
     nets[COMPILED_FLOAT].compile(fullgraph=True)
     nets[row].compile(fullgraph=row in OURS)
     with step_arms.aggressive_recomputation():
         steps = {key: step_arms.step(net, batch) for key, net in nets.items()}
-        timings = step_arms.take_turns(steps, args.rounds, args.warmup)
+        timings = timing.take_turns(steps, args.rounds, args.warmup)
         saved = saved_bytes(nets[row], steps[row])
     graphs, breaks = step_arms.graphs()
-    seconds = {key: dataclasses.asdict(timing) for key, timing in timings.items()}
+    seconds = {key: dataclasses.asdict(one) for key, one in timings.items()}
     print(json.dumps({"timings": seconds, "saved": saved, "graphs": graphs - 1, "breaks": breaks}))
 
 
@@ -97,17 +86,16 @@ def eager_cells(found: dict[str, Any], base: dict[str, Any]) -> list[str]:
 def compiled_cells(found: dict[str, Any] | None, row: str, base: dict[str, Any]) -> list[str]:
     """Time in compiled and in eager float steps, memory, graphs, time until ready."""
     if found is None:
-        return ["failed", "", "", "", ""]
-    timing = {key: Timing(**seconds) for key, seconds in found["timings"].items()}
-    of_compiled, of_eager = (str(ratio(timing[row], timing[key])) for key in (COMPILED_FLOAT, FLOAT))
-    saved = f"{found['saved'] / base['saved']:.2f}"
-    return [of_compiled, of_eager, saved, f"{found['graphs']}, {found['breaks']}", f"{timing[row].first:.0f}"]
+        return ["not measured", "", "", "", ""]
+    of = {key: Timing(**seconds) for key, seconds in found["timings"].items()}
+    shares = [str(ratio(of[row], of[key])) for key in (COMPILED_FLOAT, FLOAT)]
+    return [*shares, f"{found['saved'] / base['saved']:.2f}", f"{found['graphs']}, {found['breaks']}", f"{of[row].first:.0f}"]
 
 
-def arguments() -> argparse.Namespace:
-    """What to measure."""
+def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="deit_tiny_patch16_224")
+    parser.add_argument("--model", default=step_arms.MODEL)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2, help="rounds in front, not timed")
@@ -115,43 +103,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eager-only", action="store_true")
     parser.add_argument("--one", help="for the fresh processes: the row to measure compiled")
     parser.add_argument("--out", type=Path, help="JSON of all figures")
-    return parser.parse_args()
-
-
-def compile_each(args: argparse.Namespace, rows: list[str]) -> dict[str, Any]:
-    """By row, what a process of its own found."""
-    options = ("--model", args.model, "--batch", args.batch, "--rounds", args.rounds, "--warmup", args.warmup)
-    return {row: step_arms.in_a_process(__file__, "--one", row, *options) for row in rows}
-
-
-def show(args: argparse.Namespace, found: dict[str, Any], compiled: dict[str, Any]) -> None:
-    """Print the table."""
-    what = {row: about[0] for row, about in {**OURS, **PEERS}.items()}
-    head = ["net", "what of the Linears", "eager x float: CPU [range], wall", "saved x float"]
-    rows = [[row, what[row], *eager_cells(found[row], found[FLOAT])] for row in args.rows]
-    if not args.eager_only:
-        head += ["compiled x compiled float", "x eager float", "saved x float", "graphs, breaks", "ready, s"]
-        for cells in rows:
-            row = cells[0]
-            cells += compiled_cells(compiled[row], row, found[FLOAT]) if row in compiled else [""] * 5
-    print(step_arms.table(head, rows))
-
-
-def main() -> None:
-    """Print the table."""
-    args = arguments()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     if args.one:
         measure_compiled(args)
         return
-    print(f"{step_arms.environment()}; {versions()}\n{args.model}, batch {args.batch}, {args.rounds} rounds\n", flush=True)
+    print(f"{timing.environment()}; {versions()}\n{args.model}, batch {args.batch}, {args.rounds} rounds\n", flush=True)
     sys.stdout, stdout = sys.stderr, sys.stdout  # some of the libraries talk
     found = eager(args)
     sys.stdout = stdout
-    there = [row for row in args.rows if "skipped" not in found[row]]
-    compiled = {} if args.eager_only else compile_each(args, there)
-    show(args, found, compiled)
-    step_arms.write_json(args.out, {"eager": found, "compiled": compiled, "versions": versions()})
+    options = ("--model", args.model, "--batch", args.batch, "--rounds", args.rounds, "--warmup", args.warmup)
+    there = [] if args.eager_only else [row for row in args.rows if "skipped" not in found[row]]
+    compiled = {row: timing.in_a_process(__file__, "--one", row, *options) for row in there}
+    head = ["net", "what of the Linears", "eager x float: CPU [range], wall", "saved x float"]
+    head += ["compiled x compiled float", "x eager float", "saved x float", "graphs, breaks", "ready, s"]
+    what = {row: about[0] for row, about in {**OURS, **PEERS}.items()}
+    base = found[FLOAT]
+    cells = {row: [*eager_cells(found[row], base), *compiled_cells(compiled.get(row), row, base)] for row in args.rows}
+    print(timing.table(head, [[row, what[row], *cells[row]] for row in args.rows]))
+    timing.write_json(args.out, {"eager": found, "compiled": compiled, "versions": versions()})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long one look at the calibration images takes during a search over scales, in float forwards of the same images.
+"""How long one evaluation of the calibration images takes during a search over scales, in float forwards of the same images.
 
 Run by `make search-cost`: DeiT-T or DeiT-S, W4A8 in FQ-ViT's placement, 100 images as one batch, one thread. Everything is timed in turns,
 round after round, so that a busy machine disturbs all alike; ratios are taken within a round, and their medians are printed.
@@ -19,13 +19,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import timm
 import torch
@@ -34,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qat
+from benchmarks.timing import environment, timed
 from qat.model.blocks import find_blocks
 from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate
@@ -46,9 +43,8 @@ from qat.ptq.search_settings import SearchSettings
 from qat.ptq.vector import ScaleVector, scale_vectors
 
 RACING_AFTER = 10
-CLASSES = 10
-COARSE = 8
-WARMUP = 20
+CLASSES, COARSE, WARMUP = 10, 8, 20
+Seconds = tuple[float, float]  # of the process, by the clock
 
 
 @dataclass
@@ -68,8 +64,22 @@ class Bench:
         """A mutation of the scales that a block has."""
         vector = self.vectors[block]
         place = (0, list(self.vectors).index(block), number)
-        radius = vector.radius(self.settings.radius)
-        return (vector.read() + seeded_draws(self.settings)(place, radius).noise).abs()
+        return (vector.read() + seeded_draws(self.settings)(place, vector.radius(self.settings.radius)).noise).abs()
+
+    def evaluate(self, block: str, number: int, evaluation: Callable[[], Evaluation]) -> tuple[Seconds, Evaluation]:
+        """Time and fitness of a candidate, putting it into the net included; the net is as before afterwards."""
+        vector, found = self.vectors[block], []
+        start, candidate = vector.read(), self.candidate(block, number)
+
+        def run() -> None:
+            vector.write(candidate)
+            self.exact.changed(vector)
+            found.append(evaluation())
+
+        took = timed(run)
+        vector.write(start)
+        self.exact.changed(vector)
+        return took, found[0]
 
 
 def patterned(n: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -83,23 +93,21 @@ def patterned(n: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+@torch.enable_grad()
 def trained(model: str, steps: int) -> nn.Module:
     """A net that tells the patterns apart, for a start; three quarters of the patches are left out while it learns."""
     torch.manual_seed(0)
     net = timm.create_model(model, patch_drop_rate=0.75)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
-    with torch.enable_grad():
-        for step in range(steps):
-            images, labels = patterned(32, net.default_cfg["input_size"][-1], 1000 + step)
-            loss = F.cross_entropy(net(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            warmup.step()
-            if (step + 1) % 50 == 0 or step + 1 == steps:
-                print(f"trained for {step + 1} steps, cross-entropy {loss.item():.3f}", flush=True)
+    for step in range(steps):
+        images, labels = patterned(32, net.default_cfg["input_size"][-1], 1000 + step)
+        loss = F.cross_entropy(net(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        warmup.step()
     whole = timm.create_model(model)
     whole.load_state_dict(net.state_dict())
     return whole
@@ -127,85 +135,35 @@ def build(args: argparse.Namespace) -> Bench:
     return Bench(net, twin, images, settings, exact, racing, vectors, traced)
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """Time of one call: by the clock, and of the processor."""
-
-    wall: float
-    cpu: float
-
-
-def timed(function: Callable[[], object]) -> Seconds:
-    """Time of one call."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    function()
-    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
-
-
-def mean(values: list[Seconds]) -> Seconds:
-    """Of both."""
-    return Seconds(statistics.mean(v.wall for v in values), statistics.mean(v.cpu for v in values))
-
-
-def with_candidate(bench: Bench, block: str, number: int, look: Callable[[], Evaluation]) -> tuple[Seconds, Evaluation]:
-    """One look at a candidate, putting it into the net included; the net is as before afterwards."""
-    vector, found = bench.vectors[block], []
-    start, candidate = vector.read(), bench.candidate(block, number)
-
-    def evaluate() -> None:
-        vector.write(candidate)
-        bench.exact.changed(vector)
-        found.append(look())
-
-    took = timed(evaluate)
-    vector.write(start)
-    bench.exact.changed(vector)
-    return took, found[0]
-
-
-@dataclass
-class Races:
-    """What became of the candidates."""
-
-    run: int = 0
-    better: int = 0
-    given_up: int = 0
-    wrongly: int = 0
-    images: int = 0
-
-    def count(self, incumbent: float, exact: Evaluation, raced: Evaluation) -> None:
-        """Add a candidate."""
-        better, given_up = exact.fitness < incumbent, raced.images < exact.images
-        self.run, self.better, self.given_up = self.run + 1, self.better + better, self.given_up + given_up
-        self.wrongly, self.images = self.wrongly + (better and given_up), self.images + raced.images
-
-
-def one_round(bench: Bench, number: int, races: Races) -> dict[str, Seconds]:
-    """Times of every kind of look, in turns."""
-    size, took = bench.settings.micro_batch, {"float": [], "exact": [], "racing": []}
+def one_round(bench: Bench, number: int) -> tuple[dict[str, list[Seconds]], list[tuple[float, Evaluation, Evaluation]]]:
+    """Times of every kind of evaluation, in turns, and the fitness of each candidate: before, exact, raced."""
+    took: dict[str, list[Seconds]] = {"float": [], "exact": [], "racing": []}
+    races = []
     incumbent = bench.racing.fitness(next(reversed(bench.vectors)))
     for block in reversed(bench.vectors):
         # The float forward is timed before every block: the machine may be busier at the end of a round than at its start.
-        took["float"].append(timed(lambda: logits_of(bench.net, bench.images, size)))
-        seconds, exact = with_candidate(bench, block, number, lambda block=block: bench.exact.fitness(block))
+        took["float"].append(timed(lambda: logits_of(bench.net, bench.images, bench.settings.micro_batch)))
+        seconds, exact = bench.evaluate(block, number, lambda block=block: bench.exact.fitness(block))
         took["exact"].append(seconds)
-        seconds, raced = with_candidate(bench, block, number, lambda block=block: bench.racing.fitness(block, incumbent.rows))
+        seconds, raced = bench.evaluate(block, number, lambda block=block: bench.racing.fitness(block, incumbent.rows))
         took["racing"].append(seconds)
-        races.count(incumbent.fitness, exact, raced)
-    found = {name: mean(values) for name, values in took.items()}
-    found["float at once"] = timed(lambda: logits_of(bench.net, bench.images, len(bench.images)))
-    return found
+        races.append((incumbent.fitness, exact, raced))
+    took["float at once"] = [timed(lambda: logits_of(bench.net, bench.images, len(bench.images)))]
+    return took, races
 
 
-def measure(bench: Bench, rounds: int) -> tuple[list[dict[str, Seconds]], Races]:
-    """Times per round; what warms up is not counted."""
-    targets, found, races = list(bench.exact.targets.values()), [], Races()
+def measure(bench: Bench, rounds: int) -> tuple[list[dict[str, Seconds]], list[tuple[float, Evaluation, Evaluation]]]:
+    """Mean times per round, and all races; what warms up is not counted."""
+    targets, found, races = list(bench.exact.targets.values()), [], []
     logits_of(bench.net, bench.images, bench.settings.micro_batch)
     for number in range(rounds):
         plain = timed(lambda: plain_fitness(bench.twin, [bench.images], targets, bench.settings))
         with bench.exact.active():
             bench.exact.fitness(next(reversed(bench.vectors)))
-            found.append(one_round(bench, number, races) | {"plain": plain})
+            took, raced = one_round(bench, number)
+        races += raced
+        means = {name: tuple(map(statistics.mean, zip(*seconds, strict=True))) for name, seconds in took.items()}
+        found.append({**means, "plain": plain})
     return found, races
 
 
@@ -225,38 +183,10 @@ def identical(bench: Bench) -> bool:
     return all(same)
 
 
-def machine() -> str:
-    """What the processor calls itself."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def report(args: argparse.Namespace, found: list[dict[str, Seconds]], races: Races) -> None:
-    """All but the last line."""
-    micro_batch = SearchSettings().micro_batch
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"{machine()}, {args.threads} thread(s), torch {torch.__version__}, load average {load}")
-    print(f"{args.model}, {args.images} images, micro-batches of {micro_batch}, {args.rounds} rounds")
-    for name in found[0]:
-        print(
-            f"{name:14s} {statistics.median(r[name].wall for r in found):8.3f} s {statistics.median(r[name].cpu for r in found):8.3f} s CPU"
-        )
-    shares = f"{races.better} of {races.run} better, {races.given_up} given up, {races.wrongly} wrongly"
-    print(f"candidates: {shares}; racing ran {races.images / (races.run * args.images):.3f} of the images")
-    for title, other, kind in (
-        ("whole batch at once", "float at once", "wall"),
-        ("rounds, lowest", "float", "low"),
-        ("CPU time", "float", "cpu"),
-    ):
-        print(f"{title}: {ratios(found, other, kind)}")
-
-
-def ratios(found: list[dict[str, Seconds]], other: str, kind: str) -> str:
-    """What everything takes, in float forwards: the median over rounds of the ratio within a round, or the lowest."""
-    middle, unit = (min, "wall") if kind == "low" else (statistics.median, kind)
+def ratios(found: list[dict[str, Seconds]], base: str, clock: int) -> str:
+    """What everything takes, in float forwards: the median over rounds of the ratio within a round."""
     names = ("exact", "plain", "racing")
-    return " ".join(f"{name} {middle(getattr(r[name], unit) / getattr(r[other], unit) for r in found):.3f}" for name in names)
+    return " ".join(f"{name} {statistics.median(r[name][clock] / r[base][clock] for r in found):.3f}" for name in names)
 
 
 def main() -> None:
@@ -274,8 +204,17 @@ def main() -> None:
     with torch.no_grad():
         bench = build(args)
         (found, races), same = measure(bench, args.rounds), identical(bench)
-    report(args, found, races)
-    print(ratios(found, "float", "wall"), f"identical {str(same).lower()}")
+    print(f"{environment()}\n{args.model}, {args.images} images, micro-batches of {bench.settings.micro_batch}, {args.rounds} rounds")
+    for name in found[0]:
+        cpu, wall = (statistics.median(r[name][clock] for r in found) for clock in (0, 1))
+        print(f"{name:14s} {wall:8.3f} s {cpu:8.3f} s CPU")
+    better = [exact.fitness < before for before, exact, _ in races]
+    given_up = [raced.images < exact.images for _, exact, raced in races]
+    wrongly, images = sum(map(all, zip(better, given_up, strict=True))), sum(raced.images for *_, raced in races)
+    print(f"candidates: {sum(better)} of {len(races)} better, {sum(given_up)} given up, {wrongly} wrongly; ", end="")
+    print(f"racing ran {images / (len(races) * args.images):.3f} of the images")
+    print(f"whole batch at once: {ratios(found, 'float at once', 1)}\nCPU time: {ratios(found, 'float', 0)}")
+    print(ratios(found, "float", 1), f"identical {str(same).lower()}")
 
 
 if __name__ == "__main__":

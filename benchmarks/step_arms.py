@@ -1,20 +1,10 @@
-"""Training steps that the benchmarks of time and memory share: the arms, their nets, and turns that a busy machine slows alike."""
+"""Training steps that the benchmarks of time and memory share: the arms, their nets, their steps."""
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import timm
 import torch
@@ -23,14 +13,15 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 
 import qat
-from benchmarks.kure_cost import SIZE, machine
+from benchmarks.timing import Step
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, StepContext
 
 Batch = tuple[Tensor, Tensor]
-Step = Callable[[], None]
+SIZE = (3, 224, 224)
+MODEL = "deit_tiny_patch16_224"
 FLOAT = "float"
-MEMORIES = ("save", "recompute")
+COMPILED_FLOAT = "compiled float"
 
 
 @dataclass(frozen=True)
@@ -52,43 +43,10 @@ ARMS = {
 RECOMPUTED = ("ofq without qkr", "ofq")
 
 
-@dataclass
-class Timing:
-    """Seconds of the steps of an arm: of the process, of the clock, and by the clock those of the first step, which sets everything up."""
-
-    cpu: list[float] = field(default_factory=list)
-    wall: list[float] = field(default_factory=list)
-    first: float = 0.0
-
-
-@dataclass
-class Ratio:
-    """Median, lowest and highest ratio within a round, in CPU seconds; the median by the clock."""
-
-    cpu: float
-    low: float
-    high: float
-    wall: float
-
-    def __str__(self) -> str:
-        return f"{self.cpu:.2f} [{self.low:.2f}, {self.high:.2f}], {self.wall:.2f}"
-
-
-def environment() -> str:
-    """Processor, threads and versions."""
-    versions = f"timm {timm.__version__}, Python {sys.version.split()[0]}"
-    return f"{machine()}, {versions}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-
-
 def random_batch(size: int) -> Batch:
     """Images and classes."""
     torch.manual_seed(0)
     return torch.randn(size, *SIZE), torch.arange(size)
-
-
-def has_memory_modes() -> bool:
-    """True if nets can be told what to keep for backward."""
-    return "set_execution" in qat.__all__
 
 
 def build(model: str, images: Tensor, arm: Arm, bits: int, memory: str = "save") -> nn.Module:
@@ -97,8 +55,7 @@ def build(model: str, images: Tensor, arm: Arm, bits: int, memory: str = "save")
     net = timm.create_model(model, num_classes=1000)
     if arm.knobs is not None:
         qat.initialize_scales(qat.convert(net, qat.recipe("ofq", bits=bits, **arm.knobs), input_size=SIZE), [images])
-        if memory != "save":
-            qat.set_execution(net, memory=memory)
+        qat.set_execution(net, memory=memory)
     return net.train()
 
 
@@ -124,33 +81,9 @@ def step(net: nn.Module, batch: Batch, teacher: Callable[[Tensor], Tensor] | Non
     return run
 
 
-def take_turns(steps: dict[str, Step], rounds: int, warmup: int) -> dict[str, Timing]:
-    """Run one step of each in every round, in an order drawn anew; warm-up rounds are not among the timings."""
-    timings = {name: Timing() for name in steps}
-    for turn in range(-warmup, rounds):
-        for name in random.Random(turn).sample(list(steps), len(steps)):
-            timing, cpu, wall = timings[name], time.process_time(), time.perf_counter()
-            steps[name]()
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            timing.first = wall if turn == -warmup else timing.first
-            if turn >= 0:
-                timing.cpu.append(cpu)
-                timing.wall.append(wall)
-    return timings
-
-
-def ratio(timing: Timing, base: Timing) -> Ratio:
-    """A step in steps of the base, round by round."""
-    cpu = [one / other for one, other in zip(timing.cpu, base.cpu, strict=True)]
-    wall = [one / other for one, other in zip(timing.wall, base.wall, strict=True)]
-    return Ratio(statistics.median(cpu), min(cpu), max(cpu), statistics.median(wall))
-
-
 @contextmanager
 def aggressive_recomputation() -> Generator[None]:
     """Let torch.compile compute again in backward what is cheap; the setting has no public name."""
-    if not hasattr(functorch_config, "aggressive_recomputation"):
-        raise SystemExit(f"torch {torch.__version__} has no aggressive_recomputation")
     with functorch_config.patch(aggressive_recomputation=True):
         yield
 
@@ -162,36 +95,5 @@ def graphs() -> tuple[int, int]:
 
 def check_graphs(nets: int) -> None:
     """End the process unless there is one graph for each net: another one is a break, or a second compilation of the same net."""
-    found, breaks = graphs()
-    if (found, breaks) != (nets, 0):
-        raise SystemExit(f"{found} graphs and {breaks} breaks for {nets} compiled nets")
-
-
-def in_a_process(script: str, *arguments: object, **variables: str) -> dict[str, Any] | None:
-    """What a fresh process of a benchmark found: the last line it prints, as JSON. None if it failed; its complaint is on stderr.
-
-    The compiler's caches are its own and empty, so that the first step takes what it takes on a new machine.
-
-    Args:
-        script: the benchmark.
-        arguments: its options.
-        variables: of the environment.
-    """
-    command = [sys.executable, script, *map(str, arguments)]
-    print("+", *command[1:], file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, **variables}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
-
-
-def write_json(path: Path | None, content: dict[str, Any]) -> None:
-    """Keep all figures, with what they were measured on."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n")
+    if graphs() != (nets, 0):
+        raise SystemExit(f"{graphs()} graphs and breaks for {nets} compiled nets")

@@ -1,4 +1,4 @@
-"""A command that kills itself with SIGKILL at a moment that is sure: `python benchmarks/stress_moments.py MOMENT train.py ...`.
+"""A command that kills itself with SIGKILL at a moment that is sure.
 
 A moment is `kind:number` or `kind:file:number`: the n-th time that something happens (to a file of that name). What happens is watched from
 outside, by wrapping functions before the command is run; the command itself knows nothing of it.
@@ -13,30 +13,33 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import lightning.pytorch
+import torch
+
+from qat.callbacks import LastCheckpoint
+from qat.lit import QATModule
+from qat.ptq.fitness import Evaluator
 
 ROOT = Path(__file__).resolve().parents[1]
-Wrapper = Callable[..., Any]
+Function = Callable[..., Any]
 _step: list[int] = []
 
 
-def die() -> None:
+def die() -> NoReturn:
     """Say where, and be gone."""
     if _step:
         os.write(1, f"\nkilled at step {_step[0]}\n".encode())
     os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
 
 
-def watch(owner: Any, name: str, around: Callable[[Wrapper], Wrapper]) -> None:
-    """Put a function in the place of another."""
-    setattr(owner, name, around(getattr(owner, name)))
-
-
-def dies(number: int, *, behind: bool, applies: Callable[..., bool] = lambda *_: True) -> Callable[[Wrapper], Wrapper]:
+def dies(number: int, *, behind: bool, applies: Callable[..., bool] = lambda *_: True) -> Callable[[Function], Function]:
     """A wrapper that dies in front of the n-th call that counts, or behind it."""
     calls = [0]
 
-    def around(function: Wrapper) -> Wrapper:
+    def around(function: Function) -> Function:
         def wrapped(*args: Any, **options: Any) -> Any:
             counts = applies(*args)
             calls[0] += counts
@@ -47,23 +50,6 @@ def dies(number: int, *, behind: bool, applies: Callable[..., bool] = lambda *_:
             if struck:
                 die()
             return result
-
-        return wrapped
-
-    return around
-
-
-def tears(number: int, name: str) -> Callable[[Wrapper], Wrapper]:
-    """A wrapper of `open` whose n-th write to the end of a file is half a write."""
-    calls = [0]
-
-    def around(function: Wrapper) -> Wrapper:
-        def wrapped(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
-            opened = function(file, mode, *args, **options)
-            if mode != "a" or os.path.basename(str(file)) != name:
-                return opened
-            calls[0] += 1
-            return opened if calls[0] < number else _Torn(opened)
 
         return wrapped
 
@@ -85,15 +71,30 @@ class _Torn:
         die()
 
 
-def half_saved(number: int, name: str) -> Callable[[Wrapper], Wrapper]:
+def tears(number: int, name: str) -> Callable[[Function], Function]:
+    """A wrapper of `open` whose n-th write to the end of a file is half a write."""
+    calls = [0]
+
+    def around(function: Function) -> Function:
+        def wrapped(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+            opened = function(file, mode, *args, **options)
+            calls[0] += mode == "a" and os.path.basename(str(file)) == name
+            return _Torn(opened) if calls[0] == number else opened
+
+        return wrapped
+
+    return around
+
+
+def half_saved(number: int, name: str) -> Callable[[Function], Function]:
     """A wrapper of `torch.save`: of the n-th file that will be called so, the first half is on the disk."""
     calls = [0]
 
-    def around(function: Wrapper) -> Wrapper:
+    def around(function: Function) -> Function:
         def wrapped(content: Any, path: Any, *args: Any, **options: Any) -> None:
             function(content, path, *args, **options)
             calls[0] += Path(path).name.startswith(f".{name}.")
-            if calls[0] == number and Path(path).name.startswith(f".{name}."):
+            if calls[0] == number:
                 os.truncate(path, os.path.getsize(path) // 2)
                 die()
 
@@ -102,7 +103,7 @@ def half_saved(number: int, name: str) -> Callable[[Wrapper], Wrapper]:
     return around
 
 
-def _note_steps(training_step: Wrapper) -> Wrapper:
+def _noting_steps(training_step: Function) -> Function:
     def wrapped(module: Any, *args: Any) -> Any:
         _step[:] = [module.global_step]
         return training_step(module, *args)
@@ -110,16 +111,9 @@ def _note_steps(training_step: Wrapper) -> Wrapper:
     return wrapped
 
 
-def arm(moment: str) -> None:
-    """Prepare for a moment; an empty one never comes."""
-    import lightning.pytorch
-    import torch
-
-    from qat.callbacks import LastCheckpoint
-    from qat.lit import QATModule
-    from qat.ptq.fitness import Evaluator
-
-    watch(QATModule, "training_step", _note_steps)
+def prepare(moment: str) -> None:
+    """Watch for a moment; an empty one never comes."""
+    QATModule.training_step = _noting_steps(QATModule.training_step)  # type: ignore[method-assign]
     if not moment:
         return
     kind, *name, count = moment.split(":")
@@ -128,7 +122,7 @@ def arm(moment: str) -> None:
     def onto(source: Any, target: Any, *_: Any) -> bool:
         return Path(target).name == file
 
-    table: dict[str, tuple[Any, str, Callable[[Wrapper], Wrapper]]] = {
+    table: dict[str, tuple[Any, str, Callable[[Function], Function]]] = {
         "forward": (QATModule, "training_step", dies(number, behind=True)),
         "update": (lightning.pytorch.LightningModule, "configure_gradient_clipping", dies(number, behind=True)),
         "validation": (QATModule, "validation_step", dies(number, behind=True)),
@@ -140,16 +134,24 @@ def arm(moment: str) -> None:
         "torn": (io, "open", tears(number, file)),
         "candidate": (Evaluator, "fitness", dies(number, behind=False)),
     }
-    watch(*table[kind])
+    owner, attribute, around = table[kind]
+    setattr(owner, attribute, around(getattr(owner, attribute)))
 
 
-def run(moment: str, script: str, arguments: list[str]) -> None:
-    """Run a script of the repository as its command would."""
-    sys.argv = [str(ROOT / script), *arguments]
-    sys.path.insert(0, str(ROOT))
-    arm(moment)
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    run(sys.argv[1], sys.argv[2], sys.argv[3:])
+def become(moment: str, command: list[str], out: int) -> NoReturn:
+    """Be a command of the repository, in a process that was forked for it; what it says goes to an open file."""
+    code: Any = 1
+    try:
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.argv = [str(ROOT / command[0]), *command[1:]]
+        prepare(moment)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)

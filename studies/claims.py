@@ -2,28 +2,79 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from studies.checks import Fields, is_format, is_list, is_mapping, is_number, is_text, is_whole, wrong
+from qat.errors import UsageError
 
-FIRST, LAST = ("START", "AIM"), ("PEERS", "TUNE")
-CLAIM = re.compile(r"C(\d+)")
+COMMANDS = ("train", "ptq", "analyze", "eval", "peers")
 DIRECTIONS = ("higher", "lower", "within", "near")
-KINDS = ("lines", "bars", "curves", "map")
-HEADLINES = 2
-USUAL_METRIC = "top1"
-_ID = re.compile(r"[A-Z]+\d*")
-_ARM = re.compile(r"[A-Za-z0-9_-]+")
-_FILE = re.compile(r"[a-z0-9-]+\.svg")
-_MERGE = "tag:yaml.org,2002:merge"
-_CLAIM_KEYS = ("id", "title", "source", "statement", "seeds", "arms", "expect", "tables", "figures", "why", "readme")
-_FIGURE_KEYS = ("file", "kind", "metric", "curve", "x", "y", "z", "series", "reference", "caption", "headline")
+KINDS = ("lines", "curves", "map")
+CLAIM = re.compile(r"C(\d+)")
+Kind = TypeVar("Kind")
+FIRST, LAST = ("START", "AIM"), ("PEERS", "TUNE")
+
+
+@dataclass(frozen=True)
+class Further:
+    """A command on the weights of a finished run, `best` or `last`; its figures are part of the run's record."""
+
+    command: str
+    use: Sequence[str] = ()
+    set: Sequence[str] = ()
+    weights: str = "best"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a comparison.
+
+    Attributes:
+        claim, name: where it is written down.
+        label: what the page calls it.
+        command: one of `COMMANDS`.
+        use: names of presets.
+        set: overrides behind those of the presets.
+        ckpt: `CLAIM/arm` or `CLAIM/arm@last`, whose weights it starts from; None = random ones.
+        teacher: whose weights its teacher has, as in `ckpt`.
+        seeds: numbers of its runs.
+        further: commands on its weights, by name.
+        best_of: arms, `CLAIM/arm`; in a claim's file a name alone is one of its own. The settings of the one with the highest validation
+            top-1 come behind `set`.
+        keep: its best weights lie beside its record, where other arms take them from: who runs those needs not run this one.
+    """
+
+    claim: str
+    name: str
+    label: str
+    command: str = "train"
+    use: Sequence[str] = ()
+    set: Sequence[str] = ()
+    ckpt: str | None = None
+    teacher: str | None = None
+    seeds: Sequence[int] = (0, 1, 2)
+    further: Mapping[str, Further] = field(default_factory=dict)
+    best_of: Sequence[str] = ()
+    keep: bool = False
+
+    @property
+    def path(self) -> str:
+        """What other arms call it."""
+        return f"{self.claim}/{self.name}"
+
+    def sources(self) -> list[str]:
+        """Whose weights it takes, `CLAIM/arm[@last]`."""
+        return [one for one in (self.ckpt, self.teacher) if one]
+
+    def needs(self) -> list[str]:
+        """Arms that have to be there first."""
+        return [one.partition("@")[0] for one in self.sources()] + list(self.best_of)
 
 
 @dataclass(frozen=True)
@@ -35,7 +86,7 @@ class Expectation:
         metric: of both arms.
         arm: of this claim, or `CLAIM/arm`.
         than: the other arm, or a number.
-        direction: one of `DIRECTIONS`; `within` is not below `than` by more than the margin, `near` not away from it by more.
+        direction: `is` in the file, one of `DIRECTIONS`; `within`: not below `than` by more than the margin, `near`: not further from it.
         margin: `by` in the file, in the unit of the metric.
         format: of the difference on the page.
     """
@@ -46,14 +97,14 @@ class Expectation:
     than: str | float
     direction: str
     margin: float = 0.0
-    format: str = "+.2f"
+    format: str = ".2f"
 
 
 @dataclass(frozen=True)
 class Table:
     """A row an arm, a column a metric: `{metric: heading}`, `{metric: format}`; `{arm: text}` where the label of an arm would not do."""
 
-    rows: tuple[str, ...]
+    rows: Sequence[str]
     columns: Mapping[str, str]
     formats: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -67,26 +118,24 @@ class Figure:
     Attributes:
         file: its name in `docs/figures/`.
         kind: one of `KINDS`.
-        shows: the metric (lines, bars), or the name of the curve or map.
-        x: label of the horizontal axis, empty for bars.
-        y: label of the other axis.
-        z: of a map, what its heights are.
-        series: of lines `{name: {x: arm}}`, of the others `{name: arm}`; bars are named by the labels of their arms.
+        series: of lines `{name: {x: arm}}`, of the others `{name: arm}`.
+        metric: of lines, and of the references.
+        curve: name of the curve or the map, of the other kinds.
+        x, y: labels of the axes; z: of a map, what its heights are.
         reference: `{name: arm}`, drawn as lines across, not in maps.
-        metric: of the references; that of the figure where it shows one.
         caption: below it.
         headline: whether the README has it too.
     """
 
     file: str
     kind: str
-    shows: str
-    x: str
-    y: str
-    z: str
     series: Mapping[str, Any]
-    reference: Mapping[str, str]
-    metric: str = USUAL_METRIC
+    metric: str = "top1"
+    curve: str = ""
+    x: str = ""
+    y: str = ""
+    z: str = ""
+    reference: Mapping[str, str] = field(default_factory=dict)
     caption: str = ""
     headline: bool = False
 
@@ -100,24 +149,20 @@ class Figure:
 
 @dataclass(frozen=True)
 class Claim:
-    """One file. `arms` are as in the file: what but their `label` stands in them is the runner's; `readme` is the README's."""
+    """One file; `why` is its text on the page, `readme` that in the README."""
 
     file: Path
     id: str
     title: str
     source: str
     statement: str
-    seeds: tuple[int, ...]
-    arms: Mapping[str, Mapping[str, Any]]
-    expect: tuple[Expectation, ...] = ()
-    tables: tuple[Table, ...] = ()
-    figures: tuple[Figure, ...] = ()
+    arms: Mapping[str, Arm] = field(default_factory=dict)
+    seeds: Sequence[int] = (0, 1, 2)
+    expect: Sequence[Expectation] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Figure] = ()
     why: str = ""
     readme: str = ""
-
-    def seeds_of(self, arm: str) -> tuple[int, ...]:
-        """The seeds that an arm is to be run with."""
-        return tuple(self.arms[arm].get("seeds", self.seeds))
 
     def place(self, arm: str) -> tuple[str, str]:
         """Claim and name of an arm as this claim calls it: `arm` or `CLAIM/arm`."""
@@ -126,67 +171,18 @@ class Claim:
 
 
 def load_claims(folder: Path) -> dict[str, Claim]:
-    """All claims by id, in the order of the page.
+    """All claims by id, in the order of the page: START, AIM, C1 to the last C, PEERS, TUNE, further ones by id.
 
     Raises:
-        UsageError: there is none, or one line that names file, key, value and what is allowed.
+        UsageError: one line that names file, key and what it must be.
     """
-    found = [load_claim(path) for path in sorted(folder.glob("*.yaml"))]
-    if not found:
-        raise wrong(folder, "*.yaml", None, "allowed is a folder with claims")
-    claims: dict[str, Claim] = {}
-    for claim in sorted(found, key=_order):
-        if claim.id in claims:
-            raise wrong(claim.file, "id", claim.id, f"taken by {claims[claim.id].file}")
-        claims[claim.id] = claim
-    for claim in claims.values():
-        _check_arms(claim, claims)
-    _check_figures(claims)
+    claims = {claim.id: claim for claim in sorted(map(load_claim, sorted(folder.glob("*.yaml"))), key=_order)}
+    if not claims:
+        raise UsageError(f"claims={folder}: must be a folder with claims")
     return claims
 
 
-def load_claim(path: Path) -> Claim:
-    """One file, checked by itself; arms of other claims are not looked for.
-
-    Raises:
-        UsageError: one line that names file, key, value and what is allowed.
-    """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  (a safe loader)
-    except yaml.YAMLError as error:
-        raise wrong(path, "content", " ".join(str(error).split()), "allowed is YAML") from error
-    fields = Fields(path, "", content, _CLAIM_KEYS)
-    return Claim(
-        file=path,
-        id=fields.take("id", lambda value: is_text(value) and _ID.fullmatch(value) is not None, "capitals and a number, as C1"),
-        title=fields.text("title"),
-        source=fields.text("source"),
-        statement=fields.text("statement"),
-        seeds=_seeds(fields, default=[0, 1, 2]),
-        arms=_arms(fields),
-        expect=tuple(_expectation(entry) for entry in _entries(fields, "expect", ("what", "metric", "arm", "than", "is", "by", "format"))),
-        tables=tuple(_table(entry) for entry in _entries(fields, "tables", ("caption", "rows", "columns", "formats", "labels"))),
-        figures=tuple(_figure(entry) for entry in _entries(fields, "figures", _FIGURE_KEYS)),
-        why=fields.text("why", ""),
-        readme=fields.text("readme", ""),
-    )
-
-
-class _Loader(yaml.SafeLoader):
-    """A key that stands twice is an error: YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002  (inherited)
-        seen: list[Any] = []
-        for key_node, _ in node.value:
-            key = key_node.value if key_node.tag == _MERGE else self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.append(key)
-        return super().construct_mapping(node, deep)
-
-
 def _order(claim: Claim) -> tuple[int, int, str]:
-    """START, AIM, C1 to the last C, PEERS, TUNE, further ones by id."""
     if claim.id in FIRST:
         return 0, FIRST.index(claim.id), ""
     if number := CLAIM.fullmatch(claim.id):
@@ -194,123 +190,70 @@ def _order(claim: Claim) -> tuple[int, int, str]:
     return (2, LAST.index(claim.id), "") if claim.id in LAST else (3, 0, claim.id)
 
 
-def _entries(fields: Fields, name: str, keys: Sequence[str]) -> Iterator[Fields]:
-    found = fields.take(name, is_list(lambda entry: isinstance(entry, dict)), "a list of mappings", [])
-    return (Fields(fields.file, f"{name}[{number}]", entry, keys) for number, entry in enumerate(found))
+def load_claim(path: Path) -> Claim:
+    """One file; arms of other claims are not looked for.
+
+    Raises:
+        UsageError: one line that names file, key and what it must be.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: must be YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: must be a mapping")
+    content = {key: value.strip() if isinstance(value, str) else value for key, value in content.items()}
+    id, seeds = content.get("id", ""), content.get("seeds", (0, 1, 2))
+    read = {
+        "arms": {name: _arm(id, name, seeds, entry, f"{path}: arms.{name}") for name, entry in content.get("arms", {}).items()},
+        "expect": [_expectation(entry, place) for entry, place in _entries(content, "expect", path)],
+        "tables": [mapped(Table, entry, place) for entry, place in _entries(content, "tables", path)],
+        "figures": [_checked(mapped(Figure, entry, place), "kind", KINDS, place) for entry, place in _entries(content, "figures", path)],
+    }
+    return mapped(Claim, content | read, f"{path}: content", file=path)
 
 
-def _seeds(fields: Fields, default: list[int]) -> tuple[int, ...]:
-    fits = is_list(is_whole)
-    return tuple(
-        fields.take("seeds", lambda value: fits(value) and 0 < len(value) == len(set(value)), "a list of seeds, as [0, 1, 2]", default)
-    )
+def mapped(kind: type[Kind], content: object, place: str, **known: Any) -> Kind:
+    """A dataclass of what was read.
+
+    Args:
+        kind: the dataclass.
+        content: what was read, a mapping.
+        place: file and key, for errors.
+        known: fields that are not in the file.
+
+    Raises:
+        UsageError: it is no mapping, lacks a field, or has one that there is not.
+    """
+    fields = [one for one in dataclasses.fields(kind) if one.name not in known]
+    names = ", ".join(one.name for one in fields)
+    if not isinstance(content, Mapping) or set(content) - {one.name for one in fields}:
+        wrong = sorted(map(str, set(content) - {one.name for one in fields})) if isinstance(content, Mapping) else repr(content)
+        raise UsageError(f"{place}={wrong}: must be a mapping with {names}")
+    for one in fields:
+        if one.name not in content and one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+            raise UsageError(f"{place}.{one.name}: is missing")
+    return kind(**known, **content)
 
 
-def _arms(fields: Fields) -> dict[str, dict[str, Any]]:
-    arms = fields.take("arms", lambda value: isinstance(value, dict), "a mapping from names to how they are run", {})
-    for name, arm in arms.items():
-        if not isinstance(name, str) or not _ARM.fullmatch(name):
-            raise wrong(fields.file, "arms", name, "allowed are names of letters, digits, _ and -")
-        settings = Fields(fields.file, f"arms.{name}", arm, tuple(arm) if isinstance(arm, dict) else ("label",))
-        settings.text("label")
-        _seeds(settings, default=[0])
-    return arms
+def _entries(content: Mapping[str, Any], name: str, path: Path) -> Iterator[tuple[Any, str]]:
+    return ((entry, f"{path}: {name}[{number}]") for number, entry in enumerate(content.get(name, ())))
 
 
-def _expectation(fields: Fields) -> Expectation:
-    return Expectation(
-        what=fields.text("what"),
-        metric=fields.text("metric"),
-        arm=fields.text("arm"),
-        than=fields.take("than", lambda value: is_text(value) or is_number(value), "an arm or a number"),
-        direction=fields.choice("is", DIRECTIONS),
-        margin=float(fields.take("by", lambda value: is_number(value) and value >= 0, "a number from 0", 0.0)),
-        format=f"+{fields.take('format', is_format, 'a format such as .2f', '.2f').removeprefix('+')}",
-    )
+def _checked(found: Kind, name: str, allowed: Sequence[str], place: str) -> Kind:
+    value = getattr(found, name)
+    if value not in allowed:
+        raise UsageError(f"{place}.{name}={value!r}: must be one of {', '.join(allowed)}")
+    return found
 
 
-def _table(fields: Fields) -> Table:
-    rows = fields.take("rows", lambda value: is_list(is_text)(value) and value, "a list of arms")
-    columns = fields.take("columns", is_mapping(is_text), "a mapping from metrics to headings")
-    formats = fields.take(
-        "formats", is_mapping(is_format, keys=lambda key: key in columns), "a mapping from its columns to .2f or the like", {}
-    )
-    labels = fields.take("labels", is_mapping(is_text, keys=lambda key: key in rows), "a mapping from its rows to texts", {})
-    return Table(tuple(rows), columns, formats, labels, fields.text("caption", ""))
+def _arm(claim: str, name: str, seeds: Sequence[int], entry: Any, place: str) -> Arm:
+    arm = _checked(mapped(Arm, entry, place, claim=claim, name=name), "command", COMMANDS, place)
+    further = {title: mapped(Further, one, f"{place}.further.{title}") for title, one in arm.further.items()}
+    best_of = [one if "/" in one else f"{claim}/{one}" for one in arm.best_of]
+    return dataclasses.replace(arm, seeds=entry.get("seeds", seeds), further=further, best_of=best_of)
 
 
-def _figure(fields: Fields) -> Figure:
-    kind = fields.choice("kind", KINDS)
-    for name in _UNUSED[kind]:
-        if fields.has(name):
-            raise fields.wrong(name, f"a figure of kind {kind} has none")
-    has_metric = kind in {"lines", "bars"}
-    metric = fields.text("metric") if has_metric else fields.text("metric", USUAL_METRIC)
-    shows = metric if has_metric else fields.text("curve")
-    return Figure(
-        file=fields.take("file", lambda value: is_text(value) and _FILE.fullmatch(value) is not None, "a name such as c01-bits.svg"),
-        kind=kind,
-        shows=shows,
-        x=fields.text("x", "") if kind in {"bars", "map"} else fields.text("x"),
-        y=fields.text("y", "") if kind == "map" else fields.text("y"),
-        z=fields.text("z", shows),
-        series=_series(fields, kind),
-        reference=fields.take("reference", is_mapping(is_text), "a mapping from names to arms", {}),
-        metric=metric,
-        caption=fields.text("caption", ""),
-        headline=fields.take("headline", lambda value: isinstance(value, bool), "true or false", default=False),
-    )
-
-
-# What a kind of figure has no use for.
-_UNUSED = {
-    "lines": ("curve", "z"),
-    "bars": ("curve", "x", "z"),
-    "curves": ("z",),
-    "map": ("metric", "reference"),
-}
-
-
-def _is_place(value: object) -> bool:
-    return is_text(value) or is_number(value)
-
-
-def _series(fields: Fields, kind: str) -> dict[str, Any]:
-    if kind == "bars":
-        arms = fields.take("series", lambda value: is_list(is_text)(value) and value, "a list of arms")
-        return {arm: arm for arm in arms}
-    entries, allowed = (is_mapping(is_text, keys=_is_place), "{name: {x: arm}}") if kind == "lines" else (is_text, "{name: arm}")
-    return fields.take("series", lambda value: is_mapping(entries)(value) and value, f"a mapping {allowed}")
-
-
-def _check_arms(claim: Claim, claims: Mapping[str, Claim]) -> None:
-    """Raise `UsageError` where an arm is named that no claim has."""
-    used = [(f"expect[{i}].arm", one.arm) for i, one in enumerate(claim.expect)]
-    used += [(f"expect[{i}].than", one.than) for i, one in enumerate(claim.expect) if isinstance(one.than, str)]
-    used += [(f"tables[{i}].rows", arm) for i, one in enumerate(claim.tables) for arm in one.rows]
-    used += [(f"figures[{i}]", arm) for i, one in enumerate(claim.figures) for arm in one.arms]
-    for key, arm in used:
-        check_arm(claim, claims, key, arm)
-
-
-def check_arm(claim: Claim, claims: Mapping[str, Claim], key: str, arm: str) -> None:
-    """Raise `UsageError` unless there is an arm of that name."""
-    owner, name = claim.place(arm)
-    if owner not in claims:
-        raise wrong(claim.file, key, arm, f"no such claim, allowed are {', '.join(claims)}")
-    if name not in claims[owner].arms:
-        raise wrong(claim.file, key, arm, f"no such arm, allowed are {', '.join(claims[owner].arms) or 'none'}")
-
-
-def _check_figures(claims: Mapping[str, Claim]) -> None:
-    """Raise `UsageError` where two figures have one file, or the README would get too many."""
-    owners: dict[str, Path] = {}
-    headlines = 0
-    for claim in claims.values():
-        for number, figure in enumerate(claim.figures):
-            if figure.file in owners:
-                raise wrong(claim.file, f"figures[{number}].file", figure.file, f"taken by {owners[figure.file]}")
-            owners[figure.file] = claim.file
-            headlines += figure.headline
-            if headlines > HEADLINES:
-                raise wrong(claim.file, f"figures[{number}].headline", figure.headline, f"the README has room for {HEADLINES}")
+def _expectation(entry: Any, place: str) -> Expectation:
+    renamed = {{"is": "direction", "by": "margin"}.get(key, key): value for key, value in entry.items()}
+    return _checked(mapped(Expectation, renamed, place), "direction", DIRECTIONS, place)

@@ -1,11 +1,10 @@
-"""What is kept of a run: its figures, its courses, where and with what it was made."""
+"""What is kept of a run: its figures, its curves, where and with what it was made."""
 
 from __future__ import annotations
 
 import csv
 import datetime
 import os
-import platform
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,17 +13,19 @@ from typing import Any, NamedTuple
 import torch
 
 import qat
+from benchmarks.timing import machine as processor
 from qat.functional import kurtoses
 from qat.functional.oscillation import PackedOscillation, unpack_oscillation
 from qat.losses.latent_weights import find_latent_weights
-from studies.arms import Arm
-from studies.records import write_record
+from studies.claims import Arm
+from studies.records import Record, write_record
 
 FIGURES = ("top1", "top5", "loss", "val_top1", "top1_fp", "size_bytes", "wall_seconds")
 FIGURES += ("step_seconds", "step_cpu_seconds", "saved_mb", "peak_rss_mb")  # of studies.peers alone
+SEARCH = ("fitness_before", "fitness", "evaluations", "images")
 # Those of the tracker, conf/callbacks/oscillation.yaml.
 MOMENTUM, THRESHOLD = 0.01, 0.005
-COURSES = {"val_top1": ("epoch", "val/top1", 1), "osc_share": ("step", "osc/share", 100), "osc_band": ("step", "osc/band", 100)}
+CURVES = {"val_top1": ("epoch", "val/top1", 1), "osc_share": ("step", "osc/share", 100), "osc_band": ("step", "osc/band", 100)}
 POINTS = 60
 
 
@@ -47,23 +48,23 @@ def collect(arm: Arm, seed: int, done: Done, further: Mapping[str, Done], starts
         for whole, part in zip((metrics, curves, maps), own, strict=True):
             whole |= {f"{name}.{key}": value for key, value in part.items()}
     results = done.results
-    record = {
-        "claim": arm.claim,
-        "arm": arm.name,
-        "seed": seed,
-        "command": done.command,
-        "further_commands": {name: one.command for name, one in further.items()},
-        "starts": dict(starts),
-        "metrics": metrics,
-        "curves": curves,
-        "maps": maps,
-        "wall_seconds": round(sum(one.results.get("wall_seconds") or 0 for one in (done, *further.values())), 1),
-        "machine": machine(),
-        "device": results.get("device"),
-        "versions": results.get("versions"),
-        "git_commit": results.get("git_commit"),
-        "date": f"{datetime.date.today().isoformat()}",
-    }
+    record = Record(
+        claim=arm.claim,
+        arm=arm.name,
+        seed=seed,
+        command=done.command,
+        further_commands={name: one.command for name, one in further.items()},
+        starts=starts,
+        metrics=metrics,
+        curves=curves,
+        maps=maps,
+        wall_seconds=round(sum(one.results.get("wall_seconds") or 0 for one in (done, *further.values())), 1),
+        machine=machine(),
+        device=results["device"],
+        versions=results["versions"],
+        git_commit=results.get("git_commit"),
+        date=datetime.date.today().isoformat(),
+    )
     write_record(path, record)
 
 
@@ -71,21 +72,17 @@ def machine() -> str:
     """Processor and cores, or the accelerator."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = (line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name"))
-    return f"{next(names, platform.processor() or platform.machine())}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
 
 
 def _of_command(done: Done) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
     results, place, command, _ = done
     metrics = {key: results[key] for key in FIGURES if isinstance(results.get(key), int | float)}
     if command in {"train", "peers"}:
-        return metrics | _oscillation(place) | _kurtosis(place), _courses(place), {}
+        return metrics | _oscillation(place) | _kurtosis(place), _curves(place), {}
     if command == "ptq":
-        return metrics | _search(results.get("search") or {}), {}, {}
+        search = results.get("search") or {}
+        return metrics | {key: search[key] for key in SEARCH if key in search}, {}, {}
     if command == "analyze":
         return _analysis(results, place)
     return metrics, {}, {}
@@ -130,28 +127,18 @@ def _kurtosis(place: Path) -> dict[str, float]:
     return {"kurtosis": found.mean().item(), "kurtosis_lowest": found.min().item(), "kurtosis_highest": found.max().item()}
 
 
-def _courses(place: Path) -> dict[str, Any]:
+def _curves(place: Path) -> dict[str, Any]:
     path = place / "metrics.csv"
     if not path.exists():
         return {}
     rows = list(csv.DictReader(path.open(encoding="utf-8")))
     made = {}
-    for name, (x, y, factor) in COURSES.items():
+    for name, (x, y, factor) in CURVES.items():
         points = [[int(float(row[x])), factor * float(row[y])] for row in rows if row.get(x) and row.get(y)]
         if points:
-            made[name] = _thin(points)
+            stride = max(1, len(points) // POINTS)
+            made[name] = points[::-1][::stride][::-1]  # about so many of them, the last among them
     return made
-
-
-def _thin(points: list[Any]) -> list[Any]:
-    """About so many of them, the last among them."""
-    stride = max(1, len(points) // POINTS)
-    return points[::-1][::stride][::-1]
-
-
-def _search(found: Mapping[str, Any]) -> dict[str, float]:
-    """First and last fitness of a search, and what it cost."""
-    return {key: found[key] for key in ("fitness_before", "fitness", "evaluations", "images") if key in found}
 
 
 def _analysis(results: dict[str, Any], place: Path) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:

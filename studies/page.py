@@ -2,56 +2,36 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from qat.errors import UsageError
 from qat.utils.files import write_text
-from studies import figures, prose, tables, verdict
-from studies.checks import wrong
-from studies.claims import CLAIM, Claim, Table
-from studies.evidence import Evidence, read_evidence
+from studies import drawing, verdict
+from studies.claims import CLAIM, Claim, Expectation, Figure, Table
+from studies.evidence import DEFAULT, Evidence, read_evidence, spread
 from studies.records import Record
-from studies.sections import command_of, picture, section, spent
 
 CLAIMS, RESULTS, FIGURES, PAGE, README = "studies/claims", "results", "docs/figures", "docs/results.md", "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 HEADLINE, OURS = "AIM", "ours"
 MAKE = "python -m studies page"
-
-_INTRODUCTION = f"""# Results
-
-What the papers claim, and what we claim beside them, run on CIFAR-10. `{MAKE}` makes this page of the [claims](../studies/claims)
-and of one file for every run; no measured number in it is typed. `python -m studies run C1 --root FOLDER`, with the folder of CIFAR-10's
-parquet files, makes those runs of a claim that are not there yet. Command, seed, versions and commit of a run are in its file.
-
-**±** is the sample standard deviation over seeds; a number without it is one run. Differences are between runs with the same seed, so that
-one between an arm of one seed and an arm of three is of one pair; only the float net that all others start from stands beside every seed.
-
-**Verdicts.** An expectation is *supported* when the differences of all seeds lie beyond its margin in the expected direction, and their
-mean by more than {verdict.ERRORS:g} standard errors; *contradicted* when the same holds in the opposite direction; else *undecided*;
-*open* below {verdict.SEEDS} seeds. A claim is *confirmed* when all its expectations are supported, *not confirmed* when none is,
-else *mixed*; *not decided yet* while one is open. Three seeds are few: of differences that are nothing but chance this rule supports one in
-eleven and contradicts as many, so a single expectation that is barely supported means little. The difference of "A against B" is A minus B.
-Some expectations were added when other results of their claim had been seen: the text of the claim says which.
-
-**Words.** A weight *oscillates* when its code flips in more than 0.5 % of the steps, averaged over the last hundred or so; *near a
-threshold* is within 0.005 codes of one ([oscillation](oscillation.md)); curves of both begin at 0 where counting begins. A *look* is an
-evaluation of all calibration images ([search](evolq.md)). *Roughness* is defined in [analysis](analysis.md). In the pictures small points
-are seeds, bars their deviation."""
+USUAL = {"top1": "top-1, %", "val_top1": "validation top-1, %"}
+_ARXIV, _LINK = re.compile(r"arXiv (\d{4}\.\d{4,5})"), r"[\g<0>](https://arxiv.org/abs/\1)"
 
 
-def render(claims_dir: Path, results_dir: Path) -> str:
+def render(evidence: Evidence) -> str:
     """The page.
 
     Raises:
         UsageError: one line that says which file is not as it should be.
     """
-    return _render(read_evidence(claims_dir, results_dir))
-
-
-def _render(evidence: Evidence) -> str:
-    parts = [_INTRODUCTION, _places(evidence), _overview(evidence)]
+    introduction = (Path(__file__).parent / "introduction.md").read_text(encoding="utf-8").rstrip()
+    overview = [[claim.id, claim.title, f"[{_verdict(claim, evidence)}](#{claim.id.lower()})"] for claim in evidence.claims.values()]
+    parts = [introduction, _places(evidence), markdown(["claim", "", "verdict"], overview)]
     return "\n\n".join(parts) + "\n\n" + "\n".join(section(claim, evidence) for claim in evidence.claims.values())
 
 
@@ -64,19 +44,9 @@ def _places(evidence: Evidence) -> str:
             groups[f"{record.machine}; {record.device}; {versions}"].append(record)
     if not groups:
         return "**Where.** No runs yet."
-    lines = [f"- {place}: {spent(records)}, {_days(records)}" for place, records in sorted(groups.items())]
+    days = {place: sorted({record.date for record in records}) for place, records in groups.items()}
+    lines = [f"- {place}: {spent(groups[place])}, {' to '.join(dict.fromkeys((on[0], on[-1])))}" for place, on in sorted(days.items())]
     return "\n".join(("**Where** the runs were made:", "", *lines))
-
-
-def _days(records: list[Record]) -> str:
-    days = sorted(record.date for record in records)
-    return days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
-
-
-def _overview(evidence: Evidence) -> str:
-    """A row a claim, its verdict with a link to its section."""
-    rows = [[claim.id, claim.title, f"[{_verdict(claim, evidence)}](#{claim.id.lower()})"] for claim in evidence.claims.values()]
-    return tables.markdown(["claim", "", "verdict"], rows)
 
 
 def _verdict(claim: Claim, evidence: Evidence) -> str:
@@ -86,57 +56,168 @@ def _verdict(claim: Claim, evidence: Evidence) -> str:
     return found or ("measured" if evidence.of_claim(claim) else "not run yet")
 
 
-def readme_block(claims_dir: Path, results_dir: Path) -> str:
+def section(claim: Claim, evidence: Evidence) -> str:
+    """The part of one claim, seen from `docs/`: what is said, what was measured, what follows, and how to run it again."""
+    judged = verdict.judge(claim, evidence)
+    parts = [
+        f'<a id="{claim.id.lower()}"></a>',
+        f"## {claim.id}: {claim.title}",
+        f"Source: {_ARXIV.sub(_LINK, claim.source)}.",
+        f"> {claim.statement}".replace("\n", "\n> "),
+        f"**{claim.id}: {verdict.verdict(judged)}.** {verdict.summary(judged)}" if judged else "",
+        *_shown(claim, evidence, judged),
+        evidence.filled(claim, claim.why),
+        _made(claim, evidence),
+        _commands(claim, evidence),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _shown(claim: Claim, evidence: Evidence, judged: Sequence[verdict.Judged]) -> Iterator[str]:
+    """Tables, expectations, pictures, where anything of them has been run."""
+    named = [arm for table in claim.tables for arm in table.rows] + [arm for figure in claim.figures for arm in figure.arms]
+    if not any(evidence.records(claim, arm) for arm in (*claim.arms, *named)):
+        return
+    for table in tables_of(claim, evidence):
+        yield table.caption
+        yield results(claim, table, evidence)
+    if judged:
+        yield expectations(judged)
+    for figure in claim.figures:
+        if drawing.gather(claim, figure, evidence).series:
+            yield picture(claim, figure, evidence, "figures")
+            yield figure.caption and f"*{figure.caption}*"
+
+
+def picture(claim: Claim, figure: Figure, evidence: Evidence, folder: str) -> str:
+    """A figure with the names of what it shows."""
+    return f"![{drawing.alt(claim, figure, evidence)}]({folder}/{figure.file})"
+
+
+def _made(claim: Claim, evidence: Evidence) -> str:
+    """The command, and where its records are."""
+    own = evidence.of_claim(claim)
+    if not claim.arms:
+        return "No runs of its own."
+    if not own:
+        return f"No runs of its own yet: `{command_of(claim)}` makes them."
+    return f"`{command_of(claim)}` makes these runs ({spent(own)}); records: [results/{claim.id}](../results/{claim.id})."
+
+
+def command_of(claim: Claim, arms: Iterable[str] = ()) -> str:
+    """What makes the runs of a claim, and those of other claims (`C2/qkr_w2`) among `arms`."""
+    others = (claim.place(arm)[0] for arm in arms)
+    return f"python -m studies run {' '.join(dict.fromkeys((claim.id, *others)))}"
+
+
+def spent(records: list[Record]) -> str:
+    """How many runs, and their time."""
+    seconds = math.fsum(record.wall_seconds or 0.0 for record in records)
+    time = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+    return f"{len(records)} run{'s' * (len(records) != 1)}, {time} in all"
+
+
+def _commands(claim: Claim, evidence: Evidence) -> str:
+    """What every arm ran, folded away: those of its first seed."""
+    lines = []
+    for name, arm in claim.arms.items():
+        for record in evidence.records(claim, name)[:1]:
+            lines += [f"# {arm.label}, seed {record.seed}", record.command, *record.further_commands.values()]
+    # Marked as text, not as commands of a shell: FOLDER and the runs that they start from stand for things that are not there.
+    head = ("<details><summary>Commands of its arms</summary>", "", "```text")
+    return "\n".join((*head, *lines, "```", "", "</details>")) if lines else ""
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; a cell may hold any text."""
+    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in (head, *rows)]
+    lines = [f"| {' | '.join(line)} |" for line in escaped]
+    return "\n".join((lines[0], f"|{'---|' * len(head)}", *lines[1:])).replace("|  |", "| |")
+
+
+def tables_of(claim: Claim, evidence: Evidence) -> Sequence[Table]:
+    """Those of its file; without any, one of all its arms with those of the usual metrics that they have."""
+    if claim.tables or not claim.arms:
+        return claim.tables
+    found = {name: head for name, head in USUAL.items() if any(evidence.values(claim, arm, name) for arm in claim.arms)}
+    return (Table(tuple(claim.arms), found),) if found else ()
+
+
+def results(claim: Claim, table: Table, evidence: Evidence) -> str:
+    """Mean ± deviation over seeds; a dash where there is no run.
+
+    Raises:
+        UsageError: all arms have runs, and none has the metric of a column.
+    """
+    is_complete = all(evidence.records(claim, arm) for arm in table.rows)
+    for metric in table.columns:
+        if is_complete and not any(metric in record.metrics for arm in table.rows for record in evidence.records(claim, arm)):
+            raise UsageError(f"{claim.file}: columns {metric!r} of a table: must be a metric of one of its rows")
+    rows = []
+    for arm in table.rows:
+        cells = [_cell(claim, arm, metric, table, evidence) for metric in table.columns]
+        rows.append([_label(claim, table, arm, evidence), *cells, str(len(evidence.records(claim, arm)))])
+    return markdown(["", *table.columns.values(), "seeds"], rows)
+
+
+def _label(claim: Claim, table: Table, arm: str, evidence: Evidence) -> str:
+    return table.labels.get(arm) or evidence.arm(claim, arm).label
+
+
+def _cell(claim: Claim, arm: str, metric: str, table: Table, evidence: Evidence) -> str:
+    values = evidence.values(claim, arm, metric)
+    of_fewer = f" (of {len(values)})" if values and len(values) < len(evidence.records(claim, arm)) else ""
+    return spread(list(values.values()), table.formats.get(metric, DEFAULT)) + of_fewer
+
+
+def expectations(judged: Sequence[verdict.Judged]) -> str:
+    """The differences arm - other arm of seeds that belong together."""
+    rows = []
+    for one in judged:
+        difference = spread(one.differences, f"+{one.expectation.format.removeprefix('+')}")
+        rows.append([one.expectation.what, difference, _wanted(one.expectation), str(len(one.differences)), one.state])
+    return markdown(["expectation", "difference", "expected", "seeds", "outcome"], rows)
+
+
+def _wanted(one: Expectation) -> str:
+    margin, below = f"{one.margin:g}", f"{'-' * (one.margin > 0)}{one.margin:g}"
+    return {"near": f"within ±{margin}", "higher": f"above {margin}", "lower": f"below {below}", "within": f"above {below}"}[one.direction]
+
+
+def readme_block(evidence: Evidence) -> str:
     """What the README says between its two marks: the first table of the headline, how the claims came out, two pictures.
 
     Raises:
-        UsageError: as of `render`, or there is no claim of the headline.
+        UsageError: there is no claim of the headline.
     """
-    return _readme_block(read_evidence(claims_dir, results_dir), claims_dir)
-
-
-def _readme_block(evidence: Evidence, claims_dir: Path) -> str:
     if HEADLINE not in evidence.claims:
-        raise wrong(claims_dir, "id", None, f"the README needs the claim {HEADLINE}")
+        raise UsageError(f"{CLAIMS}: must have the claim {HEADLINE}, for the README")
     claim = evidence.claims[HEADLINE]
-    found = tables.tables_of(claim, evidence)[:1]
-    rows = [arm for table in found for arm in table.rows]
-    cost = spent(_behind(claim, rows, evidence))
-    parts = [
-        BEGIN,
-        *(tables.results(claim, table, evidence, is_whole=False) for table in found),
-        *([prose.filled(claim, evidence, "readme")] if claim.readme else []),
-        *_to_come(claim, found, evidence),
-        f"Mean ± sample deviation over seeds; `{command_of(claim, rows)}` makes these runs ({cost}). {_count(evidence)}",
-        *_pictures(evidence),
-        END,
-    ]
-    return "\n\n".join(parts)
-
-
-def _behind(claim: Claim, rows: Sequence[str], evidence: Evidence) -> list[Record]:
-    """All records of the claims that some rows are of."""
-    names = dict.fromkeys((claim.id, *(claim.place(arm)[0] for arm in rows)))
-    return [record for name in names for record in evidence.of_claim(evidence.claims[name])]
-
-
-def _to_come(claim: Claim, found: Sequence[Table], evidence: Evidence) -> list[str]:
-    names = [name for table in found for name in tables.not_run(claim, table, evidence)]
-    return [f"Not run yet: {'; '.join(names)}."] if names else []
+    parts, records, rows = [BEGIN], evidence.of_claim(claim), []
+    for table in tables_of(claim, evidence)[:1]:
+        rows = [arm for arm in table.rows if evidence.records(claim, arm)]
+        others = dict.fromkeys(claim.place(arm)[0] for arm in table.rows)
+        records = [record for name in {claim.id: None} | others for record in evidence.of_claim(evidence.claims[name])]
+        to_come = [_label(claim, table, arm, evidence) for arm in table.rows if arm not in rows]
+        parts.append(results(claim, Table(rows, table.columns, table.formats, table.labels), evidence))
+        parts.append(evidence.filled(claim, claim.readme))
+        parts.append(f"Not run yet: {'; '.join(to_come)}." if to_come else "")
+        rows = list(table.rows)
+    made = f"`{command_of(claim, rows)}` makes these runs ({spent(records)})."
+    parts += [f"Mean ± sample deviation over seeds; {made} {_count(evidence)}", *_pictures(evidence), END]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _count(evidence: Evidence) -> str:
     """How many claims of the papers came out how, and how many of ours."""
-    counted = [claim for claim in evidence.claims.values() if CLAIM.fullmatch(claim.id) and claim.expect]
-    papers, ours = (_counts([claim for claim in counted if claim.source.startswith(OURS) is own], evidence) for own in (False, True))
+    order = (verdict.CONFIRMED, verdict.MIXED, verdict.NOT_CONFIRMED, verdict.NOT_DECIDED)
+    counted: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+    for claim in evidence.claims.values():
+        if CLAIM.fullmatch(claim.id) and claim.expect:
+            counted[claim.source.startswith(OURS)][_verdict(claim, evidence)] += 1
+    papers, ours = (", ".join(f"{found[name]} {name}" for name in order if found[name]) for found in counted.values())
     beside = f" Of our own: {ours}." if ours else ""
     return f"Claims of the papers: {papers or 'none yet'}.{beside} All of them, with runs and commands: [{PAGE}]({PAGE})."
-
-
-def _counts(claims: Sequence[Claim], evidence: Evidence) -> str:
-    found = Counter(_verdict(claim, evidence) for claim in claims)
-    order = (verdict.CONFIRMED, verdict.MIXED, verdict.NOT_CONFIRMED, verdict.NOT_DECIDED)
-    return ", ".join(f"{found[name]} {name}" for name in order if found[name])
 
 
 def _pictures(evidence: Evidence) -> list[str]:
@@ -145,51 +226,44 @@ def _pictures(evidence: Evidence) -> list[str]:
         f"{picture(claim, figure, evidence, FIGURES)}\n\n{(figure.caption or claim.title).rstrip('.')}: `{command_of(claim, figure.arms)}`."
         for claim in evidence.claims.values()
         for figure in claim.figures
-        if figure.headline and not figures.is_empty(claim, figure, evidence)
+        if figure.headline and drawing.gather(claim, figure, evidence).series
     ]
+
+
+def made(root: Path, evidence: Evidence) -> dict[str, str]:
+    """The two files that are made, by name below the root of the repository.
+
+    Raises:
+        UsageError: claims or records are not as they should be, or the README lacks its marks.
+    """
+    text = (root / README).read_bytes().decode()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UsageError(f"{root / README}: must have {BEGIN} once and {END} once behind it")
+    before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+    return {PAGE: render(evidence), README: before + readme_block(evidence) + after}
 
 
 def write(root: Path) -> None:
-    """Write page, figures and the part of the README below the root of the repository, each whole or not at all.
-
-    Raises:
-        UsageError: as of `render`, or the README lacks its marks; then nothing is written.
-    """
+    """Write page, figures and the part of the README below the root of the repository, each whole or not at all; of a mistake nothing."""
     evidence = read_evidence(root / CLAIMS, root / RESULTS)
-    page, readme = _render(evidence), _readme(root, _readme_block(evidence, root / CLAIMS))
+    files = made(root, evidence)
     for claim in evidence.claims.values():
         for figure in claim.figures:
-            figures.write(claim, figure, evidence, root / FIGURES)
-    write_text(root / PAGE, page)
-    write_text(root / README, readme)
-
-
-def _readme(root: Path, block: str) -> str:
-    """The README with another block."""
-    path = root / README
-    text = path.read_bytes().decode()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise wrong(path, "marks", f"{text.count(BEGIN)} and {text.count(END)}", f"allowed is {BEGIN} once and {END} once behind it")
-    before, _, rest = text.partition(BEGIN)
-    return before + block + rest.partition(END)[2]
+            drawing.write(claim, figure, evidence, root / FIGURES)
+    for name, text in files.items():
+        write_text(root / name, text)
 
 
 def check(root: Path) -> list[str]:
-    """What is not as claims and records say: a line each, nothing where all is up to date. Pictures must be there, no more.
-
-    Raises:
-        UsageError: as of `write`.
-    """
+    """What is not as claims and records say: a line each, nothing where all is up to date. Pictures must be there, no more."""
     evidence = read_evidence(root / CLAIMS, root / RESULTS)
+    figures = [(claim, figure) for claim in evidence.claims.values() for figure in claim.figures]
     stale = [
         f"{root / FIGURES / figure.file}: missing, {MAKE} draws it"
-        for claim in evidence.claims.values()
-        for figure in claim.figures
-        if not figures.is_empty(claim, figure, evidence) and not (root / FIGURES / figure.file).is_file()
+        for claim, figure in figures
+        if drawing.gather(claim, figure, evidence).series and not (root / FIGURES / figure.file).is_file()
     ]
-    readme = _readme(root, _readme_block(evidence, root / CLAIMS))
-    for name, wanted in ((PAGE, _render(evidence)), (README, readme)):
-        path = root / name
-        if not path.is_file() or path.read_bytes() != wanted.encode():
-            stale.append(f"{path}: not what {RESULTS}/ says, {MAKE} writes it")
+    for name, wanted in made(root, evidence).items():
+        if not (root / name).is_file() or (root / name).read_bytes() != wanted.encode():
+            stale.append(f"{root / name}: not what {RESULTS}/ says, {MAKE} writes it")
     return stale

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import hydra
 
 import qat
 import qat.cli.entry  # noqa: F401  (registers the resolvers of the configs)
-from studies.arms import ROOT, Arm, Arms, Places, Run, preset
+from studies.arms import ROOT, Arms, Places, Run, preset
+from studies.claims import Arm, Further
 from studies.collect import Done, collect
+from studies.records import read_record
 
 log = logging.getLogger("qat.studies")
 
@@ -29,7 +31,7 @@ FOLDER = "FOLDER"
 PEERS_PYTHON = ROOT / "outputs" / "peers" / "bin" / "python"
 
 
-def run_all(wanted: Sequence[str], root: str | None, workers: int, places: Places, *, only_seed: int | None = None) -> int:
+def run_all(wanted: Sequence[str], root: str | None, workers: int, places: Places) -> int:
     """Run what has no record yet, each behind what it needs.
 
     Args:
@@ -37,13 +39,12 @@ def run_all(wanted: Sequence[str], root: str | None, workers: int, places: Place
         root: folder of the data; None where none is needed.
         workers: processes at a time, of one thread each.
         places: of the study.
-        only_seed: leaves runs of other seeds for later.
 
     Returns:
         How many runs failed, or could not start because one that they need failed.
     """
     arms = Arms.read(places)
-    waiting = arms.to_do(wanted, only_seed)
+    waiting = arms.to_do(wanted)
     log.info("%d runs to do", len(waiting))
     going: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     failed = 0
@@ -53,20 +54,16 @@ def run_all(wanted: Sequence[str], root: str | None, workers: int, places: Place
             failed += code != 0
             log.info("%s seed %d: %s, %d to go", *key, "done" if code == 0 else f"FAILED ({code})", len(waiting) + len(going))
         to_come = {(arm.path, seed) for arm, seed in waiting} | set(going)
-        ready = next((run for run in waiting if len(going) < workers and _may_start(run, arms, to_come)), None)
-        if ready is not None:
-            waiting.remove(ready)
-            going[ready[0].path, ready[1]] = _start(ready, root, arms)
+        ready = [run for run in waiting if all(arms.is_done(*one) and (one[0].path, one[1]) not in to_come for one in arms.needed(*run))]
+        if ready and len(going) < workers:
+            waiting.remove(ready[0])
+            going[ready[0][0].path, ready[0][1]] = _start(ready[0], root, arms)
         elif going:
             time.sleep(POLL_S)
         elif waiting:
             log.error("%d runs wait for ones that failed", len(waiting))
             return failed + len(waiting)
     return failed
-
-
-def _may_start(run: Run, arms: Arms, to_come: Collection[tuple[str, int]]) -> bool:
-    return all(arms.is_done(arm, seed) and (arm.path, seed) not in to_come for arm, seed in arms.needed(*run))
 
 
 def _start(run: Run, root: str | None, arms: Arms) -> subprocess.Popen[bytes]:
@@ -83,19 +80,27 @@ def run_one(path: str, seed: int, root: str | None, places: Places) -> None:
     """One run in this process, its further commands, what is kept of it."""
     arms = Arms.read(places)
     arm = arms[path]
-    place = arms.run_dir(arm, seed)
-    settings = arms.settings(arm, seed)
-    done = Done(execute(arm.command, place, settings, root), ROOT / place, arm.command, command_line(arm.command, place, settings, root))
-    further = {}
-    for name, entry in arm.further.items():
-        own = _further_settings(arm, seed, entry, arms)
-        results = execute(entry["command"], place / name, own, root)
-        further[name] = Done(results, ROOT / place / name, entry["command"], command_line(entry["command"], place / name, own, root))
+    done = [
+        Done(execute(command, place, settings, root), ROOT / place, command, command_line(command, place, settings, root))
+        for command, place, settings in _commands(arm, seed, arms)
+    ]
     if arm.keep:
-        kept = arms.kept_path(arm, seed)
+        kept = arms.record_path(arm, seed).with_suffix(".pt")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        qat.save(qat.load(ROOT / place / "checkpoints" / "best.ckpt"), kept)
-    collect(arm, seed, done, further, arms.starts(arm, seed), arms.record_path(arm, seed))
+        qat.save(qat.load(done[0].place / "checkpoints" / "best.ckpt"), kept)
+    collect(arm, seed, done[0], dict(zip(arm.further, done[1:], strict=True)), arms.starts(arm, seed), arms.record_path(arm, seed))
+
+
+def _commands(arm: Arm, seed: int, arms: Arms) -> list[tuple[str, Path, list[str]]]:
+    """Command, run directory and settings of a run and of what comes behind it."""
+    place = arms.run_dir(arm, seed)
+    further = [(one.command, place / name, _further_settings(arm, seed, one, arms)) for name, one in arm.further.items()]
+    return [(arm.command, place, arms.settings(arm, seed)), *further]
+
+
+def _further_settings(arm: Arm, seed: int, further: Further, arms: Arms) -> list[str]:
+    weights = arms.checkpoint(f"{arm.path}@{further.weights}", seed)
+    return [*preset(further.use), *further.set, f"ckpt={weights}", f"seed={seed}"]
 
 
 def outdated(arms: Arms, root: str | None = FOLDER) -> list[str]:
@@ -105,35 +110,19 @@ def outdated(arms: Arms, root: str | None = FOLDER) -> list[str]:
         path = arms.record_path(arm, seed)
         if not path.exists():
             continue
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_record(path)
+        asked = [_in_force(command_line(*one, root)) for one in _commands(arm, seed, arms)]
         again = f"once it is removed, python -m studies run {arm.path}"
-        if _recorded(record) != _asked(arm, seed, arms, root):
+        if [_in_force(command) for command in (record.command, *record.further_commands.values())] != asked:
             found.append(f"{path}: made by other commands than {arm.path} asks for; {again}")
-        elif record["starts"] != arms.starts(arm, seed):
+        elif record.starts != arms.starts(arm, seed):
             found.append(f"{path}: made from other weights than those in {arms.places.results}; {again}")
     return found
-
-
-def _recorded(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    return [_in_force(command) for command in (record["command"], *record["further_commands"].values())]
-
-
-def _asked(arm: Arm, seed: int, arms: Arms, root: str | None) -> list[dict[str, str]]:
-    place = arms.run_dir(arm, seed)
-    commands = [command_line(arm.command, place, arms.settings(arm, seed), root)]
-    for name, entry in arm.further.items():
-        commands.append(command_line(entry["command"], place / name, _further_settings(arm, seed, entry, arms), root))
-    return [_in_force(command) for command in commands]
 
 
 def _in_force(command: str) -> dict[str, str]:
     """Words and settings of a command; of a setting that is made twice the last counts."""
     return dict(word.partition("=")[::2] for word in shlex.split(command))
-
-
-def _further_settings(arm: Arm, seed: int, entry: Mapping[str, Any], arms: Arms) -> list[str]:
-    weights = arms.checkpoint(f"{arm.path}@{entry.get('weights', 'best')}", seed)
-    return [*preset(entry.get("use", ())), *entry.get("set", ()), f"ckpt={weights}", f"seed={seed}"]
 
 
 def execute(command: str, place: Path, settings: Sequence[str], root: str | None) -> dict[str, Any]:
@@ -154,9 +143,7 @@ def execute(command: str, place: Path, settings: Sequence[str], root: str | None
 
 
 def _is_whole(results: Path) -> bool:
-    if not results.exists():
-        return False
-    found = json.loads(results.read_text(encoding="utf-8"))
+    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"error": "not there"}
     return not found.get("error") and found.get("complete", True) is not False
 
 
@@ -168,12 +155,9 @@ def _compose(command: str, place: Path, settings: Sequence[str], root: str | Non
 
 def _run_peer(place: Path, settings: Sequence[str], root: str | None) -> None:
     command = [str(PEERS_PYTHON), "-m", "studies.peers", f"run_dir={place}", *([f"data.root={root}"] if root else []), *settings]
-    signal.signal(signal.SIGTERM, _leave)  # `run` then ends its child too, which would go on beside the next one
+    # `run` then ends its child too, which would go on beside the next one.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": "."})
-
-
-def _leave(number: int, _: object) -> None:
-    sys.exit(128 + number)
 
 
 def command_line(command: str, place: Path, settings: Sequence[str], root: str | None) -> str:

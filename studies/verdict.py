@@ -1,4 +1,4 @@
-"""From paired differences to a verdict: how sure three seeds can be of what a claim says."""
+"""From paired differences to a verdict: how sure three seeds can be of what a claim says. `introduction.md` has the rule in words."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class Judged:
 
 def leads(expectation: Expectation, pairs: Sequence[tuple[float, float]]) -> list[float]:
     """By how much every pair is beyond its margin in the expected direction; negative where it falls short."""
-    return [round(_lead(expectation.direction, value, other, expectation.margin), _DIGITS) for value, other in pairs]
+    return [round(_lead(expectation.direction, value - other, expectation.margin), _DIGITS) for value, other in pairs]
 
 
-def _lead(direction: str, value: float, other: float, margin: float) -> float:
-    if direction == "higher":
-        return value - other - margin
-    if direction == "lower":
-        return other - value - margin
-    return value - other + margin if direction == "within" else margin - abs(value - other)
+def _lead(direction: str, difference: float, margin: float) -> float:
+    if direction == "near":
+        return margin - abs(difference)
+    if direction == "within":
+        return difference + margin
+    return (difference if direction == "higher" else -difference) - margin
 
 
 def state(found: Sequence[float]) -> str:
-    """Supported: all beyond zero, and their mean by more than two standard errors; contradicted: likewise below; open: too few seeds."""
+    """Supported: all above zero, and their mean by more than two standard errors; contradicted: all below; open: too few seeds."""
     if len(found) < SEEDS:
         return OPEN
     mean, error = statistics.mean(found), statistics.stdev(found) / math.sqrt(len(found))
@@ -57,10 +57,7 @@ def judge(claim: Claim, evidence: Evidence) -> list[Judged]:
         UsageError: there are runs, but none has the metric.
     """
     judged = []
-    for number, one in enumerate(claim.expect):
-        for arm in (one.arm, one.than):
-            if isinstance(arm, str):
-                evidence.check_metric(claim, f"expect[{number}].metric", arm, one.metric)
+    for one in claim.expect:
         than = (one.than, one.metric) if isinstance(one.than, str) else float(one.than)
         pairs = evidence.pairs(claim, (one.arm, one.metric), than)
         judged.append(Judged(one, tuple(value - other for value, other in pairs), state(leads(one, pairs))))
@@ -69,23 +66,19 @@ def judge(claim: Claim, evidence: Evidence) -> list[Judged]:
 
 def verdict(judged: Sequence[Judged]) -> str:
     """Of a claim with these expectations; empty where it has none."""
-    states = [one.state for one in judged]
+    states = {one.state for one in judged}
     if not states:
         return ""
     if OPEN in states:
         return NOT_DECIDED
     if SUPPORTED not in states:
         return NOT_CONFIRMED
-    return CONFIRMED if set(states) == {SUPPORTED} else MIXED
+    return CONFIRMED if states == {SUPPORTED} else MIXED
 
 
 def summary(judged: Sequence[Judged]) -> str:
     """One sentence: how many are supported, and which are not."""
-    count = sum(one.state == SUPPORTED for one in judged)
-    others = [
-        f"{name}: {'; '.join(found)}"
-        for name in (CONTRADICTED, UNDECIDED, OPEN)
-        if (found := [one.expectation.what for one in judged if one.state == name])
-    ]
-    noun = "expectation" if len(judged) == 1 else "expectations"
-    return f"{count} of {len(judged)} {noun} supported{''.join(f'. {text.capitalize()[:1]}{text[1:]}' for text in others)}."
+    names = {state: [one.expectation.what for one in judged if one.state == state] for state in (SUPPORTED, CONTRADICTED, UNDECIDED, OPEN)}
+    count = len(names.pop(SUPPORTED))
+    others = "".join(f". {state.capitalize()}: {'; '.join(found)}" for state, found in names.items() if found)
+    return f"{count} of {len(judged)} expectation{'s' * (len(judged) != 1)} supported{others}."

@@ -1,6 +1,6 @@
 """Checkpoints that are damaged, of another net, lie, or would run code. Oracle: one line that names setting and file, and no file made.
 
-Each with one of the commands that read it, in turns; `make bad-inputs` has all commands.
+Each with one of the commands that read it, in turns.
 """
 
 import shutil

@@ -1,6 +1,6 @@
 """Each setting of each command with each kind of mistake in it. Oracle: one line that names the setting, or the reviewed list `allowed`.
 
-Some of the cases, others of each base; `make bad-inputs` tries all of them.
+Some of the cases, others of each base.
 """
 
 import os

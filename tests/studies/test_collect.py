@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from studies.arms import Arm
+from studies.claims import Arm
 from studies.collect import Done, collect
 
 
@@ -18,7 +18,7 @@ def kept(tmp_path):
     """The record of a run that ended with these results; its files are in `run` already."""
 
     def run(**results):
-        path, arm = tmp_path / "C1" / "arm-seed0.json", Arm("C1", "arm", results["command"])
+        path, arm = tmp_path / "C1" / "arm-seed0.json", Arm("C1", "arm", "an arm", results["command"])
         made_with = {"device": "a CPU", "versions": {"torch": "2.14.1"}, "git_commit": "0123abc", "wall_seconds": 1.0}
         collect(arm, 0, Done(results | made_with, tmp_path / "run", arm.command, "python ..."), {}, {}, path)
         return json.loads(path.read_text(encoding="utf-8"))

@@ -2,17 +2,17 @@
 
 import re
 
+import matplotlib as mpl
 import pytest
 
 from qat.errors import UsageError
-from studies import drawing, figures
+from studies import drawing
 from tests.studies import made
 
 LINES = {"file": "c01-a.svg", "kind": "lines", "metric": "top1", "x": "bits", "y": "top-1, %"}
 SERIES = {"New": {2: "new", 3: "idle"}, "Old": {2: "old"}, "Idle": {2: "idle"}}
 CURVE = {"file": "c01-b.svg", "kind": "curves", "curve": "osc", "x": "step", "y": "%", "series": {"New": "new", "Idle": "idle"}}
 MAP = {"file": "c01-c.svg", "kind": "map", "curve": "loss", "x": "first", "y": "second", "series": {"New": "new", "Old": "old"}}
-BARS = {"file": "c01-d.svg", "kind": "bars", "metric": "top1", "y": "top-1, %", "series": ["new", "old", "idle"]}
 ARMS = made.ARMS | {"idle": {"label": "Idle"}}
 HEIGHTS = {"x": [0.0, 1.0], "y": [0.0, 1.0, 2.0], "z": [[1.0, 2.0], [3.0, None], [2.0, 4.0]]}
 
@@ -33,7 +33,7 @@ def gathered(folder, spec):
     made.claim(folder, arms=ARMS, figures=[spec])
     evidence = made.evidence(folder)
     claim = evidence.claims["C1"]
-    return claim, claim.figures[0], evidence, figures.gather(claim, claim.figures[0], evidence)
+    return claim, claim.figures[0], evidence, drawing.gather(claim, claim.figures[0], evidence)
 
 
 def test_lines(folder):
@@ -62,15 +62,15 @@ def test_lines(folder):
     ],
 )
 def test_places_along_x(places, at):
-    series = {"a": [figures.Point(x, (1.0,)) for x in places]}
+    series = {"a": [drawing.Point(x, (1.0,)) for x in places]}
     assert list(drawing._places(series).values()) == pytest.approx(at)
 
 
 def test_curves(folder):
     _, figure, _, found = gathered(folder, CURVE | {"reference": {"best": "old"}})
-    (course,) = found.series.values()
-    assert len(course.seeds) == 2
-    assert [(point.x, point.mean) for point in course.points] == [(0.0, 2.0), (10.0, 3.0)]
+    (curve,) = found.series.values()
+    assert len(curve.seeds) == 2
+    assert [(point.x, point.mean) for point in curve.points] == [(0.0, 2.0), (10.0, 3.0)]
     assert found.reference["best"].values == (50.0,)
     (axis,) = drawing.draw(figure, found).axes
     assert [list(line.get_ydata()) for line in axis.lines[:3]] == [[1.0, 2.0], [3.0, 4.0, 5.0], [2.0, 3.0]]
@@ -81,26 +81,17 @@ def test_curves(folder):
 def test_maps(folder):
     _, figure, _, found = gathered(folder, MAP)
     (one,) = found.series.values()
-    assert (one.seed, one.z[1]) == (1, [3.0, None])
+    assert (one.seed, one.maps["loss"]["z"][1]) == (1, [3.0, None])
     panel, bar = drawing.draw(figure, found).axes
     assert (panel.get_title(loc="left"), panel.get_xlabel(), bar.get_ylabel()) == ("New", "first", "loss, seed 1")
 
 
-def test_bars(folder):
-    _, figure, _, found = gathered(folder, BARS | {"reference": {"best": "new"}})
-    assert list(found.series) == ["New", "Old"]
-    (axis,) = drawing.draw(figure, found).axes
-    assert [patch.get_width() for patch in axis.patches] == [61.0, 50.0]
-    assert [text.get_text() for text in axis.texts] == ["61.00 ± 1.00", "50.00"]
-    assert axis.get_xlim()[0] == 0.0
-
-
-@pytest.mark.parametrize("spec", [LINES | {"series": SERIES}, BARS, CURVE, MAP], ids=lambda spec: spec["kind"])
+@pytest.mark.parametrize("spec", [LINES | {"series": SERIES}, CURVE, MAP], ids=lambda spec: spec["kind"])
 def test_a_second_drawing_has_the_same_bytes(folder, tmp_path, spec):
     claim, figure, evidence, _ = gathered(folder, spec)
-    first = figures.write(claim, figure, evidence, tmp_path).read_bytes()
-    with drawing.mpl.rc_context({"axes.facecolor": "red", "font.size": 20}):
-        assert figures.write(claim, figure, evidence, tmp_path).read_bytes() == first
+    first = drawing.write(claim, figure, evidence, tmp_path).read_bytes()
+    with mpl.rc_context({"axes.facecolor": "red", "font.size": 20}):
+        assert drawing.write(claim, figure, evidence, tmp_path).read_bytes() == first
     assert [path.name for path in tmp_path.iterdir()] == [figure.file]
     assert b"date" not in first
     assert not re.search(rb"Matplotlib|<text", first)
@@ -112,8 +103,8 @@ def test_nothing_to_draw(folder, tmp_path, series):
     evidence = made.evidence(folder)
     claim = evidence.claims["C1"]
     if "Idle" in series:
-        assert figures.is_empty(claim, claim.figures[0], evidence)
-        assert figures.write(claim, claim.figures[0], evidence, tmp_path) is None
+        assert not drawing.gather(claim, claim.figures[0], evidence).series
+        assert drawing.write(claim, claim.figures[0], evidence, tmp_path) is None
     else:
-        with pytest.raises(UsageError, match=f"^{claim.file}: figures c01-a.svg='top5': no run of its arms has it$"):
-            figures.is_empty(claim, claim.figures[0], evidence)
+        with pytest.raises(UsageError, match=f"^{claim.file}: figure c01-a.svg: top5 must be in a run of its arms$"):
+            drawing.gather(claim, claim.figures[0], evidence)

@@ -144,7 +144,11 @@ def root(tmp_path):
 
 
 def rendered(root):
-    return page.render(root / page.CLAIMS, root / page.RESULTS)
+    return page.render(read(root))
+
+
+def read(root):
+    return page.read_evidence(root / page.CLAIMS, root / page.RESULTS)
 
 
 def test_sections_and_overview(root):
@@ -166,14 +170,12 @@ def test_a_claim_without_expectations_and_tables(root):
 
 
 def test_readme_block(root):
-    assert page.readme_block(root / page.CLAIMS, root / page.RESULTS) == BLOCK
+    assert page.readme_block(read(root)) == BLOCK
 
 
 def test_our_own_claims_are_counted_apart(root):
     made.claim(root, "C2", source="ours; more", expect=EXPECT)
-    assert "Claims of the papers: 1 mixed. Of our own: 1 not decided yet. All of them" in page.readme_block(
-        root / page.CLAIMS, root / page.RESULTS
-    )
+    assert "Claims of the papers: 1 mixed. Of our own: 1 not decided yet. All of them" in page.readme_block(read(root))
 
 
 def test_readme_names_every_claim_whose_runs_it_shows(root):
@@ -181,7 +183,7 @@ def test_readme_names_every_claim_whose_runs_it_shows(root):
     made.claim(root, "AIM", title="The headline", arms={"ours": {"label": "Ours"}}, tables=[table])
     figure = LINES | {"headline": True, "reference": {"float": "START/float"}}
     made.claim(root, "C2", figures=[figure | {"file": "c02.svg", "series": {"New": {2: "C1/new"}}}])
-    block = page.readme_block(root / page.CLAIMS, root / page.RESULTS)
+    block = page.readme_block(read(root))
     assert "`python -m studies run AIM C1 START` makes these runs (8 runs, 2.1 hours in all)." in block
     assert "`python -m studies run C2 C1 START`." in block
 
@@ -189,7 +191,7 @@ def test_readme_names_every_claim_whose_runs_it_shows(root):
 def test_the_headline_has_words_for_the_readme(root):
     path = root / page.CLAIMS / "aim.yaml"
     path.write_text(path.read_text() + "\nreadme: By {C1/new.top1 - C1/old.top1:.1f} points.\n")
-    assert "\n\nBy +2.0 ± 1.0 points.\n\n" in page.readme_block(root / page.CLAIMS, root / page.RESULTS)
+    assert "\n\nBy +2.0 ± 1.0 points.\n\n" in page.readme_block(read(root))
 
 
 def test_a_claim_without_arms_speaks_of_the_others(root):
@@ -235,7 +237,7 @@ def test_a_second_rendering_has_the_same_bytes(root, monkeypatch):
     for name in ("glob", "rglob"):
         monkeypatch.setattr(Path, name, turned(getattr(Path, name)))
     assert rendered(root) == text
-    assert page.render(Path(page.CLAIMS), Path(page.RESULTS)) == text
+    assert page.render(read(Path())) == text
 
 
 def turned(search):
@@ -243,25 +245,29 @@ def turned(search):
     return lambda *arguments: sorted(search(*arguments), reverse=True)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"claim": "C3"}, "claim='C3': no such claim, allowed are START, AIM, C1, C2, C10"),
-        ({"arm": "newer"}, "arm='newer': no such arm in {file}, allowed are new, old"),
-    ],
-)
-def test_records_of_nothing_are_errors(root, settings, message):
+@pytest.mark.parametrize(("settings", "name"), [({"claim": "C3"}, "C3/new"), ({"arm": "newer"}, "C1/newer")])
+def test_records_of_nothing_are_errors(root, settings, name):
     path = made.record(root, **settings)
     with pytest.raises(UsageError) as error:
         rendered(root)
-    assert str(error.value) == f"{path}: {message.format(file=root / 'studies/claims/c1.yaml')}"
+    assert str(error.value) == f"{path}: {name} must be an arm of a claim in {root / page.CLAIMS}"
 
 
-def test_a_column_that_no_row_has(root):
-    path = made.claim(root, tables=[TABLE | {"columns": {"top1": "top-1", "top5": "top-5"}, "formats": {}}])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tables": [TABLE | {"columns": {"top5": "top-5"}}]}, "columns 'top5' of a table: must be a metric of one of its rows"),
+        ({"tables": [TABLE | {"rows": ["newer"]}]}, "arm 'newer': must be one of a claim's, CLAIM/ARM or ARM"),
+        ({"expect": [EXPECT[0] | {"arm": "C9/new"}]}, "arm 'C9/new': must be one of a claim's, CLAIM/ARM or ARM"),
+        ({"figures": [LINES | {"reference": {"a": "b"}}]}, "arm 'b': must be one of a claim's, CLAIM/ARM or ARM"),
+        ({"why": "{new.top5}"}, "new.top5: must be one of loss, top1"),
+    ],
+)
+def test_what_a_claim_names_has_to_be_there(root, settings, message):
+    path = made.claim(root, **settings)
     with pytest.raises(UsageError) as error:
         rendered(root)
-    assert str(error.value) == f"{path}: tables[0].columns='top5': no row has this metric"
+    assert str(error.value) == f"{path}: {message}"
 
 
 def test_a_metric_that_some_seeds_lack(root):
@@ -273,9 +279,7 @@ def test_a_metric_that_some_seeds_lack(root):
 def test_a_readme_without_its_marks(root, text):
     (root / page.README).write_text(text)
     for call in (page.write, page.check):
-        with pytest.raises(
-            UsageError, match=f"^{root / page.README}: marks='{text.count(page.BEGIN)} and {text.count(page.END)}': allowed is "
-        ):
+        with pytest.raises(UsageError, match=f"^{root / page.README}: must have {page.BEGIN} once"):
             call(root)
     assert not (root / "docs").exists()
 
@@ -283,8 +287,8 @@ def test_a_readme_without_its_marks(root, text):
 def test_a_readme_without_a_headline(root):
     (root / page.CLAIMS / "aim.yaml").unlink()
     (root / page.RESULTS / "AIM" / "ours-seed0.json").unlink()
-    with pytest.raises(UsageError, match="the README needs the claim AIM$"):
-        page.readme_block(root / page.CLAIMS, root / page.RESULTS)
+    with pytest.raises(UsageError, match="must have the claim AIM, for the README$"):
+        page.readme_block(read(root))
 
 
 def test_nothing_has_been_run(root):

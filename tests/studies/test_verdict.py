@@ -2,8 +2,8 @@
 
 import pytest
 
+from qat.errors import UsageError
 from studies import verdict
-from studies.checks import UsageError
 from studies.claims import Expectation
 from tests.studies import made
 
@@ -135,7 +135,7 @@ def test_a_metric_that_no_run_has(tmp_path):
     made.runs(tmp_path, "old", [1.0])
     with pytest.raises(UsageError) as error:
         judged(tmp_path)
-    assert str(error.value) == f"{path}: expect[0].metric='old.top': no such metric, allowed are top1"
+    assert str(error.value) == f"{path}: old.top: must be one of top1"
 
 
 @pytest.mark.parametrize(
