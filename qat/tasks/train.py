@@ -94,9 +94,7 @@ def train(cfg: DictConfig) -> float:  # noqa: PLR0915  (a training, from top to 
         module.make_whole()
         announce_early_end(trainer)
         val_top1, weights = _take_best(module, data, trainer, is_resumed=resume is not None)
-        watch = next(c for c in trainer.callbacks if isinstance(c, Stopwatch))  # type: ignore[attr-defined]
-        seconds = round(time.monotonic() - began + watch.earlier_seconds, 1)
-        outcome = {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": seconds}
+        outcome = {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": _seconds_since(began, trainer)}
         _test(cfg, recipe, data, module, trainer, outcome)
     report_run(cfg, module.net, data.input_size, is_first=trainer.is_global_zero)
     return val_top1
@@ -121,6 +119,12 @@ def _start(
         optimizer = fit.take_optimizer_state(cfg, optimizer, start)
     options.use_less_memory(cfg, start.net)
     return start, optimizer
+
+
+def _seconds_since(began: float, trainer: Trainer) -> float:
+    """Seconds of this process, and of the training behind the checkpoint that it went on from."""
+    watch = next(c for c in trainer.callbacks if isinstance(c, Stopwatch))  # type: ignore[attr-defined]
+    return round(time.monotonic() - began + watch.earlier_seconds, 1)
 
 
 def _take_directory(cfg: DictConfig, replaced: list[Path]) -> None:
