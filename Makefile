@@ -12,7 +12,7 @@ PEERS := outputs/peers
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: export-table study results results-quick gpu-bench startup step-time memory peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
+.PHONY: export-table study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -71,19 +71,15 @@ weights-figures: $(READY) ## the pictures of weights, oscillation and cost in do
 # Figures go to the screen and to docs/logs; all seconds and bytes to $(COSTS).
 COSTS := outputs/costs
 LOGGED := set -o pipefail; export PYTHONPATH=. OMP_NUM_THREADS=1;
-step-time memory peers extras-cost export-table: SHELL := bash
+step-time peers extras-cost export-table: SHELL := bash
 
-step-time: $(READY) ## a quantized training step in float steps, eager, compiled, DeiT-T; eager also DeiT-S and Swin-T, one thread (20 minutes)
+step-time: $(READY) ## time and memory of a quantized training step in those of a float step: DeiT-T eager and compiled; DeiT-S, Swin-T eager (30 minutes)
 	@$(LOGGED) { \
-	  $(BIN)/python benchmarks/step_time.py --memory recompute --out $(COSTS)/step-eager.json && echo && \
-	  $(BIN)/python benchmarks/step_time.py --compiled --rounds 7 --out $(COSTS)/step-compiled.json && echo && \
-	  $(BIN)/python benchmarks/step_time.py --batch 16 --rounds 5 --memory recompute --out $(COSTS)/step-16.json && echo && \
+	  $(BIN)/python benchmarks/step_time.py --compiled --out $(COSTS)/step.json && echo && \
+	  $(BIN)/python benchmarks/step_time.py --batch 16 --rounds 5 --out $(COSTS)/step-16.json && echo && \
 	  $(BIN)/python benchmarks/step_time.py --batch 4 --rounds 5 --out $(COSTS)/step-nets.json \
 	    --models deit_tiny_distilled_patch16_224 deit_small_distilled_patch16_224 swin_tiny_patch4_window7_224; \
 	} | tee docs/logs/step-time.log
-
-memory: $(READY) ## what a quantized training step keeps for backward, and its peak, in those of a float step of DeiT-T (10 minutes)
-	@$(LOGGED) $(BIN)/python benchmarks/memory.py --out $(COSTS)/memory.json | tee docs/logs/memory.log
 
 PEER_PACKAGES := torchao==0.18.0 brevitas==0.13.4 nvidia-modelopt==0.47.0 dependencies==2.0.1 unfoldNd==0.2.3 regex pulp nvidia-ml-py
 $(PEERS)/.ready: $(READY)
@@ -93,7 +89,7 @@ $(PEERS)/.ready: $(READY)
 	touch $@
 
 peers: $(PEERS)/.ready ## training steps of torchao, brevitas, ModelOpt and torch.ao beside ours; installs them next to .venv (30 minutes)
-	@$(LOGGED) $(PEERS)/bin/python benchmarks/peers.py --out $(COSTS)/peers.json | tee docs/logs/peers.log
+	@$(LOGGED) $(PEERS)/bin/python benchmarks/peers.py --compiled --out $(COSTS)/peers.json | tee docs/logs/peers.log
 
 extras-cost: $(READY) ## what KURE, the gradient's L1 norm, the tracking of oscillation and a teacher's blocks add to a step of DeiT-T (5 minutes)
 	@$(LOGGED) $(BIN)/python benchmarks/extras_cost.py | tee docs/logs/extras-cost.log

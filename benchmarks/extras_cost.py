@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks import step_arms, timing
-from benchmarks.memory import MIB, saved_bytes
-from benchmarks.step_arms import ARMS, FLOAT, Batch
+from benchmarks.step_arms import ARMS, FLOAT, MIB, Batch, saved_bytes
 from benchmarks.timing import Step, ratio
 from qat.callbacks.oscillation import Oscillation
 from qat.lit import QATModule, Teacher

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import timm
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
-from torch._functorch import config as functorch_config
 
 import qat
 from benchmarks.timing import Step
@@ -21,15 +18,22 @@ Batch = tuple[Tensor, Tensor]
 SIZE = (3, 224, 224)
 MODEL = "deit_tiny_patch16_224"
 FLOAT = "float"
-COMPILED_FLOAT = "compiled float"
+MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A net and its step: settings of the recipe `ofq` (None: the float net), and whether a float teacher's forward pass is part of it."""
+    """A net and its step.
+
+    Attributes:
+        knobs: settings of the recipe `ofq`; None = the float net.
+        teacher: whether a float teacher's forward pass is part of the step.
+        memory: of `qat.set_execution`.
+    """
 
     knobs: dict[str, str] | None
     teacher: bool = False
+    memory: str = "save"
 
 
 ARMS = {
@@ -39,8 +43,6 @@ ARMS = {
     "ofq": Arm({}),
     "ofq + teacher": Arm({}, teacher=True),
 }
-# Arms with attention in them; the others keep nothing that could be computed again.
-RECOMPUTED = ("ofq without qkr", "ofq")
 
 
 def random_batch(size: int) -> Batch:
@@ -49,13 +51,13 @@ def random_batch(size: int) -> Batch:
     return torch.randn(size, *SIZE), torch.arange(size)
 
 
-def build(model: str, images: Tensor, arm: Arm, bits: int, memory: str = "save") -> nn.Module:
+def build(model: str, images: Tensor, arm: Arm, bits: int) -> nn.Module:
     """A net with random weights; converted, scales from the images, unless it is the float net."""
     torch.manual_seed(0)
     net = timm.create_model(model, num_classes=1000)
     if arm.knobs is not None:
         qat.initialize_scales(qat.convert(net, qat.recipe("ofq", bits=bits, **arm.knobs), input_size=SIZE), [images])
-        qat.set_execution(net, memory=memory)
+        qat.set_execution(net, memory=arm.memory)
     return net.train()
 
 
@@ -81,19 +83,17 @@ def step(net: nn.Module, batch: Batch, teacher: Callable[[Tensor], Tensor] | Non
     return run
 
 
-@contextmanager
-def aggressive_recomputation() -> Generator[None]:
-    """Let torch.compile compute again in backward what is cheap; the setting has no public name."""
-    with functorch_config.patch(aggressive_recomputation=True):
-        yield
+def saved_bytes(net: nn.Module, run: Step) -> int:
+    """Bytes of the storages that autograd is handed for backward in a step, each once; parameters and views of them left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return x
 
-def graphs() -> tuple[int, int]:
-    """How many graphs were compiled in this process, and how many breaks there were in them."""
-    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-
-
-def check_graphs(nets: int) -> None:
-    """End the process unless there is one graph for each net: another one is a break, or a second compilation of the same net."""
-    if graphs() != (nets, 0):
-        raise SystemExit(f"{graphs()} graphs and breaks for {nets} compiled nets")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        run()
+    return sum(storage.nbytes() for storage in kept.values())

@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from benchmarks.memory import MIB, resident, saved_bytes
+from benchmarks.step_arms import MIB, saved_bytes
 from qat.cli import entry
 from qat.cli.results import PACKAGES, recipe_fields, write_results
 from qat.data import ImageData
@@ -90,8 +90,9 @@ class Watch(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the peak."""
-        if Path("/proc/self/status").exists():
-            self.peak = resident("VmHWM")
+        status = Path("/proc/self/status")
+        lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
+        self.peak = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def composed(arguments: Sequence[str]) -> tuple[Choice, DictConfig]:

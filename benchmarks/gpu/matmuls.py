@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.gpu.clock import median_ms
 from benchmarks.gpu.kernels import relative_error
 from benchmarks.gpu.records import Row, failure
-from benchmarks.step_arms import table
+from benchmarks.timing import table
 
 WAYS = ("bfloat16", "int8", "float8")
 TRY = ((64, 32, 48),)

@@ -6,7 +6,8 @@ import statistics
 
 from benchmarks.gpu import matmuls
 from benchmarks.gpu.records import Row
-from benchmarks.step_arms import FLOAT, table
+from benchmarks.step_arms import FLOAT
+from benchmarks.timing import table
 
 GIB = 2**30
 STEP_HEAD = [

@@ -7,7 +7,7 @@ import statistics
 
 from benchmarks.gpu.plan import PAIRS
 from benchmarks.gpu.records import Row
-from benchmarks.step_arms import table
+from benchmarks.timing import table
 
 # 97.5 % quantiles of Student's t, by degrees of freedom from 1.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements of an image's product from which on it is written in place (0.4 of its time below at 16 tokens of 32 channels, 1.15 at 197).
+# Elements of an image's product from which on it is written in place: moving takes 0.4 of the time at 16 tokens of 32 channels, and 1.15
+# of it at 197 of 64.
 LARGE = 2048
 
 
