@@ -124,7 +124,6 @@ class Figure:
         x, y: labels of the axes; z: of a map, what its heights are.
         reference: `{name: arm}`, drawn as lines across, not in maps.
         caption: below it.
-        headline: whether the README has it too.
     """
 
     file: str
@@ -137,7 +136,6 @@ class Figure:
     z: str = ""
     reference: Mapping[str, str] = field(default_factory=dict)
     caption: str = ""
-    headline: bool = False
 
     @property
     def arms(self) -> tuple[str, ...]:

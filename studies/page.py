@@ -1,4 +1,4 @@
-"""`docs/results.md` and the results in the README, made of claims and records alone: the same bytes wherever they are made."""
+"""`docs/results.md`, a page for each claim below `docs/results/`, and the results in the README, made of claims and records alone: the same bytes wherever they are made."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 HEADLINE, OURS = "AIM", "ours"
 MAKE = "python -m studies page"
 USUAL = {"top1": "top-1, %", "val_top1": "validation top-1, %"}
+OWN_PAGES = "results"  # folder below docs/
+# Links to a claim, and those that are relative to docs/.
+_ANCHOR, _RELATIVE = re.compile(r"\]\(#(\w+)\)"), re.compile(r"\]\((?!#|https?:)([^)\s]+)")
 _ARXIV, _LINK = re.compile(r"arXiv (\d{4}\.\d{4,5})"), r"[\g<0>](https://arxiv.org/abs/\1)"
 
 
@@ -33,6 +36,21 @@ def render(evidence: Evidence) -> str:
     overview = [[claim.id, claim.title, f"[{_verdict(claim, evidence)}](#{claim.id.lower()})"] for claim in evidence.claims.values()]
     parts = [introduction, _places(evidence), markdown(["claim", "", "verdict"], overview)]
     return "\n\n".join(parts) + "\n\n" + "\n".join(section(claim, evidence) for claim in evidence.claims.values())
+
+
+def pages(evidence: Evidence) -> dict[str, str]:
+    """The page as files: what all claims share in one, and one for each claim.
+
+    Raises:
+        UsageError: one line that says which file is not as it should be.
+    """
+    shared, *sections = re.split(r"^(?=<a id=)", render(evidence), flags=re.MULTILINE)
+    own = {claim.id.lower(): f"{claim.id}.md" for claim in evidence.claims.values()}
+    files = {PAGE: _ANCHOR.sub(lambda found: f"]({OWN_PAGES}/{own[found[1]]})", shared).rstrip() + "\n"}
+    for claim, text in zip(evidence.claims.values(), sections, strict=True):
+        body = _RELATIVE.sub(r"](../\1", text.partition("\n\n")[2]).rstrip() + "\n"
+        files[f"docs/{OWN_PAGES}/{claim.id}.md"] = _ANCHOR.sub(lambda found: f"]({own[found[1]]})", body).replace("## ", "# ", 1)
+    return files
 
 
 def _places(evidence: Evidence) -> str:
@@ -185,7 +203,7 @@ def _wanted(one: Expectation) -> str:
 
 
 def readme_block(evidence: Evidence) -> str:
-    """What the README says between its two marks: the first table of the headline, how the claims came out, two pictures.
+    """What the README says between its two marks: the first table of the headline, and how the claims came out.
 
     Raises:
         UsageError: there is no claim of the headline.
@@ -204,7 +222,7 @@ def readme_block(evidence: Evidence) -> str:
         parts.append(f"Not run yet: {'; '.join(to_come)}." if to_come else "")
         rows = list(table.rows)
     made = f"`{command_of(claim, rows)}` makes these runs ({spent(records)})."
-    parts += [f"Mean ± sample deviation over seeds; {made} {_count(evidence)}", *_pictures(evidence), END]
+    parts += [f"Mean ± sample deviation over seeds; {made} {_count(evidence)}", END]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -220,18 +238,8 @@ def _count(evidence: Evidence) -> str:
     return f"Claims of the papers: {papers or 'none yet'}.{beside} All of them, with runs and commands: [{PAGE}]({PAGE})."
 
 
-def _pictures(evidence: Evidence) -> list[str]:
-    """Those marked for it."""
-    return [
-        f"{picture(claim, figure, evidence, FIGURES)}\n\n{(figure.caption or claim.title).rstrip('.')}: `{command_of(claim, figure.arms)}`."
-        for claim in evidence.claims.values()
-        for figure in claim.figures
-        if figure.headline and drawing.gather(claim, figure, evidence).series
-    ]
-
-
 def made(root: Path, evidence: Evidence) -> dict[str, str]:
-    """The two files that are made, by name below the root of the repository.
+    """The files that are made, by name below the root of the repository.
 
     Raises:
         UsageError: claims or records are not as they should be, or the README lacks its marks.
@@ -240,7 +248,7 @@ def made(root: Path, evidence: Evidence) -> dict[str, str]:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UsageError(f"{root / README}: must have {BEGIN} once and {END} once behind it")
     before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
-    return {PAGE: render(evidence), README: before + readme_block(evidence) + after}
+    return pages(evidence) | {README: before + readme_block(evidence) + after}
 
 
 def write(root: Path) -> None:

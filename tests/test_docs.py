@@ -22,7 +22,7 @@ from tests.commands import typed
 from tests.conftest import ROOT, compose, write_cifar
 from tests.data.files import write_folder, write_image
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPTS = {"train.py": "train", "eval.py": "eval", "ptq.py": "ptq", "analyze.py": "analyze", "export.py": "export"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(python (?:train|eval|ptq|analyze|export)\.py [^`]*)`")

@@ -23,7 +23,7 @@ def test_a_whole_file(tmp_path):
         arms=arms,
         expect=[EXPECT | {"by": 1, "is": "within", "format": ".4f"}],
         tables=[TABLE | {"caption": "All.", "formats": {"top1": ".1f"}, "labels": {"old": "Older"}}],
-        figures=[LINES | {"reference": {"old": "old"}, "headline": True}, CURVES | {"reference": {"old": "old"}}],
+        figures=[LINES | {"reference": {"old": "old"}}, CURVES | {"reference": {"old": "old"}}],
         why=" Because.\n",
     )
     claim = load_claim(path)
@@ -36,7 +36,6 @@ def test_a_whole_file(tmp_path):
     assert (table.rows, table.columns, table.labels) == (["new", "old"], {"top1": "top-1"}, {"old": "Older"})
     lines, curves = claim.figures
     assert (lines.metric, lines.arms, curves.curve, curves.arms) == ("top1", ("new", "new", "old"), "osc", ("new", "old"))
-    assert (lines.headline, curves.headline) == (True, False)
     assert (claim.place("new"), claim.place("C2/new")) == (("C1", "new"), ("C2", "new"))
 
 
