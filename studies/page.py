@@ -1,4 +1,7 @@
-"""`docs/results.md`, a page for each claim below `docs/results/`, and the results in the README, made of claims and records alone: the same bytes wherever they are made."""
+"""`docs/results.md`, `docs/results/CLAIM.md` and the results in the README, made of claims and records alone.
+
+They are the same bytes wherever they are made.
+"""
 
 from __future__ import annotations
 
