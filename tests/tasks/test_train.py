@@ -413,7 +413,7 @@ def test_a_teacher_of_its_own(tmp_path, float_run):
 @pytest.mark.parametrize("head", ["cls", "mean"])
 def test_a_class_head_that_is_a_bad_teacher_alone_is_named(tmp_path, monkeypatch, caplog, head):
     caplog.set_level("INFO")
-    monkeypatch.setattr("qat.tasks.train.HEAD_GAP", 0.0)
+    monkeypatch.setattr("qat.tasks.announce.HEAD_GAP", 0.0)
     run = train(tmp_path / "fp", "model=deit_t_distilled", "quant=fp")
     net = qat.load(run / "checkpoints" / "last.ckpt")
     with torch.no_grad():  # the class head always says 8, the rarest digit; the mean of both 3, the most frequent one
