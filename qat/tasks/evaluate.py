@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import qat.data
 from qat.cli.repeat import recorded
 from qat.cli.results import measured, recipe_fields, sizes, write_results
 from qat.data import ImageData
+from qat.data.settings import DataSettings
 from qat.errors import UsageError
 from qat.launch.group import connect
 from qat.launch.ranks import is_first
@@ -33,6 +35,8 @@ from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
 from qat.utils.files import write_text
 
 log = logging.getLogger(__name__)
+# Readers of timm that fetch what they are named (`qat.data.Timm`).
+DOWNLOADED = ("hfds/", "hfids/", "tfds/")
 
 
 def evaluate(cfg: DictConfig) -> float | None:
@@ -129,6 +133,7 @@ def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
     stored = (checkpoint.meta or {}).get("data") if checkpoint is not None else None
     if stored:
         _refuse_foreign(stored, cfg.ckpt)
+        stored = _without_downloads(stored, cfg)
     if not stored or "_target_" not in stored:
         stored = build.plain(cfg.default_data if cfg.get("predict") is None else cfg.default_photos)
     base = stored if cfg.get("predict") is None else stored | _of_the_net(checkpoint) | {"root": None}
@@ -154,6 +159,21 @@ def _refuse_foreign(stored: dict[str, Any], path: str) -> None:
     target, values = stored.get("_target_"), [value for key, value in stored.items() if key != "_target_"]
     if ("_target_" in stored and target not in ours) or any(mark in repr(values) for mark in ("_target_", "${")):
         raise UsageError(f"ckpt={path!r} was trained on {target!r}, which is not part of qat; choose it with data=...")
+
+
+def _without_downloads(stored: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
+    """A file names no dataset that would be fetched: predictions need none, an evaluation has to be asked for it.
+
+    Raises:
+        UsageError: the net is to be evaluated on such a dataset.
+    """
+    name = str(stored.get("name"))
+    if stored.get("_target_") != "qat.data.Timm" or not (stored.get("download") or name.lower().startswith(DOWNLOADED)):
+        return stored
+    if cfg.get("predict") is None:
+        raise UsageError(f"ckpt={cfg.ckpt!r} was trained on {name!r}, which may be downloaded; choose it with data=timm data.name={name}")
+    shared = {field.name for field in dataclasses.fields(DataSettings)}
+    return {"_target_": "qat.data.ImageFolder", **{key: value for key, value in stored.items() if key in shared}}
 
 
 def origin(cfg: DictConfig) -> str:

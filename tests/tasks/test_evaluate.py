@@ -162,6 +162,16 @@ def test_a_dataset_from_elsewhere_is_only_used_when_asked_for(tmp_path, refused,
     assert evaluate(tmp_path / "b", f"ckpt={path}", "data=digits")["top1"] is not None
 
 
+@pytest.mark.parametrize("named", [{"name": "hfds/some/body"}, {"name": "torch/mnist", "download": True}])
+def test_a_checkpoint_downloads_nothing(tmp_path, refused, run_4bit, named):
+    path = edited(last(run_4bit), tmp_path / "a.ckpt", {**DIGITS, "_target_": "qat.data.Timm", **named})
+    message = refused("evaluate", compose("eval", f"ckpt={path}", f"run_dir={tmp_path}/a"))
+    assert message.endswith(f"which may be downloaded; choose it with data=timm data.name={named['name']}")
+    write_image(tmp_path / "photo.png", 8, 8)
+    evaluate(tmp_path / "b", f"ckpt={path}", f"predict={tmp_path}/photo.png")
+    assert (tmp_path / "b" / "predictions.csv").is_file()
+
+
 @pytest.mark.parametrize("asked", [[], ["predict=photo.png"]])
 @pytest.mark.parametrize("where", ["through our imports", "a function of ours", "in a field", "in a list", "without a dataset"])
 def test_a_checkpoint_runs_no_code(tmp_path, refused, run_4bit, where, asked, monkeypatch):
