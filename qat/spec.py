@@ -21,6 +21,7 @@ QK_BIASES = ("drop", "fold")
 OFFSETS = ("none", "before", "both")
 MAP_SCALES = ("tensor", "column")
 STEP_INITS = ("lsq", "mse")
+RULE_BITS = ("both", "weights")
 
 # StatsQ is for the blocks: stem and heads have 8-bit learned steps in OFQ (spec of the paper, section 3).
 _OUTSIDE_BLOCKS = {"statsq": "lsq"}
@@ -119,6 +120,8 @@ class QuantRecipe:
         step_init: how steps that are learned begin: as in the `lsq` paper, from a mean magnitude, or where the squared error is
             least (`mse`).
         overrides: `{module name glob: {knob: value}}`; later rules win.
+        rule_bits: what `bits` of such a rule sets: `both` weights and activations, or `weights` alone; None = what `bits` of the recipe
+            sets, so `both` unless `act_bits` is given. Recipes in older files have none and mean `weights`.
 
     Raises:
         UsageError: a knob has a value that cannot work.
@@ -137,16 +140,18 @@ class QuantRecipe:
     map_scales: str = "tensor"
     step_init: str = "lsq"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rule_bits: str | None = None
 
     # The config group that the knobs come from; quantizers stand at what enters a product, and norms are float.
     GROUP: ClassVar[str] = "quant"
     placement: ClassVar[str] = "inputs"
     layernorm: ClassVar[str] = "float"
     # What a rule of `overrides` cannot set.
-    NET_WIDE: ClassVar[frozenset[str]] = frozenset({"name", "overrides"})
+    NET_WIDE: ClassVar[frozenset[str]] = frozenset({"name", "overrides", "rule_bits"})
 
     def __post_init__(self) -> None:
         check_text("quant.name", self.name)
+        self._settle_rule_bits()
         if self.act_bits is None:
             object.__setattr__(self, "act_bits", self.bits)
         check_quantizer("quant.weight_quantizer", self.weight_quantizer)
@@ -165,6 +170,12 @@ class QuantRecipe:
         if not isinstance(self.offsets, bool):
             raise UsageError(f"quant.offsets={self.offsets!r}: must be true or false")
         self._check_overrides()
+
+    def _settle_rule_bits(self) -> None:
+        """To be called before `act_bits` is put for None."""
+        if self.rule_bits is None:
+            object.__setattr__(self, "rule_bits", "both" if self.act_bits is None else "weights")
+        check_choice(f"{self.GROUP}.rule_bits", self.rule_bits, RULE_BITS)
 
     def _check_float_name(self) -> None:
         quantized = [k for k in ("weight_quantizer", "act_quantizer") if getattr(self, k) != "float"]
@@ -185,7 +196,7 @@ class QuantRecipe:
             if not isinstance(rule, Mapping) or set(rule) - knobs:
                 raise UsageError(f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: its knobs must be among {', '.join(sorted(knobs))}")
             try:
-                dataclasses.replace(self, overrides={}, **dict(rule))
+                dataclasses.replace(self, overrides={}, **self._with_following(rule))
             except UsageError as error:
                 raise UsageError(f"{self.GROUP}.overrides[{pattern!r}]: {error}") from error
         object.__setattr__(self, "overrides", {p: dict(rule) for p, rule in self.overrides.items()})
@@ -193,16 +204,18 @@ class QuantRecipe:
     def at(self, module_name: str) -> QuantRecipe:
         """The recipe for one module: the rules of `overrides` whose glob matches its name are applied.
 
-        A rule's `bits` also sets `stem_bits` and `head_bits`, so that it means the same wherever it matches.
+        A rule's `bits` also sets `stem_bits`, `head_bits` and, by `rule_bits`, `act_bits`, so that it means the same wherever it matches.
         """
         knobs: dict[str, Any] = {}
         for pattern, rule in self.overrides.items():
-            if not fnmatch.fnmatchcase(module_name, pattern):
-                continue
-            if "bits" in rule:
-                knobs |= {"stem_bits": rule["bits"], "head_bits": rule["bits"]}
-            knobs |= rule
+            if fnmatch.fnmatchcase(module_name, pattern):
+                knobs |= self._with_following(rule)
         return dataclasses.replace(self, overrides={}, **knobs) if knobs else self
+
+    def _with_following(self, rule: Mapping[str, Any]) -> dict[str, Any]:
+        """A rule and what its `bits` sets beside it."""
+        following = ("stem_bits", "head_bits", *(["act_bits"] if self.rule_bits == "both" else [])) if "bits" in rule else ()
+        return {knob: rule["bits"] for knob in following} | dict(rule)
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
         """Spec of a weight (out, ...) at `place`: one scale per output row; `role` is `weight` or `qk`."""
@@ -235,7 +248,7 @@ class QuantRecipe:
         return QuantSpec(role, name, FLOAT_BITS if name == "float" else int(bits or 0), step_init=self.step_init, **layout)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for checkpoints; `QuantRecipe(**d)` gives it back."""
+        """Plain data for checkpoints; `recipe_from` gives it back."""
         return dataclasses.asdict(self)
 
 

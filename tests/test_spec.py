@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 import qat
+from qat.model.ptq_spec import recipe_from
 from qat.spec import PRESETS, ROLES, QuantRecipe, QuantSpec, recipe
 from qat.utils.validate import FLOAT_BITS
 
@@ -118,6 +119,30 @@ def test_rules_apply_where_their_glob_matches():
     assert made.at("Blocks.3.attn.proj") == made
 
 
+@pytest.mark.parametrize(
+    ("knobs", "rule", "bits"),
+    [
+        ({"bits": 2}, {"bits": 4}, (4, 4)),
+        ({"bits": 2, "act_bits": 8}, {"bits": 4}, (4, 8)),
+        ({"bits": 2, "act_bits": 2}, {"bits": 4}, (4, 2)),
+        ({"bits": 2}, {"bits": 4, "act_bits": 3}, (4, 3)),
+        ({"bits": 2}, {"act_bits": 8}, (2, 8)),
+    ],
+)
+def test_bits_of_a_rule_mean_what_bits_of_the_recipe_mean(knobs, rule, bits):
+    found = recipe("ofq", **knobs, overrides={"blocks.0.*": rule}).at("blocks.0.attn")
+    assert (found.bits, found.act_bits) == bits
+    everywhere = recipe("ofq", **{**knobs, **rule})
+    assert (everywhere.bits, everywhere.act_bits) == bits
+
+
+def test_rules_of_a_stored_recipe_keep_their_meaning():
+    made = recipe("ofq", bits=2, overrides={"blocks.0.*": {"bits": 4}})
+    assert recipe_from(made.to_dict()) == made
+    older = {key: value for key, value in made.to_dict().items() if key != "rule_bits"}
+    assert (recipe_from(older).at("blocks.0.attn").bits, recipe_from(older).at("blocks.0.attn").act_bits) == (4, 2)
+
+
 def test_later_rules_win():
     rules = {"*": {"bits": 8, "qk_bias": "fold"}, "blocks.0.*": {"bits": 3}}
     first, later = recipe("ofq", overrides=rules), recipe("ofq", overrides=dict(reversed(rules.items())))
@@ -201,6 +226,6 @@ def test_unknown_place():
 
 
 def test_float_weights_beside_activations_of_few_bits_name_their_setting():
-    made = recipe("ofq", overrides={"head": {"weight_quantizer": "float", "bits": 32}})
+    made = recipe("ofq", overrides={"head": {"weight_quantizer": "float", "bits": 32, "act_bits": 4}})
     with pytest.raises(qat.UsageError, match=r"^quant\.head_bits=32: activations are quantized too; must be with act_quantizer=float$"):
         made.at("head").act_spec("input", "head")

@@ -124,7 +124,8 @@ def test_later_rules_win_where_their_globs_match(recipe, module):
     expected = {"bits": recipe.bits, "act_bits": recipe.act_bits, "stem_bits": recipe.stem_bits, "head_bits": recipe.head_bits}
     for pattern, rule in recipe.overrides.items():
         if fnmatch.fnmatchcase(module, pattern):
-            expected |= {"stem_bits": rule["bits"], "head_bits": rule["bits"]} if "bits" in rule else {}
+            following = ["stem_bits", "head_bits", *(["act_bits"] if recipe.rule_bits == "both" else [])]
+            expected |= {knob: rule["bits"] for knob in following} if "bits" in rule else {}
             expected |= rule
     found = recipe.at(module)
     assert {knob: getattr(found, knob) for knob in expected} == expected

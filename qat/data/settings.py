@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qat.data.auto_augment import AUGMENTATIONS, ERASE_MODES, INTERPOLATIONS
-from qat.data.checks import check_augmentation, check_normalisation
+from qat.data.settings_checks import check_augmentation, check_normalisation
 from qat.errors import UsageError
 from qat.utils.validate import check_choice, check_int, check_number, check_text
 

@@ -94,10 +94,12 @@ class PtqRecipe(QuantRecipe):
         "offsets",
         "map_scales",
         "step_init",
+        "rule_bits",
     })
 
     def __post_init__(self) -> None:
         check_text("ptq.name", self.name)
+        self._settle_rule_bits()
         self._complete()
         for knob, allowed in (
             ("placement", PLACEMENTS),
@@ -196,7 +198,8 @@ def recipe_from(stored: Mapping[str, Any]) -> QuantRecipe:
         UsageError: a value that cannot work, or a quantizer `package.module:Class` of a module that nobody has imported.
     """
     names = {f.name for f in dataclasses.fields(PtqRecipe)} - {f.name for f in dataclasses.fields(QuantRecipe)}
-    recipe = PtqRecipe(**stored) if names & set(stored) else QuantRecipe(**stored)
+    known = {"rule_bits": "weights", **stored}  # in a file without it, rules have never set other bits
+    recipe = PtqRecipe(**known) if names & set(stored) else QuantRecipe(**known)
     for name in custom_quantizers(recipe):
         check_imported("quantizer", name)
     return recipe

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
 from omegaconf import DictConfig
 from torch import nn
 
 from qat.data import ImageData
 from qat.lit import scaled_lr
-from qat.model.convert import ConversionReport
+from qat.model.convert import ConversionReport, ReportRow
 from qat.model.frozen import FrozenWeight
 from qat.model.ptq_spec import PtqRecipe
 from qat.spec import QuantRecipe
@@ -75,12 +77,53 @@ def describe_data(name: str, data: ImageData) -> str:
 
 
 def compact(report: ConversionReport) -> str:
-    """The conversion report with equal blocks in one row: numbers in names become `*`, the last column counts them."""
-    rows = Counter((re.sub(r"\d+", "*", r.module), r.role, r.quantizer, r.bits, r.axis, r.scales, r.offsets) for r in report.rows)
+    """The conversion report with equal blocks in one row: numbers in names become `*`, the last column counts them.
+
+    Blocks that a rule gave other bits, quantizers or offsets than most have rows of their own with their numbers: `blocks.0,2.attn`.
+    """
+    kinds: dict[tuple[str, str], Counter[tuple[object, ...]]] = defaultdict(Counter)
+    for r in report.rows:
+        kinds[_starred(r.module), r.role][_kind(r)] += 1
+    rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for r in report.rows:
+        usual = kinds[_starred(r.module), r.role].most_common(1)[0][0] == _kind(r)
+        rows[_starred(r.module), str(usual), *(str(v) for v in dataclasses.astuple(r)[1:])].append(r.module)
     head = ("module", "role", "quantizer", "bits", "axis", "scales", "offsets", "times")
-    table = [head, *((*(str(v) for v in key), str(times)) for key, times in rows.items())]
+    table = [head]
+    for (name, usual, *about), modules in rows.items():
+        named = [(name, len(modules))] if usual == "True" else _numbered(modules)
+        table += [(shown, *about, str(times)) for shown, times in named]  # type: ignore[arg-type]
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     text = ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
-    floats = Counter((re.sub(r"\d+", "*", name), cls) for name, cls in report.stays_float)
+    floats = Counter((_starred(name), cls) for name, cls in report.stays_float)
     stays = ", ".join(f"{name} ({cls})" + (f" x{n}" if n > 1 else "") for (name, cls), n in floats.items())
     return "\n".join(["quantized", *text, f"  stays float: {stays}"])
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _kind(row: ReportRow) -> tuple[object, ...]:
+    """What a rule changes; how many scales there are follows from the layer."""
+    return row.quantizer, row.bits, row.axis, row.offsets
+
+
+def _numbered(names: list[str]) -> list[tuple[str, int]]:
+    """The names that differ in their numbers as one, if they are all that its numbers allow; else each by itself."""
+    places = [sorted(set(column)) for column in zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True)]
+    if math.prod(map(len, places)) != len(names):
+        return [(name, 1) for name in names]
+    numbers = iter(places)
+    return [(re.sub(r"\d+", lambda _: _ranges(next(numbers)), names[0]), len(names))]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0,2-5` for 0, 2, 3, 4, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)

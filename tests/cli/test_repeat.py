@@ -65,7 +65,7 @@ def test_what_follows_a_setting_follows_it_again(first):
     code, out = typed("train.py", *again, *changed, "run_dir=changed", cwd=first.parent)
     assert code == 0, out
     cfg = OmegaConf.load(first.parent / "changed" / "config.yaml")
-    assert (cfg.data.seed, cfg.quant.act_bits, cfg.data.augment, cfg.data.hflip) == (4, 3, "light", 0.25)
+    assert (cfg.data.seed, cfg.quant.bits, cfg.data.augment, cfg.data.hflip) == (4, 3, "light", 0.25)
     assert cfg.optimizer.lr == 2e-3
     assert cfg.logger.csv.save_dir == cfg.run_dir == str(first.parent / "changed")
 
@@ -123,7 +123,7 @@ def test_another_process_gives_the_same_again(first):
 def test_the_file_has_values_and_says_what_followed_what():
     cfg = compose("train", "run_dir=/a", "resume=auto", "overwrite=true", "logger=[csv,mlflow]")
     found = OmegaConf.create(recorded(cfg))
-    assert (found.data.seed, found.quant.act_bits, found.logger.csv.save_dir) == (0, 2, "/a")
+    assert (found.data.seed, found.quant.act_bits, found.logger.csv.save_dir) == (0, None, "/a")
     assert (found.resume, found.overwrite, found.run_dir) == (False, False, "/a")
     assert found.follows["data.seed"] == "@{seed}"
     assert found.follows["logger.mlflow.store"] == "@{oc.select:sweep_dir,@{run_dir}}"
@@ -141,7 +141,7 @@ def read_back(*overrides, **changes):
 def test_references_are_put_back_except_where_something_was_set():
     cfg = read_back(run_dir="/b", seed=7, quant__bits=3, data__seed=1, data__image_size=16)
     follow(cfg, ["run_dir=/b", "seed=7", "quant.bits=3", "data.seed=1", "data.image_size=16"])
-    assert (cfg.data.seed, cfg.quant.act_bits, cfg.model.args.img_size) == (1, 3, 16)
+    assert (cfg.data.seed, cfg.quant.bits, cfg.model.args.img_size) == (1, 3, 16)
     assert (cfg.logger.csv.save_dir, cfg.logger.mlflow.store) == ("/b", "/b")
     assert "follows" not in cfg
 

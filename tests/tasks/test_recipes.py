@@ -93,7 +93,7 @@ def test_settings_are_the_published_ones(row, stage):
     assert found == TABLE[row]
     assert (cfg.data.augment, cfg.data.rand_augment, cfg.data.random_erasing) == ("timm", "rand-m9-mstd0.5-inc1", 0.25)
     assert (cfg.optimizer.opt, list(cfg.optimizer.betas), cfg.optimizer.eps, cfg.seed) == ("adamw", [0.9, 0.999], 1e-8, 42)
-    assert (cfg.quant.name, f"w{cfg.quant.bits}a{cfg.quant.act_bits}") == ("ofq", row[-4:])
+    assert (cfg.quant.name, cfg.quant.act_bits, f"w{cfg.quant.bits}a{cfg.quant.bits}") == ("ofq", None, row[-4:])
     assert (cfg.quant.map_scales == "column") == row.startswith("swin")
     assert (cfg.trainer.precision, cfg.trainer.gradient_clip_val, cfg.model.args.drop_path_rate) == ("32-true", None, 0.0)
     assert list(cfg.loss.terms) == ["kd"]

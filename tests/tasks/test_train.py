@@ -87,7 +87,7 @@ def test_checkpoints_are_plain_data(run_2bit):
 def test_config_is_written_resolved(run_2bit):
     cfg = OmegaConf.load(run_2bit / "config.yaml")
     assert OmegaConf.to_yaml(cfg) == OmegaConf.to_yaml(cfg, resolve=True)
-    assert (cfg.data.seed, cfg.quant.act_bits, cfg.model.args.num_classes) == (3, 2, 10)
+    assert (cfg.data.seed, cfg.quant.bits, cfg.quant.act_bits, cfg.model.args.num_classes) == (3, 2, None, 10)
 
 
 def test_conversion_report_lists_every_quantizer(run_2bit):

@@ -136,5 +136,6 @@ def with_bits(recipe: QuantRecipe, bits: Mapping[str, int]) -> dict[str, dict[st
     for name, width in bits.items():
         # A rule of that very name moves to the end: it has to keep what the rules behind it made of its knobs.
         at, earlier = recipe.at(name), rules.pop(name, {})
-        rules[name] = {knob: getattr(at, knob) for knob in earlier if knob not in _FOLLOW_BITS} | {"bits": width}
+        activations = {"act_bits": at.act_bits} if recipe.rule_bits == "both" else {}  # the weights' bits alone were chosen
+        rules[name] = {knob: getattr(at, knob) for knob in earlier if knob not in _FOLLOW_BITS} | {"bits": width} | activations
     return rules

@@ -9,6 +9,7 @@ from torch import nn
 
 import qat
 from qat.analysis.sensitivity.parts import take_apart
+from qat.model.convert import conversion_of
 from qat.model.ptq_spec import PtqRecipe
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq import calibrate
@@ -114,10 +115,11 @@ def test_other_bits_are_those_of_a_net_converted_with_them(kind, bits):
     net = net_of(kind)
     apart = take_apart(net, tiny.SIZE, "module")
     names = [part.name for part in apart.parts if part.weights and part.name.startswith("blocks")]
+    acts = conversion_of(net).recipe.act_bits
     for name in (names[0], names[-1]):
         with apart.with_bits({name: bits}, "own"):
             found = tiny.logits(net)
-        assert torch.equal(found, tiny.logits(converted_anew(kind, {name: {"bits": bits}}))), name
+        assert torch.equal(found, tiny.logits(converted_anew(kind, {name: {"bits": bits, "act_bits": acts}}))), name
 
 
 def test_bits_of_several_parts_at_once():
