@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qat.callbacks.waiting import WaitClock, advice
 from qat.data import ImageData
+from qat.data.arrays import ImageArrays
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,12 @@ def images_left_out(trainer: Trainer) -> str:
     data = getattr(trainer, "datamodule", None)
     count = data.left_out() if isinstance(data, ImageData) else {}
     return f"left out {', '.join(f'{n} {split}' for split, n in count.items())} images" if count else ""
+
+
+def _in_memory(trainer: Trainer) -> bool:
+    """True where no image is left to decode: processes that cut arrays are seldom worth their start."""
+    data = getattr(trainer, "datamodule", None)
+    return isinstance(data, ImageData) and isinstance(data.split("train"), ImageArrays)
 
 
 def _duration(seconds: float) -> str:
@@ -101,7 +108,7 @@ class EpochLog(Callback):
             return ""
         times = torch.tensor(found, device=trainer.strategy.root_device)
         waited, share = (trainer.strategy.reduce(times, reduce_op="max") if trainer.world_size > 1 else times).tolist()
-        if waited < WAIT_S or share < WAIT_SHARE:
+        if waited < WAIT_S or share < WAIT_SHARE or _in_memory(trainer):
             return ""
         workers = getattr(trainer.train_dataloader, "num_workers", 0)
         return f"  waiting for data {share:.0%} of the time: {advice(share, workers, trainer.num_devices)}".replace("%", " %", 1)

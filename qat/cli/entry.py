@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from qat.cli import foreign, job, repeat, resolvers, sweep
+from qat.cli import arguments, foreign, job, repeat, resolvers, sweep
 from qat.errors import UsageError
 from qat.launch import lock, ranks, signals, slurm
 from qat.launch.lock import InUseError
@@ -34,10 +35,12 @@ from qat.launch.watch import LOST
 
 log = logging.getLogger(__name__)
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache on a fresh machine
-PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run", "sweep", "file")
 OTHERS_WAIT_S = 3
 # What gloo and NCCL say of it; torch has no common class for them.
 _LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|remote process exited|Broken pipe|failed to recv")
+# What torch says of a process of a loader that is gone, and of open files.
+_WORKER = re.compile(r"DataLoader worker \(pid.*")
+_FILES = re.compile(r"[Tt]oo many open files|received 0 items of ancdata")
 _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
@@ -83,10 +86,9 @@ def command(main: Callable[[], None]) -> int:
     handler = signal.getsignal(signal.SIGINT)
     if handler is signals.end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    expand_home()
-    if (wrong := _group_of_null(sys.argv[1:])) is not None:
-        sys.exit(f"error: {wrong}")
+    sys.argv[1:] = arguments.prepared(sys.argv[1:])
     try:
+        arguments.check(sys.argv[1:])
         foreign.check_repeated(sys.argv[1:])
     except UsageError as error:
         sys.exit(f"error: {error}")
@@ -99,13 +101,6 @@ def command(main: Callable[[], None]) -> int:
         sweep.summarize()
         signal.signal(signal.SIGINT, handler)  # Python takes a moment to end, too
     return 1 if sweep.failures else 0
-
-
-def _group_of_null(arguments: list[str]) -> str | None:
-    """What is wrong with `logger=null`, which Hydra answers with a traceback; None if no group is set to null."""
-    groups = [one.lstrip("+").removesuffix("=null") for one in arguments if one.endswith("=null")]
-    null = next((group for group in groups if (repeat.CONF / group).is_dir()), None)
-    return None if null is None else f"{null}=null: must be the name of a file in conf/{null}; ~{null} leaves it out"
 
 
 def run(task: str, cfg: DictConfig) -> float | None:
@@ -141,6 +136,8 @@ def run(task: str, cfg: DictConfig) -> float | None:
                 sys.exit(LOST)
             if _wants_traceback(cfg) or (mistake is None and not multirun):
                 raise
+            if mistake is not None:
+                sys.unraisablehook = lambda _: None  # what half-built objects raise at their end says less than the line
             message = str(mistake) if mistake is not None else f"{type(error).__name__}: {error}"
             _report(cfg, message, error if mistake is None else None, None if isinstance(mistake, InUseError | UsedError) else found)
             code = 1
@@ -221,14 +218,9 @@ def _enter_run_dir(cfg: DictConfig) -> None:
     Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
 
 
-def expand_home() -> None:
-    """Replace the tilde of arguments like `data.root=~/x`, which a shell leaves alone and Hydra's grammar does not know."""
-    sys.argv[1:] = [re.sub(r"(?<==)~(?=/|$)", str(Path.home()), argument, count=1) for argument in sys.argv[1:]]
-
-
 def _expand_homes(cfg: DictConfig) -> None:
-    """The same for paths that a yaml file or quotes brought in."""
-    for name in PATHS:
+    """Replace the tilde of paths that a yaml file or quotes brought in; `arguments.prepared` did so for others."""
+    for name in arguments.PATHS:
         value = OmegaConf.select(cfg, name)
         if isinstance(value, str) and value.startswith("~"):
             OmegaConf.update(cfg, name, str(Path(value).expanduser()))
@@ -241,13 +233,26 @@ def _mistake(error: BaseException | None) -> UsageError | None:
             return error
         if isinstance(error, OmegaConfBaseException):
             return UsageError(f"config: {in_one_line(error)}")
-        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
-            return UsageError(f"cannot be written: {error.filename} ({error.strerror})")
-        if isinstance(error, PermissionError):
-            return UsageError(f"no access to {error.filename} ({error.strerror})")
-        if isinstance(error, RuntimeError) and _LOST.search(str(error)):
-            return LostError(f"another process of this run is gone: {str(error).partition(chr(10))[0]}")
+        if (mistake := _of_the_machine(error)) is not None:
+            return mistake
         error = error.__cause__
+    return None
+
+
+def _of_the_machine(error: BaseException) -> UsageError | None:
+    """A disk, a limit or another process that is in the way."""
+    if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+        return UsageError(f"cannot be written: {error.filename} ({error.strerror})")
+    if isinstance(error, OSError | RuntimeError) and _FILES.search(str(error)):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return UsageError(f"ulimit -n {limit}: too few open files for this run; must be more, or data.num_workers fewer")
+    if isinstance(error, PermissionError):
+        return UsageError(f"no access to {error.filename} ({error.strerror})")
+    if isinstance(error, RuntimeError) and (worker := _WORKER.search(str(error))):
+        advice = "memory may be short: data.num_workers fewer, data.batch_size smaller, on Docker --shm-size larger"
+        return UsageError(f"{worker[0].rstrip('. ')}; {advice}")
+    if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+        return LostError(f"another process of this run is gone: {str(error).partition(chr(10))[0]}")
     return None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from qat.cli.arguments import groups
 from qat.launch import slurm
 
 SWIN_STAGES = 4
@@ -48,5 +49,6 @@ def register() -> None:
     """Make them known to OmegaConf."""
     functions: dict[str, Callable[..., Any]] = {function.__name__: function for function in (swin_patch, swin_window, none_of, pick)}
     functions |= {"slurm_tasks_per_node": slurm.tasks_per_node, "slurm_nodes": slurm.nodes}
+    functions["config_groups"] = groups
     for name, function in functions.items():
         OmegaConf.register_new_resolver(name, function, replace=True)

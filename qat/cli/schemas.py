@@ -13,7 +13,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat.cli.entry import PATHS, in_one_line
+from qat.cli.arguments import PATHS
+from qat.cli.entry import in_one_line
 from qat.errors import UsageError
 from qat.lit.optim import INTERVALS
 from qat.model.checkpoint import FORMATS

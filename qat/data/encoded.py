@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 NAMED_AT_MOST = 20
 SLOW_S = 2.0
+# Of images that are decoded when needed so many are tried before a run begins: some seconds.
+TRIED_AT_MOST = 1000
+SKIP = "data.on_error=skip leaves out what cannot be decoded"
 FORMAT = 1
 
 
@@ -107,7 +110,8 @@ def read_all(encoded: EncodedImages, chans: int, on_error: str) -> ImageArrays:
         on_error: `raise`, or `skip` = leave out what cannot be decoded, count and name it in a warning.
 
     Raises:
-        UsageError: an image cannot be decoded, there are none, or sizes differ.
+        ImageError: images cannot be decoded; names them together.
+        UsageError: there are none, or sizes differ.
     """
     images, rows, failed = [], [], []
     for row in range(len(encoded)):
@@ -115,18 +119,24 @@ def read_all(encoded: EncodedImages, chans: int, on_error: str) -> ImageArrays:
             images.append(read_one(encoded, row, chans))
             rows.append(row)
         except ImageError as error:
-            if on_error == "raise":
-                raise
             failed.append(str(error))
-    if failed:
-        more = f" and {len(failed) - NAMED_AT_MOST} more" if len(failed) > NAMED_AT_MOST else ""
-        names = "; ".join(failed[:NAMED_AT_MOST])
-        log.warning("data.on_error=skip: left out %d of %d images: %s%s", len(failed), len(encoded), names, more)
+    _report(failed, len(encoded), on_error)
     if not images:
         raise UsageError(f"{encoded.where}: no images")
     if len({image.shape for image in images}) > 1:
         raise UsageError(f"{encoded.where}: images have different sizes, one size is needed here")
     return ImageArrays(np.stack(images), encoded.labels[rows], len(failed))
+
+
+def _report(failed: list[str], total: int, on_error: str) -> None:
+    """Raise, or warn of, all images that cannot be decoded in one line."""
+    if not failed:
+        return
+    more = f" and {len(failed) - NAMED_AT_MOST} more" if len(failed) > NAMED_AT_MOST else ""
+    names = "; ".join(failed[:NAMED_AT_MOST]) + more
+    if on_error == "raise":
+        raise ImageError(f"{names}; {SKIP}" if total == len(failed) == 1 else f"{len(failed)} of {total} images: {names}; {SKIP}")
+    log.warning("data.on_error=skip: left out %d of %d images: %s", len(failed), total, names)
 
 
 def decoded(encoded: EncodedImages, settings: DataSettings) -> ImageArrays:
@@ -182,7 +192,10 @@ def load(encoded: EncodedImages, settings: DataSettings) -> ImageSource:
             log.info("%s: %s: decoded when needed", encoded.where, needs)
         elif size is not None:
             return replace(decoded(encoded, settings) if arrays is None else arrays, known_as=encoded.fingerprint())
-    return LazyImages(encoded, settings.in_chans, settings.on_error)
+    images = LazyImages(encoded, settings.in_chans, settings.on_error)
+    if len(encoded) <= TRIED_AT_MOST:
+        images.try_all()
+    return images
 
 
 def _one_size(encoded: EncodedImages) -> tuple[int, int] | None:
@@ -244,12 +257,27 @@ class LazyImages:
                 self._note(row, error)
         raise ImageError(f"data.on_error=skip: none of {len(self)} images can be decoded")
 
+    def try_all(self) -> None:
+        """Decode each image once.
+
+        Raises:
+            ImageError: some cannot be decoded, and they are not to be skipped; names them together.
+        """
+        failed = []
+        for row in range(len(self)):
+            try:
+                read_one(self.encoded, row, self.chans)
+            except ImageError as error:
+                self._failed[row] = True
+                failed.append(str(error))
+        _report(failed, len(self), self.on_error)
+
     def fingerprint(self) -> str:
         """That of the files."""
         return self.encoded.fingerprint()
 
     def _note(self, row: int, error: ImageError) -> None:
         if self.on_error == "raise":
-            raise error
+            raise ImageError(f"{error}; {SKIP}") from error
         self._failed[row] = True
         log.warning("data.on_error=skip: %s; the next image replaces it (%d so far)", error, self.left_out)

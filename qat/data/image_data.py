@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from qat.data.arrays import MEGABYTE, ImageArrays, ImageSource, digest
-from qat.data.loader import ResumableLoader
+from qat.data.loader import ResumableLoader, check_open_files
 from qat.data.mixup import BatchMixup
 from qat.data.sampler import Key, SeededSampler, kept_rng, seed_rng
 from qat.data.settings import DataSettings
@@ -154,6 +155,12 @@ class ImageData(LightningDataModule, ABC):
         """`test`, or `val` where there is no test split."""
         return "test" if "test" in self.splits else "val"
 
+    def evaluation_facts(self) -> dict[str, Any]:
+        """What an accuracy on `evaluation_split` is to be seen beside: the split, its images, the share in % of its most frequent class."""
+        labels = self.split(self.evaluation_split).labels
+        share = 100 * float(np.bincount(labels).max()) / len(labels)
+        return {"split": self.evaluation_split, "images": len(labels), "majority_share": round(share, 4)}
+
     def _training_images(self, purpose: str) -> ImageSource:
         if "train" not in self.splits:
             has = ", ".join(self.splits)
@@ -227,6 +234,7 @@ class ImageData(LightningDataModule, ABC):
         images = TransformedImages(self.split(split), eval_transform(self.settings), self.settings.seed)
         total = len(images)
         chosen = range(total) if count is None or count >= total else [i * total // count for i in range(count)]
+        check_open_files(self.settings.num_workers)
         return DataLoader(Subset(images, chosen), batch_size=self.settings.batch_size, num_workers=self.settings.num_workers)
 
     def _loader(self, images: TransformedImages, *, shuffle: bool) -> DataLoader:
@@ -237,6 +245,7 @@ class ImageData(LightningDataModule, ABC):
         sampler = SeededSampler(len(images), seed=self.settings.seed, shuffle=shuffle, **options)
         batch_size = self._mixable(len(sampler)) if shuffle and self.settings.mixes else self.settings.batch_size
         workers = self.settings.num_workers
+        check_open_files(workers)
         loader = ResumableLoader if shuffle else DataLoader
         return loader(
             images,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import ImageNetInfo
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from qat.data.arrays import digest
 from qat.data.encoded import EncodedImages
@@ -22,8 +22,10 @@ from qat.data.image_data import data_folder
 from qat.data.kept import stamp
 from qat.data.photos import Photos
 from qat.errors import UsageError
+from qat.utils.files import files_below
 
-EXTENSIONS = IMG_EXTENSIONS
+# Of a GIF the first picture is read.
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 LAYOUT = "train/<class>/*, val/<class>/* and test/<class>/*"
 
@@ -177,7 +179,7 @@ def list_files(folder: Path, classes: list[str], source: str = "train") -> FileI
     for name in class_names(folder):
         if name not in ids:
             raise UsageError(f"{folder / name}: is no class of {source}; its classes are {_shown(classes)}")
-    found = sorted(make_dataset(str(folder), ids, is_valid_file=_is_image, allow_empty=True), key=lambda one: (one[1], one[0]))
+    found = [(path, ids[name]) for name in classes for path in files_below(folder / name) if is_image(path)]
     labels = np.asarray([label for _, label in found], dtype=np.int64)
     empty = sorted({*range(len(classes))} - {*labels.tolist()})
     if not found or (empty and folder.name == source):
@@ -186,7 +188,8 @@ def list_files(folder: Path, classes: list[str], source: str = "train") -> FileI
     return FileImages(np.asarray([os.fsencode(path) for path, _ in found]), labels, str(folder))
 
 
-def _is_image(path: str) -> bool:
+def is_image(path: str) -> bool:
+    """By its name."""
     return path.lower().endswith(EXTENSIONS) and not os.path.basename(path).startswith(".")
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """`QAT_CACHE_DIR`, else `qat/images` where the caches of this user are."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("QAT_CACHE_DIR") or Path(caches) / "qat" / "images").expanduser()
+    """`QAT_CACHE_DIR`, else `qat/images` where the caches of this user are, of one without a home among temporary files."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(caches):
+        caches = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
+    return Path(os.path.expanduser(os.environ.get("QAT_CACHE_DIR") or os.path.join(caches, "qat", "images")))
 
 
 def stamp(path: str | Path) -> list[Any]:

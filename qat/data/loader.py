@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,16 @@ from torch.utils.data import DataLoader
 
 from qat.data.sampler import SeededSampler
 from qat.errors import UsageError
+
+# Each batch on its way is open files, of an image and its label at least.
+FILES, FILES_PER_WORKER = 64, 32
+
+
+def check_open_files(workers: int) -> None:
+    """Raise `UsageError` if so many loader processes would run out of open files; it would be in the middle of an epoch."""
+    limit, lowest = resource.getrlimit(resource.RLIMIT_NOFILE)[0], FILES + FILES_PER_WORKER * workers
+    if workers and limit != resource.RLIM_INFINITY and limit < lowest:
+        raise UsageError(f"data.num_workers={workers}: this process may open {limit} files; must be 0, or ulimit -n {lowest} and more")
 
 
 class ResumableLoader(DataLoader):

@@ -72,7 +72,9 @@ def _features() -> str:
 
 def _cache() -> Path | None:
     """A folder that nobody else can write to, None where there is none: what lies there is run."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qat"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qat"
+    if not folder.is_absolute():  # a user without a home
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = folder.stat()

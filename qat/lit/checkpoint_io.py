@@ -21,6 +21,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             write_torch(path, checkpoint, previous=PREVIOUS.get(Path(path).name))
         except (OSError, RuntimeError) as error:
+            if "DataLoader worker" in str(error):  # torch raises that wherever the process is when one of them dies
+                raise
             reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
             raise UsageError(f"{path} cannot be written ({reason}); the checkpoint that was there is intact") from error
 

@@ -206,7 +206,7 @@ def _why(path: Path, error: Exception) -> str:
         objects = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"})
     except Exception:
         objects = []
-    if not objects and isinstance(error, OSError | EOFError):
+    if not objects and (isinstance(error, OSError | EOFError) or "PytorchStreamReader" in str(error)):
         return "it is damaged or cut short"
     # Torch goes on with advice to turn the check off; of a text it names the first letter.
     if not objects and (isinstance(error, LookupError) or "Weights only load failed" in str(error)):

@@ -15,7 +15,7 @@ import timm.scheduler.scheduler
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -167,7 +167,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
             use_distributed_sampler=False,
             enable_model_summary=False,
             enable_checkpointing=any(isinstance(c, Checkpointing) for c in monitors),  # else Lightning adds one of its own
-            enable_progress_bar=any("Progress" in type(c).__name__ for c in monitors),
+            enable_progress_bar=any(isinstance(c, ProgressBar) for c in monitors),
         )
     except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         message = " ".join(str(error).split())

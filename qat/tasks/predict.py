@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from qat.data import DataSettings, ImageData, image_transform
-from qat.data.encoded import ImageError
-from qat.data.imagefolder import EXTENSIONS
+from qat.data.encoded import SKIP, ImageError
+from qat.data.imagefolder import EXTENSIONS, is_image
 from qat.errors import UsageError
 from qat.spec import QuantRecipe
 from qat.tasks import summary
-from qat.utils.files import write_text
+from qat.utils.files import files_below, write_text
+from qat.utils.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +73,10 @@ def find_images(where: str) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise UsageError(f"predict={where!r}: no such file or folder")
-    found: list[Path] = []
-    for at, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(at) / name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    found = sorted(Path(path) for path in files_below(root, hidden=False) if is_image(path))
     if not found:
         raise UsageError(f"predict={where!r}: the folder holds no images; known are {', '.join(EXTENSIONS)}")
-    return sorted(found)
+    return found
 
 
 def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: Trainer) -> None:
@@ -107,13 +104,13 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
 
 
 def as_csv(predictions: list[Prediction]) -> str:
-    """A line per image: path, then class and probability by rank."""
+    """A line per image: path, then class and probability by rank; names are made printable."""
     columns = [f"{what}_{rank}" for rank in range(1, len(predictions[0].ranks) + 1) for what in ("class", "probability")]
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", *columns])
     for one in predictions:
-        writer.writerow([one.path, *(cell for name, share in one.ranks for cell in (name, f"{share:.6f}"))])
+        writer.writerow([printable(one.path), *(cell for name, share in one.ranks for cell in (printable(name), f"{share:.6f}"))])
     return text.getvalue()
 
 
@@ -141,7 +138,7 @@ class _Files(Dataset[tuple[int, Tensor] | None]):
             return row, self.transform(self.paths[row])
         except ImageError as error:
             if self.on_error == "raise":
-                raise
+                raise ImageError(f"{error}; {SKIP}") from error
             log.warning("data.on_error=skip: %s; left out", error)
             return None
 

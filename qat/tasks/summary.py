@@ -86,13 +86,13 @@ def compact(report: ConversionReport) -> str:
         kinds[_starred(r.module), r.role][_kind(r)] += 1
     rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for r in report.rows:
-        usual = kinds[_starred(r.module), r.role].most_common(1)[0][0] == _kind(r)
-        rows[_starred(r.module), str(usual), *(str(v) for v in dataclasses.astuple(r)[1:])].append(r.module)
+        is_usual = kinds[_starred(r.module), r.role].most_common(1)[0][0] == _kind(r)
+        rows[_starred(r.module), "usual" if is_usual else "", *(str(v) for v in dataclasses.astuple(r)[1:])].append(r.module)
     head = ("module", "role", "quantizer", "bits", "axis", "scales", "offsets", "times")
-    table = [head]
+    table: list[tuple[str, ...]] = [head]
     for (name, usual, *about), modules in rows.items():
-        named = [(name, len(modules))] if usual == "True" else _numbered(modules)
-        table += [(shown, *about, str(times)) for shown, times in named]  # type: ignore[arg-type]
+        named = [(name, len(modules))] if usual else _numbered(modules)
+        table += [(shown, *about, str(times)) for shown, times in named]
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     text = ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
     floats = Counter((_starred(name), cls) for name, cls in report.stays_float)

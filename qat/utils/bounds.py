@@ -16,6 +16,7 @@ from qat.errors import UsageError
 
 MOST_JSON_BYTES, MOST_YAML_BYTES = 2**25, 2**20
 MOST_DEPTH, MOST_VALUES = 32, 10**6
+MOST_DIGITS = 300
 # Aliases of YAML are shared in memory and written out by whoever copies them.
 MOST_YAML_VALUES = 20_000
 # What a checkpoint may ask for before weights are compared: a number among a model's arguments; tensors and numbers of its net, in those
@@ -50,11 +51,16 @@ def read_json(path: Path) -> Any:
         ValueError: it is no JSON, or beyond the bounds.
     """
     try:
-        found = json.loads(_text(path, MOST_JSON_BYTES))
+        found = json.loads(_text(path, MOST_JSON_BYTES), parse_int=_integer)
     except RecursionError:
         raise ValueError(f"is nested more than {MOST_DEPTH} deep") from None
     check_bounds(found)
     return found
+
+
+def _integer(text: str) -> int | float:
+    """One that is also a float; a longer one is infinite."""
+    return int(text) if len(text) < MOST_DIGITS else float(text)
 
 
 def read_yaml(path: Path) -> tuple[Any, str]:

@@ -228,3 +228,28 @@ def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> An
     if damage is not None:
         raise OSError(errno.EIO, f"it is damaged ({damage})", str(path))
     return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def files_below(folder: str | os.PathLike[str], *, hidden: bool = True) -> list[str]:
+    """All files below a folder, sorted; links are followed but those to a folder above, and no folder is gone through twice.
+
+    Args:
+        folder: where.
+        hidden: with what is below folders whose names begin with a dot.
+    """
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(at)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        here = os.path.join(os.path.realpath(at), "")
+        folders[:] = sorted(
+            name
+            for name in folders
+            if (hidden or not name.startswith(".")) and not here.startswith(os.path.join(os.path.realpath(os.path.join(at, name)), ""))
+        )
+        found += [os.path.join(at, name) for name in files]
+    return sorted(found)

@@ -1,6 +1,7 @@
 """`eval.py predict=...`. Oracle: softmax of the rebuilt net on what `qat.transform` makes of each file, one by one."""
 
 import csv
+import os
 
 import pytest
 import timm
@@ -226,3 +227,18 @@ def test_images_are_found_through_links_in_order(tmp_path):
     for link, target in (("z", "a"), ("b", "b")):
         (tmp_path / "all" / link).symlink_to(tmp_path / target)
     assert [str(p.relative_to(tmp_path / "all")) for p in find_images(str(tmp_path / "all"))] == ["b/1.BMP", "b/2.webp", "z/9.tiff"]
+
+
+def test_links_in_a_circle_end_and_count_no_image_twice(tmp_path):
+    write_image(tmp_path / "all" / "a" / "1.png", 4, 4)
+    for link, target in (("a/up", ".."), ("a/self", "."), ("b", "a"), ("round", "../all")):
+        (tmp_path / "all" / link).symlink_to(target)
+    assert [str(p.relative_to(tmp_path / "all")) for p in find_images(str(tmp_path / "all"))] == ["a/1.png"]
+
+
+def test_names_that_are_no_text_cost_no_predictions(tmp_path, run_4bit):
+    write_image(tmp_path / "photos" / "x.png", 16, 16)
+    for name in (b"\xff.png", b"\x1b[31m.png"):
+        os.link(tmp_path / "photos" / "x.png", os.path.join(os.fsencode(tmp_path / "photos"), name))
+    _, rows = predict(tmp_path, f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos")
+    assert [row[0] for row in rows] == [f"{tmp_path}/photos/{name}" for name in (r"\x1b[31m.png", "x.png", r"\xff.png")]

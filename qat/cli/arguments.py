@@ -1,0 +1,76 @@
+"""The command line before Hydra reads it: paths as people type them, and mistakes that Hydra answers at length. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+
+from qat.cli.repeat import CONF
+from qat.errors import UsageError
+
+PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run", "sweep", "file")
+# What stands for itself in Hydra's grammar.
+_PLAIN = re.compile(r"[A-Za-z0-9_./:+%@-]*")
+# Arguments that were known once, and what to use instead; `conf/` says what there is now.
+REPLACED = {
+    r"callbacks\.finite\.(policy|max_rollbacks)=.*": "a non-finite loss ends the run; resume=true goes on from the last good checkpoint",
+    r"search=bits": "analyze.py analysis=sensitivity analysis.budget_mb=MB gives the overrides of a mixed net",
+    r"experiment=ofq_(deit_[ts]|swin_t)_(w\da\d(_cga)?)": r"experiment=ofq_\2 model=\1",
+    r"experiment=evolq_((deit|vit)_[tsb])_(w\da\d)": r"experiment=evolq_\3 model=\1",
+}
+
+
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `~` in front of a path expanded, and paths quoted where Hydra's grammar would not take them as they are."""
+    is_multirun = any(one in {"-m", "--multirun"} for one in arguments)
+    return [_prepared(one, is_multirun=is_multirun) for one in arguments]
+
+
+def _prepared(argument: str, *, is_multirun: bool) -> str:
+    key, equals, value = argument.partition("=")
+    value = re.sub(r"^~(?=/|$)", lambda _: os.path.expanduser("~"), value) if equals else value
+    means_more = value[:1] in {"'", '"'} or "${" in value or (is_multirun and re.search(r"[,(]", value))
+    if key.lstrip("+") not in (*PATHS, "run_dir") or means_more or _PLAIN.fullmatch(value):
+        return f"{key}{equals}{value}"
+    # Backslashes count only in front of a quote.
+    quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"{key}='{quoted}'"
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Answer what Hydra answers with a traceback or a page.
+
+    Raises:
+        UsageError: a choice that there is not in `conf/`, or a setting that has gone.
+    """
+    has_more_folders = any(one.startswith(("--config", "-c", "hydra.searchpath")) for one in arguments)
+    for argument in arguments:
+        typed = argument.lstrip("+")
+        for pattern, successor in REPLACED.items():
+            if (found := re.fullmatch(pattern, typed)) is not None:
+                raise UsageError(f"{argument}: is gone; instead: {found.expand(successor)}")
+        group, equals, choice = typed.partition("=")
+        if equals and (CONF / group).is_dir():
+            _check_choice(group, choice, has_more_folders=has_more_folders)
+
+
+def _check_choice(group: str, choice: str, *, has_more_folders: bool) -> None:
+    if choice == "null":
+        raise UsageError(f"{group}=null: must be the name of a file in conf/{group}; ~{group} leaves it out")
+    known = options(group)
+    for name in re.fullmatch(r"\[?(.*?)\]?", choice)[1].split(","):  # type: ignore[index]
+        is_name = re.fullmatch(r"[\w-]+", name.strip()) is not None
+        if is_name and name.strip() not in known and (name.strip().startswith("_") or not has_more_folders):
+            raise UsageError(f"{group}={name.strip()}: must be one of {', '.join(known)}")
+
+
+def options(group: str) -> list[str]:
+    """The choices of a group; files whose names begin with an underscore are parts of others."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def groups() -> str:
+    """A line for each group and its choices, for `--help`."""
+    folders: Iterable[str] = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+    return "\n".join(f"{name}: {', '.join(options(name))}" for name in folders)

@@ -1,0 +1,25 @@
+"""Text from outside, as names of files, on its way to a terminal or a table."""
+
+from __future__ import annotations
+
+import re
+
+# Control characters but line break and tab, and what stands for bytes of a name that are not UTF-8.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""The text with what would move a cursor, change colours, turn the direction or not be encoded as `\x1b`.
+
+    Example:
+        >>> printable("a\x1b[31mb") == r"a\x1b[31mb"
+        True
+    """
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    # os.fsdecode puts 0xdc00 in front of a byte.
+    code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
