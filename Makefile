@@ -106,6 +106,9 @@ export-table: $(READY) ## bytes, agreement and time of exported files: the demo'
 startup: $(READY) ## seconds until the commands answer and until the first training step, medians of five (3 minutes)
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/startup.py
 
+thread-waiting: $(READY) ## what OpenMP's way of waiting costs on an idle and on a busy machine (5 minutes)
+	@$(LOGGED) $(BIN)/python benchmarks/thread_waiting.py | tee docs/logs/thread-waiting.log
+
 test-gpu: $(READY) ## are kernels, nets and steps right on this machine's GPU; without one in Triton's interpreter and on the CPU (1 minute)
 	@$(BIN)/python -m tests.gpu
 
