@@ -31,6 +31,8 @@ KEYS = (
     "top1",
     "top5",
     "loss",
+    "images",
+    "majority_share",
     "val_top1",
     "top1_fp",
     "n_params",

@@ -69,11 +69,10 @@ def draw(ident: str, title: str, words: str, paint: Callable[[Axes], None], *, h
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """Loss, validation accuracy, learning rate, oscillation and annealing, as far as `metrics.csv` has them."""
+    """Losses, validation accuracy, learning rate, oscillation and annealing, as far as `metrics.csv` has them."""
     rate = next((column for row in rows[:1] for column in row if column.startswith("lr-")), "")
-    loss = "train/loss" if any(row.get("train/loss") for row in rows) else "train/loss_step"
     wanted = (
-        ("Loss", {"training loss": loss, "validation loss": "val/loss"}),
+        *_losses(rows),
         ("Validation top-1, %", {"validation top-1": "val/top1"}),
         ("Learning rate", {"learning rate": rate}),
         ("Share of weights that oscillate", {"oscillating weights": "osc/share"}),
@@ -85,6 +84,18 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
         if lines:
             found.append(_over_steps(f"curve-{i}", title, lines))
     return found
+
+
+def _losses(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, str]]]:
+    """Figures of losses, each with its columns by label: on the same axis is only what measures the same."""
+    named = dict.fromkeys(column for row in rows for column in row if column.startswith("train/loss_") and column != "train/loss_step")
+    terms = [column.removeprefix("train/loss_") for column in named]
+    total = "train/loss" if any(row.get("train/loss") for row in rows) else "train/loss_step"
+    title = f"Training loss ({' + '.join(terms)})" if terms else "Training loss"
+    if "ce" not in terms:  # a distillation, say
+        return [(title, {"training loss": total}), ("Cross entropy of the validation images", {"validation": "val/loss"})]
+    both = ("Cross entropy", {"training": "train/loss_ce", "validation": "val/loss"})
+    return [both] if terms == ["ce"] else [both, (title, {"training loss": total})]
 
 
 def search_curve(rows: Sequence[Mapping[str, Any]]) -> Curve | None:
@@ -135,7 +146,11 @@ def _over_steps(ident: str, title: str, lines: Mapping[str, list[tuple[float, fl
             marker = "o" if len(points) <= FEW else ""
             axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=3, linewidth=1.6)
         axes.set_xlabel("step")
-        axes.locator_params(axis="x", nbins=6, integer=True)
+        steps = {step for points in lines.values() for step, _ in points}
+        if len(steps) > 1:
+            axes.locator_params(axis="x", nbins=6, integer=True)
+        else:
+            axes.set_xticks([*steps])
 
     return draw(ident, title, " ".join(_described(label, points, "step") for label, points in lines.items()), paint)
 

@@ -64,11 +64,14 @@ def _failure(run: RunFiles) -> Iterator[Note]:
 
 def _accuracy(run: RunFiles) -> Iterator[Note]:
     top1, top1_fp = number(run.results.get("top1")), number(run.results.get("top1_fp"))
-    classes = number((run.origin.config.get("data") or {}).get("num_classes"))
+    share, images = number(run.results.get("majority_share")), number(run.results.get("images"))
     if top1 is None:
         return
-    if classes and top1 < 150 / classes:
-        what = f"{percent(top1)} % top-1 is what guessing among {classes:.0f} classes gives ({percent(100 / classes)} %)."
+    if share is not None and images and top1 < share + _chance(share, images):
+        always = (
+            f"always naming the most frequent class gives {percent(share)} %, and chance up to {percent(share + _chance(share, images))} %"
+        )
+        what = f"{percent(top1)} % top-1 on {images:,.0f} images is not clearly more than nothing learned: {always}."
         advice = "Check labels and normalisation with eval.py on the float model; start from its weights with ckpt=; use more bits."
         yield Note("warning", "", what, advice)
     elif top1_fp is not None and top1_fp - top1 > GAP:
@@ -76,6 +79,11 @@ def _accuracy(run: RunFiles) -> Iterator[Note]:
         if run.command == "ptq":
             advice = "Train with quantizers (train.py ckpt=...), or use more bits."
         yield Note("warning", "", f"{top1_fp - top1:.1f} points of top-1 are lost to quantization.", advice)
+
+
+def _chance(share: float, images: float) -> float:
+    """Two standard deviations of an accuracy that in truth is `share`, in points."""
+    return 2 * math.sqrt(max(share * (100 - share), 0) / images)
 
 
 def _training(run: RunFiles) -> Iterator[Note]:

@@ -30,7 +30,7 @@ SAFE = " /:;=,.()!*~?@$'-_"  # characters of a data URL in double quotes
 LARGEST = 150_000  # bytes of an SVG file that is shown; above it a PNG that is smaller takes its place
 # Pictures and styles of the page itself, and its one script.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
-MEASURES = ("top1", "top5", "loss", "top1_fp", "size_bytes", "bitops", "wall_seconds")
+MEASURES = ("top1", "top5", "loss", "images", "top1_fp", "top1_calibrated", "top1_start", "size_bytes", "bitops", "wall_seconds")
 
 
 def write_report(folder: Path, origin: Origin) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import statistics
@@ -22,8 +23,10 @@ from qat.utils.files import csv_text, write_text
 JOBS, GROUPS = "sweep.csv", "sweep_groups.csv"
 # What is averaged over the jobs of a group, in the order of the columns.
 MEASURES = ("top1", "top5", "loss", "val_top1", "size_bytes", "wall_seconds")
+PERCENTS, LARGEST = ("top1", "top5", "val_top1"), 1e15
 # They make no job another experiment; seeds are what is averaged over.
 IGNORED = {"seed", "run_dir", "resume", "overwrite", "report", "sweep_dir"}
+STATUSES, DAMAGED = ("done", "failed", "damaged", "not finished"), "results.json is damaged"
 UNFINISHED = "no results.json: killed, or still going"
 
 
@@ -52,8 +55,10 @@ class Job:
 
     @property
     def status(self) -> str:
-        """Done, failed, not finished."""
-        return "done" if self.trouble is None else "failed" if self.results.get("error") else "not finished"
+        """One of `STATUSES`."""
+        if self.trouble is None:
+            return "done"
+        return "failed" if self.results.get("error") else "damaged" if self.trouble.startswith(DAMAGED) else "not finished"
 
 
 @dataclass(frozen=True)
@@ -131,11 +136,17 @@ class Sweep:
         known = [(found.mean, group) for group in self.groups if (found := group.statistic("val_top1")) is not None]
         return max(known, key=lambda pair: pair[0])[1] if len(known) > 1 else None
 
+    def alike(self, group: Group) -> list[Group]:
+        """Groups whose validation top-1 lies within one standard deviation of theirs and one of `group`'s: seeds may have decided."""
+        own = group.statistic("val_top1")
+        others = [(one, found) for one in self.groups if one is not group and (found := one.statistic("val_top1")) is not None]
+        return [one for one, found in others if own and own.mean - found.mean <= (own.std or 0) + (found.std or 0)]
+
     @property
     def counted(self) -> str:
         """How many jobs, and what became of them."""
         found = Counter(job.status for job in self.jobs)
-        return f"{len(self.jobs)} jobs: {', '.join(f'{found[one]} {one}' for one in ('done', 'failed', 'not finished') if found[one])}"
+        return f"{len(self.jobs)} jobs: {', '.join(f'{found[one]} {one}' for one in STATUSES if found[one])}"
 
 
 def gather(folder: Path) -> Sweep:
@@ -155,7 +166,7 @@ def read_sweep(folder: Path) -> Sweep:
     if (folder / "results.json").is_file():
         raise UsageError(f"sweep={str(folder)!r}: is a run itself; run={folder} makes its report, and a sweep is the folder above its jobs")
     sweep = gather(folder)
-    if not any(job.results for job in sweep.jobs):
+    if not any(job.results or job.status == "damaged" for job in sweep.jobs):
         raise UsageError(f"sweep={str(folder)!r}: there is no results.json below it; must be the folder of a sweep, or of several runs")
     return sweep
 
@@ -222,12 +233,26 @@ def _in_order(name: str) -> list[tuple[int, int, str]]:
 def _job(folder: Path, path: Path) -> Job:
     results = _object(path / "results.json")
     is_there = (path / "results.json").is_file()
-    trouble = None if results else "results.json cannot be read" if is_there else UNFINISHED
+    trouble = None if results else DAMAGED if is_there else UNFINISHED
+    if (wrong := _wrong_number(results)) is not None:
+        trouble, results = f"{DAMAGED}: {wrong}", {}
     if results.get("error"):
         trouble = " ".join(str(results["error"]).split())
     known = overrides_of(path) or {key: str(results[key]) for key in ("command", "model", "quant", "data", "seed") if results.get(key)}
     command = results.get("command") or str(_object(path / "command.json").get("command", "")).removesuffix(".py")
     return Job(str(path.relative_to(folder)), known, results, trouble, command or None)
+
+
+def _wrong_number(results: Mapping[str, Any]) -> str | None:
+    """What no run writes as a measure or a seed; NaN is one that is not known."""
+    for name in MEASURES:
+        value = results.get(name)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            continue
+        if not _is_number(value) or not 0 <= value <= (100 if name in PERCENTS else LARGEST):
+            return f"{name}={str(value)[:40]}"
+    seed = results.get("seed")
+    return None if seed is None or isinstance(seed, int | str) else f"seed={str(seed)[:40]}"
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -271,4 +296,4 @@ def _command(folder: Path) -> list[str] | None:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -39,7 +39,7 @@ def sweep_page(sweep: Sweep) -> str:
     context = {
         "sweep": sweep,
         "name": sweep.folder.resolve().name,
-        "best": best_line(sweep.best) if sweep.best else "",
+        "best": best_line(sweep, sweep.best) if sweep.best else "",
         "notes": grouped([_note(job) for job in sweep.troubled]),
         "groups": cells if sweep.varied else [{"jobs": "all jobs"} | row for row in cells],
         "curve": drawing(sweep),

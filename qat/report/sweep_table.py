@@ -20,6 +20,7 @@ HEADINGS = {
     "wall_seconds": "seconds",
 }
 FORMATS = {"loss": ".4f", "size_bytes": ",.0f", "wall_seconds": ",.1f"}
+MOST_NAMED = 3  # groups that are as good
 LONG = 9  # characters of a number from which it is shortened
 
 
@@ -63,13 +64,18 @@ def closing_lines(sweep: Sweep, refused: Mapping[str, str]) -> list[str]:
     """
     lines = [f"{_named(sweep, job)}: {refused.get(job.name) or job.trouble}" for job in sweep.jobs if job.trouble or job.name in refused]
     if sweep.best is not None:
-        lines.append(best_line(sweep.best))
+        lines.append(best_line(sweep, sweep.best))
     return [*lines, f"tables in {sweep.folder}: {JOBS}, {GROUPS}"]
 
 
-def best_line(group: Group) -> str:
-    """The group that is best on validation images, and how it does on them."""
-    return f"highest validation top-1: {label(group)} ({shown('val_top1', group.statistic('val_top1'))} %)"
+def best_line(sweep: Sweep, group: Group) -> str:
+    """The group that is highest on validation images, and how far that can be trusted: a spread over seeds needs two of them."""
+    line = f"highest validation top-1: {label(group)} ({shown('val_top1', group.statistic('val_top1'))} %)"
+    if any(len(one.values("val_top1")) == 1 for one in sweep.groups):
+        return f"{line}; some have one seed: how much seeds change is not known"
+    alike = [label(one) for one in sweep.alike(group)]
+    more = f" and {len(alike) - MOST_NAMED} more" if len(alike) > MOST_NAMED else ""
+    return f"{line}; within the spread over seeds of {', '.join(alike[:MOST_NAMED])}{more}: no winner" if alike else line
 
 
 def label(group: Group) -> str:

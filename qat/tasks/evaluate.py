@@ -113,7 +113,7 @@ def measure(subject: EvaluatedNet, trainer: Trainer, costs: Cost) -> dict[str, A
     found = measured(metrics, costs)
     shown = {"top-1": f"{found['top1']:.2f} %", "top-5": f"{found['top5']:.2f} %", "loss": f"{found['loss']:.4f}"}
     log.info(summary.lines(f"{data.evaluation_split} split", shown | {"size": f"{costs.size_bytes} bytes as stored"}))
-    return found | {"split": data.evaluation_split}
+    return found | data.evaluation_facts()
 
 
 def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:

@@ -109,6 +109,7 @@ def _quantize(cfg: DictConfig, run: PtqRun, began: float) -> dict[str, Any]:
     net.to(run.trainer.strategy.root_device)
     ranks = Ranks(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else Ranks()
     figures["calibration"] = None if run.keeps else _calibrate(run, ranks)
+    figures |= _measure_calibrated(run)
     figures |= run_search(cfg, run.search, subject, run.batches, run.trainer, ranks, teacher=run.teacher)
     subject = _as_it_is(subject)
     if not cfg.trainer.fast_dev_run and run.trainer.is_global_zero:
@@ -223,6 +224,12 @@ def _measure_float(run: PtqRun) -> float:
 def _measure_start(run: PtqRun) -> dict[str, Any]:
     """What `results.json` says of a net that came quantized."""
     return {"top1_start": _measure(run.trainer, run.subject, "quantized, as it came,")["top1"]} if run.keeps else {}
+
+
+def _measure_calibrated(run: PtqRun) -> dict[str, Any]:
+    """What `results.json` says of a net before a search that calibration has made."""
+    is_start = run.search is not None and not run.keeps
+    return {"top1_calibrated": _measure(run.trainer, run.quantized, "calibrated")["top1"]} if is_start else {}
 
 
 def _calibrate(run: PtqRun, ranks: Ranks) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def _test(cfg: DictConfig, recipe: QuantRecipe, data: ImageData, module: QATModu
         cfg,
         **recipe_fields(recipe),
         **measured(metrics, costs),
-        split=data.evaluation_split,
+        **data.evaluation_facts(),
         **outcome,
         **({"left_out": left_out} if (left_out := data.left_out()) else {}),
     )

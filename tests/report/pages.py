@@ -34,11 +34,11 @@ RESULTS = {
     "finished": "2026-01-02 03:04:05 +0000",
 }
 CONFIG = {"command": "train", "data": {"num_classes": 10}}
-METRICS = """epoch,step,train/loss,val/loss,val/top1,lr-AdamW,osc/share
-,0,,,,0.001,0.01
-0,9,2.25,1.93,40.0,,
-,10,,,,0.0005,0.02
-1,19,1.5,1.25,80.0,,
+METRICS = """epoch,step,train/loss,train/loss_ce,val/loss,val/top1,lr-AdamW,osc/share
+,0,,,,,0.001,0.01
+0,9,2.25,2.25,1.93,40.0,,
+,10,,,,,0.0005,0.02
+1,19,1.5,1.5,1.25,80.0,,
 """
 LAYERS = [
     {"net": "this run", "layer": "blocks.0.mlp.fc1", "role": "weight", "bits": 2, "kurtosis": 3.5, "unused levels": 0},

@@ -72,6 +72,24 @@ def test_dark_mode_is_dark(tab, page):
     assert shades[1] < 40
 
 
+def test_pictures_of_analyses_are_dark_in_dark_mode(tab, page):
+    shown = "getComputedStyle(document.querySelector('.card img')).filter"
+    tab.open(page, dark=True)
+    assert "invert" in tab.evaluate(shown)
+    tab.open(page)
+    assert tab.evaluate(shown) == "none"
+
+
+def test_a_table_that_is_cut_off_says_so(tab, page):
+    is_cut = "[...document.querySelectorAll('.scroll')].map(e => [e.scrollWidth > e.clientWidth, {}])"
+    said = "getComputedStyle(e.querySelector('caption span'), '::after').content.includes('Scroll sideways')"
+    for width, expected in ((400, True), (1280, False)):
+        tab.open(page, width=width)
+        found = tab.evaluate(is_cut.format(said))
+        assert all(cut == hint for cut, hint in found)
+        assert any(cut for cut, _ in found) == expected
+
+
 def test_a_click_sorts(tab, page):
     tab.open(page)
     layers = ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1", "head"]

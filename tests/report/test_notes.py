@@ -27,7 +27,13 @@ def test_a_sound_run_has_none(tmp_path):
     [
         ({"error": "training stopped: loss not finite"}, "error", "training stopped: loss not finite", "resume=true"),
         ({"error": "no such file"}, "error", "no such file", "had written by then"),
-        ({"top1": 11.0}, "warning", "guessing among 10 classes gives (10.00 %)", "eval.py"),
+        # Two standard deviations of a share of 30 % in 100 images: 2 * sqrt(0.3 * 0.7 / 100) = 9.17 points.
+        (
+            {"top1": 39.0, "images": 100, "majority_share": 30.0},
+            "warning",
+            "most frequent class gives 30.00 %, and chance up to 39.17 %",
+            "eval.py",
+        ),
         ({"top1": 80.0}, "warning", "10.0 points of top-1 are lost", "loss=kd"),
         ({"top1": 80.0, "command": "ptq"}, "warning", "10.0 points of top-1 are lost", "train.py ckpt="),
         ({"split": "val"}, "note", "no test split", "Keep images apart"),
@@ -40,6 +46,18 @@ def test_results(tmp_path, changes, level, said, advised):
     assert found.level == level
     assert said in found.what
     assert advised in found.advice
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"top1": 39.2, "images": 100, "majority_share": 30.0},
+        {"top1": 31.0, "images": 100_000, "majority_share": 30.0},  # so many images tell it apart
+        {"top1": 30.0},  # of an older file, which says neither
+    ],
+)
+def test_an_accuracy_that_is_more_than_the_most_frequent_class(tmp_path, facts):
+    assert notes(tmp_path, RESULTS | {"top1_fp": None} | facts) == []
 
 
 def test_accuracy_that_falls_in_the_end(tmp_path):

@@ -54,12 +54,12 @@ def test_every_picture_has_words(read):
     drawn = read.all("svg")
     assert len(drawn) == 4
     assert [attrs["aria-label"] for _, attrs in read.found if attrs.get("role") == "img"] == [
-        "Loss",
+        "Cross entropy",
         "Validation top-1, %",
         "Learning rate",
         "Share of weights that oscillate",
     ]
-    assert "training loss: from 2.25 at step 9 to 1.5 at step 19" in read.text
+    assert "training: from 2.25 at step 9 to 1.5 at step 19" in read.text
     assert "validation top-1: from 40 at step 9 to 80 at step 19" in read.text
 
 
@@ -201,3 +201,10 @@ def test_float_runs_have_one_row(tmp_path):
     text = write_report(run, origin()).read_text()
     assert "Quantized" not in text
     assert str(RESULTS["top1"]) in text
+
+
+@pytest.mark.parametrize(("key", "name"), [("top1_calibrated", "Calibrated, W2 A2"), ("top1_start", "As it came, W2 A2")])
+def test_what_a_search_began_with(tmp_path, key, name):
+    text = write_report(write_run(tmp_path / "run", command="ptq", **{key: 77.5}), origin()).read_text()
+    rows = dict(re.findall(r'<tr><th scope="row">([^<]+)</th><td class="n">([^<]+)</td>', re.sub(r">\s+<", "><", text)))
+    assert (rows[name], rows["Searched, W2 A2"], rows["Change from float"]) == ("77.50", "88.89", "−1.11")

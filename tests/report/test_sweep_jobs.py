@@ -69,7 +69,46 @@ def test_failed_and_killed_jobs_are_named_and_count_in_no_mean(folder):
 
 
 def test_validation_chooses_the_best_group_and_the_test_split_does_not(folder):
-    assert lines(folder)[2] == "highest validation top-1: quant=ofq_4bit (95.00 %)"
+    assert lines(folder)[2] == "highest validation top-1: quant=ofq_4bit (95.00 %); some have one seed: how much seeds change is not known"
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        # Standard deviations of two values that are 2 and d apart: sqrt(2) and d / sqrt(2); means 81 and 78 + d / 2.
+        ((78.0, 79.0), "(81.00 ± 1.41 %)"),
+        ((78.0, 81.0), "(81.00 ± 1.41 %); within the spread over seeds of quant=b: no winner"),
+    ],
+)
+def test_a_best_is_called_where_spreads_do_not_overlap(tmp_path, second, said):
+    for i, (name, value) in enumerate([("a", 80.0), ("a", 82.0), *(("b", one) for one in second)]):
+        job(tmp_path / str(i), [f"quant={name}", f"seed={i}"], seed=i, top1=50.0, val_top1=value)
+    assert lines(tmp_path)[0] == f"highest validation top-1: quant=a {said}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"top1": [1], "seed": 1}', "top1=[1]"),
+        ('{"top1": Infinity, "seed": 1}', "top1=inf"),
+        ('{"top1": 1e300, "seed": 1}', "top1=1e+300"),
+        ('{"top1": 50.0, "seed": {"a": 1}}', "seed={'a': 1}"),
+        (f'{{"size_bytes": {"9" * 5000}, "seed": 1}}', "size_bytes=inf"),
+    ],
+)
+def test_one_damaged_file_ends_no_table(folder, text, said):
+    (folder / "3" / "results.json").write_text(text)
+    sweep = gather(folder)
+    assert sweep.counted == "6 jobs: 3 done, 1 failed, 1 damaged, 1 not finished"
+    assert lines(folder)[0].endswith(f"results.json is damaged: {said}")
+    write_tables(sweep)
+    assert Reader(sweep_page(sweep)) is not None
+
+
+def test_a_folder_in_the_place_of_a_file_is_no_result(folder):
+    (folder / "3" / "results.json").unlink()
+    (folder / "3" / "results.json").mkdir()
+    assert [one.status for one in gather(folder).jobs][3] == "not finished"
 
 
 def test_nested_sweeps_and_other_commands_are_gathered_together(folder):
@@ -108,13 +147,16 @@ def test_a_job_without_an_accuracy_beside_others_that_have_one_does_not_count(fo
 @pytest.mark.parametrize("text", ["{half", "[]", ""])
 def test_results_that_cannot_be_read_are_named(folder, text):
     (folder / "3" / "results.json").write_text(text)
-    assert lines(folder)[0] == "job 3 (quant=ofq_4bit seed=1): results.json cannot be read"
+    assert lines(folder)[0] == "job 3 (quant=ofq_4bit seed=1): results.json is damaged"
 
 
 def test_numbers_are_shortened_where_they_are_shown_and_whole_in_the_tables(tmp_path):
     for number, rate in enumerate(("0.00024156772025296256", "0.001")):
         job(tmp_path / str(number), [f"optimizer.lr={rate}"], top1=90.0, val_top1=90.0 - number)
-    assert lines(tmp_path)[0] == "highest validation top-1: optimizer.lr=0.0002416 (90.00 %)"
+    assert (
+        lines(tmp_path)[0]
+        == "highest validation top-1: optimizer.lr=0.0002416 (90.00 %); some have one seed: how much seeds change is not known"
+    )
     write_tables(gather(tmp_path))
     assert "0.00024156772025296256" in (tmp_path / "sweep.csv").read_text()
     assert "0.00024156772025296256" in (tmp_path / "sweep_groups.csv").read_text()

@@ -34,6 +34,12 @@
       button.addEventListener("click", () => sort(table, column, header));
     });
   }
+  // What is cut off says so.
+  const mark = () => {
+    for (const one of document.querySelectorAll(".scroll")) one.classList.toggle("wide", one.scrollWidth > one.clientWidth + 1);
+  };
+  addEventListener("resize", mark);
+  mark();
   // Paper cannot be opened.
   let opened = [];
   addEventListener("beforeprint", () => {
