@@ -15,16 +15,18 @@ ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
 # Where post-training quantization also rounds what leaves a layer.
 OUTPUT_ROLES = ("qkv", "scores", "output", "residual")
 PLACES = ("stem", "block", "head")
-QUANTIZERS = ("statsq", "lsq", "minmax", "float")
+QUANTIZERS = ("statsq", "statsq_rms", "lsq", "seq", "minmax", "float")
 ATTENTIONS = ("qkr", "standard", "float")
 QK_BIASES = ("drop", "fold")
 OFFSETS = ("none", "before", "both")
 MAP_SCALES = ("tensor", "column")
 STEP_INITS = ("lsq", "mse")
+STEPS = ("relative", "absolute")
+ACT_SCALES = ("token", "tensor")
 RULE_BITS = ("both", "weights")
 
 # StatsQ is for the blocks: stem and heads have 8-bit learned steps in OFQ (spec of the paper, section 3).
-_OUTSIDE_BLOCKS = {"statsq": "lsq"}
+_OUTSIDE_BLOCKS = {"statsq": "lsq", "statsq_rms": "lsq", "seq": "lsq"}
 # The range of a weight is read from the weight itself in every forward; that of an activation is calibrated.
 _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
 
@@ -52,6 +54,7 @@ class QuantSpec:
         map_scales: for the input of a Linear on a feature map (B, H, W, C): one scale for the `tensor`, or `column`: along `axis`.
         step_init: how a step that is learned begins: as in the `lsq` paper, or where the squared error is least (`mse`). Says nothing
             about the result, so specs that differ in it are equal.
+        steps: learned `relative` to where they began, or `absolute`; specs that differ in it are equal.
         observer: how post-training quantization finds the range; specs that differ in it are equal too.
         bias_correction: give every row of a fake-quantized weight the mean and the spread of its float row.
     """
@@ -65,6 +68,7 @@ class QuantSpec:
     offset_ndim: int = 1
     map_scales: str = "tensor"
     step_init: str = field(default="lsq", compare=False)
+    steps: str = field(default="absolute", compare=False)
     observer: str | None = field(default=None, compare=False)
     bias_correction: bool = False
 
@@ -72,6 +76,7 @@ class QuantSpec:
         check_choice("role", self.role, ROLES + OUTPUT_ROLES)
         check_choice("map_scales", self.map_scales, MAP_SCALES)
         check_choice("step_init", self.step_init, STEP_INITS)
+        check_choice("steps", self.steps, STEPS)
         check_bits("bits", self.bits, self.quantizer)
         check_choice("offsets", self.offsets, OFFSETS)
 
@@ -119,6 +124,9 @@ class QuantRecipe:
             resolution, or one per `column` of the map as in the paper's code.
         step_init: how steps that are learned begin: as in the `lsq` paper, from a mean magnitude, or where the squared error is
             least (`mse`).
+        steps: steps that are learned change `relative` to where they began, s0 * exp(t), and cannot reach zero; or are learned
+            `absolute`, as in the LSQ paper and OFQ's code.
+        act_scales: an activation in a block has a step for each `token` (query, channel of values), as in OFQ, or one for the `tensor`.
         overrides: `{module name glob: {knob: value}}`; later rules win.
         rule_bits: what `bits` of such a rule sets: `both` weights and activations, or `weights` alone; None = what `bits` of the recipe
             sets, so `both` unless `act_bits` is given. Recipes in older files have none and mean `weights`.
@@ -139,6 +147,8 @@ class QuantRecipe:
     offsets: bool = True
     map_scales: str = "tensor"
     step_init: str = "lsq"
+    steps: str = "absolute"
+    act_scales: str = "token"
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rule_bits: str | None = None
 
@@ -167,6 +177,8 @@ class QuantRecipe:
         check_choice("quant.qk_bias", self.qk_bias, QK_BIASES)
         check_choice("quant.map_scales", self.map_scales, MAP_SCALES)
         check_choice("quant.step_init", self.step_init, STEP_INITS)
+        check_choice("quant.steps", self.steps, STEPS)
+        check_choice("quant.act_scales", self.act_scales, ACT_SCALES)
         if not isinstance(self.offsets, bool):
             raise UsageError(f"quant.offsets={self.offsets!r}: must be true or false")
         self._check_overrides()
@@ -223,7 +235,7 @@ class QuantRecipe:
         name = self.weight_quantizer if place == "block" else _OUTSIDE_BLOCKS.get(self.weight_quantizer, self.weight_quantizer)
         bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         bits = FLOAT_BITS if name == "float" else bits
-        return QuantSpec(role, _WEIGHT_VARIANT.get(name, name), bits, signed=True, axis=0, step_init=self.step_init)
+        return QuantSpec(role, _WEIGHT_VARIANT.get(name, name), bits, signed=True, axis=0, step_init=self.step_init, steps=self.steps)
 
     def act_spec(self, role: str, place: str, *, signed: bool | None = True) -> QuantSpec:
         """Spec of an activation.
@@ -237,7 +249,7 @@ class QuantRecipe:
         layout = dict(_ACTIVATIONS[role])
         if role == "input":
             layout |= {"signed": bool(signed), "map_scales": self.map_scales}
-        if place == "head":
+        if place == "head" or self.act_scales == "tensor":
             layout["axis"] = None
         bits = {"stem": self.stem_bits, "block": self.act_bits, "head": self.head_bits}[place]
         name = "float" if self.attention == "float" and role in _SCORED else self.act_quantizer
@@ -245,7 +257,7 @@ class QuantRecipe:
             layout["offsets"] = "none"
         if name != "float" and bits == FLOAT_BITS:  # of float weights beside it
             raise UsageError(f"{self.GROUP}.{place}_bits={bits}: activations are quantized too; must be with act_quantizer=float")
-        return QuantSpec(role, name, FLOAT_BITS if name == "float" else int(bits or 0), step_init=self.step_init, **layout)
+        return QuantSpec(role, name, FLOAT_BITS if name == "float" else int(bits or 0), step_init=self.step_init, steps=self.steps, **layout)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for checkpoints; `recipe_from` gives it back."""
@@ -266,6 +278,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ofq_noqkr": {"attention": "standard", "weight_quantizer": "statsq", "act_quantizer": "lsq"},
     "statsq": {"attention": "standard", "weight_quantizer": "statsq", "act_quantizer": "float"},
     "lsq": {"attention": "standard", "weight_quantizer": "lsq", "act_quantizer": "lsq", "offsets": False},
+    "seq": {
+        "attention": "standard",
+        "weight_quantizer": "seq",
+        "act_quantizer": "seq",
+        "step_init": "mse",
+        "steps": "relative",
+        # Sums of values by probabilities have a peak at zero, which half steps leave out.
+        "overrides": {"*.attn.proj": {"act_quantizer": "lsq"}},
+    },
     "minmax": {"attention": "standard", "weight_quantizer": "minmax", "act_quantizer": "minmax", "offsets": False},
 }
 
@@ -274,7 +295,7 @@ def recipe(name: str, **knobs: Any) -> QuantRecipe:
     """A named recipe with knobs turned.
 
     Args:
-        name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (weights alone), lsq, minmax.
+        name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (weights alone), lsq, seq, minmax.
         knobs: fields of `QuantRecipe`.
 
     Raises:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qat.functional.lsq import SCALE_FLOOR
 from qat.model.sites import iter_quantizers
+from qat.quantizers import LSQ
 from qat.utils.shards import whole
 from qat.utils.validate import check_int, check_number
 
@@ -45,19 +46,19 @@ class ScaleWatch:
         check_int("callbacks.finite.dead_steps", dead_steps, 1)
         self.max_change, self.dead_steps = float(max_change), dead_steps
         self.starts: dict[str, Tensor] = {}
-        self._steps: list[tuple[str, nn.Parameter]] = []
+        self._steps: list[tuple[str, LSQ]] = []
 
     def attach(self, net: nn.Module) -> None:
         """Find the learned steps of a net; those that `starts` does not know are first seen now."""
         self._steps = [
-            (site.name, parameter)
+            (site.name, module)
             for site in iter_quantizers(net)
-            for name, parameter in site.quantizer.named_parameters()
-            if name.rpartition(".")[2] == "scale"
+            for module in site.quantizer.modules()
+            if isinstance(module, LSQ) and module.scale is not None
         ]
         self.starts = {
-            name: self.starts[name] if name in self.starts else whole(step.detach()).float().to(step.device, copy=True)
-            for name, step in self._steps
+            name: self.starts[name] if name in self.starts else _step_of(quantizer).to(copy=True)
+            for name, quantizer in self._steps
         }
         if not self._steps:
             return
@@ -81,7 +82,7 @@ class ScaleWatch:
         """
         if not self._steps:
             return torch.zeros(3)
-        sizes = torch.cat([whole(size.detach()).float().flatten() for _, size in self._steps])
+        sizes = torch.cat([_step_of(quantizer) for _, quantizer in self._steps])
         is_low = sizes < self._low
         self._since = torch.where(is_low, self._since.clamp(max=step), torch.inf)
         is_dead = is_low & (step - self._since >= self.dead_steps)
@@ -101,3 +102,11 @@ class ScaleWatch:
                 return f"the step size of {name} is {value:g}{entry}, it began at {float(start.flatten()[index]):g}"
             index -= start.numel()
         raise IndexError(index)
+
+
+@torch.no_grad()
+def _step_of(quantizer: LSQ) -> Tensor:
+    """The step in force, (n,) float32."""
+    if quantizer.log_ratio is None:
+        return whole(quantizer.scale).float().flatten()
+    return (whole(quantizer.start) * whole(quantizer.log_ratio).exp()).float().flatten()

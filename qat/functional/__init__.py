@@ -11,7 +11,7 @@ from qat.functional.infonce import info_nce, logit_fitness
 from qat.functional.int_layer_norm import integer_layer_norm
 from qat.functional.kurtosis import kure_loss, kurtoses, kurtosis
 from qat.functional.log2 import fake_quantize_log2, log2_codes, log_int_softmax
-from qat.functional.lsq import lsq, lsq_codes, lsq_init_scale, mse_init_scale
+from qat.functional.lsq import half_step_init_scale, lsq, lsq_codes, lsq_init_scale, mse_init_scale
 from qat.functional.observers import RangeState, affine_from_state, affine_scale, empty_range, observe
 from qat.functional.oscillation import (
     FreezingState,
@@ -58,6 +58,7 @@ __all__ = [
     "logit_fitness",
     "lsq",
     "lsq_codes",
+    "half_step_init_scale",
     "lsq_init_scale",
     "mse_init_scale",
     "mean_abs",

@@ -28,20 +28,31 @@ class CodeRange(NamedTuple):
         qmin: lowest code.
         qmax: highest code.
         axis: dimension that keeps steps of its own, None = one for the tensor.
+        half: code k stands for (k + 1/2) steps: as many values below zero as above, and none at zero.
     """
 
     qmin: int
     qmax: int
     axis: int | None
+    half: bool = False
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Where x / s is clamped: at the outermost codes, with half steps half a step behind them."""
+        return self.qmin, self.qmax + self.half
+
+    def rounded(self, clamped: Tensor) -> Tensor:
+        """Values in steps: of clamped x / s the nearest one, half to even."""
+        return (clamped - 0.5).round().clamp(max=self.qmax) + 0.5 if self.half else clamped.round()
 
     def bounds(self, sign: Tensor | None) -> tuple[float, float] | tuple[Tensor, Tensor]:
-        """Lowest and highest code.
+        """`ends`, where a sign may move them.
 
         Args:
             sign: None, or one number: above 0 the codes are these, else as many from 0 up. Read without waiting for the device.
         """
         if sign is None:
-            return self.qmin, self.qmax
+            return self.ends
         lowest = torch.where(sign > 0, float(self.qmin), 0.0)
         return lowest, lowest + (self.qmax - self.qmin)
 
@@ -72,7 +83,7 @@ def step_of(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
 def lsq_forward(
     x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, codes: CodeRange, *, sign: Tensor | None = None
 ) -> Tensor:
-    """round(clamp((x + a) / s, qmin, qmax)) * s + c.
+    """round(clamp((x + a) / s, qmin, qmax)) * s + c, or, with half steps, (k + 1/2) * s + c, k = round((x + a) / s - 1/2) clamped.
 
     Args:
         x: any shape and float dtype.
@@ -88,7 +99,7 @@ def lsq_forward(
     low, high = codes.bounds(sign)
     shifted = x.float() if before is None else x.float() + before.float()
     step = step_of(scale, x.ndim, codes.axis)
-    y = (shifted / step).clamp(low, high).round() * step  # type: ignore[arg-type]
+    y = codes.rounded((shifted / step).clamp(low, high)) * step  # type: ignore[arg-type]
     return y if after is None else y + after.float()
 
 
@@ -105,7 +116,7 @@ def lsq_backward(
     """Gradients of `lsq_forward`, straight through the rounding, with u = (x + a) / s.
 
     That of `x` is `grad` where u is in the closed range, else 0; that of the scale is the sum over a group of grad * (code - u), or of
-    grad * code outside of the range.
+    grad * code outside of the range; with half steps, code + 1/2 for code.
 
     Args:
         grad: gradient of its result, the shape of `x`.
@@ -122,7 +133,7 @@ def lsq_backward(
     g = grad.float()
     of_x = torch.where((u < low) | (u > high), 0.0, g)  # NaN passes, as in the forward pass
     clamped = u.clamp(low, high)  # type: ignore[arg-type]  # where u overflows, 0 * inf would be NaN; inside the range they are the same
-    of_scale = sum_along(g * clamped.round() - of_x * clamped, codes.axis)
+    of_scale = sum_along(g * codes.rounded(clamped) - of_x * clamped, codes.axis)
     of_before = None if before is None else _over_leading(of_x, before.ndim)
     of_after = None if after_shape is None else _over_leading(g, len(after_shape))
     return LsqGradients(of_x, of_scale, of_before, of_after)
@@ -182,6 +193,7 @@ def lsq(  # noqa: PLR0913, PLR0917  (a grid, and what may stand around it)
     before: Tensor | None = None,
     after: Tensor | None = None,
     sign: Tensor | None = None,
+    half: bool = False,
 ) -> Tensor:
     """Quantize to round(clamp((x + a) / s, qmin, qmax)) * s + c with a learned step s = max(scale, 1e-5).
 
@@ -195,18 +207,20 @@ def lsq(  # noqa: PLR0913, PLR0917  (a grid, and what may stand around it)
         before: the offset a, over the trailing dimensions of `x`; None = 0.
         after: the offset c, over the trailing dimensions of `x`; None = 0.
         sign: one number, not above 0 = codes from 0 to qmax - qmin; None = the codes are as given.
+        half: code k stands for (k + 1/2) * s, and x / s is clamped to [qmin, qmax + 1] (SEQ of ParetoQ, arXiv 2502.02631).
 
     Returns:
         The shape and dtype of `x`. Gradient of `x`: passes inside the closed range, zero outside. Gradient of `scale`: LSQ,
         straight through the floor of 1e-5.
     """
-    return LSQFunction.apply(x, scale, before, after, sign, CodeRange(qmin, qmax, axis), grad_factor)
+    return LSQFunction.apply(x, scale, before, after, sign, CodeRange(qmin, qmax, axis, half), grad_factor)
 
 
-def lsq_codes(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+def lsq_codes(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, *, half: bool = False) -> Tensor:
     """Integer codes of `lsq`, in [qmin, qmax], int8 where they fit, else int16; the shape of `x`."""
-    codes = (x.detach().float() / step_of(scale.detach(), x.ndim, axis)).clamp(qmin, qmax).round()
-    return codes.to(code_dtype(qmin, qmax))
+    codes = CodeRange(qmin, qmax, axis, half)
+    found = codes.rounded((x.detach().float() / step_of(scale.detach(), x.ndim, axis)).clamp(*codes.ends))
+    return (found - 0.5 if half else found).to(code_dtype(qmin, qmax))
 
 
 def lsq_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
@@ -231,4 +245,19 @@ def mse_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
     zero = torch.zeros_like(start)
     steps = start.clamp(min=SCALE_FLOOR) * factors[:, None]
     errors = torch.stack([affine_error(x, step, zero, (qmin, qmax), axis, axis) for step in steps])
+    return start * factors[errors.argmin(0)]
+
+
+def half_step_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
+    """Initial step size of half steps with the least squared error, of 57 candidates from 1/8 to 16 times 2 * mean|x| / n, n = qmax + 1.
+
+    Returns:
+        (x.shape[axis],), or (1,) for axis None, float32, in the unit of `x`; of equally good ones the smallest.
+    """
+    x = x.detach().float()
+    codes = CodeRange(qmin, qmax, axis, half=True)
+    start = 2 * mean_abs(x, axis).float() / (qmax + 1)
+    factors = torch.tensor(MSE_FACTORS, device=x.device)
+    steps = start.clamp(min=SCALE_FLOOR) * factors[:, None]
+    errors = torch.stack([sum_along((lsq_forward(x, step, None, None, codes) - x).square(), axis) for step in steps])
     return start * factors[errors.argmin(0)]

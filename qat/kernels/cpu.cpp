@@ -25,7 +25,18 @@ inline void choose_bounds(const float* sign, float& low, float& high) {
     }
 }
 
-inline float quantized(float x, float s, float low, float high) { return rintf(clamped(x / s, low, high)) * s; }
+// In steps; of half steps the highest is half a step below the end of the range.
+template <bool HALF>
+inline float rounded(float u, float high) {
+    if (!HALF) return rintf(u);
+    const float k = rintf(u - 0.5f);
+    return (k > high - 1 ? high - 1 : k) + 0.5f;
+}
+
+template <bool HALF>
+inline float quantized(float x, float s, float low, float high) {
+    return rounded<HALF>(clamped(x / s, low, high), high) * s;
+}
 
 // The gradient of what is in the range, or is NaN. Written by the clamped value: compared with the bounds once more, compilers make
 // branches of it, which takes four times as long.
@@ -40,22 +51,22 @@ inline Part part_of(size_t rows, int thread, int threads) {
     return {rows * thread / threads, rows * (thread + 1) / threads};
 }
 
-template <bool BEFORE, bool LEVELS>
+template <bool BEFORE, bool LEVELS, bool HALF>
 inline float backward_row(const float* g, const float* x, const float* a, const float* c, float* dx, float* y, size_t length, float s, float low,
                           float high) {
     float error = 0;
 #pragma omp simd reduction(+ : error)
     for (size_t i = 0; i < length; i++) {
         const float u = (BEFORE ? x[i] + a[i] : x[i]) / s, code = clamped(u, low, high);
-        const float upstream = g[i], inner = passed(upstream, u, code);  // dx may be g
+        const float upstream = g[i], inner = passed(upstream, u, code), level = rounded<HALF>(code, high);  // dx may be g
         dx[i] = inner;
-        error += upstream * rintf(code) - inner * code;
-        if (LEVELS) y[i] = c ? rintf(code) * s + c[i] : rintf(code) * s;
+        error += upstream * level - inner * code;
+        if (LEVELS) y[i] = c ? level * s + c[i] : level * s;
     }
     return error;
 }
 
-template <bool BEFORE>
+template <bool BEFORE, bool HALF>
 inline void backward_columns(const float* g, const float* x, const float* a, float* dx, size_t length, const float* s, float low, float high,
                              float* error) {
 #pragma omp simd
@@ -63,7 +74,7 @@ inline void backward_columns(const float* g, const float* x, const float* a, flo
         const float u = (BEFORE ? x[i] + a[i] : x[i]) / at_least_floor(s[i]), code = clamped(u, low, high);
         const float upstream = g[i], inner = passed(upstream, u, code);  // dx may be g
         dx[i] = inner;
-        error[i] += upstream * rintf(code) - inner * code;
+        error[i] += upstream * rounded<HALF>(code, high) - inner * code;
     }
 }
 
@@ -72,12 +83,9 @@ inline void add(float* sum, const float* row, size_t length) {
     for (size_t i = 0; i < length; i++) sum[i] += row[i];
 }
 
-}  // namespace
-
-extern "C" {
-
-void lsq_forward(const float* x, size_t x_stride, float* y, size_t rows, size_t length, const float* scale, size_t steps, int by_column,
-                 const float* before, const float* after, float low, float high, const float* sign, int threads) {
+template <bool HALF>
+void forward(const float* x, size_t x_stride, float* y, size_t rows, size_t length, const float* scale, size_t steps, int by_column,
+             const float* before, const float* after, float low, float high, const float* sign, int threads) {
     choose_bounds(sign, low, high);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (size_t r = 0; r < rows; r++) {
@@ -87,27 +95,28 @@ void lsq_forward(const float* x, size_t x_stride, float* y, size_t rows, size_t 
         if (by_column) {
 #pragma omp simd
             for (size_t i = 0; i < length; i++) {
-                const float shifted = before ? in[i] + before[i] : in[i], level = quantized(shifted, at_least_floor(scale[i]), low, high);
+                const float shifted = before ? in[i] + before[i] : in[i], level = quantized<HALF>(shifted, at_least_floor(scale[i]), low, high);
                 out[i] = after ? level + after[i] : level;
             }
         } else if (before && after) {
 #pragma omp simd
-            for (size_t i = 0; i < length; i++) out[i] = quantized(in[i] + before[i], s, low, high) + after[i];
+            for (size_t i = 0; i < length; i++) out[i] = quantized<HALF>(in[i] + before[i], s, low, high) + after[i];
         } else if (before) {
 #pragma omp simd
-            for (size_t i = 0; i < length; i++) out[i] = quantized(in[i] + before[i], s, low, high);
+            for (size_t i = 0; i < length; i++) out[i] = quantized<HALF>(in[i] + before[i], s, low, high);
         } else {
 #pragma omp simd
-            for (size_t i = 0; i < length; i++) out[i] = after ? quantized(in[i], s, low, high) + after[i] : quantized(in[i], s, low, high);
+            for (size_t i = 0; i < length; i++) out[i] = after ? quantized<HALF>(in[i], s, low, high) + after[i] : quantized<HALF>(in[i], s, low, high);
         }
     }
 }
 
 // errors: one a row, or one a column for every thread, zero at first. sums: two rows for every thread, zero at first, or null: of dx and of g.
 // levels: what the forward pass gave, or null; not by column.
-void lsq_backward(const float* g, size_t g_stride, const float* x, size_t x_stride, float* dx, size_t dx_stride, size_t rows, size_t length,
-                  const float* scale, size_t steps, int by_column, const float* before, float low, float high, const float* sign, float* errors,
-                  float* sum_dx, float* sum_g, const float* after, float* levels, int threads) {
+template <bool HALF>
+void backward(const float* g, size_t g_stride, const float* x, size_t x_stride, float* dx, size_t dx_stride, size_t rows, size_t length,
+              const float* scale, size_t steps, int by_column, const float* before, float low, float high, const float* sign, float* errors,
+              float* sum_dx, float* sum_g, const float* after, float* levels, int threads) {
     choose_bounds(sign, low, high);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int thread = 0; thread < threads; thread++) {
@@ -118,18 +127,34 @@ void lsq_backward(const float* g, size_t g_stride, const float* x, size_t x_stri
             if (sum_g) add(sum_g + thread * length, grad, length);  // out may be grad
             if (by_column) {
                 float* error = errors + thread * length;
-                before ? backward_columns<true>(grad, in, before, out, length, scale, low, high, error)
-                       : backward_columns<false>(grad, in, before, out, length, scale, low, high, error);
+                before ? backward_columns<true, HALF>(grad, in, before, out, length, scale, low, high, error)
+                       : backward_columns<false, HALF>(grad, in, before, out, length, scale, low, high, error);
             } else {
                 const float s = at_least_floor(scale[r % steps]);
                 float* y = levels ? levels + r * length : nullptr;
-                const auto row = before ? (y ? backward_row<true, true> : backward_row<true, false>)
-                                        : (y ? backward_row<false, true> : backward_row<false, false>);
+                const auto row = before ? (y ? backward_row<true, true, HALF> : backward_row<true, false, HALF>)
+                                        : (y ? backward_row<false, true, HALF> : backward_row<false, false, HALF>);
                 errors[r] = row(grad, in, before, after, out, y, length, s, low, high);
             }
             if (sum_dx) add(sum_dx + thread * length, out, length);
         }
     }
+}
+
+}  // namespace
+
+extern "C" {
+
+void lsq_forward(const float* x, size_t x_stride, float* y, size_t rows, size_t length, const float* scale, size_t steps, int by_column,
+                 const float* before, const float* after, float low, float high, int half, const float* sign, int threads) {
+    (half ? forward<true> : forward<false>)(x, x_stride, y, rows, length, scale, steps, by_column, before, after, low, high, sign, threads);
+}
+
+void lsq_backward(const float* g, size_t g_stride, const float* x, size_t x_stride, float* dx, size_t dx_stride, size_t rows, size_t length,
+                  const float* scale, size_t steps, int by_column, const float* before, float low, float high, int half, const float* sign,
+                  float* errors, float* sum_dx, float* sum_g, const float* after, float* levels, int threads) {
+    (half ? backward<true> : backward<false>)(g, g_stride, x, x_stride, dx, dx_stride, rows, length, scale, steps, by_column, before, low, high,
+                                              sign, errors, sum_dx, sum_g, after, levels, threads);
 }
 
 void statsq_forward(const float* w, float* y, size_t rows, size_t length, const float* scale, int bits, float top_clip, int threads) {

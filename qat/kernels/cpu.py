@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
-    "lsq_forward": (_P, _N, _P, _N, _N, _P, _N, _I, _P, _P, _F, _F, _P, _I),
-    "lsq_backward": (_P, _N, _P, _N, _P, _N, _N, _N, _P, _N, _I, _P, _F, _F, _P, _P, _P, _P, _P, _P, _I),
+    "lsq_forward": (_P, _N, _P, _N, _N, _P, _N, _I, _P, _P, _F, _F, _I, _P, _I),
+    "lsq_backward": (_P, _N, _P, _N, _P, _N, _N, _N, _P, _N, _I, _P, _F, _F, _I, _P, _P, _P, _P, _P, _P, _I),
     "statsq_forward": (_P, _P, _N, _N, _P, _I, _F, _I),
     "probs_backward": (_P, _P, _P, _N, _N, _P, _N, _F, _F, _F, _P, _P, _I),
 }
@@ -49,10 +49,13 @@ def _library() -> Any:
 def _agrees(library: Any) -> bool:
     """Bit for bit, for values in and out of range and halfway between codes."""
     x = torch.linspace(-9, 9, 4 * 37 * 3).reshape(3, 4, 37)
-    scale, offset, codes = torch.tensor([0.5, 1.0, 0.3, torch.nan]), torch.linspace(-1, 1, 37), CodeRange(-4, 3, 1)
-    ours = _forward(library, x, scale, offset, offset, codes, None)
-    expected = reference.lsq_forward(x, scale, offset, offset, codes)
-    return ours is not None and torch.equal(ours.nan_to_num(77.0), expected.nan_to_num(77.0))
+    scale, offset = torch.tensor([0.5, 1.0, 0.3, torch.nan]), torch.linspace(-1, 1, 37)
+    for codes in (CodeRange(-4, 3, 1), CodeRange(-4, 3, 1, half=True)):
+        ours = _forward(library, x, scale, offset, offset, codes, None)
+        expected = reference.lsq_forward(x, scale, offset, offset, codes)
+        if ours is None or not torch.equal(ours.nan_to_num(77.0), expected.nan_to_num(77.0)):
+            return False
+    return True
 
 
 def available() -> bool:
@@ -98,7 +101,7 @@ def _forward(
     out = torch.empty(x.shape, dtype=torch.float32)
     library.lsq_forward(
         x.data_ptr(), stride, out.data_ptr(), rows, length, scale.data_ptr(), steps, by_column,
-        _pointer(before), _pointer(after), codes.qmin, codes.qmax, _pointer(sign), torch.get_num_threads(),
+        _pointer(before), _pointer(after), *codes.ends, codes.half, _pointer(sign), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -158,7 +161,7 @@ def lsq_backward(
     dequantized = torch.empty(x.shape) if wanted.dequantized else None
     library.lsq_backward(
         grad.data_ptr(), grad_stride, x.data_ptr(), stride, out.data_ptr(), out_stride, rows, length, scale.data_ptr(), steps, by_column,
-        _pointer(before), codes.qmin, codes.qmax, _pointer(sign), errors.data_ptr(), _pointer(sum_x), _pointer(sum_grad),
+        _pointer(before), *codes.ends, codes.half, _pointer(sign), errors.data_ptr(), _pointer(sum_x), _pointer(sum_grad),
         _pointer(wanted.after), _pointer(dequantized), threads,
     )  # fmt: skip
     total = errors.sum(0) if by_column else errors.view(-1, steps).sum(0)
@@ -188,7 +191,7 @@ def probs_backward(
     if library is None or layout is None or not (_fits(grad, out) and _dense(grad, probs, out)):
         return None
     rows, length, _, steps, by_column = layout
-    if by_column or length != probs.shape[-1]:
+    if codes.half or by_column or length != probs.shape[-1]:
         return None
     errors, dequantized = torch.empty(rows), torch.empty(probs.shape)
     library.probs_backward(

@@ -88,8 +88,8 @@ def lsq_forward(
         return None
     tiles, out = tiles_of(layout), _floats(x, *x.shape)
     _launch(
-        _kernels().lsq_forward, (tiles.down, tiles.across), x, out, scale, before, after, sign, float(codes.qmin), float(codes.qmax),
-        layout.rows, layout.length, layout.stride, layout.steps, BY_COLUMN=layout.by_column, **tiles.block,
+        _kernels().lsq_forward, (tiles.down, tiles.across), x, out, scale, before, after, sign, *map(float, codes.ends),
+        layout.rows, layout.length, layout.stride, layout.steps, HALF=codes.half, BY_COLUMN=layout.by_column, **tiles.block,
     )  # fmt: skip
     return out
 
@@ -137,8 +137,8 @@ def lsq_backward(  # noqa: PLR0913  (one pass gives all that may be wanted)
     y = _floats(x, *x.shape) if dequantized else None
     _launch(
         _kernels().lsq_backward, (strips, tiles.across), grad, x, out, scale, before, after, sign, y, errors, *sums,
-        float(codes.qmin), float(codes.qmax), rows, length, grad_stride, stride, out_stride, steps, strip,
-        BY_COLUMN=by_column, **tiles.block,
+        *map(float, codes.ends), rows, length, grad_stride, stride, out_stride, steps, strip,
+        HALF=codes.half, BY_COLUMN=by_column, **tiles.block,
     )  # fmt: skip
     of_scale = errors.sum(0) if by_column else errors.sum((0, 2))
     of_before, of_after = (None if s is None or shape is None else s.sum(0).view(shape) for s, shape in zip(sums, wanted, strict=True))
@@ -176,7 +176,7 @@ def probs_backward(
         dequantized: see above.
     """
     layout = rows_of(probs, scale, [], codes) if fit(grad, probs, scale, out) and dense(scale) else None
-    if layout is None or layout.by_column or layout.length != probs.shape[-1] or layout.length > LONGEST:
+    if layout is None or codes.half or layout.by_column or layout.length != probs.shape[-1] or layout.length > LONGEST:
         return None
     rows, length, stride, steps, _ = layout
     out = _floats(probs, *probs.shape) if out is None else out

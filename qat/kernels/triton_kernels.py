@@ -40,6 +40,15 @@ def _rounded(u: tensor) -> tensor:
 
 
 @triton.jit
+def _level(u: tensor, high: tensor, HALF: constexpr) -> tensor:
+    """In steps; of half steps the highest is half a step below the end of the range."""
+    if HALF:
+        k = _rounded(u - 0.5)
+        return tl.where(k > high - 1.0, high - 1.0, k) + 0.5
+    return _rounded(u)
+
+
+@triton.jit
 def _step(scale: tensor, index: tensor, inside: tensor) -> tensor:
     step = tl.load(scale + index, mask=inside, other=1.0).to(tl.float32)
     return tl.where(step < FLOOR, FLOOR, step)
@@ -74,10 +83,10 @@ def _plus(tile: tensor, offset: tensor, column: tensor, length: tensor) -> tenso
 
 
 @triton.jit
-def _errors(grad: tensor, u: tensor, low: tensor, high: tensor) -> tuple[tensor, tensor, tensor]:
-    """Gradient of the input, what an element adds to that of the step, 0 where `grad` is, and the code."""
+def _errors(grad: tensor, u: tensor, low: tensor, high: tensor, HALF: constexpr) -> tuple[tensor, tensor, tensor]:
+    """Gradient of the input, what an element adds to that of the step, 0 where `grad` is, and the value in steps."""
     clamped = _clamped(u, low, high)
-    inner, code = tl.where((u < low) | (u > high), 0.0, grad), _rounded(clamped)
+    inner, code = tl.where((u < low) | (u > high), 0.0, grad), _level(clamped, high, HALF)
     return inner, grad * code - inner * clamped, code
 
 
@@ -102,6 +111,7 @@ def lsq_forward(  # noqa: PLR0913  (a kernel is told where everything lies)
     length: tensor,
     stride: tensor,
     steps: tensor,
+    HALF: constexpr,
     BY_COLUMN: constexpr,
     BLOCK_R: constexpr,
     BLOCK_C: constexpr,
@@ -113,7 +123,7 @@ def lsq_forward(  # noqa: PLR0913  (a kernel is told where everything lies)
     inside = _inside(row, column, rows, length)
     step = _steps(scale, row, column, rows, length, steps, BY_COLUMN)
     shifted = _plus(_read(x, _places(row, column, stride), inside), before, column, length)
-    level = _rounded(_clamped(tl.div_rn(shifted, step), low, high)) * step
+    level = _level(_clamped(tl.div_rn(shifted, step), low, high), high, HALF) * step
     tl.store(y + _places(row, column, length), _plus(level, after, column, length), mask=inside)
 
 
@@ -139,6 +149,7 @@ def lsq_backward(  # noqa: PLR0913
     dx_stride: tensor,
     steps: tensor,
     strip: tensor,
+    HALF: constexpr,
     BY_COLUMN: constexpr,
     BLOCK_R: constexpr,
     BLOCK_C: constexpr,
@@ -160,7 +171,7 @@ def lsq_backward(  # noqa: PLR0913
         step = _steps(scale, row, column, rows, length, steps, BY_COLUMN)
         grad = _read(g, _places(row, column, g_stride), inside)
         shifted = _plus(_read(x, _places(row, column, x_stride), inside), before, column, length)
-        inner, wrong, code = _errors(grad, tl.div_rn(shifted, step), low, high)
+        inner, wrong, code = _errors(grad, tl.div_rn(shifted, step), low, high, HALF)
         tl.store(dx + _places(row, column, dx_stride), inner, mask=inside)
         if y is not None:
             tl.store(y + _places(row, column, length), _plus(code * step, after, column, length), mask=inside)
@@ -214,7 +225,7 @@ def probs_backward(  # noqa: PLR0913
     inside = _inside(row, column, rows, length)
     grad, prob = _read(g, _places(row, column, g_stride), inside), _read(p, _places(row, column, p_stride), inside)
     step = _step(scale, row % steps, row < rows)[:, None]
-    inner, wrong, code = _errors(grad, tl.div_rn(prob, step), low, high)
+    inner, wrong, code = _errors(grad, tl.div_rn(prob, step), low, high, False)
     if y is not None:
         tl.store(y + _places(row, column, length), code * step, mask=inside)
     tl.store(errors + row, tl.sum(wrong, 1), mask=row < rows)

@@ -6,7 +6,7 @@ from torch import nn
 
 from qat.kernels.fused import LSQParams
 from qat.nn.quant_module import is_watched
-from qat.quantizers import LSQ, Shifted, StatsQ
+from qat.quantizers import LSQ, SEQ, Shifted, StatsQ
 
 
 def operand_of(quantizer: nn.Module) -> LSQParams | None:
@@ -14,9 +14,10 @@ def operand_of(quantizer: nn.Module) -> LSQParams | None:
     before = after = None
     if type(quantizer) is Shifted and not is_watched(quantizer) and quantizer.spec.offset_ndim == 1:
         before, after, quantizer = quantizer.offset_before, quantizer.offset_after, quantizer.quantizer
-    if type(quantizer) is not LSQ or is_watched(quantizer) or quantizer.scale is None:
+    scale = quantizer.scale if type(quantizer) in {LSQ, SEQ} and not is_watched(quantizer) else None
+    if scale is None:
         return None
-    return LSQParams(quantizer.scale, before, after, quantizer.code_range, quantizer.grad_factor)
+    return LSQParams(scale, before, after, quantizer.code_range, quantizer.grad_factor)
 
 
 def statsq_bits(quantizer: nn.Module) -> int | None:

@@ -42,8 +42,10 @@ class ScaleVector:
     def write(self, values: Tensor) -> None:
         """Put (n,) into the net, in its dtype; a scale is at least float32 eps."""
         scales = self.scales
-        for scale, part in zip(scales, values.split([s.numel() for s in scales]), strict=True):
-            scale.copy_(part.to(scale).clamp(min=_LOWEST_SCALE).view_as(scale))
+        parts = values.split([scale.numel() for scale in scales])
+        holders = [site.quantizer for site in self.sites if stored_scale(site.quantizer) is not None]
+        for quantizer, scale, part in zip(holders, scales, parts, strict=True):
+            getattr(quantizer, "quantizer", quantizer).set_scale(part.to(scale).clamp(min=_LOWEST_SCALE).view_as(scale))
 
     def radius(self, fixed: float | None) -> Tensor:
         """(n,) float64: `fixed`, or what suits the bits of each scale."""

@@ -7,11 +7,14 @@ from qat.quantizers.log2 import Log2
 from qat.quantizers.lsq import LSQ, AutoSignLSQ
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import build_quantizer, register
+from qat.quantizers.seq import SEQ
 from qat.quantizers.shifted import Shifted
 from qat.quantizers.statsq import ActStatsQ, StatsQ
+from qat.quantizers.statsq_rms import StatsQRMS
 
 __all__ = [
     "LSQ",
+    "SEQ",
     "ActStatsQ",
     "Affine",
     "AutoSignLSQ",
@@ -23,6 +26,7 @@ __all__ = [
     "Quantizer",
     "Shifted",
     "StatsQ",
+    "StatsQRMS",
     "UniformGrid",
     "build_quantizer",
     "register",

@@ -32,10 +32,13 @@ def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
 
 
 class LSQ(Quantizer):
-    """Learned step size.
+    """Learned step size, absolute or relative to its start (`spec.steps`).
 
     Attributes:
-        scale: step size, (n,) with one per slice along the axis, in the unit of the input; NaN until initialised.
+        scale: step size in force, (n,) with one per slice along the axis, in the unit of the input; NaN until initialised. A parameter
+            where steps are absolute.
+        start: s0, where a relative step began, (n,); None where steps are absolute.
+        log_ratio: the logarithm of scale / start, (n,), which is what is learned of a relative step; None where steps are absolute.
         grad_factor: factor on the gradient of `scale`. A trainer sets 1/sqrt(world size x accumulation) on activations, so that
             LSQ's 1/sqrt(qmax * m) counts the elements of the global batch (docs/deviations.md#lsq-global-batch).
     """
@@ -43,18 +46,36 @@ class LSQ(Quantizer):
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
         self.grad_factor = 1.0
-        self.register_parameter("scale", None)
+        self._parameters["scale"] = None  # where the property finds it; `register_parameter` refuses names that a class has
+        self.register_buffer("start", None)
+        self.register_parameter("log_ratio", None)
+
+    @property
+    def scale(self) -> Tensor | None:
+        """See above: s0 * exp(t) stays above zero whatever an optimizer does to t, and its updates are relative to the step."""
+        return self._parameters["scale"] if self.log_ratio is None else self.start * self.log_ratio.exp()
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
         """One NaN step per slice along the axis."""
         super().allocate(shape, device)
-        self.scale = nn.Parameter(self.nan_tensor(shape, device))
+        steps = self.nan_tensor(shape, device)
+        if self.spec.steps == "relative":
+            self.start, self.log_ratio = steps, nn.Parameter(torch.zeros_like(steps))
+        else:
+            self.register_parameter("scale", nn.Parameter(steps))
+
+    @torch.no_grad()
+    def set_scale(self, values: Tensor) -> None:
+        """Put steps (n,) in force, from where a relative one begins anew."""
+        if self.log_ratio is None:
+            super().set_scale(values)
+        else:
+            self.start.copy_(values)
+            self.log_ratio.zero_()
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Step = `initial_scale`, averaged over the batches in `state`."""
-        step = running_mean(state, self.initial_scale(x, self.spec.qmin, self.spec.qmax))
-        with torch.no_grad():
-            self.scale.copy_(step)
+        self.set_scale(running_mean(state, self.initial_scale(x, self.spec.qmin, self.spec.qmax)))
 
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
         """Where learning begins with codes in [qmin, qmax], by the rule of the spec: (n,), in the unit of `x`."""
@@ -120,10 +141,8 @@ class AutoSignLSQ(LSQ):
         lowest = torch.minimum(x.detach().amin().float(), state.get("lowest", torch.tensor(torch.inf, device=x.device)))
         state["lowest"] = lowest
         signed = bool(lowest < self.NEGATIVE)
-        step = self._step(x, state)[signed]
-        with torch.no_grad():
-            self.signed.fill_(float(signed))
-            self.scale.copy_(step)
+        self.set_scale(self._step(x, state)[signed])
+        self.signed.fill_(float(signed))
 
     def _step(self, x: Tensor, state: dict[str, Any]) -> dict[bool, Tensor]:
         """The step so far for either sign, as a later batch may need the other."""

@@ -83,6 +83,11 @@ class Quantizer(nn.Module, ABC):
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Fold one more batch into `state` and set the scales from all batches in it."""
 
+    @torch.no_grad()
+    def set_scale(self, values: Tensor) -> None:
+        """Put scales in force in place of those that are stored; the shape of `scale`."""
+        self.scale.copy_(values)
+
     def held(self) -> Tensor | None:
         """The quantized weight, where the quantizer keeps it in place of a float master."""
         return None

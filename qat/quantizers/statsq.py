@@ -21,7 +21,7 @@ def build_statsq(spec: QuantSpec) -> Quantizer:
     return StatsQ(spec) if spec.role in {"weight", "qk"} else ActStatsQ(dataclasses.replace(spec, signed=True))
 
 
-def _grid(scale: Tensor, bits: int, axis: int | None) -> UniformGrid:
+def statsq_grid(scale: Tensor, bits: int, axis: int | None) -> UniformGrid:
     """Half steps: code k stands for (k + 1/2) s / 2^(b-1)."""
     n = 2 ** (bits - 1)
     return UniformGrid(qmin=-n, qmax=n - 1, step=scale.flatten() / n, zero_point=-0.5, axis=axis)
@@ -44,7 +44,7 @@ class StatsQ(Quantizer):
 
     def grid(self, x: Tensor | None = None) -> UniformGrid | None:
         """That of `x`."""
-        return None if x is None else _grid(self.scale_of(x), self.spec.bits, 1 if x.ndim == 3 else 0)
+        return None if x is None else statsq_grid(self.scale_of(x), self.spec.bits, 1 if x.ndim == 3 else 0)
 
 
 class ActStatsQ(Quantizer):
@@ -64,4 +64,4 @@ class ActStatsQ(Quantizer):
 
     def grid(self, x: Tensor | None = None) -> UniformGrid | None:
         """That of `x`."""
-        return None if x is None else _grid(self.scale_of(x), self.spec.bits, self.axis)
+        return None if x is None else statsq_grid(self.scale_of(x), self.spec.bits, self.axis)

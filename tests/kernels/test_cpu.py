@@ -39,6 +39,9 @@ CASES = {
     "columns of a wider tensor": (randn(2, 5, 57)[..., 19:38], 5, offset(19), None, CodeRange(-2, 1, -2)),
     "channels of a wider tensor": (randn(2, 5, 57)[..., 38:], 19, offset(19), offset(19), CodeRange(-2, 1, -1)),
     "rows that are no sequence": (randn(5, 2, 19).transpose(0, 1), 5, offset(19), None, CodeRange(-2, 1, -2)),
+    "half steps": (2 * randn(2, 5, 19), 5, offset(19), offset(19), CodeRange(-2, 1, -2, half=True)),
+    "half steps by channel": (2 * randn(2, 5, 19), 19, offset(19), None, CodeRange(-8, 7, -1, half=True)),
+    "half steps, ties": (randn(2, 5, 19).round() / 2, 1, None, None, CodeRange(-4, 3, None, half=True)),
     "half precision": (randn(2, 5, 19).bfloat16(), 5, offset(19), offset(19), CodeRange(-2, 1, -2)),
 }
 

@@ -136,9 +136,11 @@ def _rescaled(site: GridSite, factor: Tensor, weight: Tensor) -> Tensor:
 
 
 def _stored_scales(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Of activations."""
+    """Of activations; of a relative step its start, to which it is proportional."""
     for site in iter_quantizers(net):
-        scale = stored_scale(site.quantizer)
+        inner = getattr(site.quantizer, "quantizer", site.quantizer)
+        start = getattr(inner, "start", None)
+        scale = stored_scale(inner) if start is None else start
         if scale is not None and not site.is_weight:
             yield place_in("", site), scale
 
