@@ -257,7 +257,9 @@ class QuantRecipe:
             layout["offsets"] = "none"
         if name != "float" and bits == FLOAT_BITS:  # of float weights beside it
             raise UsageError(f"{self.GROUP}.{place}_bits={bits}: activations are quantized too; must be with act_quantizer=float")
-        return QuantSpec(role, name, FLOAT_BITS if name == "float" else int(bits or 0), step_init=self.step_init, steps=self.steps, **layout)
+        return QuantSpec(
+            role, name, FLOAT_BITS if name == "float" else int(bits or 0), step_init=self.step_init, steps=self.steps, **layout
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for checkpoints; `recipe_from` gives it back."""

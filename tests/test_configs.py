@@ -37,7 +37,7 @@ OFTEN = {"deit_t", "deit_t_distilled", "vit_tiny_demo", "resnet_tiny_demo", "swi
 # Queries and keys of these are rotated or normalised.
 NO_QKR = {"eva02_t", "swinv2_t"}
 # A recipe of each kind; what a net makes of it does not depend on the bits.
-KINDS = ("fp", "ofq_2bit", "ofq_noqkr_2bit", "lsq_2bit", "minmax_8bit")
+KINDS = ("fp", "ofq_2bit", "ofq_noqkr_2bit", "lsq_2bit", "seq_2bit", "minmax_8bit")
 
 
 def one_block(model):

@@ -9,6 +9,8 @@ from qat.model.ptq_spec import recipe_from
 from qat.spec import PRESETS, ROLES, QuantRecipe, QuantSpec, recipe
 from qat.utils.validate import FLOAT_BITS
 
+KNOWN = "statsq, statsq_rms, lsq, seq, minmax, float"
+
 WRONG_KNOBS = [
     ({"bits": 1}, "quant.bits=1: must be an integer from 2 to 8"),
     ({"bits": 9}, "quant.bits=9: must be an integer from 2 to 8"),
@@ -22,8 +24,14 @@ WRONG_KNOBS = [
     ({"head_bits": -8}, "quant.head_bits=-8: must be"),
     ({"attention": "linear"}, "quant.attention='linear': must be one of qkr, standard, float"),
     ({"qk_bias": "keep"}, "quant.qk_bias='keep': must be one of drop, fold"),
-    ({"weight_quantizer": "lsqq"}, "quant.weight_quantizer='lsqq': must be one of statsq, lsq, minmax, float or package.module:Class"),
-    ({"act_quantizer": "a:b:c"}, "quant.act_quantizer='a:b:c': must be one of statsq, lsq, minmax, float or package.module:Class"),
+    (
+        {"weight_quantizer": "lsqq"},
+        "quant.weight_quantizer='lsqq': must be one of statsq, statsq_rms, lsq, seq, minmax, float or package.module:Class",
+    ),
+    (
+        {"act_quantizer": "a:b:c"},
+        "quant.act_quantizer='a:b:c': must be one of statsq, statsq_rms, lsq, seq, minmax, float or package.module:Class",
+    ),
     ({"act_quantizer": "my module:Class"}, "quant.act_quantizer='my module:Class': must be"),
     ({"act_quantizer": None}, "quant.act_quantizer=None: must be"),
     ({"offsets": "both"}, "quant.offsets='both': must be true or false"),
@@ -48,7 +56,7 @@ def test_wrong_knobs_are_named(knobs, message):
 
 
 def test_unknown_recipe():
-    with pytest.raises(qat.UsageError, match="recipe='oqf': must be one of fp, ofq, ofq_noqkr, statsq, lsq, minmax"):
+    with pytest.raises(qat.UsageError, match="recipe='oqf': must be one of fp, ofq, ofq_noqkr, statsq, lsq, seq, minmax"):
         recipe("oqf")
 
 
@@ -80,6 +88,7 @@ def test_presets():
         "ofq_noqkr": ("standard", "statsq", "lsq", True),
         "statsq": ("standard", "statsq", "float", True),
         "lsq": ("standard", "lsq", "lsq", False),
+        "seq": ("standard", "seq", "seq", True),
         "minmax": ("standard", "minmax", "minmax", False),
     }
     assert recipe("ofq").qk_bias == "drop"

@@ -57,8 +57,7 @@ class ScaleWatch:
             if isinstance(module, LSQ) and module.scale is not None
         ]
         self.starts = {
-            name: self.starts[name] if name in self.starts else _step_of(quantizer).to(copy=True)
-            for name, quantizer in self._steps
+            name: self.starts[name] if name in self.starts else _step_of(quantizer).to(copy=True) for name, quantizer in self._steps
         }
         if not self._steps:
             return

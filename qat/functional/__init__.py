@@ -25,7 +25,7 @@ from qat.functional.oscillation import (
     with_frozen,
 )
 from qat.functional.qkr import fold_q_bias, fold_qk
-from qat.functional.statsq import statsq, statsq_codes, statsq_codes_with_scale, statsq_scale, statsq_with_scale
+from qat.functional.statsq import statsq, statsq_codes, statsq_codes_with_scale, statsq_rms_scale, statsq_scale, statsq_with_scale
 from qat.functional.ste import mean_abs, round_ste, view_along
 
 __all__ = [
@@ -73,6 +73,7 @@ __all__ = [
     "statsq",
     "statsq_codes",
     "statsq_codes_with_scale",
+    "statsq_rms_scale",
     "statsq_scale",
     "statsq_with_scale",
     "unpack_oscillation",

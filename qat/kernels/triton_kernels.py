@@ -225,7 +225,7 @@ def probs_backward(  # noqa: PLR0913
     inside = _inside(row, column, rows, length)
     grad, prob = _read(g, _places(row, column, g_stride), inside), _read(p, _places(row, column, p_stride), inside)
     step = _step(scale, row % steps, row < rows)[:, None]
-    inner, wrong, code = _errors(grad, tl.div_rn(prob, step), low, high, False)
+    inner, wrong, code = _errors(grad, tl.div_rn(prob, step), low, high, HALF=False)
     if y is not None:
         tl.store(y + _places(row, column, length), code * step, mask=inside)
     tl.store(errors + row, tl.sum(wrong, 1), mask=row < rows)

@@ -17,7 +17,7 @@ from qat.model.scales import guard
 from qat.model.sites import Site, iter_quantizers
 from qat.nn import FqNet, ScoredAttention, Swap, SwapContext, find_swap, swap_net
 from qat.quantizers import Quantizer
-from qat.spec import QuantRecipe
+from qat.spec import PRESETS, QuantRecipe
 from qat.utils.probing import probing
 
 
@@ -97,8 +97,9 @@ def _check_rules(net: nn.Module, recipe: QuantRecipe) -> None:
     """A rule has to reach a module that owns quantizers; one about `attention` may be the reason why there are none."""
     owners = list(dict.fromkeys(site.name.rpartition(".")[0] for site in iter_quantizers(net)))
     names = [name for name, _ in net.named_modules()]
+    own = PRESETS.get(recipe.name, {}).get("overrides", {})  # not every net has what a recipe says of attentions
     for pattern, rule in recipe.overrides.items():
-        if not fnmatch.filter(names if "attention" in rule else owners, pattern):
+        if pattern not in own and not fnmatch.filter(names if "attention" in rule else owners, pattern):
             example = next((n for n in owners or names if n.count(".") >= 2), names[-1])
             setting = f"{recipe.GROUP}.overrides[{pattern!r}]"
             raise UsageError(f"{setting} matches no module that is quantized; patterns see names like {example!r}")

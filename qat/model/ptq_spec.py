@@ -94,6 +94,7 @@ class PtqRecipe(QuantRecipe):
         "offsets",
         "map_scales",
         "step_init",
+        "steps",
         "rule_bits",
     })
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +61,7 @@ def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[s
         if donor is None or not _agree(donor.quantizer, site.quantizer) or not is_ready(donor.quantizer):
             missing.append(site.name)
             continue
-        site.quantizer.load_state_dict(donor.quantizer.state_dict())
+        site.quantizer.load_state_dict(_stored_alike(donor.quantizer, state.keys()))
         copied.append(site.name)
         if isinstance(site.owner, QkrAttention) and site.quantizer is site.owner.k_quantizer:
             _copy_product_offset(donor.owner, site.owner)
@@ -88,8 +90,22 @@ def forget_attention_weights(net: nn.Module) -> list[str]:
 
 
 def _agree(a: Quantizer, b: Quantizer) -> bool:
-    shapes_a, shapes_b = ({k: v.shape for k, v in q.state_dict().items()} for q in (a, b))
+    shapes_a, shapes_b = ({k: v.shape for k, v in _stored_alike(q, b.state_dict().keys()).items()} for q in (a, b))
     return a.spec == b.spec and shapes_a == shapes_b
+
+
+def _stored_alike(quantizer: Quantizer, names: AbstractSet[str]) -> dict[str, Tensor]:
+    """The state of a quantizer under other names: a step as itself or as its start and what is learned of it."""
+    state: dict[str, Tensor] = quantizer.state_dict()
+    for name in names - state.keys():
+        prefix, _, kind = name.rpartition("scale")
+        if kind == "" and f"{prefix}start" in state:
+            state[name] = state.pop(f"{prefix}start") * state.pop(f"{prefix}log_ratio").exp()
+        prefix, _, kind = name.rpartition("start")
+        if kind == "" and f"{prefix}scale" in state:
+            step = state.pop(f"{prefix}scale")
+            state |= {name: step, f"{prefix}log_ratio": torch.zeros_like(step)}
+    return state
 
 
 def _copy_product_offset(source: nn.Module, target: QkrAttention) -> None:

@@ -14,7 +14,9 @@ def operand_of(quantizer: nn.Module) -> LSQParams | None:
     before = after = None
     if type(quantizer) is Shifted and not is_watched(quantizer) and quantizer.spec.offset_ndim == 1:
         before, after, quantizer = quantizer.offset_before, quantizer.offset_after, quantizer.quantizer
-    scale = quantizer.scale if type(quantizer) in {LSQ, SEQ} and not is_watched(quantizer) else None
+    if not isinstance(quantizer, LSQ) or type(quantizer) not in {LSQ, SEQ} or is_watched(quantizer):
+        return None
+    scale = quantizer.scale
     if scale is None:
         return None
     return LSQParams(scale, before, after, quantizer.code_range, quantizer.grad_factor)

@@ -47,13 +47,16 @@ class LSQ(Quantizer):
         super().__init__(spec)
         self.grad_factor = 1.0
         self._parameters["scale"] = None  # where the property finds it; `register_parameter` refuses names that a class has
+        self.start: Tensor
         self.register_buffer("start", None)
         self.register_parameter("log_ratio", None)
 
     @property
-    def scale(self) -> Tensor | None:
+    def scale(self) -> Tensor:
         """See above: s0 * exp(t) stays above zero whatever an optimizer does to t, and its updates are relative to the step."""
-        return self._parameters["scale"] if self.log_ratio is None else self.start * self.log_ratio.exp()
+        if self.log_ratio is None:
+            return self._parameters["scale"]
+        return self.start * self.log_ratio.exp()
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
         """One NaN step per slice along the axis."""

@@ -86,7 +86,7 @@ class Quantizer(nn.Module, ABC):
     @torch.no_grad()
     def set_scale(self, values: Tensor) -> None:
         """Put scales in force in place of those that are stored; the shape of `scale`."""
-        self.scale.copy_(values)
+        self.scale.copy_(values)  # type: ignore[operator]
 
     def held(self) -> Tensor | None:
         """The quantized weight, where the quantizer keeps it in place of a float master."""

@@ -7,8 +7,7 @@ import dataclasses
 from torch import Tensor
 
 from qat import kernels
-from qat.functional.statsq import statsq_codes_with_scale
-from qat.functional.statsq_rms import statsq_rms_scale
+from qat.functional.statsq import statsq_codes_with_scale, statsq_rms_scale
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register

@@ -1,5 +1,6 @@
 """The commands as processes: exit codes and the lines on the terminal."""
 
+import errno
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+from qat.cli import entry
 from tests.commands import typed
 from tests.conftest import ROOT, TINY, compose, results, tiny
 
@@ -246,3 +248,22 @@ def test_the_result_of_the_task_is_handed_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "train", lambda cfg: 42.0)
     assert entry.run("train", tiny(tmp_path / "run")) == 42.0
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "),
+            "DataLoader worker (pid 12) is killed by signal: Killed; memory",
+        ),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n "),
+        (OSError(errno.EMFILE, "Too many open files", "x"), "ulimit -n "),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "cannot be written: x"),
+        (RuntimeError("Connection closed by peer [1.2.3.4]"), "another process of this run is gone"),
+        (RuntimeError("shape mismatch"), None),
+    ],
+)
+def test_a_machine_that_is_in_the_way_is_no_bug_of_ours(error, said):
+    found = entry._of_the_machine(error)
+    assert (found is None) if said is None else str(found).startswith(said)

@@ -1,10 +1,14 @@
 """A loader that goes on in the middle of an epoch. Oracle: the same epoch from its start."""
 
+import contextlib
+import resource
+
 import pytest
 import torch
 
-from qat.data.loader import ResumableLoader
+from qat.data.loader import ResumableLoader, check_open_files
 from qat.data.sampler import SeededSampler
+from qat.errors import UsageError
 
 
 class Keys(torch.utils.data.Dataset):
@@ -54,3 +58,10 @@ def test_the_epoch_counts_that_is_set_behind_iter():
     made.sampler.set_epoch(7)
     assert {epoch for epoch, _ in next(iterator).tolist()} == {7}
     assert len(made) == 5
+
+
+@pytest.mark.parametrize(("limit", "workers", "is_refused"), [(96, 2, True), (128, 2, False), (96, 1, False), (10, 0, False)])
+def test_processes_that_would_run_out_of_open_files_are_refused_before_the_first_step(monkeypatch, limit, workers, is_refused):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    with pytest.raises(UsageError, match="data.num_workers=2: .* ulimit -n 128") if is_refused else contextlib.nullcontext():
+        check_open_files(workers)

@@ -35,7 +35,7 @@ def assert_agrees(net, path, images):
     return done
 
 
-OFTEN = ("ofq_2bit",)
+OFTEN = ("ofq_2bit", "seq_2bit")
 
 
 @pytest.mark.slow

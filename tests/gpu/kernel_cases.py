@@ -13,7 +13,8 @@ from qat.functional.lsq import step_of
 from qat.functional.ste import sum_along
 from qat.kernels import CodeRange, gpu, reference
 
-BOUNDS = {"signed": (-2, 1), "unsigned": (0, 3), "three bits": (-4, 3), "four bits": (0, 15), "eight bits": (-128, 127)}
+BOUNDS = {"signed": (-2, 1), "unsigned": (0, 3), "three bits": (-4, 3), "four bits": (0, 15), "eight bits": (-128, 127),
+          "half steps": (-2, 1, True), "half steps of three bits": (-4, 3, True)}  # fmt: skip
 # Shape, axis, and the number of dimensions that offsets vary over.
 FORMS = {
     "tokens": ((3, 5, 24), 1, 1),
@@ -44,10 +45,10 @@ def near(ours, expected, magnitude):
     return ours.shape == expected.shape and bool(((ours - expected).abs() <= 1e-6 * magnitude).all())
 
 
-def values(step, shape, low, high):
+def values(step, shape, low, high, half=False):
     step = step.expand(shape)
     ends = torch.where(torch.rand(shape) < 0.5, step * low, step * high)
-    halfway = step * (torch.randint(low - 1, high + 2, shape) + 0.5)
+    halfway = step * (torch.randint(low - 1, high + 2, shape) + (0.0 if half else 0.5))
     away = torch.rand(shape) - 0.5
     beside = torch.where(ends == 0, away * step * 1e-30, torch.nextafter(ends, ends + away))
     kinds = [step * torch.randn(shape) * (high - low), halfway, ends, beside, step * 1e30]
@@ -56,7 +57,8 @@ def values(step, shape, low, high):
 
 def case(shape, axis, n_offsets, bounds):
     """Input, scale, offsets before and after, grid. Steps are powers of two, so that halfway is exact, others, and one too small."""
-    grid = CodeRange(*bounds, axis)
+    low, high, *half = bounds
+    grid = CodeRange(low, high, axis, bool(half))
     scale = torch.tensor([0.5, 1e-7, 0.3, 2.0]).repeat(1 if axis is None else -(-shape[axis] // 4))[: 1 if axis is None else shape[axis]]
     x = values(step_of(scale, len(shape), axis), shape, *bounds)
     before, after = (torch.randn(shape[-n_offsets:]).round() if n_offsets else None for _ in range(2))

@@ -43,7 +43,7 @@ def refused(path, *said):
         assert part in message
 
 
-@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "minmax", "fp"])
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "seq", "minmax", "fp"])
 @pytest.mark.parametrize("name", [VIT, DISTILLED])
 def test_round_trip(preset, name, path):
     net = quantized(preset, name, **({} if preset == "fp" else {"bits": 2})).train()

@@ -21,7 +21,7 @@ FAMILIES = [
     "vit_small_patch16_224",
     "deit3_small_patch16_224",
 ]
-QUANTIZED = ["ofq", "ofq_noqkr", "lsq", "minmax"]
+QUANTIZED = ["ofq", "ofq_noqkr", "lsq", "seq", "minmax"]
 
 
 def family(name, **kwargs):
@@ -102,7 +102,7 @@ def test_quantization_does_something(preset):
     assert two > 2 * eight > 0
 
 
-@pytest.mark.parametrize("preset", ["ofq_noqkr", "lsq", "minmax"])
+@pytest.mark.parametrize("preset", ["ofq_noqkr", "lsq", "seq", "minmax"])
 def test_all_weights_are_kept(preset):
     float_state = vit().state_dict()
     kept = timm_state_dict(converted(preset))

@@ -30,7 +30,7 @@ def test_a_float_net_is_ready():
     qat.assert_ready(converted("fp"))
 
 
-@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "minmax"])
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "seq", "minmax"])
 def test_everything_is_filled_in_place(preset):
     net = converted(preset)
     before = parameters(net)

@@ -93,7 +93,7 @@ def inputs_of(net):
     return seen
 
 
-@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "minmax"])
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "seq", "minmax"])
 def test_codes_are_whole_numbers_within_the_bits(preset):
     net = quantized(preset, bits=3)
     for name, x in inputs_of(net).items():

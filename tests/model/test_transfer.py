@@ -32,7 +32,7 @@ def same_state(a, b):
 
 
 @pytest.mark.parametrize("name", [VIT, DISTILLED])
-@pytest.mark.parametrize("preset", ["fp", "ofq_noqkr", "lsq", "minmax"])
+@pytest.mark.parametrize("preset", ["fp", "ofq_noqkr", "lsq", "seq", "minmax"])
 def test_a_checkpoint_of_ours_gives_back_the_float_net(path, preset, name):
     qat.save(quantized(preset, name), path)
     made = start(path, name)

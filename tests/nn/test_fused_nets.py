@@ -42,12 +42,13 @@ def same(ours, theirs):
         )
 
 
-@pytest.mark.parametrize("kind", ["qkr", "fold", "standard", "float"])
+@pytest.mark.parametrize("kind", ["qkr", "fold", "standard", "float", "seq"])
 @pytest.mark.parametrize("family", NETS, ids=lambda f: f.name)
 def test_nets_are_the_same(family, kind, unfused):
     if kind == "qkr" and not family.qkr:
         pytest.skip("no single matrix M")
-    recipe = qat.recipe("ofq", bits=2, **({"qk_bias": "fold"} if kind == "fold" else {"attention": kind}))
+    knobs = {"qk_bias": "fold"} if kind == "fold" else {"attention": kind}
+    recipe = qat.recipe("seq", bits=2) if kind == "seq" else qat.recipe("ofq", bits=2, **knobs)
     net = qat.convert(family.build(), recipe, input_size=family.input_size)
     x = family.images(4)
     qat.initialize_scales(net, [x])

@@ -333,7 +333,7 @@ def test_a_plain_state_dict_is_taken_as_it_is(tmp_path, setting):
         (["quant.bits=9"], "quant.bits=9: must be an integer from 2 to 8"),
         (["quant.act_bits=1"], "quant.act_bits=1: must be an integer from 2 to 8"),
         (["quant.attention=foo"], "quant.attention='foo': must be one of qkr, standard, float"),
-        (["quant.weight_quantizer=foo"], "quant.weight_quantizer='foo': must be one of statsq, lsq, minmax, float"),
+        (["quant.weight_quantizer=foo"], "quant.weight_quantizer='foo': must be one of statsq, statsq_rms, lsq, seq, minmax, float"),
         (["quant=fp", "quant.bits=4"], "quant.bits=4: quant=fp leaves the net in float"),
         (["quant.overrides={blocks.7.*:{bits:4}}"], "quant.overrides['blocks.7.*'] matches no module"),
         (["data.augment=bad"], "data.augment='bad': must be one of none, light, timm"),

@@ -18,7 +18,8 @@ from qat.kernels.fused.scores import softmax
 
 def quantize(o: LSQParams, x: Tensor) -> Tensor:
     """Fake-quantize `x`."""
-    return lsq(x, o.scale, *o.codes, grad_factor=o.grad_factor, before=o.before, after=o.after)
+    qmin, qmax, axis, half = o.codes
+    return lsq(x, o.scale, qmin, qmax, axis, half=half, grad_factor=o.grad_factor, before=o.before, after=o.after)
 
 
 def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, bias: Tensor | None, bits: int | None) -> Tensor:

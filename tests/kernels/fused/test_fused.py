@@ -53,6 +53,17 @@ def test_linear(bits, bias, offsets):
     compare(lsq_linear(*parts, bits), simple.lsq_linear(*parts, bits), leaves(*parts))
 
 
+def test_half_steps_also_when_differentiated_twice():
+    x, o, w, b = linear_parts()
+    parts = x, o._replace(codes=CodeRange(-2, 1, -2, half=True)), w, b
+    compare(lsq_linear(*parts, 2), simple.lsq_linear(*parts, 2), leaves(*parts))
+    found, expected = (
+        torch.autograd.grad(f(*parts, 2).square().sum(), leaves(*parts), create_graph=True) for f in (lsq_linear, simple.lsq_linear)
+    )
+    for one, other in zip(*(torch.autograd.grad(g[0].square().sum(), [x, w]) for g in (found, expected)), strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_linear_on_a_map_and_on_one_row():
     for shape, grid, n in (((2, 3, 5, C), CodeRange(-8, 7, None), 1), ((B, C), CodeRange(-128, 127, None), 1)):
         parts = randn(*shape), operand(n, grid), randn(9, C), randn(9)

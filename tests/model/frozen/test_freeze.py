@@ -18,6 +18,8 @@ RECIPES = {
     "ofq_3bit_fold": qat.recipe("ofq", bits=3, qk_bias="fold"),
     "ofq_noqkr_4bit": qat.recipe("ofq_noqkr", bits=4),
     "float_attention": qat.recipe("ofq", bits=2, attention="float"),
+    "seq_2bit": qat.recipe("seq", bits=2),
+    "statsq_rms_3bit": qat.recipe("seq", bits=3, weight_quantizer="statsq_rms", act_scales="tensor"),
     "lsq_4bit": qat.recipe("lsq", bits=4),
     "minmax_8bit": qat.recipe("minmax", bits=8),
     "weights_alone": qat.recipe("statsq", bits=2),

@@ -1,0 +1,82 @@
+"""Steps that are learned relative to where they began. Oracle: s0 * exp(t), and the chain rule."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import qat
+from qat.model.transfer import copy_scales
+from tests.quantizers.common import allocated, calibrated, randn
+from tests.tiny import converted, images, quantized
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "seq"])
+def test_the_gradient_is_that_of_the_step_times_the_step(quantizer):
+    x = randn(3, 8)
+    found = []
+    for steps in ("absolute", "relative"):
+        made = calibrated(quantizer, x, axis=0, steps=steps)
+        made(x).square().sum().backward()
+        found.append(made)
+    absolute, relative = found
+    assert torch.equal(absolute(x), relative(x))
+    assert torch.equal(absolute.scale, relative.scale)
+    assert_close(relative.log_ratio.grad, absolute.scale.grad * absolute.scale.detach())
+    assert sorted(relative.state_dict()) == ["log_ratio", "start"]
+    assert sorted(absolute.state_dict()) == ["scale"]
+    assert relative.n_scales == absolute.n_scales == 3
+
+
+def test_deviates_from_reference_no_update_kills_a_step():
+    made = calibrated("lsq", randn(3, 8), axis=0, steps="relative")
+    optimizer = torch.optim.SGD([made.log_ratio], lr=1.0)
+    made.log_ratio.grad = torch.tensor([5.0, 0.0, -5.0])
+    before = made.scale.detach().clone()
+    optimizer.step()
+    assert_close(made.scale.detach(), before * torch.tensor([-5.0, 0.0, 5.0]).exp())
+    assert (made.scale > 0).all()
+
+
+def test_scales_that_are_set_are_in_force_to_the_bit():
+    made = calibrated("lsq", randn(3, 8), axis=0, steps="relative")
+    with torch.no_grad():
+        made.log_ratio.add_(0.3)
+    wanted = torch.tensor([0.1, 0.2, 0.3])
+    made.set_scale(wanted)
+    assert torch.equal(made.scale.detach(), wanted)
+
+
+def test_a_quantizer_without_scales_is_not_ready():
+    made = allocated("lsq", randn(3, 8), axis=0, steps="relative")
+    assert made.scale.isnan().all()
+    net = converted("ofq", steps="relative")
+    with pytest.raises(qat.UsageError, match="are not initialised"):
+        net(images())
+
+
+def test_a_net_is_the_same_function_whichever_way_its_steps_are_learned(tmp_path):
+    absolute, relative = quantized(steps="absolute"), quantized(steps="relative")
+    assert torch.equal(absolute(images()), relative(images()))
+    qat.save(relative, tmp_path / "net.ckpt")
+    assert torch.equal(qat.load(tmp_path / "net.ckpt")(images()), relative(images()))
+
+
+@pytest.mark.parametrize(("source", "target"), [("absolute", "relative"), ("relative", "absolute"), ("relative", "relative")])
+def test_scales_are_carried_over_between_the_two(source, target):
+    donor, net = quantized(steps=source), converted(steps=target)
+    with torch.no_grad():
+        for parameter in donor.parameters():
+            if parameter.ndim == 1:
+                parameter.mul_(1.01)
+    net.load_state_dict(donor.state_dict(), strict=False)
+    copied, missing = copy_scales(donor, net)
+    assert (missing, bool(copied)) == ([], True)
+    assert torch.equal(net(images()), donor(images())) or source != target
+    assert_close(net(images()), donor(images()), rtol=1e-5, atol=1e-5)
+
+
+def test_no_graph_breaks():
+    x = randn(3, 8)
+    made = calibrated("seq", x, axis=0, steps="relative")
+    eager = made(x)
+    assert torch.equal(torch.compile(made, fullgraph=True, backend="aot_eager")(x), eager)
