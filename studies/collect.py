@@ -64,6 +64,7 @@ def collect(arm: Arm, seed: int, done: Done, further: Mapping[str, Done], starts
         versions=results["versions"],
         git_commit=results.get("git_commit"),
         date=datetime.date.today().isoformat(),
+        format=2,
     )
     write_record(path, record)
 

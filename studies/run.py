@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +111,39 @@ def outdated(arms: Arms, root: str | None = FOLDER) -> list[str]:
         if not path.exists():
             continue
         record = read_record(path)
-        asked = [_in_force(command_line(*one, root)) for one in _commands(arm, seed, arms)]
+        asked = [_in_force(command_line(*one, root), _steps_now) for one in _commands(arm, seed, arms)]
         again = f"once it is removed, python -m studies run {arm.path}"
-        if [_in_force(command) for command in (record.command, *record.further_commands.values())] != asked:
+        steps = _steps_then if record.format == 1 else _steps_now
+        made = [_in_force(command, steps) for command in (record.command, *record.further_commands.values())]
+        if made != asked:
             found.append(f"{path}: made by other commands than {arm.path} asks for; {again}")
         elif record.starts != arms.starts(arm, seed):
             found.append(f"{path}: made from other weights than those in {arms.places.results}; {again}")
     return found
 
 
-def _in_force(command: str) -> dict[str, str]:
-    """Words and settings of a command; of a setting that is made twice the last counts."""
-    return dict(word.partition("=")[::2] for word in shlex.split(command))
+def _in_force(command: str, steps: Callable[[str], str]) -> dict[str, str]:
+    """Words and settings of a command; of a setting that is made twice the last counts.
+
+    Args:
+        command: as it is typed.
+        steps: what `quant.steps` was for a recipe where the command does not say; where nothing is quantized it says nothing.
+    """
+    words = dict(word.partition("=")[::2] for word in shlex.split(command))
+    recipe, library = words.get("quant", "ofq"), words.get("library", "qat")
+    if recipe == "fp" or library != "qat" or not {"train.py", "studies.peers"} & words.keys():
+        words.pop("quant.steps", None)
+        return words
+    return {"quant.steps": steps(recipe), **words}
+
+
+def _steps_now(recipe: str) -> str:
+    return "absolute" if recipe.startswith("minmax") else "relative"
+
+
+def _steps_then(recipe: str) -> str:
+    """When records had format 1."""
+    return "relative" if recipe.startswith("seq") else "absolute"
 
 
 def execute(command: str, place: Path, settings: Sequence[str], root: str | None) -> dict[str, Any]:

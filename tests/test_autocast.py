@@ -130,7 +130,7 @@ def test_fused_and_unfused_agree(net):
 def test_steps_that_are_powers_of_two_make_products_exact(step, is_exact):
     layer, x = quantized("ofq", bits=4).blocks[0].mlp.fc1, 2 * torch.randn(8, 17, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        layer.input_quantizer.quantizer.scale.fill_(step)
+        layer.input_quantizer.quantizer.start.fill_(step)
         layer.bias.zero_()
         # Two magnitudes, as often each: StatsQ's scale, twice their mean, is a quarter.
         magnitudes = torch.tensor([0.0625, 0.1875]).repeat(16)

@@ -238,3 +238,17 @@ def test_float_weights_beside_activations_of_few_bits_name_their_setting():
     made = recipe("ofq", overrides={"head": {"weight_quantizer": "float", "bits": 32, "act_bits": 4}})
     with pytest.raises(qat.UsageError, match=r"^quant\.head_bits=32: activations are quantized too; must be with act_quantizer=float$"):
         made.at("head").act_spec("input", "head")
+
+
+@pytest.mark.parametrize("name", ["ofq", "ofq_noqkr", "lsq", "statsq", "seq"])
+def test_steps_are_relative_unless_they_come_from_an_older_file(name):
+    made = recipe(name)
+    assert {made.weight_spec("head").steps, made.act_spec("input", "block").steps} <= {"relative"}
+    older = {key: value for key, value in made.to_dict().items() if key != "steps"}
+    assert recipe_from(older).steps == "absolute"
+
+
+def test_steps_of_a_tensor():
+    made = recipe("seq", act_scales="tensor")
+    assert {made.act_spec(role, "block").axis for role in ("input", "q", "k", "v", "probs", "image")} == {None}
+    assert recipe("seq").act_spec("input", "block").axis == -2

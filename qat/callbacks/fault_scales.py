@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qat.functional.lsq import SCALE_FLOOR
+from qat.functional.lsq import SCALE_FLOOR, relative_step
 from qat.model.sites import iter_quantizers
 from qat.quantizers import LSQ
 from qat.utils.shards import whole
@@ -19,7 +19,8 @@ class ScaleWatch:
     zero, negative or below 1/`max_change` of what it was (everything is clipped) for `dead_steps` steps: one that an optimizer has just
     pushed below zero mostly comes back by itself.
 
-    In 950 steps of 2-bit OFQ on digits from a trained net (`experiment=demo_ofq_2bit`) no step grew to more than 2.6 times its start;
+    Absolute steps (`quant.steps=absolute`; relative ones stay above zero): in 950 updates of 2-bit OFQ on digits from a trained net
+    (`experiment=demo_ofq_2bit`) no step grew to more than 2.6 times its start;
     2 of 620 were at zero or below, for 1 and 11 steps on end. At three times that learning rate: 5.1 times, and 10 steps, for 1 to 82
     steps on end. From random weights, where attention begins with outputs and steps of 2e-4, the first updates of AdamW at 1e-3 push
     all steps in front of some `attn.proj` below zero, and in half of the blocks they stay there for as long as was looked (190 steps).
@@ -68,7 +69,8 @@ class ScaleWatch:
         largest = torch.cat([one.max().expand(one.numel()) for one in starts])
         began = start > SCALE_FLOOR
         self._low = torch.where(began, start / self.max_change, -torch.inf)
-        self._high = torch.where(began, start, largest) * self.max_change
+        units = torch.tensor([quantizer.unit for _, quantizer in self._steps], device=start.device).repeat_interleave(sizes)
+        self._high = torch.where(began, start.maximum(units), largest) * self.max_change
         self._high = torch.where(largest > SCALE_FLOOR, self._high, torch.finfo(start.dtype).max)
         self._since = torch.full_like(start, torch.inf)
 
@@ -106,6 +108,6 @@ class ScaleWatch:
 @torch.no_grad()
 def _step_of(quantizer: LSQ) -> Tensor:
     """The step in force, (n,) float32."""
-    if quantizer.log_ratio is None:
+    if quantizer.change is None:
         return whole(quantizer.scale).float().flatten()
-    return (whole(quantizer.start) * whole(quantizer.log_ratio).exp()).float().flatten()
+    return relative_step(whole(quantizer.start), whole(quantizer.change), quantizer.unit).float().flatten()

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.cli import arguments, foreign, job, repeat, resolvers, sweep
+from qat.cli.console import TerminalHandler
 from qat.errors import UsageError
 from qat.launch import lock, ranks, signals, slurm
 from qat.launch.lock import InUseError
@@ -95,12 +96,20 @@ def command(main: Callable[[], None]) -> int:
     try:
         main()
     except KeyboardInterrupt:
-        log.warning("stopped by Ctrl-C%s", sweep.way_on())
+        _say(f"stopped by Ctrl-C{sweep.way_on()}")
         return 128 + signal.SIGINT
     finally:
         sweep.summarize()
         signal.signal(signal.SIGINT, handler)  # Python takes a moment to end, too
     return 1 if sweep.failures else 0
+
+
+def _say(line: str) -> None:
+    """Log a line as it is, also while Hydra's own format is in force: before a job, and between jobs."""
+    if any(isinstance(handler, TerminalHandler) for handler in logging.getLogger().handlers):
+        log.warning(line)
+    else:
+        sys.stderr.write(f"{line}\n")
 
 
 def run(task: str, cfg: DictConfig) -> float | None:

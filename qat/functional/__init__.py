@@ -11,7 +11,7 @@ from qat.functional.infonce import info_nce, logit_fitness
 from qat.functional.int_layer_norm import integer_layer_norm
 from qat.functional.kurtosis import kure_loss, kurtoses, kurtosis
 from qat.functional.log2 import fake_quantize_log2, log2_codes, log_int_softmax
-from qat.functional.lsq import half_step_init_scale, lsq, lsq_codes, lsq_init_scale, mse_init_scale
+from qat.functional.lsq import half_step_init_scale, least_unit, lsq, lsq_codes, lsq_init_scale, mse_init_scale, relative_step
 from qat.functional.observers import RangeState, affine_from_state, affine_scale, empty_range, observe
 from qat.functional.oscillation import (
     FreezingState,
@@ -59,6 +59,8 @@ __all__ = [
     "lsq",
     "lsq_codes",
     "half_step_init_scale",
+    "least_unit",
+    "relative_step",
     "lsq_init_scale",
     "mse_init_scale",
     "mean_abs",

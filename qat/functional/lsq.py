@@ -223,6 +223,24 @@ def lsq_codes(x: Tensor, scale: Tensor, qmin: int, qmax: int, axis: int | None, 
     return (found - 0.5 if half else found).to(code_dtype(qmin, qmax))
 
 
+def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
+    """A step by its start s0 and what is learned of it, t: s0 * exp(t), and above zero for every t.
+
+    Where s0 is less than a unit u, which says next to nothing of the step that is needed, it grows by units: + (u - s0) * max(t, 0).
+
+    Args:
+        start: s0, (n,), in the unit of what is quantized.
+        change: t, (n,); 0 = as it began.
+        unit: u, at least 0.
+    """
+    return start * change.exp() + (unit - start).clamp(min=0) * change.clamp(min=0)
+
+
+def least_unit(qmax: int) -> float:
+    """A 64th of LSQ's first step for normal values of unit variance: the unit of activations that begin with less."""
+    return 2 * math.sqrt(2 / math.pi) / math.sqrt(qmax) / 64
+
+
 def lsq_init_scale(x: Tensor, qmin: int, qmax: int, axis: int | None) -> Tensor:
     """Initial step size from data: 2 * mean|x| / sqrt(qmax), or 4 * mean|x| / sqrt(qmax) where qmin = 0.
 

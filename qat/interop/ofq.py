@@ -135,7 +135,7 @@ def _recipe(args: Mapping[str, Any] | None, layout: OfqLayout, bits: int | None,
     acts = _settled("act_bits", act_bits, said.get("aq_bitw"), origin)
     # In a Swin the authors' rule of a step per position meets (B, H, W, C): there it is one per column.
     columns = {"map_scales": "column"} if layout.swin else {}
-    return recipe("ofq" if layout.qkr else "ofq_noqkr", bits=weights, act_bits=acts, **columns)
+    return recipe("ofq" if layout.qkr else "ofq_noqkr", bits=weights, act_bits=acts, steps="absolute", **columns)
 
 
 def _settled(setting: str, given: int | None, said: Any, origin: str) -> int | None:

@@ -14,7 +14,7 @@ from qat.model.frozen import FrozenActivation, FrozenWeight
 from qat.model.matmuls import watching
 from qat.model.sites import Site, iter_quantizers
 from qat.nn import QkrAttention, QuantAttention, ScoredAttention
-from qat.quantizers import Quantizer
+from qat.quantizers import LSQ, Quantizer
 from qat.utils.probing import probing
 from qat.utils.validate import FLOAT_BITS
 
@@ -133,7 +133,9 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
     """By module name, how much there is of each of the first fields of `ModuleCost`."""
     sums: dict[str, Counter[str]] = defaultdict(Counter)
     sites = {site.name: site for site in iter_quantizers(net)}
-    masters = {id(site.quantizer.bounds) for site in sites.values() if isinstance(site.quantizer, FrozenActivation)}
+    # Of a relative step what it began with and what was learned are one number.
+    masters = {id(module.start) for module in net.modules() if isinstance(module, LSQ)}
+    masters |= {id(site.quantizer.bounds) for site in sites.values() if isinstance(site.quantizer, FrozenActivation)}
     for site in sites.values():
         if not site.is_weight or site.quantizer.spec.bits == FLOAT_BITS:
             continue

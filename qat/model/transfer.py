@@ -100,11 +100,12 @@ def _stored_alike(quantizer: Quantizer, names: AbstractSet[str]) -> dict[str, Te
     for name in names - state.keys():
         prefix, _, kind = name.rpartition("scale")
         if kind == "" and f"{prefix}start" in state:
-            state[name] = state.pop(f"{prefix}start") * state.pop(f"{prefix}log_ratio").exp()
+            del state[f"{prefix}start"], state[f"{prefix}change"]
+            state[name] = quantizer.get_submodule(prefix.removesuffix(".")).scale.detach()  # type: ignore[operator]
         prefix, _, kind = name.rpartition("start")
         if kind == "" and f"{prefix}scale" in state:
             step = state.pop(f"{prefix}scale")
-            state |= {name: step, f"{prefix}log_ratio": torch.zeros_like(step)}
+            state |= {name: step, f"{prefix}change": torch.zeros_like(step)}
     return state
 
 

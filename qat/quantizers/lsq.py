@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat import kernels
-from qat.functional.lsq import SCALE_FLOOR, CodeRange, lsq_codes, lsq_init_scale, mse_init_scale
+from qat.functional.lsq import SCALE_FLOOR, CodeRange, least_unit, lsq_codes, lsq_init_scale, mse_init_scale, relative_step
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
@@ -38,7 +38,8 @@ class LSQ(Quantizer):
         scale: step size in force, (n,) with one per slice along the axis, in the unit of the input; NaN until initialised. A parameter
             where steps are absolute.
         start: s0, where a relative step began, (n,); None where steps are absolute.
-        log_ratio: the logarithm of scale / start, (n,), which is what is learned of a relative step; None where steps are absolute.
+        change: t of `qat.functional.relative_step`, (n,), which is what is learned of a relative step; None where steps are absolute.
+        unit: u of it: 0 for weights, which are there from the beginning.
         grad_factor: factor on the gradient of `scale`. A trainer sets 1/sqrt(world size x accumulation) on activations, so that
             LSQ's 1/sqrt(qmax * m) counts the elements of the global batch (docs/deviations.md#lsq-global-batch).
     """
@@ -49,32 +50,33 @@ class LSQ(Quantizer):
         self._parameters["scale"] = None  # where the property finds it; `register_parameter` refuses names that a class has
         self.start: Tensor
         self.register_buffer("start", None)
-        self.register_parameter("log_ratio", None)
+        self.register_parameter("change", None)
+        self.unit = 0.0 if spec.role in {"weight", "qk"} else least_unit(spec.qmax)
 
     @property
     def scale(self) -> Tensor:
-        """See above: s0 * exp(t) stays above zero whatever an optimizer does to t, and its updates are relative to the step."""
-        if self.log_ratio is None:
+        """See above; a relative step stays above zero whatever an optimizer does, and changes in proportion to its size."""
+        if self.change is None:
             return self._parameters["scale"]
-        return self.start * self.log_ratio.exp()
+        return relative_step(self.start, self.change, self.unit)
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
         """One NaN step per slice along the axis."""
         super().allocate(shape, device)
         steps = self.nan_tensor(shape, device)
         if self.spec.steps == "relative":
-            self.start, self.log_ratio = steps, nn.Parameter(torch.zeros_like(steps))
+            self.start, self.change = steps, nn.Parameter(torch.zeros_like(steps))
         else:
             self.register_parameter("scale", nn.Parameter(steps))
 
     @torch.no_grad()
     def set_scale(self, values: Tensor) -> None:
-        """Put steps (n,) in force, from where a relative one begins anew."""
-        if self.log_ratio is None:
+        """Put steps (n,) in force, from where a relative one begins anew; that of an activation is a 64th of `unit` at least."""
+        if self.change is None:
             super().set_scale(values)
         else:
-            self.start.copy_(values)
-            self.log_ratio.zero_()
+            self.start.copy_(values.clamp(min=max(self.unit / 64, 2 * SCALE_FLOOR)))
+            self.change.zero_()
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Step = `initial_scale`, averaged over the batches in `state`."""

@@ -183,8 +183,9 @@ def _check_same(checkpoint: Checkpoint, cfg: DictConfig, recipe: QuantRecipe, mo
     if (had_model.get("name"), had_model.get("kwargs")) != (cfg.model.name, model_args):
         difference = f"holds {had_model}, not model {cfg.model.name} with {model_args}"
         raise UsageError(f"resume: {checkpoint.path} {difference}; use ckpt=PATH to start from it")
-    # A knob that is newer than the file had its default; what its rules mean stays as it was.
-    stored = {**QuantRecipe().to_dict(), "rule_bits": recipe.rule_bits, **meta["recipe"]} if meta.get("recipe") else {"name": "fp"}
+    # A knob that is newer than the file had its default; what rules mean and how steps are learned stays as it was.
+    newer = {**QuantRecipe().to_dict(), "rule_bits": recipe.rule_bits, "steps": recipe.steps}
+    stored = {**newer, **meta["recipe"]} if meta.get("recipe") else {"name": "fp"}
     wanted = {"name": "fp"} if recipe.name == "fp" else recipe.to_dict()
     differ = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
     if differ:

@@ -102,7 +102,7 @@ class Set(Callback):
     ],
 )
 def test_step_sizes_that_are_none_are_named(value, step, settings):
-    start = net("lsq")
+    start = net("lsq", steps="absolute")
     with pytest.raises(qat.UsageError) as error:
         run(module(start, lr=1e-9), FaultGuard(**settings), Set(value), batches=data())
     began = step_size(start)
@@ -112,7 +112,7 @@ def test_step_sizes_that_are_none_are_named(value, step, settings):
 
 @pytest.mark.parametrize("value", [-1e-3, -1.0])
 def test_of_dead_step_sizes_a_run_warns_once(value, caplog):
-    run(module(net("lsq"), lr=1e-9), FaultGuard(dead_steps=1), Set(value), batches=data())
+    run(module(net("lsq", steps="absolute"), lr=1e-9), FaultGuard(dead_steps=1), Set(value), batches=data())
     lines = [record.message for record in caplog.records if "step size" in record.message]
     assert len(lines) == 1
     assert lines[0].startswith(f"behind step 3 the step size of {SITE} is {value:g} (entry 0 of ")
@@ -122,18 +122,18 @@ def test_of_dead_step_sizes_a_run_warns_once(value, caplog):
 def test_elsewhere_they_are_seen_at_the_next_look(monkeypatch):
     monkeypatch.setattr(finite, "_is_free", lambda tensor: False)
     with pytest.raises(qat.UsageError, match=rf"behind step 4 the step size of {SITE} is 1.*e\+09 \(entry 0"):
-        run(module(net("lsq"), lr=1e-4), FaultGuard(every_n_steps=4), Set(1e9), batches=data())
+        run(module(net("lsq", steps="absolute"), lr=1e-4), FaultGuard(every_n_steps=4), Set(1e9), batches=data())
 
 
 def test_one_of_many_may_be_at_zero_for_a_while():
     # An optimizer brings it back; from `dead_steps` on it is taken for lost.
-    run(module(net("lsq"), lr=1e-9), FaultGuard(), Set(0.0, entry=3), batches=data())
+    run(module(net("lsq", steps="absolute"), lr=1e-9), FaultGuard(), Set(0.0, entry=3), batches=data())
     with pytest.raises(qat.UsageError, match=rf"behind step 4 the step size of {SITE} is 0 \(entry 3 of"):
-        run(module(net("lsq"), lr=1e-9), FaultGuard(dead_steps=2, dead_scales="fault"), Set(0.0, entry=3), batches=data())
+        run(module(net("lsq", steps="absolute"), lr=1e-9), FaultGuard(dead_steps=2, dead_scales="fault"), Set(0.0, entry=3), batches=data())
 
 
 def test_one_that_begins_at_zero_is_let_be():
-    start = net("lsq")
+    start = net("lsq", steps="absolute")
     with torch.no_grad():
         step_size(start)[3] = 0.0
     run(module(start, lr=1e-9), FaultGuard(dead_steps=1), batches=data())
@@ -146,7 +146,7 @@ def test_one_that_begins_at_zero_is_let_be():
 
 def overflowing(name, bfloat16=True):
     """A net with a layer whose output leaves the range of bfloat16 (that of float32), or of float16."""
-    start = net("lsq") if name == "quantized" else vit()
+    start = net("lsq", steps="absolute") if name == "quantized" else vit()
     with torch.no_grad():
         start.blocks[0].mlp.fc1.bias.fill_(3.4e38 if bfloat16 else 1e6)
         start.blocks[0].mlp.fc1.weight.mul_(1e38 if bfloat16 else 1.0)
@@ -162,7 +162,7 @@ def test_an_overflow_in_bfloat16_is_named(precision):
 
 
 def test_an_overflow_that_a_quantizer_hides_is_named():
-    learner = module(net("lsq"), lr=1e-9)
+    learner = module(net("lsq", steps="absolute"), lr=1e-9)
     act = learner.net.blocks[0].mlp.act
     act.register_forward_hook(lambda module, args, output: torch.where(output > output.mean(), torch.inf, output.detach()).detach())
     run(copy.deepcopy(learner), FaultGuard(every_n_steps=2), batches=data())  # neither loss nor gradients show it

@@ -134,7 +134,7 @@ def small_vit(case):
     net.pretrained_cfg = {"first_conv": "patch_embed.proj", "classifier": "head"}
     unquantized = {"bits": 32, "act_bits": 32, "weight_quantizer": "float", "act_quantizer": "float"}
     attention = "qkr" if "qkr" in case else "standard"
-    recipe = qat.recipe("ofq", bits=bits_of(case), attention=attention, overrides={"patch_embed.proj": unquantized})
+    recipe = qat.recipe("ofq", bits=bits_of(case), attention=attention, steps="absolute", overrides={"patch_embed.proj": unquantized})
     qat.convert(net, recipe, input_size=tuple(image))
     net.load_state_dict({name: value.reshape(net.state_dict()[name].shape) for name, value in state.items()}, strict=True)
     return net

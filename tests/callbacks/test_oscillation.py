@@ -87,7 +87,7 @@ def test_what_is_logged():
 
 def test_the_band_of_learned_steps():
     steps, seen = Steps(), Seen()
-    fit(module(net("lsq")), Oscillation(boundary_range=0.1), steps, seen, max_epochs=1, log_every_n_steps=4)
+    fit(module(net("lsq", steps="absolute")), Oscillation(boundary_range=0.1), steps, seen, max_epochs=1, log_every_n_steps=4)
     weight, scale = (steps.before[-1][f"blocks.0.mlp.fc1.{n}"] for n in ("weight", "weight_quantizer.scale"))
     z = weight / scale[:, None]
     codes = z.round().clamp(-2, 1)

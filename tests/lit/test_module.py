@@ -88,7 +88,7 @@ def test_two_accumulated_half_batches_are_one_batch(preset):
     assert len(whole.steps) == len(halves.steps) == 1
     found, expected = halves.steps[0], whole.steps[0]
     assert found.keys() == expected.keys()
-    scales = [name for name in expected if name.endswith(".scale")]
+    scales = [name for name in expected if name.endswith(".change")]
     assert len(scales) > 10
     for name in scales:
         error = (found[name] - expected[name]).norm() / expected[name].norm()

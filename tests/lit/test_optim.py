@@ -60,7 +60,7 @@ def test_groups_of_a_float_net():
 def test_groups_of_a_quantized_net():
     model = net("ofq", bits=2)
     found = names(model, parameter_groups(model, weight_decay=0.1))
-    scales = {name for name, _ in model.named_parameters() if name.endswith(".scale")}
+    scales = {name for name, _ in model.named_parameters() if name.endswith(".change")}
     offsets = {name for name, _ in model.named_parameters() if "offset" in name}
     assert {"blocks.0.attn.product_offset", "patch_embed.proj.input_quantizer.offset_before"} <= offsets
     assert model.get_parameter("patch_embed.proj.input_quantizer.offset_before").ndim == 2
@@ -175,7 +175,7 @@ def test_layer_decay_of_a_quantized_net():
     by_layer = {"patch_embed": 3, "cls_token": 3, "pos_embed": 3, "blocks.0": 2, "blocks.1": 1, "norm": 1, "head": 0}
     for name, factor in found.items():
         steps = next(n for start, n in by_layer.items() if name.startswith(start))
-        assert factor == pytest.approx(0.6**steps * (0.5 if name.endswith(".scale") else 1)), name
+        assert factor == pytest.approx(0.6**steps * (0.5 if name.endswith(".change") else 1)), name
     plain = {g["name"].partition("_")[2]: g["weight_decay"] for g in groups}
     assert plain == {"decay": 0.1, "no_decay": 0.0, "scales": 0.0}
 

@@ -19,7 +19,7 @@ def test_assert_ready_names_the_first_gap():
     net = quantized()
     qat.assert_ready(net)
     with torch.no_grad():
-        net.blocks[1].mlp.fc1.input_quantizer.quantizer.scale[3] = torch.nan
+        net.blocks[1].mlp.fc1.input_quantizer.quantizer.start[3] = torch.nan
     with pytest.raises(qat.UsageError, match=r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised; call qat.initialize_scales"):
         qat.assert_ready(net)
     with pytest.raises(qat.UsageError, match=r"scales of patch_embed.proj.input_quantizer are not"):
@@ -64,7 +64,7 @@ def test_images_that_fail_set_nothing():
 
 def test_scales_that_hold_numbers_stay():
     net = converted()
-    kept = net.blocks[0].mlp.fc1.input_quantizer.quantizer.scale
+    kept = net.blocks[0].mlp.fc1.input_quantizer.quantizer.start
     with torch.no_grad():
         kept.fill_(0.125)
     qat.initialize_scales(net, [images()])
@@ -223,7 +223,7 @@ def test_a_loaded_net_is_checked_where_its_file_has_no_scales(tmp_path):
 def test_scales_that_a_partial_load_leaves_out_are_named():
     net = converted()
     state = quantized().state_dict()
-    del state["blocks.1.mlp.fc1.input_quantizer.quantizer.scale"]
+    del state["blocks.1.mlp.fc1.input_quantizer.quantizer.start"]
     net.load_state_dict(state, strict=False)
     with pytest.raises(qat.UsageError, match=r"scales of blocks.1.mlp.fc1.input_quantizer are not initialised"):
         net(images())

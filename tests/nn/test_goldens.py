@@ -115,7 +115,7 @@ def converted(case):
     sd, x = golden.below(OFQ, f"{case}/sd"), golden.tensor(OFQ, f"{case}/x")
     bits, act_bits = (int(b) for b in re.search(r"w(\d)a(\d)", case).groups())
     attention = "qkr" if "qkr" in case else "standard"
-    recipe = qat.recipe("ofq", bits=bits, act_bits=act_bits, attention=attention)
+    recipe = qat.recipe("ofq", bits=bits, act_bits=act_bits, attention=attention, steps="absolute")
     module = source_module(case, sd, x)
     size = x.shape[1:] if x.ndim == 4 else (1, *x.shape[1:]) if x.ndim == 3 else (1, 1, *x.shape[1:])
     net = nn.Sequential(Drop(4 - x.ndim), module)

@@ -5,9 +5,11 @@ import torch
 from torch.testing import assert_close
 
 import qat
+from qat import functional as F
+from qat.model.cost import cost
 from qat.model.transfer import copy_scales
 from tests.quantizers.common import allocated, calibrated, randn
-from tests.tiny import converted, images, quantized
+from tests.tiny import SIZE, converted, images, quantized
 
 
 @pytest.mark.parametrize("quantizer", ["lsq", "seq"])
@@ -21,26 +23,52 @@ def test_the_gradient_is_that_of_the_step_times_the_step(quantizer):
     absolute, relative = found
     assert torch.equal(absolute(x), relative(x))
     assert torch.equal(absolute.scale, relative.scale)
-    assert_close(relative.log_ratio.grad, absolute.scale.grad * absolute.scale.detach())
-    assert sorted(relative.state_dict()) == ["log_ratio", "start"]
+    assert_close(relative.change.grad, absolute.scale.grad * absolute.scale.detach())
+    assert sorted(relative.state_dict()) == ["change", "start"]
     assert sorted(absolute.state_dict()) == ["scale"]
     assert relative.n_scales == absolute.n_scales == 3
 
 
 def test_deviates_from_reference_no_update_kills_a_step():
     made = calibrated("lsq", randn(3, 8), axis=0, steps="relative")
-    optimizer = torch.optim.SGD([made.log_ratio], lr=1.0)
-    made.log_ratio.grad = torch.tensor([5.0, 0.0, -5.0])
+    optimizer = torch.optim.SGD([made.change], lr=1.0)
+    made.change.grad = torch.tensor([5.0, 0.0, -5.0])
     before = made.scale.detach().clone()
     optimizer.step()
     assert_close(made.scale.detach(), before * torch.tensor([-5.0, 0.0, 5.0]).exp())
     assert (made.scale > 0).all()
 
 
+def test_an_activation_that_begins_at_zero_grows_and_can_be_used():
+    """Attention behind random weights gives nothing at 2 bits: relative to that a step would never get anywhere."""
+    made = calibrated("lsq", torch.zeros(1, 3, 8), bits=2, axis=-2, steps="relative")
+    unit = F.least_unit(1)
+    assert_close(made.scale.detach(), torch.full((3,), unit / 64))
+    assert unit == pytest.approx(2 * (2 / torch.pi) ** 0.5 / 64)
+    with torch.no_grad():
+        made.change.copy_(torch.tensor([2.0, 0.0, -2.0]))
+    first = unit / 64
+    assert_close(made.scale.detach(), torch.tensor([first * 7.389056 + (unit - first) * 2, first, first * 0.135335]))
+    made.scale.sum().backward()
+    assert (made.change.grad > 0).all()
+
+
+def test_a_weight_is_learned_relative_to_its_start_however_small():
+    made = calibrated("lsq", 1e-3 * randn(3, 8), axis=0, role="weight", steps="relative")
+    with torch.no_grad():
+        made.change.fill_(1.0)
+    assert_close(made.scale.detach(), made.start * torch.e)
+
+
+def test_a_relative_step_is_stored_as_one_number():
+    sizes = [cost(quantized(steps=steps), SIZE).size_bytes for steps in ("absolute", "relative")]
+    assert sizes[0] == sizes[1]
+
+
 def test_scales_that_are_set_are_in_force_to_the_bit():
     made = calibrated("lsq", randn(3, 8), axis=0, steps="relative")
     with torch.no_grad():
-        made.log_ratio.add_(0.3)
+        made.change.add_(0.3)
     wanted = torch.tensor([0.1, 0.2, 0.3])
     made.set_scale(wanted)
     assert torch.equal(made.scale.detach(), wanted)

@@ -32,7 +32,8 @@ def test_checkpointing_switches_the_net():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         net.train()(images())
-    assert len(kept) < 30  # a block alone keeps as many
+    large = [size for size in kept if size > 64]  # than steps and their parts
+    assert len(large) < 30  # a block alone keeps as many
 
 
 def test_a_model_without_checkpointing():

@@ -120,7 +120,7 @@ def test_a_run_is_a_function_of_its_seed(tmp_path, run_2bit):
 def test_training_moves_weights_scales_and_offsets(tmp_path, run_4bit):
     run = train(tmp_path / "run", "quant=ofq_4bit", f"ckpt={run_4bit}/checkpoints/last.ckpt")
     before, after = state(run_4bit), state(run)
-    for name in ("blocks.0.attn.q_weight", "blocks.0.mlp.fc1.input_quantizer.quantizer.scale", "blocks.0.attn.product_offset"):
+    for name in ("blocks.0.attn.q_weight", "blocks.0.mlp.fc1.input_quantizer.quantizer.change", "blocks.0.attn.product_offset"):
         assert not torch.equal(before[name], after[name]), name
 
 

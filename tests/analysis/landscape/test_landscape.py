@@ -135,7 +135,8 @@ def test_stored_scales_are_multiplied(kind):
     for name in axes.names[0]:
         scale = stored_scale(sites[name].quantizer)
         one, two = (2 * torch.rand(scale.shape, generator=generator) - 1 for generator in draws)
-        scale.data *= 1 + (0.1 * one - 0.05 * two)
+        inner = getattr(sites[name].quantizer, "quantizer", sites[name].quantizer)
+        inner.set_scale(scale.detach() * (1 + (0.1 * one - 0.05 * two)))
     with axes.move(0.1, -0.05):
         assert_close(tiny.logits(net), tiny.logits(by_hand), rtol=0, atol=1e-6)
         moved = tiny.logits(net)

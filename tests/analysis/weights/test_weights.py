@@ -159,8 +159,8 @@ def test_only_so_many_images_are_looked_at():
 def test_represented_ranges():
     net = net_of("ofq2")
     quantizer = tiny.sites(net)["blocks.0.mlp.fc1.input_quantizer"].quantizer
-    quantizer.quantizer.scale.fill_(0.5)
-    quantizer.quantizer.scale[0] = 1.0
+    quantizer.quantizer.start.fill_(0.5)
+    quantizer.quantizer.start[0] = 1.0
     quantizer.offset_before.zero_()
     quantizer.offset_before[0] = 0.25
     found = {s.site: s for s in activation_stats(net, {})}["blocks.0.mlp.fc1.input_quantizer"]
@@ -190,9 +190,14 @@ def net():
     return made
 
 
+def tensor(net, name):
+    """A parameter or a buffer."""
+    return net.state_dict()[name]
+
+
 def change(net, name, value):
     with torch.no_grad():
-        parameter = net.get_parameter(name)
+        parameter = tensor(net, name)
         parameter.copy_(value if isinstance(value, torch.Tensor) else torch.full_like(parameter, value))
 
 
@@ -212,18 +217,18 @@ def heavy(like):
     [
         ("blocks.0.mlp.fc1.weight", 0.5, "constant", "net: blocks.0.mlp.fc1"),
         ("blocks.1.mlp.fc2.weight", lambda w: torch.cat([w[:1] * 0, w[1:]]), "dead channels", "net: blocks.1.mlp.fc2"),
-        ("head.weight_quantizer.scale", lambda s: torch.cat([s[:1] * 0, s[1:]]), "a step of zero", "net: head"),
-        ("head.weight_quantizer.scale", lambda s: torch.cat([s[:1] * 50, s[1:]]), "times the median one", "net: head"),
-        ("head.weight_quantizer.scale", 1e-3, "saturated", "net: head"),
-        ("head.weight_quantizer.scale", 1e-3, "at the two end codes", "net: head"),
+        ("head.weight_quantizer.start", lambda s: torch.cat([s[:1] * 0, s[1:]]), "a step of zero", "net: head"),
+        ("head.weight_quantizer.start", lambda s: torch.cat([s[:1] * 50, s[1:]]), "times the median one", "net: head"),
+        ("head.weight_quantizer.start", 1e-3, "saturated", "net: head"),
+        ("head.weight_quantizer.start", 1e-3, "at the two end codes", "net: head"),
         ("blocks.1.mlp.fc1.weight", heavy, "a kurtosis of up to", "net: blocks.1.mlp.fc1"),
         ("blocks.0.mlp.fc1.input_quantizer.offset_after", 0.0, "offset that is zero", "net: blocks.0.mlp.fc1.input_quantizer"),
-        ("blocks.0.mlp.fc1.input_quantizer.quantizer.scale", 0.0, "a step of zero or below", "net: blocks.0.mlp.fc1.input_quantizer"),
+        ("blocks.0.mlp.fc1.input_quantizer.quantizer.start", 0.0, "a step of zero or below", "net: blocks.0.mlp.fc1.input_quantizer"),
     ],
 )
 def test_each_thing_that_is_wrong_is_told(net, name, value, words, where):
     assert about(told(net), words) == []
-    value = value(net.get_parameter(name)) if callable(value) else value
+    value = value(tensor(net, name)) if callable(value) else value
     change(net, name, value)
     (entry,) = about(told(net), words)
     assert where.removeprefix("net: ") in entry.where
@@ -268,7 +273,7 @@ def test_an_offset_behind_keys_cannot_matter():
 
 
 def test_clipped_activations_are_told(net):
-    change(net, "blocks.0.attn.proj.input_quantizer.quantizer.scale", 1e-3)
+    change(net, "blocks.0.attn.proj.input_quantizer.quantizer.start", 1e-3)
     seen = look(net, [tiny.images()])
     (entry,) = about(told(net, seen=seen), "are clipped")
     assert entry.where.startswith("net: blocks.0.attn.proj.input_quantizer")
