@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from qat.errors import UsageError
 from qat.utils.files import write_text
 from studies import drawing, verdict
 from studies.claims import CLAIM, Claim, Expectation, Figure, Table
-from studies.evidence import DEFAULT, Evidence, read_evidence, spread
+from studies.evidence import DEFAULT, NONE, Evidence, read_evidence, shown, spread
 from studies.records import Record
 
 CLAIMS, RESULTS, FIGURES, PAGE, README = "studies/claims", "results", "docs/figures", "docs/results.md", "README.md"
@@ -36,8 +37,8 @@ def render(evidence: Evidence) -> str:
         UsageError: one line that says which file is not as it should be.
     """
     introduction = (Path(__file__).parent / "introduction.md").read_text(encoding="utf-8").rstrip()
-    overview = [[claim.id, claim.title, f"[{_verdict(claim, evidence)}](#{claim.id.lower()})"] for claim in evidence.claims.values()]
-    parts = [introduction, _places(evidence), markdown(["claim", "", "verdict"], overview)]
+    overview = [_overview(claim, evidence) for claim in evidence.claims.values()]
+    parts = [introduction, _places(evidence), markdown(["claim", "primary expectation", "difference", "expected", "verdict"], overview)]
     return "\n\n".join(parts) + "\n\n" + "\n".join(section(claim, evidence) for claim in evidence.claims.values())
 
 
@@ -70,40 +71,49 @@ def _places(evidence: Evidence) -> str:
     return "\n".join(("**Where** the runs were made:", "", *lines))
 
 
-def _verdict(claim: Claim, evidence: Evidence) -> str:
-    if not claim.arms:
-        return "drawn from the others"
-    found = verdict.verdict(verdict.judge(claim, evidence))
-    return found or ("measured" if evidence.of_claim(claim) else "not run yet")
+def _overview(claim: Claim, evidence: Evidence) -> list[str]:
+    """Cells of a claim's line."""
+    found = verdict.find(claim, evidence)[:1]
+    primary = [cell for one in found for cell in (one.expectation.what, _difference(one), _wanted(one.expectation), one.answer)]
+    measured = "measured" if evidence.of_claim(claim) else "not run yet"
+    *cells, said = primary or ["", "", "", measured if claim.arms else "drawn from the others"]
+    return [f"[{claim.id}](#{claim.id.lower()}) {claim.title}", *cells, said]
 
 
 def section(claim: Claim, evidence: Evidence) -> str:
-    """The part of one claim, seen from `docs/`: what is said, what was measured, what follows, and how to run it again."""
-    judged = verdict.judge(claim, evidence)
+    """The part of one claim, seen from `docs/`: what is said, what was measured, what follows, and what runs it again."""
+    found = verdict.find(claim, evidence)
     parts = [
         f'<a id="{claim.id.lower()}"></a>',
         f"## {claim.id}: {claim.title}",
         f"Source: {_ARXIV.sub(_LINK, claim.source)}.",
         f"> {claim.statement}".replace("\n", "\n> "),
-        f"**{claim.id}: {verdict.verdict(judged)}.** {verdict.summary(judged)}" if judged else "",
-        *_shown(claim, evidence, judged),
+        *(_answered(claim, one) for one in found[:1]),
+        *_shown(claim, evidence, found[1:]),
         evidence.filled(claim, claim.why),
         _made(claim, evidence),
-        _commands(claim, evidence),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _shown(claim: Claim, evidence: Evidence, judged: Sequence[verdict.Judged]) -> Iterator[str]:
-    """Tables, expectations, pictures, where anything of them has been run."""
+def _answered(claim: Claim, primary: verdict.Found) -> str:
+    one = primary.expectation
+    seeds = f"{len(primary.differences)} seed{'s' * (len(primary.differences) != 1)}"
+    said = f"{_difference(primary)} over {seeds}; expected {_wanted(one)}" if primary.differences else f"expected {_wanted(one)}"
+    return f"**{claim.id}: {primary.answer}.** {one.what}: {said}."
+
+
+def _shown(claim: Claim, evidence: Evidence, beside: Sequence[verdict.Found]) -> Iterator[str]:
+    """Tables, differences, pictures, where anything of them has been run."""
     named = [arm for table in claim.tables for arm in table.rows] + [arm for figure in claim.figures for arm in figure.arms]
     if not any(evidence.records(claim, arm) for arm in (*claim.arms, *named)):
         return
     for table in tables_of(claim, evidence):
         yield table.caption
         yield results(claim, table, evidence)
-    if judged:
-        yield expectations(judged)
+    if beside:
+        yield "Further differences, described and not judged:"
+        yield differences(beside)
     for figure in claim.figures:
         if drawing.gather(claim, figure, evidence).series:
             yield picture(claim, figure, evidence, "figures")
@@ -138,22 +148,11 @@ def spent(records: list[Record]) -> str:
     return f"{len(records)} run{'s' * (len(records) != 1)}, {time} in all"
 
 
-def _commands(claim: Claim, evidence: Evidence) -> str:
-    """What every arm ran, folded away: those of its first seed."""
-    lines = []
-    for name, arm in claim.arms.items():
-        for record in evidence.records(claim, name)[:1]:
-            lines += [f"# {arm.label}, seed {record.seed}", record.command, *record.further_commands.values()]
-    # Marked as text, not as commands of a shell: FOLDER and the runs that they start from stand for things that are not there.
-    head = ("<details><summary>Commands of its arms</summary>", "", "```text")
-    return "\n".join((*head, *lines, "```", "", "</details>")) if lines else ""
-
-
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; a cell may hold any text."""
     escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in (head, *rows)]
     lines = [f"| {' | '.join(line)} |" for line in escaped]
-    return "\n".join((lines[0], f"|{'---|' * len(head)}", *lines[1:])).replace("|  |", "| |")
+    return re.sub(r"\|  (?=\|)", "| ", "\n".join((lines[0], f"|{'---|' * len(head)}", *lines[1:])))
 
 
 def tables_of(claim: Claim, evidence: Evidence) -> Sequence[Table]:
@@ -191,13 +190,19 @@ def _cell(claim: Claim, arm: str, metric: str, table: Table, evidence: Evidence)
     return spread(list(values.values()), table.formats.get(metric, DEFAULT)) + of_fewer
 
 
-def expectations(judged: Sequence[verdict.Judged]) -> str:
+def differences(found: Sequence[verdict.Found]) -> str:
     """The differences arm - other arm of seeds that belong together."""
-    rows = []
-    for one in judged:
-        difference = spread(one.differences, f"+{one.expectation.format.removeprefix('+')}")
-        rows.append([one.expectation.what, difference, _wanted(one.expectation), str(len(one.differences)), one.state])
-    return markdown(["expectation", "difference", "expected", "seeds", "outcome"], rows)
+    rows = [[one.expectation.what, _difference(one), _wanted(one.expectation), str(len(one.differences))] for one in found]
+    return markdown(["", "difference", "expected", "seeds"], rows)
+
+
+def _difference(found: verdict.Found) -> str:
+    """Mean and interval, or the mean alone; a dash where there is none."""
+    spec, around = f"+{found.expectation.format.removeprefix('+')}", verdict.interval(found.differences)
+    if not found.differences:
+        return NONE
+    mean = shown(statistics.mean(found.differences), spec)
+    return mean if around is None else f"{mean} [{', '.join(shown(end, spec) for end in around)}]"
 
 
 def _wanted(one: Expectation) -> str:
@@ -231,14 +236,14 @@ def readme_block(evidence: Evidence) -> str:
 
 def _count(evidence: Evidence) -> str:
     """How many claims of the papers came out how, and how many of ours."""
-    order = (verdict.CONFIRMED, verdict.MIXED, verdict.NOT_CONFIRMED, verdict.NOT_DECIDED)
     counted: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
     for claim in evidence.claims.values():
         if CLAIM.fullmatch(claim.id) and claim.expect:
-            counted[claim.source.startswith(OURS)][_verdict(claim, evidence)] += 1
+            counted[claim.source.startswith(OURS)][verdict.find(claim, evidence)[0].answer] += 1
+    order = (verdict.YES, verdict.NO, verdict.SMALL, verdict.OPEN)
     papers, ours = (", ".join(f"{found[name]} {name}" for name in order if found[name]) for found in counted.values())
     beside = f" Of our own: {ours}." if ours else ""
-    return f"Claims of the papers: {papers or 'none yet'}.{beside} All of them, with runs and commands: [{PAGE}]({PAGE})."
+    return f"What the papers claim, seen here: {papers or 'none yet'}.{beside} All of it, with runs: [{PAGE}]({PAGE})."
 
 
 def made(root: Path, evidence: Evidence) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""From paired differences to a verdict: how sure three seeds can be of what a claim says. `introduction.md` has the rule in words."""
+"""From paired differences to yes, no or too small to see. `introduction.md` has the rule in words."""
 
 from __future__ import annotations
 
@@ -7,78 +7,64 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy import stats
+
 from studies.claims import Claim, Expectation
 from studies.evidence import Evidence
 
-SUPPORTED, CONTRADICTED, UNDECIDED, OPEN = "supported", "contradicted", "undecided", "open"
-CONFIRMED, NOT_CONFIRMED, MIXED, NOT_DECIDED = "confirmed", "not confirmed", "mixed", "not decided yet"
+YES, NO, SMALL, OPEN = "yes", "no", "too small to see", "not decided yet"
 SEEDS = 3
-ERRORS = 2.0
-# Shares of images are decimals, which floats only come near to: a margin that is met exactly must come out as zero.
+LEVEL = 0.95
+# Shares of images are decimals, which floats only come near to: a margin that is met exactly must come out as equal.
 _DIGITS = 12
 
 
+def interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Of the mean of paired differences, 95 %, by Student's t (a paired t-test at 5 %); None of fewer than two."""
+    if len(differences) < 2:
+        return None
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    reach = error * float(stats.t.ppf((1 + LEVEL) / 2, len(differences) - 1))
+    return round(mean - reach, _DIGITS), round(mean + reach, _DIGITS)
+
+
+def wanted(one: Expectation) -> tuple[float, float]:
+    """Between which ends the difference should lie."""
+    return {
+        "higher": (one.margin, math.inf),
+        "lower": (-math.inf, -one.margin),
+        "within": (-one.margin, math.inf),
+        "near": (-one.margin, one.margin),
+    }[one.direction]
+
+
 @dataclass(frozen=True)
-class Judged:
-    """An expectation, the differences arm - than of all pairs of seeds, and what they say."""
+class Found:
+    """An expectation, and the differences arm - than of all pairs of seeds."""
 
     expectation: Expectation
     differences: tuple[float, ...]
-    state: str
+
+    @property
+    def answer(self) -> str:
+        """Whether the difference is where it should be: yes and no where all of the interval says so."""
+        around = interval(self.differences)
+        if around is None or len(self.differences) < SEEDS:
+            return OPEN
+        low, high = wanted(self.expectation)
+        if low < around[0] and around[1] < high:
+            return YES
+        return NO if around[1] < low or around[0] > high else SMALL
 
 
-def leads(expectation: Expectation, pairs: Sequence[tuple[float, float]]) -> list[float]:
-    """By how much every pair is beyond its margin in the expected direction; negative where it falls short."""
-    return [round(_lead(expectation.direction, value - other, expectation.margin), _DIGITS) for value, other in pairs]
-
-
-def _lead(direction: str, difference: float, margin: float) -> float:
-    if direction == "near":
-        return margin - abs(difference)
-    if direction == "within":
-        return difference + margin
-    return (difference if direction == "higher" else -difference) - margin
-
-
-def state(found: Sequence[float]) -> str:
-    """Supported: all above zero, and their mean by more than two standard errors; contradicted: all below; open: too few seeds."""
-    if len(found) < SEEDS:
-        return OPEN
-    mean, error = statistics.mean(found), statistics.stdev(found) / math.sqrt(len(found))
-    if min(found) > 0 and mean > ERRORS * error:
-        return SUPPORTED
-    return CONTRADICTED if max(found) < 0 and -mean > ERRORS * error else UNDECIDED
-
-
-def judge(claim: Claim, evidence: Evidence) -> list[Judged]:
-    """All expectations of a claim.
+def find(claim: Claim, evidence: Evidence) -> list[Found]:
+    """All expectations of a claim; the first is its primary one.
 
     Raises:
         UsageError: there are runs, but none has the metric.
     """
-    judged = []
+    found = []
     for one in claim.expect:
         than = (one.than, one.metric) if isinstance(one.than, str) else float(one.than)
-        pairs = evidence.pairs(claim, (one.arm, one.metric), than)
-        judged.append(Judged(one, tuple(value - other for value, other in pairs), state(leads(one, pairs))))
-    return judged
-
-
-def verdict(judged: Sequence[Judged]) -> str:
-    """Of a claim with these expectations; empty where it has none."""
-    states = {one.state for one in judged}
-    if not states:
-        return ""
-    if OPEN in states:
-        return NOT_DECIDED
-    if SUPPORTED not in states:
-        return NOT_CONFIRMED
-    return CONFIRMED if states == {SUPPORTED} else MIXED
-
-
-def summary(judged: Sequence[Judged]) -> str:
-    """One sentence: how many are supported, and which are not."""
-    names = {state: [one.expectation.what for one in judged if one.state == state] for state in (SUPPORTED, CONTRADICTED, UNDECIDED, OPEN)}
-    count = len(names.pop(SUPPORTED))
-    others = "".join(f". {state.capitalize()}: {'; '.join(found)}" for state, found in names.items() if found)
-    return f"{count} of {len(judged)} expectation{'s' * (len(judged) != 1)} supported{others}."
+        found.append(Found(one, tuple(value - other for value, other in evidence.pairs(claim, (one.arm, one.metric), than))))
+    return found

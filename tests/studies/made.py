@@ -42,6 +42,7 @@ def content(claim="C1", arm="new", seed=0, **settings):
         "versions": {"torch": "2.14", "timm": "1.0"},
         "git_commit": "abc",
         "date": "2026-11-21",
+        "format": 2,
     } | settings
 
 
