@@ -12,7 +12,7 @@ PEERS := outputs/peers
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: export-table study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
+.PHONY: latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -22,6 +22,7 @@ setup: $(READY) ## create .venv with all extras (downloads several GB of wheels)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev,export,sweep,loggers]"
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt openvino # without what it tells its makers
 	touch $@
 
 demo: $(READY) ## train a float ViT and its 2-bit twin on digits, compare them (2 minutes)
@@ -71,7 +72,7 @@ weights-figures: $(READY) ## the pictures of weights, oscillation and cost in do
 # Figures go to the screen and to docs/logs; all seconds and bytes to $(COSTS).
 COSTS := outputs/costs
 LOGGED := set -o pipefail; export PYTHONPATH=. OMP_NUM_THREADS=1;
-step-time peers extras-cost export-table: SHELL := bash
+step-time peers extras-cost latency: SHELL := bash
 
 step-time: $(READY) ## time and memory of a quantized training step in those of a float step: DeiT-T eager and compiled; DeiT-S, Swin-T eager (30 minutes)
 	@$(LOGGED) { \
@@ -94,14 +95,8 @@ peers: $(PEERS)/.ready ## training steps of torchao, brevitas, ModelOpt and torc
 extras-cost: $(READY) ## what KURE, the gradient's L1 norm, the tracking of oscillation and a teacher's blocks add to a step of DeiT-T (5 minutes)
 	@$(LOGGED) $(BIN)/python benchmarks/extras_cost.py | tee docs/logs/extras-cost.log
 
-EXPORTS := outputs/exports
-export-table: $(READY) ## bytes, agreement and time of exported files: the demo's net and DeiT-T, DeiT-S and Swin-T at 8, 4, 3 and 2 bits; CKPT=PATHS (25 minutes)
-	test -f $(EXPORTS)/fp/checkpoints/best.ckpt || $(BIN)/python train.py experiment=demo_fp run_dir=$(EXPORTS)/fp overwrite=true
-	for bits in 8 4 3 2; do \
-	  test -f $(EXPORTS)/w$$bits/checkpoints/last.ckpt || $(BIN)/python train.py experiment=demo_ofq_2bit quant.bits=$$bits quant.act_bits=$$bits \
-	    trainer.max_epochs=10 ckpt=$(EXPORTS)/fp/checkpoints/best.ckpt run_dir=$(EXPORTS)/w$$bits overwrite=true || exit 1; \
-	done
-	@$(LOGGED) $(BIN)/python benchmarks/export_table.py $(CKPT) $(foreach bits,8 4 3 2,$(EXPORTS)/w$(bits)/checkpoints/last.ckpt) | tee docs/logs/export-table.log
+latency: $(READY) ## time of exported files beside float's in onnxruntime and OpenVINO: DeiT-T, DeiT-S, Swin-T, one image and eight (20 minutes)
+	@$(LOGGED) $(BIN)/python benchmarks/latency.py | tee docs/logs/latency.log
 
 startup: $(READY) ## seconds until the commands answer and until the first training step, medians of five (3 minutes)
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/startup.py

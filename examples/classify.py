@@ -5,7 +5,6 @@ python examples/classify.py net.onnx cat.png
 
 import json
 import sys
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -17,20 +16,6 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-
-
-def read_metadata(path: str) -> dict[str, Any]:
-    """What the file says of itself: session options, treatment of images, names of classes."""
-    said = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).get_modelmeta().custom_metadata_map
-    return {key.removeprefix("qat."): json.loads(value) for key, value in said.items() if key.startswith("qat.")}
-
-
-def open_session(path: str, options: dict[str, str]) -> onnxruntime.InferenceSession:
-    """A session that computes what the net was trained to compute."""
-    settings = onnxruntime.SessionOptions()
-    for key, value in options.items():
-        settings.add_session_config_entry(key, value)
-    return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
 
 def prepare(image: Image.Image, size: int, mean: list[float], std: list[float], interpolation: str, crop_pct: float | None) -> np.ndarray:
@@ -50,12 +35,13 @@ def prepare(image: Image.Image, size: int, mean: list[float], std: list[float], 
 
 def main(path: str, image: str) -> None:
     """Print the five likeliest classes."""
-    said = read_metadata(path)
-    session = open_session(path, said["session_options"])
-    (logits,) = session.run(["logits"], {"image": prepare(Image.open(image), **said["preprocessing"])})
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    # What the file says of itself: treatment of images, names of classes.
+    said = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items() if key.startswith("qat.")}
+    (logits,) = session.run(["logits"], {"image": prepare(Image.open(image), **said["qat.preprocessing"])})
     shares = np.exp(logits[0] - logits[0].max())
     shares /= shares.sum()
-    names = said["classes"] or [str(i) for i in range(len(shares))]
+    names = said["qat.classes"] or [str(i) for i in range(len(shares))]
     for i in np.argsort(-shares)[:5]:
         print(f"{100 * shares[i]:5.1f} %  {names[i]}")
 

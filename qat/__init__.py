@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qat import functional as functional
     from qat import ptq as ptq
     from qat.errors import UsageError as UsageError
+    from qat.export.onnx_file import export_onnx as export_onnx
     from qat.interop import load_ofq_checkpoint as load_ofq_checkpoint
     from qat.model.checkpoint import load as load
     from qat.model.checkpoint import save as save
@@ -41,6 +42,7 @@ _HOME = {
     "assert_ready": "qat.model.scales",
     "conversion_report": "qat.model.convert",
     "convert": "qat.model.convert",
+    "export_onnx": "qat.export.onnx_file",
     "freeze": "qat.model.frozen",
     "initialize_scales": "qat.model.scales",
     "integer_forward": "qat.model.frozen",

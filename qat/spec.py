@@ -127,6 +127,8 @@ class QuantRecipe:
         steps: steps that are learned change `relative` to where they began, s0 * exp(t), and cannot reach zero; or are learned
             `absolute`, as in the LSQ paper and OFQ's code.
         act_scales: an activation in a block has a step for each `token` (query, channel of values), as in OFQ, or one for the `tensor`.
+        fits_int8: no code of an activation is above 127, as TensorRT needs it: at 8 bits probabilities have 7 of them, and what leaves
+            GELU has a sign.
         overrides: `{module name glob: {knob: value}}`; later rules win.
         rule_bits: what `bits` of such a rule sets: `both` weights and activations, or `weights` alone; None = what `bits` of the recipe
             sets, so `both` unless `act_bits` is given. Recipes in older files have none and mean `weights`.
@@ -149,6 +151,7 @@ class QuantRecipe:
     step_init: str = "lsq"
     steps: str = "absolute"
     act_scales: str = "token"
+    fits_int8: bool = False
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rule_bits: str | None = None
 
@@ -179,8 +182,9 @@ class QuantRecipe:
         check_choice("quant.step_init", self.step_init, STEP_INITS)
         check_choice("quant.steps", self.steps, STEPS)
         check_choice("quant.act_scales", self.act_scales, ACT_SCALES)
-        if not isinstance(self.offsets, bool):
-            raise UsageError(f"quant.offsets={self.offsets!r}: must be true or false")
+        for knob in ("offsets", "fits_int8"):
+            if not isinstance(getattr(self, knob), bool):
+                raise UsageError(f"quant.{knob}={getattr(self, knob)!r}: must be true or false")
         self._check_overrides()
 
     def _settle_rule_bits(self) -> None:
@@ -252,6 +256,8 @@ class QuantRecipe:
         if place == "head" or self.act_scales == "tensor":
             layout["axis"] = None
         bits = {"stem": self.stem_bits, "block": self.act_bits, "head": self.head_bits}[place]
+        if self.fits_int8 and bits == 8 and not layout["signed"]:
+            bits, layout["signed"] = (7, False) if role == "probs" else (8, True)
         name = "float" if self.attention == "float" and role in _SCORED else self.act_quantizer
         if not self.offsets or name == "float":
             layout["offsets"] = "none"
@@ -265,6 +271,19 @@ class QuantRecipe:
         """Plain data for checkpoints; `recipe_from` gives it back."""
         return dataclasses.asdict(self)
 
+
+# Nothing that integer kernels cannot have: symmetric codes, one step for an activation, one for each output of a weight, no offsets.
+_DEPLOY: dict[str, Any] = {
+    "name": "deploy",
+    "attention": "standard",
+    "weight_quantizer": "lsq",
+    "act_quantizer": "lsq",
+    "offsets": False,
+    "step_init": "mse",
+    "steps": "relative",
+    "act_scales": "tensor",
+    "fits_int8": True,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fp": {
@@ -290,6 +309,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "overrides": {"*.attn.proj": {"act_quantizer": "lsq"}},
     },
     "minmax": {"attention": "standard", "weight_quantizer": "minmax", "act_quantizer": "minmax", "offsets": False},
+    "deploy_w8a8": {**_DEPLOY, "bits": 8},
+    "deploy_w4a8": {**_DEPLOY, "bits": 4, "act_bits": 8},
+    "deploy_w4a4": {**_DEPLOY, "bits": 4},
 }
 
 
@@ -297,7 +319,7 @@ def recipe(name: str, **knobs: Any) -> QuantRecipe:
     """A named recipe with knobs turned.
 
     Args:
-        name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (weights alone), lsq, seq, minmax.
+        name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (weights alone), lsq, seq, minmax, deploy_w8a8, deploy_w4a8, deploy_w4a4.
         knobs: fields of `QuantRecipe`.
 
     Raises:

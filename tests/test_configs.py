@@ -31,7 +31,9 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydr
 CHOOSERS = {"experiment", "debug"}
 # Groups that train.py does not have.
 ELSEWHERE = {"ptq", "search", "analysis", "format"}
-RECIPES = {f"{name}_{bits}bit": (name, {"bits": bits}) for name in PRESETS if name != "fp" for bits in (2, 3, 4, 8)} | {"fp": ("fp", {})}
+RECIPES = {f"{name}_{bits}bit": (name, {"bits": bits}) for name in PRESETS for bits in (2, 3, 4, 8)} | {
+    name: (name, {}) for name in PRESETS
+}
 # One of each kind, for the tests of every change.
 OFTEN = {"deit_t", "deit_t_distilled", "vit_tiny_demo", "resnet_tiny_demo", "swin_t", "swinv2_t", "eva02_t"}
 # Queries and keys of these are rotated or normalised.

@@ -76,8 +76,9 @@ def test_a_usage_error_is_a_value_error():
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_know_their_name_and_have_defaults(name):
     made = recipe(name)
-    assert made.name == name
-    assert made.bits == made.act_bits == (FLOAT_BITS if name == "fp" else 4)
+    assert made.name == name.partition("_w")[0]
+    widths = {"fp": (FLOAT_BITS, FLOAT_BITS), "deploy_w8a8": (8, 8), "deploy_w4a8": (4, 8)}
+    assert (made.bits, made.act_bits) == widths.get(name, (4, 4))
 
 
 def test_presets():
@@ -90,8 +91,29 @@ def test_presets():
         "lsq": ("standard", "lsq", "lsq", False),
         "seq": ("standard", "seq", "seq", True),
         "minmax": ("standard", "minmax", "minmax", False),
+        **dict.fromkeys(("deploy_w8a8", "deploy_w4a8", "deploy_w4a4"), ("standard", "lsq", "lsq", False)),
     }
     assert recipe("ofq").qk_bias == "drop"
+
+
+def test_recipes_to_deploy_have_one_step_a_tensor_and_codes_of_int8():
+    made = recipe("deploy_w4a8")
+    specs = {role: made.act_spec(role, "block") for role in ("input", "q", "k", "v", "probs")} | {"image": made.act_spec("image", "stem")}
+    assert {(spec.axis, spec.offsets) for spec in specs.values()} == {(None, "none")}
+    assert {spec.qmax for spec in specs.values()} == {127}
+    assert made.weight_spec("block").qmin == -8
+
+
+def test_what_fits_int8():
+    made, plain = recipe("lsq", bits=8, fits_int8=True), recipe("lsq", bits=8)
+    assert [(r.act_spec("probs", "block").bits, r.act_spec("input", "block", signed=False).signed) for r in (made, plain)] == [
+        (7, True),
+        (8, False),
+    ]
+    few = dataclasses.replace(made, act_bits=4)
+    assert (few.act_spec("probs", "block").bits, few.act_spec("input", "block", signed=False).signed) == (4, False)
+    with pytest.raises(qat.UsageError, match="quant.fits_int8=1: must be true or false"):
+        recipe("lsq", fits_int8=1)
 
 
 def test_activation_bits_follow_the_weights_unless_given():

@@ -83,8 +83,8 @@ def _selected(cfg: DictConfig, name: str) -> Any:
 
 
 def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
-    """`quant`, the name a config of this recipe has (`ofq_2bit`), and `recipe`, all its knobs."""
-    alike = recipe.GROUP == "quant" and recipe.bits == recipe.act_bits
+    """`quant`, the name a config of this recipe has (`ofq_2bit`, `deploy_w8a8`), and `recipe`, all its knobs."""
+    alike = recipe.GROUP == "quant" and recipe.bits == recipe.act_bits and recipe.name != "deploy"
     width = f"{recipe.bits}bit" if alike else f"w{recipe.bits}a{recipe.act_bits}"
     return {"quant": "fp" if recipe.name == "fp" else f"{recipe.name}_{width}", "recipe": recipe.to_dict()}
 

@@ -106,6 +106,7 @@ class Format:
     """`format.*` of `export.py`."""
 
     name: str
+    target: str | None = None
     two_bit: str | None = None
 
     def __post_init__(self) -> None:

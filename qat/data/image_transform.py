@@ -37,7 +37,7 @@ def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[Any
     Raises:
         UsageError: the settings cannot work, or `_target_` is a dataset that is not known here.
     """
-    known = settings if isinstance(settings, DataSettings) else _settings(settings)
+    known = settings if isinstance(settings, DataSettings) else data_settings(settings)
     if known.in_chans not in CHANNELS:
         raise UsageError(f"data.in_chans={known.in_chans}: image files have 1 (grey) or 3 (RGB) channels")
     transform = eval_transform(known)
@@ -48,7 +48,8 @@ def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[Any
     return apply
 
 
-def _settings(config: Mapping[str, Any]) -> DataSettings:
+def data_settings(config: Mapping[str, Any]) -> DataSettings:
+    """Complete settings of a data config as checkpoints hold it; see `image_transform`."""
     target = config.get("_target_")
     values = {key: value for key, value in config.items() if key != "_target_"}
     if target is None:

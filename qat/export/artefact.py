@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from qat.errors import UsageError
 from qat.export.check import Checked, check_packed
 from qat.model.checkpoint import load
 from qat.model.frozen.packed import write_packed
@@ -27,6 +28,27 @@ class Written:
     checked: Checked
     text: str
     results: Mapping[str, Any] = field(default_factory=dict)
+
+
+def kept(target: Path, write: Callable[[Path], Written]) -> Written:
+    """Write, compare, and only then give a file its name.
+
+    Raises:
+        UsageError: what was written disagrees; it is kept as `<target>.rejected`.
+    """
+    unchecked = target.with_name(f".unchecked.{target.name}")
+    unchecked.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        written = write(unchecked)
+        problem, rejected = written.checked.problem, target.with_name(f"{target.name}.rejected")
+        if problem is not None:
+            unchecked.replace(rejected)
+            raise UsageError(f"file={str(target)!r}: what was written does not agree with the checkpoint ({problem}); kept as {rejected}")
+        rejected.unlink(missing_ok=True)
+        unchecked.replace(target)
+    finally:
+        unchecked.unlink(missing_ok=True)
+    return written
 
 
 def packed_artefact(path: Path, frozen: nn.Module, net: nn.Module, meta: Mapping[str, Any], images: Sequence[Tensor]) -> Written:

@@ -2,49 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 from torch import Tensor, nn
 
 from qat.export.artefact import Written
-from qat.export.check import check_onnx, table
-from qat.export.graph import ANY_BATCH, LOWEST_OPSET, FreeDimensions, export_graph, to_onnx
-from qat.export.session import OPTIONS_KEY, SESSION_OPTIONS, milliseconds, open_session
+from qat.export.check import table
+from qat.export.graph import ANY_BATCH, LOWEST_OPSET, export_graph
+from qat.export.onnx_file import OnnxSettings, write_onnx
+from qat.export.session import LEVELS, OPENVINO, has_openvino, milliseconds, open_session
 from qat.model.checkpoint import built_alike
 from qat.model.convert import conversion_of
+from qat.nn.attention import QkrAttention
 from qat.spec import recipe
-from qat.utils.files import replacing
 
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
-
-
-@dataclass(frozen=True)
-class OnnxSettings:
-    """How a file is written.
-
-    Attributes:
-        opset: None = the lowest that does.
-        dynamic_batch: any number of images.
-        dynamic_size: images of any size.
-        two_bit: see `qat.export.stored_weights.stored_form`.
-        latency: images that are timed; 0 = none.
-        threads: of onnxruntime while it is timed.
-    """
-
-    opset: int | None = None
-    dynamic_batch: bool = True
-    dynamic_size: bool = False
-    two_bit: str = "int2"
-    latency: int = 20
-    threads: int = 1
+# docs/deployment.md#time; its matrix of keys is as many times as wide as there are heads.
+_QKR = (
+    "query-key reparameterization costs speed: with quant.attention=standard a file takes 0.91 (DeiT-T) and 0.74 (DeiT-S) of the time"
+    " in onnxruntime, 0.81 and 0.59 in OpenVINO"
+)
+_RUNTIMES = {"onnxruntime": LEVELS[-1], "openvino": OPENVINO}
 
 
 def onnx_artefact(
@@ -63,40 +45,14 @@ def onnx_artefact(
     Raises:
         UsageError: see `to_onnx`.
     """
-    image, shape = images[0][:1], FreeDimensions(settings.dynamic_batch, settings.dynamic_size)
-    model = to_onnx(frozen, image, opset=settings.opset, shape=shape, two_bit=settings.two_bit)
-    describe_file(model, meta)
-    save(model, path)
-    checked = check_onnx(frozen, net, path, images)
-    rows, measured = _beside(path, frozen, image, settings)
+    model, checked = write_onnx(path, frozen, net, meta, images, settings)
+    rows, measured = _beside(path, frozen, images[0][:1], settings)
     opset = next(entry.version for entry in model.opset_import if not entry.domain)
     notes = [checked.to_text(), f"opset {opset}", table(rows)]
-    if checked.plain:
-        share = f"{100 * checked.plain:.0f} % of the images"
-        notes.insert(1, f"a session without the options {json.dumps(SESSION_OPTIONS)} gives other logits on {share}")
-    if checked.refused:
-        notes.insert(1, f"a session needs the options {json.dumps(SESSION_OPTIONS)}; without them: {checked.refused}")
-    return Written(checked, "\n".join(notes), {"opset": opset, "session_options": SESSION_OPTIONS, **measured})
-
-
-def describe_file(model: onnx.ModelProto, meta: Mapping[str, Any]) -> None:
-    """Write into a model what its user needs: names of classes, treatment of images, session options; and what net it is."""
-    said = {
-        "qat": {key: meta[key] for key in ("format_version", "model", "recipe", "input_size")},
-        "qat.classes": list(meta.get("classes") or []),
-        "qat.preprocessing": meta["preprocessing"],
-        OPTIONS_KEY: SESSION_OPTIONS,
-    }
-    model.producer_name = "qat"
-    for key, value in said.items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
-
-
-def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write a model, whole or not at all."""
-    with replacing(path) as temporary:
-        onnx.save(model, str(temporary))
+    if any(isinstance(module, QkrAttention) for module in frozen.modules()):
+        notes.append(_QKR)
+    runs_in = {name: checked.differs(level) is None for name, level in _RUNTIMES.items() if level in checked.agreement}
+    return Written(checked, "\n".join(notes), {"opset": opset, "agrees": runs_in, **measured})
 
 
 def _beside(path: Path, frozen: nn.Module, image: Tensor, settings: OnnxSettings) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
@@ -107,21 +63,23 @@ def _beside(path: Path, frozen: nn.Module, image: Tensor, settings: OnnxSettings
     with tempfile.TemporaryDirectory() as folder:
         files = {"float": Path(folder) / "float.onnx", "int8": Path(folder) / "int8.onnx", "this": path}
         onnx.save(export_graph(plain, image, LOWEST_OPSET, ANY_BATCH), str(files["float"]))
-        _eight_bits(files["float"], files["int8"])
+        eight_bits(files["float"], files["int8"])
         sizes = {name: file.stat().st_size for name, file in files.items()}
-        times: dict[str, float] = {}
-        if settings.latency:
-            sessions: dict[str, InferenceSession] = {name: open_session(file, threads=settings.threads) for name, file in files.items()}
-            times = milliseconds(sessions, image, settings.latency)
+        times: dict[str, dict[str, float]] = {}
+        for runtime, level in _RUNTIMES.items() if settings.latency else ():
+            if level != OPENVINO or (has_openvino() and settings.two_bit != "int2"):
+                sessions = {name: open_session(file, level=level, threads=settings.threads) for name, file in files.items()}
+                times[runtime] = milliseconds(sessions, image, settings.latency)
     rows = {
-        name: {"bytes": f"{size:,}", "of float": f"{size / sizes['float']:.3f}"} | ({"ms an image": f"{times[name]:.2f}"} if times else {})
+        name: {"bytes": f"{size:,}", "of float": f"{size / sizes['float']:.3f}"}
+        | {f"ms, {runtime}": f"{found[name]:.2f} ({found[name] / times['onnxruntime']['float']:.2f})" for runtime, found in times.items()}
         for name, size in sizes.items()
     }
     return rows, {"bytes": sizes, "latency_ms": times or None}
 
 
-def _eight_bits(source: Path, target: Path) -> None:
-    """By onnxruntime itself: weights of 8 bits, ranges of inputs found as they come."""
+def eight_bits(source: Path, target: Path) -> None:
+    """Quantize a float file by onnxruntime itself: weights of 8 bits, ranges of inputs found as they come."""
     from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415  (slow to import)
 
     logging.disable(logging.WARNING)  # it tells the root logger of every product that stays in float

@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from qat.export.session import Transparent, logits_of, open_session
+from qat.export.session import LEVELS, OPENVINO, Transparent, has_openvino, logits_of, open_session
 from qat.model.frozen.agreement import Agreement, compare, run_watched
 
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
-
-# Of a logit, on images on which no code differs.
+# Of a logit, on images on which no code differs. OpenVINO makes mistakes of its own where a file takes any number of images
+# (docs/deployment.md#openvino): such a file is still one for others.
 TOLERANCE = 1e-4
 # Percent; what thresholds alone take from it is said, and no reason to reject a file.
 EXPECTED_TOP1 = 99.9
 # Beyond `ORT_ENABLE_BASIC` onnxruntime computes in integers: where values lie on thresholds, as behind zero points, it may round them the
 # other way. More than this share of the images means that it computes something else.
 UNLIKE = 0.1
-LEVELS = ("ORT_ENABLE_BASIC", "ORT_ENABLE_ALL")
 
 
 @dataclass
@@ -31,35 +27,39 @@ class Checked:
     """A file beside its net.
 
     Attributes:
-        agreement: codes and logits of the net and of the file, step by step; by the level to which onnxruntime changes the graph.
-        unlike: images on which the file as people run it differs from the one that was looked into, by optimization level.
-        plain: share of the images on which a session without the options that the file names differs by more than `TOLERANCE`; None if it
-            cannot be opened without them.
-        refused: what onnxruntime says then.
+        agreement: codes and logits of the net and of the file, step by step; by the level to which onnxruntime changes the graph, and of
+            OpenVINO, where it is installed and reads the file (INT2 it does not). Onnxruntime decides whether a file is good.
+        unlike: images on which the file as people run it differs from the one that was looked into, by the same.
     """
 
     agreement: dict[str, Agreement] = field(default_factory=dict)
     unlike: dict[str, int] = field(default_factory=dict)
-    plain: float | None = None
-    refused: str = ""
 
     def to_text(self) -> str:
         """Lines for people."""
         lines = [f"{level}: {found.to_text()}" for level, found in self.agreement.items()]
         if any(found.top1 < EXPECTED_TOP1 for found in self.agreement.values()):
             lines.append(f"top-1 agrees on fewer than {EXPECTED_TOP1} % of the images: this net decides much by values on thresholds")
+        if text := self.differs(OPENVINO):
+            lines.append(f"not for OpenVINO: {text.removeprefix(f'{OPENVINO}: ')}; a file with format.dynamic_batch=false may be")
         return "\n".join(lines)
 
     @property
     def problem(self) -> str | None:
         """Why the file must not be used; None if it agrees."""
-        for level, found in self.agreement.items():
-            if found.not_ties:
-                return f"{level}: codes of {found.not_ties[0]} differ away from a threshold"
-            if found.largest_absolute > TOLERANCE:
-                return f"{level}: logits differ by {found.largest_absolute:.1e} where no code does; must be at most {TOLERANCE:.0e}"
-            if self.unlike.get(level, 0) > UNLIKE * found.images:
-                return f"{level}: on {self.unlike[level]} of {found.images} images it is not what its graph gives step by step"
+        return next((text for level in self.agreement if level != OPENVINO and (text := self.differs(level))), None)
+
+    def differs(self, level: str) -> str | None:
+        """What speaks against a file in a runtime; None if nothing does."""
+        found = self.agreement.get(level)
+        if found is None:
+            return None
+        if found.not_ties:
+            return f"{level}: codes of {found.not_ties[0]} differ away from a threshold"
+        if found.largest_absolute > TOLERANCE:
+            return f"{level}: logits differ by {found.largest_absolute:.1e} where no code does; must be at most {TOLERANCE:.0e}"
+        if self.unlike.get(level, 0) > UNLIKE * found.images:
+            return f"{level}: on {self.unlike[level]} of {found.images} images it is not what its graph gives step by step"
         return None
 
 
@@ -76,29 +76,18 @@ def check_onnx(frozen: nn.Module, net: nn.Module, path: Path, batches: Iterable[
     import onnx  # noqa: PLC0415  (an extra)
 
     model = onnx.load(str(path))
-    watched = {level: Transparent(model, level) for level in LEVELS}
-    sessions = {level: open_session(path, level=level) for level in LEVELS}
-    done = Checked({level: Agreement() for level in LEVELS}, dict.fromkeys(LEVELS, 0))
-    plain, differ = _without_options(path, done), 0
+    has_int2 = any(tensor.data_type == onnx.TensorProto.INT2 for tensor in model.graph.initializer)
+    levels = (*LEVELS, OPENVINO) if has_openvino() and not has_int2 else LEVELS
+    watched = {level: Transparent(model, level) for level in levels}
+    sessions = {level: open_session(path, level=level) for level in levels}
+    done = Checked({level: Agreement() for level in levels}, dict.fromkeys(levels, 0))
     for x in batches:
         theirs = run_watched(net, x)
-        for level in LEVELS:
+        for level in levels:
             mine = watched[level].run(x)
             done.agreement[level].add(compare(frozen, theirs, mine))
             done.unlike[level] += _unlike(logits_of(sessions[level], x), mine[0])
-        if plain is not None:
-            differ += _unlike(logits_of(plain, x), logits_of(sessions[LEVELS[-1]], x))
-    done.plain = None if plain is None else differ / max(done.agreement[LEVELS[0]].images, 1)
     return done
-
-
-def _without_options(path: Path, done: Checked) -> InferenceSession | None:
-    """Onnxruntime's own changes of a graph may give one that it does not take; the options forbid the changes."""
-    try:
-        return open_session(path, options={})
-    except Exception as error:  # noqa: BLE001  (its errors have no common class)
-        done.refused = " ".join(str(error).split())
-        return None
 
 
 @torch.no_grad()

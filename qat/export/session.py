@@ -1,88 +1,138 @@
-"""ONNX files in onnxruntime: the options that keep its products exact, logits, time, and what arrives at quantizers."""
+"""ONNX files in the runtimes that they are checked in: logits, time, and what arrives at quantizers."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
+import importlib.util
+import io
 import statistics
+import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qat.export.graph import IN_CODES, INPUT, OUTPUT
+from qat.export.graph import INPUT, OUTPUT
 from qat.model.frozen.agreement import QuantizerTrace, Watched
 
 if TYPE_CHECKING:
     import onnx
-    import onnxruntime
 
-# The first has weights taken back to float once, when a file is opened, in place of at every call, and no integer operators made of what
-# stands between quantizers: some take fewer kinds of scales and codes than a file has. Without both a product of a float factor
-# and a weight of few bits is computed with that factor rounded to 8 bits, if nothing stands between the weight and the product.
-SESSION_OPTIONS = {"session.disable_quant_qdq": "1", "session.qdq_matmulnbits_accuracy_level": "0"}
-OPTIONS_KEY = "qat.session_options"
+# To which onnxruntime changes the graph: little, and as much as it can; and OpenVINO, where it is installed.
+LEVELS = ("ORT_ENABLE_BASIC", "ORT_ENABLE_ALL")
+OPENVINO = "OpenVINO"
 
 
-def open_session(
-    model: str | Path | bytes, *, options: Mapping[str, str] | None = None, level: str = "ORT_ENABLE_ALL", threads: int = 0
-) -> onnxruntime.InferenceSession:
-    """Open a file, or a model in memory, on the CPU.
+class Session(Protocol):
+    """A file that is open on the CPU."""
+
+    batch: int | None
+    """Images that it takes at a time, None = any number."""
+
+    def run(self, names: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
+        """Values of a graph by their names."""
+
+
+class Onnxruntime:
+    """By onnxruntime.
 
     Args:
-        model: which.
-        options: session options; None = those that the file names of itself.
+        model: a file, or a model in memory.
         level: onnxruntime's name of how far it changes the graph.
         threads: 0 = a thread a core.
     """
-    import onnxruntime  # noqa: PLC0415  (an extra)
 
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    settings.intra_op_num_threads = threads
-    settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-    for key, value in (own_options(model) if options is None else options).items():
-        settings.add_session_config_entry(key, value)
-    return onnxruntime.InferenceSession(str(model) if isinstance(model, Path) else model, settings, providers=["CPUExecutionProvider"])
+    def __init__(self, model: Path | bytes, level: str, threads: int) -> None:
+        import onnxruntime  # noqa: PLC0415  (an extra)
 
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        settings.intra_op_num_threads = threads
+        settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        given = str(model) if isinstance(model, Path) else model
+        self._session = onnxruntime.InferenceSession(given, settings, providers=["CPUExecutionProvider"])
+        takes = self._session.get_inputs()[0].shape[0]
+        self.batch = takes if isinstance(takes, int) else None
 
-def own_options(model: str | Path | bytes) -> dict[str, str]:
-    """Session options that a file names of itself, of those in `SESSION_OPTIONS`."""
-    import onnx  # noqa: PLC0415
-
-    content = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(str(model), load_external_data=False)
-    found = next((entry.value for entry in content.metadata_props if entry.key == OPTIONS_KEY), "{}")
-    told = json.loads(found)
-    # Of the ones that exporting writes alone: others change what a session reads and writes.
-    return {key: str(told[key]) for key in SESSION_OPTIONS if isinstance(told, dict) and key in told}
+    def run(self, names: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
+        """Values by name."""
+        found: list[np.ndarray] = self._session.run(list(names), {INPUT: images})
+        return found
 
 
-def logits_of(session: onnxruntime.InferenceSession, images: Tensor) -> Tensor:
+@functools.cache
+def _core() -> Any:
+    """One for as long as the process lives: with it goes the stack that OpenVINO gave to signal handlers, and the next signal crashes."""
+    # absl, which comes along, later closes what is stderr now, unless that is the process's own.
+    with contextlib.redirect_stderr(sys.__stderr__):
+        import openvino  # noqa: PLC0415  (an extra)
+
+    return openvino.Core()
+
+
+class OpenVino:
+    """By OpenVINO.
+
+    Args:
+        model: a file, or a model in memory.
+        threads: 0 = a thread a core.
+        precision: of what is not on integers; OpenVINO's own choice is `bf16` where the processor has it.
+    """
+
+    def __init__(self, model: Path | bytes, threads: int, precision: str = "f32") -> None:
+        given = io.BytesIO(model) if isinstance(model, bytes) else str(model)
+        config = {"INFERENCE_PRECISION_HINT": precision} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+        self._model = _core().compile_model(_core().read_model(given), "CPU", config)
+        takes = self._model.inputs[0].get_partial_shape()[0]
+        self.batch = takes.get_length() if takes.is_static else None
+
+    def run(self, names: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
+        """Values by name."""
+        found = self._model([images])
+        return [found[name].copy() for name in names]
+
+
+def open_session(model: Path | bytes, *, level: str = LEVELS[-1], threads: int = 0) -> Session:
+    """Open a file, or a model in memory.
+
+    Args:
+        model: which.
+        level: one of `LEVELS`, or `OPENVINO`.
+        threads: 0 = a thread a core.
+    """
+    return OpenVino(model, threads) if level == OPENVINO else Onnxruntime(model, level, threads)
+
+
+def has_openvino() -> bool:
+    """True if it is installed."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def logits_of(session: Session, images: Tensor) -> Tensor:
     """(B, classes) of images (B, C, H, W); one by one where the file takes no more."""
     return outputs_of(session, images, [OUTPUT], [OUTPUT])[OUTPUT]
 
 
-def outputs_of(
-    session: onnxruntime.InferenceSession, images: Tensor, names: Sequence[str], of_images: Collection[str]
-) -> dict[str, Tensor]:
+def outputs_of(session: Session, images: Tensor, names: Sequence[str], of_images: Collection[str]) -> dict[str, Tensor]:
     """Values of a graph by name for all images; those that are not `of_images` once."""
-    takes = session.get_inputs()[0].shape[0]
-    size = takes if isinstance(takes, int) else len(images)
-    parts = [session.run(names, {INPUT: part.numpy()}) for part in images.cpu().float().split(size)]
+    parts = [session.run(names, part.numpy()) for part in images.cpu().float().split(session.batch or len(images))]
     values = {name: [torch.from_numpy(one) for one in found] for name, *found in zip(names, *parts, strict=True)}
     return {name: torch.cat(found) if name in of_images else found[0] for name, found in values.items()}
 
 
-def milliseconds(sessions: Mapping[str, onnxruntime.InferenceSession], image: Tensor, repeats: int) -> dict[str, float]:
+def milliseconds(sessions: Mapping[str, Session], image: Tensor, repeats: int) -> dict[str, float]:
     """Median time of one image in each session, taken in turns."""
     taken: dict[str, list[float]] = {name: [] for name in sessions}
-    feed = {INPUT: image.cpu().float().numpy()}
+    array = image.cpu().float().numpy()
     for turn in range(repeats + 1):
         for name, session in sessions.items():
             began = time.perf_counter()
-            session.run([OUTPUT], feed)
+            session.run([OUTPUT], array)
             if turn:  # the first one allocates
                 taken[name].append(1e3 * (time.perf_counter() - began))
     return {name: statistics.median(times) for name, times in taken.items()}
@@ -97,14 +147,19 @@ class Transparent:
     """
 
     def __init__(self, model: onnx.ModelProto, level: str = "ORT_ENABLE_BASIC") -> None:
-        from onnx import ModelProto, ValueInfoProto  # noqa: PLC0415
+        from onnx import ModelProto, ValueInfoProto, numpy_helper  # noqa: PLC0415
 
         shown = ModelProto()
         shown.CopyFrom(model)
         self.places: dict[str, tuple[str, str]] = {}
+        self.added: dict[str, int] = {}
+        self.steps: dict[str, float] = {}
+        constants = {tensor.name: tensor for tensor in shown.graph.initializer}
         for node in shown.graph.node:
             if node.op_type == "QuantizeLinear":
                 self.places[node.name] = node.input[0], node.output[0]
+                self.added[node.name] = int(numpy_helper.to_array(constants[node.input[2]]))
+                self.steps[node.name] = float(numpy_helper.to_array(constants[node.input[1]]))
         self.of_images = _of_images(shown)
         present = {value.name for value in (*shown.graph.output, *shown.graph.input)}
         self.names = [name for name in dict.fromkeys(name for place in self.places.values() for name in place) if name not in present]
@@ -115,7 +170,7 @@ class Transparent:
         """Logits, and what its quantizers see and give."""
         found = {INPUT: images.cpu().float()} | outputs_of(self.session, images, [OUTPUT, *self.names], self.of_images)
         seen = {
-            name.removesuffix(IN_CODES): QuantizerTrace(found[value], found[codes], name.endswith(IN_CODES))
+            name: QuantizerTrace(found[value] / self.steps[name], found[codes].short() - self.added[name], in_codes=True)
             for name, (value, codes) in self.places.items()
         }
         return found[OUTPUT], seen

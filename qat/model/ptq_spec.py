@@ -95,6 +95,7 @@ class PtqRecipe(QuantRecipe):
         "map_scales",
         "step_init",
         "steps",
+        "fits_int8",
         "rule_bits",
     })
 

@@ -197,7 +197,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         product = F.linear(xq, _of_dtype(self.quantized("qk"), xq), self.product_offset)
         # One step per (token, head): index token*h + head.
         keys = self.k_quantizer(product.unflatten(-1, (self.num_heads, -1)).flatten(1, 2))
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and isinstance(keys, Tensor):
             scores = joint_scores(xq, keys, self.num_heads)
         else:
             scores = torch.matmul(xq.unsqueeze(1), keys.unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1))

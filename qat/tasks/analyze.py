@@ -224,7 +224,9 @@ def _measured(
 def _announce(cfg: DictConfig, study: AnalysisRun) -> None:
     entries = {"analysis": study.analysis.name}
     for subject, net in zip(study.subjects, study.nets, strict=True):
-        entries[net.label] = f"{summary.describe_model(subject.name, subject.net, subject.data)}; {summary.describe_recipe(subject.recipe)}"
+        entries[net.label] = (
+            f"{summary.describe_model(subject.name, subject.net, subject.data.input_size)}; {summary.describe_recipe(subject.recipe)}"
+        )
     data = study.subjects[0].data
     if study.images is not None:
         where = summary.describe_data(type(data).__name__.lower(), data)

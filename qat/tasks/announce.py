@@ -32,7 +32,7 @@ def announce_run(cfg: DictConfig, recipe: QuantRecipe, data: ImageData, start: S
     batch = fit.global_batch(cfg, trainer)
     optimizer = f"{cfg.optimizer.opt} {summary.describe_lr(cfg, batch)}, weight decay {cfg.optimizer.weight_decay:g}"
     entries = {
-        "model": summary.describe_model(cfg.model.name, start.net, data),
+        "model": summary.describe_model(cfg.model.name, start.net, data.input_size),
         "recipe": summary.describe_recipe(recipe),
         "data": summary.describe_data(type(data).__name__.lower(), data),
         "start": "; ".join(start.notes),

@@ -63,7 +63,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     connect(trainer, build.plain(cfg))
     data = subject.data
     entries = {
-        "model": summary.describe_model(subject.name, subject.net, data),
+        "model": summary.describe_model(subject.name, subject.net, data.input_size),
         "recipe": summary.describe_recipe(subject.recipe),
         "data": summary.describe_data(type(data).__name__.lower(), data) if paths is None else f"{len(paths)} images of {cfg.predict}",
         "weights": origin(cfg),

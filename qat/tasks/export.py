@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from qat.cli.repeat import recorded
 from qat.cli.results import recipe_fields, write_results
+from qat.data import DataSettings
+from qat.data.image_transform import data_settings
 from qat.errors import UsageError
-from qat.export.artefact import Written, packed_artefact
-from qat.export.graph import check_size, require_onnx
+from qat.export.artefact import Written, kept, packed_artefact
+from qat.export.graph import TARGETS, check_size, require_onnx
+from qat.export.onnx_file import IMAGES, OnnxSettings, preprocessing
 from qat.export.stored_weights import TWO_BIT
-from qat.model.checkpoint import describe
-from qat.model.convert import conversion_of
+from qat.model.checkpoint import build_from, describe, read_checkpoint
+from qat.model.convert import Conversion, conversion_of
 from qat.model.frozen import freeze, is_frozen
 from qat.model.transform import data_config
+from qat.spec import QuantRecipe
 from qat.tasks import build, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
-from qat.tasks.predict import EvaluatedNet, class_names
+from qat.tasks.predict import class_names
 from qat.utils.files import write_text
 from qat.utils.validate import check_choice, check_int
 
@@ -50,21 +57,19 @@ def export(cfg: DictConfig) -> float:
     seed_everything(cfg.seed, workers=True, verbose=False)
     build.import_modules(cfg)
     target = _target(cfg)
-    subject = build_subject(cfg)
-    if conversion_of(subject.net) is None:
-        raise UsageError(f"ckpt={origin(cfg)!r}: holds a float net; export.py writes quantized ones, of train.py and ptq.py")
-    frozen = subject.net if is_frozen(subject.net) else freeze(subject.net)
+    source = _source(cfg)
+    frozen = source.net if is_frozen(source.net) else freeze(source.net)
     if cfg.dynamic_size:
         check_size(frozen)
-    images = _images(cfg, subject)
-    log.info(summary.lines("qat: export", _entries(cfg, subject, target, images)))
+    log.info(summary.lines("qat: export", _entries(cfg, source, target)))
     write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
-    written, top1 = _write(cfg, target, subject, frozen, images)
+    written = kept(target, _artefact(cfg, source, frozen))
+    top1 = min(found.top1 for found in written.checked.agreement.values())
     log.info("%s\n%s\n%s bytes", written.text, target, f"{target.stat().st_size:,}")
     write_results(
         cfg,
-        model=subject.name,
-        **recipe_fields(subject.recipe),
+        model=source.name,
+        **recipe_fields(source.recipe),
         weights=origin(cfg),
         size_bytes=target.stat().st_size,
         file=str(target),
@@ -92,7 +97,8 @@ def _check_packed(cfg: DictConfig) -> None:
 
 def _check_onnx(cfg: DictConfig) -> None:
     require_onnx()
-    check_choice("format.two_bit", cfg.format.two_bit, TWO_BIT)
+    check_choice("format.two_bit", cfg.format.two_bit, tuple(TWO_BIT))
+    check_choice("format.target", cfg.format.target, TARGETS)
 
 
 def _target(cfg: DictConfig) -> Path:
@@ -107,61 +113,83 @@ def _target(cfg: DictConfig) -> Path:
     return target
 
 
-def _images(cfg: DictConfig, subject: EvaluatedNet) -> list[Tensor]:
-    split = cfg.split or subject.data.evaluation_split
-    return [images for images, _ in subject.data.sample(split, cfg.images)]
+@dataclass(frozen=True)
+class _Source:
+    """What is exported.
+
+    Attributes:
+        name: the net's, by timm.
+        recipe: how it is quantized.
+        settings: how its images are prepared.
+        images: on which net and file are run.
+        shown: what these are.
+        data: config of its data, None where its file knows none.
+        classes: their names, None where nobody knows them.
+    """
+
+    net: nn.Module
+    name: str
+    recipe: QuantRecipe
+    settings: DataSettings
+    images: list[Tensor]
+    shown: str
+    data: dict[str, Any] | None
+    classes: list[str] | None
 
 
-def _entries(cfg: DictConfig, subject: EvaluatedNet, target: Path, images: Sequence[Tensor]) -> dict[str, str]:
+def _source(cfg: DictConfig) -> _Source:
+    """A net with its data, or with noise: of a net that was made in Python nobody may know what it is for."""
+    checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
+    meta = checkpoint.meta
+    if meta is None or "_target_" in (meta.get("data") or {}) or "_target_" in build.plain(cfg.data):
+        subject = build_subject(cfg)
+        _conversion(cfg, subject.net)
+        split = cfg.split or subject.data.evaluation_split
+        images = [images for images, _ in subject.data.sample(split, cfg.images)]
+        shown = f"{sum(map(len, images))} images of {type(subject.data).__name__.lower()}"
+        data = build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(subject.net))
+        classes = class_names(None, subject.data, subject.data.settings.num_classes)
+        return _Source(subject.net, subject.name, subject.recipe, subject.data.settings, images, shown, data, classes)
+    net = build_from(checkpoint)
+    done = _conversion(cfg, net)
+    noise = torch.randn(IMAGES, *done.input_size).split(8)
+    settings = data_settings(data_config(net))
+    shown = f"{IMAGES} images of noise; data=... has others"
+    return _Source(net, meta["model"]["name"], done.recipe, settings, list(noise), shown, None, None)
+
+
+def _conversion(cfg: DictConfig, net: nn.Module) -> Conversion:
+    done = conversion_of(net)
+    if done is None:
+        raise UsageError(f"ckpt={origin(cfg)!r}: holds a float net; export.py writes quantized ones, of train.py and ptq.py")
+    return done
+
+
+def _entries(cfg: DictConfig, source: _Source, target: Path) -> dict[str, str]:
+    input_size = _conversion(cfg, source.net).input_size
     return {
-        "model": summary.describe_model(subject.name, subject.net, subject.data),
-        "recipe": summary.describe_recipe(subject.recipe),
+        "model": summary.describe_model(source.name, source.net, input_size),
+        "recipe": summary.describe_recipe(source.recipe),
         "weights": origin(cfg),
-        "checked on": f"{sum(map(len, images))} images of {type(subject.data).__name__.lower()}",
+        "checked on": source.shown,
         "file": str(target),
     }
 
 
-def _write(cfg: DictConfig, target: Path, subject: EvaluatedNet, frozen: nn.Module, images: Sequence[Tensor]) -> tuple[Written, float]:
-    """Write, compare, and only then give the file its name."""
-    unchecked = target.with_name(f".unchecked.{target.name}")
-    unchecked.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        written = _artefact(cfg, subject, frozen, images)(unchecked)
-        problem = written.checked.problem
-        rejected = target.with_name(f"{target.name}.rejected")
-        if problem is not None:
-            unchecked.replace(rejected)
-            raise UsageError(f"file={str(target)!r}: what was written does not agree with the checkpoint ({problem}); kept as {rejected}")
-        rejected.unlink(missing_ok=True)
-        unchecked.replace(target)
-    finally:
-        unchecked.unlink(missing_ok=True)
-    return written, min(found.top1 for found in written.checked.agreement.values())
-
-
-def _artefact(cfg: DictConfig, subject: EvaluatedNet, frozen: nn.Module, images: Sequence[Tensor]) -> Callable[[Path], Written]:
-    data = build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(subject.net))
-    classes = class_names(None, subject.data, subject.data.settings.num_classes)
-    meta = describe(frozen, data=data, classes=classes)
+def _artefact(cfg: DictConfig, source: _Source, frozen: nn.Module) -> Callable[[Path], Written]:
+    meta = describe(frozen, data=source.data, classes=source.classes)
     if cfg.format.name == "packed":
-        return lambda path: packed_artefact(path, frozen, subject.net, meta, images)
-    from qat.export.artefact_onnx import OnnxSettings, onnx_artefact
+        return lambda path: packed_artefact(path, frozen, source.net, meta, source.images)
+    from qat.export.artefact_onnx import onnx_artefact
 
     settings = OnnxSettings(
         opset=cfg.opset,
         dynamic_batch=cfg.get("dynamic_batch", True),
         dynamic_size=cfg.dynamic_size,
+        target=cfg.format.target,
         two_bit=cfg.format.two_bit,
         latency=cfg.latency,
         threads=cfg.threads,
     )
-    shown = subject.data.settings
-    preprocessing = {
-        "size": shown.image_size,
-        "mean": list(shown.mean),
-        "std": list(shown.std),
-        "interpolation": shown.interpolation or "bicubic",
-        "crop_pct": shown.crop_pct,
-    }
-    return lambda path: onnx_artefact(path, frozen, subject.net, {**meta, "preprocessing": preprocessing}, images, settings)
+    meta["preprocessing"] = preprocessing(source.settings)
+    return lambda path: onnx_artefact(path, frozen, source.net, meta, source.images, settings)

@@ -192,7 +192,7 @@ def _refuse_used(run_dir: Path, *, allowed: bool) -> None:
 def _announce(cfg: DictConfig, run: PtqRun) -> None:
     data, trainer = run.subject.data, run.trainer
     entries = {
-        "model": summary.describe_model(run.subject.name, run.subject.net, data),
+        "model": summary.describe_model(run.subject.name, run.subject.net, data.input_size),
         "recipe": summary.describe_recipe(run.quantized.recipe),
         "data": summary.describe_data(type(data).__name__.lower(), data),
         (

@@ -24,10 +24,10 @@ def lines(title: str, entries: dict[str, str]) -> str:
     return "\n".join([title, *(f"  {key.ljust(width)}  {value}" for key, value in entries.items())])
 
 
-def describe_model(name: str, net: nn.Module, data: ImageData) -> str:
+def describe_model(name: str, net: nn.Module, input_size: tuple[int, int, int]) -> str:
     """Name, parameters (those that are integer codes among them) and size of the images."""
     params = sum(p.numel() for p in net.parameters()) + sum(m.stored.numel() for m in net.modules() if isinstance(m, FrozenWeight))
-    chans, height, width = data.input_size
+    chans, height, width = input_size
     return f"{name}, {params / 1e6:.2f} M parameters, images {chans} x {height} x {width}"
 
 

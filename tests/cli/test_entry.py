@@ -68,7 +68,7 @@ def test_an_unknown_choice_is_answered_with_the_choices(tmp_path):
 def test_help_lists_the_choices(tmp_path):
     code, out, _ = command("train.py", "--help", cwd=tmp_path)
     assert code == 0
-    assert "quant: fp, lsq_2bit" in out
+    assert "quant: deploy_w4a4, deploy_w4a8, deploy_w8a8, fp, lsq_2bit" in out
     assert "optimizer:" in out
     assert not list(tmp_path.iterdir())
 

@@ -1,7 +1,6 @@
 """ONNX files. Oracle: the net itself, run by torch; onnxruntime without any change of the graph, with all of them."""
 
 import collections
-import json
 
 import onnx
 import pytest
@@ -10,9 +9,10 @@ import torch
 
 import qat
 from qat.export.check import check_onnx
-from qat.export.graph import FreeDimensions, check_size, to_onnx
-from qat.export.session import OPTIONS_KEY, SESSION_OPTIONS, Transparent, logits_of, milliseconds, open_session
+from qat.export.graph import ANY_BATCH, FreeDimensions, check_size, to_onnx
+from qat.export.session import LEVELS, OPENVINO, Transparent, has_openvino, logits_of, milliseconds, open_session
 from qat.functional.packing import unpack_codes
+from qat.model.frozen import FrozenActivation
 from tests import tiny
 from tests.model.frozen.test_freeze import RECIPES, made, trained
 from tests.nets import FAMILIES
@@ -20,18 +20,16 @@ from tests.nets import FAMILIES
 
 def file(frozen, image, path, **settings):
     model = to_onnx(frozen, image, **settings)
-    entry = model.metadata_props.add()
-    entry.key, entry.value = OPTIONS_KEY, json.dumps(SESSION_OPTIONS)
     onnx.save(model, path)
     return model
 
 
-def assert_agrees(net, path, images):
+def assert_agrees(net, path, images, shape=ANY_BATCH):
     frozen = qat.freeze(net)
-    file(frozen, images[0][:1], path)
+    file(frozen, images[0][:1], path, shape=shape)
     done = check_onnx(frozen, net, path, images)
-    assert done.problem is None
-    assert set(done.agreement) == {"ORT_ENABLE_BASIC", "ORT_ENABLE_ALL"}
+    assert [text for level in done.agreement if (text := done.differs(level))] == []
+    assert set(done.agreement) == {*LEVELS, *([OPENVINO] if has_openvino() else [])}
     return done
 
 
@@ -43,7 +41,6 @@ OFTEN = ("ofq_2bit", "seq_2bit")
 def test_a_file_gives_the_answers_of_the_net(name, tmp_path):
     done = assert_agrees(made(RECIPES[name]), tmp_path / "net.onnx", [tiny.images(16, seed) for seed in range(1, 3)])
     assert done.agreement["ORT_ENABLE_BASIC"].images == 32
-    assert done.plain == 0  # also where nobody sets the options
 
 
 FORMS = [("deit_distilled", "qkr", 2), ("swin", "qkr", 2), ("swin", "standard", 3), ("beit", "qkr", 4), ("eva02", "standard", 2)]
@@ -65,7 +62,7 @@ def test_post_training_quantization(name, tmp_path):
     recipe = qat.PtqRecipe(bits=4, act_bits=8, softmax_bits=4, softmax_quantizer="log2", bias_correction=True)
     net = qat.convert(family.build(), recipe, input_size=family.input_size)
     qat.ptq.calibrate(net, [family.images(8)])
-    done = assert_agrees(net.eval(), tmp_path / "net.onnx", [family.images(16, 1)])
+    done = assert_agrees(net.eval(), tmp_path / "net.onnx", [family.images(16, 1)], FreeDimensions(batch=False))
     found = done.agreement["ORT_ENABLE_BASIC"]
     assert found.ties == found.flipped
 
@@ -80,11 +77,11 @@ def test_post_training_quantization(name, tmp_path):
     ],
     ids=["ptf", "token", "two_bits"],
 )
-def test_no_session_needs_the_options_to_open_a_file(knobs, tmp_path):
+def test_scales_of_other_shapes(knobs, tmp_path):
     net = qat.convert(FAMILIES["deit"].build(), qat.PtqRecipe(**knobs), input_size=FAMILIES["deit"].input_size)
     qat.ptq.calibrate(net, [FAMILIES["deit"].images(4)])
-    done = assert_agrees(net.eval(), tmp_path / "net.onnx", [FAMILIES["deit"].images(4, 1)])
-    assert done.plain is not None, done.refused
+    # OpenVINO is wrong about a product of a convolution and a quantizer for any number of images.
+    assert_agrees(net.eval(), tmp_path / "net.onnx", [FAMILIES["deit"].images(4, 1)], FreeDimensions(batch=False))
 
 
 @pytest.mark.long
@@ -96,19 +93,6 @@ def test_what_all_images_share_is_compared_once(tmp_path):
     done = check_onnx(frozen, frozen, tmp_path / "net.onnx", [FAMILIES["deit"].images(3, 1)])
     assert done.problem is None
     assert done.agreement["ORT_ENABLE_BASIC"].images == 3
-
-
-@pytest.mark.long
-def test_a_file_that_needs_the_options_is_checked_with_them(two_bit, monkeypatch):
-    def opened(path, *, options=None, level="ORT_ENABLE_ALL"):
-        if options == {}:
-            raise RuntimeError("an operator\nis not known")
-        return open_session(path, options=options, level=level)
-
-    frozen, _, path = two_bit
-    monkeypatch.setattr("qat.export.check.open_session", opened)
-    done = check_onnx(frozen, frozen, path, [tiny.images(2)])
-    assert (done.problem, done.plain, done.refused) == (None, None, "an operator is not known")
 
 
 @pytest.fixture(scope="module")
@@ -125,19 +109,20 @@ def test_only_standard_operators(two_bit):
     assert {node.domain for node in model.graph.node} == {""}
     counts = collections.Counter(node.op_type for node in model.graph.node)
     assert counts["QuantizeLinear"] == 16  # image, head, and seven in each of two blocks
-    assert counts["DequantizeLinear"] == 16 + 12
+    # Both factors of 17 products (head, and eight in each of two blocks); the stem's as numbers; ...
+    assert counts["DequantizeLinear"] == 31
     assert [entry for node in model.graph.node for entry in node.metadata_props] == []
 
 
 def test_weights_are_stored_at_their_width(two_bit):
     frozen, model, _ = two_bit
     kinds = collections.Counter(tensor.data_type for tensor in model.graph.initializer)
-    assert kinds[onnx.TensorProto.INT2] == 10
-    tensor = next(t for t in model.graph.initializer if t.name == "blocks.0.mlp.fc1.weight_quantizer.onnx_codes")
+    assert kinds[onnx.TensorProto.INT4] == 10
+    tensor = next(t for t in model.graph.initializer if t.name == "blocks.0.mlp.fc1.weight_quantizer.onnx_codes.stored")
     assert list(tensor.dims) == [32, 128]  # turned: (in, out)
-    assert len(tensor.raw_data) == 32 * 128 // 4
-    codes = unpack_codes(torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.uint8), 2, (32, 128), signed=True)
-    assert torch.equal(codes.T, tiny.sites(frozen)["blocks.0.mlp.fc1.weight_quantizer"].quantizer.codes())
+    assert len(tensor.raw_data) == 32 * 128 // 2
+    odd = unpack_codes(torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.uint8), 4, (32, 128), signed=True)
+    assert torch.equal(odd.T, 2 * tiny.sites(frozen)["blocks.0.mlp.fc1.weight_quantizer"].quantizer.codes() + 1)
 
 
 def test_any_number_of_images(two_bit):
@@ -152,7 +137,7 @@ def test_one_image_at_a_time(tmp_path):
     frozen = qat.freeze(made(RECIPES["ofq_2bit"]))
     file(frozen, tiny.images(1), tmp_path / "net.onnx", shape=FreeDimensions(batch=False))
     session = open_session(tmp_path / "net.onnx")
-    assert session.get_inputs()[0].shape == [1, *tiny.SIZE]
+    assert session.batch == 1
     torch.testing.assert_close(logits_of(session, tiny.images(3)), frozen(tiny.images(3)), rtol=0, atol=1e-5)
     done = check_onnx(frozen, frozen, tmp_path / "net.onnx", [tiny.images(3)])
     assert done.problem is None
@@ -186,7 +171,7 @@ def test_a_file_that_was_changed_does_not_pass(two_bit, tmp_path):
     frozen, model, _ = two_bit
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    tensor = next(t for t in changed.graph.initializer if t.name.endswith("blocks.1.mlp.fc1.weight_quantizer.onnx_codes"))
+    tensor = next(t for t in changed.graph.initializer if "blocks.1.mlp.fc1.weight_quantizer.onnx_codes" in t.name)
     tensor.raw_data = bytes(255 - byte for byte in tensor.raw_data)
     onnx.save(changed, tmp_path / "net.onnx")
     problem = check_onnx(frozen, frozen, tmp_path / "net.onnx", [tiny.images(4)]).problem
@@ -204,8 +189,10 @@ def test_mistakes_are_one_line():
     net = made(RECIPES["ofq_2bit"])
     with pytest.raises(qat.UsageError, match="to_onnx: the net is not frozen"):
         to_onnx(net, tiny.images(1))
+    with pytest.raises(qat.UsageError, match="opset=20: too low"):
+        to_onnx(qat.freeze(net), tiny.images(1), opset=20)
     with pytest.raises(qat.UsageError, match="opset=24: too low"):
-        to_onnx(qat.freeze(net), tiny.images(1), opset=24)
+        to_onnx(qat.freeze(net), tiny.images(1), opset=24, two_bit="int2")
     with pytest.raises(qat.UsageError, match="opset=99: must be an integer from 20 to 28"):
         to_onnx(qat.freeze(net), tiny.images(1), opset=99)
 
@@ -232,3 +219,49 @@ def test_torch_exports_a_frozen_net(dynamic):
 @pytest.mark.parametrize(("name", "attention"), [("deit", "standard"), ("swin", "qkr"), ("swin", "standard")])
 def test_torch_exports_other_frozen_nets(name, attention, dynamic):
     _torch_exports(name, attention, dynamic=dynamic)
+
+
+DEPLOY = ("deploy_w8a8", "deploy_w4a8", "deploy_w4a4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEPLOY)
+def test_recipes_to_deploy(name, tmp_path):
+    done = assert_agrees(made(qat.recipe(name)), tmp_path / "net.onnx", [tiny.images(16, 1)])
+    assert done.agreement["ORT_ENABLE_ALL"].images == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEPLOY)
+def test_what_tensorrt_asks_for(name, tmp_path):
+    net = made(qat.recipe(name))
+    frozen = qat.freeze(net)
+    model = file(frozen, tiny.images(1), tmp_path / "net.onnx", target="tensorrt")
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(pairs) == sum(isinstance(module, FrozenActivation) for module in frozen.modules())
+    for node in pairs:
+        _, step, zero = node.input
+        assert (constants[step].shape, constants[zero].dtype, int(constants[zero])) == ((), "int8", 0)
+    factors = [name for node in model.graph.node if node.op_type in {"MatMul", "Gemm", "Conv"} for name in node.input[:2]]
+    seen = {makers[name].op_type for name in factors}
+    assert seen <= {"DequantizeLinear", "Transpose", "Reshape", "Squeeze", "Gather", "Split"}
+    assert {makers[name].op_type for name in factors if "weight" in "".join(makers[name].input)} == {"DequantizeLinear"}
+    assert check_onnx(frozen, net, tmp_path / "net.onnx", [tiny.images(16, 1)]).problem is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (qat.recipe("ofq", bits=2, offsets=False), r"blocks.0.attn.v_quantizer has 32 steps; must be one, as with quant.act_scales=tensor"),
+        (qat.recipe("lsq", bits=8, act_scales="tensor"), r"_quantizer has codes up to 255, which int8 has not"),
+        (qat.recipe("seq", bits=4, act_scales="tensor", offsets=False), r"_quantizer has a zero point, or half steps; must be symmetric"),
+        (qat.recipe("lsq", bits=4, act_scales="tensor", offsets=True), r"has an offset behind it; must be a net with quant.offsets=false"),
+        (qat.recipe("deploy_w8a8", weight_quantizer="statsq"), r"weight_quantizer has codes with a zero point; must be symmetric"),
+    ],
+    ids=["token", "unsigned", "half steps", "offsets", "weights"],
+)
+def test_what_tensorrt_cannot_have_is_one_line(recipe, said):
+    with pytest.raises(qat.UsageError, match=rf"format.target=tensorrt: .*{said}"):
+        to_onnx(qat.freeze(made(recipe)), tiny.images(1), target="tensorrt")

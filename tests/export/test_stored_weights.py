@@ -14,63 +14,59 @@ def weights(recipe):
     return {name: module for name, module in qat.freeze(made(recipe)).named_modules() if isinstance(module, FrozenWeight)}
 
 
-def value(form):
-    codes = form.codes if form.zero_point is None else form.codes.int() - form.zero_point.int().view(-1, *[1] * (form.codes.ndim - 1))
-    rows = [-1, *[1] * (form.codes.ndim - 1)]
-    y = codes * form.scale.view(rows)
-    return y if form.constant is None else y + form.constant.view(rows)
-
-
-STATSQ = {  # bits: type, lowest and highest stored number, is half a step added
-    2: ("INT2", -2, 1, True),
-    3: ("INT4", -7, 7, False),
-    4: ("INT4", -8, 7, True),
-    5: ("INT8", -31, 31, False),
-    7: ("INT8", -127, 127, False),
-    8: ("INT8", -128, 127, True),
+STATSQ = {  # bits: type, lowest and highest stored number, are they doubled, is half a step added
+    2: ("INT4", -3, 3, False, False),
+    3: ("INT4", -7, 7, False, False),
+    4: ("INT4", -8, 7, True, False),
+    5: ("INT8", -31, 31, False, False),
+    7: ("INT8", -127, 127, False, False),
+    8: ("INT8", -128, 127, False, True),
 }
 
 
 @pytest.mark.parametrize("bits", STATSQ)
 def test_statsq(bits):
     weight = weights(qat.recipe("ofq", bits=bits))["blocks.0.mlp.fc2.weight_quantizer"]
-    kind, lowest, highest, added = STATSQ[bits]
+    kind, lowest, highest, doubled, added = STATSQ[bits]
     form = stored_form(weight)
-    assert (form.kind, form.constant is not None) == (kind, added)
+    assert (form.kind, form.is_doubled, form.constant is not None) == (kind, doubled, added)
     assert lowest <= form.codes.min() <= form.codes.max() <= highest
-    torch.testing.assert_close(value(form), weight(), rtol=2e-7, atol=1e-9)
+    assert form.factors.abs().max() <= 128
+    torch.testing.assert_close(form.value, weight(), rtol=2e-7, atol=1e-9)
 
 
-def test_two_bits_as_odd_numbers():
+@pytest.mark.parametrize(("lowest", "stored"), [(4, [-3, -1, 1, 3]), (2, [-2, -1, 0, 1]), (8, [-3, -1, 1, 3])])
+def test_two_bits(lowest, stored):
     weight = weights(qat.recipe("ofq", bits=2))["blocks.0.mlp.fc2.weight_quantizer"]
-    form = stored_form(weight, "int4")
-    assert (form.kind, form.constant) == ("INT4", None)
-    assert form.codes.unique().tolist() == [-3, -1, 1, 3]
-    assert torch.equal(value(form), weight())
+    form = stored_form(weight, lowest)
+    assert (form.kind, form.constant, form.is_doubled) == (f"INT{lowest}", None, lowest == 2)
+    assert form.codes.unique().tolist() == stored
+    assert form.factors.unique().tolist() == [-3, -1, 1, 3]
+    assert torch.equal(form.value, weight())
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(2, "INT2"), (3, "INT4"), (4, "INT4"), (8, "INT8")])
+@pytest.mark.parametrize(("bits", "kind"), [(2, "INT4"), (3, "INT4"), (4, "INT4"), (8, "INT8")])
 def test_lsq_has_no_half_step(bits, kind):
     for weight in weights(qat.recipe("lsq", bits=bits)).values():
         if weight.spec.bits == bits:
             form = stored_form(weight)
             assert (form.kind, form.constant, form.zero_point) == (kind, None, None)
-            assert torch.equal(value(form), weight())
+            assert torch.equal(form.value, weight())
 
 
-def test_ranges_with_a_zero_point_are_unsigned():
+def test_ranges_with_a_zero_point():
     net = qat.convert(tiny.vit(), qat.PtqRecipe(bits=4, bias_correction=True), input_size=tiny.SIZE)
     qat.ptq.calibrate(net, [tiny.images()])
     for module in qat.freeze(net.eval()).modules():
         if isinstance(module, FrozenWeight):
             form = stored_form(module)
-            assert form.kind == "UINT4"
-            assert 0 <= form.zero_point.min() <= form.zero_point.max() <= 15
-            torch.testing.assert_close(value(form), module(), rtol=1e-6, atol=1e-8)
+            assert form.kind == "INT4"
+            assert -8 <= form.zero_point.min() <= form.zero_point.max() <= 7
+            torch.testing.assert_close(form.value, module(), rtol=1e-6, atol=1e-8)
 
 
 def test_the_opset_follows_from_the_types():
-    forms = {name: stored_form(weight) for name, weight in weights(qat.recipe("ofq", bits=2)).items()}
+    forms = {name: stored_form(weight, 2) for name, weight in weights(qat.recipe("ofq", bits=2)).items()}
     assert needed_opset(forms, None, 20) == 25
     assert needed_opset(forms, 26, 20) == 26
     with pytest.raises(qat.UsageError, match=r"opset=21: too low, blocks.* is stored as INT2 needs 25; must be an integer of at least 25"):

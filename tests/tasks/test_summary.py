@@ -42,7 +42,7 @@ def test_data_in_words():
 def test_model_in_words():
     net = converted("fp")
     millions = sum(p.numel() for p in net.parameters()) / 1e6
-    assert re.fullmatch(rf"tiny, {millions:.2f} M parameters, images 1 x 8 x 8", summary.describe_model("tiny", net, Digits(**DIGITS)))
+    assert re.fullmatch(rf"tiny, {millions:.2f} M parameters, images 1 x 8 x 8", summary.describe_model("tiny", net, (1, 8, 8)))
 
 
 def test_lines_are_aligned():

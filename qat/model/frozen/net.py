@@ -22,7 +22,7 @@ from qat.nn.vit import QuantVitAttention
 from qat.utils.validate import check_choice
 
 # Attentions that hand what leaves `qkv` to the quantizers as it is.
-_DIRECT = (QuantVitAttention, QuantWindowAttention)
+DIRECT = (QuantVitAttention, QuantWindowAttention)
 
 
 def freeze(net: nn.Module, *, mode: str = "float") -> nn.Module:
@@ -94,7 +94,7 @@ def _fold_offsets(module: nn.Module) -> None:
             module.input_quantizer.after = None
     if isinstance(module, QkrAttention) and isinstance(module.v, QuantLinear):
         _fold_before(module.v_quantizer, module.v, slice(None))
-    if type(module) in _DIRECT and isinstance(module.qkv, QuantLinear):
+    if type(module) in DIRECT and isinstance(module.qkv, QuantLinear):
         quantizers: list[object] = [module.v_quantizer]
         if isinstance(module.q_norm, nn.Identity) and isinstance(module.k_norm, nn.Identity):
             quantizers = [module.q_quantizer, module.k_quantizer, module.v_quantizer]

@@ -28,10 +28,10 @@ class Frozen(Quantizer):
     Attributes:
         mode: `float` gives numbers on the grid, `integer` what products of codes take (`QuantizedTensor`).
         name: of its site.
-        form: computes the same in another way, as operators of a file format; takes what `forward` takes. None = as here.
+        form: gives what stands for its result while the net is written as a graph; takes what `forward` takes. None = as here.
     """
 
-    form: Callable[[Tensor | None], Tensor] | None = None
+    form: Callable[[Any], Any] | None = None
 
     def __init__(self, spec: QuantSpec, axis: int | None, name: str) -> None:
         super().__init__(dataclasses.replace(spec, offsets="none"))
@@ -41,9 +41,14 @@ class Frozen(Quantizer):
         """Nothing: everything is there."""
 
     @property
+    def is_factor(self) -> bool:
+        """True if products take what it gives."""
+        return self.spec.role not in _STAYS_A_NUMBER
+
+    @property
     def gives_codes(self) -> bool:
         """True if the next forward pass gives `QuantizedTensor`."""
-        return self.mode == "integer" and self.spec.role not in _STAYS_A_NUMBER
+        return self.mode == "integer" and self.is_factor
 
 
 class FrozenWeight(Frozen):

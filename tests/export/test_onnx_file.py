@@ -1,0 +1,79 @@
+"""`qat.export_onnx`. Oracle: the net itself."""
+
+import gc
+import json
+import os
+import signal
+
+import onnx
+import pytest
+import timm
+import torch
+
+import qat
+from qat.export import onnx_file
+from qat.export.check import Checked
+from qat.export.session import logits_of, open_session
+from tests import tiny
+from tests.model.frozen.test_freeze import made
+
+NET = {"img_size": 8, "in_chans": 1, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 5}
+
+
+@pytest.fixture
+def net():
+    made = qat.convert(timm.create_model("vit_tiny_patch16_224", **NET), qat.recipe("deploy_w8a8"), input_size=(1, 8, 8))
+    return qat.initialize_scales(made, [torch.randn(8, 1, 8, 8)])
+
+
+def test_a_net_converted_in_python(net, tmp_path):
+    net.train()
+    x = torch.randn(4, 1, 8, 8)
+    checked = qat.export_onnx(net, tmp_path / "new" / "net.onnx", images=x)
+    assert net.training
+    assert checked.agreement["ORT_ENABLE_ALL"].images == 4
+    torch.testing.assert_close(logits_of(open_session(tmp_path / "new" / "net.onnx"), x), net.eval()(x), rtol=0, atol=1e-4)
+    model = onnx.load(tmp_path / "new" / "net.onnx")
+    assert ([value.name for value in model.graph.input], [value.name for value in model.graph.output]) == (["image"], ["logits"])
+    said = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    assert (said["qat.preprocessing"]["size"], said["qat"]["recipe"]["name"]) == (8, "deploy")
+
+
+def test_without_images_noise_does(net, tmp_path):
+    assert qat.export_onnx(qat.freeze(net), tmp_path / "net.onnx", target="tensorrt").agreement["ORT_ENABLE_BASIC"].images == 16
+
+
+def test_a_file_that_disagrees_is_kept_under_another_name(net, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "check_onnx", lambda *_: type("No", (Checked,), {"problem": "it is blue"})())
+    (tmp_path / "net.onnx").write_text("the older one")
+    with pytest.raises(qat.UsageError, match=r"does not agree with the checkpoint \(it is blue\); kept as .*net.onnx.rejected"):
+        qat.export_onnx(net, tmp_path / "net.onnx")
+    assert (tmp_path / "net.onnx").read_text() == "the older one"
+    assert (tmp_path / "net.onnx.rejected").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"path": "net.bin"}, r"path='net.bin': must end in .onnx"),
+        ({"target": "gpu"}, r"target='gpu': must be one of cpu, tensorrt"),
+        ({"two_bit": "int3"}, r"two_bit='int3': must be one of int4, int2"),
+        ({"dynamic_size": True}, r"dynamic_size=true: this net takes images of one size"),
+        ({"net": tiny.vit()}, r"export_onnx: a float net; qat.convert\(net, qat.recipe\(...\)\) quantizes it"),
+        ({"net": made(qat.recipe("ofq", bits=2)), "target": "tensorrt"}, r"format.target=tensorrt: .* has an offset behind it"),
+    ],
+)
+def test_mistakes(net, given, said, tmp_path):
+    with pytest.raises(qat.UsageError, match=said):
+        qat.export_onnx(**{"net": net, "path": tmp_path / "net.onnx"} | given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_behind_openvino_arrives(net, tmp_path):
+    qat.export_onnx(net, tmp_path / "net.onnx")
+    gc.collect()
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+    assert seen == [signal.SIGUSR1]
