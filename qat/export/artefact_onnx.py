@@ -82,8 +82,9 @@ def eight_bits(source: Path, target: Path) -> None:
     """Quantize a float file by onnxruntime itself: weights of 8 bits, ranges of inputs found as they come."""
     from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415  (slow to import)
 
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it tells the root logger of every product that stays in float
     try:
         quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8)
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

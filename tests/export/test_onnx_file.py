@@ -13,7 +13,8 @@ import torch
 import qat
 from qat.export import onnx_file
 from qat.export.check import Checked
-from qat.export.session import logits_of, open_session
+from qat.export.session import LEVELS, OPENVINO, logits_of, open_session
+from qat.model.frozen.agreement import Agreement
 from tests import tiny
 from tests.model.frozen.test_freeze import made
 
@@ -77,3 +78,12 @@ def test_a_signal_behind_openvino_arrives(net, tmp_path):
     os.kill(os.getpid(), signal.SIGUSR1)
     signal.signal(signal.SIGUSR1, before)
     assert seen == [signal.SIGUSR1]
+
+
+def test_a_mistake_of_openvino_is_said_and_rejects_no_file():
+    found = {level: Agreement(images=10, same_top1=10, without_flip=10) for level in (*LEVELS, OPENVINO)}
+    checked = Checked(found, {OPENVINO: 5})
+    assert checked.problem is None
+    said = "not for OpenVINO: on 5 of 10 images it is not what its graph gives step by step; a file with format.dynamic_batch=false may be"
+    assert checked.to_text().splitlines()[-1] == said
+    assert Checked(found, {LEVELS[1]: 5}).problem == f"{LEVELS[1]}: on 5 of 10 images it is not what its graph gives step by step"
