@@ -1,6 +1,7 @@
 """The table of docs/deployment.md#time: exported files beside float's file of the same net, in onnxruntime and OpenVINO, in turns.
 
-Run by `make latency`: nets with random weights and offsets, whose times are those of trained ones.
+Run by `make latency`: nets with random weights and offsets, whose times are those of trained ones. Checkpoints of the small net, which
+`python -m studies run` leaves, take its place by `--trained`, and are tried on CIFAR-10's test images.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +21,30 @@ from torch import nn
 
 import qat
 from benchmarks.timing import machine
+from qat.data import Cifar10
 from qat.export.artefact_onnx import eight_bits
 from qat.export.check import table
 from qat.export.graph import ANY_BATCH, INPUT, LOWEST_OPSET, export_graph, to_onnx
-from qat.export.session import LEVELS, OPENVINO, OpenVino, Session, has_openvino, milliseconds, open_session
+from qat.export.session import LEVELS, OPENVINO, OpenVino, Session, has_openvino, logits_of, milliseconds, open_session
 
-NETS = {"DeiT-T": "deit_tiny_patch16_224", "DeiT-S": "deit_small_patch16_224", "Swin-T": "swin_tiny_patch4_window7_224"}
-SIZE = (3, 224, 224)
+# The last one is that of docs/results.md.
+CIFAR = "CIFAR-10 net"
+NETS = {
+    "DeiT-T": "deit_tiny_patch16_224",
+    "DeiT-S": "deit_small_patch16_224",
+    "Swin-T": "swin_tiny_patch4_window7_224",
+    CIFAR: "vit_tiny_patch16_224",
+}
+_SMALL = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 96,
+    "depth": 6,
+    "num_heads": 3,
+    "num_classes": 10,
+    "global_pool": "avg",
+    "class_token": False,
+}
 RECIPES = {
     "ofq_2bit": qat.recipe("ofq", bits=2),
     "ofq_noqkr_2bit": qat.recipe("ofq_noqkr", bits=2),
@@ -43,18 +62,21 @@ RUNTIMES = {"onnxruntime": LEVELS[-1], **({"OpenVINO": OPENVINO} if has_openvino
 
 def main() -> None:
     """Print a row a file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nets", nargs="*", default=list(NETS), choices=NETS)
-    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=RECIPES)
-    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
-    parser.add_argument("--images", type=int, default=160, help="that each file is timed on")
-    args = parser.parse_args()
+    args = _arguments()
     logging.disable(logging.WARNING)
     print(machine(), flush=True)
+    trained = dict(one.split("=", 1) for one in args.trained)
     rows: dict[str, dict[str, str]] = {}
     for name in args.nets:
+        given = trained if name == CIFAR else {}
+        data = _cifar10(args.root) if given and args.root else None
         with tempfile.TemporaryDirectory() as folder:
-            files = _files(name, args.recipes, Path(folder))
+            calibration = data.sample("train", 64) if data else [(torch.randn(2, *_size(name)), None)] * 2
+            files = _files(name, args.recipes, Path(folder), given, [images.numpy() for images, _ in calibration])
+            for file, path in files.items():
+                row = rows.setdefault(f"{name}, {file}", {"MB": f"{path.stat().st_size / 1e6:.2f}"})
+                if data and file in {*given, DYNAMIC, STATIC}:
+                    row["top-1"] = f"{_top1(path, data):.2f}"
             sessions: dict[str, Session] = {
                 f"{file}, {runtime}": open_session(path, level=level, threads=1)
                 for file, path in files.items()
@@ -62,56 +84,84 @@ def main() -> None:
             }
             if OPENVINO in RUNTIMES.values():
                 sessions[f"{BFLOAT}, OpenVINO"] = OpenVino(files["float"], 1, precision="bf16")
-            sizes = {file: path.stat().st_size for file, path in files.items()}
             for batch in args.batches:
-                taken = milliseconds(sessions, torch.randn(batch, *SIZE), max(args.images // batch, 5))
-                for file in files:
-                    row = rows.setdefault(f"{name}, {file}", {"MB": f"{sizes[file] / 1e6:.2f}"})
-                    row |= {
-                        f"batch {batch}, {runtime}": f"{taken[f'{file}, {runtime}'] / taken['float, onnxruntime']:.2f}"
-                        for runtime in RUNTIMES
-                    }
-                if f"{BFLOAT}, OpenVINO" in taken:
-                    rows.setdefault(f"{name}, {BFLOAT}", {})[f"batch {batch}, OpenVINO"] = (
-                        f"{taken[f'{BFLOAT}, OpenVINO'] / taken['float, onnxruntime']:.2f}"
-                    )
-                rows[f"{name}, float"][f"batch {batch}, ms"] = f"{taken['float, onnxruntime']:.1f}"
+                taken = milliseconds(sessions, torch.randn(batch, *_size(name)), max(args.images // batch, 5))
+                baseline = taken["float, onnxruntime"]
+                for session, one in taken.items():
+                    file, runtime = session.rsplit(", ", 1)
+                    rows.setdefault(f"{name}, {file}", {})[f"batch {batch}, {runtime}"] = f"{one / baseline:.2f}"
+                rows[f"{name}, float"][f"batch {batch}, ms"] = f"{baseline:.3g}"
         print(table({key: row for key, row in rows.items() if key.startswith(name)}), flush=True)
     print(table(rows))
 
 
-def _files(name: str, recipes: list[str], folder: Path) -> dict[str, Path]:
-    plain = timm.create_model(NETS[name]).eval()
-    paths = {file: folder / f"{file}.onnx" for file in ("float", DYNAMIC, STATIC, *recipes)}
-    onnx.save(export_graph(plain, torch.randn(1, *SIZE), LOWEST_OPSET, ANY_BATCH), str(paths["float"]))
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nets", nargs="*", default=list(NETS), choices=NETS)
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
+    parser.add_argument("--images", type=int, default=160, help="that each file is timed on")
+    parser.add_argument("--trained", nargs="*", default=[], metavar="NAME=CKPT", help=f"of the {CIFAR}: float=... or RECIPE=...")
+    parser.add_argument("--root", help="folder of CIFAR-10, for --trained")
+    return parser.parse_args()
+
+
+def _size(name: str) -> tuple[int, int, int]:
+    return (3, 32, 32) if name == CIFAR else (3, 224, 224)
+
+
+def _files(name: str, recipes: list[str], folder: Path, trained: Mapping[str, str], calibration: list[np.ndarray]) -> dict[str, Path]:
+    image = torch.randn(1, *_size(name))
+    plain = qat.load(trained["float"]) if "float" in trained else _timm(name)
+    paths = {file: folder / f"{file}.onnx" for file in dict.fromkeys(("float", DYNAMIC, STATIC, *recipes, *trained))}
+    onnx.save(export_graph(plain.eval(), image, LOWEST_OPSET, ANY_BATCH), str(paths["float"]))
     eight_bits(paths["float"], paths[DYNAMIC])
     calibrated = {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
-    quantize_static(str(paths["float"]), str(paths[STATIC]), _Noise(), op_types_to_quantize=["MatMul", "Gemm", "Conv"], **calibrated)
-    for recipe in recipes:
-        onnx.save(to_onnx(qat.freeze(random_net(NETS[name], RECIPES[recipe])), torch.randn(1, *SIZE)), str(paths[recipe]))
+    batches = _Batches(calibration)
+    quantize_static(str(paths["float"]), str(paths[STATIC]), batches, op_types_to_quantize=["MatMul", "Gemm", "Conv"], **calibrated)
+    for file in set(paths) - {"float", DYNAMIC, STATIC}:
+        net = qat.load(trained[file]) if file in trained else random_net(name, RECIPES[file])
+        onnx.save(to_onnx(qat.freeze(net), image), str(paths[file]))
     return paths
 
 
-class _Noise(CalibrationDataReader):  # type: ignore[misc]
-    """Two batches."""
+class _Batches(CalibrationDataReader):  # type: ignore[misc]
+    """Images, as onnxruntime takes them."""
 
-    def __init__(self) -> None:
-        self.batches = iter([{INPUT: torch.randn(2, *SIZE).numpy()} for _ in range(2)])
+    def __init__(self, images: list[np.ndarray]) -> None:
+        self._left = iter([{INPUT: batch} for batch in images])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """The next one."""
-        return next(self.batches, None)
+        return next(self._left, None)
+
+
+def _timm(name: str) -> nn.Module:
+    return timm.create_model(NETS[name], **(_SMALL if name == CIFAR else {}))
 
 
 def random_net(name: str, recipe: qat.QuantRecipe) -> nn.Module:
     """A quantized net that was never trained, with offsets that are not zero."""
     torch.manual_seed(0)
-    net = qat.convert(timm.create_model(name), recipe, input_size=SIZE)
-    qat.initialize_scales(net, [torch.randn(8, *SIZE)])
+    net = qat.convert(_timm(name), recipe, input_size=_size(name))
+    qat.initialize_scales(net, [torch.randn(8, *_size(name))])
     for key, parameter in net.named_parameters():
         if "offset" in key:
             nn.init.normal_(parameter, std=0.02)
     return net.eval()
+
+
+def _cifar10(root: str) -> Cifar10:
+    mean, std = (0.4911, 0.4820, 0.4466), (0.2453, 0.2428, 0.2606)
+    fixed = {"image_size": 32, "patch_size": 8, "in_chans": 3, "num_classes": 10, "mean": mean, "std": std, "augment": "none", "hflip": 0.0}
+    return Cifar10(**fixed, root=root, batch_size=500, num_workers=0, calibration_images=64, seed=0)
+
+
+def _top1(file: Path, data: Cifar10) -> float:
+    """Percent of the test images, in onnxruntime."""
+    session = open_session(file)
+    right = [(logits_of(session, images).argmax(1) == labels).float() for images, labels in data.test_dataloader()]
+    return 100 * torch.cat(right).mean().item()
 
 
 if __name__ == "__main__":

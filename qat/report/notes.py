@@ -34,7 +34,7 @@ class Note:
 
 def notes_of(run: RunFiles) -> list[Note]:
     """All of a run: errors first, then what its own files say, then what analyses warn of."""
-    found = chain(_failure(run), _accuracy(run), _training(run), _oscillation(run), _search(run), _analyses(run))
+    found = chain(_failure(run), _accuracy(run), _training(run), _oscillation(run), _search(run), _export(run), _analyses(run))
     return sorted(found, key=lambda note: LEVELS.index(note.level))
 
 
@@ -119,6 +119,14 @@ def _search(run: RunFiles) -> Iterator[Note]:
     if search.get("selected_on") == "validation":
         what = "Scales were chosen by validation images: accuracy on them is no estimate for others."
         yield Note("warning", "search", what, "search.reference_selection=false chooses by calibration images.")
+
+
+def _export(run: RunFiles) -> Iterator[Note]:
+    agrees = run.results.get("agrees")
+    for runtime, is_right in agrees.items() if isinstance(agrees, dict) else ():
+        if is_right is False:
+            what = f"In {runtime} the file is not what the checkpoint is."
+            yield Note("warning", str(runtime), what, "Use the other runtime, or try dynamic_batch=false (docs/deployment.md#openvino).")
 
 
 def _analyses(run: RunFiles) -> Iterator[Note]:

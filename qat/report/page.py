@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qat.report.curves import search_curve, training_curves
+from qat.report.exported import exported
 from qat.report.layers import layer_rows, used_files
 from qat.report.notes import grouped, notes_of
 from qat.report.numbers import MISSING, bits_of, duration, leaves, number, percent, scaled, shown, signed, times
@@ -22,7 +23,7 @@ from qat.report.run_files import AnalysisFiles, Origin, Row, RunFiles, read_run
 from qat.utils.files import write_text
 
 FILE = "report.html"
-TITLES = {"train": "Training", "ptq": "Post-training quantization", "analyze": "Analysis", "eval": "Evaluation"}
+TITLES = {"train": "Training", "ptq": "Post-training quantization", "analyze": "Analysis", "eval": "Evaluation", "export": "Export"}
 MOST_ROWS = 200  # of a table
 MOST_PLACES = 8  # of notes with the same advice
 MOST_FACTS = 24
@@ -48,6 +49,7 @@ def write_report(folder: Path, origin: Origin) -> Path:
     context = {
         "run": run,
         "n": _numbers(run),
+        "exported": exported(run.results),
         "titles": TITLES,
         "notes": grouped(notes_of(run)),
         "curves": training_curves(run.metrics),

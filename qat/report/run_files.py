@@ -12,7 +12,7 @@ from typing import Any
 from qat.report.numbers import number
 from qat.utils.bounds import read_json
 
-LOGS = ("train.log", "ptq.log", "analyze.log", "eval.log")
+LOGS = ("train.log", "ptq.log", "analyze.log", "eval.log", "export.log")
 RESUMED = re.compile(r"resumed at step (\d+)")
 ANALYSES = "analysis"  # folder of the analyses that training and calibration make of their own net
 
@@ -86,7 +86,7 @@ class RunFiles:
 
     @property
     def command(self) -> str:
-        """The command's name: train, ptq, analyze, eval."""
+        """The command's name: train, ptq, analyze, eval, export."""
         return str(self.results.get("command") or self.origin.config.get("command") or "run")
 
     @property

@@ -32,6 +32,7 @@ from qat.tasks import build, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import class_names
+from qat.tasks.report import record_command, report_run
 from qat.utils.files import write_text
 from qat.utils.validate import check_choice, check_int
 
@@ -63,6 +64,7 @@ def export(cfg: DictConfig) -> float:
         check_size(frozen)
     log.info(summary.lines("qat: export", _entries(cfg, source, target)))
     write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
+    record_command(cfg)
     written = kept(target, _artefact(cfg, source, frozen))
     top1 = min(found.top1 for found in written.checked.agreement.values())
     log.info("%s\n%s\n%s bytes", written.text, target, f"{target.stat().st_size:,}")
@@ -77,6 +79,7 @@ def export(cfg: DictConfig) -> float:
         **written.results,
         wall_seconds=round(time.monotonic() - began, 1),
     )
+    report_run(cfg, None if is_frozen(source.net) else source.net, _conversion(cfg, source.net).input_size)
     return top1
 
 

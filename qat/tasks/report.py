@@ -62,7 +62,7 @@ def report_run(
         is_first: this process is the one that writes.
     """
     try:
-        if cfg.get("report") is not True or not is_first or cfg.trainer.fast_dev_run:
+        if cfg.get("report") is not True or not is_first or OmegaConf.select(cfg, "trainer.fast_dev_run"):
             return
         folder = Path(cfg.run_dir)
         if net is not None and input_size is not None:

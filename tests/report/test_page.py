@@ -208,3 +208,35 @@ def test_what_a_search_began_with(tmp_path, key, name):
     text = write_report(write_run(tmp_path / "run", command="ptq", **{key: 77.5}), origin()).read_text()
     rows = dict(re.findall(r'<tr><th scope="row">([^<]+)</th><td class="n">([^<]+)</td>', re.sub(r">\s+<", "><", text)))
     assert (rows[name], rows["Searched, W2 A2"], rows["Change from float"]) == ("77.50", "88.89", "−1.11")
+
+
+EXPORTED = {
+    "command": "export",
+    "file": "runs/net.onnx",
+    "size_bytes": 500_000,
+    "agreement": 99.5,
+    "agrees": {"onnxruntime": True, "openvino": False},
+    "bytes": {"float": 2_000_000, "int8": 700_000, "this": 500_000},
+    "latency_ms": {"onnxruntime": {"float": 10.0, "int8": 6.0, "this": 7.5}, "openvino": {"float": 9.0, "int8": 20.0, "this": 6.0}},
+}
+
+
+def test_an_exported_file(tmp_path):
+    text = Reader(write_report(write_run(tmp_path / "run", **EXPORTED), origin()).read_text()).text
+    for said in ("runs/net.onnx", "4.0× smaller than in float", "7.50 ms", "0.75 of float", "6.00 ms", "0.60 of float", "99.50 %"):
+        assert said in text, said
+    assert "In openvino the file is not what the checkpoint is." in text
+    assert "Accuracy on" not in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bytes": {"codes": 5, "scales": 1}, "latency_ms": None, "agrees": None},
+        {"bytes": HOSTILE, "latency_ms": {HOSTILE: {}, "openvino": 3}, "file": HOSTILE, "agreement": HOSTILE},
+    ],
+)
+def test_an_exported_file_of_which_less_is_known(tmp_path, changes):
+    read = Reader(write_report(write_run(tmp_path / "run", **(EXPORTED | changes)), origin()).read_text())
+    assert read.wrong == []
+    assert "500 kB" in read.text

@@ -49,6 +49,7 @@ def test_an_onnx_file(onnx_file, run_2bit):
     assert all(set(times) == {"float", "int8", "this"} for times in found["latency_ms"].values())
     assert set(found["latency_ms"]) == {"onnxruntime", "openvino"}
     assert list(path.parent.glob(".*")) == []
+    assert f"{found['latency_ms']['onnxruntime']['this']:.2f} ms" in (path.parent / "report.html").read_text()
 
 
 def test_a_file_says_how_to_use_it(onnx_file):

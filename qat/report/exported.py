@@ -1,0 +1,45 @@
+"""What a page says of an exported file: its size and time beside the float file of the same net."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qat.report.numbers import MISSING, number, percent, scaled, times
+
+FILES = {"float": "Float", "int8": "Dynamic int8 of onnxruntime", "this": "This file"}
+RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO"}
+
+
+def exported(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Figures (title, value, what it means) and a table of `export.py`'s results; None of another command's."""
+    size, agreement = number(results.get("size_bytes")), number(results.get("agreement"))
+    if results.get("command") != "export" or size is None:
+        return None
+    sizes, taken = (_numbers(results.get(name)) for name in ("bytes", "latency_ms"))
+    whole = sizes.get("float")
+    figures = [("Size", scaled(size, "B"), f"{times(whole / size)} smaller than in float" if whole else "as stored")]
+    baseline = taken.get("onnxruntime", {}).get("float")
+    for name, title in RUNTIMES.items():
+        if baseline and "this" in (found := taken.get(name, {})):
+            figures.append((f"Time, {title}", f"{milliseconds(found['this'])} ms", f"{found['this'] / baseline:.2f} of float in onnxruntime"))
+    figures.append(("Same class", f"{percent(agreement)} %", "of the images as the checkpoint, or more"))
+    rows = [
+        {"file": label, "Bytes": sizes[name]} | {f"{RUNTIMES[runtime]}, ms": milliseconds(found.get(name)) for runtime, found in taken.items()}
+        for name, label in FILES.items()
+        if name in sizes
+    ]
+    return {"file": results.get("file"), "figures": figures, "rows": rows}
+
+
+def milliseconds(value: float | None) -> str:
+    """Two decimals."""
+    return MISSING if value is None else f"{value:.2f}"
+
+
+def _numbers(node: object) -> dict[str, Any]:
+    """Nested dicts of numbers; what is something else is left out, of names that are not known too."""
+    if not isinstance(node, Mapping):
+        return {}
+    found = {name: _numbers(one) if isinstance(one, Mapping) else number(one) for name, one in node.items() if name in {*FILES, *RUNTIMES}}
+    return {name: one for name, one in found.items() if one}
