@@ -89,6 +89,7 @@ class Expectation:
         direction: `is` in the file, one of `DIRECTIONS`; `within`: not below `than` by more than the margin, `near`: not further from it.
         margin: `by` in the file, in the unit of the metric.
         format: of the difference on the page.
+        aim: the README says whether it was reached.
     """
 
     what: str
@@ -98,6 +99,7 @@ class Expectation:
     direction: str
     margin: float = 0.0
     format: str = ".2f"
+    aim: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qat.errors import UsageError
@@ -131,14 +131,8 @@ def _made(claim: Claim, evidence: Evidence) -> str:
     if not claim.arms:
         return "No runs of its own."
     if not own:
-        return f"No runs of its own yet: `{command_of(claim)}` makes them."
-    return f"`{command_of(claim)}` makes these runs ({spent(own)}); records: [results/{claim.id}](../results/{claim.id})."
-
-
-def command_of(claim: Claim, arms: Iterable[str] = ()) -> str:
-    """What makes the runs of a claim, and those of other claims (`C2/qkr_w2`) among `arms`."""
-    others = (claim.place(arm)[0] for arm in arms)
-    return f"python -m studies run {' '.join(dict.fromkeys((claim.id, *others)))}"
+        return f"No runs of its own yet: `python -m studies run {claim.id}` makes them."
+    return f"`python -m studies run {claim.id}` makes these runs ({spent(own)}); records: [results/{claim.id}](../results/{claim.id})."
 
 
 def spent(records: list[Record]) -> str:
@@ -211,7 +205,7 @@ def _wanted(one: Expectation) -> str:
 
 
 def readme_block(evidence: Evidence) -> str:
-    """What the README says between its two marks: the first table of the headline, and how the claims came out.
+    """What the README says between its two marks: the headline's words, which of its aims were reached, how the claims came out.
 
     Raises:
         UsageError: there is no claim of the headline.
@@ -219,19 +213,22 @@ def readme_block(evidence: Evidence) -> str:
     if HEADLINE not in evidence.claims:
         raise UsageError(f"{CLAIMS}: must have the claim {HEADLINE}, for the README")
     claim = evidence.claims[HEADLINE]
-    parts, records, rows = [BEGIN], evidence.of_claim(claim), []
-    for table in tables_of(claim, evidence)[:1]:
-        rows = [arm for arm in table.rows if evidence.records(claim, arm)]
-        others = dict.fromkeys(claim.place(arm)[0] for arm in table.rows)
-        records = [record for name in {claim.id: None} | others for record in evidence.of_claim(evidence.claims[name])]
-        to_come = [_label(claim, table, arm, evidence) for arm in table.rows if arm not in rows]
-        parts.append(results(claim, Table(rows, table.columns, table.formats, table.labels), evidence))
-        parts.append(evidence.filled(claim, claim.readme))
-        parts.append(f"Not run yet: {'; '.join(to_come)}." if to_come else "")
-        rows = list(table.rows)
-    made = f"`{command_of(claim, rows)}` makes these runs ({spent(records)})."
-    parts += [f"Mean ± sample deviation over seeds; {made} {_count(evidence)}", END]
+    parts = (BEGIN, evidence.filled(claim, claim.readme), _aims(evidence), _count(evidence), END)
     return "\n\n".join(part for part in parts if part)
+
+
+def _aims(evidence: Evidence) -> str:
+    """What was aimed at, an entry each."""
+    found = [one for claim in evidence.claims.values() for one in verdict.find(claim, evidence) if one.expectation.aim]
+    lines = [f"- {one.expectation.what}: {_reached(one)}" for one in found]
+    return "\n".join(["Aims, each with the difference that was measured and its 95 % interval:", "", *lines]) if lines else ""
+
+
+def _reached(one: verdict.Found) -> str:
+    if not one.differences:
+        return "not run yet"
+    seeds = f"{len(one.differences)} seed{'s' * (len(one.differences) != 1)}"
+    return f"{_difference(one)}, {seeds}, {'reached' if one.is_reached else '*missed*'}"
 
 
 def _count(evidence: Evidence) -> str:

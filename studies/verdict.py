@@ -56,6 +56,12 @@ class Found:
             return YES
         return NO if around[1] < low or around[0] > high else SMALL
 
+    @property
+    def is_reached(self) -> bool:
+        """True if the mean is where it should be, or at the end of that."""
+        low, high = wanted(self.expectation)
+        return bool(self.differences) and low <= round(statistics.mean(self.differences), _DIGITS) <= high
+
 
 def find(claim: Claim, evidence: Evidence) -> list[Found]:
     """All expectations of a claim; the first is its primary one.
