@@ -98,7 +98,7 @@ def test_mistakes_are_named(tmp_path, arm, message):
 def test_a_claim_that_does_not_exist_is_named(arms):
     with pytest.raises(UsageError, match="'C7': must be one of C90"):
         list(arms.runs(["C7"]))
-    with pytest.raises(UsageError, match="use='cifer': must be one of cifar, float"):
+    with pytest.raises(UsageError, match="use='cifer': must be one of cifar, tokens64"):
         preset(["cifer"])
 
 
