@@ -21,11 +21,13 @@ def exported(results: Mapping[str, Any]) -> dict[str, Any] | None:
     figures = [("Size", scaled(size, "B"), f"{times(whole / size)} smaller than in float" if whole else "as stored")]
     baseline = taken.get("onnxruntime", {}).get("float")
     for name, title in RUNTIMES.items():
-        if baseline and "this" in (found := taken.get(name, {})):
-            figures.append((f"Time, {title}", f"{milliseconds(found['this'])} ms", f"{found['this'] / baseline:.2f} of float in onnxruntime"))
+        own = taken.get(name, {}).get("this")
+        if baseline and own:
+            figures.append((f"Time, {title}", f"{milliseconds(own)} ms", f"{own / baseline:.2f} of float in onnxruntime"))
     figures.append(("Same class", f"{percent(agreement)} %", "of the images as the checkpoint, or more"))
     rows = [
-        {"file": label, "Bytes": sizes[name]} | {f"{RUNTIMES[runtime]}, ms": milliseconds(found.get(name)) for runtime, found in taken.items()}
+        {"file": label, "Bytes": sizes[name]}
+        | {f"{title}, ms": milliseconds(taken[runtime].get(name)) for runtime, title in RUNTIMES.items() if runtime in taken}
         for name, label in FILES.items()
         if name in sizes
     ]
