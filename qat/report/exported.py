@@ -16,7 +16,8 @@ def exported(results: Mapping[str, Any]) -> dict[str, Any] | None:
     size, agreement = number(results.get("size_bytes")), number(results.get("agreement"))
     if results.get("command") != "export" or size is None:
         return None
-    sizes, taken = (_numbers(results.get(name)) for name in ("bytes", "latency_ms"))
+    sizes, times_of = _numbers(results.get("bytes")), results.get("latency_ms")
+    taken = {runtime: _numbers(times_of.get(runtime)) for runtime in RUNTIMES} if isinstance(times_of, Mapping) else {}
     whole = sizes.get("float")
     figures = [("Size", scaled(size, "B"), f"{times(whole / size)} smaller than in float" if whole else "as stored")]
     baseline = taken.get("onnxruntime", {}).get("float")
@@ -27,7 +28,7 @@ def exported(results: Mapping[str, Any]) -> dict[str, Any] | None:
     figures.append(("Same class", f"{percent(agreement)} %", "of the images as the checkpoint, or more"))
     rows = [
         {"file": label, "Bytes": sizes[name]}
-        | {f"{title}, ms": milliseconds(taken[runtime].get(name)) for runtime, title in RUNTIMES.items() if runtime in taken}
+        | {f"{title}, ms": milliseconds(taken[runtime].get(name)) for runtime, title in RUNTIMES.items() if taken.get(runtime)}
         for name, label in FILES.items()
         if name in sizes
     ]
@@ -39,9 +40,7 @@ def milliseconds(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2f}"
 
 
-def _numbers(node: object) -> dict[str, Any]:
-    """Nested dicts of numbers; what is something else is left out, of names that are not known too."""
-    if not isinstance(node, Mapping):
-        return {}
-    found = {name: _numbers(one) if isinstance(one, Mapping) else number(one) for name, one in node.items() if name in {*FILES, *RUNTIMES}}
+def _numbers(node: object) -> dict[str, float]:
+    """Of each file; what is no number is left out."""
+    found = {name: number(node.get(name)) for name in FILES} if isinstance(node, Mapping) else {}
     return {name: one for name, one in found.items() if one}
