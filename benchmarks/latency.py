@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,15 +46,7 @@ _SMALL = {
     "global_pool": "avg",
     "class_token": False,
 }
-RECIPES = {
-    "ofq_2bit": qat.recipe("ofq", bits=2),
-    "ofq_noqkr_2bit": qat.recipe("ofq_noqkr", bits=2),
-    "ofq_noqkr_4bit": qat.recipe("ofq_noqkr", bits=4),
-    "seq_2bit": qat.recipe("seq", bits=2),
-    "seq_4bit": qat.recipe("seq", bits=4),
-    "deploy_w8a8": qat.recipe("deploy_w8a8"),
-    "deploy_w4a4": qat.recipe("deploy_w4a4"),
-}
+RECIPES = ["ofq_2bit", "ofq_noqkr_2bit", "ofq_noqkr_4bit", "seq_2bit", "seq_4bit", "deploy_w8a8", "deploy_w4a4"]
 # Its default where the processor has it.
 BFLOAT = "float, in bfloat16"
 DYNAMIC, STATIC = "int8 of onnxruntime, dynamic", "int8 of onnxruntime, static"
@@ -97,8 +90,8 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nets", nargs="*", default=list(NETS), choices=NETS)
-    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--nets", nargs="*", default=list(NETS), help="of the table, or names of timm")
+    parser.add_argument("--recipes", nargs="*", default=RECIPES, help="presets of qat.recipe, NAME or NAME_5bit")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--images", type=int, default=160, help="that each file is timed on")
     parser.add_argument("--trained", nargs="*", default=[], metavar="NAME=CKPT", help=f"of the {CIFAR}: float=... or RECIPE=...")
@@ -120,7 +113,7 @@ def _files(name: str, recipes: list[str], folder: Path, trained: Mapping[str, st
     batches = _Batches(calibration)
     quantize_static(str(paths["float"]), str(paths[STATIC]), batches, op_types_to_quantize=["MatMul", "Gemm", "Conv"], **calibrated)
     for file in set(paths) - {"float", DYNAMIC, STATIC}:
-        net = qat.load(trained[file]) if file in trained else random_net(name, RECIPES[file])
+        net = qat.load(trained[file]) if file in trained else random_net(name, _recipe(file))
         onnx.save(to_onnx(qat.freeze(net), image), str(paths[file]))
     return paths
 
@@ -137,7 +130,13 @@ class _Batches(CalibrationDataReader):  # type: ignore[misc]
 
 
 def _timm(name: str) -> nn.Module:
-    return timm.create_model(NETS[name], **(_SMALL if name == CIFAR else {}))
+    larger = {"img_size": 224} if "dinov2" in name else {}
+    return timm.create_model(NETS.get(name, name), **(_SMALL if name == CIFAR else larger))
+
+
+def _recipe(name: str) -> qat.QuantRecipe:
+    width = re.fullmatch(r"(\w+)_(\d)bit", name)
+    return qat.recipe(width[1], bits=int(width[2])) if width else qat.recipe(name)
 
 
 def random_net(name: str, recipe: qat.QuantRecipe) -> nn.Module:
