@@ -12,7 +12,7 @@ PEERS := outputs/peers
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
+.PHONY: wheel latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -153,6 +153,15 @@ test-long: $(READY) ## what the tests of every change have no time for: compiler
 	$(BIN)/python -m pytest -q $(PARALLEL) -m long
 
 check: lint types imports test ## everything that must be green: style, types, import directions, tests
+
+WHEEL := $(CURDIR)/outputs/wheel
+wheel: ## build outputs/wheel/*.whl, install it into an empty environment, train from an empty folder (downloads several GB of wheels)
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)/empty
+	git archive HEAD pyproject.toml README.md LICENSE conf qat | tar -x --one-top-level=$(WHEEL)/source
+	$(PYTHON) -m venv $(WHEEL)/env
+	$(WHEEL)/env/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEEL) $(WHEEL)/source
+	$(WHEEL)/env/bin/python -m pip install --quiet --no-compile -c constraints.txt $(WHEEL)/*.whl
+	cd $(WHEEL)/empty && ../env/bin/qat version && ../env/bin/qat train trainer.max_epochs=1 run_dir=run && ../env/bin/qat eval ckpt=run/checkpoints/best.ckpt
 
 lint: $(READY)
 	$(BIN)/ruff check .

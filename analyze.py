@@ -1,19 +1,6 @@
 """What a checkpoint is like: `python analyze.py ckpt=PATH analysis=robustness`."""
 
-from qat.launch import startup  # noqa: F401  (first: Ctrl-C)
-
-# isort: split
-import hydra
-from omegaconf import DictConfig
-
-from qat.cli import entry
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
-def main(cfg: DictConfig) -> float | None:
-    """Hand the composed config to the task."""
-    return entry.run("analyze", cfg)
-
+from qat.cli import commands
 
 if __name__ == "__main__":
-    raise SystemExit(entry.command(main))
+    raise SystemExit(commands.run("analyze"))

@@ -1,19 +1,6 @@
 """A deployable file of a quantized checkpoint, checked against it: `python export.py ckpt=PATH format=onnx`."""
 
-from qat.launch import startup  # noqa: F401  (first: Ctrl-C)
-
-# isort: split
-import hydra
-from omegaconf import DictConfig
-
-from qat.cli import entry
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="export")
-def main(cfg: DictConfig) -> float | None:
-    """Hand the composed config to the task."""
-    return entry.run("export", cfg)
-
+from qat.cli import commands
 
 if __name__ == "__main__":
-    raise SystemExit(entry.command(main))
+    raise SystemExit(commands.run("export"))

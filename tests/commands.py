@@ -1,4 +1,4 @@
-"""The root scripts as they are typed, in this process: imports, which take most of a command's time, are done once."""
+"""The root scripts and `qat` as they are typed, in this process: imports, which take most of a command's time, are done once."""
 
 import contextlib
 import io
@@ -12,23 +12,26 @@ from unittest import mock
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from qat.cli import sweep
+from qat.cli import commands, sweep
 from tests.conftest import ROOT
 
 
 def typed(script, *arguments, cwd):
-    """Run `python SCRIPT ARGUMENTS` in the folder `cwd`; gives its exit code and what it printed."""
+    """Run `python SCRIPT ARGUMENTS`, or `qat ARGUMENTS`, in the folder `cwd`; gives its exit code and what it printed."""
     root, out, interrupt = logging.getLogger(), io.StringIO(), signal.getsignal(signal.SIGINT)
     handlers, level, environment = root.handlers[:], root.level, dict(os.environ)
-    argv = [str(ROOT / script), *map(str, arguments)]
+    argv = ["qat" if script == "qat" else str(ROOT / script), *map(str, arguments)]
     try:
         with (
             contextlib.chdir(cwd),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(out),
             mock.patch.object(sys, "argv", argv),
+            mock.patch.object(sys, "path", sys.path[:]),
             mock.patch.object(sweep, "failures", []),
         ):
+            if script == "qat":
+                return commands.main(), out.getvalue()
             runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as stop:
         return stop.code or 0, out.getvalue()

@@ -26,6 +26,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPTS = {"train.py": "train", "eval.py": "eval", "ptq.py": "ptq", "analyze.py": "analyze", "export.py": "export"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(python (?:train|eval|ptq|analyze|export)\.py [^`]*)`")
+# tests/cli/test_commands.py: the same commands where the package is installed.
+INSTALLED = re.compile(r"^qat (train|eval|ptq|analyze|export)\b")
 # What takes longer than all else: compilers, databases.
 HEAVY = ("compile=true", "mlflow", "wandb")
 # Pages with many commands, of kinds that other pages have too.
@@ -64,7 +66,9 @@ def fenced(page, *languages):
 
 def commands(page):
     """The commands of a page as they are typed, without the word `python`, in their order."""
-    lines = [line for code in fenced(page, "", "bash", "sh") for line in code.replace("\\\n", " ").splitlines()]
+    lines = [
+        INSTALLED.sub(r"python \1.py", line) for code in fenced(page, "", "bash", "sh") for line in code.replace("\\\n", " ").splitlines()
+    ]
     prose = FENCE.sub("", page.read_text())
     found = [line for line in lines if line.startswith(tuple(f"python {script}" for script in SCRIPTS))]
     return [shlex.split(line, comments=True)[1:] for line in [*found, *INLINE.findall(prose)]]

@@ -12,6 +12,7 @@ from qat.errors import UsageError
 PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run", "sweep", "file")
 # What stands for itself in Hydra's grammar.
 _PLAIN = re.compile(r"[A-Za-z0-9_./:+%@-]*")
+_CONFIG_PATH = ("--config-path", "-cp")
 # Arguments that were known once, and what to use instead; `conf/` says what there is now.
 REPLACED = {
     r"callbacks\.finite\.(policy|max_rollbacks)=.*": "a non-finite loss ends the run; resume=true goes on from the last good checkpoint",
@@ -22,9 +23,19 @@ REPLACED = {
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `~` in front of a path expanded, and paths quoted where Hydra's grammar would not take them as they are."""
+    """The arguments with `~` in front of a path expanded, and paths quoted where Hydra's grammar would not take them as they are.
+
+    A relative `--config-path` counts from the present folder, as `--config-dir` does, and not from where the command is installed.
+    """
     is_multirun = any(one in {"-m", "--multirun"} for one in arguments)
-    return [_prepared(one, is_multirun=is_multirun) for one in arguments]
+    done = [_prepared(one, is_multirun=is_multirun) for one in arguments]
+    for i, one in enumerate(done):
+        flag, equals, value = one.partition("=")
+        if flag in _CONFIG_PATH and equals:
+            done[i] = f"{flag}={os.path.abspath(value)}"
+        elif i and done[i - 1] in _CONFIG_PATH:
+            done[i] = os.path.abspath(one)
+    return done
 
 
 def _prepared(argument: str, *, is_multirun: bool) -> str:
@@ -51,7 +62,7 @@ def check(arguments: Sequence[str]) -> None:
             if (found := re.fullmatch(pattern, typed)) is not None:
                 raise UsageError(f"{argument}: is gone; instead: {found.expand(successor)}")
         group, equals, choice = typed.partition("=")
-        if equals and (CONF / group).is_dir():
+        if equals and not group.startswith("hydra/") and (CONF / group).is_dir():  # of those Hydra's plugins have more
             _check_choice(group, choice, has_more_folders=has_more_folders)
 
 

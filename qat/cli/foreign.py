@@ -68,7 +68,7 @@ def _repeated(arguments: Sequence[str]) -> Path | None:
     name = given.config_name.removesuffix(".yaml")
     if Path(name).name != NAME:
         return None
-    folders = [CONF.parent / given.config_path] if given.config_path else []
+    folders = [Path(given.config_path)] if given.config_path else []
     folders += [Path(given.config_dir)] if given.config_dir else []
     return next((path for folder in folders if (path := folder / f"{name}.yaml").is_file()), None)
 

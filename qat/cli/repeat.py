@@ -6,6 +6,7 @@ The file has every value as it was. What the composed config had by reference to
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qat.errors import UsageError
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+# In a clone a link to the folder at the top.
+CONF = (Path(__file__).parents[1] / "conf").resolve()
 FOLLOWS = "follows"
+# In the environment: the command as a person calls it, `qat train` or `python train.py`.
+TYPED = "QAT_TYPED"
 # In the file a reference is written with another mark: there it is text.
 MARK, IN_FILE = "${", "@{"
 # What Hydra has to be told by a primary config: the job's directory, and the lines on the terminal.
@@ -123,4 +127,9 @@ def going_on(cfg: DictConfig) -> str | None:
     run_dir = given.get("run_dir", f"run_dir={cfg.run_dir}")
     kept = [one for name, one in given.items() if name not in {"run_dir", *OF_THE_DIRECTORY}]
     resume = "true" if (Path(cfg.run_dir) / "checkpoints" / "last.ckpt").is_file() else "auto"
-    return shlex.join(["python", f"{found.job.name}.py", *flags, *kept, run_dir, f"resume={resume}"])
+    return f"{typed(found.job.name)} {shlex.join([*flags, *kept, run_dir, f'resume={resume}'])}"
+
+
+def typed(name: str) -> str:
+    """A command as the person at this terminal calls it: `qat train`, or `python train.py`."""
+    return os.environ.get(TYPED) or f"python {name}.py"

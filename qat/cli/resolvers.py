@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qat.cli.arguments import groups
+from qat.cli.repeat import typed
 from qat.launch import slurm
 
 SWIN_STAGES = 4
@@ -47,7 +48,7 @@ def pick(net: str | None, bits: int, table: Mapping[str, Any]) -> Any:
 
 def register() -> None:
     """Make them known to OmegaConf."""
-    functions: dict[str, Callable[..., Any]] = {function.__name__: function for function in (swin_patch, swin_window, none_of, pick)}
+    functions: dict[str, Callable[..., Any]] = {function.__name__: function for function in (swin_patch, swin_window, none_of, pick, typed)}
     functions |= {"slurm_tasks_per_node": slurm.tasks_per_node, "slurm_nodes": slurm.nodes}
     functions["config_groups"] = groups
     for name, function in functions.items():

@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import qat
 from qat.launch.ranks import is_first
 from qat.model.cost import Cost
 from qat.spec import QuantRecipe
@@ -42,7 +43,7 @@ KEYS = (
     "git_commit",
     "versions",
 )
-PACKAGES = ("qat", "torch", "timm", "lightning")
+PACKAGES = ("torch", "timm", "lightning")
 
 
 def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def _device(cfg: DictConfig) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "qat": qat.__version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -99,3 +99,8 @@ def test_what_has_gone_names_what_took_its_place(argument, successor):
     assert str(caught.value).endswith(successor) or successor in str(caught.value)
     named = [word for word in shlex.split(successor) if word.startswith(("experiment=", "model="))]
     arguments.check(named)  # the successor is there
+
+
+def test_launchers_of_plugins_are_known_to_hydra_alone():
+    arguments.check(["hydra/launcher=submitit_local"])
+    arguments.check(["hydra/launcher=joblib"])

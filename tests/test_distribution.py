@@ -1,0 +1,97 @@
+"""The wheel: what is in it, and that its commands work where there is no clone."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, TINY, results
+
+RUN = (*TINY, "report=false")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy: setuptools leaves files beside what it builds from."""
+    source = tmp_path_factory.mktemp("source")
+    shutil.copytree(ROOT / "qat", source / "qat", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "conf", source / "conf")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    code = "from setuptools.build_meta import build_wheel; build_wheel('out')"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (path,) = (source / "out").glob("*.whl")
+    return path
+
+
+def test_what_is_in_the_wheel(wheel):
+    assert wheel.name.startswith("vit_qat-")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (entries,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt")]
+    package = {f"qat/{path.relative_to(ROOT / 'qat')}" for path in (ROOT / "qat").rglob("*.py")}
+    package |= {
+        f"qat/{path.relative_to(ROOT / 'qat')}"
+        for pattern in ("report/templates/*", "kernels/*.cpp")
+        for path in (ROOT / "qat").glob(pattern)
+    }
+    configs = {f"qat/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    assert names == package | configs | {"qat/py.typed"}
+    assert entries.split() == ["[console_scripts]", "qat", "=", "qat.cli.commands:main"]
+
+
+@pytest.fixture(scope="module")
+def qat(wheel, tmp_path_factory):
+    """Runs the installed `qat` in a folder; the environment has nothing of the clone. Its libraries are those of this one."""
+    env = tmp_path_factory.mktemp("env")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
+    (site,) = env.glob("lib/python3*/site-packages")
+    install = [sys.executable, "-m", "pip", "--python", str(env / "bin" / "python"), "install", "--no-deps", "--no-index", "--quiet"]
+    subprocess.run([*install, str(wheel)], check=True)
+    (site / "libraries.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+
+    def run(*arguments, cwd, program="qat"):
+        command = [str(env / "bin" / program), *map(str, arguments)]
+        done = subprocess.run(command, cwd=cwd, env=kept, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.long
+def test_trains_and_evaluates_from_an_empty_folder(qat, tmp_path):
+    where = qat("-c", "import qat.cli.repeat as r; print(r.__file__, r.CONF)", cwd=tmp_path, program="python").split()
+    assert all("site-packages/qat/" in path for path in where)
+    assert not any(Path(path).is_relative_to(ROOT) for path in where)
+    qat("train", *RUN, "run_dir=run", cwd=tmp_path)
+    qat("eval", "ckpt=run/checkpoints/best.ckpt", "run_dir=eval", cwd=tmp_path)
+    assert results(tmp_path / "eval")["top1"] == results(tmp_path / "run")["top1"]
+
+
+@pytest.mark.long
+def test_two_processes_find_a_module_beside_the_run(qat, tmp_path):
+    (tmp_path / "beside_the_run.py").write_text("from qat.losses import CrossEntropy\n\n\nclass Mine(CrossEntropy):\n    pass\n")
+    several = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "loss.terms.ce._target_=beside_the_run.Mine")
+    out = qat("train", *RUN, *several, "run_dir=run", cwd=tmp_path)
+    assert "CPUAccelerator x 2" in out
+    alone = ("data.batch_size=128", "loss.terms.ce._target_=beside_the_run.Mine")
+    qat("train", *RUN, *alone, "run_dir=alone", cwd=tmp_path)
+    state = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("run", "alone")]
+    assert state[0]["global_step"] == state[1]["global_step"] == 2
+
+
+@pytest.mark.long
+def test_sweeps_here_and_through_submitit(qat, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    qat("train", "-m", *RUN, "seed=1,2", "run_dir=sweep", cwd=tmp_path)
+    qat("train", "-m", *RUN, "hydra/launcher=submitit_local", "seed=1,2", "run_dir=handed_in", cwd=tmp_path)
+    for job in ("0", "1"):
+        assert results(tmp_path / "sweep" / job)["loss"] == results(tmp_path / "handed_in" / job)["loss"]
