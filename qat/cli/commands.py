@@ -88,14 +88,12 @@ def versions() -> str:
 
 def namesake() -> str | None:
     """A line about another project's package `qat` in the folder of ours; None where there is none."""
-    try:
-        other = importlib.metadata.distribution(NAMESAKE)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    if not any(str(path).startswith("qat/") for path in other.files or ()):
-        return None
-    both = f"pip uninstall {NAMESAKE} {DISTRIBUTION} && pip install {DISTRIBUTION}"
-    return f"warning: another project, {NAMESAKE} {other.version}, is installed into the same folder 'qat' as {DISTRIBUTION}; {both}"
+    # What lists its files is installed; a clone of ours that was once installed under that name left a list of sources, no more.
+    for other in importlib.metadata.distributions(name=NAMESAKE):
+        if any(line.startswith("qat/") for line in (other.read_text("RECORD") or "").splitlines()):
+            both = f"pip uninstall {NAMESAKE} {DISTRIBUTION} && pip install {DISTRIBUTION}"
+            return f"warning: another project, {NAMESAKE} {other.version}, is installed into the same folder 'qat' as {DISTRIBUTION}; {both}"
+    return None
 
 
 def _completion(given: list[str]) -> int:
