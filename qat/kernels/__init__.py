@@ -15,6 +15,7 @@ from qat.errors import UsageError
 from qat.functional.lsq import CodeRange, LSQFunction, LsqGradients, all_gradients
 from qat.functional.statsq import StatsQFunction
 from qat.kernels import cpu, gpu, reference
+from qat.kernels.rows import PLAIN
 
 CHOICES = ("auto", "triton", "off")
 _choice = "auto"
@@ -44,7 +45,7 @@ def _backend(x: Tensor) -> str:
         return "reference"
     if x.is_cuda and (_choice == "triton" or gpu.available()):
         return "gpu"
-    return "cpu" if x.device.type == "cpu" and type(x) in {Tensor, torch.nn.Parameter} else "reference"
+    return "cpu" if x.device.type == "cpu" and type(x) in PLAIN else "reference"
 
 
 def lsq_forward(

@@ -15,6 +15,11 @@ def heads_of(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).permute(2, 0, 1, 3)
 
 
+def takes_turns(x: Tensor) -> bool:
+    """True on a CPU, where one head after the other is multiplied."""
+    return x.device.type == "cpu"
+
+
 def product(a: Tensor, b: Tensor, out: Tensor, *, factor: float = 1.0) -> Tensor:
     """The products factor * (a @ b) for each head and image, written to `out`.
 
@@ -24,7 +29,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, factor: float = 1.0) -> Tensor
         out: (h, B, n, m); its heads may lie anywhere.
         factor: a power of two is part of the product, another number is multiplied behind it, as a product in two steps would be.
     """
-    if out.device.type != "cpu":
+    if not takes_turns(out):
         out.copy_(torch.matmul(a, b))
         return out if factor == 1 else out.mul_(factor)
     inside = factor if is_exact(factor) else 1.0
@@ -43,7 +48,7 @@ def _write_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     """The sum over the heads of a (h, B, n, k) @ b (h, B, k, m): (B, n, m)."""
-    if a.device.type != "cpu":
+    if not takes_turns(a):
         return torch.matmul(a, b).sum(0)
     total = torch.bmm(a[0], b[0])
     for one, other in zip(a[1:].unbind(0), b[1:].unbind(0), strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor
 from qat import kernels
 from qat.functional.lsq import gradient_scale
 from qat.kernels import CodeRange, LsqGradients
+from qat.kernels.rows import PLAIN
 
 
 class LSQParams(NamedTuple):
@@ -72,7 +73,7 @@ class LSQParams(NamedTuple):
 
 def can_fuse(x: Tensor) -> bool:
     """False under `torch.compile`, and where somebody watches functions of torch, as counts of products do."""
-    return not torch.compiler.is_compiling() and type(x) is Tensor and torch._C._len_torch_function_stack() == 0
+    return not torch.compiler.is_compiling() and type(x) in PLAIN and torch._C._len_torch_function_stack() == 0
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
