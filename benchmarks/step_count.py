@@ -126,7 +126,7 @@ def cuda_branches(count: Count) -> Generator[None]:
         mock.patch.object(kernels, "_backend", return_value="gpu"),
         mock.patch.object(tiles, "device_type", return_value="cpu"),
         mock.patch.object(gpu, "_launch", launch),
-        mock.patch.object(heads, "takes_turns", return_value=False),
+        mock.patch.object(heads, "LARGE", 0),
     ):
         PLAIN.add(FakeTensor)
         try:
