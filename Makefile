@@ -12,7 +12,7 @@ PEERS := outputs/peers
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: wheel latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
+.PHONY: step-count wheel latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -72,7 +72,7 @@ weights-figures: $(READY) ## the pictures of weights, oscillation and cost in do
 # Figures go to the screen and to docs/logs; all seconds and bytes to $(COSTS).
 COSTS := outputs/costs
 LOGGED := set -o pipefail; export PYTHONPATH=. OMP_NUM_THREADS=1;
-step-time peers extras-cost latency: SHELL := bash
+step-time step-count peers extras-cost latency: SHELL := bash
 
 step-time: $(READY) ## time and memory of a quantized training step in those of a float step: DeiT-T eager and compiled; DeiT-S, Swin-T eager (30 minutes)
 	@$(LOGGED) { \
@@ -81,6 +81,9 @@ step-time: $(READY) ## time and memory of a quantized training step in those of 
 	  $(BIN)/python benchmarks/step_time.py --batch 4 --rounds 5 --out $(COSTS)/step-nets.json \
 	    --models deit_tiny_distilled_patch16_224 deit_small_distilled_patch16_224 swin_tiny_patch4_window7_224; \
 	} | tee docs/logs/step-time.log
+
+step-count: $(READY) ## bytes, kernels and host time of a training step on CUDA beside float's, counted without a GPU: DeiT-T, -S, -B (10 minutes)
+	@$(LOGGED) $(BIN)/python benchmarks/step_count.py --out $(COSTS)/step-count.json | tee docs/logs/step-count.log
 
 PEER_PACKAGES := torchao==0.18.0 brevitas==0.13.4 nvidia-modelopt==0.47.0 dependencies==2.0.1 unfoldNd==0.2.3 regex pulp nvidia-ml-py
 $(PEERS)/.ready: $(READY)

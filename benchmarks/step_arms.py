@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -26,14 +27,16 @@ class Arm:
     """A net and its step.
 
     Attributes:
-        knobs: settings of the recipe `ofq`; None = the float net.
+        knobs: settings of the recipe; None = the float net.
         teacher: whether a float teacher's forward pass is part of the step.
         memory: of `qat.set_execution`.
+        recipe: its name.
     """
 
-    knobs: dict[str, str] | None
+    knobs: dict[str, Any] | None
     teacher: bool = False
     memory: str = "save"
+    recipe: str = "ofq"
 
 
 ARMS = {
@@ -56,7 +59,7 @@ def build(model: str, images: Tensor, arm: Arm, bits: int) -> nn.Module:
     torch.manual_seed(0)
     net = timm.create_model(model, num_classes=1000)
     if arm.knobs is not None:
-        qat.initialize_scales(qat.convert(net, qat.recipe("ofq", bits=bits, **arm.knobs), input_size=SIZE), [images])
+        qat.initialize_scales(qat.convert(net, qat.recipe(arm.recipe, bits=bits, **arm.knobs), input_size=SIZE), [images])
         qat.set_execution(net, memory=arm.memory)
     return net.train()
 

@@ -111,7 +111,7 @@ class Kernels:
             found = reference.lsq_backward(*given, after_shape=shape)
             return found._replace(dequantized=reference.lsq_forward(x, scale, before, after, grid))
 
-        return lambda: self.lsq_gradients(*given, after_shape=shape, dequantized=True, after=after), plain, 4 * n_bytes(x)
+        return lambda: self.lsq_gradients(*given, after_shape=shape, dequantized=torch.float32, after=after), plain, 4 * n_bytes(x)
 
     def _probs(self) -> tuple[Call, Call, int]:
         p = self._random(self.images, self.heads, self.tokens, self.tokens).softmax(-1)
@@ -121,7 +121,7 @@ class Kernels:
         def plain() -> Any:
             return *reference.probs_backward(*given), reference.lsq_forward(p, scale, None, None, grid)
 
-        return lambda: self.probs_gradients(*given), plain, 4 * n_bytes(p)
+        return lambda: self.probs_gradients(*given, out=torch.empty_like(p)), plain, 4 * n_bytes(p)
 
     def kernel(self, name: str) -> Row:
         """Errors against the reference, and milliseconds and GB/s; both of our kernel and of what inductor makes of the reference."""

@@ -15,6 +15,7 @@ from qat.errors import UsageError
 from qat.functional.lsq import CodeRange, LSQFunction, LsqGradients, all_gradients
 from qat.functional.statsq import StatsQFunction
 from qat.kernels import cpu, gpu, reference
+from qat.kernels.rows import PLAIN
 
 CHOICES = ("auto", "triton", "off")
 _choice = "auto"
@@ -44,19 +45,26 @@ def _backend(x: Tensor) -> str:
         return "reference"
     if x.is_cuda and (_choice == "triton" or gpu.available()):
         return "gpu"
-    return "cpu" if x.device.type == "cpu" and type(x) in {Tensor, torch.nn.Parameter} else "reference"
+    return "cpu" if x.device.type == "cpu" and type(x) in PLAIN else "reference"
 
 
-def lsq_forward(
-    x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, codes: CodeRange, *, sign: Tensor | None = None
+def lsq_forward(  # noqa: PLR0913  (a quantizer, and what is wanted of it)
+    x: Tensor,
+    scale: Tensor,
+    before: Tensor | None,
+    after: Tensor | None,
+    codes: CodeRange,
+    *,
+    sign: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`reference.lsq_forward`, float32."""
+    """`reference.lsq_forward`, rounded to `dtype`."""
     backend, found = _backend(x), None
     if backend == "cpu":
         found = cpu.lsq_forward(x.float(), scale, before, after, codes, sign)
     elif backend == "gpu":
-        found = gpu.lsq_forward(x, scale, before, after, codes, sign=sign)
-    return reference.lsq_forward(x, scale, before, after, codes, sign=sign) if found is None else found
+        found = gpu.lsq_forward(x, scale, before, after, codes, sign=sign, dtype=dtype)
+    return (reference.lsq_forward(x, scale, before, after, codes, sign=sign) if found is None else found).to(dtype)
 
 
 def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pass over memory is up to the caller)
@@ -69,7 +77,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pas
     sign: Tensor | None = None,
     after_shape: torch.Size | None = None,
     out: Tensor | None = None,
-    dequantized: bool = False,
+    dequantized: torch.dtype | None = None,
     after: Tensor | None = None,
 ) -> LsqGradients:
     """Gradients of `lsq_forward`.
@@ -82,20 +90,21 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pas
         codes: as in the forward pass.
         sign: as in the forward pass.
         after_shape: the shape of the offset behind, if its gradient is wanted.
-        out: takes the gradient of `x`; may be `grad`.
-        dequantized: whether to give the result of `lsq_forward` as well.
+        out: takes the gradient of `x`; may be `grad`. None = new, in the dtype of `x`.
+        dequantized: the dtype in which to give the result of `lsq_forward` as well; None = not.
         after: the offset behind; only for `dequantized`.
     """
     backend = _backend(x)
     if backend == "cpu":
-        out = torch.empty(x.shape, dtype=torch.float32) if out is None else out
-        wanted = cpu.Wanted(before is not None, after_shape, dequantized, after)
-        extras = cpu.lsq_backward(grad.float(), x.float(), scale, before, codes, sign, out, wanted)
+        place = torch.empty(x.shape, dtype=torch.float32) if out is None or out.dtype != torch.float32 else out
+        wanted = cpu.Wanted(before is not None, after_shape, dequantized is not None, after)
+        extras = cpu.lsq_backward(grad.float(), x.float(), scale, before, codes, sign, place, wanted)
         if extras is not None:
             of_scale, of_before, of_after, made = extras
             of_before = of_before if before is None or of_before is None else of_before.view(before.shape)
             of_after = of_after if after_shape is None or of_after is None else of_after.view(after_shape)
-            return LsqGradients(out, of_scale, of_before, of_after, made)
+            of_x = place.to(x.dtype) if out is None else place if place is out else out.copy_(place)
+            return LsqGradients(of_x, of_scale, of_before, of_after, made if made is None else made.to(dequantized))
     elif backend == "gpu":
         found = gpu.lsq_backward(
             grad, x, scale, before, codes, sign=sign, after_shape=after_shape, out=out, dequantized=dequantized, after=after
@@ -103,37 +112,50 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pas
         if found is not None:
             return found
     gradients = reference.lsq_backward(grad, x, scale, before, codes, sign=sign, after_shape=after_shape)
-    gradients = gradients if out is None else gradients._replace(x=out.copy_(gradients.x))
-    return gradients._replace(dequantized=lsq_forward(x, scale, before, after, codes, sign=sign)) if dequantized else gradients
+    gradients = gradients._replace(x=gradients.x.to(x.dtype) if out is None else out.copy_(gradients.x))
+    if dequantized is None:
+        return gradients
+    return gradients._replace(dequantized=lsq_forward(x, scale, before, after, codes, sign=sign, dtype=dequantized))
 
 
-def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """`reference.statsq_forward`, float32."""
+def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`reference.statsq_forward`, rounded to `dtype`."""
     backend, found = _backend(w), None
     if backend == "cpu":
         found = cpu.statsq_forward(w.float(), scale, bits)
     elif backend == "gpu":
-        found = gpu.statsq_forward(w, scale, bits)
-    return reference.statsq_forward(w, scale, bits) if found is None else found
+        found = gpu.statsq_forward(w, scale, bits, dtype)
+    return (reference.statsq_forward(w, scale, bits) if found is None else found).to(dtype)
 
 
-def probs_backward(
-    grad: Tensor, probs: Tensor, scale: Tensor, codes: CodeRange, factor: float, *, out: Tensor | None = None
+def probs_backward(  # noqa: PLR0913  (as above)
+    grad: Tensor,
+    probs: Tensor,
+    scale: Tensor,
+    codes: CodeRange,
+    factor: float,
+    *,
+    out: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.probs_backward`, and the quantized probabilities; `out` takes the gradient of the scores and may be `grad`."""
+    """`reference.probs_backward`, and the quantized probabilities in `dtype`.
+
+    `out` takes the gradient of the scores and may be `grad`; None = new, float32.
+    """
     backend = _backend(probs)
+    out = torch.empty(probs.shape, dtype=torch.float32, device=probs.device) if out is None else out
     if backend == "cpu":
-        out = torch.empty(probs.shape, dtype=torch.float32) if out is None else out
-        extras = cpu.probs_backward(grad.float(), probs.float(), scale, codes, factor, out)
+        place = out if out.dtype == torch.float32 else torch.empty(probs.shape, dtype=torch.float32)
+        extras = cpu.probs_backward(grad.float(), probs.float(), scale, codes, factor, place)
         if extras is not None:
-            return out, *extras
+            return place if place is out else out.copy_(place), extras[0], extras[1].to(dtype)
     elif backend == "gpu":
-        found = gpu.probs_backward(grad, probs, scale, codes, factor, out=out)
-        if found is not None and found[2] is not None:
-            return found[0], found[1], found[2]
+        found = gpu.probs_backward(grad, probs, scale, codes, factor, out, dtype)
+        if found is not None:
+            return found
     grad_scores, of_scale = reference.probs_backward(grad, probs, scale, codes, factor)
-    dequantized = lsq_forward(probs, scale, None, None, codes)
-    return grad_scores if out is None else out.copy_(grad_scores), of_scale, dequantized
+    dequantized = lsq_forward(probs, scale, None, None, codes, dtype=dtype)
+    return out.copy_(grad_scores), of_scale, dequantized
 
 
 class _LSQ(LSQFunction):
@@ -141,7 +163,7 @@ class _LSQ(LSQFunction):
     def forward(
         x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, sign: Tensor | None, codes: CodeRange, grad_factor: float
     ) -> Tensor:
-        return lsq_forward(x, scale, before, after, codes, sign=sign).to(x.dtype)
+        return lsq_forward(x, scale, before, after, codes, sign=sign, dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,7 +189,7 @@ def lsq(  # noqa: PLR0913  (what `qat.functional.lsq` takes)
 class _StatsQ(StatsQFunction):
     @staticmethod
     def forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-        return statsq_forward(w, scale, bits).to(w.dtype)
+        return statsq_forward(w, scale, bits, w.dtype)
 
 
 def statsq(w: Tensor, scale: Tensor, bits: int) -> Tensor:

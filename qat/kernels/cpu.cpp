@@ -51,7 +51,11 @@ inline Part part_of(size_t rows, int thread, int threads) {
     return {rows * thread / threads, rows * (thread + 1) / threads};
 }
 
-template <bool BEFORE, bool LEVELS, bool HALF>
+// What a pass backward writes of the pass forward: nothing, or what it gave, without or with an offset behind. Asked for each element
+// whether there is one, compilers make branches of it, which takes nine times as long.
+enum Levels { NONE, BARE, SHIFTED };
+
+template <bool BEFORE, Levels LEVELS, bool HALF>
 inline float backward_row(const float* g, const float* x, const float* a, const float* c, float* dx, float* y, size_t length, float s, float low,
                           float high) {
     float error = 0;
@@ -61,9 +65,16 @@ inline float backward_row(const float* g, const float* x, const float* a, const 
         const float upstream = g[i], inner = passed(upstream, u, code), level = rounded<HALF>(code, high);  // dx may be g
         dx[i] = inner;
         error += upstream * level - inner * code;
-        if (LEVELS) y[i] = c ? level * s + c[i] : level * s;
+        if (LEVELS == BARE) y[i] = level * s;
+        if (LEVELS == SHIFTED) y[i] = level * s + c[i];
     }
     return error;
+}
+
+template <Levels LEVELS, bool HALF>
+inline float backward_row(const float* g, const float* x, const float* a, const float* c, float* dx, float* y, size_t length, float s, float low,
+                          float high) {
+    return (a ? backward_row<true, LEVELS, HALF> : backward_row<false, LEVELS, HALF>)(g, x, a, c, dx, y, length, s, low, high);
 }
 
 template <bool BEFORE, bool HALF>
@@ -132,8 +143,7 @@ void backward(const float* g, size_t g_stride, const float* x, size_t x_stride, 
             } else {
                 const float s = at_least_floor(scale[r % steps]);
                 float* y = levels ? levels + r * length : nullptr;
-                const auto row = before ? (y ? backward_row<true, true, HALF> : backward_row<true, false, HALF>)
-                                        : (y ? backward_row<false, true, HALF> : backward_row<false, false, HALF>);
+                const auto row = !y ? backward_row<NONE, HALF> : after ? backward_row<SHIFTED, HALF> : backward_row<BARE, HALF>;
                 errors[r] = row(grad, in, before, after, out, y, length, s, low, high);
             }
             if (sum_dx) add(sum_dx + thread * length, out, length);

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from qat.functional.lsq import CodeRange
 
+# Tensors with memory of their own, which kernels may be pointed to; fake and wrapped ones have none.
+PLAIN: set[type] = {Tensor, torch.nn.Parameter}
+
 
 class Layout(NamedTuple):
     """A tensor seen as rows, all of them of one length, for kernels that walk through memory.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qat.functional.lsq import CodeRange
 from qat.kernels import rows
-from qat.kernels.rows import Layout, row_stride
+from qat.kernels.rows import PLAIN, Layout, row_stride
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of the tile that a program holds, and columns at most.
@@ -42,11 +42,10 @@ def device_type() -> str:
 
 
 def fit(*tensors: Tensor | None) -> bool:
-    """True for plain float tensors on one device of the right kind; fake and wrapped ones have no memory to point to."""
+    """True for plain float tensors on one device of the right kind."""
     present = [x for x in tensors if x is not None]
     device = present[0].device
-    plain = {Tensor, torch.nn.Parameter}
-    return device.type == device_type() and all(type(x) in plain and x.dtype in DTYPES and x.device == device for x in present)
+    return device.type == device_type() and all(type(x) in PLAIN and x.dtype in DTYPES and x.device == device for x in present)
 
 
 def dense(*tensors: Tensor | None) -> bool:

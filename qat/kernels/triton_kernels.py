@@ -1,4 +1,6 @@
-"""The kernels in Triton, for tiles of BLOCK_R rows and BLOCK_C columns, computed in float32. Imported only where Triton is there.
+"""The kernels in Triton, for tiles of BLOCK_R rows and BLOCK_C columns. Imported only where Triton is there.
+
+All is computed in float32; what is written is rounded to nearest, half to even, to the dtype of the tensor that takes it.
 
 Forward results are the bits of `reference`: division rounds to nearest, rounding is half to even, every comparison lets NaN through, and
 `gpu` launches without contraction of products and sums. Sums are written per program and added afterwards: no atomics, the same order
@@ -220,14 +222,13 @@ def probs_backward(  # noqa: PLR0913
     BLOCK_R: constexpr,
     BLOCK_C: constexpr,
 ) -> None:
-    """`reference.probs_backward`; a tile has whole rows, `errors` takes the sums for the steps, (rows,), `y`, or None, the levels."""
+    """`reference.probs_backward`; a tile has whole rows, `errors` takes the sums for the steps, (rows,), `y` the levels."""
     row, column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     inside = _inside(row, column, rows, length)
     grad, prob = _read(g, _places(row, column, g_stride), inside), _read(p, _places(row, column, p_stride), inside)
     step = _step(scale, row % steps, row < rows)[:, None]
     inner, wrong, code = _errors(grad, tl.div_rn(prob, step), low, high, HALF=False)
-    if y is not None:
-        tl.store(y + _places(row, column, length), code * step, mask=inside)
+    tl.store(y + _places(row, column, length), code * step, mask=inside)
     tl.store(errors + row, tl.sum(wrong, 1), mask=row < rows)
     dot = tl.sum(inner * prob, 1)[:, None]
     tl.store(ds + _places(row, column, ds_stride), (inner - dot) * prob * factor, mask=inside)

@@ -26,12 +26,27 @@ def device():
     return torch.device("cuda")
 
 
+def _rounds(monkeypatch):
+    """Have the interpreter round to bfloat16 as compiled kernels do (`test_machine_code`); by itself it cuts digits off."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(x, source, target, mode):
+        if (str(source), str(target)) != ("fp32", "bf16"):
+            return convert(x, source, target, mode)
+        return torch.from_numpy(x.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
 @pytest.fixture
-def kernels_on():
+def kernels_on(monkeypatch):
     """Type of the device that Triton's kernels run on: `cuda`, or `cpu` in its interpreter."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if _interprets():
+        _rounds(monkeypatch)
         return "cpu"
     if not torch.cuda.is_available():
         pytest.skip(f"there is no CUDA device; {COMMAND} has Triton's interpreter run the kernels")

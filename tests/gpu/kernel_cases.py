@@ -35,8 +35,8 @@ FORMS = {
 
 
 def same(a, b):
-    """The same bits, every NaN alike."""
-    a, b = (torch.where(x.isnan(), 7e7, x).view(torch.int32) for x in (a, b))
+    """The same bits, every NaN alike; the second rounded to the dtype of the first."""
+    a, b = (torch.where(x.isnan(), 7e7, x).view(torch.int32) for x in (a.float(), b.to(a.dtype).float()))
     return torch.equal(a, b)
 
 
@@ -65,15 +65,16 @@ def case(shape, axis, n_offsets, bounds):
     return x, scale, before, after, grid
 
 
-def differences(x, scale, before, after, grid, sign=None, grad=None, out=None):
-    """Names of the results of both passes that differ."""
+def differences(x, scale, before, after, grid, sign=None, grad=None, out=None, dtype=torch.float32):
+    """Names of the results of both passes that differ; what they give is in `dtype`."""
     grad = torch.randn(x.shape) if grad is None else grad
     shape = None if after is None else after.shape
     expected, sizes = (reference.lsq_backward(g, x, scale, before, grid, sign=sign, after_shape=shape) for g in (grad, grad.abs()))
     furthest = 2 * max(-grid.qmin, grid.qmax) * sum_along(grad.float().abs(), grid.axis)
     expected_y = reference.lsq_forward(x, scale, before, after, grid, sign=sign)
-    is_right = {"forward": same(gpu.lsq_forward(x, scale, before, after, grid, sign=sign), expected_y)}
-    found = gpu.lsq_backward(grad, x, scale, before, grid, sign=sign, after_shape=shape, dequantized=True, after=after, out=out)
+    is_right = {"forward": same(gpu.lsq_forward(x, scale, before, after, grid, sign=sign, dtype=dtype), expected_y)}
+    found = gpu.lsq_backward(grad, x, scale, before, grid, sign=sign, after_shape=shape, dequantized=dtype, after=after, out=out)
+    is_right["dtype"] = found.dequantized.dtype == dtype and found.x.dtype == (x if out is None else out).dtype
     is_right["levels"] = same(found.dequantized, expected_y)
     is_right["out"] = out is None or found.x is out
     is_right["x"] = same(found.x, expected.x)
@@ -96,12 +97,12 @@ def probs(shape, axis, dtype=torch.float32):
     p, grad = x.abs().clamp(max=9).softmax(-1).to(dtype), torch.randn(shape)
     expected, of_scale = reference.probs_backward(grad, p, scale, grid, 0.3)
     size, furthest = grad.abs() * p, 6 * sum_along(grad.abs(), axis)
-    ours, our_scale, _ = gpu.probs_backward(grad, p, scale, grid, 0.3)
+    ours, our_scale, _ = gpu.probs_backward(grad, p, scale, grid, 0.3, torch.empty_like(grad))
     right = [
         near(ours, expected, size + size.sum(-1, keepdim=True) * p),
         near(our_scale, of_scale, furthest),
     ]
-    found, _, levels = gpu.probs_backward(grad, p, scale, grid, 0.3, out=grad)
+    found, _, levels = gpu.probs_backward(grad, p, scale, grid, 0.3, grad)
     right += [found is grad, torch.equal(grad, ours), same(levels, reference.lsq_forward(p, scale, None, None, grid))]
     return [name for name, fine in zip(("scores", "scale", "out", "in place", "levels"), right, strict=True) if not fine]
 
@@ -115,7 +116,9 @@ def statsq(shape, axis, bits, dtype=torch.float32):
     scale.select(axis, 0).zero_()
     scale.select(axis, 1).fill_(torch.nan)
     w = torch.where(torch.rand(shape) < 0.5, w, torch.randn(shape)).to(dtype)
-    return [] if same(gpu.statsq_forward(w, scale, bits), reference.statsq_forward(w, scale, bits)) else ["forward"]
+    expected = reference.statsq_forward(w, scale, bits)
+    found = {d: gpu.statsq_forward(w, scale, bits, d) for d in (torch.float32, torch.bfloat16, torch.float16)}
+    return [str(d) for d, ours in found.items() if ours.dtype != d or not same(ours, expected)]
 
 
 def apart(shape, axis, n_offsets, bounds):
@@ -140,7 +143,7 @@ def infinite(shape, axis, n_offsets, bounds):
     x.view(-1)[::3], x.view(-1)[1::3] = torch.inf, -torch.inf
     grad = torch.randn(shape)
     grad.view(-1)[0], grad.view(-1)[-1] = torch.nan, torch.inf
-    found = gpu.lsq_backward(grad, x, scale, before, grid, dequantized=True, after=after)
+    found = gpu.lsq_backward(grad, x, scale, before, grid, dequantized=torch.float32, after=after)
     expected = reference.lsq_backward(grad, x, scale, before, grid)
     levels = reference.lsq_forward(x, scale, before, after, grid)
     right = {
@@ -166,8 +169,29 @@ def other_dtypes(*form):
     x, scale, before, after, grid = case(*form)
     halves = (torch.bfloat16, torch.float16)
     return [
-        name for d in halves for name in differences(x.clamp(-999, 999).to(d), scale, before, after, grid, grad=torch.randn(x.shape).to(d))
+        f"{kind} {d}"
+        for d in halves
+        for dtype in (d, torch.float32)
+        for kind in differences(x.clamp(-999, 999).to(dtype), scale, before, after, grid, grad=torch.randn(x.shape).to(d), dtype=d)
     ]
+
+
+def gradients_in_half_precision(shape, axis):
+    """What is written in half precision is float32's, rounded once, also over the gradient that came."""
+    x, scale, _, _, grid = case(shape, axis, 0, (0, 3))
+    p, wrong = x.abs().clamp(max=9).softmax(-1), []
+    for d in (torch.bfloat16, torch.float16):
+        grad = torch.randn(shape).to(d)
+        exact = gpu.probs_backward(grad, p, scale, grid, 0.3, torch.empty_like(p))
+        found = gpu.probs_backward(grad, p, scale, grid, 0.3, grad, d)
+        right = found[0] is grad, same(found[0], exact[0]), torch.equal(found[1], exact[1]), same(found[2], exact[2])
+        wrong += [] if all(right) and found[2].dtype == d else [f"probabilities {d}"]
+        given = scale, None, None, grid
+        exact, grad = gpu.lsq_backward(torch.ones(shape), x, scale, None, grid), torch.ones(shape).to(d)
+        found = gpu.lsq_backward(grad, x, scale, None, grid, out=grad)
+        wrong += [] if found.x is grad and same(grad, exact.x) and torch.equal(found.scale, exact.scale) else [f"LSQ {d}"]
+        wrong += [] if same(gpu.lsq_forward(x, *given, dtype=d), reference.lsq_forward(x, *given)) else [f"forward {d}"]
+    return wrong
 
 
 def declined():
@@ -185,11 +209,12 @@ def declined():
         "steps": gpu.lsq_forward(x, scale[:1], None, None, grid),
         "steps apart": gpu.lsq_forward(x, scale.repeat(2)[::2], None, None, grid),
         "no elements": gpu.lsq_forward(x[:0], scale, None, None, grid),
-        "out": gpu.lsq_backward(x, x, scale, None, grid, out=x.bfloat16()),
+        "out": gpu.lsq_backward(x, x, scale, None, grid, out=x.double()),
+        "dtype": gpu.lsq_forward(x, scale, None, None, grid, dtype=torch.float64),
         "columns": gpu.statsq_forward(x[0], scale[:1].expand(1, 6).clone(), 2),
         "expanded": gpu.lsq_forward(torch.ones(1, 1, 1).expand(2, 4, 6), scale, None, None, grid),
         "wide": gpu.lsq_forward(torch.empty(1, 65_535 * 1024 + 1, dtype=torch.float16), scale[:1], None, None, CodeRange(-2, 1, None)),
-        "long": gpu.probs_backward(long, long, scale[:1], CodeRange(0, 3, None), 1.0),
+        "long": gpu.probs_backward(long, long, scale[:1], CodeRange(0, 3, None), 1.0, long),
     }
     return [name for name, found in given.items() if found is not None]
 
@@ -222,6 +247,8 @@ CASES = {
        for shape, axis in (((5, 24), 0), ((4, 3, 2, 2), 0), ((3, 4, 5), 1)) for bits in (2, 8)},
     "statsq bfloat16": (statsq, (5, 24), 0, 4, torch.bfloat16),
     "probabilities": (probs, (2, 3, 9, 9), -2),
+    "in half precision": (gradients_in_half_precision, (2, 3, 9, 9), -2),
+    "in half precision, wide": (gradients_in_half_precision, (2, 3, 1100), 1),
     "probabilities, one step": (probs, (2, 3, 7, 300), None),
     "probabilities, bfloat16": (probs, (2, 3, 9, 9), -2, torch.bfloat16),
     "declined": (declined,),

@@ -28,13 +28,14 @@ class NoDriver:
 
 
 def rows(x, scale, before, after, grid, sign=None):
-    gpu.lsq_forward(x, scale, before, after, grid, sign=sign)
-    shape = None if after is None else after.shape
-    gpu.lsq_backward(x, x, scale, before, grid, sign=sign, after_shape=shape, dequantized=after is not None, after=after)
+    gpu.lsq_forward(x, scale, before, after, grid, sign=sign, dtype=x.dtype)
+    shape, dtype = (None, None) if after is None else (after.shape, x.dtype)
+    gpu.lsq_backward(x, x, scale, before, grid, sign=sign, after_shape=shape, dequantized=dtype, after=after)
 
 
 def probabilities(dtype):
-    gpu.probs_backward(torch.ones(2, 3, 3, dtype=dtype), torch.ones(2, 3, 3, dtype=dtype), torch.ones(3), gpu.CodeRange(0, 3, -2), 0.3)
+    grad, probs = (torch.ones(2, 3, 3, dtype=dtype) for _ in range(2))
+    gpu.probs_backward(grad, probs, torch.ones(3), gpu.CodeRange(0, 3, -2), 0.3, grad, dtype)
 
 
 def halves(dtype):
@@ -49,7 +50,7 @@ LAUNCHES = {
     "weights": lambda: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2),
     "probabilities": lambda: probabilities(torch.float32),
     **{name: lambda d=d: halves(d) for name, d in HALVES.items()},
-    **{f"weights, {name}": lambda d=d: gpu.statsq_forward(torch.ones(3, 8, dtype=d), torch.ones(3, 1), 2) for name, d in HALVES.items()},
+    **{f"weights, {name}": lambda d=d: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2, d) for name, d in HALVES.items()},
     **{f"probabilities, {name}": lambda d=d: probabilities(d) for name, d in HALVES.items()},
 }
 

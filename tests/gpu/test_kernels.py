@@ -49,7 +49,7 @@ def both_passes(device, shape=(4, 300, 64)):
     given = (grad, x, scale, before, grid)
     expected = reference.lsq_backward(*given, after_shape=after.shape)
     levels = reference.lsq_forward(x, scale, before, after, grid)
-    return lambda: gpu.lsq_backward(*given, after_shape=after.shape, dequantized=True, after=after), (expected, levels)
+    return lambda: gpu.lsq_backward(*given, after_shape=after.shape, dequantized=torch.float32, after=after), (expected, levels)
 
 
 def test_in_a_cuda_graph(device):
@@ -111,7 +111,10 @@ def test_more_elements_than_32_bits_count(device):
 
 
 def test_machine_code():
-    """Compiled ahead of time for a Hopper GPU, which need not be there; in a process that does not interpret."""
+    """Compiled ahead of time for a Hopper GPU, which need not be there; in a process that does not interpret.
+
+    What is written in half precision is rounded to nearest, half to even.
+    """
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.gpu.machine_code"]
@@ -121,5 +124,7 @@ def test_machine_code():
     assert {len(kernels) for kernels in found.values()} == {1, 2}
     for name, kernels in found.items():
         for ptx in kernels:
+            assert set(re.findall(r"\bcvt\.(\w+)\.(?:bf16|f16)\w*\.f32", ptx)) <= {"rn"}, name
+            assert ("cvt.rn." in ptx) == ("float16" in name), name
             assert set(re.findall(r"\bdiv[.\w]*f32", ptx)) == {"div.rn.f32"}, name
             assert not re.search(r"\bfma\.|\.ftz|\batom\.|\bred\.|\bmad\.\w+\.f32", ptx), name

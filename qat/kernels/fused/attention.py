@@ -18,14 +18,14 @@ _N_TENSORS = 3
 
 def _scores(qkv: Tensor, operands: Operands, shape: ScoreShape) -> tuple[Tensor, Tensor, Tensor]:
     """Quantized queries and keys (B, N, h*d), and their scaled scores (h, B, N, N)."""
-    q, k = (o.forward(x).to(qkv.dtype).to(shape.dtype) for o, x in zip(operands[:2], qkv.chunk(3, -1)[:2], strict=True))
+    q, k = (o.forward(x, shape.dtype) for o, x in zip(operands[:2], qkv.chunk(3, -1)[:2], strict=True))
     out = q.new_empty(shape.num_heads, q.shape[0], q.shape[1], q.shape[1])
     return q, k, product(heads_of(q, shape.num_heads), heads_of(k, shape.num_heads).transpose(-2, -1), out, factor=shape.factor)
 
 
 def _values(qkv: Tensor, operands: Operands, shape: ScoreShape) -> Tensor:
     v = qkv.chunk(3, -1)[2]
-    return operands[2].forward(v).to(qkv.dtype).to(shape.dtype)
+    return operands[2].forward(v, shape.dtype)
 
 
 class _Attention(torch.autograd.Function):
@@ -52,13 +52,13 @@ class _Attention(torch.autograd.Function):
         if probs is None and scores is not None:
             probs = softmax(scores, bias, mask, shape.probs_dtype)
             del scores
-        of_qkv = torch.empty(qkv.shape, dtype=torch.float32, device=qkv.device)
+        of_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         of_q, of_k, of_v = of_qkv.chunk(3, -1)
         values = _values(qkv, operands, shape)
         grads = gather_backward(grad.to(shape.dtype), probs, values, operands[3], shape, with_bias=bias is not None)
         of_value = operands[2].backward(grads.values, qkv.chunk(3, -1)[2], out=of_v)
         if q is None or k is None:
-            q, k = (o.forward(x).to(qkv.dtype).to(shape.dtype) for o, x in zip(operands[:2], qkv.chunk(3, -1)[:2], strict=True))
+            q, k = (o.forward(x, shape.dtype) for o, x in zip(operands[:2], qkv.chunk(3, -1)[:2], strict=True))
         h = shape.num_heads
         back = torch.empty_like(values)
         product(grads.scores, heads_of(k, h), heads_of(back, h))
@@ -66,7 +66,7 @@ class _Attention(torch.autograd.Function):
         product(grads.scores.transpose(-2, -1), heads_of(q, h), heads_of(back, h))
         of_key = operands[1].backward(back, qkv.chunk(3, -1)[1], out=of_k)
         parts = [(g.scale, g.before, g.after) for g in (of_query, of_key, of_value)]
-        return of_qkv.to(qkv.dtype), grads.bias, None, *(t for part in parts for t in part), grads.scale, None, None, None
+        return of_qkv, grads.bias, None, *(t for part in parts for t in part), grads.scale, None, None, None
 
 
 def _operands(tensors: Any, settings: Any) -> Operands:

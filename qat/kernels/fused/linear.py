@@ -41,7 +41,7 @@ class Weight(NamedTuple):
             return self.ready.to(dtype)
         if self.bits is None or self.scale is None:
             return self.weight.to(dtype)
-        return kernels.statsq_forward(self.weight, self.scale, self.bits).to(dtype)
+        return kernels.statsq_forward(self.weight, self.scale, self.bits, dtype)
 
 
 class _LsqLinear(torch.autograd.Function):
@@ -53,8 +53,8 @@ class _LsqLinear(torch.autograd.Function):
         ctx.make, ctx.settings, ctx.bits, ctx.dtype = kept.make, settings, bits, dtype
         w = Weight.of(weight, bits, ready)
         ctx.save_for_backward(scale, before, after, weight, bias, w.scale, ready, *kept.tensors)
-        xq = LSQParams(scale, before, after, *settings).forward(x).to(x.dtype)
-        return F.linear(xq.to(dtype), w.quantized(dtype), None if bias is None else bias.to(dtype))
+        xq = LSQParams(scale, before, after, *settings).forward(x, dtype)
+        return F.linear(xq, w.quantized(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,12 +70,12 @@ class _LsqLinear(torch.autograd.Function):
         of_xq = (grad @ wq).view(x.shape)
         # The offset behind is a constant row of the input: its gradient goes through the product as the bias's does.
         of_after = None if after is None or of_bias is None else (of_bias.unsqueeze(0) @ wq).squeeze(0).float()
-        place = of_xq if of_xq.dtype == torch.float32 else None
-        found = operand.backward(of_xq, x, out=place, with_after=False, dequantized=ctx.needs_input_grad[4])
-        xq = None if found.dequantized is None else found.dequantized.to(x.dtype).to(ctx.dtype).flatten(0, -2)
-        of_weight = None if xq is None else (grad.t() @ xq).to(weight.dtype)
+        wanted = ctx.dtype if ctx.needs_input_grad[4] else None
+        found = operand.backward(of_xq, x, with_after=False, in_place=True, dequantized=wanted)
+        xq = found.dequantized
+        of_weight = None if xq is None else (grad.t() @ xq.flatten(0, -2)).to(weight.dtype)
         shown = None if bias is None or of_bias is None else of_bias.to(bias.dtype)
-        return found.x.to(x.dtype), found.scale, found.before, of_after, of_weight, shown, None, None, None
+        return found.x, found.scale, found.before, of_after, of_weight, shown, None, None, None
 
 
 def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, bias: Tensor | None, bits: int | None, ready: Tensor | None = None) -> Tensor:

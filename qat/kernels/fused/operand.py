@@ -10,6 +10,7 @@ from torch import Tensor
 from qat import kernels
 from qat.functional.lsq import gradient_scale
 from qat.kernels import CodeRange, LsqGradients
+from qat.kernels.rows import PLAIN
 
 
 class LSQParams(NamedTuple):
@@ -39,22 +40,32 @@ class LSQParams(NamedTuple):
         """The rest."""
         return self.codes, self.grad_factor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize `x`: float32, the shape of `x`."""
-        return kernels.lsq_forward(x, self.scale, self.before, self.after, self.codes)
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Fake-quantize `x` as the factor of a product in `dtype`: rounded to the dtype of `x`, then to that."""
+        first = through(x, dtype)
+        return kernels.lsq_forward(x, self.scale, self.before, self.after, self.codes, dtype=first).to(dtype)
 
     def backward(
-        self, grad: Tensor, x: Tensor, *, out: Tensor | None = None, with_after: bool = True, dequantized: bool = False
+        self,
+        grad: Tensor,
+        x: Tensor,
+        *,
+        out: Tensor | None = None,
+        with_after: bool = True,
+        in_place: bool = False,
+        dequantized: torch.dtype | None = None,
     ) -> LsqGradients:
         """Gradients, that of the scale complete.
 
         Args:
             grad: of the result of `forward`.
             x: its argument.
-            out: takes the gradient of `x`; may be `grad`.
+            out: takes the gradient of `x`. None = new, in the dtype of `x`.
             with_after: whether to sum up that of the offset behind; else it is None.
-            dequantized: whether to give the result of `forward` as well.
+            in_place: whether `grad` may take the gradient of `x`, which it does if it has its dtype.
+            dequantized: the dtype in which to give the result of `forward` as well; None = not.
         """
+        out = grad if in_place and grad.dtype == x.dtype else out
         shape = self.after.shape if self.after is not None and with_after else None
         found = kernels.lsq_backward(
             grad,
@@ -64,15 +75,22 @@ class LSQParams(NamedTuple):
             self.codes,
             after_shape=shape,
             out=out,
-            dequantized=dequantized,
-            after=self.after if dequantized else None,
+            dequantized=None if dequantized is None else through(x, dequantized),
+            after=None if dequantized is None else self.after,
         )
+        if dequantized is not None and found.dequantized is not None:
+            found = found._replace(dequantized=found.dequantized.to(dequantized))
         return found._replace(scale=(found.scale * gradient_scale(x, self.codes, self.grad_factor)).to(self.scale.dtype))
+
+
+def through(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a quantized `x` is rounded to on its way to `dtype`: the dtype of `x`, unless that is float32, which rounds nothing."""
+    return dtype if x.dtype == torch.float32 else x.dtype
 
 
 def can_fuse(x: Tensor) -> bool:
     """False under `torch.compile`, and where somebody watches functions of torch, as counts of products do."""
-    return not torch.compiler.is_compiling() and type(x) is Tensor and torch._C._len_torch_function_stack() == 0
+    return not torch.compiler.is_compiling() and type(x) in PLAIN and torch._C._len_torch_function_stack() == 0
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -81,7 +81,7 @@ class _Factors:
         folded = fold_qk(weights.q, weights.k, settings.num_heads) if matrix is None else matrix
         self.matrix = Weight.of(folded, settings.bits, matrix) if scales is None else Weight(folded, settings.bits, scales[0], matrix)
         self.v = Weight.of(weights.v, settings.v_bits, v) if scales is None else Weight(weights.v, settings.v_bits, scales[1], v)
-        self.x = operands.input.forward(x).to(x.dtype).to(shape.dtype)
+        self.x = operands.input.forward(x, shape.dtype)
 
     def mapped(self) -> Tensor:
         """M x (B, N, h*C), not yet quantized."""
@@ -96,7 +96,7 @@ class _Factors:
     def keys(self, mapped: Tensor) -> Tensor:
         """Quantized M x, a view (h, B, N, C)."""
         rows = mapped.unflatten(-1, (self.shape.num_heads, -1)).flatten(1, 2)
-        return self.by_head(self.operands.product.forward(rows).to(self.shape.dtype))
+        return self.by_head(self.operands.product.forward(rows, self.shape.dtype))
 
     def by_head(self, rows: Tensor) -> Tensor:
         """(B, N*h, C) as a view (h, B, N, C)."""
@@ -124,7 +124,7 @@ class _Factors:
 
     def quantized_values(self, values: Tensor) -> Tensor:
         """Of `values`."""
-        return self.operands.values.forward(values).to(self.shape.dtype)
+        return self.operands.values.forward(values, self.shape.dtype)
 
 
 class _Qkr(torch.autograd.Function):
@@ -171,8 +171,8 @@ def _through(factors: _Factors, of_scores: Tensor, of_values: Tensor, keys: Tens
     rows = mapped.unflatten(-1, (shape.num_heads, -1)).flatten(1, 2)
     back = torch.empty_like(rows)
     product(of_scores.transpose(-2, -1), factors.x, factors.by_head(back))
-    of_product = operands.product.backward(back, rows, out=back if back.dtype == torch.float32 else None)
-    of_mapped = of_product.x.view(-1, mapped.shape[-1]).to(shape.dtype)
+    of_product = operands.product.backward(back, rows, in_place=True)
+    of_mapped = of_product.x.view(-1, mapped.shape[-1])
     of_xq.view(-1, x.shape[-1]).addmm_(of_mapped, factors.matrix.quantized(shape.dtype))
     xq = factors.x.flatten(0, -2)
     of_q, of_k = _unfold(of_mapped.t() @ xq, weights)
@@ -182,10 +182,10 @@ def _through(factors: _Factors, of_scores: Tensor, of_values: Tensor, keys: Tens
         of_xq.view(-1, x.shape[-1]).addmm_(of_per_key, vectors)
         of_q_bias, through_keys = _unfold_bias(of_per_key.t() @ xq, weights)
         of_k = of_k + through_keys
-    of_value = operands.values.backward(of_values, values, out=of_values if of_values.dtype == torch.float32 else None)
-    of_v = of_value.x.flatten(0, -2).to(shape.dtype)
+    of_value = operands.values.backward(of_values, values, in_place=True)
+    of_v = of_value.x.flatten(0, -2)
     of_xq.view(-1, x.shape[-1]).addmm_(of_v, factors.v.quantized(shape.dtype))
-    of_input = operands.input.backward(of_xq, x, out=of_xq if of_xq.dtype == torch.float32 else None)
+    of_input = operands.input.backward(of_xq, x, in_place=True)
     of_weights = (
         of_q,
         of_k,
@@ -195,7 +195,7 @@ def _through(factors: _Factors, of_scores: Tensor, of_values: Tensor, keys: Tens
         of_q_bias,
     )
     parts = tuple((g.scale, g.before, g.after) for g in (of_input, of_product, of_value))
-    return of_weights, parts, of_input.x.to(x.dtype)
+    return of_weights, parts, of_input.x
 
 
 def _unfold(grad: Tensor, weights: QkrWeights) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from qat import kernels
 from qat.functional.lsq import gradient_scale
 from qat.kernels.fused.heads import heads_of, product
-from qat.kernels.fused.operand import LSQParams, probs_dtype, product_dtype
+from qat.kernels.fused.operand import LSQParams, probs_dtype, product_dtype, through
 
 
 class Scoring(NamedTuple):
@@ -72,7 +72,7 @@ def softmax(scores: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: tor
 def gather(probs: Tensor, values: Tensor, operand: LSQParams, shape: ScoreShape) -> Tensor:
     """Quantized probabilities (h, B, N, M) times quantized values (B, M, h*d): (B, N, h*d)."""
     out = values.new_empty(*probs.shape[1:3], values.shape[-1])
-    product(operand.forward(probs).to(probs.dtype).to(shape.dtype), heads_of(values, shape.num_heads), heads_of(out, shape.num_heads))
+    product(operand.forward(probs, shape.dtype), heads_of(values, shape.num_heads), heads_of(out, shape.num_heads))
     return out
 
 
@@ -109,11 +109,13 @@ def gather_backward(
     grads = heads_of(grad, h)
     of_probs = product(grads, heads_of(values, h).transpose(-2, -1), grad.new_empty(probs.shape))
     inner = shape.factor if not with_bias else 1.0
-    out = of_probs if of_probs.dtype == torch.float32 else None
-    of_scores, of_scale, quantized = kernels.probs_backward(of_probs, probs, operand.scale, operand.codes, inner, out=out)
+    # What is summed up for a bias is not rounded before.
+    out = of_probs if not with_bias or of_probs.dtype == torch.float32 else None
+    dtype = through(probs, shape.dtype)
+    of_scores, of_scale, quantized = kernels.probs_backward(of_probs, probs, operand.scale, operand.codes, inner, out=out, dtype=dtype)
     of_scale = (of_scale * gradient_scale(probs, operand.codes, operand.grad_factor)).to(operand.scale.dtype)
     of_values = torch.empty_like(values)
-    product(quantized.to(probs.dtype).to(shape.dtype).transpose(-2, -1), grads, heads_of(of_values, h))
+    product(quantized.to(shape.dtype).transpose(-2, -1), grads, heads_of(of_values, h))
     del quantized
     of_bias = of_scores.sum(1) if with_bias else None
     if with_bias and shape.factor != 1:
