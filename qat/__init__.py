@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from qat.model.checkpoint import save as save
     from qat.model.convert import conversion_report as conversion_report
     from qat.model.convert import convert as convert
+    from qat.model.decay import no_weight_decay as no_weight_decay
     from qat.model.frozen import freeze as freeze
     from qat.model.frozen import integer_forward as integer_forward
+    from qat.model.pretrained import from_pretrained as from_pretrained
+    from qat.model.pretrained import push_to_hub as push_to_hub
+    from qat.model.pretrained import save_pretrained as save_pretrained
     from qat.model.ptq_spec import PtqRecipe as PtqRecipe
     from qat.model.scales import assert_ready as assert_ready
     from qat.model.scales import initialize_scales as initialize_scales
@@ -44,13 +48,17 @@ _HOME = {
     "convert": "qat.model.convert",
     "export_onnx": "qat.export.onnx_file",
     "freeze": "qat.model.frozen",
+    "from_pretrained": "qat.model.pretrained",
     "initialize_scales": "qat.model.scales",
     "integer_forward": "qat.model.frozen",
     "iter_quantizers": "qat.model.sites",
     "load": "qat.model.checkpoint",
     "load_ofq_checkpoint": "qat.interop",
+    "no_weight_decay": "qat.model.decay",
+    "push_to_hub": "qat.model.pretrained",
     "recipe": "qat.spec",
     "save": "qat.model.checkpoint",
+    "save_pretrained": "qat.model.pretrained",
     "set_execution": "qat.nn.execution",
     "transform": "qat.model.transform",
 }

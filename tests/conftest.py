@@ -30,7 +30,7 @@ def compose(config, *overrides):
     """The config of a command, as Hydra hands it to the task. No report unless asked for: it takes longer than a tiny run."""
     from qat.cli import entry  # noqa: F401  (registers the resolver of run_dir)
 
-    quiet = ["report=false"] if config in {"train", "ptq", "analyze"} else []
+    quiet = ["report=false"] if config in {"train", "eval", "ptq", "analyze"} else []
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return hydra.compose(config, overrides=[*quiet, *(str(o) for o in overrides)])
 

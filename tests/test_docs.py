@@ -243,6 +243,10 @@ def test_commands_do_what_they_should(wanted, shelf, tmp_path):
 )
 def test_python_examples_run(page, code, tmp_path, monkeypatch, shelf):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for block in fenced(page, "python"):
+        if (named := re.match(r"# (\w+\.py)\n", block)) is not None:
+            (tmp_path / named[1]).write_text(block)
     write_image(tmp_path / "photo.jpg", 40, 30)
     (tmp_path / "net.ckpt").write_bytes(shelf["best.ckpt"].read_bytes())
     frozen = qat.freeze(qat.load(shelf["quantized"] / "checkpoints" / "best.ckpt"))

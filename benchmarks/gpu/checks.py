@@ -21,7 +21,7 @@ from benchmarks.gpu.nets import build, images_of
 from benchmarks.gpu.records import Row
 from benchmarks.step_arms import ARMS
 from qat import kernels
-from qat.lit.optim import quantizer_parameters
+from qat.model.decay import quantizer_parameters
 
 # At two bits a net of random weights gives something else for every rounding error, so that nothing could be told from it.
 MODEL, DEPTH, BATCH, BITS = "deit_tiny_patch16_224", 2, 16, 8

@@ -12,6 +12,7 @@ from qat.errors import UsageError
 PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run", "sweep", "file")
 # What stands for itself in Hydra's grammar.
 _PLAIN = re.compile(r"[A-Za-z0-9_./:+%@-]*")
+HUB = "hf-hub:"
 _CONFIG_PATH = ("--config-path", "-cp")
 # Arguments that were known once, and what to use instead; `conf/` says what there is now.
 REPLACED = {
@@ -47,6 +48,16 @@ def _prepared(argument: str, *, is_multirun: bool) -> str:
     # Backslashes count only in front of a quote.
     quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
     return f"{key}='{quoted}'"
+
+
+def expanded(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `model=hf-hub:user/name` as the settings that it stands for."""
+    parts = [(one, *one.lstrip("+").partition("=")) for one in arguments]
+    return [
+        word
+        for one, key, _, value in parts
+        for word in (["model=_hub", f"model.name={value}"] if key == "model" and value.startswith(HUB) else [one])
+    ]
 
 
 def check(arguments: Sequence[str]) -> None:

@@ -91,6 +91,7 @@ def command(main: Callable[[], None]) -> int:
     try:
         arguments.check(sys.argv[1:])
         foreign.check_repeated(sys.argv[1:])
+        sys.argv[1:] = arguments.expanded(sys.argv[1:])
     except UsageError as error:
         sys.exit(f"error: {error}")
     try:

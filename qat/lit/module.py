@@ -14,7 +14,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from qat.errors import UsageError
 from qat.lit.features import Outputs
@@ -31,6 +31,7 @@ from qat.utils.validate import check_choice
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 MEANS_KEY = "epoch_means"
+MOST_CONFUSED = 2000  # classes; the matrix of more would be larger than a net
 LSQ_GRAD_BATCHES = ("global", "process")
 SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
 
@@ -94,6 +95,8 @@ class QATModule(LightningModule):
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")
         self.val_loss, self.test_loss = MeanLoss(), MeanLoss()
+        self.test_confusion = MulticlassConfusionMatrix(num_classes) if num_classes <= MOST_CONFUSED else None
+        self.confusion: Tensor | None = None  # (K, K) on the CPU once a test has ended: images by true and by predicted class
         names = ("loss", *(f"loss_{name}" for name in loss.terms))
         self.train_means = nn.ModuleDict({name: MeanLoss() for name in names})
 
@@ -152,15 +155,24 @@ class QATModule(LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accumulate test metrics."""
-        self._evaluate(batch, self.test_metrics, self.test_loss, "test")
+        logits = self._evaluate(batch, self.test_metrics, self.test_loss, "test")
+        if self.test_confusion is not None:
+            self.test_confusion.update(logits, batch[1])
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanLoss, stage: str) -> None:
+    def on_test_epoch_end(self) -> None:
+        """Gather the confusion matrix of all processes while they are connected."""
+        if self.test_confusion is not None:
+            self.confusion = self.test_confusion.compute().cpu()
+            self.test_confusion.reset()
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanLoss, stage: str) -> Tensor:
         images, target = batch
         logits = self.net(images).float()
         metrics.update(logits, target)
         mean_loss.update(nn.functional.cross_entropy(logits, target), weight=len(images))
         self.log_dict(metrics, prog_bar=True, batch_size=len(images))
         self.log(f"{stage}/loss", mean_loss, batch_size=len(images))
+        return logits
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule if there is one."""

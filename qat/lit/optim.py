@@ -13,26 +13,12 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from qat.errors import UsageError
-from qat.nn import QkrAttention
-from qat.quantizers import Quantizer
+from qat.model.decay import no_weight_decay, quantizer_parameters
 from qat.utils.validate import check_choice, check_int, check_number
 
 INTERVALS = ("epoch", "step")
 GROUPS = ("decay", "no_decay", "scales")
 LR_BATCH_RULES = ("linear", "sqrt")
-
-
-def quantizer_parameters(net: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
-    """Step sizes, and offsets, of all quantizers of a net."""
-    scales: set[nn.Parameter] = set()
-    offsets: set[nn.Parameter] = set()
-    for module in net.modules():
-        if isinstance(module, Quantizer):
-            for name, parameter in module.named_parameters(recurse=False):
-                (offsets if name.startswith("offset") else scales).add(parameter)
-        if isinstance(module, QkrAttention) and module.product_offset is not None:
-            offsets.add(module.product_offset)
-    return scales, offsets
 
 
 def check_layer_decay(value: object) -> None:
@@ -45,8 +31,6 @@ def parameter_groups(
     net: nn.Module, *, weight_decay: float, scale_lr_factor: float = 1.0, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
     """Three groups: weights with decay; biases, norms, tokens and offsets without; scales without, at their own rate.
-
-    Source: OFQ's recipe skips decay for 1-D tensors, biases, position embedding and tokens, hence for scales and offsets.
 
     Args:
         net: the net to train.
@@ -62,16 +46,15 @@ def parameter_groups(
         UsageError: `layer_decay` is not in (0, 1], or timm does not say which layer a parameter belongs to.
     """
     check_layer_decay(layer_decay)
-    scales, offsets = quantizer_parameters(net)
-    no_decay_names = net.no_weight_decay() if hasattr(net, "no_weight_decay") else set()  # type: ignore[operator]
+    scales, _ = quantizer_parameters(net)
+    without = no_weight_decay(net)
     layers = {} if layer_decay is None else layers_of(net)
     last = max(layers.values(), default=0)
     groups: dict[tuple[str, int], list[nn.Parameter]] = {(name, layer): [] for layer in range(last + 1) for name in GROUPS}
     for name, parameter in net.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim <= 1 or name.endswith(".bias") or name in no_decay_names or parameter in offsets
-        kind = "scales" if parameter in scales else "no_decay" if plain else "decay"
+        kind = "scales" if parameter in scales else "no_decay" if name in without else "decay"
         groups[kind, layers.get(name, last)].append(parameter)
     settings = {"decay": (weight_decay, 1.0), "no_decay": (0.0, 1.0), "scales": (0.0, scale_lr_factor)}
     factor = 1.0 if layer_decay is None else layer_decay

@@ -23,6 +23,7 @@ from qat.model.biases import grow_biases, grown_biases
 from qat.model.convert import conversion_of, convert
 from qat.model.frozen import freeze_structure, is_frozen, prune_offsets
 from qat.model.frozen.packed import read_packed
+from qat.model.hub import FETCHING_ARGS
 from qat.model.ptq_spec import recipe_from
 from qat.model.scales import assert_ready
 from qat.model.torchvision_swin import timm_names
@@ -46,7 +47,6 @@ TRAINING = {
 FORMATS = ("auto", "qat", "timm", "ofq")
 _AVERAGED, _TRAINED = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # under which scripts keep weights
 _DATA, _CLASSES = "qat_data", "qat_classes"  # where a net keeps what its file said of its data
-_FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 _MOST_SIDE, _MOST_PIXELS = 2**14, 2**25  # of an image that a file says its net takes
 
 
@@ -347,7 +347,7 @@ def _described(meta: Mapping[str, Any]) -> nn.Module:
     # timm would also take hub:repository for a name, and arguments that fetch or read further files.
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}")
-    for argument in sorted(_FETCHING_ARGS & set(kwargs)):
+    for argument in sorted(FETCHING_ARGS & set(kwargs)):
         raise ValueError(f"argument {argument} would read something else")
     check_model_arguments(kwargs)
     net: nn.Module = timm.create_model(name, **kwargs)

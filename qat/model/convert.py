@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
+from qat.model.decay import no_weight_decay
 from qat.model.matmuls import watching
 from qat.model.scales import guard
 from qat.model.sites import Site, iter_quantizers
@@ -81,6 +83,8 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
         net.__class__, net._modules = before
         raise
     net.qat_conversion = Conversion(recipe, size, float_products)  # type: ignore[assignment]
+    # timm's hook; what it names stays, as all parameters are there from here on.
+    net.no_weight_decay = functools.partial(set, no_weight_decay(net))  # type: ignore[assignment]
     guard(net)
     return net
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import http.client
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
+from qat.model import hub
 from qat.model.biases import grow_biases, grown_biases
 from qat.model.checkpoint import Checkpoint, build_from
 from qat.model.frozen import is_frozen
@@ -25,10 +24,8 @@ from qat.model.sites import iter_quantizers
 from qat.model.transfer import timm_state_dict
 from qat.utils.signature import check_arguments
 
-HUB_TIMEOUT_S = 4
 MOST_UNPACKED = 100  # times the size of an archive of arrays
 ALIKE = 0.6  # difflib's own threshold for a close match
-GATEWAY_ERRORS = {407, 502, 503, 504}  # a proxy says that it cannot get there
 NEW_HEAD = "; model.reset_head=true gives it a new head"
 
 
@@ -95,40 +92,20 @@ def from_pretrained(model: str, kwargs: Mapping[str, Any]) -> Start:
         raise UsageError(
             f"model.pretrained=true: timm has no pretrained weights for {model!r}; use model.weights=FILE or model.pretrained=false"
         )
-    cached = _cached_on_hub(hub_id) if hub_id else None
+    cached = hub.cached(hub_id, (hub.WEIGHTS, "pytorch_model.bin")) if hub_id else None
     if cached is not None:
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": cached})
         return Start(net, [f"timm's pretrained weights of {model} (cached)"])
     if hub_id or not (Path(torch.hub.get_dir()) / "checkpoints" / str(url).rpartition("/")[2]).is_file():
-        _require_host(model, huggingface_hub.constants.ENDPOINT if hub_id else str(url))
+        address = huggingface_hub.constants.ENDPOINT if hub_id else str(url)
+        instead = "use model.weights=FILE or model.pretrained=false"
+        hub.require_host(address, "model.pretrained=true", f"the weights of {model!r} are not in the local cache", instead)
     try:
         net = _create(model, kwargs, pretrained=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         why = f"the weights of {model!r} cannot be fetched, or do not fit ({' '.join(str(error).split())[:200]})"
         raise UsageError(f"model.pretrained=true: {why}; use model.weights=FILE or model.pretrained=false") from error
     return Start(net, [f"timm's pretrained weights of {model}"])
-
-
-def _cached_on_hub(hub_id: str) -> str | None:
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        path = huggingface_hub.try_to_load_from_cache(hub_id, name)
-        if isinstance(path, str):
-            return path
-    return None
-
-
-def _require_host(model: str, address: str) -> None:
-    """Ask for a sign of life: the hub's own client would retry in silence for most of a minute."""
-    try:
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set")
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_TIMEOUT_S):
-            pass
-    except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code not in GATEWAY_ERRORS:
-            return
-        missing = f"the weights of {model!r} are not in the local cache and {address} cannot be reached ({error})"
-        raise UsageError(f"model.pretrained=true: {missing}; use model.weights=FILE or model.pretrained=false") from error
 
 
 def from_state(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.errors import UsageError
 from qat.quantizers.grid import Grid
 from qat.spec import QuantSpec
 from qat.utils.validate import FLOAT_BITS
@@ -35,6 +36,11 @@ class Quantizer(nn.Module, ABC):
         super().__init__()
         self.spec = spec
         self.axis = spec.axis
+
+    def __prepare_scriptable__(self) -> Quantizer:  # noqa: PLW3201  (torch's name)
+        """What `torch.jit.script` calls on each module first."""
+        instead = "use qat.export_onnx(net, PATH) to deploy, torch.compile(net) for speed"
+        raise UsageError(f"torch.jit.script: a quantized net cannot be scripted; {instead}")
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:

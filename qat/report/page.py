@@ -55,6 +55,10 @@ def write_report(folder: Path, origin: Origin) -> Path:
         "curves": training_curves(run.metrics),
         "search_curve": search_curve(run.search),
         "search_facts": _facts({key: one for key, one in facts.items() if key != "bits"} if isinstance(facts, Mapping) else {}),
+        "classes": _table(run.results.get("classes"), {"class": "Class", "images": "Images", "top1": "Top-1, %"}),
+        "confused": _table(
+            run.results.get("confused"), {"true": "Class", "predicted": "Taken for", "images": "Images", "share": "Of the class, %"}
+        ),
         "layers": layer_rows(run),
         "analyses": [_analysis(one, run.folder, used_files(run)) for one in run.analyses],
         "versions": _versions(run),
@@ -117,6 +121,12 @@ def _numbers(run: RunFiles) -> dict[str, Any]:
     smaller = size / known["size_bytes"] if bits and size and known["size_bytes"] else None
     fewer = bitops / known["bitops"] if bits and bitops and known["bitops"] else None
     return known | {"bits": bits, "float_size": size, "float_bitops": bitops, "smaller": smaller, "fewer": fewer}
+
+
+def _table(node: object, names: Mapping[str, str]) -> list[Row]:
+    """Rows of a table in `results.json` under the headings of a page; what is none is left out."""
+    rows = [one for one in node if isinstance(one, Mapping)] if isinstance(node, list) else []
+    return [{title: one.get(name, MISSING) for name, title in names.items()} for one in rows]
 
 
 def _analysis(analysis: AnalysisFiles, folder: Path, used: set[str]) -> dict[str, Any]:

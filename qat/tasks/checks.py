@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import WeightAveraging
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -17,7 +17,9 @@ from qat.cli.schemas import conform
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit.parallel import SHARDED
+from qat.model import hub
 from qat.model.convert import check_input
+from qat.model.start import check_model
 from qat.tasks.trainer_checks import check_trainer
 
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
@@ -30,9 +32,39 @@ def check_settings(cfg: DictConfig) -> None:
         UsageError: an unknown setting, a value of another type, or one that cannot work.
     """
     conform(cfg)
+    _settle_hub(cfg)
     kernels.use(cfg.get("kernels", kernels.CHOICES[0]))
     if cfg.command != "export":
         check_trainer(cfg.trainer)
+
+
+def _settle_hub(cfg: DictConfig) -> None:
+    """Write out what `model=hf-hub:user/name` stands for: the `ckpt` of a net of ours, or timm's architecture, arguments and weights.
+
+    Raises:
+        UsageError: it cannot be fetched, is no net of timm's, or `ckpt` is set as well.
+    """
+    name = OmegaConf.select(cfg, "model.name")
+    if not isinstance(name, str) or not name.startswith(hub.PREFIX):
+        return
+    folder = hub.fetch(name.removeprefix(hub.PREFIX), f"model={name}")
+    config, wanted, weights = hub.config_of(folder), bool(cfg.model.pretrained), str(folder / hub.WEIGHTS)
+    cfg.model.pretrained = False
+    if hub.is_ours(folder):
+        if cfg.get("ckpt"):
+            raise UsageError(f"ckpt and model={name} are set: a net starts from one of them")
+        cfg.ckpt, cfg.model.name = weights, None
+        return
+    check_model(f"model={name}: architecture", config.get("architecture"))
+    with open_dict(cfg):
+        given = {key: value for key, value in cfg.model.args.items_ex(resolve=False) if value is not None}
+        cfg.model.args = {**(config.get("model_args") or {}), **given}
+    # A checkpoint takes the place of the hub's weights, as it does of others.
+    cfg.model.name, cfg.model.weights = config["architecture"], weights if wanted and not cfg.get("ckpt") else None
+    described = config.get("pretrained_cfg") or {}
+    for key in ("mean", "std", "crop_pct", "interpolation"):
+        if key in cfg.get("data", {}) and cfg.data[key] is None and isinstance(described, dict):
+            cfg.data[key] = described.get(key)
 
 
 def check_callback(name: str, callback: object) -> None:

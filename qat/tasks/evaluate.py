@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch import nn
+from torch import Tensor, nn
 
 import qat.data
 from qat.cli.repeat import recorded
@@ -31,10 +31,13 @@ from qat.model.transform import data_config
 from qat.spec import recipe
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_classifier, check_patches, check_settings
+from qat.tasks.classes import class_results, write_class_tables
 from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
+from qat.tasks.report import record_command, report_run
 from qat.utils.files import write_text
 
 log = logging.getLogger(__name__)
+SHOWN_PAIRS = 3
 # Readers of timm that fetch what they are named (`qat.data.Timm`).
 DOWNLOADED = ("hfds/", "hfids/", "tfds/")
 
@@ -59,6 +62,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     subject = build_subject(cfg)
     if is_first() and not (Path(cfg.run_dir) / "checkpoints").exists():  # else the config there is that of the training run
         write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
+        record_command(cfg)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
     connect(trainer, build.plain(cfg))
     data = subject.data
@@ -73,7 +77,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     costs = cost(subject.net, data.input_size)
     with closing(trainer.loggers):
         if paths is None:
-            found = measure(subject, trainer, costs)
+            found = measure(subject, trainer, costs, Path(cfg.run_dir))
         else:
             predict(cfg, subject, paths, trainer)
             found = {"data": None, **sizes(costs)}
@@ -85,6 +89,8 @@ def evaluate(cfg: DictConfig) -> float | None:
         **found,
         wall_seconds=round(time.monotonic() - began, 1),
     )["top1"]
+    if paths is None and not (Path(cfg.run_dir) / "checkpoints").exists():
+        report_run(cfg, is_first=is_first())
     return None if top1 is None else float(top1)
 
 
@@ -101,19 +107,40 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
     check_finite(net, f"ckpt={origin(cfg)!r}")
     _check_fit(net, data)
     done = conversion_of(net)
-    classes = class_names(classes_of(net), data, data.settings.num_classes) if cfg.get("predict") is not None else []
+    classes = class_names(classes_of(net), data, data.settings.num_classes)
     return EvaluatedNet(net, name, recipe("fp") if done is None else done.recipe, data, classes)
 
 
-def measure(subject: EvaluatedNet, trainer: Trainer, costs: Cost) -> dict[str, Any]:
-    """Accuracies in percent, loss, sizes: the keys of `results.json` that a test split gives."""
+def measure(subject: EvaluatedNet, trainer: Trainer, costs: Cost, folder: Path | None = None) -> dict[str, Any]:
+    """Accuracies in percent, loss, sizes: the keys of `results.json` that a test split gives.
+
+    Args:
+        subject: net and data.
+        trainer: runs them.
+        costs: of the net.
+        folder: where tables of its classes are written, which are then among the keys as well.
+    """
     data = subject.data
     module = QATModule(subject.net, CompositeLoss({"ce": CrossEntropy()}), num_classes=data.settings.num_classes)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
     found = measured(metrics, costs)
     shown = {"top-1": f"{found['top1']:.2f} %", "top-5": f"{found['top5']:.2f} %", "loss": f"{found['loss']:.4f}"}
     log.info(summary.lines(f"{data.evaluation_split} split", shown | {"size": f"{costs.size_bytes} bytes as stored"}))
-    return found | data.evaluation_facts()
+    return found | data.evaluation_facts() | _of_classes(module.confusion, subject.classes, folder)
+
+
+def _of_classes(confusion: Tensor | None, names: list[str], folder: Path | None) -> dict[str, Any]:
+    if confusion is None or folder is None:
+        return {}
+    if is_first():
+        write_class_tables(folder, confusion, names)
+    found = class_results(confusion, names)
+    pairs = {
+        f"{one['true']} as {one['predicted']}": f"{one['images']} images, {one['share']:.1f} %" for one in found["confused"][:SHOWN_PAIRS]
+    }
+    if pairs:
+        log.info(summary.lines("most often confused", pairs))
+    return found
 
 
 def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:

@@ -285,7 +285,7 @@ def test_a_download_that_fails_is_one_line(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("404 Client Error")
 
-    monkeypatch.setattr("qat.model.start._require_host", lambda *_: None)
+    monkeypatch.setattr("qat.model.hub.require_host", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
     with pytest.raises(qat.UsageError, match=r"the weights of .* cannot be fetched, or do not fit \(404 Client Error\)"):

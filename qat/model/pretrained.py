@@ -1,0 +1,197 @@
+"""Nets in the form in which timm and Hugging Face share them: a folder with weights, `config.json` and a model card."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from torch import nn
+
+from qat.errors import UsageError
+from qat.model import hub
+from qat.model.checkpoint import build_from, describe, read_checkpoint
+from qat.model.convert import conversion_of
+from qat.model.cost import cost
+from qat.model.frozen import freeze, is_frozen
+from qat.model.frozen.packed import write_packed
+from qat.spec import QuantRecipe
+from qat.utils.files import json_text, write_text
+
+CARD = "README.md"
+
+
+def save_pretrained(
+    net: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    results: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+    license: str = "other",
+) -> Path:
+    """Write a net for others: `model.safetensors` (packed codes, as `export.py format=packed` writes), `config.json`, a model card.
+
+    A quantized net is frozen first: what is written is what is deployed, without the float weights behind it; `qat.save` keeps those. No
+    path of this machine is written.
+
+    Args:
+        net: of `qat.load`, or converted with its scales set; or a float net of timm.
+        folder: is made; files of these names in it are replaced.
+        results: accuracy as it was measured, in the words of `results.json`: `top1`, `top5` (%), `images`, `split`, `data`.
+        data: see `qat.save`.
+        classes: see `qat.save`.
+        license: of the weights, as the hub spells it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: see `qat.save` and `qat.freeze`.
+    """
+    place = Path(folder)
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"save_pretrained: {str(place)!r} is a file; must be a folder")
+    place.mkdir(parents=True, exist_ok=True)
+    frozen = net if is_frozen(net) or conversion_of(net) is None else freeze(net)
+    meta = describe(frozen, data=data, classes=classes)
+    if meta["data"]:
+        meta["data"] = {key: value for key, value in meta["data"].items() if key != "root"}
+    write_packed(frozen, place / hub.WEIGHTS, meta)
+    size = (place / hub.WEIGHTS).stat().st_size
+    measured = {key: value for key, value in (results or {}).items() if key in {"top1", "top5", "images", "split", "data"}}
+    config = {
+        "library_name": hub.LIBRARY,
+        "format_version": meta["format_version"],
+        "architecture": meta["model"]["name"],
+        "model_args": meta["model"]["kwargs"],
+        "num_classes": getattr(net, "num_classes", None),
+        "input_size": meta["input_size"],
+        "label_names": meta["classes"],
+        "recipe": meta["recipe"],
+        "data": meta["data"],
+        "size_bytes": size,
+        "results": measured,
+    }
+    write_text(place / hub.CONFIG, json_text(config))
+    write_text(place / CARD, card(net, config, license))
+    return place
+
+
+def card(net: nn.Module, config: Mapping[str, Any], license: str) -> str:
+    """The model card: what the net is, how good, how large, how to load it.
+
+    Args:
+        net: for its number of parameters.
+        config: what `config.json` holds.
+        license: of the weights.
+    """
+    done = conversion_of(net)
+    data = str(config["results"].get("data") or (config["data"] or {}).get("_target_", "").rpartition(".")[2].lower() or "not stated")
+    n_params = cost(net, done.input_size).n_params if done is not None else sum(p.numel() for p in net.parameters())
+    rows = {
+        "Architecture": f"`{config['architecture']}` of timm, {n_params:,} parameters",
+        "Recipe": _recipe_line(None if done is None else done.recipe),
+        "Data": data,
+        "Accuracy": _accuracy_line(config["results"]),
+        "Size": f"{config['size_bytes']:,} bytes",
+        "Images": "not stated" if config["input_size"] is None else " x ".join(map(str, config["input_size"])),
+        "Licence": license,
+    }
+    head = [
+        "---",
+        f"library_name: {hub.LIBRARY}",
+        f"license: {license}",
+        "pipeline_tag: image-classification",
+        "tags: [quantization, vision]",
+        "---",
+    ]
+    table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+    use = [
+        "```python",
+        "import qat",
+        "",
+        'net = qat.from_pretrained("user/name")  # or this folder',
+        'image = qat.transform(net)("photo.jpg")',
+    ]
+    use += ["probabilities = net(image[None]).softmax(-1)", "```"]
+    install = f"`pip install {hub.LIBRARY}`, then:"
+    command = f"On the command line: `qat eval ckpt={hub.WEIGHTS} predict=PHOTOS`."
+    return "\n".join([*head, "", f"# {config['architecture']}, quantized", "", *table, "", install, "", *use, "", command, ""])
+
+
+def _recipe_line(recipe: QuantRecipe | None) -> str:
+    if recipe is None or recipe.name == "fp":
+        return "float"
+    return f"`{recipe.name}`: weights {recipe.bits} bit, activations {recipe.act_bits} bit"
+
+
+def _accuracy_line(results: Mapping[str, Any]) -> str:
+    if results.get("top1") is None:
+        return "not measured"
+    top5 = f", top-5 {results['top5']:.2f} %" if results.get("top5") is not None else ""
+    images = f" of {results['images']:,} images" if results.get("images") else ""
+    split = f" ({results['split']})" if results.get("split") else ""
+    return f"top-1 {results['top1']:.2f} %{top5}{images}{split}"
+
+
+def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:
+    """A net of `save_pretrained`, in eval mode. Nothing in its files is imported or executed.
+
+    Args:
+        source: a folder, or `user/name` of the hub, from the local cache where it is in it.
+        imports: see `qat.load`.
+
+    Raises:
+        ImportError: one of `imports` cannot be imported.
+        UsageError: there is no such net, it cannot be fetched (within 5 s where there is no connection), or it is none of ours.
+    """
+    origin = f"from_pretrained: {str(source)!r}"
+    if not Path(source).is_dir() and not hub.is_repository(str(source)):
+        raise UsageError(f"{origin}: must be a folder of save_pretrained, or user/name of the hub")
+    folder = Path(source) if Path(source).is_dir() else hub.fetch(str(source), origin)
+    if not hub.is_ours(folder):
+        hint = f"; timm reads its own: timm.create_model('{hub.PREFIX}user/name', pretrained=True)"
+        raise UsageError(f"{origin}: its {hub.CONFIG} is not of qat.save_pretrained{hint}")
+    for name in imports:
+        importlib.import_module(name)
+    return build_from(read_checkpoint(folder / hub.WEIGHTS))
+
+
+def push_to_hub(net: nn.Module, repository: str, *, private: bool = False, api: Any = None, **saving: Any) -> str:
+    """Write a net as `save_pretrained` does and upload it.
+
+    Args:
+        net: see `save_pretrained`.
+        repository: `user/name`; is made where it is not there.
+        private: seen by its owner alone.
+        api: a `huggingface_hub.HfApi`; None = one with the token of `hf auth login` or HF_TOKEN.
+        saving: further arguments of `save_pretrained`.
+
+    Returns:
+        The address of what was uploaded.
+
+    Raises:
+        UsageError: no such name, no token, no connection, or the hub refuses.
+    """
+    origin = f"push_to_hub: {repository!r}"
+    if not hub.is_repository(repository):
+        raise UsageError(f"{origin}: must be user/name")
+    if api is None:
+        if huggingface_hub.get_token() is None:
+            raise UsageError(f"{origin}: no token; hf auth login stores one, HF_TOKEN=... gives one")
+        hub.require_host(huggingface_hub.constants.ENDPOINT, origin, "nothing was uploaded", "save_pretrained writes a folder")
+        api = huggingface_hub.HfApi()
+    with tempfile.TemporaryDirectory(prefix="qat-") as folder:
+        save_pretrained(net, folder, **saving)
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload with {hub.LIBRARY}")
+        except (OSError, ValueError) as error:
+            why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UsageError(f"{origin}: the hub refuses ({why[:200]})") from error
+    return str(getattr(done, "commit_url", done))

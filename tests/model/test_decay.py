@@ -1,0 +1,60 @@
+"""What weight decay leaves alone. Oracle: the groups of timm's own optimizers."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.optim._param_groups import param_groups_weight_decay
+
+import qat
+
+
+def tiny():
+    return timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=3)
+
+
+@pytest.fixture
+def net():
+    made = qat.convert(tiny(), qat.recipe("ofq", bits=2), input_size=(3, 16, 16))
+    return qat.initialize_scales(made, [torch.randn(4, 3, 16, 16)])
+
+
+def decayed(groups, net):
+    """Names of the parameters in groups with decay."""
+    names = {id(p): name for name, p in net.named_parameters()}
+    return {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+
+
+def test_names_all_but_the_weights_of_layers(net):
+    left = {name for name, _ in net.named_parameters()} - qat.no_weight_decay(net)
+    assert left == {
+        *("patch_embed.proj.weight", "head.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"),
+        *("blocks.0.attn.q_weight", "blocks.0.attn.k_weight", "blocks.0.attn.v.weight", "blocks.0.attn.proj.weight"),
+    }
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_timms_optimizers_find_it(net, copied):
+    net = copy.deepcopy(net) if copied else net
+    wanted = {name for name, _ in net.named_parameters()} - qat.no_weight_decay(net)
+    assert decayed(create_optimizer_v2(net, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups, net) == wanted
+    assert decayed(param_groups_weight_decay(net, 0.05, no_weight_decay_list=net.no_weight_decay()), net) == wanted
+
+
+def test_the_offsets_of_the_stem_are_among_them(net):
+    named = [name for name in qat.no_weight_decay(net) if "patch_embed" in name and "offset" in name]
+    assert any(net.get_parameter(name).ndim > 1 for name in named)
+
+
+def test_a_float_net_has_what_timm_names():
+    net = tiny()
+    assert {"pos_embed", "cls_token", "head.bias", "norm.weight"} <= qat.no_weight_decay(net)
+    assert "head.weight" not in qat.no_weight_decay(net)
+
+
+def test_scripting_says_what_to_use_instead(net):
+    for one in (net, qat.freeze(net), net.blocks[0].mlp.fc1):
+        with pytest.raises(qat.UsageError, match=r"^torch.jit.script: a quantized net cannot be scripted; use qat.export_onnx"):
+            torch.jit.script(one)

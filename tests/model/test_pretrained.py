@@ -1,0 +1,196 @@
+"""Sharing nets. Oracles: the net that was saved, timm's own reader of the hub's cache, a hub that is not there."""
+
+import json
+import time
+import urllib.request
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch.testing import assert_close
+
+import qat
+from qat.model import hub
+from tests.commands import typed
+from tests.conftest import TINY, results
+from tests.data.files import write_folder
+
+RESULTS = {
+    "top1": 74.125,
+    "top5": 98.0,
+    "images": 360,
+    "split": "test",
+    "data": "digits",
+    "git_commit": "abc",
+    "weights": "/a/machine/path",
+}
+
+
+@pytest.fixture
+def net(run_4bit):
+    return qat.load(run_4bit / "checkpoints" / "best.ckpt")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Puts a folder into the hub's local cache under a name; nothing can be fetched."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the hub"))
+
+    def put(name):
+        root = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (root / "refs").mkdir(parents=True)
+        (root / "refs" / "main").write_text("0" * 40)
+        (root / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        return root / "snapshots" / ("0" * 40)
+
+    return put
+
+
+def test_a_folder_gives_the_net_again(tmp_path, net):
+    folder = qat.save_pretrained(net, tmp_path / "net", results=RESULTS, license="mit")
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    again = qat.from_pretrained(folder)
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_close(again(x), net(x), rtol=1e-4, atol=1e-4)
+    image = (torch.rand(8, 8, 1, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
+    assert_close(qat.transform(again)(image), qat.transform(net)(image))
+
+
+def test_the_card_says_what_was_measured_and_no_path(tmp_path, net):
+    folder = qat.save_pretrained(net, tmp_path / "net", results=RESULTS, license="mit")
+    size = (folder / "model.safetensors").stat().st_size
+    said = (folder / "README.md").read_text()
+    for part in ("license: mit", "`ofq`: weights 4 bit, activations 4 bit", "top-1 74.12 %, top-5 98.00 % of 360 images (test)"):
+        assert part in said
+    assert f"{size:,} bytes" in said
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["architecture"], config["size_bytes"], config["recipe"]["bits"]) == ("vit_tiny_patch16_224", size, 4)
+    for path in folder.iterdir():
+        assert b"/a/machine" not in path.read_bytes()
+        assert str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_a_float_net_and_a_net_of_no_known_accuracy(tmp_path):
+    net = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=3).eval()
+    folder = qat.save_pretrained(net, tmp_path / "net")
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(qat.from_pretrained(folder)(x), net(x))
+    assert "| Accuracy | not measured |" in (folder / "README.md").read_text()
+
+
+class FakeApi:
+    def __init__(self, error=None):
+        self.calls, self.files, self.error = [], {}, error
+
+    def create_repo(self, repository, **options):
+        self.calls.append((repository, options))
+        if self.error:
+            raise self.error
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        from pathlib import Path
+
+        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        return f"https://hub/{repo_id}"
+
+
+def test_what_is_uploaded_is_what_is_saved(tmp_path, net):
+    api = FakeApi()
+    assert qat.push_to_hub(net, "me/net", private=True, api=api, results=RESULTS) == "https://hub/me/net"
+    assert api.calls == [("me/net", {"private": True, "exist_ok": True})]
+    folder = qat.save_pretrained(net, tmp_path / "net", results=RESULTS)
+    # safetensors writes its metadata in an order that changes.
+    assert {name: sorted(content) for name, content in api.files.items()} == {
+        path.name: sorted(path.read_bytes()) for path in folder.iterdir()
+    }
+
+
+def test_a_refusal_of_the_hub_is_one_line(net):
+    with pytest.raises(qat.UsageError, match=r"push_to_hub: 'me/net': the hub refuses \(403 Forbidden\)$"):
+        qat.push_to_hub(net, "me/net", api=FakeApi(OSError("403 Forbidden\nand more")))
+    with pytest.raises(qat.UsageError, match="push_to_hub: 'net': must be user/name"):
+        qat.push_to_hub(net, "net", api=FakeApi())
+
+
+def test_without_a_token_and_without_a_connection(net, monkeypatch, cache):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    began = time.monotonic()
+    with pytest.raises(qat.UsageError, match=r"push_to_hub: 'me/net': no token; hf auth login"):
+        qat.push_to_hub(net, "me/net")
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        qat.UsageError, match=r"push_to_hub: 'me/net': nothing was uploaded and .* cannot be reached \(HF_HUB_OFFLINE is set"
+    ):
+        qat.push_to_hub(net, "me/net")
+    with pytest.raises(qat.UsageError, match=r"from_pretrained: 'me/net': me/net is not in the local cache and .* cannot be reached"):
+        qat.from_pretrained("me/net")
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("source", ["nowhere", "a/b/c", "../etc/passwd", "hf-hub:me/net"])
+def test_what_is_neither_a_folder_nor_a_name_is_named(source):
+    with pytest.raises(qat.UsageError, match="must be a folder of save_pretrained, or user/name of the hub"):
+        qat.from_pretrained(source)
+
+
+def test_a_repository_of_ours(tmp_path, net, cache):
+    qat.save_pretrained(net, cache("me/net"))
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        assert_close(qat.from_pretrained("me/net")(x), net(x), rtol=1e-4, atol=1e-4)
+    code, out = typed("eval.py", "model=hf-hub:me/net", "run_dir=eval", cwd=tmp_path)
+    assert code == 0, out
+    assert results(tmp_path / "eval")["quant"] == "ofq_4bit"
+    code, out = typed("eval.py", "model=hf-hub:me/net", "ckpt=other.ckpt", "run_dir=eval", cwd=tmp_path)
+    assert (code, "ckpt and model=hf-hub:me/net are set" in out) == (1, True)
+
+
+def test_a_float_net_of_timm(tmp_path, cache):
+    folder = cache("timm/tiny")
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    teacher = timm.create_model("vit_tiny_patch16_224", num_classes=7, **kwargs)
+    safetensors.torch.save_file(teacher.state_dict(), folder / "model.safetensors")
+    described = {
+        "input_size": [3, 32, 32],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 7, "model_args": kwargs, "pretrained_cfg": described}
+    (folder / "config.json").write_text(json.dumps(config))
+    data = write_folder(tmp_path / "folder")
+    arguments = (
+        "data=imagefolder",
+        f"data.root={data}",
+        "data.num_classes=2",
+        "data.image_size=32",
+        "data.batch_size=8",
+        "report=false",
+        "run_dir=run",
+    )
+    code, out = typed("train.py", "model=hf-hub:timm/tiny", *arguments, *(one for one in TINY if "model" not in one), cwd=tmp_path)
+    assert code == 0, out
+    assert f"weights of model.weights='{folder}/model.safetensors'; new head for 2 classes (the file has 7)" in out
+    recorded = (tmp_path / "run" / "config.yaml").read_text()
+    assert "name: vit_tiny_patch16_224" in recorded
+    assert "- 0.25" in recorded  # of images, by pretrained_cfg
+    assert qat.load(tmp_path / "run" / "checkpoints" / "last.ckpt").patch_embed.proj.weight.shape == (24, 3, 8, 8)
+    with pytest.raises(qat.UsageError, match=r"its config.json is not of qat.save_pretrained; timm reads its own"):
+        qat.from_pretrained("timm/tiny")
+
+
+def test_a_config_that_would_read_more_is_refused(cache):
+    folder = cache("bad/net")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"pretrained_cfg": {"url": "http://elsewhere"}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(qat.UsageError, match=r"model=x: config.json cannot be used \(its arguments would read something else\)"):
+        hub.fetch("bad/net", "model=x")

@@ -1,0 +1,54 @@
+"""Accuracy class by class. Oracles: a matrix worked out by hand; torchmetrics' total; the names of the data."""
+
+import csv
+
+import torch
+
+from qat.report.page import write_report
+from qat.tasks.classes import CLASSES, CONFUSION, class_results, write_class_tables
+from qat.tasks.report import origin_of
+from tests.conftest import compose, results
+
+MATRIX = torch.tensor([[8, 2, 0], [5, 5, 0], [0, 0, 0]])
+NAMES = ["cat", "dog", "none"]
+
+
+def rows(path):
+    return list(csv.reader(path.open()))
+
+
+def test_a_matrix_by_hand():
+    found = class_results(MATRIX, NAMES)
+    assert [list(one.values()) for one in found["classes"]] == [["cat", 10, 80.0], ["dog", 10, 50.0], ["none", 0, None]]
+    assert [list(one.values()) for one in found["confused"]] == [["dog", "cat", 5, 50.0], ["cat", "dog", 2, 20.0]]
+
+
+def test_tables_have_the_names(tmp_path):
+    write_class_tables(tmp_path, MATRIX, ["cat", "do,g", "no\x1bne"])
+    assert rows(tmp_path / CLASSES)[:3] == [["class", "images", "top1"], ["cat", "10", "80.0"], ["do,g", "10", "50.0"]]
+    assert rows(tmp_path / CONFUSION)[:2] == [["true \\ predicted", "cat", "do,g", "no\\x1bne"], ["cat", "8", "2", "0"]]
+
+
+def test_eval_says_which_classes_are_confused(tmp_path, run_4bit, caplog):
+    from qat.tasks.evaluate import evaluate
+
+    caplog.set_level("INFO")
+    evaluate(compose("eval", f"ckpt={run_4bit}/checkpoints/best.ckpt", f"run_dir={tmp_path}", "report=true"))
+    found = results(tmp_path)
+    confusion = torch.tensor([[int(n) for n in row[1:]] for row in rows(tmp_path / CONFUSION)[1:]])
+    assert confusion.sum() == found["images"] == sum(one["images"] for one in found["classes"])
+    assert abs(100 * confusion.diagonal().sum() / confusion.sum() - found["top1"]) < 1e-3
+    assert [one["class"] for one in found["classes"]] == [str(n) for n in range(10)]
+    worst = found["confused"][0]
+    assert confusion.fill_diagonal_(0).max() == worst["images"]
+    assert f"{worst['true']} as {worst['predicted']}" in caplog.text
+    page = (tmp_path / "report.html").read_text()
+    assert "Most often confused" in page
+    assert "10 classes." in page
+
+
+def test_a_page_of_damaged_results_is_made(tmp_path):
+    (tmp_path / "results.json").write_text('{"command": "eval", "classes": [3, {"class": "<b>"}], "confused": "x"}')
+    (tmp_path / "config.yaml").write_text("command: eval\n")
+    page = write_report(tmp_path, origin_of(tmp_path)).read_text()
+    assert "&lt;b&gt;" in page
