@@ -74,7 +74,7 @@ def step(net: nn.Module, batch: Batch, teacher: Callable[[Tensor], Tensor] | Non
     loss = CompositeLoss({"ce": CrossEntropy()} if teacher is None else {"kd": Distillation()})
     if teacher is not None and hasattr(net, "set_distilled_training"):
         net.set_distilled_training(enable=True)  # type: ignore[operator]
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
 
     def run() -> None:
         images, target = batch

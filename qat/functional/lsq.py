@@ -236,6 +236,27 @@ def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
     return start * change.exp() + (unit - start).clamp(min=0) * change.clamp(min=0)
 
 
+class RelativeStepFunction(torch.autograd.Function):
+    """`relative_step` of a change that is learned, in one node; keeps ds/dt. Can be differentiated once more."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, change: Tensor, unit: float) -> Tensor:
+        """`relative_step`, the same bits."""
+        grown, lacking = start * change.exp(), (unit - start).clamp(min=0)
+        ctx.unit = unit
+        # As torch differentiates a clamp: on its bound no gradient passes.
+        ctx.save_for_backward(start, change, grown + lacking * (change > 0))
+        return grown + lacking * change.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        """Of the change alone."""
+        start, change, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            slope = start * change.exp() + (ctx.unit - start).clamp(min=0) * (change > 0)
+        return None, grad * slope, None
+
+
 def least_unit(qmax: int) -> float:
     """A 64th of LSQ's first step for normal values of unit variance: the unit of activations that begin with less."""
     return 2 * math.sqrt(2 / math.pi) / math.sqrt(qmax) / 64

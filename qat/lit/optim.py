@@ -19,6 +19,9 @@ from qat.utils.validate import check_choice, check_int, check_number
 INTERVALS = ("epoch", "step")
 GROUPS = ("decay", "no_decay", "scales")
 LR_BATCH_RULES = ("linear", "sqrt")
+# Optimizers of torch that have a fused form, by timm's names, and options that exclude it.
+_FUSED = {"adam", "adamw"}
+_OTHER_FORMS = {"fused", "foreach", "capturable", "differentiable"}
 
 
 def check_layer_decay(value: object) -> None:
@@ -120,7 +123,7 @@ def build_optimizer(
         weight_decay: of weights.
         scale_lr_factor: learning rate of the scales relative to `lr`.
         layer_decay: see `parameter_groups`; in (0, 1].
-        options: further arguments of the optimizer (`betas`, `eps`, `momentum`).
+        options: further arguments of the optimizer (`betas`, `eps`, `momentum`). AdamW and Adam are `fused` unless they say otherwise.
 
     Raises:
         UsageError: unknown optimizer, or a rate that is not positive.
@@ -135,10 +138,23 @@ def build_optimizer(
     groups = parameter_groups(net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor, layer_decay=layer_decay)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
+    if can_be_fused(opt, groups) and not options.keys() & _OTHER_FORMS:
+        options = {**options, "fused": True}
     try:
-        return timm.optim.create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, **options)
+        optimizer = timm.optim.create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, **options)
     except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as error:
         raise UsageError(f"optimizer.opt={opt!r} does not take {options} ({error})") from error
+    # Else torch hands a scaler's factor to a fused optimizer, and Lightning cannot clip gradients, which it has not unscaled then.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
+
+
+def can_be_fused(opt: str, groups: list[dict[str, Any]]) -> bool:
+    """Whether torch updates all parameters in one operation: AdamW or Adam, of whole parameters on a device that has it."""
+    if opt.lower() not in _FUSED:
+        return False
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return all(type(p) is nn.Parameter and p.is_floating_point() and p.device.type in {"cpu", "cuda"} for p in parameters)
 
 
 def _check_options(options: dict[str, Any]) -> None:

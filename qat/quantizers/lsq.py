@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from qat import kernels
-from qat.functional.lsq import SCALE_FLOOR, CodeRange, least_unit, lsq_codes, lsq_init_scale, mse_init_scale, relative_step
+from qat.functional.lsq import (
+    SCALE_FLOOR,
+    CodeRange,
+    RelativeStepFunction,
+    least_unit,
+    lsq_codes,
+    lsq_init_scale,
+    mse_init_scale,
+    relative_step,
+)
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
@@ -58,7 +67,9 @@ class LSQ(Quantizer):
         """See above; a relative step stays above zero whatever an optimizer does, and changes in proportion to its size."""
         if self.change is None:
             return self._parameters["scale"]
-        return relative_step(self.start, self.change, self.unit)
+        if torch.compiler.is_compiling() or type(self.change) is not nn.Parameter:
+            return relative_step(self.start, self.change, self.unit)
+        return RelativeStepFunction.apply(self.start, self.change, self.unit)
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
         """One NaN step per slice along the axis."""

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 import qat
 from qat import functional as F
+from qat.functional.lsq import RelativeStepFunction, relative_step
 from qat.model.cost import cost
 from qat.model.transfer import copy_scales
 from tests.quantizers.common import allocated, calibrated, randn
@@ -58,6 +59,22 @@ def test_a_weight_is_learned_relative_to_its_start_however_small():
     with torch.no_grad():
         made.change.fill_(1.0)
     assert_close(made.scale.detach(), made.start * torch.e)
+
+
+@pytest.mark.parametrize("unit", [0.0, 0.05])
+def test_in_one_node_it_is_the_formula_also_differentiated_twice(unit):
+    start, change = torch.rand(50) / 10, randn(50).requires_grad_()
+    change.data[:10] = 0
+    found = []
+    for step in (relative_step, RelativeStepFunction.apply):
+        made = step(start, change, unit)
+        (first,) = torch.autograd.grad(made.square().sum(), change, create_graph=True)
+        (once,) = torch.autograd.grad(made.square().sum(), change, retain_graph=True)
+        found.append((made, first, once, *torch.autograd.grad(first.sum(), change)))
+    (made, *gradients), (expected, *others) = found
+    assert torch.equal(made, expected)
+    for one, other in zip(gradients, others, strict=True):
+        assert_close(one, other)
 
 
 def test_a_relative_step_is_stored_as_one_number():
