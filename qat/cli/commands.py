@@ -92,7 +92,8 @@ def namesake() -> str | None:
     for other in importlib.metadata.distributions(name=NAMESAKE):
         if any(line.startswith("qat/") for line in (other.read_text("RECORD") or "").splitlines()):
             both = f"pip uninstall {NAMESAKE} {DISTRIBUTION} && pip install {DISTRIBUTION}"
-            return f"warning: another project, {NAMESAKE} {other.version}, is installed into the same folder 'qat' as {DISTRIBUTION}; {both}"
+            where = f"the same folder 'qat' as {DISTRIBUTION}"
+            return f"warning: another project, {NAMESAKE} {other.version}, is installed into {where}; {both}"
     return None
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 
 from qat.cli import arguments, entry
 from qat.errors import UsageError
-from qat.model import start
+from qat.model import hub
 from tests.conftest import ROOT, compose, results, tiny
 
 WHOLE = "must be an integer (?:of at least|from)"
@@ -249,8 +249,8 @@ def test_code_in_a_file_is_never_run(tmp_path, refused, no_step, write, setting)
 
 
 def test_a_host_that_takes_calls_and_says_nothing_costs_less_than_five_seconds(tmp_path, refused, no_step, monkeypatch):
-    assert start.HUB_TIMEOUT_S < 5
-    monkeypatch.setattr(start, "HUB_TIMEOUT_S", 0.2)
+    assert hub.TIMEOUT_S < 5
+    monkeypatch.setattr(hub, "TIMEOUT_S", 0.2)
     monkeypatch.setenv("no_proxy", "*")
     cfg = compose("train", "model=deit_t", "data.image_size=32", "model.pretrained=true", f"run_dir={tmp_path}/run")
     with socket.create_server(("127.0.0.1", 0)) as silent:
