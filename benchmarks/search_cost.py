@@ -6,7 +6,9 @@ round after round, so that a busy machine disturbs all alike; ratios are taken w
     exact    the search's own evaluation: what runs in front of the first scale that changes and quantized weights are remembered. The
              mean over all blocks.
     plain    a whole forward of the same quantized net, nothing remembered.
-    racing   exact, but candidates that are clearly worse are given up, after 10 images at the earliest; another candidate every round.
+    racing   exact, but candidates that are clearly worse are given up, after 10 images at the earliest; another candidate every round. It
+             holds for nets of this stage of a search, where most candidates are worse: earlier ones are given up less often, and the
+             few candidates of a run say nothing of how many are given up wrongly (docs/evolq.md has that of 396).
 
 `identical`: exact and plain give the same fitness of 20 images, bit for bit, for a candidate of every block.
 

@@ -9,6 +9,13 @@ import dataclasses
 
 from benchmarks import step_arms, step_frame
 
+# Other recipes of the same net: without offsets, with one step a tensor, with learned steps for weights too, with half steps.
+step_arms.ARMS |= {
+    "linears without offsets": step_arms.Arm({"attention": "float", "offsets": False}),
+    "lsq": step_arms.Arm({}, recipe="lsq"),
+    "seq": step_arms.Arm({}, recipe="seq"),
+    "deploy": step_arms.Arm({}, recipe="deploy_w4a4"),
+}
 # Attention alone keeps something that could be computed again.
 for name in ("ofq without qkr", "ofq"):
     step_arms.ARMS[f"{name} [recompute]"] = dataclasses.replace(step_arms.ARMS[name], memory="recompute")

@@ -13,12 +13,14 @@ import torch
 import torch._dynamo as dynamo
 from lightning.pytorch import Callback, Trainer
 from torch._functorch import config as functorch
+from torch._inductor import config as inductor
 
 import qat.lit.compiled
 from qat.callbacks import CompileWatch
 from qat.lit import QATModule, Teacher, build_optimizer
 from qat.lit.compiled import CompiledCall, compile_in_place
 from qat.losses import CompositeLoss, Distillation
+from qat.quantizers import StatsQ
 from tests.callbacks.fitting import QUIET, batches, fit
 from tests.tiny import DISTILLED, images, logits, quantized, vit
 
@@ -71,6 +73,57 @@ def test_traced_forward_and_backward(preset):
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
 def test_compiled_forward_and_backward(preset):
     compare(preset, "inductor")
+
+
+class Quantizers(torch.nn.Module):
+    """All quantizers of a net's first block and what each saw, some of it moved halfway between codes; weights see themselves."""
+
+    def __init__(self, preset):
+        super().__init__()
+        net, seen = quantized(preset, bits=2), {}
+        first = [site for site in qat.iter_quantizers(net) if site.name.startswith("blocks.0.")]
+        for site in first:
+            site.quantizer.register_forward_pre_hook(lambda _, given, name=site.name: seen.setdefault(name, given[0].detach().clone()))
+        net(images(4))
+        self.all = torch.nn.ModuleList(site.quantizer for site in first)
+        self.given = [seen[site.name] for site in first]
+        for quantizer, x in zip(self.all, self.given, strict=True):
+            quantizer._forward_pre_hooks.clear()
+            codes = quantizer(x)
+            halfway = (codes + codes.flatten().roll(1).view(x.shape)) / 2
+            x[..., ::2] = halfway[..., ::2]
+
+    def forward(self, given):
+        return [quantizer(x) for quantizer, x in zip(self.all, given, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["ofq", "seq"])
+def test_a_compiled_quantizer_gives_the_bits_of_an_eager_one(preset):
+    made = Quantizers(preset)
+    with inductor.patch(qat.lit.compiled.rounding_options()), torch.no_grad():
+        expected, found = made(made.given), torch.compile(made, fullgraph=True)(made.given)
+    assert len(found) > 6
+    for quantizer, ours, theirs in zip(made.all, found, expected, strict=True):
+        if isinstance(quantizer, StatsQ):  # its scale is a mean, whose sum may be taken in another order; the codes are the same
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+        else:
+            assert torch.equal(ours, theirs), quantizer
+
+
+def test_compiled_code_rounds_as_eager_code_does():
+    found = {}
+
+    def backend(graph, inputs):
+        found.update({name: inductor.get_config_copy()[name] for name in qat.lit.compiled.ROUNDING})
+        return graph
+
+    net = torch.nn.Linear(2, 2)
+    call = CompiledCall(net.forward, net)
+    call._call = torch.compile(net.forward, backend=backend)
+    call(torch.ones(3, 2))
+    assert found == {"eager_numerics.division_rounding": True, "emulate_precision_casts": True}
+    assert not inductor.emulate_precision_casts
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ class Settings:
     ckpt_optimizer: bool = False
     ckpt_bits: int | None = None
     ckpt_act_bits: int | None = None
-    compile: bool = False
+    compile: bool | str = False
     memory: str = MEMORY[0]
     kernels: str = "auto"
     lsq_grad_batch: str = "global"

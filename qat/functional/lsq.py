@@ -242,8 +242,11 @@ class RelativeStepFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, start: Tensor, change: Tensor, unit: float) -> Tensor:
         """`relative_step`, the same bits."""
-        grown, lacking = start * change.exp(), (unit - start).clamp(min=0)
-        ctx.unit = unit
+        grown, ctx.unit = start * change.exp(), unit
+        if not unit:  # no start is below it
+            ctx.save_for_backward(start, change, grown)
+            return grown
+        lacking = (unit - start).clamp(min=0)
         # As torch differentiates a clamp: on its bound no gradient passes.
         ctx.save_for_backward(start, change, grown + lacking * (change > 0))
         return grown + lacking * change.clamp(min=0)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
+from torch._inductor import config as inductor
 
 RECOMPUTATION = "aggressive_recomputation"
+# What has compiled code round as eager code does, where a code may depend on it: division to nearest, no product contracted with a sum,
+# and values of half precision rounded between two operations that are fused. The last two are one setting. C++ does the first two anyway.
+ROUNDING = {"eager_numerics.division_rounding": True, "emulate_precision_casts": True}
 
 
 def n_graphs() -> int:
@@ -22,6 +26,12 @@ def n_graphs() -> int:
 def can_recompute() -> bool:
     """Whether this version of torch can be told to keep less for backward: the setting has no public name."""
     return hasattr(functorch, RECOMPUTATION)
+
+
+def rounding_options() -> dict[str, bool]:
+    """Those of `ROUNDING` that this version of torch has."""
+    known = inductor.get_config_copy()
+    return {name: value for name, value in ROUNDING.items() if name in known}
 
 
 class CompiledCall:
@@ -41,7 +51,8 @@ class CompiledCall:
         self._net = net
         self._largest: dict[tuple[object, ...], int] = {}
         # In force whenever the function is called: it is compiled then, not before.
-        self._keeping: AbstractContextManager = functorch.patch({RECOMPUTATION: True}) if recompute and can_recompute() else nullcontext()
+        self._rounding = rounding_options()
+        self._recomputation = {RECOMPUTATION: True} if recompute and can_recompute() else {}
 
     def __call__(self, images: Tensor) -> Any:
         """What the function gives."""
@@ -49,7 +60,9 @@ class CompiledCall:
         if len(images) < self._largest.get(way, 0):
             with torch.compiler.set_stance("force_eager"):
                 return self._call(images)
-        with self._keeping:
+        with ExitStack() as stack:
+            stack.enter_context(inductor.patch(self._rounding))
+            stack.enter_context(functorch.patch(self._recomputation))
             out = self._call(images)
         if n_graphs() > before:  # else somebody has asked for eager execution
             self._largest[way] = len(images)

@@ -18,6 +18,7 @@ from qat.functional.lsq import (
     mse_init_scale,
     relative_step,
 )
+from qat.kernels.rows import PLAIN
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
@@ -67,7 +68,7 @@ class LSQ(Quantizer):
         """See above; a relative step stays above zero whatever an optimizer does, and changes in proportion to its size."""
         if self.change is None:
             return self._parameters["scale"]
-        if torch.compiler.is_compiling() or type(self.change) is not nn.Parameter:
+        if torch.compiler.is_compiling() or type(self.change) not in PLAIN:
             return relative_step(self.start, self.change, self.unit)
         return RelativeStepFunction.apply(self.start, self.change, self.unit)
 

@@ -33,6 +33,7 @@ from qat.lit.parallel import SHARDED, strategy_of
 from qat.model.start import Start
 from qat.tasks.build import instantiate, plain
 from qat.tasks.checks import check_averaging, check_callback, check_sharding
+from qat.tasks.options import compiles
 from qat.tasks.trainer_checks import check_trainer
 from qat.utils.validate import check_int, check_number
 
@@ -114,7 +115,7 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
     """The callbacks of `cfg.callbacks`; checkpoints go to `checkpoints/` in the run directory."""
-    callbacks: list[Callback] = [StepSeed(cfg.seed), Stopwatch(), *([CompileWatch()] if cfg.get("compile") else [])]
+    callbacks: list[Callback] = [StepSeed(cfg.seed), Stopwatch(), *([CompileWatch()] if compiles(cfg) else [])]
     for name, callback_cfg in (cfg.get("callbacks") or {}).items():
         if callback_cfg is None:  # switched off: callbacks.best=null
             continue
@@ -153,7 +154,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     }
     check_trainer(settings)
     # Sharded, what is gathered for a validation is trained with afterwards; compiled, a test would need a graph beside the validation's.
-    if settings.get("strategy") == SHARDED or cfg.get("compile"):
+    if settings.get("strategy") == SHARDED or compiles(cfg):
         settings = {**settings, "inference_mode": False}
     strategy = strategy_of(settings.get("strategy", "auto"), local_count(settings) * settings.get("num_nodes", 1))
     monitors = [c for c in callbacks if loggers or type(c).__name__ not in {"LearningRateMonitor", "Throughput"}]

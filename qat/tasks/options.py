@@ -20,6 +20,7 @@ from qat.tasks.checks import check_sharding
 log = logging.getLogger(__name__)
 
 FP16 = ("16-mixed", "16-true", "16", "transformer-engine-float16")
+COMPILE = (True, False, "auto")
 HALF_MASTERS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 
 
@@ -96,19 +97,41 @@ def check_sharded(cfg: DictConfig, loss: CompositeLoss) -> None:
         check_sharding(cfg, f"the loss term {name}", term)
 
 
-def check_compiler(cfg: DictConfig, device: torch.device) -> None:
-    """Compile one addition under `compile=true`, so that a missing compiler shows at once.
+def compiles(cfg: DictConfig) -> bool:
+    """Whether `compile` asks for compiled nets; `auto` does on CUDA, unless another setting needs eager steps.
 
     Raises:
-        UsageError: torch cannot compile for `device`.
+        UsageError: `compile` is none of `COMPILE`.
     """
-    if not cfg.compile:
-        return
+    asked = cfg.get("compile", False)
+    if asked not in COMPILE:
+        raise UsageError(f"compile={asked!r}: must be one of true, false, auto")
+    if asked != "auto":
+        return bool(asked)
+    on_cuda = torch.cuda.is_available() and str(cfg.trainer.get("accelerator", "auto")) in {"auto", "gpu", "cuda"}
+    return on_cuda and cfg.trainer.get("strategy") != SHARDED and not OmegaConf.select(cfg, "loss.grad_l1")
+
+
+def check_compiler(cfg: DictConfig, device: torch.device) -> None:
+    """Compile one addition where nets are to be compiled, so that a missing compiler shows at once.
+
+    Raises:
+        UsageError: torch cannot compile for `device`, and `compile` is true.
+    """
+    trouble = compiler_trouble(device) if compiles(cfg) else None
+    if trouble and cfg.compile is True:
+        raise UsageError(f"compile=true: torch cannot compile for {device.type} here ({trouble}); must be false")
+    if trouble:
+        log.warning("compile=auto: nets are not compiled, as torch cannot do it for %s here (%s)", device.type, trouble)
+
+
+def compiler_trouble(device: torch.device) -> str | None:
+    """Why torch cannot compile for a device; None = it can."""
     try:
         torch.compile(_increment)(torch.zeros(2, device=device))
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"compile=true: torch cannot compile for {device.type} here ({reason}); must be false") from error
+        return str(error).strip().partition("\n")[0]
+    return None
 
 
 def _increment(x: Tensor) -> Tensor:
@@ -116,11 +139,11 @@ def _increment(x: Tensor) -> Tensor:
 
 
 def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> None:
-    """Compile student and teacher in place, each as one graph, under `compile=true`; names in state dicts stay what they are.
+    """Compile student and teacher in place, each as one graph, where `compiles` says so; names in state dicts stay what they are.
 
     Under `memory=recompute` the compiler keeps less for backward.
     """
-    if not cfg.compile:
+    if not compiles(cfg) or (cfg.compile == "auto" and compiler_trouble(next(net.parameters()).device)):
         return
     recompute = OmegaConf.select(cfg, "memory") == "recompute"
     if recompute and not can_recompute():

@@ -5,10 +5,13 @@ import math
 import pytest
 import timm.optim
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 
 import qat
-from qat.lit import build_optimizer, cosine_schedule, parameter_groups, scaled_lr
+from qat.lit import QATModule, build_optimizer, cosine_schedule, parameter_groups, scaled_lr
+from qat.losses import CompositeLoss, CrossEntropy
+from tests.callbacks.fitting import QUIET, batches
 from tests.tiny import DISTILLED, SIZE, vit
 
 WEIGHTS = {
@@ -213,3 +216,37 @@ def test_rate_follows_the_batch(settings, expected):
 def test_wrong_rules_for_the_rate(settings, message):
     with pytest.raises(qat.UsageError, match=message):
         scaled_lr(0.1, global_batch=8, **settings)
+
+
+@pytest.mark.parametrize(
+    ("opt", "options", "fused"),
+    [("adamw", {}, True), ("adam", {}, True), ("adamw", {"fused": False}, False), ("adamw", {"foreach": True}, None), ("sgd", {}, None)],
+)
+def test_one_operation_updates_all_parameters_where_torch_has_it(opt, options, fused):
+    optimizer = build_optimizer(vit(), opt=opt, lr=1e-3, weight_decay=0.05, **options)
+    assert {group.get("fused") for group in optimizer.param_groups} == {fused}
+    # Lightning clips the gradients of those alone that leave scaling to it.
+    assert optimizer._step_supports_amp_scaling is False
+
+
+def test_a_fused_step_is_that_of_a_parameter_after_the_other():
+    nets = [vit(), vit()]
+    for net, fused in zip(nets, (True, False), strict=True):
+        optimizer = build_optimizer(net, lr=1e-2, weight_decay=0.05, fused=fused)
+        torch.manual_seed(0)
+        for _ in range(3):
+            for parameter in net.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+    for ours, theirs in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_fused_steps_clip_gradients_under_autocast(tmp_path):
+    net = vit()
+    module = QATModule(
+        net, CompositeLoss({"ce": CrossEntropy()}), num_classes=10, optimizer=lambda n: build_optimizer(n, lr=1e-3, weight_decay=0.0)
+    )
+    before = net.head.weight.detach().clone()
+    Trainer(**QUIET, max_steps=2, precision="bf16-mixed", gradient_clip_val=1.0, default_root_dir=tmp_path).fit(module, batches())
+    assert not torch.equal(net.head.weight, before)

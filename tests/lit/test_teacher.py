@@ -57,3 +57,12 @@ def test_it_is_frozen_and_in_eval_mode():
 def test_unknown_head_is_refused():
     with pytest.raises(qat.UsageError, match=r"loss\.teacher_head='dist': must be one of cls, mean"):
         Teacher(vit(), "dist")
+
+
+def test_it_answers_in_the_students_autocast_dtype_and_keeps_nothing():
+    teacher, kept = Teacher(vit()), []
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = teacher(images().requires_grad_())
+    assert found.dtype == torch.bfloat16
+    assert found.grad_fn is None
+    assert kept == []

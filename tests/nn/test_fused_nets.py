@@ -42,13 +42,13 @@ def same(ours, theirs):
         )
 
 
-@pytest.mark.parametrize("kind", ["qkr", "fold", "standard", "float", "seq"])
+@pytest.mark.parametrize("kind", ["qkr", "fold", "standard", "float", "seq", "lsq", "deploy_w4a4"])
 @pytest.mark.parametrize("family", NETS, ids=lambda f: f.name)
 def test_nets_are_the_same(family, kind, unfused):
     if kind == "qkr" and not family.qkr:
         pytest.skip("no single matrix M")
     knobs = {"qk_bias": "fold"} if kind == "fold" else {"attention": kind}
-    recipe = qat.recipe("seq", bits=2) if kind == "seq" else qat.recipe("ofq", bits=2, **knobs)
+    recipe = qat.recipe(kind, bits=2) if kind in {"seq", "lsq", "deploy_w4a4"} else qat.recipe("ofq", bits=2, **knobs)
     net = qat.convert(family.build(), recipe, input_size=family.input_size)
     x = family.images(4)
     qat.initialize_scales(net, [x])
@@ -127,3 +127,36 @@ def test_blocks_may_be_run_again_instead_of_kept():
         net.set_grad_checkpointing(again)
         grads.append(step(net, x))
     same(*grads)
+
+
+def nodes(out):
+    """Names of the nodes of a graph."""
+    found, waiting = [], [out.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found.append(node.name())
+            waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("preset", "knobs", "weights"),
+    [
+        ("ofq_noqkr", {}, 0),
+        ("ofq_noqkr", {"offsets": False}, 0),
+        ("ofq_noqkr", {"act_scales": "tensor"}, 0),
+        ("lsq", {}, 8),
+        ("seq", {}, 8),
+        ("deploy_w4a4", {}, 8),
+    ],
+)
+def test_every_recipe_takes_the_fused_path(preset, knobs, weights):
+    """Two blocks: four Linears and an attention each; single quantizers are left for learned weights, and for stem and head."""
+    found = nodes(quantized(preset, bits=2, **knobs).train()(images()))
+    assert found.count("_LsqLinearBackward") >= 8
+    assert found.count("_AttentionBackward") == 2
+    assert found.count("_LSQBackward") - weights <= 4
+    assert not any(name in {"SoftmaxBackward0", "BmmBackward0"} for name in found)

@@ -75,6 +75,39 @@ def test_a_compiler_that_cannot_save_memory(memory, can, lines, monkeypatch, cap
     assert [r.getMessage()[:16] for r in caplog.records if r.levelname == "WARNING"] == ["memory=recompute"] * lines
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ((), True),
+        (("trainer.accelerator=cpu",), False),
+        (("compile=false",), False),
+        (("trainer.accelerator=cpu", "compile=true"), True),
+        (("loss.grad_l1=0.05",), False),
+        (("trainer=fsdp",), False),
+    ],
+)
+def test_auto_compiles_on_cuda(settings, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert options.compiles(compose("train", "trainer=gpu", *settings, "run_dir=a")) is expected
+
+
+def test_auto_goes_on_without_a_compiler(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(options, "compiler_trouble", lambda device: "no Triton")
+    monkeypatch.setattr(options, "compile_in_place", lambda *_, **__: pytest.fail("compiled"))
+    cfg = compose("train", "trainer=gpu", "run_dir=a")
+    options.check_compiler(cfg, torch.device("cuda"))
+    options.compile_nets(cfg, torch.nn.Linear(2, 2), None)
+    assert [r.getMessage() for r in caplog.records] == [
+        "compile=auto: nets are not compiled, as torch cannot do it for cuda here (no Triton)"
+    ]
+
+
+def test_compile_is_one_of_three():
+    with pytest.raises(qat.UsageError, match=r"^compile='fast': must be one of true, false, auto$"):
+        options.compiles(compose("train", "compile=fast", "run_dir=a"))
+
+
 def test_nothing_is_compiled_unless_asked_for(monkeypatch):
     monkeypatch.setattr(options, "compile_in_place", lambda *_, **__: pytest.fail("compiled"))
     options.compile_nets(compose("train", "run_dir=a"), torch.nn.Linear(2, 2), None)
@@ -82,5 +115,5 @@ def test_nothing_is_compiled_unless_asked_for(monkeypatch):
 
 def test_settings_are_in_every_train_config():
     cfg = tiny("a")
-    assert cfg.compile is False
+    assert cfg.compile == "auto"
     assert cfg.model.grad_checkpointing is False
