@@ -12,7 +12,7 @@ PEERS := outputs/peers
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: step-count wheel latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
+.PHONY: zoo step-count wheel latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -123,6 +123,9 @@ cluster-costs: $(READY) ## the table of docs/cluster.md: hours of the published 
 study: $(READY) $(if $(filter PEERS%,$(CLAIM)),$(PEERS)/.ready) ## runs of a claim that have no record yet, and the page: CLAIM=C1 CIFAR10=FOLDER
 	$(BIN)/python -m studies run $(CLAIM) --root "$(CIFAR10)"
 	$(BIN)/python -m studies page
+
+zoo: $(READY) ## the trained nets in zoo/, of runs of `make study`: CIFAR10=FOLDER (a minute)
+	$(BIN)/python -m studies.zoo --root "$(CIFAR10)"
 
 results: $(PEERS)/.ready ## all runs of docs/results.md that have no record yet, and the page: CIFAR10=FOLDER (more than ten hours on 2 cores if results/ is empty)
 	$(BIN)/python -m studies run --root "$(CIFAR10)"

@@ -161,6 +161,21 @@ class ImageData(LightningDataModule, ABC):
         share = 100 * float(np.bincount(labels).max()) / len(labels)
         return {"split": self.evaluation_split, "images": len(labels), "majority_share": round(share, 4)}
 
+    def class_weights(self) -> Tensor | None:
+        """Factors of the classes by `class_weights`, (classes,), 1 on average over the training images; None where all are alike.
+
+        Raises:
+            UsageError: a class has no training image.
+        """
+        if self.settings.class_weights is None:
+            return None
+        counts = np.bincount(self._training_images("data.class_weights").labels, minlength=self.settings.num_classes)
+        if not counts.all():
+            raise UsageError(
+                f"data.class_weights='balanced': class {int(counts.argmin())} has no training image; must be null, or every class have one"
+            )
+        return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)
+
     def _training_images(self, purpose: str) -> ImageSource:
         if "train" not in self.splits:
             has = ", ".join(self.splits)

@@ -77,6 +77,8 @@ class DataSettings:
         mixup_switch_prob: probability of cutmix where both are on.
         mixup_mode: one draw per `batch`, `pair` of images or `elem` (image).
         mixup_off_epoch: nothing is mixed from this epoch on; 0 = always mixed.
+        class_weights: factors of the classes in losses on labels: `balanced` = images / (classes * images of the class), of the training
+            split; None = all alike.
         calibration_images: images from which scales are initialised.
         seed: of order, augmentation and calibration images.
         root: folder with the data.
@@ -118,6 +120,7 @@ class DataSettings:
     mixup_switch_prob: float = 0.5
     mixup_mode: str = "batch"
     mixup_off_epoch: int = 0
+    class_weights: str | None = None
     calibration_images: int = 256
     seed: int = 0
     root: str | None = None
@@ -136,6 +139,8 @@ class DataSettings:
         for name in ("root", "image_column", "label_column", "model"):
             if getattr(self, name) is not None:
                 check_text(f"data.{name}", getattr(self, name))
+        if self.class_weights is not None:
+            check_choice("data.class_weights", self.class_weights, ("balanced",))
         if self.patch_size is not None:
             check_int("data.patch_size", self.patch_size, 1, HIGHEST_SIDE)
         if not isinstance(self.in_memory, bool):

@@ -11,6 +11,7 @@ RESULTS, CONFIG = "results.json", "config.yaml"
 # What a training writes. Not train.log and rank-1.log ...: they are those of the run that asks, by then.
 TRAINING = (
     *(f"checkpoints/{name}" for name in ("best.ckpt", "last.ckpt", "last.prev.ckpt")),
+    "checkpoints/best-epoch*.ckpt",
     *(RESULTS, "metrics.csv", CONFIG, "command.json", "conversion.txt", "oscillation.csv", "report.html"),
     "events.out.tfevents.*",
     *(f"analysis/{name}{rest}" for name in ("cost", "weights") for rest in (".csv", ".json", "_*.csv", "_*.svg")),

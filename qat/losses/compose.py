@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, cast
@@ -72,6 +73,8 @@ class CompositeLoss(nn.Module):
             asked = ", ".join(f"{name}.blocks={blocks}" for blocks, name in readers.items())
             raise UsageError(f"loss.terms: {asked}; must be the same for all terms that read blocks")
         self.terms = nn.ModuleDict(dict(terms))
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", None, persistent=False)
 
     @property
     def needs_teacher(self) -> bool:
@@ -99,6 +102,8 @@ class CompositeLoss(nn.Module):
 
     def forward(self, step: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum, and each term's unweighted value (detached) by name."""
+        if self.class_weights is not None:
+            step = dataclasses.replace(step, class_weights=self.class_weights)
         values = {name: term(step) for name, term in self.terms.items()}
         weighted = [cast(LossTerm, self.terms[name]).weight * value for name, value in values.items()]
         total = weighted[0]

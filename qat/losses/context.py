@@ -20,6 +20,7 @@ class StepContext:
         progress: share of the run's optimizer steps that are done, 0 to 1.
         features: what each block of the net gave, if a term asks for it.
         teacher_features: what each block of the teacher gave, if a term asks for it.
+        class_weights: (K,) factors of the classes in a loss on labels, None = all alike.
     """
 
     logits: Tensor | tuple[Tensor, Tensor]
@@ -29,6 +30,7 @@ class StepContext:
     progress: float = 0.0
     features: Sequence[Tensor] = ()
     teacher_features: Sequence[Tensor] = ()
+    class_weights: Tensor | None = None
 
     @property
     def heads(self) -> tuple[Tensor, Tensor]:

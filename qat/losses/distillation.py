@@ -38,4 +38,4 @@ class Distillation(LossTerm):
             raise ValueError("Distillation needs teacher logits; build QATModule with a teacher")
         cls, dist = step.heads
         settings = {"label_smoothing": self.label_smoothing, "hard_weight": self.hard_weight, "temperature": self.temperature}
-        return distillation_loss(cls, dist, step.teacher_logits, step.target, **settings)
+        return distillation_loss(cls, dist, step.teacher_logits, step.target, class_weights=step.class_weights, **settings)

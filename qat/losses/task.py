@@ -25,4 +25,4 @@ class CrossEntropy(LossTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """Scalar."""
-        return F.cross_entropy(step.prediction.float(), step.target, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(step.prediction.float(), step.target, step.class_weights, label_smoothing=self.label_smoothing)

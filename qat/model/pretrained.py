@@ -33,6 +33,7 @@ def save_pretrained(
     data: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
     license: str = "other",
+    source: str = "user/name",
 ) -> Path:
     """Write a net for others: `model.safetensors` (packed codes, as `export.py format=packed` writes), `config.json`, a model card.
 
@@ -46,6 +47,7 @@ def save_pretrained(
         data: see `qat.save`.
         classes: see `qat.save`.
         license: of the weights, as the hub spells it.
+        source: what the card tells its reader to load: `user/name`, or a file.
 
     Returns:
         The folder.
@@ -78,17 +80,18 @@ def save_pretrained(
         "results": measured,
     }
     write_text(place / hub.CONFIG, json_text(config))
-    write_text(place / CARD, card(net, config, license))
+    write_text(place / CARD, card(net, config, license, source))
     return place
 
 
-def card(net: nn.Module, config: Mapping[str, Any], license: str) -> str:
+def card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -> str:
     """The model card: what the net is, how good, how large, how to load it.
 
     Args:
         net: for its number of parameters.
         config: what `config.json` holds.
         license: of the weights.
+        source: what to load, `user/name` or a file.
     """
     done = conversion_of(net)
     data = str(config["results"].get("data") or (config["data"] or {}).get("_target_", "").rpartition(".")[2].lower() or "not stated")
@@ -111,16 +114,12 @@ def card(net: nn.Module, config: Mapping[str, Any], license: str) -> str:
         "---",
     ]
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-    use = [
-        "```python",
-        "import qat",
-        "",
-        'net = qat.from_pretrained("user/name")  # or this folder',
-        'image = qat.transform(net)("photo.jpg")',
-    ]
+    is_file = source.endswith(".safetensors")
+    load = f'qat.load("{source}")' if is_file else f'qat.from_pretrained("{source}")'
+    use = ["```python", "import qat", "", f"net = {load}", 'image = qat.transform(net)("photo.jpg")']
     use += ["probabilities = net(image[None]).softmax(-1)", "```"]
     install = f"`pip install {hub.LIBRARY}`, then:"
-    command = f"On the command line: `qat eval ckpt={hub.WEIGHTS} predict=PHOTOS`."
+    command = f"On the command line: `qat eval {'ckpt=' if is_file else 'model=' + hub.PREFIX}{source} predict=PHOTOS`."
     return "\n".join([*head, "", f"# {config['architecture']}, quantized", "", *table, "", install, "", *use, "", command, ""])
 
 
@@ -187,7 +186,7 @@ def push_to_hub(net: nn.Module, repository: str, *, private: bool = False, api: 
         hub.require_host(huggingface_hub.constants.ENDPOINT, origin, "nothing was uploaded", "save_pretrained writes a folder")
         api = huggingface_hub.HfApi()
     with tempfile.TemporaryDirectory(prefix="qat-") as folder:
-        save_pretrained(net, folder, **saving)
+        save_pretrained(net, folder, source=repository, **saving)
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload with {hub.LIBRARY}")

@@ -68,6 +68,7 @@ def train(cfg: DictConfig) -> float:  # noqa: PLR0915  (a training, from top to 
 
     data = build.build_data(cfg)
     data.batch_mixup()  # refuses what cannot be mixed before an image is read
+    loss.class_weights = data.class_weights()
     start, optimizer = _start(cfg, resume, recipe, data, trainer, optimizer)
     teacher = build_teacher(cfg, loss, data, start.net)
     check_batches(cfg.trainer, data, trainer.world_size)

@@ -104,7 +104,8 @@ def test_what_is_uploaded_is_what_is_saved(tmp_path, net):
     api = FakeApi()
     assert qat.push_to_hub(net, "me/net", private=True, api=api, results=RESULTS) == "https://hub/me/net"
     assert api.calls == [("me/net", {"private": True, "exist_ok": True})]
-    folder = qat.save_pretrained(net, tmp_path / "net", results=RESULTS)
+    folder = qat.save_pretrained(net, tmp_path / "net", results=RESULTS, source="me/net")
+    assert 'qat.from_pretrained("me/net")' in api.files["README.md"].decode()
     # safetensors writes its metadata in an order that changes.
     assert {name: sorted(content) for name, content in api.files.items()} == {
         path.name: sorted(path.read_bytes()) for path in folder.iterdir()

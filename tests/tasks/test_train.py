@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -17,7 +18,7 @@ from qat.cli import entry
 from qat.losses import Distillation
 from qat.model.checkpoint import is_plain, read_checkpoint
 from qat.tasks import build
-from tests.conftest import compose, evaluate, results, tiny, train, write_cifar
+from tests.conftest import ROOT, compose, evaluate, results, tiny, train, write_cifar
 
 KEYS = [
     *("command", "model", "quant", "data", "seed", "split", "weights", "top1", "top5", "loss", "val_top1", "top1_fp"),
@@ -264,6 +265,35 @@ def test_a_run_that_stops_early_says_where_and_why(tmp_path, caplog):
     assert line.endswith(f"; best checkpoint: {run}/checkpoints/best.ckpt")
     assert "max_epochs" not in caplog.text
     assert results(run)["top1"] is not None
+
+
+def test_stopping_early_and_the_best_checkpoints_are_choices(tmp_path):
+    chosen = ("callbacks=[default,early_stop,best_k]", "callbacks.early_stop.min_delta=100", "callbacks.early_stop.patience=2")
+    run = train(tmp_path / "run", "trainer.max_epochs=9", "callbacks.best_k.save_top_k=2", *chosen)
+    kept = sorted(path.name for path in (run / "checkpoints").glob("best-epoch*"))
+    assert len(kept) == 2
+    assert all(re.fullmatch(r"best-epoch00\d-top1-\d+\.\d\d\.ckpt", name) for name in kept)
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
+    train(run, "overwrite=true")
+    assert not list((run / "checkpoints").glob("best-epoch*"))
+
+
+@pytest.mark.parametrize("loss", ["ce", "kd"])
+def test_rare_classes_count_more(tmp_path, float_run, loss):
+    start = f"ckpt={float_run}/checkpoints/last.ckpt"
+    plain, balanced = (train(tmp_path / str(v), f"loss={loss}", start, f"data.class_weights={v}") for v in ("null", "balanced"))
+    assert (plain / "metrics.csv").read_text() != (balanced / "metrics.csv").read_text()
+    data = build.build_data(tiny(tmp_path, "data.class_weights=balanced"))
+    labels = data.split("train").labels
+    weights = data.class_weights()
+    assert_close(weights[labels].mean(), torch.tensor(1.0))
+    assert_close(weights[3] * (labels == 3).sum(), torch.tensor(len(labels) / 10))
+
+
+@pytest.mark.parametrize("loss", sorted(path.stem for path in (ROOT / "conf" / "loss").glob("[!_]*.yaml")))
+def test_every_loss_takes_label_smoothing(tmp_path, loss):
+    loss_of = build.build_loss(tiny(tmp_path, f"loss={loss}", "loss.label_smoothing=0.2"))
+    assert [term.label_smoothing for term in loss_of.terms.values() if hasattr(term, "label_smoothing")] == [0.2]
 
 
 # --- where weights come from
