@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
+from qat.model.compensation import add_compensation
 from qat.model.decay import no_weight_decay
 from qat.model.matmuls import watching
 from qat.model.scales import guard
@@ -20,7 +21,7 @@ from qat.model.sites import Site, iter_quantizers
 from qat.nn import FqNet, ScoredAttention, Swap, SwapContext, find_swap, swap_net
 from qat.quantizers import Quantizer
 from qat.spec import PRESETS, QuantRecipe
-from qat.utils.probing import probing
+from qat.utils.probing import allow_unset_scales, probing
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
         _check_rules(net, recipe)
         float_products = _allocate(net, size, swapped)
         _check_rules(net, recipe)
+        if getattr(recipe, "compensation", None) == "matrix":
+            with allow_unset_scales():
+                add_compensation(net, next(net.parameters()).new_zeros(1, *size))
     except Exception:
         for parent, name, child in reversed(swapped):
             setattr(parent, name, child)

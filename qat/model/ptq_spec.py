@@ -20,6 +20,8 @@ ATTENTIONS = ("standard", "float")
 ACT_SCALES = ("tensor", "token", "channel")
 WEIGHT_SCALES = ("channel", "tensor")
 LAYERNORMS = ("float", "integer")
+METHODS = ("calibrate", "compensate", "reconstruct")
+COMPENSATIONS = ("affine", "matrix")
 # A single tensor has no channels that powers of two could tell apart.
 ACT_OBSERVERS = tuple(name for name in OBSERVERS if name != "ptf")
 
@@ -41,6 +43,10 @@ class PtqRecipe(QuantRecipe):
         softmax_bits: width of attention probabilities; None = `act_bits`.
         stem_bits: weights of the first convolution; None = `bits`.
         head_bits: weights of the classifier(s); None = `bits`.
+        outer_act_bits: width of the image and of what enters the classifier(s); None = `act_bits`.
+        method: what follows the calibration: nothing (`calibrate`), a gain and a bias for each channel (`compensate`), or training block by
+            block (`reconstruct`). After the last two the weights are not those of the float net any more.
+        compensation: `affine` (folded into the layers), or also a float `matrix` beside each block; of `method=compensate`.
         placement: `inputs` (what enters a product, as in training) or `fqvit` (what leaves a layer too; FQ-ViT, arXiv 2111.13824).
         attention: `standard`, or `float` (only the Linears of an attention are quantized).
         weight_quantizer: `affine` or `float`.
@@ -70,6 +76,9 @@ class PtqRecipe(QuantRecipe):
     act_quantizer: str = "affine"
     stem_bits: int | None = None  # type: ignore[assignment]
     head_bits: int | None = None  # type: ignore[assignment]
+    outer_act_bits: int | None = None
+    method: str = "calibrate"
+    compensation: str = "affine"
     offsets: bool = False
     placement: str = "fqvit"  # type: ignore[misc]
     softmax_bits: int | None = None
@@ -90,6 +99,8 @@ class PtqRecipe(QuantRecipe):
         "overrides",
         "placement",
         "layernorm",
+        "method",
+        "compensation",
         "qk_bias",
         "offsets",
         "map_scales",
@@ -115,6 +126,8 @@ class PtqRecipe(QuantRecipe):
             ("act_scales", ACT_SCALES),
             ("weight_scales", WEIGHT_SCALES),
             ("layernorm", LAYERNORMS),
+            ("method", METHODS),
+            ("compensation", COMPENSATIONS),
         ):
             check_choice(f"ptq.{knob}", getattr(self, knob), allowed)
         for knob in _FLAGS:
@@ -123,9 +136,12 @@ class PtqRecipe(QuantRecipe):
         for knob in ("bits", "stem_bits", "head_bits"):
             check_bits(f"ptq.{knob}", getattr(self, knob), self.weight_quantizer)
         check_bits("ptq.act_bits", self.act_bits, self.act_quantizer)
+        check_bits("ptq.outer_act_bits", self.outer_act_bits, self.act_quantizer)
         check_bits("ptq.softmax_bits", self.softmax_bits, self.softmax_quantizer or "")
         if self.layernorm == "integer" and (self.placement, self.act_quantizer) != ("fqvit", "affine"):
             raise UsageError("ptq.layernorm='integer': needs the scales on both sides of a norm; must be with ptq.placement=fqvit")
+        if self.compensation == "matrix" and self.method != "compensate":
+            raise UsageError("ptq.compensation='matrix': must be with ptq.method=compensate")
         self._check_overrides()
 
     def _complete(self) -> None:
@@ -133,6 +149,7 @@ class PtqRecipe(QuantRecipe):
         for knob, source in (
             ("act_bits", "bits"),
             ("softmax_bits", "act_bits"),
+            ("outer_act_bits", "act_bits"),
             ("softmax_quantizer", "act_quantizer"),
             ("stem_bits", "bits"),
             ("head_bits", "bits"),
@@ -140,6 +157,11 @@ class PtqRecipe(QuantRecipe):
         ):
             if getattr(self, knob) is None:
                 object.__setattr__(self, knob, getattr(self, source))
+
+    def _with_following(self, rule: Mapping[str, Any]) -> dict[str, Any]:
+        """A rule holds for one module, whatever enters it."""
+        knobs = super()._with_following(rule)
+        return ({"outer_act_bits": knobs["act_bits"]} if "act_bits" in knobs else {}) | knobs
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
         """Spec of a weight (out, ...) at `place`."""
@@ -157,7 +179,7 @@ class PtqRecipe(QuantRecipe):
         )
 
     def act_spec(self, role: str, place: str, *, signed: bool | None = True) -> QuantSpec:
-        """Spec of an activation; its place and sign do not matter: the zero point serves any range.
+        """Spec of an activation; its sign does not matter: the zero point serves any range.
 
         Args:
             role: one of `ROLES` and `OUTPUT_ROLES` but `weight` and `qk`.
@@ -166,7 +188,7 @@ class PtqRecipe(QuantRecipe):
         """
         check_choice("place", place, PLACES)
         check_choice("role", role, tuple(r for r in ROLES + OUTPUT_ROLES if r not in {"weight", "qk"}))
-        name, bits = self.act_quantizer, self.act_bits
+        name, bits = self.act_quantizer, self.act_bits if place == "block" else self.outer_act_bits
         if role == "probs":
             name, bits = str(self.softmax_quantizer), self.softmax_bits
         if self.attention == "float" and role in _ATTENTION_ROLES:

@@ -7,10 +7,12 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor, nn
 
+from qat.model.compensation import Compensation
 from qat.model.scales import is_ready
 from qat.model.sites import iter_quantizers
 from qat.nn import QkrAttention, QuantAttention
-from qat.quantizers import Quantizer
+from qat.quantizers import LSQ, Affine, Quantizer
+from qat.quantizers.shifted import Shifted
 
 # Swin's biases, and the spread of their first values there and in the reference.
 _TABLE, _TABLE_STD = "relative_position_bias_table", 0.02
@@ -27,7 +29,7 @@ def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
-    if isinstance(module, Quantizer):
+    if isinstance(module, Quantizer | Compensation):
         return
     consumed: set[str] = set()
     if isinstance(module, QkrAttention):
@@ -44,6 +46,8 @@ def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
 def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[str]]:
     """Copy scales and offsets where quantizer, bits and shapes agree, and the scales are there.
 
+    Steps that are learned also take an affine grid of as many codes: its zero point moves into offsets, or has to be none.
+
     Args:
         source: a quantized net.
         target: a converted net.
@@ -58,7 +62,13 @@ def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[s
         if not state:
             continue
         donor = have.get(site.name)
-        if donor is None or not _agree(donor.quantizer, site.quantizer) or not is_ready(donor.quantizer):
+        if donor is None or not is_ready(donor.quantizer):
+            missing.append(site.name)
+            continue
+        if _takes_affine(donor.quantizer, site.quantizer):
+            copied.append(site.name)
+            continue
+        if not _agree(donor.quantizer, site.quantizer):
             missing.append(site.name)
             continue
         site.quantizer.load_state_dict(_stored_alike(donor.quantizer, state.keys()))
@@ -107,6 +117,27 @@ def _stored_alike(quantizer: Quantizer, names: AbstractSet[str]) -> dict[str, Te
             step = state.pop(f"{prefix}scale")
             state |= {name: step, f"{prefix}change": torch.zeros_like(step)}
     return state
+
+
+@torch.no_grad()
+def _takes_affine(donor: Quantizer, target: Quantizer) -> bool:
+    """Give LSQ, offsets around it included, the grid of post-training quantization; False where it cannot have it."""
+    lsq = target.quantizer if isinstance(target, Shifted) else target
+    if not (isinstance(donor, Affine) and type(lsq) is LSQ and donor.spec.bits == lsq.spec.bits) or donor.spec.bias_correction:
+        return False
+    # As many steps along another axis would be others.
+    if not (donor.axis is None or (donor.axis == lsq.axis and donor.scale.shape == lsq.scale.shape)):
+        return False
+    shift = (donor.zero_point + lsq.spec.qmin - donor.qmin) * donor.scale
+    is_shifted = isinstance(target, Shifted) and donor.axis is None
+    if bool(shift.any()) and not is_shifted:
+        return False
+    lsq.set_scale(donor.scale.expand_as(lsq.scale))
+    if isinstance(target, Shifted) and is_shifted:
+        target.offset_before.copy_(shift.expand_as(target.offset_before))
+        if target.offset_after is not None:
+            target.offset_after.copy_(-target.offset_before)
+    return True
 
 
 def _copy_product_offset(source: nn.Module, target: QkrAttention) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from qat.errors import UsageError
 from qat.utils.files import appending, flush, read_torch, remove_unfinished, write_text, write_torch
 
-STATE, LOG = "search.ckpt", "search.csv"
+STATE = "search.ckpt"
 COLUMNS = ("pass", "block", "cycle", "fitness", "accepted", "seconds", "images")
 
 
@@ -67,25 +67,35 @@ class PlainSettings(Protocol):
 
 
 class SearchFiles:
-    """The two files of a search, in its run directory.
+    """The two files of a search, or of a reconstruction, in its run directory.
 
     Args:
         folder: the run directory.
         settings: of the search.
         inputs: `fingerprint` of all it starts from.
-        state: dataclass of what `search.ckpt` holds.
-        columns: of `search.csv`.
+        state: dataclass of what NAME.ckpt holds.
+        columns: of NAME.csv.
+        name: of the two files.
+        setting: what its settings are called in messages.
     """
 
-    def __init__(
-        self, folder: Path, settings: PlainSettings, inputs: str, state: type = SearchState, columns: Sequence[str] = COLUMNS
+    def __init__(  # noqa: PLR0913  (what to write, and where)
+        self,
+        folder: Path,
+        settings: PlainSettings,
+        inputs: str,
+        state: type = SearchState,
+        columns: Sequence[str] = COLUMNS,
+        *,
+        name: str = "search",
+        setting: str = "search",
     ) -> None:
-        self.state_file, self.log_file = folder / STATE, folder / LOG
+        self.state_file, self.log_file, self.setting = folder / f"{name}.ckpt", folder / f"{name}.csv", setting
         remove_unfinished([folder])
         self.settings, self.inputs, self.state, self.columns = settings, inputs, state, columns
 
     def write(self, state: Any) -> None:
-        """Replace `search.ckpt`; at every moment there is a complete one."""
+        """Replace the state; at every moment there is a complete one."""
         write_torch(self.state_file, {"settings": self.settings.to_dict(), "inputs": self.inputs, **asdict(state)})
 
     def read(self) -> Any:
@@ -96,7 +106,7 @@ class SearchFiles:
         """
         if not self.state_file.is_file():
             return None
-        unreadable = f"resume: {self.state_file} cannot be read; delete it to search from the start"
+        unreadable = f"resume: {self.state_file} cannot be read; delete it to start anew"
         try:
             content = read_torch(self.state_file)
             settings, inputs = content.pop("settings"), content.pop("inputs")
@@ -104,7 +114,7 @@ class SearchFiles:
             raise UsageError(unreadable) from error
         for name, value in self.settings.to_dict().items():
             if settings.get(name) != value:
-                raise UsageError(f"search.{name}={value!r}: the search to resume has {settings.get(name)!r} ({self.state_file})")
+                raise UsageError(f"{self.setting}.{name}={value!r}: the run to resume has {settings.get(name)!r} ({self.state_file})")
         if inputs != self.inputs:
             raise UsageError(f"resume: {self.state_file} is of a net, or of calibration images, with other values than these")
         try:
@@ -113,7 +123,7 @@ class SearchFiles:
             raise UsageError(unreadable) from error
 
     def start_log(self, lines: int) -> None:
-        """Cut `search.csv` to its header and `lines` more: those of a visit that was not finished are made again."""
+        """Cut the csv file to its header and `lines` more: those of a visit that was not finished are made again."""
         kept = self.log_file.read_text(encoding="utf-8").splitlines()[1 : lines + 1] if lines and self.log_file.is_file() else []
         write_text(self.log_file, "\n".join([",".join(self.columns), *kept]) + "\n")
 

@@ -38,7 +38,7 @@ from qat.tasks.evaluate import build_subject, measure, origin
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.ptq_keep import build_target_net, check_start, is_kept
 from qat.tasks.report import record_command, report_run
-from qat.tasks.search import build_search, check_targets, run_search
+from qat.tasks.search import Fitter, build_fitter, build_search, check_targets, run_search
 from qat.utils.files import write_text
 from qat.utils.validate import check_int
 
@@ -58,6 +58,7 @@ class PtqRun:
         batches: calibration images, (batch, C, H, W) each.
         teacher: the net whose logits a search comes close to; None = `subject`, in float.
         constructor: of the timm model: what `qat.save` is told of it.
+        fitter: changes the weights behind the calibration, None = they stay.
     """
 
     subject: EvaluatedNet
@@ -67,6 +68,7 @@ class PtqRun:
     trainer: Trainer
     teacher: nn.Module | None
     constructor: dict[str, Any]
+    fitter: Fitter | None = None
 
     @property
     def keeps(self) -> bool:
@@ -109,8 +111,15 @@ def _quantize(cfg: DictConfig, run: PtqRun, began: float) -> dict[str, Any]:
     net.to(run.trainer.strategy.root_device)
     ranks = Ranks(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else Ranks()
     figures["calibration"] = None if run.keeps else _calibrate(run, ranks)
-    figures |= _measure_calibrated(run)
-    figures |= run_search(cfg, run.search, subject, run.batches, run.trainer, ranks, teacher=run.teacher)
+    teacher = run.teacher
+    if run.fitter is not None:
+        # What comes behind has to follow the float net as it was: the weights of this one change.
+        teacher = run.subject.net.to(run.trainer.strategy.root_device).eval()
+        figures["top1_calibrated"] = _measure(run.trainer, subject, "calibrated")["top1"]
+        figures |= run.fitter(net, teacher, run.batches, run.trainer)
+    elif run.search is not None and not run.keeps:
+        figures["top1_calibrated"] = _measure(run.trainer, subject, "calibrated")["top1"]
+    figures |= run_search(cfg, run.search, subject, run.batches, run.trainer, ranks, teacher=teacher)
     subject = _as_it_is(subject)
     if not cfg.trainer.fast_dev_run and run.trainer.is_global_zero:
         save(net, Path(cfg.run_dir) / FILE, data=build.plain(cfg.data), classes=subject.data.named_classes(), **run.constructor)
@@ -133,7 +142,8 @@ def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe:
     Raises:
         UsageError: it has a key that is no knob, or a value that cannot work.
     """
-    return build.settings_of(PtqRecipe, "ptq", {key: value for key, value in build.plain(cfg.ptq).items() if key != "batch"})
+    knobs = {key: value for key, value in build.plain(cfg.ptq).items() if key not in {"batch", "reconstruct"}}
+    return build.settings_of(PtqRecipe, "ptq", knobs)
 
 
 def calibration_batches(cfg: DictConfig, data: ImageData) -> list[Tensor]:
@@ -171,7 +181,8 @@ def _build(cfg: DictConfig) -> PtqRun:
         net = convert(copy.deepcopy(subject.net), recipe, input_size=subject.data.input_size)
         quantized = dataclasses.replace(subject, net=net, recipe=recipe)
     check_targets(search, quantized.net)
-    return PtqRun(subject, quantized, search, batches, trainer, teacher, constructor)
+    fitter = build_fitter(cfg, recipe, batches, trainer)
+    return PtqRun(subject, quantized, search, batches, trainer, teacher, constructor, fitter)
 
 
 def _remove_older(cfg: DictConfig) -> None:
@@ -224,12 +235,6 @@ def _measure_float(run: PtqRun) -> float:
 def _measure_start(run: PtqRun) -> dict[str, Any]:
     """What `results.json` says of a net that came quantized."""
     return {"top1_start": _measure(run.trainer, run.subject, "quantized, as it came,")["top1"]} if run.keeps else {}
-
-
-def _measure_calibrated(run: PtqRun) -> dict[str, Any]:
-    """What `results.json` says of a net before a search that calibration has made."""
-    is_start = run.search is not None and not run.keeps
-    return {"top1_calibrated": _measure(run.trainer, run.quantized, "calibrated")["top1"]} if is_start else {}
 
 
 def _calibrate(run: PtqRun, ranks: Ranks) -> dict[str, Any]:

@@ -313,3 +313,42 @@ def test_cached_weights_need_no_hub(monkeypatch, tmp_path):
     made = from_pretrained("deit_tiny_patch16_224", {"depth": 1})
     assert made.notes == ["timm's pretrained weights of deit_tiny_patch16_224 (cached)"]
     assert same_state(made.net.state_dict(), net.state_dict())
+
+
+def fitted(**knobs):
+    """A net after post-training quantization, at the bits of `deploy_w4a4`."""
+    recipe = qat.PtqRecipe(placement="inputs", bits=4, act_bits=4, weight_signed=True, stem_bits=8, head_bits=8, outer_act_bits=8, **knobs)
+    net = qat.convert(vit(), recipe, input_size=SIZE)
+    qat.ptq.calibrate(net, [images()])
+    return net.eval()
+
+
+def test_learned_steps_take_the_grids_of_post_training_quantization(path):
+    source = fitted(act_signed=True)
+    target = qat.convert(vit(), qat.recipe("deploy_w4a4"), input_size=SIZE)
+    copied, missing = copy_scales(source, target)
+    # Behind GELU learned steps have codes from 0 up.
+    assert missing == [f"blocks.{i}.mlp.fc2.input_quantizer" for i in range(2)]
+    assert len(copied) == len(sites(target)) - 2
+    for name in copied:
+        x = torch.randn(4, 16, 32) if not sites(source)[name].is_weight else sites(source)[name].latent()
+        x = x.abs() / x.abs().max() if sites(source)[name].role == "probs" else x
+        assert_close(sites(target)[name].quantizer(x), sites(source)[name].quantizer(x), rtol=0, atol=1e-6)
+
+
+def test_a_zero_point_moves_into_offsets():
+    source = fitted()
+    target = qat.convert(vit(), qat.recipe("ofq_noqkr", bits=4), input_size=SIZE)
+    copied, _ = copy_scales(source, target)
+    name = "blocks.0.mlp.fc1.input_quantizer"
+    assert name in copied
+    assert sites(source)[name].quantizer.zero_point.item() not in {0.0, 8.0}
+    x = torch.randn(4, 17, 32)
+    here, there = sites(target)[name].quantizer(x), sites(source)[name].quantizer(x)
+    assert ((here - there).abs() < 1e-5).float().mean() > 0.999  # a value on a threshold may fall on either side
+
+
+def test_a_matrix_beside_a_block_is_no_part_of_the_net(path):
+    source = fitted(method="compensate", compensation="matrix")
+    qat.save(source, path)
+    assert start(path).net.state_dict().keys() == vit().state_dict().keys()

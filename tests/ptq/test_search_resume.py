@@ -106,7 +106,7 @@ def test_without_resume_it_starts_again(tmp_path, caplog):
 def test_resume_demands_the_same_search(tmp_path):
     targets = quantized()[1]
     search(quantized()[0], batches(), targets, SearchSettings(**KNOBS), run_dir=tmp_path)
-    with pytest.raises(UsageError, match=r"search\.cycles=5: the search to resume has 3 \(.*search\.ckpt\)"):
+    with pytest.raises(UsageError, match=r"search\.cycles=5: the run to resume has 3 \(.*search\.ckpt\)"):
         search(quantized()[0], batches(), targets, SearchSettings(cycles=5, **KNOBS), run_dir=tmp_path, resume=True)
     with pytest.raises(UsageError, match="of a net, or of calibration images, with other values"):
         search(quantized()[0], [b + 1 for b in batches()], targets, SearchSettings(**KNOBS), run_dir=tmp_path, resume=True)

@@ -39,7 +39,7 @@ def test_a_damaged_state_is_one_line(length, files):
     place = in_the_middle_of_scales(whole)
     flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
     files.state_file.write_bytes(flipped if length is None else whole[:length])
-    with pytest.raises(qat.UsageError, match=r"^resume: .*search.ckpt cannot be read; delete it to search from the start$"):
+    with pytest.raises(qat.UsageError, match=r"^resume: .*search.ckpt cannot be read; delete it to start anew$"):
         files.read()
 
 

@@ -1,0 +1,164 @@
+"""Block reconstruction. Oracle: losses that fall, runs that were cut in two and end as whole ones, and the float net's own outputs."""
+
+import copy
+import os
+
+import pytest
+import timm
+import torch
+
+import qat
+from qat.ptq import reconstruct as module
+from qat.ptq.reconstruct import ReconstructSettings, reconstruct
+from tests import tiny
+from tests.ptq.fitting import KNOBS, error, pair
+
+IMAGES = tiny.images(48)
+SETTINGS = ReconstructSettings(steps=12, batch=16, lr=1e-3, scale_lr=1e-2)
+UNITS = ["patch_embed.proj", "blocks.0", "blocks.1", "head"]
+
+
+def state(net):
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("later", [0.0, 1.0])
+def test_the_logits_of_other_images_come_closer(later):
+    net, reference = pair(method="reconstruct")
+    before = error(net, reference, tiny.images(64, 9))
+    done = reconstruct(net, reference, IMAGES, ReconstructSettings(steps=40, batch=16, lr=2e-3, scale_lr=1e-2, later=later))
+    assert (done.units, done.steps, done.images) == (4, 40, 48)
+    assert error(net, reference, tiny.images(64, 9)) < 0.8 * before
+
+
+def test_weights_biases_and_all_steps_of_quantizers_are_learned_and_nothing_else():
+    net, reference = pair(method="reconstruct")
+    before, float_before = state(net), state(reference)
+    reconstruct(net, reference, IMAGES, SETTINGS)
+    changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
+    layers = {f"{layer}.{kind}" for layer in layers_of(net) for kind in ("weight", "bias")}
+    scales = {f"{site.name}.scale" for site in qat.iter_quantizers(net)}
+    assert changed <= layers | scales
+    assert scales - changed == set()
+    assert equal(state(reference), float_before)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def layers_of(net):
+    return [site.name.rpartition(".")[0] for site in qat.iter_quantizers(net) if site.is_weight]
+
+
+def test_a_run_that_is_killed_ends_as_a_whole_one(tmp_path, monkeypatch):
+    whole, reference = pair(method="reconstruct")
+    reconstruct(whole, reference, IMAGES, SETTINGS)
+    net, _ = pair(method="reconstruct")
+    fit, calls = module._Reconstruction._fit, []
+
+    def killed(self, unit, number):
+        calls.append(unit.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fit(self, unit, number)
+
+    monkeypatch.setattr(module._Reconstruction, "_fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(net, reference, IMAGES, SETTINGS, run_dir=tmp_path)
+    again, _ = pair(method="reconstruct")
+    reconstruct(again, reference, IMAGES, SETTINGS, run_dir=tmp_path, resume=True)
+    assert calls == [*UNITS[:3], *UNITS[2:]]
+    assert equal(state(again), state(whole))
+    lines = (tmp_path / "reconstruct.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["unit", *UNITS]
+
+
+def test_resume_demands_the_same_settings_and_images(tmp_path):
+    net, reference = pair(method="reconstruct")
+    reconstruct(net, reference, IMAGES, SETTINGS, run_dir=tmp_path)
+    again, _ = pair(method="reconstruct")
+    other = ReconstructSettings(**SETTINGS.to_dict() | {"lr": 0.1})
+    with pytest.raises(qat.UsageError, match=r"^ptq\.reconstruct\.lr=0\.1: the run to resume has 0\.001"):
+        reconstruct(again, reference, IMAGES, other, run_dir=tmp_path, resume=True)
+    with pytest.raises(qat.UsageError, match=r"^resume: .* with other values than these$"):
+        reconstruct(again, reference, IMAGES + 1, SETTINGS, run_dir=tmp_path, resume=True)
+
+
+def test_a_full_disk_loses_nothing_that_was_done(tmp_path, monkeypatch):
+    net, reference = pair(method="reconstruct")
+    write, written = module.SearchFiles.write, []
+
+    def full(self, state):
+        written.append(list(state.units))
+        if len(written) == 3:
+            raise OSError(28, os.strerror(28), str(self.state_file))
+        write(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.SearchFiles, "write", full)
+        with pytest.raises(OSError, match=r"reconstruct\.ckpt"):
+            reconstruct(net, reference, IMAGES, SETTINGS, run_dir=tmp_path)
+    again, _ = pair(method="reconstruct")
+    reconstruct(again, reference, IMAGES, SETTINGS, run_dir=tmp_path, resume=True)
+    whole, _ = pair(method="reconstruct")
+    reconstruct(whole, reference, IMAGES, SETTINGS)
+    assert written[2] == UNITS[:3]
+    assert equal(state(again), state(whole))
+
+
+def test_bfloat16_under_autocast():
+    net, reference = pair(method="reconstruct")
+    before = error(net, reference, IMAGES)
+    reconstruct(net, reference, IMAGES, SETTINGS, context=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert error(net, reference, IMAGES) < before
+    assert all(tensor.dtype == torch.float32 for tensor in net.state_dict().values())
+
+
+@pytest.mark.parametrize("name", [tiny.DISTILLED, "swin_tiny_patch4_window7_224"])
+def test_other_families(name):
+    swin = {"img_size": 8, "patch_size": 2, "window_size": 2, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 2), "in_chans": 1}
+    kwargs = swin if name.startswith("swin") else {}
+    net, reference = families_pair(name, kwargs)
+    before = error(net, reference, IMAGES)
+    done = reconstruct(net, reference, IMAGES, SETTINGS)
+    assert done.units == (6 if kwargs else 5)
+    assert error(net, reference, IMAGES) < before
+
+
+def families_pair(name, kwargs):
+    if not kwargs:
+        return pair(name, "reconstruct")
+    torch.manual_seed(0)
+    reference = tiny.shake(timm.create_model(name, num_classes=10, **kwargs)).eval()
+    net = qat.convert(copy.deepcopy(reference), qat.PtqRecipe(**KNOBS | {"method": "reconstruct"}), input_size=tiny.SIZE)
+    qat.ptq.calibrate(net, [IMAGES])
+    return net.eval(), reference
+
+
+@pytest.mark.parametrize(
+    ("knobs", "line"),
+    [
+        ({"steps": 0}, r"ptq\.reconstruct\.steps=0: must be an integer of at least 1"),
+        ({"drop": 1.5}, r"ptq\.reconstruct\.drop=1\.5: must be a number from 0 to 1"),
+        ({"lr": -1}, r"ptq\.reconstruct\.lr=-1: must be a number of at least 0"),
+    ],
+)
+def test_settings_that_cannot_work(knobs, line):
+    with pytest.raises(qat.UsageError, match=line):
+        ReconstructSettings(**knobs)
+
+
+def test_fewer_images_than_a_batch():
+    net, reference = pair(method="reconstruct")
+    with pytest.raises(qat.UsageError, match=r"^ptq\.reconstruct\.batch=16: must be at most the number of calibration images, 8$"):
+        reconstruct(net, reference, tiny.images(8), SETTINGS)
+
+
+def test_inputs_that_are_not_finite():
+    net, reference = pair(method="reconstruct")
+    with torch.no_grad():
+        reference.pos_embed[0, 0, 0] = torch.inf
+    with pytest.raises(qat.UsageError, match=r"the activations of the float net hold NaN or infinity"):
+        reconstruct(net, reference, IMAGES, SETTINGS)
