@@ -55,9 +55,10 @@ def _check_kept(cfg: DictConfig, subject: EvaluatedNet, search: SearchSettings |
         raise UsageError("ptq=keep: the net is a float one; must be a recipe of conf/ptq, e.g. ptq=fqvit_w4a8")
     if search is None:
         raise UsageError("ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution")
+    how = "fitted" if isinstance(subject.recipe, PtqRecipe) else "trained"
     has_float_weights = isinstance(subject.recipe, PtqRecipe) and subject.recipe.method == "calibrate"
     if cfg.teacher.ckpt is None and not has_float_weights:
-        refused = f"ckpt={str(cfg.ckpt)!r}: its weights were fitted or trained quantized ({held}), so it has no float logits to follow"
+        refused = f"ckpt={str(cfg.ckpt)!r}: was {how} quantized ({held}), so it has no float logits to follow"
         raise UsageError(f"{refused}; give teacher.ckpt=FILE")
     assert_ready(subject.net)
 

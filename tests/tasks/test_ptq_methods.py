@@ -61,5 +61,5 @@ def test_what_cannot_work_is_one_line(tmp_path, float_run):
 def test_a_fitted_net_needs_a_teacher_for_another_search(tmp_path, float_run):
     quantize(tmp_path / "q", float_run, "ptq=compensate_w4a4")
     keep = compose("ptq", f"run_dir={tmp_path / 'k'}", f"ckpt={tmp_path / 'q/quantized.ckpt'}", "ptq=keep", "search=random", *SMALL)
-    with pytest.raises(qat.UsageError, match=r"its weights were fitted or trained quantized \(compensate\).*give teacher\.ckpt=FILE"):
+    with pytest.raises(qat.UsageError, match=r"was fitted quantized \(compensate\).*give teacher\.ckpt=FILE"):
         ptq(keep)
