@@ -23,7 +23,7 @@ WHOLE = "must be an integer (?:of at least|from)"
 NOTHING_TO_DO = "must be above 0, or there is nothing to do"
 SHARE = r"it has to be in \[0\.0, 1\.0\] or an int"
 NUMBERS = "must be a number(?: of at least| from)?"
-FLAGS = ("overwrite", "model.pretrained", "model.reset_head", "teacher.pretrained", "compile")
+FLAGS = ("overwrite", "model.pretrained", "model.reset_head", "teacher.pretrained")
 OBJECT = "must be what makes an object"
 
 
@@ -132,6 +132,7 @@ TRAIN = [
     *((f"seed={v}", rf"seed={s}: {WHOLE} 0") for v, s in shown("-1 99999999999")),
     *((f"seed={v}", rf"Value '{v}' .* could not be converted to Integer \(seed\)") for v in ("x", "1.5")),
     *((f"{name}=maybe", rf"Value 'maybe' is not a valid bool \(type str\) \({name}\)") for name in FLAGS),
+    ("compile=maybe", r"compile='maybe': must be one of true, false, auto"),
     ("+colour=3", "Key 'colour' not in 'Settings'"),
     ("+model.colour=3", r"Key 'colour' not in 'Model' \(model\.colour\)"),
     ("resume=yes", r"resume='yes': must be one of false, true, auto"),

@@ -134,7 +134,7 @@ def size():
 def test_a_file_has_all_knobs_and_the_name_that_results_give_it(name):
     cfg = compose("ptq", f"ptq={name}", "run_dir=a")
     others = {"qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8", "rule_bits"}
-    assert set(cfg.ptq) == {f.name for f in dataclasses.fields(qat.PtqRecipe)} - others | {"batch"}
+    assert set(cfg.ptq) == {f.name for f in dataclasses.fields(qat.PtqRecipe)} - others | {"batch", "reconstruct"}
     assert recipe_fields(build_ptq_recipe(cfg))["quant"] == name
 
 
@@ -250,7 +250,7 @@ def test_the_directory_of_a_training_run_is_not_written_into(float_run, refused)
     ("overrides", "message"),
     [
         (("resume=maybe",), "resume='maybe': must be one of false, true, auto"),
-        (("resume=true",), "has no search.ckpt; resume=auto starts where there is none"),
+        (("resume=true",), "has no search.ckpt and no reconstruct.ckpt; resume=auto starts where there is none"),
         (("+search.colour=red",), "search.colour: must be one of method, passes"),
         (("+search.passes=-1",), "search.passes=-1: must be"),
     ],
