@@ -87,9 +87,8 @@ def test_reference_leaves_queries_and_keys_free():
     steps = Steps()
     fit(module(net()), annealing(qk="reference"), steps)
     for name in ("blocks.0.attn.q_weight", "blocks.1.attn.k_weight"):
-        # A frozen entry has no gradient; one that is free may still stay where its momentum passes through zero.
-        assert all(steps.gradients[t][name].all() for t in range(8))
-        assert all(moved(steps, t, name).float().mean() > 0.99 for t in range(8))
+        # A frozen entry stays and has no gradient; one that is free may stay where its momentum passes through zero.
+        assert all((moved(steps, t, name) | (steps.gradients[t][name] != 0)).all() for t in range(8))
 
 
 def test_freeze_holds_queries_and_keys():
