@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from qat.cli.repeat import CONF
+from qat.cli.repeat import CONF, typed
 from qat.errors import UsageError
 from qat.model.checkpoint import build_from, read_checkpoint
 from qat.tasks.build import import_modules
@@ -46,7 +46,8 @@ def record_command(cfg: DictConfig) -> None:
     """Write the command line of a run beside its `config.yaml`; nothing where there is none, as in a call from Python."""
     if HydraConfig.initialized():
         found = HydraConfig.get()
-        text = json.dumps({"command": f"{found.job.name}.py", "overrides": list(found.overrides.task)}, indent=2)
+        known = {"command": f"{found.job.name}.py", "program": typed(found.job.name), "overrides": list(found.overrides.task)}
+        text = json.dumps(known, indent=2)
         write_text(Path(cfg.run_dir) / COMMAND, text + "\n")
 
 
@@ -133,14 +134,16 @@ def origin_of(folder: Path) -> Origin:
         return Origin()
     recorded = _read(folder / COMMAND, read_json)
     listed = recorded.get("overrides") if isinstance(recorded, dict) else None
-    typed = [str(one) for one in listed] if isinstance(listed, list) else None
-    script = f"{config.get('command')}.py"
-    compared, differences = ("", []) if typed is None else _differences(config, typed)
+    given = [str(one) for one in listed] if isinstance(listed, list) else None
+    name = config.get("command")
+    is_installed = isinstance(recorded, dict) and recorded.get("program") == f"qat {name}"
+    program = f"qat {name}" if is_installed else f"python {name}.py"
+    compared, differences = ("", []) if given is None else _differences(config, given)
     return Origin(
         config=config,
         config_text=text,
-        command=None if typed is None else shlex.join(["python", script, *typed]),
-        repeat=shlex.join(["python", script, "--config-dir", str(folder), "--config-name", "config", "run_dir=NEW_FOLDER"]),
+        command=None if given is None else f"{program} {shlex.join(given)}",
+        repeat=f"{program} {shlex.join(['--config-dir', str(folder), '--config-name', 'config', 'run_dir=NEW_FOLDER'])}",
         compared=compared,
         differences=differences,
     )
@@ -157,7 +160,7 @@ def _read(path: Path, read: Callable[[Path], Any]) -> Any:
         return None
 
 
-def _differences(config: dict[str, Any], typed: list[str]) -> tuple[str, list[dict[str, Any]]]:
+def _differences(config: dict[str, Any], given: list[str]) -> tuple[str, list[dict[str, Any]]]:
     """What a run is compared with, and its settings of the command line that differ: `setting`, `here`, `default`.
 
     The directory may be anybody's: of its command line only names, and choices among the files of `conf/`, are used, nothing that could
@@ -165,9 +168,9 @@ def _differences(config: dict[str, Any], typed: list[str]) -> tuple[str, list[di
 
     Args:
         config: of `config.yaml`.
-        typed: overrides; those that choose among the files of `conf/` are what the others are compared with.
+        given: overrides; those that choose among the files of `conf/` are what the others are compared with.
     """
-    found = [(one, match["name"], match["value"] or "") for one in typed if (match := OVERRIDE.fullmatch(one))]
+    found = [(one, match["name"], match["value"] or "") for one in given if (match := OVERRIDE.fullmatch(one))]
     chosen = [(one, value) for one, name, value in found if (CONF / name.partition("@")[0]).is_dir()]
     command = str(config.get("command"))
     if command not in COMMANDS or not all(CHOICE.fullmatch(value) for _, value in chosen):

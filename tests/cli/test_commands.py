@@ -1,5 +1,6 @@
 """`qat train ...`: the console script. Oracle: what `python train.py ...` does."""
 
+import json
 import shlex
 import signal
 
@@ -8,6 +9,7 @@ import hydra
 import pytest
 
 from qat.cli import commands, sweep
+from qat.tasks.report import origin_of
 from tests.commands import typed
 from tests.conftest import TINY, results
 
@@ -18,6 +20,9 @@ def test_trains_as_the_script_does(tmp_path):
     assert (tmp_path / "run" / "train.log").exists()
     code, out = typed("train.py", *TINY, "report=false", "run_dir=again", cwd=tmp_path)
     assert code == 0, out
+    assert json.loads((tmp_path / "run" / "command.json").read_text())["program"] == "qat train"
+    assert origin_of(tmp_path / "run").command.startswith("qat train ")
+    assert origin_of(tmp_path / "again").repeat.startswith("python train.py --config-dir ")
     same = ("command", "quant", "top1", "loss", "size_bytes", "versions")
     assert [results(tmp_path / "run")[key] for key in same] == [results(tmp_path / "again")[key] for key in same]
 

@@ -111,7 +111,7 @@ def test_two_processes_equal_one(tmp_path, quant, seed):
 @pytest.mark.long
 def test_what_differs_more_is_a_tie(tmp_path):
     # With this seed a code flips before rounding, which grows tenfold in a step at this rate, has come that far by itself.
-    settings = ("quant=ofq_2bit", "seed=2", *TEN_STEPS, "optimizer.lr=0.1")
+    settings = ("quant=ofq_2bit", "quant.steps=absolute", "seed=2", *TEN_STEPS, "optimizer.lr=0.1")
     one = run(tmp_path / "one", *settings, "data.batch_size=120")
     two = run_in(2, tmp_path / "two", *settings, "data.batch_size=60")
     pairs = list(zip(note(one, "end")["steps"], note(two, "end")["steps"], strict=True))
