@@ -15,7 +15,7 @@ from qat.errors import UsageError
 
 COMMANDS = ("train", "ptq", "analyze", "eval", "peers")
 DIRECTIONS = ("higher", "lower", "within", "near")
-KINDS = ("lines", "curves", "map")
+KINDS = ("lines", "scatter", "curves", "map")
 CLAIM = re.compile(r"C(\d+)")
 Kind = TypeVar("Kind")
 FIRST, LAST = ("START", "AIM"), ("PEERS", "TUNE")
@@ -120,8 +120,9 @@ class Figure:
     Attributes:
         file: its name in `docs/figures/`.
         kind: one of `KINDS`.
-        series: of lines `{name: {x: arm}}`, of the others `{name: arm}`.
-        metric: of lines, and of the references.
+        series: of lines `{name: {x: arm}}`, of a scatter `{name: {what a point is called: arm}}`, of the others `{name: arm}`.
+        metric: of lines and of a scatter, and of the references.
+        along: of a scatter: the metric of its horizontal axis, which is logarithmic.
         curve: name of the curve or the map, of the other kinds.
         x, y: labels of the axes; z: of a map, what its heights are.
         reference: `{name: arm}`, drawn as lines across, not in maps.
@@ -132,6 +133,7 @@ class Figure:
     kind: str
     series: Mapping[str, Any]
     metric: str = "top1"
+    along: str = ""
     curve: str = ""
     x: str = ""
     y: str = ""
@@ -143,7 +145,7 @@ class Figure:
     def arms(self) -> tuple[str, ...]:
         """All that it shows, references last."""
         named = self.series.values()
-        shown = [arm for points in named for arm in points.values()] if self.kind == "lines" else list(named)
+        shown = [arm for points in named for arm in points.values()] if self.kind in {"lines", "scatter"} else list(named)
         return (*shown, *self.reference.values())
 
 

@@ -36,10 +36,11 @@ _STYLE: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": "qat", "font.f
 
 @dataclass(frozen=True)
 class Point:
-    """A metric of one arm: the values of its seeds."""
+    """A metric of one arm: the values of its seeds; `name` is written beside it."""
 
     x: Any
     values: tuple[float, ...]
+    name: str = ""
 
     @property
     def mean(self) -> float:
@@ -84,7 +85,7 @@ def gather(claim: Claim, figure: Figure, evidence: Evidence) -> Gathered:
     Raises:
         UsageError: there are runs of its arms, and none has what it shows.
     """
-    reader = {"lines": _points, "curves": _curve, "map": _map}[figure.kind]
+    reader = {"lines": _points, "scatter": _spots, "curves": _curve, "map": _map}[figure.kind]
     series = {name: found for name, shown in figure.series.items() if (found := reader(claim, figure, shown, evidence))}
     runs = any(evidence.records(claim, arm) for arm in figure.arms if arm not in figure.reference.values())
     if runs and not series:
@@ -107,6 +108,11 @@ def _point(claim: Claim, arm: str, metric: str, evidence: Evidence, x: Any = Non
 
 def _points(claim: Claim, figure: Figure, arms: Mapping[Any, str], evidence: Evidence) -> list[Point]:
     return [point for x, arm in arms.items() if (point := _point(claim, arm, figure.metric, evidence, x))]
+
+
+def _spots(claim: Claim, figure: Figure, arms: Mapping[str, str], evidence: Evidence) -> list[Point]:
+    pairs = {name: (_point(claim, arm, figure.along, evidence), _point(claim, arm, figure.metric, evidence)) for name, arm in arms.items()}
+    return [Point(x.mean, y.values, name) for name, (x, y) in pairs.items() if x and y]
 
 
 def _curve(claim: Claim, figure: Figure, arm: str, evidence: Evidence) -> Curve | None:
@@ -141,7 +147,7 @@ def draw(of: Figure, found: Gathered) -> Canvas:
         return _draw_maps(of, found)
     canvas = figure(height=3.8)
     axis = axes(canvas, of.x, of.y)
-    (_draw_lines if of.kind == "lines" else _draw_curves)(axis, found)
+    {"lines": _draw_lines, "scatter": _draw_scatter, "curves": _draw_curves}[of.kind](axis, found)
     _references(axis, found.reference)
     _legend(canvas, found)
     return canvas
@@ -186,6 +192,21 @@ def _number(x: object) -> float | None:
         return float(str(x))
     except ValueError:
         return None
+
+
+def _draw_scatter(axis: Axes, found: Gathered) -> None:
+    """Means with their deviation, joined in the order of their cost; the last series says what its points are."""
+    from qat.analysis.style import PALETTE
+
+    axis.set_xscale("log")
+    axis.margins(x=0.08, y=0.1)
+    for number, (name, points) in enumerate(found.series.items()):
+        look = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)], "linewidth": 1.4}
+        points = sorted(points, key=lambda point: point.x)
+        means, around = [point.mean for point in points], [point.around for point in points]
+        axis.errorbar([point.x for point in points], means, yerr=around, markersize=5, capsize=3, label=name, **look)
+    for point in points:
+        axis.annotate(point.name, (point.x, point.mean), (0, -14), textcoords="offset points", ha="center", fontsize=7)
 
 
 def _draw_curves(axis: Axes, found: Gathered) -> None:

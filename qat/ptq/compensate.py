@@ -64,19 +64,22 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Sequence[Tensor], 
         units = find_units(net, batches[0][:1], _SETTING)
         names = [unit.name for unit in units]
         pair = Runner(net, names, batches), Runner(reference, names, batches)
-        folded, blocks = 0, []
-        for unit in units:
-            with pair[0].at(unit.name), pair[1].at(unit.name):
-                for site in unit.layers:
-                    _fold(site, *_channel_fit(pair, unit, site))
-                    folded += 1
-                block = net.get_submodule(unit.name)
-                if matrix and hasattr(block, COMPENSATION):
-                    _fit_matrix(pair, unit, getattr(block, COMPENSATION))
-                    blocks.append(getattr(block, COMPENSATION))
-    added = sum(p.numel() * p.element_size() for block in blocks for p in block.parameters())
-    log.info("compensation of %d layers and %d blocks; %d bytes added", folded, len(blocks), added)
-    return Compensated(folded, len(blocks), added)
+        fitted = [linear for unit in units if (linear := _fit_unit(pair, unit, matrix=matrix)) is not None]
+    layers = sum(len(unit.layers) for unit in units)
+    added = sum(p.numel() * p.element_size() for linear in fitted for p in linear.parameters())
+    log.info("compensation of %d layers and %d blocks; %d bytes added", layers, len(fitted), added)
+    return Compensated(layers, len(fitted), added)
+
+
+def _fit_unit(pair: tuple[Runner, Runner], unit: Unit, *, matrix: bool) -> nn.Linear | None:
+    """Gains and biases of its layers, then its matrix, which is given back, where it has one and is to have it."""
+    linear = getattr(pair[0].modules[unit.name], COMPENSATION, None) if matrix else None
+    with pair[0].at(unit.name), pair[1].at(unit.name):
+        for site in unit.layers:
+            _fold(site, *_channel_fit(pair, unit, site))
+        if linear is not None:
+            _fit_matrix(pair, unit, linear)
+    return linear
 
 
 def _channel_fit(pair: tuple[Runner, Runner], unit: Unit, site: Site) -> tuple[Tensor, Tensor]:

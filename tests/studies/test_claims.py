@@ -55,7 +55,7 @@ MISTAKES = [
     ({"expect": [EXPECT | {"is": "bigger"}]}, "expect[0].direction='bigger': must be one of higher, lower, within, near"),
     ({"expect": [EXPECT, EXPECT | {"more": 1}]}, "expect[1]=['more']: must be a mapping with what, metric, "),
     ({"tables": [{"rows": ["new"]}]}, "tables[0].columns: is missing"),
-    ({"figures": [LINES | {"kind": "pie"}]}, "figures[0].kind='pie': must be one of lines, curves, map"),
+    ({"figures": [LINES | {"kind": "pie"}]}, "figures[0].kind='pie': must be one of lines, scatter, curves, map"),
 ]
 
 

@@ -52,6 +52,19 @@ def test_lines(folder):
     assert [spine for spine in axis.spines if axis.spines[spine].get_visible()] == ["left", "bottom"]
 
 
+def test_a_scatter_lies_along_another_metric(tmp_path):
+    for arm, seconds, top1 in (("new", (8.0, 12.0), (60.0, 62.0)), ("old", (1.0,), (50.0,))):
+        for seed, (cost, value) in enumerate(zip(seconds, top1, strict=True)):
+            made.record(tmp_path, arm=arm, seed=seed, metrics={"top1": value, "wall_seconds": cost})
+    spec = LINES | {"kind": "scatter", "along": "wall_seconds", "series": {"W4": {"slow": "new", "fast": "old", "never": "idle"}}}
+    *_, figure, _, found = gathered(tmp_path, spec)
+    assert [(point.name, point.x, point.mean) for point in found.series["W4"]] == [("slow", 10.0, 61.0), ("fast", 1.0, 50.0)]
+    (axis,) = drawing.draw(figure, found).axes
+    assert axis.get_xscale() == "log"
+    assert list(axis.lines[0].get_xdata()) == [1.0, 10.0]
+    assert {text.get_text() for text in axis.texts} == {"slow", "fast"}
+
+
 @pytest.mark.parametrize(
     ("places", "at"),
     [
