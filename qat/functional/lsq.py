@@ -246,10 +246,11 @@ class RelativeStepFunction(torch.autograd.Function):
         if not unit:  # no start is below it
             ctx.save_for_backward(start, change, grown)
             return grown
-        lacking = (unit - start).clamp(min=0)
+        # Small tensors: operations between them take a third of the time of those with a number or a truth value.
+        lacking, growth = start.clamp(min=unit) - start, change.relu()
         # As torch differentiates a clamp: on its bound no gradient passes.
-        ctx.save_for_backward(start, change, grown + lacking * (change > 0))
-        return grown + lacking * change.clamp(min=0)
+        ctx.save_for_backward(start, change, grown + lacking * growth.sign())
+        return grown + lacking * growth
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:

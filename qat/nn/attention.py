@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from qat.errors import UsageError
 from qat.functional.qkr import fold_q_bias, fold_qk
 from qat.kernels.fused import QkrOperands, QkrWeights, Scoring, attention, can_fuse, joint_scores, probs_dtype, qkr_attention
-from qat.nn.fusing import is_off, operand_of, statsq_bits
+from qat.nn.fusing import is_off, operand_of, weight_params
 from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import QuantModule, is_watched
 from qat.nn.swap_registry import SwapContext
@@ -216,20 +216,19 @@ class QkrAttention(ScoredAttention, QuantModule):
 
     def fused(self, x: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:
         """`gather(scores(xq) * factor + bias + mask, v(xq))` of the quantized x (B, N, C) in one Function, None where it cannot be."""
-        v, bits = self.v, statsq_bits(self.qk_quantizer)
-        if not isinstance(v, QuantLinear) or is_watched(v):
+        v = self.v
+        if not (isinstance(v, QuantLinear) and not is_watched(v) and self.groups == 1 and is_off(self.attn_drop) and can_fuse(x)):
             return None
-        v_bits = statsq_bits(v.weight_quantizer)
-        if not (bits and v_bits and self.groups == 1 and is_off(self.attn_drop) and can_fuse(x)):
+        matrix, of_v = weight_params(self, "qk"), weight_params(v, "weight")
+        if matrix is None or of_v is None:
             return None
         found = (operand_of(o) for o in (self.input_quantizer, self.k_quantizer, self.v_quantizer, self.probs_quantizer))
         operands = [o for o in found if o is not None]
         if len(operands) < 4:
             return None
         weights = QkrWeights(self.q_weight, self.k_weight, v.weight, v.bias, self.product_offset, self.q_bias)
-        ready = self.ready("qk"), v.ready("weight")
         scoring = Scoring(self.num_heads, factor, bias, mask, self.keep_probs)
-        return qkr_attention(x, weights, QkrOperands(*operands), (bits, v_bits), scoring, ready)
+        return qkr_attention(x, weights, (matrix, of_v), QkrOperands(*operands), scoring)
 
     def timm_weights(self) -> dict[str, Tensor]:
         """The attention's own tensors as timm's module keeps them, detached; those of `proj` and further children are not among them.

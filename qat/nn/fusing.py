@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from qat.kernels.fused import LSQParams
-from qat.nn.quant_module import is_watched
+from qat.kernels.fused import LSQParams, WeightParams
+from qat.nn.quant_module import QuantModule, is_watched
 from qat.quantizers import LSQ, SEQ, Shifted, StatsQ
 
 
@@ -22,9 +22,13 @@ def operand_of(quantizer: nn.Module) -> LSQParams | None:
     return LSQParams(scale, before, after, quantizer.code_range, quantizer.grad_factor)
 
 
-def statsq_bits(quantizer: nn.Module) -> int | None:
-    """Bits of StatsQ; None for all other quantizers, and for one that is watched."""
-    return quantizer.spec.bits if type(quantizer) is StatsQ and not is_watched(quantizer) else None
+def weight_params(module: QuantModule, role: str) -> WeightParams | None:
+    """StatsQ or LSQ of the weight with this role; None for all other quantizers, and for one that is watched."""
+    quantizer = getattr(module, f"{role}_quantizer")
+    if type(quantizer) is StatsQ and not is_watched(quantizer):
+        return WeightParams(quantizer.spec.bits, None, module.ready(role))
+    lsq = operand_of(quantizer)
+    return None if lsq is None or lsq.before is not None else WeightParams(lsq.settings, lsq.scale, module.ready(role))
 
 
 def is_off(dropout: nn.Module) -> bool:

@@ -6,8 +6,8 @@ import timm.layers as timm_layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.kernels.fused import can_fuse, lsq_linear
-from qat.nn.fusing import operand_of, statsq_bits
+from qat.kernels.fused import WeightParams, can_fuse, lsq_linear
+from qat.nn.fusing import operand_of, weight_params
 from qat.nn.quant_module import QuantModule
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.quantizers import Quantizer
@@ -36,10 +36,10 @@ class QuantLinear(nn.Linear, QuantModule):
         operand = operand_of(self.input_quantizer) if can_fuse(x) else None
         if operand is None:
             return F.linear(self.input_quantizer(x), self.quantized("weight"), self.bias)
-        bits = statsq_bits(self.weight_quantizer)
-        if bits is None:
-            return lsq_linear(x, operand, self.quantized("weight"), self.bias, None)
-        return lsq_linear(x, operand, self.weight, self.bias, bits, self.ready("weight"))
+        params = weight_params(self, "weight")
+        if params is None:
+            return lsq_linear(x, operand, self.quantized("weight"), WeightParams(None), self.bias)
+        return lsq_linear(x, operand, self.weight, params, self.bias)
 
 
 @register_swap(nn.Linear, "linear")

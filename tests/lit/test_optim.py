@@ -1,5 +1,6 @@
 """Optimizer groups and schedules. Oracles: names listed by hand, closed forms of the schedule (spec of the paper's recipes)."""
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import qat
 from qat.lit import QATModule, build_optimizer, cosine_schedule, parameter_groups, scaled_lr
+from qat.lit.optimizer_state import fill
 from qat.losses import CompositeLoss, CrossEntropy
 from tests.callbacks.fitting import QUIET, batches
 from tests.tiny import DISTILLED, SIZE, vit
@@ -240,6 +242,55 @@ def test_a_fused_step_is_that_of_a_parameter_after_the_other():
             optimizer.step()
     for ours, theirs in zip(*(net.parameters() for net in nets), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def step_with_gradients(optimizer, net, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("groups_name_it", [True, False], ids=["fused=None in the file", "no word of it in the file"])
+@pytest.mark.parametrize("opt", ["adamw", "adam"])
+def test_a_state_from_before_the_fused_form_goes_on_bit_for_bit(opt, groups_name_it):
+    """As torch restores it: a group of the file brings its own form along. Oracle: the optimizer that wrote it, going on."""
+    old = vit()
+    writer = build_optimizer(old, opt=opt, lr=1e-2, weight_decay=0.05, fused=None)
+    for seed in range(3):
+        step_with_gradients(writer, old, seed)
+    state, net = copy.deepcopy(writer.state_dict()), copy.deepcopy(old)
+    for group in state["param_groups"]:
+        assert group["fused"] is None
+        if not groups_name_it:
+            del group["fused"]
+    optimizer = build_optimizer(net, opt=opt, lr=1e-2, weight_decay=0.05)
+    assert optimizer.param_groups[0]["fused"] is True
+    optimizer.load_state_dict(state)
+    assert not any(group["fused"] for group in optimizer.param_groups)
+    for seed in range(3, 6):
+        step_with_gradients(writer, old, seed)
+        step_with_gradients(optimizer, net, seed)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(net.parameters(), old.parameters(), strict=True))
+    assert {entry["step"].item() for entry in optimizer.state.values()} == {6.0}
+
+
+def test_moments_from_before_the_fused_form_in_a_fused_optimizer():
+    """`ckpt_optimizer=true` takes moments and counts of steps, and the optimizer's own form stays. Oracle: a parameter after the other."""
+    old = vit()
+    writer = build_optimizer(old, lr=1e-2, weight_decay=0.05, fused=False)
+    for seed in range(3):
+        step_with_gradients(writer, old, seed)
+    net, names = copy.deepcopy(old), {p: n for n, p in old.named_parameters()}
+    optimizer = build_optimizer(net, lr=1e-2, weight_decay=0.05)
+    fill(optimizer, net, {names[p]: copy.deepcopy(entry) for p, entry in writer.state.items()})
+    assert {group["fused"] for group in optimizer.param_groups} == {True}
+    for seed in range(3, 6):
+        step_with_gradients(writer, old, seed)
+        step_with_gradients(optimizer, net, seed)
+    for ours, theirs in zip(net.parameters(), old.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert {entry["step"].item() for entry in optimizer.state.values()} == {6.0}
 
 
 def test_fused_steps_clip_gradients_under_autocast(tmp_path):

@@ -42,13 +42,26 @@ def same(ours, theirs):
         )
 
 
-@pytest.mark.parametrize("kind", ["qkr", "fold", "standard", "float", "seq", "lsq", "deploy_w4a4"])
+KINDS = {
+    "qkr": ("ofq", {}),
+    "fold": ("ofq", {"qk_bias": "fold"}),
+    "standard": ("ofq", {"attention": "standard"}),
+    "float": ("ofq", {"attention": "float"}),
+    "seq": ("seq", {}),
+    "seq qkr": ("seq", {"attention": "qkr"}),
+    "lsq": ("lsq", {}),
+    "lsq absolute": ("lsq", {"steps": "absolute", "attention": "float"}),
+    "deploy_w4a4": ("deploy_w4a4", {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", NETS, ids=lambda f: f.name)
 def test_nets_are_the_same(family, kind, unfused):
-    if kind == "qkr" and not family.qkr:
+    name, knobs = KINDS[kind]
+    recipe = qat.recipe(name, bits=2, **knobs)
+    if recipe.attention == "qkr" and not family.qkr:
         pytest.skip("no single matrix M")
-    knobs = {"qk_bias": "fold"} if kind == "fold" else {"attention": kind}
-    recipe = qat.recipe(kind, bits=2) if kind in {"seq", "lsq", "deploy_w4a4"} else qat.recipe("ofq", bits=2, **knobs)
     net = qat.convert(family.build(), recipe, input_size=family.input_size)
     x = family.images(4)
     qat.initialize_scales(net, [x])
@@ -74,18 +87,23 @@ def kept_bytes(net, x):
     return sum(size for pointer, size in seen.items() if pointer not in own)
 
 
-def deit(knobs, depth, x):
+def deit(knobs, depth, x, recipe="ofq"):
     torch.manual_seed(0)
     net = timm.create_model("deit_tiny_patch16_224", img_size=64, num_classes=10, depth=depth)
     if knobs is not None:
-        qat.initialize_scales(qat.convert(net, qat.recipe("ofq", bits=2, **knobs), input_size=(3, 64, 64)), [x])
+        qat.initialize_scales(qat.convert(net, qat.recipe(recipe, bits=2, **knobs), input_size=(3, 64, 64)), [x])
     return net.train()
 
 
-@pytest.mark.parametrize(("knobs", "most"), [({"attention": "float"}, 0.65), ({"attention": "standard"}, 0.70), ({}, 0.80)])
-def test_a_quantized_block_keeps_less_than_a_float_block(knobs, most):
+@pytest.mark.parametrize("recipe", ["ofq", "lsq", "seq"])
+@pytest.mark.parametrize(
+    ("knobs", "most"), [({"attention": "float"}, 0.65), ({"attention": "standard"}, 0.70), ({"attention": "qkr"}, 0.80)]
+)
+def test_a_quantized_block_keeps_less_than_a_float_block(knobs, most, recipe):
+    """Neither is any quantized weight among it: one is as large as what a block of these few tokens may keep."""
     x = torch.randn(4, 3, 64, 64)
-    ours, theirs = (kept_bytes(deit(k, 2, x), x) - kept_bytes(deit(k, 1, x), x) for k in (knobs, None))
+    ours = kept_bytes(deit(knobs, 2, x, recipe), x) - kept_bytes(deit(knobs, 1, x, recipe), x)
+    theirs = kept_bytes(deit(None, 2, x), x) - kept_bytes(deit(None, 1, x), x)
     assert ours < most * theirs
 
 

@@ -10,12 +10,14 @@ from qat.kernels.fused.operand import LSQParams, can_fuse, probs_dtype
 from qat.kernels.fused.qkr import QkrOperands, QkrWeights, qkr_attention
 from qat.kernels.fused.scores import Scoring
 from qat.kernels.fused.source import remember, viewed
+from qat.kernels.fused.weight import WeightParams
 
 __all__ = [
     "LSQParams",
     "QkrOperands",
     "QkrWeights",
     "Scoring",
+    "WeightParams",
     "attention",
     "can_fuse",
     "joint_scores",

@@ -42,7 +42,12 @@ def _write_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
 
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """The sum over the heads of a (h, B, n, k) @ b (h, B, k, m): (B, n, m)."""
+    """The sum over the heads of a (h, B, n, k) @ b (h, B, k, m): (B, n, m), in half precision rounded once, behind the sum.
+
+    For that it is one product over all heads there, which costs a copy of `a`, and one of `b` unless its (B, k, h, m) is in one piece.
+    """
+    if a.dtype != torch.float32:
+        return torch.bmm(a.permute(1, 2, 3, 0).flatten(2), b.permute(1, 2, 0, 3).flatten(1, 2))
     total = torch.bmm(a[0], b[0])
     for one, other in zip(a[1:].unbind(0), b[1:].unbind(0), strict=True):
         total.baddbmm_(one, other)

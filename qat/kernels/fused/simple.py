@@ -13,7 +13,8 @@ from qat.functional.qkr import fold_q_bias, fold_qk
 from qat.functional.statsq import statsq
 from qat.kernels.fused.heads import heads_of
 from qat.kernels.fused.operand import LSQParams
-from qat.kernels.fused.scores import softmax
+from qat.kernels.fused.scores import Scoring, softmax
+from qat.kernels.fused.weight import WeightParams
 
 
 def quantize(o: LSQParams, x: Tensor) -> Tensor:
@@ -22,34 +23,38 @@ def quantize(o: LSQParams, x: Tensor) -> Tensor:
     return lsq(x, o.scale, qmin, qmax, axis, half=half, grad_factor=o.grad_factor, before=o.before, after=o.after)
 
 
-def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, bias: Tensor | None, bits: int | None) -> Tensor:
+def quantize_weight(params: WeightParams, weight: Tensor) -> Tensor:
+    """Fake-quantize a weight that is not quantized already."""
+    if isinstance(params.settings, int):
+        return statsq(weight, params.settings)
+    return weight if params.lsq is None else quantize(params.lsq, weight)
+
+
+def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, params: WeightParams, bias: Tensor | None) -> Tensor:
     """See `qat.kernels.fused.lsq_linear`."""
-    return F.linear(quantize(operand, x), weight if bits is None else statsq(weight, bits), bias)
+    return F.linear(quantize(operand, x), quantize_weight(params, weight), bias)
 
 
-def _gather(scores: Tensor, values: Tensor, probs: LSQParams, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    return (quantize(probs, softmax(scores, bias, mask, scores.dtype)) @ values).permute(1, 2, 0, 3).flatten(2)
+def _gather(scores: Tensor, values: Tensor, probs: LSQParams, scoring: Scoring) -> Tensor:
+    return (quantize(probs, softmax(scores, scoring.bias, scoring.mask, scores.dtype)) @ values).permute(1, 2, 0, 3).flatten(2)
 
 
-def attention(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, operands: Any, num_heads: int, factor: float) -> Tensor:
+def attention(qkv: Tensor, operands: Any, scoring: Scoring) -> Tensor:
     """See `qat.kernels.fused.attention`."""
-    q, k, v = (heads_of(quantize(o, x), num_heads) for o, x in zip(operands[:3], qkv.chunk(3, -1), strict=True))
-    return _gather(q @ k.transpose(-2, -1) * factor, v, operands[3], bias, mask)
+    q, k, v = (heads_of(quantize(o, x), scoring.num_heads) for o, x in zip(operands[:3], qkv.chunk(3, -1), strict=True))
+    return _gather(q @ k.transpose(-2, -1) * scoring.factor, v, operands[3], scoring)
 
 
-def qkr_attention(
-    x: Tensor, bias: Tensor | None, mask: Tensor | None, weights: Any, operands: Any, bits: tuple[int, int], num_heads: int, factor: float
-) -> Tensor:
+def qkr_attention(x: Tensor, weights: Any, params: tuple[WeightParams, WeightParams], operands: Any, scoring: Scoring) -> Tensor:
     """See `qat.kernels.fused.qkr_attention`."""
-    xq = quantize(operands.input, x)
-    mapped = F.linear(xq, statsq(fold_qk(weights.q, weights.k, num_heads), bits[0]).to(xq.dtype), weights.offset)
+    xq, num_heads = quantize(operands.input, x), scoring.num_heads
+    mapped = F.linear(xq, quantize_weight(params[0], fold_qk(weights.q, weights.k, num_heads)).to(xq.dtype), weights.offset)
     keys = quantize(operands.product, mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2))
     scores = xq @ keys.unflatten(1, (-1, num_heads)).permute(2, 0, 3, 1)
     if weights.q_bias is not None:
         scores = scores + F.linear(xq, fold_q_bias(weights.k, weights.q_bias, num_heads).to(xq.dtype)).permute(2, 0, 1).unsqueeze(2)
-    scores = scores * factor
-    v = quantize(operands.values, F.linear(xq, statsq(weights.v, bits[1]), weights.v_bias))
-    return _gather(scores, heads_of(v, num_heads), operands.probs, bias, mask)
+    v = quantize(operands.values, F.linear(xq, quantize_weight(params[1], weights.v), weights.v_bias))
+    return _gather(scores * scoring.factor, heads_of(v, num_heads), operands.probs, scoring)
 
 
 def gradients(out: Tensor, inputs: list[Tensor | None], needed: tuple[bool, ...], grad: Tensor) -> list[Tensor | None]:

@@ -5,8 +5,21 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from qat.functional.qkr import fold_qk
 from qat.kernels import CodeRange
-from qat.kernels.fused import LSQParams, QkrOperands, QkrWeights, Scoring, attention, lsq_linear, qkr_attention, remember, simple, viewed
+from qat.kernels.fused import (
+    LSQParams,
+    QkrOperands,
+    QkrWeights,
+    Scoring,
+    WeightParams,
+    attention,
+    lsq_linear,
+    qkr_attention,
+    remember,
+    simple,
+    viewed,
+)
 
 B, N, H, D = 4, 7, 2, 6
 C = H * D
@@ -42,32 +55,69 @@ def compare(fused, plain, tensors):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
 
 
-def linear_parts(bias=True, offsets=2):
+def learned(rows, axis=0, *, half=False):
+    """LSQ of a weight, at 2 bits."""
+    step = (0.3 + torch.rand(rows if axis == 0 else 1, generator=torch.Generator().manual_seed(70))).requires_grad_()
+    return WeightParams((CodeRange(-2, 1, axis, half=half), 1.0), step)
+
+
+STATSQ = WeightParams(2)
+WEIGHTS = {
+    "statsq": STATSQ,
+    "lsq": learned(9),
+    "half steps": learned(9, half=True),
+    "a step a tensor": learned(9, None),
+    "quantized already": WeightParams(None),
+}
+
+
+def linear_parts(bias=True, offsets=2, params=STATSQ):
     x, w = randn(B, N, C, seed=20, scale=2.0), randn(9, C, seed=21)
-    return x, operand(N, CodeRange(-2, 1, -2), offsets), w, randn(9, seed=22) if bias else None
+    return x, operand(N, CodeRange(-2, 1, -2), offsets), w, params, randn(9, seed=22) if bias else None
 
 
-@pytest.mark.parametrize(("bits", "bias", "offsets"), [(2, True, 2), (4, False, 2), (2, True, 0), (None, False, 1), (3, True, 1)])
-def test_linear(bits, bias, offsets):
-    parts = linear_parts(bias, offsets)
-    compare(lsq_linear(*parts, bits), simple.lsq_linear(*parts, bits), leaves(*parts))
+@pytest.mark.parametrize("params", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize(("bias", "offsets"), [(True, 2), (False, 2), (True, 0), (False, 1)])
+def test_linear(params, bias, offsets):
+    parts = linear_parts(bias, offsets, params)
+    compare(lsq_linear(*parts), simple.lsq_linear(*parts), leaves(*parts))
+
+
+@pytest.mark.parametrize("params", WEIGHTS.values(), ids=WEIGHTS)
+def test_gradients_of_weights_are_the_same_bits(params):
+    """The product behind the quantizer of the weight is the same, and so are all sums of its gradient."""
+    parts = linear_parts(params=params)
+    tensors = [t for t in (parts[2], params.scale) if t is not None]
+    found, expected = (torch.autograd.grad(f(*parts).square().sum(), tensors) for f in (lsq_linear, simple.lsq_linear))
+    assert torch.equal(found[0], expected[0])
+    # The step's sums are those of the kernel in use, the plain form's those of torch.
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("params", [STATSQ, WEIGHTS["lsq"]], ids=["statsq", "lsq"])
+def test_a_weight_that_is_kept_is_not_quantized_again(params):
+    parts = linear_parts(params=params)
+    ready = simple.quantize_weight(params, parts[2]).detach()
+    kept = (*parts[:3], params._replace(ready=ready), parts[4])
+    compare(lsq_linear(*kept), lsq_linear(*parts), leaves(*parts))
 
 
 def test_half_steps_also_when_differentiated_twice():
-    x, o, w, b = linear_parts()
-    parts = x, o._replace(codes=CodeRange(-2, 1, -2, half=True)), w, b
-    compare(lsq_linear(*parts, 2), simple.lsq_linear(*parts, 2), leaves(*parts))
+    x, o, w, params, b = linear_parts(params=WEIGHTS["half steps"])
+    parts = x, o._replace(codes=CodeRange(-2, 1, -2, half=True)), w, params, b
+    compare(lsq_linear(*parts), simple.lsq_linear(*parts), leaves(*parts))
     found, expected = (
-        torch.autograd.grad(f(*parts, 2).square().sum(), leaves(*parts), create_graph=True) for f in (lsq_linear, simple.lsq_linear)
+        torch.autograd.grad(f(*parts).square().sum(), leaves(*parts), create_graph=True) for f in (lsq_linear, simple.lsq_linear)
     )
-    for one, other in zip(*(torch.autograd.grad(g[0].square().sum(), [x, w]) for g in (found, expected)), strict=True):
+    for one, other in zip(*(torch.autograd.grad(g[0].square().sum(), [x, w, params.scale]) for g in (found, expected)), strict=True):
         assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_linear_on_a_map_and_on_one_row():
     for shape, grid, n in (((2, 3, 5, C), CodeRange(-8, 7, None), 1), ((B, C), CodeRange(-128, 127, None), 1)):
-        parts = randn(*shape), operand(n, grid), randn(9, C), randn(9)
-        compare(lsq_linear(*parts, 2), simple.lsq_linear(*parts, 2), leaves(*parts))
+        parts = randn(*shape), operand(n, grid), randn(9, C), STATSQ, randn(9)
+        compare(lsq_linear(*parts), simple.lsq_linear(*parts), leaves(*parts))
 
 
 def kept_bytes(make, *parameters):
@@ -85,14 +135,14 @@ def kept_bytes(make, *parameters):
 
 @pytest.mark.parametrize("maker", ["norm", "gelu"])
 def test_what_can_be_made_again_is_not_kept(maker):
-    x, o, w, b = linear_parts()
+    x, o, w, params, b = linear_parts()
     gamma, beta = randn(C, seed=30), randn(C, seed=31)
     norm = (lambda x, g, b: F.layer_norm(x, (C,), g, b)), (x, gamma, beta)
     make, inputs = norm if maker == "norm" else (F.gelu, (x,))
 
     def run(note):
         made = make(*inputs)
-        return lsq_linear(remember(made, make, *inputs) if note else made, o, w, b, 2)
+        return lsq_linear(remember(made, make, *inputs) if note else made, o, w, params, b)
 
     parameters = leaves(o, w, b, gamma, beta)
     bytes_with, with_note = kept_bytes(lambda: run(note=True), *parameters)
@@ -105,12 +155,12 @@ def test_what_can_be_made_again_is_not_kept(maker):
 
 
 def test_a_view_keeps_the_note():
-    x, o, w, b = linear_parts()
+    x, o, w, params, b = linear_parts()
     o = o._replace(codes=CodeRange(-8, 7, None), scale=o.scale[:1].detach().requires_grad_())
 
     def run(note):
         made = F.gelu(x)
-        return lsq_linear(viewed(remember(made, F.gelu, x) if note else made, lambda t: t.unflatten(0, (2, -1))), o, w, b, 2)
+        return lsq_linear(viewed(remember(made, F.gelu, x) if note else made, lambda t: t.unflatten(0, (2, -1))), o, w, params, b)
 
     parameters = leaves(o, w, b)
     less, with_note = kept_bytes(lambda: run(note=True), *parameters)
@@ -121,10 +171,10 @@ def test_a_view_keeps_the_note():
 
 
 def test_a_tensor_written_into_is_kept_itself():
-    x, o, w, b = linear_parts()
+    x, o, w, params, b = linear_parts()
     made = remember(F.gelu(x), F.gelu, x)
     made.mul_(2)
-    compare(lsq_linear(made, o, w, b, 2), simple.lsq_linear(2 * F.gelu(x), o, w, b, 2), leaves(x, o, w, b))
+    compare(lsq_linear(made, o, w, params, b), simple.lsq_linear(2 * F.gelu(x), o, w, params, b), leaves(x, o, w, b))
 
 
 def attention_parts(seed=40):
@@ -147,11 +197,14 @@ def test_attention(factor, kind, keep):
     qkv, operands = attention_parts()
     bias, mask = extras(kind)
     fused = attention(qkv, operands, Scoring(H, factor, bias, mask, keep))
-    plain = simple.attention(qkv, bias, mask, operands, H, factor)
+    plain = simple.attention(qkv, operands, Scoring(H, factor, bias, mask, keep))
     compare(fused, plain, leaves(qkv, operands, bias))
 
 
-def qkr_parts(q_bias=False):
+TWO_WIDTHS = WeightParams(2), WeightParams(3)
+
+
+def qkr_parts(q_bias=False, params=TWO_WIDTHS):
     x = randn(B, N, C, seed=60)
     weights = QkrWeights(*(randn(C, C, seed=i) for i in (61, 62, 63)), randn(C, seed=64), randn(H * C, seed=65), None)
     weights = weights._replace(q_bias=randn(C, seed=67) if q_bias else None)
@@ -163,7 +216,7 @@ def qkr_parts(q_bias=False):
         operand(C, CodeRange(-2, 1, -1), 2, 10),
         probs._replace(scale=(0.1 * probs.scale).detach().requires_grad_()),
     )
-    return x, weights, operands
+    return x, weights, params, operands
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -171,28 +224,37 @@ def qkr_parts(q_bias=False):
 @pytest.mark.parametrize("q_bias", [True, False])
 @pytest.mark.parametrize("factor", [0.125, 0.07])
 def test_qkr(factor, q_bias, kind, keep):
-    x, weights, operands = qkr_parts(q_bias)
-    bias, mask = extras(kind)
-    fused = qkr_attention(x, weights, operands, (2, 3), Scoring(H, factor, bias, mask, keep))
-    plain = simple.qkr_attention(x, bias, mask, weights, operands, (2, 3), H, factor)
-    compare(fused, plain, leaves(x, weights, operands, bias))
+    parts = qkr_parts(q_bias)
+    scoring = Scoring(H, factor, *extras(kind), keep)
+    compare(qkr_attention(*parts, scoring), simple.qkr_attention(*parts, scoring), leaves(*parts, scoring))
 
 
-@pytest.mark.parametrize("kind", ["linear", "attention", "qkr"])
+@pytest.mark.parametrize("ready", [True, False])
+def test_qkr_with_learned_steps_of_weights(ready):
+    parts = qkr_parts(q_bias=True, params=(learned(H * C), learned(C, half=True)))
+    scoring = Scoring(H, 0.07, None, None, keep_probs=True)
+    plain = simple.qkr_attention(*parts, scoring)
+    x, weights, params, operands = parts
+    if ready:
+        latents = fold_qk(weights.q, weights.k, H), weights.v
+        made = (simple.quantize_weight(p, w).detach() for p, w in zip(params, latents, strict=True))
+        params = tuple(p._replace(ready=w) for p, w in zip(params, made, strict=True))
+    compare(qkr_attention(x, weights, params, operands, scoring), plain, leaves(*parts))
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear, lsq", "attention", "qkr", "qkr, lsq"])
 def test_gradients_can_be_differentiated(kind):
     """A penalty on gradients: the graph of the backward pass has to reach all parameters."""
-    if kind == "linear":
-        parts = linear_parts()
-        pairs = (lsq_linear(*parts, 2), simple.lsq_linear(*parts, 2))
+    if kind.startswith("linear"):
+        parts = linear_parts(params=WEIGHTS["lsq"] if "lsq" in kind else STATSQ)
+        pairs = lsq_linear(*parts), simple.lsq_linear(*parts)
     elif kind == "attention":
-        parts = attention_parts()
-        pairs = (attention(*parts, Scoring(H, 0.25, None, None, True)), simple.attention(parts[0], None, None, parts[1], H, 0.25))
+        parts = *attention_parts(), Scoring(H, 0.25, None, None, keep_probs=True)
+        pairs = attention(*parts), simple.attention(*parts)
     else:
-        parts = qkr_parts(q_bias=True)
-        pairs = (
-            qkr_attention(*parts, (2, 2), Scoring(H, 0.25, None, None, True)),
-            simple.qkr_attention(parts[0], None, None, *parts[1:], (2, 2), H, 0.25),
-        )
+        params = (learned(H * C), learned(C)) if "lsq" in kind else (STATSQ, STATSQ)
+        parts = *qkr_parts(q_bias=True, params=params), Scoring(H, 0.25, None, None, keep_probs=True)
+        pairs = qkr_attention(*parts), simple.qkr_attention(*parts)
     tensors = leaves(*parts)
     found = []
     for out in pairs:
@@ -206,9 +268,9 @@ def test_gradients_can_be_differentiated(kind):
 
 
 def test_only_what_is_needed_gets_a_gradient():
-    x, o, w, b = linear_parts()
+    x, o, w, params, b = linear_parts()
     w.requires_grad_(requires_grad=False)
-    lsq_linear(x, o, w, b, 2).sum().backward()
+    lsq_linear(x, o, w, params, b).sum().backward()
     assert w.grad is None
     assert x.grad is not None
     assert o.scale.grad is not None

@@ -33,3 +33,12 @@ def test_a_sum_over_heads():
     torch.manual_seed(0)
     a, b = torch.randn(3, 2, 5, 7), torch.randn(3, 2, 7, 4)
     torch.testing.assert_close(heads.sum_of_products(a, b), (a @ b).sum(0))
+
+
+def test_a_sum_over_heads_in_half_precision_is_rounded_once():
+    torch.manual_seed(0)
+    a, rows = torch.randn(12, 2, 5, 7).bfloat16(), torch.randn(2, 7 * 12, 4).bfloat16()
+    b = rows.unflatten(1, (-1, 12)).permute(2, 0, 1, 3)
+    found, exact = heads.sum_of_products(a, b), (a.double() @ b.double()).sum(0)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)

@@ -1,0 +1,61 @@
+"""What a fused Function is told of a weight's quantizer. Weights are quantized again in backward: a pass over them is cheap."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat import kernels
+from qat.functional.lsq import CodeRange
+from qat.functional.statsq import statsq_scale
+from qat.kernels.fused.operand import LSQParams
+
+
+class WeightParams(NamedTuple):
+    """StatsQ or LSQ of a weight (out, in), or neither, where the weight is quantized already.
+
+    Attributes:
+        settings: bits of StatsQ; `LSQParams.settings` of LSQ; None = the weight is quantized already.
+        scale: the step of LSQ, (out,) or (1,); the scale of StatsQ, None until `fitted` finds it.
+        ready: the quantized weight, where somebody keeps it; without gradient.
+    """
+
+    settings: int | tuple[CodeRange, float] | None
+    scale: Tensor | None = None
+    ready: Tensor | None = None
+
+    @property
+    def lsq(self) -> LSQParams | None:
+        """LSQ, which learns its step; None for all else."""
+        if not isinstance(self.settings, tuple) or self.scale is None:
+            return None
+        return LSQParams(self.scale, None, None, *self.settings)
+
+    def fitted(self, weight: Tensor) -> WeightParams:
+        """With the scale that StatsQ finds in `weight`, if it is needed and not yet known."""
+        is_missing = isinstance(self.settings, int) and self.ready is None and self.scale is None
+        return self._replace(scale=statsq_scale(weight)) if is_missing else self
+
+    def forward(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The factor of a product in `dtype`."""
+        if self.ready is not None:
+            return self.ready.to(dtype)
+        if isinstance(self.settings, int) and self.scale is not None:
+            return kernels.statsq_forward(weight, self.scale, self.settings, dtype)
+        lsq = self.lsq
+        return weight.to(dtype) if lsq is None else lsq.forward(weight, dtype)
+
+    def backward(self, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the weight, in its dtype, and of LSQ's step.
+
+        Args:
+            grad: of the result of `forward`; may take the gradient of the weight.
+            weight: its argument.
+        """
+        lsq = self.lsq
+        if lsq is None:
+            return grad.to(weight.dtype), None
+        found = lsq.backward(grad, weight, in_place=True)
+        return found.x, found.scale
