@@ -233,7 +233,7 @@ def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
         change: t, (n,); 0 = as it began.
         unit: u, at least 0.
     """
-    return start * change.exp() + (unit - start).clamp(min=0) * change.clamp(min=0)
+    return start * change.exp() + (unit - start).clamp(min=0) * change.relu()  # at 0 no version of torch lets a gradient through relu
 
 
 class RelativeStepFunction(torch.autograd.Function):
@@ -247,7 +247,7 @@ class RelativeStepFunction(torch.autograd.Function):
             ctx.save_for_backward(start, change, grown)
             return grown
         lacking = (unit - start).clamp(min=0)
-        # As torch differentiates a clamp: on its bound no gradient passes.
+        # As torch differentiates relu: no gradient passes at 0.
         ctx.save_for_backward(start, change, grown + lacking * (change > 0))
         return grown + lacking * change.clamp(min=0)
 
