@@ -17,7 +17,7 @@ from qat.export.check import Checked, check_onnx
 from qat.export.graph import TARGETS, FreeDimensions, check_size, require_onnx, to_onnx
 from qat.export.stored_weights import TWO_BIT
 from qat.model.checkpoint import describe
-from qat.model.convert import conversion_of
+from qat.model.convert import check_input, conversion_of
 from qat.model.frozen import freeze, is_frozen
 from qat.model.transform import data_config
 from qat.utils.files import replacing
@@ -83,8 +83,8 @@ def export_onnx(
         How far net and file agree, as text by `to_text()`.
 
     Raises:
-        UsageError: the net is not quantized, its scales are not set, the target cannot hold it, onnx is not installed, or what was written
-            disagrees; it is then kept as `<path>.rejected`.
+        UsageError: the net is no classifier or not quantized, its scales are not set, the target cannot hold it, onnx is not installed, or
+            what was written disagrees; it is then kept as `<path>.rejected`.
 
     Example:
         >>> net = qat.convert(timm.create_model("deit_tiny_patch16_224"), qat.recipe("deploy_w8a8"))  # doctest: +SKIP
@@ -102,11 +102,11 @@ def export_onnx(
     if done is None:
         raise UsageError("export_onnx: a float net; qat.convert(net, qat.recipe(...)) quantizes it")
     frozen = net if is_frozen(net) else freeze(net)
+    _check_is_classifier(frozen, done.input_size)
     if dynamic_size:
         check_size(frozen)
     settings = OnnxSettings(opset, dynamic_batch, dynamic_size, target, two_bit)
-    if images is None:
-        images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0)) if images is None else images
     meta = describe(frozen) | {"preprocessing": preprocessing(data_settings(data_config(net)))}
     was_training = net.training
     net.eval()
@@ -114,6 +114,13 @@ def export_onnx(
         return kept(place, lambda file: Written(write_onnx(file, frozen, net, meta, [images], settings)[1], "")).checked
     finally:
         net.train(was_training)
+
+
+def _check_is_classifier(net: nn.Module, input_size: tuple[int, int, int]) -> None:
+    shape = check_input(net, input_size)
+    if shape is None or len(shape) != 2:
+        gives = "several tensors" if shape is None else f"(1, {', '.join(map(str, shape[1:]))})"
+        raise UsageError(f"export_onnx: the net gives {gives} for an image; only classifiers are written, which give (1, classes)")
 
 
 def write_onnx(

@@ -233,7 +233,7 @@ def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
         change: t, (n,); 0 = as it began.
         unit: u, at least 0.
     """
-    return start * change.exp() + (unit - start).clamp(min=0) * change.clamp(min=0)
+    return start * change.exp() + (unit - start).clamp(min=0) * change.relu()  # at 0 no version of torch lets a gradient through relu
 
 
 class RelativeStepFunction(torch.autograd.Function):
@@ -248,7 +248,7 @@ class RelativeStepFunction(torch.autograd.Function):
             return grown
         # Small tensors: operations between them take a third of the time of those with a number or a truth value.
         lacking, growth = start.clamp(min=unit) - start, change.relu()
-        # As torch differentiates a clamp: on its bound no gradient passes.
+        # As torch differentiates relu: no gradient passes at 0.
         ctx.save_for_backward(start, change, grown + lacking * growth.sign())
         return grown + lacking * growth
 

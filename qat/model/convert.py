@@ -23,6 +23,15 @@ from qat.quantizers import Quantizer
 from qat.spec import PRESETS, QuantRecipe
 from qat.utils.probing import allow_unset_scales, probing
 
+# Where torch keeps what `register_forward_hook` and `register_forward_pre_hook` are given.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -51,7 +60,7 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
     Until scales are set, by `qat.initialize_scales`, a checkpoint or by hand, calling the net raises `UsageError`.
 
     Args:
-        net: a timm model (or any module with Linears) in float.
+        net: a timm model, also one with `features_only=True`, or any module with Linears; in float.
         recipe: `qat.recipe(...)`; `fp` leaves the net untouched.
         input_size: (channels, height, width) of its images.
 
@@ -118,10 +127,14 @@ def _as_names(value: object) -> set[str]:
 
 
 def stem_and_heads(net: nn.Module) -> dict[str, str]:
-    """Names of the first convolution (`stem`) and the classifiers (`head`), from timm's own description of the net."""
+    """Names of the first convolution (`stem`) and the classifiers (`head`), from timm's own description of the net.
+
+    In a net of `features_only=True` modules may have other names than the description says: there the first convolution is looked for.
+    """
     described = getattr(net, "pretrained_cfg", None) or {}
-    first_conv = next((name for name, m in net.named_modules() if isinstance(m, nn.Conv2d)), "")
-    stems = _as_names(described.get("first_conv")) or {first_conv}
+    modules = dict(net.named_modules())
+    first_conv = next((name for name, m in modules.items() if isinstance(m, nn.Conv2d)), "")
+    stems = _as_names(described.get("first_conv")) & modules.keys() or {first_conv}
     heads = _as_names(described.get("classifier")) or {"head"}
     return dict.fromkeys(stems, "stem") | dict.fromkeys(heads, "head")
 
@@ -153,6 +166,8 @@ def _walk(module: nn.Module, name: str, walk: _Walk, done: Swap) -> None:
 def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module:
     old = getattr(parent, name)
     walk.swapped.append((parent, name, old))
+    for kind in _HOOKS:  # the dictionaries themselves: a handle that was given out for one of them still removes its hook
+        setattr(new, kind, getattr(old, kind))
     setattr(parent, name, new.train(old.training))
     return new
 

@@ -31,8 +31,15 @@ def no_weight_decay(net: nn.Module) -> set[str]:
     Args:
         net: converted or float.
     """
-    own = getattr(type(net), "no_weight_decay", None)
-    named = set() if own is None else set(own(net))
-    quantizers = set.union(*quantizer_parameters(net))
     found = dict(net.named_parameters())
-    return (named & found.keys()) | {name for name, p in found.items() if p.ndim <= 1 or name.endswith(".bias") or p in quantizers}
+    named = (_named_by_timm(net) & found.keys()) | {name for name, p in found.items() if p.ndim <= 1 or name.endswith(".bias")}
+    quantizers = set.union(*quantizer_parameters(net))
+    return named | {name for name, p in found.items() if p in quantizers}
+
+
+def _named_by_timm(net: nn.Module) -> set[str]:
+    """What the class of a net names; where it has no such method, as timm's wrappers of `features_only=True`, what its parts name."""
+    own = getattr(type(net), "no_weight_decay", None)
+    if own is not None:
+        return set(own(net))
+    return {f"{child_name}.{name}" for child_name, child in net.named_children() for name in _named_by_timm(child)}

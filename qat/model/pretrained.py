@@ -94,6 +94,7 @@ def card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -
         source: what to load, `user/name` or a file.
     """
     done = conversion_of(net)
+    is_backbone = bool(config["model_args"].get("features_only"))
     data = str(config["results"].get("data") or (config["data"] or {}).get("_target_", "").rpartition(".")[2].lower() or "not stated")
     n_params = cost(net, done.input_size).n_params if done is not None else sum(p.numel() for p in net.parameters())
     rows = {
@@ -109,7 +110,7 @@ def card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -
         "---",
         f"library_name: {hub.LIBRARY}",
         f"license: {license}",
-        "pipeline_tag: image-classification",
+        f"pipeline_tag: image-{'feature-extraction' if is_backbone else 'classification'}",
         "tags: [quantization, vision]",
         "---",
     ]
@@ -117,10 +118,11 @@ def card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -
     is_file = source.endswith(".safetensors")
     load = f'qat.load("{source}")' if is_file else f'qat.from_pretrained("{source}")'
     use = ["```python", "import qat", "", f"net = {load}", 'image = qat.transform(net)("photo.jpg")']
-    use += ["probabilities = net(image[None]).softmax(-1)", "```"]
+    use += ["maps = net(image[None])" if is_backbone else "probabilities = net(image[None]).softmax(-1)", "```"]
     install = f"`pip install {hub.LIBRARY}`, then:"
     command = f"On the command line: `qat eval {'ckpt=' if is_file else 'model=' + hub.PREFIX}{source} predict=PHOTOS`."
-    return "\n".join([*head, "", f"# {config['architecture']}, quantized", "", *table, "", install, "", *use, "", command, ""])
+    end = [] if is_backbone else [command, ""]
+    return "\n".join([*head, "", f"# {config['architecture']}, quantized", "", *table, "", install, "", *use, "", *end])
 
 
 def _recipe_line(recipe: QuantRecipe | None) -> str:

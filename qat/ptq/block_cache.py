@@ -179,7 +179,7 @@ def trace(net: nn.Module, blocks: Mapping[str, nn.Module], image: Tensor) -> Tra
 
 
 def verified(net: nn.Module, traced: Trace, images: Tensor, inner: Trace | None = None) -> Trace:
-    """The trace without the prefixes from whose end the net does not go on to the same logits, bit for bit.
+    """The trace without the prefixes from whose end the net does not go on to the same output, bit for bit.
 
     A net may use what it saw in front of a block in a way that cannot be seen from outside; such a block is run from the start.
 
@@ -201,9 +201,10 @@ def verified(net: nn.Module, traced: Trace, images: Tensor, inner: Trace | None 
     return replace(traced, prefixes=prefixes, entries={block: (chosen[block] or traced).entries[block] for block in traced.prefixes})
 
 
-def _leads_to(logits: Tensor, images: Tensor, cache: PrefixCache, block: str) -> bool:
+def _leads_to(outputs: Any, images: Tensor, cache: PrefixCache, block: str) -> bool:
     with cache.replaying(block):
-        return torch.equal(cache.net(images), logits)
+        pairs = zip(tree_leaves(cache.net(images)), tree_leaves(outputs), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
 
 
 class _Arrived(Exception):

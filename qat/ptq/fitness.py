@@ -28,9 +28,16 @@ RowLosses = Callable[[Tensor, Tensor, int], Tensor]
 
 @torch.no_grad()
 def logits_of(net: nn.Module, images: Tensor, micro_batch: int) -> Tensor:
-    """(N, classes) of images (N, C, H, W), some at a time, joined; a batch of 100 at once would fall out of the processor's caches."""
+    """(N, classes) of images (N, C, H, W), some at a time, joined; a batch of 100 at once would fall out of the processor's caches.
+
+    Raises:
+        UsageError: the net gives something else, as a backbone does.
+    """
     device = next(net.parameters()).device
-    return torch.cat([net(part.to(device)) for part in images.split(micro_batch)])
+    parts = [net(part.to(device)) for part in images.split(micro_batch)]
+    if not isinstance(parts[0], Tensor) or parts[0].ndim != 2:
+        raise UsageError("search: this net gives no logits (N, classes), which the fitness is made of; calibrate takes nets of any output")
+    return torch.cat(parts)
 
 
 def plain_fitness(net: nn.Module, batches: Sequence[Tensor], targets: Sequence[Tensor], settings: SearchSettings) -> float:

@@ -89,7 +89,9 @@ def check_averaging(name: str, settings: Mapping[str, Any], callback: object) ->
 def check_classifier(net: nn.Module, data: ImageData) -> None:
     """Raise `UsageError` unless images of the data pass through the net, and it gives a number for each class."""
     shape = check_input(net, data.input_size)
-    if shape is not None and len(shape) != 2:
+    if shape is None:
+        raise UsageError("model.args.features_only: the net gives several tensors for an image; a classifier gives one, (1, classes)")
+    if len(shape) != 2:
         sizes = f"(1, {', '.join(map(str, shape[1:]))})"
         raise UsageError(f"model.args.global_pool: the net gives {sizes} for an image; a classifier gives (1, classes)")
 

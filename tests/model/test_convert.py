@@ -335,3 +335,19 @@ def test_works_under_autocast():
         out.square().mean().backward()
     assert out.dtype == torch.bfloat16
     assert all(p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
+
+
+def test_hooks_stay_where_they_were_put():
+    net, seen = vit(), []
+    handles = [
+        net.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(type(module).__name__)),
+        net.blocks[1].attn.register_forward_pre_hook(lambda module, args, kwargs: seen.append(type(module).__name__), with_kwargs=True),
+    ]
+    qat.initialize_scales(qat.convert(net, qat.recipe("ofq"), input_size=SIZE), [images()])
+    seen.clear()
+    logits(net)
+    assert seen == ["QuantLinear", "QkrVitAttention"]
+    for handle in handles:
+        handle.remove()
+    logits(net)
+    assert len(seen) == 2

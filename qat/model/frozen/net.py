@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +138,7 @@ def _activations(net: nn.Module) -> Iterator[FrozenActivation]:
     return (module for module in net.modules() if isinstance(module, FrozenActivation))
 
 
-def integer_forward(net: nn.Module, x: Tensor) -> Tensor:
+def integer_forward(net: nn.Module, x: Tensor) -> Any:
     """What a quantized net makes of images, every product of quantized tensors computed on integer codes with int32 sums.
 
     Scales are applied to the sums. Norms, softmax, activation functions and residual sums stay in float, as do products that have an
@@ -148,7 +149,8 @@ def integer_forward(net: nn.Module, x: Tensor) -> Tensor:
         x: (B, C, H, W).
 
     Returns:
-        Logits, equal to those of the frozen net in float to float rounding, but where that moves a value over a threshold.
+        What the net gives, logits or maps, equal to that of the frozen net in float to float rounding, but where that moves a value over
+        a threshold.
 
     Raises:
         UsageError: see `freeze`.
@@ -158,8 +160,7 @@ def integer_forward(net: nn.Module, x: Tensor) -> Tensor:
     try:
         set_mode(net, "integer")
         with torch.no_grad():
-            out: Tensor = net(x)
+            return net(x)
     finally:
         for module, mode in modes.items():
             module.mode = mode
-    return out

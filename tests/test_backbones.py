@@ -1,0 +1,175 @@
+"""Nets that give maps: `features_only=True` of timm, `forward_intermediates`. Oracle: timm's maps, the classifier of the same weights."""
+
+import copy
+
+import pytest
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.testing import assert_close
+
+import qat
+from qat.ptq.compensate import compensate
+from qat.ptq.fitness import logits_of
+from qat.tasks.train import train
+from tests.conftest import tiny
+from tests.nets import FAMILIES
+from tests.tiny import float_recipe, sites
+
+# Name of a family, and what is asked of timm; by the class that timm wraps the net in.
+BACKBONES = {
+    "FeatureGetterNet": ("vit", {"out_indices": (0, 1)}),
+    "FeatureListNet": ("swin", {"out_indices": (0, 1)}),
+    "FeatureListNet, names changed": ("convnext", {}),
+    "FeatureHookNet": ("swin", {"out_indices": (0, 1), "feature_cls": "hook"}),
+}
+
+
+def backbone(kind):
+    """A float net that gives a list of maps, and the family it is of."""
+    name, asked = BACKBONES[kind]
+    net = FAMILIES[name].build(features_only=True, **asked)
+    assert type(net).__name__ == kind.partition(",")[0]
+    return net, FAMILIES[name]
+
+
+def quantized(kind, **knobs):
+    net, family = backbone(kind)
+    qat.convert(net, qat.recipe("ofq", **{"attention": family.attention, **knobs}), input_size=family.input_size)
+    return qat.initialize_scales(net, [family.images(4)]), family.images()
+
+
+def maps(net, x):
+    with torch.no_grad():
+        return net.eval()(x)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_without_rounding_the_maps_are_timms(kind):
+    net, family = backbone(kind)
+    expected = maps(net, family.images())
+    qat.convert(net, float_recipe(family.attention), input_size=family.input_size)
+    for ours, theirs in zip(maps(net, family.images()), expected, strict=True):
+        assert_close(ours, theirs, rtol=0, atol=3e-6 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_the_first_convolution_has_the_width_of_a_stem(kind):
+    net, family = backbone(kind)
+    first = next(name for name, module in net.named_modules() if isinstance(module, nn.Conv2d))
+    qat.convert(net, qat.recipe("ofq", bits=2, attention=family.attention), input_size=family.input_size)
+    widths = {name: site.quantizer.spec.bits for name, site in sites(net).items() if site.is_weight}
+    assert {name for name, bits in widths.items() if bits == 8} == {f"{first}.weight_quantizer"}
+    assert set(widths.values()) == {2, 8}
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_from_conversion_to_a_packed_file(kind, tmp_path):
+    net, family = backbone(kind)
+    qat.convert(net, qat.recipe("ofq", bits=4, attention=family.attention), input_size=family.input_size)
+    x = family.images()
+    with pytest.raises(qat.UsageError, match="are not initialised; call qat.initialize_scales"):
+        net(x)
+    qat.initialize_scales(net, [family.images(4)])
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = create_optimizer_v2(net.train(), opt="adamw", lr=1e-3, weight_decay=0.05)
+    sum(found.square().mean() for found in net(x)).backward()
+    optimizer.step()
+    weights = [(name, p) for name, p in net.named_parameters() if name.endswith("weight")]
+    assert all(p.grad.isfinite().all() and not torch.equal(p, before[name]) for name, p in weights)
+
+    expected = maps(net, x)
+    qat.save(net, tmp_path / "net.ckpt")
+    assert all(map(torch.equal, maps(qat.load(tmp_path / "net.ckpt"), x), expected))
+    frozen = qat.freeze(net)
+    read = qat.from_pretrained(qat.save_pretrained(net, tmp_path / "shared"))
+    assert all(map(torch.equal, maps(read, x), maps(frozen, x)))
+    for found in (maps(frozen, x), qat.integer_forward(net, x)):
+        for one, other in zip(found, expected, strict=True):
+            assert_close(one, other, rtol=0, atol=2e-5 * other.abs().max().item())
+
+
+def test_its_card_tells_of_maps(tmp_path):
+    net, _ = quantized("FeatureGetterNet")
+    card = (qat.save_pretrained(net, tmp_path) / "README.md").read_text()
+    assert "pipeline_tag: image-feature-extraction" in card
+    assert "maps = net(image[None])" in card
+    assert "softmax" not in card
+    assert "qat eval" not in card
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_intermediates_of_a_classifier_are_the_maps_of_a_backbone(name):
+    family = FAMILIES[name]
+    net = qat.convert(family.build(), qat.recipe("ofq", bits=4), input_size=family.input_size)
+    x = family.images()
+    qat.initialize_scales(net, [x])
+    with torch.no_grad():
+        last, found = net.forward_intermediates(x, indices=(0, 1))
+        assert torch.equal(net.forward_head(last), net(x))
+    wrapped = family.build(features_only=True, out_indices=(0, 1), feature_cls="getter")
+    qat.convert(wrapped, qat.recipe("ofq", bits=4), input_size=family.input_size)
+    inner = {name: value for name, value in net.state_dict().items() if name in wrapped.model.state_dict()}
+    wrapped.model.load_state_dict(inner)
+    assert all(map(torch.equal, maps(wrapped, x), found))
+
+
+def test_weight_decay_leaves_alone_what_timm_names_inside():
+    net, _ = quantized("FeatureGetterNet")
+    around = nn.ModuleDict({"backbone": net, "head": nn.Conv2d(32, 3, 1)})
+    for one, prefix in ((net, "model."), (around, "backbone.model.")):
+        named = qat.no_weight_decay(one)
+        assert {f"{prefix}pos_embed", f"{prefix}cls_token", f"{prefix}blocks.0.norm1.weight"} <= named
+        assert f"{prefix}blocks.0.mlp.fc1.weight" not in named
+    assert "head.bias" in qat.no_weight_decay(around)
+
+
+def test_a_net_around_it_is_converted_as_a_whole():
+    class Segmenter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, _ = backbone("FeatureGetterNet")
+            self.head = nn.Conv2d(64, 3, 1)
+
+        def forward(self, x):
+            return self.head(torch.cat(self.backbone(x), dim=1))
+
+    net, x = Segmenter(), FAMILIES["vit"].images()
+    qat.convert(net, qat.recipe("ofq", bits=4), input_size=FAMILIES["vit"].input_size)
+    widths = {name: site.quantizer.spec.bits for name, site in sites(qat.initialize_scales(net, [x])).items() if site.is_weight}
+    assert widths["backbone.model.patch_embed.proj.weight_quantizer"] == widths["head.weight_quantizer"] == 8
+    with pytest.raises(qat.UsageError, match="save: this net does not say how timm built it"):
+        qat.save(net, "never.ckpt")
+
+
+def test_what_needs_classes_says_so(tmp_path):
+    net, x = quantized("FeatureGetterNet")
+    with pytest.raises(qat.UsageError, match=r"^export_onnx: the net gives several tensors for an image; only classifiers are written"):
+        qat.export_onnx(net, tmp_path / "net.onnx")
+    with pytest.raises(qat.UsageError, match=r"^search: this net gives no logits \(N, classes\)"):
+        logits_of(net, x, 2)
+    with pytest.raises(qat.UsageError, match=r"^model.args.features_only: the net gives several tensors for an image"):
+        train(tiny(tmp_path, "+model.args.features_only=true", "+model.args.out_indices=[0]"))
+    assert not list(tmp_path.glob("*.onnx"))
+
+
+def test_its_transform_is_that_of_timms_weights():
+    net, _ = quantized("FeatureGetterNet")
+    image = torch.zeros(40, 40, 3, dtype=torch.uint8).numpy()
+    classifier = qat.convert(FAMILIES["vit"].build(), qat.recipe("ofq", bits=4), input_size=FAMILIES["vit"].input_size)
+    assert torch.equal(qat.transform(net)(image), qat.transform(classifier)(image))
+
+
+@pytest.mark.parametrize("kind", ["FeatureGetterNet", "FeatureListNet"])
+def test_calibrated_and_compensated_it_comes_closer_to_float(kind):
+    net, family = backbone(kind)
+    reference, x = copy.deepcopy(net), family.images(8)
+    qat.convert(net, qat.PtqRecipe(bits=3, act_bits=8, placement="inputs", method="compensate"), input_size=family.input_size)
+    qat.ptq.calibrate(net, [x])
+
+    def error():
+        return sum((a - b).square().mean().item() for a, b in zip(maps(net, x), maps(reference, x), strict=True))
+
+    before = error()
+    compensate(net, reference, [x[:4], x[4:]])
+    assert error() < 0.9 * before
