@@ -12,7 +12,7 @@ PEERS := outputs/peers
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: zoo step-count wheel latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
+.PHONY: docs quickstart zoo step-count wheel latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -21,7 +21,7 @@ setup: $(READY) ## create .venv with all extras (downloads several GB of wheels)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev,export,sweep,loggers]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev,docs,export,sweep,loggers]"
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt openvino # without what it tells its makers
 	touch $@
 
@@ -127,6 +127,12 @@ study: $(READY) $(if $(filter PEERS%,$(CLAIM)),$(PEERS)/.ready) ## runs of a cla
 zoo: $(READY) ## the trained nets in zoo/, of runs of `make study`: CIFAR10=FOLDER (a minute)
 	$(BIN)/python -m studies.zoo --root "$(CIFAR10)"
 
+quickstart: $(READY) ## run examples/quickstart.ipynb and keep what it shows (3 minutes)
+	$(BIN)/python -m tests.notebook
+
+docs: $(READY) ## build site/ of the pages; a broken link is an error. To read it: .venv/bin/python -m http.server --directory site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 results: $(PEERS)/.ready ## all runs of docs/results.md that have no record yet, and the page: CIFAR10=FOLDER (more than ten hours on 2 cores if results/ is empty)
 	$(BIN)/python -m studies run --root "$(CIFAR10)"
 	$(BIN)/python -m studies page
@@ -180,4 +186,4 @@ imports: $(READY)
 	$(BIN)/lint-imports
 
 clean: ## remove outputs and caches
-	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf outputs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

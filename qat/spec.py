@@ -325,7 +325,7 @@ def recipe(name: str, **knobs: Any) -> QuantRecipe:
     Raises:
         UsageError: unknown name or knob, or a value that cannot work.
 
-    Example:
+    Examples:
         >>> recipe("ofq", bits=2).act_bits
         2
     """

@@ -86,7 +86,7 @@ def export_onnx(
         UsageError: the net is no classifier or not quantized, its scales are not set, the target cannot hold it, onnx is not installed, or
             what was written disagrees; it is then kept as `<path>.rejected`.
 
-    Example:
+    Examples:
         >>> net = qat.convert(timm.create_model("deit_tiny_patch16_224"), qat.recipe("deploy_w8a8"))  # doctest: +SKIP
         >>> qat.export_onnx(qat.initialize_scales(net, [images]), "net.onnx", images=images)  # doctest: +SKIP
     """

@@ -19,7 +19,7 @@ from qat.errors import UsageError
 from qat.model import hub
 from qat.model.biases import grow_biases, grown_biases
 from qat.model.checkpoint import Checkpoint, build_from
-from qat.model.frozen import is_frozen
+from qat.model.frozen import keeps_weights
 from qat.model.sites import iter_quantizers
 from qat.model.transfer import timm_state_dict
 from qat.utils.signature import check_arguments
@@ -207,10 +207,11 @@ def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin
     """Start from a net of any recipe; its scales may be copied after conversion.
 
     Raises:
-        UsageError: see `from_state`; another class count needs `reset_head`; the net is frozen.
+        UsageError: see `from_state`; another class count needs `reset_head`; the net is frozen and its float weights cannot be told.
     """
-    if is_frozen(source):
-        raise UsageError(f"{origin}: holds integer codes alone; must be the checkpoint that it was exported from")
+    if not keeps_weights(source):
+        why = "holds integer codes alone, with folded weights or offsets"
+        raise UsageError(f"{origin}: {why}; must be the checkpoint that it was exported from")
     state, biases = timm_state_dict(source), grown_biases(source)
     start = from_state(model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases, hint=NEW_HEAD)
     start.source = source

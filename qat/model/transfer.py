@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.model.compensation import Compensation
+from qat.model.frozen import FrozenWeight
 from qat.model.scales import is_ready
 from qat.model.sites import iter_quantizers
 from qat.nn import QkrAttention, QuantAttention
@@ -21,7 +22,8 @@ _TABLE, _TABLE_STD = "relative_position_bias_table", 0.02
 def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
     """The float weights of a net under timm's names, whatever its recipe: quantizers dropped, QKR's factors stacked to `qkv`.
 
-    A query bias that QKR dropped comes back as zeros, and so does the key bias, to which a softmax is blind.
+    A query bias that QKR dropped comes back as zeros, and so does the key bias, to which a softmax is blind. Of a frozen net
+    (`qat.model.frozen.keeps_weights`) come the numbers that its codes stand for.
     """
     state: dict[str, Tensor] = {}
     _collect(net, "", state)
@@ -38,6 +40,8 @@ def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
     else:
         own = {*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))}
         state |= {prefix + k: v.detach() for k, v in module.state_dict().items() if k in own}
+        if isinstance(codes := getattr(module, "weight_quantizer", None), FrozenWeight):
+            state[f"{prefix}weight"] = codes()
     for name, child in module.named_children():
         if name not in consumed:
             _collect(child, f"{prefix}{name}.", state)

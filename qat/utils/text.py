@@ -11,7 +11,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u20
 def printable(text: str) -> str:
     r"""The text with what would move a cursor, change colours, turn the direction or not be encoded as `\x1b`.
 
-    Example:
+    Examples:
         >>> printable("a\x1b[31mb") == r"a\x1b[31mb"
         True
     """

@@ -57,6 +57,12 @@ def is_frozen(net: nn.Module) -> bool:
     return any(isinstance(module, Frozen) for module in net.modules())
 
 
+def keeps_weights(net: nn.Module) -> bool:
+    """False if freezing moved offsets into biases, or folded queries and keys: the float net cannot be told from what is left."""
+    offsets = any(getattr(quantizer, name) is not None for quantizer in _activations(net) for name in OFFSETS)
+    return not offsets and not (is_frozen(net) and any(isinstance(module, QkrAttention) for module in net.modules()))
+
+
 @torch.no_grad()
 def freeze_structure(net: nn.Module) -> nn.Module:
     """Replace in place, whatever the scales hold: what a file of codes is read into."""

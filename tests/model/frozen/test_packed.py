@@ -15,6 +15,7 @@ from qat.model.checkpoint import describe
 from qat.model.cost import cost
 from qat.model.frozen.packed import write_packed
 from qat.model.start import from_net
+from qat.model.transfer import timm_state_dict
 from tests import tiny
 from tests.model.frozen.test_freeze import RECIPES, made
 from tests.nets import FAMILIES
@@ -165,10 +166,23 @@ def test_a_file_that_lies_is_one_line(index, line, tmp_path):
         qat.load(path)
 
 
-def test_nothing_goes_on_from_codes_alone(tmp_path):
-    written(qat.freeze(made(RECIPES["ofq_2bit"])), tmp_path / "net.safetensors")
+@pytest.mark.parametrize("recipe", [qat.recipe("deploy_w8a8"), qat.recipe("lsq", bits=4), qat.recipe("statsq", bits=2)])
+def test_a_net_starts_from_the_numbers_that_codes_stand_for(recipe, tmp_path):
+    net = made(recipe)
+    written(qat.freeze(net), tmp_path / "net.safetensors")
+    start = from_net(tiny.VIT, tiny.KWARGS, qat.load(tmp_path / "net.safetensors"), origin="ckpt='net'", reset_head=False).net.state_dict()
+    quantized = {site.name.replace("_quantizer", ""): site.quantizer(site.latent()) for site in qat.iter_quantizers(net) if site.is_weight}
+    assert {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight"} <= quantized.keys()
+    for name, weight in timm_state_dict(net).items():
+        torch.testing.assert_close(start[name], quantized.get(name, weight), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["ofq_2bit", "ofq_noqkr_4bit", "seq_2bit"])
+def test_nothing_goes_on_from_folded_weights(name, tmp_path):
+    written(qat.freeze(made(RECIPES[name])), tmp_path / "net.safetensors")
     net = qat.load(tmp_path / "net.safetensors")
-    with pytest.raises(qat.UsageError, match=r"ckpt='net': holds integer codes alone; must be the checkpoint that it was exported from"):
+    line = "ckpt='net': holds integer codes alone, with folded weights or offsets; must be the checkpoint that it was exported from"
+    with pytest.raises(qat.UsageError, match=line):
         from_net(tiny.VIT, tiny.KWARGS, net, origin="ckpt='net'", reset_head=False)
     with pytest.raises(qat.UsageError, match="weight_quantizer holds integer codes alone; the float weights are in the checkpoint"):
         next(site for site in qat.iter_quantizers(net) if site.is_weight).latent()
