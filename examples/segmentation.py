@@ -1,7 +1,8 @@
 """Segmentation with a quantized backbone, in plain PyTorch: discs, squares and triangles on textures, drawn on the fly.
 
-A small ViT of timm (`features_only=True`) and a head of two convolutions are trained in float. From these weights the float net and its quantized
-twins, whose backbones `qat.convert` has quantized, take as many steps again, on the same images. All are evaluated on the same test images.
+A small ViT of timm (`features_only=True`) and a head of two convolutions are trained in float. From these weights the float net and its
+quantized twins, whose backbones `qat.convert` has quantized, take as many steps again, on the same images. All are evaluated on the same
+test images.
 
 python examples/segmentation.py --bits 4 2 --steps 200 --seed 0
 """
