@@ -25,7 +25,7 @@ from benchmarks.timing import machine
 from qat.data import Cifar10
 from qat.export.artefact_onnx import eight_bits
 from qat.export.check import table
-from qat.export.graph import ANY_BATCH, INPUT, LOWEST_OPSET, export_graph, to_onnx
+from qat.export.graph import INPUT, export_graph, to_onnx
 from qat.export.session import LEVELS, OPENVINO, OpenVino, Session, has_openvino, logits_of, milliseconds, open_session
 
 # The last one is that of docs/results.md.
@@ -107,7 +107,7 @@ def _files(name: str, recipes: list[str], folder: Path, trained: Mapping[str, st
     image = torch.randn(1, *_size(name))
     plain = qat.load(trained["float"]) if "float" in trained else _timm(name)
     paths = {file: folder / f"{file}.onnx" for file in dict.fromkeys(("float", DYNAMIC, STATIC, *recipes, *trained))}
-    onnx.save(export_graph(plain.eval(), image, LOWEST_OPSET, ANY_BATCH), str(paths["float"]))
+    onnx.save(export_graph(plain.eval(), image), str(paths["float"]))
     eight_bits(paths["float"], paths[DYNAMIC])
     calibrated = {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
     batches = _Batches(calibration)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qat.export.artefact import Written
 from qat.export.check import table
-from qat.export.graph import ANY_BATCH, LOWEST_OPSET, export_graph
+from qat.export.graph import export_graph
 from qat.export.onnx_file import OnnxSettings, write_onnx
 from qat.export.session import LEVELS, OPENVINO, has_openvino, milliseconds, open_session
 from qat.model.checkpoint import built_alike
@@ -62,7 +62,7 @@ def _beside(path: Path, frozen: nn.Module, image: Tensor, settings: OnnxSettings
     plain = built_alike(frozen, recipe("fp"), done.input_size)
     with tempfile.TemporaryDirectory() as folder:
         files = {"float": Path(folder) / "float.onnx", "int8": Path(folder) / "int8.onnx", "this": path}
-        onnx.save(export_graph(plain, image, LOWEST_OPSET, ANY_BATCH), str(files["float"]))
+        onnx.save(export_graph(plain, image), str(files["float"]))
         eight_bits(files["float"], files["int8"])
         sizes = {name: file.stat().st_size for name, file in files.items()}
         times: dict[str, dict[str, float]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib.metadata
 import io
 import logging
 import warnings
@@ -18,16 +19,20 @@ from qat.errors import UsageError
 from qat.export.explicit import Explicit, check_rules
 from qat.export.factors import Factor, WeightCodes, number
 from qat.export.plan import Planner
-from qat.export.simplify import narrow, simplify
+from qat.export.simplify import divide_behind_maximum, narrow, simplify
 from qat.export.stored_weights import TWO_BIT, WIDTHS, Stored, needed_opset, stored_form
-from qat.export.write import SITE, Writer, prepare_activation, prepare_weight
+from qat.export.write import CODES, SITE, Writer, prepare_activation, prepare_weight
 from qat.model.frozen import FrozenActivation, FrozenWeight, is_frozen
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir
+    from packaging.specifiers import SpecifierSet
 
 INPUT, OUTPUT = "image", "logits"
-# LayerNormalization needs 17, QuantizeLinear with an axis 13, Gelu 20.
+DISTRIBUTION = "vit-qat"
+# Gelu needs 20. A graph is written in this one, and its number raised where a stored type needs more: up to HIGHEST_OPSET operators got
+# new types and attributes alone. From 21 on torch would write GroupNormalization, which onnxruntime runs in nine operators on a CPU.
 LOWEST_OPSET, HIGHEST_OPSET = 20, 28
 LARGEST_CONSTANT = 4096
 # Products on integers for onnxruntime and OpenVINO on CPUs; QuantizeLinear and DequantizeLinear for TensorRT.
@@ -35,14 +40,31 @@ TARGETS = ("cpu", "tensorrt")
 
 
 def require_onnx() -> None:
-    """Raise `UsageError` unless what writes and runs ONNX files is installed."""
+    """Raise `UsageError` unless what writes and runs ONNX files is installed, and as new as the package asks for."""
     try:
         import onnx  # noqa: PLC0415
         import onnxruntime  # noqa: PLC0415
         import onnxscript  # noqa: F401, PLC0415
     except ImportError as error:
-        raise UsageError(f"format=onnx: {error.name} is not installed; pip install 'qat[export]'") from error
+        raise UsageError(f"format=onnx: {error.name} is not installed; pip install 'vit-qat[export]'") from error
     del onnx, onnxruntime
+    for name, versions in _asked_for().items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = importlib.metadata.version(name)
+            if not versions.contains(found, prereleases=True):
+                raise UsageError(f"format=onnx: {name} {found} is too old; must be {versions}: pip install --upgrade '{name}{versions}'")
+
+
+def _asked_for() -> dict[str, SpecifierSet]:
+    """Versions of what the extras `export` and `openvino` bring; of nothing where the package lies in a folder that was never installed."""
+    from packaging.requirements import Requirement  # noqa: PLC0415  (comes with onnxruntime)
+
+    try:
+        asked = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or []]
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    extras = [{"extra": name} for name in ("export", "openvino")]
+    return {one.name: one.specifier for one in asked if one.marker and any(map(one.marker.evaluate, extras))}
 
 
 def check_size(frozen: nn.Module) -> None:
@@ -123,16 +145,17 @@ def to_onnx(
         explicit = Explicit()
         explicit.prepare(net)
         _give_forms(net, forms, explicit)
-        model = export_graph(net, image, opset, shape)
+        model = export_graph(net, image, shape)
     else:
-        model = _on_integers(net, image, forms, opset, shape)
+        model = _on_integers(net, image, forms, shape)
     simplify(model)
     narrow(model, forms)
+    _raise_opset(model, opset)
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-def _on_integers(net: nn.Module, image: Tensor, forms: Mapping[str, Stored], opset: int, shape: FreeDimensions) -> onnx.ModelProto:
+def _on_integers(net: nn.Module, image: Tensor, forms: Mapping[str, Stored], shape: FreeDimensions) -> onnx.ModelProto:
     planner = Planner(net)
     _give_forms(net, forms, planner)
     with torch.no_grad():
@@ -143,7 +166,9 @@ def _on_integers(net: nn.Module, image: Tensor, forms: Mapping[str, Stored], ops
     writer = net.onnx = Writer(planner.plans)
     _give_forms(net, forms, writer)
     with net.register_forward_pre_hook(writer.restart):
-        return export_graph(net, image, opset, shape)
+        model = export_graph(net, image, shape)
+    divide_behind_maximum(model)
+    return model
 
 
 _Graph = Planner | Writer | Explicit
@@ -167,8 +192,16 @@ def _activation(graph: _Graph, grid: FrozenActivation, x: Tensor) -> Factor | Te
     return found if grid.is_factor else number(found)
 
 
-def export_graph(net: nn.Module, image: Tensor, opset: int, shape: FreeDimensions) -> onnx.ModelProto:
-    """Any net in ONNX, by torch's exporter; arguments as of `to_onnx`.
+def _raise_opset(model: onnx.ModelProto, opset: int) -> None:
+    from onnx import helper  # noqa: PLC0415  (an extra)
+
+    for entry in model.opset_import:
+        entry.version = entry.version if entry.domain else opset
+    model.ir_version = max(model.ir_version, helper.find_min_ir_version_for([helper.make_opsetid("", opset)]))
+
+
+def export_graph(net: nn.Module, image: Tensor, shape: FreeDimensions = ANY_BATCH) -> onnx.ModelProto:
+    """Any net in ONNX, by torch's exporter, in opset `LOWEST_OPSET`; arguments as of `to_onnx`.
 
     Raises:
         UsageError: torch cannot export it with these sizes.
@@ -189,7 +222,7 @@ def export_graph(net: nn.Module, image: Tensor, opset: int, shape: FreeDimension
                 net,
                 (images,),
                 dynamo=True,
-                opset_version=opset,
+                opset_version=LOWEST_OPSET,
                 dynamic_shapes=(free,) if free else None,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
@@ -198,7 +231,7 @@ def export_graph(net: nn.Module, image: Tensor, opset: int, shape: FreeDimension
             )
         if program is not None:
             # Constants that grow, as an outer product of two vectors, are for the runtime to work out when it opens the file.
-            optimizer.optimize(program.model, output_size_limit=LARGEST_CONSTANT)
+            optimizer.optimize_ir(program.model, output_size_limit=LARGEST_CONSTANT, should_fold=_should_fold)
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error
         raise UsageError(f"format=onnx: torch cannot export this net: {' '.join(str(cause).split())[:300]}") from error
@@ -210,6 +243,11 @@ def export_graph(net: nn.Module, image: Tensor, opset: int, shape: FreeDimension
     model = program.model_proto
     _strip(model)
     return model
+
+
+def _should_fold(node: onnx_ir.Node) -> bool | None:
+    """False of the codes of a weight, which would be stored as float numbers; None = the optimizer decides."""
+    return False if any(value is not None and (value.name or "").endswith(CODES) for value in node.inputs) else None
 
 
 def _strip(model: onnx.ModelProto) -> None:

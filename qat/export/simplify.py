@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _ONE = "onnx.int8_one"
 # What OpenVINO makes one operator of with a factor behind it.
 _JOINED = frozenset({"Add", "Mul", "LayerNormalization", "Gelu"})
+# What onnxruntime moves QuantizeLinear along, as it does along MaxPool.
+_VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice"})
 
 
 class Constants:
@@ -66,10 +68,19 @@ class Constants:
 
     def store(self, name: str, value: np.ndarray) -> str:
         """A further initializer; its name."""
-        made = self.helper.from_array(np.ascontiguousarray(value), name)
+        made = self.helper.from_array(np.array(value, order="C"), name)
         self.graph.initializer.append(made)
         self.values[name] = self.graph.initializer[-1]
         return name
+
+    def add(self, kind: str, inputs: Sequence[str], output: str, *, beside: onnx.NodeProto, behind: bool = False) -> None:
+        """A further operator, called like what it gives, in front of another, or behind it."""
+        from onnx import helper  # noqa: PLC0415  (an extra)
+
+        made = helper.make_node(kind, inputs, [output], name=output)
+        at = next(i for i, one in enumerate(self.graph.node) if one is beside or one.name == beside.name)
+        self.graph.node.insert(at + behind, made)
+        self.makers[output] = made
 
     def skip(self, node: onnx.NodeProto, by: onnx.NodeProto) -> None:
         """Take an operator out; another gives its result."""
@@ -137,14 +148,10 @@ def _multiply(found: Constants, name: str, factor: str) -> None:
 
 def _replace(found: Constants, node: onnx.NodeProto, constant: str, factor: str) -> None:
     """Put constant * factor in place of the constant that an operator takes."""
-    from onnx import helper  # noqa: PLC0415  (an extra)
-
-    name = f"{node.name}.{list(node.input).index(constant)}.{factor}"
-    made = helper.make_node("Mul", [constant, factor], [name], name=name)
-    node.input[list(node.input).index(constant)] = name
-    at = next(i for i, one in enumerate(found.graph.node) if one is node or one.name == node.name)
-    found.graph.node.insert(at, made)
-    found.makers[name] = made
+    place = list(node.input).index(constant)
+    name = f"{node.name}.{place}.{factor}"
+    node.input[place] = name
+    found.add("Mul", [constant, factor], name, beside=node)
 
 
 def _shape(found: Constants, node: onnx.NodeProto) -> None:
@@ -161,8 +168,6 @@ def _set_apart(found: Constants, node: onnx.NodeProto) -> None:
 
     In OpenVINO 2026.4, for any number of images, that operator takes the first step for all, where it is not part of a larger one.
     """
-    from onnx import helper  # noqa: PLC0415  (an extra)
-
     clip = found.only(node.input[0], "Clip")
     mul = clip and found.only(clip.input[0], "Mul")
     parts = mul and found.split(mul)
@@ -172,30 +177,45 @@ def _set_apart(found: Constants, node: onnx.NodeProto) -> None:
     before = found.makers.get(parts[0])
     if before is not None and before.op_type in _JOINED:
         return
-    name = mul.name
+    name, output = mul.name, mul.output[0]
     axis = found.store(f"{name}.axis", np.array([1]))
-    above = helper.make_node("Unsqueeze", [parts[0], axis], [f"{name}.above"], name=f"{name}.above")
-    below = helper.make_node("Squeeze", [f"{name}.apart", axis], [mul.output[0]], name=f"{name}.below")
-    mul.input[:] = [above.output[0], found.store(f"{name}.step", np.expand_dims(step, 1))]
+    mul.input[:] = [f"{name}.above", found.store(f"{name}.step", np.expand_dims(step, 1))]
     mul.output[0] = f"{name}.apart"
-    at = next(i for i, one in enumerate(found.graph.node) if one is mul or one.name == name)
-    found.graph.node.insert(at + 1, below)
-    found.graph.node.insert(at, above)
+    found.add("Squeeze", [mul.output[0], axis], output, beside=mul, behind=True)
+    found.add("Unsqueeze", [parts[0], axis], mul.input[0], beside=mul)
+
+
+def divide_behind_maximum(model: onnx.ModelProto) -> None:
+    """Let a division be an operator of its own where a quantizer stands behind MaxPool: codes are the same to the last bit.
+
+    onnxruntime moves QuantizeLinear in front of MaxPool, and its MaxPool of 8 bits takes a hundred times as long as that of float numbers.
+    """
+    found = Constants(model.graph)
+    behind = [node for node in model.graph.node if node.op_type == "QuantizeLinear" and _is_maximum(found, node.input[0])]
+    one = found.store("onnx.no_step", np.array(1, np.float32)) if behind else ""
+    for node in behind:
+        divided = f"{node.name}.divided"
+        found.add("Div", list(node.input[:2]), divided, beside=node)
+        node.input[:2] = [divided, one]
+
+
+def _is_maximum(found: Constants, name: str) -> bool:
+    """Whether a value comes from MaxPool through what onnxruntime moves QuantizeLinear along."""
+    node = found.makers.get(name)
+    while node is not None and node.op_type in _VIEWS:
+        node = found.makers.get(node.input[0])
+    return node is not None and node.op_type == "MaxPool"
 
 
 def _mean(found: Constants, node: onnx.NodeProto) -> None:
     """Let a mean keep its dimensions: in OpenVINO 2026.4 one without them becomes a wrong operator with the quantizer behind it."""
-    from onnx import helper  # noqa: PLC0415  (an extra)
-
     kept = next((one for one in node.attribute if one.name == "keepdims"), None)
     if kept is None or kept.i or len(node.input) < 2:
         return
-    kept.i = 1
-    below = helper.make_node("Squeeze", [f"{node.output[0]}.kept", node.input[1]], [node.output[0]], name=f"{node.name}.below")
-    node.output[0] = f"{node.output[0]}.kept"
-    at = next(i for i, one in enumerate(found.graph.node) if one is node or one.name == node.name)
-    found.graph.node.insert(at + 1, below)
-    found.makers |= {node.output[0]: node, below.output[0]: below}
+    kept.i, output = 1, node.output[0]
+    node.output[0] = f"{output}.kept"
+    found.makers[node.output[0]] = node
+    found.add("Squeeze", [node.output[0], node.input[1]], output, beside=node, behind=True)
 
 
 def _norm(found: Constants, node: onnx.NodeProto) -> None:

@@ -18,8 +18,8 @@ from qat.model.frozen import FrozenActivation, FrozenWeight
 
 _TENSORS = tuple(one.name for one in dataclasses.fields(Plan) if one.name not in {"on_codes", "blocks", "size"})
 SITE = "qat.site"
-# Buffers of a weight: codes, a scale of ones, the scale, what is added to a row.
-CODES, SCALE, FACTOR, CONSTANT = "onnx_codes", "onnx_scale", "onnx_factor", "onnx_constant"
+# Buffers of a weight: codes, the scale, what is added to a row.
+CODES, FACTOR, CONSTANT = "onnx_codes", "onnx_factor", "onnx_constant"
 # Of activations: the scale of QuantizeLinear; 1 / scale where that cannot have it, since runtimes take twice as long to divide; what
 # QuantizeLinear adds to codes. Of both: what DequantizeLinear takes from codes.
 STEP, INVERSE, ADDED, ZERO = "onnx_step", "onnx_inverse", "onnx_added", "onnx_zero"
@@ -34,7 +34,6 @@ def prepare_weight(weight: FrozenWeight, form: Stored) -> None:
     zero = None if form.zero_point is None else form.zero_point.expand(form.scale.shape).reshape(scale.shape).contiguous()
     buffers = {
         CODES: form.codes.t().contiguous() if turned else form.codes,
-        SCALE: torch.ones_like(scale),
         ZERO: zero,
         FACTOR: scale,
         CONSTANT: form.constant,
@@ -115,14 +114,14 @@ class Writer(nn.Module):
     def weight_number(self, weight: WeightCodes) -> Tensor:
         """Codes, scale and constant; a matrix is stored the other way round.
 
-        The scale is an operator of its own: onnxruntime may make one kernel of a DequantizeLinear and its product with a float factor, and
-        round that factor to 8 bits.
+        All of it is constant, and Cast in place of DequantizeLinear lets onnxruntime work it out when it opens the file, so that a
+        convolution keeps its blocked layout. onnxruntime may also make one kernel of a DequantizeLinear and its product with a float
+        factor, and round that factor to 8 bits.
         """
-        form, frozen = weight.form, weight.frozen
-        turned, one = frozen.stored.ndim == 2, form.scale.numel() == 1
-        tensors = _present(getattr(frozen, CODES), getattr(frozen, SCALE), getattr(frozen, ZERO))
-        y = dequantize(tensors, None if one else 1 if turned else 0)
-        for name, behind in (("mul", getattr(frozen, FACTOR)), ("add", getattr(frozen, CONSTANT))):
+        frozen = weight.frozen
+        codes, turned = getattr(frozen, CODES), frozen.stored.ndim == 2
+        y: Tensor = torch.onnx.ops.symbolic("Cast", (codes,), {"to": 1}, dtype=torch.float32, shape=codes.shape)
+        for name, behind in (("sub", getattr(frozen, ZERO)), ("mul", getattr(frozen, FACTOR)), ("add", getattr(frozen, CONSTANT))):
             if behind is not None:
                 y = getattr(y, name)(behind if turned or behind.ndim == 0 else behind.reshape(-1, *[1] * (y.ndim - 1)))
         return y.t() if turned else y

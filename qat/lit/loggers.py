@@ -142,4 +142,4 @@ def _require(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UsageError(f"logger={package!r}: cannot import {package} ({error}); install it with: pip install 'qat[loggers]'") from error
+        raise UsageError(f"logger={package!r}: cannot import {package} ({error}); it comes with: pip install 'vit-qat[loggers]'") from error

@@ -3,6 +3,7 @@
 import collections
 
 import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -95,6 +96,25 @@ def test_what_all_images_share_is_compared_once(tmp_path):
     assert done.agreement["ORT_ENABLE_BASIC"].images == 3
 
 
+@pytest.mark.slow
+def test_a_stem_of_convolutions_keeps_its_layout_in_onnxruntime(tmp_path):
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, embed_dim=24, depth=1, num_heads=3, num_classes=10)
+    images = torch.randn(8, 3, 64, 64)
+    net = qat.initialize_scales(qat.convert(net, qat.recipe("deploy_w4a8"), input_size=(3, 64, 64)), [images]).eval()
+    assert_agrees(net, tmp_path / "net.onnx", [images])
+    model = onnx.load(tmp_path / "net.onnx")
+    assert (model.opset_import[0].version, "GroupNormalization" in {node.op_type for node in model.graph.node}) == (21, False)
+    settings = onnxruntime.SessionOptions()
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    settings.optimized_model_filepath = str(tmp_path / "changed.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), settings, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "changed.onnx").graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    assert [makers[node.input[0]] for node in graph.node if node.op_type == "MaxPool"] == ["Pad"]
+    assert [makers.get(node.input[1]) for node in graph.node if node.op_type == "Conv"] == [None, None]
+
+
 @pytest.fixture(scope="module")
 def two_bit(tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / "net.onnx"
@@ -109,8 +129,9 @@ def test_only_standard_operators(two_bit):
     assert {node.domain for node in model.graph.node} == {""}
     counts = collections.Counter(node.op_type for node in model.graph.node)
     assert counts["QuantizeLinear"] == 16  # image, head, and seven in each of two blocks
-    # Both factors of 17 products (head, and eight in each of two blocks); the stem's as numbers; ...
-    assert counts["DequantizeLinear"] == 31
+    # Both factors of 17 products (head, and eight in each of two blocks); the image; ...
+    assert counts["DequantizeLinear"] == 30
+    assert [node.op_type for node in model.graph.node if "patch_embed.proj.weight_quantizer.onnx_codes" in node.input] == ["Cast"]
     assert [entry for node in model.graph.node for entry in node.metadata_props] == []
 
 

@@ -147,7 +147,7 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(tmp_path, refused
     monkeypatch.setitem(sys.modules, name, None)
     line = refused("train", tiny(tmp_path / "run", f"logger={name}"))
     assert line.startswith(f"error: logger='{name}': cannot import {name}")
-    assert "pip install 'qat[loggers]'" in line
+    assert "pip install 'vit-qat[loggers]'" in line
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

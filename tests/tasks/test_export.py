@@ -1,5 +1,6 @@
 """`export.py`. Oracle: the checkpoint's own logits; what is left where a file disagrees."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -151,8 +152,17 @@ def test_a_file_that_is_there_stays(onnx_file, run_2bit):
 
 def test_without_the_extra_it_says_what_to_install(run_2bit, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(qat.UsageError, match=r"format=onnx: onnxscript is not installed; pip install 'qat\[export\]'"):
+    with pytest.raises(qat.UsageError, match=r"format=onnx: onnxscript is not installed; pip install 'vit-qat\[export\]'"):
         exported(tmp_path, f"ckpt={last(run_2bit)}")
+
+
+def test_a_runtime_that_is_too_old_is_one_line(run_2bit, tmp_path, monkeypatch):
+    real = importlib.metadata.version
+    for name, old in (("onnxruntime", "1.22.0"), ("openvino", "2024.6.0")):
+        monkeypatch.setattr(importlib.metadata, "version", lambda one, name=name, old=old: old if one == name else real(one))
+        with pytest.raises(qat.UsageError, match=rf"format=onnx: {name} {old} is too old; must be >="):
+            exported(tmp_path, f"ckpt={last(run_2bit)}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_scale_for_each_position_leaves_one_size(tmp_path):
