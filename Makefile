@@ -12,7 +12,7 @@ PEERS := outputs/peers
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: docs quickstart zoo step-count wheel latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean
+.PHONY: docs quickstart zoo step-count wheel latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean step-demo
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -72,7 +72,7 @@ weights-figures: $(READY) ## the pictures of weights, oscillation and cost in do
 # Figures go to the screen and to docs/logs; all seconds and bytes to $(COSTS).
 COSTS := outputs/costs
 LOGGED := set -o pipefail; export PYTHONPATH=. OMP_NUM_THREADS=1;
-step-time step-count peers extras-cost latency: SHELL := bash
+step-time step-count step-demo peers extras-cost latency: SHELL := bash
 
 step-time: $(READY) ## time and memory of a quantized training step in those of a float step: DeiT-T eager and compiled; DeiT-S, Swin-T eager (30 minutes)
 	@$(LOGGED) { \
@@ -84,6 +84,9 @@ step-time: $(READY) ## time and memory of a quantized training step in those of 
 
 step-count: $(READY) ## bytes, kernels and host time of a training step on CUDA beside float's, counted without a GPU: DeiT-T, -S, -B (10 minutes)
 	@$(LOGGED) $(BIN)/python benchmarks/step_count.py --out $(COSTS)/step-count.json | tee docs/logs/step-count.log
+
+step-demo: $(READY) ## time of a training step of the demo's net in those of the float step (2 minutes)
+	@$(LOGGED) $(BIN)/python benchmarks/step_demo.py | tee docs/logs/step-demo.log
 
 PEER_PACKAGES := torchao==0.18.0 brevitas==0.13.4 nvidia-modelopt==0.47.0 dependencies==2.0.1 unfoldNd==0.2.3 regex pulp nvidia-ml-py
 $(PEERS)/.ready: $(READY)
