@@ -8,11 +8,12 @@ DEMO := outputs/demo
 PARALLEL := -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8))) --dist worksteal
 
 PEERS := outputs/peers
+OLDEST := .venv-oldest
 
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: docs quickstart zoo step-count wheel latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean step-demo
+.PHONY: docs quickstart zoo step-count wheel latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean step-demo test-oldest
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -148,6 +149,14 @@ test: $(READY) ## the tests of every change, all but those of test-long (15 minu
 
 test-fast: $(READY) ## tests that take seconds
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not long"
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --no-compile -c constraints-oldest.txt -e ".[dev,export,sweep,loggers]"
+	touch $@
+
+test-oldest: $(OLDEST)/.ready ## test-fast with the oldest versions that pyproject.toml allows, in an environment of its own (downloads several GB of wheels)
+	$(OLDEST)/bin/python -m pytest -q $(PARALLEL) -m "not slow and not long"
 
 APT := timeout 300 apt-get install -qq -y --no-install-recommends
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge

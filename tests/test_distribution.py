@@ -1,15 +1,18 @@
-"""The wheel: what is in it, and that its commands work where there is no clone."""
+"""The wheel: what is in it, that its commands work where there is no clone, and which versions of libraries it takes."""
 
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from tests.conftest import ROOT, TINY, results
 
@@ -95,3 +98,25 @@ def test_sweeps_here_and_through_submitit(qat, tmp_path):
     qat("train", "-m", *RUN, "hydra/launcher=submitit_local", "seed=1,2", "run_dir=handed_in", cwd=tmp_path)
     for job in ("0", "1"):
         assert results(tmp_path / "sweep" / job)["loss"] == results(tmp_path / "handed_in" / job)["loss"]
+
+
+def pinned(lines, signs):
+    """Versions by name of the requirements that have a bound with one of these signs."""
+    found = [(Requirement(line).name.lower().replace("_", "-"), spec) for line in lines for spec in Requirement(line).specifier]
+    return {name: Version(spec.version) for name, spec in found if spec.operator in signs}
+
+
+def test_the_oldest_versions_are_the_bounds_of_pyproject():
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    required, extras = content["project"]["dependencies"], content["project"]["optional-dependencies"].values()
+    assert len(pinned(required, (">=",))) == len(required), "a library that is needed has an oldest version"
+    oldest = [line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if line and not line.startswith("#")]
+    allowed = [*content["build-system"]["requires"], *required, *(line for lines in extras for line in lines)]
+    assert pinned(oldest, ("==",)) == pinned(allowed, (">=", "=="))
+
+
+def test_the_versions_of_setup_are_no_older():
+    newest = pinned((line.partition("#")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"), ("==",))
+    oldest = pinned((line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if line[0] != "#"), ("==",))
+    assert [name for name in oldest.keys() & newest.keys() if newest[name] < oldest[name]] == []
+    assert newest["torch"] > oldest["torch"]
