@@ -4,12 +4,15 @@
 at the bits asked for, the images 1000 of training; "compensated" is behind `qat.ptq.compensate`.
 
 - AdaLog (arXiv 2407.12951): probabilities on powers of 2^(-1/tau), and zero; tau and the largest value give the least error of probs @ v.
+- Basis (as in SpinQuant, arXiv 2405.16406): the residual stream in another orthogonal basis, one that keeps the mean, which LayerNorm
+  takes away: the float net's function stays, and nothing is added at run time. `--save FILE` keeps that net, to train from.
 - Hadamard (QuaRot, arXiv 2404.00456): what enters the second Linear of an MLP is rotated in blocks of 128, its weights likewise.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 from collections.abc import Callable
@@ -113,6 +116,36 @@ def hadamard(net: nn.Module, batches: list[Tensor], bits: int) -> str:
 
 
 @torch.no_grad()
+def in_another_basis(net: nn.Module) -> nn.Module:
+    """The same function: every writer to the residual stream is turned, every reader takes in its norm and turns back; float64 between."""
+    width: int = net.embed_dim  # type: ignore[assignment]
+    mean = torch.full((width, 1), width**-0.5, dtype=torch.float64)
+    draws = torch.randn(2, width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rest = torch.linalg.qr(torch.cat([mean, draws[0, :, 1:]], 1))[0][:, 1:]
+    turn = mean @ mean.T + rest @ torch.linalg.qr(draws[1, 1:, 1:])[0] @ rest.T
+
+    def write(layer: nn.Module) -> None:
+        layer.weight.copy_((turn @ layer.weight.double().flatten(1)).view_as(layer.weight))
+        layer.bias.copy_(turn @ layer.bias.double())
+
+    def read(layer: nn.Module, norm: nn.Module) -> None:
+        layer.bias.add_((layer.weight.double() @ norm.bias.double()).float())
+        layer.weight.copy_((layer.weight.double() * norm.weight.double()) @ turn.T)
+        norm.weight.fill_(1)
+        norm.bias.zero_()
+
+    write(net.patch_embed.proj)
+    net.pos_embed.copy_(net.pos_embed.double() @ turn.T)
+    for block in net.blocks:  # type: ignore[union-attr]
+        read(block.attn.qkv, block.norm1)
+        read(block.mlp.fc1, block.norm2)
+        write(block.attn.proj)
+        write(block.mlp.fc2)
+    read(net.head, net.fc_norm)
+    return net
+
+
+@torch.no_grad()
 def top1(net: nn.Module, data: Cifar10) -> float:
     """Of the validation images, in percent."""
     hits = [net(images).argmax(1) == labels for images, labels in data.val_dataloader()]
@@ -124,17 +157,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="folder of CIFAR-10")
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--save", help="file for the net in another basis")
     args = parser.parse_args()
-    stored = {key: value for key, value in read_checkpoint(START).meta["data"].items() if key != "_target_"}
+    meta = read_checkpoint(START).meta
+    if args.save:
+        turned = in_another_basis(qat.load(START))
+        qat.save(turned, args.save, model=meta["model"]["name"], model_kwargs=meta["model"]["kwargs"], data=meta["data"])
+        return
+    stored = {key: value for key, value in meta["data"].items() if key != "_target_"}
     data = Cifar10(**{**stored, "root": args.root, "calibration_images": 1000, "num_workers": 0})
     batches = list(data.calibration_batches(100))
     grid = {"placement": "inputs", "method": "compensate", "weight_signed": True, "weight_observer": "mse", "act_observer": "mse"}
     outer = {"stem_bits": 8, "head_bits": 8, "outer_act_bits": 8}
     recipe = qat.PtqRecipe(bits=args.bits, act_bits=args.bits, **grid, **outer)
-    trials: dict[str, Trial] = {"none": lambda *_: "", "AdaLog": adalog, "Hadamard": hadamard}
+    trials: dict[str, Trial] = {"none": lambda *_: "", "basis": lambda *_: "", "AdaLog": adalog, "Hadamard": hadamard}
     for name, trial in trials.items():
-        reference = qat.load(START).eval()
-        net = convert(qat.load(START).eval(), recipe, input_size=data.input_size)
+        reference = (in_another_basis(qat.load(START)) if name == "basis" else qat.load(START)).eval()
+        net = convert(copy.deepcopy(reference), recipe, input_size=data.input_size)
         calibrate(net, batches)
         said = trial(net, batches[:LOOKED_AT], args.bits)
         calibrated = top1(net, data)
