@@ -36,7 +36,7 @@ def rotated(n: int, unit: Tensor, generator: torch.Generator) -> tuple[Tensor, T
 
 
 def draw(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, H, W) and the class of each pixel (n, H, W): waves and noise, three bars of clutter, up to three shapes."""
+    """Images (n, 3, H, W) and the class of each pixel (n, H, W): waves and noise, two bars of clutter, up to two shapes."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
