@@ -153,6 +153,7 @@ test-fast: $(READY) ## tests that take seconds
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --no-compile -c constraints-oldest.txt -e ".[dev,export,sweep,loggers]"
+	$(OLDEST)/bin/python -m pip install --quiet --no-compile --no-deps -c constraints-oldest.txt openvino
 	touch $@
 
 test-oldest: $(OLDEST)/.ready ## test-fast with the oldest versions that pyproject.toml allows, in an environment of its own (downloads several GB of wheels)

@@ -16,7 +16,11 @@ from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 
 import qat.lit.compiled
+from qat import kernels
 from qat.callbacks import CompileWatch
+from qat.functional.log2 import fake_quantize_log2
+from qat.functional.lsq import CodeRange
+from qat.functional.statsq import statsq_scale
 from qat.lit import QATModule, Teacher, build_optimizer
 from qat.lit.compiled import CompiledCall, compile_in_place
 from qat.losses import CompositeLoss, Distillation
@@ -109,6 +113,27 @@ def test_a_compiled_quantizer_gives_the_bits_of_an_eager_one(preset):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
         else:
             assert torch.equal(ours, theirs), quantizer
+
+
+@pytest.mark.parametrize("quantizer", ["statsq", "lsq", "seq", "log2"])
+def test_gradients_pass_a_compiled_quantizer(quantizer):
+    # In torch 2.11 none does behind a conversion to the dtype that is there already.
+    x = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) + 0.01
+    step = torch.tensor([0.2], requires_grad=True)
+    calls = {
+        "statsq": lambda w: kernels.statsq(w, statsq_scale(w), 2),
+        "lsq": lambda w: kernels.lsq(w, step, CodeRange(-2, 1, None)),
+        "seq": lambda w: kernels.lsq(w, step, CodeRange(-2, 1, None, half=True)),
+        "log2": lambda w: fake_quantize_log2(w, 4),
+    }
+    found = []
+    for call in (calls[quantizer], torch.compile(calls[quantizer], fullgraph=True, backend="aot_eager")):
+        w, step.grad = x.clone().requires_grad_(), None
+        (call(w) * x).sum().backward()
+        found.append((w.grad, step.grad))
+    assert found[0][0].abs().sum() > 0
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 def test_compiled_code_rounds_as_eager_code_does():

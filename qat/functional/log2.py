@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qat.functional.ste import code_dtype
+from qat.functional.ste import code_dtype, in_dtype
 from qat.utils.validate import check_bits
 
 # exp(p) is about 0.35815147 p^2 + 0.96963238 p + 1 for p in (-ln 2, 0].
@@ -33,7 +33,7 @@ class _Log2(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, bits: int) -> Tensor:
-        return _power(_exponent(x), bits).to(x.dtype)
+        return in_dtype(_power(_exponent(x), bits), x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qat.functional.affine_search import affine_error
-from qat.functional.ste import code_dtype, group_size, mean_abs, sum_along, view_along
+from qat.functional.ste import code_dtype, group_size, in_dtype, mean_abs, sum_along, view_along
 
 # A step smaller than this is taken for this.
 SCALE_FLOOR = 1e-5
@@ -159,7 +159,7 @@ class LSQFunction(torch.autograd.Function):
         x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, sign: Tensor | None, codes: CodeRange, grad_factor: float
     ) -> Tensor:
         """`lsq_forward`, in the dtype of `x`."""
-        return lsq_forward(x, scale, before, after, codes, sign=sign).to(x.dtype)
+        return in_dtype(lsq_forward(x, scale, before, after, codes, sign=sign), x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from qat.functional.ste import TINY, code_dtype
+from qat.functional.ste import TINY, code_dtype, in_dtype
 from qat.utils.validate import check_bits
 
 # Just inside the end of the range, so that the outermost code is the highest.
@@ -79,7 +79,7 @@ class StatsQFunction(torch.autograd.Function):
     @staticmethod
     def forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
         """`statsq_forward`, in the dtype of `w`."""
-        return statsq_forward(w, scale, bits).to(w.dtype)
+        return in_dtype(statsq_forward(w, scale, bits), w.dtype)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:

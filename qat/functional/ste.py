@@ -16,6 +16,11 @@ def round_ste(x: Tensor) -> Tensor:
     return x.round().detach() + (x - x.detach())
 
 
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, for what a Function gives back: behind a conversion that does nothing, torch 2.11 compiles no gradient at all."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def view_along(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
     """Reshape a 1-D scale so that it broadcasts against an `ndim`-dimensional tensor along `axis`; one element for None."""
     if axis is None:

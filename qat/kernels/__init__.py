@@ -14,6 +14,7 @@ from torch import Tensor
 from qat.errors import UsageError
 from qat.functional.lsq import CodeRange, LSQFunction, LsqGradients, all_gradients
 from qat.functional.statsq import StatsQFunction
+from qat.functional.ste import in_dtype
 from qat.kernels import cpu, gpu, reference
 from qat.kernels.rows import PLAIN
 
@@ -64,7 +65,7 @@ def lsq_forward(  # noqa: PLR0913  (a quantizer, and what is wanted of it)
         found = cpu.lsq_forward(x.float(), scale, before, after, codes, sign)
     elif backend == "gpu":
         found = gpu.lsq_forward(x, scale, before, after, codes, sign=sign, dtype=dtype)
-    return (reference.lsq_forward(x, scale, before, after, codes, sign=sign) if found is None else found).to(dtype)
+    return in_dtype(reference.lsq_forward(x, scale, before, after, codes, sign=sign) if found is None else found, dtype)
 
 
 def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pass over memory is up to the caller)
@@ -125,7 +126,7 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = tor
         found = cpu.statsq_forward(w.float(), scale, bits)
     elif backend == "gpu":
         found = gpu.statsq_forward(w, scale, bits, dtype)
-    return (reference.statsq_forward(w, scale, bits) if found is None else found).to(dtype)
+    return in_dtype(reference.statsq_forward(w, scale, bits) if found is None else found, dtype)
 
 
 def probs_backward(  # noqa: PLR0913  (as above)

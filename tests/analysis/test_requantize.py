@@ -182,7 +182,7 @@ def test_32_bits_are_the_float_weight(kind):
 
 @torch.no_grad()
 def test_ranges_by_hand():
-    weight = torch.tensor([[-1.0, -0.5, 0.25, 3.0]])
+    weight = torch.tensor([[-1.0, -0.5, 0.3, 3.0]])
     change = {"bits": 2}
     # Symmetric codes -2..1 on a range of 3: step 2.
     assert requantized(lsq([9.0]), weight, WeightChange(steps_from="minmax", **change)).tolist() == [[0.0, 0.0, 0.0, 2.0]]
@@ -192,7 +192,7 @@ def test_ranges_by_hand():
     assert_close(found, torch.tensor([[-four_thirds, 0.0, 0.0, 2 * four_thirds]]))
     # Half steps on a scale of 3: levels +-0.75, +-2.25.
     assert requantized(statsq(), weight, WeightChange(steps_from="minmax", **change)).tolist() == [[-0.75, -0.75, 0.75, 2.25]]
-    # Quantiles 1/3 and 2/3 are -0.5 and 0.25: scale 0.5, levels +-0.125, +-0.375.
+    # Quantiles 1/3 and 2/3 are -0.5 and 0.3: scale 0.5, levels +-0.125, +-0.375.
     found = requantized(statsq(), weight, WeightChange(steps_from="percentile", percentile=2 / 3, **change))
     assert_close(found, torch.tensor([[-0.375, -0.375, 0.375, 0.375]]), rtol=0, atol=1e-6)
 
