@@ -4,6 +4,7 @@ import logging
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ STOPPED_AT = HELD_AT + 2
 HELD = ["+callbacks.pace._target_=tests.slurm.pace.Pace", f"+callbacks.pace.step={HELD_AT}"]
 # The batch script of the documentation; what a job is to have of its own is said to sbatch.
 SCRIPT = re.search(r"^```bash\n(#!/bin/bash\n.*?)^```$", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+COMMAND = Path(sys.executable).with_name("qat")
 MODEST = ["--gpus-per-node=0", "--cpus-per-task=1", "--time=10"]
 
 
@@ -74,6 +76,7 @@ def jobs(scheduler, folder):
         "preempted": Job(scheduler, folder, *ON_CPU, *HELD, "data.batch_size=64", "data.num_workers=1", options=pair),
         "cancelled": Job(scheduler, folder, *ON_CPU, *HELD, "data.num_workers=1"),
         "plain": Job(scheduler, folder, *ON_CPU, options=["--ntasks-per-node=2"], script=plain),
+        "installed": Job(scheduler, folder, *ON_CPU, script=SCRIPT.replace("srun python train.py", f"srun {COMMAND} train")),
     }
 
 
@@ -160,6 +163,12 @@ def test_cancelled_it_saves_and_stays_cancelled(jobs, scheduler):
     assert f"stopped by SIGTERM at step {HELD_AT + 1}: last.ckpt written; {way}" in said
     assert last(job.run_dir)["global_step"] == HELD_AT + 1
     assert scheduler.job(job.number)["Restarts"] == "0"
+
+
+def test_the_command_of_an_installed_package_trains_as_the_script_does(jobs):
+    said = jobs["installed"].ended()
+    assert f"outputs in {jobs['installed'].run_dir}" in said
+    assert results(jobs["installed"].run_dir)["split"] == "test"
 
 
 def test_without_srun_several_tasks_are_refused(jobs):
