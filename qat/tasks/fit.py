@@ -32,9 +32,8 @@ from qat.lit.optimizer_state import with_optimizer_state
 from qat.lit.parallel import SHARDED, strategy_of
 from qat.model.start import Start
 from qat.tasks.build import instantiate, plain
-from qat.tasks.checks import check_averaging, check_callback, check_sharding
+from qat.tasks.checks import check_averaging, check_callback, check_sharding, check_trainer
 from qat.tasks.options import compiles
-from qat.tasks.trainer_checks import check_trainer
 from qat.utils.validate import check_int, check_number
 
 # All repeat what the first lines of a run say already; what ends a run early they do not. The root logger's handlers say it, once.

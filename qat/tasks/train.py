@@ -28,12 +28,11 @@ from qat.model.start import Start
 from qat.spec import QuantRecipe
 from qat.tasks import build, fit, options
 from qat.tasks.announce import announce_early_end, announce_run, announce_teacher
-from qat.tasks.checks import check_classifier, check_patches, check_settings
+from qat.tasks.checks import check_batches, check_classifier, check_patches, check_settings
 from qat.tasks.compare import compared
 from qat.tasks.report import record_command, report_run
 from qat.tasks.resume import Resume, check_data, check_optimizer, find_resume, outputs_to_replace
 from qat.tasks.teacher import build_teacher
-from qat.tasks.trainer_checks import check_batches
 from qat.utils.files import write_text
 
 log = logging.getLogger(__name__)
