@@ -12,7 +12,6 @@ from qat.errors import UsageError
 from qat.model.convert import stem_and_heads
 from qat.model.sites import WEIGHT_ROLES, iter_quantizers
 from qat.nn.quant_module import QuantModule
-from qat.utils.validate import check_choice
 
 QK_FORMS = ("product", "factors", "both")
 _FACTORS = ("q_weight", "k_weight")
@@ -74,7 +73,6 @@ def find_latent_weights(
     Raises:
         UsageError: a glob that matches nothing, or no layer is left.
     """
-    check_choice("loss.kure_qk", qk, QK_FORMS)
     everything = list(_latents(net, qk))
     outside = stem_and_heads(net)
     if layers is None:

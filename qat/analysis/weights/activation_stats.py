@@ -77,11 +77,6 @@ class ActivationStats:
     represents: tuple[float, float]
     seen: CodeCounts | None = field(default=None, repr=False)
 
-    @property
-    def levels(self) -> int:
-        """How many there are."""
-        return self.high - self.low + 1
-
 
 def activation_stats(net: nn.Module, seen: dict[str, CodeCounts]) -> list[ActivationStats]:
     """Every activation quantizer of a net, float ones left out.
