@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 MISSING = "–"
@@ -64,12 +64,3 @@ def duration(seconds: float) -> str:
 def bits_of(recipe: Mapping[str, Any] | None) -> str | None:
     """`W2 A2`; None of a float model."""
     return None if not recipe or recipe.get("name") == "fp" else f"W{recipe.get('bits')} A{recipe.get('act_bits')}"
-
-
-def leaves(node: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """What nested dicts hold, each with the names that lead to it."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, (*path, str(key)))
-        else:
-            yield (*path, str(key)), value

@@ -17,9 +17,10 @@ from markupsafe import Markup
 from qat.report.curves import search_curve, training_curves
 from qat.report.layers import layer_rows, used_files
 from qat.report.notes import grouped, notes_of
-from qat.report.numbers import MISSING, bits_of, duration, leaves, number, percent, scaled, shown, signed, times
+from qat.report.numbers import MISSING, bits_of, duration, number, percent, scaled, shown, signed, times
 from qat.report.run_files import AnalysisFiles, Origin, Row, RunFiles, read_run
 from qat.utils.files import write_text
+from qat.utils.text import leaves
 
 FILE = "report.html"
 TITLES = {"train": "Training", "ptq": "Post-training quantization", "analyze": "Analysis", "eval": "Evaluation", "export": "Export"}

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat.analysis import Analysis, EvaluationPoint, ImageSet, Ledger, Outcome, Row, StudiedNet, measure, write_outcome
 from qat.analysis.images import gathered
-from qat.cli.repeat import CONF, recorded
+from qat.cli.repeat import CONF
 from qat.cli.results import recipe_fields, write_results
 from qat.cli.schemas import SPLITS
 from qat.cli.sweep import gather_sweep
@@ -27,8 +27,7 @@ from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import EvaluatedNet
-from qat.tasks.report import record_command, remake, report_run
-from qat.utils.files import write_text
+from qat.tasks.report import record_run, remake, report_run
 from qat.utils.validate import check_choice
 
 log = logging.getLogger(__name__)
@@ -72,8 +71,7 @@ def analyze(cfg: DictConfig) -> None:
     run_dir, settings = Path(cfg.run_dir), build.plain(cfg.analysis)
     _announce(cfg, study)
     coming = _rows(cfg, study)  # the last that may refuse: the files of an older run are as they were until here
-    write_text(run_dir / "config.yaml", recorded(cfg))
-    record_command(cfg)
+    record_run(cfg)
     rows: list[Row] = []
     complete = False
     try:

@@ -22,6 +22,7 @@ from qat.lit.parallel import SHARDED
 from qat.model import hub
 from qat.model.convert import check_input
 from qat.model.start import check_model
+from qat.utils.bounds import json_object
 from qat.utils.signature import check_arguments
 from qat.utils.validate import check_int, check_number
 
@@ -53,7 +54,7 @@ def _settle_hub(cfg: DictConfig) -> None:
     if not isinstance(name, str) or not name.startswith(hub.PREFIX):
         return
     folder = hub.fetch(name.removeprefix(hub.PREFIX), f"model={name}")
-    config, wanted, weights = hub.config_of(folder), bool(cfg.model.pretrained), str(folder / hub.WEIGHTS)
+    config, wanted, weights = json_object(folder / hub.CONFIG), bool(cfg.model.pretrained), str(folder / hub.WEIGHTS)
     cfg.model.pretrained = False
     if hub.is_ours(folder):
         if cfg.get("ckpt"):

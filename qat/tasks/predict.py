@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from qat.data.imagefolder import EXTENSIONS, is_image
 from qat.errors import UsageError
 from qat.spec import QuantRecipe
 from qat.tasks import summary
-from qat.utils.files import files_below, write_text
+from qat.utils.files import csv_lines, files_below, write_text
 from qat.utils.text import printable
 
 log = logging.getLogger(__name__)
@@ -106,12 +104,8 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
 def as_csv(predictions: list[Prediction]) -> str:
     """A line per image: path, then class and probability by rank; names are made printable."""
     columns = [f"{what}_{rank}" for rank in range(1, len(predictions[0].ranks) + 1) for what in ("class", "probability")]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", *columns])
-    for one in predictions:
-        writer.writerow([printable(one.path), *(cell for name, share in one.ranks for cell in (printable(name), f"{share:.6f}"))])
-    return text.getvalue()
+    rows = [[one.path, *(cell for name, share in one.ranks for cell in (name, f"{share:.6f}"))] for one in predictions]
+    return csv_lines([["path", *columns], *(map(printable, row) for row in rows)])
 
 
 def _table(predictions: list[Prediction]) -> dict[str, str]:

@@ -15,7 +15,6 @@ from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from qat.cli.repeat import recorded
 from qat.cli.results import recipe_fields, write_results
 from qat.data import ImageData
 from qat.errors import UsageError
@@ -37,7 +36,7 @@ from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, measure, origin
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.ptq_keep import build_target_net, check_start, is_kept
-from qat.tasks.report import record_command, report_run
+from qat.tasks.report import record_run, report_run
 from qat.tasks.search import Fitter, build_fitter, build_search, check_targets, run_search
 from qat.utils.files import write_text
 from qat.utils.validate import check_int
@@ -93,8 +92,7 @@ def ptq(cfg: DictConfig) -> float:
     connect(run.trainer, build.plain(cfg))
     if is_first():
         _remove_older(cfg)
-        write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
-        record_command(cfg)
+        record_run(cfg)
         _announce(cfg, run)
     with closing(run.trainer.loggers):
         results = _quantize(cfg, run, began)

@@ -1,8 +1,10 @@
-"""Text from outside, as names of files, on its way to a terminal or a table."""
+"""Text from outside, as names of files, on its way to a terminal or a table; names of what nested dicts hold."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 # Control characters but line break and tab, and what stands for bytes of a name that are not UTF-8.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -23,3 +25,12 @@ def _escaped(found: re.Match[str]) -> str:
     # os.fsdecode puts 0xdc00 in front of a byte.
     code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def leaves(node: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What nested dicts hold, each with the names that lead to it."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
