@@ -162,7 +162,7 @@ def weight_sites(net: nn.Module, input_size: tuple[int, int, int], float_axis: i
     for site in iter_quantizers(twin):
         if not site.is_weight:
             continue
-        name, weight = site.name.rpartition(".")[0], site.latent().detach()
+        name, weight = site.layer, site.latent().detach()
         grid = grid_of(site.quantizer, float_axis)
         if not _same(grid, site.quantizer, weight):
             unknown.append(name)

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qat.callbacks.common import layer_of, logs_now, net_of
+from qat.callbacks.common import logs_now, net_of
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
 from qat.functional.oscillation import PackedOscillation, oscillation_step, pack_oscillation, unpack_oscillation
@@ -164,7 +164,7 @@ class Oscillation(Callback):
         values: dict[str, Tensor] = {}
         for site in self._sites:
             n, oscillating, _, near, _ = measured[site.name].unbind()
-            values |= {f"osc/share/{layer_of(site)}": oscillating / n, f"osc/band/{layer_of(site)}": near / n}
+            values |= {f"osc/share/{site.layer}": oscillating / n, f"osc/band/{site.layer}": near / n}
         n, oscillating, frequency, near, flips = torch.stack(list(measured.values())).sum(0).unbind()
         return {**values, "osc/share": oscillating / n, "osc/frequency": frequency / n, "osc/band": near / n, "osc/flips": flips}
 
@@ -211,7 +211,7 @@ class Oscillation(Callback):
 def _row(site: Site, values: Tensor) -> dict[str, Any]:
     weights, oscillating, frequency, near, flips = values.tolist()
     return {
-        "layer": layer_of(site),
+        "layer": site.layer,
         "role": site.role,
         "bits": site.quantizer.spec.bits,
         "weights": int(weights),

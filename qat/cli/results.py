@@ -43,7 +43,6 @@ KEYS = (
     "git_commit",
     "versions",
 )
-PACKAGES = ("torch", "timm", "lightning")
 
 
 def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
@@ -110,13 +109,8 @@ def _device(cfg: DictConfig) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "qat": qat.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: importlib.metadata.version(name) for name in ("torch", "timm", "lightning")}
+    return {"python": platform.python_version(), "qat": qat.__version__, **found}
 
 
 def _git_commit() -> str | None:

@@ -31,11 +31,6 @@ class LatentWeight:
     role: str
     parameter: str | None
 
-    @property
-    def name(self) -> str:
-        """The layer's path; under query-key reparameterization with the tensor's name behind it."""
-        return self.layer if self.parameter == "weight" else f"{self.layer}.{self.parameter or self.role}"
-
     def of(self, net: nn.Module) -> Tensor:
         """The tensor, in the graph of what it is made of."""
         module = net.get_submodule(self.layer)
@@ -95,7 +90,7 @@ def _fits(latent: LatentWeight, glob: str) -> bool:
 def _latents(net: nn.Module, qk: str) -> Iterator[LatentWeight]:
     """In the order of the net's modules; a tensor that two layers share is there once."""
     sites = [site for site in iter_quantizers(net) if site.is_weight]
-    found = [(site.name.rpartition(".")[0], site.role) for site in sites] or [
+    found = [(site.layer, site.role) for site in sites] or [
         (name, "weight") for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
     ]
     seen: set[int] = set()

@@ -11,11 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from qat.analysis import Analysis, EvaluationPoint, ImageSet, Ledger, Outcome, Row, StudiedNet, measure, write_outcome
-from qat.analysis.images import gathered
 from qat.cli.repeat import CONF
 from qat.cli.results import recipe_fields, write_results
 from qat.cli.schemas import SPLITS
@@ -124,7 +122,6 @@ def _analysis_class(target: object) -> Any:
 def _build(cfg: DictConfig) -> AnalysisRun:
     paths = [cfg.ckpt] if cfg.ckpt is None or isinstance(cfg.ckpt, str) else list(cfg.ckpt)
     single = [_with_ckpt(cfg, path) for path in paths or [None]]
-    seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.resume not in {False, "auto"}:
         raise UsageError(f"resume={cfg.resume!r}: must be one of false, auto")
     analysis = build_analysis(cfg)
@@ -159,7 +156,8 @@ def _images(cfg: DictConfig, subject: EvaluatedNet, analysis: Analysis, device: 
     split: str = cfg.split if cfg.split is not None else (data.evaluation_split if analysis.split == "test" else str(analysis.split))
     check_choice("split", split, SPLITS)
     settings = data.settings
-    return gathered(data.sample(split, cfg.images), device, split, settings.mean, settings.std)
+    batches = [(images.to(device), target.to(device)) for images, target in data.sample(split, cfg.images)]
+    return ImageSet(batches, split, tuple(settings.mean), tuple(settings.std))
 
 
 def _check_alike(subjects: Sequence[EvaluatedNet], paths: Sequence[str]) -> None:

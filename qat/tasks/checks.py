@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
@@ -32,7 +32,7 @@ VAL_METRICS = ("val/top1", "val/top5", "val/loss")
 
 
 def check_settings(cfg: DictConfig) -> None:
-    """Give the settings of a command their types, and the kernels that it names.
+    """Give the settings of a command their types; use the kernels that it names, and its seed.
 
     Raises:
         UsageError: an unknown setting, a value of another type, or one that cannot work.
@@ -42,6 +42,7 @@ def check_settings(cfg: DictConfig) -> None:
     kernels.use(cfg.get("kernels", kernels.CHOICES[0]))
     if cfg.command != "export":
         check_trainer(cfg.trainer)
+    seed_everything(cfg.seed, workers=True, verbose=False)
 
 
 def _settle_hub(cfg: DictConfig) -> None:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
@@ -54,7 +54,6 @@ def evaluate(cfg: DictConfig) -> float | None:
     """
     began = time.monotonic()
     check_settings(cfg)
-    seed_everything(cfg.seed, workers=True, verbose=False)
     build.import_modules(cfg)
     paths = None if cfg.predict is None else find_images(str(cfg.predict))
     subject = build_subject(cfg)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -53,7 +52,6 @@ def export(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     _check(cfg)
-    seed_everything(cfg.seed, workers=True, verbose=False)
     build.import_modules(cfg)
     target = _target(cfg)
     source = _source(cfg)

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from qat.cli.repeat import CONF, recorded, typed
+from qat.cli.schemas import COMMANDS
 from qat.errors import UsageError
 from qat.model.checkpoint import build_from, read_checkpoint
 from qat.tasks.build import import_modules
@@ -37,7 +38,6 @@ log = logging.getLogger(__name__)
 COMMAND = "command.json"
 NO_SETTINGS = ("run_dir", "resume", "overwrite", "report", "sweep_dir", "hydra")  # they say nothing of what was run
 CHECKPOINTS = ("quantized.ckpt", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
-COMMANDS = ("train", "eval", "ptq", "analyze", "export")
 OVERRIDE = re.compile(r"[+~]{0,2}(?P<name>\w+([/@.]\w+)*)(=(?P<value>.*))?", re.DOTALL)
 CHOICE = re.compile(r"\[?[\w/, -]*\]?")
 

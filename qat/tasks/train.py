@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
@@ -52,7 +52,6 @@ def train(cfg: DictConfig) -> float:  # noqa: PLR0915  (a training, from top to 
     """
     began = time.monotonic()
     check_settings(cfg)
-    seed_everything(cfg.seed, workers=True, verbose=False)
     build.import_modules(cfg)
     recipe, loss = build.build_recipe(cfg), build.build_loss(cfg)
     resume = find_resume(cfg, recipe, build.model_args(cfg))

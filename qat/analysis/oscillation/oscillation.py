@@ -68,12 +68,13 @@ class OscillationAnalysis(Analysis):
     def _summary(self, run: OscillationRun) -> dict[str, Any]:
         n_weights = sum(state.frequency.numel() for state in run.now)
         threshold = self._threshold(run)
+        oscillating = sum(float((state.frequency > threshold).sum()) for state in run.now)
         share = run.totals[SHARE].values if SHARE in run.totals else []
         return {
             "step_of_checkpoint": run.step,
             "threshold": threshold,
             "weights": n_weights or None,
-            "share_now_percent": _percent(sum(float((s.frequency > threshold).sum()) for s in run.now), n_weights),
+            "share_now_percent": 100 * oscillating / n_weights if n_weights else None,
             "share_logged_last_percent": 100 * share[-1] if share else None,
             "share_logged_highest_percent": 100 * max(share) if share else None,
             "flips_logged": run.totals[FLIPS].values[-1] if FLIPS in run.totals else None,
@@ -166,7 +167,3 @@ def _frequency_rows(run: OscillationRun) -> Iterator[Row]:
     for upper, count in zip(_CLASSES, counts, strict=True):
         name = f"below {LOWEST_FREQUENCY:g}" if upper == 0 else f"up to {upper:g}"
         yield {"net": run.label, "flips per look": name, "weights": count, "share, %": round(100 * count / total, 4)}
-
-
-def _percent(part: float, whole: int) -> float | None:
-    return 100 * part / whole if whole else None
