@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-MISSING = "–"
-PREFIXES = ("", "k", "M", "G", "T", "P")
+from qat.utils.text import MISSING
 
 
 def number(value: object) -> float | None:
@@ -39,14 +38,6 @@ def percent(value: float | None) -> str:
 def signed(value: float) -> str:
     """Two decimals and a sign."""
     return f"{value:+.2f}".replace("-", "−")
-
-
-def scaled(value: float | None, unit: str) -> str:
-    """Three significant digits and a prefix of powers of 1000: `190 kB`."""
-    if value is None:
-        return MISSING
-    power = 0 if value < 1 else min(int(math.log10(value) // 3), len(PREFIXES) - 1)
-    return f"{value / 1000**power:.3g} {PREFIXES[power]}{unit}".rstrip()
 
 
 def times(ratio: float) -> str:
