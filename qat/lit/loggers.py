@@ -110,10 +110,15 @@ def closing(loggers: Iterable[Logger]) -> Generator[None]:
         code = 0
         raise
     finally:
-        for logger in loggers:
-            # Asking for `experiment` would begin a run where nothing was logged yet.
-            if isinstance(logger, WandbLogger) and logger._experiment is not None:
-                logger._experiment.finish(exit_code=code)
+        close(loggers, code)
+
+
+def close(loggers: Iterable[Logger], exit_code: int) -> None:
+    """End the runs of loggers; any code but 0 says that they failed."""
+    for logger in loggers:
+        # Asking for `experiment` would begin a run where nothing was logged yet.
+        if isinstance(logger, WandbLogger) and logger._experiment is not None:
+            logger._experiment.finish(exit_code=exit_code)
 
 
 def _check_options(setting: str, options: Mapping[str, Any], *takers: Callable[..., Any]) -> None:
