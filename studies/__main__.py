@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of `one`")
     for name in ("claims", "results", "runs"):
         parser.add_argument(f"--{name}", type=Path, default=getattr(Places(), name), help="folder, if it is not the repository's own")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     try:
         return int(_do(args))
