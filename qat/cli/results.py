@@ -43,6 +43,7 @@ KEYS = (
     "git_commit",
     "versions",
 )
+PACKAGES = ("torch", "timm", "lightning")
 
 
 def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def _device(cfg: DictConfig) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in ("torch", "timm", "lightning")}
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version(), "qat": qat.__version__, **found}
 
 
