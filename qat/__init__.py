@@ -37,31 +37,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "PtqRecipe": "qat.model.ptq_spec",
-    "QuantRecipe": "qat.spec",
-    "QuantSpec": "qat.spec",
-    "Site": "qat.model.sites",
-    "UsageError": "qat.errors",
-    "assert_ready": "qat.model.scales",
-    "conversion_report": "qat.model.convert",
-    "convert": "qat.model.convert",
-    "export_onnx": "qat.export.onnx_file",
-    "freeze": "qat.model.frozen",
-    "from_pretrained": "qat.model.pretrained",
-    "initialize_scales": "qat.model.scales",
-    "integer_forward": "qat.model.frozen",
-    "iter_quantizers": "qat.model.sites",
-    "load": "qat.model.checkpoint",
-    "load_ofq_checkpoint": "qat.interop",
-    "no_weight_decay": "qat.model.decay",
-    "push_to_hub": "qat.model.pretrained",
-    "recipe": "qat.spec",
-    "save": "qat.model.checkpoint",
-    "save_pretrained": "qat.model.pretrained",
-    "set_execution": "qat.nn.execution",
-    "transform": "qat.model.transform",
+_NAMES = {
+    "qat.errors": ("UsageError",),
+    "qat.export.onnx_file": ("export_onnx",),
+    "qat.interop": ("load_ofq_checkpoint",),
+    "qat.model.checkpoint": ("load", "save"),
+    "qat.model.convert": ("conversion_report", "convert"),
+    "qat.model.decay": ("no_weight_decay",),
+    "qat.model.frozen": ("freeze", "integer_forward"),
+    "qat.model.pretrained": ("from_pretrained", "push_to_hub", "save_pretrained"),
+    "qat.model.ptq_spec": ("PtqRecipe",),
+    "qat.model.scales": ("assert_ready", "initialize_scales"),
+    "qat.model.sites": ("Site", "iter_quantizers"),
+    "qat.model.transform": ("transform",),
+    "qat.nn.execution": ("set_execution",),
+    "qat.spec": ("QuantRecipe", "QuantSpec", "recipe"),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [*sorted(_HOME), "functional", "ptq"]  # noqa: PLE0604  (names only)
 
 

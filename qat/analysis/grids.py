@@ -16,7 +16,7 @@ from qat.functional.observers import RangeState, quantiles, reaching_zero
 from qat.functional.ste import group_size, sum_along
 from qat.quantizers import Quantizer, UniformGrid, build_quantizer
 from qat.spec import QuantSpec
-from qat.utils.validate import FLOAT_BITS, HIGHEST_BITS, check_choice
+from qat.utils.validate import FLOAT_BITS, HIGHEST_BITS
 
 STEPS_FROM = ("own", "minmax", "percentile", "mse")
 Round = Callable[[Tensor], Tensor]
@@ -90,11 +90,7 @@ def derived(grid: WeightGrid, weight: Tensor, bits: int, steps_from: str, percen
         steps_from: `own` rule of the quantizer (at the present width: those in force), `minmax`, `percentile`, or `mse`: the range shrunk
             by the one factor of 1, 0.99, ... 0.11 per slice with the smallest squared error.
         percentile: share of the entries of a slice below the upper end of `percentile`, and above the lower end.
-
-    Raises:
-        UsageError: unknown rule.
     """
-    check_choice("steps_from", steps_from, STEPS_FROM)
     if steps_from == "own":
         return grid.own(weight, bits)
     rows = slices_along(weight, grid.own(weight, grid.quantizer.spec.bits).axis)

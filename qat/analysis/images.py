@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +54,3 @@ class ImageSet:
     def _sums(logits: Tensor, target: Tensor) -> Tensor:
         correct = (logits.argmax(-1) == target).sum().double()
         return torch.stack([correct, F.cross_entropy(logits, target, reduction="sum").double()])
-
-
-def gathered(loader: Iterable[Batch], device: torch.device, split: str, mean: Sequence[float], std: Sequence[float]) -> ImageSet:
-    """All that a loader gives, on a device."""
-    batches = [(images.to(device), target.to(device)) for images, target in loader]
-    return ImageSet(batches, split, tuple(mean), tuple(std))

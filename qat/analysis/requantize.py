@@ -8,20 +8,19 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.analysis.grids import STEPS_FROM, Round, WeightGrid, derived, grid_of
+from qat.analysis.grids import Round, WeightGrid, derived, grid_of
 from qat.model.convert import conversion_of, convert, stem_and_heads
 from qat.model.sites import iter_quantizers
 from qat.ptq.patching import patched
 from qat.quantizers import Quantizer, UniformGrid
-from qat.spec import QuantRecipe
-from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_number
+from qat.spec import PRESETS, QuantRecipe
+from qat.utils.validate import FLOAT_BITS
 
-ROUNDINGS = ("nearest", "half_up", "floor", "stochastic")
-STEPS = ("any", "power_of_two")
 # Grids by the number of a weight, its width, where its steps come from, and a percentile.
 Found = dict[tuple[int, int, str, float], UniformGrid]
 
@@ -38,9 +37,6 @@ class WeightChange:
         rounding: `nearest` (even), `half_up`, `floor` or `stochastic`, all on the axis of codes.
         percentile: for steps from `percentile`.
         seed: for stochastic rounding.
-
-    Raises:
-        UsageError: a value that cannot work.
     """
 
     bits: int | None = None
@@ -50,14 +46,6 @@ class WeightChange:
     rounding: str = "nearest"
     percentile: float = 0.999
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.bits is not None:
-            check_bits("bits", self.bits, "float")
-        check_choice("steps_from", self.steps_from, STEPS_FROM)
-        check_number("ratio", self.ratio, 0, above=True)
-        check_choice("steps", self.steps, STEPS)
-        check_choice("rounding", self.rounding, ROUNDINGS)
 
 
 @torch.no_grad()
@@ -154,11 +142,8 @@ class WeightSites:
     def changed(self, change: WeightChange, sites: Sequence[GridSite]) -> AbstractContextManager[None]:
         """While it lasts these weights are quantized with the change; no tensor of the net is touched."""
         numbers = {site.quantizer: number for number, site in enumerate(self.sites)}
-        return patched({s.quantizer: functools.partial(_forward, s.grid, change, numbers[s.quantizer], self._found) for s in sites})
-
-
-def _forward(grid: WeightGrid, change: WeightChange, number: int, found: Found, weight: Tensor) -> Tensor:
-    return requantized(grid, weight, change, number, found)
+        rest: dict[str, Any] = {"change": change, "found": self._found}
+        return patched({s.quantizer: functools.partial(requantized, s.grid, number=numbers[s.quantizer], **rest) for s in sites})
 
 
 def weight_sites(net: nn.Module, input_size: tuple[int, int, int], float_axis: int | None = 0) -> WeightSites:
@@ -177,7 +162,7 @@ def weight_sites(net: nn.Module, input_size: tuple[int, int, int], float_axis: i
     for site in iter_quantizers(twin):
         if not site.is_weight:
             continue
-        name, weight = site.name.rpartition(".")[0], site.latent().detach()
+        name, weight = site.layer, site.latent().detach()
         grid = grid_of(site.quantizer, float_axis)
         if not _same(grid, site.quantizer, weight):
             unknown.append(name)
@@ -201,14 +186,5 @@ def _tensors(net: nn.Module) -> Iterator[Tensor]:
 
 def _twin(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
     """The net with identities where weight quantizers would be; its tensors are the net's own."""
-    recipe = QuantRecipe(
-        attention="float",
-        weight_quantizer="float",
-        act_quantizer="float",
-        offsets=False,
-        bits=FLOAT_BITS,
-        act_bits=FLOAT_BITS,
-        stem_bits=FLOAT_BITS,
-        head_bits=FLOAT_BITS,
-    )
-    return convert(copy.deepcopy(net, {id(t): t for t in _tensors(net)}), recipe, input_size=input_size).eval()
+    identities = QuantRecipe(**PRESETS["fp"])  # unlike qat.recipe("fp"), which leaves a net untouched
+    return convert(copy.deepcopy(net, {id(t): t for t in _tensors(net)}), identities, input_size=input_size).eval()

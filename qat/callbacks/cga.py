@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from qat.callbacks.common import layer_of, logs_now, net_of, parameter_of
+from qat.callbacks.common import logs_now, net_of, parameter_of
 from qat.callbacks.freezing import IterativeFreezing
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
@@ -139,7 +139,8 @@ class CGA(Callback):
             gate.active = active
         self._pin_rate(trainer, trainer.current_epoch)
         if active and not was_active:
-            log.info("cga: annealing from here, lr %.2e, band %g, %d weights, q and k: %s", self.lr, self.boundary_range, *self._kinds())
+            kinds = len(self._sites), self.qk if self._products else "none"
+            log.info("cga: annealing from here, lr %.2e, band %g, %d weights, q and k: %s", self.lr, self.boundary_range, *kinds)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Set the rate of the next step, so that whoever logs rates sees the one in force."""
@@ -167,7 +168,7 @@ class CGA(Callback):
         for site in self._sites:
             weight = parameter_of(site.latent())
             near = _near(site.quantizer, weight, self.boundary_range)
-            trainable[layer_of(site)] = (near.sum(), near.numel())
+            trainable[site.layer] = (near.sum(), near.numel())
             yield weight, ~near
         if self.qk == "freeze":
             for site, _ in self._products:
@@ -182,7 +183,7 @@ class CGA(Callback):
         if self.qk == "product":
             for site, _ in self._products:
                 near = _near(site.quantizer, site.latent(), self.boundary_range)
-                values[f"cga/trainable_product/{layer_of(site)}"] = near.float().mean()
+                values[f"cga/trainable_product/{site.layer}"] = near.float().mean()
         pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     def _anneals(self, epoch: int) -> bool:
@@ -210,9 +211,6 @@ class CGA(Callback):
             raise UsageError(f"callbacks.cga.start_epoch={self.start_epoch}: must be from 0 to below trainer.max_epochs={total}")
         stop = math.inf if self.epochs is None else self.start_epoch + self.epochs
         return self.start_epoch, math.inf if total is None or stop >= total >= 0 else stop
-
-    def _kinds(self) -> tuple[int, str]:
-        return len(self._sites), self.qk if self._products else "none"
 
     def _release(self) -> None:
         self._freezer.detach()

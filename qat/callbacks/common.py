@@ -5,17 +5,10 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from qat.model.sites import Site
-
 
 def net_of(pl_module: LightningModule) -> nn.Module:
     """The net that a module trains: its `net` if it has one."""
     return getattr(pl_module, "net", pl_module)
-
-
-def layer_of(site: Site) -> str:
-    """Path of the module that owns a quantizer, under which its figures are logged."""
-    return site.name.rpartition(".")[0]
 
 
 def parameter_of(tensor: Tensor) -> nn.Parameter:

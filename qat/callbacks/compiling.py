@@ -7,15 +7,12 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from torch._dynamo.utils import counters
+
+from qat.lit.compiled import n_graphs
 
 log = logging.getLogger(__name__)
 
 AGAIN = "compiled again in a %s step, in %.0f s: something that the graph was made for has changed; TORCH_LOGS=recompiles names it"
-
-
-def _n_graphs() -> int:
-    return counters["stats"]["unique_graphs"]
 
 
 class CompileWatch(Callback):
@@ -26,10 +23,10 @@ class CompileWatch(Callback):
         self._began, self._graphs, self._warned = 0.0, 0, False
 
     def _begin(self) -> None:
-        self._began, self._graphs = time.perf_counter(), _n_graphs()
+        self._began, self._graphs = time.perf_counter(), n_graphs()
 
     def _end(self, stage: str) -> None:
-        graphs, seconds = _n_graphs() - self._graphs, time.perf_counter() - self._began
+        graphs, seconds = n_graphs() - self._graphs, time.perf_counter() - self._began
         if graphs and stage not in self._ready:
             log.info("%s step: compiled in %.0f s: %d graph%s", stage, seconds, graphs, "s" if graphs > 1 else "")
             self._ready.add(stage)

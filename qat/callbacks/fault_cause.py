@@ -70,7 +70,7 @@ def first_not_finite(net: nn.Module, images: Tensor, context: Context = torch.no
 def agreed(flags: Tensor) -> Tensor:
     """Flags that are up in any process, the same in all of them: int32, the shape of `flags`. On the device; nothing is waited for."""
     flags = flags.to(torch.int32)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return flags
 
@@ -84,7 +84,7 @@ def all_finite(trainer: Trainer, tensors: Iterable[Tensor]) -> bool:
 
 def told_by_any(cause: str, unknown: str = UNKNOWN) -> str:
     """The first process's words that name a place, where processes found different ones."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
         return cause
     told: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(told, cause)

@@ -89,7 +89,6 @@ class FaultGuard(Callback):
         self.every_n_steps, self.max_in_a_row, self.dead_scales = every_n_steps, max_in_a_row, dead_scales
         self.skipped_by_scaler = self.in_a_row = 0
         self._scales = ScaleWatch(max_scale_change, dead_steps)
-        self._fit: tuple[Trainer, LightningModule] | None = None
         self._step = Step()
         self._seen_late: list[Step] = []
         self._is_first = self._looks_closely = True
@@ -102,7 +101,6 @@ class FaultGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The next step is the first."""
-        self._fit = trainer, pl_module
         self._step, self._seen_late, self._is_first = Step(), [], True
         self._scales.attach(net_of(pl_module))
 
@@ -128,7 +126,7 @@ class FaultGuard(Callback):
         if step.number % self.every_n_steps == 0 and str(trainer.precision).startswith(("16", "bf16")):
             step.overflow = first_not_finite(net_of(pl_module), step.batches[-1][0], trainer.precision_plugin.forward_context)
         if self._looks_closely:
-            self._look_at([step])
+            self._look_at(trainer, [step])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look at the step sizes that the update made, if there was one."""
@@ -136,12 +134,12 @@ class FaultGuard(Callback):
         if step.gradient is None:
             return
         if self._looks_closely:
-            self._look_at_scales(step)
+            self._look_at_scales(trainer, step)
         else:
             step.batches = step.batches[-1:]
             self._seen_late.append(step)
             if len(self._seen_late) >= self.every_n_steps or trainer.is_last_batch:
-                self._look_late()
+                self._look_late(trainer)
         if self.skipped_by_scaler:
             # Lightning copies a number to the device, which waits for it.
             count = torch.full((), float(self.skipped_by_scaler), device=pl_module.device)
@@ -149,12 +147,12 @@ class FaultGuard(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Look at everything before a file is touched."""
-        self._look_late()
+        self._look_late(trainer)
         self._check_weights(trainer, checkpoint["state_dict"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at what is evaluated next, also where no checkpoint was written."""
-        self._look_late()
+        self._look_late(trainer)
         self._check_weights(trainer, pl_module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,35 +167,36 @@ class FaultGuard(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the run."""
-        self._fit, self._seen_late, self._step = None, [], Step()
+        self._seen_late, self._step = [], Step()
 
-    def _look_late(self) -> None:
+    def _look_late(self, trainer: Trainer) -> None:
         """Look at the steps since the last look."""
         steps, self._seen_late = self._seen_late, []
-        if not steps or self._fit is None:
+        if not steps:
             return
         for one in steps:
             one.batches = steps[-1].batches
-        self._look_at(steps)
-        self._look_at_scales(steps[-1])
+        self._look_at(trainer, steps)
+        self._look_at_scales(trainer, steps[-1])
 
-    def _look_at(self, steps: list[Step]) -> None:
+    def _look_at(self, trainer: Trainer, steps: list[Step]) -> None:
         """Look at losses, gradients and outputs of some steps, all at once."""
         flags = agreed(torch.stack([one.flags() for one in steps]))
         for one, (loss, gradient, overflow) in zip(steps, flags.bool().tolist(), strict=True):
             if loss or gradient or overflow:
-                self._judge(one, loss=loss, gradient=gradient, overflow=overflow)
+                self._judge(trainer, one, loss=loss, gradient=gradient, overflow=overflow)
             else:
                 self.in_a_row = 0
 
-    def _judge(self, step: Step, *, loss: bool, gradient: bool, overflow: bool) -> None:
+    def _judge(self, trainer: Trainer, step: Step, *, loss: bool, gradient: bool, overflow: bool) -> None:
         """Say what is wrong with a step, unless a gradient scaler sees to it."""
-        trainer, pl_module = self._running()
         if gradient and not (loss or overflow) and getattr(trainer.precision_plugin, "scaler", None) is not None:
             self._skipped_by_scaler(step, str(trainer.precision))
             return
         late = "" if self._looks_closely else f", seen at step {trainer.global_step}"
-        what, batch = self._told(step, loss=loss, gradient=gradient) if loss or gradient else (f"step {step.number} overflows", None)
+        pl_module, what, batch = trainer.lightning_module, f"step {step.number} overflows", None
+        if loss or gradient:
+            what, batch = self._told(pl_module, step, loss=loss, gradient=gradient)
         cause = find_cause(pl_module, batch or step.batches[-1], trainer.precision_plugin.forward_context)
         _stop(step.number, f"{what}{late}; first not finite: {told_by_any(step.overflow or cause)}")
 
@@ -210,19 +209,18 @@ class FaultGuard(Callback):
                 step.number, f"{what}; {self.in_a_row} steps in a row were skipped by the gradient scaler (callbacks.finite.max_in_a_row)"
             )
 
-    def _told(self, step: Step, *, loss: bool, gradient: bool) -> tuple[str, Any]:
+    def _told(self, pl_module: LightningModule, step: Step, *, loss: bool, gradient: bool) -> tuple[str, Any]:
         """The clause on a loss or a gradient, and the batch to look into."""
         if loss:
             bad = next((i for i, one in enumerate(step.losses) if not one.isfinite()), None)
             value = "not finite in another process" if bad is None else f"{float(step.losses[bad])}"
             is_there = bad is not None and len(step.batches) == len(step.losses)
             return f"the loss of step {step.number} is {value}", step.batches[bad] if is_there and bad is not None else None
-        _, pl_module = self._running()
         gradients = {name: own(value.grad) for name, value in pl_module.named_parameters() if value.grad is not None}
         which = f" ({told_by_any(summary_of(gradients), ELSEWHERE)})" if self._looks_closely else ""
         return f"gradients of step {step.number} hold NaN or infinity{which}", None
 
-    def _look_at_scales(self, step: Step) -> None:
+    def _look_at_scales(self, trainer: Trainer, step: Step) -> None:
         """Look at the step sizes behind a step; warn once of all those of a quantizer that are dead."""
         kind, index, value = self._scales.look(step.number).tolist()
         if not kind:
@@ -231,7 +229,6 @@ class FaultGuard(Callback):
         if kind == ScaleWatch.EXPLODED or self.dead_scales == "fault":
             _stop(step.number, what)
         self._scales.forget(int(index))
-        trainer, _ = self._running()
         if trainer.is_global_zero:
             since = f"no longer a step for {self._scales.dead_steps} steps"
             log.warning("%s, %s; a lower optimizer.lr, or a start from trained weights, may help", what, since)
@@ -241,11 +238,6 @@ class FaultGuard(Callback):
         if not all_finite(trainer, tensors.values()):
             which = told_by_any(summary_of(tensors), ELSEWHERE)
             _stop(trainer.global_step, f"weights hold NaN or infinity after step {trainer.global_step - 1} ({which})")
-
-    def _running(self) -> tuple[Trainer, LightningModule]:
-        if self._fit is None:
-            raise RuntimeError("no fit is running")
-        return self._fit
 
 
 def _is_free(tensor: Tensor) -> bool:

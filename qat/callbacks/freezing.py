@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from qat.callbacks.common import layer_of, logs_now, net_of, parameter_of
+from qat.callbacks.common import logs_now, net_of, parameter_of
 from qat.errors import UsageError
 from qat.functional.oscillation import FreezingState, OscillationState, cosine_between, freezing_step, oscillation_step, with_frozen
 from qat.model.entry_freezer import EntryFreezer
@@ -138,7 +138,7 @@ class IterativeFreezing(Callback):
         return None if state is None else type(state)(*(t.to(like.device) for t in state))
 
     def _log(self, pl_module: LightningModule, threshold: float, strays: dict[str, Tensor]) -> None:
-        shares = {layer_of(s): self._frozen[s.name].frozen for s in self._sites if s.name in self._frozen}
+        shares = {s.layer: self._frozen[s.name].frozen for s in self._sites if s.name in self._frozen}
         frozen = torch.stack([mask.sum() for mask in shares.values()]).sum()
         values: dict[str, Any] = {f"freeze/frozen/{layer}": mask.float().mean() for layer, mask in shares.items()}
         values["freeze/frozen"] = frozen / sum(mask.numel() for mask in shares.values())

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
+from qat.lit.csv_log import CSVLog
 from qat.utils.validate import check_int
 
 NAME = "last.ckpt"
-
-
-@runtime_checkable
-class RowLog(Protocol):
-    """A logger whose file a resumed run goes on with, row for row."""
-
-    def mark(self) -> int | None:
-        """How many rows there are; None where another process writes them."""
-
-    def go_back(self, rows: int, coming: dict[str, Any]) -> None:
-        """Leave the first rows and the one that came next, if any."""
 
 
 class LastCheckpoint(Checkpoint):
@@ -130,8 +120,8 @@ class LastCheckpoint(Checkpoint):
         self._rows, self._saved_at = {}, trainer.global_step
 
 
-def _row_logs(trainer: Trainer) -> list[RowLog]:
-    return [logger for logger in trainer.loggers if isinstance(logger, RowLog)]
+def _row_logs(trainer: Trainer) -> list[CSVLog]:
+    return [logger for logger in trainer.loggers if isinstance(logger, CSVLog)]
 
 
 def _coming_row(trainer: Trainer) -> dict[str, Any]:

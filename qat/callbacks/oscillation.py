@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from qat.callbacks.activation_codes import ActivationCodes, mean_share
-from qat.callbacks.common import layer_of, logs_now, net_of
+from qat.callbacks.common import logs_now, net_of
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
 from qat.functional.oscillation import PackedOscillation, oscillation_step, pack_oscillation, unpack_oscillation
 from qat.model.sites import Site, iter_quantizers
 from qat.utils.files import csv_text, write_text
+from qat.utils.probing import probing
 from qat.utils.validate import check_int, check_number, check_text
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,42 @@ log = logging.getLogger(__name__)
 # Below it the 16 bits of a packed frequency no longer hold a whole step of its decay.
 _LOWEST_MOMENTUM = 0.0005
 FILE = "oscillation.csv"
+
+
+class ActivationCodes:
+    """Codes of every quantized activation of a net on some images, one byte each (two where a code needs them).
+
+    Attributes:
+        codes: by site name, the leading `len(images)` entries of what the quantizer saw at the last look; on the CPU.
+    """
+
+    def __init__(self) -> None:
+        self.codes: dict[str, Tensor] = {}
+
+    def look(self, net: nn.Module, images: Tensor, precision: AbstractContextManager) -> dict[str, Tensor]:
+        """Run the net on the images; what is compiled runs eagerly, since a compiled graph knows no hooks.
+
+        Args:
+            net: left as it was.
+            images: (B, C, H, W), the same at every look.
+            precision: autocast, or nothing.
+
+        Returns:
+            By site name, the share of codes that differ from the last look, a scalar each; empty at the first.
+        """
+        sites = [s for s in iter_quantizers(net) if not s.is_weight and not s.quantizer.is_float]
+        seen: dict[str, Tensor] = {}
+        with probing(net, [_remember(site, seen, len(images)) for site in sites]), precision:
+            net.forward(images)
+        before, self.codes = self.codes, {name: codes.cpu() for name, codes in seen.items()}
+        return {name: (codes != before[name]).float().mean() for name, codes in self.codes.items() if name in before}
+
+
+def _remember(site: Site, seen: dict[str, Tensor], rows: int) -> RemovableHandle:
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[site.name] = site.quantizer.codes(args[0].detach())[:rows].clone()
+
+    return site.quantizer.register_forward_pre_hook(note)
 
 
 class Oscillation(Callback):
@@ -126,7 +164,7 @@ class Oscillation(Callback):
         values: dict[str, Tensor] = {}
         for site in self._sites:
             n, oscillating, _, near, _ = measured[site.name].unbind()
-            values |= {f"osc/share/{layer_of(site)}": oscillating / n, f"osc/band/{layer_of(site)}": near / n}
+            values |= {f"osc/share/{site.layer}": oscillating / n, f"osc/band/{site.layer}": near / n}
         n, oscillating, frequency, near, flips = torch.stack(list(measured.values())).sum(0).unbind()
         return {**values, "osc/share": oscillating / n, "osc/frequency": frequency / n, "osc/band": near / n, "osc/flips": flips}
 
@@ -140,7 +178,8 @@ class Oscillation(Callback):
         images = batch[0][: self.probe_images]
         shares = self._activations.look(net_of(pl_module), images, trainer.precision_plugin.val_step_context())
         if shares:
-            values = {"osc/act_flipped": mean_share(shares), **{f"osc/act_flipped/{name}": share for name, share in shares.items()}}
+            values = {f"osc/act_flipped/{name}": share for name, share in shares.items()}
+            values["osc/act_flipped"] = torch.stack(list(shares.values())).mean()
             # Each process has a probe of its own; what is told is that of the first.
             pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=True)
 
@@ -172,7 +211,7 @@ class Oscillation(Callback):
 def _row(site: Site, values: Tensor) -> dict[str, Any]:
     weights, oscillating, frequency, near, flips = values.tolist()
     return {
-        "layer": layer_of(site),
+        "layer": site.layer,
         "role": site.role,
         "bits": site.quantizer.spec.bits,
         "weights": int(weights),

@@ -52,7 +52,8 @@ class Preemption(Checkpoint):
         self._looked_at = trainer.global_step
         self._signal = self._exchange()
         if self._signal and not trainer.is_last_batch:
-            self._save(trainer)
+            last = _writer(trainer)
+            self._saved = None if last is None else last.save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop in front of the next step: by now the figures of the last one are logged."""
@@ -74,11 +75,6 @@ class Preemption(Checkpoint):
         last = _writer(trainer)
         self._saved = None if last is None else last.saved(trainer)
         self._stop(trainer)
-
-    def _save(self, trainer: Trainer) -> None:
-        last = _writer(trainer)
-        if last is not None:
-            self._saved = last.save(trainer)
 
     def _stop(self, trainer: Trainer) -> None:
         if self._signal:

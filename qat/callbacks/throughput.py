@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ThroughputMonitor
@@ -50,7 +50,7 @@ class Throughput(ThroughputMonitor):
 
     def _update(self, trainer: Trainer, pl_module: LightningModule, batch: Any, iter_num: int) -> None:
         """Lightning's, without its `torch.cuda.synchronize` in each step and without FLOPs."""
-        stage = self._stage(trainer)
+        stage = cast(RunningStage, trainer.state.stage)
         self._samples[stage] += self.batch_size_fn(batch)
         self._batches[stage] += 1
         elapsed = time.perf_counter() - self._t0s[stage]
@@ -61,7 +61,7 @@ class Throughput(ThroughputMonitor):
         connector = trainer._logger_connector
         if not connector.should_update_logs:
             return
-        stage = self._stage(trainer)
+        stage = cast(RunningStage, trainer.state.stage)
         throughput = self._throughputs[stage]
         metrics: dict[str, Any] = {f"{stage.value}{throughput.separator}{name}": value for name, value in throughput.compute().items()}
         if stage is RunningStage.TRAINING:
@@ -72,10 +72,3 @@ class Throughput(ThroughputMonitor):
         found = self._clock.read(trainer)
         self._clock.restart(trainer)
         return {} if found is None else {WAIT_SHARE: found[1]}
-
-    @staticmethod
-    def _stage(trainer: Trainer) -> RunningStage:
-        stage = trainer.state.stage
-        if stage is None:
-            raise RuntimeError("no loop is running")
-        return stage

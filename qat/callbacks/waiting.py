@@ -8,8 +8,6 @@ import time
 
 from lightning.pytorch import Trainer
 
-from qat.data.loader import ResumableLoader
-
 
 class WaitClock:
     """Reads the clocks of the host alone: no device is waited for.
@@ -25,7 +23,7 @@ class WaitClock:
     def restart(self, trainer: Trainer) -> None:
         """Count from now on."""
         self._loader = trainer.train_dataloader
-        self._waited, self._since = waited_s(self._loader) or 0.0, time.perf_counter()
+        self._waited, self._since = getattr(self._loader, "waited_s", 0.0), time.perf_counter()
 
     def pause(self) -> None:
         """Leave out what follows: a validation."""
@@ -37,16 +35,11 @@ class WaitClock:
 
     def read(self, trainer: Trainer) -> tuple[float, float] | None:
         """Seconds in the loader, and their share of all (0 to 1); None for a loader that does not count them."""
-        waited, seconds = waited_s(trainer.train_dataloader), time.perf_counter() - self._since
+        waited, seconds = getattr(trainer.train_dataloader, "waited_s", None), time.perf_counter() - self._since
         if waited is None or seconds <= 0:
             return None
         waited -= self._waited if trainer.train_dataloader is self._loader else 0.0
         return waited, min(waited / seconds, 1.0)
-
-
-def waited_s(loader: object) -> float | None:
-    """Seconds that the loop has spent in a loader so far; None if it does not count them."""
-    return loader.waited_s if isinstance(loader, ResumableLoader) else None
 
 
 def advice(share: float, workers: int, processes: int = 1) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qat.errors import UsageError
+from qat.utils.text import leaves
 
 # In a clone a link to the folder at the top.
 CONF = (Path(__file__).parents[1] / "conf").resolve()
@@ -57,25 +57,13 @@ def recorded(cfg: DictConfig) -> str:
         cfg: config of a run, `cfg.run_dir` its directory.
     """
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    follows = references(OmegaConf.to_container(cfg, resolve=False))
+    composed: Any = OmegaConf.to_container(cfg, resolve=False)
+    # Keys whose value is made of others'.
+    follows = {".".join(path): value.replace(MARK, IN_FILE) for path, value in leaves(composed) if isinstance(value, str) and MARK in value}
     # A sweep's directory is that of the jobs beside it.
     kept = {key: value for key, value in values.items() if key not in {"sweep_dir", FOLLOWS}}
     settled = {key: value for key, value in OF_THE_DIRECTORY.items() if key in kept}
     return OmegaConf.to_yaml(OmegaConf.create({"defaults": DEFAULTS, **kept, **settled, FOLLOWS: follows}))
-
-
-def references(node: Any) -> dict[str, str]:
-    """Keys whose value is made of others', and how, as the file has it."""
-    return dict(_references(node))
-
-
-def _references(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """The same, one after the other, below a path."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _references(value, (*path, str(key)))
-    elif isinstance(node, str) and MARK in node:
-        yield ".".join(path), node.replace(MARK, IN_FILE)
 
 
 def follow(cfg: DictConfig, overrides: list[str]) -> None:

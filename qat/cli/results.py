@@ -110,13 +110,8 @@ def _device(cfg: DictConfig) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "qat": qat.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "qat": qat.__version__, **found}
 
 
 def _git_commit() -> str | None:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qat.cli.arguments import PATHS
 from qat.cli.entry import in_one_line
+from qat.data.image_data import SPLITS
 from qat.errors import UsageError
 from qat.lit.optim import INTERVALS
 from qat.model.checkpoint import FORMATS
@@ -24,7 +25,6 @@ from qat.utils.validate import check_bits, check_choice, check_int, check_number
 COMMANDS = ("train", "eval", "ptq", "analyze", "export")
 EXPORT_FORMATS = ("onnx", "packed")
 INITS = ("full", "reference")
-SPLITS = ("train", "val", "test")
 HIGHEST_SEED = 2**32 - 1  # numpy's
 
 

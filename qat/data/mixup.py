@@ -38,10 +38,6 @@ class BatchMixup:
             num_classes=settings.num_classes,
         )
 
-    def is_on(self, epoch: int) -> bool:
-        """False from `mixup_off_epoch` on."""
-        return self.off_epoch == 0 or epoch < self.off_epoch
-
     def __call__(self, images: Tensor, target: Tensor, *, epoch: int, step: int, rank: int = 0) -> tuple[Tensor, Tensor]:
         """Mix one batch; `images` stays as it is.
 
@@ -58,7 +54,7 @@ class BatchMixup:
         Raises:
             UsageError: B is odd.
         """
-        if not self.is_on(epoch):
+        if self.off_epoch and epoch >= self.off_epoch:
             return images, target
         if len(images) % 2:
             raise UsageError(f"data.batch_size: mixup and cutmix need an even number of images in a batch, got {len(images)}")

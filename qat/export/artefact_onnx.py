@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from qat.export.artefact import Written
 from qat.export.check import table
-from qat.export.graph import export_graph
-from qat.export.onnx_file import OnnxSettings, write_onnx
+from qat.export.graph import OnnxSettings, export_graph
+from qat.export.onnx_file import write_onnx
 from qat.export.session import LEVELS, OPENVINO, has_openvino, milliseconds, open_session
 from qat.model.checkpoint import built_alike
 from qat.model.convert import conversion_of

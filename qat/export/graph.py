@@ -10,7 +10,8 @@ import io
 import logging
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -85,39 +86,39 @@ def check_size(frozen: nn.Module) -> None:
             raise UsageError(f"dynamic_size=true: {name} has an offset for each pixel; must be false, or a net with quant.offsets=false")
 
 
-class FreeDimensions(NamedTuple):
-    """Which sizes of a file's input are free.
+@dataclass(frozen=True)
+class OnnxSettings:
+    """How a file is written.
 
     Attributes:
-        batch: the number of images.
-        size: height and width.
+        opset: None = the lowest that has all types.
+        dynamic_batch: any number of images.
+        dynamic_size: images of any size.
+        target: one of `TARGETS`.
+        two_bit: `int4` stores weights of 2 bits in INT4, which OpenVINO reads, `int2` in INT2: half the bytes. Only for `cpu`.
+        latency: images that are timed; 0 = none.
+        threads: of a runtime while it is timed.
     """
 
-    batch: bool = True
-    size: bool = False
+    opset: int | None = None
+    dynamic_batch: bool = True
+    dynamic_size: bool = False
+    target: str = "cpu"
+    two_bit: str = "int4"
+    latency: int = 20
+    threads: int = 1
 
 
-ANY_BATCH = FreeDimensions()
+PLAIN = OnnxSettings()
 
 
-def to_onnx(
-    net: nn.Module,
-    image: Tensor,
-    *,
-    opset: int | None = None,
-    shape: FreeDimensions = ANY_BATCH,
-    target: str = "cpu",
-    two_bit: str = "int4",
-) -> onnx.ModelProto:
+def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = PLAIN) -> onnx.ModelProto:
     """Write a frozen net down in standard operators.
 
     Args:
         net: of `qat.freeze`.
         image: (1, C, H, W), of the size that the net takes.
-        opset: None = the lowest that has all types.
-        shape: which sizes of its input are free.
-        target: one of `TARGETS`.
-        two_bit: `int4` stores weights of 2 bits in INT4, which OpenVINO reads, `int2` in INT2: half the bytes. Only for `cpu`.
+        settings: how.
 
     Returns:
         The model: input `image` (B, C, H, W), output `logits` (B, classes), float32.
@@ -132,22 +133,22 @@ def to_onnx(
     if not is_frozen(net):
         raise UsageError("to_onnx: the net is not frozen; qat.freeze(net) does that")
     net = copy.deepcopy(net).eval()
-    lowest = WIDTHS["INT8"] if target == "tensorrt" else TWO_BIT[two_bit]
+    lowest = WIDTHS["INT8"] if settings.target == "tensorrt" else TWO_BIT[settings.two_bit]
     forms = {name: stored_form(module, lowest) for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
-    opset = needed_opset(forms, opset, LOWEST_OPSET)
+    opset = needed_opset(forms, settings.opset, LOWEST_OPSET)
     if opset > HIGHEST_OPSET:
         raise UsageError(f"opset={opset}: must be an integer from {LOWEST_OPSET} to {HIGHEST_OPSET}")
     for name, module in net.named_modules():
         if isinstance(module, FrozenWeight):
             prepare_weight(module, forms[name])
-    if target == "tensorrt":
+    if settings.target == "tensorrt":
         check_rules(net, forms)
         explicit = Explicit()
         explicit.prepare(net)
         _give_forms(net, forms, explicit)
-        model = export_graph(net, image, shape)
+        model = export_graph(net, image, settings)
     else:
-        model = _on_integers(net, image, forms, shape)
+        model = _on_integers(net, image, forms, settings)
     simplify(model)
     narrow(model, forms)
     _raise_opset(model, opset)
@@ -155,7 +156,7 @@ def to_onnx(
     return model
 
 
-def _on_integers(net: nn.Module, image: Tensor, forms: Mapping[str, Stored], shape: FreeDimensions) -> onnx.ModelProto:
+def _on_integers(net: nn.Module, image: Tensor, forms: Mapping[str, Stored], settings: OnnxSettings) -> onnx.ModelProto:
     planner = Planner(net)
     _give_forms(net, forms, planner)
     with torch.no_grad():
@@ -166,7 +167,7 @@ def _on_integers(net: nn.Module, image: Tensor, forms: Mapping[str, Stored], sha
     writer = net.onnx = Writer(planner.plans)
     _give_forms(net, forms, writer)
     with net.register_forward_pre_hook(writer.restart):
-        model = export_graph(net, image, shape)
+        model = export_graph(net, image, settings)
     divide_behind_maximum(model)
     return model
 
@@ -200,7 +201,7 @@ def _raise_opset(model: onnx.ModelProto, opset: int) -> None:
     model.ir_version = max(model.ir_version, helper.find_min_ir_version_for([helper.make_opsetid("", opset)]))
 
 
-def export_graph(net: nn.Module, image: Tensor, shape: FreeDimensions = ANY_BATCH) -> onnx.ModelProto:
+def export_graph(net: nn.Module, image: Tensor, settings: OnnxSettings = PLAIN) -> onnx.ModelProto:
     """Any net in ONNX, by torch's exporter, in opset `LOWEST_OPSET`; arguments as of `to_onnx`.
 
     Raises:
@@ -209,9 +210,9 @@ def export_graph(net: nn.Module, image: Tensor, shape: FreeDimensions = ANY_BATC
     from onnxscript import optimizer  # noqa: PLC0415  (an extra)
 
     # An example of one image would be taken for a net of one image.
-    images = image.expand(2, -1, -1, -1).contiguous() if shape.batch else image
-    free = {0: torch.export.Dim("batch")} if shape.batch else {}
-    free |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO} if shape.size else {}
+    images = image.expand(2, -1, -1, -1).contiguous() if settings.dynamic_batch else image
+    free = {0: torch.export.Dim("batch")} if settings.dynamic_batch else {}
+    free |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO} if settings.dynamic_size else {}
     loggers = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnx_ir", "onnxscript"))}
     try:
         for logger in loggers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.export.artefact import Written, kept
 from qat.export.check import Checked, check_onnx
-from qat.export.graph import TARGETS, FreeDimensions, check_size, require_onnx, to_onnx
+from qat.export.graph import TARGETS, OnnxSettings, check_size, require_onnx, to_onnx
 from qat.export.stored_weights import TWO_BIT
 from qat.model.checkpoint import describe
 from qat.model.convert import check_input, conversion_of
@@ -30,28 +29,6 @@ if TYPE_CHECKING:
 
 # Of noise, on which a file is checked where there are no others.
 IMAGES = 16
-
-
-@dataclass(frozen=True)
-class OnnxSettings:
-    """How a file is written.
-
-    Attributes:
-        opset: None = the lowest that does.
-        dynamic_batch: any number of images.
-        dynamic_size: images of any size.
-        target, two_bit: see `qat.export.graph.to_onnx`.
-        latency: images that are timed; 0 = none.
-        threads: of a runtime while it is timed.
-    """
-
-    opset: int | None = None
-    dynamic_batch: bool = True
-    dynamic_size: bool = False
-    target: str = "cpu"
-    two_bit: str = "int4"
-    latency: int = 20
-    threads: int = 1
 
 
 def export_onnx(
@@ -138,8 +115,7 @@ def write_onnx(
     """
     import onnx  # noqa: PLC0415  (an extra)
 
-    shape = FreeDimensions(settings.dynamic_batch, settings.dynamic_size)
-    model = to_onnx(frozen, images[0][:1], opset=settings.opset, shape=shape, target=settings.target, two_bit=settings.two_bit)
+    model = to_onnx(frozen, images[0][:1], settings)
     describe_file(model, meta)
     with replacing(path) as temporary:
         onnx.save(model, str(temporary))

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,23 +28,16 @@ LEVELS = ("ORT_ENABLE_BASIC", "ORT_ENABLE_ALL")
 OPENVINO = "OpenVINO"
 
 
-class Session(Protocol):
-    """A file that is open on the CPU."""
-
-    batch: int | None
-    """Images that it takes at a time, None = any number."""
-
-    def run(self, names: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
-        """Values of a graph by their names."""
-
-
 class Onnxruntime:
-    """By onnxruntime.
+    """A file that is open on the CPU, by onnxruntime.
 
     Args:
         model: a file, or a model in memory.
         level: onnxruntime's name of how far it changes the graph.
         threads: 0 = a thread a core.
+
+    Attributes:
+        batch: images that it takes at a time, None = any number.
     """
 
     def __init__(self, model: Path | bytes, level: str, threads: int) -> None:
@@ -76,7 +69,7 @@ def _core() -> Any:
 
 
 class OpenVino:
-    """By OpenVINO.
+    """A file that is open on the CPU, by OpenVINO.
 
     Args:
         model: a file, or a model in memory.
@@ -95,6 +88,9 @@ class OpenVino:
         """Values by name."""
         found = self._model([images])
         return [found[name].copy() for name in names]
+
+
+Session = Onnxruntime | OpenVino
 
 
 def open_session(model: Path | bytes, *, level: str = LEVELS[-1], threads: int = 0) -> Session:

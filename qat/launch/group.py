@@ -9,6 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 
 from qat.errors import UsageError
+from qat.utils.text import leaves
 
 # Each process of a launcher that reads the command line itself may have its own directory in a sweep.
 _MISSING = "nothing"
@@ -28,7 +29,7 @@ def connect(trainer: Trainer, settings: Mapping[str, Any]) -> None:
         return
     trainer.strategy.setup_environment()
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, flat(settings))
+    dist.all_gather_object(found, {".".join(path): value for path, value in leaves(settings)})
     message = difference(found)
     if message is not None:
         raise UsageError(message)
@@ -45,10 +46,3 @@ def difference(configs: list[dict[str, Any]]) -> str | None:
                     "all processes of a run need one config (a sampler of a sweep needs a seed)"
                 )
     return None
-
-
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested dicts by their dotted names."""
-    if not isinstance(node, Mapping):
-        return {prefix: node}
-    return {name: leaf for key, value in node.items() for name, leaf in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}

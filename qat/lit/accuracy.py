@@ -1,4 +1,4 @@
-"""Accuracy of anything that maps images to logits, without a trainer."""
+"""Accuracies and mean losses over images; of anything that maps images to logits, without a trainer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,40 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 
-from qat.lit.means import MeanLoss
-from qat.lit.module import accuracy_metrics
+
+class PercentAccuracy(MulticlassAccuracy):
+    """torchmetrics' accuracy times 100: the unit of every published row."""
+
+    def compute(self) -> Tensor:
+        """Accuracy in percent."""
+        return 100 * super().compute()
+
+
+def accuracy_metrics(num_classes: int, prefix: str) -> MetricCollection:
+    """Top-1 and top-5 accuracy in percent (top-k with all classes where there are fewer than five)."""
+    metrics = {f"top{k}": PercentAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
+    return MetricCollection(metrics, prefix=prefix)  # type: ignore[arg-type]
+
+
+class MeanLoss(MeanMetric):
+    """Mean over images of values that are each a mean over a batch; NaN as soon as one of them is.
+
+    torchmetrics' own leaves such batches out, or, told not to look for them, all weights; and it copies each weight to the device, which
+    waits for the step before.
+    """
+
+    def update(self, value: Tensor, weight: int) -> None:  # type: ignore[override]
+        """Add a batch.
+
+        Args:
+            value: (), its mean.
+            weight: how many images it has.
+        """
+        self.mean_value += value.to(self.mean_value.dtype) * weight
+        self.weight += weight
 
 
 @torch.no_grad()

@@ -22,14 +22,19 @@ class CSVLog(CSVLogger):
     """Lightning's logger; rows are appended, and a file that has to be written anew is replaced whole.
 
     A checkpoint says how many rows there were when it was written, and which was under way: `mark` and `go_back`.
+
+    Attributes:
+        goes_on: keep the rows of the file that is there.
     """
+
+    goes_on = False
 
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         """The writer of the file."""
         if self._experiment is None:
-            self._experiment = _Writer(self.log_dir)
+            self._experiment = _Writer(self.log_dir, goes_on=self.goes_on)
         return self._experiment  # type: ignore[return-value]
 
     @rank_zero_only
@@ -51,14 +56,20 @@ class CSVLog(CSVLogger):
 class _Writer(ExperimentWriter):
     """Writes to the end of the file; replaces it at the start, and where there is a new column.
 
+    Args:
+        log_dir: folder of the file.
+        goes_on: begin with the rows of the file that is there.
+
     Attributes:
         count: rows in the file.
     """
 
-    def __init__(self, log_dir: str) -> None:
+    def __init__(self, log_dir: str, *, goes_on: bool) -> None:
         super().__init__(log_dir)
         self.count = 0
         self._begun = False
+        if goes_on and (rows := read_rows(self.path)):
+            self.replace(rows)
 
     @property
     def path(self) -> Path:
@@ -107,17 +118,3 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         whole = [line for line in file if line.endswith("\n")]
     return [{key: value for key, value in row.items() if value} for row in csv.DictReader(whole)]
-
-
-def continue_csv(logger: CSVLogger, rows: list[dict[str, str]]) -> None:
-    """Put earlier rows in front of what the logger will write.
-
-    Args:
-        logger: a fresh logger.
-        rows: of `read_rows`, read before the logger was used.
-    """
-    if not rows:
-        return
-    writer = logger.experiment
-    writer.metrics = list(rows)
-    writer.save()

@@ -14,11 +14,11 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from qat.errors import UsageError
+from qat.lit.accuracy import MeanLoss, accuracy_metrics
 from qat.lit.features import Outputs
-from qat.lit.means import MeanLoss
 from qat.lit.sharded import shared_modules
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, StepContext
@@ -34,20 +34,6 @@ MEANS_KEY = "epoch_means"
 MOST_CONFUSED = 2000  # classes; the matrix of more would be larger than a net
 LSQ_GRAD_BATCHES = ("global", "process")
 SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
-
-
-class PercentAccuracy(MulticlassAccuracy):
-    """torchmetrics' accuracy times 100: the unit of every published row."""
-
-    def compute(self) -> Tensor:
-        """Accuracy in percent."""
-        return 100 * super().compute()
-
-
-def accuracy_metrics(num_classes: int, prefix: str) -> MetricCollection:
-    """Top-1 and top-5 accuracy in percent (top-k with all classes where there are fewer than five)."""
-    metrics = {f"top{k}": PercentAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
-    return MetricCollection(metrics, prefix=prefix)  # type: ignore[arg-type]
 
 
 class QATModule(LightningModule):

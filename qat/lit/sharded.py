@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
@@ -73,7 +73,7 @@ class ShardedStrategy(DDPStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:  # noqa: FBT001, FBT002  (Lightning's signature)
         """Read into a net that is whole, or that is shared out already."""
-        module = self._module
+        module = cast(LightningModule, self.lightning_module)
         there = module.state_dict()
         state = {name: like(value, there.get(name, value)) for name, value in checkpoint["state_dict"].items()}
         module.load_state_dict(state, strict=strict)
@@ -106,14 +106,9 @@ class ShardedStrategy(DDPStrategy):
                 part.teardown()
 
     @property
-    def _module(self) -> LightningModule:
-        if self.lightning_module is None:
-            raise RuntimeError("no module is connected")
-        return self.lightning_module
-
-    @property
     def _net(self) -> nn.Module:
-        net: nn.Module = getattr(self._module, "net", self._module)
+        module = cast(LightningModule, self.lightning_module)
+        net: nn.Module = getattr(module, "net", module)
         return net
 
     def _share_out_states(self) -> None:

@@ -1,7 +1,6 @@
 """Loss terms, composed in config."""
 
-from qat.losses.compose import CompositeLoss, LossTerm
-from qat.losses.context import StepContext
+from qat.losses.compose import CompositeLoss, LossTerm, StepContext
 from qat.losses.dampening import Dampening
 from qat.losses.distillation import Distillation
 from qat.losses.features import FeatureDistillation

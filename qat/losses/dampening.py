@@ -7,8 +7,7 @@ from torch import Tensor
 
 from qat.errors import UsageError
 from qat.functional.oscillation import cosine_between
-from qat.losses.compose import LossTerm
-from qat.losses.context import StepContext
+from qat.losses.compose import LossTerm, StepContext
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import UniformGrid
 from qat.utils.validate import check_int

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qat.functional.distillation import distillation_loss
-from qat.losses.compose import LossTerm
-from qat.losses.context import StepContext
+from qat.losses.compose import LossTerm, StepContext
 from qat.utils.validate import check_number
 
 

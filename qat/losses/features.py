@@ -6,8 +6,7 @@ from torch import Tensor
 
 from qat.functional.distillation import feature_distance
 from qat.functional.oscillation import cosine_between
-from qat.losses.compose import LossTerm
-from qat.losses.context import StepContext
+from qat.losses.compose import LossTerm, StepContext
 from qat.utils.validate import check_choice, check_number
 
 WHICH = ("all", "last")

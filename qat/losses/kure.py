@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from qat.functional.kurtosis import UNIFORM_KURTOSIS, check_kure, kure_of, kurtoses
-from qat.losses.compose import LossTerm
-from qat.losses.context import StepContext
+from qat.losses.compose import LossTerm, StepContext
 from qat.losses.latent_weights import QK_FORMS, LatentWeight, check_layers, find_latent_weights
 from qat.utils.validate import check_choice, check_number
 
@@ -25,7 +24,6 @@ class Kure(LossTerm):
 
     Attributes:
         latents: the weights it acts on.
-        values: (L,) kurtosis of each of them in the last step, detached; None before the first.
     """
 
     needs_whole_weights = True
@@ -45,7 +43,6 @@ class Kure(LossTerm):
         self.target, self.reduction, self.qk = target, reduction, qk
         self.layers = check_layers("loss.kure_layers", layers)
         self.latents: tuple[LatentWeight, ...] = ()
-        self.values: Tensor | None = None
 
     def prepare(self, net: nn.Module) -> None:
         """Choose the layers."""
@@ -56,6 +53,6 @@ class Kure(LossTerm):
         if not self.latents:
             self.prepare(step.net)
         values = kurtoses(latent.of(step.net) for latent in self.latents)
-        self.values = values.detach()
-        self.watched = {"kurtosis_mean": self.values.mean(), "kurtosis_min": self.values.min(), "kurtosis_max": self.values.max()}
+        seen = values.detach()
+        self.watched = {"kurtosis_mean": seen.mean(), "kurtosis_min": seen.min(), "kurtosis_max": seen.max()}
         return kure_of(values, self.target, self.reduction)

@@ -12,7 +12,6 @@ from qat.errors import UsageError
 from qat.model.convert import stem_and_heads
 from qat.model.sites import WEIGHT_ROLES, iter_quantizers
 from qat.nn.quant_module import QuantModule
-from qat.utils.validate import check_choice
 
 QK_FORMS = ("product", "factors", "both")
 _FACTORS = ("q_weight", "k_weight")
@@ -31,11 +30,6 @@ class LatentWeight:
     layer: str
     role: str
     parameter: str | None
-
-    @property
-    def name(self) -> str:
-        """The layer's path; under query-key reparameterization with the tensor's name behind it."""
-        return self.layer if self.parameter == "weight" else f"{self.layer}.{self.parameter or self.role}"
 
     def of(self, net: nn.Module) -> Tensor:
         """The tensor, in the graph of what it is made of."""
@@ -74,7 +68,6 @@ def find_latent_weights(
     Raises:
         UsageError: a glob that matches nothing, or no layer is left.
     """
-    check_choice("loss.kure_qk", qk, QK_FORMS)
     everything = list(_latents(net, qk))
     outside = stem_and_heads(net)
     if layers is None:
@@ -97,7 +90,7 @@ def _fits(latent: LatentWeight, glob: str) -> bool:
 def _latents(net: nn.Module, qk: str) -> Iterator[LatentWeight]:
     """In the order of the net's modules; a tensor that two layers share is there once."""
     sites = [site for site in iter_quantizers(net) if site.is_weight]
-    found = [(site.name.rpartition(".")[0], site.role) for site in sites] or [
+    found = [(site.layer, site.role) for site in sites] or [
         (name, "weight") for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
     ]
     seen: set[int] = set()

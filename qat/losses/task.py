@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.losses.compose import LossTerm
-from qat.losses.context import StepContext
+from qat.losses.compose import LossTerm, StepContext
 from qat.utils.validate import check_number
 
 

@@ -112,7 +112,7 @@ def _checked_size(input_size: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def _check_rules(net: nn.Module, recipe: QuantRecipe) -> None:
     """A rule has to reach a module that owns quantizers; one about `attention` may be the reason why there are none."""
-    owners = list(dict.fromkeys(site.name.rpartition(".")[0] for site in iter_quantizers(net)))
+    owners = list(dict.fromkeys(site.layer for site in iter_quantizers(net)))
     names = [name for name, _ in net.named_modules()]
     own = PRESETS.get(recipe.name, {}).get("overrides", {})  # not every net has what a recipe says of attentions
     for pattern, rule in recipe.overrides.items():
@@ -260,7 +260,7 @@ def conversion_report(net: nn.Module) -> ConversionReport:
     sites = list(iter_quantizers(net))
     rows = tuple(
         ReportRow(
-            s.name.rpartition(".")[0] or "(net)",
+            s.layer or "(net)",
             s.role,
             s.quantizer.spec.quantizer,
             s.quantizer.spec.bits,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import nn
 
 from qat.functional.packing import packed_bytes
 from qat.model.frozen import FrozenActivation, FrozenWeight
-from qat.model.matmuls import watching
+from qat.model.matmuls import MatrixProduct, watching
 from qat.model.sites import Site, iter_quantizers
 from qat.nn import QkrAttention, QuantAttention, ScoredAttention
 from qat.quantizers import LSQ, Quantizer
@@ -20,28 +21,6 @@ from qat.utils.validate import FLOAT_BITS
 
 FLOAT_BYTES = 4
 _OFFSETS = ("offset_before", "offset_after", "product_offset", "before", "after")
-
-
-@dataclass(frozen=True)
-class Matmul:
-    """One matrix product of a forward pass of one image.
-
-    Attributes:
-        module: where it happens.
-        macs: multiply-accumulates.
-        bits: widths of the two operands.
-        of_activations: no operand is a weight.
-    """
-
-    module: str
-    macs: int
-    bits: tuple[int, int]
-    of_activations: bool = False
-
-    @property
-    def bitops(self) -> int:
-        """Multiply-accumulates times the widths of both operands."""
-        return self.macs * self.bits[0] * self.bits[1]
 
 
 @dataclass(frozen=True)
@@ -81,7 +60,7 @@ class ModuleCost:
     scale_bytes: int = 0
     offset_bytes: int = 0
     float_bytes: int = 0
-    products: tuple[Matmul, ...] = ()
+    products: tuple[MatrixProduct, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -116,7 +95,7 @@ def total(parts: list[ModuleCost]) -> Cost:
 
 def module_costs(net: nn.Module, input_size: tuple[int, int, int]) -> list[ModuleCost]:
     """`cost` by module, in the order of the net's modules; a module that costs nothing is not listed."""
-    products: dict[str, list[Matmul]] = defaultdict(list)
+    products: dict[str, list[MatrixProduct]] = defaultdict(list)
     for product in matmuls(net, input_size):
         products[product.module].append(product)
     stored = _stored(net)
@@ -140,7 +119,7 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
         if not site.is_weight or site.quantizer.spec.bits == FLOAT_BITS:
             continue
         masters |= {id(t) for t in _masters(site)}
-        latent, owner = _weight(site), site.name.rpartition(".")[0]
+        latent, owner = _weight(site), site.layer
         scales, offsets = _unstored(site, latent.shape[0])
         sums[owner]["code_bytes"] += packed_bytes(latent.numel(), site.quantizer.spec.bits)
         sums[owner]["scale_bytes"] += scales * FLOAT_BYTES
@@ -197,18 +176,18 @@ def _kind(name: str, sites: dict[str, Site]) -> str:
     return "float_bytes" if _site_of(name, sites) is None else "scale_bytes"
 
 
-def matmuls(net: nn.Module, input_size: tuple[int, int, int]) -> Iterator[Matmul]:
+def matmuls(net: nn.Module, input_size: tuple[int, int, int]) -> Iterator[MatrixProduct]:
     """Every matrix product of one image, by one forward pass on zeros: layers and float attentions as they run, ours by formula."""
     modules = dict(net.named_modules())
     ours = {name: m for name, m in modules.items() if isinstance(m, ScoredAttention)}
     inherited = {id(m.v): _bits(m.input_quantizer) for m in ours.values() if isinstance(m, QkrAttention)}
-    found: list[Matmul] = []
+    found: list[MatrixProduct] = []
     with watching(net) as products, probing(net, [m.register_forward_hook(_recorder(name, found)) for name, m in ours.items()]):
         net(next(net.parameters()).new_zeros(1, *input_size))
     for product in products:
         if product.module not in ours:
-            bits = (FLOAT_BITS, FLOAT_BITS) if product.of_activations else _layer_bits(modules[product.module], inherited)
-            found.append(Matmul(product.module, product.macs, bits, product.of_activations))
+            bits = product.bits if product.of_activations else _layer_bits(modules[product.module], inherited)
+            found.append(dataclasses.replace(product, bits=bits))
     return iter(found)
 
 
@@ -236,9 +215,9 @@ def _qkr(module: QkrAttention, x: torch.Tensor) -> list[tuple[int, int, int, boo
     return [(product, weight, act, False), (score, act, key, True), (values, probs, _bits(module.v_quantizer), True)]
 
 
-def _recorder(name: str, found: list[Matmul]) -> Callable[..., None]:
+def _recorder(name: str, found: list[MatrixProduct]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         counted = _qkr(module, args[0]) if isinstance(module, QkrAttention) else _attention(module, args[0])  # type: ignore[arg-type]
-        found.extend(Matmul(name, macs, (a, b), inner) for macs, a, b, inner in counted)
+        found.extend(MatrixProduct(name, macs, inner, (a, b)) for macs, a, b, inner in counted)
 
     return hook

@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 
 from qat.errors import UsageError
-from qat.utils.bounds import check_model_arguments, read_json
+from qat.utils.bounds import check_model_arguments, json_object
 
 PREFIX = "hf-hub:"  # timm's, in front of `user/name`
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -73,22 +73,13 @@ def fetch(repository: str, origin: str) -> Path:
             why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UsageError(f"{origin}: cannot be fetched ({why.strip()[:200]}); a private one needs a token (hf auth login)") from error
     folder = Path(str(paths[0])).parent
-    _check_config(config_of(folder), origin)
+    _check_config(json_object(folder / CONFIG), origin)
     return folder
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """What `config.json` of a folder says; nothing where there is none, or it is not JSON of a dictionary."""
-    try:
-        found = read_json(folder / CONFIG)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def is_ours(folder: Path) -> bool:
     """True for what `save_pretrained` has written."""
-    return config_of(folder).get("library_name") == LIBRARY
+    return json_object(folder / CONFIG).get("library_name") == LIBRARY
 
 
 def _check_config(config: dict[str, Any], origin: str) -> None:

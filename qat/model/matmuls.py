@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from qat.utils.validate import FLOAT_BITS
+
 
 @dataclass(frozen=True)
 class MatrixProduct:
@@ -21,11 +23,18 @@ class MatrixProduct:
         module: name of the innermost module that was running.
         macs: multiply-accumulates.
         of_activations: no operand is a parameter; False for a layer's weight times its input.
+        bits: widths of the two operands.
     """
 
     module: str
     macs: int
     of_activations: bool
+    bits: tuple[int, int] = (FLOAT_BITS, FLOAT_BITS)
+
+    @property
+    def bitops(self) -> int:
+        """Multiply-accumulates times the widths of both operands."""
+        return self.macs * self.bits[0] * self.bits[1]
 
 
 def _operand(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, *names: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import nn
 
 from qat.errors import UsageError
 from qat.model import hub
-from qat.model.checkpoint import build_from, describe, read_checkpoint
+from qat.model.checkpoint import describe, load
 from qat.model.convert import conversion_of
 from qat.model.cost import cost
 from qat.model.frozen import freeze, is_frozen
@@ -158,9 +157,7 @@ def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = 
     if not hub.is_ours(folder):
         hint = f"; timm reads its own: timm.create_model('{hub.PREFIX}user/name', pretrained=True)"
         raise UsageError(f"{origin}: its {hub.CONFIG} is not of qat.save_pretrained{hint}")
-    for name in imports:
-        importlib.import_module(name)
-    return build_from(read_checkpoint(folder / hub.WEIGHTS))
+    return load(folder / hub.WEIGHTS, imports=imports)
 
 
 def push_to_hub(net: nn.Module, repository: str, *, private: bool = False, api: Any = None, **saving: Any) -> str:

@@ -31,6 +31,11 @@ class Site:
     quantizer: Quantizer
 
     @property
+    def layer(self) -> str:
+        """Path of the module that holds the quantizer, empty for the net itself."""
+        return self.name.rpartition(".")[0]
+
+    @property
     def is_weight(self) -> bool:
         """True for a weight, False for an activation."""
         return self.role in WEIGHT_ROLES

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-MISSING = "–"
-PREFIXES = ("", "k", "M", "G", "T", "P")
+from qat.utils.text import MISSING
 
 
 def number(value: object) -> float | None:
@@ -41,14 +40,6 @@ def signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def scaled(value: float | None, unit: str) -> str:
-    """Three significant digits and a prefix of powers of 1000: `190 kB`."""
-    if value is None:
-        return MISSING
-    power = 0 if value < 1 else min(int(math.log10(value) // 3), len(PREFIXES) - 1)
-    return f"{value / 1000**power:.3g} {PREFIXES[power]}{unit}".rstrip()
-
-
 def times(ratio: float) -> str:
     """A factor."""
     return f"{ratio:.1f}×" if ratio < 100 else f"{ratio:,.0f}×"
@@ -64,12 +55,3 @@ def duration(seconds: float) -> str:
 def bits_of(recipe: Mapping[str, Any] | None) -> str | None:
     """`W2 A2`; None of a float model."""
     return None if not recipe or recipe.get("name") == "fp" else f"W{recipe.get('bits')} A{recipe.get('act_bits')}"
-
-
-def leaves(node: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """What nested dicts hold, each with the names that lead to it."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, (*path, str(key)))
-        else:
-            yield (*path, str(key)), value

@@ -15,12 +15,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qat.report.curves import search_curve, training_curves
-from qat.report.exported import exported
 from qat.report.layers import layer_rows, used_files
 from qat.report.notes import grouped, notes_of
-from qat.report.numbers import MISSING, bits_of, duration, leaves, number, percent, scaled, shown, signed, times
+from qat.report.numbers import bits_of, duration, number, percent, shown, signed, times
 from qat.report.run_files import AnalysisFiles, Origin, Row, RunFiles, read_run
 from qat.utils.files import write_text
+from qat.utils.text import MISSING, leaves, scaled
 
 FILE = "report.html"
 TITLES = {"train": "Training", "ptq": "Post-training quantization", "analyze": "Analysis", "eval": "Evaluation", "export": "Export"}
@@ -31,6 +31,9 @@ SAFE = " /:;=,.()!*~?@$'-_"  # characters of a data URL in double quotes
 LARGEST = 150_000  # bytes of an SVG file that is shown; above it a PNG that is smaller takes its place
 # Pictures and styles of the page itself, and its one script.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
+# What is beside an exported file, and where both were timed.
+COMPARED = {"float": "Float", "int8": "Dynamic int8 of onnxruntime", "this": "This file"}
+RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO"}
 MEASURES = ("top1", "top5", "loss", "images", "top1_fp", "top1_calibrated", "top1_start", "size_bytes", "bitops", "wall_seconds")
 
 
@@ -49,7 +52,7 @@ def write_report(folder: Path, origin: Origin) -> Path:
     context = {
         "run": run,
         "n": _numbers(run),
-        "exported": exported(run.results),
+        "exported": _exported(run.results),
         "titles": TITLES,
         "notes": grouped(notes_of(run)),
         "curves": training_curves(run.metrics),
@@ -121,6 +124,36 @@ def _numbers(run: RunFiles) -> dict[str, Any]:
     smaller = size / known["size_bytes"] if bits and size and known["size_bytes"] else None
     fewer = bitops / known["bitops"] if bits and bitops and known["bitops"] else None
     return known | {"bits": bits, "float_size": size, "float_bitops": bitops, "smaller": smaller, "fewer": fewer}
+
+
+def _exported(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Size and time of an exported file beside the float file of its net: figures (title, value, meaning) and a table. None of others."""
+    size, agreement = number(results.get("size_bytes")), number(results.get("agreement"))
+    if results.get("command") != "export" or size is None:
+        return None
+    sizes, times_of = _of_files(results.get("bytes")), results.get("latency_ms")
+    taken = {runtime: _of_files(times_of.get(runtime)) for runtime in RUNTIMES} if isinstance(times_of, Mapping) else {}
+    whole = sizes.get("float")
+    figures = [("Size", scaled(size, "B"), f"{times(whole / size)} smaller than in float" if whole else "as stored")]
+    baseline = taken.get("onnxruntime", {}).get("float")
+    for name, title in RUNTIMES.items():
+        own = taken.get(name, {}).get("this")
+        if baseline and own:
+            figures.append((f"Time, {title}", f"{percent(own)} ms", f"{own / baseline:.2f} of float in onnxruntime"))
+    figures.append(("Same class", f"{percent(agreement)} %", "of the images as the checkpoint, or more"))
+    rows = [
+        {"file": label, "Bytes": sizes[name]}
+        | {f"{title}, ms": percent(taken[runtime].get(name)) for runtime, title in RUNTIMES.items() if taken.get(runtime)}
+        for name, label in COMPARED.items()
+        if name in sizes
+    ]
+    return {"file": results.get("file"), "figures": figures, "rows": rows}
+
+
+def _of_files(node: object) -> dict[str, float]:
+    """Of each file; what is no number is left out."""
+    found = {name: number(node.get(name)) for name in COMPARED} if isinstance(node, Mapping) else {}
+    return {name: one for name, one in found.items() if one}
 
 
 def _table(node: object, names: Mapping[str, str]) -> list[Row]:

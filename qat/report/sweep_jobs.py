@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from qat.errors import UsageError
-from qat.report.numbers import leaves
-from qat.utils.bounds import read_json, read_yaml
+from qat.utils.bounds import json_object, read_yaml
 from qat.utils.files import csv_text, write_text
+from qat.utils.text import leaves
 
 JOBS, GROUPS = "sweep.csv", "sweep_groups.csv"
 # What is averaged over the jobs of a group, in the order of the columns.
@@ -231,7 +231,7 @@ def _in_order(name: str) -> list[tuple[int, int, str]]:
 
 
 def _job(folder: Path, path: Path) -> Job:
-    results = _object(path / "results.json")
+    results = json_object(path / "results.json")
     is_there = (path / "results.json").is_file()
     trouble = None if results else DAMAGED if is_there else UNFINISHED
     if (wrong := _wrong_number(results)) is not None:
@@ -239,7 +239,7 @@ def _job(folder: Path, path: Path) -> Job:
     if results.get("error"):
         trouble = " ".join(str(results["error"]).split())
     known = overrides_of(path) or {key: str(results[key]) for key in ("command", "model", "quant", "data", "seed") if results.get(key)}
-    command = results.get("command") or str(_object(path / "command.json").get("command", "")).removesuffix(".py")
+    command = results.get("command") or str(json_object(path / "command.json").get("command", "")).removesuffix(".py")
     return Job(str(path.relative_to(folder)), known, results, trouble, command or None)
 
 
@@ -253,15 +253,6 @@ def _wrong_number(results: Mapping[str, Any]) -> str | None:
             return f"{name}={str(value)[:40]}"
     seed = results.get("seed")
     return None if seed is None or isinstance(seed, int | str) else f"seed={str(seed)[:40]}"
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; empty where it cannot be read, or holds something else."""
-    try:
-        found = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _without_accuracy(jobs: list[Job]) -> list[Job]:

@@ -11,12 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from qat.analysis import Analysis, EvaluationPoint, ImageSet, Ledger, Outcome, Row, StudiedNet, measure, write_outcome
-from qat.analysis.images import gathered
-from qat.cli.repeat import CONF, recorded
+from qat.cli.repeat import CONF
 from qat.cli.results import recipe_fields, write_results
 from qat.cli.schemas import SPLITS
 from qat.cli.sweep import gather_sweep
@@ -27,8 +25,7 @@ from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import EvaluatedNet
-from qat.tasks.report import record_command, remake, report_run
-from qat.utils.files import write_text
+from qat.tasks.report import record_run, remake, report_run
 from qat.utils.validate import check_choice
 
 log = logging.getLogger(__name__)
@@ -72,8 +69,7 @@ def analyze(cfg: DictConfig) -> None:
     run_dir, settings = Path(cfg.run_dir), build.plain(cfg.analysis)
     _announce(cfg, study)
     coming = _rows(cfg, study)  # the last that may refuse: the files of an older run are as they were until here
-    write_text(run_dir / "config.yaml", recorded(cfg))
-    record_command(cfg)
+    record_run(cfg)
     rows: list[Row] = []
     complete = False
     try:
@@ -126,7 +122,6 @@ def _analysis_class(target: object) -> Any:
 def _build(cfg: DictConfig) -> AnalysisRun:
     paths = [cfg.ckpt] if cfg.ckpt is None or isinstance(cfg.ckpt, str) else list(cfg.ckpt)
     single = [_with_ckpt(cfg, path) for path in paths or [None]]
-    seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.resume not in {False, "auto"}:
         raise UsageError(f"resume={cfg.resume!r}: must be one of false, auto")
     analysis = build_analysis(cfg)
@@ -161,7 +156,8 @@ def _images(cfg: DictConfig, subject: EvaluatedNet, analysis: Analysis, device: 
     split: str = cfg.split if cfg.split is not None else (data.evaluation_split if analysis.split == "test" else str(analysis.split))
     check_choice("split", split, SPLITS)
     settings = data.settings
-    return gathered(data.sample(split, cfg.images), device, split, settings.mean, settings.std)
+    batches = [(images.to(device), target.to(device)) for images, target in data.sample(split, cfg.images)]
+    return ImageSet(batches, split, tuple(settings.mean), tuple(settings.std))
 
 
 def _check_alike(subjects: Sequence[EvaluatedNet], paths: Sequence[str]) -> None:

@@ -15,12 +15,10 @@ from torch import Tensor
 from qat.data import ImageData
 from qat.lit import QATModule, Teacher
 from qat.lit.accuracy import evaluate
-from qat.model.convert import conversion_report
 from qat.model.start import Start
 from qat.spec import QuantRecipe
 from qat.tasks import fit, summary
 from qat.tasks.teacher import is_float
-from qat.utils.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +43,7 @@ def announce_run(cfg: DictConfig, recipe: QuantRecipe, data: ImageData, start: S
     if not (cfg.trainer.fast_dev_run or any(isinstance(c, Checkpointing) for c in trainer.callbacks)):  # type: ignore[attr-defined]
         log.warning("callbacks: none of them writes checkpoints, so no file will hold this net; callbacks=[default,...] has them")
     if recipe.name != "fp":
-        report = conversion_report(start.net)
-        write_text(Path(cfg.run_dir) / "conversion.txt", report.to_text() + "\n")
-        log.info(summary.compact(report))
+        log.info(summary.conversion(start.net, Path(cfg.run_dir)))
 
 
 def announce_teacher(teacher: Teacher | None, data: ImageData, trainer: Trainer) -> float | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from qat.utils.files import write_text
+from qat.utils.files import csv_lines, csv_text, write_text
 from qat.utils.text import printable
 
 CLASSES, CONFUSION = "classes.csv", "confusion.csv"
@@ -52,12 +50,6 @@ def write_class_tables(folder: Path, confusion: Tensor, names: Sequence[str]) ->
     """Write `classes.csv`, and `confusion.csv` with a row for each true and a column for each predicted class."""
     shown = [printable(name) for name in names]
     classes = class_results(confusion, shown)["classes"]
-    write_text(folder / CLASSES, _as_csv([list(classes[0]), *(list(row.values()) for row in classes)]))
+    write_text(folder / CLASSES, csv_text(classes))
     rows = [[name, *counts] for name, counts in zip(shown, confusion.tolist(), strict=True)]
-    write_text(folder / CONFUSION, _as_csv([["true \\ predicted", *shown], *rows]))
-
-
-def _as_csv(rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    write_text(folder / CONFUSION, csv_lines([["true \\ predicted", *shown], *rows]))

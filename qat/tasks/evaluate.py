@@ -8,12 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
 import qat.data
-from qat.cli.repeat import recorded
 from qat.cli.results import measured, recipe_fields, sizes, write_results
 from qat.data import ImageData
 from qat.data.settings import DataSettings
@@ -33,8 +32,7 @@ from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_classifier, check_patches, check_settings
 from qat.tasks.classes import class_results, write_class_tables
 from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
-from qat.tasks.report import record_command, report_run
-from qat.utils.files import write_text
+from qat.tasks.report import record_run, report_run
 
 log = logging.getLogger(__name__)
 SHOWN_PAIRS = 3
@@ -56,13 +54,11 @@ def evaluate(cfg: DictConfig) -> float | None:
     """
     began = time.monotonic()
     check_settings(cfg)
-    seed_everything(cfg.seed, workers=True, verbose=False)
     build.import_modules(cfg)
     paths = None if cfg.predict is None else find_images(str(cfg.predict))
     subject = build_subject(cfg)
     if is_first() and not (Path(cfg.run_dir) / "checkpoints").exists():  # else the config there is that of the training run
-        write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
-        record_command(cfg)
+        record_run(cfg)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
     connect(trainer, build.plain(cfg))
     data = subject.data

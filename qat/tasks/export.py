@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from qat.cli.repeat import recorded
 from qat.cli.results import recipe_fields, write_results
 from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
 from qat.export.artefact import Written, kept, packed_artefact
-from qat.export.graph import TARGETS, check_size, require_onnx
-from qat.export.onnx_file import IMAGES, OnnxSettings, preprocessing
+from qat.export.graph import TARGETS, OnnxSettings, check_size, require_onnx
+from qat.export.onnx_file import IMAGES, preprocessing
 from qat.export.stored_weights import TWO_BIT
 from qat.model.checkpoint import build_from, describe, read_checkpoint
 from qat.model.convert import Conversion, conversion_of
@@ -32,8 +30,7 @@ from qat.tasks import build, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import class_names
-from qat.tasks.report import record_command, report_run
-from qat.utils.files import write_text
+from qat.tasks.report import record_run, report_run
 from qat.utils.validate import check_choice, check_int
 
 log = logging.getLogger(__name__)
@@ -55,7 +52,6 @@ def export(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     _check(cfg)
-    seed_everything(cfg.seed, workers=True, verbose=False)
     build.import_modules(cfg)
     target = _target(cfg)
     source = _source(cfg)
@@ -63,8 +59,7 @@ def export(cfg: DictConfig) -> float:
     if cfg.dynamic_size:
         check_size(frozen)
     log.info(summary.lines("qat: export", _entries(cfg, source, target)))
-    write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
-    record_command(cfg)
+    record_run(cfg)
     written = kept(target, _artefact(cfg, source, frozen))
     top1 = min(found.top1 for found in written.checked.agreement.values())
     log.info("%s\n%s\n%s bytes", written.text, target, f"{target.stat().st_size:,}")

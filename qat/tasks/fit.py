@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -26,15 +26,14 @@ from qat.errors import UsageError
 from qat.launch.ranks import local_count
 from qat.launch.slurm import environments
 from qat.lit.checkpoint_io import AtomicCheckpointIO
-from qat.lit.csv_log import continue_csv
+from qat.lit.csv_log import CSVLog
 from qat.lit.optim import build_optimizer, check_layer_decay, cosine_schedule, scaled_lr
 from qat.lit.optimizer_state import with_optimizer_state
 from qat.lit.parallel import SHARDED, strategy_of
 from qat.model.start import Start
 from qat.tasks.build import instantiate, plain
-from qat.tasks.checks import check_averaging, check_callback, check_sharding
+from qat.tasks.checks import check_averaging, check_callback, check_sharding, check_trainer
 from qat.tasks.options import compiles
-from qat.tasks.trainer_checks import check_trainer
 from qat.utils.validate import check_int, check_number
 
 # All repeat what the first lines of a run say already; what ends a run early they do not. The root logger's handlers say it, once.
@@ -131,14 +130,14 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
     return sorted(callbacks, key=lambda callback: (not isinstance(callback, StepSeed | CGA), not isinstance(callback, FaultGuard)))
 
 
-def build_loggers(cfg: DictConfig, rows: list[dict[str, str]] | None = None) -> list[Logger]:
-    """The loggers of `cfg.logger`; a CSV file goes on behind `rows`, those of the run that is continued."""
+def build_loggers(cfg: DictConfig, *, goes_on: bool = False) -> list[Logger]:
+    """The loggers of `cfg.logger`; of a run that goes on, a CSV file keeps its rows."""
     loggers = [instantiate(one, f"logger.{name}") for name, one in (cfg.get("logger") or {}).items() if one is not None]
     for logger in loggers:
         if not isinstance(logger, Logger):
             raise UsageError(f"logger: {type(logger).__name__} is not a subclass of lightning.pytorch.loggers.Logger")
-        if isinstance(logger, CSVLogger):
-            continue_csv(logger, rows or [])
+        if isinstance(logger, CSVLog):
+            logger.goes_on = goes_on
     return loggers
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from qat.data.imagefolder import EXTENSIONS, is_image
 from qat.errors import UsageError
 from qat.spec import QuantRecipe
 from qat.tasks import summary
-from qat.utils.files import files_below, write_text
+from qat.utils.files import csv_lines, files_below, write_text
 from qat.utils.text import printable
 
 log = logging.getLogger(__name__)
@@ -29,6 +28,8 @@ log = logging.getLogger(__name__)
 RANKS = 5
 SHOWN_IMAGES, SHOWN_RANKS = 10, 3
 FILE = "predictions.csv"
+# By path of the image its likeliest classes, each with its probability, the likeliest first.
+Predictions = dict[str, list[tuple[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,6 @@ class EvaluatedNet:
     recipe: QuantRecipe
     data: ImageData
     classes: list[str]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The likeliest classes of one image.
-
-    Attributes:
-        path: of its file.
-        ranks: names and probabilities, the likeliest first.
-    """
-
-    path: str
-    ranks: list[tuple[str, float]]
 
 
 def find_images(where: str) -> list[Path]:
@@ -90,11 +78,11 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
     settings = subject.data.settings
     module = _Ranking(subject.net, min(RANKS, len(subject.classes)))
     batches = trainer.predict(module, dataloaders=_loader(paths, settings), return_predictions=True) or []
-    done = [
-        Prediction(str(paths[row]), [(subject.classes[one], share) for one, share in zip(ids, shares, strict=True)])
+    done: Predictions = {
+        str(paths[row]): [(subject.classes[one], share) for one, share in zip(ids, shares, strict=True)]
         for rows, all_ids, all_shares in batches
         for row, ids, shares in zip(rows.tolist(), all_ids.tolist(), all_shares.tolist(), strict=True)
-    ]
+    }
     if not done:
         raise UsageError(f"data.on_error=skip: none of {len(paths)} images below predict={str(cfg.predict)!r} can be decoded")
     write_text(Path(cfg.run_dir) / FILE, as_csv(done))
@@ -103,22 +91,18 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
     log.info("%d images%s: %s", len(done), left_out, Path(cfg.run_dir) / FILE)
 
 
-def as_csv(predictions: list[Prediction]) -> str:
+def as_csv(predictions: Predictions) -> str:
     """A line per image: path, then class and probability by rank; names are made printable."""
-    columns = [f"{what}_{rank}" for rank in range(1, len(predictions[0].ranks) + 1) for what in ("class", "probability")]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", *columns])
-    for one in predictions:
-        writer.writerow([printable(one.path), *(cell for name, share in one.ranks for cell in (printable(name), f"{share:.6f}"))])
-    return text.getvalue()
+    columns = [f"{what}_{rank}" for rank in range(1, len(next(iter(predictions.values()))) + 1) for what in ("class", "probability")]
+    rows = [[path, *(cell for name, share in ranks for cell in (name, f"{share:.6f}"))] for path, ranks in predictions.items()]
+    return csv_lines([["path", *columns], *(map(printable, row) for row in rows)])
 
 
-def _table(predictions: list[Prediction]) -> dict[str, str]:
-    def shown(one: Prediction) -> str:
-        return ", ".join(f"{name.partition(',')[0]} {100 * share:.1f} %" for name, share in one.ranks[:SHOWN_RANKS])
+def _table(predictions: Predictions) -> dict[str, str]:
+    def shown(ranks: list[tuple[str, float]]) -> str:
+        return ", ".join(f"{name.partition(',')[0]} {100 * share:.1f} %" for name, share in ranks[:SHOWN_RANKS])
 
-    rows = {one.path: shown(one) for one in predictions[:SHOWN_IMAGES]}
+    rows = {path: shown(ranks) for path, ranks in itertools.islice(predictions.items(), SHOWN_IMAGES)}
     more = len(predictions) - len(rows)
     return rows | ({"...": f"{more} more"} if more else {})
 

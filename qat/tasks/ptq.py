@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from qat.cli.repeat import recorded
 from qat.cli.results import recipe_fields, write_results
 from qat.data import ImageData
 from qat.errors import UsageError
@@ -25,7 +24,7 @@ from qat.launch.outputs import UsedError
 from qat.launch.ranks import is_first
 from qat.lit.loggers import closing
 from qat.model.checkpoint import read_checkpoint, save
-from qat.model.convert import conversion_of, conversion_report, convert
+from qat.model.convert import conversion_of, convert
 from qat.model.cost import cost
 from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate, in_float
@@ -37,9 +36,8 @@ from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, measure, origin
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.ptq_keep import build_target_net, check_start, is_kept
-from qat.tasks.report import record_command, report_run
+from qat.tasks.report import record_run, report_run
 from qat.tasks.search import Fitter, build_fitter, build_search, check_targets, run_search
-from qat.utils.files import write_text
 from qat.utils.validate import check_int
 
 log = logging.getLogger(__name__)
@@ -93,8 +91,7 @@ def ptq(cfg: DictConfig) -> float:
     connect(run.trainer, build.plain(cfg))
     if is_first():
         _remove_older(cfg)
-        write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
-        record_command(cfg)
+        record_run(cfg)
         _announce(cfg, run)
     with closing(run.trainer.loggers):
         results = _quantize(cfg, run, began)
@@ -107,9 +104,9 @@ def _quantize(cfg: DictConfig, run: PtqRun, began: float) -> dict[str, Any]:
     """Do all of it, evaluate, and write what came of it; gives the results."""
     subject, net = run.quantized, run.quantized.net
     top1_fp = _measure_float(run)
-    figures = _measure_start(run)
+    figures = {"top1_start": _measure(run.trainer, run.subject, "quantized, as it came,")["top1"]} if run.keeps else {}
     net.to(run.trainer.strategy.root_device)
-    ranks = Ranks(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else Ranks()
+    ranks = Ranks(dist.group.WORLD) if dist.is_initialized() else Ranks()
     figures["calibration"] = None if run.keeps else _calibrate(run, ranks)
     teacher = run.teacher
     if run.fitter is not None:
@@ -163,7 +160,6 @@ def calibration_batches(cfg: DictConfig, data: ImageData) -> list[Tensor]:
 
 def _build(cfg: DictConfig) -> PtqRun:
     check_settings(cfg)
-    seed_everything(cfg.seed, workers=True, verbose=False)
     check_int("ptq.batch", cfg.ptq.batch, 1)
     recipe, search = None if is_kept(cfg) else build_ptq_recipe(cfg), build_search(cfg)
     _refuse_used(Path(cfg.run_dir), allowed=bool(cfg.overwrite or cfg.resume))
@@ -214,9 +210,7 @@ def _announce(cfg: DictConfig, run: PtqRun) -> None:
         "outputs": str(cfg.run_dir),
     }
     log.info(summary.lines("qat: post-training quantization", entries))
-    report = conversion_report(run.quantized.net)
-    write_text(Path(cfg.run_dir) / "conversion.txt", report.to_text() + "\n")
-    log.info(summary.compact(report))
+    log.info(summary.conversion(run.quantized.net, Path(cfg.run_dir)))
 
 
 def _measure(trainer: Trainer, subject: EvaluatedNet, what: str) -> dict[str, Any]:
@@ -230,11 +224,6 @@ def _measure_float(run: PtqRun) -> float:
     subject = run.subject if run.teacher is None else dataclasses.replace(run.subject, net=run.teacher, recipe=preset("fp"))
     with in_float(subject.net):
         return float(_measure(run.trainer, subject, "float")["top1"])
-
-
-def _measure_start(run: PtqRun) -> dict[str, Any]:
-    """What `results.json` says of a net that came quantized."""
-    return {"top1_start": _measure(run.trainer, run.subject, "quantized, as it came,")["top1"]} if run.keeps else {}
 
 
 def _calibrate(run: PtqRun, ranks: Ranks) -> dict[str, Any]:

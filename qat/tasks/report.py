@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from qat.cli.repeat import CONF, typed
+from qat.cli.repeat import CONF, recorded, typed
+from qat.cli.schemas import COMMANDS
 from qat.errors import UsageError
 from qat.model.checkpoint import build_from, read_checkpoint
 from qat.tasks.build import import_modules
@@ -37,18 +38,17 @@ log = logging.getLogger(__name__)
 COMMAND = "command.json"
 NO_SETTINGS = ("run_dir", "resume", "overwrite", "report", "sweep_dir", "hydra")  # they say nothing of what was run
 CHECKPOINTS = ("quantized.ckpt", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
-COMMANDS = ("train", "eval", "ptq", "analyze", "export")
 OVERRIDE = re.compile(r"[+~]{0,2}(?P<name>\w+([/@.]\w+)*)(=(?P<value>.*))?", re.DOTALL)
 CHOICE = re.compile(r"\[?[\w/, -]*\]?")
 
 
-def record_command(cfg: DictConfig) -> None:
-    """Write the command line of a run beside its `config.yaml`; nothing where there is none, as in a call from Python."""
+def record_run(cfg: DictConfig) -> None:
+    """Write `config.yaml` of a run, and its command line beside it; of a call from Python there is none."""
+    write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
     if HydraConfig.initialized():
         found = HydraConfig.get()
         known = {"command": f"{found.job.name}.py", "program": typed(found.job.name), "overrides": list(found.overrides.task)}
-        text = json.dumps(known, indent=2)
-        write_text(Path(cfg.run_dir) / COMMAND, text + "\n")
+        write_text(Path(cfg.run_dir) / COMMAND, json.dumps(known, indent=2) + "\n")
 
 
 def report_run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from qat.launch import outputs
 from qat.launch.outputs import UsedError
 from qat.launch.ranks import is_first
 from qat.lit.checkpoint_io import PREVIOUS
-from qat.lit.csv_log import read_rows
 from qat.model.checkpoint import TRAINING, Checkpoint, read_checkpoint
 from qat.spec import QuantRecipe
 from qat.tasks import compare
@@ -33,25 +31,7 @@ _KEPT = ("optimizer.", "scheduler.")
 _OWN_CHECK = ("model.args", "model.name", "quant.")
 
 
-@dataclass(frozen=True)
-class Resume:
-    """Where a run goes on.
-
-    Attributes:
-        checkpoint: its last complete checkpoint.
-        rows: of its `metrics.csv`; `LastCheckpoint` takes back those from behind the checkpoint.
-    """
-
-    checkpoint: Checkpoint
-    rows: list[dict[str, str]]
-
-    @property
-    def path(self) -> str:
-        """The file, for Lightning."""
-        return str(self.checkpoint.path)
-
-
-def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]) -> Resume | None:
+def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]) -> Checkpoint | None:
     """What `resume` asks for: None to start, else the checkpoint to go on from.
 
     A `last.ckpt` that is gone or cannot be read gives way to the one before it, with a warning. What writes that were killed have left is
@@ -78,9 +58,7 @@ def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
     _check_epochs(checkpoint, cfg.trainer.max_epochs)
     _check_changes(checkpoint, cfg)
     log.info("resumed at step %d from %s", checkpoint.step or 0, checkpoint.path)
-    # The first process may be writing the file by the time another would read it.
-    rows = read_rows(Path(cfg.run_dir) / "metrics.csv") if is_first() else []
-    return Resume(checkpoint, rows)
+    return checkpoint
 
 
 def _read_first(paths: list[Path]) -> Checkpoint:

@@ -6,16 +6,18 @@ import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 from omegaconf import DictConfig
 from torch import nn
 
 from qat.data import ImageData
 from qat.lit import scaled_lr
-from qat.model.convert import ConversionReport, ReportRow
+from qat.model.convert import ConversionReport, ReportRow, conversion_report
 from qat.model.frozen import FrozenWeight
 from qat.model.ptq_spec import PtqRecipe
 from qat.spec import QuantRecipe
+from qat.utils.files import write_text
 
 
 def lines(title: str, entries: dict[str, str]) -> str:
@@ -74,6 +76,13 @@ def describe_data(name: str, data: ImageData) -> str:
     """Sizes of the splits."""
     counts = ", ".join(f"{len(data.split(s))} {s}" for s in data.splits)
     return f"{name}: {counts} images, {data.settings.num_classes} classes"
+
+
+def conversion(net: nn.Module, folder: Path) -> str:
+    """Write `conversion.txt`, the report of a net, into a folder; gives it as `compact` does."""
+    report = conversion_report(net)
+    write_text(folder / "conversion.txt", report.to_text() + "\n")
+    return compact(report)
 
 
 def compact(report: ConversionReport) -> str:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 from qat.callbacks import Stopwatch
-from qat.cli.repeat import recorded
 from qat.cli.results import measured, recipe_fields, write_results
 from qat.data import ImageData
 from qat.launch.group import connect
@@ -22,19 +21,17 @@ from qat.launch.slurm import write_owner
 from qat.lit import QATModule
 from qat.lit.loggers import closing
 from qat.lit.module import OptimizerFactory
-from qat.model.checkpoint import build_from, describe, read_checkpoint
+from qat.model.checkpoint import Checkpoint, build_from, describe, read_checkpoint
 from qat.model.cost import cost
 from qat.model.start import Start
 from qat.spec import QuantRecipe
 from qat.tasks import build, fit, options
 from qat.tasks.announce import announce_early_end, announce_run, announce_teacher
-from qat.tasks.checks import check_classifier, check_patches, check_settings
+from qat.tasks.checks import check_batches, check_classifier, check_patches, check_settings
 from qat.tasks.compare import compared
-from qat.tasks.report import record_command, report_run
-from qat.tasks.resume import Resume, check_data, check_optimizer, find_resume, outputs_to_replace
+from qat.tasks.report import record_run, report_run
+from qat.tasks.resume import check_data, check_optimizer, find_resume, outputs_to_replace
 from qat.tasks.teacher import build_teacher
-from qat.tasks.trainer_checks import check_batches
-from qat.utils.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +52,12 @@ def train(cfg: DictConfig) -> float:  # noqa: PLR0915  (a training, from top to 
     """
     began = time.monotonic()
     check_settings(cfg)
-    seed_everything(cfg.seed, workers=True, verbose=False)
     build.import_modules(cfg)
     recipe, loss = build.build_recipe(cfg), build.build_loss(cfg)
     resume = find_resume(cfg, recipe, build.model_args(cfg))
     replaced = [] if resume else outputs_to_replace(cfg)
     scheduler = fit.build_scheduler_factory(cfg)
-    loggers = fit.build_loggers(cfg, resume.rows if resume else [])
-    trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), loggers)
+    trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg, goes_on=resume is not None))
     optimizer = fit.build_optimizer_factory(cfg, trainer)
     options.check_options(cfg, recipe, loss, trainer.strategy.root_device)
 
@@ -91,7 +86,7 @@ def train(cfg: DictConfig) -> float:  # noqa: PLR0915  (a training, from top to 
     top1_fp = announce_teacher(teacher, data, trainer)
     options.compile_nets(cfg, module.net, teacher)
     with closing(trainer.loggers):
-        trainer.fit(module, datamodule=data, ckpt_path=resume.path if resume else None)
+        trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume else None)
         module.make_whole()
         announce_early_end(trainer)
         val_top1, weights = _take_best(module, data, trainer, is_resumed=resume is not None)
@@ -102,19 +97,19 @@ def train(cfg: DictConfig) -> float:  # noqa: PLR0915  (a training, from top to 
 
 
 def _start(
-    cfg: DictConfig, resume: Resume | None, recipe: QuantRecipe, data: ImageData, trainer: Trainer, optimizer: OptimizerFactory
+    cfg: DictConfig, resume: Checkpoint | None, recipe: QuantRecipe, data: ImageData, trainer: Trainer, optimizer: OptimizerFactory
 ) -> tuple[Start, OptimizerFactory]:
     """The net, quantized, on its device, as the run begins or goes on; the optimizer's factory with the state that it begins with."""
     if resume:
-        check_data(cfg, resume.checkpoint, data)
-        start = build.build_resumed(resume.checkpoint)
+        check_data(cfg, resume, data)
+        start = build.build_resumed(resume)
     else:
         start = build.build_start(cfg)
     check_patches(start.net, data)
     check_classifier(start.net, data)
     start.net.to(trainer.strategy.root_device)
     if resume:
-        check_optimizer(resume.checkpoint, optimizer(start.net))
+        check_optimizer(resume, optimizer(start.net))
     else:
         start.notes += build.quantize(start, recipe, data, init=cfg.model.init, processes=trainer.world_size)
         optimizer = fit.take_optimizer_state(cfg, optimizer, start)
@@ -133,8 +128,7 @@ def _take_directory(cfg: DictConfig, replaced: list[Path]) -> None:
     for path in replaced:
         path.unlink(missing_ok=True)
     write_owner(Path(cfg.run_dir))
-    write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
-    record_command(cfg)
+    record_run(cfg)
 
 
 def _describe(cfg: DictConfig, start: Start, data: ImageData) -> dict[str, Any]:

@@ -58,6 +58,15 @@ def read_json(path: Path) -> Any:
     return found
 
 
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; empty where it cannot be read, or holds something else."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _integer(text: str) -> int | float:
     """One that is also a float; a longer one is infinite."""
     return int(text) if len(text) < MOST_DIGITS else float(text)

@@ -152,13 +152,17 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def csv_lines(rows: Iterable[Iterable[Any]]) -> str:
+    """Cells of each line as a CSV file has them."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a CSV file has them, with all columns that any of them has; a value that is missing is an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return csv_lines([columns, *([row.get(column) for column in columns] for row in rows)])
 
 
 def json_text(value: Any) -> str:

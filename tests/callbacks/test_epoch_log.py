@@ -51,7 +51,7 @@ def test_speed_counts_images_of_all_processes(monkeypatch, caplog):
     clock = [100.0]
     monkeypatch.setattr("qat.callbacks.epoch_log.time.monotonic", lambda: clock[0])
     log = EpochLog()
-    run = Mock(current_epoch=0, max_epochs=3, world_size=2, callback_metrics={}, optimizers=[], is_global_zero=True)
+    run = Mock(current_epoch=0, max_epochs=3, world_size=2, callback_metrics={}, optimizers=[], is_global_zero=True, train_dataloader=None)
     log.on_train_start(run, None)
     for _ in range(5):
         log.on_train_batch_end(run, None, None, (list(range(8)), None), 0)

@@ -10,7 +10,7 @@ import torch
 
 import qat
 from qat.export.check import check_onnx
-from qat.export.graph import ANY_BATCH, FreeDimensions, check_size, to_onnx
+from qat.export.graph import OnnxSettings, check_size, to_onnx
 from qat.export.session import LEVELS, OPENVINO, Transparent, has_openvino, logits_of, milliseconds, open_session
 from qat.functional.packing import unpack_codes
 from qat.model.frozen import FrozenActivation
@@ -20,14 +20,14 @@ from tests.nets import FAMILIES
 
 
 def file(frozen, image, path, **settings):
-    model = to_onnx(frozen, image, **settings)
+    model = to_onnx(frozen, image, OnnxSettings(**settings))
     onnx.save(model, path)
     return model
 
 
-def assert_agrees(net, path, images, shape=ANY_BATCH):
+def assert_agrees(net, path, images, **settings):
     frozen = qat.freeze(net)
-    file(frozen, images[0][:1], path, shape=shape)
+    file(frozen, images[0][:1], path, **settings)
     done = check_onnx(frozen, net, path, images)
     assert [text for level in done.agreement if (text := done.differs(level))] == []
     assert set(done.agreement) == {*LEVELS, *([OPENVINO] if has_openvino() else [])}
@@ -63,7 +63,7 @@ def test_post_training_quantization(name, tmp_path):
     recipe = qat.PtqRecipe(bits=4, act_bits=8, softmax_bits=4, softmax_quantizer="log2", bias_correction=True)
     net = qat.convert(family.build(), recipe, input_size=family.input_size)
     qat.ptq.calibrate(net, [family.images(8)])
-    done = assert_agrees(net.eval(), tmp_path / "net.onnx", [family.images(16, 1)], FreeDimensions(batch=False))
+    done = assert_agrees(net.eval(), tmp_path / "net.onnx", [family.images(16, 1)], dynamic_batch=False)
     found = done.agreement["ORT_ENABLE_BASIC"]
     assert found.ties == found.flipped
 
@@ -82,7 +82,7 @@ def test_scales_of_other_shapes(knobs, tmp_path):
     net = qat.convert(FAMILIES["deit"].build(), qat.PtqRecipe(**knobs), input_size=FAMILIES["deit"].input_size)
     qat.ptq.calibrate(net, [FAMILIES["deit"].images(4)])
     # OpenVINO is wrong about a product of a convolution and a quantizer for any number of images.
-    assert_agrees(net.eval(), tmp_path / "net.onnx", [FAMILIES["deit"].images(4, 1)], FreeDimensions(batch=False))
+    assert_agrees(net.eval(), tmp_path / "net.onnx", [FAMILIES["deit"].images(4, 1)], dynamic_batch=False)
 
 
 @pytest.mark.long
@@ -90,7 +90,7 @@ def test_what_all_images_share_is_compared_once(tmp_path):
     net = qat.convert(FAMILIES["deit"].build(), qat.PtqRecipe(), input_size=FAMILIES["deit"].input_size)
     qat.ptq.calibrate(net, [FAMILIES["deit"].images(4)])
     frozen = qat.freeze(net.eval())
-    file(frozen, FAMILIES["deit"].images(1), tmp_path / "net.onnx", shape=FreeDimensions(batch=False))
+    file(frozen, FAMILIES["deit"].images(1), tmp_path / "net.onnx", dynamic_batch=False)
     done = check_onnx(frozen, frozen, tmp_path / "net.onnx", [FAMILIES["deit"].images(3, 1)])
     assert done.problem is None
     assert done.agreement["ORT_ENABLE_BASIC"].images == 3
@@ -156,7 +156,7 @@ def test_any_number_of_images(two_bit):
 @pytest.mark.long
 def test_one_image_at_a_time(tmp_path):
     frozen = qat.freeze(made(RECIPES["ofq_2bit"]))
-    file(frozen, tiny.images(1), tmp_path / "net.onnx", shape=FreeDimensions(batch=False))
+    file(frozen, tiny.images(1), tmp_path / "net.onnx", dynamic_batch=False)
     session = open_session(tmp_path / "net.onnx")
     assert session.batch == 1
     torch.testing.assert_close(logits_of(session, tiny.images(3)), frozen(tiny.images(3)), rtol=0, atol=1e-5)
@@ -173,7 +173,7 @@ def test_images_of_any_size(tmp_path):
     qat.ptq.calibrate(net, [tiny.images()])
     frozen = qat.freeze(net.eval())
     check_size(frozen)
-    file(frozen, tiny.images(1), tmp_path / "net.onnx", shape=FreeDimensions(size=True))
+    file(frozen, tiny.images(1), tmp_path / "net.onnx", dynamic_size=True)
     sizes = ((8, 8), (16, 8), (12, 20))
     images = [torch.randn(3, 1, *size, generator=torch.Generator().manual_seed(0)) for size in sizes]
     done = check_onnx(frozen, net, tmp_path / "net.onnx", images)
@@ -211,11 +211,11 @@ def test_mistakes_are_one_line():
     with pytest.raises(qat.UsageError, match="to_onnx: the net is not frozen"):
         to_onnx(net, tiny.images(1))
     with pytest.raises(qat.UsageError, match="opset=20: too low"):
-        to_onnx(qat.freeze(net), tiny.images(1), opset=20)
+        to_onnx(qat.freeze(net), tiny.images(1), OnnxSettings(opset=20))
     with pytest.raises(qat.UsageError, match="opset=24: too low"):
-        to_onnx(qat.freeze(net), tiny.images(1), opset=24, two_bit="int2")
+        to_onnx(qat.freeze(net), tiny.images(1), OnnxSettings(opset=24, two_bit="int2"))
     with pytest.raises(qat.UsageError, match="opset=99: must be an integer from 20 to 28"):
-        to_onnx(qat.freeze(net), tiny.images(1), opset=99)
+        to_onnx(qat.freeze(net), tiny.images(1), OnnxSettings(opset=99))
 
 
 def _torch_exports(name, attention, *, dynamic):
@@ -285,4 +285,4 @@ def test_what_tensorrt_asks_for(name, tmp_path):
 )
 def test_what_tensorrt_cannot_have_is_one_line(recipe, said):
     with pytest.raises(qat.UsageError, match=rf"format.target=tensorrt: .*{said}"):
-        to_onnx(qat.freeze(made(recipe)), tiny.images(1), target="tensorrt")
+        to_onnx(qat.freeze(made(recipe)), tiny.images(1), OnnxSettings(target="tensorrt"))

@@ -93,10 +93,6 @@ def test_differing_configs_are_named():
     assert group.difference([base | {"nan": float("nan")}, base | {"nan": float("nan")}]) is None
 
 
-def test_flat_names_leaves():
-    assert group.flat({"a": {"b": 1, "c": [2, {"d": 3}]}, "e": None}) == {"a.b": 1, "a.c": [2, {"d": 3}], "e": None}
-
-
 def watched(tmp_path, *scripts):
     """Processes of one line of Python each, watched until they have ended."""
     found = watch.Watch([tmp_path / f"rank-{number}.log" for number in range(1, len(scripts))])

@@ -5,14 +5,16 @@ import signal
 
 import pytest
 
-from qat.lit.csv_log import CSVLog, continue_csv, read_rows
+from qat.lit.csv_log import CSVLog, read_rows
 from qat.utils import files
 
 ROWS = [{"a": 1.5, "step": 0}, {"b": 2.0, "step": 0}, {"a": 0.1, "b": 1e-9, "step": 4}, {"c": 7.0, "step": 2}]
 
 
-def logger(folder):
-    return CSVLog(folder, name="", version="")
+def logger(folder, *, goes_on=False):
+    made = CSVLog(folder, name="", version="")
+    made.goes_on = goes_on
+    return made
 
 
 def log(one, rows):
@@ -48,7 +50,7 @@ def test_a_kill_while_it_is_written_anew_costs_no_row(logged, tmp_path):
     log(logger(tmp_path), ROWS[:logged])
     if (pid := os.fork()) == 0:
         files.flush = lambda path: os.kill(os.getpid(), signal.SIGKILL)
-        continue_csv(logger(tmp_path), read_rows(tmp_path / "metrics.csv"))
+        logger(tmp_path, goes_on=True).experiment  # noqa: B018  (makes the writer)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert read_rows(tmp_path / "metrics.csv") == texts(ROWS[:logged])
 
@@ -59,8 +61,7 @@ def test_going_back_to_where_a_checkpoint_was_written(written, tmp_path):
     log(first, ROWS[:2])
     assert first.mark() == 2
     log(first, ROWS[2:written])
-    again = logger(tmp_path)
-    continue_csv(again, read_rows(tmp_path / "metrics.csv"))
+    again = logger(tmp_path, goes_on=True)
     again.go_back(2, ROWS[2])
     assert again.mark() == 3
     log(again, ROWS[3:])

@@ -123,7 +123,7 @@ def test_no_step_waits_that_regularizes_freezes_or_has_skipped(monkeypatch):
     monkeypatch.setattr(finite, "_is_free", lambda tensor: False)
     guard, watched = FaultGuard(), Watched()
     monkeypatch.setattr(guard, "setup", lambda *_, **__: setattr(guard, "skipped_by_scaler", 1))
-    monkeypatch.setattr(guard, "_look_late", lambda: None)  # what waits, once in many steps
+    monkeypatch.setattr(guard, "_look_late", lambda *_: None)  # what waits, once in many steps
     learner = module(quantized("ofq", bits=2), {"ce": CrossEntropy(), "kure": Kure()})
     fit(learner, IterativeFreezing(), guard, watched, log_every_n_steps=1)
     assert watched.n == 7

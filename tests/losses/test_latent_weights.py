@@ -12,7 +12,8 @@ QKR = ("attn.qk", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def names(net, *args, **kwargs):
-    return [master.name for master in find_latent_weights(net, "setting", *args, **kwargs)]
+    found = find_latent_weights(net, "setting", *args, **kwargs)
+    return [one.layer if one.parameter == "weight" else f"{one.layer}.{one.parameter or one.role}" for one in found]
 
 
 def in_blocks(*layers):
@@ -37,7 +38,7 @@ def test_the_float_weights_are_given_not_the_quantized_ones():
 def test_query_and_key_weights(qk, tensors):
     net = quantized("ofq")
     found = find_latent_weights(net, "setting", ("qk",), qk)
-    assert [master.name for master in found] == in_blocks(*(f"attn.{tensor}" for tensor in tensors))
+    assert names(net, ("qk",), qk) == in_blocks(*(f"attn.{tensor}" for tensor in tensors))
     attention = net.blocks[0].attn
     expected = {"qk": attention.latent("qk"), "q_weight": attention.q_weight, "k_weight": attention.k_weight}
     assert all(torch.equal(master.of(net), expected[tensor]) for master, tensor in zip(found, tensors, strict=False))

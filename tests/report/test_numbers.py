@@ -2,7 +2,8 @@
 
 import pytest
 
-from qat.report.numbers import bits_of, duration, number, percent, scaled, shown, signed, times
+from qat.report.numbers import bits_of, duration, number, percent, shown, signed, times
+from qat.utils.text import scaled
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_a_last_that_is_damaged_or_gone(damage, tmp_path, full, caplog):
     folder = shutil.copytree(full / "checkpoints", tmp_path / "checkpoints")
     path, before = folder / "last.ckpt", folder / "last.prev.ckpt"
     DAMAGES[damage](path, path.read_bytes())
-    assert resumed(tmp_path).checkpoint.path == before
+    assert resumed(tmp_path).path == before
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "last.ckpt" in warning
     assert warning.endswith("going on from last.prev.ckpt")

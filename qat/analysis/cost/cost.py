@@ -14,7 +14,8 @@ from qat.analysis.cost.drawings import by_kind
 from qat.errors import UsageError
 from qat.model.checkpoint import built_alike
 from qat.model.convert import conversion_of, stem_and_heads
-from qat.model.cost import Cost, Matmul, ModuleCost, module_costs, total
+from qat.model.cost import Cost, ModuleCost, module_costs, total
+from qat.model.matmuls import MatrixProduct
 from qat.spec import QuantRecipe, recipe
 
 KINDS = ("patch embedding", "attention weights", "attention products", "MLP", "norms", "head", "other")
@@ -191,7 +192,7 @@ def _kind_rows(variant: Variant) -> Iterator[Row]:
             yield row
 
 
-def _kind_of_product(variant: Variant, product: Matmul) -> str:
+def _kind_of_product(variant: Variant, product: MatrixProduct) -> str:
     kind = variant.kinds[product.module]
     return "attention products" if product.of_activations and kind == "attention weights" else kind
 

@@ -6,18 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from qat.analysis.analysis import Drawing, Row
 from qat.analysis.style import PALETTE, axes, figure
+from qat.utils.text import scaled
 
 # The same colour for a kind in every picture; the order is that of the stack.
 COLOURS = dict(zip(("attention weights", "attention products", "MLP", "patch embedding", "head", "norms", "other"), PALETTE, strict=True))
-_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def spoken_number(value: float) -> str:
-    """Three digits and a prefix: 2796756 is `2.80 M`."""
-    for size, prefix in _PREFIXES:
-        if value >= size:
-            return f"{value / size:.3g} {prefix}"
-    return f"{value:.3g}"
 
 
 def by_kind(name: str, title: str, unit: str, bars: Mapping[str, Sequence[Row]], in_float: Mapping[str, int]) -> Drawing:
@@ -33,30 +25,26 @@ def by_kind(name: str, title: str, unit: str, bars: Mapping[str, Sequence[Row]],
     drawn = figure(height=1.5 + 0.55 * len(bars))
     axis = axes(drawn, f"{unit} (millions)")
     labels = list(bars)
-    for kind, colour in COLOURS.items():
+    order = list(COLOURS)
+    for number, (kind, colour) in enumerate(COLOURS.items()):
         values = [sum(row[unit] for row in bars[label] if row["kind"] == kind) / 1e6 for label in labels]
-        starts = [sum(row[unit] for row in bars[label] if _before(row["kind"], kind)) / 1e6 for label in labels]
+        starts = [sum(row[unit] for row in bars[label] if row["kind"] in order[:number]) / 1e6 for label in labels]
         if any(values):
             axis.barh(labels, values, left=starts, color=colour, label=kind, height=0.6, edgecolor="white", linewidth=0.5)
     for place, rows in enumerate(bars.values()):
         value = sum(row[unit] for row in rows)
-        axis.text(value / 1e6, place, f" {spoken_number(value)}", va="center", fontsize=8)
+        axis.text(value / 1e6, place, f" {scaled(value)}", va="center", fontsize=8)
     axis.margins(x=0.12)
     axis.grid(axis="y", visible=False)
     axis.invert_yaxis()
-    axis.set_title("; ".join(f"{label}: {spoken_number(value)}" for label, value in in_float.items()), fontsize=8, loc="right")
+    axis.set_title("; ".join(f"{label}: {scaled(value)}" for label, value in in_float.items()), fontsize=8, loc="right")
     drawn.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     said = "; ".join(f"{label}: {_spoken_shares(rows, unit)}" for label, rows in bars.items())
-    floats = "; ".join(f"{label}: {spoken_number(value)} {unit}" for label, value in in_float.items())
+    floats = "; ".join(f"{label}: {scaled(value)} {unit}" for label, value in in_float.items())
     return Drawing(name, title, f"{title}, by kind of module. {said}. {floats}".strip(), drawn)
-
-
-def _before(kind: str, other: str) -> bool:
-    order = list(COLOURS)
-    return order.index(kind) < order.index(other)
 
 
 def _spoken_shares(rows: Sequence[Row], unit: str) -> str:
     whole = sum(row[unit] for row in rows)
     shares = ", ".join(f"{row['kind']} {100 * row[unit] / whole:.0f} %" for row in rows if row[unit]) if whole else ""
-    return f"{spoken_number(whole)} {unit} ({shares})"
+    return f"{scaled(whole)} {unit} ({shares})"

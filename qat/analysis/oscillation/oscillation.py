@@ -10,7 +10,7 @@ import torch
 
 from qat.analysis.analysis import Advice, Analysis, Drawing, Outcome, Row, StudiedNet, Table
 from qat.analysis.oscillation.drawings import curves, frequencies, layer_map, top_layers
-from qat.analysis.oscillation.recorded import BAND, FLIPS, FREQUENCY, SHARE, LayerState, OscillationRun, read_run
+from qat.analysis.oscillation.recorded import BAND, FLIPS, FREQUENCY, SHARE, OscillationRun, read_run
 from qat.functional.oscillation import LOWEST_FREQUENCY
 from qat.utils.validate import check_int, check_number
 
@@ -68,12 +68,13 @@ class OscillationAnalysis(Analysis):
     def _summary(self, run: OscillationRun) -> dict[str, Any]:
         n_weights = sum(state.frequency.numel() for state in run.now)
         threshold = self._threshold(run)
+        oscillating = sum(float((state.frequency > threshold).sum()) for state in run.now)
         share = run.totals[SHARE].values if SHARE in run.totals else []
         return {
             "step_of_checkpoint": run.step,
             "threshold": threshold,
             "weights": n_weights or None,
-            "share_now_percent": _percent(sum(float((s.frequency > threshold).sum()) for s in run.now), n_weights),
+            "share_now_percent": 100 * oscillating / n_weights if n_weights else None,
             "share_logged_last_percent": 100 * share[-1] if share else None,
             "share_logged_highest_percent": 100 * max(share) if share else None,
             "flips_logged": run.totals[FLIPS].values[-1] if FLIPS in run.totals else None,
@@ -159,20 +160,10 @@ def _curve_rows(run: OscillationRun) -> Iterator[Row]:
 
 
 def _frequency_rows(run: OscillationRun) -> Iterator[Row]:
-    counts = frequency_counts(run.now)
+    # In each class of frequencies: zero, which stands for what is too small to be stored, then up to each upper end.
+    classes = [torch.bucketize(state.frequency, torch.tensor(_CLASSES)) for state in run.now]
+    counts = torch.stack([torch.bincount(one, minlength=len(_CLASSES))[: len(_CLASSES)] for one in classes]).sum(0).tolist()
     total = sum(counts)
     for upper, count in zip(_CLASSES, counts, strict=True):
         name = f"below {LOWEST_FREQUENCY:g}" if upper == 0 else f"up to {upper:g}"
         yield {"net": run.label, "flips per look": name, "weights": count, "share, %": round(100 * count / total, 4)}
-
-
-def frequency_counts(states: Sequence[LayerState]) -> list[int]:
-    """Weights in each class of frequencies: zero, which stands for what is too small to be stored, then up to each upper end."""
-    ends = torch.tensor(_CLASSES)
-    counts = sum(torch.bincount(torch.bucketize(s.frequency, ends), minlength=len(_CLASSES)) for s in states)
-    assert isinstance(counts, torch.Tensor)  # noqa: S101  (narrows a type)
-    return counts[: len(_CLASSES)].tolist()
-
-
-def _percent(part: float, whole: int) -> float | None:
-    return 100 * part / whole if whole else None

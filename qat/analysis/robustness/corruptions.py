@@ -20,7 +20,6 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from qat.errors import UsageError
-from qat.utils.validate import check_choice
 
 # Levels of severity 1 to 5.
 LEVELS: dict[str, tuple[float, ...]] = {
@@ -57,9 +56,6 @@ class Corruption:
         severity: 1 to 5.
         mean, std: per channel: how the images were normalised.
         seed: of all noise.
-
-    Raises:
-        UsageError: no such kind or severity.
     """
 
     kind: str
@@ -67,10 +63,6 @@ class Corruption:
     mean: Sequence[float] = (0.0,)
     std: Sequence[float] = (1.0,)
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_choice("corruption", self.kind, KINDS)
-        check_severity("severity", self.severity)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalised images (B, C, H, W) in, such images out."""

@@ -38,6 +38,16 @@ class PerturbedNet:
     base: WeightChange
 
     @property
+    def label(self) -> str:
+        """Of the net."""
+        return self.studied.label
+
+    @property
+    def side(self) -> int:
+        """Of its images, the shorter one."""
+        return min(self.studied.input_size[1:])
+
+    @property
     def is_quantized_here(self) -> bool:
         """A float net that is quantized before anything else."""
         return self.base.bits is not None
@@ -73,13 +83,13 @@ class PerturbedNet:
 
     def _point(self, part: str, change: WeightChange, sites: Sequence[GridSite], **key: str | float) -> EvaluationPoint:
         context = functools.partial(self.weights.changed, change, sites)
-        return EvaluationPoint({"net": self.studied.label, "part": part, **key}, self.weights.net, context)
+        return EvaluationPoint({"net": self.label, "part": part, **key}, self.weights.net, context)
 
 
 def clean_points(subjects: Sequence[PerturbedNet], parts: Sequence[set[str]]) -> Iterator[EvaluationPoint]:
     """The nets as they are, and float nets once they are quantized."""
     for subject in subjects:
-        yield EvaluationPoint({"net": subject.studied.label, "part": "clean"}, subject.studied.net)
+        yield EvaluationPoint({"net": subject.label, "part": "clean"}, subject.studied.net)
     for subject, wanted in zip(subjects, parts, strict=True):
         if subject.is_quantized_here and wanted & set(OF_QUANTIZED):
             yield subject.changed("quantized")

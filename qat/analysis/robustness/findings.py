@@ -12,29 +12,13 @@ from qat.analysis.analysis import Advice, Drawing, Outcome, Row, Table
 from qat.analysis.robustness import drawings
 from qat.analysis.robustness.corruptions import level_of
 from qat.analysis.robustness.drawings import Curve, Dot
+from qat.analysis.robustness.evaluations import PerturbedNet
 from qat.utils.validate import FLOAT_BITS
 
 # What counts as kept: this many points below the accuracy at ratio 1.
 TOLERANCE = 2.0
 # Steps that have to be met more closely than this are worth a word.
 _FRAGILE = 0.1
-
-
-@dataclass(frozen=True)
-class NetFacts:
-    """What of a net is known before anything is evaluated.
-
-    Attributes:
-        label: its name.
-        width: bits of the weights whose width is changed, averaged over their entries; None where there are none.
-        side: of its images, the shorter one.
-        reference: part whose accuracy the changes of quantized weights are compared with: `clean`, or `quantized` for a float net.
-    """
-
-    label: str
-    width: float | None
-    side: int
-    reference: str = "clean"
 
 
 def curve_numbers(curve: Curve, at_one: float) -> dict[str, float | None]:
@@ -77,14 +61,14 @@ class RobustnessResults:
     """Rows, sorted by net and part.
 
     Attributes:
-        facts: of the nets, in the order of pictures.
+        nets: in the order of pictures.
         rows: of the evaluations that are done.
         ratios: those that were asked for.
         bits: widths that were asked for.
         severities: of corruptions that were asked for.
     """
 
-    facts: Sequence[NetFacts]
+    nets: Sequence[PerturbedNet]
     rows: Sequence[Row]
     ratios: Sequence[float]
     bits: Sequence[int]
@@ -92,77 +76,77 @@ class RobustnessResults:
 
     def outcome(self, warnings: Sequence[Advice] = ()) -> Outcome:
         """Everything that there is something of."""
-        summary = {fact.label: self.summary(fact) for fact in self.facts}
+        summary = {net.label: self.summary(net) for net in self.nets}
         tables = [table for table in self._tables() if table.rows]
         return Outcome(summary, tables, list(self._drawings()), [*warnings, *self._fragile(summary)])
 
-    def of(self, fact: NetFacts, part: str) -> list[Row]:
+    def of(self, net: PerturbedNet, part: str) -> list[Row]:
         """Rows of a net and a part."""
-        return [row for row in self.rows if row["net"] == fact.label and row["part"] == part]
+        return [row for row in self.rows if row["net"] == net.label and row["part"] == part]
 
-    def single(self, fact: NetFacts, part: str) -> float | None:
+    def single(self, net: PerturbedNet, part: str) -> float | None:
         """Accuracy of a part that is one evaluation."""
-        return next((row["top1"] for row in self.of(fact, part)), None)
+        return next((row["top1"] for row in self.of(net, part)), None)
 
-    def reference(self, fact: NetFacts) -> float | None:
+    def reference(self, net: PerturbedNet) -> float | None:
         """Accuracy of the quantized weights without a change."""
-        return self.single(fact, fact.reference)
+        return self.single(net, net.reference)
 
-    def summary(self, fact: NetFacts) -> dict[str, Any]:
+    def summary(self, net: PerturbedNet) -> dict[str, Any]:
         """All numbers of a net; a part that is missing has none."""
-        found: dict[str, Any] = {"top1": self.single(fact, "clean"), "bits": fact.width}
-        if fact.reference != "clean":
-            found["top1_quantized"] = self.reference(fact)
+        found: dict[str, Any] = {"top1": self.single(net, "clean"), "bits": net.width}
+        if net.reference != "clean":
+            found["top1_quantized"] = self.reference(net)
         numbers = {
-            "steps": self._step_numbers(fact),
-            "widths": dict(self._named_widths(fact)),
-            "power_of_two": self.single(fact, "power_of_two"),
-            "quantizers": self.policies(fact),
-            "corruptions": self._corruption_numbers(fact),
+            "steps": self._step_numbers(net),
+            "widths": dict(self._named_widths(net)),
+            "power_of_two": self.single(net, "power_of_two"),
+            "quantizers": self.policies(net),
+            "corruptions": self._corruption_numbers(net),
         }
         return found | {part: value for part, value in numbers.items() if value not in (None, {})}
 
-    def steps(self, fact: NetFacts) -> list[Row]:
+    def steps(self, net: PerturbedNet) -> list[Row]:
         """Rows by ratio; at 1 nothing is changed."""
-        found = self.of(fact, "steps")
-        same = [{**row, "ratio": 1.0} for row in self.of(fact, fact.reference)] if found and 1.0 in self.ratios else []
+        found = self.of(net, "steps")
+        same = [{**row, "ratio": 1.0} for row in self.of(net, net.reference)] if found and 1.0 in self.ratios else []
         return sorted([*found, *same], key=lambda row: row["ratio"])
 
-    def step_curve(self, fact: NetFacts) -> Curve:
+    def step_curve(self, net: PerturbedNet) -> Curve:
         """(ratio, percent)."""
-        return [(row["ratio"], row["top1"]) for row in self.steps(fact)]
+        return [(row["ratio"], row["top1"]) for row in self.steps(net)]
 
-    def _step_numbers(self, fact: NetFacts) -> dict[str, Any]:
-        curve, at_one = self.step_curve(fact), self.reference(fact)
+    def _step_numbers(self, net: PerturbedNet) -> dict[str, Any]:
+        curve, at_one = self.step_curve(net), self.reference(net)
         if at_one is None or len(curve) < 2:
             return {}
         return {"at_1": at_one, **curve_numbers(curve, at_one), "ratios": len(curve), "ratios_wanted": len(self.ratios)}
 
-    def widths(self, fact: NetFacts) -> list[Row]:
+    def widths(self, net: PerturbedNet) -> list[Row]:
         """Rows by bits; at the width as trained, if all weights have one, nothing is changed."""
-        found = self.of(fact, "bits")
+        found = self.of(net, "bits")
         known = {row["bits"] for row in found}
-        same = [{**row, "bits": fact.width} for row in self.of(fact, "clean")] if found and fact.width in {*self.bits} - known else []
+        same = [{**row, "bits": net.width} for row in self.of(net, "clean")] if found and net.width in {*self.bits} - known else []
         return sorted([*found, *same], key=lambda row: row["bits"])
 
-    def width_curve(self, fact: NetFacts) -> Curve:
+    def width_curve(self, net: PerturbedNet) -> Curve:
         """(bits, percent)."""
-        return [(row["bits"], row["top1"]) for row in self.widths(fact)]
+        return [(row["bits"], row["top1"]) for row in self.widths(net)]
 
-    def _named_widths(self, fact: NetFacts) -> Iterator[tuple[str, float]]:
-        for bits, top1 in self.width_curve(fact):
+    def _named_widths(self, net: PerturbedNet) -> Iterator[tuple[str, float]]:
+        for bits, top1 in self.width_curve(net):
             yield "float" if bits == FLOAT_BITS else f"{bits:g}", top1
 
-    def policies(self, fact: NetFacts) -> dict[str, float]:
+    def policies(self, net: PerturbedNet) -> dict[str, float]:
         """Percent by policy, those with several draws averaged."""
         draws: dict[str, list[float]] = {}
-        for row in self.of(fact, "quantizers"):
+        for row in self.of(net, "quantizers"):
             draws.setdefault(row["policy"], []).append(row["top1"])
         return {policy: statistics.fmean(values) for policy, values in draws.items()}
 
-    def _corruption_numbers(self, fact: NetFacts) -> dict[str, Any]:
+    def _corruption_numbers(self, net: PerturbedNet) -> dict[str, Any]:
         """Means over kinds and severities, in percent and as a share of the clean accuracy."""
-        rows, clean = self.of(fact, "corruptions"), self.single(fact, "clean")
+        rows, clean = self.of(net, "corruptions"), self.single(net, "clean")
         if not rows:
             return {}
         kinds = {kind: statistics.fmean(r["top1"] for r in rows if r["kind"] == kind) for kind in dict.fromkeys(r["kind"] for r in rows)}
@@ -171,68 +155,68 @@ class RobustnessResults:
         return {"mean": mean, "relative": mean / clean if clean else None, "worst": worst, "kinds": kinds}
 
     def _tables(self) -> Iterator[Table]:
-        yield Table("step_sizes", "Accuracy over the ratio of all weight steps", [row for f in self.facts for row in self._step_rows(f)])
-        yield Table("bit_widths", "Accuracy over the width of the weights", [row for f in self.facts for row in self._width_rows(f)])
-        yield Table("policies", "Accuracy under other quantizers of the weights", [row for f in self.facts for row in self._policy_rows(f)])
-        yield Table("corruptions", "Accuracy on corrupted images, by severity", [row for f in self.facts for row in self._damage_rows(f)])
+        yield Table("step_sizes", "Accuracy over the ratio of all weight steps", [row for s in self.nets for row in self._step_rows(s)])
+        yield Table("bit_widths", "Accuracy over the width of the weights", [row for s in self.nets for row in self._width_rows(s)])
+        yield Table("policies", "Accuracy under other quantizers of the weights", [row for s in self.nets for row in self._policy_rows(s)])
+        yield Table("corruptions", "Accuracy on corrupted images, by severity", [row for s in self.nets for row in self._damage_rows(s)])
 
-    def _step_rows(self, fact: NetFacts) -> Iterator[Row]:
-        at_one = self.reference(fact)
-        for row in self.steps(fact):
+    def _step_rows(self, net: PerturbedNet) -> Iterator[Row]:
+        at_one = self.reference(net)
+        for row in self.steps(net):
             share = row["top1"] / at_one if at_one else math.nan
-            yield {"net": fact.label, "ratio": row["ratio"], **_measured(row), "share of ratio 1": share}
+            yield {"net": net.label, "ratio": row["ratio"], **_measured(row), "share of ratio 1": share}
 
-    def _width_rows(self, fact: NetFacts) -> Iterator[Row]:
-        for row in self.widths(fact):
-            yield {"net": fact.label, "bits": row["bits"], **_measured(row), "as trained": int(row["part"] == "clean")}
+    def _width_rows(self, net: PerturbedNet) -> Iterator[Row]:
+        for row in self.widths(net):
+            yield {"net": net.label, "bits": row["bits"], **_measured(row), "as trained": int(row["part"] == "clean")}
 
-    def policy_dots(self, fact: NetFacts) -> dict[str, float]:
+    def policy_dots(self, net: PerturbedNet) -> dict[str, float]:
         """Percent by what is done to the weights, nothing first."""
-        found = self.policies(fact)
-        power, reference = self.single(fact, "power_of_two"), self.reference(fact)
+        found = self.policies(net)
+        power, reference = self.single(net, "power_of_two"), self.reference(net)
         if power is not None:
             found = {"steps to powers of two": power, **found}
         return {"none": reference, **found} if found and reference is not None else found
 
-    def _policy_rows(self, fact: NetFacts) -> Iterator[Row]:
-        reference = self.reference(fact)
-        for policy, top1 in self.policy_dots(fact).items():
-            draws = [row["top1"] for row in self.of(fact, "quantizers") if row["policy"] == policy]
+    def _policy_rows(self, net: PerturbedNet) -> Iterator[Row]:
+        reference = self.reference(net)
+        for policy, top1 in self.policy_dots(net).items():
+            draws = [row["top1"] for row in self.of(net, "quantizers") if row["policy"] == policy]
             spread = statistics.stdev(draws) if len(draws) > 1 else 0.0
             change = math.nan if reference is None else top1 - reference
-            named = {"net": fact.label, "change": policy, "top-1 (%)": top1, "difference (points)": change}
+            named = {"net": net.label, "change": policy, "top-1 (%)": top1, "difference (points)": change}
             yield {**named, "draws": max(len(draws), 1), "standard deviation": spread}
 
-    def _damage_rows(self, fact: NetFacts) -> Iterator[Row]:
-        rows, clean = self.of(fact, "corruptions"), self.single(fact, "clean")
+    def _damage_rows(self, net: PerturbedNet) -> Iterator[Row]:
+        rows, clean = self.of(net, "corruptions"), self.single(net, "clean")
         for kind in dict.fromkeys(row["kind"] for row in rows):
             found = {row["severity"]: row["top1"] for row in rows if row["kind"] == kind}
             mean = statistics.fmean(found.values())
-            levels = {f"level {s}": level_of(kind, s, fact.side) for s in self.severities}
+            levels = {f"level {s}": level_of(kind, s, net.side) for s in self.severities}
             percents = {f"severity {s} (%)": found.get(s, math.nan) for s in self.severities}
             shares = {"mean (%)": mean, "share of clean": mean / clean if clean else math.nan}
-            yield {"net": fact.label, "corruption": kind, **percents, **shares, **levels}
+            yield {"net": net.label, "corruption": kind, **percents, **shares, **levels}
 
     def _drawings(self) -> Iterator[Drawing]:
-        steps = {f.label: (self.step_curve(f), self.reference(f)) for f in self.facts if len(self.step_curve(f)) > 1}
+        steps = {s.label: (self.step_curve(s), self.reference(s)) for s in self.nets if len(self.step_curve(s)) > 1}
         if steps:
             yield drawings.step_sizes(steps, TOLERANCE)
-        widths = {f.label: (self.width_curve(f), f.width, self.single(f, "clean")) for f in self.facts if len(self.width_curve(f)) > 1}
+        widths = {s.label: (self.width_curve(s), s.width, self.single(s, "clean")) for s in self.nets if len(self.width_curve(s)) > 1}
         if widths:
             yield drawings.bit_widths(widths)
-        policies = {f.label: {k: [Dot(v)] for k, v in self.policy_dots(f).items()} for f in self.facts if self.policy_dots(f)}
+        policies = {s.label: {k: [Dot(v)] for k, v in self.policy_dots(s).items()} for s in self.nets if self.policy_dots(s)}
         if policies:
             yield drawings.policies(policies)
-        damages = {f.label: self._damage_dots(f) for f in self.facts if self.of(f, "corruptions")}
+        damages = {s.label: self._damage_dots(s) for s in self.nets if self.of(s, "corruptions")}
         if damages:
             yield drawings.corruptions(damages, self.severities)
 
-    def _damage_dots(self, fact: NetFacts) -> dict[str, list[Dot]]:
+    def _damage_dots(self, net: PerturbedNet) -> dict[str, list[Dot]]:
         dots: dict[str, list[Dot]] = {}
-        clean = self.single(fact, "clean")
+        clean = self.single(net, "clean")
         if clean is not None:
             dots["none"] = [Dot(clean)]
-        for row in self.of(fact, "corruptions"):
+        for row in self.of(net, "corruptions"):
             dots.setdefault(row["kind"], []).append(Dot(row["top1"], row["severity"]))
         return dots
 

@@ -26,7 +26,7 @@ from qat.analysis.robustness.evaluations import (
     policy_points,
     step_points,
 )
-from qat.analysis.robustness.findings import NetFacts, RobustnessResults
+from qat.analysis.robustness.findings import RobustnessResults
 from qat.errors import UsageError
 from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_int, check_number
 
@@ -122,9 +122,8 @@ class Robustness(Analysis):
     def outcome(self, nets: Sequence[StudiedNet], rows: Sequence[Row]) -> Outcome:
         """Curves, their figures, and what stands out."""
         subjects = [self.subject(net) for net in nets]
-        facts = [NetFacts(s.studied.label, s.width, min(s.studied.input_size[1:]), s.reference) for s in subjects]
         warnings = [advice for subject in subjects for advice in self._advice(subject)]
-        return RobustnessResults(facts, rows, self.factors(), self.bits, self.severities).outcome(warnings)
+        return RobustnessResults(subjects, rows, self.factors(), self.bits, self.severities).outcome(warnings)
 
     def factors(self) -> list[float]:
         """The factors on the steps; what a table shows of them is what they are."""
@@ -185,7 +184,7 @@ class Robustness(Analysis):
         return kinds
 
     def _advice(self, subject: PerturbedNet) -> Iterator[Advice]:
-        label, unknown = subject.studied.label, subject.weights.left_alone
+        label, unknown = subject.label, subject.weights.left_alone
         if left := self._left_out(subject):
             what, _, fix = _why_not(subject, left).partition("; ")
             yield Advice(label, what, fix)
@@ -198,9 +197,9 @@ class Robustness(Analysis):
 def _why_not(subject: PerturbedNet, left: str) -> str:
     """One line about parts that cannot be had of a net."""
     if subject.weights.is_float:
-        return f"{subject.studied.label} has no quantized weights for {left}; analysis.float_bits=4 quantizes them first"
+        return f"{subject.label} has no quantized weights for {left}; analysis.float_bits=4 quantizes them first"
     allowed = "must be one of statsq, lsq, minmax and those of ptq.py"
-    return f"{subject.studied.label} has no weights on a grid that is known for {left}; {allowed}"
+    return f"{subject.label} has no weights on a grid that is known for {left}; {allowed}"
 
 
 def _check_list(setting: str, value: object, allowed: str) -> None:

@@ -66,11 +66,17 @@ def sensitivity_outcome(
         rows += [figure.as_row(label) for figure in figures]
         suggestions = _suggestions(label, apart, findings, mixes[label])
         picked = next((mix for key, mix in mixes[label] if key["measure"] == SUGGESTED), None)
-        drawings += _drawings(label, figures, widths, picked, f"-{number + 1}" if len(taken) > 1 else "")
+        ending = f"-{number + 1}" if len(taken) > 1 else ""
+        drawn = (
+            draw_bars(label, figures, f"sensitivity{ending}"),
+            draw_bits(label, figures, widths, picked, f"sensitivity_bits{ending}"),
+        )
+        drawings += [drawing for drawing in drawn if drawing is not None]
         summary[label] = _summary(label, figures, findings, suggestions)
-        chosen += [{"net": label, **_flat(entry)} for entry in suggestions]
-    drawn = draw_mixes(chosen, {label: findings.row(label, AS_IS) for label, _ in taken})
-    drawings += [drawn] if drawn else []
+        # Without what is no single figure; the bits of the parts are in the setting.
+        chosen += [{"net": label, **{k: v for k, v in entry.items() if k != "bits_of_parts"}} for entry in suggestions]
+    mixed = draw_mixes(chosen, {label: findings.row(label, AS_IS) for label, _ in taken})
+    drawings += [mixed] if mixed else []
     tables = [Table("sensitivity", "Parts and what their quantization costs", rows)]
     if chosen:
         tables.append(Table("mixed_precision", "Bits under a size, and equal bits everywhere", chosen))
@@ -114,11 +120,6 @@ def _suggestions(label: str, apart: TakenApart, findings: SensitivityResults, mi
     return found
 
 
-def _flat(entry: Mapping[str, Any]) -> Row:
-    """Without what is no single figure; the bits of the parts are in the setting."""
-    return {name: value for name, value in entry.items() if name != "bits_of_parts"}
-
-
 def _summary(
     label: str, figures: Sequence[PartFigures], findings: SensitivityResults, suggestions: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -133,11 +134,6 @@ def _summary(
             worst, change = max(known, key=lambda entry: entry[1] if name == ONLY else -entry[1])
             found[f"most_sensitive_{name}"] = {"part": worst, "loss_change": change}
     return found | ({"suggestions": list(suggestions)} if suggestions else {})
-
-
-def _drawings(label: str, figures: Sequence[PartFigures], widths: Sequence[int], picked: Mix | None, ending: str) -> list[Drawing]:
-    drawn = draw_bars(label, figures, f"sensitivity{ending}"), draw_bits(label, figures, widths, picked, f"sensitivity_bits{ending}")
-    return [drawing for drawing in drawn if drawing is not None]
 
 
 def _warnings(taken: Sequence[tuple[str, TakenApart]]) -> list[Advice]:

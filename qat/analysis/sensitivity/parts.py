@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import nn
 
@@ -108,7 +109,8 @@ def take_apart(net: nn.Module, input_size: tuple[int, int, int], by: str) -> Tak
     done = conversion_of(net)
     recipe = None if done is None else done.recipe
     blocks = tuple(find_blocks(found.net))
-    namings: dict[str, Callable[[Site], str]] = {"site": _site, "module": _module, "block": functools.partial(_block, blocks)}
+    block_of = functools.partial(_block, blocks)
+    namings: dict[str, Callable[[Site], str]] = {"site": attrgetter("name"), "module": attrgetter("layer"), "block": block_of}
     name_of = namings[by]
     grids: Mapping[Quantizer, GridSite] = {weight.quantizer: weight for weight in found.sites}
     members: dict[str, list[Site]] = {}
@@ -140,20 +142,12 @@ def _obstacles(sites: list[Site], weights: tuple[GridSite, ...], recipe: QuantRe
             yield f"a rule about the bits of the {weight.place} is about its input too"
 
 
-def _site(site: Site) -> str:
-    return site.name
-
-
-def _module(site: Site) -> str:
-    return site.name.rpartition(".")[0]
-
-
 def _block(blocks: tuple[str, ...], site: Site) -> str:
     """The block around a site; in a net without blocks the path up to the first number, `layer1.0`; else its module."""
     around = next((block for block in blocks if site.name.startswith(f"{block}.")), None)
     if around is not None:
         return around
-    path = _module(site).split(".")
+    path = site.layer.split(".")
     numbered = next((i for i, name in enumerate(path) if name.isdigit()), len(path) - 1)
     return ".".join(path[: numbered + 1])
 

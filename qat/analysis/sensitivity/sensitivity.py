@@ -79,7 +79,9 @@ class Sensitivity(Analysis):
             apart = self._apart(studied)
             for budget in self.budgets:
                 NetSizes(apart, self.bits).check(studied.label, budget)
-            part_points = list(self._points_of_parts(studied.label, apart))
+            part_points = [
+                point for measure in self.measures for part in apart.parts for point in self._points_of(studied.label, apart, part, measure)
+            ]
             if not part_points:
                 raise UsageError(
                     f"analysis.measures={list(self.measures)}: {studied.label} has nothing of the kind; a float net has {BITS}"
@@ -125,11 +127,6 @@ class Sensitivity(Analysis):
 
     def _steps_from(self, apart: TakenApart) -> str:
         return self.steps_from or ("mse" if apart.weights.is_float else "own")
-
-    def _points_of_parts(self, label: str, apart: TakenApart) -> Iterator[EvaluationPoint]:
-        for measure in self.measures:
-            for part in apart.parts:
-                yield from self._points_of(label, apart, part, measure)
 
     def _points_of(self, label: str, apart: TakenApart, part: Part, measure: str) -> Iterator[EvaluationPoint]:
         key = {"net": label, "measure": measure, "part": part.name}

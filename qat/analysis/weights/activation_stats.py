@@ -21,13 +21,11 @@ class CodeCounts:
     """Of one quantizer, summed over batches.
 
     Attributes:
-        low: lowest code.
         counts: (levels,) int64, how often each code occurred.
         clipped: how many values lay beyond the outermost levels by more than half a step.
         lowest, highest: of the values.
     """
 
-    low: int
     counts: Tensor
     clipped: Tensor | None
     lowest: Tensor
@@ -54,7 +52,6 @@ class ActivationStats:
         role: what it quantizes.
         quantizer: its name.
         bits: of a code.
-        low, high: lowest and highest code.
         scales: number of them.
         step: smallest, median and largest; NaN where there is none that is stored.
         zero_point: smallest and largest; NaN without.
@@ -67,8 +64,6 @@ class ActivationStats:
     role: str
     quantizer: str
     bits: int
-    low: int
-    high: int
     scales: int
     step: tuple[float, float, float]
     zero_point: tuple[float, float]
@@ -76,11 +71,6 @@ class ActivationStats:
     after: float | None
     represents: tuple[float, float]
     seen: CodeCounts | None = field(default=None, repr=False)
-
-    @property
-    def levels(self) -> int:
-        """How many there are."""
-        return self.high - self.low + 1
 
 
 def activation_stats(net: nn.Module, seen: dict[str, CodeCounts]) -> list[ActivationStats]:
@@ -101,14 +91,11 @@ def _stats(site: Site, seen: CodeCounts | None) -> ActivationStats:
     step = (math.nan,) * 3 if uniform is None else spread_of(uniform.step)
     zeros = uniform.zero_point if uniform is not None and isinstance(uniform.zero_point, Tensor) else None
     before, after = (None, None) if grid is None else (grid.before, grid.after)
-    low, high = _bounds(quantizer, grid)
     return ActivationStats(
         site=site.name,
         role=site.role,
         quantizer=quantizer.spec.quantizer,
         bits=quantizer.spec.bits,
-        low=low,
-        high=high,
         scales=quantizer.n_scales,
         step=(step[0], step[1], step[2]),
         zero_point=(math.nan, math.nan) if zeros is None else (float(zeros.min()), float(zeros.max())),
@@ -124,10 +111,6 @@ def _in_steps(offset: Tensor | None, step: float) -> float | None:
         return None
     largest = float(offset.abs().max())
     return largest / step if step > 0 else largest
-
-
-def _bounds(quantizer: Quantizer, grid: Grid | None) -> tuple[int, int]:
-    return (quantizer.spec.qmin, quantizer.spec.qmax) if grid is None else (grid.qmin, grid.qmax)
 
 
 def _represented(grid: Grid) -> tuple[float, float]:
@@ -164,13 +147,13 @@ def _watcher(name: str, seen: dict[str, CodeCounts]) -> Callable[[nn.Module, tup
 def watched(quantizer: Quantizer, x: Tensor) -> CodeCounts:
     """What one tensor shows."""
     grid = quantizer.grid(x)
-    low, high = _bounds(quantizer, grid)
+    low, high = (quantizer.spec.qmin, quantizer.spec.qmax) if grid is None else (grid.qmin, grid.qmax)
     codes = quantizer.codes(x).flatten().int()
     z = None if grid is None else grid.to_code_coordinates(x)
     clipped = None if z is None else ((z < low - 0.5) | (z > high + 0.5)).sum()
     # A code outside the bounds, which a quantizer of the user's may have, counts as the outermost one.
     counts = torch.bincount((codes - low).clamp(0, high - low), minlength=high - low + 1)
-    return CodeCounts(low, counts, clipped, *x.detach().float().aminmax())
+    return CodeCounts(counts, clipped, *x.detach().float().aminmax())
 
 
 def joined(before: CodeCounts | None, now: CodeCounts) -> CodeCounts:
@@ -179,7 +162,7 @@ def joined(before: CodeCounts | None, now: CodeCounts) -> CodeCounts:
         return now
     clipped = None if before.clipped is None or now.clipped is None else before.clipped + now.clipped
     lowest, highest = torch.minimum(before.lowest, now.lowest), torch.maximum(before.highest, now.highest)
-    return CodeCounts(now.low, before.counts + now.counts, clipped, lowest, highest)
+    return CodeCounts(before.counts + now.counts, clipped, lowest, highest)
 
 
 def unused_levels(usage: Sequence[float]) -> int:

@@ -140,7 +140,7 @@ def masters(net: nn.Module, *, factors: bool) -> Iterator[Master]:
     found: dict[str, list[Site]] = defaultdict(list)
     for site in iter_quantizers(net):
         if site.is_weight:
-            found[site.name.rpartition(".")[0]].append(site)
+            found[site.layer].append(site)
     for name, module in net.named_modules():
         for site in found.get(name, ()):
             yield Master(name, site.role, site.latent().detach(), None if site.quantizer.is_float else site.quantizer)

@@ -51,7 +51,8 @@ class WeightAnalysis(Analysis):
     activation_images: int = 128
 
     def __post_init__(self) -> None:
-        if self.layers is not None and not _is_list_of_globs(self.layers):
+        is_list = isinstance(self.layers, list | tuple) and all(isinstance(glob, str) and glob for glob in self.layers)
+        if self.layers is not None and not is_list:
             raise UsageError(f"analysis.layers={self.layers!r}: must be null or a list of globs such as ['blocks.0.*']")
         check_int("analysis.max_panels", self.max_panels, 1)
         check_int("analysis.activation_images", self.activation_images, 1)
@@ -192,7 +193,3 @@ def _summary(weights: Sequence[WeightStats], activations: Sequence[ActivationSta
             "tensors_with_unused_levels": sum(codes.unused > 0 for _, codes in coded),
         }
     return summary
-
-
-def _is_list_of_globs(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(glob, str) and glob for glob in value)
