@@ -75,7 +75,7 @@ COSTS := outputs/costs
 LOGGED := set -o pipefail; export PYTHONPATH=. OMP_NUM_THREADS=1;
 step-time step-count step-demo peers extras-cost latency: SHELL := bash
 
-step-time: $(READY) ## time and memory of a quantized training step in those of a float step: DeiT-T eager and compiled; DeiT-S, Swin-T eager (30 minutes)
+step-time: $(READY) ## time and memory of a quantized training step in those of a float step: DeiT-T eager and compiled; DeiT-S, Swin-T eager (40 minutes)
 	@$(LOGGED) { \
 	  $(BIN)/python benchmarks/step_time.py --compiled --out $(COSTS)/step.json && echo && \
 	  $(BIN)/python benchmarks/step_time.py --batch 16 --rounds 5 --out $(COSTS)/step-16.json && echo && \
