@@ -81,7 +81,7 @@ def _overview(claim: Claim, evidence: Evidence) -> list[str]:
 
 
 def section(claim: Claim, evidence: Evidence) -> str:
-    """The part of one claim, seen from `docs/`: what is said, what was measured, what follows, and what runs it again."""
+    """The part of one claim, seen from `docs/`: what is said, what follows, what was measured, and what runs it again."""
     found = verdict.find(claim, evidence)
     parts = [
         f'<a id="{claim.id.lower()}"></a>',
@@ -89,8 +89,8 @@ def section(claim: Claim, evidence: Evidence) -> str:
         f"Source: {_ARXIV.sub(_LINK, claim.source)}.",
         f"> {claim.statement}".replace("\n", "\n> "),
         *(_answered(claim, one) for one in found[:1]),
-        *_shown(claim, evidence, found[1:]),
         evidence.filled(claim, claim.why),
+        *_shown(claim, evidence, found[1:]),
         _made(claim, evidence),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
