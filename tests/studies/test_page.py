@@ -41,6 +41,8 @@ Source: Paper, [arXiv 2302.02210](https://arxiv.org/abs/2302.02210).
 
 **C1: too small to see.** top-1: +2.00 [-0.48, +4.48] over 3 seeds; expected above 0.
 
+It gains +2.0 ± 1.0 points.
+
 In per cent.
 
 | | top-1 | loss | seeds |
@@ -58,8 +60,6 @@ Further differences, described and not judged:
 ![top-1, % over bits: New, Old](figures/c01-bits.svg)
 
 *By bits.*
-
-It gains +2.0 ± 1.0 points.
 
 `python -m studies run C1` makes these runs (6 runs, 6.0 minutes in all); records: [results/C1](../results/C1).
 """
