@@ -115,7 +115,7 @@ def test_a_run(tmp_path, float_run):
 def test_the_composed_loss():
     loss = build.build_loss(compose("train", "loss=kd_features", "run_dir=a"))
     assert {name: term.weight for name, term in loss.terms.items()} == {"kd": 1.0, "features": 40.0}
-    assert (loss.terms["kd"].hard_weight, loss.blocks) == (0.0, "all")
+    assert (loss.terms["kd"].hard_weight, loss.terms["features"].schedule, loss.blocks) == (1.0, "cosine", "last")
     assert build.build_loss(compose("train", "loss=kd", "run_dir=a")).blocks is None
 
 
@@ -132,8 +132,8 @@ def test_a_teacher_of_another_depth(tmp_path):
     deeper = train(tmp_path / "deeper", "quant=fp", "++model.args.depth=2")
     settings = ("loss=kd_features", f"teacher.ckpt={deeper}/checkpoints/best.ckpt")
     with pytest.raises(qat.UsageError, match="the teacher has to be of the same architecture"):
-        train(tmp_path / "all", *settings)
-    train(tmp_path / "last", *settings, "loss.features_blocks=last")
+        train(tmp_path / "all", *settings, "loss.features_blocks=all")
+    train(tmp_path / "last", *settings)
 
 
 @pytest.mark.long
