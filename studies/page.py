@@ -228,7 +228,8 @@ def _reached(one: verdict.Found) -> str:
     if not one.differences:
         return "not run yet"
     seeds = f"{len(one.differences)} seed{'s' * (len(one.differences) != 1)}"
-    return f"{_difference(one)}, {seeds}, {'reached' if one.is_reached else '*missed*'}"
+    said = verdict.OPEN if len(one.differences) < verdict.SEEDS else "reached" if one.is_reached else "*missed*"
+    return f"{_difference(one)}, {seeds}, {said}"
 
 
 def _count(evidence: Evidence) -> str:

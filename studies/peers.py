@@ -9,13 +9,11 @@ memory beside theirs. A run that was cut short begins anew; one that has results
 from __future__ import annotations
 
 import logging
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from torch import nn
 
 from benchmarks.step_arms import MIB, saved_bytes
 from qat.cli import entry
-from qat.cli.results import PACKAGES, recipe_fields, write_results
+from qat.cli.results import library_versions, recipe_fields, write_results
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit import QATModule
@@ -211,8 +209,7 @@ def _take_best(trainer: Trainer, module: QATModule) -> float:
 
 
 def _write(choice: Choice, cfg: DictConfig, figures: dict[str, Any]) -> dict[str, Any]:
-    packages = [*PACKAGES, *([] if choice.bits is None else [PEERS[choice.library].package])]
-    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    versions = library_versions(*([] if choice.bits is None else [PEERS[choice.library].package]))
     quant = recipe_fields(build.build_recipe(cfg))["quant"] if choice.bits is None else f"{choice.library}_{choice.bits}bit"
     results = write_results(cfg, command="peers", quant=quant, **figures, library=choice.library, bits=choice.bits, versions=versions)
     log.info("test top-1 %.2f %%, step %.3f s; outputs in %s", results["top1"], results["step_seconds"], cfg.run_dir)

@@ -66,7 +66,7 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
         "device": _device(cfg),
         "finished": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
         "git_commit": _git_commit(),
-        "versions": _versions(),
+        "versions": library_versions(),
     }
     results = dict.fromkeys(KEYS) | known | values
     results = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in results.items()}
@@ -109,8 +109,9 @@ def _device(cfg: DictConfig) -> str:
     return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+def library_versions(*more: str) -> dict[str, str]:
+    """Versions of Python, qat and the libraries that it stands on, and of packages that are named."""
+    found = {name: importlib.metadata.version(name) for name in (*PACKAGES, *more)}
     return {"python": platform.python_version(), "qat": qat.__version__, **found}
 
 

@@ -169,6 +169,8 @@ def test_aims_are_reached_or_missed(root):
         "- by 2: +2.00 [-0.48, +4.48], 3 seeds, reached",
         "- by 2.1: +2.00 [-0.48, +4.48], 3 seeds, *missed*",
     ]
+    (root / page.RESULTS / "C1" / "new-seed2.json").unlink()
+    assert "- by 2: +1.50 [-4.85, +7.85], 2 seeds, not decided yet" in page.readme_block(read(root))
 
 
 def test_a_claim_without_arms_speaks_of_the_others(root):

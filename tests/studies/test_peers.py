@@ -149,6 +149,7 @@ def test_a_run_leaves_results_and_is_not_repeated(tmp_path, float_run, caplog):
     assert main(arguments) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["command"], results["quant"], results["bits"], results["seed"]) == ("peers", "torch_ao_4bit", 4, 0)
+    assert {"python", "qat", "torch"} <= set(results["versions"])
     assert results["what"].startswith("Linears: W4 per channel, learned step; A4 per tensor")
     assert results["saved_mb"] > 0
     assert results["peak_rss_mb"] > 100
