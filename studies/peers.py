@@ -106,9 +106,9 @@ def composed(arguments: Sequence[str]) -> tuple[Choice, DictConfig]:
     rest = [argument for argument in arguments if not argument.startswith(("library=", "bits="))]
     library, bits = own.get("library", ""), own.get("bits")
     if library not in {OURS, *PEERS}:
-        raise UsageError(f"library={library!r}: allowed are {OURS}, {', '.join(PEERS)}")
+        raise UsageError(f"library={library!r}: must be one of {OURS}, {', '.join(PEERS)}")
     if (library == OURS) != (bits is None) or (bits is not None and not bits.isdecimal()):
-        raise UsageError(f"bits={bits!r}: allowed is a whole number, for {', '.join(PEERS)}; of {OURS} quant=... says them")
+        raise UsageError(f"bits={bits!r}: must be a whole number, for {', '.join(PEERS)}; of {OURS} quant=... says them")
     if library != OURS and any(one.startswith("quant") for one in rest):
         raise UsageError(f"quant: only {OURS} reads it; library={library} has bits=...")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

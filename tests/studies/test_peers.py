@@ -109,9 +109,9 @@ def test_a_convolution_keeps_all_but_its_values():
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["bits=2"], "library='': allowed are qat, brevitas, torchao, torch_ao"),
-        (["library=brevitas"], "bits=None: allowed is a whole number, for brevitas, torchao, torch_ao; of qat quant=... says them"),
-        (["library=qat", "bits=2"], "bits='2': allowed is a whole number, for brevitas, torchao, torch_ao; of qat quant=... says them"),
+        (["bits=2"], "library='': must be one of qat, brevitas, torchao, torch_ao"),
+        (["library=brevitas"], "bits=None: must be a whole number, for brevitas, torchao, torch_ao; of qat quant=... says them"),
+        (["library=qat", "bits=2"], "bits='2': must be a whole number, for brevitas, torchao, torch_ao; of qat quant=... says them"),
         (["library=torchao", "bits=2", "quant=ofq_2bit"], "quant: only qat reads it; library=torchao has bits=..."),
         (["library=qat", "sed=1"], "Could not override 'sed'. To append to your config use +sed=1"),
     ],
