@@ -77,6 +77,9 @@ class ImageData(LightningDataModule, ABC):
     Args:
         settings: fields of `DataSettings`.
 
+    Attributes:
+        tested: the split that an evaluation takes; None = `test`, or `val` where there is no test split.
+
     Raises:
         UsageError: unknown setting, or a value that cannot work.
     """
@@ -87,6 +90,7 @@ class ImageData(LightningDataModule, ABC):
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.settings = self.complete(settings)
+        self.tested: str | None = None
         self._splits: dict[str, ImageSource] = {}
 
     @classmethod
@@ -152,8 +156,8 @@ class ImageData(LightningDataModule, ABC):
 
     @property
     def evaluation_split(self) -> str:
-        """`test`, or `val` where there is no test split."""
-        return "test" if "test" in self.splits else "val"
+        """`tested`; without it `test`, or `val` where there is no test split."""
+        return self.tested or ("test" if "test" in self.splits else "val")
 
     def evaluation_facts(self) -> dict[str, Any]:
         """What an accuracy on `evaluation_split` is to be seen beside: the split, its images, the share in % of its most frequent class."""
@@ -233,7 +237,7 @@ class ImageData(LightningDataModule, ABC):
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """The test split in order, or validation where there is none."""
+        """`evaluation_split` in order, not augmented."""
         return self._evaluation_loader(self.evaluation_split)
 
     def _evaluation_loader(self, split: str) -> DataLoader:

@@ -41,7 +41,7 @@ DOWNLOADED = ("hfds/", "hfids/", "tfds/")
 
 
 def evaluate(cfg: DictConfig) -> float | None:
-    """Evaluate one net on the test split (val where there is none), or with `predict` on images without labels.
+    """Evaluate one net on `split` (null: test, val where there is none), or with `predict` on images without labels.
 
     Args:
         cfg: composed from `conf/eval.yaml`; `cfg.run_dir` is the job's directory.
@@ -56,7 +56,10 @@ def evaluate(cfg: DictConfig) -> float | None:
     check_settings(cfg)
     build.import_modules(cfg)
     paths = None if cfg.predict is None else find_images(str(cfg.predict))
+    if paths is not None and cfg.split is not None:
+        raise UsageError(f"split={cfg.split!r}: must be null with predict, whose images are no split")
     subject = build_subject(cfg)
+    subject.data.tested = cfg.split
     if is_first() and not (Path(cfg.run_dir) / "checkpoints").exists():  # else the config there is that of the training run
         record_run(cfg)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))

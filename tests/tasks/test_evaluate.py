@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 import qat
 from qat.data import Cifar10, Digits
+from qat.errors import UsageError
 from qat.model.checkpoint import META_KEY, read_checkpoint
 from qat.tasks import build
 from qat.tasks.evaluate import settle_data
@@ -20,9 +21,9 @@ MODEL = [o for o in TINY if "model.args" in o]
 
 
 @torch.no_grad()
-def counted(net, data):
-    """Top-1 in percent and mean cross-entropy on the test split."""
-    batches = [(net.eval()(images).log_softmax(-1), target) for images, target in data.test_dataloader()]
+def counted(net, data, split="test"):
+    """Top-1 in percent and mean cross-entropy on a split."""
+    batches = [(net.eval()(images).log_softmax(-1), target) for images, target in data.sample(split)]
     log_p, target = (torch.cat(t) for t in zip(*batches, strict=True))
     return 100 * (log_p.argmax(-1) == target).float().mean().item(), -log_p[torch.arange(len(target)), target].mean().item()
 
@@ -46,6 +47,22 @@ def test_accuracy_is_that_of_the_rebuilt_net(tmp_path, run_4bit):
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert (found["command"], found["quant"], found["data"], found["split"]) == ("eval", "ofq_4bit", "digits", "test")
     assert found["weights"] == str(last(run_4bit))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_another_split(tmp_path, run_4bit, split):
+    found = evaluate(tmp_path, f"ckpt={last(run_4bit)}", f"split={split}")
+    data = Digits(**DIGITS)
+    top1, loss = counted(qat.load(last(run_4bit)), data, split)
+    assert (found["split"], found["images"]) == (split, len(data.split(split)))
+    assert found["top1"] == pytest.approx(top1)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_photos_are_no_split(tmp_path, run_4bit):
+    write_image(tmp_path / "photo.png", 8, 8)
+    with pytest.raises(UsageError, match=r"split='val': must be null with predict"):
+        evaluate(tmp_path, f"ckpt={last(run_4bit)}", f"predict={tmp_path / 'photo.png'}", "split=val")
 
 
 @pytest.mark.parametrize("size", [7, 360])
