@@ -65,7 +65,7 @@ class Evidence:
 
     def values(self, claim: Claim, arm: str, metric: str) -> dict[int, float]:
         """A metric by seed, of the runs that have measured it."""
-        found = ((record.seed, record.metrics.get(metric)) for record in self.records(claim, arm))
+        found = ((record.seed, record.values.get(metric)) for record in self.records(claim, arm))
         return {seed: value for seed, value in found if value is not None}
 
     def measured(self, claim: Claim, arm: str, metric: str) -> dict[int, float]:
@@ -75,8 +75,8 @@ class Evidence:
             UsageError: there are runs, and none knows the metric.
         """
         records = self.records(claim, arm)
-        if records and not any(metric in record.metrics for record in records):
-            known = sorted({name for record in records for name in record.metrics})
+        if records and not any(metric in record.values for record in records):
+            known = sorted({name for record in records for name in record.values})
             raise UsageError(f"{claim.file}: {arm}.{metric}: must be one of {', '.join(known)}")
         return self.values(claim, arm, metric)
 

@@ -165,7 +165,7 @@ def results(claim: Claim, table: Table, evidence: Evidence) -> str:
     """
     is_complete = all(evidence.records(claim, arm) for arm in table.rows)
     for metric in table.columns:
-        if is_complete and not any(metric in record.metrics for arm in table.rows for record in evidence.records(claim, arm)):
+        if is_complete and not any(metric in record.values for arm in table.rows for record in evidence.records(claim, arm)):
             raise UsageError(f"{claim.file}: columns {metric!r} of a table: must be a metric of one of its rows")
     rows = []
     for arm in table.rows:

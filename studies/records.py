@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 from qat.errors import UsageError
 from qat.utils.files import write_text
 from studies.claims import mapped
+
+# Epochs of a training whose end is a mean of several.
+SHORTEST = 12
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Record:
         command: the one that trains or quantizes.
         further_commands: those behind it, by name.
         starts: arms whose kept weights it began from or was taught by, with their digests.
-        metrics: name to value.
+        metrics: name to value, as measured.
         curves: name to points, `[[x, y], ...]`.
         maps: name to `{"x": [...], "y": [...], "z": [[...]]}`, z[y][x].
         wall_seconds: None where nobody looked at a clock.
@@ -54,6 +58,16 @@ class Record:
     git_commit: str | None
     date: str
     format: int = 1
+
+    @property
+    def values(self) -> dict[str, float | None]:
+        """The metrics, and `val_end`: the mean of validation top-1 over the last sixth of at least twelve epochs.
+
+        At two bits it moves by half a point from one epoch to the next, and `val_top1` is that of the best.
+        """
+        epochs = [height for _, height in self.curves.get("val_top1", [])]
+        last = [height for height in epochs[-(len(epochs) // 6) :] if height is not None]
+        return {**self.metrics, **({"val_end": statistics.mean(last)} if len(epochs) >= SHORTEST and last else {})}
 
     @property
     def place(self) -> str:

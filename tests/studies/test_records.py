@@ -33,6 +33,13 @@ def test_what_is_written_comes_back(tmp_path):
     assert [one.name for one in path.parent.iterdir()] == ["new-seed2.json"]
 
 
+@pytest.mark.parametrize(("epochs", "end"), [(11, None), (12, 11.5), (36, 33.5)])
+def test_the_end_of_a_long_training(epochs, end):
+    curve = [[step, step / 10] for step in range(10, 10 * epochs + 1, 10)]
+    record = records.Record(**made.content(metrics={"top1": 1.0}, curves={"val_top1": curve}))
+    assert record.values == {"top1": 1.0} | ({} if end is None else {"val_end": end})
+
+
 def test_a_file_has_a_line_for_every_metric_and_curve(tmp_path):
     path = tmp_path / "C1" / "new-seed0.json"
     records.write_record(path, records.Record(**made.content(metrics={"top1": 61.2, "loss": 1.5}, curves={"val_top1": CURVE})))
