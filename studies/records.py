@@ -15,7 +15,7 @@ from qat.errors import UsageError
 from qat.utils.files import write_text
 from studies.claims import mapped
 
-# Epochs of a training whose end is a mean of several.
+# Of fewer epochs a sixth would be one.
 SHORTEST = 12
 
 

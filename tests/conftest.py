@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 from pathlib import Path
 
 import hydra
@@ -14,6 +15,8 @@ from PIL import Image
 
 # Nets here are too small for threads to help, and threads that wait for a busy core cost more than all else.
 torch.set_num_threads(1)
+# `make test &` has its processes ignore Ctrl-C, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 # One block of width 24 and two steps: a run takes a third of a second.
