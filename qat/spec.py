@@ -320,7 +320,7 @@ def recipe(name: str, **knobs: Any) -> QuantRecipe:
 
     Args:
         name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (weights alone), lsq, seq, minmax, deploy_w8a8, deploy_w4a8, deploy_w4a4.
-        knobs: fields of `QuantRecipe`.
+        knobs: fields of `QuantRecipe`; rules of `overrides` come behind those of the recipe itself.
 
     Raises:
         UsageError: unknown name or knob, or a value that cannot work.
@@ -333,4 +333,7 @@ def recipe(name: str, **knobs: Any) -> QuantRecipe:
     unknown = set(knobs) - {f.name for f in dataclasses.fields(QuantRecipe)}
     if unknown:
         raise UsageError(f"recipe knob {sorted(unknown)[0]!r}: must be one of {', '.join(f.name for f in dataclasses.fields(QuantRecipe))}")
+    own, given = PRESETS[name].get("overrides", {}), knobs.get("overrides")
+    if isinstance(given, Mapping):
+        knobs["overrides"] = {**own, **given}
     return QuantRecipe(**{"name": name, **PRESETS[name], **knobs})

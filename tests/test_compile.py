@@ -140,7 +140,7 @@ def test_compiled_code_rounds_as_eager_code_does():
     found = {}
 
     def backend(graph, inputs):
-        found.update({name: inductor.get_config_copy()[name] for name in qat.lit.compiled.ROUNDING})
+        found.update({name: inductor.get_config_copy()[name] for name in qat.lit.compiled.rounding_options()})
         return graph
 
     net = torch.nn.Linear(2, 2)

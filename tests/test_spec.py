@@ -96,6 +96,12 @@ def test_presets():
     assert recipe("ofq").qk_bias == "drop"
 
 
+def test_rules_of_a_preset_stay_beside_others_and_can_be_replaced():
+    own = {"*.attn.proj": {"act_quantizer": "lsq"}}
+    assert recipe("seq", overrides={"blocks.0.*": {"bits": 8}}).overrides == {**own, "blocks.0.*": {"bits": 8}}
+    assert recipe("seq", overrides={"*.attn.proj": {"act_quantizer": "seq"}}).overrides == {"*.attn.proj": {"act_quantizer": "seq"}}
+
+
 def test_recipes_to_deploy_have_one_step_a_tensor_and_codes_of_int8():
     made = recipe("deploy_w4a8")
     specs = {role: made.act_spec(role, "block") for role in ("input", "q", "k", "v", "probs")} | {"image": made.act_spec("image", "stem")}

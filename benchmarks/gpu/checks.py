@@ -21,6 +21,7 @@ from benchmarks.gpu.nets import build, images_of
 from benchmarks.gpu.records import Row
 from benchmarks.step_arms import ARMS
 from qat import kernels
+from qat.lit.compiled import CompiledCall
 from qat.model.decay import quantizer_parameters
 
 # At two bits a net of random weights gives something else for every rounding error, so that nothing could be told from it.
@@ -102,7 +103,7 @@ class Checks:
         if kind == "device":
             return results(net.cpu(), images.cpu())
         torch._dynamo.reset()
-        call = None if self.dry_run else torch.compile(net, fullgraph=True, dynamic=False)
+        call = None if self.dry_run else CompiledCall(net, net)
         return results(net, images, call, autocast="bfloat16" in kind)
 
     @staticmethod

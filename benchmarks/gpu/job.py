@@ -22,6 +22,7 @@ from benchmarks.gpu.cifar import CLASSES, SIZE, Cifar
 from benchmarks.gpu.plan import Run
 from benchmarks.gpu.records import Row, append, commit
 from qat.functional.confidence import near_threshold
+from qat.lit.compiled import CompiledCall
 from qat.lit.optim import build_optimizer, cosine_schedule
 from qat.lit.teacher import Teacher
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, StepContext
@@ -93,7 +94,7 @@ class Job:
         self.freezer.attach([self.optimizer])
         self.call: Callable[[Tensor], Tensor] = self.net
         if not setting.dry_run:
-            self.call = torch.compile(self.net, fullgraph=True, dynamic=False)
+            self.call = CompiledCall(self.net, self.net)
 
     def _nets(self) -> tuple[nn.Module, Teacher | None]:
         torch.manual_seed(self.run.seed)

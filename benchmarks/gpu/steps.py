@@ -21,6 +21,7 @@ from benchmarks.gpu.nets import ARM_NAMES, BF16_TEACHER, Step, build, images_of,
 from benchmarks.gpu.records import Records, Row
 from benchmarks.step_arms import FLOAT
 from qat import kernels
+from qat.lit.compiled import compile_in_place
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
 WARM_UP = 3
@@ -87,7 +88,7 @@ class Stepper:
         images = images_of(self.variant.batch, self.device, tiny=self.dry_run)
         net = build(model, arm, images, tiny=self.dry_run)
         if is_compiled and not self.dry_run:
-            net.compile(fullgraph=True, dynamic=False)
+            compile_in_place(net)
         return training_step(net, images, teacher_of(model, arm, images, compiled=is_compiled, tiny=self.dry_run))
 
     def turn(self, steps: int) -> Row:

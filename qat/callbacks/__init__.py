@@ -3,6 +3,7 @@
 from qat.callbacks.best import BestCheckpoint
 from qat.callbacks.cga import CGA
 from qat.callbacks.compiling import CompileWatch
+from qat.callbacks.ema import EMAWeightAveraging
 from qat.callbacks.epoch_log import EpochLog
 from qat.callbacks.finite import FaultGuard
 from qat.callbacks.freezing import IterativeFreezing
@@ -18,6 +19,7 @@ __all__ = [
     "CGA",
     "BestCheckpoint",
     "CompileWatch",
+    "EMAWeightAveraging",
     "EpochLog",
     "FaultGuard",
     "IterativeFreezing",

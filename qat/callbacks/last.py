@@ -7,7 +7,8 @@ from typing import Any
 
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from qat.lit.csv_log import CSVLog
 from qat.utils.validate import check_int
@@ -41,7 +42,12 @@ class LastCheckpoint(Checkpoint):
         self._rows: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take back what the table has from behind the checkpoint that is gone on from."""
+        """Take back what the table has from behind the checkpoint that is gone on from; a run that had stopped early stays stopped.
+
+        Lightning forgets that at the start of every fit, and would train one epoch more each time.
+        """
+        stops = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+        trainer.should_stop |= any(callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED for callback in stops)
         self._saved_at, self._waits, self._has_trained = -1, False, False
         if self._rows.get("count") is not None:
             for log in _row_logs(trainer):
@@ -79,6 +85,8 @@ class LastCheckpoint(Checkpoint):
         """End a run that was killed behind its last step: Lightning leaves out what ends it, as tables and averaged weights."""
         if self._has_trained or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        progress = trainer.fit_loop.epoch_progress.current
+        progress.completed = progress.processed  # type: ignore[attr-defined]  # the file was written in front of the end of its epoch
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if not isinstance(callback, ProgressBar):
                 callback.on_train_end(trainer, pl_module)

@@ -39,8 +39,9 @@ logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its fo
 OTHERS_WAIT_S = 3
 # What gloo and NCCL say of it; torch has no common class for them.
 _LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|remote process exited|Broken pipe|failed to recv")
-# What torch says of a process of a loader that is gone, and of open files.
+# What torch says of a process of a loader that is gone, of parameters for which no gradient came, and of open files.
 _WORKER = re.compile(r"DataLoader worker \(pid.*")
+_UNUSED = re.compile(r"parameters that were not used in producing")
 _FILES = re.compile(r"[Tt]oo many open files|received 0 items of ancdata")
 _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
@@ -261,6 +262,8 @@ def _of_the_machine(error: BaseException) -> UsageError | None:
     if isinstance(error, RuntimeError) and (worker := _WORKER.search(str(error))):
         advice = "memory may be short: data.num_workers fewer, data.batch_size smaller, on Docker --shm-size larger"
         return UsageError(f"{worker[0].rstrip('. ')}; {advice}")
+    if isinstance(error, RuntimeError) and _UNUSED.search(str(error)):
+        return UsageError("trainer.strategy: a step leaves some parameters out; must be ddp_find_unused_parameters_true")
     if isinstance(error, RuntimeError) and _LOST.search(str(error)):
         return LostError(f"another process of this run is gone: {str(error).partition(chr(10))[0]}")
     return None
@@ -295,7 +298,7 @@ def _write_error(cfg: DictConfig, message: str, found: Found) -> None:
     """Results with an error, and the report of a run that had begun."""
     from qat.cli.results import write_results
 
-    if not ranks.is_first() or not found.takes_error():
+    if not (ranks.is_first() and ranks.is_on_first_node() and found.takes_error()):
         return
     with contextlib.suppress(OSError, OmegaConfBaseException):  # the error may be about this folder, this config
         write_results(cfg, error=message)

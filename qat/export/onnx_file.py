@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,19 +79,29 @@ def export_onnx(
     done = conversion_of(net)
     if done is None:
         raise UsageError("export_onnx: a float net; qat.convert(net, qat.recipe(...)) quantizes it")
-    frozen = net if is_frozen(net) else freeze(net)
+    net, frozen = _on_cpu(net)
     _check_is_classifier(frozen, done.input_size)
     if dynamic_size:
         check_size(frozen)
     settings = OnnxSettings(opset, dynamic_batch, dynamic_size, target, two_bit)
-    images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0)) if images is None else images
-    meta = describe(frozen) | {"preprocessing": preprocessing(data_settings(data_config(net)))}
+    images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0)) if images is None else images.cpu()
+    meta = describe(frozen) | {"preprocessing": preprocessing(data_settings(data_config(net))) if _is_square(done.input_size) else None}
     was_training = net.training
     net.eval()
     try:
         return kept(place, lambda file: Written(write_onnx(file, frozen, net, meta, [images], settings)[1], "")).checked
     finally:
         net.train(was_training)
+
+
+def _is_square(input_size: tuple[int, int, int]) -> bool:
+    return input_size[1] == input_size[2]
+
+
+def _on_cpu(net: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A net and what it is frozen to, where they are planned, traced and compared; the net of the caller stays where it is."""
+    net = net if next(net.parameters()).device.type == "cpu" else copy.deepcopy(net).cpu()
+    return net, net if is_frozen(net) else freeze(net)
 
 
 def _check_is_classifier(net: nn.Module, input_size: tuple[int, int, int]) -> None:
@@ -109,7 +120,7 @@ def write_onnx(
         path: the file.
         frozen: what is written.
         net: what it was frozen from, or itself; in evaluation mode.
-        meta: of `qat.model.checkpoint.describe`, and `preprocessing`.
+        meta: of `qat.model.checkpoint.describe`, and `preprocessing`; None = not to be said, as for images that are not square.
         images: (B, C, H, W) each.
         settings: of the file.
     """
@@ -131,6 +142,8 @@ def describe_file(model: onnx.ModelProto, meta: Mapping[str, Any]) -> None:
     }
     model.producer_name = "qat"
     for key, value in said.items():
+        if value is None:
+            continue
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
 

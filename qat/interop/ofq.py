@@ -69,7 +69,7 @@ def load_ofq_checkpoint(
     Raises:
         UsageError: not such a file, a tensor is missing or has another shape, or an argument contradicts the file.
     """
-    done = net_from_ofq(read_checkpoint(path, fmt="timm"), model, bits, act_bits, qkr=qkr)
+    done = net_from_ofq(read_checkpoint(path, fmt="ofq"), model, bits, act_bits, qkr=qkr)
     for note in done.notes:
         log.info("%s", note)
     return done.net

@@ -44,9 +44,12 @@ def in_use() -> str:
 def _backend(x: Tensor) -> str:
     if _choice == "off" or torch.compiler.is_compiling():
         return "reference"
+    # What stands for a tensor, as under `FakeTensorMode`, is not asked whether kernels run: the answer is kept.
+    if type(x) not in PLAIN:
+        return "reference"
     if x.is_cuda and (_choice == "triton" or gpu.available()):
         return "gpu"
-    return "cpu" if x.device.type == "cpu" and type(x) in PLAIN else "reference"
+    return "cpu" if x.device.type == "cpu" else "reference"
 
 
 def lsq_forward(  # noqa: PLR0913  (a quantizer, and what is wanted of it)
@@ -97,7 +100,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pas
     """
     backend = _backend(x)
     if backend == "cpu":
-        place = torch.empty(x.shape, dtype=torch.float32) if out is None or out.dtype != torch.float32 else out
+        place = torch.empty(x.shape, dtype=torch.float32, device="cpu") if out is None or out.dtype != torch.float32 else out
         wanted = cpu.Wanted(before is not None, after_shape, dequantized is not None, after)
         extras = cpu.lsq_backward(grad.float(), x.float(), scale, before, codes, sign, place, wanted)
         if extras is not None:
@@ -146,7 +149,7 @@ def probs_backward(  # noqa: PLR0913  (as above)
     backend = _backend(probs)
     out = torch.empty(probs.shape, dtype=torch.float32, device=probs.device) if out is None else out
     if backend == "cpu":
-        place = out if out.dtype == torch.float32 else torch.empty(probs.shape, dtype=torch.float32)
+        place = out if out.dtype == torch.float32 else torch.empty(probs.shape, dtype=torch.float32, device="cpu")
         extras = cpu.probs_backward(grad.float(), probs.float(), scale, codes, factor, place)
         if extras is not None:
             return place if place is out else out.copy_(place), extras[0], extras[1].to(dtype)

@@ -20,6 +20,8 @@ from qat.kernels.rows import Layout, row_stride, rows_of
 log = logging.getLogger(__name__)
 
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, ctypes.c_int
+# Of what C++ writes into; torch's default dtype and device may be others.
+_FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 _SIGNATURES = {
     "lsq_forward": (_P, _N, _P, _N, _N, _P, _N, _I, _P, _P, _F, _F, _I, _P, _I),
     "lsq_backward": (_P, _N, _P, _N, _P, _N, _N, _N, _P, _N, _I, _P, _F, _F, _I, _P, _P, _P, _P, _P, _P, _I),
@@ -48,8 +50,8 @@ def _library() -> Any:
 @torch.no_grad()
 def _agrees(library: Any) -> bool:
     """Bit for bit, for values in and out of range and halfway between codes."""
-    x = torch.linspace(-9, 9, 4 * 37 * 3).reshape(3, 4, 37)
-    scale, offset = torch.tensor([0.5, 1.0, 0.3, torch.nan]), torch.linspace(-1, 1, 37)
+    x = torch.linspace(-9, 9, 4 * 37 * 3, **_FLOATS).reshape(3, 4, 37)
+    scale, offset = torch.tensor([0.5, 1.0, 0.3, torch.nan], **_FLOATS), torch.linspace(-1, 1, 37, **_FLOATS)
     for codes in (CodeRange(-4, 3, 1), CodeRange(-4, 3, 1, half=True)):
         ours = _forward(library, x, scale, offset, offset, codes, None)
         expected = reference.lsq_forward(x, scale, offset, offset, codes)
@@ -104,7 +106,7 @@ def _forward(
     if layout is None:
         return None
     rows, length, stride, steps, by_column = layout
-    out = torch.empty(x.shape, dtype=torch.float32)
+    out = torch.empty(x.shape, **_FLOATS)
     library.lsq_forward(
         x.data_ptr(), stride, out.data_ptr(), rows, length, scale.data_ptr(), steps, by_column,
         _pointer(before), _pointer(after), *codes.ends, codes.half, _pointer(sign), torch.get_num_threads(),
@@ -162,9 +164,10 @@ def lsq_backward(
     if grad_stride is None or out_stride is None:
         return None
     threads = torch.get_num_threads()
-    errors = torch.zeros(threads, length) if by_column else torch.empty(rows)
-    sum_x, sum_grad = (torch.zeros(threads, length) if is_wanted else None for is_wanted in (wanted.sum_x, wanted.after_shape is not None))
-    dequantized = torch.empty(x.shape) if wanted.dequantized else None
+    errors = torch.zeros(threads, length, **_FLOATS) if by_column else torch.empty(rows, **_FLOATS)
+    asked = (wanted.sum_x, wanted.after_shape is not None)
+    sum_x, sum_grad = (torch.zeros(threads, length, **_FLOATS) if is_asked else None for is_asked in asked)
+    dequantized = torch.empty(x.shape, **_FLOATS) if wanted.dequantized else None
     library.lsq_backward(
         grad.data_ptr(), grad_stride, x.data_ptr(), stride, out.data_ptr(), out_stride, rows, length, scale.data_ptr(), steps, by_column,
         _pointer(before), *codes.ends, codes.half, _pointer(sign), errors.data_ptr(), _pointer(sum_x), _pointer(sum_grad),
@@ -199,7 +202,7 @@ def probs_backward(
     rows, length, _, steps, by_column = layout
     if codes.half or by_column or length != probs.shape[-1]:
         return None
-    errors, dequantized = torch.empty(rows), torch.empty(probs.shape)
+    errors, dequantized = torch.empty(rows, **_FLOATS), torch.empty(probs.shape, **_FLOATS)
     library.probs_backward(
         grad.data_ptr(), probs.data_ptr(), out.data_ptr(), rows, length, scale.data_ptr(), steps,
         codes.qmin, codes.qmax, factor, errors.data_ptr(), dequantized.data_ptr(), torch.get_num_threads(),

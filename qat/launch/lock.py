@@ -87,8 +87,7 @@ def release(run_dir: str) -> None:
 
 def _stands_for_run() -> bool:
     """True for one process of a run: not for those that it starts, nor for those of other nodes."""
-    elsewhere = any(os.environ.get(name, "0") not in {"", "0"} for name in ("NODE_RANK", "OMPI_COMM_WORLD_RANK"))
-    return ranks.is_first() and not ranks.is_started_here() and not elsewhere
+    return ranks.is_first() and ranks.is_on_first_node() and not ranks.is_started_here()
 
 
 def _locked(path: Path) -> int | None:

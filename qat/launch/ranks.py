@@ -46,6 +46,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_on_first_node() -> bool:
+    """False on the further machines of a run; what starts their processes has no rank of its own."""
+    return all(os.environ.get(name, "0") in {"", "0"} for name in ("NODE_RANK", "OMPI_COMM_WORLD_RANK"))
+
+
 def is_started_here() -> bool:
     """True for a process that `supervise` started."""
     return EXCHANGE in os.environ
@@ -132,7 +137,8 @@ class RankError(Exception):
 def supervise(function: str, job: str, run_dir: Path, count: int, nodes: int = 1) -> Any:
     """Run a job in `count` processes of this machine, and wait for them.
 
-    What the first prints is seen; the others write to `rank-1.log` ... in the run directory, and what is empty at the end goes.
+    What the first prints is seen; the others write to `rank-1.log` ... in the run directory, by their number in the whole run, and what is
+    empty at the end goes.
 
     Args:
         function: `module:name` of what each process calls with the job's text.
@@ -147,7 +153,8 @@ def supervise(function: str, job: str, run_dir: Path, count: int, nodes: int = 1
     Raises:
         RankError: one of them failed.
     """
-    watch = Watch([run_dir / f"rank-{number}.log" for number in range(1, count)])
+    first = env_number("NODE_RANK", default=0) * count
+    watch = Watch([run_dir / f"rank-{first + number}.log" for number in range(1, count)])
     with tempfile.TemporaryDirectory(prefix="qat-") as folder, signals.handling(watch.hand_on):
         Path(folder, JOB).write_text(job, encoding="utf-8")
         environment = os.environ | _shared_environment(count, nodes) | {EXCHANGE: folder}

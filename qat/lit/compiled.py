@@ -15,7 +15,8 @@ from torch._inductor import config as inductor
 RECOMPUTATION = "aggressive_recomputation"
 # What has compiled code round as eager code does, where a code may depend on it: division to nearest, no product contracted with a sum,
 # and values of half precision rounded between two operations that are fused. The last two are one setting. C++ does the first two anyway.
-ROUNDING = {"eager_numerics.division_rounding": True, "emulate_precision_casts": True}
+# The second name is that of division in torch 2.10, spelled so.
+ROUNDING = {"eager_numerics.division_rounding": True, "emulate_divison_rounding": True, "emulate_precision_casts": True}
 
 
 def n_graphs() -> int:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import distribute_bn
 from torch import Tensor, nn
@@ -191,7 +192,7 @@ class QATModule(LightningModule):
 
     def on_validation_end(self) -> None:
         """Other weights may come back now: those in training, if an average was validated."""
-        self._keep_weights(keep=self.trainer.training and self.trainer.accumulate_grad_batches > 1)
+        self._keep_weights(keep=False)
 
     def on_test_start(self) -> None:
         """Weights do not change from here on."""
@@ -215,7 +216,8 @@ class QATModule(LightningModule):
 
     def _average_batch_norms(self) -> None:
         """Give batch norms the mean of the processes' running statistics, in place."""
-        if self.trainer.world_size > 1 and self.trainer.training:
+        # In the validation of a fit `trainer.training` is false.
+        if self.trainer.world_size > 1 and self.trainer.state.fn == TrainerFn.FITTING:
             distribute_bn(self.net, self.trainer.world_size, reduce=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

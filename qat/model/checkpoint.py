@@ -23,6 +23,7 @@ from qat.model.biases import grow_biases, grown_biases
 from qat.model.convert import conversion_of, convert
 from qat.model.frozen import freeze_structure, is_frozen, prune_offsets
 from qat.model.frozen.packed import read_packed
+from qat.model.head import check_head, pooling_of, set_pooling
 from qat.model.hub import FETCHING_ARGS
 from qat.model.ptq_spec import recipe_from
 from qat.model.scales import assert_ready
@@ -98,6 +99,7 @@ def describe(
     num_classes = getattr(net, "num_classes", None)
     if isinstance(num_classes, int):
         kwargs = {**kwargs, "num_classes": num_classes}
+        check_head(net, num_classes)
     for key, value in kwargs.items():
         if not is_plain(value):
             raise UsageError(f"save: model argument {key}={value!r} is not plain data; give model_kwargs={{...}} of numbers and text")
@@ -105,6 +107,7 @@ def describe(
     return {
         "format_version": FORMAT_VERSION,
         "model": {"name": name, "kwargs": dict(kwargs)},
+        "pool": pooling_of(net),
         "biases": grown_biases(net),
         "recipe": None if done is None else done.recipe.to_dict(),
         "input_size": None if done is None else list(done.input_size),
@@ -263,6 +266,7 @@ def _check_meta(meta: Mapping[str, Any], origin: str) -> None:
     is_right = {
         "format_version": isinstance(meta.get("format_version", 0), int),
         "model": isinstance(model, Mapping) and isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), Mapping),
+        "pool": isinstance(meta.get("pool"), str | None),
         "recipe": isinstance(meta.get("recipe"), Mapping | None),
         "input_size": meta.get("input_size") is None or _is_size(meta["input_size"]),
         "biases": meta.get("biases") is None or _are_texts(meta["biases"]),
@@ -351,6 +355,7 @@ def _described(meta: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"argument {argument} would read something else")
     check_model_arguments(kwargs)
     net: nn.Module = timm.create_model(name, **kwargs)
+    set_pooling(net, meta.get("pool"))
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
         channels, height, width = meta["input_size"]

@@ -18,7 +18,7 @@ from qat.model.decay import no_weight_decay
 from qat.model.matmuls import watching
 from qat.model.scales import guard
 from qat.model.sites import Site, iter_quantizers
-from qat.nn import FqNet, ScoredAttention, Swap, SwapContext, find_swap, swap_net
+from qat.nn import FqNet, ScoredAttention, Swap, SwapContext, find_swap, is_attention, swap_net
 from qat.quantizers import Quantizer
 from qat.spec import PRESETS, QuantRecipe
 from qat.utils.probing import allow_unset_scales, probing
@@ -75,18 +75,19 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
         raise UsageError("convert: the net is quantized already; build a fresh one, or load a checkpoint into another recipe with ckpt=")
     size = _checked_size(input_size)
     if recipe.name == "fp":
-        _check_rules(net, recipe)
+        _check_rules(net, recipe, [name for name, _ in net.named_modules()])
         check_input(net, size)
         return net
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    attentions = [name for name, module in net.named_modules() if is_attention(module)]
     before = type(net), dict(net._modules)
     try:
         _walk(net, "", _Walk(recipe, stem_and_heads(net), swapped), swap_net(net, SwapContext(recipe.at(""), "block")))
         if isinstance(net, FqNet):
             net.connect()
-        _check_rules(net, recipe)
+        _check_rules(net, recipe, attentions)
         float_products = _allocate(net, size, swapped)
-        _check_rules(net, recipe)
+        _check_rules(net, recipe, attentions)
         if getattr(recipe, "compensation", None) == "matrix":
             with allow_unset_scales():
                 add_compensation(net, next(net.parameters()).new_zeros(1, *size))
@@ -110,16 +111,17 @@ def _checked_size(input_size: tuple[int, int, int]) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _check_rules(net: nn.Module, recipe: QuantRecipe) -> None:
-    """A rule has to reach a module that owns quantizers; one about `attention` may be the reason why there are none."""
+def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> None:
+    """A rule has to reach a module that owns quantizers; one about `attention` an attention, and may be the reason why there are none."""
     owners = list(dict.fromkeys(site.layer for site in iter_quantizers(net)))
     names = [name for name, _ in net.named_modules()]
     own = PRESETS.get(recipe.name, {}).get("overrides", {})  # not every net has what a recipe says of attentions
     for pattern, rule in recipe.overrides.items():
-        if pattern not in own and not fnmatch.filter(names if "attention" in rule else owners, pattern):
-            example = next((n for n in owners or names if n.count(".") >= 2), names[-1])
-            setting = f"{recipe.GROUP}.overrides[{pattern!r}]"
-            raise UsageError(f"{setting} matches no module that is quantized; patterns see names like {example!r}")
+        setting, seen = f"{recipe.GROUP}.overrides[{pattern!r}]", attentions if "attention" in rule else owners
+        if pattern not in own and not fnmatch.filter(seen, pattern):
+            what = "attention" if "attention" in rule else "module that is quantized"
+            example = next((n for n in seen or owners or names if n.count(".") >= 2), names[-1])
+            raise UsageError(f"{setting} matches no {what}; patterns see names like {example!r}")
 
 
 def _as_names(value: object) -> set[str]:

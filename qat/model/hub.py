@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import re
 import urllib.error
 import urllib.request
@@ -88,5 +89,7 @@ def _check_config(config: dict[str, Any], origin: str) -> None:
         if not isinstance(arguments, dict) or FETCHING_ARGS & arguments.keys():
             raise ValueError("its arguments would read something else")
         check_model_arguments(arguments)
+        if "${" in json.dumps(config):
+            raise ValueError("it holds '${', with which settings here name others and the environment")
     except ValueError as error:
         raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error

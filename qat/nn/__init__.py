@@ -6,7 +6,7 @@ from qat.nn.conv import QuantConv2d
 from qat.nn.fqvit import FqNet
 from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import QuantModule
-from qat.nn.swap_registry import INTENTS, Swap, SwapContext, find_swap, register_swap, swap_net
+from qat.nn.swap_registry import INTENTS, Swap, SwapContext, find_swap, is_attention, register_swap, swap_net
 
 __all__ = [
     "INTENTS",
@@ -23,6 +23,7 @@ __all__ = [
     "conv",
     "eva",
     "find_swap",
+    "is_attention",
     "fqvit",
     "fqvit_swin",
     "linear",

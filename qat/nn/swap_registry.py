@@ -98,6 +98,11 @@ def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
     return next((_SWAPS[type(module), intent] for intent in intents if (type(module), intent) in _SWAPS), None)
 
 
+def is_attention(module: nn.Module) -> bool:
+    """True for a module, not yet swapped, of a class with a swap of some `attention`."""
+    return any((type(module), intent) in _SWAPS for intent in ("qkr_attention", "attention", "float_attention"))
+
+
 def swap_net(net: nn.Module, context: SwapContext) -> Swap:
     """What the recipe's placement does to the net itself; it stays the same object.
 

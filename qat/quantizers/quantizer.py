@@ -48,8 +48,8 @@ class Quantizer(nn.Module, ABC):
 
     def shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
         """q(x + a) + c in float32, for offsets a and c over the trailing dimensions of `x`."""
-        y = self(x + before)
-        return y if after is None else y + after
+        y = self(x.float() + before.float())
+        return y if after is None else y + after.float()
 
     @abstractmethod
     def codes(self, x: Tensor) -> Tensor:

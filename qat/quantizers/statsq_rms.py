@@ -27,7 +27,7 @@ class StatsQRMS(StatsQ):
     def forward(self, x: Tensor) -> Tensor:
         """StatsQ's levels; the gradient is zero outside of the range."""
         scale = self.scale_of(x)
-        return kernels.statsq(x.clamp(-scale, scale), scale, self.spec.bits)
+        return kernels.statsq(x.clamp(-scale, scale), scale, self.spec.bits).to(x.dtype)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes in [-2^(b-1), 2^(b-1)-1]."""

@@ -51,7 +51,7 @@ def _failure(run: RunFiles) -> Iterator[Note]:
     if error:
         is_numeric = any(word in str(error) for word in ("not finite", "NaN", "infinity"))
         advice = "What is shown below is what the run had written by then."
-        lower = "Checkpoints that are there are from before: resume=true and a lower optimizer.lr go on from the last one."
+        lower = "Checkpoints that are there are from before: ckpt=PATH and a lower optimizer.lr start from the last one."
         yield Note("error", "", f"The run failed: {error}", lower if is_numeric else advice)
     elif not run.results:
         what = "There is no results.json: the run is still going, or was stopped."
@@ -93,8 +93,7 @@ def _training(run: RunFiles) -> Iterator[Note]:
         advice = "A lower optimizer.lr, averaged weights (callbacks=[default,ema]) or annealing (callbacks=[default,cga])."
         yield Note("warning", "", what, advice)
     if run.resumed:
-        what = f"Resumed at step {', '.join(map(str, run.resumed))}; curves show the whole history."
-        yield Note("note", "", what, "The time of the run is that since the last start.")
+        yield Note("note", "", f"Resumed at step {', '.join(map(str, run.resumed))}.", "Curves and time are those of the whole run.")
     if run.command == "train" and run.results.get("split") == "val":
         what = "There is no test split: the accuracy is that of the validation images, by which the weights were chosen."
         yield Note("note", "", what, "Keep images apart for a test: it will come out a little lower.")

@@ -144,21 +144,34 @@ def check_batches(settings: Mapping[str, Any], data: ImageData, world_size: int)
     """Raise `UsageError` if there are fewer batches than the trainer's settings ask for; a dry run asks for none of that."""
     if settings.get("fast_dev_run"):
         return
-    _check_shares(settings, data)
+    for split in SPLITS:
+        _check_split(split, settings, data, world_size)
     _check_interval_within(settings, data, world_size)
 
 
-def _check_shares(settings: Mapping[str, Any], data: ImageData) -> None:
-    """Raise `UsageError` if a share of a split is less than one batch: nothing would be done, or Lightning stops in the middle."""
-    for split in SPLITS:
-        name = data.evaluation_split if split == "test" else split
-        share = settings.get(f"limit_{split}_batches")
-        batches = math.ceil(len(data.split(name)) / data.settings.batch_size)
-        if isinstance(share, float) and int(batches * share) < 1:
+def _check_split(split: str, settings: Mapping[str, Any], data: ImageData, world_size: int) -> None:
+    """Raise `UsageError` if a process has no image or no batch of a split: Lightning would wait for it for ever, or stop in the middle."""
+    images, share = _images(split, data), settings.get(f"limit_{split}_batches")
+    if images < world_size:
+        setting = f"trainer.devices={settings.get('devices')!r}"
+        raise UsageError(f"{setting}: {world_size} processes for {images} images ({split}); must be at most {images} processes")
+    if isinstance(share, float):
+        batches = _batches(split, data, world_size)
+        if int(batches * share) < 1:
             lowest = math.ceil(1000 / batches) / 1000
             raise UsageError(
                 f"trainer.limit_{split}_batches={share!r}: less than one of {batches} batches; must be a share of at least {lowest:g}"
             )
+
+
+def _images(split: str, data: ImageData) -> int:
+    return len(data.split(data.evaluation_split if split == "test" else split))
+
+
+def _batches(split: str, data: ImageData, world_size: int) -> int:
+    """Batches of the process that has the fewest; in training the last, smaller one is left out."""
+    images = _images(split, data) // world_size
+    return max(images // data.settings.batch_size, 1) if split == "train" else math.ceil(images / data.settings.batch_size)
 
 
 def _check_interval_within(settings: Mapping[str, Any], data: ImageData, world_size: int) -> None:
@@ -166,7 +179,7 @@ def _check_interval_within(settings: Mapping[str, Any], data: ImageData, world_s
     every = settings.get("val_check_interval")
     if not isinstance(every, int) or settings.get("check_val_every_n_epoch", 1) is None:
         return
-    batches = limited(max(len(data.split("train")) // world_size // data.settings.batch_size, 1), settings.get("limit_train_batches"))
+    batches = limited(_batches("train", data, world_size), settings.get("limit_train_batches"))
     if every > batches:
         allowed = f"must be an integer of at most {batches}; any with trainer.check_val_every_n_epoch=null"
         raise UsageError(f"trainer.val_check_interval={every}: an epoch has {batches} batches; {allowed}")

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qat.callbacks import CGA, CompileWatch, FaultGuard, LastCheckpoint, StepSeed, Stopwatch
+from qat.callbacks import CGA, CompileWatch, FaultGuard, LastCheckpoint, Preemption, StepSeed, Stopwatch
 from qat.errors import UsageError
 from qat.launch.ranks import local_count
 from qat.launch.slurm import environments
@@ -126,8 +126,9 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
         callbacks.append(callback)
     # Whoever logs the learning rate of a step looks behind the callback that sets it; whoever looks at the weights behind a step, as
-    # averages do, looks behind the one that takes it back.
-    return sorted(callbacks, key=lambda callback: (not isinstance(callback, StepSeed | CGA), not isinstance(callback, FaultGuard)))
+    # averages do, looks behind the one that takes it back. `last.ckpt` has the state of all others, and preemption ends the run behind it.
+    first, second, last = StepSeed | CGA, FaultGuard, LastCheckpoint | Preemption
+    return sorted(callbacks, key=lambda one: (not isinstance(one, first), not isinstance(one, second), isinstance(one, last)))
 
 
 def build_loggers(cfg: DictConfig, *, goes_on: bool = False) -> list[Logger]:

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 _KEPT = ("optimizer.", "scheduler.")
 # Compared with the net in the checkpoint itself.
 _OWN_CHECK = ("model.args", "model.name", "quant.")
+# What changes the number of steps in an epoch; a schedule by steps was laid out for those that the run began with.
+_STEPS = ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.limit_train_batches", "data.batch_size")
 
 
 def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]) -> Checkpoint | None:
@@ -100,6 +102,8 @@ def _check_changes(checkpoint: Checkpoint, cfg: DictConfig) -> None:
         )
     for found in changed if is_first() else ():
         note = "; the schedule of the learning rate stays as it was" if found[0] == "trainer.max_epochs" else ""
+        if found[0] in _STEPS and cfg.scheduler.interval == "step":
+            note = "; the schedule of the learning rate stays as it was, in steps, of which an epoch may now have another number"
         log.warning("resume: %s%s", compare.in_words(found), note)
 
 

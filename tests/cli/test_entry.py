@@ -255,6 +255,10 @@ def test_the_result_of_the_task_is_handed_on(tmp_path, monkeypatch):
     ("error", "said"),
     [
         (
+            RuntimeError("your LightningModule has parameters that were not used in producing the loss"),
+            "trainer.strategy: a step leaves some parameters out; must be ddp_find",
+        ),
+        (
             RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "),
             "DataLoader worker (pid 12) is killed by signal: Killed; memory",
         ),

@@ -44,6 +44,15 @@ def test_without_images_noise_does(net, tmp_path):
     assert qat.export_onnx(qat.freeze(net), tmp_path / "net.onnx", target="tensorrt").agreement["ORT_ENABLE_BASIC"].images == 16
 
 
+def test_images_that_are_not_square(tmp_path):
+    size = (1, 8, 16)
+    made = qat.convert(timm.create_model("vit_tiny_patch16_224", **NET | {"img_size": (8, 16)}), qat.recipe("deploy_w8a8"), input_size=size)
+    qat.export_onnx(qat.initialize_scales(made, [torch.randn(8, *size)]), tmp_path / "net.onnx", images=torch.randn(4, *size))
+    said = {entry.key for entry in onnx.load(tmp_path / "net.onnx").metadata_props}
+    assert "qat" in said
+    assert "qat.preprocessing" not in said
+
+
 def test_a_file_that_disagrees_is_kept_under_another_name(net, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "check_onnx", lambda *_: type("No", (Checked,), {"problem": "it is blue"})())
     (tmp_path / "net.onnx").write_text("the older one")

@@ -5,6 +5,7 @@ import stat
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from qat import functional as F
@@ -228,3 +229,34 @@ def test_an_empty_batch():
     F.lsq(x, scale, -2, 1, 1).sum().backward()
     assert x.grad.shape == x.shape
     assert torch.equal(scale.grad, torch.zeros(5))
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")])
+def test_what_torch_makes_by_default_is_nothing_to_the_kernels(dtype, device):
+    """They write through pointers: an array of another dtype or device would be too small, or nowhere."""
+    x, scale, before, grad = randn(7, 5, 33), randn(5, seed=1).abs() + 0.1, offset(33), randn(7, 5, 33, seed=2)
+    codes, default = CodeRange(-4, 3, 1), torch.get_default_dtype()
+    expected = reference.lsq_backward(grad, x, scale, before, codes, after_shape=before.shape)
+    cpu._library.cache_clear()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            assert cpu.available()
+            found = kernels.lsq_backward(grad, x, scale, before, codes, after_shape=before.shape, dequantized=torch.float32)
+            made = kernels.lsq_forward(x, scale, before, None, codes)
+            probs = kernels.probs_backward(grad, x.softmax(-1), scale, CodeRange(0, 7, -2), 1.0)
+    finally:
+        torch.set_default_dtype(default)
+        cpu._library.cache_clear()
+    for name in ("x", "scale", "before", "after"):
+        assert_close(getattr(found, name), getattr(expected, name))
+    assert torch.equal(found.dequantized, made)
+    assert torch.equal(made, reference.lsq_forward(x, scale, before, None, codes))
+    assert_close(probs[0], reference.probs_backward(grad, x.softmax(-1), scale, CodeRange(0, 7, -2), 1.0)[0])
+
+
+def test_what_stands_for_a_tensor_asks_no_kernel(monkeypatch):
+    """Whether kernels run is asked once in a process; under `FakeTensorMode` they never do."""
+    monkeypatch.setattr(kernels.gpu, "available", lambda: pytest.fail("asked"))
+    with FakeTensorMode():
+        assert kernels._backend(torch.empty(2, device="cuda")) == "reference"

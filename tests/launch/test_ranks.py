@@ -172,6 +172,15 @@ def test_a_job_of_a_sweep_starts_its_processes(tmp_path):
     assert not list((tmp_path / "sweep" / "0").glob("rank-*.log"))
 
 
+def test_nodes_write_into_one_folder(tmp_path, monkeypatch):
+    """Started by hand, both with two processes: each has a file for what its own second process says."""
+    for node in ("0", "1"):
+        monkeypatch.setenv("NODE_RANK", node)
+        assert ranks.supervise("tests.launch.speaking:speak", "", tmp_path, 2, nodes=2) == int(node) * 2
+        assert ranks.is_on_first_node() == (node == "0")
+    assert {path.name: path.read_text().strip() for path in tmp_path.iterdir()} == {"rank-1.log": "1", "rank-3.log": "3"}
+
+
 @pytest.mark.long
 def test_a_mistake_is_told_once(tmp_path):
     done = typed(tmp_path, "optimizer.lr=-1", f"run_dir={tmp_path / 'run'}")

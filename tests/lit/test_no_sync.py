@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qat.kernels
-from qat.callbacks import CGA, FaultGuard, IterativeFreezing, Oscillation, finite
+from qat.callbacks import CGA, EMAWeightAveraging, FaultGuard, IterativeFreezing, Oscillation, finite
 from qat.lit import QATModule, Teacher, build_optimizer
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, Kure
 from qat.nn.execution import set_execution
@@ -111,6 +111,7 @@ def test_no_step_waits(preset, memory, kernels, tmp_path, monkeypatch):
             CGA(boundary_range=0.01),
             Oscillation(dirpath=str(tmp_path)),
             FaultGuard(),
+            EMAWeightAveraging(),
             gradient_clip_val=1.0,
             accumulate_grad_batches=2,
         )

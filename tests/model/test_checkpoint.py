@@ -93,6 +93,20 @@ def test_a_new_head_is_rebuilt(path):
     assert logits(qat.load(path)).shape == (8, 3)
 
 
+def test_another_pooling_is_rebuilt(path):
+    net = vit()
+    net.reset_classifier(3, "avg" if net.global_pool == "token" else "token")
+    qat.save(net, path)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
+def test_a_head_that_was_put_there_by_hand_is_refused(path):
+    net = vit()
+    net.head = nn.Linear(net.head.in_features, 7)
+    with pytest.raises(qat.UsageError, match=r"save: the head has 7 outputs, num_classes=10; net.reset_classifier\(7\) sets both"):
+        qat.save(net, path)
+
+
 def test_content_is_plain_data(path):
     content = saved(quantized("ofq", bits=2), path)
     assert set(content) == {"qat", "state_dict"}

@@ -318,6 +318,18 @@ def test_a_rule_that_changes_nothing_is_an_error(pattern):
         converted(overrides={pattern: {"bits": 8}})
 
 
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"blocks.0": {"attention": "standard"}}, r"\['blocks.0'\] matches no attention; patterns see names like 'blocks.0.attn'"),
+        ({"blocks.0.mlp.fc1": {"attention": "float", "bits": 8}}, "matches no attention"),
+    ],
+)
+def test_a_rule_half_of_which_changes_nothing_is_an_error(rule, said):
+    with pytest.raises(qat.UsageError, match=said):
+        converted(overrides=rule)
+
+
 def test_a_converted_net_can_be_copied():
     net = quantized()
     twin = copy.deepcopy(net)

@@ -188,10 +188,17 @@ def test_a_float_net_of_timm(tmp_path, cache):
         qat.from_pretrained("timm/tiny")
 
 
-def test_a_config_that_would_read_more_is_refused(cache):
+@pytest.mark.parametrize(
+    ("asks", "said"),
+    [
+        ({"model_args": {"pretrained_cfg": {"url": "http://elsewhere"}}}, "its arguments would read something else"),
+        ({"model_args": {"weight_init": "${oc.env:HOME}"}}, r"it holds '\$\{', with which"),
+        ({"pretrained_cfg": {"mean": ["${oc.env:HOME}", 0, 0]}}, r"it holds '\$\{', with which"),
+    ],
+)
+def test_a_config_that_would_read_more_is_refused(cache, asks, said):
     folder = cache("bad/net")
     safetensors.torch.save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
-    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"pretrained_cfg": {"url": "http://elsewhere"}}}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(qat.UsageError, match=r"model=x: config.json cannot be used \(its arguments would read something else\)"):
+    (folder / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", **asks}))
+    with pytest.raises(qat.UsageError, match=rf"model=x: config.json cannot be used \({said}"):
         hub.fetch("bad/net", "model=x")

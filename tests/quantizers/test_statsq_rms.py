@@ -48,3 +48,9 @@ def test_no_other_range_is_better_for_normal_values(bits):
 def test_zeros_stay_zeros():
     w = torch.zeros(2, 5)
     assert not allocated("statsq_rms", w, bits=2, axis=0, role="weight")(w).any()
+
+
+def test_the_dtype_is_that_of_the_weight():
+    made = allocated("statsq_rms", randn(3, 8), bits=2, axis=0, role="weight")
+    for dtype in (torch.bfloat16, torch.float32):
+        assert made(randn(3, 8).to(dtype)).dtype == dtype

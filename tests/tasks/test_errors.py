@@ -68,7 +68,7 @@ TRAIN = [
     *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: {NOTHING_TO_DO}") for v, s in shown("0 0.0")),
     *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: .*{SHARE}") for v, s in shown("2.5 -1")),
     ("trainer.limit_train_batches=x", r"limit_train_batches='x': must be an integer or a number"),
-    ("trainer.limit_train_batches=0.001", r"limit_train_batches=0\.001: less than one of 20 batches; must be a share of at least 0\.05"),
+    ("trainer.limit_train_batches=0.001", r"limit_train_batches=0\.001: less than one of 19 batches; must be a share of at least 0\.053"),
     ("trainer.limit_val_batches=-1", rf"limit_val_batches=-1: .*{SHARE}"),
     ("trainer.limit_test_batches=0", rf"limit_test_batches=0: {NOTHING_TO_DO}"),
     ("trainer.max_steps=0", rf"trainer\.max_steps=0: {NOTHING_TO_DO}"),

@@ -1,12 +1,14 @@
 """What recipes of vision transformers are made of, switched on by config. Oracles: hand computation over the steps of the same run."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 
 import qat
+from qat.callbacks import EMAWeightAveraging
 from qat.model.checkpoint import read_checkpoint
 from qat.tasks import build, fit
 from tests.conftest import compose, evaluate, results, tiny, train
@@ -68,6 +70,14 @@ def test_averaged_weights(watched):
         assert torch.equal(file["current_model_state"][f"net.{name}"], steps.weights[-1][name])
     moved = max((average[n] - steps.weights[-1][n]).abs().max() for n in average)
     assert moved > 1e-5
+
+
+def test_an_average_is_where_the_weights_are_trained():
+    """Lightning makes it before the module is moved there."""
+    module, average = LightningModule(), EMAWeightAveraging()
+    module.layer = torch.nn.Linear(2, 2)
+    average.setup(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta"))), module, "fit")
+    assert {tensor.device.type for tensor in average._average_model.parameters()} == {"meta"}
 
 
 def test_results_are_the_averages(watched, tmp_path):

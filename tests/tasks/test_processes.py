@@ -12,6 +12,7 @@ from qat.data import Digits
 from qat.launch import ranks
 from qat.quantizers import LSQ, StatsQ
 from qat.tasks import fit
+from qat.tasks.evaluate import evaluate
 from qat.tasks.train import train
 from tests.conftest import compose, results
 from tests.data.files import write_folder
@@ -204,6 +205,10 @@ def test_each_image_is_validated_once(tmp_path, monkeypatch, model):
         # A share of 37 images, not of 38 or 39.
         assert found["val_top1"] * 37 / 100 == pytest.approx(round(found["val_top1"] * 37 / 100), abs=1e-4)
         assert found["top1"] * 53 / 100 == pytest.approx(round(found["top1"] * 53 / 100), abs=1e-4)
+        # All processes have validated the net that is in the file, whose batch norms have the mean of their statistics.
+        again = folder / "again"
+        evaluate(compose("eval", f"run_dir={again}", f"ckpt={folder / 'checkpoints' / 'last.ckpt'}", "split=val"))
+        assert results(again)["top1"] == pytest.approx(found["val_top1"], abs=1e-4)
 
 
 def _train(folder, *overrides):

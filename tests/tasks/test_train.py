@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import timm
@@ -267,13 +268,24 @@ def test_a_run_that_stops_early_says_where_and_why(tmp_path, caplog):
     assert results(run)["top1"] is not None
 
 
+def epochs_and_scores(run):
+    return [(row["epoch"], row["step"], row["val/top1"], row["test/top1"]) for row in csv.DictReader((run / "metrics.csv").open())]
+
+
 def test_stopping_early_and_the_best_checkpoints_are_choices(tmp_path):
     chosen = ("callbacks=[default,early_stop,best_k]", "callbacks.early_stop.min_delta=100", "callbacks.early_stop.patience=2")
     run = train(tmp_path / "run", "trainer.max_epochs=9", "callbacks.best_k.save_top_k=2", *chosen)
     kept = sorted(path.name for path in (run / "checkpoints").glob("best-epoch*"))
     assert len(kept) == 2
     assert all(re.fullmatch(r"best-epoch00\d-top1-\d+\.\d\d\.ckpt", name) for name in kept)
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] == 2
+    (state,) = (state for state in last["callbacks"].values() if len(state.get("best_k_models", ())) == 2)
+    assert sorted(Path(path).name for path in state["best_k_models"]) == kept
+    rows = epochs_and_scores(run)
+    train(run, "trainer.max_epochs=9", "callbacks.best_k.save_top_k=2", *chosen, "resume=true")
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == last["global_step"]
+    assert epochs_and_scores(run) == rows
     train(run, "overwrite=true")
     assert not list((run / "checkpoints").glob("best-epoch*"))
 

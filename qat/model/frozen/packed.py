@@ -28,6 +28,7 @@ FORMAT = "packed-1"
 # What a file that lies of itself may ask for: bytes of its index, numbers of its constant tensors.
 MOST_INDEX, MOST_CONSTANT = 2**26, 2**26
 _BYTES_OF_FLOAT = 4
+_DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def _index_of(metadata: Mapping[str, str]) -> list[Any]:
     if not inflating.eof:
         raise ValueError("its index is cut short, or too long")
     index: list[Any] = json.loads(text)
+    if any(side < 0 for _, shape, *_ in index for side in shape):
+        raise ValueError("its index has negative sizes")
     constants = sum(torch.Size(shape).numel() for _, shape, kind, *_ in index if kind == "c")
     if constants > MOST_CONSTANT:
         raise ValueError(f"its index asks for {constants} numbers that it does not hold")
@@ -140,14 +143,14 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     state, at = {}, {"codes": 0, "floats": 0}
     for name, shape, kind, *more in index:
         if kind == "c":
-            state[name] = torch.full(shape, more[0], dtype=getattr(torch, more[1]))
+            state[name] = torch.full(shape, more[0], dtype=_DTYPES[more[1]])
             continue
         n, which = torch.Size(shape).numel(), "floats" if kind == "f" else "codes"
         size = n if kind == "f" else packed_bytes(n, more[0])
         part = (floats if kind == "f" else codes)[at[which] : at[which] + size]
         at[which] += size
         state[name] = (
-            part.view(shape).to(getattr(torch, more[0])) if kind == "f" else unpack_codes(part, more[0], tuple(shape), signed=kind == "s")
+            part.view(shape).to(_DTYPES[more[0]]) if kind == "f" else unpack_codes(part, more[0], tuple(shape), signed=kind == "s")
         )
     if (at["codes"], at["floats"]) != (codes.numel(), floats.numel()):
         raise ValueError("there is more in it than its index says")
