@@ -90,6 +90,6 @@ def _check_config(config: dict[str, Any], origin: str) -> None:
             raise ValueError("its arguments would read something else")
         check_model_arguments(arguments)
         if "${" in json.dumps(config):
-            raise ValueError("it holds '${', with which settings here name others and the environment")
+            raise ValueError("it holds '${', which would be resolved as a setting")
     except ValueError as error:
         raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error

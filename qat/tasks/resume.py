@@ -103,7 +103,7 @@ def _check_changes(checkpoint: Checkpoint, cfg: DictConfig) -> None:
     for found in changed if is_first() else ():
         note = "; the schedule of the learning rate stays as it was" if found[0] == "trainer.max_epochs" else ""
         if found[0] in _STEPS and cfg.scheduler.interval == "step":
-            note = "; the schedule of the learning rate stays as it was, in steps, of which an epoch may now have another number"
+            note = "; the learning rate keeps the schedule that was laid out for the old number of steps"
         log.warning("resume: %s%s", compare.in_words(found), note)
 
 

@@ -330,7 +330,7 @@ def test_next_time_it_is_compared_with_what_it_went_on_with(tmp_path, monkeypatc
     assert "resume: " not in caplog.text
 
 
-IN_STEPS = "; the schedule of the learning rate stays as it was, in steps, of which an epoch may now have another number"
+IN_STEPS = "; the learning rate keeps the schedule that was laid out for the old number of steps"
 
 
 def said(run_dir, caplog, *overrides):

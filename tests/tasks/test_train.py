@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -19,6 +20,7 @@ from qat.cli import entry
 from qat.losses import Distillation
 from qat.model.checkpoint import is_plain, read_checkpoint
 from qat.tasks import build
+from qat.tasks.checks import check_batches
 from tests.conftest import ROOT, compose, evaluate, results, tiny, train, write_cifar
 
 KEYS = [
@@ -306,6 +308,19 @@ def test_rare_classes_count_more(tmp_path, float_run, loss):
 def test_every_loss_takes_label_smoothing(tmp_path, loss):
     loss_of = build.build_loss(tiny(tmp_path, f"loss={loss}", "loss.label_smoothing=0.2"))
     assert [term.label_smoothing for term in loss_of.terms.values() if hasattr(term, "label_smoothing")] == [0.2]
+
+
+@pytest.mark.parametrize(("split", "images"), [("train", 5), ("val", 7), ("test", 6)])
+def test_a_process_without_an_image_is_refused(tmp_path, split, images):
+    """It would leave a validation that the others wait in."""
+    data = build.build_data(tiny(tmp_path))
+    sizes = {"train": 64, "val": 64, "test": 64} | {split: images}
+    few = SimpleNamespace(settings=data.settings, evaluation_split="test", split=lambda name: range(sizes[name]))
+    with pytest.raises(
+        qat.UsageError, match=rf"^trainer.devices=8: 8 processes for {images} images \({split}\); must be at most {images} "
+    ):
+        check_batches({"devices": 8}, few, 8)
+    check_batches({"devices": images}, few, images)
 
 
 # --- where weights come from
