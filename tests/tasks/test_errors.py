@@ -41,7 +41,7 @@ TRAIN = [
     ("quant.head_bits=16", rf"quant\.head_bits=16: {WHOLE} 2 to 8"),
     ("quant.overrides={blocks.0.*:{bits:9}}", rf"quant\.overrides\['blocks\.0\.\*'\]: quant\.bits=9: {WHOLE} 2 to 8"),
     ("quant.overrides={blocks.0.*:{bit:4}}", r"quant\.overrides\['blocks\.0\.\*'\]=\{'bit': 4\}: its knobs must be among act_bits, "),
-    ("quant.overrides={blocks.0:{attention:standard}}", r"quant\.overrides\['blocks\.0'\] matches no attention; .* names like 'blocks\.0\.attn"),
+    ("quant.overrides={blocks.0:{attention:standard}}", r"quant\.overrides\['blocks\.0'\] matches no attention; .* 'blocks\.0\.attn"),
     ("quant.overrides={block.0.*:{bits:4}}", r"quant\.overrides\['block\.0\.\*'\] matches no module .* names like 'blocks\.0\.attn"),
     ("quant.overrides=x", r"quant\.overrides='x': must be a mapping"),
     ("quant.offsets=maybe", r"quant\.offsets='maybe': must be true or false"),
