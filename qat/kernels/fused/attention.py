@@ -46,7 +46,8 @@ class _Attention(torch.autograd.Function):
         qkv, bias, mask, probs, *tensors = ctx.saved_tensors
         operands, shape = _operands(tensors, ctx.settings), ctx.shape
         if torch.is_grad_enabled():
-            out = simple.attention(qkv, operands, Scoring(shape.num_heads, shape.factor, bias, mask, keep_probs=True))
+            with simple.products_in(shape.dtype, qkv):
+                out = simple.attention(qkv, operands, Scoring(shape.num_heads, shape.factor, bias, mask, keep_probs=True))
             return *simple.gradients(out, [qkv, bias, mask, *tensors], ctx.needs_input_grad, grad), None
         q, k, scores = _scores(qkv, operands, shape) if probs is None else (None, None, None)
         if probs is None and scores is not None:

@@ -31,7 +31,8 @@ class _LsqLinear(torch.autograd.Function):
         x = recompute(ctx.make, tuple(saved))
         operand, params = LSQParams(scale, before, after, *ctx.settings), WeightParams(ctx.w_settings, step, ready)
         if torch.is_grad_enabled():
-            out = simple.lsq_linear(x, operand, weight, params, bias)
+            with simple.products_in(ctx.dtype, x):
+                out = simple.lsq_linear(x, operand, weight, params, bias)
             return *simple.gradients(out, [x, *operand.tensors, weight, step, bias], ctx.needs_input_grad, grad), None, None, None
         grad = grad.reshape(-1, grad.shape[-1])
         of_bias = grad.sum(0) if bias is not None or after is not None else None

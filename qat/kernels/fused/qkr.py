@@ -162,7 +162,8 @@ class _Qkr(torch.autograd.Function):
         weights, operands = _unpack(tensors, ctx.settings)
         if torch.is_grad_enabled():
             scoring = Scoring(ctx.shape.num_heads, ctx.shape.factor, bias, mask, keep_probs=True)
-            out = simple.qkr_attention(x, weights, params, operands, scoring)
+            with simple.products_in(ctx.shape.dtype, x):
+                out = simple.qkr_attention(x, weights, params, operands, scoring)
             inputs = [x, bias, mask, None, None, *(p.scale for p in params), *tensors]
             return (*simple.gradients(out, inputs, ctx.needs_input_grad, grad),)
         factors = _Factors(x, weights, params, operands, ctx.shape)

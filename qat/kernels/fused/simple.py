@@ -12,9 +12,14 @@ from qat.functional.lsq import lsq
 from qat.functional.qkr import fold_q_bias, fold_qk
 from qat.functional.statsq import statsq
 from qat.kernels.fused.heads import heads_of
-from qat.kernels.fused.operand import LSQParams
+from qat.kernels.fused.operand import LSQParams, probs_dtype
 from qat.kernels.fused.scores import Scoring, softmax
 from qat.kernels.fused.weight import WeightParams
+
+
+def products_in(dtype: torch.dtype, x: Tensor) -> torch.autocast:
+    """Autocast as it was in a forward whose products were in `dtype`: the backward that is differentiated may run outside of it."""
+    return torch.autocast(x.device.type, dtype=dtype, enabled=dtype in {torch.bfloat16, torch.float16})
 
 
 def quantize(o: LSQParams, x: Tensor) -> Tensor:
@@ -36,7 +41,7 @@ def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, params: WeightPara
 
 
 def _gather(scores: Tensor, values: Tensor, probs: LSQParams, scoring: Scoring) -> Tensor:
-    return (quantize(probs, softmax(scores, scoring.bias, scoring.mask, scores.dtype)) @ values).permute(1, 2, 0, 3).flatten(2)
+    return (quantize(probs, softmax(scores, scoring.bias, scoring.mask, probs_dtype(scores))) @ values).permute(1, 2, 0, 3).flatten(2)
 
 
 def attention(qkv: Tensor, operands: Any, scoring: Scoring) -> Tensor:
