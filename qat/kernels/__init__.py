@@ -36,11 +36,6 @@ def use(choice: str) -> None:
     _choice = choice
 
 
-def in_use() -> str:
-    """The choice in force."""
-    return _choice
-
-
 def _backend(x: Tensor) -> str:
     if _choice == "off" or torch.compiler.is_compiling():
         return "reference"
@@ -205,7 +200,6 @@ __all__ = [
     "CHOICES",
     "CodeRange",
     "LsqGradients",
-    "in_use",
     "lsq",
     "lsq_backward",
     "lsq_forward",

@@ -23,7 +23,7 @@ from qat.launch.group import connect
 from qat.launch.outputs import UsedError
 from qat.launch.ranks import is_first
 from qat.lit.loggers import closing
-from qat.model.checkpoint import read_checkpoint, save
+from qat.model.checkpoint import save
 from qat.model.convert import conversion_of, convert
 from qat.model.cost import cost
 from qat.model.ptq_spec import PtqRecipe
@@ -55,7 +55,6 @@ class PtqRun:
         search: what follows the calibration, None = nothing.
         batches: calibration images, (batch, C, H, W) each.
         teacher: the net whose logits a search comes close to; None = `subject`, in float.
-        constructor: of the timm model: what `qat.save` is told of it.
         fitter: changes the weights behind the calibration, None = they stay.
     """
 
@@ -65,7 +64,6 @@ class PtqRun:
     batches: list[Tensor]
     trainer: Trainer
     teacher: nn.Module | None
-    constructor: dict[str, Any]
     fitter: Fitter | None = None
 
     @property
@@ -119,7 +117,7 @@ def _quantize(cfg: DictConfig, run: PtqRun, began: float) -> dict[str, Any]:
     figures |= run_search(cfg, run.search, subject, run.batches, run.trainer, ranks, teacher=teacher)
     subject = _as_it_is(subject)
     if not cfg.trainer.fast_dev_run and run.trainer.is_global_zero:
-        save(net, Path(cfg.run_dir) / FILE, data=build.plain(cfg.data), classes=subject.data.named_classes(), **run.constructor)
+        save(net, Path(cfg.run_dir) / FILE, model=subject.name, data=build.plain(cfg.data), classes=subject.data.named_classes())
     found = _measure(run.trainer, subject, "quantized")
     outcome = {"weights": origin(cfg), "top1_fp": top1_fp, "wall_seconds": round(time.monotonic() - began, 1)}
     results = write_results(cfg, model=subject.name, **recipe_fields(subject.recipe), **found, **figures, **outcome)
@@ -168,8 +166,7 @@ def _build(cfg: DictConfig) -> PtqRun:
     if cfg.data.seed == cfg.seed:  # so that a run that is repeated from its config.yaml with another seed has other images
         cfg.data.seed = "${seed}"
     check_start(cfg, subject, search)
-    constructor = _constructor(cfg)
-    teacher = build_target_net(cfg, subject, constructor["model_kwargs"])
+    teacher = build_target_net(cfg, subject)
     batches = calibration_batches(cfg, subject.data)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
     quantized = subject
@@ -178,7 +175,7 @@ def _build(cfg: DictConfig) -> PtqRun:
         quantized = dataclasses.replace(subject, net=net, recipe=recipe)
     check_targets(search, quantized.net)
     fitter = build_fitter(cfg, recipe, batches, trainer)
-    return PtqRun(subject, quantized, search, batches, trainer, teacher, constructor, fitter)
+    return PtqRun(subject, quantized, search, batches, trainer, teacher, fitter)
 
 
 def _remove_older(cfg: DictConfig) -> None:
@@ -239,10 +236,3 @@ def _calibrate(run: PtqRun, ranks: Ranks) -> dict[str, Any]:
     log.info("%d scales from %d images in %.1f s", done.scales, images, seconds)
     all_of_them = {"images": images, "batches": count, "seconds": seconds, "seed": run.subject.data.settings.seed}
     return dataclasses.asdict(done) | all_of_them
-
-
-def _constructor(cfg: DictConfig) -> dict[str, Any]:
-    """Name and arguments of the timm model as `qat.save` takes them: the checkpoint's, else those of `model`."""
-    meta = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format).meta if cfg.ckpt else None
-    model = {"name": cfg.model.name, "kwargs": build.model_args(cfg)} if meta is None else meta["model"]
-    return {"model": model["name"], "model_kwargs": model["kwargs"]}

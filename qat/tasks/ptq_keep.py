@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from omegaconf import DictConfig
 from torch import nn
 
@@ -63,13 +65,12 @@ def _check_kept(cfg: DictConfig, subject: EvaluatedNet, search: SearchSettings |
     assert_ready(subject.net)
 
 
-def build_target_net(cfg: DictConfig, subject: EvaluatedNet, args: dict) -> nn.Module | None:
+def build_target_net(cfg: DictConfig, subject: EvaluatedNet) -> nn.Module | None:
     """The float net of `teacher.ckpt`; None where the net's own weights give the targets.
 
     Args:
         cfg: the job's config.
-        subject: the quantized net.
-        args: of its timm model; for a file that holds weights alone.
+        subject: the quantized net; a file that holds weights alone is read into one like it.
 
     Raises:
         UsageError: the file cannot be read, is of a quantized net, or of one for other classes or images.
@@ -77,7 +78,7 @@ def build_target_net(cfg: DictConfig, subject: EvaluatedNet, args: dict) -> nn.M
     path = cfg.teacher.ckpt
     if path is None:
         return None
-    net = net_of_file(path, "teacher.ckpt", "auto", subject.name, args)
+    net = net_of_file(path, "teacher.ckpt", "auto", subject.name, cast(dict, subject.net._model_args))
     if conversion_of(net) is not None:
         raise UsageError(f"teacher.ckpt={path!r}: is quantized; the targets of a search are the logits of a float net")
     classes = getattr(net, "num_classes", subject.data.settings.num_classes)

@@ -41,6 +41,15 @@ def test_a_checkpoint_of_ours_gives_back_the_float_net(path, preset, name):
     assert list(qat.iter_quantizers(made.net)) == []
 
 
+def test_matrices_that_no_recipe_of_training_has_are_told_of(path):
+    net = qat.convert(vit(), qat.PtqRecipe(method="compensate", compensation="matrix"), input_size=SIZE)
+    qat.ptq.calibrate(net, [images()])
+    qat.save(net, path)
+    made = start(path)
+    assert same_state(made.net.state_dict(), vit().state_dict())
+    assert made.notes[1:] == ["the matrices beside 2 blocks (ptq.compensation=matrix) are left out"]
+
+
 def test_float_to_quantized(path):
     qat.save(vit(), path)
     net = qat.convert(start(path).net, qat.recipe("ofq", bits=2), input_size=SIZE)

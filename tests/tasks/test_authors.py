@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+import timm
 import torch
 from torch.testing import assert_close
 
@@ -10,6 +11,7 @@ import qat
 from qat.data import Digits
 from tests.conftest import compose, evaluate, results
 from tests.interop import authors
+from tests.tasks.test_ptq import SMALL, quantize
 from tests.tiny import DISTILLED
 
 NET = ("model=deit_t_distilled", "++model.args.depth=1", "++model.args.embed_dim=192")
@@ -100,6 +102,16 @@ def test_mistakes_are_one_line(tmp_path, refused, path, command, overrides, mess
     config = "eval" if command == "evaluate" else "train"
     line = refused(command, compose(config, f"ckpt={path}", f"run_dir={tmp_path / 'run'}", *overrides))
     assert message.format(path) in line
+
+
+def test_a_search_over_their_steps_needs_no_word_about_the_net(tmp_path, path, theirs):
+    net = timm.create_model(DISTILLED, img_size=8, patch_size=4, in_chans=1, num_classes=10, depth=1)
+    torch.save(net.state_dict(), tmp_path / "float.pth")
+    given = (f"ckpt={path}", f"teacher.ckpt={tmp_path}/float.pth", "search=evolution", "search.passes=1", "search.targets=[mlp.*.input]")
+    found = quantize(tmp_path / "run", "ptq=keep", *given, *SMALL)
+    again = qat.load(tmp_path / "run" / "quantized.ckpt")
+    assert (found["model"], len(again.blocks)) == (DISTILLED, 1)
+    assert torch.equal(again.blocks[0].mlp.fc1.weight, theirs["blocks.0.mlp.fc1.weight"])
 
 
 def test_bits_are_not_for_files_of_ours(tmp_path, refused, float_run):

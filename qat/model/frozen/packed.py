@@ -54,11 +54,6 @@ class PackedSizes:
         """The file."""
         return self.codes + self.scales + self.offsets + self.rest + self.header
 
-    @property
-    def payload(self) -> int:
-        """What no format can do without."""
-        return self.total - self.header
-
     def to_text(self) -> str:
         """A line a part."""
         parts = {"codes": self.codes, "scales": self.scales, "offsets": self.offsets, "float rest": self.rest, "header": self.header}
