@@ -1,5 +1,6 @@
 """A run that waits in the middle of a step until it is told to go."""
 
+import os
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ LONGEST_S = 240
 
 
 class Pace(Callback):
-    """Says in the run directory that a step has begun, and ends it when a signal has arrived.
+    """Says in the run directory, by the number of its process, that a step has begun, and ends it when a signal has arrived.
 
     Args:
         step: which; none where the run has less.
@@ -23,7 +24,7 @@ class Pace(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step != self.step:
             return
-        (Path(trainer.default_root_dir) / f"waiting-{trainer.global_rank}").touch()
+        (Path(trainer.default_root_dir) / f"waiting-{trainer.global_rank}").write_text(str(os.getpid()))
         deadline = time.monotonic() + LONGEST_S
         while not signals.arrived() and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -1,7 +1,9 @@
 """Real jobs of the real scheduler. Oracles: what SLURM says of them; the run uninterrupted; one process with the global batch."""
 
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,10 +42,15 @@ class Job:
 
     def signal_when_held(self, *options, processes=1):
         """Send a signal once the processes are in the middle of a step."""
+        self.held(processes)
+        self.scheduler.call("scancel", *options, self.number)
+
+    def held(self, processes):
+        """Wait until the processes are in the middle of a step; gives their numbers."""
         signs = [self.run_dir / f"waiting-{rank}" for rank in range(processes)]
         self.scheduler.until(lambda: held(signs) or self.scheduler.end(self.number), f"job {self.number} trains", 240, self.output)
         assert held(signs), self.output.read_text()
-        self.scheduler.call("scancel", *options, self.number)
+        return [int(sign.read_text()) for sign in signs]
 
     def ended(self, state="COMPLETED"):
         """Wait for the end in a state; gives what was printed."""
@@ -54,7 +61,7 @@ class Job:
 
 
 def held(signs):
-    return all(sign.exists() for sign in signs)
+    return all(sign.exists() and sign.read_text() for sign in signs)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +82,7 @@ def jobs(scheduler, folder):
     return {
         "preempted": Job(scheduler, folder, *ON_CPU, *HELD, "data.batch_size=64", "data.num_workers=1", options=pair),
         "cancelled": Job(scheduler, folder, *ON_CPU, *HELD, "data.num_workers=1"),
+        "bereft": Job(scheduler, folder, *ON_CPU, *HELD, "data.batch_size=64", options=["--ntasks-per-node=2"]),
         "plain": Job(scheduler, folder, *ON_CPU, options=["--ntasks-per-node=2"], script=plain),
         "installed": Job(scheduler, folder, *ON_CPU, script=SCRIPT.replace("srun python train.py", f"srun {COMMAND} train")),
     }
@@ -163,6 +171,13 @@ def test_cancelled_it_saves_and_stays_cancelled(jobs, scheduler):
     assert f"stopped by SIGTERM at step {HELD_AT + 1}: last.ckpt written; {way}" in said
     assert last(job.run_dir)["global_step"] == HELD_AT + 1
     assert scheduler.job(job.number)["Restarts"] == "0"
+
+
+def test_when_a_process_dies_the_others_do_not_wait_for_it(jobs, scheduler):
+    _, second = jobs["bereft"].held(2)
+    os.kill(second, signal.SIGKILL)
+    scheduler.until(lambda: scheduler.end(jobs["bereft"].number), "the first process is gone", 60, jobs["bereft"].output)
+    assert "task 1: Killed" in jobs["bereft"].ended("FAILED")
 
 
 def test_the_command_of_an_installed_package_trains_as_the_script_does(jobs):
