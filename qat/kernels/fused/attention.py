@@ -46,7 +46,7 @@ class _Attention(torch.autograd.Function):
         qkv, bias, mask, probs, *tensors = ctx.saved_tensors
         operands, shape = _operands(tensors, ctx.settings), ctx.shape
         if torch.is_grad_enabled():
-            with simple.products_in(shape.dtype, qkv):
+            with simple.autocast_of(qkv, shape.dtype, enabled=shape.is_autocast):
                 out = simple.attention(qkv, operands, Scoring(shape.num_heads, shape.factor, bias, mask, keep_probs=True))
             return *simple.gradients(out, [qkv, bias, mask, *tensors], ctx.needs_input_grad, grad), None
         q, k, scores = _scores(qkv, operands, shape) if probs is None else (None, None, None)

@@ -31,7 +31,7 @@ class _LsqLinear(torch.autograd.Function):
         x = recompute(ctx.make, tuple(saved))
         operand, params = LSQParams(scale, before, after, *ctx.settings), WeightParams(ctx.w_settings, step, ready)
         if torch.is_grad_enabled():
-            with simple.products_in(ctx.dtype, x):
+            with simple.autocast_of(x, ctx.dtype, enabled=ctx.dtype != weight.dtype):
                 out = simple.lsq_linear(x, operand, weight, params, bias)
             return *simple.gradients(out, [x, *operand.tensors, weight, step, bias], ctx.needs_input_grad, grad), None, None, None
         grad = grad.reshape(-1, grad.shape[-1])

@@ -162,7 +162,7 @@ class _Qkr(torch.autograd.Function):
         weights, operands = _unpack(tensors, ctx.settings)
         if torch.is_grad_enabled():
             scoring = Scoring(ctx.shape.num_heads, ctx.shape.factor, bias, mask, keep_probs=True)
-            with simple.products_in(ctx.shape.dtype, x):
+            with simple.autocast_of(x, ctx.shape.dtype, enabled=ctx.shape.is_autocast):
                 out = simple.qkr_attention(x, weights, params, operands, scoring)
             inputs = [x, bias, mask, None, None, *(p.scale for p in params), *tensors]
             return (*simple.gradients(out, inputs, ctx.needs_input_grad, grad),)

@@ -46,6 +46,11 @@ class ScoreShape(NamedTuple):
     dtype: torch.dtype
     probs_dtype: torch.dtype
 
+    @property
+    def is_autocast(self) -> bool:
+        """True if the forward ran under autocast."""
+        return self.dtype != self.probs_dtype
+
 
 def shape_for(x: Tensor, num_heads: int, factor: float) -> ScoreShape:
     """Under autocast, products are in its dtype and softmax is in float32; else all is in the dtype of `x`."""

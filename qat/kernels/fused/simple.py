@@ -17,9 +17,9 @@ from qat.kernels.fused.scores import Scoring, softmax
 from qat.kernels.fused.weight import WeightParams
 
 
-def products_in(dtype: torch.dtype, x: Tensor) -> torch.autocast:
-    """Autocast as it was in a forward whose products were in `dtype`: the backward that is differentiated may run outside of it."""
-    return torch.autocast(x.device.type, dtype=dtype, enabled=dtype in {torch.bfloat16, torch.float16})
+def autocast_of(x: Tensor, dtype: torch.dtype, *, enabled: bool) -> torch.autocast:
+    """Autocast as it was in the forward, whose products were in `dtype`: the backward that is differentiated may run outside of it."""
+    return torch.autocast(x.device.type, dtype=dtype if enabled else None, enabled=enabled)
 
 
 def quantize(o: LSQParams, x: Tensor) -> Tensor:

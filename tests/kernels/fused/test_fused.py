@@ -268,6 +268,15 @@ def test_gradients_can_be_differentiated(kind, autocast):
             assert (one - other).norm() <= (2**-7 if autocast else 1e-5) * other.norm()
 
 
+def test_a_net_in_bfloat16_is_differentiated_without_autocast():
+    qkv, operands = attention_parts()
+    parts = qkv.detach().bfloat16().requires_grad_(), operands, Scoring(H, 0.25, None, None, keep_probs=True)
+    found, expected = (
+        torch.autograd.grad(forward(*parts).square().sum(), leaves(*parts), create_graph=True) for forward in (attention, simple.attention)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_only_what_is_needed_gets_a_gradient():
     x, o, w, params, b = linear_parts()
     w.requires_grad_(requires_grad=False)
