@@ -34,6 +34,11 @@ def test_a_channel_without_spread_takes_the_mean():
     assert_close(F.correct_mean_and_std(torch.zeros(2, 3), w), torch.tensor([[0.2] * 3, [2.0] * 3]))
 
 
+def test_a_channel_of_one_element_takes_its_weight():
+    w = torch.tensor([[0.3], [-2.0]])
+    assert torch.equal(F.correct_mean_and_std(torch.tensor([[0.5], [-1.5]]), w), w)
+
+
 def test_dtype_and_gradient():
     w = randn(4, 8).bfloat16().requires_grad_()
     out = F.correct_mean_and_std((w * 0.9).clone(), w)
