@@ -15,7 +15,7 @@ from pathlib import Path
 from qat.errors import UsageError
 from qat.utils.files import write_text
 from studies import drawing, verdict
-from studies.claims import CLAIM, Claim, Expectation, Figure, Table
+from studies.claims import Claim, Expectation, Figure, Table
 from studies.evidence import DEFAULT, NONE, Evidence, read_evidence, shown, spread
 from studies.records import Record
 
@@ -221,7 +221,7 @@ def _aims(evidence: Evidence) -> str:
     """What was aimed at, an entry each."""
     found = [one for claim in evidence.claims.values() for one in verdict.find(claim, evidence) if one.expectation.aim]
     lines = [f"- {one.expectation.what}: {_reached(one)}" for one in found]
-    return "\n".join(["Aims, each with the difference that was measured and its 95 % interval:", "", *lines]) if lines else ""
+    return "\n".join(["Aims, each with the difference that was measured and its 95 % interval; *missed*: the mean is below the aim, whether or not the interval is:", "", *lines]) if lines else ""
 
 
 def _reached(one: verdict.Found) -> str:
@@ -233,10 +233,10 @@ def _reached(one: verdict.Found) -> str:
 
 
 def _count(evidence: Evidence) -> str:
-    """How many claims of the papers came out how, and how many of ours."""
+    """How many claims of the papers came out how, and how many of ours, by their primary expectations."""
     counted: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
     for claim in evidence.claims.values():
-        if CLAIM.fullmatch(claim.id) and claim.expect:
+        if claim.expect:
             counted[claim.source.startswith(OURS)][verdict.find(claim, evidence)[0].answer] += 1
     order = (verdict.YES, verdict.NO, verdict.SMALL, verdict.OPEN)
     papers, ours = (", ".join(f"{found[name]} {name}" for name in order if found[name]) for found in counted.values())
