@@ -221,7 +221,9 @@ def _aims(evidence: Evidence) -> str:
     """What was aimed at, an entry each."""
     found = [one for claim in evidence.claims.values() for one in verdict.find(claim, evidence) if one.expectation.aim]
     lines = [f"- {one.expectation.what}: {_reached(one)}" for one in found]
-    return "\n".join(["Aims, each with the difference that was measured and its 95 % interval; *missed*: the mean is below the aim, whether or not the interval is:", "", *lines]) if lines else ""
+    missed = "*missed*: the mean is below the aim, whether or not the interval is"
+    head = f"Aims, each with the difference that was measured and its 95 % interval; {missed}:"
+    return "\n".join([head, "", *lines]) if lines else ""
 
 
 def _reached(one: verdict.Found) -> str:
