@@ -78,8 +78,17 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer, coming={})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save behind validation and behind the callbacks in front of this one, so that their state is in the file."""
+        """Save behind validation and behind the callbacks in front of this one, so that their state is in the file.
+
+        Of an epoch that a limit of steps or of time has cut short, the file says that it is not over: with a later limit it goes on.
+        """
+        epochs: Any = trainer.fit_loop.epoch_progress
+        counts, cut = (epochs.current, epochs.total), not trainer.is_last_batch
+        for count in counts:
+            count.processed -= cut
         self._save(trainer, coming=_coming_row(trainer))
+        for count in counts:
+            count.processed += cut
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a run that was killed behind its last step: Lightning leaves out what ends it, as tables and averaged weights."""
@@ -140,6 +149,10 @@ def _coming_row(trainer: Trainer) -> dict[str, Any]:
 
 def _validates_now(trainer: Trainer) -> bool:
     """True if Lightning validates behind the batch that was the last."""
+    if not trainer.fit_loop.epoch_loop._should_check_val_epoch():
+        return False
+    if trainer.should_stop and trainer.fit_loop._can_stop_early:
+        return True
     every = trainer.val_check_batch
     across_epochs = trainer.check_val_every_n_epoch is None
     number = trainer.fit_loop.total_batch_idx if across_epochs else trainer.fit_loop.batch_idx

@@ -59,7 +59,7 @@ class ResumableLoader(DataLoader):
 
     @property
     def _global_batch(self) -> int:
-        return (self.batch_size or 1) * self.sampler.world_size
+        return (self.batch_size or 1) * getattr(self.sampler, "world_size", 1)  # Lightning's own sampler, to overfit, has none
 
     def state_dict(self) -> dict[str, int]:
         """Number of batches handed out in this epoch, and of images, those of all processes together."""

@@ -36,6 +36,8 @@ class Photos(ImageData):
         if settings.get("num_classes", 0) is None:
             # The model is built from the config, so the number has to stand there, not only here.
             root, found = settings.get("root"), self.count_classes(settings)
+            if found < 2:
+                raise UsageError(f"data.root={root!r}: has {found} class{'es' * (found != 1)}; must have at least 2")
             raise UsageError(f"data.num_classes is not set: data.root={root!r} has {found} classes; set data.num_classes={found}")
         super().__init__(**settings)
 

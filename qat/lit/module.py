@@ -100,9 +100,9 @@ class QATModule(LightningModule):
                     set_grad_factor(site.quantizer, processes_and_batches**-0.5)
 
     def on_fit_start(self) -> None:
-        """Bring the teacher to where the net is now: Lightning does not know of it."""
+        """Bring the teacher to where the net is now, and to its dtype: Lightning does not know of it."""
         if self.teacher is not None:
-            self.teacher.to(self.device)
+            self.teacher.to(self.device, next(self.net.parameters()).dtype)
 
     def on_train_start(self) -> None:
         """Put the learning rate where the schedule has it now: a resumed run begins in the middle of it."""

@@ -43,9 +43,9 @@ class Teacher:
         """True if the student follows one head of a net that has two."""
         return self.head == "cls" and hasattr(self.net, "head_dist")
 
-    def to(self, device: torch.device) -> Teacher:
-        """Move the net in place."""
-        self.net.to(device)
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Teacher:
+        """Move the net in place; of another dtype where one is given."""
+        self.net.to(device, dtype)
         return self
 
     def compile(self) -> None:

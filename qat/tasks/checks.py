@@ -27,6 +27,7 @@ from qat.utils.signature import check_arguments
 from qat.utils.validate import check_int, check_number
 
 # Of settings of the trainer: what Lightning takes below that trains on nothing, never ends, or fails in the middle.
+NOT_AVERAGED = ("64", "64-true", "bf16-true", "16-true")
 LOWEST = {"accumulate_grad_batches": 1, "num_nodes": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0}
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
 
@@ -83,10 +84,14 @@ def check_callback(name: str, callback: object) -> None:
         raise UsageError(f"callbacks.{name}.monitor={monitor!r}: must be one of those of the validation: {', '.join(VAL_METRICS)}")
 
 
-def check_averaging(name: str, settings: Mapping[str, Any], callback: object) -> None:
+def check_averaging(name: str, settings: Mapping[str, Any], callback: object, precision: str) -> None:
     """Raise `UsageError` for a setting of averaged weights that torch would refuse at the first step."""
     if not isinstance(callback, WeightAveraging):
         return
+    if precision in NOT_AVERAGED:
+        raise UsageError(
+            f"trainer.precision={precision!r}: callbacks.{name} averages float32; must be one of 32-true, bf16-mixed, 16-mixed"
+        )
     known = {*inspect.signature(type(callback)).parameters, *inspect.signature(AveragedModel).parameters}
     for key in settings:
         if key not in known and not str(key).startswith("_"):
@@ -95,6 +100,8 @@ def check_averaging(name: str, settings: Mapping[str, Any], callback: object) ->
 
 def check_classifier(net: nn.Module, data: ImageData) -> None:
     """Raise `UsageError` unless images of the data pass through the net, and it gives a number for each class."""
+    if data.settings.num_classes < 2:
+        raise UsageError(f"data.num_classes={data.settings.num_classes}: must be at least 2, or there is nothing to tell apart")
     shape = check_input(net, data.input_size)
     if shape is None:
         raise UsageError("model.args.features_only: the net gives several tensors for an image; a classifier gives one, (1, classes)")

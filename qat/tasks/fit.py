@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qat.callbacks import CGA, CompileWatch, FaultGuard, LastCheckpoint, Preemption, StepSeed, Stopwatch
+from qat.callbacks import CGA, CompileWatch, FaultGuard, LastCheckpoint, Preemption, StepLimit, StepSeed, Stopwatch
 from qat.errors import UsageError
 from qat.launch.ranks import local_count
 from qat.launch.slurm import environments
@@ -120,7 +120,7 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
             continue
         callback = instantiate(callback_cfg, f"callbacks.{name}")
         check_callback(name, callback)
-        check_averaging(name, callback_cfg, callback)
+        check_averaging(name, callback_cfg, callback, str(cfg.trainer.get("precision")))
         check_sharding(cfg, f"callbacks.{name}", callback)
         if isinstance(callback, ModelCheckpoint | LastCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
@@ -153,6 +153,9 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         for key, value in cfg.trainer.items()
     }
     check_trainer(settings)
+    if settings.get("max_steps", -1) > 0:
+        callbacks = [StepLimit(settings["max_steps"]), *callbacks]
+        settings = {**settings, "max_steps": -1}
     # Sharded, what is gathered for a validation is trained with afterwards; compiled, a test would need a graph beside the validation's.
     if settings.get("strategy") == SHARDED or compiles(cfg):
         settings = {**settings, "inference_mode": False}

@@ -130,6 +130,8 @@ def test_the_number_of_classes_has_to_be_set(tmp_path):
     message = rf"data\.num_classes is not set: data\.root='{root}' has 3 classes; set data\.num_classes=3$"
     with pytest.raises(qat.UsageError, match=message):
         ImageFolder(**{**SETTINGS, "num_classes": None}, root=str(root))
+    with pytest.raises(qat.UsageError, match=rf"data\.root='{root}/train': has 1 class; must have at least 2$"):
+        ImageFolder(**{**SETTINGS, "num_classes": None}, root=str(write_folder(root / "train", classes=("a",))))
 
 
 @pytest.mark.parametrize("classes", [1, 3])

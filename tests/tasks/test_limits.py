@@ -1,0 +1,133 @@
+"""Runs that a limit of steps, of time or of patience ends. Oracle: the same run without it, or with a later one from the start."""
+
+import shutil
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+import qat
+from qat.launch.signals import Preempted
+from qat.tasks import fit
+from tests.conftest import results
+from tests.tasks.test_resume import killed_at, last, metrics, run
+
+EPOCHS = ("trainer.limit_train_batches=4", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1")
+
+
+class At(Callback):
+    """Does something behind a step."""
+
+    def __init__(self, step, what):
+        self.step, self.what = step, what
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.what(trainer)
+
+
+def with_callback(callback, monkeypatch, run_dir, *settings):
+    make = fit.build_callbacks
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "build_callbacks", lambda cfg: [callback, *make(cfg)])
+        return run(run_dir, *settings)
+
+
+def assert_same(run_dir, whole):
+    ours, theirs = last(run_dir), last(whole)
+    assert (ours["global_step"], ours["epoch"]) == (theirs["global_step"], theirs["epoch"])
+    for key in ("state_dict", "current_model_state"):
+        assert [name for name in theirs[key] if not torch.equal(ours[key][name], theirs[key][name])] == []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Three epochs of four steps."""
+    return run(tmp_path_factory.mktemp("whole") / "run", *EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory):
+    """The first ten steps of these."""
+    return run(tmp_path_factory.mktemp("ten") / "run", *EPOCHS, "trainer.max_steps=10")
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_run_with_a_limit_of_steps_goes_on(step, tmp_path, monkeypatch, ten):
+    run_dir = killed_at(step, tmp_path / "run", monkeypatch, *EPOCHS, "trainer.max_steps=10")
+    run(run_dir, *EPOCHS, "trainer.max_steps=10", "resume=auto")
+    assert last(run_dir)["global_step"] == 10
+    assert_same(run_dir, ten)
+    assert metrics(run_dir) == metrics(ten)
+
+
+def test_a_later_limit_of_steps_loses_no_image(tmp_path, ten, whole):
+    run_dir = run(tmp_path / "run", *EPOCHS, "trainer.max_steps=6")
+    assert last(run_dir)["global_step"] == 6
+    run(run_dir, *EPOCHS, "trainer.max_steps=10", "resume=true")
+    assert_same(run_dir, ten)
+    run(run_dir, *EPOCHS, "resume=true")
+    assert_same(run_dir, whole)
+
+
+def test_a_run_at_its_limit_of_steps_stays_there(tmp_path, ten):
+    again = shutil.copytree(ten, tmp_path / "run")
+    run(again, *EPOCHS, "trainer.max_steps=10", "resume=true")
+    assert_same(again, ten)
+    kept = ("top1", "val_top1", "weights")
+    assert [results(again)[key] for key in kept] == [results(ten)[key] for key in kept]
+
+
+def test_a_later_limit_of_time_loses_no_image(tmp_path, monkeypatch, whole):
+    run_dir = tmp_path / "run"
+    with_callback(At(6, lambda trainer: setattr(trainer, "should_stop", True)), monkeypatch, run_dir, *EPOCHS)
+    assert last(run_dir)["global_step"] == 6
+    run(run_dir, *EPOCHS, "resume=true")
+    assert_same(run_dir, whole)
+
+
+def test_the_last_step_is_validated(ten):
+    """The score beside a file is that of its weights."""
+    rows = [row for row in metrics(ten) if "val/top1" in row]
+    assert [int(row["step"]) for row in rows] == [3, 7, 9]
+
+
+def test_another_patience_holds_for_a_run_that_goes_on(tmp_path, caplog):
+    caplog.set_level("INFO")
+    settings = (*EPOCHS, "trainer.max_epochs=6", "callbacks=[default,ema,early_stop]", "callbacks.early_stop.min_delta=100")
+    run_dir = run(tmp_path / "run", *settings, "callbacks.early_stop.patience=1")
+    assert last(run_dir)["global_step"] == 8
+    run(run_dir, *settings, "callbacks.early_stop.patience=3", "resume=true")
+    assert last(run_dir)["global_step"] == 16
+    run(run_dir, *settings, "callbacks.early_stop.patience=2", "resume=true")
+    assert last(run_dir)["global_step"] == 16
+
+
+def test_an_epoch_without_validation_saves_where_it_is_told_to(tmp_path, monkeypatch):
+    settings = (*EPOCHS, "trainer.max_epochs=2", "+trainer.val_check_interval=0.5", "+trainer.check_val_every_n_epoch=2")
+    run_dir = killed_at(3, tmp_path / "run", monkeypatch, *settings)
+    assert last(run_dir)["global_step"] == 2
+
+
+def test_a_signal_in_an_epoch_without_validation_leaves_a_file(tmp_path, monkeypatch):
+    from qat.launch import signals
+
+    settings = (*EPOCHS, "trainer.max_epochs=2", "+trainer.val_check_interval=0.5", "+trainer.check_val_every_n_epoch=2")
+    with pytest.raises(Preempted) as caught:
+        with_callback(At(2, lambda _: setattr(signals._arrivals, "number", 15)), monkeypatch, tmp_path / "run", *settings)
+    assert caught.value.saved.exists()
+
+
+def test_overfitting_writes_its_checkpoints(tmp_path):
+    run_dir = run(tmp_path / "run", "data.repeats=1", "trainer.max_epochs=2", "trainer.overfit_batches=2")
+    assert last(run_dir)["global_step"] == 4
+
+
+def test_averages_and_teachers_of_another_precision(tmp_path):
+    with pytest.raises(qat.UsageError, match="trainer.precision='64-true': callbacks.ema averages float32; must be one of"):
+        run(tmp_path / "run", "trainer.precision=64-true")
+    float_run = run(tmp_path / "fp", *EPOCHS, "quant=fp", "callbacks.ema=null", "trainer.max_epochs=1")
+    settings = (*EPOCHS, "callbacks.ema=null", "trainer.max_epochs=1", "loss=kd", f"ckpt={float_run}/checkpoints/last.ckpt")
+    for precision, quant in (("64-true", "ofq_2bit"), ("bf16-true", "fp")):
+        done = run(tmp_path / precision, *settings, f"trainer.precision={precision}", f"quant={quant}")
+        assert results(done)["top1"] is not None
