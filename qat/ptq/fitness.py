@@ -263,7 +263,7 @@ class Evaluator:
 
     def gradient(self, block: str, vector: ScaleVector) -> tuple[Evaluation, Tensor]:
         """Fitness, and its gradient (n,) float64 for the scales of a block, straight through the roundings; one forward, one backward."""
-        scales = vector.scales
+        scales, slopes = zip(*vector.leaves(), strict=True)
         asked = [scale.requires_grad for scale in scales]
         total = torch.zeros(sum(s.numel() for s in scales), dtype=torch.float64)
         tally = _Tally(self)
@@ -277,9 +277,9 @@ class Evaluator:
                 for scale, was in zip(scales, asked, strict=True):
                     scale.requires_grad_(was)
         found = Evaluation(float(self.ranks.total(tally.losses).mean()), self.n_images, tally.all_rows())
-        return found, self.ranks.total(total)
+        return found, self.ranks.total(total) / torch.cat([slope.cpu().double().flatten() for slope in slopes])
 
-    def _gradient(self, micro: MicroBatch, scales: list[Tensor], tally: _Tally) -> Tensor:
+    def _gradient(self, micro: MicroBatch, scales: Sequence[Tensor], tally: _Tally) -> Tensor:
         target = self.targets[micro.batch]
         logits = self.forward(micro)
         rows = self.row_losses(logits, target, micro.start)

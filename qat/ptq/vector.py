@@ -5,12 +5,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.functional.evolution import noise_radius
+from qat.functional.lsq import relative_step
 from qat.model.blocks import CONTAINER, find_blocks
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import Quantizer
@@ -46,6 +48,21 @@ class ScaleVector:
         holders = [site.quantizer for site in self.sites if stored_scale(site.quantizer) is not None]
         for quantizer, scale, part in zip(holders, scales, parts, strict=True):
             getattr(quantizer, "quantizer", quantizer).set_scale(part.to(scale).clamp(min=_LOWEST_SCALE).view_as(scale))
+
+    def leaves(self) -> list[tuple[Tensor, Tensor]]:
+        """What a gradient is taken for, and the slope of the scale to it: the scale itself, of a relative step what is learned of it."""
+        found = []
+        for site, scale in zip(self.sites, self.scales, strict=True):
+            quantizer: Any = getattr(site.quantizer, "quantizer", site.quantizer)
+            change = getattr(quantizer, "change", None)
+            if change is None:
+                found.append((scale, torch.ones_like(scale)))
+                continue
+            with torch.enable_grad():
+                at = change.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(relative_step(quantizer.start, at, quantizer.unit).sum(), at)
+            found.append((change, slope))
+        return found
 
     def radius(self, fixed: float | None) -> Tensor:
         """(n,) float64: `fixed`, or what suits the bits of each scale."""

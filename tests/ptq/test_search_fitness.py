@@ -133,6 +133,25 @@ def test_gradient_of_the_scales(kind):
     assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_gradient_of_relative_steps_is_that_of_absolute_ones():
+    found = []
+    for steps in ("relative", "absolute"):
+        net, targets = quantized(preset="lsq", bits=3, weight_quantizer="lsq", steps=steps)
+        made, _, vectors = evaluator(net, targets, fitness="mse")
+        vector = vectors["blocks.1"]
+        with torch.no_grad(), made.active():
+            vector.write(vector.read())
+            found.append(made.gradient("blocks.1", vector)[1])
+    assert found[1].abs().max() > 0
+    assert_close(*found, rtol=1e-4, atol=1e-6 * float(found[1].abs().max()))
+
+
+def test_a_gradient_moves_relative_steps():
+    net, targets = quantized(preset="lsq", bits=3, weight_quantizer="lsq")
+    knobs = {"method": "adam", "passes": 2, "cycles": 5, "relative": True, "radius": 0.05, "fitness": "mse"}
+    assert search(net, batches(), targets, SearchSettings(**knobs)).accepted > 0
+
+
 def test_logits_in_micro_batches():
     net, _ = quantized()
     assert logits_of(net, batches()[0], 3).shape == (8, 10)
