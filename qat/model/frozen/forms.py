@@ -34,8 +34,25 @@ def frozen_form(site: Site) -> Quantizer:
 def _weight(site: Site, grid: UniformGrid, weight: Tensor) -> FrozenWeight:
     codes = site.quantizer.codes(weight).to(torch.int8 if grid.qmin < 0 else torch.uint8)
     shift = torch.zeros_like(grid.step) - grid.zero_point
-    made = FrozenWeight(site.quantizer.spec, grid.axis, site.name, (codes, grid.step.clone(), shift, None))
+    parts, axis = (codes, grid.step.clone(), shift, None), grid.axis
+    if grid.after is not None:
+        axis = axis or 0
+        n = weight.shape[axis]
+        parts = (codes, grid.step.expand(n).clone(), shift.expand(n).clone(), _of_rows(grid.after, weight, axis, site.name))
+    made = FrozenWeight(site.quantizer.spec, axis, site.name, parts)
     return _corrected(made, weight) if site.quantizer.spec.bias_correction else made
+
+
+def _of_rows(after: Tensor, weight: Tensor, axis: int, name: str) -> Tensor:
+    """(n,): the offset behind each row.
+
+    Raises:
+        UsageError: it differs within a row.
+    """
+    rows = after.detach().float().expand_as(weight).movedim(axis, 0).flatten(1)
+    if (rows != rows[:, :1]).any():
+        raise UsageError(f"freeze: {name} has an offset behind its quantizer that differs within a row; must be one for each row")
+    return rows[:, 0].clone()
 
 
 def _corrected(made: FrozenWeight, weight: Tensor) -> FrozenWeight:

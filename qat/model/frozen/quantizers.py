@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.functional.ste import code_dtype, view_along
-from qat.model.frozen.coded import QuantizedTensor
+from qat.model.frozen.coded import QuantizedTensor, UnsupportedIntegerOp
 from qat.model.frozen.products import LARGEST
 from qat.quantizers import Grid, Quantizer, UniformGrid
 from qat.spec import OUTPUT_ROLES, QuantSpec
@@ -190,6 +190,8 @@ def _quantized(grid: UniformGrid, codes: Tensor, name: str) -> QuantizedTensor:
     _, zero = grid.along(codes.ndim)
     factor = 2 if grid.is_half_step else 1
     lowest, highest = (float(end) for end in torch.as_tensor(zero).aminmax())
+    if (torch.as_tensor(zero) * 2 % 1 != 0).any():
+        raise UnsupportedIntegerOp(f"{name}: its zero point is no whole or half number of codes, so its values are no integers")
     bound = int(factor * max(abs(grid.qmin - highest), abs(grid.qmax - lowest)))
     unit = view_along(grid.unit, codes.ndim, grid.axis)
     return QuantizedTensor.of((codes - zero) * factor, unit, grid.after, bound, name)
