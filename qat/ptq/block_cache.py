@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -248,11 +248,16 @@ class PrefixCache:
         self.clear()
         held = self._fitting(block)
         self._kept = {name: [] for entry in held for name in self.trace.needed(entry)}
-        recorders = {self.modules[name]: self._recording(name) for name in self._kept}
-        with torch.no_grad(), patched({**recorders, self.modules[self.trace.entries[block]]: _arrive}):
-            for images in self.micro_batches:
-                with contextlib.suppress(_Arrived):
-                    self.net(images)
+        # Behind the hooks that change what a module gives, as those of a block's matrix do.
+        recorders = [self.modules[name].register_forward_hook(_recording(kept)) for name, kept in self._kept.items()]
+        try:
+            with torch.no_grad(), patched({self.modules[self.trace.entries[block]]: _arrive}):
+                for images in self.micro_batches:
+                    with contextlib.suppress(_Arrived):
+                        self.net(images)
+        finally:
+            for recorder in recorders:
+                recorder.remove()
         self.held = held
 
     def _fitting(self, block: str) -> tuple[str, ...]:
@@ -265,28 +270,35 @@ class PrefixCache:
             fitting.append(name)
         return tuple(fitting)
 
-    def _recording(self, name: str) -> Forward:
-        original, kept = self.modules[name].forward, self._kept[name]
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            kept.append(output)
-            return output
-
-        return forward
-
     @contextlib.contextmanager
     def replaying(self, block: str) -> Generator[None]:
         """While it lasts, a forward of the micro-batch `at` runs from `block` on."""
         self.hold(block)
         needed = set(self.trace.needed(block))
         stubs = {self.modules[n]: self._playing(n) if n in needed else _pass_on for n in self.trace.prefixes[block]}
-        with patched(stubs):
+        with patched(stubs), _without_hooks(stubs):
             yield
 
     def _playing(self, name: str) -> Forward:
         kept = self._kept[name]
         return lambda *args, **kwargs: kept[self.at]
+
+
+def _recording(kept: list[Any]) -> Callable[[nn.Module, Any, Any], None]:
+    return lambda module, args, output: kept.append(output)
+
+
+@contextlib.contextmanager
+def _without_hooks(modules: Iterable[nn.Module]) -> Generator[None]:
+    """What these modules play back has been through their hooks already."""
+    before = {module: module._forward_hooks for module in modules}
+    try:
+        for module in before:
+            module._forward_hooks = OrderedDict()
+        yield
+    finally:
+        for module, hooks in before.items():
+            module._forward_hooks = hooks
 
 
 def _arrive(*args: Any, **kwargs: Any) -> Any:

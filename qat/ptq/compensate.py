@@ -64,11 +64,20 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Sequence[Tensor], 
         units = find_units(net, batches[0][:1], _SETTING)
         names = [unit.name for unit in units]
         pair = Runner(net, names, batches), Runner(reference, names, batches)
+        units, left_out = _comparable(units, pair[1])
         fitted = [linear for unit in units if (linear := _fit_unit(pair, unit, matrix=matrix)) is not None]
+    if left_out:
+        log.info("not compensated, as the float net calls no module for them: %s", ", ".join(left_out))
     layers = sum(len(unit.layers) for unit in units)
     added = sum(p.numel() * p.element_size() for linear in fitted for p in linear.parameters())
     log.info("compensation of %d layers and %d blocks; %d bytes added", layers, len(fitted), added)
     return Compensated(layers, len(fitted), added)
+
+
+def _comparable(units: Sequence[Unit], reference: Runner) -> tuple[list[Unit], list[str]]:
+    """The units with the layers that the float net calls as modules too, and the others: some attentions multiply by `qkv.weight`."""
+    kept = [Unit(unit.name, tuple(site for site in unit.layers if owner_of(site) in reference.order)) for unit in units]
+    return kept, [owner_of(site) for unit in units for site in unit.layers if owner_of(site) not in reference.order]
 
 
 def _fit_unit(pair: tuple[Runner, Runner], unit: Unit, *, matrix: bool) -> nn.Linear | None:
@@ -96,15 +105,15 @@ def _channel_fit(pair: tuple[Runner, Runner], unit: Unit, site: Site) -> tuple[T
     mean_y, mean_t, square, product = sums / rows
     if not has_bias:
         mean_y, mean_t = torch.zeros_like(mean_y), torch.zeros_like(mean_t)
-    gain = _ridge_gain(square - mean_y.square(), product - mean_y * mean_t)
+    gain = _ridge_gain(square - mean_y.square(), product - mean_y * mean_t, square)
     if site.quantizer.n_scales == 1 < len(gain):
         gain = torch.ones_like(gain)
     return gain, mean_t - gain * mean_y
 
 
-def _ridge_gain(variance: Tensor, covariance: Tensor) -> Tensor:
-    """Argmin over g of E(t - g y)^2 + RIDGE var(y) (g - 1)^2; 1 where a channel is constant."""
-    floor = torch.finfo(torch.float32).tiny
+def _ridge_gain(variance: Tensor, covariance: Tensor, square: Tensor) -> Tensor:
+    """Argmin over g of E(t - g y)^2 + RIDGE var(y) (g - 1)^2; 1 where a channel is constant, up to the rounding of its E y^2."""
+    floor = (1e-12 * square).clamp(min=torch.finfo(torch.float32).tiny)
     gain = (covariance + RIDGE * variance) / ((1 + RIDGE) * variance).clamp(min=floor)
     return torch.where(variance > floor, gain, 1.0).clamp(*_GAINS)
 

@@ -1,15 +1,20 @@
 """Compensation. Oracle: the normal equations, and numpy's least squares for the matrix; codes of weights that stay."""
 
+import contextlib
+import copy
+
 import numpy as np
 import pytest
+import timm
 import torch
 from torch.testing import assert_close
 
 import qat
 from qat.model.cost import size_bytes
-from qat.ptq.compensate import RIDGE, compensate
+from qat.ptq.compensate import RIDGE, _ridge_gain, compensate
+from qat.ptq.units import Runner
 from tests import tiny
-from tests.ptq.fitting import error, outputs, pair
+from tests.ptq.fitting import KNOBS, error, outputs, pair
 
 IMAGES = [tiny.images(16, seed) for seed in range(3)]
 ALL = torch.cat(IMAGES)
@@ -59,6 +64,54 @@ def test_a_matrix_is_the_ridge_regression_of_the_block_and_is_counted():
     gram = rows.T @ rows
     solution = np.linalg.solve(gram + np.diag([RIDGE * np.diag(gram)[:-1].mean()] * 32 + [0.0]), rows.T @ wrong)
     assert_close(net.blocks[0].compensation.weight.double().detach().numpy(), solution[:-1].T, rtol=1e-3, atol=1e-5)
+
+
+class WholeForwards(Runner):
+    """Nothing remembered."""
+
+    def __init__(self, net, _, batches):
+        super().__init__(net, (), batches)
+
+    def at(self, unit):
+        return contextlib.nullcontext()
+
+    def __call__(self, i):
+        return self.net(self.batches[i])
+
+
+def test_matrices_are_fitted_to_what_blocks_get(monkeypatch):
+    """Behind blocks that have their matrices already."""
+    knobs = {"compensation": "matrix", "kwargs": {"depth": 4}}
+    (net, reference), (whole, _) = pair(**knobs), pair(**knobs)
+    compensate(net, reference, IMAGES, matrix=True)
+    monkeypatch.setattr("qat.ptq.compensate.Runner", WholeForwards)
+    compensate(whole, reference, IMAGES, matrix=True)
+    for ours, theirs in zip(net.blocks, whole.blocks, strict=True):
+        assert_close(ours.compensation.weight, theirs.compensation.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_channel_that_is_constant_has_no_gain():
+    y = torch.linspace(0.1, 1, 1000).double()
+    sums = torch.zeros(4, 1000, dtype=torch.float64)
+    for _ in range(700):
+        target = y + 1e-3 * torch.randn(1000, generator=torch.Generator().manual_seed(_)).double()
+        sums += torch.stack([y, target, y.square(), y * target])
+    mean_y, mean_t, square, product = sums / 700
+    assert (_ridge_gain(square - mean_y.square(), product - mean_y * mean_t, square) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_layers_that_the_float_net_has_no_module_call_for(name, caplog):
+    caplog.set_level("INFO")
+    torch.manual_seed(0)
+    reference = timm.create_model(name, img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=6).eval()
+    images = torch.randn(16, 3, 16, 16)
+    net = qat.convert(copy.deepcopy(reference), qat.PtqRecipe(**KNOBS, method="compensate"), input_size=(3, 16, 16))
+    qat.ptq.calibrate(net, [images])
+    before = error(net.eval(), reference, images)
+    compensate(net, reference, [images])
+    assert error(net, reference, images) < before
+    assert "blocks.1.attn.qkv" in caplog.text or "blocks.1.attn.q_proj" in caplog.text
 
 
 @pytest.mark.parametrize("compensation", ["affine", "matrix"])

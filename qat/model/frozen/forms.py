@@ -34,7 +34,8 @@ def frozen_form(site: Site) -> Quantizer:
 def _weight(site: Site, grid: UniformGrid, weight: Tensor) -> FrozenWeight:
     codes = site.quantizer.codes(weight).to(torch.int8 if grid.qmin < 0 else torch.uint8)
     shift = torch.zeros_like(grid.step) - grid.zero_point
-    parts, axis = (codes, grid.step.clone(), shift, None), grid.axis
+    parts: tuple[Tensor, Tensor, Tensor, Tensor | None] = (codes, grid.step.clone(), shift, None)
+    axis = grid.axis
     if grid.after is not None:
         axis = axis or 0
         n = weight.shape[axis]
