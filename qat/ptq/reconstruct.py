@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qat.errors import UsageError
 from qat.model.sites import iter_quantizers
@@ -172,7 +173,7 @@ class _Reconstruction:
         self.units = find_units(net, batches[0][:1], _SETTING)
         names = [unit.name for unit in self.units]
         self.runner, self.reference = Runner(net, names, batches), Runner(reference, names, batches)
-        self.later = [reference(batch).float() for batch in batches]
+        self.later = [_joined(reference(batch)) for batch in batches]
         for logits in self.later:
             check_finite(logits, "the float net", _SETTING)
 
@@ -231,14 +232,16 @@ class _Unit:
     """One unit while it is trained.
 
     Attributes:
-        floats: stand-ins for the quantizers of all other units.
+        floats: stand-ins for the quantizers behind the unit.
     """
 
     def __init__(self, whole: _Reconstruction, unit: Unit, number: int, goal: list[tuple[Tensor, Tensor]]) -> None:
         self.whole, self.number, self.goal, self.settings = whole, number, goal, whole.settings
         self.module = whole.net.get_submodule(unit.name)
         own = [site.quantizer for site in iter_quantizers(whole.net) if site.name.startswith(f"{unit.name}.")]
-        self.floats: dict[nn.Module, Forward] = {s.quantizer: _unchanged for s in iter_quantizers(whole.net) if s.quantizer not in set(own)}
+        order = whole.runner.order
+        later = [s for s in iter_quantizers(whole.net) if order.get(s.name, 0) > order[unit.name] and s.quantizer not in set(own)]
+        self.floats: dict[nn.Module, Forward] = {site.quantizer: _unchanged for site in later}
         self.scaled = [quantizer for quantizer in own if stored_scale(quantizer) is not None]
         layers = dict.fromkeys(site.owner for site in unit.layers)
         self.weights = [p for layer in layers for p in layer.parameters(recurse=False)]
@@ -298,13 +301,13 @@ class _Unit:
                 raise _Enough
             return outputs[-1]
 
-        logits = None
+        output = None
         with patched({self.module: forward}), self.whole.context(), contextlib.suppress(_Enough):
-            logits = self.whole.runner(i)
+            output = self.whole.runner(i)
         loss = (outputs[0].float() - target).square().mean() / self.spread[0]
-        if logits is None:
+        if output is None:
             return loss
-        return loss + self.settings.later * (logits.float() - self.whole.later[i]).square().mean() / self.spread[1]
+        return loss + self.settings.later * (_joined(output) - self.whole.later[i]).square().mean() / self.spread[1]
 
 
 class _Enough(Exception):
@@ -322,6 +325,11 @@ def _learning(quantizers: Sequence[Quantizer], starts: Sequence[Tensor], changes
     finally:
         for quantizer, buffer in zip(quantizers, buffers, strict=True):
             quantizer._buffers["scale"] = buffer
+
+
+def _joined(output: Any) -> Tensor:
+    """Logits (B, K), or the maps of a backbone, (B, all of them), float32."""
+    return torch.cat([part.float().flatten(1) for part in tree_leaves(output)], 1)
 
 
 def _spread(values: Sequence[Tensor]) -> float:

@@ -162,3 +162,51 @@ def test_inputs_that_are_not_finite():
         reference.pos_embed[0, 0, 0] = torch.inf
     with pytest.raises(qat.UsageError, match=r"the activations of the float net hold NaN or infinity"):
         reconstruct(net, reference, IMAGES, SETTINGS)
+
+
+@pytest.mark.parametrize("later", [0.0, 1.0])
+def test_a_backbone(later):
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    reference = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **sizes).eval()
+    images = torch.randn(16, 3, 16, 16)
+    net = qat.convert(copy.deepcopy(reference), qat.PtqRecipe(**KNOBS, method="reconstruct"), input_size=(3, 16, 16))
+    qat.ptq.calibrate(net, [images])
+
+    def error_of_maps():
+        with torch.no_grad():
+            return sum(float((a - b).square().mean()) for a, b in zip(net(images), reference(images), strict=True))
+
+    before = error_of_maps()
+    reconstruct(net.eval(), reference, images, ReconstructSettings(steps=20, batch=8, later=later))
+    assert error_of_maps() < before
+
+
+def test_a_unit_is_trained_on_what_the_quantized_net_gives_it(monkeypatch):
+    """Also behind quantizers that stand beside modules, as those of an attention pool do."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
+    reference = timm.create_model("vit_base_patch16_siglip_224", **sizes).eval()
+    images = torch.randn(8, 3, 16, 16)
+    net = qat.convert(copy.deepcopy(reference), qat.PtqRecipe(**KNOBS, method="reconstruct"), input_size=(3, 16, 16))
+    qat.ptq.calibrate(net, [images])
+    fit, units = module._Reconstruction._fit, []
+
+    def inputs(unit, run):
+        seen = []
+        handle = net.get_submodule(unit.name).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        found = run()
+        handle.remove()
+        return seen[0], found
+
+    def compared(whole, unit, number):
+        with torch.no_grad():
+            expected, _ = inputs(unit, lambda: net(images))
+        got, found = inputs(unit, lambda: fit(whole, unit, number))
+        assert torch.equal(got, expected), unit.name
+        units.append(unit.name)
+        return found
+
+    monkeypatch.setattr(module._Reconstruction, "_fit", compared)
+    reconstruct(net.eval(), reference, images, ReconstructSettings(steps=1, batch=8))
+    assert "attn_pool.proj" in units
