@@ -23,6 +23,7 @@ from qat.export.plan import Planner
 from qat.export.simplify import divide_behind_maximum, narrow, simplify
 from qat.export.stored_weights import TWO_BIT, WIDTHS, Stored, needed_opset, stored_form
 from qat.export.write import CODES, SITE, Writer, prepare_activation, prepare_weight
+from qat.model.convert import check_input, conversion_of
 from qat.model.frozen import FrozenActivation, FrozenWeight, is_frozen
 
 if TYPE_CHECKING:
@@ -70,10 +71,9 @@ def _asked_for() -> dict[str, SpecifierSet]:
 
 def check_size(frozen: nn.Module) -> None:
     """Raise `UsageError` unless a net takes images of any size, with scales that do not count its tokens."""
+    one_size = "dynamic_size=true: this net takes images of one size; must be false, or a net with model.args.dynamic_img_size=true"
     if not getattr(frozen, "dynamic_img_size", True):
-        raise UsageError(
-            "dynamic_size=true: this net takes images of one size; must be false, or a net with model.args.dynamic_img_size=true"
-        )
+        raise UsageError(one_size)
     for name, module in frozen.named_modules():
         if not isinstance(module, FrozenActivation):
             continue
@@ -84,6 +84,14 @@ def check_size(frozen: nn.Module) -> None:
             )
         if module.spec.role == "image" and any(t is not None for t in (module.before, module.after)):
             raise UsageError(f"dynamic_size=true: {name} has an offset for each pixel; must be false, or a net with quant.offsets=false")
+    done = conversion_of(frozen)
+    if done is None:
+        return
+    channels, height, width = done.input_size
+    try:
+        check_input(frozen, (channels, 2 * height, 2 * width))
+    except UsageError as error:
+        raise UsageError(one_size) from error
 
 
 @dataclass(frozen=True)

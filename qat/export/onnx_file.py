@@ -99,8 +99,9 @@ def _is_square(input_size: tuple[int, int, int]) -> bool:
 
 
 def _on_cpu(net: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A net and what it is frozen to, where they are planned, traced and compared; the net of the caller stays where it is."""
-    net = net if next(net.parameters()).device.type == "cpu" else copy.deepcopy(net).cpu()
+    """A net and what it is frozen to, on the CPU in float32, for plan, graph and comparison; the net of the caller stays as it is."""
+    if any(t.device.type != "cpu" or t.dtype in {torch.bfloat16, torch.float16} for t in net.state_dict().values()):
+        net = copy.deepcopy(net).cpu().float()
     return net, net if is_frozen(net) else freeze(net)
 
 

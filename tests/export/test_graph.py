@@ -181,6 +181,14 @@ def test_images_of_any_size(tmp_path):
     assert done.agreement["ORT_ENABLE_BASIC"].images == 9
 
 
+def test_a_net_of_one_size_is_not_written_for_any():
+    net = timm.create_model("beit_base_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2, num_classes=5)
+    qat.convert(net, qat.recipe("deploy_w8a8"), input_size=(3, 16, 16))
+    frozen = qat.freeze(qat.initialize_scales(net, [torch.randn(4, 3, 16, 16)]).eval())
+    with pytest.raises(qat.UsageError, match="dynamic_size=true: this net takes images of one size; must be false"):
+        check_size(frozen)
+
+
 def test_quantizers_are_called_what_they_are(two_bit):
     frozen, model, _ = two_bit
     logits, seen = Transparent(model).run(tiny.images(4))

@@ -49,7 +49,7 @@ def freeze(net: nn.Module, *, mode: str = "float") -> nn.Module:
     if is_frozen(net):
         raise UsageError("freeze: the net is frozen already")
     assert_ready(net)
-    return set_mode(drop_dead_offsets(freeze_structure(copy.deepcopy(net))), mode)
+    return set_mode(drop_dead_offsets(freeze_structure(copy.deepcopy(net).float())), mode)
 
 
 def is_frozen(net: nn.Module) -> bool:

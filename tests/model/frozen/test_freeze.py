@@ -179,3 +179,14 @@ def test_a_code_that_differs_away_from_a_threshold_is_called_by_name():
     found = agreement(net, frozen, [tiny.images(8, 1)])
     assert set(found.not_ties) == {"blocks.0.mlp.fc1.input_quantizer"}
     assert found.flipped == 8 > found.ties
+
+
+def test_a_net_in_bfloat16_is_frozen_in_float32(tmp_path):
+    images = tiny.images(4).bfloat16()
+    net = qat.convert(tiny.vit().bfloat16(), qat.recipe("deploy_w8a8"), input_size=tiny.SIZE)
+    qat.initialize_scales(net, [images]).eval()
+    frozen, whole = qat.freeze(net), qat.freeze(copy.deepcopy(net).float())
+    assert torch.equal(frozen(images.float()), whole(images.float()))
+    torch.testing.assert_close(qat.integer_forward(net, images.float()), frozen(images.float()), rtol=1e-5, atol=1e-5)
+    assert qat.export_onnx(net, tmp_path / "net.onnx").problem is None
+    assert next(net.parameters()).dtype == torch.bfloat16
