@@ -1,5 +1,6 @@
 """Composed configs, small runs that several tests share, and data files in the formats that commands read."""
 
+import gc
 import io
 import json
 import signal
@@ -116,6 +117,12 @@ def write_cifar(root, train=40, test=10, seed=0):
         pixels = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
         write_parquet(root / f"{split}.parquet", [encoded(p) for p in pixels], [i % 4 for i in range(n)])
     return root
+
+
+def pytest_collection_finish():
+    """Libraries and tests stay to the end: to look for garbage among them takes a twelfth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

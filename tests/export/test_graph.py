@@ -34,11 +34,13 @@ def assert_agrees(net, path, images, **settings):
     return done
 
 
-OFTEN = ("ofq_2bit", "seq_2bit")
+def often(one, names):
+    """The test of every change; others are long."""
+    return [name if name == one else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.long) for name in RECIPES])
+@pytest.mark.parametrize("name", often("ofq_2bit", RECIPES))
 def test_a_file_gives_the_answers_of_the_net(name, tmp_path):
     done = assert_agrees(made(RECIPES[name]), tmp_path / "net.onnx", [tiny.images(16, seed) for seed in range(1, 3)])
     assert done.agreement["ORT_ENABLE_BASIC"].images == 32
@@ -72,8 +74,9 @@ def test_post_training_quantization(name, tmp_path):
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"bits": 4, "act_bits": 8, "act_observer": "omse", "residual_observer": "ptf"},  # a scale for each channel of the residual stream
-        {"bits": 8, "act_bits": 8, "act_scales": "token"},
+        # A scale for each channel of the residual stream.
+        pytest.param({"bits": 4, "act_bits": 8, "act_observer": "omse", "residual_observer": "ptf"}, marks=pytest.mark.long),
+        pytest.param({"bits": 8, "act_bits": 8, "act_scales": "token"}, marks=pytest.mark.long),
         {"bits": 2, "act_bits": 8},  # codes of a convolution that its kernel for integers does not take
     ],
     ids=["ptf", "token", "two_bits"],
@@ -254,14 +257,14 @@ DEPLOY = ("deploy_w8a8", "deploy_w4a8", "deploy_w4a4")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DEPLOY)
+@pytest.mark.parametrize("name", often("deploy_w8a8", DEPLOY))
 def test_recipes_to_deploy(name, tmp_path):
     done = assert_agrees(made(qat.recipe(name)), tmp_path / "net.onnx", [tiny.images(16, 1)])
     assert done.agreement["ORT_ENABLE_ALL"].images == 16
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DEPLOY)
+@pytest.mark.parametrize("name", often("deploy_w4a4", DEPLOY))
 def test_what_tensorrt_asks_for(name, tmp_path):
     net = made(qat.recipe(name))
     frozen = qat.freeze(net)

@@ -172,18 +172,14 @@ def test_a_scale_for_each_position_leaves_one_size(tmp_path):
         exported(tmp_path, f"ckpt={last(run)}", "dynamic_size=true")
 
 
-def test_a_net_of_qat_save_is_checked_on_noise(tmp_path):
+def test_a_net_of_qat_save_is_checked_on_noise_and_no_line_is_said_but_its_own(tmp_path, caplog):
+    caplog.set_level("INFO")
     net = qat.convert(
         timm.create_model("vit_tiny_patch16_224", **SMALL | {"num_classes": 7}), qat.recipe("ofq", bits=2), input_size=(1, 8, 8)
     )
     qat.save(qat.initialize_scales(net, [torch.randn(8, 1, 8, 8)]), tmp_path / "net.ckpt")
     found = exported(tmp_path / "out", f"ckpt={tmp_path}/net.ckpt", "latency=0")
     assert found["agrees"] == {"onnxruntime": True, "openvino": True}
+    assert [record.name for record in caplog.records if not record.name.startswith("qat.")] == []
     said = {entry.key: entry.value for entry in onnx.load(tmp_path / "out" / "net.onnx").metadata_props}
     assert (json.loads(said["qat.classes"]), json.loads(said["qat.preprocessing"])["size"]) == ([], 8)
-
-
-def test_no_line_but_its_own(run_2bit, tmp_path, caplog):
-    with caplog.at_level("INFO"):
-        exported(tmp_path, f"ckpt={last(run_2bit)}", "latency=0")
-    assert [record.name for record in caplog.records if not record.name.startswith("qat.")] == []
