@@ -79,7 +79,10 @@ class OpenVino:
 
     def __init__(self, model: Path | bytes, threads: int, precision: str = "f32") -> None:
         given = io.BytesIO(model) if isinstance(model, bytes) else str(model)
-        config = {"INFERENCE_PRECISION_HINT": precision} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+        # Behind weights alone it would quantize activations to 8 bits where the processor has integer products.
+        config = {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"} | (
+            {"INFERENCE_NUM_THREADS": threads} if threads else {}
+        )
         self._model = _core().compile_model(_core().read_model(given), "CPU", config)
         takes = self._model.inputs[0].get_partial_shape()[0]
         self.batch = takes.get_length() if takes.is_static else None
