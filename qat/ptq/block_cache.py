@@ -250,14 +250,10 @@ class PrefixCache:
         self._kept = {name: [] for entry in held for name in self.trace.needed(entry)}
         # Behind the hooks that change what a module gives, as those of a block's matrix do.
         recorders = [self.modules[name].register_forward_hook(_recording(kept)) for name, kept in self._kept.items()]
-        try:
-            with torch.no_grad(), patched({self.modules[self.trace.entries[block]]: _arrive}):
-                for images in self.micro_batches:
-                    with contextlib.suppress(_Arrived):
-                        self.net(images)
-        finally:
-            for recorder in recorders:
-                recorder.remove()
+        with probing(self.net, recorders), patched({self.modules[self.trace.entries[block]]: _arrive}):
+            for images in self.micro_batches:
+                with contextlib.suppress(_Arrived):
+                    self.net(images)
         self.held = held
 
     def _fitting(self, block: str) -> tuple[str, ...]:

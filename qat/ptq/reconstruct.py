@@ -240,7 +240,7 @@ class _Unit:
         self.module = whole.net.get_submodule(unit.name)
         own = [site.quantizer for site in iter_quantizers(whole.net) if site.name.startswith(f"{unit.name}.")]
         order = whole.runner.order
-        later = [s for s in iter_quantizers(whole.net) if order.get(s.name, 0) > order[unit.name] and s.quantizer not in set(own)]
+        later = [s for s in iter_quantizers(whole.net) if order.get(s.name, math.inf) > order[unit.name] and s.quantizer not in set(own)]
         self.floats: dict[nn.Module, Forward] = {site.quantizer: _unchanged for site in later}
         self.scaled = [quantizer for quantizer in own if stored_scale(quantizer) is not None]
         layers = dict.fromkeys(site.owner for site in unit.layers)

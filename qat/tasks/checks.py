@@ -27,8 +27,9 @@ from qat.utils.signature import check_arguments
 from qat.utils.validate import check_int, check_number
 
 # Of settings of the trainer: what Lightning takes below that trains on nothing, never ends, or fails in the middle.
-NOT_AVERAGED = ("64", "64-true", "bf16-true", "16-true")
 LOWEST = {"accumulate_grad_batches": 1, "num_nodes": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0}
+# Averaged weights are copied in float32, before Lightning turns the net into these.
+NOT_AVERAGED = ("64", "64-true", "bf16-true", "16-true")
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
 
 
