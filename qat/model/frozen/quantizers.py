@@ -58,7 +58,7 @@ class FrozenWeight(Frozen):
         stored: codes of the weight, int8 or uint8, its shape.
         scale: step between two codes, (n,), of each row or one for all.
         shift: half a step for StatsQ, minus the zero point for affine grids; (n,) in codes, whole or half numbers.
-        after: what bias correction adds to a row, (n,), or None.
+        after: what is added behind a row, by bias correction or by the quantizer, (n,), or None.
     """
 
     stored: Tensor
