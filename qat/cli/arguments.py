@@ -12,6 +12,8 @@ from qat.errors import UsageError
 PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run", "sweep", "file")
 # What stands for itself in Hydra's grammar.
 _PLAIN = re.compile(r"[A-Za-z0-9_./:+%@-]*")
+# What makes a sweep of a value under `--multirun`.
+_SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
 HUB = "hf-hub:"
 _CONFIG_PATH = ("--config-path", "-cp")
 # Arguments that were known once, and what to use instead; `conf/` says what there is now.
@@ -41,13 +43,25 @@ def prepared(arguments: Sequence[str]) -> list[str]:
 
 def _prepared(argument: str, *, is_multirun: bool) -> str:
     key, equals, value = argument.partition("=")
-    value = re.sub(r"^~(?=/|$)", lambda _: os.path.expanduser("~"), value) if equals else value
-    means_more = value[:1] in {"'", '"'} or "${" in value or (is_multirun and re.search(r"[,(]", value))
-    if key.lstrip("+") not in (*PATHS, "run_dir") or means_more or _PLAIN.fullmatch(value):
+    value = _at_home(value) if equals else value
+    if key.lstrip("+") not in (*PATHS, "run_dir") or (is_multirun and _SWEEP.search(value)):
         return f"{key}{equals}{value}"
+    if key.lstrip("+") == "ckpt" and re.fullmatch(r"\[.*\]", value) and not os.path.exists(value):  # nets to compare
+        return f"{key}=[{','.join(_quoted(_at_home(one.strip())) for one in value[1:-1].split(','))}]"
+    return f"{key}{equals}{_quoted(value)}"
+
+
+def _at_home(path: str) -> str:
+    return re.sub(r"^~(?=/|$)", lambda _: os.path.expanduser("~"), path)
+
+
+def _quoted(value: str) -> str:
+    """A path as Hydra's grammar takes it; what is quoted or interpolated stays as it is."""
+    if value[:1] in {"'", '"'} or "${" in value or _PLAIN.fullmatch(value):
+        return value
     # Backslashes count only in front of a quote.
-    quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
-    return f"{key}='{quoted}'"
+    inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"'{inner}'"
 
 
 def expanded(arguments: Sequence[str]) -> list[str]:

@@ -60,6 +60,20 @@ def test_a_list_of_paths_is_a_sweep_under_multirun_alone():
     assert value(arguments.prepared(["ckpt=a,b"])[0]) == "a,b"
 
 
+def test_brackets_in_a_path_make_no_sweep():
+    assert value(arguments.prepared(["-m", "run_dir=/x (1)"])[1]) == "/x (1)"
+    assert arguments.prepared(["-m", "ckpt=choice(a,b)"])[1] == "ckpt=choice(a,b)"
+
+
+def test_nets_to_compare_are_a_list(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert value(arguments.prepared(["ckpt=[a.ckpt, it's b=1.ckpt,~/c]"])[0]) == ["a.ckpt", "it's b=1.ckpt", "/home/me/c"]
+    assert arguments.prepared(["ckpt=['a b',${oc.env:HOME}/c]"]) == ["ckpt=['a b',${oc.env:HOME}/c]"]
+    (tmp_path / "[a]").touch()
+    monkeypatch.chdir(tmp_path)
+    assert value(arguments.prepared(["ckpt=[a]"])[0]) == "[a]"
+
+
 @pytest.mark.parametrize(
     "argument", ["data=_common", "loss=_regularizers", "quant=nothing", "callbacks=[default,nothing]", "+experiment=x"]
 )
