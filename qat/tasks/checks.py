@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,15 +18,18 @@ from qat import kernels
 from qat.cli.schemas import SPLITS, conform
 from qat.data import ImageData
 from qat.errors import UsageError
+from qat.launch.ranks import is_first
 from qat.lit.module import limited
 from qat.lit.parallel import SHARDED
 from qat.model import hub
+from qat.model.checkpoint import classes_of
 from qat.model.convert import check_input
 from qat.model.start import check_model
 from qat.utils.bounds import json_object
 from qat.utils.signature import check_arguments
 from qat.utils.validate import check_int, check_number
 
+log = logging.getLogger(__name__)
 # Of settings of the trainer: what Lightning takes below that trains on nothing, never ends, or fails in the middle.
 LOWEST = {"accumulate_grad_batches": 1, "num_nodes": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0}
 # Averaged weights are copied in float32, before Lightning turns the net into these.
@@ -109,6 +113,19 @@ def check_classifier(net: nn.Module, data: ImageData) -> None:
     if len(shape) != 2:
         sizes = f"(1, {', '.join(map(str, shape[1:]))})"
         raise UsageError(f"model.args.global_pool: the net gives {sizes} for an image; a classifier gives (1, classes)")
+
+
+def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
+    """Raise `UsageError` if the data have the classes of a net in another order; warn if they call them otherwise."""
+    had, has = classes_of(net), data.named_classes()
+    if not had or not has or len(had) != len(has) or had == has:
+        return
+    number = next(n for n, (old, new) in enumerate(zip(had, has, strict=True)) if old != new)
+    said = f"{origin}: its class {number} is {had[number]!r}, that of the data {has[number]!r}"
+    if sorted(had) == sorted(has):
+        raise UsageError(f"{said}: the same classes in another order; must be data with the order that it was trained on")
+    if is_first():
+        log.warning("%s: must be the same in other words", said)
 
 
 def check_sharding(cfg: DictConfig, name: str, part: object) -> None:

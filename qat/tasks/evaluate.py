@@ -29,7 +29,7 @@ from qat.model.start import check_finite
 from qat.model.transform import data_config
 from qat.spec import recipe
 from qat.tasks import build, fit, summary
-from qat.tasks.checks import check_classifier, check_patches, check_settings
+from qat.tasks.checks import check_classes, check_classifier, check_patches, check_settings
 from qat.tasks.classes import class_results, write_class_tables
 from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
 from qat.tasks.report import record_run, report_run
@@ -105,6 +105,8 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
     net, name = _net(cfg, checkpoint)
     check_finite(net, f"ckpt={origin(cfg)!r}")
     _check_fit(net, data)
+    if cfg.get("predict") is None:
+        check_classes(net, data, f"ckpt={origin(cfg)!r}")
     done = conversion_of(net)
     classes = class_names(classes_of(net), data, data.settings.num_classes)
     return EvaluatedNet(net, name, recipe("fp") if done is None else done.recipe, data, classes)

@@ -29,7 +29,6 @@ from qat.spec import QuantRecipe
 from qat.tasks import build, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
-from qat.tasks.predict import class_names
 from qat.tasks.report import record_run, report_run
 from qat.utils.validate import check_choice, check_int
 
@@ -146,8 +145,7 @@ def _source(cfg: DictConfig) -> _Source:
         images = [images for images, _ in subject.data.sample(split, cfg.images)]
         shown = f"{sum(map(len, images))} images of {type(subject.data).__name__.lower()}"
         data = build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(subject.net))
-        classes = class_names(None, subject.data, subject.data.settings.num_classes)
-        return _Source(subject.net, subject.name, subject.recipe, subject.data.settings, images, shown, data, classes)
+        return _Source(subject.net, subject.name, subject.recipe, subject.data.settings, images, shown, data, subject.classes)
     net = build_from(checkpoint)
     done = _conversion(cfg, net)
     noise = torch.randn(IMAGES, *done.input_size).split(8)

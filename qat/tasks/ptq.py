@@ -23,7 +23,7 @@ from qat.launch.group import connect
 from qat.launch.outputs import UsedError
 from qat.launch.ranks import is_first
 from qat.lit.loggers import closing
-from qat.model.checkpoint import save
+from qat.model.checkpoint import classes_of, save
 from qat.model.convert import conversion_of, convert
 from qat.model.cost import cost
 from qat.model.ptq_spec import PtqRecipe
@@ -117,7 +117,8 @@ def _quantize(cfg: DictConfig, run: PtqRun, began: float) -> dict[str, Any]:
     figures |= run_search(cfg, run.search, subject, run.batches, run.trainer, ranks, teacher=teacher)
     subject = _as_it_is(subject)
     if not cfg.trainer.fast_dev_run and run.trainer.is_global_zero:
-        save(net, Path(cfg.run_dir) / FILE, model=subject.name, data=build.plain(cfg.data), classes=subject.data.named_classes())
+        classes = classes_of(net) or subject.data.named_classes()
+        save(net, Path(cfg.run_dir) / FILE, model=subject.name, data=build.plain(cfg.data), classes=classes)
     found = _measure(run.trainer, subject, "quantized")
     outcome = {"weights": origin(cfg), "top1_fp": top1_fp, "wall_seconds": round(time.monotonic() - began, 1)}
     results = write_results(cfg, model=subject.name, **recipe_fields(subject.recipe), **found, **figures, **outcome)

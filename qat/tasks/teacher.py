@@ -19,6 +19,7 @@ from qat.model.checkpoint import build_from, read_checkpoint
 from qat.model.convert import check_input, conversion_of
 from qat.model.start import check_finite, check_model, from_pretrained, from_scratch, from_state, from_weights
 from qat.tasks.build import model_args
+from qat.tasks.checks import check_classes
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData, student
     classes = getattr(net, "num_classes", data.settings.num_classes)
     if classes != data.settings.num_classes:
         raise UsageError(f"teacher.ckpt={cfg.teacher.ckpt or cfg.ckpt!r}: has {classes} classes, the data {data.settings.num_classes}")
+    check_classes(net, data, f"teacher.ckpt={cfg.teacher.ckpt or cfg.ckpt!r}")
     _check_size(net, cfg, data)
     if loss.blocks:
         image = torch.zeros(1, *data.input_size, device=next(student.parameters()).device)

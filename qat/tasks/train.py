@@ -27,7 +27,7 @@ from qat.model.start import Start
 from qat.spec import QuantRecipe
 from qat.tasks import build, fit, options
 from qat.tasks.announce import announce_early_end, announce_run, announce_teacher
-from qat.tasks.checks import check_batches, check_classifier, check_patches, check_settings
+from qat.tasks.checks import check_batches, check_classes, check_classifier, check_patches, check_settings
 from qat.tasks.compare import compared
 from qat.tasks.report import record_run, report_run
 from qat.tasks.resume import check_data, check_optimizer, find_resume, outputs_to_replace
@@ -105,6 +105,8 @@ def _start(
         start = build.build_resumed(resume)
     else:
         start = build.build_start(cfg)
+        if start.source is not None:
+            check_classes(start.source, data, f"ckpt={str(cfg.ckpt)!r}")
     check_patches(start.net, data)
     check_classifier(start.net, data)
     start.net.to(trainer.strategy.root_device)

@@ -7,7 +7,8 @@ import torch
 from qat.report.page import write_report
 from qat.tasks.classes import CLASSES, CONFUSION, class_results, write_class_tables
 from qat.tasks.report import origin_of
-from tests.conftest import compose, results
+from tests.conftest import compose, results, tiny
+from tests.data.files import write_folder
 
 MATRIX = torch.tensor([[8, 2, 0], [5, 5, 0], [0, 0, 0]])
 NAMES = ["cat", "dog", "none"]
@@ -52,3 +53,26 @@ def test_a_page_of_damaged_results_is_made(tmp_path):
     (tmp_path / "config.yaml").write_text("command: eval\n")
     page = write_report(tmp_path, origin_of(tmp_path)).read_text()
     assert "&lt;b&gt;" in page
+
+
+def test_the_same_classes_in_another_order_are_refused(tmp_path, refused, caplog):
+    from qat.tasks.evaluate import evaluate
+    from qat.tasks.train import train
+
+    root, sides = tmp_path / "photos", ("data.image_size=8", "data.patch_size=4", "data.num_workers=0", "data.calibration_images=8")
+    write_folder(root, classes=("class2", "class10"))
+    data = ("data=imagefolder", f"data.root={root}", "data.num_classes=2", "data.batch_size=4", *sides)
+    # timm sorts by the numbers within names.
+    other = ("data=timm", "data.val_split=val", *data[1:])
+    train(tiny(tmp_path / "run", *data, "quant=fp"))
+    best = f"ckpt={tmp_path}/run/checkpoints/best.ckpt"
+    said = f"ckpt='{tmp_path}/run/checkpoints/best.ckpt': its class 0 is 'class10', that of the data 'class2': the same classes in another order"
+    assert said in refused("evaluate", compose("eval", best, *other, f"run_dir={tmp_path}/eval"))
+    assert said in refused("ptq", compose("ptq", best, *other, "ptq.batch=4", f"run_dir={tmp_path}/ptq"))
+    assert said in refused("train", tiny(tmp_path / "more", best, *other, "quant=fp"))
+    follows = (f"teacher.{best}", "loss=kd", *other)
+    assert f"teacher.{said}" in refused("train", tiny(tmp_path / "more", *follows, "quant=fp"))
+    (root / "train" / "class2").rename(root / "train" / "two")
+    (root / "val" / "class2").rename(root / "val" / "two")
+    evaluate(compose("eval", best, *data, f"run_dir={tmp_path}/eval"))
+    assert "its class 1 is 'class2', that of the data 'two': must be the same in other words" in caplog.text
