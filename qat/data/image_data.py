@@ -159,11 +159,15 @@ class ImageData(LightningDataModule, ABC):
         """`tested`; without it `test`, or `val` where there is no test split."""
         return self.tested or ("test" if "test" in self.splits else "val")
 
-    def evaluation_facts(self) -> dict[str, Any]:
-        """What an accuracy on `evaluation_split` is to be seen beside: the split, its images, the share in % of its most frequent class."""
-        labels = self.split(self.evaluation_split).labels
-        share = 100 * float(np.bincount(labels).max()) / len(labels)
-        return {"split": self.evaluation_split, "images": len(labels), "majority_share": round(share, 4)}
+    def evaluation_facts(self, confusion: Tensor | None = None) -> dict[str, Any]:
+        """What an accuracy on `evaluation_split` is to be seen beside: the split, its images, the share in % of its most frequent class.
+
+        Args:
+            confusion: (K, K), the images that were looked at, by true class along the rows; None = all of the split.
+        """
+        counts = np.bincount(self.split(self.evaluation_split).labels) if confusion is None else confusion.sum(1).numpy()
+        share = 100 * float(counts.max()) / counts.sum()
+        return {"split": self.evaluation_split, "images": int(counts.sum()), "majority_share": round(float(share), 4)}
 
     def class_weights(self) -> Tensor | None:
         """Factors of the classes by `class_weights`, (classes,), 1 on average over the training images; None where all are alike.

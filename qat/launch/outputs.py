@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from qat.errors import UsageError
 
@@ -42,11 +43,28 @@ def is_finished(run_dir: Path) -> bool:
 
 def has_failed(run_dir: Path) -> bool:
     """True if the results are the error of a run."""
+    return bool(_results(run_dir).get("error"))
+
+
+def _results(run_dir: Path) -> dict[str, Any]:
     try:
         found = json.loads((run_dir / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and bool(found.get("error"))
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
+    """Raise `UsedError` if there are a training's checkpoints, or results of another command or, where they are given, of other weights.
+
+    For commands that write into a directory of theirs again: what is there would be replaced by what says nothing of it.
+    """
+    saved = sorted(run_dir.glob("checkpoints/*.ckpt"))
+    found = {} if has_failed(run_dir) else _results(run_dir)
+    another = found.get("command") not in {None, command} or (weights is not None and found.get("weights") not in {None, weights})
+    if saved or another:
+        held = saved[0].relative_to(run_dir) if saved else f"{RESULTS} of {found.get('command')}.py {found.get('weights')}"
+        raise UsedError(f"run_dir={str(run_dir)!r} holds {held} already; choose another run_dir")
 
 
 def of_training(run_dir: Path) -> list[Path]:

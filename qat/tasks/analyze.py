@@ -19,6 +19,7 @@ from qat.cli.results import recipe_fields, write_results
 from qat.cli.schemas import SPLITS
 from qat.cli.sweep import gather_sweep
 from qat.errors import UsageError
+from qat.launch import outputs
 from qat.launch.signals import Preempted
 from qat.ptq.state import fingerprint
 from qat.tasks import build, fit, summary
@@ -65,8 +66,9 @@ def analyze(cfg: DictConfig) -> None:
         remake(cfg)
         return
     began = time.monotonic()
-    study = _build(cfg)
     run_dir, settings = Path(cfg.run_dir), build.plain(cfg.analysis)
+    outputs.check_own(run_dir, cfg.command)
+    study = _build(cfg)
     _announce(cfg, study)
     coming = _rows(cfg, study)  # the last that may refuse: the files of an older run are as they were until here
     record_run(cfg)

@@ -17,6 +17,7 @@ from qat.cli.results import measured, recipe_fields, sizes, write_results
 from qat.data import ImageData
 from qat.data.settings import DataSettings
 from qat.errors import UsageError
+from qat.launch import outputs
 from qat.launch.group import connect
 from qat.launch.ranks import is_first
 from qat.lit import QATModule
@@ -58,9 +59,10 @@ def evaluate(cfg: DictConfig) -> float | None:
     paths = None if cfg.predict is None else find_images(str(cfg.predict))
     if paths is not None and cfg.split is not None:
         raise UsageError(f"split={cfg.split!r}: must be null with predict, whose images are no split")
+    outputs.check_own(Path(cfg.run_dir), cfg.command, origin(cfg))
     subject = build_subject(cfg)
     subject.data.tested = cfg.split
-    if is_first() and not (Path(cfg.run_dir) / "checkpoints").exists():  # else the config there is that of the training run
+    if is_first():
         record_run(cfg)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
     connect(trainer, build.plain(cfg))
@@ -88,7 +90,7 @@ def evaluate(cfg: DictConfig) -> float | None:
         **found,
         wall_seconds=round(time.monotonic() - began, 1),
     )["top1"]
-    if paths is None and not (Path(cfg.run_dir) / "checkpoints").exists():
+    if paths is None:
         report_run(cfg, is_first=is_first())
     return None if top1 is None else float(top1)
 
@@ -127,7 +129,7 @@ def measure(subject: EvaluatedNet, trainer: Trainer, costs: Cost, folder: Path |
     found = measured(metrics, costs)
     shown = {"top-1": f"{found['top1']:.2f} %", "top-5": f"{found['top5']:.2f} %", "loss": f"{found['loss']:.4f}"}
     log.info(summary.lines(f"{data.evaluation_split} split", shown | {"size": f"{costs.size_bytes} bytes as stored"}))
-    return found | data.evaluation_facts() | _of_classes(module.confusion, subject.classes, folder)
+    return found | data.evaluation_facts(module.confusion) | _of_classes(module.confusion, subject.classes, folder)
 
 
 def _of_classes(confusion: Tensor | None, names: list[str], folder: Path | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from qat.export.artefact import Written, kept, packed_artefact
 from qat.export.graph import TARGETS, OnnxSettings, check_size, require_onnx
 from qat.export.onnx_file import IMAGES, preprocessing
 from qat.export.stored_weights import TWO_BIT
+from qat.launch import outputs
 from qat.model.checkpoint import build_from, describe, read_checkpoint
 from qat.model.convert import Conversion, conversion_of
 from qat.model.frozen import freeze, is_frozen
@@ -53,6 +54,7 @@ def export(cfg: DictConfig) -> float:
     _check(cfg)
     build.import_modules(cfg)
     target = _target(cfg)
+    outputs.check_own(Path(cfg.run_dir), cfg.command)
     source = _source(cfg)
     frozen = source.net if is_frozen(source.net) else freeze(source.net)
     if cfg.dynamic_size:

@@ -161,7 +161,7 @@ def _build(cfg: DictConfig) -> PtqRun:
     check_settings(cfg)
     check_int("ptq.batch", cfg.ptq.batch, 1)
     recipe, search = None if is_kept(cfg) else build_ptq_recipe(cfg), build_search(cfg)
-    _refuse_used(Path(cfg.run_dir), allowed=bool(cfg.overwrite or cfg.resume))
+    _refuse_used(cfg)
     build.import_modules(cfg)
     subject = build_subject(cfg)
     if cfg.data.seed == cfg.seed:  # so that a run that is repeated from its config.yaml with another seed has other images
@@ -187,9 +187,15 @@ def _remove_older(cfg: DictConfig) -> None:
         older.unlink(missing_ok=True)
 
 
-def _refuse_used(run_dir: Path, *, allowed: bool) -> None:
+def _refuse_used(cfg: DictConfig) -> None:
+    run_dir = Path(cfg.run_dir)
+    if cfg.overwrite:
+        return
+    if cfg.resume:
+        outputs.check_own(run_dir, cfg.command, origin(cfg))
+        return
     used = outputs.used(run_dir)
-    if used and not allowed:
+    if used:
         held = next((path for path in reversed(used) if path.suffix == ".ckpt"), used[0]).relative_to(run_dir)
         raise UsedError(f"run_dir={str(run_dir)!r} holds {held} already; choose another run_dir or set overwrite=true")
 

@@ -171,7 +171,7 @@ def _test(cfg: DictConfig, recipe: QuantRecipe, data: ImageData, module: QATModu
         cfg,
         **recipe_fields(recipe),
         **measured(metrics, costs),
-        **data.evaluation_facts(),
+        **data.evaluation_facts(module.confusion),
         **outcome,
         **({"left_out": left_out} if (left_out := data.left_out()) else {}),
     )

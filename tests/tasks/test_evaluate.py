@@ -85,6 +85,12 @@ def test_a_file_of_save_that_only_says_how_to_treat_images(tmp_path, run_4bit):
     assert evaluate(tmp_path / "a", f"ckpt={tmp_path}/net.ckpt")["loss"] == evaluate(tmp_path / "b", f"ckpt={last(run_4bit)}")["loss"]
 
 
+def test_images_are_those_that_were_looked_at(tmp_path, run_4bit):
+    found = evaluate(tmp_path, f"ckpt={last(run_4bit)}", "data.batch_size=16", "trainer.limit_test_batches=1")
+    assert found["images"] == sum(one["images"] for one in found["classes"]) == 16
+    assert found["majority_share"] == pytest.approx(100 * max(one["images"] for one in found["classes"]) / 16)
+
+
 def test_the_config_is_written_with_the_data_in_force(tmp_path, run_4bit):
     evaluate(tmp_path, f"ckpt={last(run_4bit)}", "data.batch_size=90")
     cfg = OmegaConf.load(tmp_path / "config.yaml")
@@ -92,12 +98,27 @@ def test_the_config_is_written_with_the_data_in_force(tmp_path, run_4bit):
     assert (cfg.ckpt, cfg.run_dir) == (str(last(run_4bit)), str(tmp_path))
 
 
-def test_the_config_of_a_training_run_stays(tmp_path, run_4bit):
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("evaluate", ()), ("analyze", ("analysis=weights",)), ("export", ("format=packed",)), ("ptq", ("resume=auto",))],
+)
+def test_files_of_a_training_stay(tmp_path, run_4bit, refused, command, more):
     run = tmp_path / "run"
     shutil.copytree(run_4bit, run)
-    before = (run / "config.yaml").read_bytes()
-    evaluate(run, f"ckpt={last(run)}")
-    assert (run / "config.yaml").read_bytes() == before
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    cfg = compose("eval" if command == "evaluate" else command, f"ckpt={last(run)}", f"run_dir={run}", *more)
+    assert refused(command, cfg) == f"error: run_dir={str(run)!r} holds checkpoints/best.ckpt already; choose another run_dir"
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_results_of_other_weights_stay(tmp_path, run_4bit, float_run, refused):
+    for _ in range(2):
+        evaluate(tmp_path, f"ckpt={last(run_4bit)}")
+    said = refused("evaluate", compose("eval", f"ckpt={last(float_run)}", f"run_dir={tmp_path}"))
+    assert said == f"error: run_dir={str(tmp_path)!r} holds results.json of eval.py {last(run_4bit)} already; choose another run_dir"
+    said = refused("ptq", compose("ptq", f"ckpt={last(float_run)}", f"run_dir={tmp_path}", "resume=auto"))
+    assert said == f"error: run_dir={str(tmp_path)!r} holds results.json of eval.py {last(run_4bit)} already; choose another run_dir"
+    assert results(tmp_path)["weights"] == str(last(run_4bit))
 
 
 def test_the_stored_data_with_another_root(tmp_path):
