@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +17,13 @@ from qat.report.sweep_jobs import Group, Job
 from qat.report.sweep_table import shown
 from qat.utils.bounds import read_json
 
+# What runs of one row have in common.
+ALIKE = ("command", "model", "quant", "recipe", "data")
 COLUMNS = {"recipe": "left", "bits": "left", "top-1 %": "right", "top-5 %": "right", "bytes": "right", "from": "left"}
 
 
 def compare(run_dirs: Sequence[str]) -> Table:
-    """One row for a run, or for all seeds of it: runs of one recipe whose directories have the same name.
+    """One row for a run, or for all seeds of it: runs of one command, net, recipe and data whose directories have the same name.
 
     Args:
         run_dirs: directories that hold `results.json`.
@@ -27,21 +31,25 @@ def compare(run_dirs: Sequence[str]) -> Table:
     Raises:
         UsageError: a directory has no `results.json`, or it cannot be read.
     """
-    groups: dict[tuple[str, str], list[Job]] = {}
+    groups: dict[str, list[Job]] = {}
+    times: Counter[str] = Counter()
     for run_dir in run_dirs:
         path = Path(run_dir) / "results.json"
         try:
             job = Job(run_dir, {}, dict(read_json(path)), None)
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"{path}: no results there ({error})") from error
-        groups.setdefault((path.parent.name, str(job.results.get("quant"))), []).append(job)
+        key = json.dumps([path.parent.name, *(job.results.get(name) for name in ALIKE)], sort_keys=True, default=str)
+        seed = f"{key} {job.results.get('seed')}"  # the same one again is another run
+        groups.setdefault(f"{key} {times[seed]}", []).append(job)
+        times[seed] += 1
     out = Table(title="results")
     for name, justify in COLUMNS.items():
         out.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for (_, quant), jobs in groups.items():
+    for jobs in groups.values():
         group = Group({}, jobs)
         scores = [shown(measure, group.statistic(measure)) for measure in ("top1", "top5", "size_bytes")]
-        out.add_row(quant, bits_of(jobs[0].results.get("recipe")) or "W32 A32", *scores, _origin(jobs))
+        out.add_row(str(jobs[0].results.get("quant")), bits_of(jobs[0].results.get("recipe")) or "W32 A32", *scores, _origin(jobs))
     return out
 
 

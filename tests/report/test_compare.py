@@ -56,6 +56,15 @@ def test_seeds_of_a_run_share_a_row(tmp_path):
     assert "fp (3 seeds: 0, 1, 2)" in shown
 
 
+def test_other_nets_and_the_same_seed_again_are_other_rows(tmp_path):
+    nets = [write(tmp_path / name / "eval", model=name, top1=top1) for name, top1 in (("deit_tiny", 70.0), ("deit_small", 80.0))]
+    again = write(tmp_path / "again" / "eval", model="deit_tiny", top1=60.0)
+    other = write(tmp_path / "other" / "eval", model="deit_tiny", top1=50.0, data="cifar10", seed=1)
+    shown = text(*nets, again, other)
+    assert "±" not in shown
+    assert all(f" {top1}.00 " in shown for top1 in (80, 70, 60, 50))
+
+
 def test_a_failed_run_has_dashes(tmp_path):
     assert text(write(tmp_path / "a", top1=None, top5=None, size_bytes=None)).count(" – ") == 3
 
