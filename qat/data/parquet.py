@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,38 @@ log = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 UNPUBLISHED = -1
+# Name, number, how many; older releases of `datasets` add a hash.
+SHARD = re.compile(r"(.*?)(\d*)(-of-\d+)?(?:-[0-9a-f]{16})?")
 
 
 def find_parquet(root: str | None, split: str) -> list[Path]:
     """Files below `root` whose name starts with `split`, in order.
 
     Raises:
-        UsageError: no root, no such folder, or no such files.
+        UsageError: no root, no such folder, no such files, or files that are not shards of one set.
     """
-    files = sorted(data_folder(root, "train*.parquet and test*.parquet").rglob(f"{split}*.parquet"))
+    files = _one_set(data_folder(root, "train*.parquet and test*.parquet"), split)
     if not files:
         raise UsageError(f"data.root={root!r}: holds no {split}*.parquet")
     return files
+
+
+def _one_set(folder: Path, split: str) -> list[Path]:
+    """The files of one split, in order; two revisions or a backup copy would bring validation images into train."""
+    files = sorted(folder.rglob(f"{split}*.parquet"))
+    for one, other in itertools.pairwise(files):
+        (kind, number), (other_kind, other_number) = _shard(one), _shard(other)
+        if kind != other_kind or number == other_number:
+            two = f"{one.relative_to(folder)} and {other.relative_to(folder)}"
+            raise UsageError(f"data.root={str(folder)!r}: must be a folder with one set of {split}*.parquet; has {two}")
+    return files
+
+
+def _shard(file: Path) -> tuple[tuple[Any, ...], str]:
+    """What all shards of a set have in common, and the number of this one."""
+    match = SHARD.fullmatch(file.stem)
+    name, number, of = match.groups() if match else (file.stem, "", None)
+    return (file.parent, name, of, bool(number)), number
 
 
 class ParquetImages(EncodedImages):
@@ -150,5 +172,5 @@ class HfParquet(Photos):
     @staticmethod
     def _files(root: str | None) -> dict[str, list[Path]]:
         folder = data_folder(root, "train*.parquet, and validation*.parquet or test*.parquet")
-        others = {split: sorted(folder.rglob(f"{split}*.parquet")) for split in ("val", "test")}
+        others = {split: _one_set(folder, split) for split in ("val", "test")}
         return {"train": find_parquet(root, "train"), **others}

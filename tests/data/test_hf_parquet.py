@@ -114,6 +114,15 @@ def test_a_folder_without_training_images_is_named(tmp_path):
         HfParquet(**SETTINGS, root=str(tmp_path)).train_dataloader()
 
 
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_two_sets_of_one_split_are_refused(tmp_path, split):
+    write(tmp_path, (("train", 4), ("val", 4), ("test", 4)))
+    write(tmp_path / "data" / "older", ((split, 4),))
+    has = rf"has data/older/data/{split}\.parquet and data/{split}\.parquet$"
+    with pytest.raises(qat.UsageError, match=rf"^data\.root='{tmp_path}': must be a folder with one set of {split}\*\.parquet; {has}"):
+        HfParquet(**SETTINGS, root=str(tmp_path)).train_dataloader()
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_net_trains_and_is_evaluated_from_its_file(tmp_path, refused, in_memory):
     write(tmp_path / "files", size=10 if in_memory else None)

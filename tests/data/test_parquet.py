@@ -1,6 +1,7 @@
 """Encoded images in parquet files, as Hugging Face writes them. Oracle: Pillow's own decoding of the same bytes."""
 
 import io
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +56,35 @@ def test_files_are_joined_in_order_of_their_names(tmp_path):
     write_parquet(tmp_path / "plain_text" / "test-00000-of-00001.parquet", [encoded(PIXELS[2])], [7])
     assert read_parquet(find_parquet(str(tmp_path), "train"), chans=3).labels.tolist() == [0, 1]
     assert read_parquet(find_parquet(str(tmp_path), "test"), chans=3).labels.tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    "names", [("train_0", "train_1"), ("train-00000-of-00002-0123456789abcdef", "train-00001-of-00002-fedcba9876543210")]
+)
+def test_shards_may_be_numbered_otherwise(tmp_path, names):
+    for name in names:
+        write_parquet(tmp_path / f"{name}.parquet", [], [])
+    assert [file.stem for file in find_parquet(str(tmp_path), "train")] == list(names)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("snapshots/a/train-00000-of-00001", "snapshots/b/train-00000-of-00001"),
+        ("backup/train-1", "train-0"),
+        ("train-00000-of-00001", "train_small-00000-of-00001"),
+        ("train-00000-of-00001", "train-00001-of-00002"),
+        ("train-00000-of-00001-0123456789abcdef", "train-00000-of-00001"),
+        ("train-0", "train"),
+        ("train", "train_copy"),
+    ],
+)
+def test_two_sets_of_one_split_are_refused(tmp_path, one, other):
+    for name in (one, other):
+        write_parquet(tmp_path / f"{name}.parquet", [], [])
+    line = f"data.root='{tmp_path}': must be a folder with one set of train*.parquet; has {one}.parquet and {other}.parquet"
+    with pytest.raises(qat.UsageError, match=f"^{re.escape(line)}$"):
+        find_parquet(str(tmp_path), "train")
 
 
 def test_the_folder_has_to_be_named():
