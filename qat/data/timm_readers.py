@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +20,14 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from qat.data.arrays import MEGABYTE, digest, to_pil, to_pixels
-from qat.data.encoded import EncodedImages
+from qat.data.encoded import SKIP, EncodedImages, ImageError
 from qat.data.image_data import data_folder
 from qat.data.photos import Photos, completed
 from qat.data.settings import DataSettings
 from qat.errors import UsageError
 from qat.utils.validate import check_text
+
+log = logging.getLogger(__name__)
 
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets", "wds": "webdataset"}
 NEED_ROOT = ("", "torch", "wds")
@@ -83,7 +87,7 @@ class TimmImages(EncodedImages):
     """
 
     def __init__(self, settings: TimmSettings, split: str, class_map: Mapping[str, int] | None = None) -> None:
-        self.settings, self.split = settings, split
+        self.settings, self.split, self.left_out = settings, split, 0
         try:
             labels = self._read(class_map)
         except UsageError:
@@ -102,7 +106,8 @@ class TimmImages(EncodedImages):
         chosen = self.settings
         root = chosen.root and os.path.abspath(chosen.root)  # never a "pipe:command", which webdataset would run
         options: dict[str, Any] = {"root": root, "split": self.split, "download": chosen.download, "class_map": class_map}
-        options["input_img_mode"] = "L" if chosen.in_chans == 1 else "RGB"
+        # "" leaves the mode as stored: timm turns 16-bit grey white. TensorFlow's decoder needs one of the two.
+        options["input_img_mode"] = "" if chosen.reader != "tfds" else "L" if chosen.in_chans == 1 else "RGB"
         if chosen.reader in PACKAGES:
             options |= {"input_key": chosen.image_column, "target_key": chosen.label_column}
         elif chosen.root is not None and chosen.root.endswith(".tar"):
@@ -120,14 +125,28 @@ class TimmImages(EncodedImages):
         """All images of a reader that has no index, whatever process this is."""
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
         items, size = [], 0
-        for image, label in dataset:
-            pixels = to_pixels(image, self.settings.in_chans)
-            size += pixels.nbytes
+        for stored, label in dataset:
+            image = stored
+            with suppress(ValueError):  # one that cannot be converted stays: who opens it says why
+                image = to_pil(to_pixels(stored, self.settings.in_chans))
+            size += image.width * image.height * len(image.getbands())
             if size > self.settings.memory_mb * MEGABYTE:
                 limit = f"data.memory_mb={self.settings.memory_mb:g}"
                 raise UsageError(f"{limit}: must hold all images of {self.split!r}: {self.settings.reader}/ has no index; hfds/ has one")
-            items.append((to_pil(pixels), label))
+            items.append((image, label))
+        if self.settings.reader == "wds":  # the others stop at an image that they cannot decode
+            self._note_dropped(len(items), dataset.reader.num_samples)
         return items
+
+    def _note_dropped(self, read: int, total: int) -> None:
+        """Raise, or count and warn of, images that timm dropped by itself."""
+        self.left_out = max(0, total - read)
+        if not self.left_out:
+            return
+        line = f"timm reads {read} of {total} images of {self.split!r}, others are damaged or have no label"
+        if self.settings.on_error == "raise":
+            raise ImageError(f"data.name={self.settings.name!r}: {line}; {SKIP}")
+        log.warning("data.on_error=skip: %s", line)
 
     def open(self, index: int) -> Image.Image:
         """One image."""
@@ -177,6 +196,14 @@ class Timm(Photos):
             UsageError: one cannot be read, shares images with another, or has classes that train does not have.
         """
         return self._images
+
+    def left_out(self) -> dict[str, int]:
+        """How many images of each split could not be decoded under `data.on_error=skip`, those that timm dropped among them."""
+        found = super().left_out()
+        for split in self._splits:
+            if split in self._images and (dropped := self._images[split].left_out):
+                found[split] = found.get(split, 0) + dropped
+        return found
 
     def named_classes(self) -> list[str] | None:
         """Names as the reader has them; None where it has none."""

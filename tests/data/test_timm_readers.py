@@ -104,15 +104,17 @@ def test_fingerprints_tell_files_and_labels_apart_wherever_they_are(tmp_path):
 
 
 class InOrder(IterableDataset):
-    """As timm's for webdataset shards: no length, no index."""
+    """As timm's for webdataset shards: no length, no index; what cannot be decoded is dropped, a mode is converted to with Pillow."""
 
-    def __init__(self, count):
-        self.count = count
-        self.reader = SimpleNamespace(class_to_idx={}, dist_rank=1, dist_num_replicas=2)
+    def __init__(self, count, damaged=0, first=None, mode=""):
+        self.count, self.first, self.mode = count, first, mode
+        self.reader = SimpleNamespace(class_to_idx={}, dist_rank=1, dist_num_replicas=2, num_samples=count + damaged)
 
     def __iter__(self):
         for i in range(self.reader.dist_rank, self.count, self.reader.dist_num_replicas):
-            yield Image.fromarray(np.full((9, 10 + i % 3, 3), i, dtype=np.uint8)), i % 2
+            pixels = np.full((9, 10 + i % 3, 3), i, dtype=np.uint8) if i or self.first is None else self.first
+            image = Image.fromarray(pixels)
+            yield image.convert(self.mode) if self.mode else image, i % 2
 
 
 @pytest.fixture
@@ -131,6 +133,53 @@ def test_a_reader_without_an_index_is_read_once_and_whole(tmp_path, shards):
     first, second = ([labels.tolist() for _, labels in data(tmp_path, name="wds/x", batch_size=4).train_dataloader()] for _ in range(2))
     assert first == second
     assert len(first) == 5
+
+
+@pytest.fixture
+def odd_shards(shards, monkeypatch):
+    """Shards that hold some images which cannot be decoded, or one of another kind in front."""
+
+    def make(**odd):
+        monkeypatch.setattr(timm.data, "create_dataset", lambda name, split, input_img_mode, **_: InOrder(20, mode=input_img_mode, **odd))
+
+    return make
+
+
+@pytest.mark.parametrize(("split", "name", "other"), [("train", "train", "val_split"), ("val", "validation", "train_split")])
+def test_images_that_timm_drops_are_counted(tmp_path, odd_shards, split, name, other):
+    odd_shards(damaged=3)
+    line = rf"^data\.name='wds/photos': timm reads 20 of 23 images of '{name}', others are damaged or have no label; data\.on_error=skip"
+    with pytest.raises(qat.UsageError, match=line):
+        data(tmp_path, name="wds/photos", **{other: None}).split(split)
+    found = data(tmp_path, name="wds/photos", on_error="skip", **{other: None})
+    assert sum(len(found.split(one)) for one in found.splits) == 20
+    assert found.left_out() == {split: 3}
+
+
+def test_an_image_of_32_bits_is_named_or_left_out(tmp_path, odd_shards, caplog):
+    odd_shards(damaged=3, first=np.zeros((9, 9), dtype=np.float32))
+    settings = {"name": "wds/photos", "on_error": "skip"}
+    found = data(tmp_path, **settings, val_split=None)
+    found.split("train")
+    assert found.left_out() == {"train": 4}
+    assert "'train': image 0 cannot be decoded (its pixels have 32 bits" in caplog.text
+    odd_shards(first=np.zeros((9, 9), dtype=np.float32))
+    with pytest.raises(qat.UsageError, match=r"data\.name='wds/photos', 'train': image 0 cannot be decoded \(its pixels have 32 bits"):
+        data(tmp_path, name="wds/photos", val_split=None).split("train")
+
+
+def test_grey_of_16_bits_is_scaled(tmp_path, odd_shards):
+    odd_shards(first=np.full((9, 9), 100 * 257, dtype=np.uint16))
+    assert np.array_equal(data(tmp_path, name="wds/photos", val_split=None).split("train")[0][0], np.full((9, 9, 3), 100))
+
+
+@pytest.mark.parametrize(("name", "mode"), [("wds/x", ""), ("hfids/x", ""), ("tfds/x", "RGB")])
+def test_timm_converts_no_mode_but_where_it_needs_one(tmp_path, monkeypatch, name, mode):
+    asked = []
+    monkeypatch.setattr(timm.data, "create_dataset", lambda *_, input_img_mode, **__: asked.append(input_img_mode) or InOrder(20))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    data(tmp_path, name=name, val_split=None).split("train")
+    assert asked == [mode]
 
 
 def test_a_split_without_images_is_named(tmp_path, shards, monkeypatch):
