@@ -6,6 +6,7 @@ import importlib.util
 import io
 import logging
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets", "wds": "webdataset"}
 NEED_ROOT = ("", "torch", "wds")
+# Of a split of `datasets` or TensorFlow: a name, and perhaps where a slice of it begins and ends, in rows or in percent.
+PART = re.compile(r"(\w+(?:\.\w+)*)(?:\[(-?\d+)?(%)?:(-?\d+)?(%)?\])?")
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ class TimmImages(EncodedImages):
         source = getattr(dataset, "reader", dataset)
         self._items: Any = self._in_order(dataset) if isinstance(dataset, IterableDataset) else source
         self.classes: dict[str, int] = getattr(source, "class_to_idx", getattr(source, "class_name_to_idx", {}))
+        info = getattr(getattr(source, "dataset", getattr(source, "builder", None)), "info", None)
+        self.lengths = {name: known.num_examples for name, known in (getattr(info, "splits", None) or {}).items()}
         part = getattr(source, "train", getattr(source, "split", "")) if chosen.reader == "torch" else ""
         # One that begins with another's has images of it.
         self.place = os.path.join(self.split if chosen.reader in PACKAGES else source.root, f"{part}", "")
@@ -148,6 +153,13 @@ class TimmImages(EncodedImages):
             raise ImageError(f"data.name={self.settings.name!r}: {line}; {SKIP}")
         log.warning("data.on_error=skip: %s", line)
 
+    def shares_images(self, other: TimmImages) -> bool:
+        """Whether some of these are images of `other`, too."""
+        ours, theirs = (_rows(images.split, images.lengths) for images in (self, other))
+        if ours is None or theirs is None:
+            return self.place.startswith(other.place) or other.place.startswith(self.place)
+        return any(one == name and max(first, begin) < min(last, end) for one, first, last in ours for name, begin, end in theirs)
+
     def open(self, index: int) -> Image.Image:
         """One image."""
         found = self._items[int(self.rows[index])][0]
@@ -168,6 +180,20 @@ class TimmImages(EncodedImages):
         names = self._items.filenames() if self.settings.reader == "" else []
         known = "\0".join([self.settings.name.lower(), *(names[row] for row in self.rows[: len(names)])])
         return digest(self.labels, os.fsencode(known), self.row_bytes())
+
+
+def _rows(split: str, lengths: Mapping[str, int]) -> list[tuple[str, int, int]] | None:
+    """Name, first row and end of each part of `split`; None where it is written otherwise or a length is not known."""
+    found = []
+    for part in lengths if split == "all" else split.split("+"):
+        match = PART.fullmatch(part.strip())
+        length = lengths.get(match[1]) if match else None
+        if match is None or not length:
+            return None
+        in_percent = match[3] or match[5]
+        bounds = [bound and round(int(bound) * length / 100 if in_percent else int(bound)) for bound in match.group(2, 4)]
+        found.append((match[1], *slice(*bounds).indices(length)[:2]))
+    return found
 
 
 def _targets(source: Any, items: Any) -> Any:
@@ -227,7 +253,7 @@ def _read_splits(settings: TimmSettings) -> dict[str, TimmImages]:
         images = TimmImages(settings, name)
         setting = f"data.{split}_split={name!r}"
         for other, seen in found.items():
-            if images.place.startswith(seen.place) or seen.place.startswith(images.place):
+            if images.shares_images(seen):
                 raise UsageError(f"{setting}: must be other images than data.{other}_split={seen.split!r}; null for no such split")
         first = next(iter(found.values()), images)
         if unknown := sorted(set(images.classes) - set(first.classes)):

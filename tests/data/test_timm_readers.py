@@ -269,6 +269,52 @@ def test_what_cannot_work_is_one_line(tmp_path, changes, line):
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def sliced(monkeypatch):
+    """A stand-in for timm's hfds reader of 600 training and 100 test images, which takes the slices of `datasets`."""
+    splits = {"train": SimpleNamespace(num_examples=600), "test": SimpleNamespace(num_examples=100)}
+    reader = SimpleNamespace(dataset=SimpleNamespace(info=SimpleNamespace(splits=splits)), iter_targets=lambda: [0, 1])
+    monkeypatch.setattr(timm.data, "create_dataset", lambda *_, **__: SimpleNamespace(reader=reader))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("train", "train[:10%]"),
+        ("train", "train[500:]"),
+        ("train+test", "test"),
+        ("all", "test[-1:]"),
+        ("train[:90%]", "train[:100]"),
+        ("train[:90%]", "train[539:]"),
+        ("train[:-100]", "train[-101:]"),
+        ("train[10:20] + test[:5]", "train[19:30]"),
+        ("train[:50%](pct1_dropremainder)", "train[:50%](pct1_dropremainder)"),
+    ],
+)
+def test_slices_that_share_images_are_refused(sliced, one, other):
+    for train_split, val_split in ((one, other), (other, one)):
+        with pytest.raises(qat.UsageError) as caught:
+            Timm(**SETTINGS, name="hfds/x", train_split=train_split, val_split=val_split).named_classes()
+        line = f"data.val_split={val_split!r}: must be other images than data.train_split={train_split!r}; null for no such split"
+        assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("train", "test"),
+        ("train[:90%]", "train[90%:]"),
+        ("train[:90%]", "train[540:]"),
+        ("train[:-100]", "train[-100:]"),
+        ("train[100:200]+test[:50]", "train[:100]+test[50:]+train[200:]"),
+    ],
+)
+def test_slices_of_other_images_are_two_splits(sliced, one, other):
+    for train_split, val_split in ((one, other), (other, one)):
+        Timm(**SETTINGS, name="hfds/x", train_split=train_split, val_split=val_split).named_classes()
+
+
 def test_class_ids_are_those_of_train(tmp_path):
     root = write_folder(tmp_path, (("train", 4),), classes=("ant", "bee"))
     write_folder(tmp_path, (("validation", 3),), classes=("bee",))
