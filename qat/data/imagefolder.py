@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -23,6 +24,8 @@ from qat.data.kept import stamp
 from qat.data.photos import Photos
 from qat.errors import UsageError
 from qat.utils.files import files_below
+
+log = logging.getLogger(__name__)
 
 # Of a GIF the first picture is read.
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
@@ -72,8 +75,8 @@ class FileImages(EncodedImages):
 class ImageFolder(Photos):
     """`root/{train,val|validation|valid,test}/<class>/*`; class ids are those of the sorted folder names of train.
 
-    Without val a tenth of train is held out, always the same images. Without test, val is evaluated. Without train a net can be evaluated
-    where another split has a folder for every class.
+    Without val a tenth of train is held out, always the same images. Without test, or where it has images but no class folders, val is
+    evaluated. Without train a net can be evaluated where another split has a folder for every class.
     """
 
     def encoded(self) -> dict[str, EncodedImages]:
@@ -88,6 +91,8 @@ class ImageFolder(Photos):
             why = "" if source.name == "train" else "; without train it needs one for every class, ids are those of the sorted names"
             raise UsageError(f"data.num_classes={self.settings.num_classes}: {source} has {len(classes)} class folders{why}")
         folders = {split: folder for split in FOLDERS if (folder := _first_folder(root, split)) is not None}
+        if "test" in folders and _is_flat(folders["test"]):
+            log.warning("%s: has images but no class folders, val is evaluated", folders.pop("test"))
         return {split: list_files(folder, classes, source.name) for split, folder in folders.items()}
 
     def classes(self, root: Path) -> list[str]:
@@ -138,6 +143,12 @@ class ImageNet(ImageFolder):
 
 def _first_folder(root: Path, split: str) -> Path | None:
     return next((root / name for name in FOLDERS[split] if (root / name).is_dir()), None)
+
+
+def _is_flat(folder: Path) -> bool:
+    """Whether it holds images and no folders, as ILSVRC's test images, whose labels are not published."""
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    return not any(entry.is_dir() for entry in entries) and any(is_image(entry.name) for entry in entries)
 
 
 def classes_folder(root: Path) -> Path:

@@ -147,6 +147,17 @@ def test_a_class_that_train_does_not_have_is_refused(tmp_path):
         ImageFolder(**SETTINGS, root=str(tmp_path)).train_dataloader()
 
 
+@pytest.mark.parametrize("splits", [(("train", 20),), (("train", 20), ("val", 4)), (("val", 4),)])
+def test_test_images_without_class_folders_are_left_out(tmp_path, caplog, splits):
+    root = write_folder(tmp_path, splits)
+    write_image(root / "test" / "ILSVRC2012_test_00000001.JPEG", 12, 12)
+    (root / "test" / ".cache").mkdir()
+    data = ImageFolder(**SETTINGS, root=str(root), crop_pct=1.0, interpolation="bicubic")
+    assert data.splits == tuple(split for split in ("train", "val") if split == "val" or split in dict(splits))
+    assert data.evaluation_split == "val"
+    assert [record.getMessage() for record in caplog.records] == [f"{root}/test: has images but no class folders, val is evaluated"]
+
+
 @pytest.mark.parametrize("classes", [2, None])
 def test_a_folder_of_another_kind_is_named(tmp_path, classes):
     def message(root):
@@ -159,6 +170,19 @@ def test_a_folder_of_another_kind_is_named(tmp_path, classes):
     assert message(str(tmp_path)).startswith(f"data.root='{tmp_path}': has no folder train")
     write_image(tmp_path / "train" / "a.png", 8, 8)
     assert message(str(tmp_path)).startswith(f"{tmp_path}/train: holds no class folders")
+
+
+@pytest.mark.parametrize(("split", "name"), [("val", "a.png"), ("test", "a.txt")])
+def test_other_splits_without_class_folders_are_refused(tmp_path, split, name):
+    write_image(write_folder(tmp_path, (("train", 20),)) / split / "a.png", 12, 12).rename(tmp_path / split / name)
+    with pytest.raises(qat.UsageError, match=rf"^{tmp_path}/{split}: holds no class folders"):
+        ImageFolder(**SETTINGS, root=str(tmp_path)).train_dataloader()
+
+
+def test_test_images_alone_need_class_folders(tmp_path):
+    write_image(tmp_path / "test" / "a.png", 8, 8)
+    with pytest.raises(qat.UsageError, match=rf"^{tmp_path}/test: holds no class folders"):
+        ImageFolder(**SETTINGS, root=str(tmp_path)).test_dataloader()
 
 
 def test_folders_without_images_are_named(tmp_path):
