@@ -204,7 +204,9 @@ def _rows(cfg: DictConfig, study: AnalysisRun) -> Iterator[Row]:
     points = study.analysis.points(study.nets, study.images)
     tensors = [t for net in study.nets for t in net.net.state_dict().values()]
     tensors += [t for batch in study.images.batches for t in batch]
-    inputs = f"{study.analysis!r} {[net.label for net in study.nets]} {fingerprint(tensors)}"
+    # Weights at other bits may be the same tensors: scales that are read off the weights are not stored.
+    kinds = [(net.label, net.model, subject.recipe) for net, subject in zip(study.nets, study.subjects, strict=True)]
+    inputs = f"{study.analysis!r} {kinds} {fingerprint(tensors)}"
     ledger = Ledger(Path(cfg.run_dir), inputs, resume=cfg.resume == "auto")
     return _measured(study.analysis, study.nets, study.images, points, ledger)
 

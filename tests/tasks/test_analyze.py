@@ -17,6 +17,7 @@ from qat.data import Digits
 from qat.launch.signals import Preempted
 from qat.tasks.analyze import INTERRUPTED, _labels
 from qat.tasks.analyze import analyze as task
+from tests import tiny
 from tests.commands import typed
 from tests.conftest import compose, results
 from tests.tasks.test_evaluate import DIGITS, counted, edited, last
@@ -124,6 +125,18 @@ def test_a_run_of_other_inputs_is_not_continued(tmp_path, analysed, run_4bit, fl
     line = f"error: resume: {run}/points.jsonl is of another net, other images or other settings; resume=false starts anew"
     assert refused("analyze", cfg) == line
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_the_same_tensors_at_other_bits_are_another_net(tmp_path, refused):
+    run, paths = tmp_path / "run", {bits: tmp_path / f"{bits}.ckpt" for bits in (2, 4)}
+    for bits, path in paths.items():
+        qat.save(tiny.converted("minmax", bits=bits, stem_bits=bits, head_bits=bits, act_quantizer="float"), path)
+    tensors = [qat.load(path).state_dict() for path in paths.values()]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0] | tensors[1])
+    command = (f"run_dir={run}", "data=digits", "labels=[net]", "analysis=robustness", "analysis.parts=[power_of_two]", "images=20")
+    task(compose("analyze", f"ckpt={paths[2]}", *command))
+    line = f"error: resume: {run}/points.jsonl is of another net, other images or other settings; resume=false starts anew"
+    assert refused("analyze", compose("analyze", f"ckpt={paths[4]}", *command)) == line
 
 
 def test_resume_false_starts_anew(tmp_path, analysed, run_4bit, caplog):
