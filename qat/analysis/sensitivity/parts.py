@@ -14,6 +14,7 @@ from qat.analysis.requantize import GridSite, WeightChange, WeightSites, weight_
 from qat.model.blocks import find_blocks
 from qat.model.convert import conversion_of
 from qat.model.sites import Site, iter_quantizers
+from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq.calibrate import in_float
 from qat.ptq.patching import Forward, patched
 from qat.quantizers import Quantizer
@@ -76,8 +77,11 @@ class TakenApart:
 
     @contextlib.contextmanager
     def without(self, part: Part) -> Generator[None]:
-        """While it lasts, one part is in float."""
-        with patched({site.quantizer: _unchanged for site in part.sites}):
+        """While it lasts, one part is in float, and so is a norm in integers beside it, which rounds with the steps around it."""
+        own: set[nn.Module] = {site.quantizer for site in part.sites}
+        forwards: dict[nn.Module, Forward] = dict.fromkeys(own, _unchanged)
+        forwards |= {m: m.in_float for m in self.net.modules() if isinstance(m, IntegerLayerNorm) and not own.isdisjoint(m.between)}
+        with patched(forwards):
             yield
 
     @contextlib.contextmanager

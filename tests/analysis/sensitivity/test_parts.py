@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 import qat
-from qat.analysis.sensitivity.parts import take_apart
+from qat.analysis.sensitivity.parts import Part, take_apart
 from qat.model.convert import conversion_of
 from qat.model.ptq_spec import PtqRecipe
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq import calibrate
+from qat.ptq.calibrate import in_float
 from qat.quantizers.float import Float
 from tests import tiny
 from tests.analysis.common import PTQ, QAT, is_as_before, net_of, ptq, state
@@ -96,6 +97,21 @@ def test_integer_norms_are_norms_where_all_else_is_float():
             by_hand.set_submodule(name, norm)
     with apart.only(part):
         assert torch.equal(tiny.logits(net), tiny.logits(by_hand))
+
+
+@pytest.mark.parametrize("side", ["blocks.1.mlp.fc1.input_quantizer", "blocks.0.residual1_quantizer", "blocks.0.mlp.fc1.weight_quantizer"])
+def test_an_integer_norm_is_a_norm_where_a_quantizer_beside_it_is_in_float(side):
+    net = ptq(bits=4, layernorm="integer", residual_observer="ptf")
+    apart = take_apart(net, tiny.SIZE, "site")
+    (quantizer,) = [site.quantizer for site in qat.iter_quantizers(net) if site.name == side]
+    with apart.without(next(part for part in apart.parts if part.name == side)):
+        found = {name for name, m in net.named_modules() if isinstance(m, IntegerLayerNorm) and m.__dict__.get("forward") == m.in_float}
+    assert found == {name for name, m in net.named_modules() if isinstance(m, IntegerLayerNorm) and quantizer in m.between}
+    assert len(found) == ("weight" not in side)
+    with in_float(net):
+        expected = tiny.logits(net)
+    with apart.without(Part("all", tuple(site for part in apart.parts for site in part.sites), ())):
+        assert torch.equal(tiny.logits(net), expected)
 
 
 def converted_anew(kind, overrides):
