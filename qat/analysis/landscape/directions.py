@@ -8,6 +8,7 @@ import fnmatch
 import functools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from qat.model.frozen import is_frozen
 from qat.model.sites import iter_quantizers
 from qat.nn import QkrAttention
 from qat.ptq.patching import Forward, patched
-from qat.ptq.vector import place_in, stored_scale
+from qat.ptq.vector import ScaleVector, place_in, stored_scale
 from qat.quantizers import Quantizer, UniformGrid
 from qat.utils.validate import FLOAT_BITS
 
@@ -58,10 +59,10 @@ def scale_axes(net: nn.Module, input_size: tuple[int, int, int], targets: Sequen
     """
     found = weight_sites(net, input_size)
     weights = {f"{site.name}.{site.quantizer.spec.role}": site for site in found.sites if site.grid.bits != FLOAT_BITS}
-    stored = dict(_stored_scales(net))
+    stored = _stored_scales(net)
     latents = {site.quantizer: site.latent().detach() for site in iter_quantizers(found.net) if site.is_weight}
     counts = {name: len(_own(site, latents[site.quantizer]).step) for name, site in weights.items()}
-    counts |= {name: scale.numel() for name, scale in stored.items()}
+    counts |= {name: sum(scale.numel() for scale in vector.scales) for name, vector in stored.items()}
     names = _matched(net, tuple(counts), targets, "scale")
     plane = _plane({name: torch.Size([n]) for name, n in counts.items()}, names, seed, _uniform)
 
@@ -74,7 +75,7 @@ def scale_axes(net: nn.Module, input_size: tuple[int, int, int], targets: Sequen
         forwards: dict[nn.Module, Forward] = {
             site.quantizer: functools.partial(_rescaled, site, of) for name, site in weights.items() if (of := factor(name)) is not None
         }
-        others = {name: (scale, scale * of.to(scale)) for name, scale in stored.items() if (of := factor(name)) is not None}
+        others = [pair for name, vector in stored.items() if (of := factor(name)) is not None for pair in _multiplied(vector, of)]
         with patched(forwards), _replaced(others):
             yield
 
@@ -106,12 +107,12 @@ def weight_axes(net: nn.Module, targets: Sequence[Globs], seed: int) -> Axes:
 
     @contextlib.contextmanager
     def move(x: float, y: float) -> Generator[None]:
-        moved: dict[str, tuple[Tensor, Tensor]] = {}
+        moved = []
         for name, tensors in weights.items():
             for number, tensor in enumerate(tensors):
                 steps = [at * d[name][number] for at, d in zip((x, y), normalised, strict=True) if name in d]
                 if steps:
-                    moved[f"{name}.{number}"] = tensor, tensor.detach() + torch.stack(steps).sum(0)
+                    moved.append((tensor, tensor.detach() + torch.stack(steps).sum(0)))
         with _replaced(moved):
             yield
 
@@ -135,14 +136,23 @@ def _rescaled(site: GridSite, factor: Tensor, weight: Tensor) -> Tensor:
     return site.grid.fake_quantize(weight, onto).to(weight.dtype)
 
 
-def _stored_scales(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Of activations; of a relative step its start, to which it is proportional."""
-    for site in iter_quantizers(net):
-        inner = getattr(site.quantizer, "quantizer", site.quantizer)
-        start = getattr(inner, "start", None)
-        scale = stored_scale(inner) if start is None else start
-        if scale is not None and not site.is_weight:
-            yield place_in("", site), scale
+def _stored_scales(net: nn.Module) -> dict[str, ScaleVector]:
+    """Of activations."""
+    sites = [site for site in iter_quantizers(net) if not site.is_weight and stored_scale(site.quantizer) is not None]
+    return {place_in("", site): ScaleVector((site,)) for site in sites}
+
+
+def _multiplied(vector: ScaleVector, factors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tensors behind scales, each with what it has to hold for every scale in force to be times its factor (n,)."""
+    scales = vector.scales
+    for site, scale, factor in zip(vector.sites, scales, factors.split([scale.numel() for scale in scales]), strict=True):
+        quantizer: Any = getattr(site.quantizer, "quantizer", site.quantizer)
+        values = scale.detach() * factor.to(scale)
+        if getattr(quantizer, "change", None) is None:
+            yield scale, values
+        else:  # a relative step that has grown is not proportional to its start; one that begins anew is its start
+            yield quantizer.start, values
+            yield quantizer.change, torch.zeros_like(values)
 
 
 def _layer_weights(net: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
@@ -163,18 +173,18 @@ def _as_long_as(direction: Tensor, weight: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _replaced(tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Generator[None]:
+def _replaced(tensors: Sequence[tuple[Tensor, Tensor]]) -> Generator[None]:
     """While it lasts, each tensor holds other values."""
-    before = {name: tensor.detach().clone() for name, (tensor, _) in tensors.items()}
+    before = [tensor.detach().clone() for tensor, _ in tensors]
     try:
         with torch.no_grad():
-            for tensor, values in tensors.values():
+            for tensor, values in tensors:
                 tensor.copy_(values)
         yield
     finally:
         with torch.no_grad():
-            for name, (tensor, _) in tensors.items():
-                tensor.copy_(before[name])
+            for (tensor, _), values in zip(tensors, before, strict=True):
+                tensor.copy_(values)
 
 
 def _uniform(shape: torch.Size, *, generator: torch.Generator) -> Tensor:

@@ -157,6 +157,21 @@ def test_scales_that_are_read_off_a_weight_are_multiplied():
     assert axes.names == (("blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"), ("blocks.0.attn.qk", "blocks.1.attn.qk"))
 
 
+@pytest.mark.parametrize("change", [0.7, -0.7])
+def test_relative_steps_move_by_the_factor_asked_for_however_far_they_have_grown(change):
+    net = net_of("lsq4")
+    quantizer = net.blocks[0].mlp.fc1.input_quantizer
+    with torch.no_grad():
+        quantizer.start.fill_(quantizer.unit / 4)
+        quantizer.change.fill_(change)
+    before, scale = state(net), quantizer.scale.detach().clone()
+    axes = scale_axes(net, tiny.SIZE, (("blocks.0.mlp.fc1.input",), ("blocks.1.mlp.fc1.input",)), seed=0)
+    factor = 1 + 0.4 * (2 * torch.rand(scale.shape, generator=torch.Generator().manual_seed(0)) - 1)
+    with axes.move(0.4, 0.0):
+        assert torch.equal(quantizer.scale, scale * factor)
+    assert is_as_before(net, before)
+
+
 def qk_of(net):
     attention = net.blocks[1].attn
     return qat.functional.statsq(attention.latent("qk"), 2)
