@@ -17,7 +17,7 @@ from qat.analysis.requantize import GridSite, weight_sites
 from qat.errors import UsageError
 from qat.model.blocks import find_blocks
 from qat.model.frozen import is_frozen
-from qat.model.sites import iter_quantizers
+from qat.model.sites import Site, iter_quantizers
 from qat.nn import QkrAttention
 from qat.ptq.patching import Forward, patched
 from qat.ptq.vector import ScaleVector, place_in, stored_scale
@@ -137,9 +137,12 @@ def _rescaled(site: GridSite, factor: Tensor, weight: Tensor) -> Tensor:
 
 
 def _stored_scales(net: nn.Module) -> dict[str, ScaleVector]:
-    """Of activations."""
-    sites = [site for site in iter_quantizers(net) if not site.is_weight and stored_scale(site.quantizer) is not None]
-    return {place_in("", site): ScaleVector((site,)) for site in sites}
+    """Of activations; quantizers of one module and role, as behind both sums of a block, have one name."""
+    found: dict[str, list[Site]] = {}
+    for site in iter_quantizers(net):
+        if not site.is_weight and stored_scale(site.quantizer) is not None:
+            found.setdefault(place_in("", site), []).append(site)
+    return {name: ScaleVector(tuple(sites)) for name, sites in found.items()}
 
 
 def _multiplied(vector: ScaleVector, factors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

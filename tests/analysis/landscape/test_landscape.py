@@ -157,6 +157,18 @@ def test_scales_that_are_read_off_a_weight_are_multiplied():
     assert axes.names == (("blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"), ("blocks.0.attn.qk", "blocks.1.attn.qk"))
 
 
+@pytest.mark.parametrize(("name", "members"), [("blocks.0.residual", ["residual1", "residual2"]), ("output", ["tokens", "positions"])])
+def test_all_quantizers_of_one_module_and_role_move(name, members):
+    net = net_of("ptq4")
+    before, owner = state(net), net.blocks[0] if name.startswith("blocks") else net
+    scales = [getattr(owner, f"{member}_quantizer").scale for member in members]
+    expected = torch.cat(scales)
+    expected *= 1 + 0.2 * (2 * torch.rand(len(expected), generator=torch.Generator().manual_seed(0)) - 1)
+    with scale_axes(net, tiny.SIZE, ((name,), ("head.input",)), seed=0).move(0.2, 0.0):
+        assert torch.equal(torch.cat(scales), expected)
+    assert is_as_before(net, before)
+
+
 @pytest.mark.parametrize("change", [0.7, -0.7])
 def test_relative_steps_move_by_the_factor_asked_for_however_far_they_have_grown(change):
     net = net_of("lsq4")
