@@ -221,8 +221,10 @@ class RobustnessResults:
         return dots
 
     def _fragile(self, summary: dict[str, Any]) -> Iterator[Advice]:
+        # Of a shorter range than that, no net can keep more than the whole.
+        limit = min(_FRAGILE, round(self.ratios[-1] - self.ratios[0], 6))
         for label, found in summary.items():
             steps = found.get("steps", {})
-            if steps.get("width", 1) < _FRAGILE and steps["ratios"] == len(self.ratios):
+            if steps.get("width", 1) < limit and steps["ratios"] == len(self.ratios):
                 what = f"keeps its accuracy within {TOLERANCE:g} points only for steps of a range of {100 * steps['width']:.1f} %"
                 yield Advice(label, what, "train with loss.kure, or deploy with the very steps it was trained with")

@@ -272,6 +272,17 @@ def test_a_fragile_net_gets_advice(tmp_path):
     assert Robustness(**SMALL).outcome(nets, base + steps[:1]).warnings == []
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.99, 1.01), (0.96, 1.04), (0.951, 1.052)])
+def test_a_net_that_loses_nothing_in_a_narrow_range_is_not_fragile(low, high):
+    analysis, net = Robustness(parts=["steps"], low=low, high=high, ratios=3), studied(net_of("ofq2"))
+    rows = [{**point.key, "top1": 70.0, "loss": 1.0, "seconds": 0.1} for point in analysis.points([net], image_set())]
+    outcome = analysis.outcome([net], rows)
+    assert outcome.summary["net"]["steps"]["width"] == pytest.approx(high - low)
+    assert outcome.warnings == []
+    lost = [{**row, "top1": 20.0} if row.get("ratio") == low else row for row in rows]
+    assert len(analysis.outcome([net], lost).warnings) == 1
+
+
 def test_weights_of_an_unknown_quantizer_are_named(tmp_path):
     name = "tests.analysis.test_requantize:Doubled"
     net = tiny.quantized("ofq_noqkr", bits=2, overrides={"blocks.0.mlp.fc1": {"weight_quantizer": name}}).eval()
