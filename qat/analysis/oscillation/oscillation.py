@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -55,6 +56,8 @@ class OscillationAnalysis(Analysis):
             UsageError: a run tracked no oscillations.
         """
         runs = [read_run(net) for net in nets]
+        if self.threshold is not None:
+            runs = [dataclasses.replace(run, threshold=self.threshold) for run in runs]
         return Outcome(
             {run.label: self._summary(run) for run in runs},
             list(self._tables(runs)),
@@ -62,17 +65,13 @@ class OscillationAnalysis(Analysis):
             [entry for run in runs for entry in self._advice(run)],
         )
 
-    def _threshold(self, run: OscillationRun) -> float:
-        return run.threshold if self.threshold is None else self.threshold
-
     def _summary(self, run: OscillationRun) -> dict[str, Any]:
         n_weights = sum(state.frequency.numel() for state in run.now)
-        threshold = self._threshold(run)
-        oscillating = sum(float((state.frequency > threshold).sum()) for state in run.now)
+        oscillating = sum(float((state.frequency > run.threshold).sum()) for state in run.now)
         share = run.totals[SHARE].values if SHARE in run.totals else []
         return {
             "step_of_checkpoint": run.step,
-            "threshold": threshold,
+            "threshold": run.threshold,
             "weights": n_weights or None,
             "share_now_percent": 100 * oscillating / n_weights if n_weights else None,
             "share_logged_last_percent": 100 * share[-1] if share else None,
@@ -92,12 +91,12 @@ class OscillationAnalysis(Analysis):
             yield Table("oscillation_frequencies", "Weights by the frequency of their flips, at the time of the checkpoint", counts)
 
     def _layer_rows(self, run: OscillationRun) -> Iterator[Row]:
-        for state in sorted(run.now, key=lambda entry: -entry.share(self._threshold(run))):
+        for state in sorted(run.now, key=lambda entry: -entry.share(run.threshold)):
             row: Row = {
                 "net": run.label,
                 "layer": state.layer,
                 "weights": state.frequency.numel(),
-                "oscillating, %": round(100 * state.share(self._threshold(run)), 4),
+                "oscillating, %": round(100 * state.share(run.threshold), 4),
                 "mean frequency": float(f"{float(state.frequency.double().mean()):.6g}"),
                 "highest frequency": float(f"{float(state.frequency.max()):.6g}"),
             }
@@ -112,12 +111,12 @@ class OscillationAnalysis(Analysis):
                 suffix = f"_{number}" if len(runs) > 1 else ""
                 yield layer_map(f"oscillation_map{suffix}", f"Share of oscillating weights by layer: {run.label}", run)
         if any(run.now for run in runs):
-            shares = {run.label: {s.layer: s.share(self._threshold(run)) for s in run.now} for run in runs if run.now}
+            shares = {run.label: {s.layer: s.share(run.threshold) for s in run.now} for run in runs if run.now}
             yield top_layers("oscillation_top", "Layers that oscillate most, at the time of the checkpoint", shares, self.top)
             yield frequencies("oscillation_frequencies", "How often weights flip, at the time of the checkpoint", runs)
 
     def _advice(self, run: OscillationRun) -> Iterator[Advice]:
-        shares = sorted(((state.share(self._threshold(run)), state.layer) for state in run.now), reverse=True)
+        shares = sorted(((state.share(run.threshold), state.layer) for state in run.now), reverse=True)
         over = [(share, layer) for share, layer in shares if share > LAYER_SHARE]
         if over:
             names = ", ".join(layer for _, layer in over[:_NAMED]) + (f" and {len(over) - _NAMED} more" if len(over) > _NAMED else "")

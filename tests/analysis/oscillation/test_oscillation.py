@@ -109,8 +109,12 @@ def test_numbers_of_the_layers_now(tmp_path):
 
 def test_the_threshold_is_that_of_the_run_unless_it_is_given(tmp_path):
     net = write_run(tmp_path / "run", weights=WEIGHTS, threshold=0.1)
-    assert OscillationAnalysis().outcome([net], []).summary["run"]["share_now_percent"] == pytest.approx(100 / 6)
-    assert OscillationAnalysis(threshold=0.005).outcome([net], []).summary["run"]["share_now_percent"] == pytest.approx(50)
+    for analysis, threshold, share in ((OscillationAnalysis(), 0.1, 100 / 6), (OscillationAnalysis(threshold=0.005), 0.005, 50)):
+        found = analysis.outcome([net], [])
+        assert found.summary["run"]["threshold"] == threshold
+        assert found.summary["run"]["share_now_percent"] == pytest.approx(share)
+        (axis,) = next(d for d in found.drawings if d.name == "oscillation_frequencies").figure.axes
+        assert [list(line.get_xdata()) for line in axis.lines if line.get_linestyle() == "--"] == [[threshold, threshold]]
 
 
 def test_several_runs_lie_over_each_other(tmp_path):
