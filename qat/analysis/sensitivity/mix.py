@@ -76,8 +76,9 @@ class NetSizes:
         if not self.parts:
             raise UsageError(f"analysis.budget_mb={budget_mb}: {label} has no weights whose bits can be chosen; must be null")
         least, most = self.bounds()
-        if least > budget_mb * MB:
-            lowest = f"{least / MB:.6g} MB with the lowest bits everywhere, {most / MB:.6g} with the highest"
+        if least > round(budget_mb * MB):
+            # To the byte: what is printed can be typed.
+            lowest = f"{least / MB:f} MB with the lowest bits everywhere, {most / MB:f} with the highest"
             raise UsageError(f"analysis.budget_mb={budget_mb}: below the smallest possible size of {label}: {lowest}")
 
     def uniform(self, width: int) -> Mix:
@@ -93,7 +94,7 @@ class NetSizes:
             rises: what each part's bits add to the loss.
         """
         groups = [[(self.of(part, bits), rises[part.name, bits]) for bits in self.widths[part.name]] for part in self.parts]
-        chosen = least_loss(groups, int(budget_mb * MB) - self.rest)
+        chosen = least_loss(groups, round(budget_mb * MB) - self.rest)
         bits = {part.name: self.widths[part.name][i] for part, i in zip(self.parts, chosen, strict=True)}
         return Mix(bits, self.total(bits), sum(rises[name, width] for name, width in bits.items()))
 

@@ -1,6 +1,7 @@
 """Sensitivity of parts, and bits under a size. Oracle: evaluations made here, nets that were converted anew, all combinations."""
 
 import itertools
+import re
 
 import pytest
 from omegaconf import OmegaConf
@@ -244,8 +245,21 @@ def test_a_budget_below_the_smallest_size_names_both():
     least, most = NetSizes(take_apart(net, tiny.SIZE, "module"), (2, 8)).bounds()
     with pytest.raises(UsageError) as error:
         Sensitivity(bits=[2, 8], budget_mb=0.001).points([studied(net)], image_set())
-    assert str(error.value).startswith(f"analysis.budget_mb=0.001: below the smallest possible size of net: {least / 1e6:.6g} MB")
-    assert f"{most / 1e6:.6g}" in str(error.value)
+    assert str(error.value).startswith(f"analysis.budget_mb=0.001: below the smallest possible size of net: {least / 1e6:f} MB")
+    assert f"{most / 1e6:f}" in str(error.value)
+
+
+# Megabytes times 10^6 lie below the first two in floating point; the seventh figure of the third rounds down.
+@pytest.mark.parametrize("least", [125_014, 1_048_574, 1_234_564])
+def test_the_smallest_size_that_is_printed_can_be_typed(least):
+    sizes = NetSizes(take_apart(net_of("ptq4"), tiny.SIZE, "block"), (2, 8))
+    sizes.rest += least - sizes.bounds()[0]
+    with pytest.raises(UsageError) as error:
+        sizes.check("net", (least - 1) / 1e6)
+    printed = float(re.search(r"size of net: ([\d.]+) MB", str(error.value))[1])
+    sizes.check("net", printed)
+    rises = {(part.name, bits): 1 / bits for part in sizes.parts for bits in sizes.widths[part.name]}
+    assert sizes.best(printed, rises).size_bytes == least
 
 
 def test_nets_that_have_nothing_to_measure():
