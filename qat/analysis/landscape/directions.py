@@ -121,7 +121,7 @@ def weight_axes(net: nn.Module, targets: Sequence[Globs], seed: int) -> Axes:
 
 def has_both(net: nn.Module, targets: Sequence[Globs]) -> bool:
     """True if each of the entries matches a quantized weight of the net."""
-    names = tuple(f"{site.layer}.{site.role}" for site in iter_quantizers(net) if site.is_weight)
+    names = tuple(f"{site.layer}.{site.role}" for site in iter_quantizers(net) if site.is_weight and not site.quantizer.is_float)
     return all(_chosen(net, names, globs) for globs in targets)
 
 

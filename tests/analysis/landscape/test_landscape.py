@@ -274,6 +274,18 @@ def test_targets():
     assert Landscape(space="weights")._targets([studied(net)]) == (ALL_WEIGHTS, ALL_WEIGHTS)
 
 
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_all_weights_move_where_those_of_attention_or_mlp_are_float(part):
+    net = tiny.quantized("ofq_noqkr", bits=4, overrides={f"*.{part}*": {"weight_quantizer": "float"}})
+    other = "mlp.fc1" if part == "attn" else "attn.proj"
+    assert not has_both(net, ATTENTION_AND_MLP)
+    assert Landscape()._targets([studied(net)]) == (ALL_WEIGHTS, ALL_WEIGHTS)
+    first, second = scale_axes(net, tiny.SIZE, (ALL_WEIGHTS, ALL_WEIGHTS), 0).names
+    assert first == second
+    assert f"blocks.0.{other}.weight" in first
+    assert not any(f".{part}." in name for name in first)
+
+
 @pytest.mark.parametrize("count", [0, 5, 9, 24, 30])
 def test_an_interrupted_run_shows_what_it_has(tmp_path, count):
     net = net_of("ptq4")
