@@ -70,19 +70,20 @@ def analyze(cfg: DictConfig) -> None:
     outputs.check_own(run_dir, cfg.command)
     study = _build(cfg)
     _announce(cfg, study)
-    coming = _rows(cfg, study)  # the last that may refuse: the files of an older run are as they were until here
-    record_run(cfg)
+    coming = _rows(cfg, study)
+    outcome = study.analysis.outcome(study.nets, []) if coming is None else None
+    record_run(cfg)  # nothing refuses from here on: the files of an older run are as they were until now
     rows: list[Row] = []
     complete = False
     try:
-        for row in coming:
+        for row in coming or ():
             rows.append(row)
         complete = True
     except Preempted as stop:
         if stop.signal != signal.SIGINT:
             raise
         log.warning("interrupted after %d evaluations; the same command with run_dir=%s goes on from there", len(rows), run_dir)
-    outcome = study.analysis.outcome(study.nets, rows)
+    outcome = outcome or study.analysis.outcome(study.nets, rows)
     write_outcome(run_dir, study.analysis.name, settings, outcome, complete=complete)
     _write(cfg, study, outcome, complete=complete, seconds=time.monotonic() - began)
     log.info("%s: %d figures, %d tables in %s", study.analysis.name, len(outcome.drawings), len(outcome.tables), run_dir)
@@ -198,10 +199,10 @@ def _labels(cfg: DictConfig, paths: Sequence[str]) -> list[str]:
     raise UsageError(f"ckpt={list(paths)}: the same file twice; must be different files")
 
 
-def _rows(cfg: DictConfig, study: AnalysisRun) -> Iterator[Row]:
-    if study.images is None:
-        return iter(())
-    points = study.analysis.points(study.nets, study.images)
+def _rows(cfg: DictConfig, study: AnalysisRun) -> Iterator[Row] | None:
+    """Rows of the evaluations; None where there is nothing to evaluate."""
+    if study.images is None or not (points := study.analysis.points(study.nets, study.images)):
+        return None
     tensors = [t for net in study.nets for t in net.net.state_dict().values()]
     tensors += [t for batch in study.images.batches for t in batch]
     # Weights at other bits may be the same tensors: scales that are read off the weights are not stored.

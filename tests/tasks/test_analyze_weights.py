@@ -60,8 +60,20 @@ def test_cost_is_that_of_the_results(tmp_path, run_4bit, float_run):
     [
         (["analysis=oscillation"], "its run tracked no oscillation; train with callbacks=[default,oscillation], in the same run_dir"),
         (["analysis=weights", "analysis.layers=[nothing]", "images=8"], "analysis.layers: 'nothing' matches no layer with weights"),
+        (
+            ["analysis=weights", "ckpt={frozen}", "data=digits", "images=8"],
+            "holds integer codes alone; the float weights are in",
+        ),
         (["analysis=cost", "+analysis.twins=2"], "analysis.twins: must be one of compare"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, run_4bit, refused, overrides, message):
-    assert message in refused("analyze", compose("analyze", f"run_dir={tmp_path}", ckpt(run_4bit), *overrides))
+def test_mistakes_are_one_line_and_leave_an_older_run_as_it_was(tmp_path, run_4bit, refused, overrides, message):
+    older = {name: tmp_path / name for name in ("config.yaml", "command.json", "results.json", "points.jsonl")}
+    for path in older.values():
+        path.write_text("{}\n")
+    frozen = tmp_path / "frozen.ckpt"
+    qat.save(qat.freeze(qat.load(run_4bit / "checkpoints" / "last.ckpt")), frozen)
+    overrides = [one.format(frozen=frozen) for one in overrides]
+    chosen = [] if any(one.startswith("ckpt=") for one in overrides) else [ckpt(run_4bit)]
+    assert message in refused("analyze", compose("analyze", f"run_dir={tmp_path}", "resume=false", *chosen, *overrides))
+    assert {path.read_text() for path in older.values()} == {"{}\n"}

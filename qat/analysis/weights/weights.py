@@ -80,6 +80,7 @@ class WeightAnalysis(Analysis):
         """Tables of weights, of the usage of codes and of activations; pictures; warnings. Without `points`, activations are not seen."""
         weights = {net.label: [weight_stats(m, self.boundary) for m in masters(net.net, factors=self.factors)] for net in nets}
         found = {net.label: activation_stats(net.net, self._seen.get(net.label, {})) if self.activations else [] for net in nets}
+        self._check_layers([entry.layer for stats in weights.values() for entry in stats])
         chosen = {label: self._chosen(stats) for label, stats in weights.items()}
         return Outcome(
             {label: _summary(stats, found[label]) for label, stats in weights.items()},
@@ -88,17 +89,15 @@ class WeightAnalysis(Analysis):
             [entry for label, stats in weights.items() for entry in advice(label, stats, found[label])],
         )
 
-    def _chosen(self, stats: Sequence[WeightStats]) -> list[WeightStats]:
-        """The tensors whose histograms are drawn, in the order of the net.
+    def _check_layers(self, names: Sequence[str]) -> None:
+        """Raise `UsageError` if a glob matches none of the names of all nets: one net may lack what another has."""
+        for glob in self.layers or ():
+            if not fnmatch.filter(names, glob):
+                raise UsageError(f"analysis.layers: {glob!r} matches no layer with weights; patterns see names like {names[-1]!r}")
 
-        Raises:
-            UsageError: a glob matches none.
-        """
+    def _chosen(self, stats: Sequence[WeightStats]) -> list[WeightStats]:
+        """The tensors whose histograms are drawn, in the order of the net."""
         if self.layers is not None:
-            names = [entry.layer for entry in stats]
-            for glob in self.layers:
-                if not fnmatch.filter(names, glob):
-                    raise UsageError(f"analysis.layers: {glob!r} matches no layer with weights; patterns see names like {names[-1]!r}")
             return [entry for entry in stats if any(fnmatch.fnmatchcase(entry.layer, glob) for glob in self.layers)][: self.max_panels]
         sharpest = sorted(range(len(stats)), key=lambda index: -stats[index].kurtosis)
         order = dict.fromkeys([0, len(stats) // 2, len(stats) - 1, *sharpest] if stats else [])

@@ -121,6 +121,16 @@ def test_a_glob_that_matches_nothing_is_a_mistake():
         outcome(net_of("ofq2"), layers=["block.*"])
 
 
+def test_a_glob_may_match_in_one_of_the_nets_alone():
+    nets = [studied(net_of("ofq2"), "qkr"), studied(net_of("noqkr"), "plain")]
+    found = WeightAnalysis(activations=False, layers=["blocks.*.attn.qkv"]).outcome(nets, [])
+    (drawing,) = [d for d in found.drawings if d.name.startswith("weights_histograms")]
+    assert drawing.name == "weights_histograms_2"
+    assert all(f"blocks.{i}.attn.qkv: " in drawing.alt for i in (0, 1))
+    with pytest.raises(UsageError, match=r"analysis.layers: 'block.*' matches no layer"):
+        WeightAnalysis(activations=False, layers=["block.*"]).outcome(nets, [])
+
+
 def test_no_image_is_read_without_activations():
     assert WeightAnalysis(activations=False).split is None
     assert WeightAnalysis().split == "train"
