@@ -25,6 +25,7 @@ from torch import nn
 from qat.cli.repeat import CONF, recorded, typed
 from qat.cli.schemas import COMMANDS
 from qat.errors import UsageError
+from qat.launch.outputs import is_finished
 from qat.model.checkpoint import build_from, read_checkpoint
 from qat.tasks.build import import_modules
 from qat.utils.bounds import read_json, read_yaml
@@ -79,16 +80,13 @@ def remake(cfg: DictConfig) -> None:
     Raises:
         UsageError: there is no run.
     """
-    from qat.report.run_files import ANALYSES
-
     if cfg.get("analysis") is not None:
         raise UsageError(f"run={cfg.run!r}: makes a report anew and analyses nothing; leave analysis out")
     import_modules(cfg)
     folder = Path(cfg.run)
     if not any((folder / name).is_file() for name in ("config.yaml", "results.json")):
         raise UsageError(f"run={cfg.run!r}: neither config.yaml nor results.json is there; must be the directory of a run")
-    if not (folder / ANALYSES).is_dir():
-        _describe_checkpoint(folder)
+    _describe_checkpoint(folder)
     _write(folder)
 
 
@@ -113,9 +111,18 @@ def describe_layers(net: nn.Module, input_size: tuple[int, int, int], folder: Pa
 
 
 def _describe_checkpoint(folder: Path) -> None:
-    """Describe the model of a run's checkpoint, if there is one that can be read."""
-    path = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
-    if path is None:
+    """Describe the model of a run's checkpoint, if there is one that can be read and is later than what is described already.
+
+    Results of a finished run are those of its best checkpoint; else the latest says most.
+    """
+    from qat.report.run_files import ANALYSES
+
+    found = [folder / name for name in CHECKPOINTS if (folder / name).is_file()]
+    described = folder / ANALYSES / "weights.json"
+    if not found:
+        return
+    path = found[0] if is_finished(folder) else max(found, key=_written)
+    if described.is_file() and _written(described) >= _written(path):
         return
     try:
         checkpoint = read_checkpoint(path, fmt="qat")
@@ -123,6 +130,10 @@ def _describe_checkpoint(folder: Path) -> None:
         describe_layers(build_from(checkpoint), (data["in_chans"], data["image_size"], data["image_size"]), folder)
     except Exception as error:
         log.warning("layers are not shown: %s", " ".join(str(error).split()))
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def origin_of(folder: Path) -> Origin:

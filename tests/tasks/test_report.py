@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -144,9 +145,42 @@ def test_of_a_run_that_was_killed(tmp_path, run_4bit):
     run = tmp_path / "run"
     shutil.copytree(run_4bit, run)
     (run / "results.json").unlink()
-    (run / "analysis").mkdir()  # what it looks at itself is there, if empty
+    (run / "analysis").mkdir()
+    (run / "analysis" / "weights.json").write_text("{}")  # what it looks at itself is there, if empty
     remake(compose("analyze", f"run={run}", f"run_dir={tmp_path}/log"))
     assert "The run has not ended." in page(run).text
+
+
+@pytest.mark.parametrize(
+    ("written", "is_finished", "read"),
+    [
+        (["best.ckpt", "last.ckpt"], False, ["last.ckpt"]),
+        (["last.ckpt", "best.ckpt"], False, ["best.ckpt"]),
+        (["best.ckpt", "last.ckpt"], True, ["best.ckpt"]),
+        (["best.ckpt", "weights.json", "last.ckpt"], False, ["last.ckpt"]),
+        (["best.ckpt", "weights.json", "last.ckpt"], True, []),
+        (["best.ckpt", "last.ckpt", "weights.json"], False, []),
+        ([], False, []),
+    ],
+)
+def test_layers_come_from_the_latest_checkpoint_until_a_run_has_finished(tmp_path, monkeypatch, written, is_finished, read):
+    found = []
+
+    def noting(path, fmt):
+        found.append(path.name)
+        raise ValueError("no net in it")
+
+    monkeypatch.setattr(report, "read_checkpoint", noting)
+    (tmp_path / "config.yaml").write_text("command: train\n")
+    if is_finished:
+        (tmp_path / "results.json").write_text('{"command": "train", "top1": 50.0}')
+    for second, name in enumerate(written):
+        path = tmp_path / ("checkpoints" if name.endswith("ckpt") else "analysis") / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+        os.utime(path, (second, second))
+    remake(compose("analyze", f"run={tmp_path}", f"run_dir={tmp_path}/log"))
+    assert found == read
 
 
 def test_a_run_that_fails_in_training_has_a_page(tmp_path, refused):
