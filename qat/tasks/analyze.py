@@ -139,6 +139,8 @@ def _build(cfg: DictConfig) -> AnalysisRun:
     trainer = fit.build_trainer(cfg, [], [])
     if trainer.world_size > 1:
         raise UsageError(f"trainer.devices={cfg.trainer.devices!r}: analyses run on one device; must be 1")
+    if trainer.precision != "32-true":
+        raise UsageError(f"trainer.precision={cfg.trainer.precision!r}: analyses run in float32; must be 32-true")
     for studied in nets:
         studied.net.to(trainer.strategy.root_device)
     cfg.data = single[0].data  # the config that was settled: it is what is recorded

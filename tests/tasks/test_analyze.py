@@ -262,6 +262,7 @@ def test_an_analysis_of_ones_own_is_a_class(tmp_path, run_4bit):
             "ckpt='{fashion}': its data are FashionMnist, those of '{four}' Digits; data=... gives both the same images",
         ),
         (["trainer.devices=2"], "trainer.devices=2: analyses run on one device; must be 1"),
+        (["trainer.precision=bf16-mixed"], "trainer.precision='bf16-mixed': analyses run in float32; must be 32-true"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
