@@ -372,7 +372,8 @@ def built_alike(net: nn.Module, recipe: QuantRecipe, input_size: tuple[int, int,
         UsageError: the net does not say how timm built it, or the recipe does not fit.
         LookupError, TypeError, ValueError, RuntimeError: what it says cannot be built.
     """
-    alike = _described({**describe(net), "recipe": recipe.to_dict(), "input_size": list(input_size)})
+    with torch.random.fork_rng(devices=[]):  # the weights, drawn on the CPU, are not looked at: nobody's draws move
+        alike = _described({**describe(net), "recipe": recipe.to_dict(), "input_size": list(input_size)})
     return alike.eval()
 
 

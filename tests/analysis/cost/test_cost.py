@@ -1,6 +1,7 @@
 """`analysis=cost`. Oracle: `qat.model.cost.cost` of nets converted here; counts by hand for one block of width 32."""
 
 import pytest
+import torch
 
 import qat
 from qat.analysis.cost.cost import CostAnalysis, module_kinds, without_qkr
@@ -104,6 +105,12 @@ def test_only_what_has_it_is_compared_without_it(kind, variants):
     found = CostAnalysis().outcome([studied(net_of(kind))], [])
     assert len(table(found, "cost")) == variants
     assert all(row["note"] == "" for row in table(found, "cost"))
+
+
+def test_nets_that_are_built_to_compare_leave_the_generator_alone():
+    net, before = net_of("ofq2"), torch.get_rng_state()
+    assert len(totals(CostAnalysis().outcome([studied(net)], []))) == 3
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_reparameterization_in_some_blocks():
