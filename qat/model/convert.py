@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -143,30 +143,41 @@ def stem_and_heads(net: nn.Module) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Walk:
-    """What stays the same during a walk; `swapped` collects (parent, name, replaced module)."""
+    """What stays the same during a walk; `swapped` collects (parent, name, replaced module).
+
+    `made` has what became of a module, by it and what arrives there (`SwapContext.input`): under all its names it is one module again.
+    """
 
     recipe: QuantRecipe
     places: dict[str, str]
     swapped: list[tuple[nn.Module, str, nn.Module]]
+    made: dict[tuple[nn.Module, str], nn.Module] = field(default_factory=dict)
 
 
 def _walk(module: nn.Module, name: str, walk: _Walk, done: Swap) -> None:
     """One pre-order walk; after a swap it goes on into the new module's children."""
-    for child_name, child in list(module.named_children()):
+    for child_name, child in list(module._modules.items()):  # `named_children` leaves out all but the first name of a module
         path = f"{name}.{child_name}".lstrip(".")
         arrives = done.inputs.get(child_name, "signed")
-        if isinstance(child, Quantizer) or arrives == "float":
+        if child is None or isinstance(child, Quantizer) or arrives == "float":
             continue
         if child_name in done.children:
             child = _put(module, child_name, done.children[child_name], walk)
+        known = walk.made.get((child, arrives))
+        if known is not None:
+            _put(module, child_name, known, walk)
+            continue
         context = SwapContext(walk.recipe.at(path), walk.places.get(path, "block"), arrives)
         swap = find_swap(child, context)
         inner = Swap(child) if swap is None else swap(child, context)
-        _walk(child if inner.module is child else _put(module, child_name, inner.module, walk), path, walk, inner)
+        walk.made[child, arrives] = _put(module, child_name, inner.module, walk)
+        _walk(inner.module, path, walk, inner)
 
 
 def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module:
     old = getattr(parent, name)
+    if new is old:
+        return new
     walk.swapped.append((parent, name, old))
     for kind in _HOOKS:  # the dictionaries themselves: a handle that was given out for one of them still removes its hook
         setattr(new, kind, getattr(old, kind))

@@ -42,8 +42,8 @@ def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
         state |= {prefix + k: v.detach() for k, v in module.state_dict().items() if k in own}
         if isinstance(codes := getattr(module, "weight_quantizer", None), FrozenWeight):
             state[f"{prefix}weight"] = codes()
-    for name, child in module.named_children():
-        if name not in consumed:
+    for name, child in module._modules.items():  # timm's state has a layer under each of its names
+        if child is not None and name not in consumed:
             _collect(child, f"{prefix}{name}.", state)
 
 

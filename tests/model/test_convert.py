@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import qat
 from qat.model.convert import conversion_of
 from qat.model.transfer import timm_state_dict
+from qat.nn import QuantLinear
 from tests.tiny import DISTILLED, SIZE, converted, float_recipe, images, logits, parameters, quantized, shake, sites, vit
 
 FAMILIES = [
@@ -279,6 +280,35 @@ def test_unknown_modules_stay_float():
     qat.convert(net, qat.recipe("ofq"), input_size=(1, 3, 4))
     assert net[1] is unknown
     assert qat.conversion_report(net).stays_float == (("1", "Unknown"), ("3", "LayerNorm"))
+
+
+class Repeated(nn.Module):
+    """One layer under two names of a parent and one of another."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.Linear(4, 4)
+        self.layers, self.other = nn.Sequential(layer, nn.ReLU(), layer), nn.ModuleList([layer])
+
+    def forward(self, x):
+        return self.other[0](self.layers(x.flatten(1, 2)))
+
+
+def test_a_layer_is_one_layer_under_all_its_names():
+    float_net = Repeated()
+    net = qat.convert(copy.deepcopy(float_net), qat.recipe("lsq"), input_size=(1, 3, 4))
+    assert isinstance(net.layers[0], QuantLinear)
+    assert net.layers[0] is net.layers[2] is net.other[0]
+    assert list(sites(net)) == ["layers.0.input_quantizer", "layers.0.weight_quantizer"]
+    assert_close(timm_state_dict(net), float_net.state_dict(), rtol=0, atol=0)
+
+
+def test_a_refused_net_has_its_layers_under_all_names_again():
+    net = Repeated()
+    layer = net.layers[0]
+    with pytest.raises(qat.UsageError):
+        qat.convert(net, qat.recipe("lsq"), input_size=(1, 3, 5))
+    assert layer is net.layers[0] is net.layers[2] is net.other[0]
 
 
 def test_rules_for_one_block_stay_there():
