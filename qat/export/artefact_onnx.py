@@ -12,10 +12,10 @@ import onnx
 from torch import Tensor, nn
 
 from qat.export.artefact import Written
-from qat.export.check import table
+from qat.export.check import Checked, table
 from qat.export.graph import OnnxSettings, export_graph
 from qat.export.onnx_file import write_onnx
-from qat.export.session import LEVELS, OPENVINO, has_openvino, milliseconds, open_session
+from qat.export.session import LEVELS, OPENVINO, milliseconds, open_session
 from qat.model.checkpoint import built_alike
 from qat.model.convert import conversion_of
 from qat.nn.attention import QkrAttention
@@ -46,17 +46,19 @@ def onnx_artefact(
         UsageError: see `to_onnx`.
     """
     model, checked = write_onnx(path, frozen, net, meta, images, settings)
-    rows, measured = _beside(path, frozen, images[0][:1], settings)
+    rows, measured = _beside(path, frozen, images[0][:1], settings, checked)
     opset = next(entry.version for entry in model.opset_import if not entry.domain)
     notes = [checked.to_text(), f"opset {opset}", table(rows)]
     if any(isinstance(module, QkrAttention) for module in frozen.modules()):
         notes.append(_QKR)
-    runs_in = {name: checked.differs(level) is None for name, level in _RUNTIMES.items() if level in checked.agreement}
+    runs_in = {name: checked.differs(level) is None for name, level in _RUNTIMES.items() if level in checked.unlike}
     return Written(checked, "\n".join(notes), {"opset": opset, "agrees": runs_in, **measured})
 
 
-def _beside(path: Path, frozen: nn.Module, image: Tensor, settings: OnnxSettings) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
-    """Sizes and times of the file, and of the same net in float and with weights of 8 bits; their values are random."""
+def _beside(
+    path: Path, frozen: nn.Module, image: Tensor, settings: OnnxSettings, checked: Checked
+) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
+    """Sizes of the file, and of the same net in float and with weights of 8 bits, and times where it runs; their values are random."""
     done = conversion_of(frozen)
     assert done is not None  # noqa: S101  (frozen nets are quantized)
     plain = built_alike(frozen, recipe("fp"), done.input_size)
@@ -67,7 +69,7 @@ def _beside(path: Path, frozen: nn.Module, image: Tensor, settings: OnnxSettings
         sizes = {name: file.stat().st_size for name, file in files.items()}
         times: dict[str, dict[str, float]] = {}
         for runtime, level in _RUNTIMES.items() if settings.latency else ():
-            if level != OPENVINO or (has_openvino() and settings.two_bit != "int2"):
+            if level in checked.agreement:
                 sessions = {name: open_session(file, level=level, threads=settings.threads) for name, file in files.items()}
                 times[runtime] = milliseconds(sessions, image, settings.latency)
     rows = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import functools
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,12 +30,14 @@ class Checked:
 
     Attributes:
         agreement: codes and logits of the net and of the file, step by step; by the level to which onnxruntime changes the graph, and of
-            OpenVINO, where it is installed and reads the file (INT2 it does not). Onnxruntime decides whether a file is good.
+            OpenVINO, where it is installed and runs the file (INT2 it does not read). Onnxruntime decides whether a file is good.
         unlike: images on which the file as people run it differs from the one that was looked into, by the same.
+        failure: why OpenVINO does not run the file; None if it does or was not asked.
     """
 
     agreement: dict[str, Agreement] = field(default_factory=dict)
     unlike: dict[str, int] = field(default_factory=dict)
+    failure: str | None = None
 
     def to_text(self) -> str:
         """Lines for people."""
@@ -51,6 +55,8 @@ class Checked:
 
     def differs(self, level: str) -> str | None:
         """What speaks against a file in a runtime; None if nothing does."""
+        if level == OPENVINO and self.failure is not None:
+            return f"{level}: it fails ({self.failure})"
         found = self.agreement.get(level)
         if found is None:
             return None
@@ -61,6 +67,18 @@ class Checked:
         if self.unlike.get(level, 0) > UNLIKE * found.images:
             return f"{level}: on {self.unlike[level]} of {found.images} images it is not what its graph gives step by step"
         return None
+
+    @contextlib.contextmanager
+    def running(self, level: str) -> Generator[None]:
+        """An error of OpenVINO says something about the file in OpenVINO alone: it is noted, and nothing else is asked of it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if level != OPENVINO:
+                raise
+            said = [line for line in str(error).splitlines() if not line.startswith("Exception from ")]  # its own source files
+            self.failure = " ".join(" ".join(said).split())[:200]
+            del self.agreement[level]
 
 
 @torch.no_grad()
@@ -78,15 +96,16 @@ def check_onnx(frozen: nn.Module, net: nn.Module, path: Path, batches: Iterable[
     model = onnx.load(str(path))
     has_int2 = any(tensor.data_type == onnx.TensorProto.INT2 for tensor in model.graph.initializer)
     levels = (*LEVELS, OPENVINO) if has_openvino() and not has_int2 else LEVELS
-    watched = {level: Transparent(model, level) for level in levels}
-    sessions = {level: open_session(path, level=level) for level in levels}
+    opened = functools.cache(lambda level: (Transparent(model, level), open_session(path, level=level)))
     done = Checked({level: Agreement() for level in levels}, dict.fromkeys(levels, 0))
     for x in batches:
         theirs = run_watched(net, x)
-        for level in levels:
-            mine = watched[level].run(x)
-            done.agreement[level].add(compare(frozen, theirs, mine))
-            done.unlike[level] += _unlike(logits_of(sessions[level], x), mine[0])
+        for level in tuple(done.agreement):
+            with done.running(level):
+                watched, session = opened(level)
+                mine, as_run = watched.run(x), logits_of(session, x)
+                done.agreement[level].add(compare(frozen, theirs, mine))
+                done.unlike[level] += _unlike(as_run, mine[0])
     return done
 
 

@@ -124,7 +124,7 @@ def _export(run: RunFiles) -> Iterator[Note]:
     agrees = run.results.get("agrees")
     for runtime, is_right in agrees.items() if isinstance(agrees, dict) else ():
         if is_right is False:
-            what = f"In {runtime} the file is not what the checkpoint is."
+            what = f"In {runtime} the file does not run, or is not what the checkpoint is."
             yield Note("warning", str(runtime), what, "Use the other runtime, or try dynamic_batch=false (docs/deployment.md#openvino).")
 
 

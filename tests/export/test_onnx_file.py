@@ -13,7 +13,7 @@ import torch
 import qat
 from qat.export import onnx_file
 from qat.export.check import Checked
-from qat.export.session import LEVELS, OPENVINO, logits_of, open_session
+from qat.export.session import LEVELS, OPENVINO, Onnxruntime, OpenVino, logits_of, open_session
 from qat.model.frozen.agreement import Agreement
 from tests import tiny
 from tests.model.frozen.test_freeze import made
@@ -87,6 +87,26 @@ def test_a_signal_behind_openvino_arrives(net, tmp_path):
     os.kill(os.getpid(), signal.SIGUSR1)
     signal.signal(signal.SIGUSR1, before)
     assert seen == [signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("method", ["__init__", "run"])
+def test_an_error_of_openvino_is_said_and_rejects_no_file(net, tmp_path, monkeypatch, method):
+    def broken(*_):
+        raise RuntimeError("Exception from src/core.cpp:117:\nException from src/plugin.cpp:54:\n[Add] failed:\nindex '0' out of range\n\n")
+
+    monkeypatch.setattr(OpenVino, method, broken)
+    checked = qat.export_onnx(net, tmp_path / "net.onnx", images=torch.randn(4, 1, 8, 8))
+    assert (tmp_path / "net.onnx").is_file()
+    assert (tuple(checked.agreement), checked.problem) == (LEVELS, None)
+    said = "not for OpenVINO: it fails ([Add] failed: index '0' out of range); a file with format.dynamic_batch=false may be"
+    assert checked.to_text().splitlines()[-1] == said
+
+
+def test_an_error_of_onnxruntime_ends_the_export(net, tmp_path, monkeypatch):
+    monkeypatch.setattr(Onnxruntime, "run", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        qat.export_onnx(net, tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistake_of_openvino_is_said_and_rejects_no_file():

@@ -14,7 +14,7 @@ from PIL import Image
 
 import qat
 import qat.export.artefact
-from qat.export.session import logits_of, open_session
+from qat.export.session import OpenVino, logits_of, open_session
 from qat.tasks.export import export
 from tests.conftest import ROOT, compose, results, train
 
@@ -183,3 +183,12 @@ def test_a_net_of_qat_save_is_checked_on_noise_and_no_line_is_said_but_its_own(t
     assert [record.name for record in caplog.records if not record.name.startswith("qat.")] == []
     said = {entry.key: entry.value for entry in onnx.load(tmp_path / "out" / "net.onnx").metadata_props}
     assert (json.loads(said["qat.classes"]), json.loads(said["qat.preprocessing"])["size"]) == ([], 8)
+
+
+def test_a_runtime_that_fails_is_not_timed(tmp_path, monkeypatch):
+    net = qat.convert(timm.create_model("vit_tiny_patch16_224", **SMALL), qat.recipe("deploy_w8a8"), input_size=(1, 8, 8))
+    qat.save(qat.initialize_scales(net, [torch.randn(8, 1, 8, 8)]), tmp_path / "net.ckpt")
+    monkeypatch.setattr(OpenVino, "run", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    found = exported(tmp_path / "out", f"ckpt={tmp_path}/net.ckpt")
+    assert found["agrees"] == {"onnxruntime": True, "openvino": False}
+    assert set(found["latency_ms"]) == {"onnxruntime"}
