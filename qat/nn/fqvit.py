@@ -175,10 +175,11 @@ class FqNet(VisionTransformer):
             norm.between = (before, behind)  # type: ignore[assignment]
 
     def _norms(self) -> Iterator[tuple[str, nn.Module, object, object]]:
-        """Name and module of each norm, and what stands in front of it and behind it."""
-        before: object = self.embedding_quantizer
+        """Name and module of each norm, and what stands in front of it and behind it; None where that is no quantizer known here."""
+        before: object = self.embedding_quantizer if isinstance(self.norm_pre, nn.Identity) else None
         for i, block in enumerate(self.blocks):
             if not isinstance(block, FqBlock):
+                before = None
                 continue
             yield f"blocks.{i}.norm1", block.norm1, before, getattr(getattr(block.attn, "qkv", None), "input_quantizer", None)
             first = getattr(block.mlp, "fc1", None)

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -138,6 +138,24 @@ def test_integer_norms_work_on_the_scales_around_them():
 def test_integer_norms_take_no_other_scales(knobs, line):
     with pytest.raises(qat.UsageError, match=rf"ptq\.layernorm='integer': {line}"):
         placed(layernorm="integer", **knobs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "norm"),
+    [({"pre_norm": True}, r"blocks\.0\.norm1"), ({"block_fn": ParallelThingsBlock}, "norm"), ({"block_fn": ResPostBlock}, "norm")],
+    ids=["norm behind the embedding", "parallel", "norms behind"],
+)
+def test_integer_norms_take_no_scale_from_behind_another_module(kwargs, norm):
+    line = rf"ptq\.layernorm='integer': {norm} has no affine quantizer on both sides; here it must be float"
+    with pytest.raises(qat.UsageError, match=line):
+        placed(kwargs=kwargs, layernorm="integer")
+
+
+def test_a_block_of_another_kind_ends_what_the_next_norm_could_stand_on():
+    net = vit(depth=3)
+    net.blocks[1] = ResPostBlock(32, 2)
+    with pytest.raises(qat.UsageError, match=r"blocks\.2\.norm1 has no affine quantizer on both sides"):
+        qat.convert(net, PtqRecipe(layernorm="integer"), input_size=SIZE)
 
 
 def test_integer_norms_need_a_family_that_knows_its_neighbours():
