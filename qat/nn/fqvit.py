@@ -43,7 +43,9 @@ class IntegerLayerNorm(nn.LayerNorm):
         before, behind = self.between
         if behind.scale is None:  # while `convert` finds out how many scales there are
             return self.in_float(x)
-        return integer_layer_norm(x, before.scale, behind.scale, self.weight, self.bias).to(x.dtype)
+        weight = x.new_ones(x.shape[-1]) if self.weight is None else self.weight
+        bias = x.new_zeros(x.shape[-1]) if self.bias is None else self.bias
+        return integer_layer_norm(x, before.scale, behind.scale, weight, bias).to(x.dtype)
 
     def in_float(self, x: Tensor) -> Tensor:
         """The norm that it stands for."""

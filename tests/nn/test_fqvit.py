@@ -1,12 +1,14 @@
 """Quantizers behind layers. Oracle: FQ-ViT's forward, written out here, and timm's own where nothing is rounded."""
 
 import copy
+import functools
 
 import pytest
 import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, VisionTransformer
+from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -156,6 +158,15 @@ def test_a_block_of_another_kind_ends_what_the_next_norm_could_stand_on():
     net.blocks[1] = ResPostBlock(32, 2)
     with pytest.raises(qat.UsageError, match=r"blocks\.2\.norm1 has no affine quantizer on both sides"):
         qat.convert(net, PtqRecipe(layernorm="integer"), input_size=SIZE)
+
+
+@pytest.mark.parametrize("kwargs", [{"bias": False}, {"elementwise_affine": False}], ids=str)
+def test_integer_norms_without_bias_or_weight(kwargs):
+    net = placed(kwargs={"depth": 1, "norm_layer": functools.partial(nn.LayerNorm, **kwargs)}, layernorm="integer", bits=8)
+    before, behind = net.norm.between
+    x = before(torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0)))
+    weight = torch.ones(32) if net.norm.weight is None else net.norm.weight
+    assert torch.equal(net.norm(x), integer_layer_norm(x, before.scale, behind.scale, weight, torch.zeros(32)))
 
 
 def test_integer_norms_need_a_family_that_knows_its_neighbours():
