@@ -41,6 +41,11 @@ def qkv_bias(attention: nn.Module) -> Tensor | None:
     return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
 
 
+def _learning_as(source: Tensor, t: Tensor) -> nn.Parameter:
+    """`t` as a parameter that is frozen if `source` is."""
+    return nn.Parameter(t, requires_grad=source.requires_grad)
+
+
 def _quantized(t: Tensor, quantizer: nn.Module) -> Tensor:
     """Quantize (B, h, N, d) as (B, N, h*d)."""
     return split_heads(quantizer(t.transpose(1, 2).flatten(2)), t.shape[1])
@@ -173,12 +178,13 @@ class QkrAttention(ScoredAttention, QuantModule):
         super().__init__(attention, context)
         wq, wk, wv = attention.qkv.weight.detach().clone().chunk(3)
         bq, _, bv = (None, None, None) if bias is None else bias.detach().clone().chunk(3)
-        self.q_weight, self.k_weight = nn.Parameter(wq), nn.Parameter(wk)
+        of_q, of_v = (getattr(attention, name, attention.qkv.bias) for name in ("q_bias", "v_bias"))
+        self.q_weight, self.k_weight = (_learning_as(attention.qkv.weight, w) for w in (wq, wk))
         self.v = nn.Linear(wv.shape[1], wv.shape[0], bias=bv is not None, device="meta")
-        self.v.weight = nn.Parameter(wv)
+        self.v.weight = _learning_as(attention.qkv.weight, wv)
         if bv is not None:
-            self.v.bias = nn.Parameter(bv)
-        self.q_bias = nn.Parameter(bq) if bq is not None and context.recipe.qk_bias == "fold" else None
+            self.v.bias = _learning_as(of_v, bv)
+        self.q_bias = _learning_as(of_q, bq) if bq is not None and context.recipe.qk_bias == "fold" else None
         self.register_buffer("folded_bias", None)
         self.input_quantizer = context.act("input")
         self.qk_quantizer = context.weight("qk")

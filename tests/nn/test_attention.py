@@ -7,7 +7,7 @@ from torch import nn
 import qat
 from qat.nn import attention
 from tests.nets import ATTENTIONS
-from tests.tiny import quantized
+from tests.tiny import SIZE, quantized, vit
 
 
 def test_heads():
@@ -69,3 +69,17 @@ def test_weights_under_timms_names():
     assert torch.equal(weights["qkv.weight"], torch.cat([attn.q_weight, attn.k_weight, attn.v.weight]))
     assert torch.equal(weights["qkv.bias"], torch.cat([attn.q_bias, torch.zeros(32), attn.v.bias]))
     assert not any(t.requires_grad for t in weights.values())
+
+
+@pytest.mark.parametrize("frozen", ["qkv.weight", "qkv.bias"])
+def test_what_is_frozen_stays_frozen(frozen):
+    net = vit()
+    for block in net.blocks:
+        block.attn.get_parameter(frozen).requires_grad = False
+    with torch.no_grad():  # says nothing about what learns
+        attn = qat.convert(net, qat.recipe("ofq", qk_bias="fold"), input_size=SIZE).blocks[0].attn
+    learns = {name: attn.get_parameter(name).requires_grad for name in ("q_weight", "k_weight", "v.weight", "q_bias", "v.bias")}
+    assert {name for name, is_learning in learns.items() if not is_learning} == {
+        "qkv.weight": {"q_weight", "k_weight", "v.weight"},
+        "qkv.bias": {"q_bias", "v.bias"},
+    }[frozen]

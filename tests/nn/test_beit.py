@@ -60,6 +60,14 @@ def test_table_and_biases_matter():
         assert (Holder(other)(images()) - Holder(plain)(images())).abs().max() > 0.05
 
 
+@pytest.mark.parametrize(("frozen", "kept"), [("q_bias", "q_bias"), ("v_bias", "v.bias")])
+def test_a_frozen_bias_stays_frozen(frozen, kept):
+    plain = attention()
+    plain.get_parameter(frozen).requires_grad = False
+    attn = swapped(plain, qat.recipe("ofq", qk_bias="fold")).attn
+    assert [name for name in ("q_weight", "q_bias", "v.bias") if not attn.get_parameter(name).requires_grad] == [kept]
+
+
 @pytest.mark.parametrize("qk_bias", ["drop", "fold"])
 def test_weights_go_back_under_timms_names(qk_bias):
     plain = attention()
