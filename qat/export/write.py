@@ -180,7 +180,8 @@ class Writer(nn.Module):
 
     def _ones(self, size: int) -> Tensor:
         """(size, 1): a sum of codes is a product with them, in integers."""
-        return dequantize([getattr(self, f"ones_{size}"), self.one], None)
+        kept = getattr(self, f"ones_{size}", None) if isinstance(size, int) else None  # a free number of tokens has none
+        return dequantize([torch.ones(size, 1, dtype=torch.int8) if kept is None else kept, self.one], None)
 
     def _next(self) -> dict[str, Any]:
         index = self.position

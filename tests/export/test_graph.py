@@ -168,12 +168,18 @@ def test_one_image_at_a_time(tmp_path):
     assert done.agreement["ORT_ENABLE_BASIC"].images == 3
 
 
-@pytest.mark.long
-def test_images_of_any_size(tmp_path):
-    torch.manual_seed(0)
-    net = timm.create_model(tiny.VIT, **tiny.KWARGS, dynamic_img_size=True).eval()
-    qat.convert(net, qat.PtqRecipe(bits=4, act_bits=8, placement="inputs"), input_size=tiny.SIZE)
-    qat.ptq.calibrate(net, [tiny.images()])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(qat.PtqRecipe(bits=4, act_bits=8, placement="inputs"), marks=pytest.mark.long),
+        qat.recipe("seq", act_scales="tensor", offsets=False),  # half steps: sums over tokens, whose number is free
+    ],
+    ids=["zero points", "half steps"],
+)
+def test_images_of_any_size(recipe, tmp_path):
+    net = qat.convert(tiny.vit(dynamic_img_size=True, depth=1), recipe, input_size=tiny.SIZE)
+    (qat.ptq.calibrate if isinstance(recipe, qat.PtqRecipe) else qat.initialize_scales)(net, [tiny.images()])
     frozen = qat.freeze(net.eval())
     check_size(frozen)
     file(frozen, tiny.images(1), tmp_path / "net.onnx", dynamic_size=True)
