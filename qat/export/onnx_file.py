@@ -21,6 +21,7 @@ from qat.model.convert import check_input, conversion_of
 from qat.model.frozen import freeze, is_frozen
 from qat.model.transform import data_config
 from qat.utils.files import replacing
+from qat.utils.probing import probing
 from qat.utils.validate import check_choice
 
 if TYPE_CHECKING:
@@ -86,12 +87,8 @@ def export_onnx(
     settings = OnnxSettings(opset, dynamic_batch, dynamic_size, target, two_bit)
     images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0)) if images is None else images.cpu()
     meta = describe(frozen) | {"preprocessing": preprocessing(data_settings(data_config(net))) if _is_square(done.input_size) else None}
-    was_training = net.training
-    net.eval()
-    try:
+    with probing(net, ()):
         return kept(place, lambda file: Written(write_onnx(file, frozen, net, meta, [images], settings)[1], "")).checked
-    finally:
-        net.train(was_training)
 
 
 def _is_square(input_size: tuple[int, int, int]) -> bool:

@@ -40,6 +40,14 @@ def test_a_net_converted_in_python(net, tmp_path):
     assert (said["qat.preprocessing"]["size"], said["qat"]["recipe"]["name"]) == (8, "deploy")
 
 
+def test_modules_keep_their_modes(net, tmp_path):
+    net.train()
+    net.blocks[0].eval()
+    before = [module.training for module in net.modules()]
+    qat.export_onnx(net, tmp_path / "net.onnx", images=torch.randn(4, 1, 8, 8))
+    assert [module.training for module in net.modules()] == before
+
+
 def test_without_images_noise_does(net, tmp_path):
     assert qat.export_onnx(qat.freeze(net), tmp_path / "net.onnx", target="tensorrt").agreement["ORT_ENABLE_BASIC"].images == 16
 
