@@ -85,7 +85,7 @@ def export_onnx(
     if dynamic_size:
         check_size(frozen)
     settings = OnnxSettings(opset, dynamic_batch, dynamic_size, target, two_bit)
-    images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0)) if images is None else images.cpu()
+    images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0)) if images is None else images.cpu().float()
     meta = describe(frozen) | {"preprocessing": preprocessing(data_settings(data_config(net))) if _is_square(done.input_size) else None}
     with probing(net, ()):
         return kept(place, lambda file: Written(write_onnx(file, frozen, net, meta, [images], settings)[1], "")).checked
@@ -97,7 +97,7 @@ def _is_square(input_size: tuple[int, int, int]) -> bool:
 
 def _on_cpu(net: nn.Module) -> tuple[nn.Module, nn.Module]:
     """A net and what it is frozen to, on the CPU in float32, for plan, graph and comparison; the net of the caller stays as it is."""
-    if any(t.device.type != "cpu" or t.dtype in {torch.bfloat16, torch.float16} for t in net.state_dict().values()):
+    if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in net.state_dict().values()):
         net = copy.deepcopy(net).cpu().float()
     return net, net if is_frozen(net) else freeze(net)
 

@@ -1,5 +1,6 @@
 """`qat.export_onnx`. Oracle: the net itself."""
 
+import copy
 import gc
 import json
 import os
@@ -46,6 +47,12 @@ def test_modules_keep_their_modes(net, tmp_path):
     before = [module.training for module in net.modules()]
     qat.export_onnx(net, tmp_path / "net.onnx", images=torch.randn(4, 1, 8, 8))
     assert [module.training for module in net.modules()] == before
+
+
+def test_a_net_in_double_precision(net, tmp_path):
+    x = torch.randn(4, 1, 8, 8)
+    qat.export_onnx(copy.deepcopy(net).double(), tmp_path / "net.onnx", images=x.double())
+    torch.testing.assert_close(logits_of(open_session(tmp_path / "net.onnx"), x), net.eval()(x), rtol=0, atol=1e-4)
 
 
 def test_without_images_noise_does(net, tmp_path):
