@@ -77,7 +77,7 @@ def check_size(frozen: nn.Module) -> None:
     for name, module in frozen.named_modules():
         if not isinstance(module, FrozenActivation):
             continue
-        if module.axis is not None and module.scale.numel() > 1 and module.spec.role != "image":
+        if module.axis == -2 and module.scale.numel() > 1:
             raise UsageError(
                 f"dynamic_size=true: {name} has a scale for each of {module.scale.numel()} positions; must be false,"
                 " or a net of ptq.py with ptq.act_scales=tensor"

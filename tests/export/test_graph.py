@@ -198,6 +198,17 @@ def test_a_net_of_one_size_is_not_written_for_any():
         check_size(frozen)
 
 
+def test_only_steps_of_tokens_count_them():
+    def frozen(**knobs):
+        net = qat.convert(tiny.vit(dynamic_img_size=True, depth=1), qat.PtqRecipe(placement="inputs", **knobs), input_size=tiny.SIZE)
+        qat.ptq.calibrate(net, [tiny.images()])
+        return qat.freeze(net.eval())
+
+    check_size(frozen(act_scales="channel"))
+    with pytest.raises(qat.UsageError, match=r"attn\.v_quantizer has a scale for each of 17 positions; .* ptq\.act_scales=tensor"):
+        check_size(frozen(act_scales="token"))
+
+
 def test_quantizers_are_called_what_they_are(two_bit):
     frozen, model, _ = two_bit
     logits, seen = Transparent(model).run(tiny.images(4))
