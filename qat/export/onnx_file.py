@@ -51,7 +51,7 @@ def export_onnx(
     Args:
         net: converted and calibrated or trained, or of `qat.freeze`; stays as it is.
         path: the file, `*.onnx`; one that is there is replaced.
-        images: (B, C, H, W), prepared as the net takes them; None = noise, on which a net decides by little.
+        images: (B, C, H, W) of the net's input size, prepared as it takes them; None = noise, on which a net decides by little.
         opset: None = the lowest that has all types.
         dynamic_batch: any number of images, or one at a time.
         dynamic_size: images of any size, of a net that takes them.
@@ -62,8 +62,8 @@ def export_onnx(
         How far net and file agree, as text by `to_text()`.
 
     Raises:
-        UsageError: the net is no classifier or not quantized, its scales are not set, the target cannot hold it, onnx is not installed, or
-            what was written disagrees; it is then kept as `<path>.rejected`.
+        UsageError: the net is no classifier or not quantized, its scales are not set, the images do not fit, the target cannot hold it,
+            onnx is not installed, or what was written disagrees; it is then kept as `<path>.rejected`.
 
     Examples:
         >>> net = qat.convert(timm.create_model("deit_tiny_patch16_224"), qat.recipe("deploy_w8a8"))  # doctest: +SKIP
@@ -80,6 +80,8 @@ def export_onnx(
     done = conversion_of(net)
     if done is None:
         raise UsageError("export_onnx: a float net; qat.convert(net, qat.recipe(...)) quantizes it")
+    if images is not None:
+        _check_images(images, done.input_size, any_size=dynamic_size)
     net, frozen = _on_cpu(net)
     _check_is_classifier(frozen, done.input_size)
     if dynamic_size:
@@ -100,6 +102,14 @@ def _on_cpu(net: nn.Module) -> tuple[nn.Module, nn.Module]:
     if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in net.state_dict().values()):
         net = copy.deepcopy(net).cpu().float()
     return net, net if is_frozen(net) else freeze(net)
+
+
+def _check_images(images: Tensor, input_size: tuple[int, int, int], *, any_size: bool) -> None:
+    shape = tuple(images.shape)
+    takes = (input_size[0], *shape[2:]) if any_size else input_size
+    if len(shape) != 4 or shape[1:] != takes or 0 in shape or not images.is_floating_point():
+        size = f"{input_size[0]}, height, width" if any_size else ", ".join(map(str, input_size))
+        raise UsageError(f"images: {images.dtype} of {shape}; must be floating-point of (at least 1, {size})")
 
 
 def _check_is_classifier(net: nn.Module, input_size: tuple[int, int, int]) -> None:

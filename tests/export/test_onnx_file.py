@@ -55,6 +55,28 @@ def test_a_net_in_double_precision(net, tmp_path):
     torch.testing.assert_close(logits_of(open_session(tmp_path / "net.onnx"), x), net.eval()(x), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("images", "what"),
+    [
+        (torch.zeros(1, 8, 8), r"torch.float32 of \(1, 8, 8\)"),
+        (torch.zeros(0, 1, 8, 8), r"torch.float32 of \(0, 1, 8, 8\)"),
+        (torch.zeros(2, 1, 16, 8), r"torch.float32 of \(2, 1, 16, 8\)"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), r"torch.uint8 of \(2, 1, 8, 8\)"),
+    ],
+)
+def test_images_that_do_not_fit(net, tmp_path, images, what):
+    with pytest.raises(qat.UsageError, match=rf"images: {what}; must be floating-point of \(at least 1, 1, 8, 8\)"):
+        qat.export_onnx(net, tmp_path / "net.onnx", images=images)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_of_any_size_have_the_nets_channels(net, tmp_path):
+    with pytest.raises(qat.UsageError, match=r"images: .*; must be floating-point of \(at least 1, 1, height, width\)"):
+        qat.export_onnx(net, tmp_path / "net.onnx", images=torch.zeros(2, 3, 16, 8), dynamic_size=True)
+    with pytest.raises(qat.UsageError, match="dynamic_size=true: this net takes images of one size"):
+        qat.export_onnx(net, tmp_path / "net.onnx", images=torch.zeros(2, 1, 16, 8), dynamic_size=True)
+
+
 def test_without_images_noise_does(net, tmp_path):
     assert qat.export_onnx(qat.freeze(net), tmp_path / "net.onnx", target="tensorrt").agreement["ORT_ENABLE_BASIC"].images == 16
 
