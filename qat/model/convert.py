@@ -21,7 +21,7 @@ from qat.model.sites import Site, iter_quantizers
 from qat.nn import FqNet, ScoredAttention, Swap, SwapContext, find_swap, is_attention, swap_net
 from qat.quantizers import Quantizer
 from qat.spec import PRESETS, QuantRecipe
-from qat.utils.probing import allow_unset_scales, probing
+from qat.utils.probing import allow_unset_scales, probing, zero_image
 
 # Where torch keeps what `register_forward_hook` and `register_forward_pre_hook` are given.
 _HOOKS = (
@@ -90,7 +90,7 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
         _check_rules(net, recipe, attentions)
         if getattr(recipe, "compensation", None) == "matrix":
             with allow_unset_scales():
-                add_compensation(net, next(net.parameters()).new_zeros(1, *size))
+                add_compensation(net, zero_image(net, size))
     except Exception:
         for parent, name, child in reversed(swapped):
             setattr(parent, name, child)
@@ -193,7 +193,7 @@ def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterabl
     """
     try:
         with probing(net, hooks):
-            out = net(next(net.parameters()).new_zeros(1, *input_size))
+            out = net(zero_image(net, input_size))
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = " ".join(str(error).split())
         fit = "data.image_size and model.args.img_size have to fit"

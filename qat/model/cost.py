@@ -16,7 +16,7 @@ from qat.model.matmuls import MatrixProduct, watching
 from qat.model.sites import Site, iter_quantizers
 from qat.nn import QkrAttention, QuantAttention, ScoredAttention
 from qat.quantizers import LSQ, Quantizer
-from qat.utils.probing import probing
+from qat.utils.probing import probing, zero_image
 from qat.utils.validate import FLOAT_BITS
 
 FLOAT_BYTES = 4
@@ -183,7 +183,7 @@ def matmuls(net: nn.Module, input_size: tuple[int, int, int]) -> Iterator[Matrix
     inherited = {id(m.v): _bits(m.input_quantizer) for m in ours.values() if isinstance(m, QkrAttention)}
     found: list[MatrixProduct] = []
     with watching(net) as products, probing(net, [m.register_forward_hook(_recorder(name, found)) for name, m in ours.items()]):
-        net(next(net.parameters()).new_zeros(1, *input_size))
+        net(zero_image(net, input_size))
     for product in products:
         if product.module not in ours:
             bits = product.bits if product.of_activations else _layer_bits(modules[product.module], inherited)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Generator, Iterable
 from contextvars import ContextVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 # True while a net whose scales are not set may run; else it raises (`qat.model.scales.guard`).
@@ -22,6 +23,12 @@ def allow_unset_scales() -> Generator[None]:
         yield
     finally:
         unset_scales_allowed.reset(token)
+
+
+def zero_image(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
+    """(1, C, H, W), of the dtype and device of a net's first floating parameter or buffer: frozen nets may have buffers alone."""
+    tensors = itertools.chain(net.parameters(), net.buffers(), [torch.zeros(())])
+    return next(t for t in tensors if t.is_floating_point()).new_zeros(1, *input_size)
 
 
 @contextlib.contextmanager

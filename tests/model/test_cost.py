@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import qat
+from qat.model.convert import check_input
 from qat.model.cost import cost, matmuls, size_bytes
 from tests.nets import ATTENTIONS, FAMILIES
 from tests.tiny import SIZE, images, vit
@@ -181,3 +182,12 @@ def test_swin_tiny_as_published():
     found = cost(timm.create_model("swin_tiny_patch4_window7_224"), (3, 224, 224))
     assert found.macs / 1e9 == pytest.approx(4.5, abs=0.05)
     assert found.n_params / 1e6 == pytest.approx(29, abs=1)
+
+
+def test_an_image_passes_through_a_net_of_buffers_alone():
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False))
+    net = qat.convert(plain, qat.recipe("minmax"), input_size=(3, 2, 2))
+    frozen = qat.freeze(qat.initialize_scales(net, [torch.randn(8, 3, 2, 2)]))
+    assert list(frozen.parameters()) == []
+    assert check_input(frozen, (3, 2, 2)) == (1, 5)
+    assert cost(frozen, (3, 2, 2)).macs == 60
