@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from qat.export.stored_weights import Stored
 from qat.model.frozen import FrozenWeight
-from qat.model.frozen.coded import QuantizedTensor, UnsupportedIntegerOp
+from qat.model.frozen.coded import QuantizedTensor
+from qat.model.frozen.products import UnsupportedIntegerOp
 
 
 class Graph(Protocol):

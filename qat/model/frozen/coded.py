@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.errors import UsageError
-from qat.model.frozen.products import Product, int_matmul, note
-
-
-class UnsupportedIntegerOp(UsageError, TypeError):
-    """What a net does between two quantizers has no form on integer codes."""
+from qat.model.frozen.products import Product, UnsupportedIntegerOp, int_matmul, note
 
 
 def _view(name: str) -> Callable[..., QuantizedTensor]:

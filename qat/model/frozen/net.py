@@ -159,7 +159,7 @@ def integer_forward(net: nn.Module, x: Tensor) -> Any:
         a threshold.
 
     Raises:
-        UsageError: see `freeze`.
+        UsageError: see `freeze`; or something has no form on codes that fits int32.
     """
     net = net if is_frozen(net) else freeze(net)
     modes = {module: module.mode for module in net.modules() if isinstance(module, Frozen)}

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qat.errors import UsageError
+
 LARGEST = 2**31 - 1
+
+
+class UnsupportedIntegerOp(UsageError, TypeError):
+    """What a net does between two quantizers has no form on integer codes."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,10 @@ def note(product: Product, sums: Tensor) -> None:
     """Write a product into the list of `noting`, if there is one.
 
     Raises:
-        OverflowError: its sums might not fit int32.
+        UnsupportedIntegerOp: its sums might not fit int32.
     """
     if product.largest > LARGEST:
-        raise OverflowError(f"{product.left} x {product.right}: {product.bits} bits, an accumulator of int32 might overflow")
+        raise UnsupportedIntegerOp(f"{product.left} x {product.right}: {product.bits} bits, an accumulator of int32 might overflow")
     if (ledger := _ledger.get()) is not None:
         ledger.append(Noted(product, int(sums.abs().amax()) if sums.numel() else 0))
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.functional.ste import code_dtype, view_along
-from qat.model.frozen.coded import QuantizedTensor, UnsupportedIntegerOp
-from qat.model.frozen.products import LARGEST
+from qat.model.frozen.coded import QuantizedTensor
+from qat.model.frozen.products import LARGEST, UnsupportedIntegerOp
 from qat.quantizers import Grid, Quantizer, UniformGrid
 from qat.spec import OUTPUT_ROLES, QuantSpec
 
@@ -169,7 +169,7 @@ class FrozenNonuniform(Frozen):
         unit = torch.as_tensor(grid.unit, device=x.device)
         bound = int(max(float(end.abs().max()) for end in grid.ends()) / float(grid.unit))
         if bound > LARGEST:
-            raise TypeError(
+            raise UnsupportedIntegerOp(
                 f"{self.name}: its values are no integers of 32 bits: they go up to {bound} times the smallest; must be fewer bits"
             )
         return QuantizedTensor.of(y.float() / unit, unit, None, bound, self.name)  # type: ignore[return-value]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import qat
 from qat.model.frozen import Product, QuantizedTensor, noting
 
 
@@ -74,7 +75,7 @@ def test_sums_that_could_overflow_are_refused():
         QuantizedTensor.of(torch.zeros(1, 2), torch.ones(1), None, 2**15),
         QuantizedTensor.of(torch.zeros(1, 2), torch.ones(1), None, 2**15),
     )
-    with pytest.raises(OverflowError, match="33 bits"):
+    with pytest.raises(qat.UsageError, match="33 bits"):
         F.linear(x, w)
 
 

@@ -190,3 +190,11 @@ def test_a_net_in_bfloat16_is_frozen_in_float32(tmp_path):
     torch.testing.assert_close(qat.integer_forward(net, images.float()), frozen(images.float()), rtol=1e-5, atol=1e-5)
     assert qat.export_onnx(net, tmp_path / "net.onnx").problem is None
     assert next(net.parameters()).dtype == torch.bfloat16
+
+
+def test_powers_of_two_too_far_apart_for_int32_are_refused():
+    recipe = qat.PtqRecipe(softmax_quantizer="log2", softmax_bits=5, placement="inputs")
+    net = qat.convert(tiny.vit(depth=1), recipe, input_size=tiny.SIZE)
+    qat.ptq.calibrate(net, [tiny.images()])
+    with pytest.raises(qat.UsageError, match=r"probs_quantizer: its values are no integers of 32 bits: .* must be fewer bits"):
+        qat.integer_forward(net, tiny.images())
