@@ -16,6 +16,8 @@ _A, _B, _C = 0.35815147, 0.96963238, 1.0
 _LN2 = 0.6931
 # Binary places of the integer exponential.
 _PLACES = 30
+# From sqrt(C / A) = 1.67 on the integer exponential of 0 would be 0.
+_COARSE = 1.6
 
 
 def _exponent(x: Tensor) -> Tensor:
@@ -89,15 +91,17 @@ def log_int_softmax(x: Tensor, scale: Tensor, bits: int = 4) -> Tensor:
 
     Args:
         x: (..., N) scores, multiples of `scale`.
-        scale: one element, the step of the scores.
+        scale: one element, the step of the scores; one above 1.6 is divided by the power of two that brings it to 1/128 to 1/64.
         bits: 2 to 8.
 
     Returns:
         The shape and dtype of `x`; rows need not add up to 1.
     """
     check_bits("bits", bits)
+    scale = scale.float()
+    scale = torch.where(scale > _COARSE, scale / torch.exp2(scale.log2().ceil() + 6), scale)
     steps = x.float() / scale
-    e = _integer_exp(steps - steps.amax(-1, keepdim=True), scale.float())
+    e = _integer_exp(steps - steps.amax(-1, keepdim=True), scale)
     ratio = (e.sum(-1, keepdim=True) / e).round()
     floor = ratio.log2().floor()
     exponent = torch.where(ratio >= 1.5 * torch.exp2(floor), floor + 1, floor)

@@ -103,6 +103,14 @@ def test_log_int_softmax_by_hand():
     assert F.log_int_softmax(torch.tensor([5.0, 5.0, -30.0]), scale).tolist() == [0.5, 0.5, 0]
 
 
+@pytest.mark.parametrize(("scale", "finer"), [(1.7, 2.0**-7), (4.0, 2.0**-8), (100.0, 2.0**-13)])
+def test_deviates_from_reference_log_int_softmax_of_coarse_scores(scale, finer):
+    x = torch.tensor([[0.0, 1.0, 1.0, -3.0], [5.0, 5.0, 5.0, 5.0]]) * scale
+    out = F.log_int_softmax(x, torch.tensor([scale]))
+    assert torch.equal(out, F.log_int_softmax(x, torch.tensor([scale * finer])))
+    assert out[1].tolist() == [0.25] * 4
+
+
 def test_log_int_softmax_knows_no_offset():
     x = (rand(2, 3, 7) * 100).round() * 0.5
     scale = torch.tensor([0.5])
