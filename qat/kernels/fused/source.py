@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 _NOTE = "qat_source"
@@ -23,6 +24,10 @@ class Source(NamedTuple):
     inputs: tuple[Tensor | None, ...]
     version: int
 
+    def __reduce__(self) -> tuple[type[torch.Size], tuple[()]]:
+        """Saved with a tensor as an empty one: functions may be local, inputs be large; `torch.load` takes a Size with `weights_only`."""
+        return torch.Size, ()
+
 
 def remember(made: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     """Note on `made` that it is `make(*inputs)`, all inputs being kept for backward by somebody already.
@@ -37,7 +42,7 @@ def remember(made: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) 
 def viewed(x: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:
     """`view(x)`, a view, which keeps the note of `x`."""
     made, source = view(x), getattr(x, _NOTE, None)
-    if source is None or source.version != x._version:
+    if not source or source.version != x._version:
         return made
     return remember(made, lambda *inputs: view(source.make(*inputs)), *source.inputs)
 
@@ -64,6 +69,6 @@ def recompute(make: Callable[..., Tensor] | None, saved: tuple[Tensor | None, ..
 def keep(x: Tensor) -> Kept:
     """The least that has to be kept of `x`."""
     source = getattr(x, _NOTE, None)
-    if source is None or source.version != x._version:
+    if not source or source.version != x._version:
         return Kept((x,), None)
     return Kept(source.inputs, source.make)
