@@ -66,9 +66,10 @@ def analyze(cfg: DictConfig) -> None:
         remake(cfg)
         return
     began = time.monotonic()
-    run_dir, settings = Path(cfg.run_dir), build.plain(cfg.analysis)
+    run_dir = Path(cfg.run_dir)
     outputs.check_own(run_dir, cfg.command)
     study = _build(cfg)
+    settings = build.plain(cfg.analysis)
     _announce(cfg, study)
     coming = _rows(cfg, study)
     outcome = study.analysis.outcome(study.nets, []) if coming is None else None
