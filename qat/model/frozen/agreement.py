@@ -113,11 +113,12 @@ def compare(frozen: nn.Module, theirs: Watched, mine: Watched) -> Agreement:
     ties = torch.ones_like(flipped)
     for name, seen in second.items():
         grid, both = grids[name], (first[name], seen)
-        if not isinstance(grid, FrozenActivation) or len(seen.value) % n:
+        if not isinstance(grid, FrozenActivation) or (len(seen.value) % n and len(seen.value) != 1):
             continue
         axis = dataclasses.replace(grid.grid(), before=None)  # values hold the offset in front already
-        u, v = (_clamped(one.value if one.in_codes else axis.to_code_coordinates(one.value), grid, 1).reshape(n, -1) for one in both)
-        codes, others = (_clamped(one.codes.float(), grid, 0).reshape(n, -1) for one in both)
+        places = (one.value if one.in_codes else axis.to_code_coordinates(one.value) for one in both)
+        u, v = (_by_image(place, n, (grid.qmin - 1, grid.qmax + 1)) for place in places)
+        codes, others = (_by_image(one.codes.float(), n, (grid.qmin, grid.qmax)) for one in both)
         differs = codes != others
         here = differs.any(1) & ~flipped
         near = (u - v).abs() <= ROUNDING * (1 + max(abs(grid.qmin), abs(grid.qmax)))
@@ -137,8 +138,9 @@ def compare(frozen: nn.Module, theirs: Watched, mine: Watched) -> Agreement:
     return found
 
 
-def _clamped(x: Tensor, grid: FrozenActivation, by: int) -> Tensor:
-    return x.clamp(grid.qmin - by, grid.qmax + by)
+def _by_image(x: Tensor, n: int, ends: tuple[int, int]) -> Tensor:
+    """(n, ...), cut off at the ends; what all images share, as an embedding of positions, is that of each."""
+    return (x.expand(n, *x.shape[1:]) if len(x) == 1 else x).clamp(*ends).reshape(n, -1)
 
 
 def run_watched(net: nn.Module, x: Tensor) -> Watched:

@@ -8,7 +8,7 @@ import torch
 import qat
 from qat.functional.statsq import statsq_codes, statsq_scale
 from qat.model.frozen import FrozenActivation, FrozenWeight, Product, noting, set_mode
-from qat.model.frozen.agreement import agreement
+from qat.model.frozen.agreement import agreement, compare, run_watched
 from qat.nn.attention import QkrAttention
 from tests import tiny
 from tests.nets import FAMILIES, families
@@ -179,6 +179,20 @@ def test_a_code_that_differs_away_from_a_threshold_is_called_by_name():
     found = agreement(net, frozen, [tiny.images(8, 1)])
     assert set(found.not_ties) == {"blocks.0.mlp.fc1.input_quantizer"}
     assert found.flipped == 8 > found.ties
+
+
+def test_a_tie_in_what_all_images_share_is_one_of_each_image():
+    net = qat.convert(tiny.vit(depth=1), qat.PtqRecipe(), input_size=tiny.SIZE)
+    qat.ptq.calibrate(net, [tiny.images()])
+    frozen, x = qat.freeze(net.eval()), tiny.images(3)
+    (logits, seen), theirs = run_watched(frozen, x), run_watched(net, x)
+    shared, behind = seen["positions_quantizer"], seen["embedding_quantizer"]
+    assert len(shared.codes) == 1
+    middle = (frozen.positions_quantizer.qmin + frozen.positions_quantizer.qmax) // 2
+    shared.codes[0, 0, 0] += 1 if shared.codes[0, 0, 0] < middle else -1
+    seen["embedding_quantizer"] = behind._replace(value=behind.value.flip(1), codes=behind.codes.flip(1))
+    found = compare(frozen, theirs, (logits, seen))
+    assert (found.flipped, found.ties, found.not_ties) == (3, 3, [])
 
 
 def test_a_net_in_bfloat16_is_frozen_in_float32(tmp_path):
