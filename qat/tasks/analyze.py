@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,28 +69,32 @@ def analyze(cfg: DictConfig) -> None:
     run_dir = Path(cfg.run_dir)
     outputs.check_own(run_dir, cfg.command)
     study = _build(cfg)
-    settings = build.plain(cfg.analysis)
     _announce(cfg, study)
     coming = _rows(cfg, study)
     outcome = study.analysis.outcome(study.nets, []) if coming is None else None
     record_run(cfg)  # nothing refuses from here on: the files of an older run are as they were until now
-    rows: list[Row] = []
-    complete = False
-    try:
-        for row in coming or ():
-            rows.append(row)
-        complete = True
-    except Preempted as stop:
-        if stop.signal != signal.SIGINT:
-            raise
-        log.warning("interrupted after %d evaluations; the same command with run_dir=%s goes on from there", len(rows), run_dir)
+    rows, complete = _collect(coming or (), run_dir)
     outcome = outcome or study.analysis.outcome(study.nets, rows)
-    write_outcome(run_dir, study.analysis.name, settings, outcome, complete=complete)
+    write_outcome(run_dir, study.analysis.name, build.plain(cfg.analysis), outcome, complete=complete)
     _write(cfg, study, outcome, complete=complete, seconds=time.monotonic() - began)
     log.info("%s: %d figures, %d tables in %s", study.analysis.name, len(outcome.drawings), len(outcome.tables), run_dir)
     report_run(cfg)
     if not complete:
         raise SystemExit(INTERRUPTED)
+
+
+def _collect(coming: Iterable[Row], run_dir: Path) -> tuple[list[Row], bool]:
+    """The rows that were evaluated, and whether they are all: Ctrl-C ends an analysis with those that it has."""
+    rows: list[Row] = []
+    try:
+        for row in coming:
+            rows.append(row)
+    except Preempted as stop:
+        if stop.signal != signal.SIGINT:
+            raise
+        log.warning("interrupted after %d evaluations; the same command with run_dir=%s goes on from there", len(rows), run_dir)
+        return rows, False
+    return rows, True
 
 
 def build_analysis(cfg: DictConfig) -> Analysis:
