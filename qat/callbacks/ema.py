@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, callbacks
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from qat.utils.validate import check_int
+
 
 class EMAWeightAveraging(callbacks.EMAWeightAveraging):
     """Exponential moving average of the weights; validation and checkpoints have the average.
@@ -24,6 +26,7 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
         update_starting_at_epoch: from this epoch on also at the end of epochs; None = never there.
 
     Raises:
+        UsageError: no number of steps.
         ValueError: the decay is no share.
     """
 
@@ -36,6 +39,7 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
         update_starting_at_step: int | None = None,
         update_starting_at_epoch: int | None = None,
     ) -> None:
+        check_int("callbacks.ema.update_every_n_steps", update_every_n_steps, 1)
         super().__init__(None, use_buffers, decay, update_every_n_steps, update_starting_at_step, update_starting_at_epoch)
         self._update = get_ema_multi_avg_fn(decay)
         self._is_first = True

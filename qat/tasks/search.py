@@ -109,13 +109,13 @@ def build_fitter(cfg: DictConfig, recipe: PtqRecipe | None, batches: list[Tensor
     Raises:
         UsageError: a setting cannot work, there are fewer images than a batch, or several devices.
     """
+    settings = build.settings_of(ReconstructSettings, "ptq.reconstruct", build.plain(cfg.ptq).get("reconstruct") or {})
     if recipe is None or recipe.method == "calibrate":
         return None
     if trainer.world_size > 1:
         raise UsageError(f"trainer.devices={trainer.world_size}: must be 1 with ptq.method={recipe.method}")
     if recipe.method == "compensate":
         return _compensation(recipe)
-    settings = build.settings_of(ReconstructSettings, "ptq.reconstruct", build.plain(cfg.ptq).get("reconstruct") or {})
     split_batches(torch.cat(batches), settings.batch)
     return _reconstruction(cfg, settings)
 

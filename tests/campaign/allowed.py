@@ -109,6 +109,9 @@ NUMBERS = {
     "loss.terms.*.hard_weight": "zero fraction huge",
     "loss.temperature": "fraction huge",
     "loss.terms.*.temperature": "fraction huge",
+    "ptq.reconstruct.lr": "zero fraction huge",
+    "ptq.reconstruct.scale_lr": "zero fraction huge",
+    "ptq.reconstruct.later": "zero fraction huge",
     "search.average_bits": "huge",  # a budget that never binds
     "search.cache_gib": "zero fraction huge",
     "search.front_points": "zero",
@@ -128,6 +131,7 @@ NUMBERS = {
 
 # Words that nobody checks because nobody reads them here, or because any word will do.
 WORDS = {
+    "model.row": "empty null text true zero negative fraction huge nan inf",  # experiment=... looks it up, nothing else
     "quant.name": "text",
     "ptq.name": "text",
     "data.root": "text",  # digits read no files

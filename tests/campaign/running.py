@@ -70,7 +70,7 @@ def no_steps():
             (predict._Ranking, "predict_step", stop),
             (analyze, "measure", stop),
             (analyze, "write_outcome", stop),
-            (export, "_write", stop),
+            (export, "kept", stop),
             (ranks, "supervise", stop),
             (results, "_git_commit", lambda: None),
             (sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits)),
