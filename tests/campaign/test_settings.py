@@ -8,10 +8,11 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
+from qat.tasks import analyze, export
 from tests.campaign.bases import TABLE, bases
 from tests.campaign.judging import thinned, verdict
 from tests.campaign.mutations import KINDS, mutations
-from tests.campaign.running import attempt, no_steps
+from tests.campaign.running import attempt, no_steps, stop
 from tests.conftest import train
 
 # A number that shares no factor with those of kinds and settings: all kinds come up.
@@ -62,6 +63,11 @@ def test_the_configs_are_valid_as_they_are(tmp_path, monkeypatch, prepared, name
     with no_steps():
         outcome = attempt(base.task, base.cfg)
     assert outcome.kind == "reached", outcome.message
+
+
+def test_what_would_compute_is_where_it_is_stopped():
+    with no_steps():
+        assert export.kept is analyze.measure is stop
 
 
 @pytest.mark.long
