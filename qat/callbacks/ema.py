@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, callbacks
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from qat.utils.validate import check_int
+from qat.utils.validate import check_int, check_number
 
 
 class EMAWeightAveraging(callbacks.EMAWeightAveraging):
@@ -26,8 +26,7 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
         update_starting_at_epoch: from this epoch on also at the end of epochs; None = never there.
 
     Raises:
-        UsageError: no number of steps.
-        ValueError: the decay is no share.
+        UsageError: a decay or number of steps that cannot work.
     """
 
     def __init__(
@@ -39,6 +38,7 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
         update_starting_at_step: int | None = None,
         update_starting_at_epoch: int | None = None,
     ) -> None:
+        check_number("callbacks.ema.decay", decay, 0, highest=1)
         check_int("callbacks.ema.update_every_n_steps", update_every_n_steps, 1)
         super().__init__(None, use_buffers, decay, update_every_n_steps, update_starting_at_step, update_starting_at_epoch)
         self._update = get_ema_multi_avg_fn(decay)

@@ -28,7 +28,7 @@ TYPED = [
     ("train.py", ["optimizer.eps=0"], "optimizer.eps=0: must be a number above 0 to below 1"),
     ("train.py", ["+data.colour=3"], "data.colour: must be one of image_size"),
     ("train.py", ["+loss.colour=3"], "config: Key 'colour' not in 'Loss' (loss.colour)"),
-    ("train.py", ["callbacks=[default,ema]", "callbacks.ema.decay=nan"], "callbacks.ema.decay=nan: must be a finite number"),
+    ("train.py", ["callbacks=[default,ema]", "callbacks.ema.decay=nan"], "callbacks.ema.decay=nan: must be a number from 0 to 1"),
     ("train.py", ["logger=wandb", "logger.wandb.project=3"], "logger.wandb.project=3: must be a text that is not empty"),
     ("train.py", ["~model.init"], "config: Key 'init' is not in struct (model.init)"),
     ("eval.py", ["ckpt=nowhere.ckpt"], "ckpt='nowhere.ckpt': no such file"),
