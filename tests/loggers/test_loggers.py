@@ -137,7 +137,7 @@ def test_processes_that_begin_together_share_a_store(tmp_path):
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "sweep" / str(i)), str(tmp_path / "sweep")], cwd=ROOT)
         for i in range(3)
     ]
-    assert [job.wait(timeout=120) for job in jobs] == [0, 0, 0]
+    assert [job.wait(timeout=600) for job in jobs] == [0, 0, 0]
     runs = sorted(readers.mlflow_runs(tmp_path / "sweep"), key=lambda run: run.name)
     assert [(run.name, run.group, run.metrics) for run in runs] == [(str(i), "sweep", {"x": [1.0]}) for i in range(3)]
 
