@@ -38,9 +38,14 @@ def tensor(file: str, key: str) -> torch.Tensor:
     return torch.from_numpy(np.array(_arrays(file)[key]))
 
 
+def scalar(file: str, key: str) -> torch.Tensor:
+    """One number of a case as a tensor; files hold them in shape () or (1,)."""
+    return tensor(file, key).reshape(())
+
+
 def number(file: str, key: str) -> float:
-    """One scalar of a case."""
-    return float(_arrays(file)[key].reshape(()))
+    """One number of a case."""
+    return float(scalar(file, key))
 
 
 def below(file: str, prefix: str) -> dict[str, torch.Tensor]:

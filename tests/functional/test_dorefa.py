@@ -15,7 +15,7 @@ from tests import golden
 PTQ = "ptq_goldens.npz"
 
 
-@golden.parametrize(PTQ, r"kure/dorefa/w\d")
+@golden.parametrize(PTQ, r"(kure/)?dorefa/w\d")
 def test_goldens(case):
     w, bits = golden.tensor(PTQ, "kure/in/normal"), int(case[-1])
     for name, expected in golden.below(PTQ, case).items():

@@ -96,7 +96,7 @@ def test_statsq_is_the_best_grid_of_a_uniform_tensor(bits):
     assert noise.uniform_mse(6.0 / 2**bits, bits, 3.0) == pytest.approx(3.0**2 / (3 * 4**bits))
 
 
-@golden.parametrize(PTQ, r"lemma/uniform/M\d+")
+@golden.parametrize(PTQ, r"(kure/)?lemma/uniform/M\d+")
 def test_golden_best_step(case):
     bits = int(case.rpartition("M")[2])
     step = noise.uniform_best_step(bits)
