@@ -410,6 +410,15 @@ def test_deviates_from_reference_maps_have_one_scale(map_scales, scales):
     assert torch.allclose(mlp(x[:, swapped]), mlp(x)[:, swapped]) == (map_scales == "tensor")
 
 
+def test_deviates_from_reference_swins_table_does_not_decay():
+    # There all tensors of two dimensions and more decay but tokens and the position embedding.
+    swin = ATTENTIONS["swin"]
+    net = qat.convert(swin.build(), qat.recipe("ofq"), input_size=swin.input_size)
+    tables = {name for name, _ in net.named_parameters() if name.endswith("relative_position_bias_table")}
+    assert tables
+    assert tables <= qat.no_weight_decay(net)
+
+
 def test_deviates_from_reference_swins_table_is_kept():
     # There it is drawn anew, with the standard deviation that it has before training.
     swin = ATTENTIONS["swin"]
