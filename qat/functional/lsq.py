@@ -145,7 +145,7 @@ def _over_leading(x: Tensor, kept: int) -> Tensor:
 
 
 def gradient_scale(x: Tensor, codes: CodeRange, grad_factor: float, sign: Tensor | None = None) -> float | Tensor:
-    """LSQ's factor on the gradient of a step: `grad_factor` / sqrt(qmax * m), m = elements of `x` per step."""
+    """LSQ's factor on the gradient of a step: `grad_factor` / sqrt(q * m), m = elements of `x` per step, q = upper end of `codes`."""
     _, highest = codes.bounds(sign)
     m = max(group_size(x, codes.axis), 1)
     return grad_factor / ((highest * m).sqrt() if isinstance(highest, Tensor) else math.sqrt(highest * m))
@@ -203,7 +203,8 @@ def lsq(  # noqa: PLR0913, PLR0917  (a grid, and what may stand around it)
         qmin: lowest code.
         qmax: highest code.
         axis: dimension that keeps scales of its own, None = one for the tensor.
-        grad_factor: extra factor on the gradient of `scale`, beside LSQ's 1 / sqrt(qmax * m), m = elements per scale.
+        grad_factor: extra factor on the gradient of `scale`, beside LSQ's 1 / sqrt(qmax * m), m = elements per scale; with half steps
+            (qmax + 1) for qmax.
         before: the offset a, over the trailing dimensions of `x`; None = 0.
         after: the offset c, over the trailing dimensions of `x`; None = 0.
         sign: one number, not above 0 = codes from 0 to qmax - qmin; None = the codes are as given.
