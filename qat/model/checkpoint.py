@@ -245,7 +245,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
     tensors = timm_names({_bare(k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)})
     if not tensors:
         raise UsageError(f"{setting}={str(path)!r}: holds no weights")
-    check_tensors(tensors, f"{setting}={str(path)!r}")
+    check_tensors(tensors, f"{setting}={str(path)!r}", path.stat().st_size)
     ours = dict(meta) if isinstance(meta, Mapping) and fmt not in {"timm", "ofq"} else None
     if ours is not None and "pytorch-lightning_version" in content:
         tensors = {k.removeprefix(NET_PREFIX): v for k, v in tensors.items() if k.startswith(NET_PREFIX)}

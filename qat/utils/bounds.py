@@ -23,6 +23,8 @@ MOST_YAML_VALUES = 20_000
 # of the file (a net is registered before and after conversion, with scales and offsets).
 MOST_ARGUMENT = 2**17
 TIMES, SPARE_TENSORS, SPARE_NUMBERS = 8, 2000, 2**24
+# What weights may be made of: codes of two bits in the bytes of the file, and constant tensors, which take none.
+MOST_PER_BYTE, MOST_CONSTANT = 4, 2**26
 
 
 def check_bounds(value: object, most: int = MOST_VALUES) -> None:
@@ -98,14 +100,15 @@ def _text(path: Path, most: int) -> str:
     return content.decode()
 
 
-def check_tensors(tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Raise `UsageError` unless the weights of a file are dense real numbers, no more of them than the file has bytes."""
+def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None:
+    """Raise `UsageError` unless the weights of a file of `size` bytes are dense real numbers, no more of them than it has room for."""
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
             kind = "without values" if tensor.is_meta else str(tensor.dtype if tensor.layout == torch.strided else tensor.layout)
             raise UsageError(f"{origin}: its weight {name} is {kind.removeprefix('torch.')}; weights must be dense real numbers")
-        if tensor.numel() > max(tensor.untyped_storage().nbytes(), SPARE_NUMBERS):
-            raise UsageError(f"{origin}: is damaged: its weight {name} of {tuple(tensor.shape)} has more numbers than the file")
+    numbers = sum(tensor.numel() for tensor in tensors.values())  # not those of their storages: many may share one, or be promised alone
+    if numbers > MOST_PER_BYTE * size + MOST_CONSTANT:
+        raise UsageError(f"{origin}: is damaged: its weights have {numbers} numbers, more than a file of {size} bytes holds")
 
 
 def check_model_arguments(kwargs: Mapping[str, Any]) -> None:

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.functional.packing import pack_codes, packed_bytes, unpack_codes
 from qat.model.frozen.quantizers import OFFSETS, FrozenWeight
+from qat.utils.bounds import MOST_CONSTANT
 from qat.utils.files import replacing
 
 FORMAT = "packed-1"
-# What a file that lies of itself may ask for: bytes of its index, numbers of its constant tensors.
-MOST_INDEX, MOST_CONSTANT = 2**26, 2**26
+# What a file that lies of itself may ask for: bytes of its index.
+MOST_INDEX = 2**26
 _BYTES_OF_FLOAT = 4
 _DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 
