@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.model.biases import grow_biases, grown_biases
-from qat.model.convert import conversion_of, convert
+from qat.model.convert import conversion_of, convert, recipe_of
 from qat.model.frozen import freeze_structure, is_frozen, prune_offsets
 from qat.model.frozen.packed import read_packed
 from qat.model.head import check_head, pooling_of, set_pooling
@@ -103,13 +103,13 @@ def describe(
     for key, value in kwargs.items():
         if not is_plain(value):
             raise UsageError(f"save: model argument {key}={value!r} is not plain data; give model_kwargs={{...}} of numbers and text")
-    done = conversion_of(net)
+    done, recipe = conversion_of(net), recipe_of(net)
     return {
         "format_version": FORMAT_VERSION,
         "model": {"name": name, "kwargs": dict(kwargs)},
         "pool": pooling_of(net),
         "biases": grown_biases(net),
-        "recipe": None if done is None else done.recipe.to_dict(),
+        "recipe": None if recipe is None else recipe.to_dict(),
         "input_size": None if done is None else list(done.input_size),
         "frozen": is_frozen(net),
         "data": data,

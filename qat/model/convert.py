@@ -141,6 +141,17 @@ def stem_and_heads(net: nn.Module) -> dict[str, str]:
     return dict.fromkeys(stems, "stem") | dict.fromkeys(heads, "head")
 
 
+def recipe_of(net: nn.Module) -> QuantRecipe | None:
+    """The recipe that a net follows now, None for a float net: a head that was put there behind the conversion is in float."""
+    done = conversion_of(net)
+    if done is None:
+        return None
+    modules = dict(net.named_modules())
+    heads = [name for name, place in stem_and_heads(net).items() if place == "head" and type(modules.get(name)) in {nn.Linear, nn.Conv2d}]
+    in_float = {"weight_quantizer": "float", "act_quantizer": "float"}
+    return dataclasses.replace(done.recipe, overrides={**done.recipe.overrides, **dict.fromkeys(heads, in_float)})
+
+
 @dataclass(frozen=True)
 class _Walk:
     """What stays the same during a walk; `swapped` collects (parent, name, replaced module).

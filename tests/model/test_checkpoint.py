@@ -95,6 +95,21 @@ def test_a_new_head_is_rebuilt(path):
     assert logits(qat.load(path)).shape == (8, 3)
 
 
+@pytest.mark.parametrize("preset", ["ofq", "lsq", "minmax"])
+@pytest.mark.parametrize("name", [VIT, DISTILLED])
+def test_a_new_head_of_a_quantized_net_is_in_float(path, preset, name):
+    net = quantized(preset, name)
+    net.reset_classifier(3)
+    for _ in range(2):
+        qat.save(net, path)
+        again = qat.load(path)
+        assert torch.equal(logits(again), logits(net))
+        net = again
+    frozen = qat.freeze(net)
+    qat.save(frozen, path)
+    assert torch.equal(logits(qat.load(path)), logits(frozen))
+
+
 def test_another_pooling_is_rebuilt(path):
     net = vit()
     net.reset_classifier(3, "avg" if net.global_pool == "token" else "token")
