@@ -50,7 +50,7 @@ class EpochLog(Callback):
         self._start = 0.0
         self._first_epoch = 0
         self._images = self._batches = 0
-        self._forecast = False
+        self._forecast = self._validated = False
         self._clock = WaitClock()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,8 +59,9 @@ class EpochLog(Callback):
         self._images, self._batches, self._forecast = 0, 0, False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Time the loader's part of this epoch."""
+        """Time the loader's part of this epoch; it has no accuracy yet."""
         self._clock.restart(trainer)
+        self._validated = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the validation out of that."""
@@ -69,6 +70,7 @@ class EpochLog(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with training."""
         self._clock.go_on()
+        self._validated = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: tuple, batch_idx: int) -> None:
         """Count images; a minute into a run say how long it will take."""
@@ -92,7 +94,8 @@ class EpochLog(Callback):
         done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
         seconds = time.monotonic() - self._start
         metrics = trainer.callback_metrics
-        values = [f"{label} {metrics[key]:.4g}" for label, key in (("loss", "train/loss"), ("val top1", "val/top1")) if key in metrics]
+        shown = {"loss": "train/loss"} | ({"val top1": "val/top1"} if self._validated else {})  # else it is of an earlier epoch
+        values = [f"{label} {metrics[key]:.4g}" for label, key in shown.items() if key in metrics]
         if left_out := images_left_out(trainer):
             values.append(left_out)
         group = trainer.optimizers[0].param_groups[0] if trainer.optimizers else {"lr": 0.0}

@@ -46,6 +46,12 @@ def test_without_validation_the_line_leaves_it_out(caplog):
     assert "val" not in line
 
 
+def test_an_epoch_without_validation_does_not_have_the_accuracy_of_an_earlier_one(caplog):
+    caplog.set_level(logging.INFO)
+    trainer(max_epochs=3, check_val_every_n_epoch=2, callbacks=[EpochLog()]).fit(module(vit()), batches(8), batches(16))
+    assert ["val top1" in line for line in lines(caplog)] == [False, True, False]
+
+
 def test_speed_counts_images_of_all_processes(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     clock = [100.0]
