@@ -89,7 +89,7 @@ def train(cfg: DictConfig) -> float:  # noqa: PLR0915  (a training, from top to 
         trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume else None)
         module.make_whole()
         announce_early_end(trainer)
-        val_top1, weights = _take_best(module, data, trainer, is_resumed=resume is not None)
+        val_top1, weights = _take_best(module, data, trainer)
         outcome = {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": _seconds_since(began, trainer)}
         _test(cfg, recipe, data, module, trainer, outcome)
     report_run(cfg, module.net, data.input_size, is_first=trainer.is_global_zero)
@@ -140,12 +140,11 @@ def _describe(cfg: DictConfig, start: Start, data: ImageData) -> dict[str, Any]:
     return said | {"run": {"settings": compared(cfg), "images": data.fingerprints()}}
 
 
-def _take_best(module: QATModule, data: ImageData, trainer: Trainer, *, is_resumed: bool) -> tuple[float, str]:
+def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[float, str]:
     """Put the weights of `best.ckpt` into the module; the final ones stay where no checkpoint was written."""
     best = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor and c.best_model_path), None)  # type: ignore[attr-defined]
     if best is None or best.best_model_score is None:
-        if is_resumed and "val/top1" not in trainer.callback_metrics:
-            _validate_again(module, data, trainer)
+        _validate_again(module, data, trainer)  # the last validation may have been in front of the last step
         return float(trainer.callback_metrics.get("val/top1", torch.tensor(torch.nan))), "final"
     module.net.load_state_dict(build_from(read_checkpoint(best.best_model_path)).state_dict())
     score = best.best_model_score

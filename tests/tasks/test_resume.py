@@ -172,6 +172,15 @@ def test_a_finished_run_that_kept_no_best_is_validated_again(tmp_path):
     assert [row for row in metrics(run_dir) if row not in rows] == []
 
 
+def test_the_validation_of_a_run_that_kept_no_best_is_that_of_its_last_weights(tmp_path):
+    settings = ("callbacks.best=null", "trainer.limit_train_batches=8", "optimizer.lr=0.02")
+    run_dir = run(tmp_path / "run", *settings, "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2")
+    (run_dir / "results.json").rename(tmp_path / "results.json")
+    run(run_dir, *settings, "trainer.max_epochs=3", "resume=true")
+    assert results(tmp_path)["val_top1"] == results(run_dir)["val_top1"]
+    assert [row["epoch"] for row in metrics(run_dir) if row.get("val/top1")] == ["1"]
+
+
 def test_a_damaged_last_gives_way_to_the_one_before(tmp_path, monkeypatch, caplog, full):
     run_dir = killed_at(5, tmp_path / "run", monkeypatch)
     path = run_dir / "checkpoints" / "last.ckpt"
