@@ -47,14 +47,19 @@ class ActivationCodes:
             precision: autocast, or nothing.
 
         Returns:
-            By site name, the share of codes that differ from the last look, a scalar each; empty at the first.
+            By site name, the share of codes that differ from the last look, a scalar each; empty at the first, and behind another number
+            of images.
         """
         sites = [s for s in iter_quantizers(net) if not s.is_weight and not s.quantizer.is_float]
         seen: dict[str, Tensor] = {}
         with probing(net, [_remember(site, seen, len(images)) for site in sites]), precision:
             net.forward(images)
         before, self.codes = self.codes, {name: codes.cpu() for name, codes in seen.items()}
-        return {name: (codes != before[name]).float().mean() for name, codes in self.codes.items() if name in before}
+        return {name: (codes != before[name]).float().mean() for name, codes in self.codes.items() if _fits(codes, before.get(name))}
+
+
+def _fits(codes: Tensor, before: Tensor | None) -> bool:
+    return before is not None and codes.shape == before.shape
 
 
 def _remember(site: Site, seen: dict[str, Tensor], rows: int) -> RemovableHandle:
@@ -157,12 +162,16 @@ class Oscillation(Callback):
     @torch.no_grad()
     def measure(self) -> dict[str, Tensor]:
         """By site name, (5,): weights, how many oscillate, sum of frequencies, how many are in the band, flips."""
-        return {site.name: self._measure(site) for site in self._sites if site.name in self._packed}
+        return {site.name: self._measure(site) for site in self._looked_at()}
+
+    def _looked_at(self) -> list[Site]:
+        """Sites with a state: a run that goes on with a higher `max_bits` has more of them from its next look on."""
+        return [site for site in self._sites if site.name in self._packed]
 
     def _figures(self) -> dict[str, Tensor]:
         measured = self.measure()
         values: dict[str, Tensor] = {}
-        for site in self._sites:
+        for site in self._looked_at():
             n, oscillating, _, near, _ = measured[site.name].unbind()
             values |= {f"osc/share/{site.layer}": oscillating / n, f"osc/band/{site.layer}": near / n}
         n, oscillating, frequency, near, flips = torch.stack(list(measured.values())).sum(0).unbind()
@@ -187,7 +196,7 @@ class Oscillation(Callback):
         """Write the table, say the totals."""
         if not (trainer.is_global_zero and self._packed):
             return
-        rows = [_row(site, values) for site, values in zip(self._sites, self.measure().values(), strict=True)]
+        rows = [_row(site, values) for site, values in zip(self._looked_at(), self.measure().values(), strict=True)]
         total = {"layer": "total", "bits": "", **{k: sum(row[k] for row in rows) for k in ("weights", "oscillating", "in_band", "flips")}}
         total["mean_frequency"] = sum(row["mean_frequency"] * row["weights"] for row in rows) / total["weights"]
         share, near = (100 * total[key] / total["weights"] for key in ("oscillating", "in_band"))

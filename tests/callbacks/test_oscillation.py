@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 import qat
 from qat import functional as F
 from qat.callbacks import Oscillation
-from tests.callbacks.fitting import Steps, batches, differing, fit, module, net
+from tests.callbacks.fitting import QUIET, Steps, batches, differing, fit, module, net
 from tests.tiny import images, sites, vit
 
 
@@ -163,6 +163,19 @@ def test_state_goes_through_a_checkpoint(tmp_path, kept):
     assert set(fresh.state_dict()[kept]) == set(callback.state_dict()[kept])
     for name, expected in callback.state_dict()["weights"].items():
         assert differing(fresh.state_dict()["weights"][name], expected) == []
+
+
+def test_a_run_goes_on_with_other_settings(tmp_path):
+    start = net()
+    first = Trainer(accelerator="cpu", max_epochs=1, callbacks=[Oscillation(probe_images=3)], **QUIET)
+    first.fit(module(start), batches(), batches(8))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    second = Oscillation(probe_images=4, max_bits=8, every_n_steps=first.global_step + 1, dirpath=str(tmp_path))
+    run = Trainer(accelerator="cpu", max_epochs=2, callbacks=[second], log_every_n_steps=1, **QUIET)
+    run.fit(module(start), batches(), batches(8), ckpt_path=tmp_path / "a.ckpt")
+    assert not [name for name in run.callback_metrics if "act_flipped" in name]
+    with (tmp_path / "oscillation.csv").open(newline="") as file:
+        assert {row["bits"] for row in csv.DictReader(file)} == {"2", "8", ""}
 
 
 def test_the_table(tmp_path, caplog):
