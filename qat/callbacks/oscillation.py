@@ -189,8 +189,9 @@ class Oscillation(Callback):
         if shares:
             values = {f"osc/act_flipped/{name}": share for name, share in shares.items()}
             values["osc/act_flipped"] = torch.stack(list(shares.values())).mean()
-            # Each process has a probe of its own; what is told is that of the first.
-            pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=True)
+            # Each process has a probe of its own; what is told is that of the first. `sync_dist` then does nothing but keep Lightning from
+            # advising it, once for every quantizer.
+            pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=True, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table, say the totals."""

@@ -143,6 +143,16 @@ def test_flipped_activation_codes():
         before = now
 
 
+def test_of_what_one_process_tells_nobody_advises_to_gather_it(monkeypatch, recwarn):
+    connectors = "lightning.pytorch.trainer.connectors"
+    monkeypatch.setattr(f"{connectors}.logger_connector.result._distributed_is_initialized", lambda: True)
+    monkeypatch.setattr(f"{connectors}.accelerator_connector._AcceleratorConnector.is_distributed", True)
+    run = Trainer(accelerator="cpu", max_epochs=2, callbacks=[Oscillation()], use_distributed_sampler=False, **QUIET)
+    run.fit(module(net()), batches(), batches(8))
+    assert "osc/act_flipped" in run.callback_metrics
+    assert not [str(w.message) for w in recwarn if "sync_dist" in str(w.message)]
+
+
 def test_a_look_leaves_no_trace():
     start = net()
     plain, watched = module(start), module(start)
