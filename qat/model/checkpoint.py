@@ -295,13 +295,12 @@ def _are_texts(value: object) -> bool:
 
 def _training_of(content: Mapping[str, Any]) -> dict[str, Any]:
     parts: dict[str, Any] = {key: type(content[key]) for key in TRAINING if key in content}
-    states = content.get("optimizer_states")
-    if isinstance(states, list) and len(states) == 1 and isinstance(states[0], Mapping):
-        groups = [group for group in states[0].get("param_groups") or [] if isinstance(group, Mapping)]
-        parts["groups"] = [(sorted({*map(str, group)} - {"params"}), len(group.get("params") or ())) for group in groups]
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        (state,) = content["optimizer_states"]
+        parts["groups"] = [(sorted({*map(str, group)} - {"params"}), len(group["params"])) for group in state["param_groups"]]
     try:
         parts["epochs"] = int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, ArithmeticError):
         parts["epochs"] = None
     return parts
 

@@ -529,6 +529,24 @@ def test_training_checkpoint(path):
     assert torch.equal(logits(build_from(read)), logits(net))
 
 
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"optimizer_states": [{"param_groups": 5}]},
+        {"optimizer_states": [{"param_groups": [{"params": 5}, 5]}]},
+        {"optimizer_states": [None]},
+        {"loops": {"fit_loop": [1]}},
+        {"loops": {"fit_loop": {"epoch_progress": {"current": {"processed": float("inf")}}}}},
+    ],
+)
+def test_what_is_no_state_of_a_training_does_not_stand_in_the_way_of_weights(path, training):
+    qat.save(quantized(), path)
+    torch.save({**torch.load(path), **training}, path)
+    found = read_checkpoint(path).training
+    assert found["epochs"] is None
+    assert not found.get("groups")
+
+
 def test_of_timms_trainer_the_averaged_weights_are_read(path):
     trained, averaged = vit().state_dict(), {name: tensor + 1 for name, tensor in vit().state_dict().items()}
     torch.save({"arch": VIT, "state_dict": trained, "state_dict_ema": averaged}, path)
