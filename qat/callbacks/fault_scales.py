@@ -55,7 +55,7 @@ class ScaleWatch:
             (site.name, module)
             for site in iter_quantizers(net)
             for module in site.quantizer.modules()
-            if isinstance(module, LSQ) and module.scale is not None
+            if isinstance(module, LSQ) and (module.change is not None or module.scale is not None)
         ]
         self.starts = {
             name: self.starts[name] if name in self.starts else _step_of(quantizer).to(copy=True) for name, quantizer in self._steps
