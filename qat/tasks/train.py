@@ -144,7 +144,8 @@ def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[fl
     """Put the weights of `best.ckpt` into the module; the final ones stay where no checkpoint was written."""
     best = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor and c.best_model_path), None)  # type: ignore[attr-defined]
     if best is None or best.best_model_score is None:
-        _validate_again(module, data, trainer)  # the last validation may have been in front of the last step
+        if module.validated_at != trainer.global_step:
+            _validate_again(module, data, trainer)
         return float(trainer.callback_metrics.get("val/top1", torch.tensor(torch.nan))), "final"
     module.net.load_state_dict(build_from(read_checkpoint(best.best_model_path)).state_dict())
     score = best.best_model_score
@@ -155,7 +156,7 @@ def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[fl
 
 
 def _validate_again(module: QATModule, data: ImageData, trainer: Trainer) -> None:
-    """For a score that no validation of this process has given; the rows of metrics are there already."""
+    """For a score that no validation of this process has given of these weights; the rows of metrics are there already."""
     loggers, trainer.loggers = trainer.loggers, []
     trainer.validate(module, datamodule=data, verbose=False)
     trainer.loggers = loggers

@@ -181,6 +181,11 @@ def test_the_validation_of_a_run_that_kept_no_best_is_that_of_its_last_weights(t
     assert [row["epoch"] for row in metrics(run_dir) if row.get("val/top1")] == ["1"]
 
 
+def test_weights_that_were_validated_are_not_validated_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("qat.tasks.train._validate_again", None)
+    assert results(run(tmp_path / "run", "callbacks.best=null", "trainer.max_epochs=1"))["weights"] == "final"
+
+
 def test_a_damaged_last_gives_way_to_the_one_before(tmp_path, monkeypatch, caplog, full):
     run_dir = killed_at(5, tmp_path / "run", monkeypatch)
     path = run_dir / "checkpoints" / "last.ckpt"
