@@ -44,9 +44,16 @@ def _wait_briefly() -> None:
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
+def _drop_lone_rank() -> None:
+    """A number without the size of a run is left over from another program: Lightning would take this for a process that writes nothing."""
+    if not os.environ.keys() & {"LOCAL_RANK", "WORLD_SIZE"}:
+        os.environ.pop("RANK", None)
+
+
 # Not where somebody has Ctrl-C ignored (a job in the background of a script), or takes it himself.
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signals.end_at_once)
 _stand_in_home()
 _allow_open_files()
 _wait_briefly()
+_drop_lone_rank()

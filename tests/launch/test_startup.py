@@ -65,3 +65,9 @@ def test_as_many_files_as_the_system_allows():
 def test_threads_spin_for_as_long_as_was_said_or_briefly(said, count):
     environment = {k: v for k, v in os.environ.items() if k not in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}} | said
     assert started("print(os.environ.get('GOMP_SPINCOUNT'))", env=environment) == count
+
+
+@pytest.mark.parametrize(("others", "kept"), [({}, "None"), ({"WORLD_SIZE": "2"}, "1"), ({"LOCAL_RANK": "1"}, "1")])
+def test_a_rank_of_no_run_is_dropped(others, kept):
+    environment = {name: value for name, value in os.environ.items() if name not in {"LOCAL_RANK", "WORLD_SIZE"}}
+    assert started("print(os.environ.get('RANK'))", env={**environment, "RANK": "1", **others}) == kept
