@@ -38,7 +38,7 @@ class LastCheckpoint(Checkpoint):
             check_int("checkpoint.every_n_steps", every_n_steps, 1)
         self.every_n_steps = every_n_steps
         self.dirpath = dirpath
-        self._step, self._saved_at, self._waits, self._has_trained = 0, -1, False, False
+        self._step, self._saved_at, self._waits, self._has_trained, self._stops = 0, -1, False, False, False
         self._rows: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,14 +59,17 @@ class LastCheckpoint(Checkpoint):
         self._has_trained = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember the step, to know whether this batch completes one."""
-        self._step = trainer.global_step
+        """Remember the step, to know whether this batch completes one, and whether the run was to stop before it."""
+        self._step, self._stops = trainer.global_step, trainer.should_stop
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save after a step that completes an interval; the last batch of an epoch is left to the end of the epoch.
 
-        Not between batches that are accumulated: no file has their gradients.
+        Between batches that are accumulated nothing is saved, and `max_time`, which looks behind every batch, waits: no file has their
+        gradients.
         """
+        if trainer.global_step == self._step:
+            trainer.should_stop = self._stops
         if self.every_n_steps is None or trainer.global_step == self._step or trainer.is_last_batch:
             return
         if trainer.global_step % self.every_n_steps == 0:

@@ -86,6 +86,25 @@ def test_a_later_limit_of_time_loses_no_image(tmp_path, monkeypatch, whole):
     assert_same(run_dir, whole)
 
 
+class TimeIsUp(Callback):
+    """Asks from a batch on for the end, as Lightning's limit of time does."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        trainer.should_stop |= index >= self.batch
+
+
+def test_a_limit_of_time_waits_for_the_step(tmp_path, monkeypatch):
+    settings = (*EPOCHS, "trainer.max_epochs=1", "trainer.accumulate_grad_batches=2")
+    run_dir = tmp_path / "run"
+    with_callback(TimeIsUp(0), monkeypatch, run_dir, *settings)
+    assert last(run_dir)["global_step"] == 1
+    run(run_dir, *settings, "resume=true")
+    assert_same(run_dir, run(tmp_path / "whole", *settings))
+
+
 def test_the_last_step_is_validated(ten):
     """The score beside a file is that of its weights."""
     rows = [row for row in metrics(ten) if "val/top1" in row]
