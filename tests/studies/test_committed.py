@@ -11,9 +11,9 @@ from tests.conftest import ROOT, compose
 # What the headline's experiments are called, and the arms that they pin.
 HEADLINE = {
     "cifar10_fp": "START/float",
-    "cifar10_ofq_2bit": "TUNE/long_soft_labels",
-    "cifar10_ofq_3bit": "TUNE/long_soft_w3",
-    "cifar10_ofq_4bit": "TUNE/long_soft_w4",
+    "cifar10_qat": "TUNE/seq_longest_shifts",
+    "cifar10_qat quant=seq_3bit": "TUNE/seq_longest_w3_shifts_lr2e-3",
+    "cifar10_qat quant=seq_4bit": "TUNE/seq_longest_w4_shifts_lr2e-3",
 }
 
 
@@ -31,6 +31,6 @@ def test_the_headline_has_a_name_that_trains_the_same(name):
     asked = arms.settings(arms[HEADLINE[name]], 0)
     start = [one for one in asked if one.startswith("ckpt=")]
     # The float net that a run starts from is its teacher where none is named; loader processes change nothing.
-    ours = compose("train", f"experiment={name}", *start, "data.num_workers=0", "run_dir=a")
+    ours = compose("train", *f"experiment={name}".split(), *start, "data.num_workers=0", "run_dir=a")
     theirs = compose("train", *(one for one in asked if not one.startswith("teacher.ckpt=")), "run_dir=a")
     assert OmegaConf.to_container(ours, resolve=True) == OmegaConf.to_container(theirs, resolve=True)
