@@ -14,6 +14,8 @@ HEADLINE = {
     "cifar10_qat": "TUNE/seq_longest_shifts",
     "cifar10_qat quant=seq_3bit": "TUNE/seq_longest_w3_shifts_lr2e-3",
     "cifar10_qat quant=seq_4bit": "TUNE/seq_longest_w4_shifts_lr2e-3",
+    "cifar10_qat quant=fp quant.steps=absolute": "AIM/control_longest_shifts_lr2e-3",
+    "cifar10_qat quant=ofq_2bit quant.steps=absolute": "TUNE/longest_shifts_fast",
 }
 
 
