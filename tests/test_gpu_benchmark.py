@@ -243,12 +243,14 @@ def test_a_group_whose_time_is_over_is_left_not_failed(tmp_path):
 
 def test_a_nan_is_never_right():
     one, none = {"logits": torch.ones(3)}, {"logits": torch.tensor([1.0, torch.nan, 1.0])}
-    assert checks.Checks._judged(one, one, one)["right"]
+    half = {"logits": torch.tensor([1.0, 1.0, 1.0005])}
+    assert checks.Checks._judged(one, one, [one])["right"]
     for found, expected, control in ((none, one, one), (one, none, one), (one, one, none), (one, {"logits": torch.zeros(3)}, one)):
-        assert not checks.Checks._judged(found, expected, control)["right"]
+        assert not checks.Checks._judged(found, expected, [control])["right"]
+        assert not checks.Checks._judged(found, expected, [control, half])["right"]
     away = {"logits": torch.tensor([1.0, 1.0, 1.001])}
-    assert not checks.Checks._judged(away, one, one)["right"]
-    assert checks.Checks._judged(away, one, {"logits": torch.tensor([1.0, 1.0, 1.0005])})["right"]
+    assert not checks.Checks._judged(away, one, [one])["right"]
+    assert checks.Checks._judged(away, one, [one, half])["right"]
 
 
 def test_busy_time_counts_overlaps_once():

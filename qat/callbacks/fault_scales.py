@@ -57,9 +57,9 @@ class ScaleWatch:
             for module in site.quantizer.modules()
             if isinstance(module, LSQ) and (module.change is not None or module.scale is not None)
         ]
-        self.starts = {
-            name: self.starts[name] if name in self.starts else _step_of(quantizer).to(copy=True) for name, quantizer in self._steps
-        }
+        now = {name: _step_of(quantizer) for name, quantizer in self._steps}
+        # Those of a checkpoint come on the CPU.
+        self.starts = {name: self.starts[name].to(step.device) if name in self.starts else step.to(copy=True) for name, step in now.items()}
         if not self._steps:
             return
         starts = list(self.starts.values())

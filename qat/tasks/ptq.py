@@ -218,9 +218,11 @@ def _announce(cfg: DictConfig, run: PtqRun) -> None:
 
 
 def _measure(trainer: Trainer, subject: EvaluatedNet, what: str) -> dict[str, Any]:
-    """Evaluate a net: keys of `results.json`."""
+    """Evaluate a net, which is on the trainer's device then: keys of `results.json`."""
     log.info("%s net", what)
-    return measure(subject, trainer, cost(subject.net, subject.data.input_size))
+    found = measure(subject, trainer, cost(subject.net, subject.data.input_size))
+    subject.net.to(trainer.strategy.root_device)  # Lightning takes it to the CPU at the end of a test
+    return found
 
 
 def _measure_float(run: PtqRun) -> float:

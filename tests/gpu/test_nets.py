@@ -11,7 +11,9 @@ import torch
 
 import qat
 from benchmarks.gpu.checks import KINDS, Apart, Checks, results
+from benchmarks.gpu.kernels import relative_error
 from benchmarks.step_arms import ARMS
+from qat.quantizers import LSQ
 from tests.nets import FAMILIES
 
 QUANTIZED = [arm for arm, settings in ARMS.items() if settings.knobs is not None and not settings.teacher]
@@ -72,13 +74,42 @@ def test_scales_from_a_device_are_those_of_the_cpu(device):
     net, images = quantized(family, torch.device("cpu"), 4)
     twin = qat.convert(family.build().to(device), qat.recipe("ofq", bits=4, attention="standard"), input_size=family.input_size)
     qat.initialize_scales(twin, [images.to(device)])
-    expected = dict(net.named_parameters())
-    first = next(name for name in expected if name.endswith("scale"))
-    found = dict(twin.named_parameters())
-    assert torch.allclose(found[first].cpu(), expected[first], rtol=1e-5)
+    expected, found = ({n: m.scale.detach().cpu() for n, m in one.named_modules() if isinstance(m, LSQ)} for one in (net, twin))
+    first = next(iter(expected))
+    assert torch.allclose(found[first], expected[first], rtol=1e-5)
     # Behind the first quantizer a code on a tie moves what later ones see.
-    errors = {n: ((found[n].cpu() - p).norm() / p.norm()).item() for n, p in expected.items() if n.endswith("scale")}
+    errors = {n: relative_error(found[n], step) for n, step in expected.items()}
     assert max(errors.values()) < 0.05, errors
+
+
+def calls(net, images, given=None):
+    """Input and output of each quantizer in the order of calls, and the logits; with `given`, those outputs in place of their own."""
+    seen = []
+
+    def look(_module, args, output):
+        seen.append((args[0].cpu(), output.cpu()))
+        return None if given is None else given[len(seen) - 1][1].to(output.device)
+
+    hooks = [site.quantizer.register_forward_hook(look) for site in qat.iter_quantizers(net)]
+    with torch.no_grad():
+        logits = net(images).cpu()
+    for hook in hooks:
+        hook.remove()
+    return seen, logits
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("family", NETS, ids=lambda f: f.name)
+def test_what_differs_between_device_and_cpu_are_ties(anywhere, family, bits):
+    """With the CPU's codes everywhere what lies between quantizers differs by rounding; hardly a code of the device differs."""
+    net, images = quantized(family, torch.device("cpu"), bits)
+    expected, logits = calls(net, images)
+    found, of_device = calls(copy.deepcopy(net).to(anywhere), images.to(anywhere), expected)
+    assert len(found) == len(expected) > 10
+    assert max(relative_error(x, y) for (x, _), (y, _) in zip(found, expected, strict=True)) < 1e-5
+    assert relative_error(of_device, logits) < 1e-5
+    moved = [((x - y).abs() > 1e-4 * y.abs().max()).float().mean().item() for (_, x), (_, y) in zip(found, expected, strict=True)]
+    assert max(moved) < 1e-3, moved
 
 
 @pytest.mark.parametrize("arm", QUANTIZED)
