@@ -81,6 +81,23 @@ def test_post_training(trained, settings, tmp_path):
     assert {p.device.type for p in net.parameters()} == {"cpu"}
 
 
+@pytest.mark.parametrize("settings", [("ptq=reconstruct_w4a4", "ptq.reconstruct.steps=5"), ("ptq=evolq_w4a8", "search.passes=1")])
+def test_post_training_goes_on_from_its_file(trained, settings, tmp_path):
+    found = []
+    for resume in ("false", "true"):
+        ptq(compose("ptq", f"run_dir={tmp_path}", f"ckpt={trained[0]}", "data.calibration_images=100", "ptq.batch=20", "trainer=gpu",
+                    *settings, f"resume={resume}"))  # fmt: skip
+        found.append(qat.load(tmp_path / "quantized.ckpt").state_dict())
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+
+
+def test_features_of_a_teacher_and_the_state_of_an_optimizer(trained, tmp_path):
+    settings = (*ON_DEVICE, "++model.args.embed_dim=48", "++model.args.depth=2", "compile=false", "loss=kd_features", "quant=seq_2bit")
+    first = train(tmp_path / "first", *settings, f"ckpt={trained[0]}") / "checkpoints" / "last.ckpt"
+    run_dir = train(tmp_path / "second", *settings, f"ckpt={first}", "ckpt_optimizer=true", f"teacher.ckpt={trained[0]}")
+    assert results(run_dir)["top1"] > 50
+
+
 @pytest.mark.parametrize(
     "settings",
     [
