@@ -71,10 +71,11 @@ def test_training_learns_and_its_file_is_the_same_net_anywhere(trained, tmp_path
     ids=lambda settings: settings[0],
 )
 def test_post_training(trained, settings, tmp_path):
-    arguments = (f"ckpt={trained[0]}", "data.calibration_images=100", "ptq.batch=20", *settings)
+    arguments = (f"ckpt={trained[0]}", "data.calibration_images=100", "ptq.batch=20", "report=true", *settings)
     for where, trainer in TRAINERS.items():
         ptq(compose("ptq", f"run_dir={tmp_path / where}", trainer, *arguments))
     there, here = (results(tmp_path / where) for where in TRAINERS)
+    assert (tmp_path / "there" / "report.html").exists()
     assert there["top1"] == pytest.approx(here["top1"], abs=POINTS)
     assert there["loss"] == pytest.approx(here["loss"], rel=0.15)
     net = qat.load(tmp_path / "there" / "quantized.ckpt")
