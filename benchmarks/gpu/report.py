@@ -76,7 +76,7 @@ def _step(name: str, rows: dict[str, Row]) -> list[str]:
     ours = [
         f"{ms:.2f}",
         ratio(row, same, in_turns=True),
-        ratio(row, compiled, in_turns=mode == "compiled"),
+        ratio(row, compiled, in_turns=mode in {"compiled", "blocks"}),
         f"{1000 * int(batch) / ms:.0f}",
     ]
     busy = [f"{row['busy_ms'] / ms:.2f}", f"{row['kernels']:.0f}"] if row.get("busy_ms") else ["", ""]

@@ -37,7 +37,8 @@ class Variant:
         model: timm's name.
         batch: images.
         arm: one of `ARM_NAMES`.
-        mode: `compiled`, `eager` or `plain` (eager without kernels), and `+ graph` where a CUDA graph holds all of it.
+        mode: `compiled`, `blocks` (compiled with one graph that all blocks share, the rest eager), `eager` or `plain` (eager without
+            kernels), and `+ graph` where a CUDA graph holds all of it.
     """
 
     model: str
@@ -89,6 +90,9 @@ class Stepper:
         net = build(model, arm, images, tiny=self.dry_run)
         if is_compiled and not self.dry_run:
             compile_in_place(net)
+        if self.variant.mode == "blocks" and not self.dry_run:
+            for block in net.blocks:
+                compile_in_place(block)
         return training_step(net, images, teacher_of(model, arm, images, compiled=is_compiled, tiny=self.dry_run))
 
     def turn(self, steps: int) -> Row:
@@ -154,7 +158,7 @@ def groups(models: list[str], *, dry_run: bool) -> list[list[Variant]]:
     return [
         group
         for group in (
-            variants(small, 256, ARM_NAMES, "compiled"),
+            variants(small, 256, ARM_NAMES, "compiled") + variants(small[:1], 256, ["float", "ofq"], "blocks"),
             variants(small, 256, [*own, "ofq + teacher"], "eager") + variants(small, 256, ["ofq"], "plain"),
             variants(large, 256, [*own, "ofq + teacher"], "compiled"),
             variants(small, 256, ["float", "ofq"], "compiled + graph") + variants(small[:1], 256, ["float", "ofq"], "eager + graph"),
