@@ -98,6 +98,10 @@ def _locked(path: Path) -> int | None:
     """
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except PermissionError:
+        if path.exists():  # another user's run
+            raise
+        return None
     except OSError:
         return None
     try:

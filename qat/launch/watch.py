@@ -32,14 +32,18 @@ class Watch:
         logs: where those behind the first write; what the first writes is what a person sees.
         processes: by local rank.
         failed: local rank and exit code of the one that failed first; None while none has.
+        early: signals that came before all processes were there.
     """
 
     logs: list[Path]
     processes: list[subprocess.Popen] = field(default_factory=list)
     failed: tuple[int, int] | None = None
+    early: list[int] = field(default_factory=list)
 
     def wait(self) -> None:
         """Wait until all have ended; once one has failed the others get a moment, then are killed."""
+        for number in self.early:
+            self.send(number)
         deadline = math.inf
         while self._is_going():
             if self.failed is not None:
@@ -56,7 +60,10 @@ class Watch:
         """
         if number == signal.SIGINT and signals.is_impatient():
             raise KeyboardInterrupt
-        self.send(number)
+        if len(self.processes) <= len(self.logs):
+            self.early.append(number)
+        else:
+            self.send(number)
 
     def send(self, kind: int) -> None:
         """Send a signal to all that are alive."""

@@ -20,6 +20,7 @@ from qat.model.frozen import freeze, is_frozen
 from qat.model.frozen.packed import write_packed
 from qat.spec import QuantRecipe
 from qat.utils.files import json_text, write_text
+from qat.utils.validate import check_int, check_number
 
 CARD = "README.md"
 
@@ -52,11 +53,17 @@ def save_pretrained(
         The folder.
 
     Raises:
-        UsageError: see `qat.save` and `qat.freeze`.
+        UsageError: results are no numbers; see also `qat.save` and `qat.freeze`.
     """
     place = Path(folder)
     if place.exists() and not place.is_dir():
         raise UsageError(f"save_pretrained: {str(place)!r} is a file; must be a folder")
+    given = results or {}
+    measured = {key: given[key] for key in ("top1", "top5", "images", "split", "data") if given.get(key) is not None}
+    for key in measured.keys() & {"top1", "top5"}:
+        check_number(f"save_pretrained: results[{key!r}]", measured[key], 0, highest=100)
+    if "images" in measured:
+        check_int("save_pretrained: results['images']", measured["images"], 1)
     place.mkdir(parents=True, exist_ok=True)
     frozen = net if is_frozen(net) or conversion_of(net) is None else freeze(net)
     meta = describe(frozen, data=data, classes=classes)
@@ -64,7 +71,6 @@ def save_pretrained(
         meta["data"] = {key: value for key, value in meta["data"].items() if key != "root"}
     write_packed(frozen, place / hub.WEIGHTS, meta)
     size = (place / hub.WEIGHTS).stat().st_size
-    measured = {key: value for key, value in (results or {}).items() if key in {"top1", "top5", "images", "split", "data"}}
     config = {
         "library_name": hub.LIBRARY,
         "format_version": meta["format_version"],

@@ -102,6 +102,16 @@ def test_one_that_waits_gets_the_lock_of_one_that_ends(tmp_path, monkeypatch):
             assert (tmp_path / lock.FILE).exists()
 
 
+def test_a_file_of_another_user_is_held(tmp_path, monkeypatch):
+    def denied(path, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    (tmp_path / lock.FILE).write_text("process 7 on host other\n")
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(InUseError, match="is in use by process 7 on host other"):
+        lock.take(str(tmp_path))
+
+
 OTHERS = [{"RANK": "1"}, {"QAT_RANK_EXCHANGE": ""}, {"NODE_RANK": "1"}, {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}]
 
 

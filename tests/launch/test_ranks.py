@@ -1,6 +1,7 @@
 """Which processes a command starts, and what it makes of their ends. Oracles: written-out cases, and one sweep on the command line."""
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -135,6 +136,17 @@ def test_the_one_that_failed_is_named_and_none_is_left(tmp_path, monkeypatch, sc
         assert found.complaint() is None
     else:
         assert re.search(complaint, found.complaint())
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_a_signal_that_comes_before_all_are_started_reaches_them(tmp_path, there):
+    found = watch.Watch([tmp_path / "rank-1.log"])
+    start = functools.partial(subprocess.Popen, [sys.executable, "-c", WAITS])
+    found.processes.extend(start() for _ in range(there))
+    found.hand_on(signal.SIGTERM, None)
+    found.processes.extend(start() for _ in range(2 - there))
+    found.wait()
+    assert [process.returncode for process in found.processes] == [-signal.SIGTERM] * 2
 
 
 def test_a_lost_connection_is_one_line():
