@@ -21,9 +21,9 @@ def figure(width: float = WIDTH, height: float = 3.6) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def axes(of: Figure, xlabel: str = "", ylabel: str = "", title: str = "") -> Axes:
+def axes(of: Figure, xlabel: str = "", ylabel: str = "") -> Axes:
     """The one pair of axes of a figure."""
-    return quiet(of.add_subplot(), xlabel, ylabel, title)
+    return quiet(of.add_subplot(), xlabel, ylabel)
 
 
 def panels(of: Figure, rows: int, columns: int, *, sharex: bool = False, sharey: bool = False) -> list[Axes]:
@@ -32,7 +32,7 @@ def panels(of: Figure, rows: int, columns: int, *, sharex: bool = False, sharey:
     return [quiet(axis) for axis in grid.flat]
 
 
-def quiet(axis: Axes, xlabel: str = "", ylabel: str = "", title: str = "") -> Axes:
+def quiet(axis: Axes, xlabel: str = "", ylabel: str = "") -> Axes:
     """Two spines, a pale grid behind the data, labels of a size that stays legible."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color="#E6E6E6", linewidth=0.6)
@@ -40,7 +40,6 @@ def quiet(axis: Axes, xlabel: str = "", ylabel: str = "", title: str = "") -> Ax
     axis.tick_params(labelsize=8, length=3)
     axis.set_xlabel(xlabel, fontsize=9)
     axis.set_ylabel(ylabel, fontsize=9)
-    axis.set_title(title, fontsize=9, loc="left")
     return axis
 
 

@@ -31,7 +31,14 @@ MARK, IN_FILE = "${", "@{"
 # What Hydra has to be told by a primary config: the job's directory, and the lines on the terminal.
 DEFAULTS = ["_self_", *({f"override hydra/{group}": "qat"} for group in ("output", "job_logging", "help"))]
 # Settings that older files hold and nothing reads any more (CHANGELOG.md).
-REMOVED = ("callbacks.finite.policy", "callbacks.finite.max_rollbacks")
+REMOVED = (
+    "callbacks.finite.policy",
+    "callbacks.finite.max_rollbacks",
+    "opset",
+    "analysis.factors",
+    "analysis.activations",
+    "analysis.compare",
+)
 # They speak of a run's directory, not of the run.
 OF_THE_DIRECTORY = {"resume": False, "overwrite": False}
 
@@ -81,7 +88,7 @@ def follow(cfg: DictConfig, overrides: list[str]) -> None:
         return
     for removed in REMOVED:
         parent, _, name = removed.rpartition(".")
-        node = OmegaConf.select(cfg, parent)
+        node = OmegaConf.select(cfg, parent) if parent else cfg
         if OmegaConf.is_dict(node):
             with open_dict(cfg):
                 node.pop(name, None)

@@ -158,7 +158,6 @@ class Settings:
     images: int | None = None
     split: str | None = None
     file: str | None = None
-    opset: int | None = None
     dynamic_batch: bool = True
     dynamic_size: bool = False
     latency: int = 0
@@ -177,9 +176,8 @@ class Settings:
                 check_bits(name, bits)
                 if not self.ckpt:
                     raise UsageError(f"{name}={bits!r}: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE")
-        for name, lowest in (("images", 1), ("opset", 1)):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), lowest)
+        if self.images is not None:
+            check_int("images", self.images, 1)
         if self.split is not None:
             check_choice("split", self.split, SPLITS)
 

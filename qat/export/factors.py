@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from qat.export.stored_weights import Stored
 from qat.model.frozen import FrozenWeight
-from qat.model.frozen.coded import QuantizedTensor
-from qat.model.frozen.products import UnsupportedIntegerOp
+from qat.model.frozen.coded import QuantizedTensor, handled_by
 
 
 class Graph(Protocol):
@@ -64,7 +63,7 @@ class Factor(QuantizedTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return handle(func, args, kwargs or {})
+        return handled_by(_HANDLED, func)(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -87,25 +86,13 @@ class WeightCodes:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return handle(func, args, kwargs or {})
+        return handled_by(_HANDLED, func)(*args, **(kwargs or {}))
 
 
 def number(t: Any) -> Tensor:
     """What a factor stands for; a tensor as it is."""
     found: Tensor = t.value() if isinstance(t, Factor | WeightCodes) else t
     return found
-
-
-def handle(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """A function of torch with a factor among its arguments.
-
-    Raises:
-        UnsupportedIntegerOp: it is neither a product nor what takes the numbers.
-    """
-    handled = _HANDLED.get(func)
-    if handled is None:
-        raise UnsupportedIntegerOp(f"{getattr(func, '__name__', func)} is not done on codes: must be a view or a product")
-    return handled(*args, **kwargs)
 
 
 def _matmul(a: Any, b: Any) -> Tensor:

@@ -21,7 +21,7 @@ from qat.export.explicit import Explicit, check_rules
 from qat.export.factors import Factor, WeightCodes, number
 from qat.export.plan import Planner
 from qat.export.simplify import divide_behind_maximum, narrow, simplify
-from qat.export.stored_weights import TWO_BIT, WIDTHS, Stored, needed_opset, stored_form
+from qat.export.stored_weights import TWO_BIT, WIDTHS, Stored, stored_form
 from qat.export.write import CODES, SITE, Writer, prepare_activation, prepare_weight
 from qat.model.convert import check_input, conversion_of
 from qat.model.frozen import FrozenActivation, FrozenWeight, is_frozen
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 INPUT, OUTPUT = "image", "logits"
 DISTRIBUTION = "vit-qat"
-# Gelu needs 20. A graph is written in this one, and its number raised where a stored type needs more: up to HIGHEST_OPSET operators got
+# Gelu needs 20. A graph is written in this one, and its number raised where a stored type needs more: up to 25 operators got
 # new types and attributes alone. From 21 on torch would write GroupNormalization, which onnxruntime runs in nine operators on a CPU.
-LOWEST_OPSET, HIGHEST_OPSET = 20, 28
+LOWEST_OPSET = 20
 LARGEST_CONSTANT = 4096
 # Products on integers for onnxruntime and OpenVINO on CPUs; QuantizeLinear and DequantizeLinear for TensorRT.
 TARGETS = ("cpu", "tensorrt")
@@ -99,7 +99,6 @@ class OnnxSettings:
     """How a file is written.
 
     Attributes:
-        opset: None = the lowest that has all types.
         dynamic_batch: any number of images.
         dynamic_size: images of any size.
         target: one of `TARGETS`.
@@ -108,7 +107,6 @@ class OnnxSettings:
         threads: of a runtime while it is timed.
     """
 
-    opset: int | None = None
     dynamic_batch: bool = True
     dynamic_size: bool = False
     target: str = "cpu"
@@ -132,10 +130,9 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = PLAIN) -> on
         The model: input `image` (B, C, H, W), output `logits` (B, classes), float32.
 
     Raises:
-        UsageError: onnx is not installed, the opset is too low or unknown, or the target cannot have this net.
+        UsageError: onnx is not installed or the target cannot have this net.
         RuntimeError: torch cannot export the net.
     """
-    require_onnx()
     import onnx  # noqa: PLC0415  (an extra)
 
     if not is_frozen(net):
@@ -143,9 +140,6 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = PLAIN) -> on
     net = copy.deepcopy(net).eval()
     lowest = WIDTHS["INT8"] if settings.target == "tensorrt" else TWO_BIT[settings.two_bit]
     forms = {name: stored_form(module, lowest) for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
-    opset = needed_opset(forms, settings.opset, LOWEST_OPSET)
-    if opset > HIGHEST_OPSET:
-        raise UsageError(f"opset={opset}: must be an integer from {LOWEST_OPSET} to {HIGHEST_OPSET}")
     for name, module in net.named_modules():
         if isinstance(module, FrozenWeight):
             prepare_weight(module, forms[name])
@@ -159,7 +153,7 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = PLAIN) -> on
         model = _on_integers(net, image, forms, settings)
     simplify(model)
     narrow(model, forms)
-    _raise_opset(model, opset)
+    _raise_opset(model, max([LOWEST_OPSET, *(form.opset for form in forms.values())]))
     onnx.checker.check_model(model, full_check=True)
     return model
 

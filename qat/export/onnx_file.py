@@ -38,7 +38,6 @@ def export_onnx(
     path: str | Path,
     *,
     images: Tensor | None = None,
-    opset: int | None = None,
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
     target: str = "cpu",
@@ -52,7 +51,6 @@ def export_onnx(
         net: converted and calibrated or trained, or of `qat.freeze`; stays as it is.
         path: the file, `*.onnx`; one that is there is replaced.
         images: (B, C, H, W) of the net's input size, prepared as it takes them; None = noise, on which a net decides by little.
-        opset: None = the lowest that has all types.
         dynamic_batch: any number of images, or one at a time.
         dynamic_size: images of any size, of a net that takes them.
         target: `cpu` (products on integers, onnxruntime and OpenVINO) or `tensorrt` (QuantizeLinear and DequantizeLinear around products).
@@ -86,7 +84,7 @@ def export_onnx(
     _check_is_classifier(frozen, done.input_size)
     if dynamic_size:
         check_size(frozen)
-    settings = OnnxSettings(opset, dynamic_batch, dynamic_size, target, two_bit)
+    settings = OnnxSettings(dynamic_batch, dynamic_size, target, two_bit)
     images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0)) if images is None else images.cpu().float()
     meta = describe(frozen) | {"preprocessing": preprocessing(data_settings(data_config(net))) if _is_square(done.input_size) else None}
     with probing(net, ()):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qat.errors import UsageError
 from qat.model.frozen import FrozenWeight
 
 # From this opset on a Cast takes the type.
@@ -82,22 +81,3 @@ def stored_form(weight: FrozenWeight, lowest: int = 4) -> Stored:
     else:
         constant = scale * shift if constant is None else constant + scale * shift
     return Stored(f"INT{size}", codes.to(torch.int8), is_doubled, scale, zero_point, constant)
-
-
-def needed_opset(forms: dict[str, Stored], wanted: int | None, lowest: int) -> int:
-    """The opset to write.
-
-    Args:
-        forms: of all weights, by name.
-        wanted: None = the lowest that does.
-        lowest: what the rest of the graph needs.
-
-    Raises:
-        UsageError: the one that is wanted is too low.
-    """
-    name = max(forms, key=lambda key: forms[key].opset, default=None)
-    needed = max(lowest, forms[name].opset if name is not None else 0)
-    if wanted is not None and wanted < needed:
-        why = f"{name} is stored as {forms[name].kind}" if name is not None and forms[name].opset == needed else "the graph"
-        raise UsageError(f"opset={wanted}: too low, {why} needs {needed}; must be an integer of at least {needed}")
-    return needed if wanted is None else wanted

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from qat.utils.files import appending, flush, write_text
+from qat.utils.files import appending, csv_rows, flush, write_text
 
 Row = Mapping[str, Any]
 
@@ -112,9 +112,5 @@ def _text(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a metrics file without their empty cells; none if there is no file. Half a row, as a kill leaves it, is none."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        whole = [line for line in file if line.endswith("\n")]
-    return [{key: value for key, value in row.items() if value} for row in csv.DictReader(whole)]
+    """Rows of a metrics file without their empty cells; none if there is no file."""
+    return [{key: value for key, value in row.items() if value} for row in csv_rows(path)] if path.is_file() else []

@@ -12,6 +12,7 @@ from qat.errors import UsageError
 from qat.model.convert import stem_and_heads
 from qat.model.sites import WEIGHT_ROLES, iter_quantizers
 from qat.nn.quant_module import QuantModule
+from qat.utils.validate import check_globs
 
 QK_FORMS = ("product", "factors", "both")
 _FACTORS = ("q_weight", "k_weight")
@@ -46,12 +47,7 @@ def check_layers(setting: str, layers: object) -> tuple[str, ...] | None:
     Raises:
         UsageError: something else.
     """
-    globs = [layers] if isinstance(layers, str) else layers
-    if globs is None:
-        return None
-    if not (isinstance(globs, list | tuple) and globs and all(isinstance(glob, str) and glob for glob in globs)):
-        raise UsageError(f"{setting}={layers!r}: must be null or a list of layer globs or roles ({', '.join(WEIGHT_ROLES)})")
-    return tuple(globs)
+    return None if layers is None else check_globs(setting, layers, f"blocks.*.attn.qkv, or roles ({', '.join(WEIGHT_ROLES)})")
 
 
 def find_latent_weights(

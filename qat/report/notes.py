@@ -49,10 +49,7 @@ def grouped(notes: list[Note]) -> list[tuple[tuple[str, str], list[Note]]]:
 def _failure(run: RunFiles) -> Iterator[Note]:
     error = run.results.get("error")
     if error:
-        is_numeric = any(word in str(error) for word in ("not finite", "NaN", "infinity"))
-        advice = "What is shown below is what the run had written by then."
-        lower = "Checkpoints that are there are from before: ckpt=PATH and a lower optimizer.lr start from the last one."
-        yield Note("error", "", f"The run failed: {error}", lower if is_numeric else advice)
+        yield Note("error", "", f"The run failed: {error}", "What is shown below is what the run had written by then.")
     elif not run.results:
         what = "There is no results.json: the run is still going, or was stopped."
         yield Note(

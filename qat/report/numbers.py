@@ -45,13 +45,6 @@ def times(ratio: float) -> str:
     return f"{ratio:.1f}×" if ratio < 100 else f"{ratio:,.0f}×"
 
 
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours."""
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def bits_of(recipe: Mapping[str, Any] | None) -> str | None:
     """`W2 A2`; None of a float model."""
     return None if not recipe or recipe.get("name") == "fp" else f"W{recipe.get('bits')} A{recipe.get('act_bits')}"

@@ -17,10 +17,10 @@ from markupsafe import Markup
 from qat.report.curves import search_curve, training_curves
 from qat.report.layers import layer_rows, used_files
 from qat.report.notes import grouped, notes_of
-from qat.report.numbers import bits_of, duration, number, percent, shown, signed, times
+from qat.report.numbers import bits_of, number, percent, shown, signed, times
 from qat.report.run_files import AnalysisFiles, Origin, Row, RunFiles, read_run
 from qat.utils.files import write_text
-from qat.utils.text import MISSING, leaves, scaled
+from qat.utils.text import MISSING, duration, leaves, scaled
 
 FILE = "report.html"
 TITLES = {"train": "Training", "ptq": "Post-training quantization", "analyze": "Analysis", "eval": "Evaluation", "export": "Export"}

@@ -11,6 +11,7 @@ from typing import Any
 
 from qat.report.numbers import number
 from qat.utils.bounds import read_json
+from qat.utils.files import csv_rows
 
 LOGS = ("train.log", "ptq.log", "analyze.log", "eval.log", "export.log")
 RESUMED = re.compile(r"resumed at step (\d+)")
@@ -131,7 +132,5 @@ def read_run(folder: Path, origin: Origin) -> RunFiles:
 
 def read_csv(path: Path) -> list[Row]:
     """Rows by column name, what is a number as such; a line that is being written is left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    whole = [row for row in rows if None not in row and None not in row.values()]
+    whole = [row for row in csv_rows(path) if None not in row and None not in row.values()]
     return [{name: text if (value := number(text)) is None else value for name, text in row.items()} for row in whole]

@@ -115,7 +115,7 @@ def build_analysis(cfg: DictConfig) -> Analysis:
     names = {field.metadata.get("setting", field.name): field.name for field in dataclasses.fields(kind)}
     for key in settings:
         if key not in names:
-            raise UsageError(f"analysis.{key}: must be one of {', '.join(names)}")
+            raise UsageError(f"analysis.{key}: must be {'one of ' + ', '.join(names) if names else f'absent, {kind.name} has no settings'}")
     made: Analysis = kind(**{names[key]: value for key, value in settings.items()})
     return made
 

@@ -89,7 +89,7 @@ def _check(cfg: DictConfig) -> None:
 
 
 def _check_packed(cfg: DictConfig) -> None:
-    for key, value in (("opset", None), ("dynamic_batch", True), ("dynamic_size", False)):
+    for key, value in (("dynamic_batch", True), ("dynamic_size", False)):
         if cfg[key] != value:
             raise UsageError(f"{key}={cfg[key]!r}: only for format=onnx")
 
@@ -181,7 +181,6 @@ def _artefact(cfg: DictConfig, source: _Source, frozen: nn.Module) -> Callable[[
     from qat.export.artefact_onnx import onnx_artefact
 
     settings = OnnxSettings(
-        opset=cfg.opset,
         dynamic_batch=cfg.get("dynamic_batch", True),
         dynamic_size=cfg.dynamic_size,
         target=cfg.format.target,

@@ -165,6 +165,12 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return csv_lines([columns, *([row.get(column) for column in columns] for row in rows)])
 
 
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file by column; half a row at its end, as a kill leaves it, is none."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(line for line in file if line.endswith("\n")))
+
+
 def json_text(value: Any) -> str:
     """Plain data as a JSON file has them: null for NaN and infinity, which JSON does not know, and text for what else it does not know."""
     return json.dumps(_finite(value), indent=2, allow_nan=False, default=str) + "\n"

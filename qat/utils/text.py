@@ -38,6 +38,13 @@ def scaled(value: float | None, unit: str = "") -> str:
     return f"{value / 1000**power:.3g} {PREFIXES[power]}{unit}".rstrip()
 
 
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def leaves(node: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """What nested dicts hold, each with the names that lead to it."""
     for key, value in node.items():

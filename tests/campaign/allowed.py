@@ -35,7 +35,6 @@ SWITCHES = {
     "ptq.bias_correction": "true",
     "search.relative": "true",
     "search.reference_selection": "true",
-    "analysis.factors": "true",
     "callbacks.ema.use_buffers": "true",
     "callbacks.best.enable_version_counter": "true",
     "model.args.class_token": "null true",

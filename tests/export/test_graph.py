@@ -238,12 +238,6 @@ def test_mistakes_are_one_line():
     net = made(RECIPES["ofq_2bit"])
     with pytest.raises(qat.UsageError, match="to_onnx: the net is not frozen"):
         to_onnx(net, tiny.images(1))
-    with pytest.raises(qat.UsageError, match="opset=20: too low"):
-        to_onnx(qat.freeze(net), tiny.images(1), OnnxSettings(opset=20))
-    with pytest.raises(qat.UsageError, match="opset=24: too low"):
-        to_onnx(qat.freeze(net), tiny.images(1), OnnxSettings(opset=24, two_bit="int2"))
-    with pytest.raises(qat.UsageError, match="opset=99: must be an integer from 20 to 28"):
-        to_onnx(qat.freeze(net), tiny.images(1), OnnxSettings(opset=99))
 
 
 def _torch_exports(name, attention, *, dynamic):

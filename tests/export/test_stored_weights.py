@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qat
-from qat.export.stored_weights import needed_opset, stored_form
+from qat.export.stored_weights import stored_form
 from qat.model.frozen import FrozenWeight
 from tests import tiny
 from tests.model.frozen.test_freeze import made
@@ -66,12 +66,6 @@ def test_ranges_with_a_zero_point():
 
 
 def test_the_opset_follows_from_the_types():
-    forms = {name: stored_form(weight, 2) for name, weight in weights(qat.recipe("ofq", bits=2)).items()}
-    assert needed_opset(forms, None, 20) == 25
-    assert needed_opset(forms, 26, 20) == 26
-    with pytest.raises(qat.UsageError, match=r"opset=21: too low, blocks.* is stored as INT2 needs 25; must be an integer of at least 25"):
-        needed_opset(forms, 21, 20)
-    forms = {name: stored_form(weight) for name, weight in weights(qat.recipe("ofq", bits=8)).items()}
-    assert needed_opset(forms, None, 20) == 20
-    with pytest.raises(qat.UsageError, match="opset=17: too low, the graph needs 20"):
-        needed_opset(forms, 17, 20)
+    for bits, lowest, opset in ((2, 2, 25), (2, 4, 21), (8, 4, 13)):
+        forms = [stored_form(weight, lowest) for weight in weights(qat.recipe("ofq", bits=bits)).values()]
+        assert max(form.opset for form in forms) == opset

@@ -121,7 +121,7 @@ def test_a_loss_of_ones_own_may_do_without_the_setting():
         ("loss.kure_target=null", "loss.kure_target=None: must be a number above 1"),
         ("loss.kure_reduction=avg", "loss.kure_reduction='avg': must be one of mean, sum, max"),
         ("loss.kure_qk=all", "loss.kure_qk='all': must be one of product, factors, both"),
-        ("loss.kure_layers=3", "loss.kure_layers=3: must be null or a list of layer globs or roles (weight, qk)"),
+        ("loss.kure_layers=3", "loss.kure_layers=3: must be a list of globs such as blocks.*.attn.qkv, or roles (weight, qk)"),
     ],
 )
 def test_impossible_settings(tmp_path, refused, setting, message):

@@ -25,7 +25,6 @@ def test_a_sound_run_has_none(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "level", "said", "advised"),
     [
-        ({"error": "training stopped: loss not finite"}, "error", "training stopped: loss not finite", "ckpt=PATH"),
         ({"error": "no such file"}, "error", "no such file", "had written by then"),
         # Two standard deviations of a share of 30 % in 100 images: 2 * sqrt(0.3 * 0.7 / 100) = 9.17 points.
         (

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qat.report.numbers import bits_of, duration, number, percent, shown, signed, times
-from qat.utils.text import scaled
+from qat.report.numbers import bits_of, number, percent, shown, signed, times
+from qat.utils.text import duration, scaled
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def test_weights_with_a_few_images(tmp_path, run_4bit):
 
 
 def test_weights_without_images(tmp_path, run_4bit):
-    analyze(tmp_path, ckpt(run_4bit), "analysis=weights", "analysis.activations=false", "data.root=/nowhere")
-    assert not (tmp_path / "weights_activations.csv").exists()
+    analyze(tmp_path, ckpt(run_4bit), "analysis=weights", "analysis.activation_images=0", "data.root=/nowhere")
+    assert {row["quantizer"] for row in read(tmp_path / "weights_activations.csv")} == {"lsq"}
     assert results(tmp_path)["split"] is None
 
 
@@ -64,7 +64,7 @@ def test_cost_is_that_of_the_results(tmp_path, run_4bit, float_run):
             ["analysis=weights", "ckpt={frozen}", "data=digits", "images=8"],
             "holds integer codes alone; the float weights are in",
         ),
-        (["analysis=cost", "+analysis.twins=2"], "analysis.twins: must be one of compare"),
+        (["analysis=cost", "+analysis.twins=2"], "analysis.twins: must be absent, cost has no settings"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_an_older_run_as_it_was(tmp_path, run_4bit, refused, overrides, message):

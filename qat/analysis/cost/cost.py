@@ -53,21 +53,11 @@ class Variant:
 class CostAnalysis(Analysis):
     """Parameters, bytes as stored, multiply-accumulates and bit operations.
 
-    Attributes:
-        compare: also build the same net in float and, where it has query-key reparameterization, without that.
-
-    Raises:
-        UsageError: a setting cannot work.
+    The same net is also built in float and, where it has query-key reparameterization, without that.
     """
 
     name: ClassVar[str] = "cost"
     split: ClassVar[str | None] = None
-
-    compare: bool = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.compare, bool):
-            raise UsageError(f"analysis.compare={self.compare!r}: must be true or false")
 
     def outcome(self, nets: Sequence[StudiedNet], rows: Sequence[Row]) -> Outcome:
         """A table of nets and variants, one of kinds of modules, one of modules; bars by kind."""
@@ -86,7 +76,7 @@ class CostAnalysis(Analysis):
     def _variants(self, studied: StudiedNet) -> Iterator[Variant]:
         yield _measured(studied.label, "as it is", studied.net, studied.input_size)
         done = conversion_of(studied.net)
-        if not self.compare or done is None:
+        if done is None:
             return
         yield _alike(studied, FLOAT, recipe("fp"))
         without = without_qkr(done.recipe)

@@ -21,11 +21,10 @@ from qat.model.sites import Site, iter_quantizers
 from qat.nn import QkrAttention
 from qat.ptq.patching import Forward, patched
 from qat.ptq.vector import ScaleVector, place_in, stored_scale
-from qat.quantizers import Quantizer, UniformGrid
+from qat.quantizers import UniformGrid
 from qat.utils.validate import FLOAT_BITS
 
 Globs = tuple[str, ...]
-# Directions by the name of what they belong to; what is not among them stays.
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,6 @@ def _multiplied(vector: ScaleVector, factors: Tensor) -> Iterator[tuple[Tensor, 
 
 def _layer_weights(net: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
     for name, module in net.named_modules():
-        if isinstance(module, Quantizer):
-            continue
         if isinstance(module, QkrAttention):
             yield f"{name}.qk", [module.q_weight, module.k_weight]
         elif isinstance(module, nn.Linear | nn.Conv2d):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib.projections  # noqa: F401  (makes 3-D axes known)
 import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator

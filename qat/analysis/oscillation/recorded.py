@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import pickle
@@ -18,6 +17,7 @@ from qat.analysis.analysis import StudiedNet
 from qat.errors import UsageError
 from qat.functional.oscillation import PackedOscillation, unpack_oscillation
 from qat.utils.bounds import read_yaml
+from qat.utils.files import csv_rows
 
 SHARE, BAND, FREQUENCY, FLIPS = "osc/share", "osc/band", "osc/frequency", "osc/flips"
 FROZEN, TRAINABLE = "freeze/frozen", "cga/trainable"
@@ -153,11 +153,8 @@ def _layer(site: str) -> str:
 
 def _logged(path: Path) -> tuple[dict[str, Series], dict[str, Series]]:
     """Figures over all weights, and the share by layer; lines of other things are skipped."""
-    if not path.is_file():
-        return {}, {}
     found: dict[str, list[tuple[int, float]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("step")]
+    rows = [row for row in csv_rows(path) if row.get("step")] if path.is_file() else []
     columns = [name for name in (rows[0] if rows else ()) if name in TOTALS or name.startswith(f"{SHARE}/")]
     for row, column in itertools.product(rows, columns):
         if row[column]:

@@ -7,19 +7,14 @@ their CIFAR-10-C (32 pixels), where the scaled one would do nothing.
 from __future__ import annotations
 
 import functools
-import io
 import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
-
-from qat.errors import UsageError
+from torchvision.transforms.v2 import functional
 
 # Levels of severity 1 to 5.
 LEVELS: dict[str, tuple[float, ...]] = {
@@ -69,12 +64,6 @@ class Corruption:
         mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         pixels = (images * std + mean).clamp(0, 1)
         return (corrupted(pixels, self.kind, self.severity, self.seed) - mean) / std
-
-
-def check_severity(setting: str, value: object) -> None:
-    """Raise `UsageError` unless `value` is one of `SEVERITIES`."""
-    if isinstance(value, bool) or value not in SEVERITIES:
-        raise UsageError(f"{setting}={value!r}: must be one of {', '.join(map(str, SEVERITIES))}")
 
 
 def level_of(kind: str, severity: int, side: int) -> float:
@@ -131,7 +120,7 @@ def blur(pixels: Tensor, sigma: float) -> Tensor:
     side = 2 * min(math.ceil(_BLUR_REACH * sigma), min(pixels.shape[-2:]) - 1) + 1
     # One direction after the other: for a wide blur many times faster than both at once.
     for kernel in ([side, 1], [1, side]):
-        pixels = gaussian_blur(pixels, kernel, [sigma, sigma])
+        pixels = functional.gaussian_blur(pixels, kernel, [sigma, sigma])
     return pixels
 
 
@@ -159,14 +148,7 @@ def pixelated(pixels: Tensor, share: float) -> Tensor:
 def jpeg(pixels: Tensor, quality: float) -> Tensor:
     """Written as JPEG files and read again, 8 bits a value."""
     whole = (pixels.detach().float().cpu() * 255).round().to(torch.uint8)
-    read = [_through_jpeg(image, int(quality)) for image in whole.movedim(1, -1).squeeze(-1).numpy()]
-    return torch.from_numpy(np.stack(read)).reshape(*whole.movedim(1, -1).shape).movedim(-1, 1).to(pixels) / 255
-
-
-def _through_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=quality)
-    return np.asarray(Image.open(file))
+    return functional.jpeg(whole, int(quality)).to(pixels) / 255
 
 
 _NOISES: dict[str, Callable[..., Tensor]] = {

@@ -16,7 +16,7 @@ from qat.analysis.analysis import Advice, Analysis, EvaluationPoint, Outcome, Ro
 from qat.analysis.grids import STEPS_FROM
 from qat.analysis.images import ImageSet
 from qat.analysis.requantize import GridSite, WeightChange, WeightSites, weight_sites
-from qat.analysis.robustness.corruptions import JPEG_CHANNELS, KINDS, check_severity
+from qat.analysis.robustness.corruptions import JPEG_CHANNELS, KINDS, SEVERITIES
 from qat.analysis.robustness.evaluations import (
     OF_QUANTIZED,
     PerturbedNet,
@@ -98,7 +98,7 @@ class Robustness(Analysis):
         check_choice("analysis.float_scales", self.float_scales, tuple(FLOAT_SCALES))
         _check_list("analysis.severities", self.severities, "whole numbers from 1 to 5")
         for severity in self.severities:
-            check_severity("analysis.severities", severity)
+            check_int("analysis.severities", severity, SEVERITIES[0], SEVERITIES[-1])
         check_int("analysis.draws", self.draws, 1)
         check_number("analysis.percentile", self.percentile, 0.5, above=True, highest=1)
         check_int("analysis.seed", self.seed, 0)

@@ -75,9 +75,9 @@ def draw_bars(label: str, parts: Sequence[PartFigures], name: str) -> Drawing | 
     return Drawing(name, f"What the quantization of each part of {label} costs{left_out}", f"Bars of loss changes. {told}.", of)
 
 
-def _ranked(costs: Mapping[str, float | None], count: int = 3) -> str:
+def _ranked(costs: Mapping[str, float | None]) -> str:
     """The largest ones in words."""
-    ordered = sorted(costs.items(), key=lambda entry: -float(entry[1] or 0))[:count]
+    ordered = sorted(costs.items(), key=lambda entry: -float(entry[1] or 0))[:3]
     return "largest for " + ", ".join(f"{name} ({value:+.4f})" for name, value in ordered)
 
 
@@ -133,7 +133,7 @@ def _extremes(parts: Sequence[PartFigures], widths: Sequence[int]) -> str:
     return "; ".join(told) + "."
 
 
-def draw_mixes(rows: Sequence[Row], bases: Mapping[str, Row | None]) -> Drawing | None:
+def draw_mixes(rows: Sequence[Row], labels: Sequence[str]) -> Drawing | None:
     """Size against loss of suggested and of equal bits; None where none was evaluated."""
     shown = [row for row in rows if row["loss"] is not None]
     if not shown:
@@ -141,7 +141,7 @@ def draw_mixes(rows: Sequence[Row], bases: Mapping[str, Row | None]) -> Drawing 
     of = figure(WIDTH, 3.4)
     axis = axes(of, "size as stored (MB)", "loss")
     told = []
-    for label, colour in zip(bases, PALETTE, strict=False):
+    for label, colour in zip(labels, PALETTE, strict=False):
         equal = sorted(
             (row["size_bytes"] / MB, row["loss"], row["bits"]) for row in shown if row["net"] == label and row["choice"] == "uniform"
         )

@@ -75,7 +75,7 @@ def sensitivity_outcome(
         summary[label] = _summary(label, figures, findings, suggestions)
         # Without what is no single figure; the bits of the parts are in the setting.
         chosen += [{"net": label, **{k: v for k, v in entry.items() if k != "bits_of_parts"}} for entry in suggestions]
-    mixed = draw_mixes(chosen, {label: findings.row(label, AS_IS) for label, _ in taken})
+    mixed = draw_mixes(chosen, [label for label, _ in taken])
     drawings += [mixed] if mixed else []
     tables = [Table("sensitivity", "Parts and what their quantization costs", rows)]
     if chosen:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from qat.functional.kurtosis import kurtosis
 from qat.model.sites import Site, iter_quantizers
-from qat.nn import QkrAttention
 from qat.quantizers import Grid, Quantizer, UniformGrid
 from qat.utils.validate import FLOAT_BITS
 
@@ -31,7 +30,7 @@ class Master:
 
     Attributes:
         layer: path of its module.
-        role: `weight`, `qk` (the folded matrix), `q factor` or `k factor`.
+        role: `weight`, or `qk` (the folded matrix).
         weight: (out, ...), detached.
         quantizer: None for a tensor that is not quantized.
     """
@@ -130,13 +129,8 @@ class WeightStats:
         return self.layer if self.role == "weight" else f"{self.layer} ({self.role})"
 
 
-def masters(net: nn.Module, *, factors: bool) -> Iterator[Master]:
-    """Every weight of a Linear or convolution, every folded matrix, in the order of the modules.
-
-    Args:
-        net: converted or float.
-        factors: the query and key weights behind a folded matrix, which have no codes of their own, as well.
-    """
+def masters(net: nn.Module) -> Iterator[Master]:
+    """Every weight of a Linear or convolution, every folded matrix, in the order of the modules."""
     found: dict[str, list[Site]] = defaultdict(list)
     for site in iter_quantizers(net):
         if site.is_weight:
@@ -144,33 +138,8 @@ def masters(net: nn.Module, *, factors: bool) -> Iterator[Master]:
     for name, module in net.named_modules():
         for site in found.get(name, ()):
             yield Master(name, site.role, site.latent().detach(), None if site.quantizer.is_float else site.quantizer)
-        if factors and isinstance(module, QkrAttention):
-            yield Master(name, "q factor", module.q_weight.detach(), None)
-            yield Master(name, "k factor", module.k_weight.detach(), None)
         if name not in found and isinstance(module, nn.Linear | nn.Conv2d):
             yield Master(name, "weight", module.weight.detach(), None)
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """A tensor on the axis of codes.
-
-    Attributes:
-        z: coordinates, the shape of the tensor; NaN where the step is zero.
-        step: broadcasts against it; NaN where values are not evenly spaced.
-        low: lowest code.
-        high: highest code.
-    """
-
-    z: Tensor
-    step: Tensor
-    low: int
-    high: int
-
-    @classmethod
-    def of(cls, grid: Grid, x: Tensor) -> _Placed:
-        step = grid.along(x.ndim)[0] if isinstance(grid, UniformGrid) else torch.full((), torch.nan, device=x.device)
-        return cls(torch.where(step == 0, torch.nan, grid.to_code_coordinates(x)), step, grid.qmin, grid.qmax)
 
 
 @torch.no_grad()
@@ -183,7 +152,6 @@ def weight_stats(master: Master, boundary: float) -> WeightStats:
     """
     weight, quantizer = master.weight.float(), master.quantizer
     grid = None if quantizer is None else quantizer.grid(weight)
-    where = None if grid is None else _Placed.of(grid, weight)
     rounded = None if quantizer is None else quantizer(weight).float()
     low, high = weight.aminmax()
     return WeightStats(
@@ -196,8 +164,8 @@ def weight_stats(master: Master, boundary: float) -> WeightStats:
         dead=_dead(weight, rounded),
         spread=float(high - low),
         kurtosis=float(kurtosis(weight)),
-        codes=None if quantizer is None or rounded is None else _codes(quantizer, weight, rounded, where, boundary),
-        histogram=_histogram(weight, where),
+        codes=None if quantizer is None or rounded is None else _codes(quantizer, weight, rounded, grid, boundary),
+        histogram=_histogram(weight, grid),
     )
 
 
@@ -211,22 +179,23 @@ def _dead(weight: Tensor, rounded: Tensor | None) -> int:
     return int(dead.sum())
 
 
-def _codes(quantizer: Quantizer, weight: Tensor, rounded: Tensor, where: _Placed | None, boundary: float) -> Codes:
-    bounds = (quantizer.spec.qmin, quantizer.spec.qmax) if where is None else (where.low, where.high)
-    usage, low = code_usage(quantizer.codes(weight), *bounds)
+def _codes(quantizer: Quantizer, weight: Tensor, rounded: Tensor, grid: Grid | None, boundary: float) -> Codes:
+    low, high = (quantizer.spec.qmin, quantizer.spec.qmax) if grid is None else (grid.qmin, grid.qmax)
+    usage, lowest = code_usage(quantizer.codes(weight), low, high)
     error = (weight - rounded).abs()
     signal, noise = float(weight.square().sum()), float(error.square().sum())
-    unknown = (math.nan, math.nan, math.nan)
+    z = torch.full_like(weight, torch.nan) if grid is None else grid.to_code_coordinates(weight)
+    step = grid.along(weight.ndim)[0] if isinstance(grid, UniformGrid) else weight.new_full((), torch.nan)
     return Codes(
-        low=low,
+        low=lowest,
         usage=usage,
         entropy=entropy(usage),
         snr=10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf if signal > 0 else math.nan,
-        error=math.nan if where is None else float((error / where.step).nanmean()),
-        beyond=math.nan if where is None else _share((where.z < where.low) | (where.z > where.high)),
-        clipped=math.nan if where is None else _share((where.z < where.low - 0.5) | (where.z > where.high + 0.5)),
-        near=math.nan if where is None else _near(where, usage, boundary),
-        step=unknown if where is None else spread_of(where.step),
+        error=float((error / step).nanmean()),
+        beyond=math.nan if grid is None else _share((z < low) | (z > high)),
+        clipped=math.nan if grid is None else _share((z < low - 0.5) | (z > high + 0.5)),
+        near=math.nan if grid is None else _share(grid.near_threshold(weight, boundary)),
+        step=spread_of(step),
     )
 
 
@@ -253,17 +222,9 @@ def _share(mask: Tensor) -> float:
     return float(mask.sum()) / mask.numel()
 
 
-def _near(where: _Placed, usage: Sequence[float], boundary: float) -> float:
-    """As `qat.functional.near_threshold` counts, for any evenly spaced grid: between codes that occur alone."""
-    used = [code for code, share in enumerate(usage, where.low) if share > 0]
-    below = where.z.floor()
-    inner = (below >= used[0]) & (below < used[-1])
-    return _share(inner & ((where.z - below - 0.5).abs() <= boundary))
-
-
-def _histogram(weight: Tensor, where: _Placed | None) -> Histogram:
-    if where is not None:
-        values, low, high = where.z.nan_to_num(0.0), where.low - _MARGIN, where.high + _MARGIN
+def _histogram(weight: Tensor, grid: Grid | None) -> Histogram:
+    if grid is not None:
+        values, low, high = grid.to_code_coordinates(weight), grid.qmin - _MARGIN, grid.qmax + _MARGIN
         # Of 256 codes most may be empty: only the part that is occupied is worth its place.
         lowest, highest = (float(end) for end in values.aminmax())
         low, high = max(low, math.floor(lowest) - 0.5), min(high, math.ceil(highest) + 0.5)

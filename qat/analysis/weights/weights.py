@@ -18,7 +18,7 @@ from qat.analysis.weights.drawings import code_usage_map, histograms, kurtosis_c
 from qat.analysis.weights.weight_stats import WeightStats, masters, weight_stats
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
-from qat.utils.validate import check_int
+from qat.utils.validate import check_globs, check_int
 
 # Beyond this many levels a table of usage lists only those that occur.
 _LISTED = 16
@@ -31,10 +31,8 @@ class WeightAnalysis(Analysis):
     Attributes:
         layers: globs of layers whose histograms are drawn; None = the first, the middle and the last, and those with the highest kurtosis.
         max_panels: histograms of one net at most.
-        factors: also list the query and key weights behind the folded matrix of query-key reparameterization.
         boundary: half-width of the band in which a weight counts as near a threshold, in codes, 0 < value < 0.5.
-        activations: also list activation quantizers, and record their codes over some images.
-        activation_images: how many.
+        activation_images: how many images record the codes of activation quantizers; 0 = none is read.
 
     Raises:
         UsageError: a setting cannot work.
@@ -45,22 +43,16 @@ class WeightAnalysis(Analysis):
 
     layers: Sequence[str] | None = None
     max_panels: int = 9
-    factors: bool = False
     boundary: float = 0.005
-    activations: bool = True
     activation_images: int = 128
 
     def __post_init__(self) -> None:
-        is_list = isinstance(self.layers, list | tuple) and all(isinstance(glob, str) and glob for glob in self.layers)
-        if self.layers is not None and not is_list:
-            raise UsageError(f"analysis.layers={self.layers!r}: must be null or a list of globs such as ['blocks.0.*']")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", check_globs("analysis.layers", self.layers, "blocks.0.*"))
         check_int("analysis.max_panels", self.max_panels, 1)
-        check_int("analysis.activation_images", self.activation_images, 1)
+        check_int("analysis.activation_images", self.activation_images, 0)
         check_boundary("analysis.boundary", self.boundary)
-        for setting in ("factors", "activations"):
-            if not isinstance(getattr(self, setting), bool):
-                raise UsageError(f"analysis.{setting}={getattr(self, setting)!r}: must be true or false")
-        if not self.activations:
+        if not self.activation_images:
             # Then no image has to be read.
             object.__setattr__(self, "split", None)
 
@@ -78,8 +70,8 @@ class WeightAnalysis(Analysis):
 
     def outcome(self, nets: Sequence[StudiedNet], rows: Sequence[Row]) -> Outcome:
         """Tables of weights, of the usage of codes and of activations; pictures; warnings. Without `points`, activations are not seen."""
-        weights = {net.label: [weight_stats(m, self.boundary) for m in masters(net.net, factors=self.factors)] for net in nets}
-        found = {net.label: activation_stats(net.net, self._seen.get(net.label, {})) if self.activations else [] for net in nets}
+        weights = {net.label: [weight_stats(m, self.boundary) for m in masters(net.net)] for net in nets}
+        found = {net.label: activation_stats(net.net, self._seen.get(net.label, {})) for net in nets}
         self._check_layers([entry.layer for stats in weights.values() for entry in stats])
         chosen = {label: self._chosen(stats) for label, stats in weights.items()}
         return Outcome(

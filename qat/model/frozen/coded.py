@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,10 +94,14 @@ class QuantizedTensor:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        handled = _HANDLED.get(func)
-        if handled is None:
-            raise UnsupportedIntegerOp(f"{getattr(func, '__name__', func)} is not done on codes: must be a view or a product")
-        return handled(*args, **(kwargs or {}))
+        return handled_by(_HANDLED, func)(*args, **(kwargs or {}))
+
+
+def handled_by(table: Mapping[Any, Callable[..., Any]], func: Any) -> Callable[..., Any]:
+    """What a table has for a function of torch; raises `UnsupportedIntegerOp` if that is nothing."""
+    if func not in table:
+        raise UnsupportedIntegerOp(f"{getattr(func, '__name__', func)} is not done on codes: must be a view or a product")
+    return table[func]
 
 
 def multiplied(a: QuantizedTensor | Tensor, b: QuantizedTensor | Tensor) -> Tensor:

@@ -77,6 +77,13 @@ def test_of_a_step_logged_twice_the_later_line_counts(tmp_path):
     assert run.totals["osc/share"] == Series([4, 9, 19], [0.1, 0.25, 0.2])
 
 
+def test_half_a_line_that_a_kill_has_left_is_none(tmp_path):
+    path = write_run(tmp_path / "run")
+    with (tmp_path / "run" / "metrics.csv").open("a") as file:
+        file.write(",0.5,0.01,110,0.001,0.25,0.2,0.2,2")  # of step 29
+    assert read_run(path).totals["osc/share"] == Series([4, 9, 19], [0.1, 0.3, 0.2])
+
+
 @pytest.mark.parametrize("momentum", [0.01, 0.05])
 def test_the_state_is_unpacked_with_the_momentum_of_the_run(tmp_path, momentum):
     weights = {"blocks.0.fc1.weight_quantizer": packed([0.0, 0.02, 0.3], momentum, 7)}

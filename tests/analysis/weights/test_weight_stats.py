@@ -114,7 +114,7 @@ def test_entropy_of_even_use_is_the_width():
 def test_every_kind_of_net(kind):
     net = net_of(kind)
     sites = {(s.name.rpartition(".")[0], s.role): s for s in qat.iter_quantizers(net) if s.is_weight}
-    found = list(masters(net, factors=False))
+    found = list(masters(net))
     assert {(m.layer, m.role) for m in found if m.quantizer is not None} == set(sites)
     for master in found:
         stats = weight_stats(master, 0.005)
@@ -138,18 +138,23 @@ def test_near_is_what_annealing_trains():
             assert stats.codes.near == pytest.approx(float(near_threshold(weight, 2, 0.05).float().mean()))
 
 
+@torch.no_grad()
+def test_near_of_a_row_without_a_step_is_what_annealing_trains_too():
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    weight[0] = 0
+    quantizer = net_of("ofq2").blocks[0].mlp.fc1.weight_quantizer
+    assert weight_stats(Master("layer", "weight", weight, quantizer), 0.01).codes.near == float(
+        quantizer.grid(weight).near_threshold(weight, 0.01).float().mean()
+    )
+
+
 def test_a_float_net_has_its_layers_in_order():
     net = tiny.vit()
     names = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
-    found = list(masters(net, factors=True))
+    found = list(masters(net))
     assert [m.layer for m in found] == names
     stats = weight_stats(found[1], 0.005)
     assert (stats.bits, stats.codes, stats.quantizer) == (32, None, "float")
-
-
-def test_factors_stand_beside_the_folded_matrix():
-    found = [(m.layer, m.role, tuple(m.weight.shape)) for m in masters(net_of("ofq2"), factors=True) if m.layer == "blocks.0.attn"]
-    assert found == [("blocks.0.attn", "qk", (64, 32)), ("blocks.0.attn", "q factor", (32, 32)), ("blocks.0.attn", "k factor", (32, 32))]
 
 
 def test_a_histogram_counts_what_lies_outside_in_its_ends():

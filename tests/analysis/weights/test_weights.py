@@ -65,7 +65,7 @@ def test_a_float_net_has_histograms_and_kurtosis_alone():
 
 def test_nets_of_different_kinds_beside_each_other():
     nets = [studied(net_of("ofq2"), "two"), studied(tiny.vit(), "float"), studied(net_of("ptq4"), "ptq")]
-    found = WeightAnalysis(activations=False).outcome(nets, [])
+    found = WeightAnalysis(activation_images=0).outcome(nets, [])
     assert len({d.name for d in found.drawings}) == len(found.drawings) == 3 + 2 + 1
     assert {row["net"] for row in table(found, "weights")} == {"two", "float", "ptq"}
     assert set(found.summary) == {"two", "float", "ptq"}
@@ -102,12 +102,10 @@ def test_without_globs_ends_and_sharpest_are_drawn():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": "blocks.*"}, "analysis.layers='blocks.*': must be null or a list of globs such as ['blocks.0.*']"),
+        ({"layers": [1]}, "analysis.layers=[1]: must be a list of globs such as blocks.0.*"),
         ({"max_panels": 0}, "analysis.max_panels=0: must be an integer of at least 1"),
         ({"boundary": 0.5}, "analysis.boundary=0.5: must be a number above 0 to below 0.5"),
-        ({"factors": 1}, "analysis.factors=1: must be true or false"),
-        ({"activations": None}, "analysis.activations=None: must be true or false"),
-        ({"activation_images": 0}, "analysis.activation_images=0: must be an integer of at least 1"),
+        ({"activation_images": -1}, "analysis.activation_images=-1: must be an integer of at least 0"),
     ],
 )
 def test_mistakes_are_one_line(settings, message):
@@ -123,18 +121,20 @@ def test_a_glob_that_matches_nothing_is_a_mistake():
 
 def test_a_glob_may_match_in_one_of_the_nets_alone():
     nets = [studied(net_of("ofq2"), "qkr"), studied(net_of("noqkr"), "plain")]
-    found = WeightAnalysis(activations=False, layers=["blocks.*.attn.qkv"]).outcome(nets, [])
+    found = WeightAnalysis(activation_images=0, layers=["blocks.*.attn.qkv"]).outcome(nets, [])
     (drawing,) = [d for d in found.drawings if d.name.startswith("weights_histograms")]
     assert drawing.name == "weights_histograms_2"
     assert all(f"blocks.{i}.attn.qkv: " in drawing.alt for i in (0, 1))
     with pytest.raises(UsageError, match=r"analysis.layers: 'block.*' matches no layer"):
-        WeightAnalysis(activations=False, layers=["block.*"]).outcome(nets, [])
+        WeightAnalysis(activation_images=0, layers=["block.*"]).outcome(nets, [])
 
 
-def test_no_image_is_read_without_activations():
-    assert WeightAnalysis(activations=False).split is None
+def test_without_images_activations_have_what_their_quantizers_say():
+    assert WeightAnalysis(activation_images=0).split is None
     assert WeightAnalysis().split == "train"
-    assert "weights_activations" not in {t.name for t in outcome(net_of("ofq2"), activations=False).tables}
+    found = WeightAnalysis(activation_images=0).outcome([studied(net_of("ofq2"), "net")], [])
+    (table,) = [t for t in found.tables if t.name == "weights_activations"]
+    assert {row["quantizer"] for row in table.rows} == {"lsq"}
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def test_represented_ranges():
 
 
 def told(net, label="net", seen=None):
-    weights = [weight_stats(m, 0.005) for m in masters(net, factors=False)]
+    weights = [weight_stats(m, 0.005) for m in masters(net)]
     return advice(label, weights, activation_stats(net, seen or {}))
 
 
