@@ -85,7 +85,6 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
         _walk(net, "", _Walk(recipe, stem_and_heads(net), swapped), swap_net(net, SwapContext(recipe.at(""), "block")))
         if isinstance(net, FqNet):
             net.connect()
-        _check_rules(net, recipe, attentions)
         float_products = _allocate(net, size, swapped)
         _check_rules(net, recipe, attentions)
         if getattr(recipe, "compensation", None) == "matrix":

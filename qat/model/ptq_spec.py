@@ -25,6 +25,8 @@ COMPENSATIONS = ("affine", "matrix")
 # A single tensor has no channels that powers of two could tell apart.
 ACT_OBSERVERS = tuple(name for name in OBSERVERS if name != "ptf")
 
+# Knobs of training, which `QuantRecipe` has.
+_OF_TRAINING = ("qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8")
 _FLAGS = ("weight_signed", "act_signed", "bias_correction")
 _ATTENTION_ROLES = ("q", "k", "v", "qkv", "scores", "probs")
 _TOKEN_AXIS = {"image": None}
@@ -114,6 +116,22 @@ class PtqRecipe(QuantRecipe):
         check_text("ptq.name", self.name)
         self._settle_rule_bits()
         self._complete()
+        self._check_knobs()
+        for knob in ("bits", "stem_bits", "head_bits"):
+            check_bits(f"ptq.{knob}", getattr(self, knob), self.weight_quantizer)
+        check_bits("ptq.act_bits", self.act_bits, self.act_quantizer)
+        check_bits("ptq.outer_act_bits", self.outer_act_bits, self.act_quantizer)
+        check_bits("ptq.softmax_bits", self.softmax_bits, self.softmax_quantizer or "")
+        if self.layernorm == "integer" and (self.placement, self.act_quantizer) != ("fqvit", "affine"):
+            raise UsageError("ptq.layernorm='integer': needs the scales on both sides of a norm; must be with ptq.placement=fqvit")
+        if self.compensation == "matrix" and self.method != "compensate":
+            raise UsageError("ptq.compensation='matrix': must be with ptq.method=compensate")
+        self._check_overrides()
+
+    def _check_knobs(self) -> None:
+        for knob in _OF_TRAINING:
+            if getattr(self, knob) != getattr(type(self), knob):
+                raise UsageError(f"ptq.{knob}={getattr(self, knob)!r}: must be {getattr(type(self), knob)!r}; it is a knob of training")
         for knob, allowed in (
             ("placement", PLACEMENTS),
             ("attention", ATTENTIONS),
@@ -133,16 +151,6 @@ class PtqRecipe(QuantRecipe):
         for knob in _FLAGS:
             if not isinstance(getattr(self, knob), bool):
                 raise UsageError(f"ptq.{knob}={getattr(self, knob)!r}: must be true or false")
-        for knob in ("bits", "stem_bits", "head_bits"):
-            check_bits(f"ptq.{knob}", getattr(self, knob), self.weight_quantizer)
-        check_bits("ptq.act_bits", self.act_bits, self.act_quantizer)
-        check_bits("ptq.outer_act_bits", self.outer_act_bits, self.act_quantizer)
-        check_bits("ptq.softmax_bits", self.softmax_bits, self.softmax_quantizer or "")
-        if self.layernorm == "integer" and (self.placement, self.act_quantizer) != ("fqvit", "affine"):
-            raise UsageError("ptq.layernorm='integer': needs the scales on both sides of a norm; must be with ptq.placement=fqvit")
-        if self.compensation == "matrix" and self.method != "compensate":
-            raise UsageError("ptq.compensation='matrix': must be with ptq.method=compensate")
-        self._check_overrides()
 
     def _complete(self) -> None:
         """Put what None stands for."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import http.client
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,6 @@ from qat.model.sites import iter_quantizers
 from qat.model.transfer import timm_state_dict
 from qat.utils.signature import check_arguments
 
-MOST_UNPACKED = 100  # times the size of an archive of arrays
 ALIKE = 0.6  # difflib's own threshold for a close match
 NEW_HEAD = "; model.reset_head=true gives it a new head"
 
@@ -81,18 +79,23 @@ def _near(model: str, at_most: int = 4) -> list[str]:
     return [name for name in sorted(likeness, key=lambda name: -likeness[name]) if likeness[name] > ALIKE][:at_most]
 
 
-def from_pretrained(model: str, kwargs: Mapping[str, Any]) -> Start:
+def from_pretrained(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False) -> Start:
     """Weights that timm keeps for the model, from the local caches or from their host.
 
     Raises:
-        UsageError: the model has none, or they are not cached and their host does not answer within 4 s.
+        UsageError: the model has none, or they are not cached and their host does not answer within 4 s; under `keep_head` also if timm
+            would give the net a new head, which nobody has trained.
     """
-    described = dict(_create(model, kwargs).pretrained_cfg)  # type: ignore[arg-type]  # also says what is wrong with name or arguments
+    fresh = _create(model, kwargs)  # also says what is wrong with name or arguments
+    described = dict(fresh.pretrained_cfg)  # type: ignore[arg-type]
     hub_id, url = described.get("hf_hub_id"), described.get("url")
     if not hub_id and not url:
         raise UsageError(
             f"model.pretrained=true: timm has no pretrained weights for {model!r}; use model.weights=FILE or model.pretrained=false"
         )
+    had, has = described.get("num_classes"), getattr(fresh, "num_classes", None)
+    if keep_head and had != has:
+        raise UsageError(f"model.pretrained=true: {model} is trained for {had} classes, the data have {has}; use ckpt=FILE")
     cached = hub.cached(hub_id, (hub.WEIGHTS, "pytorch_model.bin")) if hub_id else None
     if cached is not None:
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": cached})
@@ -193,18 +196,19 @@ def from_checkpoint(model: str, kwargs: Mapping[str, Any], checkpoint: Checkpoin
         kwargs: its arguments.
         checkpoint: the file.
         reset_head: one of ours gets a new head where the class count differs.
-        keep_head: any other must have the class count, too: for nets that nobody trains before they are looked at.
+        keep_head: every file must have the class count: for nets that nobody trains before they are looked at.
 
     Raises:
-        UsageError: see `from_state`; with a checkpoint of ours another class count needs `reset_head`.
+        UsageError: see `from_state` and `from_net`.
     """
     origin = f"ckpt={str(checkpoint.path)!r}"
     if checkpoint.meta is None:
         return from_state(model, kwargs, checkpoint.state, origin=origin, keep_head=keep_head)
-    return from_net(model, kwargs, build_from(checkpoint), origin=origin, reset_head=reset_head)
+    source, hint = build_from(checkpoint), "" if keep_head else NEW_HEAD
+    return from_net(model, kwargs, source, origin=origin, reset_head=reset_head and not keep_head, hint=hint)
 
 
-def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin: str, reset_head: bool) -> Start:
+def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin: str, reset_head: bool, hint: str = NEW_HEAD) -> Start:
     """Start from a net of any recipe; its scales may be copied after conversion.
 
     Raises:
@@ -214,29 +218,9 @@ def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin
         why = "holds integer codes alone, with folded weights or offsets"
         raise UsageError(f"{origin}: {why}; must be the checkpoint that it was exported from")
     state, biases = timm_state_dict(source), grown_biases(source)
-    start = from_state(model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases, hint=NEW_HEAD)
+    start = from_state(model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases, hint=hint)
     start.source = source
     left = sum(isinstance(module, Compensation) for module in source.modules())
     if left:
         start.notes.append(f"the matrices beside {left} blocks (ptq.compensation=matrix) are left out")
     return start
-
-
-def _check_archive(path: str) -> None:
-    """Raise `UsageError` if an archive of arrays would unpack to much more than it is: weights hardly compress."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-    except (OSError, zipfile.BadZipFile):
-        return  # whoever reads it says what is wrong
-    if unpacked > MOST_UNPACKED * Path(path).stat().st_size:
-        raise UsageError(f"model.weights={path!r}: unpacks to {unpacked:,} bytes, more than {MOST_UNPACKED} times its size")
-
-
-def from_weights(model: str, kwargs: Mapping[str, Any], path: str, state: Mapping[str, Tensor] | None, *, keep_head: bool = False) -> Start:
-    """Start from a local weight file in any format timm reads; `state` is its content, None for original JAX `.npz` files."""
-    if state is None:
-        _check_archive(path)
-        net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": path, "custom_load": True})
-        return Start(net, [f"weights of model.weights={path!r}"])
-    return from_state(model, kwargs, state, origin=f"model.weights={str(Path(path))!r}", keep_head=keep_head)

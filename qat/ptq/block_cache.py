@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qat.ptq.patching import Forward, patched
+from qat.ptq.patching import Enough, Forward, patched
 from qat.quantizers import Quantizer
 from qat.utils.probing import probing
 
@@ -207,10 +207,6 @@ def _leads_to(outputs: Any, images: Tensor, cache: PrefixCache, block: str) -> b
         return all(torch.equal(a, b) for a, b in pairs)
 
 
-class _Arrived(Exception):
-    """Ends a forward at the block that it was to reach."""
-
-
 class PrefixCache:
     """What the modules in front of the blocks gave back, for every micro-batch.
 
@@ -252,7 +248,7 @@ class PrefixCache:
         recorders = [self.modules[name].register_forward_hook(_recording(kept)) for name, kept in self._kept.items()]
         with probing(self.net, recorders), patched({self.modules[self.trace.entries[block]]: _arrive}):
             for images in self.micro_batches:
-                with contextlib.suppress(_Arrived):
+                with contextlib.suppress(Enough):
                     self.net(images)
         self.held = held
 
@@ -298,7 +294,7 @@ def _without_hooks(modules: Iterable[nn.Module]) -> Generator[None]:
 
 
 def _arrive(*args: Any, **kwargs: Any) -> Any:
-    raise _Arrived
+    raise Enough
 
 
 def _pass_on(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

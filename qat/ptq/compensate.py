@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.model.compensation import COMPENSATION
 from qat.model.sites import Site
-from qat.ptq.units import Runner, Unit, check_finite, find_units, owner_of
+from qat.ptq.units import Runner, Unit, check_finite, find_units
 from qat.utils.probing import probing
 
 # Of the mean square of a regressor: how far an estimate is drawn to "no change".
@@ -76,8 +76,8 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Sequence[Tensor], 
 
 def _comparable(units: Sequence[Unit], reference: Runner) -> tuple[list[Unit], list[str]]:
     """The units with the layers that the float net calls as modules too, and the others: some attentions multiply by `qkv.weight`."""
-    kept = [Unit(unit.name, tuple(site for site in unit.layers if owner_of(site) in reference.order)) for unit in units]
-    return kept, [owner_of(site) for unit in units for site in unit.layers if owner_of(site) not in reference.order]
+    kept = [Unit(unit.name, tuple(site for site in unit.layers if site.layer in reference.order)) for unit in units]
+    return kept, [site.layer for unit in units for site in unit.layers if site.layer not in reference.order]
 
 
 def _fit_unit(pair: tuple[Runner, Runner], unit: Unit, *, matrix: bool) -> nn.Linear | None:
@@ -93,7 +93,7 @@ def _fit_unit(pair: tuple[Runner, Runner], unit: Unit, *, matrix: bool) -> nn.Li
 
 def _channel_fit(pair: tuple[Runner, Runner], unit: Unit, site: Site) -> tuple[Tensor, Tensor]:
     """Gain and bias (out,) of one layer, float64."""
-    name, sums, rows = owner_of(site), None, 0
+    name, sums, rows = site.layer, None, 0
     has_bias = site.owner.bias is not None
     for i in range(len(pair[0].batches)):
         y, target = (_rows(runner.output(name, i)[1], site.owner) for runner in pair)

@@ -66,6 +66,8 @@ class Observer(nn.Module):
     def _take(self, gathered: Tensor) -> None:
         """Join (processes, 3, n): low, high, batches seen."""
         gathered = gathered[gathered[:, 2, 0] > 0]
+        if not len(gathered):
+            return  # whoever asks for a scale says so
         low, high, seen = gathered.unbind(1)
         if self.method in MOVING:
             share = seen / seen.sum(0)

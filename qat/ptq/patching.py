@@ -11,6 +11,10 @@ from torch import nn
 Forward = Callable[..., Any]
 
 
+class Enough(Exception):
+    """Ends a forward that has reached what it was run for; whoever runs it suppresses this."""
+
+
 @contextlib.contextmanager
 def patched(forwards: Mapping[nn.Module, Forward]) -> Generator[None]:
     """Each module calls the function given; hooks run as before. Afterwards each is as it was."""

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from qat.errors import UsageError
 from qat.model.sites import iter_quantizers
-from qat.ptq.patching import Forward, patched
+from qat.ptq.patching import Enough, Forward, patched
 from qat.ptq.state import SearchFiles, fingerprint
 from qat.ptq.units import Runner, Unit, check_finite, find_units
 from qat.ptq.vector import stored_scale
@@ -298,20 +298,16 @@ class _Unit:
                 x = torch.where(mixed, float_input.to(x.dtype), x)
             outputs.append(original(x, *args, **kwargs))
             if not self.settings.later:
-                raise _Enough
+                raise Enough
             return outputs[-1]
 
         output = None
-        with patched({self.module: forward}), self.whole.context(), contextlib.suppress(_Enough):
+        with patched({self.module: forward}), self.whole.context(), contextlib.suppress(Enough):
             output = self.whole.runner(i)
         loss = (outputs[0].float() - target).square().mean() / self.spread[0]
         if output is None:
             return loss
         return loss + self.settings.later * (_joined(output) - self.whole.later[i]).square().mean() / self.spread[1]
-
-
-class _Enough(Exception):
-    """Ends a forward behind the unit where nothing later is asked for."""
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from qat.ptq.fitness import Evaluator, check_batches
 from qat.ptq.search_settings import GRADIENT_METHODS, SearchSettings
 from qat.ptq.state import SearchFiles, SearchState, fingerprint
 from qat.ptq.vector import ScaleVector, joined, scale_vectors
+from qat.utils.probing import probing
 
 log = logging.getLogger(__name__)
 Validate = Callable[[], float]
@@ -90,12 +91,8 @@ def search(
     """
     _check(batches, targets, settings, validate)
     assert_ready(net)
-    modes = [(module, module.training) for module in net.modules()]
-    try:
-        return _Search(net.eval(), batches, targets, settings, validate, options or SearchOptions()).run(run_dir, resume=resume)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with probing(net, ()):
+        return _Search(net, batches, targets, settings, validate, options or SearchOptions()).run(run_dir, resume=resume)
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,10 @@ from qat.errors import UsageError
 from qat.model.blocks import CONTAINER, find_blocks
 from qat.model.sites import Site, iter_quantizers
 from qat.ptq.block_cache import GIB, PrefixCache, trace, verified
+from qat.ptq.patching import Enough
 
 # Memory for what the modules in front of a unit gave back, of each of the two nets.
 _CACHE_BYTES = 4 * GIB
-
-
-class _Reached(Exception):
-    """Ends a forward behind the module whose output is wanted."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +67,11 @@ class Runner:
 
         def look(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             seen.append((args, output))
-            raise _Reached
+            raise Enough
 
         handle = self.modules[module].register_forward_hook(look)
         try:
-            with contextlib.suppress(_Reached):
+            with contextlib.suppress(Enough):
                 self(i)
         finally:
             handle.remove()
@@ -96,18 +93,13 @@ def find_units(net: nn.Module, image: Tensor, setting: str) -> list[Unit]:
     layers = [s for s in iter_quantizers(net) if s.role == "weight" and not s.quantizer.is_float]
     if not any(name.startswith(f"{block}.") for block in blocks for name in (s.name for s in layers)):
         raise UsageError(f"{setting}: this net has no blocks with quantized weights; they are looked for in modules called {CONTAINER!r}")
-    places = {site.name: next((b for b in blocks if site.name.startswith(f"{b}.")), owner_of(site)) for site in layers}
+    places = {site.name: next((b for b in blocks if site.name.startswith(f"{b}.")), site.layer) for site in layers}
     ran = trace(net, {}, image)
-    once = [site for site in layers if owner_of(site) in ran.once and places[site.name] in ran.once]
+    once = [site for site in layers if site.layer in ran.once and places[site.name] in ran.once]
     inside: dict[str, list[Site]] = {}
-    for site in sorted(once, key=lambda site: ran.order[owner_of(site)]):
+    for site in sorted(once, key=lambda site: ran.order[site.layer]):
         inside.setdefault(places[site.name], []).append(site)
     return [Unit(name, tuple(sites)) for name, sites in sorted(inside.items(), key=lambda entry: ran.order[entry[0]])]
-
-
-def owner_of(site: Site) -> str:
-    """Path of the module that holds a quantizer."""
-    return site.name.rpartition(".")[0]
 
 
 def check_finite(value: Tensor, unit: str, setting: str) -> None:

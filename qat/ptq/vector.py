@@ -79,8 +79,7 @@ def stored_scale(quantizer: Quantizer) -> Tensor | None:
 
 def place_in(block: str, site: Site) -> str:
     """What `search.targets` calls a site: the path of its owner in the block, and its role."""
-    owner = site.name.rpartition(".")[0]
-    return f"{owner.removeprefix(block)}.{site.role}".lstrip(".")
+    return f"{site.layer.removeprefix(block)}.{site.role}".lstrip(".")
 
 
 def joined(vectors: Mapping[str, ScaleVector]) -> dict[str, ScaleVector]:

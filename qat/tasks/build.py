@@ -22,7 +22,7 @@ from qat.model.checkpoint import Checkpoint, build_from, read_checkpoint
 from qat.model.convert import convert
 from qat.model.ptq_spec import custom_quantizers
 from qat.model.scales import assert_ready, initialize_scales
-from qat.model.start import Start, from_checkpoint, from_net, from_pretrained, from_scratch, from_weights
+from qat.model.start import Start, from_checkpoint, from_net, from_pretrained, from_scratch, from_state
 from qat.model.transfer import copy_scales, forget_attention_weights
 from qat.quantizers.registry import import_quantizer
 from qat.spec import QuantRecipe
@@ -170,10 +170,9 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
         start.notes += theirs.notes
         return start
     if cfg.model.weights:
-        is_jax = str(cfg.model.weights).endswith(".npz")
-        state = None if is_jax else read_checkpoint(cfg.model.weights, fmt="timm", setting="model.weights").state
-        return from_weights(name, args, cfg.model.weights, state, keep_head=keep_head)
-    return from_pretrained(name, args) if cfg.model.pretrained else from_scratch(name, args)
+        file = read_checkpoint(cfg.model.weights, fmt="timm", setting="model.weights")
+        return from_state(name, args, file.state, origin=f"model.weights={str(file.path)!r}", keep_head=keep_head)
+    return from_pretrained(name, args, keep_head=keep_head) if cfg.model.pretrained else from_scratch(name, args)
 
 
 def build_resumed(checkpoint: Checkpoint) -> Start:

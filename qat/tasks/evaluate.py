@@ -225,18 +225,7 @@ def _net(cfg: DictConfig, checkpoint: Checkpoint | None) -> tuple[nn.Module, str
     if OmegaConf.select(cfg, "model.name") is None:
         what = "ckpt is not set" if checkpoint is None else f"ckpt={cfg.ckpt!r} does not say what net it holds"
         raise UsageError(f"{what}; give model=... (with model.pretrained=true, model.weights=FILE or ckpt=FILE)")
-    net = build.build_start(cfg, keep_head=True).net.eval()
-    _check_pretrained(cfg, net)
-    return net, cfg.model.name
-
-
-def _check_pretrained(cfg: DictConfig, net: nn.Module) -> None:
-    """Raise `UsageError` if timm gave the net a new head, which nobody has trained."""
-    trained_for, classes = (getattr(net, "pretrained_cfg", None) or {}).get("num_classes"), getattr(net, "num_classes", None)
-    if OmegaConf.select(cfg, "model.pretrained") and trained_for != classes:
-        raise UsageError(
-            f"model.pretrained=true: {cfg.model.name} is trained for {trained_for} classes, the data have {classes}; give ckpt=FILE"
-        )
+    return build.build_start(cfg, keep_head=True).net.eval(), cfg.model.name
 
 
 def _check_fit(net: nn.Module, data: ImageData) -> None:

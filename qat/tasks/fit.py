@@ -32,7 +32,7 @@ from qat.lit.optimizer_state import with_optimizer_state
 from qat.lit.parallel import SHARDED, strategy_of
 from qat.model.start import Start
 from qat.tasks.build import instantiate, plain
-from qat.tasks.checks import check_averaging, check_callback, check_sharding, check_trainer
+from qat.tasks.checks import check_averaging, check_callback, check_sharding
 from qat.tasks.options import compiles
 from qat.utils.validate import check_int, check_number
 
@@ -152,7 +152,6 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         key: instantiate(value, f"trainer.{key}") if OmegaConf.is_dict(value) and "_target_" in value else plain(value)
         for key, value in cfg.trainer.items()
     }
-    check_trainer(settings)
     if settings.get("max_steps", -1) > 0:
         callbacks = [StepLimit(settings["max_steps"]), *callbacks]
         settings = {**settings, "max_steps": -1}

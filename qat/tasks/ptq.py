@@ -24,7 +24,7 @@ from qat.launch.outputs import UsedError
 from qat.launch.ranks import is_first
 from qat.lit.loggers import closing
 from qat.model.checkpoint import classes_of, save
-from qat.model.convert import conversion_of, convert
+from qat.model.convert import convert
 from qat.model.cost import cost
 from qat.model.ptq_spec import PtqRecipe
 from qat.ptq import calibrate, in_float
@@ -115,7 +115,6 @@ def _quantize(cfg: DictConfig, run: PtqRun, began: float) -> dict[str, Any]:
     elif run.search is not None and not run.keeps:
         figures["top1_calibrated"] = _measure(run.trainer, subject, "calibrated")["top1"]
     figures |= run_search(cfg, run.search, subject, run.batches, run.trainer, ranks, teacher=teacher)
-    subject = _as_it_is(subject)
     if not cfg.trainer.fast_dev_run and run.trainer.is_global_zero:
         classes = classes_of(net) or subject.data.named_classes()
         save(net, Path(cfg.run_dir) / FILE, model=subject.name, data=build.plain(cfg.data), classes=classes)
@@ -124,12 +123,6 @@ def _quantize(cfg: DictConfig, run: PtqRun, began: float) -> dict[str, Any]:
     results = write_results(cfg, model=subject.name, **recipe_fields(subject.recipe), **found, **figures, **outcome)
     log.info("%s top-1 %.2f %% in float, %.2f %% quantized; outputs in %s", found["split"], top1_fp, found["top1"], cfg.run_dir)
     return results
-
-
-def _as_it_is(subject: EvaluatedNet) -> EvaluatedNet:
-    """With the recipe that the net has by now: a search may have chosen other bits."""
-    done = conversion_of(subject.net)
-    return subject if done is None else dataclasses.replace(subject, recipe=done.recipe)
 
 
 def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe:

@@ -8,14 +8,14 @@ from omegaconf import DictConfig
 from torch import nn
 
 from qat.errors import UsageError
-from qat.model.convert import check_input, conversion_of
+from qat.model.convert import conversion_of
 from qat.model.frozen import is_frozen
 from qat.model.ptq_spec import PtqRecipe
 from qat.model.scales import assert_ready
 from qat.ptq.search_settings import SearchSettings
 from qat.tasks import summary
 from qat.tasks.predict import EvaluatedNet
-from qat.tasks.teacher import net_of_file
+from qat.tasks.teacher import check_teacher, net_of_file
 
 KEEP = "keep"
 
@@ -78,11 +78,8 @@ def build_target_net(cfg: DictConfig, subject: EvaluatedNet) -> nn.Module | None
     path = cfg.teacher.ckpt
     if path is None:
         return None
-    net = net_of_file(path, "teacher.ckpt", "auto", subject.name, cast(dict, subject.net._model_args))
+    net = net_of_file(path, subject.name, cast(dict, subject.net._model_args))
     if conversion_of(net) is not None:
         raise UsageError(f"teacher.ckpt={path!r}: is quantized; the targets of a search are the logits of a float net")
-    classes = getattr(net, "num_classes", subject.data.settings.num_classes)
-    if classes != subject.data.settings.num_classes:
-        raise UsageError(f"teacher.ckpt={path!r}: has {classes} classes, the data {subject.data.settings.num_classes}")
-    check_input(net, subject.data.input_size)
+    check_teacher(net, subject.data, f"teacher.ckpt={path!r}")
     return net.eval()

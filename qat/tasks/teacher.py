@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from qat.data import ImageData
@@ -17,14 +16,17 @@ from qat.lit.features import compare_blocks
 from qat.losses import CompositeLoss
 from qat.model.checkpoint import build_from, read_checkpoint
 from qat.model.convert import check_input, conversion_of
-from qat.model.start import check_finite, check_model, from_pretrained, from_scratch, from_state, from_weights
-from qat.tasks.build import model_args
+from qat.model.start import check_finite, check_model, from_pretrained, from_state
+from qat.tasks.build import build_start, model_args
 from qat.tasks.checks import check_classes
 
 log = logging.getLogger(__name__)
 
+QUANTIZED = "is quantized already and no float teacher; give teacher.ckpt=FILE or teacher.pretrained=true"
 # What every vision transformer takes; the rest of the student's arguments may not fit another model.
 COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
+# What may give the teacher, the first that is set.
+SOURCES = ("teacher.ckpt", "teacher.pretrained", "ckpt", "model.weights", "model.pretrained")
 
 
 def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData, student: nn.Module) -> Teacher | None:
@@ -44,25 +46,24 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData, student
     if len(given) > 1:
         raise UsageError(f"{', '.join(given)}: a teacher comes from one of them")
     net = _own_teacher(cfg) or _students_start(cfg)
-    classes = getattr(net, "num_classes", data.settings.num_classes)
-    if classes != data.settings.num_classes:
-        raise UsageError(f"teacher.ckpt={cfg.teacher.ckpt or cfg.ckpt!r}: has {classes} classes, the data {data.settings.num_classes}")
-    check_classes(net, data, f"teacher.ckpt={cfg.teacher.ckpt or cfg.ckpt!r}")
-    _check_size(net, cfg, data)
+    name = next((key for key in SOURCES if OmegaConf.select(cfg, key)), "model.name")
+    check_teacher(net, data, f"{name}={OmegaConf.select(cfg, name)!r}")
     if loss.blocks:
         image = torch.zeros(1, *data.input_size, device=next(student.parameters()).device)
         compare_blocks(student, net.to(image.device), image, f"loss.features={cfg.loss.get('features')}", loss.blocks)
     return Teacher(net, cfg.loss.get("teacher_head", "cls"))
 
 
-def _check_size(net: nn.Module, cfg: DictConfig, data: ImageData) -> None:
-    """Raise `UsageError` unless images of the run pass through its teacher."""
+def check_teacher(net: nn.Module, data: ImageData, origin: str) -> None:
+    """Raise `UsageError` unless a net from `origin` has the classes of the data, in their order, and takes their images."""
+    classes = getattr(net, "num_classes", data.settings.num_classes)
+    if classes != data.settings.num_classes:
+        raise UsageError(f"{origin} is the teacher: has {classes} classes, the data {data.settings.num_classes}")
+    check_classes(net, data, origin)
     try:
         check_input(net, data.input_size)
     except UsageError as error:
-        setting = "teacher.ckpt" if cfg.teacher.ckpt else "teacher.pretrained" if cfg.teacher.pretrained else "ckpt"
-        value = cfg.ckpt if setting == "ckpt" else cfg.teacher[setting.partition(".")[2]]
-        raise UsageError(f"{setting}={value!r} is the teacher: {error}") from error
+        raise UsageError(f"{origin} is the teacher: {error}") from error
 
 
 def is_float(teacher: Teacher) -> bool:
@@ -77,7 +78,7 @@ def _own_teacher(cfg: DictConfig) -> nn.Module | None:
     if cfg.teacher.model:
         args = {key: args[key] for key in COMMON_ARGS if key in args}
     if cfg.teacher.ckpt:
-        return net_of_file(cfg.teacher.ckpt, "teacher.ckpt", "auto", name, args, cfg.teacher.model)
+        return net_of_file(cfg.teacher.ckpt, name, args, cfg.teacher.model)
     if cfg.teacher.pretrained:
         return _pretrained("teacher.pretrained", name, args)
     if cfg.teacher.model:
@@ -86,31 +87,24 @@ def _own_teacher(cfg: DictConfig) -> nn.Module | None:
 
 
 def _students_start(cfg: DictConfig) -> nn.Module:
-    name, args = cfg.model.name, model_args(cfg)
-    if cfg.ckpt:
-        net = net_of_file(cfg.ckpt, "ckpt", cfg.ckpt_format, name, args)
-        if conversion_of(net) is not None:
-            raise UsageError(
-                f"ckpt={cfg.ckpt!r} is quantized already and no float teacher; give teacher.ckpt=FILE or teacher.pretrained=true"
-            )
-        return net
-    if cfg.model.weights:
-        return net_of_file(cfg.model.weights, "model.weights", "timm", name, args)
     if cfg.model.pretrained:
-        return _pretrained("model.pretrained", name, args)
-    if cfg.trainer.fast_dev_run:
+        return _pretrained("model.pretrained", cfg.model.name, model_args(cfg))
+    if not (cfg.ckpt or cfg.model.weights):
+        if not cfg.trainer.fast_dev_run:
+            instead = "give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights"
+            raise UsageError(f"loss with distillation: no teacher; {instead}")
         log.warning("no teacher: random weights stand in for it, which only a dry run (trainer.fast_dev_run) may do")
-        return from_scratch(name, args).net
-    raise UsageError("loss with distillation: no teacher; give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights")
+    start = build_start(cfg, keep_head=True)
+    if start.source is not None and conversion_of(start.source) is not None:
+        raise UsageError(f"ckpt={cfg.ckpt!r} {QUANTIZED}")
+    return start.net
 
 
-def net_of_file(path: str, setting: str, fmt: str, name: str, args: dict, typed: str | None = None) -> nn.Module:
-    """The net of a file.
+def net_of_file(path: str, name: str, args: dict, typed: str | None = None) -> nn.Module:
+    """The net of `teacher.ckpt`.
 
     Args:
         path: a checkpoint of ours, which says what it holds, or weights of timm's.
-        setting: that gave the path.
-        fmt: see `ckpt_format`.
         name: of the timm model that weights of timm's are for.
         args: its arguments.
         typed: name of the model that a checkpoint of ours has to hold; None = any.
@@ -118,30 +112,23 @@ def net_of_file(path: str, setting: str, fmt: str, name: str, args: dict, typed:
     Raises:
         UsageError: there is no such file, it cannot be read, does not fit or holds another model, or weights of OFQ's authors.
     """
-    if Path(path).suffix == ".npz":
-        return from_weights(name, args, path, None).net
-    checkpoint = read_checkpoint(path, fmt=fmt, setting=setting)
+    origin = f"teacher.ckpt={str(path)!r}"
+    checkpoint = read_checkpoint(path, setting="teacher.ckpt")
     if checkpoint.meta is not None:
         held = str(checkpoint.meta.get("model", {}).get("name"))
         if typed is not None and typed.partition(".")[0] != held.partition(".")[0]:
-            raise UsageError(f"teacher.model={typed!r}: {setting}={str(path)!r} holds {held}, which need not be named; must be null")
+            raise UsageError(f"teacher.model={typed!r}: {origin} holds {held}, which need not be named; must be null")
         net = build_from(checkpoint)
-        check_finite(net, f"{setting}={str(path)!r}")
+        check_finite(net, origin)
         return net
     if is_ofq(checkpoint.state):
-        raise UsageError(f"{setting}={path!r} is quantized already and no float teacher; give teacher.ckpt=FILE or teacher.pretrained=true")
-    return from_state(name, args, checkpoint.state, origin=f"{setting}={str(path)!r}", keep_head=True).net
+        raise UsageError(f"{origin} {QUANTIZED}")
+    return from_state(name, args, checkpoint.state, origin=origin, keep_head=True).net
 
 
 def _pretrained(setting: str, name: str, args: dict) -> nn.Module:
     try:
-        net = from_pretrained(name, args).net
+        return from_pretrained(name, args, keep_head=True).net
     except UsageError as error:
         reason = str(error).removeprefix("model.pretrained=true: ").partition("; use ")[0]
         raise UsageError(f"{setting}=true: {reason}; give teacher.ckpt=FILE") from error
-    trained_for = (getattr(net, "pretrained_cfg", None) or {}).get("num_classes")
-    if trained_for != args["num_classes"]:
-        raise UsageError(
-            f"{setting}=true: {name} is trained for {trained_for} classes, the data have {args['num_classes']}; give teacher.ckpt=FILE"
-        )
-    return net

@@ -102,6 +102,8 @@ def test_somebodys_own_folder_of_configs_has_choices_of_its_own():
     ("argument", "successor"),
     [
         ("search=bits", "analysis.budget_mb=MB"),
+        ("opset=21", "the lowest opset"),
+        ("analysis.activations=false", "analysis.activation_images=0"),
         ("callbacks.finite.policy=skip", "resume=true"),
         ("experiment=ofq_deit_s_w2a2", "experiment=ofq_w2a2 model=deit_s"),
         ("+experiment=evolq_vit_b_w4a8", "experiment=evolq_w4a8 model=vit_b"),

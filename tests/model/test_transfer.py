@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import qat
 from qat.model.checkpoint import read_checkpoint
-from qat.model.start import from_checkpoint, from_pretrained, from_scratch, from_state, from_weights
+from qat.model.start import from_checkpoint, from_pretrained, from_scratch, from_state
 from qat.model.transfer import copy_scales, timm_state_dict
 from tests.tiny import DISTILLED, KWARGS, SIZE, VIT, converted, images, logits, quantized, shake, sites, vit
 
@@ -211,9 +211,9 @@ def test_arguments_that_timm_does_not_take(kwargs):
 
 def test_local_weight_file(path):
     torch.save(vit().state_dict(), path)
-    made = from_weights(VIT, KWARGS, str(path), read_checkpoint(path).state)
+    made = from_state(VIT, KWARGS, read_checkpoint(path).state, origin="w.pt", keep_head=False)
     assert torch.equal(logits(made.net), logits(vit()))
-    assert made.notes == [f"weights of model.weights={str(path)!r}"]
+    assert made.notes == ["weights of w.pt"]
 
 
 def test_state_with_a_head_that_must_fit():

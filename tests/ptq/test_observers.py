@@ -77,6 +77,12 @@ def test_processes_join_to_the_mean_of_moving_averages():
     assert_close(parts[0].high, torch.tensor([2.0]))
 
 
+def test_a_quantizer_that_no_process_saw_has_no_range():
+    unseen = observer("minmax")
+    unseen._take(torch.zeros(2, 3, 1))
+    assert unseen.seen == 0
+
+
 def test_deviates_from_reference_a_range_far_from_zero_reaches_it():
     # The reference clips the zero point to a code, and what is worth 5.0 to 6.0 would all become 1.0.
     made = observer("minmax")
