@@ -212,7 +212,10 @@ def _qkr(module: QkrAttention, x: torch.Tensor) -> list[tuple[int, int, int, boo
     act, weight, key = _bits(module.input_quantizer), _bits(module.qk_quantizer), _bits(module.k_quantizer)
     product, score, values = module.num_heads * x.numel() * width, module.n_scores(x) * width, module.n_scores(x) * module.head_dim
     probs = _bits(module.probs_quantizer)
-    return [(product, weight, act, False), (score, act, key, True), (values, probs, _bits(module.v_quantizer), True)]
+    found = [(product, weight, act, False), (score, act, key, True), (values, probs, _bits(module.v_quantizer), True)]
+    if module.q_bias is not None or module.folded_bias is not None:
+        found.append((module.num_heads * x.numel(), FLOAT_BITS, act, False))
+    return found
 
 
 def _recorder(name: str, found: list[MatrixProduct]) -> Callable[..., None]:

@@ -93,6 +93,12 @@ def test_bits_of_both_operands_count():
     }
 
 
+def test_a_folded_query_bias_makes_a_score_of_each_key():
+    counts = [{(m.module, m.bits): m.macs for m in matmuls(net("ofq", bits=2, act_bits=5, qk_bias=b), SIZE)} for b in ("drop", "fold")]
+    added = {key: macs for key, macs in counts[1].items() if key not in counts[0]}
+    assert added == {("blocks.0.attn", (32, 5)): HEADS * TOKENS * WIDTH}
+
+
 def test_codes_that_do_not_fill_a_byte_are_packed():
     # 3 bits x 1024 codes = 384 bytes, not 1024.
     three, two = (cost(net("ofq_noqkr", bits=b), SIZE).size_bytes for b in (3, 2))
