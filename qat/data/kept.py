@@ -1,16 +1,19 @@
 """Decoded pixels that are kept on the disk for the next run.
 
 A file is called after what it was made of. It is written beside and renamed, so that several processes may start at once; nothing in it
-is executed when it is read; who deletes it while no run maps it loses time and nothing else.
+is executed when it is read; who deletes it while no run maps it loses time and nothing else. What no run has used for a week goes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,9 @@ from qat.data.arrays import MEGABYTE
 from qat.utils.files import remove_unfinished, replacing
 
 log = logging.getLogger(__name__)
+# A file that no run has asked for so long goes when another one is written.
+UNUSED_S = 7 * 24 * 3600
+_NAME = re.compile(r"[0-9a-f]{32}\.npy")
 
 
 def cache_folder() -> Path:
@@ -49,12 +55,15 @@ def find(origin: Any) -> NDArray[np.uint8] | None:
     """
     path = _place(origin)
     try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        found = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, EOFError) as error:
         log.warning("%s cannot be read (%s): decoding again", path, " ".join(f"{error}".split()))
         return None
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return found
 
 
 def keep(origin: Any, images: NDArray[np.uint8], why: str) -> None:
@@ -69,12 +78,20 @@ def keep(origin: Any, images: NDArray[np.uint8], why: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_unfinished([path.parent])  # what killed writers have left
+        _remove_unused(path.parent)
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, images, allow_pickle=False)
     except OSError as error:
         log.warning("%s; cannot be kept for the next run: %s (%s)", why, path, error.strerror)
         return
     log.info("%s; kept for the next run: %s, %.0f MB (data.cache=false: no)", why, path, images.nbytes / MEGABYTE)
+
+
+def _remove_unused(folder: Path) -> None:
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            if _NAME.fullmatch(path.name) and time.time() - path.stat().st_mtime > UNUSED_S:
+                path.unlink()
 
 
 def _place(origin: Any) -> Path:

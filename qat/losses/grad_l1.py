@@ -17,7 +17,7 @@ class GradL1(LossTerm):
     """Sum of |d CE / d w| over the float weights of the layers: how much the loss can grow if each weight moves by 1, to first order.
 
     CE is the cross-entropy of the prediction with the batch's targets, whatever else the loss is made of. The term's own gradient goes
-    through that of the step, so a step takes about three times as long, and keeps its graph twice. The kernels of fused attention know
+    through that of the step, so a step takes about four times as long, and keeps its graph twice. The kernels of fused attention know
     first derivatives alone: attention is computed step by step.
 
     Args:

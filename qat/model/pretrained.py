@@ -58,12 +58,7 @@ def save_pretrained(
     place = Path(folder)
     if place.exists() and not place.is_dir():
         raise UsageError(f"save_pretrained: {str(place)!r} is a file; must be a folder")
-    given = results or {}
-    measured = {key: given[key] for key in ("top1", "top5", "images", "split", "data") if given.get(key) is not None}
-    for key in measured.keys() & {"top1", "top5"}:
-        check_number(f"save_pretrained: results[{key!r}]", measured[key], 0, highest=100)
-    if "images" in measured:
-        check_int("save_pretrained: results['images']", measured["images"], 1)
+    measured = _measured(results or {})
     place.mkdir(parents=True, exist_ok=True)
     frozen = net if is_frozen(net) or conversion_of(net) is None else freeze(net)
     meta = describe(frozen, data=data, classes=classes)
@@ -87,6 +82,15 @@ def save_pretrained(
     write_text(place / hub.CONFIG, json_text(config))
     write_text(place / CARD, card(net, config, license, source))
     return place
+
+
+def _measured(results: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: results[key] for key in ("top1", "top5", "images", "split", "data") if results.get(key) is not None}
+    for key in found.keys() & {"top1", "top5"}:
+        check_number(f"save_pretrained: results[{key!r}]", found[key], 0, highest=100)
+    if "images" in found:
+        check_int("save_pretrained: results['images']", found["images"], 1)
+    return found
 
 
 def card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -> str:

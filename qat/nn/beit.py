@@ -73,14 +73,12 @@ class QkrBeitAttention(QkrAttention, _OptionalRelativeBias):
 
 @register_swap(Attention, "attention")
 @register_swap(Attention, "float_attention")
-def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
+def swap_attention(module: Attention, context: SwapContext) -> Swap:
     """Standard attention, with a float recipe around float q, k, v and probabilities."""
-    assert isinstance(module, Attention)  # noqa: S101  (narrows a type)
     return Swap(QuantBeitAttention(module, context))
 
 
 @register_swap(Attention, "qkr_attention")
-def swap_qkr_attention(module: nn.Module, context: SwapContext) -> Swap:
+def swap_qkr_attention(module: Attention, context: SwapContext) -> Swap:
     """Query-key reparameterization; the input of `v` is quantized already."""
-    assert isinstance(module, Attention)  # noqa: S101  (narrows a type)
     return Swap(QkrBeitAttention(module, context), {"v": "quantized"})

@@ -61,8 +61,7 @@ class QuantConv2d(nn.Conv2d, QuantModule):
 
 
 @register_swap(nn.Conv2d, "conv")
-def swap_conv(module: nn.Module, context: SwapContext) -> Swap:
+def swap_conv(module: nn.Conv2d, context: SwapContext) -> Swap:
     """Any convolution; the input of the first one is the image."""
-    assert isinstance(module, nn.Conv2d)  # noqa: S101  (narrows a type)
     image = context.place == "stem"
     return Swap(QuantConv2d(module, context.input_quantizer("image") if image else context.planes(), context.weight()))

@@ -60,9 +60,8 @@ class QuantRopeAttention(QuantAttention):
 @register_swap(EvaAttention, "attention")
 @register_swap(EvaAttention, "float_attention")
 @register_swap(AttentionRope, "attention")
-def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
+def swap_attention(module: EvaAttention | AttentionRope, context: SwapContext) -> Swap:
     """Standard attention, with a float recipe around float q, k, v and probabilities."""
-    assert isinstance(module, EvaAttention | AttentionRope)  # noqa: S101  (narrows a type)
     return Swap(QuantRopeAttention(module, context))
 
 

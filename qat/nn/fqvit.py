@@ -204,13 +204,12 @@ class FqDistilledNet(FqNet, VisionTransformerDistilled):
 
 @register_swap(VisionTransformer, "fqvit_net")
 @register_swap(VisionTransformerDistilled, "fqvit_net")
-def swap_net(module: nn.Module, context: SwapContext) -> Swap:
+def swap_net(module: VisionTransformer, context: SwapContext) -> Swap:
     """The net stays the object it is and learns where its own quantizers are.
 
     Raises:
         UsageError: its position embedding follows the size of the image.
     """
-    assert isinstance(module, VisionTransformer)  # noqa: S101  (narrows a type)
     if module.dynamic_img_size:
         raise UsageError("ptq.placement='fqvit': this net takes images of any size, and positions are quantized; here it must be inputs")
     ends_in_token = module.global_pool == "token" and isinstance(module.fc_norm, nn.Identity)
@@ -220,16 +219,14 @@ def swap_net(module: nn.Module, context: SwapContext) -> Swap:
 
 
 @register_swap(timm_layers.Attention, "fqvit")
-def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
+def swap_attention(module: timm_layers.Attention, context: SwapContext) -> Swap:
     """Attention of ViT."""
-    assert isinstance(module, timm_layers.Attention)  # noqa: S101  (narrows a type)
     return Swap(FqVitAttention(module, context))
 
 
 @register_swap(Block, "fqvit")
-def swap_block(module: nn.Module, context: SwapContext) -> Swap:
+def swap_block(module: Block, context: SwapContext) -> Swap:
     """Block of ViT."""
-    assert isinstance(module, Block)  # noqa: S101  (narrows a type)
     return Swap(FqBlock(module, context))
 
 
@@ -242,9 +239,8 @@ def swap_patch_embed(module: nn.Module, context: SwapContext) -> Swap:
 
 
 @register_swap(nn.Linear, "fqvit")
-def swap_linear(module: nn.Module, context: SwapContext) -> Swap:
+def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
     """A Linear; the logits of a head are quantized."""
-    assert isinstance(module, nn.Linear)  # noqa: S101  (narrows a type)
     if context.place == "head":
         return Swap(FqHead(module, context))
     return Swap(QuantLinear(module, context.input_quantizer(), context.weight()))

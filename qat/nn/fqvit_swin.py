@@ -56,9 +56,8 @@ class FqPatchMerging(PatchMerging):
 
 
 @register_swap(WindowAttention, "fqvit")
-def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
+def swap_attention(module: WindowAttention, context: SwapContext) -> Swap:
     """Window attention."""
-    assert isinstance(module, WindowAttention)  # noqa: S101  (narrows a type)
     return Swap(FqWindowAttention(module, context))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from timm.layers import AttentionPoolLatent
 from timm.layers.attention import maybe_add_mask
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.nn.attention import QuantAttention, split_heads
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
@@ -45,7 +45,6 @@ class QuantAttentionPool(QuantAttention):
 
 @register_swap(AttentionPoolLatent, "attention")
 @register_swap(AttentionPoolLatent, "qkr_attention")
-def swap_pool(module: nn.Module, context: SwapContext) -> Swap:
+def swap_pool(module: AttentionPoolLatent, context: SwapContext) -> Swap:
     """Standard attention whatever the blocks have."""
-    assert isinstance(module, AttentionPoolLatent)  # noqa: S101  (narrows a type)
     return Swap(QuantAttentionPool(module, context))

@@ -48,20 +48,18 @@ class QkrRelPosAttention(QkrAttention):
 
 
 @register_swap(RelPosAttention, "attention")
-def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
+def swap_attention(module: RelPosAttention, context: SwapContext) -> Swap:
     """Standard attention."""
-    assert isinstance(module, RelPosAttention)  # noqa: S101  (narrows a type)
     return Swap(QuantRelPosAttention(module, context))
 
 
 @register_swap(RelPosAttention, "qkr_attention")
-def swap_qkr_attention(module: nn.Module, context: SwapContext) -> Swap:
+def swap_qkr_attention(module: RelPosAttention, context: SwapContext) -> Swap:
     """Query-key reparameterization; the input of `v` is quantized already.
 
     Raises:
         UsageError: queries or keys are normalised.
     """
-    assert isinstance(module, RelPosAttention)  # noqa: S101  (narrows a type)
     if normalises(module):
         refuse_qkr("normalises queries and keys")
     return Swap(QkrRelPosAttention(module, context), {"v": "quantized"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -72,7 +73,8 @@ class Swap:
     children: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
-SwapFunction = Callable[[nn.Module, SwapContext], Swap]
+# Of the class that it is registered for.
+SwapFunction = Callable[[Any, SwapContext], Swap]
 _SWAPS: dict[tuple[type[nn.Module], str], SwapFunction] = {}
 
 

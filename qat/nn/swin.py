@@ -105,23 +105,20 @@ register_swap(MapMlp, "linear")(hint_mlp)
 
 
 @register_swap(WindowAttention, "attention")
-def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
+def swap_attention(module: WindowAttention, context: SwapContext) -> Swap:
     """Standard attention."""
-    assert isinstance(module, WindowAttention)  # noqa: S101  (narrows a type)
     return Swap(QuantWindowAttention(module, context))
 
 
 @register_swap(WindowAttention, "qkr_attention")
-def swap_qkr_attention(module: nn.Module, context: SwapContext) -> Swap:
+def swap_qkr_attention(module: WindowAttention, context: SwapContext) -> Swap:
     """Query-key reparameterization; the input of `v` is quantized already."""
-    assert isinstance(module, WindowAttention)  # noqa: S101  (narrows a type)
     return Swap(QkrWindowAttention(module, context), {"v": "quantized"})
 
 
 @register_swap(SwinTransformerBlock, "linear")
 @register_swap(SwinTransformerV2Block, "linear")
-def see_map(module: nn.Module, context: SwapContext) -> Swap:
+def see_map(module: SwinTransformerBlock | SwinTransformerV2Block, context: SwapContext) -> Swap:
     """The block stays; its `mlp`, to which timm hands a flattened map, learns the map's shape."""
-    assert isinstance(module, SwinTransformerBlock | SwinTransformerV2Block)  # noqa: S101  (narrows a type)
     _, columns = timm_layers.to_2tuple(module.input_resolution) if context.recipe.map_scales == "column" else (0, 0)
     return Swap(module, children={"mlp": MapMlp(module.mlp, columns)})

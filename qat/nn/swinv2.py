@@ -53,9 +53,8 @@ class QuantCosineAttention(QuantAttention):
 
 @register_swap(WindowAttention, "attention")
 @register_swap(WindowAttention, "float_attention")
-def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
+def swap_attention(module: WindowAttention, context: SwapContext) -> Swap:
     """Standard attention, with a float recipe around float q, k, v and probabilities."""
-    assert isinstance(module, WindowAttention)  # noqa: S101  (narrows a type)
     return Swap(QuantCosineAttention(module, context), {"cpb_mlp": "float"})
 
 

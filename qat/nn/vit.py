@@ -58,20 +58,18 @@ class QkrVitAttention(QkrAttention):
 
 
 @register_swap(timm_layers.Attention, "attention")
-def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
+def swap_attention(module: timm_layers.Attention, context: SwapContext) -> Swap:
     """Standard attention."""
-    assert isinstance(module, timm_layers.Attention)  # noqa: S101  (narrows a type)
     return Swap(QuantVitAttention(module, context))
 
 
 @register_swap(timm_layers.Attention, "qkr_attention")
-def swap_qkr_attention(module: nn.Module, context: SwapContext) -> Swap:
+def swap_qkr_attention(module: timm_layers.Attention, context: SwapContext) -> Swap:
     """Query-key reparameterization; the input of `v` is quantized already.
 
     Raises:
         UsageError: queries or keys are normalised.
     """
-    assert isinstance(module, timm_layers.Attention)  # noqa: S101  (narrows a type)
     if normalises(module):
         refuse_qkr("normalises queries and keys")
     return Swap(QkrVitAttention(module, context), {"v": "quantized"})

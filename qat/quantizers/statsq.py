@@ -7,7 +7,7 @@ import dataclasses
 from torch import Tensor
 
 from qat import kernels
-from qat.functional.statsq import statsq_codes, statsq_codes_with_scale, statsq_scale
+from qat.functional.statsq import statsq_codes_with_scale, statsq_scale
 from qat.functional.ste import mean_abs, view_along
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
@@ -21,37 +21,11 @@ def build_statsq(spec: QuantSpec) -> Quantizer:
     return StatsQ(spec) if spec.role in {"weight", "qk"} else ActStatsQ(dataclasses.replace(spec, signed=True))
 
 
-def statsq_grid(scale: Tensor, bits: int, axis: int | None) -> UniformGrid:
-    """Half steps: code k stands for (k + 1/2) s / 2^(b-1)."""
-    n = 2 ** (bits - 1)
-    return UniformGrid(qmin=-n, qmax=n - 1, step=scale.flatten() / n, zero_point=-0.5, axis=axis)
-
-
 class StatsQ(Quantizer):
     """Weights (out, ...): one scale per output row, twice the mean magnitude."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`qat.functional.statsq`."""
-        return kernels.statsq(x, statsq_scale(x), self.spec.bits)
-
-    def codes(self, x: Tensor) -> Tensor:
-        """`statsq_codes(x, bits)`."""
-        return statsq_codes(x, self.spec.bits)
-
-    def scale_of(self, x: Tensor) -> Tensor:
-        """The scale in force for `x`; broadcasts against it."""
-        return statsq_scale(x)
-
-    def grid(self, x: Tensor | None = None) -> UniformGrid | None:
-        """That of `x`."""
-        return None if x is None else statsq_grid(self.scale_of(x), self.spec.bits, 1 if x.ndim == 3 else 0)
-
-
-class ActStatsQ(Quantizer):
-    """Activations: the statistics of the present batch along the spec's axis. Always signed: StatsQ's grid is symmetric."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """StatsQ with one scale per slice along the axis."""
         return kernels.statsq(x, self.scale_of(x), self.spec.bits)
 
     def codes(self, x: Tensor) -> Tensor:
@@ -60,8 +34,26 @@ class ActStatsQ(Quantizer):
 
     def scale_of(self, x: Tensor) -> Tensor:
         """The scale in force for `x`; broadcasts against it."""
-        return view_along(2 * mean_abs(x.detach(), self.axis), x.ndim, self.axis)
+        return statsq_scale(x)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid | None:
-        """That of `x`."""
-        return None if x is None else statsq_grid(self.scale_of(x), self.spec.bits, self.axis)
+        """That of `x`, in half steps: code k stands for (k + 1/2) s / 2^(b-1)."""
+        if x is None:
+            return None
+        n = 2 ** (self.spec.bits - 1)
+        return UniformGrid(qmin=-n, qmax=n - 1, step=self.scale_of(x).flatten() / n, zero_point=-0.5, axis=self._axis_of(x))
+
+    def _axis_of(self, x: Tensor) -> int | None:
+        """Dimension that keeps scales of its own: the rows, also of the heads of a folded matrix."""
+        return 1 if x.ndim == 3 else 0
+
+
+class ActStatsQ(StatsQ):
+    """Activations: the statistics of the present batch along the spec's axis. Always signed: StatsQ's grid is symmetric."""
+
+    def scale_of(self, x: Tensor) -> Tensor:
+        """The scale in force for `x`; broadcasts against it."""
+        return view_along(2 * mean_abs(x.detach(), self.axis), x.ndim, self.axis)
+
+    def _axis_of(self, x: Tensor) -> int | None:
+        return self.axis

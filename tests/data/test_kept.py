@@ -98,6 +98,21 @@ def test_a_damaged_copy_is_made_anew(file, cache, decoding, how):
     assert len(files(cache)) == 1
 
 
+def test_what_no_run_has_used_for_a_week_goes(file, cache, decoding):
+    read_parquet([file], 3, cache=True)
+    read_parquet([file], 1, cache=True)
+    theirs = cache / "theirs.npy"  # of whoever has pointed QAT_CACHE_DIR at a folder of their own
+    theirs.touch()
+    for path in cache.iterdir():
+        os.utime(path, (1e9, 1e9))
+    read_parquet([file], 3, cache=True)  # this one is used
+    os.utime(file, (1e9, 1e9))
+    read_parquet([file], 3, cache=True)
+    assert len(decoding) == 3
+    assert len(files(cache)) == 3
+    assert theirs.exists()
+
+
 def test_a_cache_that_cannot_be_written_is_said_and_no_error(file, cache, caplog):
     cache.write_text("a file")
     assert same(read_parquet([file], 3, cache=True))
