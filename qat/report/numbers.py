@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from qat.utils.text import MISSING
 
@@ -45,6 +44,8 @@ def times(ratio: float) -> str:
     return f"{ratio:.1f}×" if ratio < 100 else f"{ratio:,.0f}×"
 
 
-def bits_of(recipe: Mapping[str, Any] | None) -> str | None:
-    """`W2 A2`; None of a float model."""
-    return None if not recipe or recipe.get("name") == "fp" else f"W{recipe.get('bits')} A{recipe.get('act_bits')}"
+def bits_of(recipe: object) -> str | None:
+    """`W2 A2`; None of a float model, and of what is no recipe."""
+    if not isinstance(recipe, Mapping) or not recipe or recipe.get("name") == "fp":
+        return None
+    return f"W{recipe.get('bits')} A{recipe.get('act_bits')}"

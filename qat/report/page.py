@@ -109,7 +109,7 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
 
 
 def _is_numeric(cells: Sequence[object]) -> bool:
-    known = [str(cell) for cell in cells if cell not in {None, "", MISSING}]
+    known = [str(cell) for cell in cells if cell not in (None, "", MISSING)]  # noqa: PLR6201  (a cell of a file may be a list)
     return bool(known) and all(number(cell) is not None or cell[0] in "+−0123456789" for cell in known)
 
 

@@ -1,6 +1,7 @@
 """Accuracy class by class. Oracles: a matrix worked out by hand; torchmetrics' total; the names of the data."""
 
 import csv
+import json
 
 import torch
 
@@ -49,7 +50,8 @@ def test_eval_says_which_classes_are_confused(tmp_path, run_4bit, caplog):
 
 
 def test_a_page_of_damaged_results_is_made(tmp_path):
-    (tmp_path / "results.json").write_text('{"command": "eval", "classes": [3, {"class": "<b>"}], "confused": "x"}')
+    odd = {"command": "eval", "classes": [3, {"class": "<b>"}, {"images": [1]}], "confused": "x", "recipe": "fp"}
+    (tmp_path / "results.json").write_text(json.dumps(odd))
     (tmp_path / "config.yaml").write_text("command: eval\n")
     page = write_report(tmp_path, origin_of(tmp_path)).read_text()
     assert "&lt;b&gt;" in page
