@@ -35,7 +35,7 @@ TYPED = [
     ("eval.py", ["predict=nowhere"], "predict='nowhere': no such file or folder"),
     ("ptq.py", ["ckpt={best}", "search=evolution", "search.targets=3"], "search.targets=3: must be a list of globs such as attn.qkv"),
     ("ptq.py", ["ckpt={best}", "search=evolution", "search.targets=[nope]"], "search.targets=['nope']: no block has such a scale"),
-    ("analyze.py", ["analysis=weights", "analysis.layers=3", "ckpt={best}"], "analysis.layers=3: must be null or a list of globs"),
+    ("analyze.py", ["analysis=weights", "analysis.layers=3", "ckpt={best}"], "analysis.layers=3: must be a list of globs"),
     ("analyze.py", ["analysis=cost", "ckpt=3"], "ckpt=3: must be a path"),
 ]  # fmt: skip
 
