@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_the_cost_is_said_before_anything_is_evaluated(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     rows = measure(points_of(tiny.vit(), [0, 8, 64]), image_set(), Ledger(tmp_path, "x", resume=False))
     next(rows)
-    assert "3 evaluations of 16 test images, 0 MB in memory: about 0.0 s" in caplog.text
+    assert re.search(r"3 evaluations of 16 test images, 0 MB in memory: about \d+(\.\d)? s", caplog.text)
 
 
 def test_a_point_that_fails_leaves_the_net_and_the_ones_before(tmp_path):
