@@ -22,7 +22,8 @@ REPLACED = {
     r"search=bits": "analyze.py analysis=sensitivity analysis.budget_mb=MB gives the overrides of a mixed net",
     r"opset=.*": "the lowest opset that has all types is written",
     r"analysis\.activations=.*": "analysis.activation_images=0 reads no image",
-    r"analysis\.(factors|compare)=.*": "nothing: folded matrices alone are listed, and the net in float is always compared",
+    r"analysis\.factors=.*": "a folded matrix is listed as it is quantized, without the weights that it is made of",
+    r"analysis\.compare=.*": "the net in float is always beside the quantized one",
     r"experiment=ofq_(deit_[ts]|swin_t)_(w\da\d(_cga)?)": r"experiment=ofq_\2 model=\1",
     r"experiment=evolq_((deit|vit)_[tsb])_(w\da\d)": r"experiment=evolq_\3 model=\1",
 }

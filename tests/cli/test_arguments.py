@@ -103,6 +103,7 @@ def test_somebodys_own_folder_of_configs_has_choices_of_its_own():
     [
         ("search=bits", "analysis.budget_mb=MB"),
         ("opset=21", "the lowest opset"),
+        ("analysis.factors=true", "a folded matrix is listed as it is quantized"),
         ("analysis.activations=false", "analysis.activation_images=0"),
         ("callbacks.finite.policy=skip", "resume=true"),
         ("experiment=ofq_deit_s_w2a2", "experiment=ofq_w2a2 model=deit_s"),
