@@ -1,0 +1,221 @@
+"""Nets that other quantization libraries make of a float timm net, for the comparison in accuracy.
+
+Weights and inputs of the Linears at `bits`, of the first and the last layer at 8 as in qat's own recipes, as far as the library can. Of
+what it offers, the configuration that suits a trained net at few bits: learned steps where it has them, begun at values that fit so few
+levels. None of them quantizes what an attention does between its Linears. The libraries are imported only if asked for; `make peers`
+installs them beside .venv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
+
+from evidence.peer_layers import FakeQuantLinear, prepare_torchao
+from qat.errors import UsageError
+from qat.utils.probing import probing
+from qat.utils.validate import check_choice
+
+BITS = ("2", "3", "4", "8")
+ENDS_BITS = 8
+CANDIDATES = 40
+
+
+class FakeQuantConv2d(nn.Conv2d):
+    """A convolution with torch.ao's fake quantization of its input and of its weight; see `FakeQuantLinear`."""
+
+    def __init__(self, conv: nn.Conv2d, input_quantizer: nn.Module, weight_quantizer: nn.Module) -> None:
+        settings: list[Any] = [conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups]
+        super().__init__(*settings, conv.bias is not None, conv.padding_mode, "meta")  # type: ignore[call-arg]
+        self.weight, self.bias = conv.weight, conv.bias
+        self.input_quantizer, self.weight_quantizer = input_quantizer, weight_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, out, H', W')."""
+        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+def brevitas(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
+    """Learned steps of weights and activations and learned zero points of these, all begun where they lose least; 4 levels at 2 bits."""
+    from brevitas import nn as qnn
+    from brevitas.graph.quantize import layerwise_quantize
+    from brevitas.quant import Int8WeightPerChannelFloatMSE, ShiftedUint8ActPerTensorFloatMSE
+
+    def layer(made: type, width: int) -> tuple[type, dict[str, Any]]:
+        # Its weights are in a narrow range unless told otherwise: three levels at 2 bits.
+        weights = {"weight_quant": Int8WeightPerChannelFloatMSE, "weight_bit_width": width, "weight_narrow_range": False}
+        # It looks at ranges in so many batches and learns from then on.
+        inputs = {"input_quant": ShiftedUint8ActPerTensorFloatMSE, "input_bit_width": width, "input_collect_stats_steps": len(batches)}
+        return made, {**weights, **inputs, "return_quant_tensor": False}
+
+    net = layerwise_quantize(net, {nn.Linear: layer(qnn.QuantLinear, bits)}, name_blacklist=[last_layer(net)])
+    ends = {nn.Linear: layer(qnn.QuantLinear, ENDS_BITS), nn.Conv2d: layer(qnn.QuantConv2d, ENDS_BITS)}
+    net = layerwise_quantize(net, ends).train()
+    with torch.no_grad():
+        for images in (*batches, batches[0]):
+            net(images)
+    return net
+
+
+def torchao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
+    """Learned steps of weights (a prototype), begun at their range; ranges of activations of each token anew: it cannot learn them."""
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, initialize_fake_quantizers
+
+    last = last_layer(net)
+    for width, is_last in ((bits, False), (ENDS_BITS, True)):
+        dtype = getattr(torch, f"int{width}")
+        prepare_torchao(
+            net,
+            IntxFakeQuantizeConfig(dtype, "per_token", is_symmetric=False),
+            dtype,
+            lambda module, name, is_last=is_last: type(module) is nn.Linear and (name == last) == is_last,
+            is_dynamic=False,
+            range_learning=True,
+        )
+    with torch.no_grad():
+        initialize_fake_quantizers(net, (batches[0],))
+    return net
+
+
+def torch_ao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
+    """Learned steps, and learned zero points of activations, begun where they lose least."""
+    ends = {last_layer(net), first_layer(net)}
+    widths = {module: ENDS_BITS if name in ends else bits for name, module in net.named_modules() if type(module) in {nn.Linear, nn.Conv2d}}
+    found: dict[nn.Module, nn.Module] = {}
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found[module] = _learnable_input(args[0], widths[module])
+
+    with probing(net, [module.register_forward_pre_hook(look) for module in widths]):
+        net(torch.cat(list(batches)))
+    for name, module in list(net.named_modules()):
+        if module in found:
+            made = FakeQuantLinear if isinstance(module, nn.Linear) else FakeQuantConv2d
+            net.set_submodule(name, made(module, found[module], _learnable_weight(module.weight, widths[module])))
+    return net
+
+
+def _learnable_weight(weight: Tensor, bits: int) -> nn.Module:
+    """A step a channel, symmetric."""
+    rows, qmin, qmax = weight.detach().flatten(1), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    kind = {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric, "ch_axis": 0, "channel_len": len(weight)}
+    made = _LearnableFakeQuantize(MovingAveragePerChannelMinMaxObserver, qmin, qmax, use_grad_scaling=True, **kind)
+    highest = rows.abs().amax(1)
+    return _begun(made, rows, -highest, highest * qmax / -qmin)
+
+
+def _learnable_input(x: Tensor, bits: int) -> nn.Module:
+    """One step and one zero point."""
+    kind = {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine}
+    made = _LearnableFakeQuantize(MovingAverageMinMaxObserver, 0, 2**bits - 1, use_grad_scaling=True, **kind)
+    rows = x.reshape(1, -1)
+    return _begun(made, rows, rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0))
+
+
+def _begun(quantizer: _LearnableFakeQuantize, rows: Tensor, low: Tensor, high: Tensor) -> nn.Module:
+    scale, zero_point = fitting(rows, low, high, quantizer.quant_min, quantizer.quant_max)
+    quantizer.scale.data.copy_(scale)
+    quantizer.zero_point.data.copy_(zero_point)
+    quantizer.enable_param_learning()
+    # Its observer is not asked any more; ranges that have seen nothing are infinite, which a look for faults takes for one.
+    quantizer.activation_post_process = nn.Identity()
+    return quantizer
+
+
+def fitting(rows: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """Of ranges that are parts of a whole one, the one with the least squared error.
+
+    Args:
+        rows: (rows, n).
+        low: lower end of the whole range of each row, (rows,).
+        high: upper end.
+        qmin: code of the lower end.
+        qmax: code of the upper end.
+
+    Returns:
+        Step, above 0, and zero point, a whole number: (rows,) each.
+    """
+    found = []
+    for part in torch.arange(1, CANDIDATES + 1, device=rows.device) / CANDIDATES:
+        step = ((high - low) * part / (qmax - qmin)).clamp(min=torch.finfo(rows.dtype).eps)
+        zero = qmin - (low * part / step).round()
+        codes = (rows / step[:, None] + zero[:, None]).round().clamp(qmin, qmax)
+        found.append(torch.stack([((codes - zero[:, None]) * step[:, None] - rows).square().mean(1), step, zero]))
+    errors, steps, zeros = torch.stack(found, 1)
+    best = errors.argmin(0)[None]
+    return steps.gather(0, best)[0], zeros.gather(0, best)[0]
+
+
+def first_layer(net: nn.Module) -> str:
+    """Name of the first layer, as timm has it."""
+    return str(net.pretrained_cfg["first_conv"])  # type: ignore[index]
+
+
+def last_layer(net: nn.Module) -> str:
+    """Name of the last one."""
+    return str(net.pretrained_cfg["classifier"])  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library: the package whose version counts, what it quantizes (with a place for the bits), the function that does."""
+
+    package: str
+    what: str
+    make: Callable[[nn.Module, Sequence[Tensor], int], nn.Module]
+
+
+_ENDS = "first and last layer W8 A8"
+PEERS = {
+    "brevitas": Peer(
+        "brevitas",
+        "Linears: W{bits} per channel, learned step; A{bits} per tensor, learned step and zero point, begun by least squares; " + _ENDS,
+        brevitas,
+    ),
+    "torchao": Peer(
+        "torchao",
+        "Linears: W{bits} per channel, learned step, begun at the range; A{bits} per token, range of the step, with a zero point; "
+        "last layer W8 A8, first layer float, which it cannot quantize",
+        torchao,
+    ),
+    "torch_ao": Peer(
+        "torch",
+        "Linears: W{bits} per channel, learned step; A{bits} per tensor, learned step and zero point, begun by least squares; " + _ENDS,
+        torch_ao,
+    ),
+}
+
+
+def quantized(library: str, net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
+    """The net of a library, in training mode, its steps filled.
+
+    Args:
+        library: a key of `PEERS`.
+        net: float, of timm; used up.
+        batches: images for the first steps, (B, C, H, W) each.
+        bits: of weights and activations.
+
+    Returns:
+        A net whose quantizers' parameters have no weight decay in `qat.lit.optim.parameter_groups`, as qat's own have none: some are no
+        vectors, by which it would know them.
+
+    Raises:
+        UsageError: unknown library or bits, or the library is not installed.
+    """
+    check_choice("library", library, tuple(PEERS))
+    check_choice("bits", str(bits), BITS)
+    weights = {name for name, _ in net.named_parameters()}
+    try:
+        net = PEERS[library].make(net, batches, bits)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"library={library!r}: {error}; `make peers` installs it, run this with outputs/peers/bin/python") from error
+    spared = set(net.no_weight_decay()) if hasattr(net, "no_weight_decay") else set()  # type: ignore[operator]
+    spared |= {name for name, _ in net.named_parameters()} - weights
+    net.no_weight_decay = lambda: spared  # type: ignore[assignment]
+    return net.train()

@@ -1,0 +1,84 @@
+"""`python -m evidence.zoo --root CIFAR10`: the nets in `zoo/`, made of checkpoints of the studies, with a model card each.
+
+`make study CLAIM=C16/tensor_w4a4 CIFAR10=FOLDER` and the like train those that are not there. What a card says was measured is measured
+here, with `eval.py`, on the file itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import qat
+from qat.errors import UsageError
+from qat.model.pretrained import CARD, save_pretrained
+from qat.utils.files import write_text
+from evidence.arms import ROOT, Arms, Places
+from evidence.run import command_line
+
+log = logging.getLogger("qat.evidence")
+
+ZOO = ROOT / "zoo"
+# The run behind each net: claim and arm.
+NETS = {"cifar10_w2a2": "AIM/seq_w2", "cifar10_w4a4": "C16/tensor_w4a4", "cifar10_w8a8": "C16/tensor_w8a8"}
+LICENSE = "mit"
+
+
+def main() -> int:
+    """Exit code 1 where a checkpoint is not there."""
+    parser = argparse.ArgumentParser(prog="python -m evidence.zoo", description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(NETS), help=f"of {', '.join(NETS)}; none = all")
+    parser.add_argument(
+        "--root", default=os.environ.get("QAT_CIFAR10"), required="QAT_CIFAR10" not in os.environ, help="folder of CIFAR-10"
+    )
+    parser.add_argument("--runs", type=Path, default=ROOT / "outputs" / "evidence", help="folder of the runs")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        for name in args.names:
+            make(name, args.runs, args.root)
+    except UsageError as error:
+        log.error("error: %s", error)
+        return 1
+    return 0
+
+
+def make(name: str, runs: Path, root: str) -> None:
+    """Write `zoo/NAME.safetensors` and its card.
+
+    Raises:
+        UsageError: the run has no checkpoint.
+    """
+    arms = Arms.read(Places())
+    arm = arms[NETS[name]]
+    checkpoint = runs / arms.run_dir(arm, 0).relative_to(Places.runs) / "checkpoints" / "best.ckpt"
+    if not checkpoint.is_file():
+        raise UsageError(f"{checkpoint}: is not there; make study CLAIM={NETS[name]} CIFAR10=FOLDER trains it")
+    net = qat.load(checkpoint)
+    target = ZOO / f"{name}.safetensors"
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(save_pretrained(net, folder) / "model.safetensors", target)
+        save_pretrained(net, folder, results=measured(target, root, Path(folder) / "eval"), license=LICENSE, source=f"zoo/{target.name}")
+        card = Path(folder, CARD).read_text(encoding="utf-8")
+    typed = command_line(arm.command, Path("RUN"), arms.settings(arm, 0), root)
+    write_text(target.with_suffix(".md"), f"{card}\n## Training\n\n```text\n{typed}\n```\n")
+    log.info("%s: %d bytes", target, target.stat().st_size)
+
+
+def measured(path: Path, root: str, run_dir: Path) -> dict[str, object]:
+    """`results.json` of an evaluation of the file."""
+    command = [sys.executable, ROOT / "eval.py", f"ckpt={path}", f"data.root={root}", f"run_dir={run_dir}", "report=false"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    found: dict[str, object] = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
