@@ -26,7 +26,6 @@ from qat.model.start import Start, from_checkpoint, from_net, from_pretrained, f
 from qat.model.transfer import copy_scales, forget_attention_weights
 from qat.quantizers.registry import import_quantizer
 from qat.spec import QuantRecipe
-from qat.utils.signature import check_arguments
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,9 +47,6 @@ def instantiate(node: DictConfig, setting: str) -> Any:
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UsageError(f"{setting}={plain(node)!r}: must be what makes an object: {setting}._target_=package.module.Class")
     arguments = {key: value for key, value in plain(node).items() if not str(key).startswith("_")}
-    made_by = located(node["_target_"])
-    if made_by is not None:
-        check_arguments(setting, made_by, arguments, lowest=-1)
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
@@ -26,7 +26,6 @@ from qat.model.checkpoint import classes_of
 from qat.model.convert import check_input
 from qat.model.start import check_model
 from qat.utils.bounds import json_object
-from qat.utils.signature import check_arguments
 from qat.utils.validate import check_int, check_number
 
 log = logging.getLogger(__name__)
@@ -147,7 +146,6 @@ def check_patches(net: nn.Module, data: ImageData) -> None:
 
 def check_trainer(settings: Mapping[str, Any]) -> None:
     """Raise `UsageError` on the first of Lightning's settings with a value that cannot work; those that are absent are left to it."""
-    check_arguments("trainer", Trainer, settings, lowest=-1)
     check_int("trainer.max_epochs", settings.get("max_epochs"), 1)
     for name, lowest in LOWEST.items():
         if settings.get(name) is not None:
