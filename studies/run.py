@@ -18,7 +18,7 @@ from typing import Any
 import hydra
 
 import qat
-import qat.cli.entry  # noqa: F401  (registers the resolvers of the configs)
+import qat.tasks.conf  # noqa: F401  (registers the functions of the configs)
 from studies.arms import ROOT, Arms, Places, Run, preset
 from studies.claims import Arm, Further
 from studies.collect import Done, collect

@@ -23,7 +23,7 @@ from qat.data.sampler import Key, SeededSampler, kept_rng, seed_rng
 from qat.data.settings import DataSettings
 from qat.data.transforms import Transform, eval_transform, train_transform
 from qat.errors import UsageError
-from qat.launch.signals import outlive
+from qat.launch.signals import ignore_signals
 
 SPLITS = ("train", "val", "test")
 
@@ -276,7 +276,7 @@ class ImageData(LightningDataModule, ABC):
             sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=outlive,
+            worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
             drop_last=shuffle and len(sampler) >= batch_size,
         )

@@ -14,19 +14,18 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qat.analysis import Analysis, EvaluationPoint, ImageSet, Ledger, Outcome, Row, StudiedNet, measure, write_outcome
-from qat.cli.repeat import CONF
-from qat.cli.results import recipe_fields, write_results
-from qat.cli.schemas import SPLITS
-from qat.cli.sweep import gather_sweep
 from qat.errors import UsageError
-from qat.launch import outputs
+from qat.launch import run_dir as outputs
 from qat.launch.signals import Preempted
 from qat.ptq.state import fingerprint
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_settings
+from qat.tasks.conf import options
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.report import record_run, remake, report_run
+from qat.tasks.results import recipe_fields, write_results
+from qat.tasks.settings import SPLITS
 from qat.utils.validate import check_choice
 
 log = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class AnalysisRun:
 
 
 def analyze(cfg: DictConfig) -> None:
-    """Analyse one net or several, make the report of a run anew (`run=DIR`), or gather a sweep (`sweep=DIR`).
+    """Analyse one net or several, or make the report of a run anew (`run=DIR`).
 
     Args:
         cfg: composed from `conf/analyze.yaml`; `cfg.run_dir` is the job's directory.
@@ -59,9 +58,6 @@ def analyze(cfg: DictConfig) -> None:
         UsageError: a setting, path or file cannot work.
     """
     check_settings(cfg)
-    if cfg.sweep is not None:
-        gather_sweep(cfg)
-        return
     if cfg.run is not None:
         remake(cfg)
         return
@@ -105,7 +101,7 @@ def build_analysis(cfg: DictConfig) -> Analysis:
     """
     settings = build.plain(cfg.get("analysis"))
     if settings is None:
-        choices = ", ".join(sorted(path.stem for path in (CONF / "analysis").glob("[!_]*.yaml")))
+        choices = ", ".join(options("analysis"))
         raise UsageError(
             f"analysis is not set: must be one of {choices}; or run=DIR to make the report of a run anew; sweep=DIR to gather one"
         )

@@ -15,7 +15,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from qat import kernels
-from qat.cli.schemas import SPLITS, conform
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.launch.ranks import is_first
@@ -25,6 +24,7 @@ from qat.model import hub
 from qat.model.checkpoint import classes_of
 from qat.model.convert import check_input
 from qat.model.start import check_model
+from qat.tasks.settings import SPLITS, check
 from qat.utils.bounds import json_object
 from qat.utils.validate import check_int, check_number
 
@@ -37,12 +37,12 @@ VAL_METRICS = ("val/top1", "val/top5", "val/loss")
 
 
 def check_settings(cfg: DictConfig) -> None:
-    """Give the settings of a command their types; use the kernels that it names, and its seed.
+    """Check the settings of a command; use the kernels that it names, and its seed.
 
     Raises:
         UsageError: an unknown setting, a value of another type, or one that cannot work.
     """
-    conform(cfg)
+    check(cfg)
     _settle_hub(cfg)
     kernels.use(cfg.get("kernels", kernels.CHOICES[0]))
     if cfg.command != "export":

@@ -7,15 +7,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qat.cli.repeat import DEFAULTS, FOLLOWS, REMOVED
+from qat.tasks.settings import removed
 
 # Where things are, how they are shown and how images come to the run: nothing of it changes a result. All other settings are compared.
 INDIFFERENT = {
-    *("run_dir", "sweep_dir", "resume", "overwrite", "report", "allow_changed_data", "logger", "debug", "defaults", FOLLOWS),
+    *("run_dir", "sweep_dir", "resume", "overwrite", "report", "allow_changed_data", "logger", "debug", "defaults", "follows"),
     *("checkpoint.every_n_steps", "trainer.log_every_n_steps", "trainer.profiler"),
     *(f"data.{name}" for name in ("root", "num_workers", "in_memory", "memory_mb", "cache")),
     *(f"callbacks.{name}" for name in ("last", "progress", "epoch_log", "throughput", "learning_rate", "preemption")),
-    *REMOVED,
 }
 # What is left of a value that a line cannot hold.
 SHOWN = 60
@@ -30,7 +29,7 @@ def compared(cfg: DictConfig) -> dict[str, Any]:
 
 def of_file(content: Any) -> dict[str, Any] | None:
     """The same of what a `config.yaml` holds, of which nothing is resolved; None where that is no config of a run."""
-    if not isinstance(content, dict) or content.get("defaults", DEFAULTS) != DEFAULTS or "trainer" not in content:
+    if not isinstance(content, dict) or "trainer" not in content:
         return None
     return _kept(content)
 
@@ -38,7 +37,7 @@ def of_file(content: Any) -> dict[str, Any] | None:
 def _kept(node: Any, name: str = "") -> Any:
     if isinstance(node, dict):
         below = {str(key): (f"{name}.{key}" if name else str(key), value) for key, value in node.items()}
-        return {key: _kept(value, path) for key, (path, value) in below.items() if path not in INDIFFERENT}
+        return {key: _kept(value, path) for key, (path, value) in below.items() if path not in INDIFFERENT and not removed(path)}
     if isinstance(node, list | tuple):
         return [_kept(value, name) for value in node]
     return node if node is None or type(node) in {bool, int, float, str} else str(node)

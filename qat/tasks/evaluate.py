@@ -13,13 +13,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
 import qat.data
-from qat.cli.results import measured, recipe_fields, sizes, write_results
 from qat.data import ImageData
 from qat.data.settings import DataSettings
 from qat.errors import UsageError
-from qat.launch import outputs
-from qat.launch.group import connect
-from qat.launch.ranks import is_first
+from qat.launch import run_dir as outputs
+from qat.launch.ranks import connect, is_first
 from qat.lit import QATModule
 from qat.lit.loggers import closing
 from qat.losses import CompositeLoss, CrossEntropy
@@ -34,6 +32,7 @@ from qat.tasks.checks import check_classes, check_classifier, check_patches, che
 from qat.tasks.classes import class_results, write_class_tables
 from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
 from qat.tasks.report import record_run, report_run
+from qat.tasks.results import measured, recipe_fields, sizes, write_results
 
 log = logging.getLogger(__name__)
 SHOWN_PAIRS = 3
@@ -65,7 +64,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     if is_first():
         record_run(cfg)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
-    connect(trainer, build.plain(cfg))
+    connect(trainer)
     data = subject.data
     entries = {
         "model": summary.describe_model(subject.name, subject.net, data.input_size),

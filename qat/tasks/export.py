@@ -13,7 +13,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from qat.cli.results import recipe_fields, write_results
 from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
@@ -21,7 +20,7 @@ from qat.export.artefact import Written, kept, packed_artefact
 from qat.export.graph import TARGETS, OnnxSettings, check_size, require_onnx
 from qat.export.onnx_file import IMAGES, preprocessing
 from qat.export.stored_weights import TWO_BIT
-from qat.launch import outputs
+from qat.launch import run_dir as outputs
 from qat.model.checkpoint import build_from, describe, read_checkpoint
 from qat.model.convert import Conversion, conversion_of
 from qat.model.frozen import freeze, is_frozen
@@ -31,6 +30,7 @@ from qat.tasks import build, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.report import record_run, report_run
+from qat.tasks.results import recipe_fields, write_results
 from qat.utils.validate import check_choice, check_int
 
 log = logging.getLogger(__name__)

@@ -15,13 +15,11 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from qat.cli.results import recipe_fields, write_results
 from qat.data import ImageData
 from qat.errors import UsageError
-from qat.launch import outputs
-from qat.launch.group import connect
-from qat.launch.outputs import UsedError
-from qat.launch.ranks import is_first
+from qat.launch import run_dir as outputs
+from qat.launch.ranks import connect, is_first
+from qat.launch.run_dir import UsedError
 from qat.lit.loggers import closing
 from qat.model.checkpoint import classes_of, save
 from qat.model.convert import convert
@@ -37,6 +35,7 @@ from qat.tasks.evaluate import build_subject, measure, origin
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.ptq_keep import build_target_net, check_start, is_kept
 from qat.tasks.report import record_run, report_run
+from qat.tasks.results import recipe_fields, write_results
 from qat.tasks.search import Fitter, build_fitter, build_search, check_targets, run_search
 from qat.utils.validate import check_int
 
@@ -86,7 +85,7 @@ def ptq(cfg: DictConfig) -> float:
     """
     began = time.monotonic()
     run = _build(cfg)
-    connect(run.trainer, build.plain(cfg))
+    connect(run.trainer)
     if is_first():
         _remove_older(cfg)
         record_run(cfg)
@@ -157,8 +156,6 @@ def _build(cfg: DictConfig) -> PtqRun:
     _refuse_used(cfg)
     build.import_modules(cfg)
     subject = build_subject(cfg)
-    if cfg.data.seed == cfg.seed:  # so that a run that is repeated from its config.yaml with another seed has other images
-        cfg.data.seed = "${seed}"
     check_start(cfg, subject, search)
     teacher = build_target_net(cfg, subject)
     batches = calibration_batches(cfg, subject.data)

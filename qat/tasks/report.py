@@ -22,12 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from qat.cli.repeat import CONF, recorded, typed
-from qat.cli.schemas import COMMANDS
 from qat.errors import UsageError
-from qat.launch.outputs import is_finished
+from qat.launch.run_dir import is_finished
 from qat.model.checkpoint import build_from, read_checkpoint
 from qat.tasks.build import import_modules
+from qat.tasks.conf import CONF, recorded, typed
+from qat.tasks.settings import COMMANDS
 from qat.utils.bounds import read_json, read_yaml
 from qat.utils.files import write_text
 
@@ -154,7 +154,9 @@ def origin_of(folder: Path) -> Origin:
         config=config,
         config_text=text,
         command=None if given is None else f"{program} {shlex.join(given)}",
-        repeat=f"{program} {shlex.join(['--config-dir', str(folder), '--config-name', 'config', 'run_dir=NEW_FOLDER'])}",
+        repeat=None
+        if given is None
+        else f"{program} {shlex.join([*(one for one in given if not one.startswith('run_dir=')), 'run_dir=NEW_FOLDER'])}",
         compared=compared,
         differences=differences,
     )

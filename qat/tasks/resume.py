@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 from qat.callbacks.last import NAME
 from qat.data import ImageData
 from qat.errors import UsageError
-from qat.launch import outputs
-from qat.launch.outputs import UsedError
+from qat.launch import run_dir as outputs
 from qat.launch.ranks import is_first
+from qat.launch.run_dir import UsedError
 from qat.lit.checkpoint_io import PREVIOUS
 from qat.model.checkpoint import TRAINING, Checkpoint, read_checkpoint
 from qat.spec import QuantRecipe
@@ -191,4 +191,4 @@ def outputs_to_replace(cfg: DictConfig) -> list[Path]:
     unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
     if used and not (cfg.overwrite or (cfg.resume == "auto" and unsaved)):
         raise UsedError(f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true")
-    return outputs.replaced(run_dir)
+    return outputs.of_training(run_dir)

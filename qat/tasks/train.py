@@ -13,10 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 from qat.callbacks import Stopwatch
-from qat.cli.results import measured, recipe_fields, write_results
 from qat.data import ImageData
-from qat.launch.group import connect
-from qat.launch.ranks import is_first
+from qat.launch.ranks import connect, is_first
 from qat.launch.slurm import write_owner
 from qat.lit import QATModule
 from qat.lit.loggers import closing
@@ -30,6 +28,7 @@ from qat.tasks.announce import announce_early_end, announce_run, announce_teache
 from qat.tasks.checks import check_batches, check_classes, check_classifier, check_patches, check_settings
 from qat.tasks.compare import compared
 from qat.tasks.report import record_run, report_run
+from qat.tasks.results import measured, recipe_fields, write_results
 from qat.tasks.resume import check_data, check_optimizer, find_resume, outputs_to_replace
 from qat.tasks.teacher import build_teacher
 
@@ -78,7 +77,7 @@ def train(cfg: DictConfig) -> float:  # noqa: PLR0915  (a training, from top to 
         describe=_describe(cfg, start, data),
     )
 
-    connect(trainer, build.plain(cfg))
+    connect(trainer)
     data.trainer = trainer  # from here on each process has its own share of the images
     if is_first():
         _take_directory(cfg, replaced)

@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import qat
-from qat.cli.results import recipe_fields
 from qat.data import Digits
 from qat.tasks import build
 from qat.tasks.ptq import build_ptq_recipe
+from qat.tasks.results import recipe_fields
 from qat.tasks.search import build_search
 from tests.commands import typed
 from tests.conftest import ROOT, TINY, compose, evaluate, results, tiny, train

@@ -11,8 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 import qat
-from qat.cli import resolvers
-from qat.tasks import build, fit
+from qat.tasks import build, conf, fit
 from tests import golden
 from tests.conftest import ROOT, compose, results
 
@@ -188,14 +187,14 @@ def test_both_stages_of_a_row(tmp_path, family):
     ("size", "wanted", "patch"), [(224, None, 4), (224, 4, 4), (32, 4, 4), (8, 4, 1), (28, 4, 2), (16, 4, 2), (4, 4, 1)]
 )
 def test_patch_of_a_swin(size, wanted, patch):
-    assert resolvers.swin_patch(size, wanted) == patch
+    assert conf.swin_patch(size, wanted) == patch
 
 
 @pytest.mark.parametrize(
     ("size", "patch", "own", "window"), [(224, 4, 7, 7), (256, 4, 8, 8), (256, 4, 7, 4), (32, 4, 7, 4), (28, 2, 7, 7), (8, 1, 8, 4)]
 )
 def test_window_of_a_swin(size, patch, own, window):
-    assert resolvers.swin_window(size, patch, own) == window
+    assert conf.swin_window(size, patch, own) == window
 
 
 def test_cooldown_is_part_of_the_epochs(refused, tmp_path):

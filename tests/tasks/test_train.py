@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import qat
-from qat.cli import entry
+from qat.cli import commands
 from qat.losses import Distillation
 from qat.model.checkpoint import is_plain, read_checkpoint
 from qat.tasks import build
@@ -217,7 +217,7 @@ def test_a_run_that_was_stopped_before_it_saved_anything_may_be_repeated(tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr("lightning.pytorch.Trainer.fit", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(SystemExit) as stop:
-            entry.run("train", tiny(run))
+            commands.run_task(tiny(run))
     assert stop.value.code == 130
     assert results(run)["error"] == "stopped by Ctrl-C"
     train(run)

@@ -6,12 +6,14 @@ import datetime
 import importlib.metadata
 import math
 import platform
+import shlex
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,6 +21,7 @@ import qat
 from qat.launch.ranks import is_first
 from qat.model.cost import Cost
 from qat.spec import QuantRecipe
+from qat.tasks.conf import typed
 from qat.utils.files import json_text, write_text
 
 KEYS = (
@@ -58,6 +61,7 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
     """
     known: dict[str, Any] = {
         "command": cfg.get("command"),
+        "command_line": _command_line(),
         "model": _selected(cfg, "model.name"),
         "quant": _selected(cfg, "quant.name"),
         "recipe": None,
@@ -73,6 +77,14 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
     if is_first():
         write_text(Path(cfg.run_dir) / "results.json", json_text(results))
     return results
+
+
+def _command_line() -> str | None:
+    """As it was typed: with another `run_dir` it repeats the run. None for a call from Python."""
+    if not HydraConfig.initialized():
+        return None
+    job = HydraConfig.get()
+    return f"{typed(job.job.name)} {shlex.join(job.overrides.task)}"
 
 
 def _selected(cfg: DictConfig, name: str) -> Any:

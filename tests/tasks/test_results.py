@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import qat
-from qat.cli.results import recipe_fields, write_results
+from qat.tasks.results import recipe_fields, write_results
 
 
 def test_what_does_not_apply_is_null(tmp_path):
