@@ -32,7 +32,7 @@ from qat.lit.optimizer_state import with_optimizer_state
 from qat.lit.parallel import SHARDED, strategy_of
 from qat.model.start import Start
 from qat.tasks.build import instantiate, plain
-from qat.tasks.checks import check_averaging, check_callback, check_sharding
+from qat.tasks.checks import check_callback, check_sharding
 from qat.tasks.options import compiles
 from qat.utils.validate import check_int, check_number
 
@@ -120,7 +120,6 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
             continue
         callback = instantiate(callback_cfg, f"callbacks.{name}")
         check_callback(name, callback)
-        check_averaging(name, callback_cfg, callback, str(cfg.trainer.get("precision")))
         check_sharding(cfg, f"callbacks.{name}", callback)
         if isinstance(callback, ModelCheckpoint | LastCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")

@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
 
-import qat
 from qat.launch.signals import Preempted
 from qat.tasks import fit
 from tests.conftest import results
@@ -134,9 +133,7 @@ def test_overfitting_writes_its_checkpoints(tmp_path):
     assert last(run_dir)["global_step"] == 4
 
 
-def test_averages_and_teachers_of_another_precision(tmp_path):
-    with pytest.raises(qat.UsageError, match="trainer.precision='64-true': callbacks.ema averages float32; must be one of"):
-        run(tmp_path / "run", "trainer.precision=64-true")
+def test_teachers_of_another_precision(tmp_path):
     float_run = run(tmp_path / "fp", *EPOCHS, "quant=fp", "callbacks.ema=null", "trainer.max_epochs=1")
     settings = (*EPOCHS, "callbacks.ema=null", "trainer.max_epochs=1", "loss=kd", f"ckpt={float_run}/checkpoints/last.ckpt")
     for precision, quant in (("64-true", "ofq_2bit"), ("bf16-true", "fp")):
