@@ -94,8 +94,6 @@ class Loss:
     kure_reduction: Any = None
     kure_layers: Any = None
     kure_qk: Any = None
-    grad_l1: Any = None
-    grad_l1_layers: Any = None
     features: Any = None
     features_blocks: Any = None
     features_schedule: Any = None
@@ -139,7 +137,6 @@ class Settings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     ckpt: Any = None  # analyze.py takes a list as well
     ckpt_format: str = FORMATS[0]
-    ckpt_optimizer: bool = False
     ckpt_bits: int | None = None
     ckpt_act_bits: int | None = None
     compile: bool | str = False

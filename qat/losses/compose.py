@@ -59,13 +59,11 @@ class LossTerm(nn.Module, ABC):
     Attributes:
         needs_teacher: True if the term reads `teacher_logits` or `teacher_features`.
         blocks: whose outputs the term reads, `all` or `last`; None = of no block.
-        differentiates_twice: True if the term is made of gradients, so that its own gradient goes through a step's backward pass.
         needs_whole_weights: True if the term reads weights outside the net's forward pass.
         watched: values of the last step that are logged beside the term's own, by name; detached scalars.
     """
 
     needs_teacher: ClassVar[bool] = False
-    differentiates_twice: ClassVar[bool] = False
     needs_whole_weights: ClassVar[bool] = False
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -121,11 +119,6 @@ class CompositeLoss(nn.Module):
     def blocks(self) -> str | None:
         """The blocks whose outputs a term compares with the teacher's; None = of no block."""
         return next((term.blocks for term in self.terms.values() if isinstance(term, LossTerm) and term.blocks), None)
-
-    @property
-    def differentiates_twice(self) -> bool:
-        """True if a term is made of gradients."""
-        return any(cast(LossTerm, term).differentiates_twice for term in self.terms.values())
 
     def prepare(self, net: nn.Module) -> None:
         """Have every term find what it works on; see `LossTerm.prepare`."""

@@ -55,27 +55,8 @@ def check_precision(cfg: DictConfig, recipe: QuantRecipe) -> None:
 def check_options(cfg: DictConfig, recipe: QuantRecipe, loss: CompositeLoss, device: torch.device) -> None:
     """Raise `UsageError` if steps cannot be computed as the settings say."""
     check_precision(cfg, recipe)
-    check_second_derivatives(cfg, loss)
     check_sharded(cfg, loss)
     check_compiler(cfg, device)
-
-
-def check_second_derivatives(cfg: DictConfig, loss: CompositeLoss) -> None:
-    """A term made of gradients needs a backward pass that can be differentiated, with gradients that half precision does not round to 0.
-
-    Raises:
-        UsageError: such a term with a setting under which there is none.
-    """
-    if not loss.differentiates_twice:
-        return
-    weight = f"loss.grad_l1={OmegaConf.select(cfg, 'loss.grad_l1')}"
-    if cfg.compile is True:
-        raise UsageError(f"compile=true: {weight} differentiates twice, which compiled nets cannot; must be false")
-    if str(cfg.trainer.precision) in FP16:
-        allowed = "32-true, bf16-mixed, 64-true"
-        raise UsageError(
-            f"trainer.precision={cfg.trainer.precision!r}: {weight} has gradients below fp16's range; must be one of {allowed}"
-        )
 
 
 def check_sharded(cfg: DictConfig, loss: CompositeLoss) -> None:
@@ -109,7 +90,7 @@ def compiles(cfg: DictConfig) -> bool:
     if asked != "auto":
         return bool(asked)
     on_cuda = torch.cuda.is_available() and str(cfg.trainer.get("accelerator", "auto")) in {"auto", "gpu", "cuda"}
-    return on_cuda and cfg.trainer.get("strategy") != SHARDED and not OmegaConf.select(cfg, "loss.grad_l1")
+    return on_cuda and cfg.trainer.get("strategy") != SHARDED
 
 
 def check_compiler(cfg: DictConfig, device: torch.device) -> None:

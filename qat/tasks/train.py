@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
-from qat.callbacks import Stopwatch
+from qat.callbacks import LastCheckpoint
 from qat.cli.results import measured, recipe_fields, write_results
 from qat.data import ImageData
 from qat.launch.group import connect
@@ -57,14 +57,14 @@ def train(cfg: DictConfig) -> float:  # noqa: PLR0915  (a training, from top to 
     resume = find_resume(cfg, recipe, build.model_args(cfg))
     replaced = [] if resume else outputs_to_replace(cfg)
     scheduler = fit.build_scheduler_factory(cfg)
-    trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg, goes_on=resume is not None))
+    trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg, resumed_at=resume.step if resume else None))
     optimizer = fit.build_optimizer_factory(cfg, trainer)
     options.check_options(cfg, recipe, loss, trainer.strategy.root_device)
 
     data = build.build_data(cfg)
     data.batch_mixup()  # refuses what cannot be mixed before an image is read
     loss.class_weights = data.class_weights()
-    start, optimizer = _start(cfg, resume, recipe, data, trainer, optimizer)
+    start = _start(cfg, resume, recipe, data, trainer, optimizer)
     teacher = build_teacher(cfg, loss, data, start.net)
     check_batches(cfg.trainer, data, trainer.world_size)
     module = QATModule(
@@ -98,8 +98,8 @@ def train(cfg: DictConfig) -> float:  # noqa: PLR0915  (a training, from top to 
 
 def _start(
     cfg: DictConfig, resume: Checkpoint | None, recipe: QuantRecipe, data: ImageData, trainer: Trainer, optimizer: OptimizerFactory
-) -> tuple[Start, OptimizerFactory]:
-    """The net, quantized, on its device, as the run begins or goes on; the optimizer's factory with the state that it begins with."""
+) -> Start:
+    """The net, quantized, on its device, as the run begins or goes on."""
     if resume:
         check_data(cfg, resume, data)
         start = build.build_resumed(resume)
@@ -114,15 +114,14 @@ def _start(
         check_optimizer(resume, optimizer(start.net))
     else:
         start.notes += build.quantize(start, recipe, data, init=cfg.model.init, processes=trainer.world_size)
-        optimizer = fit.take_optimizer_state(cfg, optimizer, start)
     options.use_less_memory(cfg, start.net)
-    return start, optimizer
+    return start
 
 
 def _seconds_since(began: float, trainer: Trainer) -> float:
-    """Seconds of this process, and of the training behind the checkpoint that it went on from."""
-    watch = next(c for c in trainer.callbacks if isinstance(c, Stopwatch))  # type: ignore[attr-defined]
-    return round(time.monotonic() - began + watch.earlier_seconds, 1)
+    """Seconds of this process, and of the training before the checkpoint that it was resumed from."""
+    earlier = sum(one.earlier_seconds for one in trainer.callbacks if isinstance(one, LastCheckpoint))  # type: ignore[attr-defined]
+    return round(time.monotonic() - began + earlier, 1)
 
 
 def _take_directory(cfg: DictConfig, replaced: list[Path]) -> None:

@@ -419,7 +419,6 @@ def test_beside_the_default_callbacks(tmp_path):
 
 SETTINGS = (
     "callbacks=[default,ema,cga,oscillation]",
-    "callbacks.throughput=null",  # it logs durations
     "callbacks.cga.start_epoch=1",
     "callbacks.cga.boundary_range=0.1",
     "callbacks.cga.qk=product",

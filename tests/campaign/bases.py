@@ -38,9 +38,7 @@ TABLE = (
     _train("train", ()),
     _train("train cga", ("callbacks.cga", "callbacks.oscillation"), "callbacks=[default,cga,oscillation]", "callbacks.cga.epochs=1"),
     _train("train freeze", ("callbacks.freeze", "callbacks.ema"), "callbacks=[default,freeze,ema]"),
-    _train(
-        "train kd", ("loss", "teacher"), "loss=kd_dampening", f"teacher.ckpt={FLOAT}", "quant=lsq_4bit", "loss.kure=1", "loss.grad_l1=1"
-    ),
+    _train("train kd", ("loss", "teacher"), "loss=kd_dampening", f"teacher.ckpt={FLOAT}", "quant=lsq_4bit", "loss.kure=1"),
     _train("train sgd", ("optimizer",), "optimizer=sgd"),
     _train("train fp", ("quant",), "quant=fp"),
     _train("train tensorboard", ("logger",), "logger=tensorboard"),

@@ -11,7 +11,6 @@ from torch import nn
 
 import qat
 from qat.lit import QATModule, build_optimizer, cosine_schedule, parameter_groups, scaled_lr
-from qat.lit.optimizer_state import fill
 from qat.losses import CompositeLoss, CrossEntropy
 from tests.callbacks.fitting import QUIET, batches
 from tests.tiny import DISTILLED, SIZE, vit
@@ -272,24 +271,6 @@ def test_a_state_from_before_the_fused_form_goes_on_bit_for_bit(opt, groups_name
         step_with_gradients(writer, old, seed)
         step_with_gradients(optimizer, net, seed)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(net.parameters(), old.parameters(), strict=True))
-    assert {entry["step"].item() for entry in optimizer.state.values()} == {6.0}
-
-
-def test_moments_from_before_the_fused_form_in_a_fused_optimizer():
-    """`ckpt_optimizer=true` takes moments and counts of steps, and the optimizer's own form stays. Oracle: a parameter after the other."""
-    old = vit()
-    writer = build_optimizer(old, lr=1e-2, weight_decay=0.05, fused=False)
-    for seed in range(3):
-        step_with_gradients(writer, old, seed)
-    net, names = copy.deepcopy(old), {p: n for n, p in old.named_parameters()}
-    optimizer = build_optimizer(net, lr=1e-2, weight_decay=0.05)
-    fill(optimizer, net, {names[p]: copy.deepcopy(entry) for p, entry in writer.state.items()})
-    assert {group["fused"] for group in optimizer.param_groups} == {True}
-    for seed in range(3, 6):
-        step_with_gradients(writer, old, seed)
-        step_with_gradients(optimizer, net, seed)
-    for ours, theirs in zip(net.parameters(), old.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
     assert {entry["step"].item() for entry in optimizer.state.values()} == {6.0}
 
 

@@ -82,7 +82,6 @@ def test_a_compiler_that_cannot_save_memory(memory, can, lines, monkeypatch, cap
         (("trainer.accelerator=cpu",), False),
         (("compile=false",), False),
         (("trainer.accelerator=cpu", "compile=true"), True),
-        (("loss.grad_l1=0.05",), False),
         (("trainer=fsdp",), False),
     ],
 )
