@@ -43,13 +43,12 @@ def test_frequencies_are_those_of_the_exact_tracker(preset, every):
     fit(module(net(preset), lr=0.03), callback, seen, max_epochs=4)
     looks = seen.codes[::every]
     total = 0
-    for name, packed in callback._packed.items():
+    for name, found in callback._states.items():
         expected = exact(looks, name, 0.05)
-        found = F.unpack_oscillation(packed, 0.05)
-        assert torch.equal(found.codes, expected.codes)
-        assert torch.equal(found.direction, expected.direction)
-        assert ((found.frequency - expected.frequency).abs() <= F.packing_error(expected.frequency.max().item(), 0.05) + 1e-6).all()
-        assert callback._flips[name].item() == expected.flips.sum().item()
+        assert torch.equal(found.codes.float(), expected.codes)
+        assert torch.equal(found.direction.float(), expected.direction)
+        assert torch.equal(found.frequency, expected.frequency)
+        assert found.flips.item() == expected.flips.sum().item()
         total += expected.flips.sum().item()
     assert total > 100, "the run oscillates"
 
@@ -59,12 +58,10 @@ def test_tracked_are_weights_of_few_bits():
     fit(module(net()), callback, max_epochs=1)
     blocks = [f"blocks.{i}" for i in (0, 1)]
     layers = ("attn.proj.weight", "attn.v.weight", "mlp.fc1.weight", "mlp.fc2.weight", "attn.qk")
-    assert set(callback._packed) == {f"{b}.{layer}_quantizer" for b in blocks for layer in layers}
-    entries = sum(p.codes.numel() for p in callback._packed.values())
-    assert sum(t.numel() * t.element_size() for p in callback._packed.values() for t in p) == 3 * entries
+    assert set(callback._states) == {f"{b}.{layer}_quantizer" for b in blocks for layer in layers}
     wider = Oscillation(max_bits=8, probe_images=0)
     fit(module(net()), wider, max_epochs=1)
-    assert set(wider._packed) - set(callback._packed) == {"patch_embed.proj.weight_quantizer", "head.weight_quantizer"}
+    assert set(wider._states) - set(callback._states) == {"patch_embed.proj.weight_quantizer", "head.weight_quantizer"}
 
 
 def test_what_is_logged():
@@ -72,7 +69,7 @@ def test_what_is_logged():
     fit(module(net(), lr=0.03), callback, seen, steps, max_epochs=3, log_every_n_steps=12)
     assert [bool(values) for values in seen.logged] == [False] * 11 + [True]
     logged = seen.logged[-1]
-    states = {name: exact(seen.codes, name, 0.05) for name in callback._packed}
+    states = {name: exact(seen.codes, name, 0.05) for name in callback._states}
     shares = {name.rpartition(".")[0]: (state.frequency > 0.06).float().mean().item() for name, state in states.items()}
     for layer, share in shares.items():
         assert logged[f"osc/share/{layer}"] == pytest.approx(share)
@@ -143,16 +140,6 @@ def test_flipped_activation_codes():
         before = now
 
 
-def test_of_what_one_process_tells_nobody_advises_to_gather_it(monkeypatch, recwarn):
-    connectors = "lightning.pytorch.trainer.connectors"
-    monkeypatch.setattr(f"{connectors}.logger_connector.result._distributed_is_initialized", lambda: True)
-    monkeypatch.setattr(f"{connectors}.accelerator_connector._AcceleratorConnector.is_distributed", True)
-    run = Trainer(accelerator="cpu", max_epochs=2, callbacks=[Oscillation()], use_distributed_sampler=False, **QUIET)
-    run.fit(module(net()), batches(), batches(8))
-    assert "osc/act_flipped" in run.callback_metrics
-    assert not [str(w.message) for w in recwarn if "sync_dist" in str(w.message)]
-
-
 def test_a_look_leaves_no_trace():
     start = net()
     plain, watched = module(start), module(start)
@@ -161,18 +148,11 @@ def test_a_look_leaves_no_trace():
     assert differing(plain.net.state_dict(), watched.net.state_dict()) == []
 
 
-@pytest.mark.parametrize("kept", ["weights", "activations"])
-def test_state_goes_through_a_checkpoint(tmp_path, kept):
+def test_what_an_older_version_tracked_is_left_out(caplog):
     callback = Oscillation()
-    learner = module(net(), lr=0.03)
-    trainer = fit(learner, callback)
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    content = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["Oscillation"]
-    fresh = Oscillation()
-    fresh.load_state_dict(content)
-    assert set(fresh.state_dict()[kept]) == set(callback.state_dict()[kept])
-    for name, expected in callback.state_dict()["weights"].items():
-        assert differing(fresh.state_dict()["weights"][name], expected) == []
+    callback.load_state_dict({"weights": {"a": {"codes": torch.zeros(3), "memory": torch.zeros(3), "flips": 0}}, "activations": {}})
+    assert callback.state_dict() == {"weights": {}, "activations": {}}
+    assert "frequencies begin anew" in caplog.text
 
 
 def test_a_run_goes_on_with_other_settings(tmp_path):
@@ -211,7 +191,7 @@ def test_the_table(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"momentum": 0.0001}, r"callbacks\.oscillation\.momentum=0\.0001: must be a number from 0\.0005 to below 1"),
+        ({"momentum": 0}, r"callbacks\.oscillation\.momentum=0: must be a number above 0 to below 1"),
         ({"momentum": 1}, r"callbacks\.oscillation\.momentum=1"),
         ({"boundary_range": 0.5}, r"callbacks\.oscillation\.boundary_range=0\.5: must be a number above 0 to below 0\.5"),
         ({"every_n_steps": 0}, r"callbacks\.oscillation\.every_n_steps=0: must be an integer of at least 1"),
@@ -230,16 +210,3 @@ def test_nothing_to_track(start):
     learner = module(vit()) if start == "fp" else module(net(overrides={"blocks.*": {"bits": 8}}))
     with pytest.raises(qat.UsageError, match=r"callbacks\.oscillation\.max_bits=4: this net has no quantized weights of so few bits"):
         fit(learner, Oscillation())
-
-
-def test_no_step_waits_for_the_device(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("a tensor was read on the host")
-
-    learner, callback = module(net()), Oscillation()
-    trainer = fit(learner, callback, max_epochs=1)
-    for name in ("item", "__bool__", "__float__", "__int__", "tolist", "cpu", "numpy", "nonzero"):
-        monkeypatch.setattr(torch.Tensor, name, refuse)
-    monkeypatch.setattr(learner, "log_dict", lambda values, **_: None)
-    monkeypatch.setattr(type(trainer), "global_step", 49)
-    callback.on_before_optimizer_step(trainer, learner, trainer.optimizers[0])
