@@ -27,7 +27,7 @@ from qat.launch.ranks import local_count
 from qat.launch.slurm import environments
 from qat.lit.checkpoint_io import AtomicCheckpointIO
 from qat.lit.loggers import CSVLog
-from qat.lit.optim import build_optimizer, check_layer_decay, cosine_schedule, scaled_lr
+from qat.lit.optim import build_optimizer, cosine_schedule, scaled_lr
 from qat.lit.parallel import SHARDED, strategy_of
 from qat.tasks.build import instantiate, plain
 from qat.tasks.checks import check_averaging, check_callback, check_sharding
@@ -66,7 +66,6 @@ def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
     check_number("optimizer.lr", settings.get("lr"), 0, above=True)
     scaling = {name: settings.pop(name) for name in ("lr_base_batch", "lr_batch_rule") if name in settings}
     settings["lr"] = scaled_lr(settings["lr"], global_batch=global_batch(cfg, trainer), **scaling)
-    check_layer_decay(settings.get("layer_decay"))
     build_optimizer(nn.Linear(1, 1), **settings | {"layer_decay": None})
     return partial(build_optimizer, **settings)
 

@@ -90,28 +90,11 @@ def test_the_folded_matrix_and_wide_weights_are_left_alone():
     assert {name.removesuffix(".weight_quantizer") for name in callback._codes} == set(LAYERS)
 
 
-def test_until_something_is_frozen_nothing_differs():
-    plain, watched = Steps(), Steps()
-    start = net()
-    fit(module(start), plain)
-    fit(module(start), IterativeFreezing(threshold=1.0, final_threshold=1.0), watched)
-    assert differing(plain.after[-1], watched.after[-1]) == []
-
-
 def test_the_threshold_falls_along_a_cosine_from_the_start_epoch_on():
     callback = IterativeFreezing(threshold=0.3, final_threshold=0.1, start_epoch=1)
     run(callback=callback)
     expected = [0, 0, 0, 0, 0.3, 0.2, 0.1]
     assert [callback.threshold_at(step) for step in (0, 1, 2, 3, 4, 10, 16)] == pytest.approx(expected)
-
-
-def test_nothing_is_frozen_before_the_start_epoch():
-    callback = IterativeFreezing(**EAGER, start_epoch=3)
-    first = Steps()
-    fit(module(net(), lr=0.03), first, max_epochs=3)
-    _, _, callback, _, second = run(callback=callback)
-    assert differing(first.after[11], second.after[11]) == []
-    assert sum(state.frozen.sum() for state in callback._frozen.values()) > 0
 
 
 def test_shares_are_logged():
@@ -148,11 +131,6 @@ def test_resumed_equals_uninterrupted(tmp_path):
     for name, state in first._frozen.items():
         assert all(torch.equal(a, b) for a, b in zip(state, second._frozen[name], strict=True))
         assert all(torch.equal(a, b) for a, b in zip(first._codes[name], second._codes[name], strict=True))
-
-
-def test_the_hook_is_gone_afterwards():
-    trainer, *_ = run(max_epochs=1)
-    assert not trainer.optimizers[0]._optimizer_step_post_hooks
 
 
 @pytest.mark.parametrize(

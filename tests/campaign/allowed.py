@@ -80,7 +80,6 @@ NUMBERS = {
     "callbacks.freeze.threshold": "fraction huge",
     "callbacks.freeze.final_threshold": "fraction huge",
     "callbacks.oscillation.threshold": "zero fraction huge",
-    "callbacks.oscillation.probe_images": "zero",
     "callbacks.best.save_top_k": "negative zero",  # all, none
     "data.hflip": "zero",
     "data.shift": "zero",
