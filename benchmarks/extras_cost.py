@@ -20,7 +20,7 @@ from benchmarks.step_arms import ARMS, FLOAT, MIB, Batch, saved_bytes
 from benchmarks.timing import Step, ratio
 from qat.callbacks.oscillation import Oscillation
 from qat.lit import QATModule, Teacher
-from qat.losses import CompositeLoss, CrossEntropy, Distillation, FeatureDistillation, GradL1, Kure, LossTerm, StepContext
+from qat.losses import CompositeLoss, CrossEntropy, Distillation, FeatureDistillation, Kure, LossTerm, StepContext
 
 PLAIN, FOLLOWS = "cross entropy", "teacher's logits"
 
@@ -75,7 +75,7 @@ def main() -> None:
     batch = step_arms.random_batch(args.batch)
     teacher = step_arms.build(args.model, batch[0], ARMS[FLOAT], 32)
     losses: dict[str, dict[str, LossTerm]] = {PLAIN: {"ce": CrossEntropy()}, FOLLOWS: {"kd": Distillation()}}
-    losses |= {"with KURE": losses[PLAIN] | {"kure": Kure()}, "with the gradient's L1 norm": losses[PLAIN] | {"l1": GradL1()}}
+    losses |= {"with KURE": losses[PLAIN] | {"kure": Kure()}}
     losses |= {f"with its blocks, {one}": losses[FOLLOWS] | {"blocks": FeatureDistillation(40.0, one)} for one in ("last", "all")}
     nets = {name: step_arms.build(args.model, batch[0], ARMS["ofq"], args.bits) for name in (*losses, "KURE alone", "tracking alone")}
     steps = {name: step(nets[name], batch, terms, teacher if "kd" in terms else None) for name, terms in losses.items()}

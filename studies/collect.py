@@ -15,7 +15,6 @@ import torch
 import qat
 from benchmarks.timing import machine as processor
 from qat.functional import kurtoses
-from qat.functional.oscillation import PackedOscillation, unpack_oscillation
 from qat.losses.latent_weights import find_latent_weights
 from studies.claims import Arm
 from studies.records import Record, write_record
@@ -109,7 +108,7 @@ def _tracked(place: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 def _of_queries_and_keys(name: str, state: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """Which of them oscillate, flat: entries of the folded matrix, or of the first two thirds of the joint projection."""
-    frequency = unpack_oscillation(PackedOscillation(state["codes"], state["memory"]), MOMENTUM).frequency
+    frequency = state["frequency"]
     if name.endswith(".qk_quantizer"):
         return (frequency > THRESHOLD).flatten()
     if ".attn.qkv." in f"{name}.":

@@ -59,8 +59,8 @@ class Preemption(Checkpoint):
         """Stop in front of the next step: by now the figures of the last one are logged."""
         self._stop(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop behind the validation, where `LastCheckpoint` has saved."""
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop after the epoch before, of which `LastCheckpoint` has saved the end, and whose figures are logged by now."""
         self._stop_if_any(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

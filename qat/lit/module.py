@@ -55,9 +55,6 @@ class QATModule(LightningModule):
         validated_at: optimizer steps behind which the last validation of this process was; None = there was none.
     """
 
-    # Lightning's throughput monitor asks for it; a count of float operations says nothing of a quantized step.
-    flops_per_batch: int | None = None
-
     def __init__(
         self,
         net: nn.Module,
@@ -161,7 +158,7 @@ class QATModule(LightningModule):
         logits = self.net(images).float()
         metrics.update(logits, target)
         mean_loss.update(nn.functional.cross_entropy(logits, target), weight=len(images))
-        self.log_dict(metrics, prog_bar=True, batch_size=len(images))
+        self.log_dict(metrics, batch_size=len(images))
         self.log(f"{stage}/loss", mean_loss, batch_size=len(images))
         return logits
 

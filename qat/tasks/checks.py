@@ -75,7 +75,9 @@ def check_callback(name: str, callback: object) -> None:
     """Raise `UsageError` unless it is a callback, and what it monitors may exist: Lightning says so after an epoch of training."""
     if not isinstance(callback, Callback):
         raise UsageError(f"callbacks.{name}: {type(callback).__name__} is not a subclass of lightning.pytorch.Callback")
-    monitor = getattr(callback, "monitor", None)
+    monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
+    if mode == "max" and "loss" in str(monitor):
+        raise UsageError(f"callbacks.{name}.mode='max': the best {monitor} is the lowest; must be min")
     if isinstance(monitor, str) and (monitor.startswith("val") or "/" not in monitor) and monitor not in VAL_METRICS:
         raise UsageError(f"callbacks.{name}.monitor={monitor!r}: must be one of those of the validation: {', '.join(VAL_METRICS)}")
 

@@ -160,7 +160,6 @@ class Train(Shared):
     callbacks: dict[str, Any] | None = None
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    ckpt_optimizer: bool = False
     compile: bool | str
     memory: str
     kernels: str

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
-from qat.callbacks import Stopwatch
+from qat.callbacks import LastCheckpoint
 from qat.data import ImageData
 from qat.launch.ranks import connect, is_first
 from qat.launch.slurm import write_owner
@@ -52,7 +52,7 @@ def train(cfg: DictConfig) -> float:
     options.check_options(cfg, recipe, loss)
     resume = find_resume(cfg, recipe, args)
     replaced = [] if resume else outputs_to_replace(cfg)
-    trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg, goes_on=resume is not None))
+    trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg, resumed_at=resume.step if resume else None))
     optimizer, scheduler = fit.build_optimizer_factory(cfg, trainer), fit.build_scheduler_factory(cfg)
 
     data = build.build_data(cfg)
@@ -105,7 +105,7 @@ def train(cfg: DictConfig) -> float:
 
     with torch.compiler.set_stance("force_eager"):  # its hooks belong to no compiled graph
         costs = cost(module.net, data.input_size)
-    watch = next(c for c in trainer.callbacks if isinstance(c, Stopwatch))  # type: ignore[attr-defined]
+    earlier = sum(one.earlier_seconds for one in trainer.callbacks if isinstance(one, LastCheckpoint))  # type: ignore[attr-defined]
     results = write_results(
         cfg,
         **recipe_fields(recipe),
@@ -114,7 +114,7 @@ def train(cfg: DictConfig) -> float:
         weights=weights,
         val_top1=val_top1,
         top1_fp=top1_fp,
-        wall_seconds=round(time.monotonic() - began + watch.earlier_seconds, 1),
+        wall_seconds=round(time.monotonic() - began + earlier, 1),
         **({"left_out": left_out} if (left_out := data.left_out()) else {}),
     )
     if left_out:

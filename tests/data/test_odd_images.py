@@ -167,7 +167,7 @@ def test_parquet_files_are_counted_too(tmp_path, kind):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_says_at_the_end_of_an_epoch_and_of_all_what_it_left_out(tmp_path, caplog, workers):
+def test_a_run_says_at_its_end_what_it_left_out(tmp_path, caplog, workers):
     caplog.set_level(logging.INFO)
     root = write_folder(tmp_path / "data")
     for name in ("ant/003.JPEG", "bee/019.JPEG"):
@@ -177,7 +177,5 @@ def test_a_run_says_at_the_end_of_an_epoch_and_of_all_what_it_left_out(tmp_path,
     from qat.tasks.train import train
 
     train(tiny(tmp_path / "run", *data, *limits))
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "qat.callbacks.epoch_log"]
-    assert "left out 2 train images" in line
     assert "data.on_error=skip: 2 train images could not be decoded" in caplog.text
     assert results(tmp_path / "run")["left_out"] == {"train": 2}

@@ -95,7 +95,7 @@ def test_post_training_goes_on_from_its_file(trained, settings, tmp_path):
 def test_features_of_a_teacher_and_the_state_of_an_optimizer(trained, tmp_path):
     settings = (*ON_DEVICE, "++model.args.embed_dim=48", "++model.args.depth=2", "compile=false", "loss=kd_features", "quant=seq_2bit")
     first = train(tmp_path / "first", *settings, f"ckpt={trained[0]}") / "checkpoints" / "last.ckpt"
-    run_dir = train(tmp_path / "second", *settings, f"ckpt={first}", "ckpt_optimizer=true", f"teacher.ckpt={trained[0]}")
+    run_dir = train(tmp_path / "second", *settings, f"ckpt={first}", f"teacher.ckpt={trained[0]}")
     assert results(run_dir)["top1"] > 50
 
 

@@ -102,17 +102,6 @@ def test_the_last_step_is_validated(ten):
     assert [int(row["step"]) for row in rows] == [3, 7, 9]
 
 
-def test_another_patience_holds_for_a_run_that_goes_on(tmp_path, caplog):
-    caplog.set_level("INFO")
-    settings = (*EPOCHS, "trainer.max_epochs=6", "callbacks=[default,ema,early_stop]", "callbacks.early_stop.min_delta=100")
-    run_dir = run(tmp_path / "run", *settings, "callbacks.early_stop.patience=1")
-    assert last(run_dir)["global_step"] == 8
-    run(run_dir, *settings, "callbacks.early_stop.patience=3", "resume=true")
-    assert last(run_dir)["global_step"] == 16
-    run(run_dir, *settings, "callbacks.early_stop.patience=2", "resume=true")
-    assert last(run_dir)["global_step"] == 16
-
-
 def test_an_epoch_without_validation_saves_where_it_is_told_to(tmp_path, monkeypatch):
     settings = (*EPOCHS, "trainer.max_epochs=2", "+trainer.val_check_interval=0.5", "+trainer.check_val_every_n_epoch=2")
     run_dir = killed_at(3, tmp_path / "run", monkeypatch, *settings)

@@ -377,7 +377,6 @@ def test_a_plain_state_dict_is_taken_as_it_is(tmp_path, setting):
         (["+model.args.colour=3"], "model.name='vit_tiny_patch16_224' with"),
         (["loss.label_smoothing=2"], "loss.label_smoothing=2: must be a number from 0 to below 1"),
         (["loss.terms.ce._target_=torch.nn.Identity", "~loss.terms.ce.label_smoothing"], "loss.terms.ce: Identity is not a subclass of"),
-        (["callbacks.best.save_top_k=2"], "callbacks.best.save_top_k=2: must be 1; callbacks.best=null keeps none"),
         (["callbacks.best.monitor=val/loss"], "callbacks.best.mode='max': the best val/loss is the lowest; must be min"),
         (["loss=kd", "teacher.ckpt=/no/such.ckpt"], "teacher.ckpt='/no/such.ckpt': no such file"),
         (

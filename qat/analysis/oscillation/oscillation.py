@@ -12,7 +12,6 @@ import torch
 from qat.analysis.analysis import Advice, Analysis, Drawing, Outcome, Row, StudiedNet, Table
 from qat.analysis.oscillation.drawings import curves, frequencies, layer_map, top_layers
 from qat.analysis.oscillation.recorded import BAND, FLIPS, FREQUENCY, SHARE, OscillationRun, read_run
-from qat.functional.oscillation import LOWEST_FREQUENCY
 from qat.utils.validate import check_int, check_number
 
 # A layer of which more oscillates is worth a word.
@@ -164,5 +163,5 @@ def _frequency_rows(run: OscillationRun) -> Iterator[Row]:
     counts = torch.stack([torch.bincount(one, minlength=len(_CLASSES))[: len(_CLASSES)] for one in classes]).sum(0).tolist()
     total = sum(counts)
     for upper, count in zip(_CLASSES, counts, strict=True):
-        name = f"below {LOWEST_FREQUENCY:g}" if upper == 0 else f"up to {upper:g}"
+        name = f"below {1e-4:g}" if upper == 0 else f"up to {upper:g}"
         yield {"net": run.label, "flips per look": name, "weights": count, "share, %": round(100 * count / total, 4)}

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from qat.analysis.analysis import StudiedNet
 from qat.errors import UsageError
-from qat.functional.oscillation import PackedOscillation, unpack_oscillation
 from qat.utils.bounds import read_yaml
 from qat.utils.files import csv_rows
 
@@ -23,7 +22,7 @@ SHARE, BAND, FREQUENCY, FLIPS = "osc/share", "osc/band", "osc/frequency", "osc/f
 FROZEN, TRAINABLE = "freeze/frozen", "cga/trainable"
 TOTALS = (SHARE, BAND, FREQUENCY, FLIPS, FROZEN, TRAINABLE)
 # What the callback takes when a config does not say otherwise.
-_MOMENTUM, _THRESHOLD = 0.01, 0.005
+_THRESHOLD = 0.005
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def read_run(studied: StudiedNet) -> OscillationRun:
     folder = run_folder(studied.path)
     settings = _settings(folder)
     content = _content(studied.path)
-    now = _tracked(content.get("callbacks") or {}, settings)
+    now = _tracked(content.get("callbacks") or {})
     totals, layers = _logged(folder / "metrics.csv")
     if SHARE not in totals and not now:
         raise UsageError(
@@ -133,16 +132,14 @@ def _content(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) and "pytorch-lightning_version" in content else {}
 
 
-def _tracked(callbacks: Mapping[str, Any], settings: Mapping[str, Any]) -> list[LayerState]:
+def _tracked(callbacks: Mapping[str, Any]) -> list[LayerState]:
     """What the tracker knew, else what iterative freezing did."""
     states = {name.partition("{")[0]: state for name, state in callbacks.items() if isinstance(state, Mapping)}
     freezing = states.get("IterativeFreezing", {})
     held = {name: float(state["frozen"].float().mean()) for name, state in freezing.get("frozen", {}).items()}
     weights = states.get("Oscillation", {}).get("weights", {})
     if weights:
-        momentum = float((settings.get("oscillation") or {}).get("momentum", _MOMENTUM))
-        packed = {name: PackedOscillation(state["codes"], state["memory"]) for name, state in weights.items()}
-        frequencies = {name: unpack_oscillation(state, momentum).frequency for name, state in packed.items()}
+        frequencies = {name: state["frequency"] for name, state in weights.items() if "frequency" in state}
         return [LayerState(_layer(n), f.flatten(), int(weights[n]["flips"]), held.get(n)) for n, f in frequencies.items()]
     return [LayerState(_layer(n), s["frequency"].flatten(), None, held.get(n)) for n, s in freezing.get("codes", {}).items()]
 

@@ -10,7 +10,6 @@ from qat.analysis import StudiedNet, write_outcome
 from qat.analysis.oscillation import OscillationAnalysis
 from qat.analysis.oscillation.recorded import Series, per_step, read_run, run_folder
 from qat.errors import UsageError
-from qat.functional.oscillation import OscillationState, pack_oscillation
 from tests import tiny
 from tests.conftest import train
 
@@ -25,10 +24,7 @@ CONFIG = "callbacks:\n  oscillation:\n    momentum: {momentum}\n    threshold: {
 
 
 def packed(frequencies, momentum, flips):
-    frequency = torch.tensor(frequencies)
-    zeros = torch.zeros_like(frequency)
-    state = OscillationState(zeros, zeros, frequency, zeros)
-    return {**pack_oscillation(state, momentum)._asdict(), "flips": torch.tensor(flips)}
+    return {"frequency": torch.tensor(frequencies), "flips": torch.tensor(flips)}
 
 
 def write_run(folder, lines=LINES, weights=None, callbacks=None, momentum=0.01, threshold=0.005):
@@ -159,7 +155,7 @@ def test_a_net_in_which_nothing_has_turned_back_is_drawn(tmp_path):
 
 def test_iterative_freezing_tracks_too(tmp_path):
     codes = torch.zeros(4)
-    tracked = OscillationState(codes, codes, torch.tensor([0.0, 0.0, 0.2, 0.3]), torch.tensor(0))._asdict()
+    tracked = {"frequency": torch.tensor([0.0, 0.0, 0.2, 0.3])}
     frozen = {"frozen": torch.tensor([False, False, False, True]), "codes": codes, "mean": codes}
     callbacks = {"IterativeFreezing": {"codes": {"fc.weight_quantizer": tracked}, "frozen": {"fc.weight_quantizer": frozen}}}
     found = OscillationAnalysis().outcome([write_run(tmp_path / "run", None, callbacks=callbacks)], [])
