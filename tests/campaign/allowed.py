@@ -120,8 +120,6 @@ NUMBERS = {
     "search.temperature": "fraction huge",
     "analysis.budget_mb": "fraction huge list",
     "analysis.high": "fraction huge",
-    "analysis.temperature": "fraction huge",
-    "analysis.threshold": "zero",
     "trainer.gradient_clip_val": "zero fraction huge",
     "trainer.limit_val_batches": "zero",
     "trainer.log_every_n_steps": "zero",

@@ -6,18 +6,17 @@ import functools
 import logging
 import signal
 import time
-from pathlib import Path
 from unittest import mock
 
 import sklearn.datasets
 
+from qat.analysis import ImageSet
 from qat.cli import entry, results
 from qat.launch import ranks
 from qat.lit import QATModule
 from qat.tasks import analyze, export, predict
 
 LIMIT_S = 20
-LEDGER = "points.jsonl"
 
 
 class ReachedAStep(BaseException):
@@ -68,7 +67,7 @@ def no_steps():
             (QATModule, "training_step", stop),
             (QATModule, "test_step", stop),
             (predict._Ranking, "predict_step", stop),
-            (analyze, "measure", stop),
+            (ImageSet, "score", stop),
             (analyze, "write_outcome", stop),
             (export, "kept", stop),
             (ranks, "supervise", stop),
@@ -79,12 +78,6 @@ def no_steps():
         yield
 
 
-def _forget(cfg):
-    """Remove what an analysis would go on with, of the case before."""
-    with contextlib.suppress(Exception):  # the directory may be what is wrong
-        (Path(cfg.run_dir) / LEDGER).unlink(missing_ok=True)
-
-
 def attempt(task, cfg):
     """The outcome of a command with this config."""
     log, lines = logging.getLogger("qat.cli.entry"), _Lines()
@@ -92,7 +85,6 @@ def attempt(task, cfg):
     log.addHandler(lines)
     log.setLevel(logging.ERROR)
     logging.disable(logging.NOTSET)
-    _forget(cfg)
     began = time.monotonic()
     signal.signal(signal.SIGALRM, _hang)
     signal.alarm(LIMIT_S)

@@ -67,7 +67,7 @@ def test_the_configs_are_valid_as_they_are(tmp_path, monkeypatch, prepared, name
 
 def test_what_would_compute_is_where_it_is_stopped():
     with no_steps():
-        assert export.kept is analyze.measure is stop
+        assert export.kept is analyze.write_outcome is stop
 
 
 @pytest.mark.long

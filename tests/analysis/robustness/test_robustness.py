@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import qat
-from qat.analysis import Ledger, measure, write_outcome
+from qat.analysis import measure, write_outcome
 from qat.analysis.requantize import WeightChange, weight_sites
 from qat.analysis.robustness.findings import curve_numbers
 from qat.analysis.robustness.robustness import PARTS, Robustness
@@ -24,7 +24,7 @@ SMALL = {"ratios": 3, "bits": (2, 4, 32), "severities": (5,), "corruptions": ("c
 def run(analysis, nets, folder, images=None):
     """All rows, and the outcome."""
     images = images or image_set()
-    rows = list(measure(analysis.points(nets, images), images, Ledger(folder, "same", resume=True)))
+    rows = measure(analysis.points(nets, images), images)
     return rows, analysis.outcome(nets, rows)
 
 

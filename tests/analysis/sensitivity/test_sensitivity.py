@@ -7,7 +7,6 @@ import pytest
 from omegaconf import OmegaConf
 
 import qat
-from qat.analysis.ledger import Ledger
 from qat.analysis.runner import measure
 from qat.analysis.sensitivity import Sensitivity
 from qat.analysis.sensitivity.findings import SensitivityResults
@@ -34,9 +33,8 @@ class Doubling(Quantizer):
 def rows_of(analysis, nets, folder, images=None):
     """All evaluations, follow-ups too."""
     images = images or image_set()
-    ledger = Ledger(folder, "inputs", resume=False)
-    rows = list(measure(analysis.points(nets, images), images, ledger))
-    return rows + list(measure(analysis.follow_up(nets, images, rows), images, ledger))
+    rows = measure(analysis.points(nets, images), images)
+    return rows + measure(analysis.follow_up(nets, images, rows), images)
 
 
 def overrides(setting):
