@@ -36,21 +36,16 @@ class OscillationAnalysis(Analysis):
         curves: dict[str, dict[str, Curve]] = {}
         layers: list[Row] = []
         for studied in nets:
-            folder = run_folder(studied)
+            folder = (studied.path or Path("-")).resolve().parent
+            folder = folder.parent if folder.name == "checkpoints" else folder
             curves[studied.label] = read_curves(folder / "metrics.csv")
-            if not curves[studied.label][SHARE]:
+            at_end = folder / "oscillation.csv"  # of a run that has ended
+            if not (curves[studied.label][SHARE] or at_end.is_file()):
                 raise UsageError(f"ckpt={str(studied.path)!r}: its run tracked no oscillation; train with callbacks=[default,oscillation]")
-            if (folder / "oscillation.csv").is_file():  # a run that has not ended has none
-                layers += [{"net": studied.label, **row} for row in csv_rows(folder / "oscillation.csv")]
+            layers += [{"net": studied.label, **row} for row in csv_rows(at_end)] if at_end.is_file() else []
         summary = {label: {name: [*curve.values()][-1] for name, curve in found.items() if curve} for label, found in curves.items()}
         tables = [Table("oscillation", "Layers at the end of the run", layers)] if layers else []
-        return Outcome(summary, tables, [_draw(curves)])
-
-
-def run_folder(studied: StudiedNet) -> Path:
-    """The run directory that a checkpoint lies in: its own folder, or the one above `checkpoints`."""
-    folder = (studied.path or Path("x")).resolve().parent
-    return folder.parent if folder.name == "checkpoints" else folder
+        return Outcome(summary, tables, [_draw(curves)] if any(summary.values()) else [])
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
@@ -77,7 +72,7 @@ def _draw(curves: Mapping[str, Mapping[str, Curve]]) -> Drawing:
     for axis, name in zip(panels(drawn, len(names), 1, sharex=True), names, strict=True):
         for index, (colour, (label, found)) in enumerate(zip(colours(), curves.items(), strict=False)):
             # Runs that share their first steps lie on each other: the later ones are dashed.
-            axis.plot(found[name].keys(), found[name].values(), "--" if index else "-", color=colour, linewidth=1.3, label=label)
+            axis.plot([*found[name]], [*found[name].values()], "--" if index else "-", color=colour, linewidth=1.3, label=label)
             if values := [*found[name].values()]:
                 said.append(f"{label}: {name} {values[0]:.2f} at first, {max(values):.2f} at most, {values[-1]:.2f} at the end")
         axis.set_ylabel(name, fontsize=9)

@@ -101,7 +101,7 @@ def build_analysis(cfg: DictConfig) -> Analysis:
     Raises:
         UsageError: there is none, or it has a setting that cannot work.
     """
-    if cfg.analysis is None:
+    if cfg.get("analysis") is None:
         choices = ", ".join(sorted(path.stem for path in (CONF / "analysis").glob("[!_]*.yaml")))
         raise UsageError(f"analysis is not set: must be one of {choices}; or run=DIR to make a report anew; sweep=DIR to gather one")
     analysis = build.instantiate(cfg.analysis, "analysis")

@@ -139,10 +139,6 @@ def test_weights_without_images_need_no_data(tmp_path, run_4bit):
         ),
         (["trainer.devices=2"], "trainer.devices=2: analyses run on one device; must be 1"),
         (["trainer.precision=bf16-mixed"], "trainer.precision='bf16-mixed': analyses run in float32; must be 32-true"),
-        (
-            ["analysis=null"],
-            "analysis is not set: must be one of cost, landscape, oscillation, robustness, sensitivity, weights; or run=DIR",
-        ),
         (["analysis=oscillation"], "ckpt='{four}': its run tracked no oscillation; train with callbacks=[default,oscillation]"),
         (["analysis=weights", "ckpt={frozen}", "data=digits"], "patch_embed.proj.weight_quantizer holds integer codes alone; "),
     ],
