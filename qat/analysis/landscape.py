@@ -23,7 +23,7 @@ from qat.analysis.analysis import Analysis, Drawing, EvaluationPoint, Outcome, S
 from qat.analysis.images import ImageSet
 from qat.analysis.requantize import GridSite, WeightSites, weight_sites
 from qat.analysis.runner import measure
-from qat.analysis.style import HEAT, PALETTE, WIDTH, figure, quiet
+from qat.analysis.style import HEAT, PALETTE, figure, panels, quiet
 from qat.errors import UsageError
 from qat.functional.infonce import info_nce
 from qat.model.blocks import find_blocks
@@ -87,7 +87,7 @@ class Landscape(Analysis):
                 )
         rows = measure(points, images)
         losses = torch.tensor([row["loss" if self.loss == "ce" else self.loss] for row in rows], dtype=torch.float64)
-        grids = dict(zip([studied.label for studied in nets], losses.view(len(nets), self.points, self.points), strict=True))
+        grids = dict(zip([studied.label for studied in nets], losses.view(-1, self.points, self.points), strict=True))
         words = [target if isinstance(target, str) else " ".join(target) for target in (self.targets[0], self.targets[-1])]
         drawing = _contours(grids, places, words, LOSSES[self.loss])
         return Outcome({label: shape_of(grid) for label, grid in grids.items()}, [Table("landscape", "Loss on the plane", rows)], [drawing])
@@ -180,26 +180,23 @@ def shape_of(losses: Tensor) -> dict[str, float]:
 
 def _contours(grids: Mapping[str, Tensor], places: Sequence[float], words: Sequence[str], loss: str) -> Drawing:
     """Lines of equal loss, each net on a range of its own; the lowest point and the net as it is."""
-    columns = min(2, len(grids))
-    rows = -(-len(grids) // columns)
-    drawn, said = figure(WIDTH, (2.9 if columns > 1 else 4.6) * rows), []
-    for number, (label, losses) in enumerate(grids.items(), 1):
+    drawn, said = figure(max(3.6 * len(grids), 4.8), 3.6), []
+    for axis, (label, losses) in zip(panels(drawn, 1, len(grids)), grids.items(), strict=True):
         centre = float(losses[len(places) // 2, len(places) // 2])
         rises = torch.where(losses.isfinite(), losses - centre, torch.nan)
         finite = rises[rises.isfinite()].tolist() or [0.0]
         low, high = min(finite), max(finite)
         levels = torch.linspace(low, max(high, low + 1e-9), LEVELS + 1).tolist()
         row, column = divmod(int(rises.nan_to_num(torch.inf).argmin()), len(places))
-        axis = quiet(drawn.add_subplot(rows, columns, number), f"direction 1: {words[0]}", f"direction 2: {words[1]}")
         filled = axis.contourf(places, places, rises.numpy(), levels=levels, cmap=HEAT)
         axis.contour(places, places, rises.numpy(), levels=levels, colors="black", linewidths=0.4, linestyles="solid")
         axis.plot(places[column], places[row], "v", color=PALETTE[1], markeredgecolor="white", markersize=8)
         axis.plot(0, 0, "+", color=PALETTE[1], markersize=11, markeredgewidth=2)
+        quiet(axis, f"direction 1: {words[0]}", f"direction 2: {words[1]}").grid(visible=False)
         axis.set_title(f"{label}\nloss {centre:.4f} in the middle", fontsize=9, loc="left")
         axis.locator_params(nbins=5)
         axis.set_aspect("equal")
-        axis.grid(visible=False)
         drawn.colorbar(filled, ax=axis, shrink=0.8, ticks=MaxNLocator(5)).ax.tick_params(labelsize=7)
         said.append(f"{label}: {centre:.4f} in the middle, from {low:+.4f} at ({places[column]:+.3g}, {places[row]:+.3g}) to {high:+.4f}")
     title = f"{loss} above that of the net as it is, scales changed by a fraction; + the net as it is, triangle the lowest point"
-    return Drawing("landscape", title, f"Contours on {len(places)} x {len(places)} points. {'; '.join(said)}.", drawn)
+    return Drawing("landscape", title, "; ".join(said), drawn)

@@ -66,18 +66,17 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 
 def _draw(curves: Mapping[str, Mapping[str, Curve]]) -> Drawing:
-    """Over optimizer steps, a line for each run."""
+    """Over optimizer steps, a line for each run; the later ones are dashed, as runs that share their first steps lie on each other."""
     names = [name for name in (SHARE, FLIPS, HELD) if any(found[name] for found in curves.values())]
     drawn, said = figure(height=0.7 + 1.7 * len(names)), []
     for axis, name in zip(panels(drawn, len(names), 1, sharex=True), names, strict=True):
-        for index, (colour, (label, found)) in enumerate(zip(colours(), curves.items(), strict=False)):
-            # Runs that share their first steps lie on each other: the later ones are dashed.
-            axis.plot([*found[name]], [*found[name].values()], "--" if index else "-", color=colour, linewidth=1.3, label=label)
-            if values := [*found[name].values()]:
+        for colour, (label, found) in zip(colours(), curves.items(), strict=False):
+            values = [*found[name].values()]
+            axis.plot([*found[name]], values, "--" if axis.lines else "-", color=colour, linewidth=1.3, label=label)
+            if values:
                 said.append(f"{label}: {name} {values[0]:.2f} at first, {max(values):.2f} at most, {values[-1]:.2f} at the end")
         axis.set_ylabel(name, fontsize=9)
         axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     drawn.axes[-1].set_xlabel("optimizer step", fontsize=9)
-    if len(curves) > 1:
-        drawn.axes[0].legend(fontsize=8, frameon=False)
+    drawn.axes[0].legend(fontsize=8, frameon=False)
     return Drawing("oscillation", "Oscillation over the training", "; ".join(said), drawn)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from matplotlib.axes import Axes
@@ -15,23 +15,20 @@ from torch import Tensor, nn
 
 from qat.analysis.analysis import Analysis, Drawing, Outcome, Row, StudiedNet, Table
 from qat.analysis.images import ImageSet
-from qat.analysis.style import GREY, PALETTE, axes, colours, figure, panels
+from qat.analysis.style import GREY, PALETTE, figure, panels
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
-from qat.functional.kurtosis import UNIFORM_KURTOSIS, kurtosis
+from qat.functional.kurtosis import kurtosis
 from qat.model.sites import Site, iter_quantizers
-from qat.quantizers import Quantizer, UniformGrid
+from qat.quantizers import Quantizer
 from qat.utils.probing import probing
 from qat.utils.validate import FLOAT_BITS, check_globs, check_int
 
 # Layer, role (`weight`, or `qk` of a folded matrix), float tensor (out, ...), and its quantizer, None for one that is not quantized.
 LatentWeight = tuple[str, str, Tensor, Quantizer | None]
 BINS = 96
-NORMAL_KURTOSIS = 3.0
 # Of more levels the thresholds are not drawn.
 MOST_LEVELS = 20
-# Names along an axis.
-MOST_NAMES = 36
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class WeightAnalysis(Analysis):
             object.__setattr__(self, "split", None)
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Tables of weights and of activation quantizers; histograms of each net, kurtosis of all."""
+        """Tables of weights and of activation quantizers; histograms of each net."""
         weights = {studied.label: list(latent_weights(studied.net)) for studied in nets}
         rows = {label: [self._row(*weight) for weight in found] for label, found in weights.items()}
         names = [layer for found in weights.values() for layer, *_ in found]
@@ -83,7 +80,6 @@ class WeightAnalysis(Analysis):
             if shown := [(found[i], rows[label][i]) for i in self._chosen(rows[label])]:
                 suffix, of_net = (f"_{number}", f" of {label}") if len(nets) > 1 else ("", "")
                 drawings.append(_histograms(f"weights_histograms{suffix}", f"Weights{of_net} before rounding", shown))
-        drawings.append(_kurtosis_chart(rows))
         return Outcome({label: _summary(found) for label, found in rows.items()}, tables, drawings)
 
     def _chosen(self, rows: Sequence[Row]) -> list[int]:
@@ -110,11 +106,8 @@ class WeightAnalysis(Analysis):
             error = weight - quantizer(weight).float()
             row |= use_of_codes(quantizer, weight)
             row["SNR (dB)"] = 10 * float((weight.square().sum() / error.square().sum()).log10())
-            grid = quantizer.grid(weight)
-            if grid is not None:
+            if (grid := quantizer.grid(weight)) is not None:
                 row["near a threshold, %"] = 100 * float(grid.near_threshold(weight, self.boundary).float().mean())
-            if isinstance(grid, UniformGrid):
-                row |= {"step size, smallest": float(grid.step.min()), "step size, largest": float(grid.step.max())}
         return _rounded(row)
 
 
@@ -174,33 +167,26 @@ def _rounded(row: Row) -> Row:
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
-def _summary(rows: Sequence[Row]) -> dict[str, Any]:
+def _summary(rows: Sequence[Row]) -> Row:
     coded = [row for row in rows if row["bits"] < FLOAT_BITS]
-    n_coded = sum(row["weights"] for row in coded)
-
-    def mean(column: str) -> float | None:
-        return sum(row.get(column, math.nan) * row["weights"] for row in coded) / n_coded if coded else None
-
-    return {
-        "weights": sum(row["weights"] for row in rows),
-        "quantized_weights": n_coded,
-        "kurtosis_mean": sum(row["kurtosis"] for row in rows) / max(len(rows), 1),
-        "kurtosis_highest": max((row["kurtosis"] for row in rows), default=None),
-        "snr_lowest_db": min((row["SNR (dB)"] for row in coded), default=None),
-        "clipped_percent": mean("clipped, %"),
-        "near_threshold_percent": mean("near a threshold, %"),
-    }
+    found = {"weights": sum(row["weights"] for row in rows), "quantized_weights": sum(row["weights"] for row in coded)}
+    found["kurtosis_highest"] = max(row["kurtosis"] for row in rows)
+    for name, column in (("clipped_percent", "clipped, %"), ("near_threshold_percent", "near a threshold, %")):
+        known = [row for row in coded if column in row]
+        found[name] = sum(row[column] * row["weights"] for row in known) / max(sum(row["weights"] for row in known), 1)
+    return found
 
 
-def _histograms(name: str, title: str, shown: Sequence[tuple[LatentWeight, Row]]) -> Drawing:
+def _histograms(file: str, title: str, shown: Sequence[tuple[LatentWeight, Row]]) -> Drawing:
     """A panel for each tensor: the distribution of the float weights on the axis of codes, levels as dots, thresholds as lines."""
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
     drawn, said = figure(height=0.5 + 1.75 * rows), []
     for axis, ((layer, role, weight, quantizer), row) in zip(panels(drawn, rows, columns), shown, strict=False):
+        name = layer if role == "weight" else f"{layer} ({role})"
         numbers = f"kurtosis {row['kurtosis']:.2f}" + (f", {row['bits']} bit, SNR {row['SNR (dB)']:.1f} dB" if quantizer else "")
-        said.append(f"{_title(layer, role)}: {numbers}")
-        axis.set_title(f"{short(_title(layer, role))}\n{numbers}", fontsize=7, loc="left")
+        said.append(f"{name}: {numbers}")
+        axis.set_title(f"{name[-34:]}\n{numbers}", fontsize=7, loc="left")
         axis.grid(visible=False)
         axis.tick_params(labelsize=7)
         _histogram(axis, weight.float(), quantizer)
@@ -208,7 +194,7 @@ def _histograms(name: str, title: str, shown: Sequence[tuple[LatentWeight, Row]]
         axis.remove()
     drawn.supylabel("share of weights, %", fontsize=9)
     words = "Histograms of float weights; with codes, dots are the levels and dashed lines the thresholds"
-    return Drawing(name, title, f"{words}. {'; '.join(said)}.", drawn)
+    return Drawing(file, title, f"{words}. {'; '.join(said)}.", drawn)
 
 
 def _histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
@@ -231,34 +217,3 @@ def _histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
     axis.set_xlabel("standard deviations" if grid is None else "code", fontsize=7, labelpad=1)
     axis.set_xlim(low, high)
     axis.set_ylim(bottom=0)
-
-
-def _kurtosis_chart(rows: Mapping[str, Sequence[Row]]) -> Drawing:
-    """Kurtosis of every tensor of every net, beside that of uniform and of normal weights."""
-    drawn, said = figure(height=3.4), []
-    axis = axes(drawn, "", "kurtosis")
-    for colour, (label, found) in zip(colours(), rows.items(), strict=False):
-        values = {_title(row["layer"], row["role"]): row["kurtosis"] for row in found}
-        axis.plot([*values.values()], "o-", color=colour, markersize=3, linewidth=1, label=label)
-        said += [
-            f"{label}: {name} {values[name]:.2f}" for name in {min(values, key=values.__getitem__), max(values, key=values.__getitem__)}
-        ]
-    for value, meaning in ((UNIFORM_KURTOSIS, "uniform"), (NORMAL_KURTOSIS, "normal")):
-        axis.axhline(value, color=GREY, linewidth=0.9, linestyle="--")
-        axis.annotate(f"{meaning} {value:g}", (1.005, value), xycoords=("axes fraction", "data"), fontsize=7.5, va="center")
-    names = [_title(row["layer"], row["role"]) for row in max(rows.values(), key=len)]
-    every = math.ceil(len(names) / MOST_NAMES)
-    axis.set_xticks(range(0, len(names), every), [short(name) for name in names[::every]], rotation=90, fontsize=6.5)
-    if len(rows) > 1:
-        axis.legend(fontsize=8, frameon=False)
-    return Drawing("weights_kurtosis", "Kurtosis of the weights", f"Kurtosis of each tensor, lowest and highest: {'; '.join(said)}", drawn)
-
-
-def _title(layer: str, role: str) -> str:
-    """The layer, and the role where it has several."""
-    return layer if role == "weight" else f"{layer} ({role})"
-
-
-def short(name: str, length: int = 34) -> str:
-    """A name whose beginning is left out where it is long."""
-    return name if len(name) <= length else f"...{name[3 - length :]}"
