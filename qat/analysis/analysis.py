@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from qat.analysis.images import Change, ImageSet
+from qat.analysis.images import ImageSet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,14 +51,12 @@ class EvaluationPoint:
         key: identifies it; its words are columns of the table, `net` the first of them.
         net: the net to evaluate.
         change: context in which the net is changed; none = as it is.
-        images: what is done to images first; none = nothing.
         score: what is measured; none = top-1 and cross-entropy, `ImageSet.score`.
     """
 
     key: Key
     net: nn.Module
     change: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-    images: Change | None = None
     score: Score | None = None
 
 
@@ -122,8 +120,9 @@ class Analysis(ABC):
     name: ClassVar[str]
     split: ClassVar[str | None] = "test"
 
+    @abstractmethod
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
-        """Analyse nets, and leave them as they were: evaluate `points` and `follow_up`, then `outcome`.
+        """Analyse nets, and leave them as they were.
 
         Args:
             nets: one or several to compare.
@@ -132,20 +131,3 @@ class Analysis(ABC):
         Raises:
             UsageError: a setting does not fit the nets.
         """
-        from qat.analysis.runner import measure
-
-        rows = measure(self.points(nets, images), images)
-        rows += measure(self.follow_up(nets, images, rows), images)
-        return self.outcome(nets, rows)
-
-    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[EvaluationPoint]:
-        """Evaluations of changed nets."""
-        return []
-
-    def follow_up(self, nets: Sequence[StudiedNet], images: ImageSet, rows: Sequence[Row]) -> list[EvaluationPoint]:
-        """Evaluations of what the results of `points` lead to."""
-        return []
-
-    def outcome(self, nets: Sequence[StudiedNet], rows: Sequence[Row]) -> Outcome:
-        """What follows from the evaluations."""
-        raise NotImplementedError

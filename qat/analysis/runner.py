@@ -29,7 +29,7 @@ def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:
     for done, point in enumerate(points, 1):
         start = time.perf_counter()
         with probing(point.net, ()), point.change(), WeightCache(point.net).active():
-            found = point.score(point.net, images) if point.score else images.score(point.net, point.images)
+            found = point.score(point.net, images) if point.score else images.score(point.net)
         rows.append({**point.key, **found, "seconds": round(time.perf_counter() - start, 3)})
         if (now := time.monotonic()) - logged > SECONDS_BETWEEN_LINES:
             logged = now
