@@ -157,12 +157,11 @@ def _numbers(found: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
 
 
 def _robustness(place: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    tables = {"steps": ("step_sizes.csv", "ratio"), "bits": ("bit_widths.csv", "bits")}
-    found = {}
-    for name, (file, x) in tables.items():
-        if (place / file).exists():
-            rows = csv.DictReader((place / file).open(encoding="utf-8"))
-            found[name] = [[float(row[x]), float(row["top-1 (%)"])] for row in rows]
+    found: dict[str, Any] = {}
+    for row in csv.DictReader((place / "robustness.csv").open(encoding="utf-8")):
+        x = {"steps": "ratio", "bits": "bits"}.get(row["part"])
+        if x is not None:
+            found.setdefault(row["part"], []).append([float(row[x]), float(row["top-1 (%)"])])
     return found, {}
 
 

@@ -98,7 +98,7 @@ def _write(folder: Path) -> None:
 
 def describe_layers(net: nn.Module, input_size: tuple[int, int, int], folder: Path) -> None:
     """Write what the analyses that read no image say of a run's own model into the run directory."""
-    from qat.analysis import StudiedNet, write_outcome
+    from qat.analysis import NO_IMAGES, StudiedNet, write_outcome
     from qat.analysis.cost import CostAnalysis
     from qat.analysis.weights import WeightAnalysis
     from qat.report.notes import OWN
@@ -106,8 +106,8 @@ def describe_layers(net: nn.Module, input_size: tuple[int, int, int], folder: Pa
 
     nets = [StudiedNet(OWN, net.eval(), "", input_size)]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # hooks belong to no compiled graph
-        write_outcome(folder / ANALYSES, "weights", {"max_panels": 6}, WeightAnalysis(max_panels=6).outcome(nets, []), png=False)
-        write_outcome(folder / ANALYSES, "cost", {}, CostAnalysis().outcome(nets, []), png=False)
+        write_outcome(folder / ANALYSES, "weights", {}, WeightAnalysis().run(nets, NO_IMAGES), png=False)
+        write_outcome(folder / ANALYSES, "cost", {}, CostAnalysis().run(nets, NO_IMAGES), png=False)
 
 
 def _describe_checkpoint(folder: Path) -> None:

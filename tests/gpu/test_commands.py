@@ -102,7 +102,7 @@ def test_features_of_a_teacher_and_the_state_of_an_optimizer(trained, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        ("analysis=robustness", "analysis.ratios=3", "analysis.severities=[3]", "analysis.draws=1"),
+        ("analysis=robustness", "analysis.ratios=3"),
         ("analysis=sensitivity",),
         ("analysis=landscape", "analysis.points=3"),
         ("analysis=weights",),

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import qat
-from qat.analysis.ledger import Ledger
 from qat.ptq.search_settings import SearchSettings
 from qat.ptq.state import SearchFiles, SearchState
 
@@ -43,13 +42,11 @@ def test_a_damaged_state_is_one_line(length, files):
         files.read()
 
 
-@pytest.mark.parametrize(("name", "act"), [("search.ckpt", "write"), ("search.csv", "log"), ("points.jsonl", "record")])
+@pytest.mark.parametrize(("name", "act"), [("search.ckpt", "write"), ("search.csv", "log")])
 def test_without_room_the_error_names_the_file(name, act, files, tmp_path, monkeypatch):
-    ledger = Ledger(tmp_path, "inputs", resume=False)
     acts = {
         "write": lambda: files.write(dataclasses.replace(files.read(), visits=2)),
         "log": lambda: files.log([(1, "blocks.0")]),
-        "record": lambda: ledger.record({"point": 1}, {"top1": 50.0}),
     }
 
     def fsync(handle):
@@ -61,4 +58,4 @@ def test_without_room_the_error_names_the_file(name, act, files, tmp_path, monke
             acts[act]()
     assert error.value.filename == str(tmp_path / name)
     assert files.read().visits == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["points.jsonl", "search.ckpt", "search.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["search.ckpt", "search.csv"]
