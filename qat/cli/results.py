@@ -1,10 +1,10 @@
-"""`results.json`: the same keys from every command, null where one does not apply."""
+"""What a run records of itself: `config.yaml`, the command line, and `results.json` with the same keys from every command."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import math
+import json
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 import qat
+from qat.cli.repeat import recorded, typed
 from qat.launch.ranks import is_first
 from qat.model.cost import Cost
 from qat.spec import QuantRecipe
@@ -46,6 +47,15 @@ KEYS = (
 PACKAGES = ("torch", "timm", "lightning")
 
 
+def record_run(cfg: DictConfig) -> None:
+    """Write `config.yaml` of a run, and its command line beside it; of a call from Python there is none."""
+    write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
+    if HydraConfig.initialized():
+        found = HydraConfig.get()
+        known = {"command": f"{found.job.name}.py", "program": typed(found.job.name), "overrides": list(found.overrides.task)}
+        write_text(Path(cfg.run_dir) / "command.json", json.dumps(known, indent=2) + "\n")
+
+
 def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
     """Write `results.json` into the run directory, atomically; the first process of a run does.
 
@@ -60,7 +70,6 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
         "command": cfg.get("command"),
         "model": _selected(cfg, "model.name"),
         "quant": _selected(cfg, "quant.name"),
-        "recipe": None,
         "data": str(_selected(cfg, "data._target_") or "").rpartition(".")[2].lower() or None,
         "seed": cfg.get("seed"),
         "device": _device(cfg),
@@ -69,18 +78,14 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
         "versions": library_versions(),
     }
     results = dict.fromkeys(KEYS) | known | values
-    results = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in results.items()}
     if is_first():
         write_text(Path(cfg.run_dir) / "results.json", json_text(results))
     return results
 
 
 def _selected(cfg: DictConfig, name: str) -> Any:
-    """A setting, None where it is missing or what it belongs to is no group: a run that is refused has results too."""
-    try:
-        return OmegaConf.select(cfg, name)
-    except OmegaConfBaseException:
-        return None
+    """A setting, None where it is missing: a run that is refused has results too."""
+    return OmegaConf.select(cfg, name, throw_on_resolution_failure=False)
 
 
 def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:

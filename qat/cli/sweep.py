@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
@@ -24,9 +24,6 @@ from omegaconf import DictConfig, OmegaConf
 from qat.cli.console import NumberedFormatter, TerminalHandler
 from qat.errors import UsageError
 from qat.launch import lock, ranks
-
-if TYPE_CHECKING:
-    from qat.report.sweep_jobs import Sweep
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +62,7 @@ class SweepCallback(Callback):
         OmegaConf.save(config, Path(self.folder) / "multirun.yaml")  # some sweepers do so, others do not
         _running.append(self)
         if "optuna" in config.hydra.sweeper._target_:
-            from qat.cli.study import prepare
-
             self.varied += [str(name).lstrip("+~") for name in config.hydra.sweeper.params or ()]
-            prepare(config)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Note that the job began; refuse to go on with one of another setting."""
@@ -145,21 +139,18 @@ def way_on() -> str:
 
 
 def summarize() -> None:
-    """Show the results of the sweep of this process, if there was one, and write its tables and page; do so once."""
+    """Show the results of the sweep of this process, if there was one, and write its table and page; do so once."""
     if not _running or not ranks.is_first():
         return
-    from qat.report.sweep_jobs import gather
-
     callback = _running.pop()
     _running.clear()
-    sweep = gather(Path(callback.folder))
-    paths = {job.name: Path(callback.folder, job.name, ERROR) for job in sweep.jobs}
-    errors = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.exists()}
+    folder = Path(callback.folder)
+    errors = {str(path.parents[1].relative_to(folder)): path.read_text(encoding="utf-8") for path in folder.rglob(str(ERROR))}
     failures.extend(errors.values())
-    if sweep.jobs:
-        for job in sweep.troubled:
-            errors.pop(job.name, None)
-        _publish(sweep, errors, report=callback.report)
+    if any(folder.rglob(".hydra")):
+        from qat.report.sweep import publish
+
+        publish(folder, report=callback.report, refused=errors)
     lock.release(callback.folder)
 
 
@@ -169,48 +160,17 @@ def gather_sweep(cfg: DictConfig) -> None:
     Raises:
         UsageError: there are none, or something else is asked for as well.
     """
-    from qat.report.sweep_jobs import read_sweep
+    from qat.report.sweep import publish
 
-    if not isinstance(cfg.sweep, str):
-        raise UsageError(f"sweep={cfg.sweep!r}: must be the folder of a sweep")
     for name in ("ckpt", "run", "analysis"):
         if cfg.get(name) is not None:
-            raise UsageError(f"sweep={cfg.sweep!r} and {name} are set: gathering a sweep reads no nets; leave {name} out")
-    sweep = read_sweep(Path(cfg.sweep).expanduser())
-    _publish(sweep, {}, report=cfg.report)
-
-
-def _publish(sweep: Sweep, refused: dict[str, str], *, report: bool) -> None:
-    """Write the files; show the table, then a line for each job that failed.
-
-    Args:
-        sweep: all jobs of the directory.
-        refused: errors of jobs whose directories hold good results of an earlier run, by their names.
-        report: make the page too.
-    """
-    from rich.console import Console
-
-    from qat.report.sweep_jobs import write_tables
-    from qat.report.sweep_table import closing_lines, table
-
-    write_tables(sweep)
-    if report:
-        from qat.report.sweep_page import write_sweep_report
-
-        write_sweep_report(sweep)
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(sweep.counted, highlight=False)
-    console.print(table(sweep))
-    for line in closing_lines(sweep, refused):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+            raise UsageError(f"sweep={cfg.sweep!r} and {name} are set: gathering a sweep reads no model; leave {name} out")
+    publish(Path(cfg.sweep).expanduser(), report=cfg.report)
 
 
 def _other_setting(folder: Path, overrides: list[str], varied: list[str]) -> list[str]:
     """A line if what the directory holds was given other values of the settings that the sweep varies."""
-    from qat.report.sweep_jobs import overrides_of, pairs
+    from qat.report.sweep import overrides_of, pairs
 
     if not (folder / "command.json").is_file():
         return []

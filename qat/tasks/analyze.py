@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat.analysis import Analysis, EvaluationPoint, ImageSet, Ledger, Outcome, Row, StudiedNet, measure, write_outcome
 from qat.cli.repeat import CONF
-from qat.cli.results import recipe_fields, write_results
+from qat.cli.results import recipe_fields, record_run, write_results
 from qat.cli.schemas import SPLITS
 from qat.cli.sweep import gather_sweep
 from qat.errors import UsageError
@@ -26,7 +26,7 @@ from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import EvaluatedNet
-from qat.tasks.report import record_run, remake, report_run
+from qat.tasks.report import remake, report_run
 from qat.utils.validate import check_choice
 
 log = logging.getLogger(__name__)

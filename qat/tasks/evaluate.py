@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
 import qat.data
-from qat.cli.results import measured, recipe_fields, sizes, write_results
+from qat.cli.results import measured, recipe_fields, record_run, sizes, write_results
 from qat.data import ImageData
 from qat.data.settings import DataSettings
 from qat.errors import UsageError
@@ -33,7 +33,7 @@ from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_classes, check_classifier, check_patches, check_settings
 from qat.tasks.classes import class_results, write_class_tables
 from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
-from qat.tasks.report import record_run, report_run
+from qat.tasks.report import report_run
 
 log = logging.getLogger(__name__)
 SHOWN_PAIRS = 3

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from qat.cli.results import recipe_fields, write_results
+from qat.cli.results import recipe_fields, record_run, write_results
 from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
@@ -30,7 +30,7 @@ from qat.spec import QuantRecipe
 from qat.tasks import build, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
-from qat.tasks.report import record_run, report_run
+from qat.tasks.report import report_run
 from qat.utils.validate import check_choice, check_int
 
 log = logging.getLogger(__name__)

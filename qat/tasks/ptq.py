@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from qat.cli.results import recipe_fields, write_results
+from qat.cli.results import recipe_fields, record_run, write_results
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.launch import outputs
@@ -36,7 +36,7 @@ from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, measure, origin
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.ptq_keep import build_target_net, check_start, is_kept
-from qat.tasks.report import record_run, report_run
+from qat.tasks.report import report_run
 from qat.tasks.search import Fitter, build_fitter, build_search, check_targets, run_search
 from qat.utils.validate import check_int
 

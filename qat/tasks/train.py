@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 from qat.callbacks import Stopwatch
-from qat.cli.results import measured, recipe_fields, write_results
+from qat.cli.results import measured, recipe_fields, record_run, write_results
 from qat.data import ImageData
 from qat.launch.group import connect
 from qat.launch.ranks import is_first
@@ -29,7 +29,7 @@ from qat.tasks import build, fit, options
 from qat.tasks.announce import announce_early_end, announce_run, announce_teacher
 from qat.tasks.checks import check_batches, check_classes, check_classifier, check_patches, check_settings
 from qat.tasks.compare import compared
-from qat.tasks.report import record_run, report_run
+from qat.tasks.report import report_run
 from qat.tasks.resume import check_data, check_optimizer, find_resume, outputs_to_replace
 from qat.tasks.teacher import build_teacher
 

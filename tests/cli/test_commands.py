@@ -9,7 +9,6 @@ import hydra
 import pytest
 
 from qat.cli import commands, sweep
-from qat.tasks.report import origin_of
 from tests.commands import typed
 from tests.conftest import TINY, results
 
@@ -21,8 +20,7 @@ def test_trains_as_the_script_does(tmp_path):
     code, out = typed("train.py", *TINY, "report=false", "run_dir=again", cwd=tmp_path)
     assert code == 0, out
     assert json.loads((tmp_path / "run" / "command.json").read_text())["program"] == "qat train"
-    assert origin_of(tmp_path / "run").command.startswith("qat train ")
-    assert origin_of(tmp_path / "again").repeat.startswith("python train.py --config-dir ")
+    assert json.loads((tmp_path / "again" / "command.json").read_text())["program"] == "python train.py"
     same = ("command", "quant", "top1", "loss", "size_bytes", "versions")
     assert [results(tmp_path / "run")[key] for key in same] == [results(tmp_path / "again")[key] for key in same]
 

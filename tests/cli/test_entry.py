@@ -96,7 +96,7 @@ def test_in_a_multirun_a_mistake_stops_its_job_alone(tmp_path):
     assert out.count("error: quant.bits=9") == 1
     assert "3 jobs: 2 done, 1 failed" in out
     assert "job 0 (quant.bits=9): quant.bits=9: must be an integer from 2 to 8" in out
-    assert {"sweep.csv", "sweep_groups.csv", "report.html"} <= {path.name for path in (tmp_path / "sweep").iterdir()}
+    assert {"sweep.csv", "report.html"} <= {path.name for path in (tmp_path / "sweep").iterdir()}
     assert "Traceback" not in out + err
 
 
