@@ -62,6 +62,7 @@ class SweepCallback(Callback):
         OmegaConf.save(config, Path(self.folder) / "multirun.yaml")  # some sweepers do so, others do not
         _running.append(self)
         if "optuna" in config.hydra.sweeper._target_:
+            logging.getLogger("alembic").setLevel(logging.WARNING)  # it announces its plugins
             self.varied += [str(name).lstrip("+~") for name in config.hydra.sweeper.params or ()]
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002

@@ -7,21 +7,27 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qat.report.numbers import bits_of
 from qat.report.page import read_object
-from qat.report.sweep import GIVEN, group_rows, rich_table
+from qat.report.sweep import GIVEN, MEASURES, grouped, mean, rich_table
 
 
 def main(run_dirs: list[str]) -> int:
     """Show a row for each run, or for all seeds of it: runs of one command, model, recipe and data in directories of the same name."""
-    jobs = []
+    runs = []
     for run_dir in run_dirs:
         results = read_object(Path(run_dir) / "results.json")
         if not results:
             sys.stderr.write(f"error: {run_dir}: must be the directory of a run; there is no results.json\n")
             return 1
-        settings = {"run": Path(run_dir).name, **{name: str(results.get(name)) for name in ("command", "model", "quant", "data")}}
-        jobs.append(results | {"status": "done"} | {GIVEN + name: value for name, value in settings.items()})
-    Console().print(rich_table(group_rows(jobs)))
+        settings = {"run": Path(run_dir).name, **{name: str(results.get(name)) for name in ("command", "model", "recipe", "data")}}
+        runs.append(results | {"status": "done", "from": run_dir} | {GIVEN + name: value for name, value in settings.items()})
+    rows = []
+    for _, group in grouped(runs):
+        row = {"recipe": str(group[0].get("quant")), "bits": bits_of(group[0].get("recipe")) or "W32 A32"}
+        row |= {MEASURES[one][0]: mean(group, one) for one in ("top1", "top5", "size_bytes")}
+        rows.append(row | {"from": " ".join(run["from"] for run in group)})
+    Console().print(rich_table(rows, "results"))
     return 0
 
 

@@ -31,6 +31,7 @@ MEASURES = {
     "size_bytes": ("bytes", ",.0f"),
     "wall_seconds": ("seconds", ",.1f"),
 }
+NUMBERS = {"n", *(title for title, _ in MEASURES.values())}
 # Prefix of the columns with settings of the command line, and settings that make no job another experiment.
 GIVEN, IGNORED = "overrides.", {"run_dir", "resume", "overwrite", "report"}
 MOST_DRAWN = 40  # groups: names of more cannot be read
@@ -72,9 +73,9 @@ def pairs(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def varied(jobs: Sequence[Row]) -> list[str]:
-    """Names of the settings by which jobs differ, the seed among them."""
+    """Names of the settings by which jobs differ, and the seed if it was given."""
     names = dict.fromkeys(name.removeprefix(GIVEN) for job in jobs for name in job if name.startswith(GIVEN))
-    return [name for name in names if len({job.get(GIVEN + name) for job in jobs}) > 1]
+    return [name for name in names if name == "seed" or len({job.get(GIVEN + name) for job in jobs}) > 1]
 
 
 def given(job: Row, names: Sequence[str]) -> dict[str, str]:
@@ -119,11 +120,11 @@ def group_rows(jobs: Sequence[Row]) -> list[dict[str, str]]:
     return rows
 
 
-def rich_table(rows: Sequence[Mapping[str, str]]) -> Table:
+def rich_table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> Table:
     """Rows as a table for the terminal."""
-    table = Table()
+    table = Table(title=title)
     for name in rows[0]:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row.values()))
     return table
