@@ -44,7 +44,6 @@ KEYS = (
     "git_commit",
     "versions",
 )
-PACKAGES = ("torch", "timm", "lightning")
 
 
 def record_run(cfg: DictConfig) -> None:
@@ -116,7 +115,7 @@ def _device(cfg: DictConfig) -> str:
 
 def library_versions(*more: str) -> dict[str, str]:
     """Versions of Python, qat and the libraries that it stands on, and of packages that are named."""
-    found = {name: importlib.metadata.version(name) for name in (*PACKAGES, *more)}
+    found = {name: importlib.metadata.version(name) for name in ("torch", "timm", "lightning", *more)}
     return {"python": platform.python_version(), "qat": qat.__version__, **found}
 
 

@@ -163,9 +163,8 @@ def gather_sweep(cfg: DictConfig) -> None:
     """
     from qat.report.sweep import publish
 
-    for name in ("ckpt", "run", "analysis"):
-        if cfg.get(name) is not None:
-            raise UsageError(f"sweep={cfg.sweep!r} and {name} are set: gathering a sweep reads no model; leave {name} out")
+    if any(cfg.get(name) is not None for name in ("ckpt", "run", "analysis")):
+        raise UsageError(f"sweep={cfg.sweep!r}: gathers runs and analyses nothing; leave ckpt, run and analysis out")
     publish(Path(cfg.sweep).expanduser(), report=cfg.report)
 
 

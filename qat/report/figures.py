@@ -18,7 +18,6 @@ from qat.report.numbers import shown
 
 FIRST, SECOND = "#0072B2", "#D55E00"
 FEW = 25  # points that are drawn as dots
-MOST_CANDIDATES = 400  # of a search: more cannot be seen, and make the page large
 TOTAL = "Training loss, all terms"
 # Titles of curves over training steps, and what each shows: columns of `metrics.csv` (patterns) by label.
 CURVES = (
@@ -72,38 +71,25 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         names = {label: next((one for one in columns if re.fullmatch(name, one)), "") for label, name in labels.items()}
         found = {label: _finite((row.get("step"), row.get(name)) for row in rows) for label, name in names.items()}
         if lines := {label: points for label, points in found.items() if points}:
-            figures.append(_over_steps(title, lines))
+            figures.append(_curves(title, lines))
     return figures
 
 
-def _over_steps(title: str, lines: Mapping[str, list[tuple[float, float]]]) -> dict[str, str]:
+def _curves(title: str, lines: Mapping[str, list[tuple[float, float]]], over: str = "step") -> dict[str, str]:
     def paint(axes: Axes) -> None:
         for (label, points), colour in zip(lines.items(), (FIRST, SECOND), strict=False):
             axes.plot(*zip(*points, strict=True), "o-" if len(points) <= FEW else "-", color=colour, label=label, markersize=3)
-        axes.set_xlabel("step")
+        axes.set_xlabel(over)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
-    ends = {label: [f"{shown(value)} at step {shown(step)}" for step, value in (points[0], points[-1])] for label, points in lines.items()}
+    ends = {label: [f"{shown(value)} at {over} {shown(x)}" for x, value in (points[0], points[-1])] for label, points in lines.items()}
     return draw(title, " ".join(f"{label}: {' to '.join(dict.fromkeys(both))}." for label, both in ends.items()), paint)
 
 
-def search_figure(rows: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
-    """Fitness of the candidates of a search, and of those that were accepted."""
-    known = _finite((i, row.get("fitness")) for i, row in enumerate(rows))
-    taken = [point for point in known if rows[int(point[0])].get("accepted") == 1]
-    if not known:
-        return None
-    some = known[:: math.ceil(len(known) / MOST_CANDIDATES)]
-
-    def paint(axes: Axes) -> None:
-        axes.plot(*zip(*some, strict=True), ".", color=SECOND, markersize=4, label="candidates")
-        axes.plot(*([one[i] for one in taken] for i in (0, 1)), "o-", color=FIRST, markersize=3, drawstyle="steps-post", label="accepted")
-        # Hopeless candidates would flatten what the search is about.
-        axes.set_ylim(top=max([sorted(fitness for _, fitness in known)[int(0.9 * len(known))], *(fitness for _, fitness in taken)]))
-        axes.set_xlabel("candidate")
-
-    words = f"{len(known)} evaluations, {len(taken)} of them accepted; lower is closer to the float model."
-    return draw("Fitness of the search", words, paint)
+def search_figure(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Fitness of the candidates that a search accepted; lower is closer to the float model."""
+    taken = _finite((i, row.get("fitness")) for i, row in enumerate(rows) if row.get("accepted") == 1)
+    return [_curves("Fitness of accepted candidates (lower is better)", {"fitness": taken}, "candidate")] if taken else []
 
 
 def _finite(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[float, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from qat.utils.text import MISSING
 
@@ -27,8 +28,6 @@ def shown(value: object) -> str:
     return f"{value:,.2f}" if 100 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
-def bits_of(recipe: object) -> str | None:
+def bits_of(recipe: Mapping[str, Any] | None) -> str | None:
     """`W2 A2`; None for a float model."""
-    if not isinstance(recipe, Mapping) or recipe.get("name") in {None, "fp"}:
-        return None
-    return f"W{recipe.get('bits')} A{recipe.get('act_bits')}"
+    return f"W{recipe['bits']} A{recipe['act_bits']}" if recipe and recipe["name"] != "fp" else None

@@ -46,8 +46,7 @@ def write_report(folder: Path) -> Path:
     """
     results, typed, config = read_object(folder / "results.json"), read_object(folder / "command.json"), folder / "config.yaml"
     command = str(results.get("command") or typed.get("command", "run")).removesuffix(".py")
-    analyses = _analyses(folder)
-    cost = next((one["summary"] for one in analyses if one["name"] == "cost" and len(one["summary"]) == 1), {})
+    cost = read_object(folder / ANALYSES / "cost.json").get("summary", {})
     in_float = next((one.get("in_float") or {} for one in cost.values()), {})
     context = {
         "kind": command,
@@ -58,7 +57,7 @@ def write_report(folder: Path) -> Path:
         "curves": training_curves(_table(folder / "metrics.csv")),
         "search": search_figure(_table(folder / "search.csv")),
         "oscillation": _table(folder / "oscillation.csv"),
-        "analyses": analyses,
+        "analyses": _analyses(folder),
         "typed": typed and f"{typed.get('program') or f'python {command}.py'} {shlex.join(typed['overrides'])}",
         "facts": {key: results.get(key) for key in FACTS} | (results.get("versions") or {}),
         "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
@@ -129,39 +128,38 @@ def _measured(results: Row, in_float: Mapping[str, float]) -> list[Row]:
     bits = bits_of(results.get("recipe"))
     own = {"model": f"Quantized, {bits}" if bits else "Float", **{name: results.get(key) for key, name in MEASURED.items()}}
     known = {"Top-1, %": results.get("top1_fp"), "Bytes": in_float.get("size_bytes"), "Bit operations": in_float.get("bitops")}
-    rows = [{**dict.fromkeys(own), "model": "Float", **known}, own] if bits else [own]
-    return rows if results.get("size_bytes") else []
+    before = [{**dict.fromkeys(own), "model": "Float", **known}] if bits else []
+    return [*before, own] if results.get("size_bytes") else []
 
 
 def _exported(results: Row) -> list[Row]:
     """Bytes of the parts of an exported file, or of the file beside those of its model in float and int8, with the time of one image."""
-    times = {name: taken for name, taken in (results.get("latency_ms") or {}).items() if taken}
-    sizes = results.get("bytes") or {}
-    return [{"file": key, "bytes": size, **{f"{name}, ms": taken.get(key) for name, taken in times.items()}} for key, size in sizes.items()]
+    times = (results.get("latency_ms") or {}).items()
+    sizes = (results.get("bytes") or {}).items()
+    return [{"file": key, "bytes": size, **{f"{name}, ms": taken.get(key) for name, taken in times if taken}} for key, size in sizes]
 
 
 def _analyses(folder: Path) -> list[dict[str, Any]]:
     """What analyses left, in the run directory (of the command `analyze`) and in `analysis/` (of the run's own model)."""
     found = []
-    for path in [*sorted(folder.glob("*.json")), *sorted((folder / ANALYSES).glob("*.json"))]:
-        index = read_object(path)
-        if index.get("analysis") != path.stem:
-            continue
-        tables = [(one["title"], path.parent / Path(one["file"]).name) for one in index["tables"]]
-        drawn = [(one, path.parent / Path(one["file"]).name) for one in index["figures"]]
-        found.append({
-            "name": path.stem,
-            "summary": index["summary"],
-            "pictures": [
-                {"title": one["title"], "alt": one["alt"], "source": data_url(file.read_bytes())} for one, file in drawn if file.is_file()
-            ],
-            "tables": [
-                (title, file.name, _table(file, LAYERS.get(file.name, ())))
-                for title, file in tables
-                if path.parent == folder or file.name in LAYERS
-            ],
-            "files": [file.relative_to(folder) for _, file in tables],
-        })
+    for place in (folder, folder / ANALYSES):
+        for index in map(read_object, sorted(place.glob("*.json"))):
+            if "analysis" not in index or "tables" not in index:
+                continue
+            tables = [(one["title"], place / one["file"]) for one in index["tables"]]
+            drawn = [(one["title"], one["alt"], place / one["file"]) for one in index["figures"]]
+            found.append({
+                "name": index["analysis"],
+                "pictures": [
+                    {"title": title, "alt": alt, "source": data_url(file.read_bytes())} for title, alt, file in drawn if file.is_file()
+                ],
+                "tables": [
+                    (title, file.name, _table(file, LAYERS.get(file.name, ())))
+                    for title, file in tables
+                    if place == folder or file.name in LAYERS
+                ],
+                "files": [file.relative_to(folder) for _, file in tables],
+            })
     return found
 
 

@@ -31,7 +31,6 @@ MEASURES = {
     "size_bytes": ("bytes", ",.0f"),
     "wall_seconds": ("seconds", ",.1f"),
 }
-NUMBERS = {"n", *(title for title, _ in MEASURES.values())}
 # Prefix of the columns with settings of the command line, and settings that make no job another experiment.
 GIVEN, IGNORED = "overrides.", {"run_dir", "resume", "overwrite", "report"}
 MOST_DRAWN = 40  # groups: names of more cannot be read
@@ -124,7 +123,7 @@ def rich_table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> T
     """Rows as a table for the terminal."""
     table = Table(title=title)
     for name in rows[0]:
-        table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
+        table.add_column(name, justify="right" if name in dict(MEASURES.values()) else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row.values()))
     return table

@@ -18,8 +18,6 @@ from qat.tasks.build import import_modules
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = ("quantized.ckpt", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
-
 
 def report_run(
     cfg: DictConfig, net: nn.Module | None = None, input_size: tuple[int, int, int] | None = None, *, is_first: bool = True
@@ -53,7 +51,7 @@ def remake(cfg: DictConfig) -> None:
     folder = Path(cfg.run)
     if not any((folder / name).is_file() for name in ("config.yaml", "results.json")):
         raise UsageError(f"run={cfg.run!r}: neither config.yaml nor results.json is there; must be the directory of a run")
-    path = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
+    path = min(folder.rglob("*.ckpt"), default=None)  # best.ckpt before last.ckpt
     if path is not None and not (folder / "analysis").is_dir():
         import_modules(cfg)
         checkpoint = read_checkpoint(path, fmt="qat")

@@ -88,9 +88,8 @@ def test_analyze_gathers_it_again(swept):
     [
         ("sweep=/nowhere", "sweep='/nowhere': must be a folder with runs below it"),
         ("sweep=[a,b]", r"Cannot convert 'ListConfig' to string: .* \(sweep\)"),
-        ("sweep=a ckpt=b", "sweep='a' and ckpt are set: gathering a sweep reads no model; leave ckpt out"),
-        ("sweep=a analysis=cost", "sweep='a' and analysis are set"),
-        ("sweep=a run=b", "sweep='a' and run are set"),
+        ("sweep=a ckpt=b", "sweep='a': gathers runs and analyses nothing; leave ckpt, run and analysis out"),
+        ("sweep=a analysis=cost", "sweep='a': gathers runs"),
     ],
 )
 def test_what_cannot_be_gathered_is_one_line(tmp_path, refused, typed_in, line):

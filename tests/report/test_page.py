@@ -78,7 +78,7 @@ def test_of_a_search(tmp_path):
     run = write_run(tmp_path / "run", command="ptq", search={"method": "evolution"}, top1_calibrated=77.5)
     (run / "search.csv").write_text("pass,cycle,fitness,accepted\n0,incumbent,5.0,1\n0,0,6.0,0\n0,1,4.5,1\n")
     found = read(write_report(run)).text
-    for text in ("3 evaluations, 2 of them accepted", "evolution", "top1 calibrated", "77.5"):
+    for text in ("fitness: 5 at candidate 0 to 4.5 at candidate 2.", "evolution", "top1 calibrated", "77.5"):
         assert text in found
 
 
