@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -20,9 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UsageError
 from qat.launch import ranks, run_dir
-
-if TYPE_CHECKING:
-    from qat.report.sweep_jobs import Sweep
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +55,7 @@ class SweepCallback(Callback):
         OmegaConf.save(config, Path(self.folder) / "multirun.yaml")  # some sweepers do so, others do not
         _running.append(self)
         if "optuna" in config.hydra.sweeper._target_:
-            from qat.cli.study import prepare
-
-            prepare(config)
+            logging.getLogger("alembic").setLevel(logging.WARNING)  # it announces its plugins
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Note that the job began."""
@@ -101,21 +96,18 @@ def reported(value: float | None) -> float | None:
 
 
 def summarize() -> None:
-    """Show the results of the sweep of this process, if there was one, and write its tables and page; do so once."""
+    """Show the results of the sweep of this process, if there was one, and write its table and page; do so once."""
     if not _running or not ranks.is_first():
         return
-    from qat.report.sweep_jobs import gather
-
     callback = _running.pop()
     _running.clear()
-    sweep = gather(Path(callback.folder))
-    paths = {job.name: Path(callback.folder, job.name, ERROR) for job in sweep.jobs}
-    errors = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.exists()}
+    folder = Path(callback.folder)
+    errors = {str(path.parents[1].relative_to(folder)): path.read_text(encoding="utf-8") for path in folder.rglob(str(ERROR))}
     failures.extend(errors.values())
-    if sweep.jobs:
-        for job in sweep.troubled:
-            errors.pop(job.name, None)
-        _publish(sweep, errors, report=callback.report)
+    if any(folder.rglob(".hydra")):
+        from qat.report.sweep import publish
+
+        publish(folder, report=callback.report, refused=errors)
     run_dir.unlock(callback.folder)
 
 
@@ -125,43 +117,11 @@ def gather_sweep(cfg: DictConfig) -> None:
     Raises:
         UsageError: there are none, or something else is asked for as well.
     """
-    from qat.report.sweep_jobs import read_sweep
+    from qat.report.sweep import publish
 
-    if not isinstance(cfg.sweep, str):
-        raise UsageError(f"sweep={cfg.sweep!r}: must be the folder of a sweep")
-    for name in ("ckpt", "run", "analysis"):
-        if cfg.get(name) is not None:
-            raise UsageError(f"sweep={cfg.sweep!r} and {name} are set: gathering a sweep reads no nets; leave {name} out")
-    sweep = read_sweep(Path(cfg.sweep).expanduser())
-    _publish(sweep, {}, report=cfg.report)
-
-
-def _publish(sweep: Sweep, refused: dict[str, str], *, report: bool) -> None:
-    """Write the files; show the table, then a line for each job that failed.
-
-    Args:
-        sweep: all jobs of the directory.
-        refused: errors of jobs whose directories hold good results of an earlier run, by their names.
-        report: make the page too.
-    """
-    from rich.console import Console
-
-    from qat.report.sweep_jobs import write_tables
-    from qat.report.sweep_table import closing_lines, table
-
-    write_tables(sweep)
-    if report:
-        from qat.report.sweep_page import write_sweep_report
-
-        write_sweep_report(sweep)
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(sweep.counted, highlight=False)
-    console.print(table(sweep))
-    for line in closing_lines(sweep, refused):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    if any(cfg.get(name) is not None for name in ("ckpt", "run", "analysis")):
+        raise UsageError(f"sweep={cfg.sweep!r}: gathers runs and analyses nothing; leave ckpt, run and analysis out")
+    publish(Path(cfg.sweep).expanduser(), report=cfg.report)
 
 
 def _note_error(folder: Path, error: str) -> None:

@@ -18,8 +18,8 @@ from qat.tasks.checks import check_settings
 from qat.tasks.conf import options
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.predict import EvaluatedNet
-from qat.tasks.report import record_run, remake, report_run
-from qat.tasks.results import recipe_fields, write_results
+from qat.tasks.report import remake, report_run
+from qat.tasks.results import recipe_fields, record_run, write_results
 
 log = logging.getLogger(__name__)
 

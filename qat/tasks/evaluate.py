@@ -31,8 +31,8 @@ from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_classes, check_classifier, check_patches, check_settings
 from qat.tasks.classes import class_results, write_class_tables
 from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
-from qat.tasks.report import record_run, report_run
-from qat.tasks.results import measured, recipe_fields, sizes, write_results
+from qat.tasks.report import report_run
+from qat.tasks.results import measured, recipe_fields, record_run, sizes, write_results
 
 log = logging.getLogger(__name__)
 # Readers of timm that fetch what they are named (`qat.data.Timm`).

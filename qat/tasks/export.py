@@ -29,8 +29,8 @@ from qat.spec import QuantRecipe
 from qat.tasks import build, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
-from qat.tasks.report import record_run, report_run
-from qat.tasks.results import recipe_fields, write_results
+from qat.tasks.report import report_run
+from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.utils.validate import check_choice, check_int
 
 log = logging.getLogger(__name__)

@@ -34,8 +34,8 @@ from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, measure, origin
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.ptq_keep import build_target_net, check_start, is_kept
-from qat.tasks.report import record_run, report_run
-from qat.tasks.results import recipe_fields, write_results
+from qat.tasks.report import report_run
+from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.search import Fitter, build_fitter, build_search, check_targets, run_search
 from qat.utils.validate import check_int
 

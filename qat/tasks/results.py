@@ -1,10 +1,10 @@
-"""`results.json`: the same keys from every command, null where one does not apply."""
+"""What a run records of itself: `config.yaml`, the command line, and `results.json` with the same keys from every command."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import math
+import json
 import platform
 import shlex
 import subprocess
@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 import qat
 from qat.launch.ranks import is_first
 from qat.model.cost import Cost
 from qat.spec import QuantRecipe
-from qat.tasks.conf import typed
+from qat.tasks.conf import recorded, typed
 from qat.utils.files import json_text, write_text
 
 KEYS = (
@@ -46,7 +45,15 @@ KEYS = (
     "git_commit",
     "versions",
 )
-PACKAGES = ("torch", "timm", "lightning")
+
+
+def record_run(cfg: DictConfig) -> None:
+    """Write `config.yaml` of a run, and its command line beside it; of a call from Python there is none."""
+    write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
+    if HydraConfig.initialized():
+        found = HydraConfig.get()
+        known = {"command": f"{found.job.name}.py", "program": typed(found.job.name), "overrides": list(found.overrides.task)}
+        write_text(Path(cfg.run_dir) / "command.json", json.dumps(known, indent=2) + "\n")
 
 
 def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
@@ -64,7 +71,6 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
         "command_line": _command_line(),
         "model": _selected(cfg, "model.name"),
         "quant": _selected(cfg, "quant.name"),
-        "recipe": None,
         "data": str(_selected(cfg, "data._target_") or "").rpartition(".")[2].lower() or None,
         "seed": cfg.get("seed"),
         "device": _device(cfg),
@@ -73,7 +79,6 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
         "versions": library_versions(),
     }
     results = dict.fromkeys(KEYS) | known | values
-    results = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in results.items()}
     if is_first():
         write_text(Path(cfg.run_dir) / "results.json", json_text(results))
     return results
@@ -88,11 +93,8 @@ def _command_line() -> str | None:
 
 
 def _selected(cfg: DictConfig, name: str) -> Any:
-    """A setting, None where it is missing or what it belongs to is no group: a run that is refused has results too."""
-    try:
-        return OmegaConf.select(cfg, name)
-    except OmegaConfBaseException:
-        return None
+    """A setting, None where it is missing: a run that is refused has results too."""
+    return OmegaConf.select(cfg, name, throw_on_resolution_failure=False)
 
 
 def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def _device(cfg: DictConfig) -> str:
 
 def library_versions(*more: str) -> dict[str, str]:
     """Versions of Python, qat and the libraries that it stands on, and of packages that are named."""
-    found = {name: importlib.metadata.version(name) for name in (*PACKAGES, *more)}
+    found = {name: importlib.metadata.version(name) for name in ("torch", "timm", "lightning", *more)}
     return {"python": platform.python_version(), "qat": qat.__version__, **found}
 
 

@@ -22,8 +22,8 @@ from qat.model.checkpoint import build_from, describe, read_checkpoint
 from qat.model.cost import cost
 from qat.tasks import build, fit, options
 from qat.tasks.checks import check_classes, check_classifier, check_patches, check_settings
-from qat.tasks.report import record_run, report_run
-from qat.tasks.results import measured, recipe_fields, write_results
+from qat.tasks.report import report_run
+from qat.tasks.results import measured, recipe_fields, record_run, write_results
 from qat.tasks.resume import check_data, check_optimizer, compared, find_resume, outputs_to_replace
 from qat.tasks.summary import announce_run, announce_teacher
 from qat.tasks.teacher import build_teacher

@@ -262,7 +262,6 @@ def test_a_full_disk_outside_of_checkpoints_is_one_line_too(tmp_path, refused, m
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "config.yaml")
 
-    monkeypatch.setattr("qat.tasks.report.write_text", full)
     monkeypatch.setattr("qat.tasks.results.write_text", full)
     assert "config.yaml: cannot be read or written (No space left on device)" in refused("train", tiny(tmp_path / "run"))
 

@@ -10,9 +10,8 @@ from qat.tasks.results import recipe_fields, write_results
 
 
 def test_what_does_not_apply_is_null(tmp_path):
-    written = write_results(OmegaConf.create({"command": "train", "run_dir": str(tmp_path), "seed": 3}), top1=float("nan"), loss=0.5)
+    write_results(OmegaConf.create({"command": "train", "run_dir": str(tmp_path), "seed": 3}), top1=float("nan"), loss=0.5)
     found = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
-    assert found == written
     assert (found["command"], found["seed"], found["loss"]) == ("train", 3, 0.5)
     assert (found["top1"], found["model"], found["data"], found["bitops"]) == (None, None, None, None)
 
