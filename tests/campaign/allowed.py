@@ -28,7 +28,6 @@ SWITCHES = {
     "logger": "null",
     "logger.*": "null",
     "search": "null",
-    "data.cache": "true",
     "quant.offsets": "true",
     "ptq.act_signed": "true",
     "ptq.weight_signed": "true",
