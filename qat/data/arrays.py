@@ -94,16 +94,12 @@ def to_pixels(image: Image.Image, chans: int) -> NDArray[np.uint8]:
     Raises:
         ValueError: pixels of 32 bits, whose range a file does not say.
     """
-    return np.asarray(_eight_bits(image).convert("L" if chans == 1 else "RGB")).reshape(image.height, image.width, -1)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.asarray(image)
-    if image.mode == "F" or values.size == 0 or values.min() < 0 or values.max() > HIGHEST_16_BIT:
-        raise ValueError(f"its pixels have 32 bits (mode {image.mode}), and what is white is not known; save it with 8 or 16")
-    return Image.fromarray(np.rint(values / (HIGHEST_16_BIT / 255)).astype(np.uint8))
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > HIGHEST_16_BIT:
+            raise ValueError(f"its pixels have 32 bits (mode {image.mode}), and what is white is not known; save it with 8 or 16")
+        image = Image.fromarray(np.rint(values / (HIGHEST_16_BIT / 255)).astype(np.uint8))
+    return np.asarray(image.convert("L" if chans == 1 else "RGB")).reshape(image.height, image.width, -1)
 
 
 def resize_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

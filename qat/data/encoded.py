@@ -63,18 +63,17 @@ class EncodedImages(ABC):
     def __init__(self, labels: NDArray[np.int64], where: str, settings: DataSettings) -> None:
         self.labels, self.where, self.on_error = labels, where, settings.on_error
         self.chans = 1 if settings.in_chans == 1 else 3
-        self._take(np.arange(len(labels)))
+        self._choose(np.arange(len(labels)))
 
-    def _take(self, rows: NDArray[np.int64]) -> None:
-        self.rows = rows
+    def _choose(self, rows: NDArray[np.int64]) -> None:
         # Shared with the loader's worker processes, so that a file is named once and not once for each of them.
-        self.failed = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
+        self.rows, self.failed = rows, torch.zeros(len(rows), dtype=torch.bool).share_memory_()
 
     def take(self, indices: NDArray[np.int64]) -> Self:
         """The images at `indices`."""
         taken = copy.copy(self)
         taken.labels = self.labels[indices]
-        taken._take(self.rows[indices])
+        taken._choose(self.rows[indices])
         return taken
 
     @abstractmethod
@@ -156,8 +155,8 @@ def load(encoded: EncodedImages, settings: DataSettings) -> ImageSource:
         if len(encoded) > TRIED_AT_MOST:
             break
     if failed and settings.on_error == "raise":
-        more = f" and {len(failed) - NAMED_AT_MOST} more" if len(failed) > NAMED_AT_MOST else ""
-        raise ImageError(f"{len(failed)} of {len(encoded)} images: {'; '.join(failed[:NAMED_AT_MOST])}{more}; {SKIP}")
+        named = "; ".join(failed[:NAMED_AT_MOST]) + (" ..." if len(failed) > NAMED_AT_MOST else "")
+        raise ImageError(f"{len(failed)} of {len(encoded)} images: {named}; {SKIP}")
     if len(failed) == len(encoded):
         raise UsageError(f"{encoded.where}: none of {len(encoded)} images can be decoded")
     for line in failed:

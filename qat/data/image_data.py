@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,7 +108,7 @@ class ImageData(LightningDataModule, ABC):
         try:
             return cls.SETTINGS(**{name: value for name, value in settings.items() if name not in REMOVED})
         except TypeError as error:
-            raise UsageError(f"data: {error}".replace(f"{cls.SETTINGS.__name__}.__init__()", "settings")) from error
+            raise UsageError(f"data: {error}") from error
 
     @abstractmethod
     def read(self) -> Mapping[str, ImageSource]:
@@ -136,15 +135,17 @@ class ImageData(LightningDataModule, ABC):
 
     def left_out(self) -> dict[str, int]:
         """How many images of each split could not be decoded under `data.on_error=skip`, of those that were read so far, if any."""
-        found = {name: int(getattr(source, "left_out", 0)) for name, source in self._splits.items()}
-        return {name: count for name, count in found.items() if count}
+        return {name: count for name, source in self._splits.items() if (count := getattr(source, "left_out", 0))}
 
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits that there are, in the order of `SPLITS`."""
         if not self._splits:
-            self._splits = {name: self._checked(name, source) for name, source in self.read().items()}
-        return tuple(sorted(self._splits, key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS)))
+            found = self.read()
+            for name, source in found.items():
+                self._check(name, source)
+            self._splits = dict(found)
+        return tuple(name for name in SPLITS if name in self._splits)
 
     def fingerprints(self) -> dict[str, str]:
         """For each split what tells its images and labels from any others, wherever they lie and however they are held in memory."""
@@ -182,21 +183,20 @@ class ImageData(LightningDataModule, ABC):
             )
         return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)
 
-    def _checked(self, split: str, source: ImageSource) -> ImageSource:
+    def _check(self, split: str, source: ImageSource) -> None:
         wrong = source.labels[(source.labels < 0) | (source.labels >= self.settings.num_classes)]
         if len(wrong):
             raise UsageError(f"data.num_classes={self.settings.num_classes}: the {split} split has a label {wrong.max()}")
         if source.chans != self.settings.in_chans:
             raise UsageError(f"data.in_chans={self.settings.in_chans}: the images have {source.chans} channels")
-        return source
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented; the last incomplete batch is left out.
 
         Raises:
-            UsageError: there are no train images, or batches that are to be mixed cannot be.
+            UsageError: there are no train images.
         """
-        return self._loader(TransformedImages(self.split("train"), train_transform(self.settings), self.settings.seed), shuffle=True)
+        return self._loader("train", shuffle=True)
 
     def batch_mixup(self) -> BatchMixup | None:
         """What a training step does to its batch; None where both `mixup` and `cutmix` are 0.
@@ -211,25 +211,22 @@ class ImageData(LightningDataModule, ABC):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mix a training batch on its device; Lightning calls this before every step."""
-        if self.trainer is None or not self.trainer.training or self._mixup is None:
+        if self.trainer is None or not self.trainer.training or (mixup := self.batch_mixup()) is None:
             return batch
         step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready  # of all epochs, a resumed run's earlier ones included
-        return self._mixup(*batch, epoch=self.trainer.current_epoch, step=step, rank=self.trainer.global_rank)
-
-    @functools.cached_property
-    def _mixup(self) -> BatchMixup | None:
-        return self.batch_mixup()
+        return mixup(*batch, epoch=self.trainer.current_epoch, step=step, rank=self.trainer.global_rank)
 
     def val_dataloader(self) -> DataLoader:
         """The validation split in order."""
-        return self._evaluation_loader("val")
+        return self._loader("val", shuffle=False)
 
     def test_dataloader(self) -> DataLoader:
         """`evaluation_split` in order, not augmented."""
-        return self._evaluation_loader(self.evaluation_split)
+        return self._loader(self.evaluation_split, shuffle=False)
 
-    def _evaluation_loader(self, split: str) -> DataLoader:
-        return self._loader(TransformedImages(self.split(split), eval_transform(self.settings), self.settings.seed), shuffle=False)
+    def _transformed(self, split: str, *, augmented: bool = False) -> TransformedImages:
+        transform = train_transform if augmented else eval_transform
+        return TransformedImages(self.split(split), transform(self.settings), self.settings.seed)
 
     def sample(self, split: str, count: int | None = None) -> DataLoader:
         """Images of a split under the evaluation transform, spread evenly over it.
@@ -238,12 +235,14 @@ class ImageData(LightningDataModule, ABC):
             split: which.
             count: of images; None, or more than there are = all.
         """
-        images = TransformedImages(self.split(split), eval_transform(self.settings), self.settings.seed)
+        images = self._transformed(split)
         total = len(images)
-        chosen = range(total) if count is None or count >= total else [i * total // count for i in range(count)]
+        count = min(count or total, total)
+        chosen = [i * total // count for i in range(count)]
         return DataLoader(Subset(images, chosen), batch_size=self.settings.batch_size, num_workers=self.settings.num_workers)
 
-    def _loader(self, images: TransformedImages, *, shuffle: bool) -> DataLoader:
+    def _loader(self, split: str, *, shuffle: bool) -> DataLoader:
+        images = self._transformed(split, augmented=shuffle)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         # Copies without augmentation would be the same image again.
         repeats = self.settings.repeats if self.settings.augment != "none" else 1
@@ -271,7 +270,7 @@ class ImageData(LightningDataModule, ABC):
         Raises:
             UsageError: there are no train images.
         """
-        images = TransformedImages(self.split("train"), eval_transform(self.settings), self.settings.seed)
+        images = self._transformed("train")
         count = min(self.settings.calibration_images, len(images))
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.settings.seed))[:count]
         chunks = order.split(batch_size or self.settings.batch_size)

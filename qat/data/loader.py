@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,10 +21,6 @@ class ResumableLoader(DataLoader):
     Args:
         args: of `DataLoader`; the sampler must be a `SeededSampler`.
         options: of `DataLoader`, by name.
-
-    Attributes:
-        waited_s: seconds that callers have waited for batches so far, the start of worker processes included; without them the
-            time it took to make the batches.
     """
 
     sampler: SeededSampler
@@ -34,17 +29,13 @@ class ResumableLoader(DataLoader):
         super().__init__(*args, **options)
         self._handed_out = 0
         self._skip = 0
-        self.waited_s = 0.0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._handed_out, self._skip = self._skip, 0
         self.sampler.skip = self._handed_out * (self.batch_size or 1)
-        began = time.perf_counter()
         for batch in super().__iter__():
             self._handed_out += 1
-            self.waited_s += time.perf_counter() - began
             yield batch
-            began = time.perf_counter()
 
     @property
     def _global_batch(self) -> int:

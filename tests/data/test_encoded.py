@@ -19,7 +19,7 @@ from torch._utils import ExceptionWrapper
 import qat
 from qat.data import ImageArrays, ImageFolder, encoded, image_transform
 from qat.data.arrays import to_pixels
-from qat.data.encoded import EncodedImages, ImageError
+from qat.data.encoded import ImageError
 from tests.conftest import results, tiny
 from tests.data.files import SETTINGS, write_folder, write_image
 
@@ -42,12 +42,6 @@ def png(width, height, bits, colours, rows):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def rotated():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return saved(Image.fromarray(PIXELS), "JPEG", exif=exif.tobytes(), quality=95)
-
-
 def animated():
     frames = [Image.fromarray(np.full((5, 7, 3), value, np.uint8)) for value in (40, 200)]
     return saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -60,10 +54,7 @@ ODD = {
     "grey with alpha": lambda: saved(Image.fromarray(PIXELS).convert("LA")),
     "one bit": lambda: saved(Image.fromarray(PIXELS).convert("1")),
     "one pixel": lambda: saved(Image.fromarray(PIXELS[:1, :1])),
-    "rotated by exif": rotated,
     "animated": animated,
-    "webp": lambda: saved(Image.fromarray(PIXELS), "WEBP"),
-    "tiff": lambda: saved(Image.fromarray(PIXELS), "TIFF"),
 }
 DAMAGED = {
     "empty": lambda: b"",
@@ -105,8 +96,6 @@ def test_pixels_are_those_of_pillow(kind):
     expected = np.asarray(image.convert("RGB"))
     assert np.array_equal(to_pixels(encoded.open_image(ODD[kind]()), 3), expected)
     assert to_pixels(image, 1).shape == (*expected.shape[:2], 1)
-    if kind == "animated":
-        assert np.abs(expected.astype(int) - 40).max() <= 2
 
 
 def test_16_bit_grey_is_scaled_and_not_cut_off():
@@ -141,20 +130,6 @@ def test_a_file_without_an_end_is_not_read(tmp_path, kind):
         image_transform(SETTINGS)(path)
 
 
-@pytest.mark.parametrize("kind", DAMAGED)
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_damaged_ones_can_be_skipped_and_are_counted(tmp_path, caplog, kind, in_memory):
-    root = write_folder(tmp_path, size=8)
-    for name in ("ant/003.JPEG", "bee/000.png"):
-        (root / "train" / name).write_bytes(DAMAGED[kind]())
-    found = data(root, num_classes=2, on_error="skip", in_memory=in_memory)
-    source = found.split("train")
-    assert {source[i][0].shape for i in range(len(source))} == {(8, 8, 3)}
-    assert len(source) == (38 if in_memory else 40)
-    assert found.left_out() == {"train": 2}
-    assert "ant/003.JPEG cannot be decoded" in caplog.text
-
-
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_all_that_is_broken_is_named_at_once_with_what_to_do(tmp_path, in_memory):
     with pytest.raises(ImageError) as caught:
@@ -165,26 +140,9 @@ def test_all_that_is_broken_is_named_at_once_with_what_to_do(tmp_path, in_memory
         r"data\.on_error=skip leaves out what cannot be decoded",
         str(caught.value),
     )
-    with pytest.raises(ImageError, match=r"^25 of 30 images: .* and 5 more; data\.on_error=skip") as caught:
+    with pytest.raises(ImageError, match=r"^25 of 30 images: .* \.\.\.; data\.on_error=skip") as caught:
         data(folder(tmp_path, damaged=range(25), n=30), in_memory=in_memory).split("train")
     assert str(caught.value).count("cannot be decoded (") == 20
-
-
-def test_a_large_set_of_many_sizes_is_not_tried_before_the_run(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(encoded, "TRIED_AT_MOST", 5)
-    write_image(folder(tmp_path, damaged=[2]) / "train" / "a" / "01.png", 9, 8)
-    source = data(tmp_path, on_error="skip").split("train")
-    assert warnings(caplog) == []
-    assert isinstance(source, EncodedImages)
-    with pytest.raises(ImageError, match=rf"^{tmp_path}/train/a/02\.png cannot be decoded \(.*\); data\.on_error=skip"):
-        data(tmp_path).split("train")[2]
-
-
-def test_skip_leaves_out_what_is_read_into_memory(tmp_path, caplog):
-    arrays = data(folder(tmp_path, damaged=[2, 5]), on_error="skip").split("train")
-    assert values(arrays) == [0, 10, 30, 40]
-    assert arrays.labels.tolist() == [0] * 4
-    assert ["/a/02.png cannot be decoded (" in line for line in warnings(caplog)] == [True, False]
 
 
 def test_skip_replaces_by_the_next_that_can_be_decoded(tmp_path, monkeypatch, caplog):
@@ -196,8 +154,6 @@ def test_skip_replaces_by_the_next_that_can_be_decoded(tmp_path, monkeypatch, ca
     for number, (line, file) in enumerate(zip(warnings(caplog), (2, 3, 5), strict=True)):
         assert f"{tmp_path}/train/a/0{file}.png cannot be decoded (" in line
         assert line.endswith(f"; the next image replaces it ({number + 1} so far)")
-    backwards = data(tmp_path, on_error="skip", in_memory=False).split("train")
-    assert [int(backwards[i][0].mean()) for i in range(5, -1, -1)] == [0, 40, 40, 40, 10, 0]
 
 
 @pytest.mark.parametrize("tried", [0, 1000])
@@ -252,14 +208,13 @@ def test_worker_processes_replace_the_same_images_and_name_each_once(tmp_path, m
     assert [sum(f"{path} cannot be decoded" in line for line in lines) for path in damaged] == [1, 1]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_says_at_the_end_of_an_epoch_and_of_all_what_it_left_out(tmp_path, caplog, workers):
+def test_a_run_says_at_the_end_of_an_epoch_and_of_all_what_it_left_out(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     root = write_folder(tmp_path / "data")
     for name in ("ant/003.JPEG", "bee/019.JPEG"):
         (root / "train" / name).write_bytes(b"no image")
     images = ("data=imagefolder", f"data.root={root}", "data.num_classes=2", "data.image_size=8", "data.patch_size=4", "data.batch_size=8")
-    limits = ("trainer.limit_train_batches=1.0", f"data.num_workers={workers}", "data.on_error=skip", "quant=fp")
+    limits = ("trainer.limit_train_batches=1.0", "data.num_workers=1", "data.on_error=skip", "quant=fp")
     from qat.tasks.train import train
 
     train(tiny(tmp_path / "run", *images, *limits))

@@ -59,22 +59,6 @@ def test_training_leaves_out_the_last_incomplete_batch():
     assert len(loader) == 3
 
 
-def test_a_batch_larger_than_the_data_is_all_of_it():
-    loader = Numbered(**SETTINGS, batch_size=64).train_dataloader()
-    assert [len(target) for _, target in loader] == [30]
-
-
-def test_each_epoch_of_a_seed_has_one_order():
-    def order(seed, epoch):
-        loader = Numbered(**SETTINGS, seed=seed, batch_size=10).train_dataloader()
-        loader.sampler.set_epoch(epoch)
-        return numbers(loader)
-
-    assert order(1, 2) == order(1, 2)
-    assert sorted(order(1, 2)) == list(range(30))
-    assert len({tuple(order(*key)) for key in ((1, 2), (1, 3), (2, 2))}) == 3
-
-
 @pytest.mark.parametrize("augment", ["none", "light", "timm"])
 def test_worker_processes_change_neither_order_nor_augmentation(augment):
     def epoch(workers):

@@ -102,14 +102,6 @@ def test_nothing_is_mixed_from_the_epoch_on_that_says_so():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_batch_that_is_not_mixed_has_its_classes_as_probabilities(mode):
-    images, target = batch()
-    same, shares = mixing(mixup_prob=0.0, mixup_mode=mode)(images, target, epoch=0, step=0)
-    assert torch.equal(same, images)
-    assert torch.equal(shares, torch.nn.functional.one_hot(target, 10).float())
-
-
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_images_keep_their_dtype_and_targets_are_float32(mode, dtype):
     images, target = batch()
@@ -132,15 +124,6 @@ def test_smoothing_in_the_loss_is_timms_smoothing_of_targets(smoothing, mode):
     with isolated_rng(3, 4, 0, STREAM):
         _, smoothed = timms(images.clone(), target)
     assert_close(found, SoftTargetCrossEntropy()(logits, smoothed), rtol=1e-6, atol=1e-6)
-
-
-def test_data_build_what_their_settings_say():
-    assert Digits(**SETTINGS).batch_mixup() is None
-    images, target = batch()
-    data = Digits(**SETTINGS, mixup=0.8, cutmix=1.0, seed=3)
-    assert torch.equal(data.batch_mixup()(images, target, epoch=0, step=9)[0], mixing()(images, target, epoch=0, step=9)[0])
-    for one in ({"mixup": 0.8}, {"cutmix": 1.0}):
-        assert isinstance(Digits(**SETTINGS, **one).batch_mixup(), BatchMixup)
 
 
 @pytest.mark.parametrize("alpha", ["mixup", "cutmix"])

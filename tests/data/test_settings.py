@@ -66,9 +66,9 @@ def test_what_timms_augmentation_does_not_take_is_refused_before_the_run(wrong):
 
 
 def test_unknown_and_missing_settings_are_named():
-    with pytest.raises(qat.UsageError, match="^data: settings got an unexpected keyword argument 'colour'"):
+    with pytest.raises(qat.UsageError, match=r"^data: DataSettings\.__init__\(\) got an unexpected keyword argument 'colour'"):
         Digits(**SETTINGS, colour=3)
-    with pytest.raises(qat.UsageError, match="^data: settings missing 1 required positional argument: 'image_size'"):
+    with pytest.raises(qat.UsageError, match=r"^data: DataSettings\.__init__\(\) missing 1 required positional argument: 'image_size'"):
         Digits(**{name: value for name, value in SETTINGS.items() if name != "image_size"})
 
 

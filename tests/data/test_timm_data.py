@@ -10,8 +10,8 @@ import timm.data
 import torch
 
 import qat
-from qat.data import ImageFolder, Timm
-from tests.conftest import encoded, evaluate, results, train
+from qat.data import Timm
+from tests.conftest import encoded
 from tests.data.files import GREY, write_fashion_mnist, write_folder, write_image
 from tests.data.files import SETTINGS as SMALL
 
@@ -97,14 +97,6 @@ def test_a_dataset_of_the_hub(monkeypatch):
     assert asked == [("user/photos", "train"), ("user/photos", "train[:10%]")]
 
 
-def test_batches_are_those_of_an_image_folder(tmp_path):
-    root = str(write_folder(tmp_path, SPLITS))
-    settings = {**SETTINGS, "root": root, "augment": "timm", "batch_size": 8, "seed": 3}
-    for ours, theirs in zip(Timm(**settings).train_dataloader(), ImageFolder(**settings).train_dataloader(), strict=True):
-        assert torch.equal(ours[0], theirs[0])
-        assert torch.equal(ours[1], theirs[1])
-
-
 def test_fingerprints_tell_files_and_labels_apart_wherever_they_are(tmp_path):
     first, second = (data(write_folder(tmp_path / name, SPLITS)).fingerprints() for name in ("a", "b"))
     assert first == second
@@ -151,12 +143,3 @@ def test_what_cannot_be_read_is_one_line(tmp_path, changes, line):
     write_folder(tmp_path, (("train", 20),))
     with pytest.raises(qat.UsageError, match=rf"^{line}"):
         data(tmp_path, **changes).split("train")
-
-
-def test_a_net_trains_and_is_evaluated_from_its_file(tmp_path):
-    root = write_folder(tmp_path / "data", SPLITS)
-    small = ["data.image_size=16", "data.patch_size=8", "data.num_workers=0", "data.batch_size=8", "data.num_classes=2"]
-    run = train(tmp_path / "run", "data=timm", f"data.root={root}", *small)
-    found = evaluate(tmp_path / "eval", f"ckpt={run}/checkpoints/best.ckpt")
-    assert found["loss"] == pytest.approx(results(run)["loss"], rel=1e-5)
-    assert found["data"] == "timm"
