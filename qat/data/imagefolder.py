@@ -71,7 +71,7 @@ class ImageFolder(EncodedImageData):
         Raises:
             UsageError: `data.root` is not set or not such a folder, or the classes are not those of the settings.
         """
-        if (found := self.count_classes()) != self.settings.num_classes:
+        if (found := len(self.classes())) != self.settings.num_classes:
             raise UsageError(f"data.num_classes={self.settings.num_classes}: data.root={self.settings.root!r} has {found} class folders")
         return super().read()
 
@@ -122,10 +122,6 @@ class ImageFolder(EncodedImageData):
     def named_classes(self) -> list[str] | None:
         """Names of the folders below train; None without `data.root`."""
         return self.classes() if self.settings.root else None
-
-    def count_classes(self) -> int:
-        """Number of class folders."""
-        return len(self.classes())
 
 
 class ImageNet(ImageFolder):

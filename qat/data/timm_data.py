@@ -131,6 +131,8 @@ class Timm(EncodedImageData):
         return found
 
     def named_classes(self) -> list[str] | None:
-        """Names as the reader has them; None where it has none."""
+        """Names as the reader has them; None where it has none, or there is nothing to read."""
+        if self.settings.root is None and self.settings.reader != "hfds":
+            return None
         classes = next(iter(self._images.values())).classes
         return sorted(classes, key=classes.__getitem__) if len(classes) == self.settings.num_classes else None

@@ -124,16 +124,6 @@ def test_repeats_without_augmentation_would_be_the_same_image_again():
     assert sorted(numbers(loader)) == list(range(30))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_with_repeats_goes_on_in_its_middle(workers):
-    def images(**state):
-        loader = Digits(**SETTINGS, augment="timm", repeats=3, batch_size=200, num_workers=workers).train_dataloader()
-        loader.load_state_dict({"batches": 0, **state})
-        return loaded(loader, epoch=2)[0]
-
-    assert torch.equal(images(batches=4), images()[800:])
-
-
 @pytest.mark.parametrize(("first", "classes", "label"), [(0, 9, 9), (-1, 10, -1)])  # Hugging Face marks unpublished labels by -1
 def test_a_label_that_is_no_class_is_refused(first, classes, label):
     data = Numbered(**{**SETTINGS, "num_classes": classes})

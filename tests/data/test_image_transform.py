@@ -48,18 +48,6 @@ def test_arrays_of_fashion_mnist(tmp_path, chans):
     assert torch.equal(torch.stack([image_transform(data.settings)(image) for image in images]), expected)
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK"])
-@pytest.mark.parametrize("changes", [{}, GREY], ids=["colour", "grey"])
-def test_any_mode_of_pillow_is_converted(mode, changes):
-    settings = DataSettings(**{**COLOURS, **changes})
-    image = Image.open(io.BytesIO(png())).convert(mode)
-    expected = image_transform(settings)(image.convert("L" if changes else "RGB"))
-    found = image_transform(settings)(image)
-    assert torch.equal(found, expected)
-    assert found.shape == (settings.in_chans, 8, 8)
-    assert found.dtype == torch.float32
-
-
 def png():
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)).save(buffer, "PNG")

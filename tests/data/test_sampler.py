@@ -107,24 +107,3 @@ def test_repeats_are_dealt_out_as_timm_deals_them(repeats, world):
     ours = [[index for _, index, _ in sampler] for sampler in samplers]
     assert ranks(ours) == ranks(timms)
     assert [len(sampler) for sampler in samplers] == [len(one) for one in ours] == [n // world] * world
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_copy_of_an_epoch_is_there_once(world):
-    keys = [key for r in range(world) for key in shuffled(epoch=4, rank=r, world_size=world, repeats=3)]
-    assert len(set(keys)) == len(keys) == 103 - 103 % world
-    assert {epoch for epoch, _, _ in keys} == {4}
-    copies = {}
-    for _, index, copy in keys:
-        copies.setdefault(index, set()).add(copy)
-    # The end of the epoch may cut through the copies of one image.
-    assert sum(seen != {0, 1, 2} for seen in copies.values()) <= 1
-    assert [i for _, i, c in sorted(keys) if c == 0] == sorted(copies)
-
-
-def test_repeats_go_on_where_they_were_left():
-    whole = list(shuffled(epoch=3, repeats=3))
-    sampler = shuffled(epoch=3, repeats=3)
-    sampler.skip = 40
-    assert list(sampler) == whole[40:]
-    assert list(sampler) == whole

@@ -5,9 +5,7 @@ import math
 import pytest
 
 import qat
-from qat.data import DataSettings, Digits, ImageNet
-from qat.tasks import build
-from tests.conftest import compose
+from qat.data import DataSettings, Digits
 
 SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.25], "std": [0.5]}
 WRONG = [
@@ -75,14 +73,6 @@ def test_unknown_and_missing_settings_are_named():
 def test_settings_cannot_change_afterwards():
     with pytest.raises(AttributeError):
         DataSettings(**SETTINGS).batch_size = 3
-
-
-def test_a_config_of_a_whole_recipe_is_taken(tmp_path):
-    recipe = ["data.augment=timm", "data.rand_augment=3a", "data.color_jitter=0.3", "data.random_erasing=0", "data.scale=[0.2,1.0]"]
-    mixing = ["data.mixup=0.8", "data.cutmix=1.0", "data.repeats=3", "data.mixup_off_epoch=250"]
-    data = build.build_data(compose("train", "data=imagenet", f"data.root={tmp_path}", "model=deit_s", *recipe, *mixing, "run_dir=a"))
-    assert isinstance(data, ImageNet)
-    assert (data.settings.scale, data.settings.mixup, data.settings.repeats) == ([0.2, 1.0], 0.8, 3)
 
 
 def test_settings_of_older_files_mean_what_they_meant():

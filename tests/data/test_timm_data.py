@@ -42,6 +42,7 @@ def test_a_folder_is_timms(tmp_path, size):
             assert np.array_equal(source[i][0], np.asarray(image))
             assert source[i][1] == label
     assert (found.named_classes(), found.evaluation_split) == (["ant", "bee"], "val")
+    assert Timm(**SETTINGS).named_classes() is None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
