@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,23 +10,13 @@ from torch.utils.data import DataLoader
 from qat.data.sampler import SeededSampler
 from qat.errors import UsageError
 
-# Each batch on its way is open files, of an image and its label at least.
-FILES, FILES_PER_WORKER = 64, 32
-
-
-def check_open_files(workers: int) -> None:
-    """Raise `UsageError` if so many loader processes would run out of open files; it would be in the middle of an epoch."""
-    limit, lowest = resource.getrlimit(resource.RLIMIT_NOFILE)[0], FILES + FILES_PER_WORKER * workers
-    if workers and limit != resource.RLIM_INFINITY and limit < lowest:
-        raise UsageError(f"data.num_workers={workers}: this process may open {limit} files; must be 0, or ulimit -n {lowest} and more")
-
 
 class ResumableLoader(DataLoader):
-    """Counts the batches it hands out, and goes on behind them.
+    """Counts the batches it hands out, and continues after them.
 
     Lightning stores `state_dict` with a checkpoint and gives it back to the loader of a resumed run; a loader without it would
-    begin the epoch again: images seen twice, others never. Iteration starts lazily: Lightning asks for an iterator before it tells
-    the sampler which epoch it is.
+    begin the epoch again: images seen twice, others never. Iteration starts lazily: Lightning asks for an iterator before it sets
+    the sampler's epoch.
 
     Args:
         args: of `DataLoader`; the sampler must be a `SeededSampler`.
@@ -57,7 +46,7 @@ class ResumableLoader(DataLoader):
         return {"batches": self._handed_out, "images": self._handed_out * self._global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next epoch begins behind the images of `state`, which as many processes or as few may have seen.
+        """The next epoch begins after the images of `state`, which as many processes or as few may have seen.
 
         Raises:
             UsageError: that is in the middle of a batch of all processes.
@@ -65,5 +54,5 @@ class ResumableLoader(DataLoader):
         images = state.get("images", state["batches"] * self._global_batch)
         if images % self._global_batch:
             now = f"data.batch_size={self.batch_size} in {self.sampler.world_size} processes"
-            raise UsageError(f"resume: the run stopped behind {images} images of an epoch, no whole number of batches of {now}")
+            raise UsageError(f"resume: the run stopped after {images} images of an epoch, no whole number of batches of {now}")
         self._skip = images // self._global_batch

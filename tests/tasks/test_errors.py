@@ -81,7 +81,6 @@ TRAIN = [
     # data and model
     *((f"data.batch_size={v}", rf"data\.batch_size={s}: {WHOLE} 1") for v, s in shown("0 -1 1.5 x")),
     ("data.num_workers=-1", rf"data\.num_workers=-1: {WHOLE} 0"),
-    ("data.cache=yes", r"data\.cache='yes': must be one of auto, true, false"),
     ("data.image_size=10", r"data\.image_size=10: must be a multiple of the model's patch size 4"),
     ("data.num_classes=3", r"data\.num_classes=3: the train split has a label 9"),
     ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': no such folder"),
