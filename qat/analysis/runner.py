@@ -11,7 +11,6 @@ import torch
 from qat.analysis.analysis import EvaluationPoint, Row
 from qat.analysis.images import ImageSet
 from qat.analysis.ledger import Ledger
-from qat.ptq.weight_cache import WeightCache
 from qat.utils.probing import probing
 from qat.utils.text import duration
 
@@ -39,7 +38,7 @@ def measure(points: Sequence[EvaluationPoint], images: ImageSet, ledger: Ledger)
 def evaluated(point: EvaluationPoint, images: ImageSet) -> dict[str, float]:
     """Top-1, loss and seconds of one point; the net is as before afterwards."""
     began = time.perf_counter()
-    with probing(point.net, ()), point.change(), WeightCache(point.net).active():
+    with probing(point.net, ()), point.change():
         found = point.score(point.net, images) if point.score else images.score(point.net, point.images)
     return {**found, "seconds": round(time.perf_counter() - began, 3)}
 
@@ -56,7 +55,7 @@ def announcement(points: Sequence[EvaluationPoint], images: ImageSet, done: int)
 
 def _seconds_per_image(net: torch.nn.Module, images: ImageSet) -> float:
     batch, _ = images.batches[0]
-    with torch.no_grad(), WeightCache(net).active():
+    with torch.no_grad():
         net(batch)
         began = time.perf_counter()
         float(net(batch).sum())  # waits for the device

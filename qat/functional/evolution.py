@@ -117,11 +117,6 @@ def evolved_child(population: Population, drawn: Draw, *, relative: bool = False
     return mutate(select_parent(population, drawn.members), drawn.noise, relative=relative)
 
 
-def random_child(incumbent: Tensor, drawn: Draw, *, relative: bool = False) -> Tensor:
-    """Candidate (n,) of a random search: a mutation of the scales (n,) that the block began with, whatever was found since."""
-    return mutate(incumbent.detach().cpu().double(), drawn.noise, relative=relative)
-
-
 def insert(population: Population, child: Tensor, loss: float) -> Insertion:
     """Append the child, sort by loss (stable: of equals, who came first stays ahead), drop the last.
 

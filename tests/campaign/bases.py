@@ -57,7 +57,7 @@ TABLE = (
         f"ckpt={QUANTIZED}",
         *_SMALL_PTQ,
         "ptq=keep",
-        "search=adam",
+        "search=evolution",
         "search.targets=[attn.input]",
         f"teacher.ckpt={FLOAT}",
     ),

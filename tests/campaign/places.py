@@ -65,7 +65,7 @@ SETTINGS = {
     "ckpt ": ("eval",),
     "predict": ("eval", "ckpt={ckpt}"),
     "ckpt  ": ("ptq",),
-    "teacher.ckpt ": ("ptq", "ckpt={ckpt}", "ptq=keep", "search=adam", "search.targets=[attn.input]"),
+    "teacher.ckpt ": ("ptq", "ckpt={ckpt}", "ptq=keep", "search=evolution", "search.targets=[attn.input]"),
     "ckpt   ": ("analyze", "analysis=cost"),
     "run": ("analyze",),
 }

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import qat
-from qat.ptq.fitness import plain_fitness
-from qat.ptq.search_settings import SearchSettings
+from qat.ptq.search import SearchSettings
 from qat.tasks import build
 from qat.tasks.evaluate import build_subject
 from qat.tasks.ptq import calibration_batches, ptq
 from tests.conftest import compose, evaluate, results, tiny, train
+from tests.ptq.searching import whole_fitness
 from tests.tasks.test_evaluate import last
 from tests.tasks.test_ptq import SMALL, quantize
 
@@ -73,7 +73,7 @@ def test_its_targets_are_the_teachers_logits(tmp_path, lsq_run, float_run):
     teacher = qat.load(last(float_run)).eval()
     with torch.no_grad():
         targets = [teacher(batch) for batch in batches]
-    fitness = plain_fitness(qat.load(tmp_path / "quantized.ckpt").eval(), batches, targets, SearchSettings())
+    fitness = whole_fitness(qat.load(tmp_path / "quantized.ckpt").eval(), batches, targets, SearchSettings())
     assert fitness == pytest.approx(results(tmp_path)["search"]["fitness"], rel=1e-6)
 
 
