@@ -16,7 +16,7 @@ OBSERVERS = (*METHODS, "ema")
 PERCENTILE = 0.99999
 MOMENTUM = 0.01
 # These remember a moving average of the ends of the range, the others the outermost ends.
-MOVING = ("ema", "percentile")
+_MOVING = ("ema", "percentile")
 # These try candidates on a batch; the others need nothing but the range.
 SEARCHES = {"omse": omse_scale, "mse": mse_scale, "ptf": ptf_scale}
 # torch.quantile computes ranks in float32, which are no whole numbers beyond 2^24; older versions refuse longer rows.
@@ -88,7 +88,7 @@ def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str, 
         low, high = min_max(x, axis)
     if state is None:
         return RangeState(low, high)
-    if method not in MOVING:
+    if method not in _MOVING:
         return RangeState(torch.minimum(state.low, low), torch.maximum(state.high, high))
     first = state.low > state.high
     moved = (old + momentum * (new - old) for old, new in zip(state, (low, high), strict=True))

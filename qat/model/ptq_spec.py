@@ -143,7 +143,7 @@ class PtqRecipe(QuantRecipe):
         return QuantSpec(
             role,
             name,
-            FLOAT_BITS if name == "float" else bits,
+            FLOAT_BITS if name == "float" else int(bits or 0),
             signed=self.weight_signed,
             axis=0 if self.weight_scales == "channel" else None,
             observer=self.weight_observer,

@@ -243,7 +243,7 @@ def search(
             if name == order[0]:
                 evaluator.runner.forget()
             before = state["fitness"]
-            _visit(evaluator, name, (number, numbers[name]), settings, draws or _seeded(settings), state, progress)
+            _visit(evaluator, name, (number, numbers[name]), settings, draws, state, progress)
             if settings.reference_selection and validate is not None:
                 accuracy = validate()
                 # The reference's rule: after the first pass the best accuracy stays, during it the latest.
@@ -265,7 +265,7 @@ def _start(evaluator: Evaluator, last: str, progress: Progress) -> dict[str, Any
         raise UsageError(f"search: the fitness of the incumbent is {fitness} before any block is visited")
     progress.rows.append((0, "", "incumbent", fitness, 1, f"{seconds:.3f}"))
     counts = {"visits": 0, "evaluations": 0, "accepted": 0, "seconds": seconds}
-    state = {**counts, "fitness": fitness, "fitness_before": fitness, "scales": {}, "best": None}
+    state: dict[str, Any] = {**counts, "fitness": fitness, "fitness_before": fitness, "scales": {}, "best": None}
     progress.save(state)
     return state
 
@@ -275,22 +275,12 @@ def _restore(evaluator: Evaluator, scales: dict[str, Tensor]) -> None:
         evaluator.vectors[name].write(values)
 
 
-def _seeded(settings: SearchSettings) -> Draws:
-    """Draws that depend on the seed and the place alone."""
-
-    def drawn(place: tuple[int, int, int], radius: Tensor) -> Draw:
-        unit = draw(settings.seed, place, len(radius), 1.0, size=settings.population, tournament=settings.tournament)
-        return unit._replace(noise=unit.noise * radius)
-
-    return drawn
-
-
 def _visit(
     evaluator: Evaluator,
     name: str,
     place: tuple[int, int],
     settings: SearchSettings,
-    draws: Draws,
+    draws: Draws | None,
     state: dict[str, Any],
     progress: Progress,
 ) -> None:
@@ -313,9 +303,14 @@ def _visit(
         progress.rows.append((place[0], name, cycle, found, int(accepted), f"{time.perf_counter() - since:.3f}"))
         return found
 
+    def drawn(cycle: int) -> Draw:
+        if draws is not None:
+            return draws((*place, cycle), radius)
+        return draw(settings.seed, (*place, cycle), len(radius), radius, size=settings.population, tournament=settings.tournament)
+
     found, fitness = start, lowest
     try:
-        found, fitness = evolve(start, lowest, evaluate, lambda cycle: draws((*place, cycle), radius), settings)
+        found, fitness = evolve(start, lowest, evaluate, drawn, settings)
     finally:
         vector.write(found)
     state["visits"], state["fitness"] = state["visits"] + 1, fitness

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -79,8 +78,6 @@ def ptq(cfg: DictConfig) -> float:
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
     if trainer.world_size > 1 and (method in {"compensate", "reconstruct"} or searching):
         raise UsageError(f"trainer.devices={trainer.world_size}: must be 1 with a search or ptq.method=compensate, reconstruct")
-    if trainer.world_size > len(batches):
-        raise UsageError(f"trainer.devices={trainer.world_size}: must be at most the number of calibration batches, {len(batches)}")
     quantized = subject
     if recipe is not None:
         net = convert(copy.deepcopy(subject.net), recipe, input_size=subject.data.input_size)
@@ -160,13 +157,10 @@ def _measure_start(subject: EvaluatedNet, teacher: nn.Module | None, trainer: Tr
 def _calibrate(quantized: EvaluatedNet, batches: list[Tensor]) -> dict[str, Any]:
     """Fill the scales; gives what `results.json` says of it."""
     began = time.monotonic()
-    group = dist.group.WORLD if dist.is_initialized() else None
-    own = batches if group is None else batches[dist.get_rank() :: dist.get_world_size()]
-    done = calibrate(quantized.net, own, group=group)
-    seconds, images = round(time.monotonic() - began, 2), sum(len(batch) for batch in batches)
-    log.info("%d scales from %d images in %.1f s", done.scales, images, seconds)
-    all_of_them = {"images": images, "batches": len(batches), "seconds": seconds, "seed": quantized.data.settings.seed}
-    return dataclasses.asdict(done) | all_of_them
+    done = calibrate(quantized.net, batches)
+    seconds = round(time.monotonic() - began, 2)
+    log.info("%d scales from %d images in %.1f s", done.scales, done.images, seconds)
+    return dataclasses.asdict(done) | {"seconds": seconds, "seed": quantized.data.settings.seed}
 
 
 def _search(

@@ -82,14 +82,6 @@ def test_a_run_that_is_killed_or_whose_disk_is_full_ends_as_a_whole_one(error, t
         reconstruct(other, reference, IMAGES + 1, SETTINGS, run_dir=tmp_path, resume=True)
 
 
-def test_bfloat16_under_autocast():
-    net, reference = pair(method="reconstruct")
-    before = error(net, reference, IMAGES)
-    reconstruct(net, reference, IMAGES, SETTINGS, context=lambda: torch.autocast("cpu", torch.bfloat16))
-    assert error(net, reference, IMAGES) < before
-    assert all(tensor.dtype == torch.float32 for tensor in net.state_dict().values())
-
-
 @pytest.mark.parametrize("name", [tiny.DISTILLED, "swin_tiny_patch4_window7_224"])
 def test_other_families(name):
     swin = {"img_size": 8, "patch_size": 2, "window_size": 2, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 2), "in_chans": 1}
@@ -109,25 +101,6 @@ def families_pair(name, kwargs):
     net = qat.convert(copy.deepcopy(reference), qat.PtqRecipe(**KNOBS | {"method": "reconstruct"}), input_size=tiny.SIZE)
     qat.ptq.calibrate(net, [IMAGES])
     return net.eval(), reference
-
-
-@pytest.mark.parametrize(
-    ("knobs", "line"),
-    [
-        ({"steps": 0}, r"ptq\.reconstruct\.steps=0: must be an integer of at least 1"),
-        ({"drop": 1.5}, r"ptq\.reconstruct\.drop=1\.5: must be a number from 0 to 1"),
-        ({"lr": -1}, r"ptq\.reconstruct\.lr=-1: must be a number of at least 0"),
-    ],
-)
-def test_settings_that_cannot_work(knobs, line):
-    with pytest.raises(qat.UsageError, match=line):
-        ReconstructSettings(**knobs)
-
-
-def test_fewer_images_than_a_batch():
-    net, reference = pair(method="reconstruct")
-    with pytest.raises(qat.UsageError, match=r"^ptq\.reconstruct\.batch=16: must be at most the number of calibration images, 8$"):
-        reconstruct(net, reference, tiny.images(8), SETTINGS)
 
 
 def test_inputs_that_are_not_finite():

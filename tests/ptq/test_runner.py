@@ -105,9 +105,3 @@ def test_a_block_that_cannot_be_run_from_is_run_from_the_start(caplog):
     with runs.at("blocks.2"):
         assert torch.equal(runs.output("blocks.2", 0)[1], expected[1])
     assert len(caplog.messages) == 2
-
-
-def test_the_outermost_blocks_in_the_order_of_the_net():
-    net = timm.create_model("swin_tiny_patch4_window7_224", **SWIN)
-    assert list(find_blocks(net)) == ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.1.blocks.1"]
-    assert find_blocks(nn.Linear(2, 2)) == {}

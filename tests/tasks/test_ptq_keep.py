@@ -113,15 +113,6 @@ def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
     assert found["quant"] == "omse_w3a8"
 
 
-def test_a_search_may_replace_the_file_it_starts_from(tmp_path, calibrated):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "quantized.ckpt").write_bytes((calibrated / "quantized.ckpt").read_bytes())
-    found = quantize(run, f"ckpt={run}/quantized.ckpt", *KEEP, "overwrite=true")
-    assert found["search"]["fitness"] <= found["search"]["fitness_before"]
-    assert qat.load(run / "quantized.ckpt").state_dict().keys() == qat.load(calibrated / "quantized.ckpt").state_dict().keys()
-
-
 @pytest.mark.parametrize(
     ("start", "overrides", "message"),
     [
