@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import qat
 from qat.ptq.compensate import compensate
-from qat.ptq.fitness import logits_of
+from qat.ptq.search import logits_of
 from qat.tasks.train import train
 from tests.conftest import tiny
 from tests.nets import FAMILIES

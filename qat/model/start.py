@@ -18,7 +18,6 @@ from qat.errors import UsageError
 from qat.model import hub
 from qat.model.biases import grow_biases, grown_biases
 from qat.model.checkpoint import Checkpoint, build_from
-from qat.model.compensation import Compensation
 from qat.model.frozen import keeps_weights
 from qat.model.sites import iter_quantizers
 from qat.model.transfer import timm_state_dict
@@ -218,7 +217,4 @@ def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin
     state, biases = timm_state_dict(source), grown_biases(source)
     start = from_state(model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases, hint=hint)
     start.source = source
-    left = sum(isinstance(module, Compensation) for module in source.modules())
-    if left:
-        start.notes.append(f"the matrices beside {left} blocks (ptq.compensation=matrix) are left out")
     return start

@@ -66,7 +66,7 @@ def test_training_learns_and_its_file_is_the_same_net_anywhere(trained, tmp_path
         ("ptq=compensate_w4a4",),
         ("ptq=reconstruct_w4a4", "ptq.reconstruct.steps=50"),
         ("ptq=evolq_w4a8", "search.passes=1", "search.population=3"),
-        ("ptq=minmax_w4a8", "search=adam", "search.passes=1"),
+        ("ptq=minmax_w4a8", "search=evolution", "search.passes=1"),
     ],
     ids=lambda settings: settings[0],
 )
