@@ -128,7 +128,7 @@ def _measured(results: Row, in_float: Mapping[str, float]) -> list[Row]:
     bits = bits_of(results.get("recipe"))
     own = {"model": f"Quantized, {bits}" if bits else "Float", **{name: results.get(key) for key, name in MEASURED.items()}}
     known = {"Top-1, %": results.get("top1_fp"), "Bytes": in_float.get("size_bytes"), "Bit operations": in_float.get("bitops")}
-    before = [{**dict.fromkeys(own), "model": "Float", **known}] if bits else []
+    before = [{**dict.fromkeys(own), "model": "Float", **known}] if bits and any(known.values()) else []
     return [*before, own] if results.get("size_bytes") else []
 
 
