@@ -159,9 +159,7 @@ class Settings:
     split: str | None = None
     file: str | None = None
     dynamic_batch: bool = True
-    dynamic_size: bool = False
     latency: int = 0
-    threads: int = 1
 
     def __post_init__(self) -> None:
         check_choice("command", self.command, COMMANDS)
