@@ -42,7 +42,8 @@ class Requantization:
     Attributes:
         weights: by the weight of that product.
         activations: by the names of the quantizers of that product's factors: of probabilities and values (), (N, 1) or (h, 1, d), what
-            leaves the heads (B, h, N, d) is divided by; of queries and keys the inverse of the factor of scores.
+            leaves the heads (B, h, N, d) is divided by; of queries and keys the inverse of the factor of scores, times their step size if
+            they are quantized.
         grids: the quantizers.
     """
 
@@ -76,7 +77,11 @@ def _scores(found: Requantization, attention: Any) -> None:
         right, is_direct = attention.k_quantizer, True
     scale = getattr(attention, "scale", None)
     if is_direct and scale is not None and isinstance(left, FrozenActivation) and isinstance(right, FrozenActivation):
-        found.activations[left.name, right.name] = torch.tensor(1 / scale)
+        step = torch.tensor(1 / scale)
+        if _has_no_offset(grid := getattr(attention, "scores_quantizer", None)) and grid.scale.numel() == 1:
+            step = step * grid.scale.reshape(())
+            found.grids.add(grid)
+        found.activations[left.name, right.name] = step
         if isinstance(attention, QkrAttention) and attention.folded_bias is not None:
             attention.folded_bias *= scale
         attention.scale = 1.0
