@@ -221,11 +221,9 @@ class Export(Shared):
     default_data: dict[str, Any]
     file: str | None
     dynamic_batch: bool
-    dynamic_size: bool
     images: int | None
     split: str | None
     latency: int
-    threads: int
     overwrite: bool
 
 
