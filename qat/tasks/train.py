@@ -120,7 +120,7 @@ def _start(
 
 def _seconds_since(began: float, trainer: Trainer) -> float:
     """Seconds of this process, and of the training before the checkpoint that it was resumed from."""
-    earlier = sum(one.earlier_seconds for one in trainer.callbacks if isinstance(one, LastCheckpoint))  # type: ignore[attr-defined]
+    earlier = next((one.earlier_seconds for one in trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)), 0.0)
     return round(time.monotonic() - began + earlier, 1)
 
 
