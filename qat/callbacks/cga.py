@@ -164,8 +164,8 @@ class CGA(Callback):
             yield weight, ~near
         if self.qk == "freeze":
             for site, _ in self._products:
-                for weight in (site.owner.q_weight, site.owner.k_weight):
-                    yield cast(nn.Parameter, weight), torch.ones_like(cast(Tensor, weight), dtype=torch.bool)
+                for factor in (site.owner.q_weight, site.owner.k_weight):
+                    yield cast(nn.Parameter, factor), torch.ones_like(cast(Tensor, factor), dtype=torch.bool)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks."""

@@ -18,6 +18,7 @@ from qat.utils.shards import own
 from qat.utils.validate import check_int
 
 _NEVER = 2**62
+_OUTPUT = "the output of"
 
 
 class FiniteCheck(Callback):
@@ -97,12 +98,13 @@ def _damaged(state: dict[str, Any]) -> Iterator[str]:
 
 
 def _in_any_process(found: str | None) -> str | None:
-    """What the first process that found something has found."""
+    """What the first process that found something has found; a weight, of which each may have a part, says more than an output."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return found
     all_found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(all_found, found)
-    return next((f"{one} (process {rank})" for rank, one in enumerate(all_found) if one), None)
+    found_by = [f"{one} (process {rank})" for rank, one in enumerate(all_found) if one]
+    return min(found_by, key=lambda one: one.startswith(_OUTPUT), default=None)
 
 
 def _first_not_finite(trainer: Trainer, images: Tensor) -> str | None:
@@ -112,7 +114,7 @@ def _first_not_finite(trainer: Trainer, images: Tensor) -> str | None:
 
     def note(name: str, module: nn.Module, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point():
-            flags.append((f"the output of {name or 'the net'} ({type(module).__name__})", output.isfinite().all()))
+            flags.append((f"{_OUTPUT} {name or 'the net'} ({type(module).__name__})", output.isfinite().all()))
 
     hooks = [m.register_forward_hook(lambda m, _, output, name=name: note(name, m, output)) for name, m in net.named_modules()]
     with torch.compiler.set_stance("force_eager"), probing(net, hooks), trainer.precision_plugin.forward_context():

@@ -41,4 +41,6 @@ class StepLimit(Callback):
         """Leave a run as it is that has taken them all."""
         trainer.should_stop |= trainer.global_step >= self.steps
 
-    on_train_batch_end = on_train_start
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """See whether that was the last step."""
+        trainer.should_stop |= trainer.global_step >= self.steps

@@ -34,27 +34,26 @@ from qat.tasks.checks import check_callback, check_sharding
 from qat.tasks.options import compiles
 from qat.utils.validate import check_int, check_number
 
-# All repeat what the first lines of a run say already; what ends a run early they do not. The root logger's handlers say it, once.
+# What Lightning and timm say repeats the first lines of a run, except for what ends it early; the root logger's handlers show that once.
 logging.getLogger("lightning").handlers.clear()
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-logging.getLogger("lightning.pytorch.callbacks.early_stopping").setLevel(logging.INFO)
-logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.INFO)
+for _name in ("lightning.pytorch", "lightning.fabric", "timm"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+for _name in ("lightning.pytorch.callbacks.early_stopping", "lightning.pytorch.utilities.rank_zero"):
+    logging.getLogger(_name).setLevel(logging.INFO)
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-    lambda record: (
-        record.levelno > logging.INFO or record.getMessage().strip().startswith(("Detected KeyboardInterrupt", "Time limit reached"))
-    )
+    lambda record: record.levelno > logging.INFO or record.getMessage().startswith("Time limit reached")
 )
-logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-logging.getLogger("timm").setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
-warnings.filterwarnings("ignore", message=".*all_gather.*is deprecated")  # Lightning's own use of torch
-warnings.filterwarnings("ignore", message=".*does not have many workers")  # small data are in memory
-warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")  # Hydra made it
-warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # so it is when a run goes on
-warnings.filterwarnings("ignore", message="You requested to overfit but enabled .* dataloader shuffling")  # which is what it turns off
-warnings.filterwarnings("ignore", message="The `srun` command is available")  # a login node, or processes that are started here
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # timm's nets add to it out of place
-warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than the logging interval")
+for _message in (
+    ".*LeafSpec.*is deprecated",  # Lightning's own use of torch
+    ".*all_gather.*is deprecated",  # Lightning's own use of torch
+    ".*does not have many workers",  # small data are in memory
+    "Checkpoint directory .* exists and is not empty",  # so it is when a run is resumed
+    "You requested to overfit but enabled .* dataloader shuffling",  # which is what it turns off
+    "The `srun` command is available",  # a login node, or processes that are started here
+    "FSDP2-wrapped module .* returned a view tensor",  # timm's nets add to it out of place
+    ".*number of training batches .* is smaller than the logging interval",
+):
+    warnings.filterwarnings("ignore", message=_message)
 
 
 def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
@@ -63,7 +62,7 @@ def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
     for name in ("opt", "lr", "weight_decay"):
         if name not in settings:
             raise UsageError(f"optimizer.{name} is missing")
-    check_number("optimizer.lr", settings.get("lr"), 0, above=True)
+    check_number("optimizer.lr", settings["lr"], 0, above=True)
     scaling = {name: settings.pop(name) for name in ("lr_base_batch", "lr_batch_rule") if name in settings}
     settings["lr"] = scaled_lr(settings["lr"], global_batch=global_batch(cfg, trainer), **scaling)
     build_optimizer(nn.Linear(1, 1), **settings | {"layer_decay": None})

@@ -98,15 +98,6 @@ def test_the_composed_loss():
     assert build.build_loss(compose("train", "loss=kd", "run_dir=a")).blocks is None
 
 
-def test_a_teacher_of_another_depth(tmp_path):
-    """Its last block has a counterpart, all of them do not."""
-    deeper = train(tmp_path / "deeper", "quant=fp", "++model.args.depth=2")
-    settings = ("loss=kd_features", f"teacher.ckpt={deeper}/checkpoints/best.ckpt")
-    with pytest.raises(qat.UsageError, match="the teacher has to be of the same architecture"):
-        train(tmp_path / "all", *settings, "loss.features_blocks=all")
-    train(tmp_path / "last", *settings)
-
-
 def test_made_again_for_the_backward_pass():
     """Under gradient checkpointing, blocks run twice and count once."""
     student, _, module = pair()

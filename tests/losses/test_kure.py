@@ -79,11 +79,6 @@ def test_off_is_off():
     )
 
 
-def test_a_loss_of_ones_own_may_do_without_the_setting():
-    cfg = compose("train", "run_dir=a", "~loss.regularizers")
-    assert set(build.build_loss(cfg).terms) == {"ce"}
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
