@@ -81,13 +81,6 @@ class TeacherSettings:
 
 
 @dataclass
-class CheckpointSettings:
-    """`checkpoint.*`."""
-
-    every_n_steps: int | None = None
-
-
-@dataclass
 class Schedule:
     """`scheduler.*`: epochs may be fractions."""
 
@@ -101,15 +94,6 @@ class Schedule:
         check_choice("scheduler.interval", self.interval, ("epoch", "step"))
         for name in ("warmup_epochs", "warmup_lr", "cooldown_epochs", "min_lr"):
             check_number(f"scheduler.{name}", getattr(self, name), 0)
-
-
-@dataclass
-class Format:
-    """`format.*` of `export.py`."""
-
-    name: str
-    target: str | None = None
-    two_bit: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -159,7 +143,7 @@ class Train(Shared):
     trainer: dict[str, Any]
     callbacks: dict[str, Any] | None = None
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    checkpoint: dict[str, Any]
     compile: bool | str
     memory: str
     kernels: str
@@ -217,7 +201,7 @@ class Analyze(Shared):
 class Export(Shared):
     """`conf/export.yaml`."""
 
-    format: Format
+    format: dict[str, Any]
     default_data: dict[str, Any]
     file: str | None
     dynamic_batch: bool
