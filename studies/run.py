@@ -169,7 +169,7 @@ def _is_whole(results: Path) -> bool:
 
 
 def _compose(command: str, place: Path, settings: Sequence[str], root: str | None) -> Any:
-    own = ["report=false", *(["resume=auto"] if command != "eval" else []), *([f"data.root='{root}'"] if root else [])]
+    own = ["report=false", *(["resume=auto"] if command not in {"eval", "analyze"} else []), *([f"data.root='{root}'"] if root else [])]
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return hydra.compose(command, overrides=[f"run_dir='{place}'", *own, *settings])
 

@@ -1,0 +1,57 @@
+"""DoReFa's weights. Oracle: golden cases, and values by hand."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from qat.analysis.requantize import grid_of, requantized
+from qat.errors import UsageError
+from qat.functional.dorefa import dorefa
+from qat.quantizers import LSQ
+from qat.spec import QuantSpec
+from tests import golden
+
+PTQ = "ptq_goldens.npz"
+
+
+@golden.parametrize(PTQ, r"(kure/)?dorefa/w\d")
+def test_goldens(case):
+    w, bits = golden.tensor(PTQ, "kure/in/normal"), int(case[-1])
+    for name, expected in golden.below(PTQ, case).items():
+        assert_close(dorefa(w, bits, float(name.partition("/")[0].removeprefix("ratio"))), expected, rtol=0, atol=1e-6)
+
+
+def test_values_by_hand():
+    # In [0, 1]: 0, 0.25, 0.5, 0.9, 1; at 2 bits steps of a third.
+    w = torch.atanh(0.5 * torch.tensor([-1.0, -0.5, 0.0, 0.8, 1.0]))
+    assert_close(dorefa(w, 2), torch.tensor([-1.0, -1 / 3, 1 / 3, 1.0, 1.0]))
+    # Twice as many steps: 0.25 and 0.9 are 1.5 and 5.4 sixths.
+    assert_close(dorefa(w, 2, 2.0), torch.tensor([-1.0, -1 / 3, 0.0, 2 / 3, 1.0]))
+    assert torch.equal(dorefa(torch.zeros(3), 2, 2.0), torch.zeros(3))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_levels_are_evenly_spaced_and_reach_both_ends(bits):
+    levels = dorefa(torch.linspace(-3, 3, 20_001), bits).unique()
+    assert_close(levels, torch.linspace(-1, 1, 2**bits))
+
+
+def test_deviates_from_reference_ratios_are_of_the_step_and_codes_are_clamped():
+    w = torch.randn(4, 500, generator=torch.Generator().manual_seed(0))
+    # There a ratio is one of the inverse step, and 2 bits have more than 4 levels once it is above 1.
+    assert len(dorefa(w, 2, 1.3).unique()) > 4
+    quantizer = LSQ(QuantSpec("weight", "lsq", 2, axis=0))
+    quantizer.scale = torch.nn.Parameter(torch.full((4,), 0.5))
+    finer, coarser = (
+        requantized(grid_of(quantizer), w, resize=resize).unique() for resize in (lambda step: step / 2, lambda step: 2 * step)
+    )
+    assert finer.tolist() == [-0.5, -0.25, 0.0, 0.25]
+    assert coarser.tolist() == [-2.0, -1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"), [((9,), "bits=9: must be an integer from 2 to 8"), ((2, 0), "ratio=0: must be a number above 0")]
+)
+def test_mistakes(arguments, line):
+    with pytest.raises(UsageError, match=line):
+        dorefa(torch.ones(2), *arguments)
