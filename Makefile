@@ -56,7 +56,7 @@ search-cost: $(READY) ## a look at the calibration images during a search, in fl
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search_cost.py --model $(or $(MODEL),deit_tiny_patch16_224)
 
 WEIGHTS := outputs/weights
-weights-figures: $(READY) ## the pictures of weights, oscillation and cost in docs/analysis.md: a short 2-bit run, plain and annealed (4 minutes)
+weights-figures: $(READY) ## the figures of weights, oscillation and cost in docs/analysis.md: a short 2-bit run, plain and annealed (4 minutes)
 	$(BIN)/python train.py quant=fp trainer.max_epochs=3 run_dir=$(WEIGHTS)/fp overwrite=true
 	for run in "plain callbacks=[default,oscillation]" "annealed callbacks=[default,cga,oscillation] callbacks.cga.epochs=6"; do \
 	  $(BIN)/python train.py quant=ofq_2bit ckpt=$(WEIGHTS)/fp/checkpoints/best.ckpt trainer.max_epochs=20 trainer.log_every_n_steps=5 \
@@ -67,8 +67,8 @@ weights-figures: $(READY) ## the pictures of weights, oscillation and cost in do
 	  analysis=oscillation run_dir=$(WEIGHTS)/oscillation
 	$(BIN)/python analyze.py ckpt=$(WEIGHTS)/annealed/checkpoints/last.ckpt labels=[2bit] analysis=cost run_dir=$(WEIGHTS)/cost
 	cp $(WEIGHTS)/weights/weights_histograms.svg docs/figures/weights-digits.svg
-	cp $(WEIGHTS)/oscillation/oscillation_curves.svg docs/figures/oscillation-digits.svg
-	cp $(WEIGHTS)/cost/cost_bytes.svg docs/figures/cost-digits.svg
+	cp $(WEIGHTS)/oscillation/oscillation.svg docs/figures/oscillation-digits.svg
+	cp $(WEIGHTS)/cost/cost.svg docs/figures/cost-digits.svg
 
 # Figures go to the screen and to docs/logs; all seconds and bytes to $(COSTS).
 COSTS := outputs/costs

@@ -23,10 +23,18 @@ from torch import nn
 import qat
 from evidence.timing import machine
 from qat.data import Cifar10
-from qat.export.artefact_onnx import eight_bits
-from qat.export.check import table
-from qat.export.graph import INPUT, export_graph, to_onnx
-from qat.export.session import LEVELS, OPENVINO, OpenVino, Session, has_openvino, logits_of, milliseconds, open_session
+from qat.export.onnx_file import export_float, to_onnx
+from qat.export.runtimes import (
+    INPUT,
+    ONNXRUNTIME,
+    OPENVINO,
+    Session,
+    has_openvino,
+    logits_of,
+    milliseconds,
+    open_session,
+    quantize_8bit,
+)
 
 # The last one is that of docs/results.md.
 CIFAR = "CIFAR-10 net"
@@ -50,7 +58,7 @@ RECIPES = ["ofq_2bit", "ofq_noqkr_2bit", "ofq_noqkr_4bit", "seq_2bit", "seq_4bit
 # Its default where the processor has it.
 BFLOAT = "float, in bfloat16"
 DYNAMIC, STATIC = "int8 of onnxruntime, dynamic", "int8 of onnxruntime, static"
-RUNTIMES = {"onnxruntime": LEVELS[-1], **({"OpenVINO": OPENVINO} if has_openvino() else {})}
+RUNTIMES = {"onnxruntime": ONNXRUNTIME, **({"OpenVINO": OPENVINO} if has_openvino() else {})}
 
 
 def main() -> None:
@@ -71,12 +79,12 @@ def main() -> None:
                 if data and file in {*given, DYNAMIC, STATIC}:
                     row["top-1"] = f"{_top1(path, data):.2f}"
             sessions: dict[str, Session] = {
-                f"{file}, {runtime}": open_session(path, level=level, threads=1)
+                f"{file}, {runtime}": open_session(path, level, threads=1)
                 for file, path in files.items()
                 for runtime, level in RUNTIMES.items()
             }
             if OPENVINO in RUNTIMES.values():
-                sessions[f"{BFLOAT}, OpenVINO"] = OpenVino(files["float"], 1, precision="bf16")
+                sessions[f"{BFLOAT}, OpenVINO"] = open_session(files["float"], OPENVINO, threads=1, precision="bf16")
             for batch in args.batches:
                 taken = milliseconds(sessions, torch.randn(batch, *_size(name)), max(args.images // batch, 5))
                 baseline = taken["float, onnxruntime"]
@@ -86,6 +94,17 @@ def main() -> None:
                 rows[f"{name}, float"][f"batch {batch}, ms"] = f"{baseline:.3g}"
         print(table({key: row for key, row in rows.items() if key.startswith(name)}), flush=True)
     print(table(rows))
+
+
+def table(rows: Mapping[str, Mapping[str, str]]) -> str:
+    """Rows by name, columns by name, as plain text."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    cells = [["", *columns], *([name, *(row.get(column, "") for column in columns)] for name, row in rows.items())]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        for line in cells
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -107,8 +126,8 @@ def _files(name: str, recipes: list[str], folder: Path, trained: Mapping[str, st
     image = torch.randn(1, *_size(name))
     plain = qat.load(trained["float"]) if "float" in trained else _timm(name)
     paths = {file: folder / f"{file}.onnx" for file in dict.fromkeys(("float", DYNAMIC, STATIC, *recipes, *trained))}
-    onnx.save(export_graph(plain.eval(), image), str(paths["float"]))
-    eight_bits(paths["float"], paths[DYNAMIC])
+    onnx.save(export_float(plain.eval(), image), str(paths["float"]))
+    quantize_8bit(paths["float"], paths[DYNAMIC])
     calibrated = {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
     batches = _Batches(calibration)
     quantize_static(str(paths["float"]), str(paths[STATIC]), batches, op_types_to_quantize=["MatMul", "Gemm", "Conv"], **calibrated)

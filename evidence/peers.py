@@ -26,8 +26,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from evidence.step_arms import MIB, saved_bytes
-from qat.cli import entry
-from qat.cli.results import library_versions, recipe_fields, write_results
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.lit import QATModule
@@ -36,6 +34,7 @@ from qat.lit.loggers import closing
 from qat.model.start import Start
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_settings
+from qat.tasks.results import library_versions, recipe_fields, write_results
 from qat.tasks.teacher import build_teacher
 from qat.utils.files import read_torch, write_text
 from evidence.peer_nets import PEERS, quantized
@@ -113,7 +112,6 @@ def composed(arguments: Sequence[str]) -> tuple[Choice, DictConfig]:
         raise UsageError(f"quant: only {OURS} reads it; library={library} has bits=...")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("train", overrides=[*FIXED, *([] if library == OURS else ["quant=fp"]), *rest])
-    cfg.run_dir = entry.writable(cfg.run_dir)
     return Choice(library, None if bits is None else int(bits)), cfg
 
 

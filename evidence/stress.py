@@ -47,16 +47,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "sweep": ("train.py", "-m", *TRAIN[1:], "callbacks=[default,ema]", "trainer.max_epochs=1", "quant=ofq_2bit,lsq_4bit", "seed=0,1"),
     "evolq": (*PTQ, "search=evolution", "search.passes=2", "search.cycles=3", "search.radius=0.05"),
-    "analysis": (
-        *("analyze.py", "ckpt={float}", "analysis=sensitivity", "analysis.measures=[bits]", "analysis.bits=[2,8]"),
-        *("images=40", "split=val", "report=false", "resume=auto"),
-    ),
 }
 FILES_OF_TORCH = ("last.ckpt", "best.ckpt", "quantized.ckpt", "search.ckpt")
-TABLES = ("metrics.csv", "search.csv", "front.csv", "oscillation.csv", "points.jsonl", "sensitivity.csv")
+TABLES = ("metrics.csv", "search.csv", "front.csv", "oscillation.csv")
 MEASURED = re.compile(r"(train|validate|test)/(time|batches|samples|device)|throughput/|seconds")
 TIMES = ("wall_seconds", "time_elapsed", "finished", "seconds", "versions", "git_commit", "num_workers")
-RESUMED = re.compile(r"resumed at step (\d+)|resumed after (\d+)|\((\d+) done before\)")
+RESUMED = re.compile(r"resumed at step (\d+)|resumed after (\d+)")
 
 Draw = Callable[[random.Random], str]
 
@@ -82,7 +78,6 @@ KINDS: dict[str, tuple[str, Sequence[Draw]]] = {
     "accumulation": ("accumulated", [among("forward", "validation", least=2, most=16), among("forward", most=6)]),
     "sweep": ("sweep", [among("forward", least=20, most=35), among("replaced:last.ckpt", least=5, most=9)]),
     "evolq": ("evolq", [among("candidate", least=3, most=12), among(*SEARCHING, most=2)]),
-    "analysis": ("analysis", [among("torn:points.jsonl", least=2, most=8), among("complete:sensitivity.csv")]),
 }
 
 

@@ -20,7 +20,7 @@ import torch
 
 from qat.callbacks import LastCheckpoint
 from qat.lit import QATModule
-from qat.ptq.fitness import Evaluator
+from qat.ptq.search import Evaluator
 
 ROOT = Path(__file__).resolve().parents[1]
 Function = Callable[..., Any]

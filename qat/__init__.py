@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from qat.model.convert import convert as convert
     from qat.model.decay import no_weight_decay as no_weight_decay
     from qat.model.frozen import freeze as freeze
-    from qat.model.frozen import integer_forward as integer_forward
     from qat.model.pretrained import from_pretrained as from_pretrained
     from qat.model.pretrained import push_to_hub as push_to_hub
     from qat.model.pretrained import save_pretrained as save_pretrained
@@ -44,7 +43,7 @@ _NAMES = {
     "qat.model.checkpoint": ("load", "save"),
     "qat.model.convert": ("conversion_report", "convert"),
     "qat.model.decay": ("no_weight_decay",),
-    "qat.model.frozen": ("freeze", "integer_forward"),
+    "qat.model.frozen": ("freeze",),
     "qat.model.pretrained": ("from_pretrained", "push_to_hub", "save_pretrained"),
     "qat.model.ptq_spec": ("PtqRecipe",),
     "qat.model.scales": ("assert_ready", "initialize_scales"),

@@ -32,7 +32,7 @@ TINY = (
 
 def compose(config, *overrides):
     """The config of a command, as Hydra hands it to the task. No report unless asked for: it takes longer than a tiny run."""
-    from qat.cli import entry  # noqa: F401  (registers the resolver of run_dir)
+    from qat.tasks import conf  # noqa: F401  (registers schemas and functions of conf/)
 
     quiet = ["report=false"] if config in {"train", "eval", "ptq", "analyze"} else []
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -80,12 +80,12 @@ def run_4bit(tmp_path_factory, float_run):
 @pytest.fixture
 def refused(caplog):
     """Run a command that has to fail on a known mistake; gives the line it prints."""
-    from qat.cli import entry
+    from qat.cli import commands
 
-    def line(task, cfg):
+    def line(_, cfg):
         caplog.clear()
         with pytest.raises(SystemExit) as stop:
-            entry.run(task, cfg)
+            commands.run_task(cfg)
         assert stop.value.code == 1
         (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
         assert record.exc_info is None

@@ -11,11 +11,9 @@ import torch.multiprocessing as mp
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from qat.launch import ranks
-
 
 def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[str]:
-    """Call a function in forked processes, as `qat.launch.ranks` would place them; gives what each raised, "" for nothing."""
+    """Call a function in forked processes, as torchrun would place them; gives what each raised, "" for nothing."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -36,7 +34,7 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout: 
 
 
 def _run(number, count, port, errors, function, args):
-    place = {"LOCAL_RANK": number, "RANK": number, "WORLD_SIZE": count, "NODE_RANK": 0, "MASTER_PORT": port, ranks.EXCHANGE: ""}
+    place = {"LOCAL_RANK": number, "RANK": number, "WORLD_SIZE": count, "NODE_RANK": 0, "MASTER_PORT": port}
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}})
     rank_zero_only.rank = fabric_rank_zero_only.rank = number
     torch.set_num_threads(1)

@@ -71,7 +71,7 @@ def qat(wheel, tmp_path_factory):
 
 @pytest.mark.long
 def test_trains_and_evaluates_from_an_empty_folder(qat, tmp_path):
-    where = qat("-c", "import qat.cli.repeat as r; print(r.__file__, r.CONF)", cwd=tmp_path, program="python").split()
+    where = qat("-c", "import qat.tasks.conf as r; print(r.__file__, r.CONF)", cwd=tmp_path, program="python").split()
     assert all("site-packages/qat/" in path for path in where)
     assert not any(Path(path).is_relative_to(ROOT) for path in where)
     qat("train", *RUN, "run_dir=run", cwd=tmp_path)

@@ -11,7 +11,6 @@ import torch
 from torch.testing import assert_close
 
 import qat
-from qat.model.frozen import integer_forward
 from qat.nn import swap_registry
 from tests.conftest import ROOT, TINY, compose, evaluate, results, tiny, train
 
@@ -230,7 +229,6 @@ def test_what_is_outside_of_a_quantizer_knows_its_grid_alone(tmp_path, half_step
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert_close(frozen(x), net(x), rtol=1e-4, atol=1e-4)
-        assert_close(integer_forward(net, x), net(x), rtol=1e-4, atol=1e-4)
     onnx = exported(tmp_path / "onnx", half_steps, "format=onnx", "latency=0")  # compared in onnxruntime
     assert onnx["agreement"] == 100
     oscillations = (half_steps / "oscillation.csv").read_text().splitlines()

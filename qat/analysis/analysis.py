@@ -1,4 +1,4 @@
-"""What an analysis is: evaluations of changed nets, or none, and what is made of their results."""
+"""What an analysis is: a class of settings whose `run` makes tables and figures of nets."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from qat.analysis.images import Change, ImageSet
+from qat.analysis.images import ImageSet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Key = Mapping[str, str | int | float]
 Row = dict[str, Any]
-# Figures of a net (images to logits) on images, `top1` and `loss` among them.
+# Numbers of a net (images to logits) on images, `top1` and `loss` among them.
 Score = Callable[[nn.Module, ImageSet], dict[str, float]]
+NO_IMAGES = ImageSet((), "")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class StudiedNet:
     """A net under analysis.
 
     Attributes:
-        label: what plots and tables call it; no two have the same.
+        label: its name in plots and tables, different for each net.
         net: in eval mode, scales filled; every analysis leaves it as it was, bit for bit.
         model: timm's name.
         input_size: of its images.
@@ -44,20 +45,18 @@ class StudiedNet:
 
 @dataclass(frozen=True)
 class EvaluationPoint:
-    """One evaluation.
+    """One evaluation, see `qat.analysis.runner.measure`.
 
     Attributes:
-        key: what tells it from the others; its words are columns of the table, `net` the first of them.
-        net: what is evaluated.
+        key: identifies it; its words are columns of the table, `net` the first of them.
+        net: the net to evaluate.
         change: context in which the net is changed; none = as it is.
-        images: what is done to images first; none = nothing.
         score: what is measured; none = top-1 and cross-entropy, `ImageSet.score`.
     """
 
     key: Key
     net: nn.Module
     change: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-    images: Change | None = None
     score: Score | None = None
 
 
@@ -72,12 +71,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture.
+    """A figure.
 
     Attributes:
         name: of its files, without ending.
         title: above it.
-        alt: what it shows, in words, figures included, for those who do not see it.
+        alt: what it shows, in words, numbers included, for readers who do not see it.
         figure: matplotlib's.
     """
 
@@ -107,7 +106,7 @@ class Outcome:
     summary: dict[str, Any]
     tables: Sequence[Table] = ()
     drawings: Sequence[Drawing] = ()
-    warnings: Sequence[Advice] = field(default=())
+    warnings: Sequence[Advice] = ()
 
 
 class Analysis(ABC):
@@ -115,24 +114,20 @@ class Analysis(ABC):
 
     Attributes:
         name: of its files.
-        split: whose images are evaluated by default: one that was trained on, calibrated on or chosen by says less; None = no images.
+        split: whose images are read by default: one that was trained on, calibrated on or chosen by says less; None = no images.
     """
 
     name: ClassVar[str]
     split: ClassVar[str | None] = "test"
 
-    def points(self, nets: Sequence[StudiedNet], images: ImageSet) -> list[EvaluationPoint]:
-        """All evaluations, those that are most wanted first.
+    @abstractmethod
+    def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
+        """Analyse nets, and leave them as they were.
+
+        Args:
+            nets: one or several to compare.
+            images: of the split; `NO_IMAGES` where `split` is None.
 
         Raises:
             UsageError: a setting does not fit the nets.
         """
-        return []
-
-    def follow_up(self, nets: Sequence[StudiedNet], images: ImageSet, rows: Sequence[Row]) -> list[EvaluationPoint]:
-        """Evaluations of what the results of `points` lead to; `rows` are all of them."""
-        return []
-
-    @abstractmethod
-    def outcome(self, nets: Sequence[StudiedNet], rows: Sequence[Row]) -> Outcome:
-        """What follows from the evaluations: keys of each point, `top1` (percent), `loss`, `seconds`. Some may be missing."""

@@ -13,9 +13,7 @@ from qat.utils.files import csv_text, json_text, replacing, write_text
 DPI = 150
 
 
-def write_outcome(
-    folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, complete: bool = True, png: bool = True
-) -> None:
+def write_outcome(folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, png: bool = True) -> None:
     """Write everything; the index last, so that what it names is there.
 
     Args:
@@ -23,7 +21,6 @@ def write_outcome(
         name: of the analysis.
         settings: of the analysis, plain data.
         outcome: what it found.
-        complete: False if it was interrupted.
         png: also write pictures as PNG, which takes as long as all else.
     """
     for table in outcome.tables:
@@ -32,7 +29,6 @@ def write_outcome(
         save(folder, drawing, ("svg", "png") if png else ("svg",))
     index = {
         "analysis": name,
-        "complete": complete,
         "settings": dict(settings),
         "summary": outcome.summary,
         "tables": [{"file": f"{table.name}.csv", "title": table.title} for table in outcome.tables],

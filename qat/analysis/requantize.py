@@ -1,79 +1,122 @@
-"""Weights of a net fake-quantized with other steps, at other widths, rounded or clipped in other ways; for a while, bit-exactly undone."""
+"""Weights of a net fake-quantized with other step sizes or at other widths; for a while, bit-exactly undone."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.analysis.grids import Round, WeightGrid, derived, grid_of
+from qat.functional.affine import asymmetric_scale, code_range, slices_along, symmetric_scale
+from qat.functional.affine_search import SHRINK_FACTORS
+from qat.functional.bias_correction import correct_mean_and_std
+from qat.functional.observers import RangeState, reaching_zero
+from qat.functional.ste import group_size, sum_along
 from qat.model.convert import conversion_of, convert, stem_and_heads
 from qat.model.sites import iter_quantizers
 from qat.ptq.patching import patched
-from qat.quantizers import Quantizer, UniformGrid
-from qat.spec import PRESETS, QuantRecipe
-from qat.utils.validate import FLOAT_BITS
+from qat.quantizers import Quantizer, UniformGrid, build_quantizer
+from qat.spec import PRESETS, QuantRecipe, QuantSpec
+from qat.utils.validate import FLOAT_BITS, HIGHEST_BITS
 
-# Grids by the number of a weight, its width, where its steps come from, and a percentile.
-Found = dict[tuple[int, int, str, float], UniformGrid]
+STEPS_FROM = ("own", "mse")
 
 
 @dataclass(frozen=True)
-class WeightChange:
-    """How a weight is fake-quantized otherwise than its quantizer does. The default changes nothing, to the last bit.
+class WeightGrid:
+    """What a weight quantizer does, at any width and on any grid of its form; without gradients.
 
     Attributes:
-        bits: width, 2 to 8; 32 = the float weight; None = the present one.
-        steps_from: where steps come from, one of `STEPS_FROM`; `own` at the present width are those in force.
-        ratio: every step times this. The range of codes stays, so that values beyond it are clamped as in deployment.
-        steps: `any`, or the nearest `power_of_two` in log2, ratio included.
-        rounding: `nearest` (even), `half_up`, `floor` or `stochastic`, all on the axis of codes.
-        percentile: for steps from `percentile`.
-        seed: for stochastic rounding.
+        quantizer: of a weight; only read. For a weight that is not quantized, one with symmetric codes.
+        bits: in force.
     """
 
-    bits: int | None = None
-    steps_from: str = "own"
-    ratio: float = 1.0
-    steps: str = "any"
-    rounding: str = "nearest"
-    percentile: float = 0.999
-    seed: int = 0
+    quantizer: Quantizer
+    bits: int
+
+    def own(self, weight: Tensor, bits: int) -> UniformGrid:
+        """The grid in force; at another width than the present one, what the quantizer's own rule makes of the weight."""
+        quantizer = self.quantizer
+        if bits != quantizer.spec.bits:
+            quantizer = type(quantizer)(dataclasses.replace(quantizer.spec, bits=bits))
+            quantizer.allocate(weight.shape, weight.device)
+            quantizer.calibrate(weight, {})
+        found = quantizer.grid(weight)
+        if not isinstance(found, UniformGrid):
+            raise TypeError(f"{type(quantizer).__name__} has no grid of evenly spaced values")
+        return found
+
+    def least_error(self, weight: Tensor, bits: int) -> UniformGrid:
+        """The grid whose outermost values lie at the ends of each slice's range, times that of 1, 0.99, ... 0.11 of least squared error."""
+        form = self.own(weight, self.quantizer.spec.bits)
+        qmin, qmax = code_range(bits, signed=form.qmin < 0)
+        low, high = slices_along(weight, form.axis).aminmax(dim=1)
+
+        def shrunk(factor: Tensor) -> UniformGrid:
+            ends = low * factor, high * factor
+            if form.is_half_step:  # the cells of the outermost values end where the range does
+                step = torch.maximum(ends[0].abs(), ends[1].abs()) / 2 ** (bits - 1)
+                return dataclasses.replace(form, step=step, qmin=qmin, qmax=qmax)
+            step, zero = (symmetric_scale if qmin < 0 else asymmetric_scale)(*reaching_zero(RangeState(*ends)), qmin, qmax)
+            return dataclasses.replace(form, step=step, zero_point=zero, qmin=qmin, qmax=qmax)
+
+        x = weight.float()
+        factors = torch.tensor(SHRINK_FACTORS, dtype=torch.float32, device=x.device)
+        errors = [sum_along((self.fake_quantize(weight, shrunk(factor)) - x).square(), form.axis) for factor in factors]
+        return shrunk(factors[(torch.stack(errors) / group_size(x, form.axis)).argmin(0)])
+
+    def fake_quantize(self, weight: Tensor, grid: UniformGrid) -> Tensor:
+        """Values on a grid, float32; codes outside of its range are clamped."""
+        y = grid.dequantize(grid.to_code_coordinates(weight).round().clamp(grid.qmin, grid.qmax))
+        return correct_mean_and_std(y, weight.float(), grid.axis or 0) if self.quantizer.spec.bias_correction else y
+
+
+def grid_of(quantizer: Quantizer, float_axis: int | None = 0) -> WeightGrid:
+    """The grid of a weight quantizer.
+
+    Args:
+        quantizer: of a weight.
+        float_axis: of a weight that is not quantized: dimension that keeps step sizes of its own, None = one for the tensor.
+    """
+    if quantizer.is_float:
+        return WeightGrid(build_quantizer(QuantSpec("weight", "minmax_dynamic", HIGHEST_BITS, axis=float_axis)), FLOAT_BITS)
+    return WeightGrid(quantizer, quantizer.spec.bits)
 
 
 @torch.no_grad()
-def requantized(grid: WeightGrid, weight: Tensor, change: WeightChange, number: int = 0, found: Found | None = None) -> Tensor:
-    """A weight, fake-quantized with a change.
+def requantized(
+    grid: WeightGrid,
+    weight: Tensor,
+    *,
+    bits: int | None = None,
+    steps_from: str = "own",
+    resize: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """A weight, fake-quantized otherwise than its quantizer does; by default in the same way, to the last bit.
 
     Args:
         grid: of its quantizer.
         weight: the float master (out, ...), what the quantizer is called with.
-        change: what is different.
-        number: of the weight in its net; no two draw the same numbers for stochastic rounding.
-        found: remembers the scales that were searched for, of weights that stay as they are.
+        bits: width, 2 to 8; 32 = the float weight; None = the present one.
+        steps_from: where step sizes come from: the quantizer's `own` rule (at the present width: those in force), or `mse`, least error.
+        resize: makes the step sizes used of those. The range of codes stays, so that values beyond it are clamped as in deployment.
 
     Returns:
-        The shape and dtype of `weight`. A float weight stays one unless the change has a width.
+        The shape and dtype of `weight`. A float weight stays one unless `bits` is given.
     """
-    bits = change.bits or grid.bits
+    bits = bits or grid.bits
     if bits == FLOAT_BITS:
         return weight
-    rule = (change.steps_from, change.percentile)
-    onto = None if found is None else found.get((number, bits, *rule))
-    if onto is None:
-        onto = derived(grid, weight, bits, *rule)
-    if found is not None and change.steps_from != "own":
-        found[number, bits, *rule] = onto
-    step = onto.step * change.ratio
-    onto = dataclasses.replace(onto, step=nearest_power_of_two(step) if change.steps == "power_of_two" else step)
-    return grid.fake_quantize(weight, onto, _rounding(change, number)).to(weight.dtype)
+    onto = grid.own(weight, bits) if steps_from == "own" else grid.least_error(weight, bits)
+    if resize is not None:
+        onto = dataclasses.replace(onto, step=resize(onto.step))
+    return grid.fake_quantize(weight, onto).to(weight.dtype)
 
 
 def nearest_power_of_two(x: Tensor) -> Tensor:
@@ -81,26 +124,6 @@ def nearest_power_of_two(x: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(x)
     rounded = torch.where(mantissa >= 0.5**0.5, exponent, exponent - 1)
     return torch.where(x > 0, torch.ldexp(torch.ones_like(x), rounded), x)
-
-
-def half_up(x: Tensor) -> Tensor:
-    """The nearest whole number, of two equally near the larger. Not floor(x + 1/2), whose sum rounds."""
-    below = x.floor()
-    return below + (x - below >= 0.5)
-
-
-def stochastic(x: Tensor, seed: int) -> Tensor:
-    """The whole number below or above, with the chances that make the expectation x; the same draws on every device."""
-    below = x.floor()
-    draws = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
-    return below + (draws < x - below)
-
-
-def _rounding(change: WeightChange, number: int) -> Round:
-    if change.rounding == "stochastic":
-        return functools.partial(stochastic, seed=change.seed * 1_000_003 + number)
-    plain: dict[str, Round] = {"nearest": torch.round, "half_up": half_up, "floor": torch.floor}
-    return plain[change.rounding]
 
 
 @dataclass(frozen=True)
@@ -112,79 +135,62 @@ class GridSite:
         place: `stem`, `block` or `head`.
         quantizer: what the net calls.
         grid: what it does.
-        numel: entries of the weight.
+        shape: of the weight, (out, ...).
     """
 
     name: str
     place: str
     quantizer: Quantizer
     grid: WeightGrid
-    numel: int
+    shape: torch.Size
 
 
 @dataclass(frozen=True)
 class WeightSites:
-    """The weights of a net, which have to stay as they are: scales that have to be searched for are found once.
+    """The weights of a net.
 
     Attributes:
         net: what to evaluate: the net itself, or of a net without quantizers a twin that shares its tensors.
         sites: weights that can be changed.
         left_alone: names of quantized weights of whose quantizer nothing is known.
-        is_float: none of the weights is quantized.
+        is_float: no weight is quantized.
     """
 
     net: nn.Module
     sites: tuple[GridSite, ...]
-    left_alone: tuple[str, ...] = ()
-    is_float: bool = False
-    _found: Found = field(default_factory=dict, repr=False, compare=False)
-
-    def changed(self, change: WeightChange, sites: Sequence[GridSite]) -> AbstractContextManager[None]:
-        """While it lasts these weights are quantized with the change; no tensor of the net is touched."""
-        numbers = {site.quantizer: number for number, site in enumerate(self.sites)}
-        rest: dict[str, Any] = {"change": change, "found": self._found}
-        return patched({s.quantizer: functools.partial(requantized, s.grid, number=numbers[s.quantizer], **rest) for s in sites})
+    left_alone: tuple[str, ...]
+    is_float: bool
 
 
 def weight_sites(net: nn.Module, input_size: tuple[int, int, int], float_axis: int | None = 0) -> WeightSites:
-    """The weights of a net, quantized or not.
-
-    A quantizer is only counted as known if its grid gives back what it gives, bit for bit.
+    """The weights of a net, quantized or not. A quantizer counts as known if its grid gives back what it gives, bit for bit.
 
     Args:
         net: quantized with scales filled, or float; stays as it is.
         input_size: of its images.
-        float_axis: dimension of float weights that gets scales of its own when they are quantized, None = one for the tensor.
+        float_axis: dimension of float weights that gets step sizes of its own when they are quantized, None = one for the tensor.
     """
-    twin = net if conversion_of(net) is not None else _twin(net, input_size)
-    where = stem_and_heads(twin)
+    twin = net
+    if conversion_of(net) is None:
+        shared = {id(t): t for t in (*net.parameters(), *net.buffers())}
+        identities = QuantRecipe(**PRESETS["fp"])  # unlike qat.recipe("fp"), which leaves a net untouched
+        twin = convert(copy.deepcopy(net, shared), identities, input_size=input_size).eval()
+    places = stem_and_heads(twin)
     known, unknown = [], []
     for site in iter_quantizers(twin):
         if not site.is_weight:
             continue
-        name, weight = site.layer, site.latent().detach()
-        grid = grid_of(site.quantizer, float_axis)
-        if not _same(grid, site.quantizer, weight):
-            unknown.append(name)
-            continue
-        known.append(GridSite(name, where.get(name, "block"), site.quantizer, grid, weight.numel()))
-    is_float = not unknown and all(site.quantizer.is_float for site in known)
-    return WeightSites(twin, tuple(known), tuple(unknown), is_float)
+        quantizer, weight = site.quantizer, site.latent().detach()
+        grid = grid_of(quantizer, float_axis)
+        with torch.no_grad():
+            has_grid = quantizer.is_float or isinstance(quantizer.grid(weight), UniformGrid)
+            if has_grid and torch.equal(requantized(grid, weight), quantizer(weight)):
+                known.append(GridSite(site.layer, places.get(site.layer, "block"), quantizer, grid, weight.shape))
+            else:
+                unknown.append(site.layer)
+    return WeightSites(twin, tuple(known), tuple(unknown), not unknown and all(site.quantizer.is_float for site in known))
 
 
-@torch.no_grad()
-def _same(grid: WeightGrid, quantizer: Quantizer, weight: Tensor) -> bool:
-    if not (quantizer.is_float or isinstance(quantizer.grid(weight), UniformGrid)):
-        return False
-    return torch.equal(requantized(grid, weight, WeightChange()), quantizer(weight))
-
-
-def _tensors(net: nn.Module) -> Iterator[Tensor]:
-    yield from net.parameters()
-    yield from net.buffers()
-
-
-def _twin(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
-    """The net with identities where weight quantizers would be; its tensors are the net's own."""
-    identities = QuantRecipe(**PRESETS["fp"])  # unlike qat.recipe("fp"), which leaves a net untouched
-    return convert(copy.deepcopy(net, {id(t): t for t in _tensors(net)}), identities, input_size=input_size).eval()
+def changed(sites: Sequence[GridSite], **change: Any) -> AbstractContextManager[None]:
+    """While it lasts these weights are `requantized` with a change; no tensor of the net is touched."""
+    return patched({site.quantizer: functools.partial(requantized, site.grid, **change) for site in sites})

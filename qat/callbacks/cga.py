@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from qat.callbacks.common import logs_now, net_of, parameter_of
+from qat.callbacks.common import logs_now, net_of, weight_of
 from qat.callbacks.freezing import IterativeFreezing
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
@@ -28,9 +28,7 @@ _DEFAULT_SHARE = 0.1
 
 
 def _near(quantizer: Quantizer, weight: Tensor, boundary_range: float) -> Tensor:
-    grid = quantizer.grid(weight.detach())
-    assert grid is not None  # noqa: S101  (narrows a type)
-    return grid.near_threshold(weight, boundary_range)
+    return cast(UniformGrid, quantizer.grid(weight.detach())).near_threshold(weight, boundary_range)
 
 
 def _has_half_steps(site: Site) -> bool:
@@ -63,7 +61,7 @@ class BandGate:
 class CGA(Callback):
     """In the epochs of annealing, freezes every weight of StatsQ that is not near a threshold, anew in each step.
 
-    Frozen entries get no gradient and are written back behind the step (`EntryFreezer`), so neither weight decay nor momentum moves them;
+    Frozen entries get no gradient and are written back after the step (`EntryFreezer`), so neither weight decay nor momentum moves them;
     the moments go on decaying. Which entries these are is a function of the weights alone: all processes agree, nothing is
     stored, a resumed run goes on exactly. Biases, norms, tokens, scales, offsets, stem and heads train as before.
 
@@ -121,15 +119,10 @@ class CGA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step, and into the folded matrices if they are gated."""
-        self._release()
         self._active = False
         self._freezer.attach(trainer.optimizers)
         if self.qk == "product":
             self._handles = [site.quantizer.register_forward_pre_hook(gate) for site, gate in self._products]
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the rate for whoever logs it by the epoch."""
-        self._pin_rate(trainer, trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open or close the gates, keep the rate. Not by the epoch alone: a run resumed in the middle of one starts no epoch."""
@@ -143,77 +136,69 @@ class CGA(Callback):
             log.info("cga: annealing from here, lr %.2e, band %g, %d weights, q and k: %s", self.lr, self.boundary_range, *kinds)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Set the rate of the next step, so that whoever logs rates sees the one in force."""
+        """Set the learning rate of the next step, so that what logs it has the one in force."""
         self._pin_rate(trainer, trainer.current_epoch + int(trainer.is_last_batch))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Zero the gradients of frozen entries and remember their values; gradients are complete here, and clipped afterwards."""
         if not self._anneals(trainer.current_epoch):
             return
-        shares: dict[str, tuple[Tensor, int]] = {}
-        self._freezer.freeze(self._frozen(shares))
-        if logs_now(trainer):
-            self._log(pl_module, shares)
+        trainable: list[tuple[Tensor, int]] = []
+        self._freezer.freeze(self._frozen(trainable))
+        if not logs_now(trainer):
+            return
+        values = {}
+        if trainable:
+            values["cga/trainable"] = torch.stack([near for near, _ in trainable]).sum() / sum(n for _, n in trainable)
+        if self.qk == "product" and self._products:
+            shares = [_near(site.quantizer, site.latent(), self.boundary_range).float().mean() for site, _ in self._products]
+            values["cga/trainable_product"] = torch.stack(shares).mean()
+        pl_module.log_dict(values, on_step=True, on_epoch=False)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the hooks."""
-        self._release()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hooks."""
-        self._release()
-
-    def _frozen(self, trainable: dict[str, tuple[Tensor, int]]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Every weight with its frozen entries; notes in `trainable` how many entries of each are not."""
+    def _frozen(self, trainable: list[tuple[Tensor, int]]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Every weight with its frozen entries; notes in `trainable` how many entries of each are not, and how many there are."""
         for site in self._sites:
-            weight = parameter_of(site.latent())
+            weight = weight_of(site)
             near = _near(site.quantizer, weight, self.boundary_range)
-            trainable[site.layer] = (near.sum(), near.numel())
+            trainable.append((near.sum(), near.numel()))
             yield weight, ~near
         if self.qk == "freeze":
             for site, _ in self._products:
-                for name in ("q_weight", "k_weight"):
-                    weight = parameter_of(getattr(site.owner, name))
-                    yield weight, torch.ones_like(weight, dtype=torch.bool)
+                for factor in (site.owner.q_weight, site.owner.k_weight):
+                    yield cast(nn.Parameter, factor), torch.ones_like(cast(Tensor, factor), dtype=torch.bool)
 
-    def _log(self, pl_module: LightningModule, trainable: dict[str, tuple[Tensor, int]]) -> None:
-        values = {f"cga/trainable/{layer}": near / n for layer, (near, n) in trainable.items()}
-        if trainable:
-            values["cga/trainable"] = torch.stack([near for near, _ in trainable.values()]).sum() / sum(n for _, n in trainable.values())
-        if self.qk == "product":
-            for site, _ in self._products:
-                near = _near(site.quantizer, site.latent(), self.boundary_range)
-                values[f"cga/trainable_product/{site.layer}"] = near.float().mean()
-        pl_module.log_dict(values, on_step=True, on_epoch=False)
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the hooks."""
+        self._freezer.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the hooks."""
+        self.teardown(trainer, pl_module, "fit")
 
     def _anneals(self, epoch: int) -> bool:
         return self._first <= epoch < self._stop
 
     def _pin_rate(self, trainer: Trainer, epoch: int) -> None:
-        if not self._anneals(epoch):
-            return
-        for group in (g for optimizer in trainer.optimizers for g in optimizer.param_groups):
-            group["lr"] = self.lr * group.get("lr_scale", 1.0)
+        if self._anneals(epoch):
+            for group in (g for optimizer in trainer.optimizers for g in optimizer.param_groups):
+                group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
     def _span(self, trainer: Trainer) -> tuple[float, float]:
-        """First epoch, and the one behind the last; that is infinity where annealing lasts to the end."""
-        total = trainer.max_epochs
+        """First epoch, and the one after the last; that is infinity where annealing lasts to the end."""
+        total = math.inf if trainer.max_epochs in {None, -1} else trainer.max_epochs
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return 0, math.inf
         if self.start_epoch is None:
-            if total is None or total < 0:
+            if total == math.inf:
                 raise UsageError("callbacks.cga.start_epoch=None: a run without trainer.max_epochs has no last epochs; set it")
             length = self.epochs or math.ceil(total * _DEFAULT_SHARE)
             if length > total:
                 raise UsageError(f"callbacks.cga.epochs={length}: must be an integer from 1 to trainer.max_epochs={total}")
             return total - length, math.inf
-        if total is not None and 0 <= total <= self.start_epoch:
+        if self.start_epoch >= total:
             raise UsageError(f"callbacks.cga.start_epoch={self.start_epoch}: must be from 0 to below trainer.max_epochs={total}")
         stop = math.inf if self.epochs is None else self.start_epoch + self.epochs
-        return self.start_epoch, math.inf if total is None or stop >= total >= 0 else stop
-
-    def _release(self) -> None:
-        self._freezer.detach()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        return self.start_epoch, math.inf if stop >= total else stop

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+
+from qat.functional.oscillation import OscillationState, oscillation_step
+from qat.model.sites import Site
 
 
 def net_of(pl_module: LightningModule) -> nn.Module:
@@ -11,18 +17,26 @@ def net_of(pl_module: LightningModule) -> nn.Module:
     return getattr(pl_module, "net", pl_module)
 
 
-def parameter_of(tensor: Tensor) -> nn.Parameter:
-    """The tensor, known to be a parameter.
-
-    Raises:
-        TypeError: it is computed from others, so there is nothing to hold in place.
-    """
-    if not isinstance(tensor, nn.Parameter):
-        raise TypeError("the float master of this weight is computed from other tensors, not a parameter")
-    return tensor
+def weight_of(site: Site) -> nn.Parameter:
+    """The latent weight of a site of role `weight`."""
+    return cast(nn.Parameter, site.latent())
 
 
 def logs_now(trainer: Trainer) -> bool:
-    """True if the step under way is one whose figures are logged."""
+    """True if the figures of the step under way are logged."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and (trainer.global_step + 1) % every == 0
+
+
+def track(state: OscillationState | None, codes: Tensor, momentum: float) -> OscillationState:
+    """`oscillation_step` with a state of six bytes an entry: codes and direction in int8, and the sum of flips alone.
+
+    Args:
+        state: of the last look, wherever a checkpoint has put it; None before the first.
+        codes: of at most 8 bits.
+        momentum: weight of this look in the frequency.
+    """
+    before = None if state is None else OscillationState(*(t.to(codes.device) for t in state))
+    seen = oscillation_step(None if before is None else before._replace(flips=torch.zeros_like(before.frequency)), codes, momentum)
+    flips = seen.flips.sum(dtype=torch.int64) + (0 if before is None else before.flips)
+    return OscillationState(seen.codes.to(torch.int8), seen.direction.to(torch.int8), seen.frequency, flips)

@@ -56,7 +56,7 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
     on_train_epoch_start = on_train_start
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update the average behind an optimizer step that is due."""
+        """Update the average after an optimizer step that is due."""
         average = self._average_model
         if average is None or self._use_buffers:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

@@ -1,4 +1,4 @@
-"""A run that is told to go saves behind the step under way and stops there, in all its processes at the same step."""
+"""A run that gets a signal saves after the step under way and stops there, in all its processes at the same step."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from qat.launch.signals import Preempted
 class Preemption(Checkpoint):
     """Writes `last.ckpt` and raises `Preempted` when a signal of `qat.launch.signals` has arrived in any process.
 
-    Processes may see a signal in different steps, and none may stop alone: the others would wait for its gradients. Behind each step they
-    start to exchange what they have seen, on the host, and read what was exchanged behind the step before, so that all act behind the same
-    step, at most one later. The device is never waited for. A signal during a validation, or in the last step in front of one, is acted on
-    behind it.
+    Processes may see a signal in different steps, and none may stop alone: the others would wait for its gradients. After each step they
+    start to exchange what they have seen, on the host, and read what was exchanged after the step before, so that all act after the same
+    step, at most one later. The device is never waited for. A signal during a validation, or in the last step before one, is acted on
+    after it.
 
-    It is a `Checkpoint` for its place alone: Lightning calls those behind all other callbacks, whose state the file has to hold. It has to
-    be behind `LastCheckpoint`, which writes.
+    It is a `Checkpoint` for its place alone: Lightning calls those after all other callbacks, whose state the file has to hold. It has to
+    be after `LastCheckpoint`, which writes.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Preemption(Checkpoint):
             _end_exchange_of_lightning(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Look behind an optimizer step; save, unless the end of the epoch does so in a moment."""
+        """Look after an optimizer step; save, unless the end of the epoch does so in a moment."""
         if trainer.global_step == self._looked_at or self._signal:
             return
         self._looked_at = trainer.global_step
@@ -56,15 +56,15 @@ class Preemption(Checkpoint):
             self._saved = None if last is None else last.save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stop in front of the next step: by now the figures of the last one are logged."""
+        """Stop before the next step: by now the figures of the last one are logged."""
         self._stop(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop behind the validation, where `LastCheckpoint` has saved."""
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop after the epoch before, of which `LastCheckpoint` has saved the end, and whose figures are logged by now."""
         self._stop_if_any(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop in front of the evaluation; from here on a signal counts at once."""
+        """Stop before the evaluation; from here on a signal counts at once."""
         self._stop_if_any(trainer)
         signals.defer(on=False)
 
@@ -105,7 +105,7 @@ def _writer(trainer: Trainer) -> LastCheckpoint | None:
 
 
 def _end_exchange_of_lightning(trainer: Trainer) -> None:
-    """Its loop exchanges, in front of each step, whether a SIGTERM has come to its own handler, and waits for the device to know."""
+    """Its loop exchanges, before each step, whether a SIGTERM has come to its own handler, and waits for the device to know."""
     loop = trainer.fit_loop.epoch_loop
     if hasattr(loop, "_broadcast_sigterm_tensor"):
         loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

@@ -1,52 +1,62 @@
-"""The commands as they are typed: `qat train ...` where the package is installed, `python train.py ...` in a clone."""
+"""The commands, `qat train ...` or in a clone `python train.py ...`: from the command line to a task, and from an error to a line.
+
+Imports nothing heavy, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 from qat.launch import startup  # noqa: F401  (first: Ctrl-C)
 
 # isort: split
+import contextlib
+import errno
 import importlib.metadata
+import logging
+import math
 import os
+import re
 import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
 
 import hydra
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 import qat
-from qat.cli import entry
-from qat.cli.repeat import CONF, TYPED
+from qat.cli import sweep
+from qat.errors import UsageError
+from qat.launch import ranks, run_dir, signals, slurm
+from qat.launch.signals import Preempted
+from qat.tasks import settings
+from qat.tasks.conf import CONF, typed
+from qat.utils.validate import unknown
 
-# The task in `qat.tasks` of each command, and what the command is for.
-TASKS = {
-    "train": ("train", "train, quantization-aware or in float"),
-    "eval": ("evaluate", "accuracy of a checkpoint, or its predictions"),
-    "ptq": ("ptq", "quantize a float net without training"),
-    "analyze": ("analyze", "what a checkpoint is like"),
-    "export": ("export", "a file to deploy"),
+log = logging.getLogger(__name__)
+logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache on a fresh machine
+
+COMMANDS = {
+    "train": "train, quantization-aware or in float",
+    "eval": "accuracy of a checkpoint, or its predictions",
+    "ptq": "quantize a float net without training",
+    "analyze": "what a checkpoint is like",
+    "export": "a file to deploy",
+    "version": "versions of what is installed",
 }
-VERSION = "version"
-DISTRIBUTION, NAMESAKE = "vit-qat", "qat"
-
-
-def run(name: str, *, typed: str | None = None) -> int:
-    """Do what the command line says.
-
-    Args:
-        name: of the command, a key of `TASKS`.
-        typed: how a person calls it; None = as a script of a clone.
-
-    Returns:
-        The exit code.
-    """
-
-    def task(cfg: DictConfig) -> float | None:
-        return entry.run(TASKS[name][0], cfg)
-
-    os.environ[TYPED] = typed or f"python {name}.py"
-    if (warning := namesake()) is not None:
-        sys.stderr.write(f"{warning}\n")
-    task.__module__ = name  # Hydra calls the job so
-    return entry.command(hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task))
+# Settings whose values are paths, which are typed as the shell knows them.
+PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run", "sweep", "file", "run_dir")
+# What needs no quotes in Hydra's grammar, and what is grammar itself.
+PLAIN, GRAMMAR = re.compile(r"[A-Za-z0-9_./:+%@-]*"), re.compile(r"['\"\[]|.*\$\{")
+SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
+FULL_ERROR = "HYDRA_FULL_ERROR"
+OTHERS_WAIT_S = 10
+_FILES = re.compile(r"[Tt]oo many open files|received 0 items of ancdata")
+_LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|remote process exited|Broken pipe|failed to recv")
 
 
 def main() -> int:
@@ -55,56 +65,220 @@ def main() -> int:
     Returns:
         The exit code.
     """
-    given = sys.argv[1:]
     sys.path.append(os.getcwd())  # modules beside the run, as `python -m` finds them
-    if given[:1] == ["-sc"]:
-        return _completion(given)
-    name = given[0] if given else "--help"
-    if name in TASKS:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in settings.COMMANDS:
         del sys.argv[1]
-        return run(name, typed=f"qat {name}")
+        return run(name)
     if name in {"--help", "-h"}:
-        sys.stdout.write(usage())
-    elif name in {VERSION, "--version"}:
-        sys.stdout.write(versions())
+        lines = [f"  qat {one:<9}{what}" for one, what in COMMANDS.items()]
+        tail = "qat COMMAND --help lists groups and settings."
+        sys.stdout.write("\n".join(["qat COMMAND [group=choice ...] [key=value ...]", *lines, tail, ""]))
+    elif name in {"version", "--version"}:
+        found = [f"vit-qat {qat.__version__}", *(f"{one} {importlib.metadata.version(one)}" for one in ("torch", "timm", "lightning"))]
+        sys.stdout.write(", ".join(found) + "\n")
     else:
-        sys.stderr.write(f"error: qat {name}: must be one of {', '.join([*TASKS, VERSION])}\n")
+        sys.stderr.write(f"error: qat {name}: must be one of {', '.join(COMMANDS)}\n")
         return 1
     return 0
 
 
-def usage() -> str:
-    """What `qat --help` says."""
-    rows = [*((name, said) for name, (_, said) in TASKS.items()), (VERSION, "versions of what is installed")]
-    lines = [f"  qat {name:<9}{said}" for name, said in rows]
-    return "\n".join(["qat COMMAND [group=choice ...] [key=value ...]", *lines, "qat COMMAND --help lists groups and settings.", ""])
+def run(name: str) -> int:
+    """Do what the command line says.
+
+    Args:
+        name: of the command, a key of `settings.COMMANDS`.
+
+    Returns:
+        The exit code: 1 if a run, or a job of a sweep, has failed.
+    """
+    with_traceback, has_begun = os.environ.get(FULL_ERROR) == "1", False
+
+    def job(cfg: DictConfig) -> float | None:
+        nonlocal with_traceback, has_begun
+        with_traceback, has_begun = with_traceback or bool(HydraConfig.get().runtime.choices.get("debug")), True
+        return run_task(cfg, with_traceback=with_traceback)
+
+    job.__module__ = name  # Hydra calls the job so
+    os.environ[FULL_ERROR] = "1"  # Hydra raises what it would write at length
+    sys.argv[1:] = prepared(sys.argv[1:])
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+    except Exception as error:
+        line = line_of(error) or (None if has_begun else " ".join(str(error).split()))
+        if line is None or with_traceback:
+            raise
+        sys.stderr.write(f"error: {line}\n")
+        return 1
+    finally:
+        sweep.summarize()
+    return 1 if sweep.failures else 0
 
 
-def versions() -> str:
-    """One line: this distribution, and the libraries that results depend on."""
-    found = [f"{DISTRIBUTION} {qat.__version__}", *(f"{one} {importlib.metadata.version(one)}" for one in ("torch", "timm", "lightning"))]
-    return ", ".join(found) + "\n"
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """The arguments for Hydra: `~` expanded, paths quoted where its grammar would not take them, `model=hf-hub:user/name` written out."""
+    done = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        name = key.lstrip("+")
+        value = re.sub(r"^~(?=/|$)", lambda _: os.path.expanduser("~"), value)
+        is_sweep = SWEEP.search(value) and {"-m", "--multirun"} & set(arguments)
+        if name in PATHS and not (PLAIN.fullmatch(value) or GRAMMAR.match(value) or is_sweep):
+            inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+            value = f"'{inner}'"
+        done += ["model=_hub", f"model.name={value}"] if name == "model" and value.startswith("hf-hub:") else [f"{key}{equals}{value}"]
+    return done
 
 
-def namesake() -> str | None:
-    """A line about another project's package `qat` in the folder of ours; None where there is none."""
-    # What lists its files is installed; a clone of ours that was once installed under that name left a list of sources, no more.
-    for other in importlib.metadata.distributions(name=NAMESAKE):
-        if any(line.startswith("qat/") for line in (other.read_text("RECORD") or "").splitlines()):
-            both = f"pip uninstall {NAMESAKE} {DISTRIBUTION} && pip install {DISTRIBUTION}"
-            where = f"the same folder 'qat' as {DISTRIBUTION}"
-            return f"warning: another project, {NAMESAKE} {other.version}, is installed into {where}; {both}"
+def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
+    """Do one job: in its run directory, which it alone writes into; a known mistake is one line.
+
+    A single run then exits with 1; in a sweep the job writes its error to `results.json` and returns NaN, and the other jobs go on.
+
+    Args:
+        cfg: the composed config.
+        with_traceback: let errors through.
+
+    Returns:
+        What the task returns: the number a sweep optimises.
+    """
+    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if HydraConfig.initialized():
+        cfg.run_dir = HydraConfig.get().runtime.output_dir
+        cfg.sweep_dir = str(Path(cfg.run_dir).parent) if in_sweep else None  # for what its jobs share
+    Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+    found = run_dir.RunDirState(Path(cfg.run_dir))
+    if not ranks.is_first():
+        logging.getLogger().setLevel(logging.ERROR)
+    try:
+        task = _start(cfg, in_sweep=in_sweep, with_traceback=with_traceback)
+        with run_dir.locked(cfg.run_dir), signals.listening():
+            return sweep.reported(task(cfg))
+    except Preempted as stop:
+        if not stop.wants_requeue and found.has_begun() and not run_dir.checkpoints(Path(cfg.run_dir)):
+            _write_error(cfg, f"stopped by {stop.name}", found)  # so that the same command may be given again
+        where = cfg.sweep_dir or cfg.run_dir
+        hint = f"the same command goes on with resume=auto run_dir={where}" if "resume" in cfg else "the same command does it again"
+        sys.exit(slurm.leave(stop, Path(cfg.run_dir), hint))
+    except Exception as error:
+        line = line_of(error)
+        if with_traceback or (line is None and not in_sweep):
+            raise
+        message = line or " ".join(f"{type(error).__name__}: {error}".split())
+        sweep.failures.append(message)
+        if not ranks.is_first():
+            time.sleep(OTHERS_WAIT_S)  # the first process has the same line if it is its mistake too, and the launcher then ends this one
+        who = "error" if ranks.is_first() else f"error in process {ranks.rank()}"
+        log.error("%s: %s", who, message, exc_info=error if line is None else None)
+        if not isinstance(error, run_dir.UsedError):
+            _write_error(cfg, message, found)
+    if not in_sweep:
+        sys.exit(1)
+    return sweep.reported(math.nan)
+
+
+def _start(cfg: DictConfig, *, in_sweep: bool, with_traceback: bool) -> Callable[[DictConfig], float | None]:
+    """The task of a run in this process; where it needs several processes that nobody has started, this one becomes torchrun.
+
+    Raises:
+        UsageError: the run cannot have the processes that it asks for.
+    """
+    trainer = cfg.get("trainer") or {}
+    slurm.check_place(trainer)
+    is_alone = cfg.command in {"analyze", "export"} or cfg.get("predict") is not None  # they refuse several devices themselves
+    if count := 0 if is_alone else ranks.to_start(trainer):
+        if in_sweep:
+            raise UsageError(sweep.SEVERAL.format(trainer["devices"]))
+        settings.check(cfg)
+        run_dir.unlock(cfg.run_dir)
+        os.environ[FULL_ERROR] = str(int(with_traceback))
+        given = [one for one in sys.argv[1:] if not one.startswith("run_dir=")]
+        name = [cfg.command] if typed("").startswith("qat") else []
+        ranks.become_torchrun(count, [sys.argv[0], *name, *given, *prepared([f"run_dir={cfg.run_dir}"])])
+    if "resume" in cfg:
+        cfg.resume = slurm.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=bool(cfg.get("overwrite")))
+    if cfg.get("sweep") is not None:
+        return sweep.gather_sweep
+    match cfg.command:
+        case "train":
+            from qat.tasks.train import train as task
+        case "eval":
+            from qat.tasks.evaluate import evaluate as task
+        case "ptq":
+            from qat.tasks.ptq import ptq as task
+        case "analyze":
+            from qat.tasks.analyze import analyze as task
+        case _:
+            from qat.tasks.export import export as task
+    return task
+
+
+def line_of(error: BaseException | None) -> str | None:
+    """What to print of a known mistake, in one line; None for any other error.
+
+    Hydra wraps what a constructor raises, so that the mistake may be the cause of an error.
+    """
+    while error is not None:
+        text = " ".join(str(error).split())
+        if isinstance(error, UsageError):
+            return text
+        if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
+            return _unknown_choice(error.missing_cfg_file)
+        if isinstance(error, ConfigKeyError | ConfigAttributeError) and error.parent_node is not None:
+            return _unknown_key(error)
+        if isinstance(error, OmegaConfBaseException):
+            line, name = str(error).partition("\n")[0], str(error.full_key or "")
+            return f"{name}: {line}" if name not in line else line
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}:
+            return f"{error.filename}: cannot be read or written ({error.strerror})"
+        if isinstance(error, OSError | RuntimeError) and _FILES.search(text):
+            return "too many open files; data.num_workers must be fewer, or the limit higher (ulimit -n)"
+        if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
+            return f"{text}; memory may be short: data.num_workers fewer, data.batch_size smaller, on Docker --shm-size larger"
+        if isinstance(error, RuntimeError) and _LOST.search(text):
+            return f"another process of this run is gone: {text}"
+        if error.__cause__ is None and type(error).__module__.partition(".")[0] in {"hydra", "lightning"}:
+            return text
+        error = error.__cause__
     return None
 
 
-def _completion(given: list[str]) -> int:
-    """Answer the shell: Hydra's own plugin reads a line of one program, without the command's name in it."""
-    program, _, rest = os.environ.get("COMP_LINE", "").partition(" ")
-    name, blank, typed = rest.lstrip().partition(" ")
-    if not given[1:2] or not given[1].startswith("query="):
-        return run("train", typed="qat train")
-    if name in TASKS and blank:
-        os.environ["COMP_LINE"] = f"{program} {typed}"
-        return run(name, typed=f"qat {name}")
-    sys.stdout.write(" ".join(one for one in (*TASKS, VERSION) if one.startswith(name)) + "\n")
-    return 0
+def _unknown_choice(path: str) -> str:
+    group, _, name = path.removesuffix(".yaml").rpartition("/")
+    now = settings.removed(f"{group}={name}")
+    known = [one.stem for one in (CONF / group).glob("[!_]*.yaml")]
+    return f"{group}={name}: was removed; use: {now}" if now else unknown(f"{group}={name}", name, known)
+
+
+def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
+    key, setting = str(error.key), str(error.full_key or error.key)
+    parent = error.parent_node
+    known = [str(one) for one in parent] if OmegaConf.is_dict(parent) else []
+    now = settings.removed(setting)
+    return f"{setting}: was removed; use: {now}" if now else unknown(setting, key, known)
+
+
+def _write_error(cfg: DictConfig, message: str, found: run_dir.RunDirState) -> None:
+    """Results with an error, and the report of a run that had begun."""
+    if not (ranks.is_first() and found.takes_error()):
+        return
+    from qat.tasks.results import write_results
+
+    with contextlib.suppress(OSError, OmegaConfBaseException):  # the error may be about this folder, this config
+        write_results(cfg, error=message)
+        if found.has_begun():
+            from qat.tasks.report import report_run
+
+            report_run(cfg)
+
+
+class TerminalHandler(logging.StreamHandler):
+    """Writes to what `sys.stdout` is when a line comes: a live progress bar puts itself there and prints lines above itself."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        """The present standard output."""
+        return sys.stdout

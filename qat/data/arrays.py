@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +14,13 @@ from PIL import Image
 from qat.errors import UsageError
 
 # One fixed division into train, val and test: results of different runs and seeds are on the same images.
-SPLIT_SEED = 0
+SPLIT_SEED, HELD_OUT = 0, 0.1
 HIGHEST_16_BIT = 2**16 - 1
 MEGABYTE = 10**6
 
 
 class ImageSource(Protocol):
-    """Images and labels by index, of one split."""
+    """Images and labels by index, of one split; one with a method `fingerprint` says what tells them from any others."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -33,9 +34,6 @@ class ImageSource(Protocol):
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
         """Image (H, W, C) of any size and class id."""
-
-    def fingerprint(self) -> str:
-        """What tells these images and labels from any others, wherever they lie and however they are held."""
 
 
 def digest(labels: NDArray[np.int64], *contents: bytes | memoryview) -> str:
@@ -77,12 +75,6 @@ class ImageArrays:
         """The images at `indices`."""
         return ImageArrays(self.images[indices], self.labels[indices])
 
-    def resized(self, size: int) -> ImageArrays:
-        """All images as `size` x `size` pixels, bicubic; itself if they are."""
-        if self.images.shape[1:3] == (size, size):
-            return self
-        return replace(self, images=np.stack([resize_square(image, size) for image in self.images]))
-
     def fingerprint(self) -> str:
         """What tells these images and labels from any others: of their files, else of the pixels."""
         return self.known_as or digest(self.labels, np.ascontiguousarray(self.images).data)
@@ -102,16 +94,12 @@ def to_pixels(image: Image.Image, chans: int) -> NDArray[np.uint8]:
     Raises:
         ValueError: pixels of 32 bits, whose range a file does not say.
     """
-    return np.asarray(_eight_bits(image).convert("L" if chans == 1 else "RGB")).reshape(image.height, image.width, -1)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.asarray(image)
-    if image.mode == "F" or values.size == 0 or values.min() < 0 or values.max() > HIGHEST_16_BIT:
-        raise ValueError(f"its pixels have 32 bits (mode {image.mode}), and what is white is not known; save it with 8 or 16")
-    return Image.fromarray(np.rint(values / (HIGHEST_16_BIT / 255)).astype(np.uint8))
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > HIGHEST_16_BIT:
+            raise ValueError(f"its pixels have 32 bits (mode {image.mode}), and what is white is not known; save it with 8 or 16")
+        image = Image.fromarray(np.rint(values / (HIGHEST_16_BIT / 255)).astype(np.uint8))
+    return np.asarray(image.convert("L" if chans == 1 else "RGB")).reshape(image.height, image.width, -1)
 
 
 def resize_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -119,15 +107,6 @@ def resize_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     if image.shape[:2] == (size, size):
         return image
     return np.asarray(to_pil(image).resize((size, size), Image.Resampling.BICUBIC)).reshape(size, size, image.shape[2])
-
-
-def with_channels(images: NDArray[np.uint8], chans: int) -> NDArray[np.uint8]:
-    """Images (N, H, W, 1 or 3) as (N, H, W, chans): grey is repeated, colours become Pillow's luminance where one channel is wanted."""
-    if images.shape[3] == 1:
-        return np.repeat(images, chans, axis=3)
-    if chans != 1:
-        return images
-    return np.stack([to_pixels(to_pil(image), chans) for image in images])
 
 
 def stratified_split(labels: NDArray[np.int64], held_out: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -143,3 +122,15 @@ def stratified_split(labels: NDArray[np.int64], held_out: float) -> tuple[NDArra
     except ValueError as error:
         raise UsageError(f"data.root: {held_out:.0%} of {len(labels)} images cannot be held out ({error})") from error
     return np.sort(kept), np.sort(out)
+
+
+def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
+    """The splits, `ImageArrays` or encoded images; where there is no val, a tenth of train is, always the same images.
+
+    Raises:
+        UsageError: there are too few images of a class.
+    """
+    if "train" not in splits or "val" in splits:
+        return dict(splits)
+    kept, out = stratified_split(splits["train"].labels, HELD_OUT)
+    return {**splits, "train": splits["train"].take(kept), "val": splits["train"].take(out)}

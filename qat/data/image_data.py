@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,16 +13,18 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from qat.data.arrays import MEGABYTE, ImageArrays, ImageSource, digest
-from qat.data.loader import ResumableLoader, check_open_files
+from qat.data.arrays import ImageSource, digest
+from qat.data.loader import ResumableLoader
 from qat.data.mixup import BatchMixup
 from qat.data.sampler import Key, SeededSampler, kept_rng, seed_rng
 from qat.data.settings import DataSettings
 from qat.data.transforms import Transform, eval_transform, train_transform
 from qat.errors import UsageError
-from qat.launch.signals import outlive
+from qat.launch.signals import ignore_signals
 
 SPLITS = ("train", "val", "test")
+# Of files written when there was a disk cache of decoded images.
+REMOVED = {"cache"}
 
 
 def data_folder(root: str | None, holds: str) -> Path:
@@ -46,7 +45,7 @@ def data_folder(root: str | None, holds: str) -> Path:
 
 
 class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """Images behind a transform. Every random draw is a function of (seed, epoch, index, copy): worker count and order do not matter."""
+    """Images after a transform. Every random draw is a function of (seed, epoch, index, copy): worker count and order do not matter."""
 
     def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
@@ -59,16 +58,17 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
 
     def __getitems__(self, keys: Sequence[Key | int]) -> list[tuple[Tensor, int]]:
         """All images of a batch: what costs the same for one and for many is done once. Torch's loaders ask for it."""
-        with kept_rng() if self.transform.is_random else contextlib.nullcontext():
-            images, labels = zip(*map(self._applied, keys), strict=True)
-        return list(zip(self.transform.finished(list(images)), labels, strict=True))
-
-    def _applied(self, key: Key | int) -> tuple[Tensor, int]:
-        epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
-        image, label = self.source[index]
-        if self.transform.is_random:
-            seed_rng(self.seed, epoch, index, *copy)
-        return self.transform.apply(image), label
+        images, labels = [], []
+        with kept_rng():
+            for key in keys:
+                epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
+                image, label = self.source[index]
+                if self.transform.is_random:
+                    seed_rng(self.seed, epoch, index, *copy)
+                images.append(self.transform.apply(image))
+                labels.append(label)
+        finish = self.transform.finish
+        return list(zip(images if finish is None else finish(torch.stack(images)), labels, strict=True))
 
 
 class ImageData(LightningDataModule, ABC):
@@ -92,22 +92,23 @@ class ImageData(LightningDataModule, ABC):
         self.settings = self.complete(settings)
         self.tested: str | None = None
         self._splits: dict[str, ImageSource] = {}
+        try:
+            train_transform(self.settings)
+        except (AssertionError, ValueError, IndexError) as error:  # timm's and torchvision's, not in the middle of an epoch
+            found = f"data.rand_augment={self.settings.rand_augment!r}, data.color_jitter={self.settings.color_jitter!r}"
+            raise UsageError(f"{found}: must be what timm's augmentation takes ({error})") from error
 
     @classmethod
-    def complete(cls, settings: dict[str, Any]) -> DataSettings:
-        """The settings as this dataset takes them; a subclass may fill in what is None.
+    def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
+        """The settings of this dataset; a subclass may fill in what is None.
 
         Raises:
-            UsageError: unknown setting, or a value that cannot work.
+            UsageError: unknown or missing setting, or a value that cannot work.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls.SETTINGS)}
-        for name in settings:
-            if name not in fields:
-                raise UsageError(f"data.{name}: must be one of {', '.join(fields)}")
-        for name, field in fields.items():
-            if name not in settings and field.default is dataclasses.MISSING:
-                raise UsageError(f"data.{name} is missing")
-        return cls.SETTINGS(**settings)
+        try:
+            return cls.SETTINGS(**{name: value for name, value in settings.items() if name not in REMOVED})
+        except TypeError as error:
+            raise UsageError(f"data: {error}") from error
 
     @abstractmethod
     def read(self) -> Mapping[str, ImageSource]:
@@ -129,24 +130,22 @@ class ImageData(LightningDataModule, ABC):
             UsageError: there is no such split, or a label is not a class.
         """
         if name not in self.splits:
-            where = f"data: {type(self).__name__}" if self.settings.root is None else f"data.root={self.settings.root!r}:"
-            raise UsageError(f"{where} has no split {name!r}; it has {', '.join(self.splits)}")
+            raise UsageError(f"data.root={self.settings.root!r}: has no split {name!r}; it has {', '.join(self.splits)}")
         return self._splits[name]
 
     def left_out(self) -> dict[str, int]:
-        """How many images of each split could not be decoded under `data.on_error=skip`, of those that were looked at so far.
-
-        Splits without any are not in it. Of several processes each counts the images that it met.
-        """
-        found = {name: int(getattr(source, "left_out", 0)) for name, source in self._splits.items()}
-        return {name: count for name, count in found.items() if count}
+        """How many images of each split could not be decoded under `data.on_error=skip`, of those that were read so far, if any."""
+        return {name: count for name, source in self._splits.items() if (count := getattr(source, "left_out", 0))}
 
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits that there are, in the order of `SPLITS`."""
         if not self._splits:
-            self._splits = {name: self._prepared(name, source) for name, source in self.read().items()}
-        return tuple(sorted(self._splits, key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS)))
+            found = self.read()
+            for name, source in found.items():
+                self._check(name, source)
+            self._splits = dict(found)
+        return tuple(name for name in SPLITS if name in self._splits)
 
     def fingerprints(self) -> dict[str, str]:
         """For each split what tells its images and labels from any others, wherever they lie and however they are held in memory."""
@@ -160,10 +159,10 @@ class ImageData(LightningDataModule, ABC):
         return self.tested or ("test" if "test" in self.splits else "val")
 
     def evaluation_facts(self, confusion: Tensor | None = None) -> dict[str, Any]:
-        """What an accuracy on `evaluation_split` is to be seen beside: the split, its images, the share in % of its most frequent class.
+        """What an accuracy on `evaluation_split` is compared with: the split, its images, the share in % of its most frequent class.
 
         Args:
-            confusion: (K, K), the images that were looked at, by true class along the rows; None = all of the split.
+            confusion: (K, K), the evaluated images, by true class along the rows; None = all of the split.
         """
         counts = np.bincount(self.split(self.evaluation_split).labels) if confusion is None else confusion.sum(1).numpy()
         share = 100 * float(counts.max()) / counts.sum()
@@ -177,39 +176,27 @@ class ImageData(LightningDataModule, ABC):
         """
         if self.settings.class_weights is None:
             return None
-        counts = np.bincount(self._training_images("data.class_weights").labels, minlength=self.settings.num_classes)
+        counts = np.bincount(self.split("train").labels, minlength=self.settings.num_classes)
         if not counts.all():
             raise UsageError(
                 f"data.class_weights='balanced': class {int(counts.argmin())} has no training image; must be null, or every class have one"
             )
         return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)
 
-    def _training_images(self, purpose: str) -> ImageSource:
-        if "train" not in self.splits:
-            has = ", ".join(self.splits)
-            raise UsageError(f"data.root={self.settings.root!r}: has no train images, from which {purpose}; it has {has}")
-        return self.split("train")
-
-    def _prepared(self, split: str, source: ImageSource) -> ImageSource:
+    def _check(self, split: str, source: ImageSource) -> None:
         wrong = source.labels[(source.labels < 0) | (source.labels >= self.settings.num_classes)]
         if len(wrong):
             raise UsageError(f"data.num_classes={self.settings.num_classes}: the {split} split has a label {wrong.max()}")
         if source.chans != self.settings.in_chans:
             raise UsageError(f"data.in_chans={self.settings.in_chans}: the images have {source.chans} channels")
-        size = self.settings.image_size
-        fits = len(source) * size**2 * source.chans <= self.settings.memory_mb * MEGABYTE
-        # Else the transforms scale each image: behind the crop where there is one, or because all at once would be too many.
-        return source.resized(size) if isinstance(source, ImageArrays) and self.settings.crop_pct is None and fits else source
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented; the last incomplete batch is left out.
 
         Raises:
-            UsageError: there are no train images, or batches that are to be mixed cannot be.
+            UsageError: there are no train images.
         """
-        self._check_pairs()
-        images = self._training_images("a net learns")
-        return self._loader(TransformedImages(images, train_transform(self.settings), self.settings.seed), shuffle=True)
+        return self._loader("train", shuffle=True)
 
     def batch_mixup(self) -> BatchMixup | None:
         """What a training step does to its batch; None where both `mixup` and `cutmix` are 0.
@@ -217,35 +204,29 @@ class ImageData(LightningDataModule, ABC):
         Raises:
             UsageError: batches have an odd number of images.
         """
-        self._check_pairs()
-        return BatchMixup(self.settings) if self.settings.mixes else None
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Mix a training batch on its device; Lightning calls this in front of every step."""
-        if self.trainer is None or not self.trainer.training or self._mixup is None:
-            return batch
-        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready  # of all epochs, a resumed run's earlier ones included
-        return self._mixup(*batch, epoch=self.trainer.current_epoch, step=step, rank=self.trainer.global_rank)
-
-    @functools.cached_property
-    def _mixup(self) -> BatchMixup | None:
-        return self.batch_mixup()
-
-    def _check_pairs(self) -> None:
         # Not in the settings, which a checkpoint holds too: evaluation takes batches of any size.
         if self.settings.mixes and self.settings.batch_size % 2:
             raise UsageError(f"data.batch_size={self.settings.batch_size}: must be even with data.mixup or data.cutmix")
+        return BatchMixup(self.settings) if self.settings.mixes else None
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Mix a training batch on its device; Lightning calls this before every step."""
+        if self.trainer is None or not self.trainer.training or (mixup := self.batch_mixup()) is None:
+            return batch
+        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready  # of all epochs, a resumed run's earlier ones included
+        return mixup(*batch, epoch=self.trainer.current_epoch, step=step, rank=self.trainer.global_rank)
 
     def val_dataloader(self) -> DataLoader:
         """The validation split in order."""
-        return self._evaluation_loader("val")
+        return self._loader("val", shuffle=False)
 
     def test_dataloader(self) -> DataLoader:
         """`evaluation_split` in order, not augmented."""
-        return self._evaluation_loader(self.evaluation_split)
+        return self._loader(self.evaluation_split, shuffle=False)
 
-    def _evaluation_loader(self, split: str) -> DataLoader:
-        return self._loader(TransformedImages(self.split(split), eval_transform(self.settings), self.settings.seed), shuffle=False)
+    def _transformed(self, split: str, *, augmented: bool = False) -> TransformedImages:
+        transform = train_transform if augmented else eval_transform
+        return TransformedImages(self.split(split), transform(self.settings), self.settings.seed)
 
     def sample(self, split: str, count: int | None = None) -> DataLoader:
         """Images of a split under the evaluation transform, spread evenly over it.
@@ -254,41 +235,31 @@ class ImageData(LightningDataModule, ABC):
             split: which.
             count: of images; None, or more than there are = all.
         """
-        images = TransformedImages(self.split(split), eval_transform(self.settings), self.settings.seed)
+        images = self._transformed(split)
         total = len(images)
-        chosen = range(total) if count is None or count >= total else [i * total // count for i in range(count)]
-        check_open_files(self.settings.num_workers)
+        count = min(count or total, total)
+        chosen = [i * total // count for i in range(count)]
         return DataLoader(Subset(images, chosen), batch_size=self.settings.batch_size, num_workers=self.settings.num_workers)
 
-    def _loader(self, images: TransformedImages, *, shuffle: bool) -> DataLoader:
+    def _loader(self, split: str, *, shuffle: bool) -> DataLoader:
+        images = self._transformed(split, augmented=shuffle)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         # Copies without augmentation would be the same image again.
         repeats = self.settings.repeats if self.settings.augment != "none" else 1
         options = {"rank": rank, "world_size": world, "repeats": repeats}
         sampler = SeededSampler(len(images), seed=self.settings.seed, shuffle=shuffle, **options)
-        batch_size = self._mixable(len(sampler)) if shuffle and self.settings.mixes else self.settings.batch_size
         workers = self.settings.num_workers
-        check_open_files(workers)
         loader = ResumableLoader if shuffle else DataLoader
         return loader(
             images,
-            batch_size=batch_size,
+            batch_size=self.settings.batch_size,
             sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=outlive,
+            worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
-            drop_last=shuffle and len(sampler) >= batch_size,
+            drop_last=shuffle and len(sampler) >= self.settings.batch_size,
         )
-
-    def _mixable(self, images: int) -> int:
-        """The batch size, or the largest even one where a process has fewer images than that."""
-        size = min(self.settings.batch_size, images)
-        if size < 2:
-            raise UsageError(
-                f"data.mixup={self.settings.mixup}, data.cutmix={self.settings.cutmix}: a process has {images} image(s) to mix"
-            )
-        return size - size % 2
 
     def calibration_batches(self, batch_size: int | None = None) -> list[Tensor]:
         """Training images with the evaluation transform, the same for a seed: batches (B, C, H, W) from which scales are made.
@@ -297,18 +268,10 @@ class ImageData(LightningDataModule, ABC):
             batch_size: images of a batch; None = `data.batch_size`.
 
         Raises:
-            UsageError: there are no train images, or one of those chosen is not finite once normalised.
+            UsageError: there are no train images.
         """
-        source = self._training_images("scales are initialised")
-        images = TransformedImages(source, eval_transform(self.settings), self.settings.seed)
+        images = self._transformed("train")
         count = min(self.settings.calibration_images, len(images))
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.settings.seed))[:count]
         chunks = order.split(batch_size or self.settings.batch_size)
-        return [self._finite(torch.stack([images[int(i)][0] for i in chunk]), chunk) for chunk in chunks]
-
-    def _finite(self, batch: Tensor, indices: Tensor) -> Tensor:
-        is_wrong = ~batch.isfinite().flatten(1).all(1)
-        if is_wrong.any():
-            statistics = f"data.mean={list(self.settings.mean)}, data.std={list(self.settings.std)}"
-            raise UsageError(f"data: calibration image {int(indices[is_wrong][0])} of the train split is not finite ({statistics})")
-        return batch
+        return [torch.stack([images[int(i)][0] for i in chunk]) for chunk in chunks]

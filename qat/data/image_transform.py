@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from qat.data.arrays import to_pil, to_pixels
-from qat.data.encoded import read_one
 from qat.data.image_data import ImageData
 from qat.data.imagefolder import FileImages
 from qat.data.settings import DataSettings
@@ -42,39 +40,30 @@ def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[Any
         raise UsageError(f"data.in_chans={known.in_chans}: image files have 1 (grey) or 3 (RGB) channels")
     transform = eval_transform(known)
 
-    def apply(image: AnyImage) -> Tensor:
-        return transform(_pixels(image, known.in_chans))
-
-    return apply
+    return lambda image: transform(_pixels(image, known))
 
 
 def data_settings(config: Mapping[str, Any]) -> DataSettings:
     """Complete settings of a data config as checkpoints hold it; see `image_transform`."""
-    target = config.get("_target_")
     values = {key: value for key, value in config.items() if key != "_target_"}
-    if target is None:
-        return ImageData.complete(values)
-    for dataset in _datasets(ImageData):
+    target = config.get("_target_", "qat.data.ImageData")
+    known: list[Any] = [ImageData]
+    while known:
+        dataset = known.pop()
         if target in {f"{dataset.__module__}.{dataset.__qualname__}", f"qat.data.{dataset.__name__}"}:
             return dataset.complete(values)
+        known += dataset.__subclasses__()
     raise UsageError(f"data._target_={target!r}: is no dataset of qat, nor one that has been imported; import it, or give its settings")
 
 
-def _datasets(cls: Any) -> Iterator[type[ImageData]]:
-    for subclass in cls.__subclasses__():
-        yield subclass
-        yield from _datasets(subclass)
-
-
-def _pixels(image: AnyImage, chans: int) -> NDArray[np.uint8]:
-    """(H, W, chans)."""
+def _pixels(image: AnyImage, settings: DataSettings) -> NDArray[np.uint8]:
+    """(H, W, in_chans)."""
     if isinstance(image, str | Path):
-        return read_one(FileImages(np.asarray([os.fsencode(image)]), np.zeros(1, dtype=np.int64)), 0, chans)
+        return FileImages([(str(image), 0)], "", settings).decode(0)
     if isinstance(image, Image.Image):
-        return to_pixels(image, chans)
+        return to_pixels(image, settings.in_chans)
     if not isinstance(image, np.ndarray):
         raise UsageError(f"image of type {type(image).__name__}: must be a path, Pillow's image or an array of uint8")
-    shaped = image[..., None] if image.ndim == 2 else image
-    if shaped.dtype != np.uint8 or shaped.ndim != 3 or shaped.shape[2] not in CHANNELS:
+    if image.dtype != np.uint8 or image.ndim not in {2, 3} or image[..., None].shape[2] not in CHANNELS:
         raise UsageError(f"image array {image.shape} of {image.dtype}: must be (H, W), (H, W, 1) or (H, W, 3) of uint8")
-    return to_pixels(to_pil(shaped), chans)
+    return to_pixels(to_pil(image.reshape(*image.shape[:2], -1)), settings.in_chans)

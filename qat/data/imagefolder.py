@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import logging
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from qat.data.arrays import digest
-from qat.data.encoded import EncodedImages
+from qat.data.arrays import ImageSource, digest
+from qat.data.encoded import EncodedImageData, EncodedImages, open_image
 from qat.data.image_data import data_folder
-from qat.data.kept import stamp
-from qat.data.photos import Photos
+from qat.data.settings import DataSettings
 from qat.errors import UsageError
 from qat.utils.files import files_below
 
@@ -37,34 +31,26 @@ class FileImages(EncodedImages):
     """Image files and their classes.
 
     Args:
-        paths: of the files.
-        labels: (N,), class ids.
+        files: path and class id of each.
         folder: that all of them are below; names in a fingerprint begin there.
+        settings: see `EncodedImages`.
     """
 
-    def __init__(self, paths: NDArray[np.bytes_], labels: NDArray[np.int64], folder: str = "") -> None:
+    def __init__(self, files: list[tuple[str, int]], folder: str, settings: DataSettings) -> None:
         # One array: a million Python objects would be copied page by page into every worker process, as their counts change.
-        self.paths = paths
-        super().__init__(labels, folder)
+        self.paths = np.asarray([os.fsencode(path) for path, _ in files])
+        super().__init__(np.asarray([label for _, label in files], dtype=np.int64), folder, settings)
 
     def open(self, index: int) -> Image.Image:
-        """One image."""
-        return Image.open(io.BytesIO(Path(self.name(index)).read_bytes()))
+        """One image; a pipe or a device would give bytes for ever."""
+        path = Path(self.name(index))
+        if not path.is_file():
+            raise ValueError("No such file, or none with an end")
+        return open_image(path.read_bytes())
 
     def name(self, index: int) -> str:
         """Its path."""
         return os.fsdecode(self.paths[self.rows[index]])
-
-    def origin(self) -> list[Any]:
-        """How many files, and a sum over their paths, sizes and times.
-
-        Raises:
-            OSError: one is not there any more.
-        """
-        known = hashlib.sha256()
-        for index in range(len(self)):
-            known.update(json.dumps(stamp(self.name(index))).encode())
-        return [len(self), known.hexdigest()]
 
     def fingerprint(self) -> str:
         """Of the names of the files below their folder, and the labels; a file whose content alone has changed is not noticed."""
@@ -72,44 +58,70 @@ class FileImages(EncodedImages):
         return digest(self.labels, b"\0".join(path[start:] for path in self.paths[self.rows].tolist()))
 
 
-class ImageFolder(Photos):
+class ImageFolder(EncodedImageData):
     """`root/{train,val|validation|valid,test}/<class>/*`; class ids are those of the sorted folder names of train.
 
     Without val a tenth of train is held out, always the same images. Without test, or where it has images but no class folders, val is
     evaluated. Without train a net can be evaluated where another split has a folder for every class.
     """
 
-    def encoded(self) -> dict[str, EncodedImages]:
+    def read(self) -> dict[str, ImageSource]:
         """All splits that there are.
 
         Raises:
             UsageError: `data.root` is not set or not such a folder, or the classes are not those of the settings.
         """
-        root = data_folder(self.settings.root, LAYOUT)
-        classes, source = self.classes(root), classes_folder(root)
-        if len(classes) != self.settings.num_classes:
-            why = "" if source.name == "train" else "; without train it needs one for every class, ids are those of the sorted names"
-            raise UsageError(f"data.num_classes={self.settings.num_classes}: {source} has {len(classes)} class folders{why}")
-        folders = {split: folder for split in FOLDERS if (folder := _first_folder(root, split)) is not None}
-        if "test" in folders and _is_flat(folders["test"]):
-            log.warning("%s: has images but no class folders, val is evaluated", folders.pop("test"))
-        return {split: list_files(folder, classes, source.name) for split, folder in folders.items()}
+        if (found := len(self.classes())) != self.settings.num_classes:
+            raise UsageError(f"data.num_classes={self.settings.num_classes}: data.root={self.settings.root!r} has {found} class folders")
+        return super().read()
 
-    def classes(self, root: Path) -> list[str]:
+    def encoded(self) -> dict[str, EncodedImages]:
+        """All splits that there are.
+
+        Raises:
+            UsageError: a folder is not a class of the split that names them, or a class has no image there.
+        """
+        folders, classes = self._folders(), self.classes()
+        ids = {name: number for number, name in enumerate(classes)}
+        source = next(iter(folders))
+        found: dict[str, EncodedImages] = {}
+        for split, folder in folders.items():
+            names = class_names(folder)
+            if split == "test" != source and not names and any(map(is_image, os.listdir(folder))):
+                log.warning("%s: has images but no class folders, val is evaluated", folder)  # ILSVRC's, whose labels are not published
+                continue
+            if unknown := sorted({*names} - {*classes}):
+                raise UsageError(f"{folder / unknown[0]}: unknown class; those of {source} are {', '.join(classes[:10])} ...")
+            files = [(path, ids[name]) for name in classes for path in files_below(folder / name) if is_image(path)]
+            images = FileImages(files, str(folder), self.settings)
+            empty = sorted({*ids.values()} - {*images.labels.tolist()})
+            if empty and (split == source or not files):
+                raise UsageError(f"{folder / classes[empty[0]]}: holds no images; known are {', '.join(EXTENSIONS)}")
+            found[split] = images
+        return found
+
+    def _folders(self) -> dict[str, Path]:
+        """The folder of each split that there is; the first one says what classes there are."""
+        root = data_folder(self.settings.root, LAYOUT)
+        found = {split: root / name for split, names in FOLDERS.items() for name in names[::-1] if (root / name).is_dir()}
+        if not found:
+            raise UsageError(f"data.root={str(root)!r}: has no folder train; needed are {LAYOUT}, or one of the others to evaluate alone")
+        return found
+
+    def classes(self) -> list[str]:
         """Sorted names of the folders below train, or where there is no train below the first split that there is.
 
         Raises:
             UsageError: there are none.
         """
-        return class_names(classes_folder(root))
+        folder = next(iter(self._folders().values()))
+        if names := class_names(folder):
+            return names
+        raise UsageError(f"{folder}: holds no class folders; images have to lie in {folder.name}/<class>/")
 
     def named_classes(self) -> list[str] | None:
         """Names of the folders below train; None without `data.root`."""
-        return self.classes(Path(self.settings.root)) if self.settings.root else None
-
-    def count_classes(self, settings: dict[str, Any]) -> int:
-        """Number of class folders."""
-        return len(self.classes(data_folder(settings.get("root"), LAYOUT)))
+        return self.classes() if self.settings.root else None
 
 
 class ImageNet(ImageFolder):
@@ -118,91 +130,32 @@ class ImageNet(ImageFolder):
     Validation images alone are enough to evaluate a net.
     """
 
-    def classes(self, root: Path) -> list[str]:
+    def classes(self) -> list[str]:
         """Sorted wnids.
 
         Raises:
             UsageError: a folder is not named by its wnid: other names have another order, and a pretrained head would be wrong.
         """
-        names = super().classes(root)
+        names = super().classes()
         for name in names:
             if not re.fullmatch(r"n\d{8}", name):
-                raise UsageError(
-                    f"{classes_folder(root) / name}: is no wnid like n01440764; other class names are read by data=imagefolder"
-                )
+                where = f"data.root={self.settings.root!r}: class {name}"
+                raise UsageError(f"{where} is no wnid like n01440764; other class names are read by data=imagefolder")
         return names
 
     def named_classes(self) -> list[str] | None:
         """In words, as timm has them for a wnid; without `data.root` for all 1000."""
         info = ImageNetInfo()
         known = info.label_names()
-        words = {wnid: info.label_name_to_description(wnid) for wnid in known}
         wnids = super().named_classes() or (known if self.settings.num_classes == len(known) else [])
-        return [words.get(wnid, wnid) for wnid in wnids] or None
-
-
-def _first_folder(root: Path, split: str) -> Path | None:
-    return next((root / name for name in FOLDERS[split] if (root / name).is_dir()), None)
-
-
-def _is_flat(folder: Path) -> bool:
-    """Whether it holds images and no folders, as ILSVRC's test images, whose labels are not published."""
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    return not any(entry.is_dir() for entry in entries) and any(is_image(entry.name) for entry in entries)
-
-
-def classes_folder(root: Path) -> Path:
-    """The folder of the split that says what classes there are: train, else val, else test.
-
-    Raises:
-        UsageError: there is none.
-    """
-    found = [folder for split in FOLDERS if (folder := _first_folder(root, split)) is not None]
-    if not found:
-        raise UsageError(f"data.root={str(root)!r}: has no folder train; needed are {LAYOUT}, or one of the others to evaluate alone")
-    return found[0]
+        return [info.label_name_to_description(wnid) if wnid in known else wnid for wnid in wnids] or None
 
 
 def class_names(folder: Path) -> list[str]:
-    """Sorted names of the folders in `folder`, hidden ones left out.
-
-    Raises:
-        UsageError: there are none.
-    """
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise UsageError(f"{folder}: holds no class folders; images have to lie in {folder.name}/<class>/")
-    return names
-
-
-def list_files(folder: Path, classes: list[str], source: str = "train") -> FileImages:
-    """All image files of one split, by class and then by path.
-
-    Args:
-        folder: of the split.
-        classes: names of the class folders, in the order of their ids.
-        source: name of the split that has them.
-
-    Raises:
-        UsageError: a folder is none of `classes`, there is no image, or none of a class in the split that has them.
-    """
-    ids = {name: number for number, name in enumerate(classes)}
-    for name in class_names(folder):
-        if name not in ids:
-            raise UsageError(f"{folder / name}: is no class of {source}; its classes are {_shown(classes)}")
-    found = [(path, ids[name]) for name in classes for path in files_below(folder / name) if is_image(path)]
-    labels = np.asarray([label for _, label in found], dtype=np.int64)
-    empty = sorted({*range(len(classes))} - {*labels.tolist()})
-    if not found or (empty and folder.name == source):
-        lacking = folder / classes[empty[0]] if found else folder
-        raise UsageError(f"{lacking}: holds no images; known are {', '.join(EXTENSIONS)}")
-    return FileImages(np.asarray([os.fsencode(path) for path, _ in found]), labels, str(folder))
+    """Sorted names of the folders in `folder`, hidden ones left out."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def is_image(path: str) -> bool:
     """By its name."""
     return path.lower().endswith(EXTENSIONS) and not os.path.basename(path).startswith(".")
-
-
-def _shown(names: list[str], at_most: int = 10) -> str:
-    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,31 +10,17 @@ from torch.utils.data import DataLoader
 from qat.data.sampler import SeededSampler
 from qat.errors import UsageError
 
-# Each batch on its way is open files, of an image and its label at least.
-FILES, FILES_PER_WORKER = 64, 32
-
-
-def check_open_files(workers: int) -> None:
-    """Raise `UsageError` if so many loader processes would run out of open files; it would be in the middle of an epoch."""
-    limit, lowest = resource.getrlimit(resource.RLIMIT_NOFILE)[0], FILES + FILES_PER_WORKER * workers
-    if workers and limit != resource.RLIM_INFINITY and limit < lowest:
-        raise UsageError(f"data.num_workers={workers}: this process may open {limit} files; must be 0, or ulimit -n {lowest} and more")
-
 
 class ResumableLoader(DataLoader):
-    """Counts the batches it hands out, and goes on behind them.
+    """Counts the batches it hands out, and continues after them.
 
     Lightning stores `state_dict` with a checkpoint and gives it back to the loader of a resumed run; a loader without it would
-    begin the epoch again: images seen twice, others never. Iteration starts lazily: Lightning asks for an iterator before it tells
-    the sampler which epoch it is.
+    begin the epoch again: images seen twice, others never. Iteration starts lazily: Lightning asks for an iterator before it sets
+    the sampler's epoch.
 
     Args:
         args: of `DataLoader`; the sampler must be a `SeededSampler`.
         options: of `DataLoader`, by name.
-
-    Attributes:
-        waited_s: seconds that whoever iterates has waited for batches so far, the start of worker processes included; without them the
-            time it took to make the batches.
     """
 
     sampler: SeededSampler
@@ -45,17 +29,13 @@ class ResumableLoader(DataLoader):
         super().__init__(*args, **options)
         self._handed_out = 0
         self._skip = 0
-        self.waited_s = 0.0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._handed_out, self._skip = self._skip, 0
         self.sampler.skip = self._handed_out * (self.batch_size or 1)
-        began = time.perf_counter()
         for batch in super().__iter__():
             self._handed_out += 1
-            self.waited_s += time.perf_counter() - began
             yield batch
-            began = time.perf_counter()
 
     @property
     def _global_batch(self) -> int:
@@ -66,7 +46,7 @@ class ResumableLoader(DataLoader):
         return {"batches": self._handed_out, "images": self._handed_out * self._global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next epoch begins behind the images of `state`, which as many processes or as few may have seen.
+        """The next epoch begins after the images of `state`, which as many processes or as few may have seen.
 
         Raises:
             UsageError: that is in the middle of a batch of all processes.
@@ -74,5 +54,5 @@ class ResumableLoader(DataLoader):
         images = state.get("images", state["batches"] * self._global_batch)
         if images % self._global_batch:
             now = f"data.batch_size={self.batch_size} in {self.sampler.world_size} processes"
-            raise UsageError(f"resume: the run stopped behind {images} images of an epoch, no whole number of batches of {now}")
+            raise UsageError(f"resume: the run stopped after {images} images of an epoch, no whole number of batches of {now}")
         self._skip = images // self._global_batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +13,11 @@ import numpy as np
 import timm.data
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
 from qat.data.arrays import resize_square, to_pil
-from qat.data.auto_augment import restrict_to_pillow
 from qat.data.settings import DataSettings
 
 
@@ -26,7 +28,7 @@ class Transform:
     Attributes:
         apply: what is done to one image.
         is_random: True if that draws random numbers.
-        finish: what is done behind it, to one image or at once to a batch (..., C, H, W), with the same result; None = nothing.
+        finish: what is done after it, to one image or at once to a batch (..., C, H, W), with the same result; None = nothing.
     """
 
     apply: Callable[[NDArray[np.uint8]], Tensor]
@@ -38,18 +40,9 @@ class Transform:
         image_or_pixels = self.apply(image)
         return image_or_pixels if self.finish is None else self.finish(image_or_pixels)
 
-    def finished(self, images: list[Tensor]) -> list[Tensor]:
-        """What `__call__` makes of images of which each went through `apply`."""
-        return images if self.finish is None else list(self.finish(torch.stack(images)))
-
 
 def _to_tensor(image: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1)
-
-
-def _square(settings: DataSettings) -> list[Callable[[NDArray[np.uint8]], NDArray[np.uint8]]]:
-    """What comes first where there is no `crop_pct`: any image as a square of the settings' size."""
-    return [partial(resize_square, size=settings.image_size)] if settings.crop_pct is None else []
 
 
 def _normalise(settings: DataSettings) -> Callable[[Tensor], Tensor]:
@@ -62,45 +55,47 @@ def eval_transform(settings: DataSettings) -> Transform:
     It is squeezed into the square, or with a `crop_pct` scaled and cropped by timm; then scaled to [0, 1] and normalised.
     """
     if settings.crop_pct is None:
-        return Transform(v2.Compose([*_square(settings), _to_tensor]), finish=_normalise(settings))
+        return Transform(v2.Compose([partial(resize_square, size=settings.image_size), _to_tensor]), finish=_normalise(settings))
     scaling = {"crop_pct": settings.crop_pct, "interpolation": settings.interpolation or "bicubic"}
     return Transform(v2.Compose([to_pil, _timm_transform(settings, **scaling)]))
 
 
 def train_transform(settings: DataSettings) -> Transform:
-    """The evaluation transform behind the augmentation that the settings ask for."""
+    """The evaluation transform after the augmentation that the settings ask for."""
     if settings.augment == "none":
         return eval_transform(settings)
-    return _light(settings) if settings.augment == "light" else _timm(settings)
-
-
-def _light(settings: DataSettings) -> Transform:
-    size = settings.image_size
-    if settings.crop_pct is None:
-        shift = max(size // 8, 1) if settings.shift is None else settings.shift
-        crop = [v2.RandomCrop(size, padding=shift)] if shift else []
-        shifted = v2.Compose([*_square(settings), _to_tensor, *crop, v2.RandomHorizontalFlip(settings.hflip)])
+    squeeze = [partial(resize_square, size=settings.image_size)] if settings.crop_pct is None else []
+    if settings.augment == "light" and squeeze:
+        shift = max(settings.image_size // 8, 1) if settings.shift is None else settings.shift
+        crop = [v2.RandomCrop(settings.image_size, padding=shift)] if shift else []
+        shifted = v2.Compose([*squeeze, _to_tensor, *crop, v2.RandomHorizontalFlip(settings.hflip)])
         return Transform(shifted, is_random=True, finish=_normalise(settings))
-    interpolation = settings.interpolation or "bicubic"
-    crop_and_flip = _timm_training(settings, color_jitter=None, interpolation=interpolation)
-    return Transform(v2.Compose([to_pil, crop_and_flip]), is_random=True)
+    options: dict[str, Any] = {"color_jitter": None, "interpolation": settings.interpolation or "bicubic"}
+    if settings.augment == "timm":
+        options = {
+            "auto_augment": settings.rand_augment,
+            "color_jitter": settings.color_jitter,
+            "re_prob": settings.random_erasing,
+            "re_mode": settings.erase_mode,
+            "re_count": settings.erase_count,
+            "interpolation": settings.train_interpolation,
+        }
+    augmentation = _timm_transform(settings, is_training=True, hflip=settings.hflip, scale=tuple(settings.scale), **options)
+    for step in augmentation.transforms:
+        for operation in itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
+            if operation.magnitude_max is None:
+                # A level of exactly 10 would draw at the very end of each range; only a string's own `mmax` goes there and beyond.
+                operation.magnitude_max = math.nextafter(10, 0)
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+            if operation.kwargs["resample"] == Image.Resampling.LANCZOS:  # Pillow scales with it, but does not rotate or shear
+                operation.kwargs["resample"] = Image.Resampling.BICUBIC
+    return Transform(v2.Compose([*squeeze, to_pil, augmentation]), is_random=True)
 
 
-def _timm(settings: DataSettings) -> Transform:
-    augmentation = _timm_training(
-        settings,
-        auto_augment=settings.rand_augment,
-        color_jitter=settings.color_jitter,
-        re_prob=settings.random_erasing,
-        re_mode=settings.erase_mode,
-        re_count=settings.erase_count,
-        interpolation=settings.train_interpolation,
-    )
-    return Transform(v2.Compose([*_square(settings), to_pil, restrict_to_pillow(augmentation)]), is_random=True)
-
-
-def _timm_training(settings: DataSettings, **options: Any) -> Any:
-    return _timm_transform(settings, is_training=True, hflip=settings.hflip, scale=tuple(settings.scale), **options)
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Pillow refuses to keep no bit at all, which timm asks for at one end of the levels."""
+    return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))
 
 
 def _timm_transform(settings: DataSettings, **options: Any) -> Any:

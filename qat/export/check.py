@@ -2,134 +2,205 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Generator, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.export.session import LEVELS, OPENVINO, Transparent, has_openvino, logits_of, open_session
-from qat.model.frozen.agreement import Agreement, compare, run_watched
+from qat.export.runtimes import INPUT, ONNXRUNTIME, OPENVINO, OUTPUT, has_openvino, logits_of, open_session
+from qat.model.sites import iter_quantizers
+from qat.quantizers import UniformGrid
+from qat.utils.probing import probing
 
-# Of a logit, on images on which no code differs. OpenVINO makes mistakes of its own where a file takes any number of images
-# (docs/deployment.md#openvino): such a file is still one for others.
+# Of logits.
 TOLERANCE = 1e-4
-# Percent; what thresholds alone take from it is said, and no reason to reject a file.
-EXPECTED_TOP1 = 99.9
-# Beyond `ORT_ENABLE_BASIC` onnxruntime computes in integers: where values lie on thresholds, as behind zero points, it may round them the
-# other way. More than this share of the images means that it computes something else.
+# Of images with other logits, how many are looked into.
+EXAMINED = 16
+# A float32 value that is a sum of a few hundred terms is known to about this share of the largest value of its tensor: so close to a
+# threshold its code may be either one, and the codes of the layers after it follow.
+ROUNDING = 2e-5
+# Runtimes compute in integers where a graph looked into step by step does not, and may round values on thresholds the other way. On more
+# than this share of the images it means that they compute something else.
 UNLIKE = 0.1
+# Percent; what thresholds alone take from it is reported, and no reason to reject a file.
+EXPECTED_TOP1 = 99.9
+
+# By name of the quantizer, in the order in which they run: where values lie on the axis of codes, and their codes.
+Codes = dict[str, tuple[Tensor, Tensor]]
+CodesOf = Callable[[Tensor], tuple[Tensor, Codes]]
+
+
+@dataclass
+class Agreement:
+    """A file in one runtime beside its net.
+
+    Attributes:
+        images: how many.
+        same_top1: images on which both name the same class.
+        other_logits: images whose logits differ by more than the tolerance.
+        largest: largest difference of the logits of the other images.
+        examined: images with other logits that were looked into.
+        unlike: of these, images on which the file is not what its graph gives step by step.
+        first: quantizers whose codes are the first that differ, and how many codes, over these images.
+        problem: why the file must not be used in this runtime; None if it agrees.
+    """
+
+    images: int = 0
+    same_top1: int = 0
+    other_logits: int = 0
+    largest: float = 0.0
+    examined: int = 0
+    unlike: int = 0
+    first: Counter[str] = field(default_factory=Counter)
+    problem: str | None = None
+
+    @property
+    def top1(self) -> float:
+        """Percent of the images on which both name the same class."""
+        return 100 * self.same_top1 / max(self.images, 1)
+
+    def to_text(self) -> str:
+        """A line for people."""
+        line = f"top-1 agrees on {self.same_top1} of {self.images} images ({self.top1:.2f} %), logits within {self.largest:.1e}"
+        if self.other_logits:
+            layers = ", ".join(f"{n} of {name}" for name, n in self.first.most_common(3)) or "none"
+            line += f" but on {self.other_logits}; codes that differ first on {self.examined} of these: {layers}"
+        return line
 
 
 @dataclass
 class Checked:
-    """A file beside its net.
+    """A file beside its net, by runtime.
 
-    Attributes:
-        agreement: codes and logits of the net and of the file, step by step; by the level to which onnxruntime changes the graph, and of
-            OpenVINO, where it is installed and runs the file (INT2 it does not read). Onnxruntime decides whether a file is good.
-        unlike: images on which the file as people run it differs from the one that was looked into, by the same.
-        failure: why OpenVINO does not run the file; None if it does or was not asked.
+    Onnxruntime decides whether a file is good; OpenVINO, where it is installed and reads the file (INT2 it does not), makes mistakes of
+    its own where a file takes any number of images (docs/deployment.md#openvino).
     """
 
-    agreement: dict[str, Agreement] = field(default_factory=dict)
-    unlike: dict[str, int] = field(default_factory=dict)
-    failure: str | None = None
-
-    def to_text(self) -> str:
-        """Lines for people."""
-        lines = [f"{level}: {found.to_text()}" for level, found in self.agreement.items()]
-        if any(found.top1 < EXPECTED_TOP1 for found in self.agreement.values()):
-            lines.append(f"top-1 agrees on fewer than {EXPECTED_TOP1} % of the images: this net decides much by values on thresholds")
-        if text := self.differs(OPENVINO):
-            lines.append(f"not for OpenVINO: {text.removeprefix(f'{OPENVINO}: ')}; a file with format.dynamic_batch=false may be")
-        return "\n".join(lines)
+    agreement: dict[str, Agreement]
 
     @property
     def problem(self) -> str | None:
         """Why the file must not be used; None if it agrees."""
-        return next((text for level in self.agreement if level != OPENVINO and (text := self.differs(level))), None)
+        return next((f"{name}: {found.problem}" for name, found in self.agreement.items() if name != OPENVINO and found.problem), None)
 
-    def differs(self, level: str) -> str | None:
-        """What speaks against a file in a runtime; None if nothing does."""
-        if level == OPENVINO and self.failure is not None:
-            return f"{level}: it fails ({self.failure})"
-        found = self.agreement.get(level)
-        if found is None:
-            return None
-        if found.not_ties:
-            return f"{level}: codes of {found.not_ties[0]} differ away from a threshold"
-        if found.largest_absolute > TOLERANCE:
-            return f"{level}: logits differ by {found.largest_absolute:.1e} where no code does; must be at most {TOLERANCE:.0e}"
-        if self.unlike.get(level, 0) > UNLIKE * found.images:
-            return f"{level}: on {self.unlike[level]} of {found.images} images it is not what its graph gives step by step"
-        return None
+    @property
+    def top1(self) -> float:
+        """Percent, the lowest of the runtimes that run the file."""
+        return min(found.top1 for found in self.agreement.values() if found.images)
 
-    @contextlib.contextmanager
-    def running(self, level: str) -> Generator[None]:
-        """An error of OpenVINO says something about the file in OpenVINO alone: it is noted, and nothing else is asked of it."""
-        try:
-            yield
-        except RuntimeError as error:
-            if level != OPENVINO:
-                raise
-            said = [line for line in str(error).splitlines() if not line.startswith("Exception from ")]  # its own source files
-            self.failure = " ".join(" ".join(said).split())[:200]
-            del self.agreement[level]
+    def to_text(self) -> str:
+        """Lines for people."""
+        lines = [f"{name}: {found.to_text()}" for name, found in self.agreement.items() if found.images]
+        if self.top1 < EXPECTED_TOP1:
+            lines.append(f"top-1 agrees on fewer than {EXPECTED_TOP1} % of the images: this net decides much by values on thresholds")
+        if OPENVINO in self.agreement and (text := self.agreement[OPENVINO].problem):
+            lines.append(f"not for OpenVINO: {text}; a file with format.dynamic_batch=false may be")
+        return "\n".join(lines)
 
 
-@torch.no_grad()
-def check_onnx(frozen: nn.Module, net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked:
-    """Run a file and the net that it was made from on the same images.
-
-    Args:
-        frozen: the net that was written.
-        net: what it was frozen from, or itself.
-        path: the file.
-        batches: images (B, C, H, W) each.
-    """
+def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked:
+    """Run a file and the net that it was made from on the same images (B, C, H, W) each."""
     import onnx  # noqa: PLC0415  (an extra)
 
-    model = onnx.load(str(path))
+    model, batches, checked = onnx.load(str(path)), list(batches), Checked({})
     has_int2 = any(tensor.data_type == onnx.TensorProto.INT2 for tensor in model.graph.initializer)
-    levels = (*LEVELS, OPENVINO) if has_openvino() and not has_int2 else LEVELS
-    opened = functools.cache(lambda level: (Transparent(model, level), open_session(path, level=level)))
-    done = Checked({level: Agreement() for level in levels}, dict.fromkeys(levels, 0))
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
+    for runtime in (ONNXRUNTIME, OPENVINO) if has_openvino() and not has_int2 else (ONNXRUNTIME,):
+        try:
+            logits = partial(logits_of, open_session(path, runtime), batch=batch)
+            checked.agreement[runtime] = compare(net, logits, partial(graph_codes, model, runtime), batches)
+        except RuntimeError as error:
+            if runtime != OPENVINO:
+                raise
+            lines = [line for line in str(error).splitlines() if not line.startswith("Exception from ")]  # its own source files
+            checked.agreement[runtime] = Agreement(problem=f"it fails ({' '.join(' '.join(lines).split())[:200]})")
+    return checked
+
+
+def compare(net: nn.Module, logits: Callable[[Tensor], Tensor], open_codes: Callable[[], CodesOf], batches: Iterable[Tensor]) -> Agreement:
+    """Compare another form of a net with it.
+
+    Args:
+        net: quantized, frozen or not.
+        logits: of the other form.
+        open_codes: gives what gives logits and codes of the other form for one image (1, C, H, W).
+        batches: images (B, C, H, W) each.
+    """
+    found, codes_of = Agreement(), None
     for x in batches:
-        theirs = run_watched(net, x)
-        for level in tuple(done.agreement):
-            with done.running(level):
-                watched, session = opened(level)
-                mine, as_run = watched.run(x), logits_of(session, x)
-                done.agreement[level].add(compare(frozen, theirs, mine))
-                done.unlike[level] += _unlike(as_run, mine[0])
-    return done
+        with probing(net, ()):
+            theirs, mine = net(x), logits(x)
+        apart = (theirs - mine).abs().amax(1)
+        same = apart <= TOLERANCE  # False of NaN
+        found.images += len(x)
+        found.same_top1 += int((theirs.argmax(1) == mine.argmax(1)).sum())
+        found.other_logits += int((~same).sum())
+        found.largest = max([found.largest, *apart[same].tolist()])
+        for i in (~same).nonzero().flatten().tolist()[: EXAMINED - found.examined]:
+            codes_of = codes_of or open_codes()
+            step_by_step = codes_of(x[i : i + 1])
+            found.examined += 1
+            found.unlike += not bool(((mine[i] - step_by_step[0]).abs() <= TOLERANCE).all())
+            found.problem = found.problem or _first_difference(found, net_codes(net, x[i : i + 1]), step_by_step)
+    if found.problem is None and found.unlike * found.other_logits > UNLIKE * found.images * found.examined:
+        found.problem = f"on {found.unlike} of {found.examined} images it is not what its graph gives step by step"
+    return found
 
 
-@torch.no_grad()
-def check_packed(frozen: nn.Module, net: nn.Module, again: nn.Module, batches: Iterable[Tensor]) -> Checked:
-    """Compare a net with the one that a packed file gives back, which has to be the frozen one to the last bit."""
-    done = Checked({"qat.load": Agreement()}, {"qat.load": 0})
-    for x in batches:
-        mine = run_watched(again, x)
-        done.agreement["qat.load"].add(compare(frozen, run_watched(net, x), mine))
-        done.unlike["qat.load"] += int((frozen(x) != mine[0]).any(1).sum())
-    return done
+def _first_difference(found: Agreement, theirs: tuple[Tensor, Codes], mine: tuple[Tensor, Codes]) -> str | None:
+    """Note the first quantizer whose codes differ; what is wrong unless the values that they were made of lie on a threshold."""
+    for name, (place, codes) in mine[1].items():
+        other_place, others = (t.reshape(codes.shape) for t in theirs[1][name])
+        differs = codes != others
+        if differs.any():
+            found.first[name] += int(differs.sum())
+            is_near = (place - other_place)[differs].abs().max() <= ROUNDING * (1 + codes.abs().max())
+            return None if is_near else f"codes of {name} differ away from a threshold"
+    apart = float((theirs[0] - mine[0]).abs().max())
+    return None if apart <= TOLERANCE else f"logits differ by {apart:.1e} where no code does; must be at most {TOLERANCE:.0e}"
 
 
-def _unlike(a: Tensor, b: Tensor) -> int:
-    return int(((a - b).abs().amax(1) > TOLERANCE).sum())
+def net_codes(net: nn.Module, image: Tensor) -> tuple[Tensor, Codes]:
+    """Logits of a net for an image, and the codes of its activations."""
+    seen: Codes = {}
+
+    def hook(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        def note(quantizer: Any, args: tuple[Tensor, ...]) -> None:
+            if isinstance(grid := quantizer.grid(args[0]), UniformGrid):
+                seen[name] = grid.to_code_coordinates(args[0]), quantizer.codes(args[0]).float()
+
+        return note
+
+    sites = [site for site in iter_quantizers(net) if not site.is_weight and not site.quantizer.is_float]
+    with probing(net, [site.quantizer.register_forward_pre_hook(hook(site.name)) for site in sites]):
+        out: Tensor = net(image)
+    return out, seen
 
 
-def table(rows: Mapping[str, Mapping[str, str]]) -> str:
-    """Rows by name, columns by name, as plain text."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    cells = [["", *columns], *([name, *(row.get(column, "") for column in columns)] for name, row in rows.items())]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-        for line in cells
-    )
+def graph_codes(model: Any, runtime: str) -> CodesOf:
+    """What gives logits and codes of an ONNX model: a copy of it whose outputs are what its quantizers take and give, too."""
+    from onnx import ModelProto, ValueInfoProto, numpy_helper  # noqa: PLC0415  (an extra)
+
+    shown = ModelProto()
+    shown.CopyFrom(model)
+    constants = {tensor.name: tensor for tensor in shown.graph.initializer}
+    quantizers = [node for node in shown.graph.node if node.op_type == "QuantizeLinear"]
+    names = list(dict.fromkeys(name for node in quantizers for name in (node.input[0], node.output[0]) if name != INPUT))
+    shown.graph.output.extend(ValueInfoProto(name=name) for name in names)
+    session = open_session(shown.SerializeToString(), runtime)
+
+    def run(image: Tensor) -> tuple[Tensor, Codes]:
+        values = dict(zip([OUTPUT, *names], map(torch.from_numpy, session([OUTPUT, *names], image.numpy())), strict=True))
+        values[INPUT] = image
+        seen = {}
+        for node in quantizers:
+            step, added = (float(numpy_helper.to_array(constants[name])) for name in node.input[1:])
+            seen[node.name] = values[node.input[0]] / step, values[node.output[0]].float() - added
+        return values[OUTPUT], seen
+
+    return run

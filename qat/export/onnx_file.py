@@ -1,10 +1,20 @@
-"""An ONNX file of a net, checked against it, from Python: `qat.export_onnx`."""
+"""A quantized net as an ONNX file of standard operators, checked against it: `qat.export_onnx`.
+
+Every product of quantized tensors is one of codes of 8 bits: what it adds to them is planned on an image (`plan.py`, `requantize.py`),
+written down while torch traces the net (`write.py`), and simplified (`rewrite.py`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
+import io
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,25 +22,52 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.export.artefact import Written, kept
 from qat.export.check import Checked, check_onnx
-from qat.export.graph import TARGETS, OnnxSettings, check_size, require_onnx, to_onnx
-from qat.export.stored_weights import TWO_BIT
+from qat.export.codes import OPSETS, WIDTHS, store_weight
+from qat.export.plan import Planner
+from qat.export.runtimes import INPUT, OUTPUT
+from qat.export.write import CODES, SITE, TensorRT, Writer, prepare_activation, prepare_weight, write_in_graph
 from qat.model.checkpoint import describe
 from qat.model.convert import check_input, conversion_of
-from qat.model.frozen import freeze, is_frozen
+from qat.model.frozen import FrozenActivation, FrozenWeight, freeze, is_frozen
 from qat.model.transform import data_config
 from qat.utils.files import replacing
-from qat.utils.probing import probing
 from qat.utils.validate import check_choice
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir
 
     from qat.data.settings import DataSettings
 
+# Gelu needs 20. A graph is written in this one, and its number raised where a stored type needs more: up to 25 operators got
+# new types and attributes alone. From 21 on torch would write GroupNormalization, which onnxruntime runs in nine operators on a CPU.
+LOWEST_OPSET = 20
+LARGEST_CONSTANT = 4096
+# Products on integers for onnxruntime and OpenVINO on CPUs; QuantizeLinear and DequantizeLinear for TensorRT.
+TARGETS = ("cpu", "tensorrt")
+TWO_BIT = {"int4": 4, "int2": 2}
 # Of noise, on which a file is checked where there are no others.
 IMAGES = 16
+
+
+@dataclass(frozen=True)
+class OnnxSettings:
+    """How a file is written.
+
+    Attributes:
+        dynamic_batch: any number of images.
+        target: one of `TARGETS`.
+        two_bit: `int4` stores weights of 2 bits in INT4, which OpenVINO reads, `int2` in INT2: half the bytes. Only for `cpu`.
+    """
+
+    dynamic_batch: bool = True
+    target: str = "cpu"
+    two_bit: str = "int4"
+
+    def __post_init__(self) -> None:
+        check_choice("format.target", self.target, TARGETS)
+        check_choice("format.two_bit", self.two_bit, tuple(TWO_BIT))
 
 
 def export_onnx(
@@ -39,7 +76,6 @@ def export_onnx(
     *,
     images: Tensor | None = None,
     dynamic_batch: bool = True,
-    dynamic_size: bool = False,
     target: str = "cpu",
     two_bit: str = "int4",
 ) -> Checked:
@@ -52,7 +88,6 @@ def export_onnx(
         path: the file, `*.onnx`; one that is there is replaced.
         images: (B, C, H, W) of the net's input size, prepared as it takes them; None = noise, on which a net decides by little.
         dynamic_batch: any number of images, or one at a time.
-        dynamic_size: images of any size, of a net that takes them.
         target: `cpu` (products on integers, onnxruntime and OpenVINO) or `tensorrt` (QuantizeLinear and DequantizeLinear around products).
         two_bit: `int4` or `int2`, which takes half the bytes and OpenVINO does not read.
 
@@ -70,88 +105,74 @@ def export_onnx(
     from qat.data.image_transform import data_settings  # noqa: PLC0415  (brings Lightning with it)
 
     require_onnx()
-    check_choice("target", target, TARGETS)
-    check_choice("two_bit", two_bit, tuple(TWO_BIT))
-    place = Path(path)
-    if place.suffix != ".onnx":
-        raise UsageError(f"path={str(place)!r}: must end in .onnx")
+    settings, file = OnnxSettings(dynamic_batch, target, two_bit), Path(path)
+    if file.suffix != ".onnx":
+        raise UsageError(f"path={str(file)!r}: must end in .onnx")
     done = conversion_of(net)
     if done is None:
         raise UsageError("export_onnx: a float net; qat.convert(net, qat.recipe(...)) quantizes it")
-    if images is not None:
-        _check_images(images, done.input_size, any_size=dynamic_size)
-    net, frozen = _on_cpu(net)
-    _check_is_classifier(frozen, done.input_size)
-    if dynamic_size:
-        check_size(frozen)
-    settings = OnnxSettings(dynamic_batch, dynamic_size, target, two_bit)
-    images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0)) if images is None else images.cpu().float()
-    meta = describe(frozen) | {"preprocessing": preprocessing(data_settings(data_config(net))) if _is_square(done.input_size) else None}
-    with probing(net, ()):
-        return kept(place, lambda file: Written(write_onnx(file, frozen, net, meta, [images], settings)[1], "")).checked
-
-
-def _is_square(input_size: tuple[int, int, int]) -> bool:
-    return input_size[1] == input_size[2]
-
-
-def _on_cpu(net: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A net and what it is frozen to, on the CPU in float32, for plan, graph and comparison; the net of the caller stays as it is."""
+    if images is None:
+        images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0))
+    if images.ndim != 4 or images.shape[1:] != done.input_size or not len(images) or not images.is_floating_point():
+        size = ", ".join(map(str, done.input_size))
+        raise UsageError(f"images: {images.dtype} of {tuple(images.shape)}; must be floating-point of (at least 1, {size})")
     if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in net.state_dict().values()):
         net = copy.deepcopy(net).cpu().float()
-    return net, net if is_frozen(net) else freeze(net)
-
-
-def _check_images(images: Tensor, input_size: tuple[int, int, int], *, any_size: bool) -> None:
-    shape = tuple(images.shape)
-    takes = (input_size[0], *shape[2:]) if any_size else input_size
-    if len(shape) != 4 or shape[1:] != takes or 0 in shape or not images.is_floating_point():
-        size = f"{input_size[0]}, height, width" if any_size else ", ".join(map(str, input_size))
-        raise UsageError(f"images: {images.dtype} of {shape}; must be floating-point of (at least 1, {size})")
-
-
-def _check_is_classifier(net: nn.Module, input_size: tuple[int, int, int]) -> None:
-    shape = check_input(net, input_size)
+    frozen = net if is_frozen(net) else freeze(net)
+    shape = check_input(frozen, done.input_size)
     if shape is None or len(shape) != 2:
         gives = "several tensors" if shape is None else f"(1, {', '.join(map(str, shape[1:]))})"
         raise UsageError(f"export_onnx: the net gives {gives} for an image; only classifiers are written, which give (1, classes)")
+    is_square = done.input_size[1] == done.input_size[2]
+    meta = describe(frozen) | {"preprocessing": preprocessing(data_settings(data_config(net))) if is_square else None}
+    batches = [images.cpu().float()]
+    return write_checked(file, lambda unchecked: write_onnx(unchecked, frozen, net, meta, batches, settings))
+
+
+def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
+    """Write, compare, and only then give a file its name.
+
+    Raises:
+        UsageError: what was written disagrees; it is kept as `<target>.rejected`.
+    """
+    unchecked = target.with_name(f".unchecked.{target.name}")
+    unchecked.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        checked = write(unchecked)
+        problem, rejected = checked.problem, target.with_name(f"{target.name}.rejected")
+        if problem is not None:
+            unchecked.replace(rejected)
+            raise UsageError(f"file={str(target)!r}: what was written does not agree with the checkpoint ({problem}); kept as {rejected}")
+        rejected.unlink(missing_ok=True)
+        unchecked.replace(target)
+    finally:
+        unchecked.unlink(missing_ok=True)
+    return checked
 
 
 def write_onnx(
     path: Path, frozen: nn.Module, net: nn.Module, meta: Mapping[str, Any], images: Sequence[Tensor], settings: OnnxSettings
-) -> tuple[onnx.ModelProto, Checked]:
+) -> Checked:
     """Write a file, run it beside its net.
 
     Args:
         path: the file.
         frozen: what is written.
-        net: what it was frozen from, or itself; in evaluation mode.
-        meta: of `qat.model.checkpoint.describe`, and `preprocessing`; None = not to be said, as for images that are not square.
+        net: what it was frozen from, or itself.
+        meta: of `qat.model.checkpoint.describe`, and `preprocessing`; None = none is stated, as for images that are not square.
         images: (B, C, H, W) each.
         settings: of the file.
     """
     import onnx  # noqa: PLC0415  (an extra)
 
     model = to_onnx(frozen, images[0][:1], settings)
-    describe_file(model, meta)
+    about = {key: meta[key] for key in ("format_version", "model", "recipe", "input_size")}
+    props = {"qat": about, "qat.classes": list(meta.get("classes") or []), "qat.preprocessing": meta["preprocessing"]}
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in props.items() if value is not None})
+    model.producer_name = "qat"
     with replacing(path) as temporary:
         onnx.save(model, str(temporary))
-    return model, check_onnx(frozen, net, path, images)
-
-
-def describe_file(model: onnx.ModelProto, meta: Mapping[str, Any]) -> None:
-    """Write into a model what its user needs: names of classes, treatment of images; and what net it is."""
-    said = {
-        "qat": {key: meta[key] for key in ("format_version", "model", "recipe", "input_size")},
-        "qat.classes": list(meta.get("classes") or []),
-        "qat.preprocessing": meta["preprocessing"],
-    }
-    model.producer_name = "qat"
-    for key, value in said.items():
-        if value is None:
-            continue
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
+    return check_onnx(net, path, images)
 
 
 def preprocessing(settings: DataSettings) -> dict[str, Any]:
@@ -163,3 +184,131 @@ def preprocessing(settings: DataSettings) -> dict[str, Any]:
         "interpolation": settings.interpolation or "bicubic",
         "crop_pct": settings.crop_pct,
     }
+
+
+def require_onnx() -> None:
+    """Raise `UsageError` unless what writes and runs ONNX files is installed."""
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UsageError(f"format=onnx: {name} is not installed; pip install 'vit-qat[export]'") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Without what torch and its exporter log and print."""
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnx_ir", "onnxscript"))}
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+
+
+@_quiet()
+@torch.no_grad()
+def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings()) -> onnx.ModelProto:  # noqa: B008  (frozen)
+    """Write a frozen net down in standard operators.
+
+    Args:
+        net: of `qat.freeze`.
+        image: (1, C, H, W), of the size that the net takes.
+        settings: how.
+
+    Returns:
+        The model: input `image` (B, C, H, W), output `logits` (B, classes), float32.
+
+    Raises:
+        UsageError: the target cannot have this net, or torch cannot export it.
+    """
+    import onnx  # noqa: PLC0415  (an extra)
+
+    from qat.export.rewrite import divide_after_max_pool, narrow_weights, simplify  # noqa: PLC0415  (an extra)
+
+    net = copy.deepcopy(net).eval()
+    smallest = WIDTHS["INT8"] if settings.target == "tensorrt" else TWO_BIT[settings.two_bit]
+    weights = {name: module for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
+    stored = {name: store_weight(weight, smallest) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        prepare_weight(weight, stored[name])
+    if settings.target == "tensorrt":
+        write_in_graph(net, stored, TensorRT(net, stored))
+        model = _trace(net, image, dynamic_batch=settings.dynamic_batch)
+    else:
+        planner = Planner(net)
+        write_in_graph(net, stored, planner)
+        net(image)
+        for module in net.modules():
+            if isinstance(module, FrozenActivation):
+                prepare_activation(module, is_divided=module in planner.folded.grids)
+        writer = net.onnx = Writer(planner.plans)
+        write_in_graph(net, stored, writer)
+        with net.register_forward_pre_hook(writer.restart):
+            model = _trace(net, image, dynamic_batch=settings.dynamic_batch)
+        divide_after_max_pool(model)
+    simplify(model)
+    narrow_weights(model, stored)
+    model.opset_imports[""] = opset = max(LOWEST_OPSET, *(OPSETS[one.kind] for one in stored.values()))
+    proto = _to_proto(model)
+    proto.ir_version = max(proto.ir_version, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]))
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+@_quiet()
+@torch.no_grad()
+def export_float(net: nn.Module, image: Tensor) -> onnx.ModelProto:
+    """Any net in ONNX, for any number of images, by torch's exporter."""
+    return _to_proto(_trace(net, image, dynamic_batch=True))
+
+
+def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Model:
+    from onnxscript import optimizer  # noqa: PLC0415  (an extra)
+
+    # An example of one image would be taken for a net of one image.
+    images = image.expand(2, -1, -1, -1).contiguous() if dynamic_batch else image
+    try:
+        program = torch.onnx.export(
+            net,
+            (images,),
+            dynamo=True,
+            opset_version=LOWEST_OPSET,
+            dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic_batch else None,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            verbose=False,
+            optimize=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        raise UsageError(f"format=onnx: torch cannot export this net: {' '.join(str(cause).split())[:300]}") from error
+    assert program is not None  # noqa: S101  (narrows a type)
+    # Constants that grow, as an outer product of two vectors, are for the runtime to work out when it opens the file.
+    optimizer.optimize_ir(program.model, output_size_limit=LARGEST_CONSTANT, should_fold=_should_fold)
+    return program.model
+
+
+def _should_fold(node: onnx_ir.Node) -> bool | None:
+    """False of the codes of a weight, which would be stored as float numbers; None = the optimizer decides."""
+    return False if any(value is not None and (value.name or "").endswith(CODES) for value in node.inputs) else None
+
+
+def _to_proto(model: onnx_ir.Model) -> onnx.ModelProto:
+    """Name quantizers, and take out what torch notes of its own source code: in a small net more bytes than the weights."""
+    import onnx_ir  # noqa: PLC0415  (an extra)
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # noqa: PLC0415
+
+    for node in model.graph:
+        node.name = node.metadata_props.get(SITE, node.name)
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    ClearMetadataAndDocStringPass()(model)
+    proto = onnx_ir.to_proto(model)
+    del proto.graph.value_info[:]
+    return proto

@@ -10,61 +10,56 @@ where the product and scale_w are one integer kernel of a runtime. Half steps, z
 from __future__ import annotations
 
 import dataclasses
-import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.export.factors import Factor, WeightCodes, number
-from qat.export.next_step import Divided, next_steps
-from qat.export.stored_weights import Stored
+from qat.export.codes import QuantizedTensor, QuantizedWeight, StoredWeight, number
+from qat.export.requantize import Divisor, fold_requantization
 from qat.functional.ste import view_along
-from qat.model.frozen import FrozenActivation, FrozenWeight
+from qat.model.frozen import FrozenActivation
 
 _RIGHT = frozenset({"k", "v"})
 ONE = torch.ones(())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Of a product, or of a factor that becomes numbers; tensors of as few elements as they can have, None = nothing.
+class Plan(nn.Module):
+    """Of a product, or of codes that become numbers; tensors of as few elements as they can have, None = nothing.
 
     Attributes:
         on_codes: False = a scale varies along the summed dimension, and the product is one of numbers; `scale` alone counts then.
-        scale: behind the sum.
-        columns_scale: what that is multiplied with, where both together would be a matrix: worked out when a file is opened.
-        row: added to the sum, in front of the scale.
-        sums: what the sum over a row of the left codes is multiplied with, and added, in front of the scale.
-        columns: the same of a column of the right codes.
-        constant: added behind the scale; of a Linear its bias, too.
-        later: what the constant is multiplied with.
-        left: (..., 1 or N, K), offset of the left factor, multiplied with the right codes.
-        left_scale: behind that product.
-        right: (..., K, 1 or M), offset of the right factor, multiplied with the left codes.
-        right_scale: behind that product.
-        weight_scale: (out,) or (1,), of the codes of a weight.
-        size: of the summed dimension.
         blocks: scale and constant are those of this many parts of the outputs, (..., blocks, 1 or out / blocks); 0 = of the outputs.
+        scale: what the sum is multiplied with.
+        columns_scale: what that is multiplied with, where both together would be a matrix: worked out when a file is opened.
+        row: added to the sum, before the scale.
+        ones: (K, 1), int8: the sum over a row of the left codes is a product with them, in integers.
+        sums: what that sum is multiplied with, and added, before the scale.
+        columns: the same of a column of the right codes.
+        constant: added after the scale; of a Linear its bias, too.
+        later: what the constant is multiplied with.
+        left: (..., 1 or N, K), offset of the left factor, multiplied with the right codes, then with left_scale.
+        weight_scale: (out,) or (1,), of the codes of a weight.
     """
 
-    on_codes: bool = True
-    scale: Tensor | None = None
-    columns_scale: Tensor | None = None
-    row: Tensor | None = None
-    sums: Tensor | None = None
-    columns: Tensor | None = None
-    constant: Tensor | None = None
-    later: Tensor | None = None
-    left: Tensor | None = None
-    left_scale: Tensor | None = None
-    right: Tensor | None = None
-    right_scale: Tensor | None = None
-    weight_scale: Tensor | None = None
-    size: int = 0
-    blocks: int = 0
+    scale: Tensor | None
+    columns_scale: Tensor | None
+    row: Tensor | None
+    ones: Tensor | None
+    sums: Tensor | None
+    columns: Tensor | None
+    constant: Tensor | None
+    later: Tensor | None
+    left: Tensor | None
+    left_scale: Tensor | None
+    weight_scale: Tensor | None
+
+    def __init__(self, *, on_codes: bool = True, blocks: int = 0, **tensors: Tensor | None) -> None:
+        super().__init__()
+        self.on_codes, self.blocks = on_codes, blocks
+        for name in Plan.__annotations__:
+            self.register_buffer(name, tensors.get(name))
 
 
 class Planner:
@@ -79,50 +74,42 @@ class Planner:
 
     def __init__(self, net: nn.Module) -> None:
         self.plans: list[Plan] = []
-        found = next_steps(net)
-        self.behind_weights, self.behind_values = found.weights, found.values
-        # Quantizers whose input is divided by their step already.
-        self.in_codes = found.grids
+        self.folded = fold_requantization(net)
 
-    def activation(self, grid: FrozenActivation, x: Tensor) -> Factor:
+    def activation(self, grid: FrozenActivation, x: Tensor) -> QuantizedTensor:
         """What a quantizer gives."""
         zero = torch.zeros(()) if grid.zero_point is None else view_along(grid.zero_point, x.ndim, grid.axis)
         step, whole = view_along(grid.scale, x.ndim, grid.axis), whole_zero(grid)
-        codes = grid.codes(x * step if grid in self.in_codes else x).float()
+        codes = grid.codes(x * step if grid in self.folded.grids else x).float()
         scale, shift = (t.float().expand(codes.shape) for t in (step, whole - zero))
         after = None if grid.after is None else grid.after.float().expand(codes.shape)
-        zero_code = torch.tensor(whole + added_code(grid))
-        return Factor(codes - whole, scale, after, 0, grid.name, shift=shift, zero=zero_code, graph=self)
+        return QuantizedTensor(codes - whole, scale, shift, after, grid.name, torch.tensor(whole + added_code(grid)), self)
 
-    def weight(self, frozen: FrozenWeight, form: Stored) -> WeightCodes:
-        """Of a frozen weight."""
-        return WeightCodes(frozen, form, self)
-
-    def number(self, x: Factor) -> Tensor:
+    def number(self, x: QuantizedTensor) -> Tensor:
         """(codes + shift) * scale + after."""
         self.plans.append(Plan(scale=smallest(x.scale), row=smallest(x.shift), constant=smallest(x.after)))
         return _value(x)
 
-    def weight_number(self, weight: WeightCodes) -> Tensor:
+    def weight_number(self, weight: QuantizedWeight) -> Tensor:
         """As stored."""
-        return weight.form.value
+        return weight.stored.value
 
     def product(self, a: Any, b: Any, bias: Tensor | None = None) -> Tensor:
         """Of numbers, while the plan is noted."""
-        if not (isinstance(a, Factor) and isinstance(b, Factor | WeightCodes)):
+        if not (isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor | QuantizedWeight)):
             return torch.matmul(number(a), number(b))
-        is_outside = _is_outside(a, -1) and (isinstance(b, WeightCodes) or _is_outside(b, -2))
-        divided = self.behind_weights.get(b.frozen) if isinstance(b, WeightCodes) else None
-        step = self.behind_values.get(b.name, ONE) if isinstance(b, Factor) else ONE if divided is None else divided.scale
-        if not is_outside:
-            self.plans.append(Plan(on_codes=False, scale=None if step is ONE else 1 / step))
-            y = F.linear(number(a), number(b), bias) if isinstance(b, WeightCodes) else torch.matmul(number(a), number(b))
-            return y / step
-        if isinstance(b, WeightCodes):
-            self.plans.append(_with_weight(a, b.form, bias, divided))
-            return F.linear(_value(a), b.form.value, bias) / step
-        self.plans.append(_with_factor(_in_codes(a, -1), _in_codes(b, -2), step))
-        return torch.matmul(_value(a), _value(b)) / step
+        if isinstance(b, QuantizedWeight):
+            divisor = self.folded.weights.get(b.frozen)
+            step, is_outside = ONE if divisor is None else divisor.scale, _is_outside(a, -1)
+            plan = _with_weight(a, b.stored, bias, divisor) if is_outside else None
+        else:
+            step, a, b = self.folded.activations.get((a.name, b.name), ONE), _offset_in_shift(a, -1), _offset_in_shift(b, -2)
+            plan = _with_activation(a, b, step) if _is_outside(a, -1) and _is_outside(b, -2) and b.after is None else None
+        self.plans.append(plan or Plan(on_codes=False, scale=None if step is ONE else 1 / step))
+        left = number(a) if plan is None else _value(a)
+        if isinstance(b, QuantizedWeight):
+            return F.linear(left, b.stored.value, bias) / step
+        return torch.matmul(left, number(b) if plan is None else _value(b)) / step
 
 
 def whole_zero(grid: FrozenActivation) -> int:
@@ -153,96 +140,81 @@ def smallest(t: Tensor | None) -> Tensor | None:
     return t.contiguous()
 
 
-def _value(x: Factor) -> Tensor:
-    assert x.shift is not None  # noqa: S101  (the first time)
-    value = (x.codes + x.shift) * x.scale
+def _value(x: QuantizedTensor) -> Tensor:
+    value: Tensor = (x.codes + x.shift) * x.scale
     return value if x.after is None else value + x.after
 
 
-def _is_outside(x: Factor, dim: int) -> bool:
+def _is_outside(x: QuantizedTensor, dim: int) -> bool:
     """Whether scale and shift can stand outside of a sum along a dimension."""
     return all(t is None or t.shape[dim] == 1 for t in (smallest(x.scale), smallest(x.shift)))
 
 
-def _with_weight(a: Factor, form: Stored, bias: Tensor | None, divided: Divided | None) -> Plan:
+def _with_weight(a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None, divisor: Divisor | None) -> Plan:
     scale, shift, after = (None if t is None else t.double() for t in map(smallest, (a.scale, a.shift, a.after)))
-    factors = form.factors.double()
-    per_row = form.scale.double().expand(len(factors))
-    sums = None if form.constant is None else form.constant.double()
-    row = None if shift is None else shift * (factors.sum(1) * per_row + (0 if sums is None else factors.shape[1] * sums))
+    factors = stored.factors.double()
+    sums = None if stored.constant is None else stored.constant.double()
+    row = None
+    if shift is not None:
+        row = shift * (factors.sum(1) * stored.scale.double() + (0 if sums is None else factors.shape[1] * sums))
     constant = None if bias is None else bias.double()
     if after is not None:
-        behind = after.expand(*after.shape[:-1], factors.shape[1]) @ form.value.double().t()
-        constant = behind if constant is None else constant + behind
+        offset = after.expand(*after.shape[:-1], factors.shape[1]) @ stored.value.double().t()
+        constant = offset if constant is None else constant + offset
     # What is one number for the tensor or one for each output goes with the scales of the weight.
-    columns = torch.ones(1, dtype=torch.float64) if divided is None else 1 / divided.columns.double()
-    one = scale.reshape(()) if scale is not None and scale.numel() == 1 else torch.ones((), dtype=torch.float64)
-    weight_scale = form.scale.double() * one * columns
+    columns = torch.ones(1, dtype=torch.float64) if divisor is None else 1 / divisor.columns.double()
+    one = scale.reshape(()) if scale is not None and scale.numel() == 1 else ONE.double()
     row, sums = (None if t is None else t * one * columns for t in (row, sums))
     scale = None if scale is None or scale.numel() == 1 else scale
     constant = None if constant is None else constant * columns
-    later = None if divided is None or divided.rows is None else 1 / divided.rows.double().unsqueeze(-1)  # (N, 3, 1)
+    later = None if divisor is None or divisor.rows is None else 1 / divisor.rows.double().unsqueeze(-1)  # (N, 3, 1)
     # OpenVINO 2026.4 takes a scale of rows for one of columns where nothing, not even a zero point, stands between it and the product.
     blocks = later.shape[-2] if later is not None else int(scale is not None and not a.zero)
-    ndim = max(a.ndim, 3)
     if blocks:
         scale = None if scale is None else scale.unsqueeze(-1)
         constant = None if constant is None else constant.unflatten(-1, (blocks, -1))
     if later is not None:
         scale = later if scale is None else scale * later
-    ndim_behind = ndim + (blocks > 0)
-    return Plan(
-        row=_beside(row, ndim),
-        sums=_beside(sums, ndim),
-        scale=_beside(scale, ndim_behind),
-        constant=_beside(constant, ndim_behind),
-        later=_beside(later, ndim_behind),
-        weight_scale=weight_scale.float(),
-        size=a.shape[-1],
-        blocks=blocks,
-    )
+    # With leading dimensions of 1: a product and a vector that is added would become one operator of float numbers.
+    ndim = max(a.ndim, 3)
+    before = {name: _in_dimensions(t, ndim) for name, t in (("row", row), ("sums", sums))}
+    behind = {name: _in_dimensions(t, ndim + (blocks > 0)) for name, t in (("scale", scale), ("constant", constant), ("later", later))}
+    before["ones"] = None if sums is None else _ones(a)
+    return Plan(blocks=blocks, weight_scale=(stored.scale.double() * one * columns).float(), **before, **behind)
 
 
-def _beside(t: Tensor | None, ndim: int) -> Tensor | None:
-    """With leading dimensions of 1: a product and a vector that is added would become one operator of float numbers."""
+def _in_dimensions(t: Tensor | None, ndim: int) -> Tensor | None:
     return None if t is None else t.float().reshape([1] * (ndim - t.ndim) + list(t.shape))
 
 
-def _in_codes(x: Factor, dim: int) -> Factor:
-    """With an offset that stays the same along a summed dimension in the shift."""
+def _ones(a: QuantizedTensor) -> Tensor:
+    return torch.ones(a.shape[-1], 1, dtype=torch.int8)
+
+
+def _offset_in_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:
+    """An offset that stays the same along a summed dimension is part of the shift."""
     after = smallest(x.after)
-    if after is None or after.shape[dim] > 1:
+    if after is None or after.shape[dim] > 1 or x.scale is None:
         return x
-    assert x.shift is not None  # noqa: S101  (the first time)
     return dataclasses.replace(x, shift=x.shift + after / x.scale, after=None)
 
 
-def _with_factor(a: Factor, b: Factor, step: Tensor) -> Plan:
-    """(A + da) sa + ca times (B + db) sb + cb, multiplied out, by the step of the quantizer behind it."""
-    (sa, da, ca), (sb, db, cb) = ([smallest(t) for t in (x.scale, x.shift, x.after)] for x in (a, b))
-    assert sa is not None  # noqa: S101  (steps are positive)
+def _with_activation(a: QuantizedTensor, b: QuantizedTensor, step: Tensor) -> Plan:
+    """(A + da) sa + ca times (B + db) sb, multiplied out, divided by the step size of the quantizer after it."""
+    sa, da, ca = (smallest(t) for t in (a.scale, a.shift, a.after))
+    sb, db = smallest(b.scale), smallest(b.shift)
+    assert sa is not None  # noqa: S101  (step sizes are positive)
     assert sb is not None  # noqa: S101
-    row = None if da is None or db is None else a.shape[-1] * da * db
-    constants = []
-    if ca is not None and db is not None:
-        constants.append(ca.sum(-1, keepdim=True) * db * sb)
-    if cb is not None and da is not None:
-        constants.append(cb.sum(-2, keepdim=True) * da * sa)
-    if ca is not None and cb is not None:
-        constants.append(ca @ cb)
-    constant = functools.reduce(torch.add, constants) / step if constants else None
     of_rows, of_columns = (sa / step, sb) if step.ndim == 0 or step.shape[-1] == 1 else (sa, sb / step)
     is_matrix = of_rows.numel() > 1 and of_columns.numel() > 1
     return Plan(
         scale=of_rows if is_matrix else of_rows * of_columns,
         columns_scale=of_columns if is_matrix else None,
-        row=row,
+        row=None if da is None or db is None else a.shape[-1] * da * db,
+        ones=None if db is None else _ones(a),
         sums=db,
         columns=da,
-        constant=constant,
+        constant=None if ca is None or db is None else ca.sum(-1, keepdim=True) * db * sb / step,
         left=ca,
         left_scale=sb / step,
-        right=cb,
-        right_scale=sa / step,
-        size=a.shape[-1],
     )

@@ -16,12 +16,8 @@ from qat.functional.observers import RangeState, affine_from_state, affine_scale
 from qat.functional.oscillation import (
     FreezingState,
     OscillationState,
-    PackedOscillation,
     freezing_step,
     oscillation_step,
-    pack_oscillation,
-    packing_error,
-    unpack_oscillation,
     with_frozen,
 )
 from qat.functional.qkr import fold_q_bias, fold_qk
@@ -31,7 +27,6 @@ from qat.functional.ste import mean_abs, round_ste, view_along
 __all__ = [
     "FreezingState",
     "OscillationState",
-    "PackedOscillation",
     "RangeState",
     "affine_codes",
     "affine_from_range",
@@ -68,8 +63,6 @@ __all__ = [
     "near_threshold",
     "observe",
     "oscillation_step",
-    "pack_oscillation",
-    "packing_error",
     "round_ste",
     "soft_cross_entropy",
     "statsq",
@@ -78,7 +71,6 @@ __all__ = [
     "statsq_rms_scale",
     "statsq_scale",
     "statsq_with_scale",
-    "unpack_oscillation",
     "view_along",
     "with_frozen",
 ]

@@ -67,7 +67,7 @@ def generator_at(seed: int, *place: int) -> torch.Generator:
 
 
 def draw(
-    seed: int, place: tuple[int, int, int], length: int, radius: float, *, size: int = POPULATION, tournament: int = TOURNAMENT
+    seed: int, place: tuple[int, int, int], length: int, radius: float | Tensor, *, size: int = POPULATION, tournament: int = TOURNAMENT
 ) -> Draw:
     """The draws of one cycle.
 
@@ -75,7 +75,7 @@ def draw(
         seed: of the run.
         place: (pass, block, cycle), each from 0.
         length: n, entries of a candidate.
-        radius: of the noise, in the unit of a scale, or a fraction for relative noise.
+        radius: of the noise, one or (n,), in the unit of a scale, or a fraction for relative noise.
         size: P, members of the population.
         tournament: S, how many of them compete.
     """
@@ -115,11 +115,6 @@ def mutate(parent: Tensor, noise: Tensor, *, relative: bool = False) -> Tensor:
 def evolved_child(population: Population, drawn: Draw, *, relative: bool = False) -> Tensor:
     """Candidate (n,) of an evolutionary search: a mutation of the tournament's winner."""
     return mutate(select_parent(population, drawn.members), drawn.noise, relative=relative)
-
-
-def random_child(incumbent: Tensor, drawn: Draw, *, relative: bool = False) -> Tensor:
-    """Candidate (n,) of a random search: a mutation of the scales (n,) that the block began with, whatever was found since."""
-    return mutate(incumbent.detach().cpu().double(), drawn.noise, relative=relative)
 
 
 def insert(population: Population, child: Tensor, loss: float) -> Insertion:

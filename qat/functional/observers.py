@@ -17,7 +17,8 @@ PERCENTILE = 0.99999
 MOMENTUM = 0.01
 # These remember a moving average of the ends of the range, the others the outermost ends.
 _MOVING = ("ema", "percentile")
-_SEARCHES = {"omse": omse_scale, "mse": mse_scale, "ptf": ptf_scale}
+# These try candidates on a batch; the others need nothing but the range.
+SEARCHES = {"omse": omse_scale, "mse": mse_scale, "ptf": ptf_scale}
 # torch.quantile computes ranks in float32, which are no whole numbers beyond 2^24; older versions refuse longer rows.
 LONGEST_ROW = 16_000_000
 # Share of a one-sided range that may fall off the codes.
@@ -116,7 +117,7 @@ def affine_from_state(state: RangeState, x: Tensor, bits: int, *, signed: bool, 
         method: one of `OBSERVERS`.
     """
     check_choice("method", method, OBSERVERS)
-    if search := _SEARCHES.get(method):
+    if search := SEARCHES.get(method):
         return search(x, *state, bits, signed=signed, axis=axis)
     return affine_from_range(*state, bits, signed=signed)
 

@@ -8,13 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A packed frequency below this is stored as zero.
-LOWEST_FREQUENCY = 1e-4
-# 16 bits hold a direction (3 values) and a level of the frequency's logarithm; the last level is zero.
-_DIRECTIONS = 3
-_LEVELS = 2**16 // _DIRECTIONS - 1
-_OFFSET = 2**15
-
 
 class OscillationState(NamedTuple):
     """What is known of the codes of one tensor after some looks; float32, the shape of the codes.
@@ -103,51 +96,3 @@ def with_frozen(state: FreezingState | None, codes: Tensor) -> Tensor:
 def cosine_between(first: float, last: float, progress: float) -> float:
     """A value that goes from `first` to `last` along half a cosine while `progress` goes from 0 to 1."""
     return last + (first - last) / 2 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
-
-
-class PackedOscillation(NamedTuple):
-    """An `OscillationState` without `flips` in 3 bytes an entry.
-
-    Attributes:
-        codes: int8.
-        memory: int16: direction, and the frequency on a logarithmic grid.
-    """
-
-    codes: Tensor
-    memory: Tensor
-
-
-def _grid(momentum: float) -> float:
-    """Distance of two levels in -log(frequency): a whole fraction of -log(1 - momentum), so that a decay is exact."""
-    decay = -math.log1p(-momentum)
-    return decay / max(int(_LEVELS * decay / -math.log(LOWEST_FREQUENCY)), 1)
-
-
-def packing_error(frequency: float, momentum: float) -> float:
-    """Largest distance between a frequency tracked in packed form and the exact one.
-
-    Decays are exact on the grid, so only a flip rounds, by a factor of exp(+-grid/2) =: 1 +- d. An error decays like the frequency itself;
-    the sum over the flips so far is at most d/momentum * frequency * (largest frequency so far). Dropping what is below `LOWEST_FREQUENCY`
-    adds that much, and a hundredth for earlier drops.
-
-    Args:
-        frequency: an upper bound of the frequency so far.
-        momentum: of `oscillation_step`.
-    """
-    return math.expm1(_grid(momentum) / 2) / momentum * frequency**2 + 1.02 * LOWEST_FREQUENCY
-
-
-def pack_oscillation(state: OscillationState, momentum: float) -> PackedOscillation:
-    """Three bytes an entry; codes must fit int8 (8 bits). The frequency is exact to half a level: 0.022 % at momentum 0.01."""
-    level = (state.frequency.log() / -_grid(momentum)).round().clamp(0, _LEVELS)
-    memory = level * _DIRECTIONS + state.direction + 1 - _OFFSET
-    return PackedOscillation(state.codes.to(torch.int8), memory.to(torch.int16))
-
-
-def unpack_oscillation(packed: PackedOscillation, momentum: float) -> OscillationState:
-    """The state again, `flips` from zero on."""
-    memory = packed.memory.int() + _OFFSET
-    level = memory.div(_DIRECTIONS, rounding_mode="floor")
-    frequency = torch.where(level == _LEVELS, 0.0, (level * -_grid(momentum)).exp())
-    codes = packed.codes.float()
-    return OscillationState(codes, (memory - level * _DIRECTIONS - 1).float(), frequency, torch.zeros_like(codes))

@@ -1,1 +1,1 @@
-"""Processes of a run, the scheduler they run under, and who may write into a run directory."""
+"""Processes of a run, the scheduler they run under, and the run directory."""

@@ -2,7 +2,7 @@
 
 SIGUSR1 and SIGUSR2 say that the machine is about to be taken away: save, go on elsewhere. SIGTERM says stop: save, and that is all; a
 cluster that preempts with it starts the job again by itself. SIGINT, Ctrl-C, says the same; a second one does not wait. Outside training a
-signal raises `Preempted` at once; inside, it is noted, and `qat.callbacks.Preemption` acts on it behind the step under way. Imports nothing
+signal raises `Preempted` at once; inside, it is noted, and `qat.callbacks.Preemption` acts on it after the step under way. Imports nothing
 heavy.
 """
 
@@ -13,26 +13,25 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 LEAVING = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (*LEAVING, signal.SIGTERM, signal.SIGINT)
-# Seconds within which a Ctrl-C comes twice to a process of several, from the terminal and from the one that started it.
+# Seconds within which one Ctrl-C comes twice to a rank, from the terminal and from torchrun.
 ECHO_S = 1.0
 # Seconds that a loader process outlives a SIGTERM: the training process needs it until its step is done and saved.
 OUTLIVE_S = 20
 
 
 class Preempted(BaseException):
-    """A signal has ended this run. Like KeyboardInterrupt no `Exception`: nobody on the way takes it for an error of their own.
+    """A signal has ended this run. Like KeyboardInterrupt no `Exception`: no handler on the way takes it for an error of its own.
 
     Args:
         number: of the signal.
-        step: optimizer steps behind which the run stands; None outside training.
+        step: optimizer steps after which the run stands; None outside training.
         saved: what it goes on from, None where nothing was written.
     """
 
@@ -53,19 +52,17 @@ class Preempted(BaseException):
 
 @dataclass
 class _Arrivals:
-    """What has arrived in this process, and what becomes of it.
+    """What has arrived in this process.
 
     Attributes:
         number: the signal that counts: of several the highest, so that SIGTERM outranks a wish to go on elsewhere. 0 = none.
         is_deferred: noted only.
-        is_importing: Ctrl-C ends the process at once.
         interrupted_at: when Ctrl-C came, on the monotonic clock; None = it has not.
         process: the one that listens; copies of it, which loaders make, leave signals to it.
     """
 
     number: int = 0
     is_deferred: bool = False
-    is_importing: bool = False
     interrupted_at: float | None = None
     process: int = 0
 
@@ -74,53 +71,28 @@ _arrivals = _Arrivals()
 
 
 @contextlib.contextmanager
-def handling(handler: Callable[[int, FrameType | None], Any]) -> Generator[None]:
-    """Have a function take the signals during a block. Nothing outside the main thread, where none arrives."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    _set_handler(handler)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, signal.SIG_DFL if old is None else old)
-
-
-@contextlib.contextmanager
 def listening() -> Generator[None]:
-    """Note the signals, or raise `Preempted`."""
+    """Note the signals, or raise `Preempted`. Nothing outside the main thread, where none arrives."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     forget()
-    _arrivals.process = os.getpid()
+    listen()
     try:
-        with handling(_note):
-            yield
+        yield
     finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, old in before.items():
+                signal.signal(number, signal.SIG_DFL if old is None else old)
         forget()
 
 
 def listen() -> None:
-    """Take the signals again from whoever took them since."""
-    if threading.current_thread() is threading.main_thread():
-        _arrivals.process = os.getpid()
-        _set_handler(_note)
-
-
-def _set_handler(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Take the signals, also from a library that has taken them since."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    _arrivals.process = os.getpid()
     for number in SIGNALS:
         if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def importing() -> Generator[None]:
-    """Have Ctrl-C end the process at once: Python drops exceptions that are raised in some corners of imports."""
-    _arrivals.is_importing = True
-    try:
-        yield
-    finally:
-        _arrivals.is_importing = False
+            signal.signal(number, _note)
 
 
 def defer(*, on: bool) -> None:
@@ -141,34 +113,30 @@ def forget() -> None:
 def _note(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _arrivals.process:
         return
-    if number == signal.SIGINT and is_impatient():
-        end_at_once(number, frame)
+    if number == signal.SIGINT:
+        now = time.monotonic()
+        if _arrivals.interrupted_at is not None and now - _arrivals.interrupted_at > ECHO_S:
+            end_at_once(number, frame)
+        _arrivals.interrupted_at = _arrivals.interrupted_at or now
     _arrivals.number = max(_arrivals.number, number)
     if not _arrivals.is_deferred:
-        _arrivals.is_deferred = True  # what cleans up behind the exception is not interrupted by another one
+        _arrivals.is_deferred = True  # what cleans up after the exception is not interrupted by another one
         raise Preempted(number)
 
 
-def is_impatient() -> bool:
-    """True for a Ctrl-C that waits for nothing: one in the middle of imports, and the second one."""
-    now, first = time.monotonic(), _arrivals.interrupted_at
-    _arrivals.interrupted_at = now if first is None else first
-    return _arrivals.is_importing or (first is not None and now - first > ECHO_S)
-
-
 def end_at_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    """End this process behind one line; files that are written at the moment do not come into being, those that are there stay."""
+    """End this process with one line; files that are being written do not come into being, those that are there stay."""
     if os.environ.get("RANK", "0") == "0":
         # Not by way of Python's streams: what is interrupted may be writing to them.
         os.write(2, b"stopped by Ctrl-C at once; what was saved before is as it was\n")
     os._exit(128 + number)
 
 
-def outlive(worker: int) -> None:
-    """Have a loader process see its training process through: a scheduler may send the signal to all processes of a job.
+def ignore_signals(worker: int) -> None:
+    """Keep a loader process alive as long as its training process: a scheduler may send the signal to all processes of a job.
 
     Args:
-        worker: its number, which torch tells it.
+        worker: its number, which torch gives.
     """
     for number in (*LEAVING, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -1,11 +1,10 @@
-"""Jobs of SLURM: telling their processes from others, refusing what cannot work, going on after a preemption. Imports nothing heavy."""
+"""Jobs of SLURM: which processes are theirs, what cannot work, going on after a preemption. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -45,64 +44,41 @@ def check_place(trainer: Mapping[str, Any]) -> None:
     """Compare the processes that SLURM has started with those that `trainer.*` asks for: they would wait for each other.
 
     Raises:
-        UsageError: they differ, or cannot find each other.
+        UsageError: they differ.
     """
-    if "SLURM_JOB_ID" not in os.environ or ranks.is_started_here() or "TORCHELASTIC_RUN_ID" in os.environ:
+    if "SLURM_JOB_ID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return
     if not ranks.is_srun_task():
-        _check_alone()
+        tasks = ranks.env_number("SLURM_NTASKS")
+        if tasks > 1 and "SLURM_STEP_ID" not in os.environ and os.environ.get("SLURM_JOB_NAME") not in OF_PERSONS:
+            ways = "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
+            raise UsageError(f"SLURM has {tasks} tasks for this job, and this process is not one of them; {ways}")
         return
-    if "SLURM_NTASKS_PER_NODE" not in os.environ:
-        tasks = ranks.env_number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
-        each = -(-tasks // nodes())
-        raise UsageError(f"SLURM has --ntasks={tasks} without the number on each node; must be --ntasks-per-node={each}")
-    wanted = {
-        "devices": (ranks.local_count(trainer), tasks_per_node(), "tasks on each node"),
-        "num_nodes": (trainer.get("num_nodes", 1), nodes(), "nodes"),
-    }
-    for name, (asked, there, what) in wanted.items():
-        if asked != there:
+    wanted = (("devices", ranks.local_count(trainer), tasks_per_node()), ("num_nodes", trainer.get("num_nodes", 1), nodes()))
+    for name, requested, there in wanted:
+        if requested != there:
+            what = "nodes" if name == "num_nodes" else "tasks on each node"
             raise UsageError(
                 f"trainer.{name}={trainer.get(name, 1)!r}: SLURM has {there} {what}; must be {there}, which trainer=slurm sets"
             )
-    _check_meeting_place()
-
-
-def _check_alone() -> None:
-    tasks = ranks.env_number("SLURM_NTASKS")
-    if tasks > 1 and "SLURM_STEP_ID" not in os.environ and os.environ.get("SLURM_JOB_NAME") not in OF_PERSONS:
-        ways = "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
-        raise UsageError(f"SLURM has {tasks} tasks for this job, and this process is not one of them; {ways}")
-
-
-def _check_meeting_place() -> None:
-    """Where the processes meet is the first node. Lightning would look for it for half an hour."""
     if nodes() == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        return
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
-
-    name = os.environ.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(os.environ.get("SLURM_NODELIST", "127.0.0.1"))
-    try:
-        socket.getaddrinfo(name, None)
-    except OSError as error:
-        raise UsageError(f"MASTER_ADDR={name!r}: no such host ({error.strerror}); must be an address of the first node") from error
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # a name of the node may not resolve
 
 
 def environments() -> list[Any]:
-    """What tells Lightning the place of this process: left to itself it takes any process of a job for one that srun has started."""
+    """What gives Lightning the place of this process: left to itself it takes any process of a job for one that srun has started."""
     from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
     if ranks.is_srun_task():
         return [SLURMEnvironment(auto_requeue=False)]
-    is_alone = "SLURM_JOB_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    return [LightningEnvironment()] if is_alone or ranks.is_started_here() else []
+    return [LightningEnvironment()] if "SLURM_JOB_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ else []
 
 
 def implied_resume(resume: Any, run_dir: Path, *, overwrite: bool) -> Any:
     """The setting `resume`; "auto" where it is False in a job that SLURM has started again, which goes on where it was."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    if restarts == "0" or resume is not False or (overwrite and not _is_owner(run_dir)):
+    owner = run_dir / OWNER
+    if restarts == "0" or resume is not False or (overwrite and not (owner.is_file() and owner.read_text().strip() == job())):
         return resume
     if ranks.is_first():
         log.info("job %s, restart %s: resume=auto", job(), restarts)
@@ -115,59 +91,44 @@ def write_owner(run_dir: Path) -> None:
         (run_dir / OWNER).write_text(f"{job()}\n")
 
 
-def _is_owner(run_dir: Path) -> bool:
-    path = run_dir / OWNER
-    return path.is_file() and path.read_text().strip() == job()
-
-
-def leave(stop: Preempted, run_dir: Path, way_on: str) -> int:
-    """Say that a signal ended the run, and have SLURM start the job again if that is what the signal means.
+def leave(stop: Preempted, run_dir: Path, resume_hint: str) -> int:
+    """Log that a signal ended the run, and have SLURM start the job again if that is what the signal means.
 
     Args:
         stop: the signal, and where the run stands.
         run_dir: of the run.
-        way_on: how a person goes on with it.
+        resume_hint: how a person goes on with it.
 
     Returns:
         The exit code, for where nobody ends this process.
     """
     code = 128 + stop.signal
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # SLURM's word to a job that is requeued
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which SLURM sends to a job that is requeued
     requeues = stop.wants_requeue and job() is not None
     if ranks.is_first():
-        log.warning("%s%s", _describe(stop), f", requeueing job {job()}" if requeues else f"; {way_on}")
-        failure = (_no_progress(run_dir) or _requeue()) if requeues else None
+        where = "outside training" if stop.step is None else f"at step {stop.step}: "
+        if stop.step is not None:
+            where += f"{stop.saved.name} written" if stop.saved else "this run writes no last.ckpt"
+        what = f"{'preempted' if stop.wants_requeue else 'stopped'} by {stop.name} {where}"
+        log.warning("%s%s", what, f", requeueing job {job()}" if requeues else f"; {resume_hint}")
+        failure = _requeue(run_dir) if requeues else None
         if failure is not None:
-            log.error("job %s not requeued (%s); %s", job(), failure, way_on)
+            log.error("job %s not requeued (%s); %s", job(), failure, resume_hint)
             return code
     if requeues:
         time.sleep(KILL_S)
     return code
 
 
-def _no_progress(run_dir: Path) -> str | None:
-    """Why it is of no use to start this job again; None where there is something to go on from, or there was little time for it yet."""
+def _requeue(run_dir: Path) -> str | None:
+    """None, or why the job is not started again. It ends srun at once, which gets a moment to show what was logged."""
     stretches = ranks.env_number("SLURM_RESTART_COUNT", default=0) + 1
-    if stretches < FRUITLESS or any(path for pattern in ("*.ckpt", "*.jsonl") for path in run_dir.rglob(pattern)):
-        return None
-    return f"{stretches} stretches have saved nothing to go on from; its time limit is too short for what comes before"
-
-
-def _requeue() -> str | None:
-    """None, or why SLURM would not. It ends srun at once, which is given a moment to hand on what was said."""
+    if stretches >= FRUITLESS and not any(run_dir.rglob("*.ckpt")):
+        return f"{stretches} stretches have saved nothing to go on from; its time limit is too short for what comes before"
     time.sleep(SAID_S)
+    command = ["scontrol", "requeue", str(job())]
     try:
-        done = subprocess.run(
-            ["scontrol", "requeue", str(job())], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=REQUEUE_S, check=False
-        )
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=REQUEUE_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return None if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())
-
-
-def _describe(stop: Preempted) -> str:
-    verb = "preempted" if stop.wants_requeue else "stopped"
-    if stop.step is None:
-        return f"{verb} by {stop.name} outside training"
-    saved = f"{stop.saved.name} written" if stop.saved else "this run writes no last.ckpt"
-    return f"{verb} by {stop.name} at step {stop.step}: {saved}"

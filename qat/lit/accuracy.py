@@ -28,7 +28,7 @@ def accuracy_metrics(num_classes: int, prefix: str) -> MetricCollection:
 class MeanLoss(MeanMetric):
     """Mean over images of values that are each a mean over a batch; NaN as soon as one of them is.
 
-    torchmetrics' own leaves such batches out, or, told not to look for them, all weights; and it copies each weight to the device, which
+    torchmetrics' own leaves such batches out, or, set not to look for them, all weights; and it copies each weight to the device, which
     waits for the step before.
     """
 

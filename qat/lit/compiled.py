@@ -25,7 +25,7 @@ def n_graphs() -> int:
 
 
 def can_recompute() -> bool:
-    """Whether this version of torch can be told to keep less for backward: the setting has no public name."""
+    """Whether this version of torch can keep less for backward: the setting has no public name."""
     return hasattr(functorch, RECOMPUTATION)
 
 

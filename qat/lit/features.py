@@ -14,7 +14,7 @@ from qat.utils.probing import probing
 
 
 class Outputs:
-    """Looks at modules and remembers what they give, in the passes that somebody asks for.
+    """Remembers what modules give in the passes inside `of_pass`.
 
     Args:
         modules: watched from now on.
@@ -63,31 +63,26 @@ def compare_blocks(student: nn.Module, teacher: nn.Module, image: Tensor, settin
     Raises:
         UsageError: the net has no blocks, or those of the teacher give something else.
     """
-    own, followed = (_shapes(net, image, which) for net in (student, teacher))
-    if not own:
-        raise UsageError(f"{setting}: this net has no blocks (children of a module called blocks); must be 0")
-    if None in own:
-        raise UsageError(f"{setting}: a block of this net gives more than one tensor; must be 0")
+    shapes: list[list[tuple[int, ...] | None]] = []
+    for net in (student, teacher):
+        found: list[tuple[int, ...] | None] = []
+        hooks = [
+            block.register_forward_hook(
+                lambda _, args, out, found=found: found.append(tuple(out.shape[1:]) if isinstance(out, Tensor) else None)
+            )
+            for block in _blocks(net, which)
+        ]
+        with probing(net, hooks):
+            net(image)
+        shapes.append(found)
+    own, followed = shapes
+    if not own or None in own:
+        what = "a block of this net gives more than one tensor" if own else "this net has no blocks (children of a module called blocks)"
+        raise UsageError(f"{setting}: {what}; must be 0")
     if own != followed:
-        raise UsageError(f"{setting}: {_said(own)}, the teacher's {_said(followed)}; the teacher has to be of the same architecture")
+        raise UsageError(f"{setting}: blocks give {own}, the teacher's {followed}; the teacher has to be of the same architecture")
 
 
 def _blocks(net: nn.Module, which: str) -> list[nn.Module]:
     blocks = list(find_blocks(net).values())
     return blocks[-1:] if which == "last" else blocks
-
-
-def _shapes(net: nn.Module, image: Tensor, which: str) -> list[tuple[int, ...] | None]:
-    found: list[tuple[int, ...] | None] = []
-
-    def look(module: nn.Module, args: Any, output: Any) -> None:
-        found.append(tuple(output.shape[1:]) if isinstance(output, Tensor) else None)
-
-    with probing(net, [block.register_forward_hook(look) for block in _blocks(net, which)]):
-        net(image)
-    return found
-
-
-def _said(shapes: list[tuple[int, ...] | None]) -> str:
-    widest = sorted({"x".join(map(str, shape or ())) for shape in shapes})
-    return f"{len(shapes)} blocks give {', '.join(widest)}"

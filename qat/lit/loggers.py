@@ -1,107 +1,82 @@
-"""Lightning's experiment loggers with names and folders from the run directory, kept from calling home."""
+"""`metrics.csv` of a run that may be killed and resumed; and the end of what Lightning's loggers leave open."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import inspect
-import logging
+import csv
+import io
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 
-from qat.errors import UsageError
 from qat.launch.signals import Preempted
-from qat.utils.validate import check_text
+from qat.utils.files import appending, csv_rows, write_text
 
-# They report to their makers by default, and MLflow that it makes tables; who wants that sets the variable.
-QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "MLFLOW_LOGGING_LEVEL": "WARNING"}
+# W&B and MLflow report to their makers unless these say otherwise, and MLflow lists the tables that it makes.
+for _name, _value in {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "MLFLOW_LOGGING_LEVEL": "WARNING"}.items():
+    os.environ.setdefault(_name, _value)
 
 
-def tensorboard(run_dir: str, **options: Any) -> TensorBoardLogger:
-    """Event files in the run directory.
+class CSVLog(CSVLogger):
+    """Lightning's logger; every row is in the file at once, and a run that is resumed goes on in the file.
 
-    Args:
-        run_dir: the run directory; TensorBoard calls the run after it.
-        options: for `TensorBoardLogger`.
-
-    Raises:
-        UsageError: TensorBoard is not installed, or a setting cannot work.
+    Attributes:
+        resumed_at: optimizer steps of the checkpoint that the run is resumed from: rows of later steps are dropped, as they come again.
+            None = a new run, which replaces the file.
     """
-    check_text("logger.tensorboard.run_dir", run_dir)
-    _require("tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
 
-    _check_options("logger.tensorboard", options, TensorBoardLogger, SummaryWriter)
-    return TensorBoardLogger(run_dir, **{"name": "", "version": "", "default_hp_metric": False, **options})
+    resumed_at: int | None = None
 
-
-def wandb(run_dir: str, *, offline: bool = True, **options: Any) -> WandbLogger:
-    """A run of Weights & Biases in `wandb/` of the run directory, in the group of the directory above.
-
-    Args:
-        run_dir: the run directory; the run is called after it.
-        offline: write files only.
-        options: for `WandbLogger` and `wandb.init`.
-
-    Raises:
-        UsageError: W&B is not installed, or a setting cannot work.
-    """
-    check_text("logger.wandb.run_dir", run_dir)
-    if not isinstance(offline, bool):
-        raise UsageError(f"logger.wandb.offline={offline!r}: must be true or false")
-    for name in {"project", "name", "group"} & options.keys():
-        check_text(f"logger.wandb.{name}", options[name])
-    _check_options("logger.wandb", options, WandbLogger, _require("wandb").init)
-    run = Path(run_dir).absolute()
-    # The jobs of a multirun share a process, not a run; train.log has the terminal's lines.
-    settings = {"reinit": "create_new", "console": "off", "silent": offline, **options.pop("settings", {})}
-    return WandbLogger(offline=offline, settings=settings, **{"save_dir": run, "name": run.name, "group": run.parent.name, **options})
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """The writer of the file."""
+        if self._experiment is None:
+            self._experiment = _Writer(self.log_dir, self.resumed_at)
+        return self._experiment  # type: ignore[return-value]
 
 
-def mlflow(run_dir: str, *, store: str | None = None, tracking_uri: str | None = None, **options: Any) -> MLFlowLogger:
-    """A run of MLflow in a SQLite file, in the experiment of the directory above the run's.
+class _Writer(ExperimentWriter):
+    def __init__(self, log_dir: str, resumed_at: int | None) -> None:
+        super().__init__(log_dir)
+        self._path = Path(self.metrics_file_path)
+        rows = csv_rows(self._path) if resumed_at is not None and self._path.is_file() else []
+        self._replace([row for row in rows if int(row["step"]) < (resumed_at or 0)])
 
-    Args:
-        run_dir: the run directory; the run is called after it.
-        store: directory of the file and of artifacts; None = the run directory.
-        tracking_uri: another store, or a server.
-        options: for `MLFlowLogger`.
+    def _check_log_dir_exists(self) -> None:
+        """Lightning would delete the rows of a run that is resumed."""
 
-    Raises:
-        UsageError: MLflow is not installed, or a setting cannot work.
-    """
-    for name, value in {"run_dir": run_dir, "store": run_dir if store is None else store, "tracking_uri": tracking_uri}.items():
-        if name != "tracking_uri" or value is not None:
-            check_text(f"logger.mlflow.{name}", value)
-    _require("mlflow")
-    run, folder = Path(run_dir).absolute(), Path(store or run_dir).absolute()
-    local = {"tracking_uri": f"sqlite:///{folder}/mlflow.db", "artifact_location": str(folder / "artifacts")}
-    where = {"tracking_uri": tracking_uri} if tracking_uri else local
-    settings = {**where, "run_name": run.name, "experiment_name": run.parent.name, **options}
-    folder.mkdir(parents=True, exist_ok=True)
-    # Jobs that begin at the same time, and ranks, would each make the tables and the experiment.
-    with FileLock(folder / "mlflow.lock"):
-        logger = MLFlowLogger(**settings)
-        _make_experiment(settings["tracking_uri"], settings["experiment_name"], settings.get("artifact_location"))
-    return logger
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics_dict, step)
+        self.save()
 
+    def save(self) -> None:
+        rows, self.metrics = self.metrics, []
+        if set().union(*rows) - set(self.metrics_keys):
+            self._replace([*(csv_rows(self._path) if self._path.is_file() else []), *rows])
+        elif rows:
+            with appending(self._path) as file:
+                csv.DictWriter(file, self.metrics_keys).writerows(rows)
 
-def _make_experiment(tracking_uri: str, name: str, artifact_location: str | None) -> None:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(tracking_uri)
-    if client.get_experiment_by_name(name) is None:
-        client.create_experiment(name, artifact_location=artifact_location)
+    def _replace(self, rows: list) -> None:
+        """Write the whole file anew, with the columns that have a value in any row."""
+        rows = [{key: value for key, value in row.items() if value != ""} for row in rows]
+        self.metrics_keys = sorted(set().union(*rows))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.metrics_keys)
+        writer.writeheader()
+        writer.writerows(rows)
+        if rows or self._path.is_file():
+            write_text(self._path, text.getvalue())
 
 
 @contextlib.contextmanager
 def closing(loggers: Iterable[Logger]) -> Generator[None]:
-    """End the runs that Lightning leaves open until the process ends, in a multirun long after the job; however the block ends."""
+    """End the runs that W&B leaves open until the process ends, in a multirun long after the job; they failed if the block raises."""
     code = 1
     try:
         yield
@@ -110,36 +85,7 @@ def closing(loggers: Iterable[Logger]) -> Generator[None]:
         code = 0
         raise
     finally:
-        close(loggers, code)
-
-
-def close(loggers: Iterable[Logger], exit_code: int) -> None:
-    """End the runs of loggers; any code but 0 says that they failed."""
-    for logger in loggers:
-        # Asking for `experiment` would begin a run where nothing was logged yet.
-        if isinstance(logger, WandbLogger) and logger._experiment is not None:
-            logger._experiment.finish(exit_code=exit_code)
-
-
-def _check_options(setting: str, options: Mapping[str, Any], *takers: Callable[..., Any]) -> None:
-    """Raise `UsageError` for an option that none of these takes: the packages say so only at the first step."""
-    known = {name for taker in takers for name in inspect.signature(taker).parameters}
-    for name in options:
-        if name not in known:
-            raise UsageError(f"{setting}.{name}: must be one of {', '.join(sorted(known))}")
-
-
-def _require(package: str) -> Any:
-    """Import a package; Lightning would do so only at the first step.
-
-    Raises:
-        UsageError: it is missing, or does not import.
-    """
-    for variable, value in QUIET.items():
-        os.environ.setdefault(variable, value)
-    # MLflow and its migrations tell every table.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UsageError(f"logger={package!r}: cannot import {package} ({error}); it comes with: pip install 'vit-qat[loggers]'") from error
+        for logger in loggers:
+            # Asking for `experiment` would begin a run where nothing was logged yet.
+            if isinstance(logger, WandbLogger) and logger._experiment is not None:
+                logger._experiment.finish(exit_code=code)

@@ -52,11 +52,8 @@ class QATModule(LightningModule):
             batch of one process, as in the paper's code.
 
     Attributes:
-        validated_at: optimizer steps behind which the last validation of this process was; None = there was none.
+        validated_at: optimizer steps after which the last validation of this process was; None = there was none.
     """
-
-    # Lightning's throughput monitor asks for it; a count of float operations says nothing of a quantized step.
-    flops_per_batch: int | None = None
 
     def __init__(
         self,
@@ -100,8 +97,8 @@ class QATModule(LightningModule):
         if stage == "fit" and self.lsq_grad_batch == "global":
             processes_and_batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
             for site in iter_quantizers(self.net):
-                if not site.is_weight:
-                    set_grad_factor(site.quantizer, processes_and_batches**-0.5)
+                for step in () if site.is_weight else (m for m in site.quantizer.modules() if isinstance(m, LSQ)):
+                    step.grad_factor = processes_and_batches**-0.5
 
     def on_fit_start(self) -> None:
         """Bring the teacher to where the net is now, and to its dtype: Lightning does not know of it."""
@@ -161,7 +158,7 @@ class QATModule(LightningModule):
         logits = self.net(images).float()
         metrics.update(logits, target)
         mean_loss.update(nn.functional.cross_entropy(logits, target), weight=len(images))
-        self.log_dict(metrics, prog_bar=True, batch_size=len(images))
+        self.log_dict(metrics, batch_size=len(images))
         self.log(f"{stage}/loss", mean_loss, batch_size=len(images))
         return logits
 
@@ -258,13 +255,6 @@ class QATModule(LightningModule):
         if len(shares) == self.trainer.world_size:
             return shares[self.global_rank].clone()
         return shares.sum(0) if self.global_rank == 0 else torch.zeros_like(shares[0])
-
-
-def set_grad_factor(quantizer: nn.Module, factor: float) -> None:
-    """Set the gradient factor of every learned step inside a quantizer."""
-    for module in quantizer.modules():
-        if isinstance(module, LSQ):
-            module.grad_factor = factor
 
 
 def steps_per_epoch(trainer: Trainer) -> int:

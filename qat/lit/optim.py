@@ -24,12 +24,6 @@ _FUSED = {"adam", "adamw"}
 _OTHER_FORMS = {"fused", "foreach", "capturable", "differentiable"}
 
 
-def check_layer_decay(value: object) -> None:
-    """Raise `UsageError` unless `value` is None or a number in (0, 1]."""
-    if value is not None:
-        check_number("optimizer.layer_decay", value, 0, above=True, highest=1)
-
-
 def parameter_groups(
     net: nn.Module, *, weight_decay: float, scale_lr_factor: float = 1.0, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
@@ -39,7 +33,7 @@ def parameter_groups(
         net: the net to train.
         weight_decay: of the first group.
         scale_lr_factor: learning rate of the scales relative to the others'.
-        layer_decay: factor on the learning rate from one layer to the one in front of it (the head has 1); three groups for each layer.
+        layer_decay: factor on the learning rate from one layer to the one before it (the head has 1); three groups for each layer.
             None = all layers alike.
 
     Returns:
@@ -48,10 +42,15 @@ def parameter_groups(
     Raises:
         UsageError: `layer_decay` is not in (0, 1], or timm does not say which layer a parameter belongs to.
     """
-    check_layer_decay(layer_decay)
+    layers: dict[str, int] = {}
+    if layer_decay is not None:
+        check_number("optimizer.layer_decay", layer_decay, 0, above=True, highest=1)
+        if not hasattr(net, "group_matcher"):
+            raise UsageError(f"optimizer.layer_decay: {type(net).__name__} does not group its parameters by layer; set it to null")
+        # As timm counts them: 0 = embedding, the highest = head.
+        layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
     scales, _ = quantizer_parameters(net)
     without = no_weight_decay(net)
-    layers = {} if layer_decay is None else layers_of(net)
     last = max(layers.values(), default=0)
     groups: dict[tuple[str, int], list[nn.Parameter]] = {(name, layer): [] for layer in range(last + 1) for name in GROUPS}
     for name, parameter in net.named_parameters():
@@ -71,17 +70,6 @@ def parameter_groups(
         for (kind, layer), parameters in groups.items()
         if parameters
     ]
-
-
-def layers_of(net: nn.Module) -> dict[str, int]:
-    """Layer of every parameter by name, as timm counts them: 0 = embedding, the highest = head.
-
-    Raises:
-        UsageError: the net is not timm's, or its parameters cannot be told apart.
-    """
-    if not hasattr(net, "group_matcher"):
-        raise UsageError(f"optimizer.layer_decay: {type(net).__name__} does not group its parameters by layer; set it to null")
-    return group_parameters(net, net.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
 
 
 def scaled_lr(lr: float, *, global_batch: int, lr_base_batch: int | None = None, lr_batch_rule: str = "linear") -> float:
@@ -134,12 +122,13 @@ def build_optimizer(
     if not isinstance(opt, str) or opt.lower() not in timm.optim.list_optimizers():
         near = difflib.get_close_matches(str(opt).lower(), map(str, timm.optim.list_optimizers()), n=4)
         raise UsageError(f"optimizer.opt={opt!r}: timm has no such optimizer; near are {', '.join(near or ['adamw', 'sgd'])}")
-    _check_options(options)
     groups = parameter_groups(net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor, layer_decay=layer_decay)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
-    if can_be_fused(opt, groups) and not options.keys() & _OTHER_FORMS:
-        options = {**options, "fused": True}
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    is_whole = all(type(p) is nn.Parameter and p.is_floating_point() and p.device.type in {"cpu", "cuda"} for p in parameters)
+    if opt.lower() in _FUSED and is_whole and not options.keys() & _OTHER_FORMS:
+        options = {**options, "fused": True}  # torch updates all parameters in one operation
     try:
         optimizer = timm.optim.create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, **options)
     except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as error:
@@ -147,25 +136,6 @@ def build_optimizer(
     # Else torch hands a scaler's factor to a fused optimizer, and Lightning cannot clip gradients, which it has not unscaled then.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
-
-
-def can_be_fused(opt: str, groups: list[dict[str, Any]]) -> bool:
-    """Whether torch updates all parameters in one operation: AdamW or Adam, of whole parameters on a device that has it."""
-    if opt.lower() not in _FUSED:
-        return False
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    return all(type(p) is nn.Parameter and p.is_floating_point() and p.device.type in {"cpu", "cuda"} for p in parameters)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Raise `UsageError` on a number that no optimizer can use; torch takes some of them, and trains to NaN."""
-    for name, value in options.items():
-        if name == "eps":
-            check_number("optimizer.eps", value, 0, above=True, below=1)
-        elif name == "momentum":
-            check_number("optimizer.momentum", value, 0, below=1)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"optimizer.{name}={value!r}: must be a finite number")
 
 
 def cosine_schedule(

@@ -28,7 +28,7 @@ def data_parallel(*, find_unused_parameters: bool = False) -> DDPStrategy:
     """Lightning's DDP for nets whose buffers are the same in all processes.
 
     Quantizers' buffers are, since they follow from the parameters; the statistics of batch norms are averaged where they are used
-    (`QATModule`). DDP's own way would send all buffers in front of every forward pass, and would wait for ever in a validation in which one
+    (`QATModule`). DDP's own way would send all buffers before every forward pass, and would wait for ever in a validation in which one
     process has a batch more than another, as it has where no image is counted twice.
 
     Args:

@@ -59,13 +59,11 @@ class LossTerm(nn.Module, ABC):
     Attributes:
         needs_teacher: True if the term reads `teacher_logits` or `teacher_features`.
         blocks: whose outputs the term reads, `all` or `last`; None = of no block.
-        differentiates_twice: True if the term is made of gradients, so that its own gradient goes through a step's backward pass.
         needs_whole_weights: True if the term reads weights outside the net's forward pass.
         watched: values of the last step that are logged beside the term's own, by name; detached scalars.
     """
 
     needs_teacher: ClassVar[bool] = False
-    differentiates_twice: ClassVar[bool] = False
     needs_whole_weights: ClassVar[bool] = False
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -93,6 +91,10 @@ class CompositeLoss(nn.Module):
     Args:
         terms: terms by the name under which their value is logged.
 
+    Attributes:
+        needs_teacher: True if a term follows a teacher.
+        blocks: whose outputs a term compares with the teacher's, `all` or `last`; None = of no block.
+
     Raises:
         UsageError: no term, one of another class, or two that read other blocks.
     """
@@ -104,37 +106,24 @@ class CompositeLoss(nn.Module):
         for name, term in terms.items():
             if not isinstance(term, LossTerm):
                 raise UsageError(f"loss.terms.{name}: {type(term).__name__} is not a subclass of qat.losses.LossTerm")
-        readers = {term.blocks: name for name, term in terms.items() if term.blocks}
-        if len(readers) > 1:
-            asked = ", ".join(f"{name}.blocks={blocks}" for blocks, name in readers.items())
-            raise UsageError(f"loss.terms: {asked}; must be the same for all terms that read blocks")
+        self._all = tuple(terms.values())
+        blocks = {term.blocks for term in self._all if term.blocks}
+        if len(blocks) > 1:
+            raise UsageError(f"loss.terms: blocks are {sorted(blocks)}; must be the same for all terms that read blocks")
+        self.blocks = next(iter(blocks), None)
+        self.needs_teacher = any(term.needs_teacher for term in self._all)
         self.terms = nn.ModuleDict(dict(terms))
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", None, persistent=False)
 
-    @property
-    def needs_teacher(self) -> bool:
-        """True if a term follows a teacher."""
-        return any(cast(LossTerm, term).needs_teacher for term in self.terms.values())
-
-    @property
-    def blocks(self) -> str | None:
-        """The blocks whose outputs a term compares with the teacher's; None = of no block."""
-        return next((term.blocks for term in self.terms.values() if isinstance(term, LossTerm) and term.blocks), None)
-
-    @property
-    def differentiates_twice(self) -> bool:
-        """True if a term is made of gradients."""
-        return any(cast(LossTerm, term).differentiates_twice for term in self.terms.values())
-
     def prepare(self, net: nn.Module) -> None:
         """Have every term find what it works on; see `LossTerm.prepare`."""
-        for term in self.terms.values():
-            cast(LossTerm, term).prepare(net)
+        for term in self._all:
+            term.prepare(net)
 
     def watched(self) -> dict[str, Tensor]:
         """What the terms of the last step have to log beside their values."""
-        return {name: value for term in self.terms.values() for name, value in cast(LossTerm, term).watched.items()}
+        return {name: value for term in self._all for name, value in term.watched.items()}
 
     def forward(self, step: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum, and each term's unweighted value (detached) by name."""

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from qat.functional.kurtosis import UNIFORM_KURTOSIS, check_kure, kure_of, kurtoses
 from qat.losses.compose import LossTerm, StepContext
-from qat.losses.latent_weights import QK_FORMS, LatentWeight, check_layers, find_latent_weights
-from qat.utils.validate import check_choice, check_number
+from qat.losses.latent_weights import QK_FORMS, LatentWeight, find_latent_weights
+from qat.model.sites import WEIGHT_ROLES
+from qat.utils.validate import check_choice, check_globs, check_number
 
 
 class Kure(LossTerm):
@@ -41,7 +42,8 @@ class Kure(LossTerm):
         check_choice("loss.kure_qk", qk, QK_FORMS)
         super().__init__(weight)
         self.target, self.reduction, self.qk = target, reduction, qk
-        self.layers = check_layers("loss.kure_layers", layers)
+        example = f"blocks.*.attn.qkv, or roles ({', '.join(WEIGHT_ROLES)})"
+        self.layers = None if layers is None else check_globs("loss.kure_layers", layers, example)
         self.latents: tuple[LatentWeight, ...] = ()
 
     def prepare(self, net: nn.Module) -> None:

@@ -12,7 +12,6 @@ from qat.errors import UsageError
 from qat.model.convert import stem_and_heads
 from qat.model.sites import WEIGHT_ROLES, iter_quantizers
 from qat.nn.quant_module import QuantModule
-from qat.utils.validate import check_globs
 
 QK_FORMS = ("product", "factors", "both")
 _FACTORS = ("q_weight", "k_weight")
@@ -39,15 +38,6 @@ class LatentWeight:
             return getattr(module, self.parameter)
         assert isinstance(module, QuantModule)  # noqa: S101  (narrows a type)
         return module.latent(self.role)
-
-
-def check_layers(setting: str, layers: object) -> tuple[str, ...] | None:
-    """Layers as a config has them: globs or roles, one or a list, None = the default.
-
-    Raises:
-        UsageError: something else.
-    """
-    return None if layers is None else check_globs(setting, layers, f"blocks.*.attn.qkv, or roles ({', '.join(WEIGHT_ROLES)})")
 
 
 def find_latent_weights(
@@ -89,14 +79,12 @@ def _latents(net: nn.Module, qk: str) -> Iterator[LatentWeight]:
     found = [(site.layer, site.role) for site in sites] or [
         (name, "weight") for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
     ]
-    seen: set[int] = set()
+    seen: set[object] = set()
     for layer, role in found:
-        product = [None] if qk != "factors" else []
-        factors = list(_FACTORS) if qk != "product" else []
-        for parameter in ["weight"] if role == "weight" else product + factors:
+        of_qk = {"product": (None,), "factors": _FACTORS, "both": (None, *_FACTORS)}[qk]
+        for parameter in of_qk if role == "qk" else ("weight",):
             latent = LatentWeight(layer, role, parameter)
-            tensor = None if parameter is None else latent.of(net)
-            if tensor is not None and id(tensor) in seen:
-                continue
-            seen |= {id(tensor)} if tensor is not None else set()
-            yield latent
+            key = (layer, role) if parameter is None else id(latent.of(net))
+            if key not in seen:
+                seen.add(key)
+                yield latent

@@ -48,7 +48,7 @@ TRAINING = {
 FORMATS = ("auto", "qat", "timm", "ofq")
 _AVERAGED, _TRAINED = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # under which scripts keep weights
 _DATA, _CLASSES = "qat_data", "qat_classes"  # where a net keeps what its file said of its data
-_MOST_SIDE, _MOST_PIXELS = 2**14, 2**25  # of an image that a file says its net takes
+_MOST_PIXELS = 2**25  # of an image that a file says its net takes
 
 
 def is_plain(value: object) -> bool:
@@ -90,7 +90,7 @@ def describe(
         check_bounds([data, classes])  # what `load` would refuse
     except ValueError as error:
         raise UsageError(f"save: data and classes: must be smaller: what they hold {error}") from error
-    if classes is not None and not (_are_texts(classes) and is_plain(list(classes))):
+    if classes is not None and not (isinstance(classes, list | tuple) and all(type(name) is str for name in classes)):
         raise UsageError(f"save: classes={str(classes)[:60]}: must be a list of names, one text for each class")
     name = model or (getattr(net, "pretrained_cfg", None) or {}).get("architecture")
     kwargs = getattr(net, "_model_args", None) if model_kwargs is None else dict(model_kwargs)
@@ -175,48 +175,42 @@ class Checkpoint:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _check_file(path: Path, setting: str) -> None:
+def _read_file(path: Path, setting: str) -> Any:
+    origin = f"{setting}={str(path)!r}"
     if path.is_dir():
         names = ("checkpoints/best.ckpt", "best.ckpt", "quantized.ckpt")
         within = next((found for name in names if (found := path / name).is_file()), None)
-        raise UsageError(f"{setting}={str(path)!r}: a folder, not a file{f'; {setting}={within} is in it' if within else ''}")
+        raise UsageError(f"{origin}: a folder, not a file{f'; {setting}={within} is in it' if within else ''}")
     if not path.is_file():
-        raise UsageError(f"{setting}={str(path)!r}: no such file")
+        raise UsageError(f"{origin}: no such file")
     if not path.stat().st_size:
-        raise UsageError(f"{setting}={str(path)!r}: not a checkpoint that can be read safely (the file is empty)")
-
-
-def _read_file(path: Path, setting: str) -> Any:
-    _check_file(path, setting)
+        raise UsageError(f"{origin}: not a checkpoint that can be read safely (the file is empty)")
     try:
         if path.suffix == ".safetensors":
             packed = read_packed(path)
             return safetensors.torch.load_file(path) if packed is None else {"state_dict": packed[0], META_KEY: packed[1]}
         if (damage := damage_of(path)) is not None:
-            raise UsageError(f"{setting}={str(path)!r}: the file is damaged ({damage})")
+            raise UsageError(f"{origin}: the file is damaged ({damage})")
         # timm writes its training arguments into its checkpoints; nothing else than plain data and tensors is read.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"{setting}={str(path)!r}: not a checkpoint that can be read safely ({_why(path, error)})") from error
+        raise UsageError(f"{origin}: not a checkpoint that can be read safely ({_why(path, error)})") from error
 
 
 def _why(path: Path, error: Exception) -> str:
-    """The objects that stand in the way of reading a file, and the way around; else what torch says."""
-    try:
-        objects = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"})
-    except Exception:
-        objects = []
-    if not objects and (isinstance(error, OSError | EOFError) or "PytorchStreamReader" in str(error)):
+    """Why a file cannot be read safely, and the way around, in place of torch's advice to turn the check off."""
+    with contextlib.suppress(Exception):
+        if objects := sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"}):
+            instead = "where it was made, save the weights alone: torch.save(model.state_dict(), 'weights.pth')"
+            return f"it holds {', '.join(objects)}; {instead}"
+    if isinstance(error, OSError | EOFError) or "PytorchStreamReader" in str(error):
         return "it is damaged or cut short"
-    # Torch goes on with advice to turn the check off; of a text it names the first letter.
-    if not objects and (isinstance(error, LookupError) or "Weights only load failed" in str(error)):
+    if isinstance(error, LookupError) or "Weights only load failed" in str(error):
         return "it is no file of tensors: neither torch nor safetensors wrote it"
-    if not objects:
-        return str(error).strip().partition("\n")[0]
-    return f"it holds {', '.join(objects)}; where it was made, save the weights alone: torch.save(model.state_dict(), 'weights.pth')"
+    return str(error).strip().partition("\n")[0]
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting: str = "ckpt") -> Checkpoint:
@@ -258,39 +252,26 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
 
 def _check_meta(meta: Mapping[str, Any], origin: str) -> None:
     """Raise `UsageError` if what a file of ours says of itself is not of the kind that `describe` writes."""
+    texts: Any = lambda value: value is None or (isinstance(value, list | tuple) and all(isinstance(text, str) for text in value))  # noqa: E731
     try:
         check_bounds(meta)
-    except ValueError as error:
+        model, size = meta.get("model"), meta.get("input_size")
+        is_right = {
+            "format_version": isinstance(meta.get("format_version", 0), int),
+            "model": isinstance(model, Mapping) and isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), Mapping),
+            "pool": isinstance(meta.get("pool"), str | None),
+            "recipe": isinstance(meta.get("recipe"), Mapping | None),
+            "input_size": size is None or (len(size) == 3 and min(size) > 0 and math.prod(size) <= _MOST_PIXELS),
+            "biases": texts(meta.get("biases")),
+            "data": isinstance(meta.get("data"), Mapping | None) and isinstance((meta.get("data") or {}).get("_target_", ""), str),
+            "run": isinstance(meta.get("run", {}), Mapping),
+            "classes": texts(meta.get("classes")),
+        }
+    except (TypeError, ValueError) as error:
         raise UsageError(f"{origin}: is damaged, or not written by qat: its description of the net {error}") from error
-    model = meta.get("model")
-    is_right = {
-        "format_version": isinstance(meta.get("format_version", 0), int),
-        "model": isinstance(model, Mapping) and isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), Mapping),
-        "pool": isinstance(meta.get("pool"), str | None),
-        "recipe": isinstance(meta.get("recipe"), Mapping | None),
-        "input_size": meta.get("input_size") is None or _is_size(meta["input_size"]),
-        "biases": meta.get("biases") is None or _are_texts(meta["biases"]),
-        "frozen": isinstance(meta.get("frozen", False), bool),
-        "data": _is_data(meta.get("data")),
-        "run": isinstance(meta.get("run", {}), Mapping),
-        "classes": meta.get("classes") is None or _are_texts(meta["classes"]),
-    }
     for key, fits in is_right.items():
         if not fits:
             raise UsageError(f"{origin}: is damaged, or not written by qat: it says {key}={meta.get(key)!r} of itself")
-
-
-def _is_size(value: object) -> bool:
-    is_triple = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(n, int) and 0 < n <= _MOST_SIDE for n in value)
-    return is_triple and math.prod(value) <= _MOST_PIXELS  # type: ignore[call-overload]
-
-
-def _is_data(value: object) -> bool:
-    return value is None or (isinstance(value, Mapping) and isinstance(value.get("_target_", ""), str))
-
-
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
 
 
 def _training_of(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
-from qat.model.compensation import add_compensation
 from qat.model.decay import no_weight_decay
 from qat.model.matmuls import watching
 from qat.model.scales import guard
@@ -21,7 +20,7 @@ from qat.model.sites import Site, iter_quantizers
 from qat.nn import FqNet, ScoredAttention, Swap, SwapContext, find_swap, is_attention, swap_net
 from qat.quantizers import Quantizer
 from qat.spec import PRESETS, QuantRecipe
-from qat.utils.probing import allow_unset_scales, probing, zero_image
+from qat.utils.probing import probing, zero_image
 
 # Where torch keeps what `register_forward_hook` and `register_forward_pre_hook` are given.
 _HOOKS = (
@@ -87,9 +86,6 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
             net.connect()
         float_products = _allocate(net, size, swapped)
         _check_rules(net, recipe, attentions)
-        if getattr(recipe, "compensation", None) == "matrix":
-            with allow_unset_scales():
-                add_compensation(net, zero_image(net, size))
     except Exception:
         for parent, name, child in reversed(swapped):
             setattr(parent, name, child)

@@ -11,18 +11,18 @@ from torch.utils.hooks import RemovableHandle
 
 
 class EntryFreezer:
-    """Zeroes gradients in front of a step and writes values back behind it.
+    """Zeroes gradients before a step and writes values back after it.
 
     A zero gradient is not enough: weight decay and the momentum of earlier steps would still move an entry. The values are written back in
-    a hook of the optimizer, so whoever looks at the weights after a step (averages, checkpoints) sees the frozen ones. Values that no step
-    followed, as when a gradient scaler skips one, are forgotten.
+    a hook of the optimizer, so that averages and checkpoints see the frozen ones. Values that no step followed, as when a gradient scaler
+    skips one, are forgotten.
 
     Args:
-        behind: called after values were written back.
+        after: called after values were written back.
     """
 
-    def __init__(self, behind: Callable[[], None] | None = None) -> None:
-        self._behind = behind
+    def __init__(self, after: Callable[[], None] = lambda: None) -> None:
+        self._after = after
         self._frozen: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         self._handles: list[RemovableHandle] = []
 
@@ -47,8 +47,7 @@ class EntryFreezer:
         self._frozen = []
         for parameter, mask in entries:
             if parameter.grad is not None:
-                # Not a product with the mask: NaN * 0 is NaN.
-                parameter.grad.masked_fill_(mask, 0.0)
+                parameter.grad.masked_fill_(mask, 0.0)  # not a product with the mask: NaN * 0 is NaN
             self._frozen.append((parameter, mask, parameter.detach().clone()))
 
     @torch.no_grad()
@@ -56,5 +55,5 @@ class EntryFreezer:
         frozen, self._frozen = self._frozen, []
         for parameter, mask, values in frozen:
             parameter.copy_(torch.where(mask, values, parameter))
-        if frozen and self._behind is not None:
-            self._behind()
+        if frozen:
+            self._after()

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub: from the local cache, or fetched once their host has given a sign of life."""
+"""Files of the Hugging Face hub: from the local cache, or fetched once their host has responded."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import re
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 
 from qat.errors import UsageError
 from qat.utils.bounds import check_model_arguments, json_object
 
-PREFIX = "hf-hub:"  # timm's, in front of `user/name`
+PREFIX = "hf-hub:"  # timm's, before `user/name`
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LIBRARY = "vit-qat"  # what `config.json` of a net of ours says of itself
 TIMEOUT_S = 4
@@ -36,10 +35,10 @@ def cached(repository: str, names: tuple[str, ...]) -> str | None:
 
 
 def require_host(address: str, origin: str, missing: str, instead: str) -> None:
-    """Ask for a sign of life: the hub's own client would retry in silence for most of a minute.
+    """Ask whether a host responds: the hub's own client would retry in silence for most of a minute.
 
     Raises:
-        UsageError: there is none within 4 s. `origin: missing and ... cannot be reached (why); instead`.
+        UsageError: it does not within 4 s. `origin: missing and ... cannot be reached (why); instead`.
     """
     try:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -50,6 +49,11 @@ def require_host(address: str, origin: str, missing: str, instead: str) -> None:
         if isinstance(error, urllib.error.HTTPError) and error.code not in GATEWAY_ERRORS:
             return
         raise UsageError(f"{origin}: {missing} and {address} cannot be reached ({error}); {instead}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of the hub's client says first."""
+    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def fetch(repository: str, origin: str) -> Path:
@@ -64,26 +68,15 @@ def fetch(repository: str, origin: str) -> Path:
     """
     if not is_repository(repository):
         raise UsageError(f"{origin}: must be user/name of a repository of the hub")
-    paths = [cached(repository, (name,)) for name in (CONFIG, WEIGHTS)]
-    if None in paths:
+    if not all(cached(repository, (name,)) for name in (CONFIG, WEIGHTS)):
         missing = f"{repository} is not in the local cache"
         require_host(huggingface_hub.constants.ENDPOINT, origin, missing, "a folder that was downloaded elsewhere works too")
         try:
-            paths = [huggingface_hub.hf_hub_download(repository, name) for name in (CONFIG, WEIGHTS)]
+            huggingface_hub.snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS])
         except (OSError, ValueError) as error:
-            why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UsageError(f"{origin}: cannot be fetched ({why.strip()[:200]}); a private one needs a token (hf auth login)") from error
-    folder = Path(str(paths[0])).parent
-    _check_config(json_object(folder / CONFIG), origin)
-    return folder
-
-
-def is_ours(folder: Path) -> bool:
-    """True for what `save_pretrained` has written."""
-    return json_object(folder / CONFIG).get("library_name") == LIBRARY
-
-
-def _check_config(config: dict[str, Any], origin: str) -> None:
+            raise UsageError(f"{origin}: cannot be fetched ({first_line(error)}); a private one needs a token (hf auth login)") from error
+    folder = Path(str(cached(repository, (CONFIG,)))).parent
+    config = json_object(folder / CONFIG)
     arguments = config.get("model_args") or {}
     try:
         if not isinstance(arguments, dict) or FETCHING_ARGS & arguments.keys():
@@ -93,3 +86,9 @@ def _check_config(config: dict[str, Any], origin: str) -> None:
             raise ValueError("it holds '${', which would be resolved as a setting")
     except ValueError as error:
         raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error
+    return folder
+
+
+def is_ours(folder: Path) -> bool:
+    """True for what `save_pretrained` has written."""
+    return json_object(folder / CONFIG).get("library_name") == LIBRARY

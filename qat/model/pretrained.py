@@ -18,11 +18,8 @@ from qat.model.convert import conversion_of
 from qat.model.cost import cost
 from qat.model.frozen import freeze, is_frozen
 from qat.model.frozen.packed import write_packed
-from qat.spec import QuantRecipe
 from qat.utils.files import json_text, write_text
 from qat.utils.validate import check_int, check_number
-
-CARD = "README.md"
 
 
 def save_pretrained(
@@ -37,7 +34,7 @@ def save_pretrained(
 ) -> Path:
     """Write a net for others: `model.safetensors` (packed codes, as `export.py format=packed` writes), `config.json`, a model card.
 
-    A quantized net is frozen first: what is written is what is deployed, without the float weights behind it; `qat.save` keeps those. No
+    A quantized net is frozen first: what is written is what is deployed, without the float weights; `qat.save` keeps those. No
     path of this machine is written.
 
     Args:
@@ -58,7 +55,11 @@ def save_pretrained(
     place = Path(folder)
     if place.exists() and not place.is_dir():
         raise UsageError(f"save_pretrained: {str(place)!r} is a file; must be a folder")
-    measured = _measured(results or {})
+    measured = {key: (results or {})[key] for key in ("top1", "top5", "images", "split", "data") if (results or {}).get(key) is not None}
+    for key in measured.keys() & {"top1", "top5"}:
+        check_number(f"save_pretrained: results[{key!r}]", measured[key], 0, highest=100)
+    if "images" in measured:
+        check_int("save_pretrained: results['images']", measured["images"], 1)
     place.mkdir(parents=True, exist_ok=True)
     frozen = net if is_frozen(net) or conversion_of(net) is None else freeze(net)
     meta = describe(frozen, data=data, classes=classes)
@@ -80,73 +81,60 @@ def save_pretrained(
         "results": measured,
     }
     write_text(place / hub.CONFIG, json_text(config))
-    write_text(place / CARD, card(net, config, license, source))
+    write_text(place / "README.md", _card(net, config, license, source))
     return place
 
 
-def _measured(results: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: results[key] for key in ("top1", "top5", "images", "split", "data") if results.get(key) is not None}
-    for key in found.keys() & {"top1", "top5"}:
-        check_number(f"save_pretrained: results[{key!r}]", found[key], 0, highest=100)
-    if "images" in found:
-        check_int("save_pretrained: results['images']", found["images"], 1)
-    return found
-
-
-def card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -> str:
-    """The model card: what the net is, how good, how large, how to load it.
-
-    Args:
-        net: for its number of parameters.
-        config: what `config.json` holds.
-        license: of the weights.
-        source: what to load, `user/name` or a file.
-    """
-    done = conversion_of(net)
-    is_backbone = bool(config["model_args"].get("features_only"))
-    data = str(config["results"].get("data") or (config["data"] or {}).get("_target_", "").rpartition(".")[2].lower() or "not stated")
+def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -> str:
+    """The model card: what the net is, how good, how large, how to load it (`source`: `user/name`, or a file)."""
+    done, results, arguments = conversion_of(net), config["results"], config["model_args"]
+    is_backbone, is_file = bool(arguments.get("features_only")), source.endswith(".safetensors")
     n_params = cost(net, done.input_size).n_params if done is not None else sum(p.numel() for p in net.parameters())
+    recipe = None if done is None or done.recipe.name == "fp" else done.recipe
+    accuracy = "not measured"
+    if results.get("top1") is not None:
+        top5 = f", top-5 {results['top5']:.2f} %" if results.get("top5") is not None else ""
+        images = f" of {results['images']:,} images" if results.get("images") else ""
+        accuracy = f"top-1 {results['top1']:.2f} %{top5}{images}{' (' + results['split'] + ')' if results.get('split') else ''}"
     rows = {
         "Architecture": f"`{config['architecture']}` of timm, {n_params:,} parameters",
-        "Recipe": _recipe_line(None if done is None else done.recipe),
-        "Data": data,
-        "Accuracy": _accuracy_line(config["results"]),
+        "Recipe": "float" if recipe is None else f"`{recipe.name}`: weights {recipe.bits} bit, activations {recipe.act_bits} bit",
+        "Data": str(results.get("data") or (config["data"] or {}).get("_target_", "").rpartition(".")[2].lower() or "not stated"),
+        "Accuracy": accuracy,
         "Size": f"{config['size_bytes']:,} bytes",
         "Images": "not stated" if config["input_size"] is None else " x ".join(map(str, config["input_size"])),
         "Licence": license,
     }
-    head = [
-        "---",
-        f"library_name: {hub.LIBRARY}",
-        f"license: {license}",
-        f"pipeline_tag: image-{'feature-extraction' if is_backbone else 'classification'}",
-        "tags: [quantization, vision]",
-        "---",
-    ]
-    table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-    is_file = source.endswith(".safetensors")
+    data = huggingface_hub.ModelCardData(
+        library_name=hub.LIBRARY,
+        license=license,
+        pipeline_tag=f"image-{'feature-extraction' if is_backbone else 'classification'}",
+        tags=["quantization", "vision"],
+    )
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     load = f'qat.load("{source}")' if is_file else f'qat.from_pretrained("{source}")'
-    use = ["```python", "import qat", "", f"net = {load}", 'image = qat.transform(net)("photo.jpg")']
-    use += ["maps = net(image[None])" if is_backbone else "probabilities = net(image[None]).softmax(-1)", "```"]
-    install = f"`pip install {hub.LIBRARY}`, then:"
+    use = "maps = net(image[None])" if is_backbone else "probabilities = net(image[None]).softmax(-1)"
     command = f"On the command line: `qat eval {'ckpt=' if is_file else 'model=' + hub.PREFIX}{source} predict=PHOTOS`."
-    end = [] if is_backbone else [command, ""]
-    return "\n".join([*head, "", f"# {config['architecture']}, quantized", "", *table, "", install, "", *use, "", *end])
+    return f"""---
+{data.to_yaml()}
+---
 
+# {config["architecture"]}, quantized
 
-def _recipe_line(recipe: QuantRecipe | None) -> str:
-    if recipe is None or recipe.name == "fp":
-        return "float"
-    return f"`{recipe.name}`: weights {recipe.bits} bit, activations {recipe.act_bits} bit"
+| | |
+|---|---|
+{table}
 
+`pip install {hub.LIBRARY}`, then:
 
-def _accuracy_line(results: Mapping[str, Any]) -> str:
-    if results.get("top1") is None:
-        return "not measured"
-    top5 = f", top-5 {results['top5']:.2f} %" if results.get("top5") is not None else ""
-    images = f" of {results['images']:,} images" if results.get("images") else ""
-    split = f" ({results['split']})" if results.get("split") else ""
-    return f"top-1 {results['top1']:.2f} %{top5}{images}{split}"
+```python
+import qat
+
+net = {load}
+image = qat.transform(net)("photo.jpg")
+{use}
+```
+{"" if is_backbone else chr(10) + command + chr(10)}"""
 
 
 def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:
@@ -158,7 +146,7 @@ def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = 
 
     Raises:
         ImportError: one of `imports` cannot be imported.
-        UsageError: there is no such net, it cannot be fetched (within 5 s where there is no connection), or it is none of ours.
+        UsageError: there is no such net, it cannot be fetched (within 5 s where there is no connection), or it is not of `save_pretrained`.
     """
     origin = f"from_pretrained: {str(source)!r}"
     if not Path(source).is_dir() and not hub.is_repository(str(source)):
@@ -200,6 +188,5 @@ def push_to_hub(net: nn.Module, repository: str, *, private: bool = False, api: 
             api.create_repo(repository, private=private, exist_ok=True)
             done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload with {hub.LIBRARY}")
         except (OSError, ValueError) as error:
-            why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UsageError(f"{origin}: the hub refuses ({why[:200]})") from error
+            raise UsageError(f"{origin}: the hub refuses ({hub.first_line(error)})") from error
     return str(getattr(done, "commit_url", done))

@@ -10,28 +10,39 @@ from typing import Any, ClassVar
 
 from qat.errors import UsageError
 from qat.functional.observers import OBSERVERS
-from qat.spec import OUTPUT_ROLES, PLACES, ROLES, QuantRecipe, QuantSpec
+from qat.spec import QuantRecipe, QuantSpec
 from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_text
 
-PLACEMENTS = ("inputs", "fqvit")
-QUANTIZERS = ("affine", "float")
-SOFTMAX_QUANTIZERS = ("affine", "log2", "float")
-ATTENTIONS = ("standard", "float")
-ACT_SCALES = ("tensor", "token", "channel")
-WEIGHT_SCALES = ("channel", "tensor")
-LAYERNORMS = ("float", "integer")
-METHODS = ("calibrate", "compensate", "reconstruct")
-COMPENSATIONS = ("affine", "matrix")
 # A single tensor has no channels that powers of two could tell apart.
-ACT_OBSERVERS = tuple(name for name in OBSERVERS if name != "ptf")
-
+_ACT_OBSERVERS = tuple(name for name in OBSERVERS if name != "ptf")
+_CHOICES = {
+    "placement": ("inputs", "fqvit"),
+    "attention": ("standard", "float"),
+    "weight_quantizer": ("affine", "float"),
+    "act_quantizer": ("affine", "float"),
+    "softmax_quantizer": ("affine", "log2", "float"),
+    "weight_observer": OBSERVERS,
+    "act_observer": _ACT_OBSERVERS,
+    "residual_observer": OBSERVERS,
+    "act_scales": ("tensor", "token", "channel"),
+    "weight_scales": ("channel", "tensor"),
+    "layernorm": ("float", "integer"),
+    "method": ("calibrate", "compensate", "reconstruct"),
+}
+# What None stands for.
+_FOLLOWS = {
+    "act_bits": "bits",
+    "softmax_bits": "act_bits",
+    "outer_act_bits": "act_bits",
+    "softmax_quantizer": "act_quantizer",
+    "stem_bits": "bits",
+    "head_bits": "bits",
+    "residual_observer": "act_observer",
+}
 # Knobs of training, which `QuantRecipe` has.
 _OF_TRAINING = ("qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8")
-_FLAGS = ("weight_signed", "act_signed", "bias_correction")
-_ATTENTION_ROLES = ("q", "k", "v", "qkv", "scores", "probs")
-_TOKEN_AXIS = {"image": None}
-# Heads of scores (B, h, N, M), channels of an image (B, C, H, W); the last dimension of all else.
-_CHANNEL_AXIS = {"scores": 1, "probs": 1, "image": 1}
+# Axis of activations with more scales than one: heads of scores (B, h, N, M), channels of an image (B, C, H, W); the last one of all else.
+_AXES: dict[str, dict[str, int | None]] = {"tensor": {}, "token": {"image": None}, "channel": {"scores": 1, "probs": 1, "image": 1}}
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,6 @@ class PtqRecipe(QuantRecipe):
         outer_act_bits: width of the image and of what enters the classifier(s); None = `act_bits`.
         method: what follows the calibration: nothing (`calibrate`), a gain and a bias for each channel (`compensate`), or training block by
             block (`reconstruct`). After the last two the weights are not those of the float net any more.
-        compensation: `affine` (folded into the layers), or also a float `matrix` beside each block; of `method=compensate`.
         placement: `inputs` (what enters a product, as in training) or `fqvit` (what leaves a layer too; FQ-ViT, arXiv 2111.13824).
         attention: `standard`, or `float` (only the Linears of an attention are quantized).
         weight_quantizer: `affine` or `float`.
@@ -80,7 +90,6 @@ class PtqRecipe(QuantRecipe):
     head_bits: int | None = None  # type: ignore[assignment]
     outer_act_bits: int | None = None
     method: str = "calibrate"
-    compensation: str = "affine"
     offsets: bool = False
     placement: str = "fqvit"  # type: ignore[misc]
     softmax_bits: int | None = None
@@ -96,75 +105,32 @@ class PtqRecipe(QuantRecipe):
     layernorm: str = "float"  # type: ignore[misc]
 
     GROUP: ClassVar[str] = "ptq"
-    NET_WIDE: ClassVar[frozenset[str]] = frozenset({
-        "name",
-        "overrides",
-        "placement",
-        "layernorm",
-        "method",
-        "compensation",
-        "qk_bias",
-        "offsets",
-        "map_scales",
-        "step_init",
-        "steps",
-        "fits_int8",
-        "rule_bits",
-    })
+    NET_WIDE: ClassVar[frozenset[str]] = QuantRecipe.NET_WIDE | {"placement", "layernorm", "method", *_OF_TRAINING}
 
     def __post_init__(self) -> None:
         check_text("ptq.name", self.name)
         self._settle_rule_bits()
-        self._complete()
-        self._check_knobs()
-        for knob in ("bits", "stem_bits", "head_bits"):
-            check_bits(f"ptq.{knob}", getattr(self, knob), self.weight_quantizer)
-        check_bits("ptq.act_bits", self.act_bits, self.act_quantizer)
-        check_bits("ptq.outer_act_bits", self.outer_act_bits, self.act_quantizer)
-        check_bits("ptq.softmax_bits", self.softmax_bits, self.softmax_quantizer or "")
-        if self.layernorm == "integer" and (self.placement, self.act_quantizer) != ("fqvit", "affine"):
-            raise UsageError("ptq.layernorm='integer': needs the scales on both sides of a norm; must be with ptq.placement=fqvit")
-        if self.compensation == "matrix" and self.method != "compensate":
-            raise UsageError("ptq.compensation='matrix': must be with ptq.method=compensate")
-        self._check_overrides()
-
-    def _check_knobs(self) -> None:
+        for knob, source in _FOLLOWS.items():
+            if getattr(self, knob) is None:
+                object.__setattr__(self, knob, getattr(self, source))
         for knob in _OF_TRAINING:
             if getattr(self, knob) != getattr(type(self), knob):
                 raise UsageError(f"ptq.{knob}={getattr(self, knob)!r}: must be {getattr(type(self), knob)!r}; it is a knob of training")
-        for knob, allowed in (
-            ("placement", PLACEMENTS),
-            ("attention", ATTENTIONS),
-            ("weight_quantizer", QUANTIZERS),
-            ("act_quantizer", QUANTIZERS),
-            ("softmax_quantizer", SOFTMAX_QUANTIZERS),
-            ("weight_observer", OBSERVERS),
-            ("act_observer", ACT_OBSERVERS),
-            ("residual_observer", OBSERVERS),
-            ("act_scales", ACT_SCALES),
-            ("weight_scales", WEIGHT_SCALES),
-            ("layernorm", LAYERNORMS),
-            ("method", METHODS),
-            ("compensation", COMPENSATIONS),
-        ):
+        for knob, allowed in _CHOICES.items():
             check_choice(f"ptq.{knob}", getattr(self, knob), allowed)
-        for knob in _FLAGS:
+        for knob in ("weight_signed", "act_signed", "bias_correction"):
             if not isinstance(getattr(self, knob), bool):
                 raise UsageError(f"ptq.{knob}={getattr(self, knob)!r}: must be true or false")
-
-    def _complete(self) -> None:
-        """Put what None stands for."""
-        for knob, source in (
-            ("act_bits", "bits"),
-            ("softmax_bits", "act_bits"),
-            ("outer_act_bits", "act_bits"),
-            ("softmax_quantizer", "act_quantizer"),
-            ("stem_bits", "bits"),
-            ("head_bits", "bits"),
-            ("residual_observer", "act_observer"),
+        for knobs, quantizer in (
+            (("bits", "stem_bits", "head_bits"), self.weight_quantizer),
+            (("act_bits", "outer_act_bits"), self.act_quantizer),
+            (("softmax_bits",), str(self.softmax_quantizer)),
         ):
-            if getattr(self, knob) is None:
-                object.__setattr__(self, knob, getattr(self, source))
+            for knob in knobs:
+                check_bits(f"ptq.{knob}", getattr(self, knob), quantizer)
+        if self.layernorm == "integer" and (self.placement, self.act_quantizer) != ("fqvit", "affine"):
+            raise UsageError("ptq.layernorm='integer': needs the scales on both sides of a norm; must be with ptq.placement=fqvit")
+        self._check_overrides()
 
     def _with_following(self, rule: Mapping[str, Any]) -> dict[str, Any]:
         """A rule holds for one module, whatever enters it."""
@@ -173,9 +139,7 @@ class PtqRecipe(QuantRecipe):
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
         """Spec of a weight (out, ...) at `place`."""
-        check_choice("place", place, PLACES)
-        bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
-        name = self.weight_quantizer
+        name, bits = self.weight_quantizer, {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         return QuantSpec(
             role,
             name,
@@ -194,15 +158,14 @@ class PtqRecipe(QuantRecipe):
             place: one of `PLACES`.
             signed: as `QuantRecipe` has it.
         """
-        check_choice("place", place, PLACES)
-        check_choice("role", role, tuple(r for r in ROLES + OUTPUT_ROLES if r not in {"weight", "qk"}))
         name, bits = self.act_quantizer, self.act_bits if place == "block" else self.outer_act_bits
         if role == "probs":
             name, bits = str(self.softmax_quantizer), self.softmax_bits
-        if self.attention == "float" and role in _ATTENTION_ROLES:
+        if self.attention == "float" and role in {"q", "k", "v", "qkv", "scores", "probs"}:
             name = "float"
         observer = self.residual_observer if role == "residual" else self.act_observer
-        axis = -1 if observer == "ptf" else self._axis(role)
+        usual = {"tensor": None, "token": -2, "channel": -1}[self.act_scales]
+        axis = -1 if observer == "ptf" else _AXES[self.act_scales].get(role, usual)
         return QuantSpec(
             role,
             name,
@@ -213,11 +176,6 @@ class PtqRecipe(QuantRecipe):
             observer=observer,
         )
 
-    def _axis(self, role: str) -> int | None:
-        if self.act_scales == "tensor":
-            return None
-        return _TOKEN_AXIS.get(role, -2) if self.act_scales == "token" else _CHANNEL_AXIS.get(role, -1)
-
 
 def recipe_from(stored: Mapping[str, Any]) -> QuantRecipe:
     """The recipe of a checkpoint, of the kind whose knobs it has.
@@ -227,10 +185,12 @@ def recipe_from(stored: Mapping[str, Any]) -> QuantRecipe:
 
     Raises:
         TypeError: a knob is none of either kind.
-        UsageError: a value that cannot work, or a quantizer `package.module:Class` of a module that nobody has imported.
+        UsageError: a value that cannot work, a quantizer `package.module:Class` of a module that is not imported, or a matrix after blocks.
     """
-    names = {f.name for f in dataclasses.fields(PtqRecipe)} - {f.name for f in dataclasses.fields(QuantRecipe)}
     known = {"rule_bits": "weights", **stored}  # in a file without it, rules have never set other bits
+    if known.pop("compensation", "affine") == "matrix":
+        raise UsageError("ptq.compensation='matrix': matrices after blocks are not read any more; quantize anew without")
+    names = {f.name for f in dataclasses.fields(PtqRecipe)} - {f.name for f in dataclasses.fields(QuantRecipe)}
     recipe = PtqRecipe(**known) if names & set(stored) else QuantRecipe(**known)
     for name in custom_quantizers(recipe):
         check_imported("quantizer", name)
@@ -247,7 +207,7 @@ def custom_quantizers(recipe: QuantRecipe) -> list[str]:
 def check_imported(setting: str, name: str) -> None:
     """Raise `UsageError` unless the class `package.module:Class` is there already: nothing that a file names is imported."""
     module, _, attribute = name.partition(":")
-    # Of the module's own names: asked for another one it might import further modules.
+    # Of the module's own names: a lookup of another one might import further modules.
     if not isinstance(vars(sys.modules[module]).get(attribute) if module in sys.modules else None, type):
         hint = f"model.imports=[{module}], in Python qat.load(path, imports=[{module!r}])"
         raise UsageError(f"{setting}={name!r}: must be built in, or of a module that is imported; a file imports none: {hint}")

@@ -18,11 +18,9 @@ from qat.errors import UsageError
 from qat.model import hub
 from qat.model.biases import grow_biases, grown_biases
 from qat.model.checkpoint import Checkpoint, build_from
-from qat.model.compensation import Compensation
 from qat.model.frozen import keeps_weights
 from qat.model.sites import iter_quantizers
 from qat.model.transfer import timm_state_dict
-from qat.utils.signature import check_arguments
 
 ALIKE = 0.6  # difflib's own threshold for a close match
 NEW_HEAD = "; model.reset_head=true gives it a new head"
@@ -68,7 +66,6 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
         net: nn.Module = timm.create_model(model, **kwargs, **loading)
     except failures as error:
         raise UsageError(f"model.name={model!r} with {dict(kwargs)}: {' '.join(str(error).split())}") from error
-    check_arguments("model.args", type(net), kwargs)
     return net
 
 
@@ -220,7 +217,4 @@ def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin
     state, biases = timm_state_dict(source), grown_biases(source)
     start = from_state(model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases, hint=hint)
     start.source = source
-    left = sum(isinstance(module, Compensation) for module in source.modules())
-    if left:
-        start.notes.append(f"the matrices beside {left} blocks (ptq.compensation=matrix) are left out")
     return start

@@ -7,7 +7,6 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor, nn
 
-from qat.model.compensation import Compensation
 from qat.model.frozen import FrozenWeight
 from qat.model.scales import is_ready
 from qat.model.sites import iter_quantizers
@@ -31,7 +30,7 @@ def timm_state_dict(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
-    if isinstance(module, Quantizer | Compensation):
+    if isinstance(module, Quantizer):
         return
     consumed: set[str] = set()
     if isinstance(module, QkrAttention):

@@ -11,8 +11,8 @@ from torch import nn
 Forward = Callable[..., Any]
 
 
-class Enough(Exception):
-    """Ends a forward that has reached what it was run for; whoever runs it suppresses this."""
+class StopForward(Exception):
+    """Ends a forward that has reached what it was run for; callers that run it suppress this."""
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat.errors import UsageError
-from qat.model.sites import iter_quantizers
-from qat.ptq.patching import Enough, Forward, patched
-from qat.ptq.state import SearchFiles, fingerprint
-from qat.ptq.units import Runner, Unit, check_finite, find_units
-from qat.ptq.vector import stored_scale
+from qat.model.sites import Site, iter_quantizers
+from qat.ptq.patching import Forward, StopForward, patched
+from qat.ptq.runner import Runner, check_finite, find_units
+from qat.ptq.state import Progress, fingerprint
+from qat.ptq.vector import LOWEST_SCALE, stored_scale
 from qat.quantizers import Quantizer
 from qat.utils.probing import probing
 from qat.utils.validate import check_int, check_number
@@ -33,7 +33,6 @@ from qat.utils.validate import check_int, check_number
 _SETTING = "ptq.method='reconstruct'"
 STATE_NAME = "reconstruct"
 COLUMNS = ("unit", "steps", "loss_before", "loss", "seconds")
-_LOWEST_SCALE = torch.finfo(torch.float32).eps
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +46,7 @@ class ReconstructSettings:
         lr: of weights and biases at the first step; it falls to zero along a cosine.
         scale_lr: of the logarithm of every step size.
         drop: share of the elements of a block's input that are the float net's (QDrop).
-        later: weight of the error of the net's output, with all blocks behind in float, beside that of the block's own output.
+        later: weight of the error of the net's output, with all blocks after it in float, beside that of the block's own output.
         seed: of batches and of what is mixed in.
 
     Raises:
@@ -68,44 +67,6 @@ class ReconstructSettings:
         for name in ("lr", "scale_lr", "later"):
             check_number(f"ptq.reconstruct.{name}", getattr(self, name), 0)
         check_number("ptq.reconstruct.drop", self.drop, 0, highest=1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-
-@dataclass
-class ReconstructState:
-    """A reconstruction between two units.
-
-    Attributes:
-        units: names of those that are done.
-        tensors: their weights, biases and scales, by name in the net.
-        lines: of `reconstruct.csv`, its header not counted.
-        seconds: taken so far, runs before a resume too.
-    """
-
-    units: list[str] = field(default_factory=list)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    lines: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Reconstructed:
-    """What was done.
-
-    Attributes:
-        units: number of blocks, and of quantized layers outside of them.
-        steps: of each.
-        images: that the steps drew from.
-        seconds: all of it, runs before a resume too.
-    """
-
-    units: int
-    steps: int
-    images: int
-    seconds: float
 
 
 def split_batches(images: Tensor, batch: int) -> list[Tensor]:
@@ -128,38 +89,64 @@ def reconstruct(
     run_dir: str | Path | None = None,
     resume: bool = False,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Reconstructed:
+) -> dict[str, Any]:
     """Fit unit after unit (blocks, and quantized layers outside of them) in the order in which they run; in place.
 
-    What a unit does at a step is a function of the seed, the unit and the number of the step. So a run that was killed goes on behind the
-    last unit that was finished, to the same weights on the same machine.
+    What a unit does at a training step is a function of the seed, the unit and the number of the step. So a run that was killed goes on
+    after the last unit that was finished, to the same weights on the same machine.
 
     Args:
         net: converted with a `PtqRecipe`, scales filled; runs in eval mode.
         reference: the float net that it was made of, with modules of the same names, on the same device.
         images: (N, C, H, W).
         settings: of the training.
-        run_dir: folder of `reconstruct.ckpt`, written behind each unit, and `reconstruct.csv`; None = neither is written.
+        run_dir: folder of `reconstruct.ckpt`, written after each unit, and `reconstruct.csv`; None = neither is written.
         resume: go on from `reconstruct.ckpt`, where there is one.
         context: around every forward of a step, such as autocast.
+
+    Returns:
+        `units` (how many), `steps` of each, `images`, `seconds` (those before a resume too).
 
     Raises:
         UsageError: nothing to reconstruct, too few images, or activations that are not finite.
     """
     device = next(net.parameters()).device
     batches = [batch.to(device) for batch in split_batches(images, settings.batch)]
+    named = {f"ptq.reconstruct.{key}": value for key, value in asdict(settings).items()}
+    inputs = fingerprint([*net.state_dict().values(), *reference.state_dict().values(), *batches])
+    progress = Progress(run_dir, STATE_NAME, COLUMNS, named, inputs)
+    state = (progress.resume() if resume else None) or {"units": [], "tensors": {}, "seconds": 0.0}
     frozen = [(p, p.requires_grad) for n in (net, reference) for p in n.parameters()]
     try:
         for parameter, _ in frozen:
             parameter.requires_grad = False
         with probing(net, []), probing(reference, []):
-            return _Reconstruction(net, reference, batches, settings, context).run(run_dir, resume=resume)
+            work = _Reconstruction(net, reference, batches, settings, context)
+            net.load_state_dict(state["tensors"], strict=False)
+            done = len(state["units"])
+            if done:
+                log.info("reconstruction resumed after %s (%d of %d)", state["units"][-1], done, len(work.units))
+            began = time.monotonic()
+            for number, (unit, layers) in enumerate(list(work.units.items())[done:], done):
+                started = time.monotonic()
+                before, after = work.fit(unit, layers, number)
+                seconds = time.monotonic() - started
+                state["units"].append(unit)
+                state["tensors"] |= {k: v.clone() for k, v in net.state_dict().items() if k.startswith(f"{unit}.")}
+                state["seconds"] += seconds
+                progress.rows.append((unit, settings.steps, f"{before:.6g}", f"{after:.6g}", f"{seconds:.1f}"))
+                progress.save(state)
+                left = (time.monotonic() - began) / (number + 1 - done) * (len(work.units) - number - 1)
+                log.info("%d/%d %s: loss %.4g -> %.4g, about %.0f s left", number + 1, len(work.units), unit, before, after, left)
     finally:
         for parameter, was in frozen:
             parameter.requires_grad_(was)
+    return {"units": len(work.units), "steps": settings.steps, "images": sum(map(len, batches)), "seconds": round(state["seconds"], 1)}
 
 
 class _Reconstruction:
+    """The two nets, which unit is trained, and everything that a step reads."""
+
     def __init__(
         self,
         net: nn.Module,
@@ -168,123 +155,87 @@ class _Reconstruction:
         settings: ReconstructSettings,
         context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self.net, self.settings, self.context, self.batches = net, settings, context, batches
-        self.inputs = fingerprint([*net.state_dict().values(), *reference.state_dict().values(), *batches])
+        self.net, self.settings, self.context = net, settings, context
         self.units = find_units(net, batches[0][:1], _SETTING)
-        names = [unit.name for unit in self.units]
-        self.runner, self.reference = Runner(net, names, batches), Runner(reference, names, batches)
+        entries = {name: [name] for name in self.units}
+        self.runner = Runner(net, entries, batches, to_the_end=settings.later > 0)
+        self.reference = Runner(reference, entries, batches)
         self.later = [_joined(reference(batch)) for batch in batches]
         for logits in self.later:
             check_finite(logits, "the float net", _SETTING)
+        self.later_spread = _spread(self.later)
 
-    def run(self, run_dir: str | Path | None, *, resume: bool) -> Reconstructed:
-        """All units that are not done yet."""
-        files = None if run_dir is None else self._files(Path(run_dir))
-        state = (files.read() if files is not None and resume else None) or ReconstructState()
-        self.net.load_state_dict(state.tensors, strict=False)
-        if files is not None:
-            files.start_log(state.lines)
-        if state.units:
-            log.info("reconstruction resumed behind %s (%d of %d)", state.units[-1], len(state.units), len(self.units))
-        began, ran = time.monotonic(), 0
-        for number, unit in enumerate(self.units[len(state.units) :], len(state.units)):
-            started = time.monotonic()
-            before, after = self._fit(unit, number)
-            seconds, ran = time.monotonic() - started, ran + 1
-            state.units.append(unit.name)
-            state.tensors |= {k: v.clone() for k, v in self.net.state_dict().items() if k.startswith(f"{unit.name}.")}
-            state.lines, state.seconds = state.lines + 1, state.seconds + seconds
-            if files is not None:
-                files.log([(unit.name, self.settings.steps, f"{before:.6g}", f"{after:.6g}", f"{seconds:.1f}")])
-                files.write(state)
-            left = (time.monotonic() - began) / ran * (len(self.units) - number - 1)
-            log.info("%d/%d %s: loss %.4g -> %.4g, about %.0f s left", number + 1, len(self.units), unit.name, before, after, left)
-        return Reconstructed(len(self.units), self.settings.steps, sum(map(len, self.batches)), round(state.seconds, 1))
-
-    def _files(self, folder: Path) -> SearchFiles:
-        names = {"name": STATE_NAME, "setting": "ptq.reconstruct"}
-        return SearchFiles(folder, self.settings, self.inputs, ReconstructState, COLUMNS, **names)
-
-    def _fit(self, unit: Unit, number: int) -> tuple[float, float]:
+    def fit(self, unit: str, layers: list[Site], number: int) -> tuple[float, float]:
         """Train one unit; mean loss over all batches before and after, with the quantized net's inputs."""
-        with self.reference.at(unit.name):
-            goal = [self._pair(i, unit) for i in range(len(self.batches))]
-        job = _Unit(self, unit, number, goal)
-        with self.runner.at(unit.name), patched(job.floats), torch.enable_grad():
-            before = job.measure()
-            job.train()
-            after = job.measure()
+        self.number, self.module = number, self.net.get_submodule(unit)
+        with self.reference.at(unit):
+            self.goal = [self._pair(i, unit) for i in range(len(self.later))]
+        self.spread = _spread([y for _, y in self.goal])
+        own = [site.quantizer for site in iter_quantizers(self.net) if site.name.startswith(f"{unit}.")]
+        place = self.runner.order.place
+        later = [s for s in iter_quantizers(self.net) if place.get(s.name, math.inf) > place[unit] and s.quantizer not in set(own)]
+        floats: dict[nn.Module, Forward] = {site.quantizer: lambda x: x for site in later}
+        with self.runner.at(unit), patched(floats), torch.enable_grad():
+            before = self._measure()
+            self._train([q for q in own if stored_scale(q) is not None], layers)
+            after = self._measure()
         if not math.isfinite(after):
-            raise UsageError(f"{_SETTING}: the loss of {unit.name} is {after}; must be a smaller ptq.reconstruct.lr or scale_lr")
+            raise UsageError(f"{_SETTING}: the loss of {unit} is {after}; must be a smaller ptq.reconstruct.lr or scale_lr")
         return before, after
 
-    def _pair(self, i: int, unit: Unit) -> tuple[Tensor, Tensor]:
+    def _pair(self, i: int, unit: str) -> tuple[Tensor, Tensor]:
         """What enters and leaves a unit of the float net."""
-        args, output = self.reference.output(unit.name, i)
+        args, output = self.reference.output(unit, i)
         if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
-            raise UsageError(f"{_SETTING}: {unit.name} does not map a tensor to a tensor; must be compensate or calibrate")
-        check_finite(args[0], unit.name, _SETTING)
-        check_finite(output, unit.name, _SETTING)
+            raise UsageError(f"{_SETTING}: {unit} does not map a tensor to a tensor; must be compensate or calibrate")
+        check_finite(args[0], unit, _SETTING)
+        check_finite(output, unit, _SETTING)
         return args[0], output
 
-
-class _Unit:
-    """One unit while it is trained.
-
-    Attributes:
-        floats: stand-ins for the quantizers behind the unit.
-    """
-
-    def __init__(self, whole: _Reconstruction, unit: Unit, number: int, goal: list[tuple[Tensor, Tensor]]) -> None:
-        self.whole, self.number, self.goal, self.settings = whole, number, goal, whole.settings
-        self.module = whole.net.get_submodule(unit.name)
-        own = [site.quantizer for site in iter_quantizers(whole.net) if site.name.startswith(f"{unit.name}.")]
-        order = whole.runner.order
-        later = [s for s in iter_quantizers(whole.net) if order.get(s.name, math.inf) > order[unit.name] and s.quantizer not in set(own)]
-        self.floats: dict[nn.Module, Forward] = {site.quantizer: _unchanged for site in later}
-        self.scaled = [quantizer for quantizer in own if stored_scale(quantizer) is not None]
-        layers = dict.fromkeys(site.owner for site in unit.layers)
-        self.weights = [p for layer in layers for p in layer.parameters(recurse=False)]
-        self.spread = (_spread([y for _, y in goal]), _spread(whole.later))
-
-    def train(self) -> None:
+    def _train(self, scaled: list[Quantizer], layers: list[Site]) -> None:
         """All steps; the step sizes are exp of what is learned times where they began."""
-        starts = [quantizer.scale.clone() for quantizer in self.scaled]  # type: ignore[operator]
+        settings = self.settings
+        starts = [quantizer.scale.clone() for quantizer in scaled]  # type: ignore[operator]
         changes = [torch.zeros_like(start, requires_grad=True) for start in starts]
-        weights, settings = [w.requires_grad_() for w in self.weights], self.settings
+        owners = dict.fromkeys(site.owner for site in layers)
+        weights = [p.requires_grad_() for owner in owners for p in owner.parameters(recurse=False)]
         groups = [{"params": weights, "lr": settings.lr}, {"params": changes, "lr": settings.scale_lr}]
         adam = torch.optim.Adam([group for group in groups if group["params"]])
         cosine = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: (1 + math.cos(math.pi * step / settings.steps)) / 2)
+        buffers = [quantizer._buffers["scale"] for quantizer in scaled]
         try:
             for step in range(settings.steps):
-                with _learning(self.scaled, starts, changes):
-                    loss = self._loss(*self._drawn(step))
-                    adam.zero_grad()
-                    loss.backward()
+                for quantizer, start, change in zip(scaled, starts, changes, strict=True):
+                    quantizer._buffers["scale"] = (start * change.exp()).clamp(min=LOWEST_SCALE)
+                loss = self._loss(*self._drawn(step))
+                adam.zero_grad()
+                loss.backward()
                 adam.step()
                 cosine.step()
         finally:
+            for quantizer, buffer in zip(scaled, buffers, strict=True):
+                quantizer._buffers["scale"] = buffer
             for weight in weights:
                 weight.requires_grad = False
                 weight.grad = None
-        for quantizer, start, change in zip(self.scaled, starts, changes, strict=True):
-            quantizer.set_scale((start * change.detach().exp()).clamp(min=_LOWEST_SCALE))
+        for quantizer, start, change in zip(scaled, starts, changes, strict=True):
+            quantizer.set_scale((start * change.detach().exp()).clamp(min=LOWEST_SCALE))
 
     @torch.no_grad()
-    def measure(self) -> float:
+    def _measure(self) -> float:
         """Mean loss over all batches; nothing is mixed in."""
         return float(torch.stack([self._loss(i, None) for i in range(len(self.goal))]).mean())
 
     def _drawn(self, step: int) -> tuple[int, torch.Generator]:
         """Which batch, and the generator of what is mixed in: functions of seed, unit and step."""
         count = len(self.goal)
-        generator = torch.Generator().manual_seed(self._seed(step // count, 1))
-        batch = int(torch.randperm(count, generator=generator)[step % count])
-        x = self.goal[batch][0]
-        return batch, torch.Generator(x.device).manual_seed(self._seed(step, 0))
 
-    def _seed(self, n: int, kind: int) -> int:
-        return ((self.settings.seed * 1_000_003 + self.number) * 1_000_003 + n) * 2 + kind
+        def seed(n: int, kind: int) -> int:
+            return ((self.settings.seed * 1_000_003 + self.number) * 1_000_003 + n) * 2 + kind
+
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed(step // count, 1)))
+        batch = int(order[step % count])
+        return batch, torch.Generator(self.goal[batch][0].device).manual_seed(seed(step, 0))
 
     def _loss(self, i: int, generator: torch.Generator | None) -> Tensor:
         """Squared error of the unit's output and of the net's, each in units of its spread."""
@@ -298,29 +249,16 @@ class _Unit:
                 x = torch.where(mixed, float_input.to(x.dtype), x)
             outputs.append(original(x, *args, **kwargs))
             if not self.settings.later:
-                raise Enough
+                raise StopForward
             return outputs[-1]
 
         output = None
-        with patched({self.module: forward}), self.whole.context(), contextlib.suppress(Enough):
-            output = self.whole.runner(i)
-        loss = (outputs[0].float() - target).square().mean() / self.spread[0]
+        with patched({self.module: forward}), self.context(), contextlib.suppress(StopForward):
+            output = self.runner(i)
+        loss = (outputs[0].float() - target).square().mean() / self.spread
         if output is None:
             return loss
-        return loss + self.settings.later * (_joined(output) - self.whole.later[i]).square().mean() / self.spread[1]
-
-
-@contextlib.contextmanager
-def _learning(quantizers: Sequence[Quantizer], starts: Sequence[Tensor], changes: Sequence[Tensor]) -> Generator[None]:
-    """While it lasts, the scales are functions of what is learned; their buffers are back afterwards."""
-    buffers = [quantizer._buffers["scale"] for quantizer in quantizers]
-    try:
-        for quantizer, start, change in zip(quantizers, starts, changes, strict=True):
-            quantizer._buffers["scale"] = (start * change.exp()).clamp(min=_LOWEST_SCALE)
-        yield
-    finally:
-        for quantizer, buffer in zip(quantizers, buffers, strict=True):
-            quantizer._buffers["scale"] = buffer
+        return loss + self.settings.later * (_joined(output) - self.later[i]).square().mean() / self.later_spread
 
 
 def _joined(output: Any) -> Tensor:
@@ -333,7 +271,3 @@ def _spread(values: Sequence[Tensor]) -> float:
     total, n = sum(float(v.double().sum()) for v in values), sum(v.numel() for v in values)
     square = sum(float(v.double().square().sum()) for v in values) / n - (total / n) ** 2
     return square if square > 0 else 1.0
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x

@@ -11,24 +11,81 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from qat.errors import UsageError
+from qat.functional.evolution import POPULATION, TOURNAMENT, Draw, best, draw, evolved_child, initial_population, insert
+from qat.functional.infonce import FITNESSES, TEMPERATURE, logit_fitness
 from qat.model.blocks import find_blocks
 from qat.model.scales import assert_ready
-from qat.ptq.block_cache import GIB, trace, verified
-from qat.ptq.distributed import Ranks
-from qat.ptq.drivers import DRIVERS, Draws, Visit, seeded_draws
-from qat.ptq.fitness import Evaluator, check_batches
-from qat.ptq.search_settings import GRADIENT_METHODS, SearchSettings
-from qat.ptq.state import SearchFiles, SearchState, fingerprint
-from qat.ptq.vector import ScaleVector, joined, scale_vectors
+from qat.model.sites import iter_quantizers
+from qat.ptq.patching import Forward, patched
+from qat.ptq.runner import GIB, Runner, RunOrder
+from qat.ptq.state import Progress, fingerprint
+from qat.ptq.vector import scale_vectors
 from qat.utils.probing import probing
+from qat.utils.validate import check_choice, check_globs, check_int, check_number
 
+STATE_NAME = "search"
+COLUMNS = ("pass", "block", "cycle", "fitness", "accepted", "seconds")
+# The weights of attentions, whatever follows their name (LeViT: attn_downsample).
+TARGETS = ("attn*.*.weight", "attn*.qk")
+# (pass, block, cycle), each from 0, and the radius of each scale (n,), to what is random in that cycle.
+Draws = Callable[[tuple[int, int, int], Tensor], Draw]
 log = logging.getLogger(__name__)
-Validate = Callable[[], float]
-Line = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """The knobs of `search/evolution.yaml`. Source of the numbers: Evol-Q and its code; see docs/evolq.md.
+
+    Attributes:
+        passes: over all blocks, last block first.
+        cycles: candidates per visit of a block.
+        population: members of the evolution.
+        tournament: how many of them compete to be a parent.
+        radius: of the noise; None = 1e-4 for 8 bits, else 1e-3.
+        relative: `radius` is a fraction of each scale, not in its unit.
+        fitness: `infonce`, `mse`, `kl` or `cosine` of quantized and float logits.
+        temperature: of `infonce`.
+        targets: globs of the scales to change, seen from the block: `attn.qkv.weight`, `attn.qk`, `mlp.fc1.weight`, `mlp.fc1.input`.
+        micro_batch: images that pass through the net at once.
+        cache_gib: memory for the inputs of blocks, GiB; fewer blocks at a time are kept where all do not fit.
+        seed: of all draws.
+        reference_selection: keep what did best on validation images instead of calibration images, as the reference does.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    passes: int = 10
+    cycles: int = 3
+    population: int = POPULATION
+    tournament: int = TOURNAMENT
+    radius: float | None = None
+    relative: bool = False
+    fitness: str = "infonce"
+    temperature: float = TEMPERATURE
+    targets: tuple[str, ...] = TARGETS
+    micro_batch: int = 10
+    cache_gib: float = 4.0
+    seed: int = 0
+    reference_selection: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("search.fitness", self.fitness, FITNESSES)
+        for name in ("cycles", "population", "tournament", "micro_batch"):
+            check_int(f"search.{name}", getattr(self, name), 1)
+        for name in ("passes", "seed"):
+            check_int(f"search.{name}", getattr(self, name), 0)
+        check_number("search.temperature", self.temperature, 0, above=True)
+        check_number("search.cache_gib", self.cache_gib, 0)
+        if self.radius is not None:
+            check_number("search.radius", self.radius, 0, above=True)
+        for name in ("relative", "reference_selection"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"search.{name}={getattr(self, name)!r}: must be true or false")
+        object.__setattr__(self, "targets", check_globs("search.targets", self.targets, "attn.qkv.weight"))
 
 
 @dataclass(frozen=True)
@@ -36,30 +93,101 @@ class SearchResult:
     """What a search did.
 
     Attributes:
-        method: see `SearchSettings`.
         selected_on: `calibration`, or `validation`: then accuracy on the validation images is no estimate for others.
         fitness_before: of the net as it came.
         fitness: of the scales that the search ended with; those kept on validation images are not measured again.
         evaluations: candidates.
         accepted: of them, how many became the incumbent.
-        given_up: of them, how many lost a race.
-        images: forwarded for candidates.
         seconds: all of it, runs before a resume too.
     """
 
-    method: str
     selected_on: str
     fitness_before: float
     fitness: float
     evaluations: int
     accepted: int
-    given_up: int
-    images: int
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+
+@torch.no_grad()
+def logits_of(net: nn.Module, images: Tensor, micro_batch: int) -> Tensor:
+    """(N, classes) of images (N, C, H, W), some at a time, joined; a batch of 100 at once would fall out of the processor's caches.
+
+    Raises:
+        UsageError: the net gives something else, as a backbone does.
+    """
+    device = next(net.parameters()).device
+    parts = [net(part.to(device)) for part in images.split(micro_batch)]
+    if not isinstance(parts[0], Tensor) or parts[0].ndim != 2:
+        raise UsageError("search: this net gives no logits (N, classes), which the fitness is made of; calibrate takes nets of any output")
+    return torch.cat(parts)
+
+
+class Evaluator:
+    """Fitness of a net on calibration images while its scales change block by block.
+
+    Args:
+        net: quantized, in eval mode.
+        batches: calibration images (N, C, H, W) each; a batch is never split for its fitness: its images are each other's negatives.
+        targets: their float logits (N, classes).
+        settings: of the search.
+
+    Attributes:
+        vectors: scales of each block, first block first.
+        runner: `runner.forget()` has to be called when scales before the next block have changed.
+    """
+
+    def __init__(self, net: nn.Module, batches: Sequence[Tensor], targets: Sequence[Tensor], settings: SearchSettings) -> None:
+        device = next(net.parameters()).device
+        self.weights = [site for site in iter_quantizers(net) if site.is_weight]
+        self.vectors = scale_vectors(net, settings.targets, RunOrder(net, batches[0][:1].to(device)).place)
+        self.targets = [target.to(device) for target in targets]
+        self.loss = logit_fitness(settings.fitness, settings.temperature)
+        parts = [(j, part) for j, images in enumerate(batches) for part in images.to(device).split(settings.micro_batch)]
+        self.batch_of = [j for j, _ in parts]
+        # The step of an activation may be read before its quantizer runs: an integer norm is made for it. That of a weight is not.
+        entries = {
+            name: [site.name for site in vector.sites] if all(site.is_weight for site in vector.sites) else [name]
+            for name, vector in self.vectors.items()
+        }
+        self.runner = Runner(net, entries, [part for _, part in parts], settings.cache_gib * GIB, to_the_end=True)
+
+    @torch.no_grad()
+    def fitness(self, block: str) -> float:
+        """Mean over the batches, with the scales that the net has now; runs from `block` on."""
+        logits: list[list[Tensor]] = [[] for _ in self.targets]
+        place = self.runner.order.place
+        later = [site for site in self.weights if place.get(site.layer, 0) > place[block]]
+        # Weights are quantized once, not for every micro-batch.
+        weights = {site.quantizer: site.quantizer(site.latent()) for site in later}
+        fixed: dict[nn.Module, Forward] = {quantizer: lambda _, found=found: found for quantizer, found in weights.items()}
+        with self.runner.at(block), patched(fixed):
+            for i, j in enumerate(self.batch_of):
+                logits[j].append(self.runner(i))
+        losses = [self.loss(torch.cat(parts), target) for parts, target in zip(logits, self.targets, strict=True)]
+        return float(torch.stack(losses).double().mean())
+
+
+def evolve(
+    start: Tensor, fitness: float, evaluate: Callable[[int, Tensor], float], drawn: Callable[[int], Draw], settings: SearchSettings
+) -> tuple[Tensor, float]:
+    """One visit: the winner of a tournament mutates, the worst member leaves. Source: Evol-Q's code.
+
+    Args:
+        start: scales (n,) to begin with.
+        fitness: theirs.
+        evaluate: gives the fitness of the candidate (n,) of a cycle.
+        drawn: what is random in a cycle.
+        settings: of the search.
+
+    Returns:
+        The best scales (n,) float64, never worse than `start`, and their fitness.
+    """
+    population = initial_population(start, fitness, settings.population)
+    for cycle in range(settings.cycles):
+        child = evolved_child(population, drawn(cycle), relative=settings.relative)
+        population = insert(population, child, evaluate(cycle, child)).population
+    return best(population)
 
 
 @torch.no_grad()
@@ -71,163 +199,120 @@ def search(
     *,
     run_dir: str | Path | None = None,
     resume: bool = False,
-    validate: Validate | None = None,
-    options: SearchOptions | None = None,
+    validate: Callable[[], float] | None = None,
+    draws: Draws | None = None,
 ) -> SearchResult:
     """Change the scales of a net for the better, in place; nothing else of it changes.
 
     Args:
         net: quantized, its scales filled; runs in eval mode, its mode is restored.
-        batches: calibration images (N, C, H, W) each, as the net sees them; the same in every process.
+        batches: calibration images (N, C, H, W) each, as the net sees them.
         targets: float logits (N, classes) of each.
         settings: of the search.
-        run_dir: folder of `search.csv` and `search.ckpt`; None = neither is written.
+        run_dir: folder of `search.csv` and `search.ckpt`, written after each visit; None = neither is written.
         resume: go on from `search.ckpt`, where there is one.
-        validate: accuracy of the net as it is on validation images; asked after each visit under `reference_selection`.
-        options: what only some callers need.
+        validate: accuracy of the net as it is on validation images; called after each visit under `reference_selection`.
+        draws: in the place of the seeded ones.
 
     Raises:
         UsageError: nothing to search, batches that do not fit, or a fitness that is not finite.
     """
-    _check(batches, targets, settings, validate)
-    assert_ready(net)
-    with probing(net, ()):
-        return _Search(net, batches, targets, settings, validate, options or SearchOptions()).run(run_dir, resume=resume)
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """What only some callers need.
-
-    Attributes:
-        group: processes that share the batches, of `torch.distributed`; each has the same net.
-        draws: in the place of the seeded ones.
-    """
-
-    group: dist.ProcessGroup | None = None
-    draws: Draws | None = None
-
-
-def _check(batches: Sequence[Tensor], targets: Sequence[Tensor], settings: SearchSettings, validate: Validate | None) -> None:
-    check_batches(batches, targets, settings.fitness)
+    if not batches or [len(b) for b in batches] != [len(t) for t in targets]:
+        raise UsageError(
+            f"search: {len(batches)} batches of images and {len(targets)} of logits; must be as many, of equal lengths, at least one"
+        )
+    if settings.fitness == "infonce" and min(map(len, batches)) < 2:
+        raise UsageError("search.fitness='infonce': a batch of one image has no others; must be ptq.batch of at least 2, or mse")
     if settings.reference_selection and validate is None:
         raise UsageError("search.reference_selection=True: validation images are needed for it")
-
-
-class _Search:
-    def __init__(
-        self,
-        net: nn.Module,
-        batches: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        settings: SearchSettings,
-        validate: Validate | None,
-        options: SearchOptions,
-    ) -> None:
-        self.net, self.settings, self.validate = net, settings, validate
-        self.ranks = Ranks(options.group)
-        if self.ranks.world > len(batches):
-            raise UsageError(
-                f"search: {self.ranks.world} processes for {len(batches)} batches of calibration images; must be at most as many"
-            )
-        images = batches[0][: settings.micro_batch].to(next(net.parameters()).device)
-        traced = trace(net, find_blocks(net), images[:1])
-        by_block = scale_vectors(net, settings.targets, traced.order)
-        # One backward has the gradients of all blocks: those methods visit all at once, with the forward passes of all.
-        at_once = settings.method in GRADIENT_METHODS
-        self.vectors: dict[str, ScaleVector] = joined(by_block) if at_once else by_block
-        self.cycles = settings.cycles * (len(by_block) if at_once else 1)
-        self.inputs = fingerprint([*net.state_dict().values(), *batches, *targets])
-        sites = {name: [site.name for site in vector.sites] for name, vector in self.vectors.items()}
-        share = sum(len(batch) for batch in batches[:: self.ranks.world])
-        inner = traced.entering(sites, settings.cache_gib * GIB / share)
-        self.evaluator = Evaluator(net, batches, targets, settings, verified(net, traced, images[:2], inner), self.ranks)
-        self.draws = options.draws or seeded_draws(settings)
-        self.numbers = {name: number for number, name in enumerate(find_blocks(net))}
-        self.rows = torch.empty(0)
-
-    def run(self, run_dir: str | Path | None, *, resume: bool) -> SearchResult:
-        """All visits that are not done yet."""
-        files = None if run_dir is None else SearchFiles(Path(run_dir), self.settings, self.inputs)
-        with self.evaluator.active():
-            state = self._start(files, resume=resume)
-            plan = [(number, name) for number in range(self.settings.passes) for name in reversed(self.vectors)]
-            for number, name in plan[state.visits :]:
-                if name == plan[0][1]:
-                    self.evaluator.new_pass()
-                self._visit(state, number, name, files)
-        if state.best is not None:
-            self._restore(state.best["scales"])
-        selected = "calibration" if state.best is None else "validation"
-        counts = (state.evaluations, state.accepted, state.given_up, state.images, state.seconds)
-        return SearchResult(self.settings.method, selected, state.first, state.fitness, *counts)
-
-    def _start(self, files: SearchFiles | None, *, resume: bool) -> SearchState:
-        """The state on the disk, else a new one: the net's own scales, measured."""
-        state = files.read() if files is not None and resume else None
-        if state is not None:
-            self._restore(state.scales)
-            log.info("search resumed after %d visits, fitness %.6f", state.visits, state.fitness)
-        lines: list[Line] = []
-        if state is None or self.settings.racing:
-            # A race needs the incumbent's loss for every image, which is not in the file.
-            began = time.perf_counter()
-            found = self.evaluator.fitness(next(reversed(self.vectors)))
-            self.rows, seconds = found.rows, time.perf_counter() - began
+    assert_ready(net)
+    inputs = fingerprint([*net.state_dict().values(), *batches, *targets])
+    progress = Progress(run_dir, STATE_NAME, COLUMNS, {f"search.{key}": value for key, value in asdict(settings).items()}, inputs)
+    state = progress.resume() if resume else None
+    with probing(net, ()):
+        evaluator = Evaluator(net, batches, targets, settings)
+        vectors = evaluator.vectors
+        order = list(reversed(vectors))
         if state is None:
-            if not math.isfinite(found.fitness):
-                raise UsageError(f"search: the fitness of the incumbent is {found.fitness} before any block is visited")
-            state = SearchState(0, found.fitness, found.fitness, self._scales(), seconds=seconds)
-            lines = [(0, "", "incumbent", found.fitness, 1, f"{seconds:.3f}", found.images)]
-        if files is not None and self.ranks.writes:
-            files.start_log(state.lines)
-        self._save(state, lines, files)
-        return state
+            state = _start(evaluator, order[0], progress)
+        else:
+            _restore(evaluator, state["scales"])
+            log.info("search resumed after %d visits, fitness %.6f", state["visits"], state["fitness"])
+        numbers = {name: number for number, name in enumerate(find_blocks(net))}
+        for number, name in [(number, name) for number in range(settings.passes) for name in order][state["visits"] :]:
+            if name == order[0]:
+                evaluator.runner.forget()
+            before = state["fitness"]
+            _visit(evaluator, name, (number, numbers[name]), settings, draws, state, progress)
+            if settings.reference_selection and validate is not None:
+                accuracy = validate()
+                # The reference's rule: after the first pass the best accuracy stays, during it the latest.
+                if number == 0 or accuracy > state["best"]["accuracy"]:
+                    state["best"] = {"accuracy": accuracy, "scales": {n: vector.read() for n, vector in vectors.items()}}
+            progress.save(state)
+            log.info("search pass %d/%d %s: fitness %.6f -> %.6f", number + 1, settings.passes, name, before, state["fitness"])
+        if state["best"] is not None:
+            _restore(evaluator, state["best"]["scales"])
+    selected = "calibration" if state["best"] is None else "validation"
+    return SearchResult(selected, *(state[key] for key in ("fitness_before", "fitness", "evaluations", "accepted", "seconds")))
 
-    def _visit(self, state: SearchState, number: int, name: str, files: SearchFiles | None) -> None:
-        began, before = time.perf_counter(), state.fitness
-        vector, memory = self.vectors[name], state.memory.setdefault(name, {})
-        place = (number, self.numbers[name])
-        visit = Visit(name, place, self.cycles, vector, self.evaluator, vector.read(), state.fitness, self.rows, memory)
-        start = visit.best
-        try:
-            DRIVERS[self.settings.method](visit, self.settings, self.draws)
-        except BaseException:
-            visit.put(start)
-            raise
-        visit.put(visit.best)
-        self.rows = visit.rows
-        self._validate(state, number)
-        state.visits, state.fitness, state.scales[name] = state.visits + 1, visit.fitness, vector.read()
-        state.accepted += sum(trial.accepted for trial in visit.trials)
-        state.given_up += sum(trial.images < self.evaluator.n_images for trial in visit.trials)
-        state.images += sum(trial.images for trial in visit.trials)
-        state.evaluations += len(visit.trials)
-        state.seconds += time.perf_counter() - began
-        lines = [(number, name, t.cycle, t.fitness, int(t.accepted), f"{t.seconds:.3f}", t.images) for t in visit.trials]
-        self._save(state, lines, files)
-        log.info("search pass %d/%d %s: fitness %.6f -> %.6f", number + 1, self.settings.passes, name, before, visit.fitness)
 
-    def _validate(self, state: SearchState, number: int) -> None:
-        """The reference's rule: after the first pass the best accuracy stays, during it the latest."""
-        if not self.settings.reference_selection or self.validate is None:
-            return
-        accuracy = self.validate()
-        if state.best is None or number == 0 or accuracy > state.best["accuracy"]:
-            state.best = {"accuracy": accuracy, "scales": self._scales()}
+def _start(evaluator: Evaluator, last: str, progress: Progress) -> dict[str, Any]:
+    """The state of a search before its first visit: the net's own scales, measured."""
+    began = time.perf_counter()
+    fitness, seconds = evaluator.fitness(last), time.perf_counter() - began
+    if not math.isfinite(fitness):
+        raise UsageError(f"search: the fitness of the incumbent is {fitness} before any block is visited")
+    progress.rows.append((0, "", "incumbent", fitness, 1, f"{seconds:.3f}"))
+    counts = {"visits": 0, "evaluations": 0, "accepted": 0, "seconds": seconds}
+    state: dict[str, Any] = {**counts, "fitness": fitness, "fitness_before": fitness, "scales": {}, "best": None}
+    progress.save(state)
+    return state
 
-    def _save(self, state: SearchState, lines: Sequence[Line], files: SearchFiles | None) -> None:
-        """First the lines, then the state that counts them: what a kill leaves in between is cut off again."""
-        state.lines += len(lines)
-        if files is None or not self.ranks.writes:
-            return
-        files.log(lines)
-        files.write(state)
 
-    def _scales(self) -> dict[str, Tensor]:
-        return {name: vector.read() for name, vector in self.vectors.items()}
+def _restore(evaluator: Evaluator, scales: dict[str, Tensor]) -> None:
+    for name, values in scales.items():
+        evaluator.vectors[name].write(values)
 
-    def _restore(self, scales: dict[str, Tensor]) -> None:
-        for name, vector in self.vectors.items():
-            vector.write(scales[name])
-            self.evaluator.changed(vector)
+
+def _visit(
+    evaluator: Evaluator,
+    name: str,
+    place: tuple[int, int],
+    settings: SearchSettings,
+    draws: Draws | None,
+    state: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """Search the scales of one block, and put the best of them into the net and the state."""
+    began, vector = time.perf_counter(), evaluator.vectors[name]
+    start, radius = vector.read(), vector.radius(settings.radius)
+    lowest = state["fitness"]
+
+    def evaluate(cycle: int, scales: Tensor) -> float:
+        nonlocal lowest
+        since = time.perf_counter()
+        vector.write(scales)
+        found = evaluator.fitness(name)
+        if not math.isfinite(found):
+            where = f"candidate {cycle} of block {name} in pass {place[0]}"
+            raise UsageError(f"search: the fitness of {where} is {found}; its logits are not finite numbers")
+        accepted, lowest = found < lowest, min(found, lowest)
+        state["evaluations"] += 1
+        state["accepted"] += accepted
+        progress.rows.append((place[0], name, cycle, found, int(accepted), f"{time.perf_counter() - since:.3f}"))
+        return found
+
+    def drawn(cycle: int) -> Draw:
+        if draws is not None:
+            return draws((*place, cycle), radius)
+        return draw(settings.seed, (*place, cycle), len(radius), radius, size=settings.population, tournament=settings.tournament)
+
+    found, fitness = start, lowest
+    try:
+        found, fitness = evolve(start, lowest, evaluate, drawn, settings)
+    finally:
+        vector.write(found)
+    state["visits"], state["fitness"] = state["visits"] + 1, fitness
+    state["scales"][name] = vector.read()
+    state["seconds"] += time.perf_counter() - began

@@ -5,25 +5,23 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.functional.evolution import noise_radius
-from qat.functional.lsq import relative_step
 from qat.model.blocks import CONTAINER, find_blocks
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import Quantizer
 
 # A scale divides; the calibration keeps the same distance from zero.
-_LOWEST_SCALE = torch.finfo(torch.float32).eps
+LOWEST_SCALE = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class ScaleVector:
-    """Scales of several sites, one behind the other, each flat.
+    """Scales of several sites, one after the other, each flat.
 
     Attributes:
         sites: whose scales they are.
@@ -45,24 +43,9 @@ class ScaleVector:
         """Put (n,) into the net, in its dtype; a scale is at least float32 eps."""
         scales = self.scales
         parts = values.split([scale.numel() for scale in scales])
-        holders = [site.quantizer for site in self.sites if stored_scale(site.quantizer) is not None]
-        for quantizer, scale, part in zip(holders, scales, parts, strict=True):
-            getattr(quantizer, "quantizer", quantizer).set_scale(part.to(scale).clamp(min=_LOWEST_SCALE).view_as(scale))
-
-    def leaves(self) -> list[tuple[Tensor, Tensor]]:
-        """What a gradient is taken for, and the slope of the scale to it: the scale itself, of a relative step what is learned of it."""
-        found = []
-        for site, scale in zip(self.sites, self.scales, strict=True):
-            quantizer: Any = getattr(site.quantizer, "quantizer", site.quantizer)
-            change = getattr(quantizer, "change", None)
-            if change is None:
-                found.append((scale, torch.ones_like(scale)))
-                continue
-            with torch.enable_grad():
-                at = change.detach().requires_grad_()
-                (slope,) = torch.autograd.grad(relative_step(quantizer.start, at, quantizer.unit).sum(), at)
-            found.append((change, slope))
-        return found
+        for site, scale, part in zip(self.sites, scales, parts, strict=True):
+            holder = getattr(site.quantizer, "quantizer", site.quantizer)
+            holder.set_scale(part.to(scale).clamp(min=LOWEST_SCALE).view_as(scale))
 
     def radius(self, fixed: float | None) -> Tensor:
         """(n,) float64: `fixed`, or what suits the bits of each scale."""
@@ -71,7 +54,7 @@ class ScaleVector:
 
 
 def stored_scale(quantizer: Quantizer) -> Tensor | None:
-    """The scale that a quantizer stores, behind offsets too; None for one that reads it off its input."""
+    """The scale that a quantizer stores, that inside offsets too; None for one that reads it off its input."""
     inner = getattr(quantizer, "quantizer", quantizer)
     scale = getattr(inner, "scale", None)
     return scale if isinstance(scale, Tensor) else None
@@ -82,18 +65,13 @@ def place_in(block: str, site: Site) -> str:
     return f"{site.layer.removeprefix(block)}.{site.role}".lstrip(".")
 
 
-def joined(vectors: Mapping[str, ScaleVector]) -> dict[str, ScaleVector]:
-    """All vectors as one, under the name of the first block."""
-    return {next(iter(vectors)): ScaleVector(tuple(site for vector in vectors.values() for site in vector.sites))}
-
-
-def scale_vectors(net: nn.Module, targets: Iterable[str], order: Mapping[str, int]) -> dict[str, ScaleVector]:
+def scale_vectors(net: nn.Module, targets: Iterable[str], place: Mapping[str, int] | None = None) -> dict[str, ScaleVector]:
     """The vector of every block that has one, first block first.
 
     Args:
-        net: quantized, scales filled.
+        net: quantized.
         targets: globs, see `SearchSettings.targets`.
-        order: when each quantizer first runs, by name; a vector follows it.
+        place: when each quantizer runs, by name: the order in a vector.
 
     Raises:
         UsageError: the net has no blocks, or no block a stored scale that the globs match.
@@ -101,13 +79,13 @@ def scale_vectors(net: nn.Module, targets: Iterable[str], order: Mapping[str, in
     targets, blocks = tuple(targets), find_blocks(net)
     if not blocks:
         raise UsageError(f"search: this net has no blocks; they are looked for in modules called {CONTAINER!r}")
-    sites = [site for site in iter_quantizers(net) if stored_scale(site.quantizer) is not None and site.name in order]
+    sites = [site for site in iter_quantizers(net) if stored_scale(site.quantizer) is not None]
     places = {name: [(s, place_in(name, s)) for s in sites if s.name.startswith(f"{name}.")] for name in blocks}
     vectors = {}
     for name, inside in places.items():
         chosen = [site for site, place in inside if any(fnmatch.fnmatchcase(place, glob) for glob in targets)]
         if chosen:
-            vectors[name] = ScaleVector(tuple(sorted(chosen, key=lambda site: order[site.name])))
+            vectors[name] = ScaleVector(tuple(sorted(chosen, key=lambda site: (place or {}).get(site.name, 0))))
     if not vectors:
         known = sorted({place for inside in places.values() for _, place in inside})
         raise UsageError(

@@ -26,7 +26,6 @@ from qat.model.start import Start, from_checkpoint, from_net, from_pretrained, f
 from qat.model.transfer import copy_scales, forget_attention_weights
 from qat.quantizers.registry import import_quantizer
 from qat.spec import QuantRecipe
-from qat.utils.signature import check_arguments
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,9 +47,6 @@ def instantiate(node: DictConfig, setting: str) -> Any:
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise UsageError(f"{setting}={plain(node)!r}: must be what makes an object: {setting}._target_=package.module.Class")
     arguments = {key: value for key, value in plain(node).items() if not str(key).startswith("_")}
-    made_by = located(node["_target_"])
-    if made_by is not None:
-        check_arguments(setting, made_by, arguments, lowest=-1)
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
@@ -200,21 +196,15 @@ def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str = 
     if recipe.name == "fp":
         return []
     lost += forget_attention_weights(start.net) if as_there else []
-    notes = [f"drawn anew, as in the paper's code: {', '.join(lost)}"] if lost else []
-    return notes + _fill_scales(start, data, min(data.settings.batch_size * processes, CALIBRATION_BATCH))
-
-
-def _fill_scales(start: Start, data: ImageData, batch_size: int) -> list[str]:
+    notes = [f"re-initialised, as in the paper's code: {', '.join(lost)}"] if lost else []
     copied, missing = ([], []) if start.source is None else copy_scales(start.source, start.net)
-    batches = data.calibration_batches(batch_size)
+    batches = data.calibration_batches(min(data.settings.batch_size * processes, CALIBRATION_BATCH))
     initialize_scales(start.net, batches)
     assert_ready(start.net)
-    images = sum(len(batch) for batch in batches)
-    if not copied:
-        return [f"scales initialised from {images} training images"]
-    if not missing:
-        return [f"scales of all {len(copied)} quantizers copied"]
-    return [f"scales of {len(copied)} quantizers copied, of {len(missing)} initialised from {images} images: {', '.join(missing)}"]
+    if copied and not missing:
+        return [*notes, f"scales of all {len(copied)} quantizers copied"]
+    of = f"of {len(copied)} quantizers copied, of {len(missing)} ({', '.join(missing)})" if copied else ""
+    return [*notes, f"scales {of} initialised from {sum(map(len, batches))} training images".replace("  ", " ")]
 
 
 def build_loss(cfg: DictConfig) -> CompositeLoss:

@@ -10,16 +10,14 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch import Tensor, nn
+from torch import nn
 
 import qat.data
-from qat.cli.results import measured, recipe_fields, sizes, write_results
 from qat.data import ImageData
 from qat.data.settings import DataSettings
 from qat.errors import UsageError
-from qat.launch import outputs
-from qat.launch.group import connect
-from qat.launch.ranks import is_first
+from qat.launch import run_dir as outputs
+from qat.launch.ranks import connect, is_first
 from qat.lit import QATModule
 from qat.lit.loggers import closing
 from qat.losses import CompositeLoss, CrossEntropy
@@ -33,10 +31,10 @@ from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_classes, check_classifier, check_patches, check_settings
 from qat.tasks.classes import class_results, write_class_tables
 from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
-from qat.tasks.report import record_run, report_run
+from qat.tasks.report import report_run
+from qat.tasks.results import measured, recipe_fields, record_run, sizes, write_results
 
 log = logging.getLogger(__name__)
-SHOWN_PAIRS = 3
 # Readers of timm that fetch what they are named (`qat.data.Timm`).
 DOWNLOADED = ("hfds/", "hfids/", "tfds/")
 
@@ -65,7 +63,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     if is_first():
         record_run(cfg)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
-    connect(trainer, build.plain(cfg))
+    connect(trainer)
     data = subject.data
     entries = {
         "model": summary.describe_model(subject.name, subject.net, data.input_size),
@@ -129,20 +127,11 @@ def measure(subject: EvaluatedNet, trainer: Trainer, costs: Cost, folder: Path |
     found = measured(metrics, costs)
     shown = {"top-1": f"{found['top1']:.2f} %", "top-5": f"{found['top5']:.2f} %", "loss": f"{found['loss']:.4f}"}
     log.info(summary.lines(f"{data.evaluation_split} split", shown | {"size": f"{costs.size_bytes} bytes as stored"}))
-    return found | data.evaluation_facts(module.confusion) | _of_classes(module.confusion, subject.classes, folder)
-
-
-def _of_classes(confusion: Tensor | None, names: list[str], folder: Path | None) -> dict[str, Any]:
-    if confusion is None or folder is None:
-        return {}
-    if is_first():
-        write_class_tables(folder, confusion, names)
-    found = class_results(confusion, names)
-    pairs = {
-        f"{one['true']} as {one['predicted']}": f"{one['images']} images, {one['share']:.1f} %" for one in found["confused"][:SHOWN_PAIRS]
-    }
-    if pairs:
-        log.info(summary.lines("most often confused", pairs))
+    found |= data.evaluation_facts(module.confusion)
+    if module.confusion is not None and folder is not None:
+        if is_first():
+            write_class_tables(folder, module.confusion, subject.classes)
+        found |= class_results(module.confusion, subject.classes)
     return found
 
 
@@ -166,17 +155,12 @@ def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
         stored = _without_downloads(stored, cfg)
     if not stored or "_target_" not in stored:
         stored = build.plain(cfg.default_data if cfg.get("predict") is None else cfg.default_photos)
-    base = stored if cfg.get("predict") is None else stored | _of_the_net(checkpoint) | {"root": None}
+    if cfg.get("predict") is not None:
+        if checkpoint is not None and checkpoint.meta and "_target_" not in (checkpoint.meta.get("data") or {}):
+            stored |= {"_target_": "qat.data.ImageFolder", "num_workers": 0, **data_config(build_from(checkpoint))}
+        stored |= {"root": None}
     with open_dict(cfg):
-        cfg.data = OmegaConf.create({**base, **wanted})
-
-
-def _of_the_net(checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """Treatment of images by a net of ours whose file knows no data."""
-    meta = {} if checkpoint is None else checkpoint.meta or {}
-    if checkpoint is None or not meta or "_target_" in (meta.get("data") or {}):
-        return {}
-    return {"_target_": "qat.data.ImageFolder", "num_workers": 0, **data_config(build_from(checkpoint))}
+        cfg.data = OmegaConf.create({**stored, **wanted})
 
 
 def _refuse_foreign(stored: dict[str, Any], path: str) -> None:

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
-from qat.cli.results import recipe_fields, write_results
-from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
-from qat.export.artefact import Written, kept, packed_artefact
-from qat.export.graph import TARGETS, OnnxSettings, check_size, require_onnx
-from qat.export.onnx_file import IMAGES, preprocessing
-from qat.export.stored_weights import TWO_BIT
-from qat.launch import outputs
-from qat.model.checkpoint import build_from, describe, read_checkpoint
-from qat.model.convert import Conversion, conversion_of
+from qat.export.check import Checked, compare, net_codes
+from qat.export.onnx_file import IMAGES, OnnxSettings, export_float, preprocessing, require_onnx, write_checked, write_onnx
+from qat.export.runtimes import milliseconds, open_session, quantize_8bit
+from qat.launch import run_dir as outputs
+from qat.model.checkpoint import build_from, built_alike, describe, load, read_checkpoint
+from qat.model.convert import conversion_of
 from qat.model.frozen import freeze, is_frozen
+from qat.model.frozen.packed import write_packed
 from qat.model.transform import data_config
-from qat.spec import QuantRecipe
+from qat.spec import recipe
 from qat.tasks import build, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
-from qat.tasks.report import record_run, report_run
-from qat.utils.validate import check_choice, check_int
+from qat.tasks.report import report_run
+from qat.tasks.results import recipe_fields, record_run, write_results
+from qat.utils.validate import check_int
 
 log = logging.getLogger(__name__)
 
@@ -51,53 +50,78 @@ def export(cfg: DictConfig) -> float:
         UsageError: a setting, path or file cannot work, or what was written disagrees; it is then kept as `<file>.rejected`.
     """
     began = time.monotonic()
-    _check(cfg)
+    check_settings(cfg)
+    check_int("latency", cfg.latency, 0)
+    if not cfg.ckpt:
+        raise UsageError("ckpt is not set; export.py writes a checkpoint of train.py or ptq.py: ckpt=PATH")
+    settings, is_onnx = OnnxSettings(dynamic_batch=cfg.dynamic_batch), cfg.format.name == "onnx"
+    if is_onnx:
+        require_onnx()
+        settings = OnnxSettings(cfg.dynamic_batch, cfg.format.target, cfg.format.two_bit)
+    elif not cfg.dynamic_batch:
+        raise UsageError("dynamic_batch=False: only for format=onnx")
     build.import_modules(cfg)
     target = _target(cfg)
     outputs.check_own(Path(cfg.run_dir), cfg.command)
-    source = _source(cfg)
-    frozen = source.net if is_frozen(source.net) else freeze(source.net)
-    if cfg.dynamic_size:
-        check_size(frozen)
-    log.info(summary.lines("qat: export", _entries(cfg, source, target)))
+
+    # A net with its data, or with noise: of a net that was made in Python nobody may know what it is for.
+    checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
+    meta, data, classes = checkpoint.meta, None, None
+    if meta is None or "_target_" in (meta.get("data") or {}) or "_target_" in build.plain(cfg.data):
+        subject = build_subject(cfg)
+        net, name, source = subject.net, subject.name, subject.data
+        data = build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(net))
+        images = [images for images, _ in source.sample(cfg.split or source.evaluation_split, cfg.images)]
+        prepared, classes = source.settings, subject.classes
+        shown = f"{sum(map(len, images))} images of {type(source).__name__.lower()}"
+    else:
+        net, name = build_from(checkpoint), meta["model"]["name"]
+        prepared, images, shown = data_settings(data_config(net)), [], f"{IMAGES} images of noise; data=... has others"
+    done = conversion_of(net)
+    if done is None:
+        raise UsageError(f"ckpt={origin(cfg)!r}: holds a float net; export.py writes quantized ones, of train.py and ptq.py")
+    images = images or list(torch.randn(IMAGES, *done.input_size).split(8))
+    frozen = net if is_frozen(net) else freeze(net)
+    about = describe(frozen, data=data, classes=classes) | ({"preprocessing": preprocessing(prepared)} if is_onnx else {})
+    entries = {
+        "model": summary.describe_model(name, net, done.input_size),
+        "recipe": summary.describe_recipe(done.recipe),
+        "weights": origin(cfg),
+        "checked on": shown,
+        "file": str(target),
+    }
+    log.info(summary.lines("qat: export", entries))
     record_run(cfg)
-    written = kept(target, _artefact(cfg, source, frozen))
-    top1 = min(found.top1 for found in written.checked.agreement.values())
-    log.info("%s\n%s\n%s bytes", written.text, target, f"{target.stat().st_size:,}")
+
+    if is_onnx:
+        checked = write_checked(target, lambda path: write_onnx(path, frozen, net, about, images, settings))
+        results = _beside_float(target, built_alike(frozen, recipe("fp"), done.input_size), images[0][:1], checked, cfg.latency)
+    else:
+        sizes: dict[str, int] = {}
+
+        def write(path: Path) -> Checked:
+            sizes.update(write_packed(frozen, path, about))
+            again = load(path)
+            return Checked({"qat.load": compare(net, again, lambda: partial(net_codes, again), images)})
+
+        checked = write_checked(target, write)
+        results = {"bytes": sizes}
+    size = target.stat().st_size
+    shown_results = {"file": f"{target}, {size:,} bytes"} | {key: str(value) for key, value in results.items()}
+    log.info("%s\n%s", checked.to_text(), summary.lines("written", shown_results))
     write_results(
         cfg,
-        model=source.name,
-        **recipe_fields(source.recipe),
+        model=name,
+        **recipe_fields(done.recipe),
         weights=origin(cfg),
-        size_bytes=target.stat().st_size,
+        size_bytes=size,
         file=str(target),
-        agreement=top1,
-        **written.results,
+        agreement=checked.top1,
+        **results,
         wall_seconds=round(time.monotonic() - began, 1),
     )
-    report_run(cfg, None if is_frozen(source.net) else source.net, _conversion(cfg, source.net).input_size)
-    return top1
-
-
-def _check(cfg: DictConfig) -> None:
-    check_settings(cfg)
-    check_int("latency", cfg.latency, 0)
-    check_int("threads", cfg.threads, 1)
-    if not cfg.ckpt:
-        raise UsageError("ckpt is not set; export.py writes a checkpoint of train.py or ptq.py: ckpt=PATH")
-    _check_packed(cfg) if cfg.format.name == "packed" else _check_onnx(cfg)
-
-
-def _check_packed(cfg: DictConfig) -> None:
-    for key, value in (("dynamic_batch", True), ("dynamic_size", False)):
-        if cfg[key] != value:
-            raise UsageError(f"{key}={cfg[key]!r}: only for format=onnx")
-
-
-def _check_onnx(cfg: DictConfig) -> None:
-    require_onnx()
-    check_choice("format.two_bit", cfg.format.two_bit, tuple(TWO_BIT))
-    check_choice("format.target", cfg.format.target, TARGETS)
+    report_run(cfg, None if is_frozen(net) else net, done.input_size)
+    return checked.top1
 
 
 def _target(cfg: DictConfig) -> Path:
@@ -112,81 +136,19 @@ def _target(cfg: DictConfig) -> Path:
     return target
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What is exported.
+def _beside_float(path: Path, plain: nn.Module, image: torch.Tensor, checked: Checked, repeats: int) -> dict[str, Any]:
+    """Bytes of the file and of the same net in float and with weights of 8 bits (values random), and milliseconds where it runs."""
+    import onnx
 
-    Attributes:
-        name: the net's, by timm.
-        recipe: how it is quantized.
-        settings: how its images are prepared.
-        images: on which net and file are run.
-        shown: what these are.
-        data: config of its data, None where its file knows none.
-        classes: their names, None where nobody knows them.
-    """
-
-    net: nn.Module
-    name: str
-    recipe: QuantRecipe
-    settings: DataSettings
-    images: list[Tensor]
-    shown: str
-    data: dict[str, Any] | None
-    classes: list[str] | None
-
-
-def _source(cfg: DictConfig) -> _Source:
-    """A net with its data, or with noise: of a net that was made in Python nobody may know what it is for."""
-    checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
-    meta = checkpoint.meta
-    if meta is None or "_target_" in (meta.get("data") or {}) or "_target_" in build.plain(cfg.data):
-        subject = build_subject(cfg)
-        _conversion(cfg, subject.net)
-        split = cfg.split or subject.data.evaluation_split
-        images = [images for images, _ in subject.data.sample(split, cfg.images)]
-        shown = f"{sum(map(len, images))} images of {type(subject.data).__name__.lower()}"
-        data = build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(subject.net))
-        return _Source(subject.net, subject.name, subject.recipe, subject.data.settings, images, shown, data, subject.classes)
-    net = build_from(checkpoint)
-    done = _conversion(cfg, net)
-    noise = torch.randn(IMAGES, *done.input_size).split(8)
-    settings = data_settings(data_config(net))
-    shown = f"{IMAGES} images of noise; data=... has others"
-    return _Source(net, meta["model"]["name"], done.recipe, settings, list(noise), shown, None, None)
-
-
-def _conversion(cfg: DictConfig, net: nn.Module) -> Conversion:
-    done = conversion_of(net)
-    if done is None:
-        raise UsageError(f"ckpt={origin(cfg)!r}: holds a float net; export.py writes quantized ones, of train.py and ptq.py")
-    return done
-
-
-def _entries(cfg: DictConfig, source: _Source, target: Path) -> dict[str, str]:
-    input_size = _conversion(cfg, source.net).input_size
-    return {
-        "model": summary.describe_model(source.name, source.net, input_size),
-        "recipe": summary.describe_recipe(source.recipe),
-        "weights": origin(cfg),
-        "checked on": source.shown,
-        "file": str(target),
-    }
-
-
-def _artefact(cfg: DictConfig, source: _Source, frozen: nn.Module) -> Callable[[Path], Written]:
-    meta = describe(frozen, data=source.data, classes=source.classes)
-    if cfg.format.name == "packed":
-        return lambda path: packed_artefact(path, frozen, source.net, meta, source.images)
-    from qat.export.artefact_onnx import onnx_artefact
-
-    settings = OnnxSettings(
-        dynamic_batch=cfg.get("dynamic_batch", True),
-        dynamic_size=cfg.dynamic_size,
-        target=cfg.format.target,
-        two_bit=cfg.format.two_bit,
-        latency=cfg.latency,
-        threads=cfg.threads,
-    )
-    meta["preprocessing"] = preprocessing(source.settings)
-    return lambda path: onnx_artefact(path, frozen, source.net, meta, source.images, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"float": Path(folder) / "float.onnx", "int8": Path(folder) / "int8.onnx", "this": path}
+        onnx.save(export_float(plain, image), str(files["float"]))
+        quantize_8bit(files["float"], files["int8"])
+        times: dict[str, dict[str, float]] = {}
+        for runtime, found in checked.agreement.items() if repeats else ():
+            if found.images:
+                sessions = {name: open_session(file, runtime, threads=1) for name, file in files.items()}
+                times[runtime] = {name: round(one, 3) for name, one in milliseconds(sessions, image, repeats).items()}
+        sizes = {name: file.stat().st_size for name, file in files.items()}
+    agrees = {runtime: found.problem is None for runtime, found in checked.agreement.items()}
+    return {"bytes": sizes, "agrees": agrees, "latency_ms": times or None}

@@ -1,4 +1,4 @@
-"""Switches that change how a step is computed, not what it computes."""
+"""Switches that change how a step is computed, not what it computes: compiled nets, memory, precision, shared weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from qat.errors import UsageError
 from qat.lit import Teacher
@@ -19,9 +19,8 @@ from qat.tasks.checks import check_sharding
 
 log = logging.getLogger(__name__)
 
-FP16 = ("16-mixed", "16-true", "16", "transformer-engine-float16")
 COMPILE = (True, False, "auto")
-HALF_MASTERS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
+HALF_WEIGHTS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 
 
 def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
@@ -39,66 +38,27 @@ def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
         raise UsageError(f"model.grad_checkpointing=true: {cfg.model.name} cannot do that; must be false") from error
 
 
-def check_precision(cfg: DictConfig, recipe: QuantRecipe) -> None:
-    """Quantized nets need float masters: a step of 1e-3 of a weight is lost in 8 bits of mantissa, and no code ever changes.
+def check_options(cfg: DictConfig, recipe: QuantRecipe, loss: CompositeLoss) -> None:
+    """Raise `UsageError` if steps cannot be computed as the settings say.
 
-    Raises:
-        UsageError: `trainer.precision` would turn the weights of a quantized net into bf16 or fp16.
+    Quantized nets need float masters: a step of 1e-3 of a weight is lost in 8 bits of mantissa, and no code ever changes.
     """
-    if recipe.name != "fp" and str(cfg.trainer.precision) in HALF_MASTERS:
-        allowed = "32-true, bf16-mixed, 16-mixed, 64-true"
+    precision, strategy = str(cfg.trainer.precision), f"trainer.strategy={SHARDED!r}"
+    if recipe.name != "fp" and precision in HALF_WEIGHTS:
         raise UsageError(
-            f"trainer.precision={cfg.trainer.precision!r}: a quantized net needs float master weights; must be one of {allowed}"
+            f"trainer.precision={precision!r}: a quantized net needs float weights; must be one of 32-true, bf16-mixed, 16-mixed, 64-true"
         )
-
-
-def check_options(cfg: DictConfig, recipe: QuantRecipe, loss: CompositeLoss, device: torch.device) -> None:
-    """Raise `UsageError` if steps cannot be computed as the settings say."""
-    check_precision(cfg, recipe)
-    check_second_derivatives(cfg, loss)
-    check_sharded(cfg, loss)
-    check_compiler(cfg, device)
-
-
-def check_second_derivatives(cfg: DictConfig, loss: CompositeLoss) -> None:
-    """A term made of gradients needs a backward pass that can be differentiated, with gradients that half precision does not round to 0.
-
-    Raises:
-        UsageError: such a term with a setting under which there is none.
-    """
-    if not loss.differentiates_twice:
-        return
-    weight = f"loss.grad_l1={OmegaConf.select(cfg, 'loss.grad_l1')}"
-    if cfg.compile is True:
-        raise UsageError(f"compile=true: {weight} differentiates twice, which compiled nets cannot; must be false")
-    if str(cfg.trainer.precision) in FP16:
-        allowed = "32-true, bf16-mixed, 64-true"
-        raise UsageError(
-            f"trainer.precision={cfg.trainer.precision!r}: {weight} has gradients below fp16's range; must be one of {allowed}"
-        )
-
-
-def check_sharded(cfg: DictConfig, loss: CompositeLoss) -> None:
-    """What a run whose processes share the weights cannot do.
-
-    Raises:
-        UsageError: `trainer.strategy=fsdp` with one of these.
-    """
-    if cfg.trainer.get("strategy") != SHARDED:
-        return
-    setting = f"trainer.strategy={SHARDED!r}"
-    if cfg.compile is True:
-        raise UsageError(f"compile=true: {setting} gathers weights in the middle of the graph; must be false")
-    if str(cfg.trainer.precision) in FP16:
-        raise UsageError(
-            f"trainer.precision={cfg.trainer.precision!r}: {setting} has no scaler of gradients; must be one of 32-true, bf16-mixed"
-        )
-    for name, term in loss.terms.items():
-        check_sharding(cfg, f"the loss term {name}", term)
+    if cfg.trainer.get("strategy") == SHARDED:
+        if cfg.compile is True:
+            raise UsageError(f"compile=true: {strategy} gathers weights in the middle of the graph; must be false")
+        if precision == "16-mixed":
+            raise UsageError(f"trainer.precision={precision!r}: {strategy} has no scaler of gradients; must be 32-true or bf16-mixed")
+        for name, term in loss.terms.items():
+            check_sharding(cfg, f"the loss term {name}", term)
 
 
 def compiles(cfg: DictConfig) -> bool:
-    """Whether `compile` asks for compiled nets; `auto` does on CUDA, unless another setting needs eager steps.
+    """Whether `compile` asks for compiled nets; `auto` does on CUDA, unless the processes share the weights.
 
     Raises:
         UsageError: `compile` is none of `COMPILE`.
@@ -109,41 +69,27 @@ def compiles(cfg: DictConfig) -> bool:
     if asked != "auto":
         return bool(asked)
     on_cuda = torch.cuda.is_available() and str(cfg.trainer.get("accelerator", "auto")) in {"auto", "gpu", "cuda"}
-    return on_cuda and cfg.trainer.get("strategy") != SHARDED and not OmegaConf.select(cfg, "loss.grad_l1")
-
-
-def check_compiler(cfg: DictConfig, device: torch.device) -> None:
-    """Compile one addition where nets are to be compiled, so that a missing compiler shows at once.
-
-    Raises:
-        UsageError: torch cannot compile for `device`, and `compile` is true.
-    """
-    trouble = compiler_trouble(device) if compiles(cfg) else None
-    if trouble and cfg.compile is True:
-        raise UsageError(f"compile=true: torch cannot compile for {device.type} here ({trouble}); must be false")
-    if trouble:
-        log.warning("compile=auto: nets are not compiled, as torch cannot do it for %s here (%s)", device.type, trouble)
-
-
-def compiler_trouble(device: torch.device) -> str | None:
-    """Why torch cannot compile for a device; None = it can."""
-    try:
-        torch.compile(_increment)(torch.zeros(2, device=device))
-    except Exception as error:
-        return str(error).strip().partition("\n")[0]
-    return None
-
-
-def _increment(x: Tensor) -> Tensor:
-    return x + 1
+    return on_cuda and cfg.trainer.get("strategy") != SHARDED
 
 
 def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> None:
     """Compile student and teacher in place, each as one graph, where `compiles` says so; names in state dicts stay what they are.
 
-    Under `memory=recompute` the compiler keeps less for backward.
+    One operation is compiled first: where torch cannot, `auto` leaves nets eager.
+
+    Raises:
+        UsageError: torch cannot compile here, and `compile` is true.
     """
-    if not compiles(cfg) or (cfg.compile == "auto" and compiler_trouble(next(net.parameters()).device)):
+    if not compiles(cfg):
+        return
+    device = next(net.parameters()).device
+    try:
+        torch.compile(torch.square)(torch.zeros(2, device=device))
+    except Exception as error:
+        why = f"torch cannot compile for {device.type} here ({str(error).strip().partition(chr(10))[0]})"
+        if cfg.compile is True:
+            raise UsageError(f"compile=true: {why}; must be false") from error
+        log.warning("compile=auto: nets are not compiled: %s", why)
         return
     recompute = OmegaConf.select(cfg, "memory") == "recompute"
     if recompute and not can_recompute():

@@ -1,10 +1,8 @@
-"""`eval.py predict=FOLDER_OR_IMAGE`: what a net takes images without labels for."""
+"""`eval.py predict=FOLDER_OR_IMAGE`: the likeliest classes of images without labels."""
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +24,8 @@ from qat.utils.text import printable
 log = logging.getLogger(__name__)
 
 RANKS = 5
-SHOWN_IMAGES, SHOWN_RANKS = 10, 3
+SHOWN_IMAGES = 10
 FILE = "predictions.csv"
-# By path of the image its likeliest classes, each with its probability, the likeliest first.
-Predictions = dict[str, list[tuple[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -68,51 +64,41 @@ def find_images(where: str) -> list[Path]:
 
 
 def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: Trainer) -> None:
-    """Write `predictions.csv` into the run directory and show its first lines.
+    """Write `predictions.csv` into the run directory, a line per image: path, then class and probability by rank; show its first lines.
 
     Raises:
         UsageError: more than one device is asked for, or an image cannot be decoded (under `data.on_error=skip`, all of them).
     """
     if trainer.world_size > 1:
         raise UsageError(f"trainer.devices={cfg.trainer.devices!r}: predictions are made on one device; must be 1")
-    settings = subject.data.settings
-    module = _Ranking(subject.net, min(RANKS, len(subject.classes)))
-    batches = trainer.predict(module, dataloaders=_loader(paths, settings), return_predictions=True) or []
-    done: Predictions = {
-        str(paths[row]): [(subject.classes[one], share) for one, share in zip(ids, shares, strict=True)]
-        for rows, all_ids, all_shares in batches
-        for row, ids, shares in zip(rows.tolist(), all_ids.tolist(), all_shares.tolist(), strict=True)
-    }
-    if not done:
+    settings, ranks = subject.data.settings, min(RANKS, len(subject.classes))
+    loader = DataLoader(
+        _Files(paths, settings),
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers if len(paths) > settings.batch_size else 0,  # starting workers costs more than one batch
+        collate_fn=_collate,
+    )
+    batches = trainer.predict(_Ranking(subject.net, ranks), dataloaders=loader, return_predictions=True) or []
+    rows = []
+    for batch in batches:
+        for row, ids, shares in zip(*batch, strict=True):
+            best = zip(ids.tolist(), shares.tolist(), strict=True)
+            rows.append([str(paths[row]), *(cell for one, share in best for cell in (subject.classes[one], f"{share:.6f}"))])
+    if not rows:
         raise UsageError(f"data.on_error=skip: none of {len(paths)} images below predict={str(cfg.predict)!r} can be decoded")
-    write_text(Path(cfg.run_dir) / FILE, as_csv(done))
-    log.info(summary.lines("predictions", _table(done)))
-    left_out = f", {len(paths) - len(done)} left out" if len(done) < len(paths) else ""
-    log.info("%d images%s: %s", len(done), left_out, Path(cfg.run_dir) / FILE)
-
-
-def as_csv(predictions: Predictions) -> str:
-    """A line per image: path, then class and probability by rank; names are made printable."""
-    columns = [f"{what}_{rank}" for rank in range(1, len(next(iter(predictions.values()))) + 1) for what in ("class", "probability")]
-    rows = [[path, *(cell for name, share in ranks for cell in (name, f"{share:.6f}"))] for path, ranks in predictions.items()]
-    return csv_lines([["path", *columns], *(map(printable, row) for row in rows)])
-
-
-def _table(predictions: Predictions) -> dict[str, str]:
-    def shown(ranks: list[tuple[str, float]]) -> str:
-        return ", ".join(f"{name.partition(',')[0]} {100 * share:.1f} %" for name, share in ranks[:SHOWN_RANKS])
-
-    rows = {path: shown(ranks) for path, ranks in itertools.islice(predictions.items(), SHOWN_IMAGES)}
-    more = len(predictions) - len(rows)
-    return rows | ({"...": f"{more} more"} if more else {})
+    columns = [f"{what}_{rank}" for rank in range(1, ranks + 1) for what in ("class", "probability")]
+    write_text(Path(cfg.run_dir) / FILE, csv_lines([["path", *columns], *(map(printable, row) for row in rows)]))
+    shown = {row[0]: f"{row[1].partition(',')[0]} {100 * float(row[2]):.1f} %" for row in rows[:SHOWN_IMAGES]}
+    log.info(summary.lines("predictions", shown))
+    left_out = f", {len(paths) - len(rows)} left out" if len(rows) < len(paths) else ""
+    log.info("%d images%s: %s", len(rows), left_out, Path(cfg.run_dir) / FILE)
 
 
 class _Files(Dataset[tuple[int, Tensor] | None]):
-    """Image files behind the evaluation transform; None for one that is skipped."""
+    """Image files after the evaluation transform; None for one that is skipped."""
 
     def __init__(self, paths: list[Path], settings: DataSettings) -> None:
-        self.paths, self.on_error = paths, settings.on_error
-        self.transform: Callable[[Path], Tensor] = image_transform(settings)
+        self.paths, self.on_error, self.transform = paths, settings.on_error, image_transform(settings)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -133,12 +119,6 @@ def _collate(items: list[tuple[int, Tensor] | None]) -> tuple[Tensor, Tensor]:
     return torch.tensor([row for row, _ in decoded], dtype=torch.long), torch.stack([x for _, x in decoded]) if decoded else torch.empty(0)
 
 
-def _loader(paths: list[Path], settings: DataSettings) -> DataLoader:
-    # Starting workers costs more than one batch.
-    workers = settings.num_workers if len(paths) > settings.batch_size else 0
-    return DataLoader(_Files(paths, settings), batch_size=settings.batch_size, num_workers=workers, collate_fn=_collate)
-
-
 class _Ranking(LightningModule):
     """The `ranks` likeliest classes of each image."""
 
@@ -146,13 +126,13 @@ class _Ranking(LightningModule):
         super().__init__()
         self.net, self.ranks = net, ranks
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices of the images (B,), class ids and probabilities (B, ranks)."""
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[list[int], Tensor, Tensor]:
+        """Indices of the images, class ids and probabilities (B, ranks)."""
         rows, images = batch
         if not len(rows):
-            return rows, rows.new_empty(0, self.ranks), torch.empty(0, self.ranks)
+            return [], rows, images
         shares, ids = self.net(images).float().softmax(dim=-1).topk(self.ranks)
-        return rows, ids, shares
+        return rows.tolist(), ids.cpu(), shares.cpu()
 
 
 def class_names(stored: object, data: ImageData, count: int) -> list[str]:

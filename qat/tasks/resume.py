@@ -1,36 +1,42 @@
-"""Going on with a run that was stopped."""
+"""Going on with a run that was stopped: what is compared with its checkpoint, and what a new run in a used directory replaces."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from qat.callbacks.last import NAME
 from qat.data import ImageData
 from qat.errors import UsageError
-from qat.launch import outputs
-from qat.launch.outputs import UsedError
+from qat.launch import run_dir as outputs
 from qat.launch.ranks import is_first
+from qat.launch.run_dir import UsedError
 from qat.lit.checkpoint_io import PREVIOUS
 from qat.model.checkpoint import TRAINING, Checkpoint, read_checkpoint
 from qat.spec import QuantRecipe
-from qat.tasks import compare
-from qat.utils.bounds import read_yaml
 from qat.utils.files import remove_unfinished
 
 log = logging.getLogger(__name__)
 
-# What a checkpoint holds of these, the run keeps.
-_KEPT = ("optimizer.", "scheduler.")
-# Compared with the net in the checkpoint itself.
-_OWN_CHECK = ("model.args", "model.name", "quant.")
+# Where things are, how they are shown and how images come to the run: nothing of it changes a result. All other settings are compared.
+NOT_COMPARED = {
+    *("run_dir", "sweep_dir", "resume", "overwrite", "report", "allow_changed_data", "logger", "debug", "defaults", "follows"),
+    *("checkpoint.every_n_steps", "trainer.log_every_n_steps", "trainer.profiler"),
+    *(f"data.{name}" for name in ("root", "num_workers", "in_memory", "memory_mb", "cache")),
+    *(f"callbacks.{name}" for name in ("last", "progress", "epoch_log", "throughput", "learning_rate", "preemption", "finite")),
+    *("ckpt_optimizer", "loss.grad_l1", "loss.grad_l1_layers", "loss.regularizers.grad_l1"),  # of older versions
+}
+# What a checkpoint holds of these, the run keeps; the net's own are compared with the net in the checkpoint.
+_KEPT, _OF_THE_NET = ("optimizer.", "scheduler."), ("model.args", "model.name", "quant.")
 # What changes the number of steps in an epoch; a schedule by steps was laid out for those that the run began with.
 _STEPS = ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.limit_train_batches", "data.batch_size")
+_MISSING = object()
 
 
 def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]) -> Checkpoint | None:
@@ -40,95 +46,105 @@ def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
     deleted.
 
     Raises:
-        UsageError: there is nothing to go on from under `true`, or the run had another model or recipe.
+        UsageError: there is nothing to go on from under `true`, or the run had another model, recipe, optimizer or schedule.
     """
     folder = Path(cfg.run_dir) / "checkpoints"
     if is_first():
         remove_unfinished([folder.parent, folder])
-    found = [folder / name for name in (NAME, PREVIOUS[NAME]) if (folder / name).is_file()]
+    found = [path for name in (NAME, PREVIOUS[NAME]) if (path := folder / name).is_file()]
     if cfg.resume is False or (cfg.resume == "auto" and not found):
         return None
     if not found:
         raise UsageError(f"resume=true: run_dir={str(cfg.run_dir)!r} has no checkpoints/last.ckpt; resume=auto starts where there is none")
     if cfg.trainer.fast_dev_run:
         raise UsageError(
-            f"trainer.fast_dev_run: resume={cfg.resume!r} goes on with {found[0]}, which a dry run leaves alone; set resume=false"
+            f"trainer.fast_dev_run: resume={cfg.resume!r} goes on with {found[0]}, which a dry run never changes; set resume=false"
         )
     checkpoint = _read_first(found)
-    _check_complete(checkpoint)
-    _check_same(checkpoint, cfg, recipe, model_args)
-    _check_epochs(checkpoint, cfg.trainer.max_epochs)
-    _check_changes(checkpoint, cfg)
+    if missing := [key for key, kind in TRAINING.items() if checkpoint.training.get(key) is not kind]:
+        raise UsageError(f"resume: {checkpoint.path} is no checkpoint of a training: it has no {missing[0]}")
+    _check_net(checkpoint, cfg, recipe, model_args)
+    done = checkpoint.training.get("epochs")
+    if done is not None and done > cfg.trainer.max_epochs:
+        raise UsageError(
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: {checkpoint.path} is {done} epochs old; must be an integer of at least {done}"
+        )
+    _check_settings(checkpoint, cfg)
     log.info("resumed at step %d from %s", checkpoint.step or 0, checkpoint.path)
     return checkpoint
 
 
 def _read_first(paths: list[Path]) -> Checkpoint:
+    if paths[0].name != NAME:
+        log.warning("resume: %s is not there; going on from %s", paths[0].with_name(NAME), paths[0].name)
     for path in paths[:-1]:
         try:
             return read_checkpoint(path, fmt="qat", setting="resume")
         except UsageError as error:
             log.warning("%s; going on from %s", error, paths[-1].name)
-    if paths[-1].name != NAME and len(paths) == 1:
-        log.warning("resume: %s is not there; going on from %s", paths[-1].with_name(NAME), paths[-1].name)
     return read_checkpoint(paths[-1], fmt="qat", setting="resume")
 
 
-def check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
-    """Raise `UsageError` unless the optimizer of a run that goes on is the one that it had: torch fails on it later, or mixes the two."""
-    had = checkpoint.training.get("groups")
-    groups = [(sorted(set(group) - {"params"}), len(group["params"])) for group in optimizer.state_dict()["param_groups"]]
-    have = [(sorted({*keys, "initial_lr"}), count) for keys, count in groups]
-    if had is None or [(sorted({*keys, "initial_lr"}), count) for keys, count in had] != have:
-        raise UsageError(f"resume: {checkpoint.path} has another optimizer, or one of other parameters; use ckpt=PATH to start from it")
+def _check_net(checkpoint: Checkpoint, cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]) -> None:
+    """A run goes on with the net it had; anything else is a new run that starts from weights."""
+    meta, instead = checkpoint.meta or {}, "use ckpt=PATH to start from it"
+    model = meta.get("model", {})
+    if (model.get("name"), model.get("kwargs")) != (cfg.model.name, model_args):
+        raise UsageError(f"resume: {checkpoint.path} holds {model}, not model {cfg.model.name} with {model_args}; {instead}")
+    # A knob that is newer than the file had its default; what rules mean and how step sizes are learned stays as it was.
+    newer = {**QuantRecipe().to_dict(), "rule_bits": recipe.rule_bits, "steps": recipe.steps}
+    stored = {**newer, **meta["recipe"]} if meta.get("recipe") else {"name": "fp"}
+    wanted = {"name": "fp"} if recipe.name == "fp" else recipe.to_dict()
+    differ = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
+    if differ:
+        raise UsageError(f"resume: {checkpoint.path} has another recipe (quant: {', '.join(differ)}); {instead}")
 
 
-def _check_epochs(checkpoint: Checkpoint, max_epochs: int) -> None:
-    done = checkpoint.training.get("epochs")
-    if done is not None and done > max_epochs:
-        raise UsageError(f"trainer.max_epochs={max_epochs}: {checkpoint.path} has {done} behind it; must be an integer of at least {done}")
-
-
-def _check_changes(checkpoint: Checkpoint, cfg: DictConfig) -> None:
-    """Refuse settings that the run cannot take any more, and name all others that are not those of the run: no curve would show it."""
-    had = _settings_of(checkpoint, Path(cfg.run_dir) / "config.yaml")
+def _check_settings(checkpoint: Checkpoint, cfg: DictConfig) -> None:
+    """Refuse settings that the run cannot change any more, and name all others that differ: no curve would show it."""
+    had = (checkpoint.meta or {}).get("run", {}).get("settings")
     if had is None:
         return
-    changed = [found for found in compare.differences(had, compare.compared(cfg)) if not found[0].startswith(_OWN_CHECK)]
-    kept = [f"{name}={new!r} (it had {old!r})" for name, old, new in changed if name.startswith(_KEPT)]
-    if kept:
+    changed = [found for found in _differences(had, compared(cfg)) if not found[0].startswith(_OF_THE_NET)]
+    if kept := [f"{name}={new!r} (it had {old!r})" for name, old, new in changed if name.startswith(_KEPT)]:
         raise UsageError(
             f"{', '.join(kept)}: a run that goes on keeps its optimizer and its schedule; ckpt=PATH in another run_dir starts a new one"
         )
-    for found in changed if is_first() else ():
-        note = "; the schedule of the learning rate stays as it was" if found[0] == "trainer.max_epochs" else ""
-        if found[0] in _STEPS and cfg.scheduler.interval == "step":
+    for name, old, new in changed if is_first() else ():
+        note = "; the schedule of the learning rate stays as it was" if name == "trainer.max_epochs" else ""
+        if name in _STEPS and cfg.scheduler.interval == "step":
             note = "; the learning rate keeps the schedule that was laid out for the old number of steps"
-        log.warning("resume: %s%s", compare.in_words(found), note)
+        was, now = ("not set" if value is _MISSING else repr(value)[:60] for value in (old, new))
+        log.warning("resume: %s was %s, is %s%s", name, was, now, note)
 
 
-def _settings_of(checkpoint: Checkpoint, path: Path) -> dict[str, Any] | None:
-    """What the run has been trained with so far: as its checkpoint says, or its directory where an older version wrote the checkpoint."""
-    held = (checkpoint.meta or {}).get("run", {}).get("settings")
-    if isinstance(held, dict):
-        return held
-    try:
-        held = compare.of_file(read_yaml(path)[0])
-        why = "it is no config of a run"
-    except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())
-    if held is None and is_first():
-        log.warning(
-            "resume: %s does not hold the settings of its run, and %s cannot be read (%s): none are compared", checkpoint.path, path, why
-        )
-    return held
+def compared(cfg: DictConfig) -> dict[str, Any]:
+    """The settings of a run that shape its result, as plain data: what its checkpoints hold of them."""
+    found: dict[str, Any] = _compared(OmegaConf.to_container(cfg, resolve=True))
+    return found
+
+
+def _compared(node: Any, name: str = "") -> Any:
+    if isinstance(node, dict):
+        paths = {key: f"{name}.{key}" if name else str(key) for key in node}
+        return {str(key): _compared(value, paths[key]) for key, value in node.items() if paths[key] not in NOT_COMPARED}
+    if isinstance(node, list | tuple):
+        return [_compared(value, name) for value in node]
+    return node if node is None or type(node) in {bool, int, float, str} else str(node)
+
+
+def _differences(had: Any, has: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Settings that differ: name and both values, `_MISSING` where one side has none. What only one side has is named once, as a whole."""
+    if not (isinstance(had, dict) and isinstance(has, dict)):
+        if had != has and name not in NOT_COMPARED:
+            yield name, had, has
+        return
+    for key in dict.fromkeys([*had, *has]):
+        yield from _differences(had.get(key, _MISSING), has.get(key, _MISSING), f"{name}.{key}" if name else key)
 
 
 def check_data(cfg: DictConfig, checkpoint: Checkpoint, data: ImageData) -> None:
-    """Raise `UsageError` unless a run goes on with its own classes and images.
-
-    `allow_changed_data=true` lets other images pass, with a warning. What an older version wrote says nothing of images.
-    """
+    """Raise `UsageError` unless a run goes on with its own classes and images; `allow_changed_data=true` takes other images."""
     meta = checkpoint.meta or {}
     had, has = meta.get("classes"), data.named_classes()
     if had and has and list(had) != has:
@@ -136,11 +152,8 @@ def check_data(cfg: DictConfig, checkpoint: Checkpoint, data: ImageData) -> None
         raise UsageError(
             f"data: class {number} must be {old!r} as in {checkpoint.path}, is {new!r}; ckpt=PATH in another run_dir starts anew"
         )
-    prints = meta.get("run", {}).get("images")
-    if not isinstance(prints, dict):
-        return
-    now = data.fingerprints()
-    changed = [split for split in dict.fromkeys([*prints, *now]) if prints.get(split) != now.get(split)]
+    prints, now = meta.get("run", {}).get("images"), data.fingerprints()
+    changed = [split for split in dict.fromkeys([*prints, *now]) if prints.get(split) != now.get(split)] if prints else []
     if not changed:
         return
     what = f"data: the images of {', '.join(changed)} are not those that {checkpoint.path} was trained with"
@@ -150,28 +163,13 @@ def check_data(cfg: DictConfig, checkpoint: Checkpoint, data: ImageData) -> None
         log.warning("resume: %s (allow_changed_data=true)", what)
 
 
-def _check_complete(checkpoint: Checkpoint) -> None:
-    for key, kind in TRAINING.items():
-        found = checkpoint.training.get(key)
-        if found is not kind:
-            kinds = "nothing" if found is None else found.__name__
-            raise UsageError(f"resume: {checkpoint.path} is no checkpoint that a run can go on from: {key} is {kinds}, not {kind.__name__}")
-
-
-def _check_same(checkpoint: Checkpoint, cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]) -> None:
-    """A run goes on with the net it had; anything else is a new run that starts from weights."""
-    meta = checkpoint.meta or {}
-    had_model = meta.get("model", {})
-    if (had_model.get("name"), had_model.get("kwargs")) != (cfg.model.name, model_args):
-        difference = f"holds {had_model}, not model {cfg.model.name} with {model_args}"
-        raise UsageError(f"resume: {checkpoint.path} {difference}; use ckpt=PATH to start from it")
-    # A knob that is newer than the file had its default; what rules mean and how steps are learned stays as it was.
-    newer = {**QuantRecipe().to_dict(), "rule_bits": recipe.rule_bits, "steps": recipe.steps}
-    stored = {**newer, **meta["recipe"]} if meta.get("recipe") else {"name": "fp"}
-    wanted = {"name": "fp"} if recipe.name == "fp" else recipe.to_dict()
-    differ = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
-    if differ:
-        raise UsageError(f"resume: {checkpoint.path} has another recipe (quant: {', '.join(differ)}); use ckpt=PATH to start from it")
+def check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+    """Raise `UsageError` unless the optimizer of a run that goes on is the one that it had: torch fails on it later, or mixes the two."""
+    had = checkpoint.training.get("groups")
+    groups = [(sorted(set(group) - {"params"}), len(group["params"])) for group in optimizer.state_dict()["param_groups"]]
+    have = [(sorted({*keys, "initial_lr"}), count) for keys, count in groups]
+    if had is None or [(sorted({*keys, "initial_lr"}), count) for keys, count in had] != have:
+        raise UsageError(f"resume: {checkpoint.path} has another optimizer, or one of other parameters; use ckpt=PATH to start from it")
 
 
 def outputs_to_replace(cfg: DictConfig) -> list[Path]:
@@ -185,10 +183,10 @@ def outputs_to_replace(cfg: DictConfig) -> list[Path]:
     checkpoints = [path.name for path in outputs.checkpoints(run_dir)]
     if checkpoints and cfg.trainer.fast_dev_run:
         raise UsedError(
-            f"trainer.fast_dev_run: run_dir={str(run_dir)!r} holds {checkpoints[0]}, which a dry run leaves alone; choose another run_dir"
+            f"trainer.fast_dev_run: run_dir={str(run_dir)!r} holds {checkpoints[0]}, which a dry run may not change; choose another run_dir"
         )
     # A run that was killed before its first last.ckpt has nothing to go on from.
     unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
     if used and not (cfg.overwrite or (cfg.resume == "auto" and unsaved)):
         raise UsedError(f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true")
-    return outputs.replaced(run_dir)
+    return outputs.of_training(run_dir)

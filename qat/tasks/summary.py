@@ -1,23 +1,29 @@
-"""The first lines of a run: what it does, with what, and where its outputs go."""
+"""What a run says on the console: its first lines, its quantized layers in short, its teacher."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import logging
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint as Checkpointing
 from omegaconf import DictConfig
 from torch import nn
 
 from qat.data import ImageData
-from qat.lit import scaled_lr
-from qat.model.convert import ConversionReport, ReportRow, conversion_report
+from qat.lit import QATModule, Teacher, scaled_lr
+from qat.lit.accuracy import evaluate
+from qat.model.convert import ConversionReport, conversion_of, conversion_report
 from qat.model.frozen import FrozenWeight
 from qat.model.ptq_spec import PtqRecipe
+from qat.model.start import Start
 from qat.spec import QuantRecipe
 from qat.utils.files import write_text
+
+log = logging.getLogger(__name__)
 
 
 def lines(title: str, entries: dict[str, str]) -> str:
@@ -37,39 +43,18 @@ def describe_recipe(recipe: QuantRecipe) -> str:
     """One line of bits and quantizers."""
     if recipe.name == "fp":
         return "fp: float, nothing is quantized"
-    if isinstance(recipe, PtqRecipe):
-        return _describe_ptq(recipe)
-    bias = f" (query bias: {recipe.qk_bias})" if recipe.attention == "qkr" else ""
     rules = f", {len(recipe.overrides)} override(s)" if recipe.overrides else ""
+    if isinstance(recipe, PtqRecipe):
+        return (
+            f"{recipe.name}: placement {recipe.placement}, weights {recipe.bits} bit ({recipe.weight_observer}), "
+            f"activations {recipe.act_bits} bit per {recipe.act_scales} ({recipe.act_observer}), "
+            f"softmax {recipe.softmax_bits} bit {recipe.softmax_quantizer}{rules}"
+        )
+    bias = f" (query bias: {recipe.qk_bias})" if recipe.attention == "qkr" else ""
     return (
         f"{recipe.name}: weights {recipe.bits} bit {recipe.weight_quantizer}, activations {recipe.act_bits} bit {recipe.act_quantizer}, "
         f"attention {recipe.attention}{bias}, stem {recipe.stem_bits} bit, heads {recipe.head_bits} bit{rules}"
     )
-
-
-def _describe_ptq(recipe: PtqRecipe) -> str:
-    grids = {False: "", True: " symmetric"}
-    weights = f"weights {recipe.bits} bit{grids[recipe.weight_signed]} ({recipe.weight_observer})"
-    acts = f"activations {recipe.act_bits} bit{grids[recipe.act_signed]} per {recipe.act_scales} ({recipe.act_observer})"
-    softmax = f"softmax {recipe.softmax_bits} bit {recipe.softmax_quantizer}"
-    extras = (
-        [f"residual {recipe.residual_observer}"] if recipe.placement == "fqvit" and recipe.residual_observer != recipe.act_observer else []
-    )
-    extras += ["bias correction"] if recipe.bias_correction else []
-    extras += ["integer norms"] if recipe.layernorm == "integer" else []
-    extras += [f"{len(recipe.overrides)} override(s)"] if recipe.overrides else []
-    return ", ".join([f"{recipe.name}: placement {recipe.placement}", weights, acts, softmax, *extras])
-
-
-def describe_lr(cfg: DictConfig, global_batch: int) -> str:
-    """The learning rate in force, and how it came about where it follows the batch."""
-    optimizer = cfg.optimizer
-    base, rule = optimizer.get("lr_base_batch"), optimizer.get("lr_batch_rule", "linear")
-    lr = scaled_lr(optimizer.lr, global_batch=global_batch, lr_base_batch=base, lr_batch_rule=rule)
-    if base is None:
-        return f"lr {lr:.3g}"
-    ratio = f"{global_batch}/{base}"
-    return f"lr {lr:.3g} ({optimizer.lr:.3g} x {ratio if rule == 'linear' else f'sqrt({ratio})'})"
 
 
 def describe_data(name: str, data: ImageData) -> str:
@@ -86,53 +71,58 @@ def conversion(net: nn.Module, folder: Path) -> str:
 
 
 def compact(report: ConversionReport) -> str:
-    """The conversion report with equal blocks in one row: numbers in names become `*`, the last column counts them.
-
-    Blocks that a rule gave other bits, quantizers or offsets than most have rows of their own with their numbers: `blocks.0,2.attn`.
-    """
-    kinds: dict[tuple[str, str], Counter[tuple[object, ...]]] = defaultdict(Counter)
-    for r in report.rows:
-        kinds[_starred(r.module), r.role][_kind(r)] += 1
-    rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for r in report.rows:
-        is_usual = kinds[_starred(r.module), r.role].most_common(1)[0][0] == _kind(r)
-        rows[_starred(r.module), "usual" if is_usual else "", *(str(v) for v in dataclasses.astuple(r)[1:])].append(r.module)
+    """The conversion report with equal blocks in one row: numbers in names become `*`, the last column counts them."""
+    rows = Counter((re.sub(r"\d+", "*", r.module), *(str(v) for v in dataclasses.astuple(r)[1:])) for r in report.rows)
     head = ("module", "role", "quantizer", "bits", "axis", "scales", "offsets", "times")
-    table: list[tuple[str, ...]] = [head]
-    for (name, usual, *about), modules in rows.items():
-        named = [(name, len(modules))] if usual else _numbered(modules)
-        table += [(shown, *about, str(times)) for shown, times in named]
+    table = [head, *((*row, str(times)) for row, times in rows.items())]
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     text = ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
-    floats = Counter((_starred(name), cls) for name, cls in report.stays_float)
+    floats = Counter((re.sub(r"\d+", "*", name), cls) for name, cls in report.stays_float)
     stays = ", ".join(f"{name} ({cls})" + (f" x{n}" if n > 1 else "") for (name, cls), n in floats.items())
     return "\n".join(["quantized", *text, f"  stays float: {stays}"])
 
 
-def _starred(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
+def announce_run(cfg: DictConfig, recipe: QuantRecipe, data: ImageData, start: Start, module: QATModule, trainer: Trainer) -> None:
+    """Log what is trained, on what, from where and how; write `conversion.txt`."""
+    batch, optimizer = cfg.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches, cfg.optimizer
+    lr = scaled_lr(
+        optimizer.lr,
+        global_batch=batch,
+        lr_base_batch=optimizer.get("lr_base_batch"),
+        lr_batch_rule=optimizer.get("lr_batch_rule", "linear"),
+    )
+    entries = {
+        "model": describe_model(cfg.model.name, start.net, data.input_size),
+        "recipe": describe_recipe(recipe),
+        "data": describe_data(type(data).__name__.lower(), data),
+        "start": "; ".join(start.notes),
+        "loss": ", ".join(module.loss.terms),
+        "training": f"{cfg.trainer.max_epochs} epochs, global batch {batch}, {optimizer.opt} lr {lr:.3g}, "
+        f"weight decay {optimizer.weight_decay:g}, seed {cfg.seed}",
+        "device": f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision {trainer.precision}",
+        "outputs": str(cfg.run_dir),
+    }
+    log.info(lines("qat: training", entries))
+    if not (cfg.trainer.fast_dev_run or any(isinstance(c, Checkpointing) for c in trainer.callbacks)):  # type: ignore[attr-defined]
+        log.warning("callbacks: none of them writes checkpoints, so no file will hold this net; callbacks=[default,...] has them")
+    if recipe.name != "fp":
+        log.info(conversion(start.net, Path(cfg.run_dir)))
 
 
-def _kind(row: ReportRow) -> tuple[object, ...]:
-    """What a rule changes; how many scales there are follows from the layer."""
-    return row.quantizer, row.bits, row.axis, row.offsets
+def announce_teacher(teacher: Teacher | None, data: ImageData, trainer: Trainer) -> float | None:
+    """Evaluate the teacher once: a wrong teacher is the most expensive mistake of a distillation run.
 
-
-def _numbered(names: list[str]) -> list[tuple[str, int]]:
-    """The names that differ in their numbers as one, if they are all that its numbers allow; else each by itself."""
-    places = [sorted(set(column)) for column in zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=True)]
-    if math.prod(map(len, places)) != len(names):
-        return [(name, 1) for name in names]
-    numbers = iter(places)
-    return [(re.sub(r"\d+", lambda _: _ranges(next(numbers)), names[0]), len(names))]
-
-
-def _ranges(numbers: list[int]) -> str:
-    """`0,2-5` for 0, 2, 3, 4, 5."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+    Returns:
+        Its top-1 in percent if it is a float net, else None.
+    """
+    if teacher is None:
+        return None
+    device = trainer.strategy.root_device
+    teacher.to(device)
+    followed = evaluate(teacher, data.test_dataloader(), data.settings.num_classes, device)["top1"]
+    top1, beside = followed, ""
+    if teacher.is_one_of_two:
+        top1 = evaluate(teacher.net, data.test_dataloader(), data.settings.num_classes, device)["top1"]
+        beside = f", its class head alone; {top1:.2f} % with both heads"
+    log.info("teacher: %s top-1 %.2f %%%s", data.evaluation_split, followed, beside)
+    return top1 if conversion_of(teacher.net) is None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -45,7 +46,7 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData, student
         return None
     if len(given) > 1:
         raise UsageError(f"{', '.join(given)}: a teacher comes from one of them")
-    net = _own_teacher(cfg) or _students_start(cfg)
+    net = _own_teacher(cfg) if given or cfg.teacher.model else _students_start(cfg)
     name = next((key for key in SOURCES if OmegaConf.select(cfg, key)), "model.name")
     check_teacher(net, data, f"{name}={OmegaConf.select(cfg, name)!r}")
     if loss.blocks:
@@ -66,24 +67,16 @@ def check_teacher(net: nn.Module, data: ImageData, origin: str) -> None:
         raise UsageError(f"{origin} is the teacher: {error}") from error
 
 
-def is_float(teacher: Teacher) -> bool:
-    """True if the teacher is not quantized: its accuracy is then that of the float net."""
-    return conversion_of(teacher.net) is None
-
-
-def _own_teacher(cfg: DictConfig) -> nn.Module | None:
-    """The net of `teacher.*`; None if nothing is set there."""
-    name = cfg.teacher.model or cfg.model.name
-    args = model_args(cfg)
+def _own_teacher(cfg: DictConfig) -> nn.Module:
+    """The net of `teacher.*`."""
+    name, args = cfg.teacher.model or cfg.model.name, model_args(cfg)
     if cfg.teacher.model:
         args = {key: args[key] for key in COMMON_ARGS if key in args}
     if cfg.teacher.ckpt:
         return net_of_file(cfg.teacher.ckpt, name, args, cfg.teacher.model)
-    if cfg.teacher.pretrained:
-        return _pretrained("teacher.pretrained", name, args)
-    if cfg.teacher.model:
+    if not cfg.teacher.pretrained:
         raise UsageError(f"teacher.model={name!r}: give its weights with teacher.ckpt=FILE or teacher.pretrained=true")
-    return None
+    return _pretrained("teacher.pretrained", name, args)
 
 
 def _students_start(cfg: DictConfig) -> nn.Module:
@@ -93,14 +86,14 @@ def _students_start(cfg: DictConfig) -> nn.Module:
         if not cfg.trainer.fast_dev_run:
             instead = "give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights"
             raise UsageError(f"loss with distillation: no teacher; {instead}")
-        log.warning("no teacher: random weights stand in for it, which only a dry run (trainer.fast_dev_run) may do")
+        log.warning("no teacher: random weights serve as one, which only a dry run (trainer.fast_dev_run) may do")
     start = build_start(cfg, keep_head=True)
     if start.source is not None and conversion_of(start.source) is not None:
         raise UsageError(f"ckpt={cfg.ckpt!r} {QUANTIZED}")
     return start.net
 
 
-def net_of_file(path: str, name: str, args: dict, typed: str | None = None) -> nn.Module:
+def net_of_file(path: str, name: str, args: dict[str, Any], typed: str | None = None) -> nn.Module:
     """The net of `teacher.ckpt`.
 
     Args:
@@ -114,19 +107,19 @@ def net_of_file(path: str, name: str, args: dict, typed: str | None = None) -> n
     """
     origin = f"teacher.ckpt={str(path)!r}"
     checkpoint = read_checkpoint(path, setting="teacher.ckpt")
-    if checkpoint.meta is not None:
-        held = str(checkpoint.meta.get("model", {}).get("name"))
-        if typed is not None and typed.partition(".")[0] != held.partition(".")[0]:
-            raise UsageError(f"teacher.model={typed!r}: {origin} holds {held}, which need not be named; must be null")
-        net = build_from(checkpoint)
-        check_finite(net, origin)
-        return net
-    if is_ofq(checkpoint.state):
-        raise UsageError(f"{origin} {QUANTIZED}")
-    return from_state(name, args, checkpoint.state, origin=origin, keep_head=True).net
+    if checkpoint.meta is None:
+        if is_ofq(checkpoint.state):
+            raise UsageError(f"{origin} {QUANTIZED}")
+        return from_state(name, args, checkpoint.state, origin=origin, keep_head=True).net
+    held = str(checkpoint.meta.get("model", {}).get("name"))
+    if typed is not None and typed.partition(".")[0] != held.partition(".")[0]:
+        raise UsageError(f"teacher.model={typed!r}: {origin} holds {held}, which need not be named; must be null")
+    net = build_from(checkpoint)
+    check_finite(net, origin)
+    return net
 
 
-def _pretrained(setting: str, name: str, args: dict) -> nn.Module:
+def _pretrained(setting: str, name: str, args: dict[str, Any]) -> nn.Module:
     try:
         return from_pretrained(name, args, keep_head=True).net
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""`train.py`: build, train, evaluate the best checkpoint, write `results.json`."""
+"""`train.py`: build, train, evaluate the best checkpoint, write `results.json`. A training, from top to bottom."""
 
 from __future__ import annotations
 
@@ -12,31 +12,26 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
-from qat.callbacks import Stopwatch
-from qat.cli.results import measured, recipe_fields, write_results
+from qat.callbacks import LastCheckpoint
 from qat.data import ImageData
-from qat.launch.group import connect
-from qat.launch.ranks import is_first
+from qat.launch.ranks import connect, is_first
 from qat.launch.slurm import write_owner
 from qat.lit import QATModule
 from qat.lit.loggers import closing
-from qat.lit.module import OptimizerFactory
-from qat.model.checkpoint import Checkpoint, build_from, describe, read_checkpoint
+from qat.model.checkpoint import build_from, describe, read_checkpoint
 from qat.model.cost import cost
-from qat.model.start import Start
-from qat.spec import QuantRecipe
 from qat.tasks import build, fit, options
-from qat.tasks.announce import announce_early_end, announce_run, announce_teacher
-from qat.tasks.checks import check_batches, check_classes, check_classifier, check_patches, check_settings
-from qat.tasks.compare import compared
-from qat.tasks.report import record_run, report_run
-from qat.tasks.resume import check_data, check_optimizer, find_resume, outputs_to_replace
+from qat.tasks.checks import check_classes, check_classifier, check_patches, check_settings
+from qat.tasks.report import report_run
+from qat.tasks.results import measured, recipe_fields, record_run, write_results
+from qat.tasks.resume import check_data, check_optimizer, compared, find_resume, outputs_to_replace
+from qat.tasks.summary import announce_run, announce_teacher
 from qat.tasks.teacher import build_teacher
 
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig) -> float:  # noqa: PLR0915  (a training, from top to bottom)
+def train(cfg: DictConfig) -> float:
     """Train one net.
 
     Settings come first, then what costs time: a mistake in the last of them shows before the first image is read.
@@ -53,53 +48,16 @@ def train(cfg: DictConfig) -> float:  # noqa: PLR0915  (a training, from top to 
     began = time.monotonic()
     check_settings(cfg)
     build.import_modules(cfg)
-    recipe, loss = build.build_recipe(cfg), build.build_loss(cfg)
-    resume = find_resume(cfg, recipe, build.model_args(cfg))
+    recipe, loss, args = build.build_recipe(cfg), build.build_loss(cfg), build.model_args(cfg)
+    options.check_options(cfg, recipe, loss)
+    resume = find_resume(cfg, recipe, args)
     replaced = [] if resume else outputs_to_replace(cfg)
-    scheduler = fit.build_scheduler_factory(cfg)
-    trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg, goes_on=resume is not None))
-    optimizer = fit.build_optimizer_factory(cfg, trainer)
-    options.check_options(cfg, recipe, loss, trainer.strategy.root_device)
+    trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg, resumed_at=resume.step if resume else None))
+    optimizer, scheduler = fit.build_optimizer_factory(cfg, trainer), fit.build_scheduler_factory(cfg)
 
     data = build.build_data(cfg)
     data.batch_mixup()  # refuses what cannot be mixed before an image is read
     loss.class_weights = data.class_weights()
-    start, optimizer = _start(cfg, resume, recipe, data, trainer, optimizer)
-    teacher = build_teacher(cfg, loss, data, start.net)
-    check_batches(cfg.trainer, data, trainer.world_size)
-    module = QATModule(
-        start.net,
-        loss,
-        num_classes=data.settings.num_classes,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        teacher=teacher,
-        lsq_grad_batch=cfg.lsq_grad_batch,
-        describe=_describe(cfg, start, data),
-    )
-
-    connect(trainer, build.plain(cfg))
-    data.trainer = trainer  # from here on each process has its own share of the images
-    if is_first():
-        _take_directory(cfg, replaced)
-        announce_run(cfg, recipe, data, start, module, trainer)
-    top1_fp = announce_teacher(teacher, data, trainer)
-    options.compile_nets(cfg, module.net, teacher)
-    with closing(trainer.loggers):
-        trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume else None)
-        module.make_whole()
-        announce_early_end(trainer)
-        val_top1, weights = _take_best(module, data, trainer)
-        outcome = {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": _seconds_since(began, trainer)}
-        _test(cfg, recipe, data, module, trainer, outcome)
-    report_run(cfg, module.net, data.input_size, is_first=trainer.is_global_zero)
-    return val_top1
-
-
-def _start(
-    cfg: DictConfig, resume: Checkpoint | None, recipe: QuantRecipe, data: ImageData, trainer: Trainer, optimizer: OptimizerFactory
-) -> tuple[Start, OptimizerFactory]:
-    """The net, quantized, on its device, as the run begins or goes on; the optimizer's factory with the state that it begins with."""
     if resume:
         check_data(cfg, resume, data)
         start = build.build_resumed(resume)
@@ -114,69 +72,74 @@ def _start(
         check_optimizer(resume, optimizer(start.net))
     else:
         start.notes += build.quantize(start, recipe, data, init=cfg.model.init, processes=trainer.world_size)
-        optimizer = fit.take_optimizer_state(cfg, optimizer, start)
     options.use_less_memory(cfg, start.net)
-    return start, optimizer
+    teacher = build_teacher(cfg, loss, data, start.net)
+    # What checkpoints of the run hold beside weights: how to build the net, and what resuming compares.
+    description = describe(start.net, model=cfg.model.name, model_kwargs=args, data=build.plain(cfg.data), classes=data.named_classes())
+    module = QATModule(
+        start.net,
+        loss,
+        num_classes=data.settings.num_classes,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        teacher=teacher,
+        lsq_grad_batch=cfg.lsq_grad_batch,
+        describe=description | {"run": {"settings": compared(cfg), "images": data.fingerprints()}},
+    )
 
+    connect(trainer)
+    data.trainer = trainer  # from here on each process has its own share of the images
+    if is_first():
+        for path in replaced:
+            path.unlink(missing_ok=True)
+        write_owner(Path(cfg.run_dir))
+        record_run(cfg)
+        announce_run(cfg, recipe, data, start, module, trainer)
+    top1_fp = announce_teacher(teacher, data, trainer)
+    options.compile_nets(cfg, module.net, teacher)
+    with closing(trainer.loggers):
+        trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume else None)
+        module.make_whole()
+        val_top1, weights = _take_best(module, data, trainer)
+        (metrics,) = trainer.test(module, datamodule=data, verbose=False)
 
-def _seconds_since(began: float, trainer: Trainer) -> float:
-    """Seconds of this process, and of the training behind the checkpoint that it went on from."""
-    watch = next(c for c in trainer.callbacks if isinstance(c, Stopwatch))  # type: ignore[attr-defined]
-    return round(time.monotonic() - began + watch.earlier_seconds, 1)
-
-
-def _take_directory(cfg: DictConfig, replaced: list[Path]) -> None:
-    """Remove what an older run left, and write whose directory it is now, with which settings."""
-    for path in replaced:
-        path.unlink(missing_ok=True)
-    write_owner(Path(cfg.run_dir))
-    record_run(cfg)
-
-
-def _describe(cfg: DictConfig, start: Start, data: ImageData) -> dict[str, Any]:
-    """What checkpoints of the run say of its net, and of the run for whoever goes on with it."""
-    args = build.model_args(cfg)
-    said = describe(start.net, model=cfg.model.name, model_kwargs=args, data=build.plain(cfg.data), classes=data.named_classes())
-    return said | {"run": {"settings": compared(cfg), "images": data.fingerprints()}}
-
-
-def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[float, str]:
-    """Put the weights of `best.ckpt` into the module; the final ones stay where no checkpoint was written."""
-    best = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor and c.best_model_path), None)  # type: ignore[attr-defined]
-    if best is None or best.best_model_score is None:
-        if module.validated_at != trainer.global_step:
-            _validate_again(module, data, trainer)
-        return float(trainer.callback_metrics.get("val/top1", torch.tensor(torch.nan))), "final"
-    module.net.load_state_dict(build_from(read_checkpoint(best.best_model_path)).state_dict())
-    score = best.best_model_score
-    if best.monitor != "val/top1":
-        _validate_again(module, data, trainer)
-        score = trainer.callback_metrics.get("val/top1", score)
-    return float(score), Path(best.best_model_path).name
-
-
-def _validate_again(module: QATModule, data: ImageData, trainer: Trainer) -> None:
-    """For a score that no validation of this process has given of these weights; the rows of metrics are there already."""
-    loggers, trainer.loggers = trainer.loggers, []
-    trainer.validate(module, datamodule=data, verbose=False)
-    trainer.loggers = loggers
-
-
-def _test(cfg: DictConfig, recipe: QuantRecipe, data: ImageData, module: QATModule, trainer: Trainer, outcome: dict[str, Any]) -> None:
-    """Evaluate the weights now in the module, write `results.json`, say where things are."""
-    (metrics,) = trainer.test(module, datamodule=data, verbose=False)
     with torch.compiler.set_stance("force_eager"):  # its hooks belong to no compiled graph
         costs = cost(module.net, data.input_size)
+    earlier = sum(one.earlier_seconds for one in trainer.callbacks if isinstance(one, LastCheckpoint))  # type: ignore[attr-defined]
     results = write_results(
         cfg,
         **recipe_fields(recipe),
         **measured(metrics, costs),
         **data.evaluation_facts(module.confusion),
-        **outcome,
+        weights=weights,
+        val_top1=val_top1,
+        top1_fp=top1_fp,
+        wall_seconds=round(time.monotonic() - began + earlier, 1),
         **({"left_out": left_out} if (left_out := data.left_out()) else {}),
     )
     if left_out:
         log.warning("data.on_error=skip: %s could not be decoded", ", ".join(f"{n} {split} images" for split, n in left_out.items()))
-    scores = f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % ({results['weights']})"
-    log.info("%s %s; %d bytes as stored", results["split"], scores, costs.size_bytes)
-    log.info("outputs in %s", cfg.run_dir)
+    scores = f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % ({weights})"
+    log.info("%s %s; %d bytes as stored; outputs in %s", results["split"], scores, costs.size_bytes, cfg.run_dir)
+    report_run(cfg, module.net, data.input_size, is_first=trainer.is_global_zero)
+    return val_top1
+
+
+def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[float, str]:
+    """Put the weights of `best.ckpt` into the module; the final ones stay where no checkpoint was written.
+
+    Returns:
+        Validation top-1 of these weights in percent, and what they are called.
+    """
+    best: Any = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor and c.best_model_path), None)  # type: ignore[attr-defined]
+    name = "final"
+    if best is not None and best.best_model_score is not None:
+        module.net.load_state_dict(build_from(read_checkpoint(best.best_model_path)).state_dict())
+        name = Path(best.best_model_path).name
+        if best.monitor == "val/top1":
+            return float(best.best_model_score), name
+    if name != "final" or module.validated_at != trainer.global_step:
+        loggers, trainer.loggers = trainer.loggers, []  # the rows of metrics are there already
+        trainer.validate(module, datamodule=data, verbose=False)
+        trainer.loggers = loggers
+    return float(trainer.callback_metrics.get("val/top1", torch.nan)), name

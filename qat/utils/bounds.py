@@ -1,10 +1,10 @@
-"""What strangers wrote is read within bounds: of size, of depth, of how many values it holds, and of the net that it describes."""
+"""Limits for what a file asks for: depth and number of its values, size of its weights and of the net that it describes."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,7 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 
-MOST_JSON_BYTES, MOST_YAML_BYTES = 2**25, 2**20
 MOST_DEPTH, MOST_VALUES = 32, 10**6
-MOST_DIGITS = 300
-# Aliases of YAML are shared in memory and written out by whoever copies them.
-MOST_YAML_VALUES = 20_000
 # What a checkpoint may ask for before weights are compared: a number among a model's arguments; tensors and numbers of its net, in those
 # of the file (a net is registered before and after conversion, with scales and offsets).
 MOST_ARGUMENT = 2**17
@@ -27,18 +23,15 @@ TIMES, SPARE_TENSORS, SPARE_NUMBERS = 8, 2000, 2**24
 MOST_PER_BYTE, MOST_CONSTANT = 4, 2**26
 
 
-def check_bounds(value: object, most: int = MOST_VALUES) -> None:
-    """Raise `ValueError` if nested dicts and lists are deeper than `MOST_DEPTH`, or hold more than `most` values, each use counted."""
+def check_bounds(value: object) -> None:
+    """Raise `ValueError` for nested dicts and lists deeper than `MOST_DEPTH` or of more than `MOST_VALUES` values, each use counted."""
     level, values = [value], 0
     for _ in range(MOST_DEPTH):
-        below: list[Any] = []
+        below: list[object] = []
         for node in level:
-            if isinstance(node, Mapping):
-                below.extend(node.values())
-            elif isinstance(node, list | tuple):
-                below.extend(node)
-            if values + len(below) > most:
-                raise ValueError(f"holds more than {most} values")
+            below.extend(node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ())
+            if values + len(below) > MOST_VALUES:
+                raise ValueError(f"holds more than {MOST_VALUES} values")
         values += len(below)
         level = below
     if level:
@@ -46,58 +39,26 @@ def check_bounds(value: object, most: int = MOST_VALUES) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or beyond the bounds.
-    """
-    try:
-        found = json.loads(_text(path, MOST_JSON_BYTES), parse_int=_integer)
-    except RecursionError:
-        raise ValueError(f"is nested more than {MOST_DEPTH} deep") from None
-    check_bounds(found)
-    return found
+    """What a JSON file holds; `OSError` or `ValueError` where it cannot be read."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def json_object(path: Path) -> dict[str, Any]:
     """What a JSON file holds; empty where it cannot be read, or holds something else."""
     try:
         found = read_json(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _integer(text: str) -> int | float:
-    """One that is also a float; a longer one is infinite."""
-    return int(text) if len(text) < MOST_DIGITS else float(text)
-
-
 def read_yaml(path: Path) -> tuple[Any, str]:
-    """What a YAML file holds, as YAML 1.1 reads it, and its text.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no YAML of plain data, or beyond the bounds.
-    """
-    text = _text(path, MOST_YAML_BYTES)
+    """What a YAML file of a run holds, and its text; `OSError` or `ValueError` where it cannot be read."""
+    text = path.read_text(encoding="utf-8")
     try:
-        found = yaml.safe_load(text)
-    except RecursionError:
-        raise ValueError(f"is nested more than {MOST_DEPTH} deep") from None
+        return yaml.safe_load(text), text
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    check_bounds(found, MOST_YAML_VALUES)
-    return found, text
-
-
-def _text(path: Path, most: int) -> str:
-    with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"is larger than {most} bytes")
-    return content.decode()
 
 
 def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None:
@@ -114,15 +75,9 @@ def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None
 def check_model_arguments(kwargs: Mapping[str, Any]) -> None:
     """Raise `ValueError` if a number among the arguments of a model is larger than any model needs."""
     for argument, value in kwargs.items():
-        if any(abs(number) > MOST_ARGUMENT for number in _numbers(value)):
-            raise ValueError(f"argument {argument}={value!r} must be at most {MOST_ARGUMENT}")
-
-
-def _numbers(node: object) -> Iterator[float]:
-    if isinstance(node, int | float):
-        yield node
-    for below in node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ():
-        yield from _numbers(below)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and abs(number) > MOST_ARGUMENT:
+                raise ValueError(f"argument {argument}={value!r} must be at most {MOST_ARGUMENT}")
 
 
 @contextlib.contextmanager

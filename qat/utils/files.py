@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import fcntl
 import io
 import json
 import math
@@ -21,8 +20,6 @@ import torch
 
 _UNFINISHED = ".part"
 _FOLDER_MARK = 0x10
-# More than what is left of a block that is on the disk already.
-_PROBE = b"\0" * 2**16
 
 
 @contextlib.contextmanager
@@ -39,82 +36,60 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
     target = Path(path)
     with _named(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _unfinished(target) as temporary:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=_UNFINISHED)
+        os.close(handle)
+        temporary = Path(name)
+        try:
             yield temporary
             flush(temporary)
             temporary.chmod(0o666 & ~_umask())
             if previous is not None and target.exists():
                 _keep(target, target.with_name(previous))
             temporary.replace(target)
+        except BaseException:
+            os.truncate(temporary, 0)  # a writer that failed may have it open for as long as its error is known, and so keep the disk full
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
         flush(target.parent)
 
 
 @contextlib.contextmanager
-def _unfinished(target: Path) -> Generator[Path]:
-    """A new file beside another, held while it is written; what is left of it in the end is deleted."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=_UNFINISHED)
-    temporary = Path(name)
+def _named(path: Path) -> Generator[None]:
+    """An error of the disk that names no file, or the unfinished one, names this one."""
     try:
-        _lock(handle)
-        yield temporary
-    except BaseException:
-        if temporary.exists():
-            os.truncate(temporary, 0)  # a writer that failed may have it open for as long as its error is known, and so keep the disk full
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or str(error.filename).endswith(_UNFINISHED)):
+            error.filename = str(path)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(handle)
 
 
 @contextlib.contextmanager
 def appending(path: Path) -> Generator[TextIO]:
-    """Yield a file whose end is written to; a kill leaves half a line at worst. On the disk after `flush`.
-
-    Raises:
-        OSError: with the name of the file.
-    """
+    """Yield a file whose end is written to; a kill leaves half a line at worst. On the disk after `flush`."""
     with _named(path), path.open("a", encoding="utf-8", newline="") as file:
         yield file
 
 
 def flush(path: Path) -> None:
-    """Put a file, or the names in a folder, onto the disk.
-
-    Raises:
-        OSError: with the name of the file.
-    """
-    with _named(path):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Generator[None]:
-    """Errors of the disk that name no file, or one that belongs to the writing of this one, name this one; others stay as they are."""
+    """Put a file, or the names in a folder, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        yield
-    except OSError as error:
-        about = path if error.filename is None else Path(error.filename)
-        if error.errno is None or (about.parent != path.parent and about not in path.parents):
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _keep(present: Path, previous: Path) -> None:
     """Give a file a second name, taking that name from another file if need be; a copy where links are not to be had."""
     link = previous.with_name(f".{previous.name}.{os.getpid()}{_UNFINISHED}")
+    link.unlink(missing_ok=True)
     try:
-        link.unlink(missing_ok=True)
-        try:
-            link.hardlink_to(present)
-        except OSError:
-            shutil.copyfile(present, link)
-        link.replace(previous)
-    finally:
-        link.unlink(missing_ok=True)
+        link.hardlink_to(present)
+    except OSError:
+        shutil.copyfile(present, link)
+    link.replace(previous)
 
 
 def _umask() -> int:
@@ -123,27 +98,12 @@ def _umask() -> int:
     return current
 
 
-def _lock(handle: int) -> bool:
-    """Hold a file for as long as it is open or the process lives; False where another holds it, or the file system knows no locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 def remove_unfinished(folders: Iterable[Path]) -> list[Path]:
-    """Delete what writes that were killed have left in some folders, not below them; gives what it was.
-
-    A write that is under way in another process holds its file: then nothing is deleted.
-    """
+    """Delete what writes that were killed have left in some folders of a run that nobody else writes to; gives what it was."""
     found = [path for folder in folders for path in sorted(folder.glob(f".*{_UNFINISHED}"))]
-    with contextlib.ExitStack() as stack, contextlib.suppress(FileNotFoundError):
-        if all(_lock(stack.enter_context(path.open("rb")).fileno()) for path in found):
-            for path in found:
-                path.unlink(missing_ok=True)
-            return found
-    return []
+    for path in found:
+        path.unlink(missing_ok=True)
+    return found
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -189,20 +149,12 @@ def write_torch(path: str | os.PathLike[str], content: Any, *, previous: str | N
     with replacing(path, previous=previous) as temporary:
         try:
             torch.save(content, temporary)
-        except RuntimeError as error:
-            raise _write_error(temporary) or error from error
-
-
-def _write_error(path: Path) -> OSError | None:
-    """Why no more can be written to a file, None if more can; torch has a RuntimeError for it that does not say."""
-    try:
-        with path.open("ab") as file:
-            file.write(_PROBE)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        return error
-    return None
+        except RuntimeError as error:  # torch does not say why it cannot write
+            with temporary.open("ab") as file:
+                file.write(bytes(2**16))
+                file.flush()
+                os.fsync(file.fileno())
+            raise error from None
 
 
 def damage_of(path: str | os.PathLike[str]) -> str | None:

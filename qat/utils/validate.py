@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
+from collections.abc import Iterable
 
 from qat.errors import UsageError
 
@@ -12,6 +14,13 @@ LOWEST_BITS, HIGHEST_BITS = 2, 8
 # Larger counts overflow in torch, or are typing mistakes.
 HIGHEST_WHOLE = 2**31 - 1
 HIGHEST_NUMBER = sys.float_info.max
+
+
+def unknown(setting: str, name: str, known: Iterable[str]) -> str:
+    """What to say of a name that there is not: the nearest of those that there are, or all of them."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=3)
+    return f"{setting}: unknown; {'near are' if near else 'must be one of'} {', '.join(near or choices)}"
 
 
 def check_choice(setting: str, value: object, allowed: tuple[str, ...]) -> None:

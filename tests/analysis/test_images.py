@@ -25,21 +25,6 @@ def test_scores_do_not_depend_on_batches(batch):
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-6)
 
 
-def test_images_are_changed_first():
-    net, images = tiny.vit(), image_set()
-    x, target = whole(images)
-    found = images.score(net, lambda batch: -batch)
-    assert found["loss"] == pytest.approx(F.cross_entropy(tiny.logits(net, -x), target).item(), rel=1e-6)
-    assert found["loss"] != images.score(net)["loss"]
-
-
-def test_numbers_of_a_set():
-    images = image_set(16, 6)
-    assert [len(target) for _, target in images.batches] == [6, 6, 4]
-    assert images.n_images == 16
-    assert images.nbytes == 16 * (64 * 4 + 8)
-
-
 def test_logits_in_half_precision_are_counted_in_single():
     logits = torch.tensor([[300.0, 0.0], [0.0, 1.0]], dtype=torch.float16)
     images = ImageSet([(torch.zeros(2, 1, 2, 2), torch.tensor([1, 1]))], "test")
@@ -57,9 +42,3 @@ def test_a_sample_is_spread_over_its_split(count, expected):
     x, target = whole(images)
     assert torch.equal(x, everything[list(expected)])
     assert torch.equal(target, torch.cat([t for _, t in data.test_dataloader()])[list(expected)])
-
-
-def test_all_images_are_there_without_a_number():
-    data = Digits(**DIGITS, batch_size=100)
-    for split in ("train", "val", "test"):
-        assert ImageSet([*data.sample(split)], split).n_images == len(data.split(split))

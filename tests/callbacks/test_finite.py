@@ -1,21 +1,26 @@
 """A run that turns into NaN stops, names the place, and leaves good checkpoints. Oracle: where the test put the NaN."""
 
+import re
+
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import qat
-from qat.callbacks import FaultGuard, finite
-from qat.callbacks.fault_cause import find_cause
+from qat.callbacks import FiniteCheck, LastCheckpoint, finite
+from qat.losses import LossTerm
 from qat.tasks import fit as parts
+from tests.callbacks.fitting import fit as fit_net
+from tests.callbacks.fitting import module, net
 from tests.conftest import results, tiny, train
 
 
 class Poison(Callback):
-    """Calls `spoil(net)` once, behind the optimizer step that makes the step count `step` (0 = in front of the first)."""
+    """Calls `spoil(net)` once, after the optimizer step that makes the step count `step` (0 = before the first)."""
 
     def __init__(self, step, spoil):
         self.step, self.spoil = step, spoil
@@ -71,9 +76,9 @@ def fit(module, *callbacks, images=None, steps=10, every=4, plugins=None):
         max_epochs=1,
         accelerator="cpu",
         plugins=plugins,
-        callbacks=[FaultGuard(every_n_steps=every), *callbacks],
+        callbacks=[FiniteCheck(every_n_steps=every), *callbacks],
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(one, LastCheckpoint) for one in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -96,57 +101,68 @@ def spoil_first_layer(net):
 @pytest.fixture
 def late(monkeypatch):
     """As on an accelerator: no look at the loss is free."""
-    monkeypatch.setattr(finite, "_is_free", lambda tensor: False)
+    monkeypatch.setattr(finite, "_reading_is_free", lambda module: False)
 
 
-def test_a_healthy_run_is_left_alone():
-    assert fit(Small()).global_step == 10
+def test_a_healthy_run_is_left_as_it_is():
+    modules = [Small(), Small()]
+    assert fit(modules[0]).global_step == 10
+    trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(modules[1], DataLoader(TensorDataset(torch.ones(20, 3), torch.zeros(20)), batch_size=2))
+    assert all(torch.equal(a, b) for a, b in zip(*(module.parameters() for module in modules), strict=True))
 
 
-def test_the_first_images_are_looked_at_before_anything_is_done():
-    images = torch.ones(20, 3)
-    images[1, 0] = torch.nan
-    module = Small()
-    before = module.net[0].weight.clone()
-    assert stopped(module, images=images) == "data: the images of the first batch hold NaN or infinity, step 0 was not taken"
-    assert torch.equal(module.net[0].weight, before)
-
-
-def test_the_first_loss_is_looked_at_before_the_first_update(late):
-    module = Small(factor=torch.nan)
-    before = module.net[0].weight.clone()
-    message = stopped(module)
-    assert message.startswith(
-        "training stopped: the loss of step 0 is nan; first not finite: the loss or its gradient (the net's outputs are finite); no step"
-    )
-    assert torch.equal(module.net[0].weight, before)
-
-
-def test_later_images_are_blamed_for_what_they_do():
+def images_with_nan():
     images = torch.ones(20, 3)
     images[7, 0] = torch.nan
-    assert "the loss of step 3 is nan; first not finite: the images of the batch" in stopped(Small(), images=images)
+    return images
 
 
-def test_where_looking_is_free_the_step_itself_is_stopped():
-    message = stopped(Small(), Poison(3, spoil_first_layer))
-    assert "the loss of step 3 is inf; first not finite: 0.weight, the first of 1 weights that hold NaN or infinity" in message
+def spoil_activation(net):
+    net[1].register_forward_hook(lambda module, args, output: output * torch.nan)
 
 
-@pytest.mark.parametrize(("every", "seen"), [(4, 5), (6, 7), (50, 10)])
-def test_elsewhere_it_is_seen_at_the_next_look(late, every, seen):
-    # The update of step 3 was taken: by the time of the look all weights behind the first are lost as well.
-    message = stopped(Small(), Poison(3, spoil_first_layer), every=every)
-    assert f"the loss of step 3 is inf, seen at step {seen}; first not finite: 0.weight, the first of 4 weights" in message
+class SpoilGradient(Callback):
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == 3:
+            pl_module.net[0].weight.grad[0, 0] = torch.inf
 
 
-def test_looks_are_few(late, monkeypatch):
-    looks = []
-    for name in ("all_finite", "agreed"):
-        look = getattr(finite, name)
-        monkeypatch.setattr(finite, name, lambda *args, look=look: looks.append(1) or look(*args))
-    fit(Small(), every=50, steps=40)
-    assert len(looks) == 4  # the first images, the first loss and its gradients, the end of the epoch, the weights at the end
+@pytest.mark.parametrize(
+    ("callback", "settings", "first"),
+    [
+        (Poison(3, spoil_first_layer), {}, "0.weight"),
+        (Poison(3, spoil_activation), {}, r"the output of 1 \(Identity\)"),
+        (SpoilGradient(), {}, r"the loss or its gradient \(the outputs of the net are finite\)"),
+        (Callback(), {"images": images_with_nan()}, "the images of the batch"),
+    ],
+    ids=["weight", "activation", "gradient", "images"],
+)
+def test_where_looking_is_free_the_step_is_not_taken(callback, settings, first):
+    module, before = Small(), []
+    look = FiniteCheck._look
+
+    class Watch(FiniteCheck):
+        def _look(self, trainer):
+            before[:] = [p.detach().clone() for p in module.parameters()]
+            look(self, trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "FiniteCheck", Watch)
+        message = stopped(module, callback, **settings)
+    expected = rf"training stopped: the loss or a gradient of step 3 is not finite; first: {first}; checkpoints are from before; a lower "
+    assert re.match(expected, message)
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("every", [4, 50])
+def test_elsewhere_it_is_seen_later_with_its_step(late, tmp_path, every):
+    # The update of step 3 was taken: by the time of the look the first weight is lost as well.
+    images = torch.ones(20, 3)
+    images[6:8] = torch.nan
+    message = stopped(Small(), LastCheckpoint(dirpath=tmp_path), images=images, every=every)
+    assert message.startswith("training stopped: the loss or a gradient of step 3 is not finite; first: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_steps_that_a_gradient_scaler_skips_are_no_error():
@@ -159,45 +175,31 @@ def test_steps_that_a_gradient_scaler_skips_are_no_error():
             seen.append(bool(pl_module.net[0].weight.grad.isfinite().all()))
 
     fit(Small(), Watch(), plugins=[MixedPrecision("16-mixed", "cpu", scaler)], steps=30)
-    assert seen[0] is False
-    assert seen[-1] is True
+    assert (seen[0], seen[-1]) == (False, True)
 
 
-def test_gradients_are_looked_at_before_they_are_used():
-    class Spoil(Callback):
-        def on_after_backward(self, trainer, pl_module):
-            if trainer.global_step == 2:
-                pl_module.net[0].weight.grad[0, 0] = torch.inf
+class SickProcess(LossTerm):
+    """A constant that is NaN in one process, in its second step: gradients are finite everywhere."""
 
-    module = Small()
-    message = stopped(module, Spoil())
-    assert "gradients of step 2 hold NaN or infinity (1 tensors, first 0.weight); first not finite: the loss or its gradient" in message
-    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
 
-
-def test_weights_that_turn_bad_in_the_last_step_are_seen():
-    assert "weights hold NaN or infinity after step 9 (1 tensors, first 0.weight)" in stopped(Small(), Poison(10, spoil_first_layer))
+    def forward(self, step):
+        self.steps += 1
+        return torch.tensor(torch.nan if dist.get_rank() == 1 and self.steps == 2 else 0.0)
 
 
-def test_a_module_is_blamed_only_if_its_input_is_fine():
-    module = Small()
-    module.net[1].register_forward_hook(lambda module, args, output: output * torch.nan)
-    assert find_cause(module, [torch.ones(2, 3)]) == "the output of 1 (Identity)"
-    module.net.train()
-    find_cause(module, [torch.ones(2, 3)])
-    assert module.net.training
-
-
-def test_a_teacher_can_be_at_fault():
-    module = Small()
-    module.teacher = lambda images: images * torch.nan
-    assert find_cause(module, [torch.ones(2, 3)]) == "the teacher's logits"
+def test_a_loss_of_one_process_ends_all_of_them():
+    learner = module(net(), terms={"sick": SickProcess()})
+    with pytest.raises(Exception, match=r"the loss or a gradient of step 1 is not finite; first: the loss or its gradient"):
+        fit_net(learner, FiniteCheck(), strategy="ddp_fork", devices=2, max_epochs=2, limit_train_batches=2)
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, "x", None])
 def test_the_interval_is_checked(every):
     with pytest.raises(qat.UsageError, match=r"callbacks.finite.every_n_steps=.*: must be an integer of at least 1"):
-        FaultGuard(every_n_steps=every)
+        FiniteCheck(every_n_steps=every)
 
 
 # --- in runs of the command
@@ -224,35 +226,30 @@ def checkpoints(run_dir):
 
 @pytest.mark.parametrize("is_late", [False, True])
 def test_damaged_weights_reach_no_file_and_the_run_goes_on_from_the_last_good_one(tmp_path, monkeypatch, refused, is_late):
-    monkeypatch.setattr(finite, "_is_free", lambda tensor: not is_late)
+    monkeypatch.setattr(finite, "_reading_is_free", lambda module: not is_late)
     run = tmp_path / "run"
     message = poisoned(monkeypatch, refused, run, Poison(3, damage))
-    assert "training stopped: the loss of step 3 is nan" in message
-    assert "first not finite: " in message
-    assert is_late or "blocks.0.mlp.fc1.weight, the first of 1 weights" in message
+    assert "training stopped: the loss or a gradient of step 3 is not finite; first: " in message
+    assert is_late or "first: blocks.0.mlp.fc1.weight; " in message
     assert checkpoints(run) == {"last.ckpt": 2}
     train(run, *SIX, "resume=true")
     assert checkpoints(run)["last.ckpt"] == 6
-    assert results(run)["top1"] is not None
     assert "error" not in results(run)
 
 
-def test_damage_in_the_step_of_a_checkpoint_is_seen_before_it_is_written(tmp_path, monkeypatch, refused):
-    message = poisoned(monkeypatch, refused, tmp_path / "run", Poison(4, damage))
-    assert "weights hold NaN or infinity after step 3 (1 tensors, first blocks.0.mlp.fc1.weight)" in message
-    assert checkpoints(tmp_path / "run") == {"last.ckpt": 2}
-
-
-def test_best_is_not_overwritten_either(tmp_path, monkeypatch, refused):
-    run = tmp_path / "run"
-    poisoned(monkeypatch, refused, run, Poison(12, damage), "trainer.max_epochs=3", "checkpoint.every_n_steps=null")
-    assert checkpoints(run) == {"best.ckpt": 6, "last.ckpt": 6}
+@pytest.mark.parametrize(
+    ("step", "settings", "kept"),
+    [(4, (), {"last.ckpt": 2}), (12, ("trainer.max_epochs=3", "checkpoint.every_n_steps=null"), {"best.ckpt": 6, "last.ckpt": 6})],
+)
+def test_damage_in_the_step_of_a_checkpoint_is_seen_before_it_is_written(step, settings, kept, tmp_path, monkeypatch, refused):
+    message = poisoned(monkeypatch, refused, tmp_path / "run", Poison(step, damage), *settings)
+    assert f"weights after step {step - 1} are not finite; first: blocks.0.mlp.fc1.weight; " in message
+    assert checkpoints(tmp_path / "run") == kept
 
 
 @pytest.mark.parametrize("quant", ["fp", "ofq_2bit"])
 def test_the_layer_that_overflows_is_named(tmp_path, monkeypatch, refused, quant):
+    """After a quantizer an infinity is the highest code: the loss is finite, its gradient is not."""
     message = poisoned(monkeypatch, refused, tmp_path / "run", Poison(3, overflow), f"quant={quant}")
-    # Behind a quantizer an infinity is the highest code: the loss is fine, its gradient is not.
-    assert ("the loss of step 3 is " if quant == "fp" else "gradients of step 3 hold NaN") in message
-    assert "first not finite: the output of blocks.0.mlp.act (GELU)" in message
+    assert "step 3 is not finite; first: the output of blocks.0.mlp.act (GELU)" in message
     assert "error" in results(tmp_path / "run")

@@ -42,15 +42,3 @@ def test_when(every, steps, tmp_path, monkeypatch):
     folder = tmp_path / "run" / "checkpoints"
     assert [torch.load(folder / n, weights_only=True)["global_step"] for n in ("last.prev.ckpt", "last.ckpt")] == steps[-2:]
     assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "last.ckpt", "last.prev.ckpt"]
-
-
-def test_accumulated_batches_are_one_step(tmp_path, monkeypatch):
-    from lightning.pytorch import Trainer
-
-    from qat.tasks.train import train
-
-    saved = []
-    monkeypatch.setattr(Trainer, "save_checkpoint", lambda trainer, path, *a, **k: saved.append(trainer.global_step))
-    settings = ("trainer.limit_train_batches=8", "trainer.accumulate_grad_batches=2", "checkpoint.every_n_steps=2", "callbacks.best=null")
-    train(tiny(tmp_path / "run", *settings))
-    assert saved == [2, 4]

@@ -1,128 +1,304 @@
-"""`qat train ...`: the console script. Oracle: what `python train.py ...` does."""
+"""The commands: arguments, lines on the terminal, exit codes. Oracles: Hydra's own grammar, `conf/`, and what a shell would see."""
 
-import json
-import shlex
+import errno
+import os
+import re
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import cloudpickle
 import hydra
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from qat.cli import commands, sweep
-from qat.tasks.report import origin_of
+from qat.errors import UsageError
+from qat.tasks import settings
 from tests.commands import typed
-from tests.conftest import TINY, results
+from tests.conftest import ROOT, TINY, compose, results, tiny
+
+PARSER = OverridesParser.create()
+SEND = ("+callbacks.send._target_=tests.callbacks.test_preemption.Send", f"+callbacks.send._args_=[0,{int(signal.SIGINT)}]")
 
 
-def test_trains_as_the_script_does(tmp_path):
-    code, out = typed("qat", "train", *TINY, "report=false", "run_dir=run", cwd=tmp_path)
-    assert code == 0, out
-    assert (tmp_path / "run" / "train.log").exists()
-    code, out = typed("train.py", *TINY, "report=false", "run_dir=again", cwd=tmp_path)
-    assert code == 0, out
-    assert json.loads((tmp_path / "run" / "command.json").read_text())["program"] == "qat train"
-    assert origin_of(tmp_path / "run").command.startswith("qat train ")
-    assert origin_of(tmp_path / "again").repeat.startswith("python train.py --config-dir ")
-    same = ("command", "quant", "top1", "loss", "size_bytes", "versions")
-    assert [results(tmp_path / "run")[key] for key in same] == [results(tmp_path / "again")[key] for key in same]
+def command(script, *overrides, cwd, **env):
+    """Run one of the root scripts as a process; gives exit code, output and errors."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "HYDRA"))} | {"OMP_NUM_THREADS": "1"} | env
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *overrides], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_says_how_it_goes_on_in_its_own_words(tmp_path):
-    code, out = typed("qat", "train", "--help", cwd=tmp_path)
-    assert (code, out.splitlines()[0].split(" [")[0]) == (0, "qat train")
-    spot = ("+callbacks.send._target_=tests.callbacks.test_preemption.Send", f"+callbacks.send._args_=[0,{int(signal.SIGINT)}]")
-    code, out = typed("qat", "train", *TINY, *spot, "report=false", "run_dir=run", cwd=tmp_path)
-    assert code == 130, out
-    assert f"go on with: qat train {shlex.join(TINY)}" in out
+def value(argument):
+    return PARSER.parse_override(argument).value()
 
 
-def test_a_sweep(tmp_path):
-    code, out = typed("qat", "train", "-m", *TINY, "report=false", "seed=1,2", "run_dir=sweep", cwd=tmp_path)
-    assert code == 0, out
-    assert [results(tmp_path / "sweep" / job)["seed"] for job in ("0", "1")] == [1, 2]
+PATHS = (
+    "my photos/cat dog",
+    "a=b, c",
+    "it's",
+    "ends with \\",
+    "back\\'slash quote",
+    "(1) {3}",
+    "#1 & co: 50 %",
+    "é\u0301 咖",
+    "/plain/p_1.ckpt",
+)
 
 
-def test_a_conf_and_a_module_beside_the_run(tmp_path):
-    (tmp_path / "beside_the_run.py").write_text("from qat.losses import CrossEntropy\n\n\nclass Mine(CrossEntropy):\n    pass\n")
-    (tmp_path / "conf" / "loss").mkdir(parents=True)
-    (tmp_path / "conf" / "loss" / "mine.yaml").write_text("terms:\n  ce:\n    _target_: beside_the_run.Mine\n")
-    arguments = ("--config-dir", "conf", "loss=mine", *TINY, "report=false", "run_dir=run")
-    code, out = typed("qat", "train", *arguments, cwd=tmp_path)
-    assert code == 0, out
-    assert "beside_the_run.Mine" in (tmp_path / "run" / "config.yaml").read_text()
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_is_what_was_typed(path):
+    for key in ("data.root", "+ckpt", "run_dir"):
+        assert value(commands.prepared([f"{key}={path}"])[0]) == path
 
 
-def test_a_config_path_counts_from_the_present_folder(tmp_path):
-    code, out = typed("qat", "train", *TINY, "report=false", "run_dir=run", cwd=tmp_path)
-    assert code == 0, out
-    for flags in (("--config-path", "run"), ("--config-path=run",)):
-        code, out = typed("qat", "train", *flags, "--config-name", "config", "run_dir=again", "--cfg", "job", cwd=tmp_path)
-        assert code == 0, out
-        assert "embed_dim: 24" in out
+def test_homes_grammar_and_sweeps(monkeypatch):
+    monkeypatch.setenv("HOME", "/home of/me")
+    given = ["data.root=~/x y", "ckpt=~", "ckpt=~me/x", "model=~x", "model=hf-hub:a/b"]
+    assert commands.prepared(given) == [
+        *("data.root='/home of/me/x y'", "ckpt='/home of/me'", "ckpt='~me/x'", "model=~x"),
+        *("model=_hub", "model.name=hf-hub:a/b"),
+    ]
+    for grammar in ("ckpt='a b'", "ckpt=${oc.env:HOME}/a b", "ckpt=null", "quant.bits=2,3", "~logger", "ckpt=[a,b]"):
+        assert commands.prepared([grammar]) == [grammar]
+    assert commands.prepared(["-m", "ckpt=a,b"])[1] == "ckpt=a,b"
+    assert value(commands.prepared(["ckpt=a,b"])[0]) == "a,b"
 
 
-def test_lists_its_commands(tmp_path):
-    assert typed("qat", cwd=tmp_path) == (0, commands.usage())
-    assert all(f"qat {name} " in commands.usage() for name in (*commands.TASKS, "version"))
-    code, out = typed("qat", "version", cwd=tmp_path)
-    assert (code, out.partition(" ")[0]) == (0, "vit-qat")
-    assert "torch" in out
-    code, out = typed("qat", "trian", "quant=fp", cwd=tmp_path)
-    assert (code, out) == (1, "error: qat trian: must be one of train, eval, ptq, analyze, export, version\n")
+LINES = [
+    ("sed=1", "sed: unknown; near are seed"),
+    ("model.pretrainde=true", "model.pretrainde: unknown; near are pretrained"),
+    ("quant=ofq_9bit", "quant=ofq_9bit: unknown; near are ofq_4bit, ofq_3bit, ofq_2bit"),
+    ("trainer=foo", "trainer=foo: unknown; must be one of cpu, ddp, fsdp, gpu, slurm"),
+    ("seed=x", "seed: Value 'x' of type 'str' could not be converted to Integer"),
+    ("compile=[1]", "compile: Value '[1]' of type 'list' is incompatible with type hint 'Union[bool, str]'"),
+    ("logger=null", "Config group override must be a string or a list. Got NoneType"),
+    ("run_dir=file/run", "run_dir='file/run': must be a folder that is or can be made (Not a directory)"),
+    ("callbacks.finite.policy=skip", f"callbacks.finite.policy: was removed; use: {settings.removed('callbacks.finite.policy')}"),
+    (
+        "+experiment=ofq_deit_s_w2a2",
+        "experiment=ofq_deit_s_w2a2: was removed; use: experiment=ofq_w2a2 model=deit_t (w3a3, w4a4; with _cga)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("argument", "line"), LINES, ids=[argument for argument, _ in LINES])
+def test_what_cannot_be_composed_is_one_line_and_leaves_no_trace(tmp_path, argument, line):
+    (tmp_path / "file").touch()
+    code, out = typed("train.py", "run_dir=run", argument, cwd=tmp_path)
+    assert (out or code) in {f"error: {line}\n", f"error: {line}"}
+    assert code
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_has_gone_is_not_there():
+    assert settings.removed("search=adam_all") == settings.removed("search=random") == "search=evolution"
+    assert settings.removed("search=evolution") is None
+    assert settings.removed("loss.grad_l1_layers") == settings.removed("loss.grad_l1")
+
+
+def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
+    code, out, err = command("train.py", *TINY, "quant.bits=9", "run_dir=~/my run", cwd=tmp_path, HOME=str(tmp_path))
+    assert (code, out) == (1, "error: quant.bits=9: must be an integer from 2 to 8\n")
+    assert "Traceback" not in err
+    assert results(tmp_path / "my run")["error"] == "quant.bits=9: must be an integer from 2 to 8"
+
+
+@pytest.mark.parametrize("wish", [["debug=fast"], []])
+def test_the_traceback_comes_through_where_it_is_wanted(tmp_path, monkeypatch, wish):
+    if not wish:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(UsageError, match=r"^quant\.bits=9"):
+        typed("train.py", *TINY, "quant.bits=9", *wish, "run_dir=run", cwd=tmp_path)
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr("qat.tasks.train.train", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        commands.run_task(tiny(tmp_path / "run"))
+    monkeypatch.setattr("qat.tasks.train.train", lambda _: 42.0)
+    assert commands.run_task(tiny(tmp_path / "run")) == 42.0
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("error", "said"),
     [
-        ("qat e", "eval export"),
-        ("qat train quant=seq_", "quant=seq_2bit quant=seq_3bit quant=seq_4bit"),
-        ("qat ptq trainer=s", "trainer=slurm"),
+        (
+            RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed."),
+            "DataLoader worker (pid 12) is killed by signal: Killed.; mem",
+        ),
+        (RuntimeError("received 0 items of ancdata"), "too many open files; data.num_workers must be fewer"),
+        (OSError(errno.EMFILE, "Too many open files", "x"), "too many open files"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "x: cannot be read or written (No space left on device)"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "x: cannot be read or written (Permission denied)"),
+        (
+            RuntimeError("Connection closed by peer [1.2.3.4]\nmore"),
+            "another process of this run is gone: Connection closed by peer [1.2.3.4] more",
+        ),
+        (RuntimeError("shape mismatch"), None),
     ],
 )
-def test_the_shell_completes(tmp_path, monkeypatch, line, expected):
-    monkeypatch.setenv("COMP_LINE", line)
-    code, out = typed("qat", "-sc", "query=bash", cwd=tmp_path)
-    assert (code, out.split()) == (0, expected.split())
+def test_a_machine_that_is_in_the_way_is_no_bug_of_ours(error, said):
+    line = commands.line_of(error)
+    assert line is None if said is None else line.startswith(said)
 
 
-def test_the_shell_is_told_to_ask(tmp_path):
-    code, out = typed("qat", "-sc", "install=bash", cwd=tmp_path)
+@pytest.mark.long
+def test_train_then_evaluate(tmp_path):
+    code, out, err = command("train.py", *TINY, "run_dir=run", cwd=tmp_path)
+    assert code == 0, err
+    top1 = results(tmp_path / "run")["top1"]
+    assert f"test top-1 {top1:.2f} %" in out
+    assert (tmp_path / "run" / "train.log").read_text().count("epoch 1/1") == 1
+    assert "Warning" not in out + err
+    code, out = typed("qat", "eval", "ckpt=run/checkpoints/best.ckpt", "run_dir=eval", cwd=tmp_path)
+    assert code == 0, out
+    assert f"top-1  {top1:.2f} %" in out
+    found = results(tmp_path / "eval")
+    assert (found["top1"], found["command_line"]) == (top1, "qat eval ckpt=run/checkpoints/best.ckpt run_dir=eval")
+
+
+def test_the_command_line_with_another_run_dir_gives_the_same_again(tmp_path):
+    """In a folder with a conf and a module of its own."""
+    (tmp_path / "beside_the_run.py").write_text("from qat.losses import CrossEntropy\n\n\nclass Mine(CrossEntropy):\n    pass\n")
+    (tmp_path / "conf" / "loss").mkdir(parents=True)
+    (tmp_path / "conf" / "loss" / "mine.yaml").write_text("terms:\n  ce:\n    _target_: beside_the_run.Mine\n")
+    for name in ("run", "again"):
+        code, out = typed("qat", "train", "--config-dir", "conf", "loss=mine", *TINY, "report=false", f"run_dir={name}", cwd=tmp_path)
+        assert code == 0, out
+    first, again = results(tmp_path / "run"), results(tmp_path / "again")
+    assert [first[key] for key in ("quant", "top1", "loss", "versions")] == [again[key] for key in ("quant", "top1", "loss", "versions")]
+    assert first["command_line"].startswith("qat train loss=mine ")
+    recorded = (tmp_path / "run" / "config.yaml").read_text()
+    assert "beside_the_run.Mine" in recorded
+    assert "${" not in recorded
+
+
+def test_lists_its_commands_and_choices(tmp_path):
+    code, out = typed("qat", cwd=tmp_path)
     assert code == 0
-    assert out.splitlines()[-1].endswith(" hydra_bash_completion qat")
+    assert all(f"qat {name} " in out for name in commands.COMMANDS)
+    code, out = typed("qat", "version", cwd=tmp_path)
+    assert (code, out.partition(" ")[0]) == (0, "vit-qat")
+    assert typed("qat", "trian", cwd=tmp_path) == (1, "error: qat trian: must be one of train, eval, ptq, analyze, export, version\n")
+    code, out = typed("qat", "train", "--help", cwd=tmp_path)
+    assert (code, out.splitlines()[0].split(" [")[0]) == (0, "qat train")
+    assert "quant: deploy_w4a4, deploy_w4a8, deploy_w8a8, fp, lsq_2bit" in out
+    assert "_common" not in out
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_job_of_a_cluster_needs_no_script(monkeypatch):
     """submitit and joblib hand over the function that Hydra calls. Oracle: it is whole without the module that made it."""
-    found = []
+    found, called = [], []
     monkeypatch.setattr(hydra, "main", lambda **_: lambda function: found.append(function) or (lambda: None))
     monkeypatch.setattr(commands.sys, "argv", ["qat"])
-    monkeypatch.setattr(sweep, "failures", [])  # of tests before this one
+    monkeypatch.setattr(sweep, "failures", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     assert commands.run("train") == 0
-    called = []
-    monkeypatch.setattr(commands.entry, "run", lambda *job: called.append(job))
-    cloudpickle.loads(cloudpickle.dumps(found[0]))("config")
-    assert called == [("train", "config")]
-    assert found[0].__module__ == "train"
+    carried = cloudpickle.dumps(found[0])
+    monkeypatch.setattr(commands, "run_task", lambda cfg, **_: called.append(cfg))
+    monkeypatch.setattr(commands.HydraConfig, "get", lambda: OmegaConf.create({"runtime": {"choices": {}}}))
+    cloudpickle.loads(carried)("config")
+    assert (called, found[0].__module__) == (["config"], "train")
 
 
-def namesake(folder, *files):
-    info = folder / "qat-9.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: qat\nVersion: 9.1\n")
-    (info / "RECORD").write_text("".join(f"{name},,\n" for name in (*files, "qat-9.1.dist-info/METADATA")))
+@pytest.mark.parametrize(("job", "form"), [("4711", "slurm-4711"), (None, "%Y-%m-%d_%H-%M-%S")])
+def test_the_run_directory_is_named_by_the_job_or_the_date(monkeypatch, job, form):
+    monkeypatch.setenv("SLURM_JOB_ID", "") if job is None else monkeypatch.setenv("SLURM_JOB_ID", job)
+    name = compose("eval").run_dir
+    assert name == f"outputs/eval/{form}" if job else time.strptime(name, f"outputs/eval/{form}")
 
 
-def test_another_project_of_that_name_is_named(tmp_path, monkeypatch):
-    namesake(tmp_path, "qat/__init__.py")
-    monkeypatch.syspath_prepend(tmp_path)
-    code, out = typed("qat", "train", "--cfg", "job", cwd=tmp_path)
-    assert code == 0
-    assert out.splitlines()[0].startswith(
-        "warning: another project, qat 9.1, is installed into the same folder 'qat' as vit-qat; pip uninst"
+def interrupted(cwd, moment, *arguments):
+    """Run a command, and press Ctrl-C when a text is on the terminal: the signal goes to all processes. Gives exit code and output."""
+    run = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
+    said = ""
+    while moment not in said and (line := run.stdout.readline()):
+        said += line
+    os.killpg(run.pid, signal.SIGINT)
+    rest, _ = run.communicate(timeout=120)
+    return run.returncode, said + rest
 
 
-def test_an_editable_install_is_no_other_project(tmp_path, monkeypatch):
-    namesake(tmp_path, "__editable__.qat-9.1.pth")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert commands.namesake() is None
+def test_ctrl_c_while_a_command_starts_is_one_line(tmp_path):
+    # Python names each import after it: before the first of the command's own, Ctrl-C is Python's.
+    code, said = interrupted(tmp_path, "qat.launch.startup\n", "-X", "importtime", ROOT / "train.py", "run_dir=run")
+    assert code == 130
+    assert re.fullmatch(r"stopped by Ctrl-C.*\n", "".join(line for line in said.splitlines(True) if not line.startswith("import time:")))
+
+
+def test_a_stopped_run_says_how_it_goes_on(tmp_path):
+    given = (*TINY, "quant.overrides={blocks.0.*:{bits:8}}", "report=false", "trainer.limit_train_batches=3", *SEND)
+    code, said = typed("train.py", *given, "run_dir=run", cwd=tmp_path)
+    assert code == 130
+    more = re.search(r"stopped by Ctrl-C at step 1: last.ckpt written; the same command goes on with (.*)", said)[1].split()
+    code, said = typed("train.py", *given, *more, cwd=tmp_path)
+    assert code == 0, said
+    assert "resumed at step 1 from" in said
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_ctrl_c_ends_a_sweep(tmp_path):
+    given = ("-m", "seed=1,2", "trainer.max_epochs=50", "report=false", "run_dir=run")
+    code, said = interrupted(tmp_path, "epoch 2/", ROOT / "train.py", *given)
+    assert code == 130
+    assert "Traceback" not in said
+    assert re.search(r"stopped by Ctrl-C at step \d+: last.ckpt written; the same command goes on with resume=auto run_dir=.*/run\n", said)
+    assert not (tmp_path / "run" / "1").exists()
+
+
+DDP = (*TINY[:3], "trainer=ddp", "trainer.accelerator=cpu", "report=false", "run_dir=run")
+
+
+@pytest.mark.long
+def test_several_processes(tmp_path):
+    """Two processes, of which the first says what is wrong; then as they should be; then in a sweep."""
+    code, out, err = command("train.py", *DDP, "optimizer.lr=-1", cwd=tmp_path)
+    assert code == 1, out + err
+    assert out == "error: optimizer.lr=-1: must be a number above 0\n"
+    assert "FAILED" in err
+    assert "Root Cause" in err
+    assert results(tmp_path / "run")["error"] == "optimizer.lr=-1: must be a number above 0"
+    code, out, err = command("train.py", *DDP, *TINY[3:], cwd=tmp_path)
+    assert code == 0, out + err
+    assert (out.count("global batch 128"), out.count("epoch 1/1"), err) == (1, 1, "")
+    assert results(tmp_path / "run")["top1"] is not None
+    code, out, err = command("train.py", "-m", *DDP, "seed=1,2", "run_dir=sweep", cwd=tmp_path)
+    assert (code, err) == (1, f"error: {sweep.SEVERAL.format(2)}\n")
+    assert "submitit" in err
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_ctrl_c_and_a_kill_end_all_processes(tmp_path):
+    code, said = interrupted(tmp_path, "epoch 2/500", ROOT / "train.py", *DDP, "trainer.max_epochs=500")
+    assert code == 130, said
+    assert "Traceback" not in said
+    assert said.count("stopped by Ctrl-C at step") == 1
+    given = (*DDP, "trainer.max_epochs=500", "resume=true")
+    run = subprocess.Popen([sys.executable, ROOT / "train.py", *given], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    while "resumed at step" not in run.stdout.readline():
+        assert run.poll() is None
+    children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(children) == 2
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in children)

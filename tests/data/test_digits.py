@@ -1,7 +1,6 @@
 """The bundled digits. Oracle: scikit-learn's own arrays."""
 
 import numpy as np
-import pytest
 from sklearn.datasets import load_digits
 
 from qat.data import Digits
@@ -23,17 +22,13 @@ def test_splits_are_of_fixed_size_and_share_out_all_images():
     assert sorted(sum((rows(data.split(s)) for s in SPLITS), [])) == sorted(everything)
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_the_seed_does_not_move_images_between_splits(split):
-    assert rows(Digits(**SETTINGS, seed=1).split(split)) == rows(Digits(**SETTINGS, seed=2).split(split))
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_classes_keep_their_shares(split):
-    data = Digits(**SETTINGS)
-    labels = data.split(split).labels
-    expected = np.bincount(load_digits().target) * len(labels) / 1797
-    assert np.abs(np.bincount(labels) - expected).max() < 1
+def test_each_split_has_the_images_that_it_always_had():
+    # As the checkpoints of published results hold them; a resumed run compares them.
+    assert Digits(**SETTINGS, seed=1).fingerprints() == {
+        "train": "e0cd41f40df91fa7538688a15b646cbb",
+        "val": "23fc198a1b10dabfbdf289f826baa37c",
+        "test": "4e5d4579db436314064663b37ade3cc8",
+    }
 
 
 def test_configured_mean_and_std_are_those_of_the_training_images():

@@ -1,7 +1,14 @@
-"""Images decoded when needed, and images that cannot be. Oracle: Pillow's own decoding of the same files."""
+"""Image files as they come: other modes, sizes and damages, in memory or decoded when needed.
 
+Oracle: Pillow's own `convert("RGB")`, as torchvision and timm load images, and pixels that are known by construction.
+"""
+
+import io
 import logging
+import os
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -10,21 +17,69 @@ from PIL import Image
 from torch._utils import ExceptionWrapper
 
 import qat
-from qat.data import DataSettings, ImageFolder, encoded
-from qat.data.encoded import ImageError, LazyImages, read_all
-from qat.data.imagefolder import list_files
-from tests.data.files import write_folder, write_image
+from qat.data import ImageArrays, ImageFolder, encoded, image_transform
+from qat.data.arrays import to_pixels
+from qat.data.encoded import ImageError
+from tests.conftest import results, tiny
+from tests.data.files import SETTINGS, write_folder, write_image
 
-SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 3, "num_classes": 2, "mean": [0.5] * 3, "std": [0.25] * 3}
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 
 
-def images(tmp_path, damaged=(), n=6):
-    """Files 0 ... n-1 of one class; image i has the value 10 * i everywhere."""
-    for i in range(n):
-        path = write_image(tmp_path / "a" / f"{i}.png", 8, 8, value=10 * i % 256)
-        if i in damaged:
-            path.write_bytes(path.read_bytes()[:40])
-    return list_files(tmp_path, ["a"])
+def saved(image, fmt="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, fmt, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width, height, bits, colours, rows):
+    """A PNG written by hand: Pillow's own way of saving 16 bits depends on its version, and no image of 60,000 pixels a side is needed."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def animated():
+    frames = [Image.fromarray(np.full((5, 7, 3), value, np.uint8)) for value in (40, 200)]
+    return saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+ODD = {
+    "cmyk": lambda: saved(Image.fromarray(PIXELS).convert("CMYK"), "JPEG", quality=95),
+    "palette": lambda: saved(Image.fromarray(PIXELS).convert("P", palette=Image.Palette.ADAPTIVE, colors=8), transparency=0),
+    "rgba": lambda: saved(Image.fromarray(np.dstack([PIXELS, PIXELS[..., 0]]), "RGBA")),
+    "grey with alpha": lambda: saved(Image.fromarray(PIXELS).convert("LA")),
+    "one bit": lambda: saved(Image.fromarray(PIXELS).convert("1")),
+    "one pixel": lambda: saved(Image.fromarray(PIXELS[:1, :1])),
+    "animated": animated,
+}
+DAMAGED = {
+    "empty": lambda: b"",
+    "a text": lambda: b"this is no image\n" * 9,
+    "postscript": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+    "cut jpeg": lambda: saved(Image.fromarray(PIXELS.repeat(30, 0).repeat(30, 1)), "JPEG")[:900],
+    "cut png": lambda: saved(Image.fromarray(PIXELS))[:60],
+    "a huge declared size": lambda: png(60000, 60000, 8, 2, b"\0"),
+    "no pixels": lambda: png(0, 0, 8, 2, b"\0"),
+    "32-bit floats": lambda: saved(Image.fromarray(PIXELS[..., 0].astype(np.float32)), "TIFF"),
+}
+
+
+def folder(root, damaged=(), n=6):
+    """Files 0 ... n-1 of one class, in train and val; image i has the value 10 * i everywhere."""
+    for split in ("train", "val"):
+        for i in range(n):
+            path = write_image(root / split / "a" / f"{i:02}.png", 8, 8, value=10 * i % 256)
+            if i in damaged and split == "train":
+                path.write_bytes(path.read_bytes()[:40])
+    return root
+
+
+def data(root, **changes):
+    return ImageFolder(**{**SETTINGS, "num_classes": 1, "crop_pct": 1.0, "interpolation": "bicubic", "root": str(root), **changes})
 
 
 def values(source):
@@ -35,120 +90,110 @@ def warnings(caplog):
     return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", None])
-def test_raise_names_file_and_reason(tmp_path, content):
-    files = images(tmp_path, damaged=[2])
-    if content is not None:
-        (tmp_path / "a" / "2.png").write_bytes(content)
-    lazy = LazyImages(files, chans=3, on_error="raise")
-    assert lazy[1][0].shape == (8, 8, 3)
-    for read in (lambda: lazy[2], lambda: read_all(files, 3, "raise")):
-        with pytest.raises(qat.UsageError, match=rf"{tmp_path}/a/2\.png cannot be decoded \(.+\)") as caught:
-            read()
-        assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("kind", ODD)
+def test_pixels_are_those_of_pillow(kind):
+    image = Image.open(io.BytesIO(ODD[kind]()))
+    expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(to_pixels(encoded.open_image(ODD[kind]()), 3), expected)
+    assert to_pixels(image, 1).shape == (*expected.shape[:2], 1)
 
 
-@pytest.mark.parametrize("read", [lambda files: read_all(files, 3, "raise"), lambda files: LazyImages(files, 3, "raise").try_all()])
-def test_all_that_is_broken_is_named_at_once_with_what_to_do(tmp_path, read):
+def test_16_bit_grey_is_scaled_and_not_cut_off():
+    values = np.array([[0, 256, 257, 128 * 257], [65535, 65280, 1, 40000]], dtype=np.uint16)
+    content = png(4, 2, 16, 0, b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
+    found = to_pixels(encoded.open_image(content), 1)[..., 0]
+    assert found.tolist() == np.rint(values / 257).astype(int).tolist()
+    assert np.array_equal(to_pixels(encoded.open_image(content), 3), found[..., None].repeat(3, axis=2))
+    with pytest.raises(ValueError, match="what is white is not known"):
+        to_pixels(Image.fromarray(np.array([[70000]], dtype=np.int32)), 1)
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_ones_are_one_line(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/was_run\n")
+    (tmp_path / "gs").chmod(0o755)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(DAMAGED[kind]())
+    with pytest.raises(ImageError, match=rf"^{path} cannot be decoded \(.+\)$") as caught:
+        image_transform(SETTINGS)(path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless", "gone"])
+def test_a_file_without_an_end_is_not_read(tmp_path, kind):
+    path = tmp_path / "a.png"
+    if kind != "gone":
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(ImageError, match=rf"^{path} cannot be decoded \(No such file"):
+        image_transform(SETTINGS)(path)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_all_that_is_broken_is_named_at_once_with_what_to_do(tmp_path, in_memory):
     with pytest.raises(ImageError) as caught:
-        read(images(tmp_path, damaged=[2, 5]))
+        data(folder(tmp_path, damaged=[2, 5]), in_memory=in_memory).split("train")
+    where = rf"{tmp_path}/train/a"
     assert re.fullmatch(
-        rf"2 of 6 images: {tmp_path}/a/2\.png cannot be decoded \([^;]+\); {tmp_path}/a/5\.png cannot be decoded \([^;]+\); "
+        rf"2 of 6 images: {where}/02\.png cannot be decoded \([^;]+\); {where}/05\.png cannot be decoded \([^;]+\); "
         r"data\.on_error=skip leaves out what cannot be decoded",
         str(caught.value),
     )
-
-
-def test_of_many_broken_images_twenty_are_named(tmp_path):
-    with pytest.raises(ImageError, match=r"^25 of 30 images: .* and 5 more; data\.on_error=skip") as caught:
-        read_all(images(tmp_path, damaged=range(25), n=30), 3, "raise")
+    with pytest.raises(ImageError, match=r"^25 of 30 images: .* \.\.\.; data\.on_error=skip") as caught:
+        data(folder(tmp_path, damaged=range(25), n=30), in_memory=in_memory).split("train")
     assert str(caught.value).count("cannot be decoded (") == 20
 
 
-@pytest.mark.parametrize(("number", "is_tried"), [(6, True), (7, False)])
-def test_a_small_folder_is_tried_before_the_run(tmp_path, monkeypatch, caplog, number, is_tried):
-    monkeypatch.setattr(encoded, "TRIED_AT_MOST", 6)
-    files = images(tmp_path, damaged=[2], n=number)
-    write_image(tmp_path / "a" / "1.png", 9, 8)  # not of one size: decoded when needed
-    encoded.load(files, DataSettings(**SETTINGS | {"on_error": "skip"}))
-    assert ["left out 1 of 6 images" in line for line in warnings(caplog)] == [True] * is_tried
-
-
-def test_of_a_gif_the_first_picture_is_read(tmp_path):
-    pictures = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (10, 200)]
-    (tmp_path / "a").mkdir()
-    pictures[0].save(tmp_path / "a" / "x.GIF", save_all=True, append_images=pictures[1:])
-    assert values(LazyImages(list_files(tmp_path, ["a"]), 3, "raise")) == [10]
-
-
-def test_a_file_that_has_gone_is_named(tmp_path):
-    files = images(tmp_path)
-    (tmp_path / "a" / "2.png").unlink()
-    with pytest.raises(qat.UsageError, match=r"2\.png cannot be decoded \(.*No such file"):
-        LazyImages(files, chans=3, on_error="raise")[2]
-
-
-def test_skip_leaves_out_what_is_read_into_memory(tmp_path, caplog):
-    arrays = read_all(images(tmp_path, damaged=[2, 5]), 3, "skip")
-    assert values(arrays) == [0, 10, 30, 40]
-    assert len(arrays.labels) == 4
-    (line,) = warnings(caplog)
-    assert line.startswith("data.on_error=skip: left out 2 of 6 images: ")
-    assert f"{tmp_path}/a/2.png cannot be decoded (" in line
-    assert f"{tmp_path}/a/5.png cannot be decoded (" in line
-
-
-def test_skip_replaces_by_the_next_that_can_be_decoded(tmp_path, caplog):
-    lazy = LazyImages(images(tmp_path, damaged=[2, 3, 5]), chans=3, on_error="skip")
-    assert values(lazy) == [0, 10, 40, 40, 40, 0]
-    assert values(lazy) == [0, 10, 40, 40, 40, 0]
-    named = warnings(caplog)
-    assert len(named) == 3
-    for number, (line, file) in enumerate(zip(named, (2, 3, 5), strict=True)):
-        assert f"{tmp_path}/a/{file}.png cannot be decoded (" in line
+def test_skip_replaces_by_the_next_that_can_be_decoded(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(encoded, "TRIED_AT_MOST", 0)
+    folder(tmp_path, damaged=[2, 3, 5])
+    lazy = data(tmp_path, on_error="skip", in_memory=False).split("train")
+    for _ in range(2):
+        assert values(lazy) == [0, 10, 40, 40, 40, 0]
+    for number, (line, file) in enumerate(zip(warnings(caplog), (2, 3, 5), strict=True)):
+        assert f"{tmp_path}/train/a/0{file}.png cannot be decoded (" in line
         assert line.endswith(f"; the next image replaces it ({number + 1} so far)")
-    backwards = LazyImages(images(tmp_path, damaged=[2, 3, 5]), chans=3, on_error="skip")
-    assert [int(backwards[i][0].mean()) for i in range(5, -1, -1)] == [0, 40, 40, 40, 10, 0]
 
 
-@pytest.mark.parametrize("read", ["memory", "lazy"])
-def test_nothing_but_damaged_images_is_refused(tmp_path, read):
-    files = images(tmp_path, damaged=range(6))
-    with pytest.raises(qat.UsageError, match="no images|none of 6 images can be decoded"):
-        read_all(files, 3, "skip") if read == "memory" else LazyImages(files, 3, "skip")[4]
+@pytest.mark.parametrize("tried", [0, 1000])
+def test_nothing_but_damaged_images_is_refused(tmp_path, monkeypatch, tried):
+    monkeypatch.setattr(encoded, "TRIED_AT_MOST", tried)
+    with pytest.raises(qat.UsageError, match="none of 6 images can be decoded"):
+        data(folder(tmp_path, damaged=range(6)), on_error="skip", in_memory=False).split("train")[4]
 
 
-@pytest.mark.parametrize("chans", [1, 3])
-def test_grey_and_colour(tmp_path, chans):
-    files = images(tmp_path)
-    image, label = LazyImages(files, chans, "raise")[3]
-    assert image.shape == (8, 8, chans)
-    assert image.dtype == np.uint8
-    assert label == 0
-    assert np.array_equal(image[..., 0], np.full((8, 8), 30))
+def test_what_does_not_fit_is_decoded_when_needed(tmp_path):
+    root = str(write_folder(tmp_path, size=10))
+    megabytes = 40 * 10 * 10 * 3 / 1e6
+    small, large = (ImageFolder(**SETTINGS, root=root, memory_mb=mb).split("train") for mb in (megabytes * 0.99, megabytes))
+    assert (type(small).__name__, type(large)) == ("FileImages", ImageArrays)
+    assert all(np.array_equal(small[i][0], large[i][0]) for i in range(40))
+    assert small.fingerprint() == large.fingerprint()
 
 
-def test_the_line_survives_the_way_out_of_a_worker_process(tmp_path):
-    lazy = LazyImages(images(tmp_path, damaged=[2]), chans=3, on_error="raise")
+def test_the_line_survives_the_way_out_of_a_worker_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded, "TRIED_AT_MOST", 0)
+    lazy = data(folder(tmp_path, damaged=[2]), in_memory=False).split("train")
     try:
         lazy[2]
     except ImageError:
         # What a loader's worker process sends; a real one would take seconds to be cleared away after an error.
         sent = ExceptionWrapper(where="in DataLoader worker process 0")
     assert "Traceback" in sent.exc_msg
-    with pytest.raises(ImageError, match=rf"^{tmp_path}/a/2\.png cannot be decoded \([^\n]*\); data\.on_error=skip [^\n]*$"):
+    with pytest.raises(ImageError, match=rf"^{tmp_path}/train/a/02\.png cannot be decoded \([^\n]*\); data\.on_error=skip [^\n]*$"):
         sent.reraise()
 
 
-def test_worker_processes_replace_the_same_images_and_name_each_once(tmp_path):
+def test_worker_processes_replace_the_same_images_and_name_each_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded, "TRIED_AT_MOST", 0)
     root = write_folder(tmp_path / "data")
     damaged = [root / "train" / "ant" / "003.JPEG", root / "train" / "bee" / "019.JPEG"]
     for path in damaged:
         path.write_bytes(b"no image")
 
     def epochs(workers):
-        data = ImageFolder(**SETTINGS, root=str(root), num_workers=workers, batch_size=8, augment="timm", on_error="skip")
-        loader = data.train_dataloader()
+        loader = data(root, num_classes=2, num_workers=workers, batch_size=8, augment="timm", on_error="skip").train_dataloader()
         return torch.cat([batch for epoch in range(4) if loader.sampler.set_epoch(epoch) is None for batch, _ in loader])
 
     here = epochs(0)
@@ -163,23 +208,17 @@ def test_worker_processes_replace_the_same_images_and_name_each_once(tmp_path):
     assert [sum(f"{path} cannot be decoded" in line for line in lines) for path in damaged] == [1, 1]
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"on_error": "ignore"}, r"data\.on_error='ignore': must be one of raise, skip"),
-        ({"in_memory": "yes"}, r"data\.in_memory='yes': must be true or false"),
-        ({"cache": "yes"}, r"data\.cache='yes': must be one of auto, true, false"),
-        ({"cache": None}, r"data\.cache=None: must be one of auto, true, false"),
-        ({"cache": 1}, r"data\.cache=1: must be one of auto, true, false"),
-        ({"memory_mb": -1}, r"data\.memory_mb=-1: must be a number of at least 0"),
-        ({"memory_mb": True}, r"data\.memory_mb=True: must be a number of at least 0"),
-        ({"crop_pct": 0}, r"data\.crop_pct=0: must be a number above 0 to 1"),
-        ({"crop_pct": 1.1}, r"data\.crop_pct=1\.1: "),
-        ({"crop_pct": True}, r"data\.crop_pct=True: "),
-        ({"crop_pct": "a"}, r"data\.crop_pct='a': "),
-        ({"interpolation": "best"}, r"data\.interpolation='best': must be one of nearest, bilinear, bicubic, lanczos"),
-    ],
-)
-def test_bad_settings_name_themselves(settings, message):
-    with pytest.raises(qat.UsageError, match=message):
-        ImageFolder(**{**SETTINGS, **settings})
+def test_a_run_says_at_the_end_of_an_epoch_and_of_all_what_it_left_out(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    root = write_folder(tmp_path / "data")
+    for name in ("ant/003.JPEG", "bee/019.JPEG"):
+        (root / "train" / name).write_bytes(b"no image")
+    images = ("data=imagefolder", f"data.root={root}", "data.num_classes=2", "data.image_size=8", "data.patch_size=4", "data.batch_size=8")
+    limits = ("trainer.limit_train_batches=1.0", "data.num_workers=1", "data.on_error=skip", "quant=fp")
+    from qat.tasks.train import train
+
+    train(tiny(tmp_path / "run", *images, *limits))
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "qat.callbacks.epoch_log"]
+    assert "left out 2 train images" in line
+    assert "data.on_error=skip: 2 train images could not be decoded" in caplog.text
+    assert results(tmp_path / "run")["left_out"] == {"train": 2}

@@ -1,7 +1,5 @@
 """What every dataset shares. Oracles: arrays written here, properties, and loaders with another number of workers."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,6 @@ from torch.testing import assert_close
 
 import qat
 from qat.data import Digits, ImageArrays, ImageData
-from qat.data.image_data import DataSettings
 
 SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.25], "std": [0.5]}
 
@@ -52,7 +49,7 @@ def test_without_a_test_split_validation_is_evaluated():
     data = Numbered(**SETTINGS)
     assert data.evaluation_split == "val"
     assert numbers(data.test_dataloader()) == list(range(7))
-    with pytest.raises(qat.UsageError, match="Numbered has no split 'test'; it has train, val"):
+    with pytest.raises(qat.UsageError, match="^data.root=None: has no split 'test'; it has train, val$"):
         data.split("test")
 
 
@@ -60,22 +57,6 @@ def test_training_leaves_out_the_last_incomplete_batch():
     loader = Numbered(**SETTINGS, batch_size=8).train_dataloader()
     assert [len(target) for _, target in loader] == [8, 8, 8]
     assert len(loader) == 3
-
-
-def test_a_batch_larger_than_the_data_is_all_of_it():
-    loader = Numbered(**SETTINGS, batch_size=64).train_dataloader()
-    assert [len(target) for _, target in loader] == [30]
-
-
-def test_each_epoch_of_a_seed_has_one_order():
-    def order(seed, epoch):
-        loader = Numbered(**SETTINGS, seed=seed, batch_size=10).train_dataloader()
-        loader.sampler.set_epoch(epoch)
-        return numbers(loader)
-
-    assert order(1, 2) == order(1, 2)
-    assert sorted(order(1, 2)) == list(range(30))
-    assert len({tuple(order(*key)) for key in ((1, 2), (1, 3), (2, 2))}) == 3
 
 
 @pytest.mark.parametrize("augment", ["none", "light", "timm"])
@@ -100,17 +81,6 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image(augment):
         assert not torch.equal(images(*other), first)
 
 
-@pytest.mark.parametrize("augment", ["light", "timm"])
-def test_augmentation_leaves_the_global_generators_alone(augment):
-    images = Digits(**SETTINGS, augment=augment).train_dataloader().dataset
-    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    for i in range(20):
-        images[0, i]
-    assert random.getstate() == before[0]
-    assert np.array_equal(np.random.get_state()[1], before[1])
-    assert torch.equal(torch.get_rng_state(), before[2])
-
-
 def test_calibration_batches_are_seeded_training_images_without_augmentation():
     def batches(**settings):
         return Numbered(**SETTINGS, calibration_images=20, batch_size=8, **settings).calibration_batches()
@@ -125,15 +95,12 @@ def test_calibration_batches_are_seeded_training_images_without_augmentation():
     assert not torch.equal(torch.cat(batches(seed=2)), torch.cat(first))
 
 
-def test_calibration_takes_what_there_is():
-    assert sum(len(b) for b in Numbered(**SETTINGS, calibration_images=1000).calibration_batches()) == 30
-
-
-def test_images_are_resized_when_read():
+def test_images_are_resized():
     data = Digits(**{**SETTINGS, "image_size": 12})
-    small = Digits(**SETTINGS).split("val").images[3, :, :, 0]
+    small = data.split("val").images[3, :, :, 0]
     expected = np.asarray(Image.fromarray(small).resize((12, 12), Image.Resampling.BICUBIC))
-    assert np.array_equal(data.split("val").images[3, :, :, 0], expected)
+    images, _ = loaded(data.val_dataloader())
+    assert_close(images[3, 0], (torch.from_numpy(expected / 255).float() - 0.25) / 0.5)
     assert data.calibration_batches()[0].shape[1:] == (1, 12, 12)
 
 
@@ -157,65 +124,11 @@ def test_repeats_without_augmentation_would_be_the_same_image_again():
     assert sorted(numbers(loader)) == list(range(30))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_with_repeats_goes_on_in_its_middle(workers):
-    def images(**state):
-        loader = Digits(**SETTINGS, augment="timm", repeats=3, batch_size=200, num_workers=workers).train_dataloader()
-        loader.load_state_dict({"batches": 0, **state})
-        return loaded(loader, epoch=2)[0]
-
-    assert torch.equal(images(batches=4), images()[800:])
-
-
-def test_calibration_images_that_are_not_finite_are_named():
-    data = Numbered(**{**SETTINGS, "std": [1e-45]}, seed=2)
-    with pytest.raises(qat.UsageError) as caught:
-        data.calibration_batches()
-    first = int(torch.randperm(30, generator=torch.Generator().manual_seed(2))[0])
-    assert str(caught.value) == f"data: calibration image {first} of the train split is not finite (data.mean=[0.25], data.std=[1e-45])"
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"augment": "bad"}, r"data\.augment='bad': must be one of none, light, timm"),
-        ({"batch_size": 0}, r"data\.batch_size=0: must be an integer of at least 1"),
-        ({"batch_size": 2.5}, r"data\.batch_size=2\.5: must be an integer of at least 1"),
-        ({"batch_size": True}, r"data\.batch_size=True: must be an integer of at least 1"),
-        ({"num_workers": -1}, r"data\.num_workers=-1: must be an integer from 0 to 256"),
-        ({"calibration_images": 0}, r"data\.calibration_images=0: must be an integer of at least 1"),
-        ({"image_size": 0}, r"data\.image_size=0"),
-        ({"hflip": 1.5}, r"data\.hflip=1\.5: must be a number from 0 to 1"),
-        ({"mean": [0.1, 0.2, 0.3]}, r"data\.mean=\[0\.1, 0\.2, 0\.3\]: needs one number for each of the 1 channels"),
-        ({"std": []}, r"data\.std=\[\]: needs one number for each of the 1 channels"),
-        ({"colour": 3}, r"data\.colour: must be one of image_size"),
-    ],
-)
-def test_bad_settings_name_themselves(settings, message):
-    with pytest.raises(qat.UsageError, match=message):
-        Digits(**{**SETTINGS, **settings})
-
-
-def test_a_missing_setting_is_named():
-    with pytest.raises(qat.UsageError, match=r"data\.image_size is missing"):
-        Digits(**{k: v for k, v in SETTINGS.items() if k != "image_size"})
-
-
-def test_settings_cannot_change_afterwards():
-    with pytest.raises(AttributeError):
-        DataSettings(**SETTINGS).batch_size = 3
-
-
-def test_a_label_that_is_no_class_is_refused():
-    with pytest.raises(qat.UsageError, match=r"data\.num_classes=9: the train split has a label 9"):
-        Numbered(**{**SETTINGS, "num_classes": 9}).train_dataloader()
-
-
-def test_a_negative_label_is_refused():
-    # Hugging Face marks the images of a test set without published labels by -1.
-    data = Numbered(**SETTINGS)
-    data.first_label = -1
-    with pytest.raises(qat.UsageError, match=r"data\.num_classes=10: the train split has a label -1"):
+@pytest.mark.parametrize(("first", "classes", "label"), [(0, 9, 9), (-1, 10, -1)])  # Hugging Face marks unpublished labels by -1
+def test_a_label_that_is_no_class_is_refused(first, classes, label):
+    data = Numbered(**{**SETTINGS, "num_classes": classes})
+    data.first_label = first
+    with pytest.raises(qat.UsageError, match=rf"data\.num_classes={classes}: the train split has a label {label}"):
         data.train_dataloader()
 
 

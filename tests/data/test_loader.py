@@ -1,14 +1,10 @@
 """A loader that goes on in the middle of an epoch. Oracle: the same epoch from its start."""
 
-import contextlib
-import resource
-
 import pytest
 import torch
 
-from qat.data.loader import ResumableLoader, check_open_files
+from qat.data.loader import ResumableLoader
 from qat.data.sampler import SeededSampler
-from qat.errors import UsageError
 
 
 class Keys(torch.utils.data.Dataset):
@@ -34,7 +30,7 @@ def epoch(made, number):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("done", [0, 1, 3, 5])
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_goes_on_behind_what_was_handed_out(workers, done, repeats):
+def test_continues_after_what_was_handed_out(workers, done, repeats):
     whole, next_epoch = epoch(loader(repeats=repeats), 3), epoch(loader(repeats=repeats), 4)
     made = loader(workers, repeats)
     made.load_state_dict({"batches": done})
@@ -51,17 +47,10 @@ def test_counts_what_was_handed_out_not_what_was_fetched():
         assert made.state_dict()["batches"] == count
 
 
-def test_the_epoch_counts_that_is_set_behind_iter():
+def test_the_epoch_counts_that_is_set_after_iter():
     # Lightning asks for the iterator first and sets the epoch afterwards.
     made = loader()
     iterator = iter(made)
     made.sampler.set_epoch(7)
     assert {epoch for epoch, _ in next(iterator).tolist()} == {7}
     assert len(made) == 5
-
-
-@pytest.mark.parametrize(("limit", "workers", "is_refused"), [(96, 2, True), (128, 2, False), (96, 1, False), (10, 0, False)])
-def test_processes_that_would_run_out_of_open_files_are_refused_before_the_first_step(monkeypatch, limit, workers, is_refused):
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
-    with pytest.raises(UsageError, match="data.num_workers=2: .* ulimit -n 128") if is_refused else contextlib.nullcontext():
-        check_open_files(workers)

@@ -1,70 +1,125 @@
-"""Encoded images in parquet files, as Hugging Face writes them. Oracle: Pillow's own decoding of the same bytes."""
+"""Image sets in parquet files, as Hugging Face writes them. Oracle: the pixels that were written, as PNG."""
 
-import io
+import os
 import re
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 import qat
-from qat.data.parquet import find_parquet
-from tests.conftest import encoded, write_parquet
-from tests.data.files import read_parquet
+from qat.data import Cifar10, HfParquet, ImageArrays
+from qat.data.parquet import ParquetImages, find_parquet
+from tests.conftest import encoded, write_cifar, write_parquet
+from tests.data.files import SETTINGS
 
-PIXELS = np.random.default_rng(0).integers(0, 256, (4, 6, 6, 3), dtype=np.uint8)
-
-
-def decoded(content, mode="RGB"):
-    return np.asarray(Image.open(io.BytesIO(content)).convert(mode))
+PARTS = (("train-00000-of-00002", 12), ("train-00001-of-00002", 8), ("validation-00000-of-00001", 6))
 
 
-@pytest.mark.parametrize("column", ["img", "image"])
-@pytest.mark.parametrize("fmt", ["PNG", "JPEG"])
-def test_images_and_labels(tmp_path, fmt, column):
-    contents = [encoded(p, fmt) for p in PIXELS]
-    write_parquet(tmp_path / "train.parquet", contents, [3, 1, 2, 0], column=column)
-    arrays = read_parquet([tmp_path / "train.parquet"], chans=3)
-    assert arrays.labels.tolist() == [3, 1, 2, 0]
-    assert arrays.images.dtype == np.uint8
-    assert np.array_equal(arrays.images, np.stack([decoded(c) for c in contents]))
-    if fmt == "PNG":
-        assert np.array_equal(arrays.images, PIXELS)
+def pixels(n, size=None, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (size or 9 + i % 4, size or 12, 3), dtype=np.uint8) for i in range(n)]
 
 
-@pytest.mark.parametrize("label_column", ["label", "labels", "fine_label"])
-def test_label_columns(tmp_path, label_column):
-    write_parquet(tmp_path / "train.parquet", [encoded(p) for p in PIXELS], [3, 1, 2, 0], label_column=label_column)
-    assert read_parquet([tmp_path / "train.parquet"], chans=3).labels.tolist() == [3, 1, 2, 0]
+def write(root, parts=PARTS, size=None, **columns):
+    made = {}
+    for seed, (name, n) in enumerate(parts):
+        made[name] = pixels(n, size, seed)
+        write_parquet(root / "data" / f"{name}.parquet", [encoded(p) for p in made[name]], [i % 2 for i in range(n)], **columns)
+    return made
 
 
-def test_grey_and_colour_are_converted_to_what_is_asked_for(tmp_path):
-    write_parquet(tmp_path / "train.parquet", [encoded(PIXELS[0]), encoded(PIXELS[1, :, :, 0])], [0, 1])
-    colour = read_parquet([tmp_path / "train.parquet"], chans=3).images
-    assert np.array_equal(colour[1], np.repeat(PIXELS[1, :, :, :1], 3, axis=2))
-    grey = read_parquet([tmp_path / "train.parquet"], chans=1).images
-    assert grey.shape == (2, 6, 6, 1)
-    assert np.array_equal(grey[0, :, :, 0], decoded(encoded(PIXELS[0]), "L"))
+def same(source, expected):
+    return len(source) == len(expected) and all(np.array_equal(source[i][0], image) for i, image in enumerate(expected))
 
 
-def test_files_are_joined_in_order_of_their_names(tmp_path):
-    for number in (1, 0):
-        contents = [encoded(PIXELS[number])]
-        write_parquet(tmp_path / "plain_text" / f"train-0000{number}-of-00002.parquet", contents, [number])
-    write_parquet(tmp_path / "plain_text" / "test-00000-of-00001.parquet", [encoded(PIXELS[2])], [7])
-    assert read_parquet(find_parquet(str(tmp_path), "train"), chans=3).labels.tolist() == [0, 1]
-    assert read_parquet(find_parquet(str(tmp_path), "test"), chans=3).labels.tolist() == [7]
+def data(root, **changes):
+    return HfParquet(**{**SETTINGS, "root": str(root), **changes})
+
+
+@pytest.mark.parametrize("size", [None, 10])
+def test_splits(tmp_path, size):
+    made = write(tmp_path, size=size)
+    found = data(tmp_path)
+    assert isinstance(found.split("train"), ParquetImages if size is None else ImageArrays)
+    assert same(found.split("train"), made["train-00000-of-00002"] + made["train-00001-of-00002"])
+    assert same(found.split("val"), made["validation-00000-of-00001"])
+    assert [found.split("val")[i][1] for i in range(6)] == [0, 1, 0, 1, 0, 1]
+    assert found.evaluation_split == "val"
+
+
+def test_cifar(tmp_path):
+    found = Cifar10(**{**SETTINGS, "num_classes": 4}, root=str(write_cifar(tmp_path)))
+    assert [len(found.split(s)) for s in ("train", "val", "test")] == [36, 4, 10]
+    assert sorted(found.split("val").labels.tolist()) == [0, 1, 2, 3]
+    again = Cifar10(**{**SETTINGS, "num_classes": 4}, root=str(tmp_path), seed=2, memory_mb=0)
+    assert same(again.split("val"), found.split("val").images)
+    images, _ = next(iter(found.val_dataloader()))
+    assert images.shape == (4, 3, 8, 8)
+    with pytest.raises(qat.UsageError, match=r"data\.num_classes=3: the train split has a label 3"):
+        Cifar10(**{**SETTINGS, "num_classes": 3}, root=str(tmp_path)).train_dataloader()
+
+
+def test_a_test_set_without_labels_is_left_out(tmp_path, caplog):
+    write(tmp_path)
+    write_parquet(tmp_path / "test.parquet", [encoded(p) for p in pixels(3)], [-1] * 3)
+    assert data(tmp_path).evaluation_split == "val"
+    assert "the test images have no labels, val is evaluated" in caplog.text
+
+
+def test_columns_can_be_named(tmp_path):
+    made = write(tmp_path, column="photo", label_column="kind")
+    columns = {"image_column": "photo", "label_column": "kind"}
+    assert same(data(tmp_path, **columns).split("val"), made["validation-00000-of-00001"])
+    with pytest.raises(qat.UsageError, match=r"has columns photo, kind; one of img, image is needed; data\.image_column names another"):
+        data(tmp_path).split("val")
+    with pytest.raises(qat.UsageError, match=r"one of label, labels, fine_label is needed; data\.label_column names another"):
+        data(tmp_path, image_column="photo").split("val")
+    with pytest.raises(
+        qat.UsageError, match=rf"^data\.num_classes is not set: data\.root='{tmp_path}' has 2 classes; set data\.num_classes=2$"
+    ):
+        data(tmp_path, **columns, num_classes=None)
+
+
+def test_cells_of_bytes(tmp_path):
+    made = pixels(6)
+    table = {"image": pa.array([encoded(p) for p in made], type=pa.binary()), "fine_label": pa.array([0, 1] * 3)}
+    for name in ("train", "validation"):
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    assert same(data(tmp_path).split("val"), made)
+
+
+@pytest.mark.parametrize("size", [None, 10])
+@pytest.mark.parametrize("content", [b"no image", None])
+def test_a_damaged_image_is_named_or_skipped(tmp_path, caplog, size, content):
+    made = pixels(6, size)
+    contents = [*(encoded(p) for p in made[:2]), content, *(encoded(p) for p in made[3:])]
+    write_parquet(tmp_path / "train.parquet", [encoded(p) for p in made], [0, 1] * 3)
+    write_parquet(tmp_path / "validation.parquet", contents, [0, 1] * 3)
+    with pytest.raises(
+        qat.UsageError, match=rf"^1 of 6 images: {tmp_path}/validation\.parquet: image 2 cannot be decoded \(.*on_error=skip"
+    ):
+        data(tmp_path).split("val")
+    skipping = data(tmp_path, on_error="skip")
+    assert same(skipping.split("val"), [*made[:2], *made[3:]] if size else [*made[:2], made[3], *made[3:]])
+    assert skipping.left_out() == {"val": 1}
+    assert f"{tmp_path}/validation.parquet: image 2 cannot be decoded" in caplog.text
 
 
 @pytest.mark.parametrize(
-    "names", [("train_0", "train_1"), ("train-00000-of-00002-0123456789abcdef", "train-00001-of-00002-fedcba9876543210")]
+    "names",
+    [
+        ("train-00000-of-00002", "train-00001-of-00002"),
+        ("train_0", "train_1"),
+        ("train-00000-of-00002-0123456789abcdef", "train-00001-of-00002-fedcba9876543210"),
+    ],
 )
-def test_shards_may_be_numbered_otherwise(tmp_path, names):
-    for name in names:
-        write_parquet(tmp_path / f"{name}.parquet", [], [])
-    assert [file.stem for file in find_parquet(str(tmp_path), "train")] == list(names)
+def test_shards_come_in_order(tmp_path, names):
+    for label, name in enumerate(names):
+        write_parquet(tmp_path / "a" / f"{name}.parquet", [encoded(pixels(1)[0])], [label])
+    assert [file.stem for file in find_parquet(tmp_path, "train")] == list(names)
+    assert data(tmp_path, num_classes=2).encoded()["train"].labels.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -84,73 +139,46 @@ def test_two_sets_of_one_split_are_refused(tmp_path, one, other):
         write_parquet(tmp_path / f"{name}.parquet", [], [])
     line = f"data.root='{tmp_path}': must be a folder with one set of train*.parquet; has {one}.parquet and {other}.parquet"
     with pytest.raises(qat.UsageError, match=f"^{re.escape(line)}$"):
-        find_parquet(str(tmp_path), "train")
+        data(tmp_path).train_dataloader()
 
 
-def test_the_folder_has_to_be_named():
-    with pytest.raises(qat.UsageError, match=r"data\.root is not set: give the folder that holds train\*\.parquet"):
-        find_parquet(None, "train")
-
-
-def test_a_folder_that_is_not_there_is_named():
-    with pytest.raises(qat.UsageError, match=r"data\.root='/no/such': no such folder"):
-        find_parquet("/no/such", "train")
-
-
-def test_a_folder_without_such_files_is_named(tmp_path):
-    write_parquet(tmp_path / "test.parquet", [encoded(PIXELS[0])], [0])
-    with pytest.raises(qat.UsageError, match=rf"data\.root='{tmp_path}': holds no train\*\.parquet"):
-        find_parquet(str(tmp_path), "train")
-
-
-def damage(path, kind):
-    write_parquet(path, [encoded(p) for p in PIXELS], [0, 1, 2, 3])
-    content = path.read_bytes()
-    changed = {"text": b"hello", "empty": b"", "cut": content[: len(content) // 2], "data lost": content[:4] + bytes(200) + content[204:]}
-    path.write_bytes(changed[kind])
+def test_the_folder_has_to_be_there(tmp_path):
+    os.mkfifo(tmp_path / "train.parquet")  # is never opened, for it would never end
+    for root, line in (
+        (None, r"data\.root is not set: give the folder that holds train\*\.parquet"),
+        ("/no/such", r"data\.root='/no/such': no such folder"),
+        (str(tmp_path), rf"data\.root='{tmp_path}': holds no train\*\.parquet"),
+    ):
+        with pytest.raises(qat.UsageError, match=line):
+            HfParquet(**SETTINGS, root=root).train_dataloader()
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "cut", "data lost"])
 def test_a_file_that_is_no_parquet_is_named(tmp_path, kind):
     path = tmp_path / "train.parquet"
-    damage(path, kind)
+    write_parquet(path, [encoded(p) for p in pixels(4)], [0, 1, 0, 1])
+    content = path.read_bytes()
+    changed = {"text": b"hello", "empty": b"", "cut": content[: len(content) // 2], "data lost": content[:4] + bytes(200) + content[204:]}
+    path.write_bytes(changed[kind])
     with pytest.raises(qat.UsageError, match=rf"{path}: cannot be read as parquet"):
-        read_parquet([path], chans=3)
+        data(tmp_path).train_dataloader()
 
 
-@pytest.mark.parametrize("content", [b"no image", b"", None, encoded(PIXELS[0])[:60]])
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path, content):
-    path = tmp_path / "train.parquet"
-    write_parquet(path, [encoded(PIXELS[0]), content], [0, 1])
-    with pytest.raises(qat.UsageError, match=rf"{path}: image 1 cannot be decoded"):
-        read_parquet([path], chans=3)
-
-
-def test_a_file_without_images_is_refused_with_its_columns(tmp_path):
-    pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "train.parquet")
-    with pytest.raises(qat.UsageError, match=r"train\.parquet: has columns text, label; one of img, image is needed"):
-        read_parquet([tmp_path / "train.parquet"], chans=3)
-
-
-def test_a_file_without_labels_is_refused_with_its_columns(tmp_path):
-    write_parquet(tmp_path / "train.parquet", [encoded(PIXELS[0])], [0], label_column="name")
-    with pytest.raises(qat.UsageError, match=r"has columns img, name; one of label, labels, fine_label is needed"):
-        read_parquet([tmp_path / "train.parquet"], chans=3)
-
-
-def test_a_missing_label_is_refused(tmp_path):
-    write_parquet(tmp_path / "train.parquet", [encoded(p) for p in PIXELS[:2]], [0, None])
-    with pytest.raises(qat.UsageError, match=r"train\.parquet: label None of image 1 is not a whole number"):
-        read_parquet([tmp_path / "train.parquet"], chans=3)
+@pytest.mark.parametrize(
+    ("labels", "line"),
+    [
+        (pa.array([0, None]), "train.parquet: the label of each image must be an integer, has int64 and 1 nulls"),
+        (pa.array(["a", "b"]), "train.parquet: the label of each image must be an integer, has string and 0 nulls"),
+    ],
+)
+def test_labels_that_are_no_class_ids_are_refused(tmp_path, labels, line):
+    pq.write_table(pa.table({"image": pa.array([b"", b""]), "label": labels}), tmp_path / "train.parquet")
+    with pytest.raises(qat.UsageError, match=line):
+        data(tmp_path).train_dataloader()
 
 
 def test_a_file_without_rows_is_refused(tmp_path):
-    write_parquet(tmp_path / "train.parquet", [], [])
-    with pytest.raises(qat.UsageError, match=rf"{tmp_path}/train\.parquet: no images"):
-        read_parquet([tmp_path / "train.parquet"], chans=3)
-
-
-def test_images_of_different_sizes_are_refused(tmp_path):
-    write_parquet(tmp_path / "train.parquet", [encoded(PIXELS[0]), encoded(PIXELS[1, :4])], [0, 1])
-    with pytest.raises(qat.UsageError, match="images have different sizes"):
-        read_parquet([tmp_path / "train.parquet"], chans=3)
+    for name in ("train", "val"):
+        write_parquet(tmp_path / f"{name}.parquet", [], [])
+    with pytest.raises(qat.UsageError, match=rf"{tmp_path}/train\.parquet: none of 0 images can be decoded"):
+        data(tmp_path).train_dataloader()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qat
-from qat.export.stored_weights import stored_form
+from qat.export.codes import OPSETS, store_weight
 from qat.model.frozen import FrozenWeight
 from tests import tiny
 from tests.model.frozen.test_freeze import made
@@ -28,7 +28,7 @@ STATSQ = {  # bits: type, lowest and highest stored number, are they doubled, is
 def test_statsq(bits):
     weight = weights(qat.recipe("ofq", bits=bits))["blocks.0.mlp.fc2.weight_quantizer"]
     kind, lowest, highest, doubled, added = STATSQ[bits]
-    form = stored_form(weight)
+    form = store_weight(weight)
     assert (form.kind, form.is_doubled, form.constant is not None) == (kind, doubled, added)
     assert lowest <= form.codes.min() <= form.codes.max() <= highest
     assert form.factors.abs().max() <= 128
@@ -38,7 +38,7 @@ def test_statsq(bits):
 @pytest.mark.parametrize(("lowest", "stored"), [(4, [-3, -1, 1, 3]), (2, [-2, -1, 0, 1]), (8, [-3, -1, 1, 3])])
 def test_two_bits(lowest, stored):
     weight = weights(qat.recipe("ofq", bits=2))["blocks.0.mlp.fc2.weight_quantizer"]
-    form = stored_form(weight, lowest)
+    form = store_weight(weight, lowest)
     assert (form.kind, form.constant, form.is_doubled) == (f"INT{lowest}", None, lowest == 2)
     assert form.codes.unique().tolist() == stored
     assert form.factors.unique().tolist() == [-3, -1, 1, 3]
@@ -49,7 +49,7 @@ def test_two_bits(lowest, stored):
 def test_lsq_has_no_half_step(bits, kind):
     for weight in weights(qat.recipe("lsq", bits=bits)).values():
         if weight.spec.bits == bits:
-            form = stored_form(weight)
+            form = store_weight(weight)
             assert (form.kind, form.constant, form.zero_point) == (kind, None, None)
             assert torch.equal(form.value, weight())
 
@@ -59,7 +59,7 @@ def test_ranges_with_a_zero_point():
     qat.ptq.calibrate(net, [tiny.images()])
     for module in qat.freeze(net.eval()).modules():
         if isinstance(module, FrozenWeight):
-            form = stored_form(module)
+            form = store_weight(module)
             assert form.kind == "INT4"
             assert -8 <= form.zero_point.min() <= form.zero_point.max() <= 7
             torch.testing.assert_close(form.value, module(), rtol=1e-6, atol=1e-8)
@@ -67,5 +67,5 @@ def test_ranges_with_a_zero_point():
 
 def test_the_opset_follows_from_the_types():
     for bits, lowest, opset in ((2, 2, 25), (2, 4, 21), (8, 4, 13)):
-        forms = [stored_form(weight, lowest) for weight in weights(qat.recipe("ofq", bits=bits)).values()]
-        assert max(form.opset for form in forms) == opset
+        forms = [store_weight(weight, lowest) for weight in weights(qat.recipe("ofq", bits=bits)).values()]
+        assert max(OPSETS[form.kind] for form in forms) == opset

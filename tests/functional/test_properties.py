@@ -316,18 +316,3 @@ def test_first_steps_of_lsq_are_finite_and_follow_the_unit(x, bits, signed):
         assert F.lsq(x, scale, *bounds, axis).isfinite().all()
         if axis is not None:
             assert torch.equal(scale, F.lsq_init_scale(x, *bounds, axis - x.ndim))
-
-
-@given(st.integers(0, 2**20), BITS, st.floats(0.001, 0.1))
-@EXAMPLES
-def test_packed_oscillation_holds_codes_exactly(seed, bits, momentum):
-    generator = torch.Generator().manual_seed(seed)
-    low, high = F.code_range(bits, signed=True)
-    codes = torch.randint(low, high + 1, (40,), generator=generator).float()
-    direction = torch.randint(-1, 2, (40,), generator=generator).float()
-    state = F.OscillationState(codes, direction, torch.rand(40, generator=generator), torch.zeros(40))
-    found = F.unpack_oscillation(F.pack_oscillation(state, momentum), momentum)
-    assert torch.equal(found.codes, codes)
-    assert torch.equal(found.direction, direction)
-    once = F.pack_oscillation(found, momentum)
-    assert all(torch.equal(a, b) for a, b in zip(once, F.pack_oscillation(F.unpack_oscillation(once, momentum), momentum), strict=True))

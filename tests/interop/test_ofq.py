@@ -131,15 +131,6 @@ def test_what_is_left_out_is_named(tmp_path, state, caplog):
     assert "left out, without effect on any output: blocks.0.attn.move_qkx_aft.bias" in caplog.text
 
 
-def test_steps_of_another_width_are_noticed(tmp_path, state, caplog):
-    name = "blocks.0.attn.quant_x_4_qkv.input_quant_fn.s"
-    with caplog.at_level(logging.INFO):
-        qat.load_ofq_checkpoint(written(tmp_path, state | {name: torch.full((6,), 1.6)}), bits=2)
-        assert "would fit" not in caplog.text
-        qat.load_ofq_checkpoint(written(tmp_path, state | {name: torch.full((6,), 0.6)}), bits=2)
-    assert "activation steps of 0.60 on average would fit 4 bits better than 2" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("change", "knobs", "message"),
     [

@@ -41,7 +41,7 @@ def test_nobody_takes_it_for_an_error_of_their_own():
         careless()
 
 
-def test_cleaning_up_behind_it_is_not_interrupted():
+def test_cleaning_up_after_it_is_not_interrupted():
     cleaned = []
 
     def tidy():
@@ -81,20 +81,20 @@ def test_outside_the_main_thread_nothing_is_taken():
     assert found == before
 
 
-def _interrupted(seconds, is_importing):
-    with signals.listening(), signals.importing() if is_importing else contextlib.nullcontext():
+def _interrupted(seconds):
+    with signals.listening():
         signals.defer(on=True)
         send(signal.SIGINT)
-        send(signal.SIGINT)  # the same Ctrl-C, by way of the process that started this one
+        send(signal.SIGINT)  # the same Ctrl-C, by way of torchrun
         time.sleep(seconds)
         send(signal.SIGINT)
         os._exit(7)
 
 
-@pytest.mark.parametrize(("seconds", "is_importing", "code"), [(0, False, 7), (0.2, False, 130), (0, True, 130)])
-def test_a_second_ctrl_c_and_one_during_imports_do_not_wait(monkeypatch, capfd, seconds, is_importing, code):
+@pytest.mark.parametrize(("seconds", "code"), [(0, 7), (0.2, 130)])
+def test_a_second_ctrl_c_does_not_wait(monkeypatch, capfd, seconds, code):
     monkeypatch.setattr(signals, "ECHO_S", 0.1)
-    process = multiprocessing.get_context("fork").Process(target=_interrupted, args=(seconds, is_importing))
+    process = multiprocessing.get_context("fork").Process(target=_interrupted, args=(seconds,))
     process.start()
     process.join(10)
     assert process.exitcode == code
@@ -113,7 +113,7 @@ def test_ctrl_c_stays_ignored_in_the_background_of_a_script(monkeypatch):
 
 def _loader(ready, is_marked):
     if is_marked:
-        signals.outlive(0)
+        signals.ignore_signals(0)
     ready.set()
     time.sleep(0.3)
     os._exit(7)

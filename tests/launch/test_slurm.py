@@ -1,7 +1,6 @@
 """Jobs of SLURM without SLURM: its variables as srun 22.05 sets them. tests/slurm has the real scheduler."""
 
 import os
-import re
 import signal
 import stat
 from pathlib import Path
@@ -10,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import OmegaConf
 
-from qat.cli import entry
+from qat.cli import commands
 from qat.errors import UsageError
 from qat.launch import slurm
 from qat.launch.signals import Preempted
@@ -24,13 +22,12 @@ JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "qat", "SLURM_NNODES": "1", "SLUR
 BATCH = {**JOB, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
 TASK = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 PAIR = {**TASK, "SLURM_NNODES": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "nowhere[1-2]"}
-PAIR |= {"MASTER_ADDR": "nowhere1.invalid"}
 
 
 @pytest.fixture
 def place(monkeypatch):
     """Sets variables in place of all that a launcher may have set."""
-    launchers = ("SLURM", "MASTER_", "TORCHELASTIC", "QAT_RANK")
+    launchers = ("SLURM", "MASTER_", "TORCHELASTIC")
     for name in [name for name in os.environ if name.startswith(launchers) or name in {"RANK", "LOCAL_RANK"}]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MASTER_ADDR", "")  # so that what the code sets is taken back
@@ -56,21 +53,14 @@ def place(monkeypatch):
         (TASK, [], "trainer.devices=1: SLURM has 2 tasks on each node; must be 2, which trainer=slurm sets"),
         (TASK, ["trainer.devices=4"], "trainer.devices=4: SLURM has 2 tasks on each node; must be 2, which trainer=slurm sets"),
         (PAIR, ["trainer.devices=1"], "trainer.num_nodes=1: SLURM has 2 nodes; must be 2, which trainer=slurm sets"),
-        (PAIR, ["trainer=slurm"], r"MASTER_ADDR='nowhere1.invalid': no such host (.*); must be an address of the first node"),
-        (
-            {name: value for name, value in TASK.items() if name != "SLURM_NTASKS_PER_NODE"},
-            ["trainer=slurm"],
-            "SLURM has --ntasks=2 without the number on each node; must be --ntasks-per-node=2",
-        ),
     ],
-    ids=["no-srun", "devices", "more-devices", "nodes", "address", "ntasks"],
+    ids=["no-srun", "devices", "more-devices", "nodes"],
 )
 def test_processes_that_would_wait_for_each_other_are_refused(place, variables, overrides, message):
     place(variables)
     with pytest.raises(UsageError) as error:
         slurm.check_place(compose("train", *overrides, "run_dir=a").trainer)
-    expected = re.escape(message).replace(r"\.\*", ".*") if "MASTER_ADDR" in message else re.escape(message)
-    assert re.fullmatch(expected, str(error.value))
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
@@ -101,11 +91,10 @@ def test_on_one_node_no_name_is_looked_up(place):
     [
         (TASK, SLURMEnvironment),
         ({**JOB, "SLURM_NTASKS": "1"}, LightningEnvironment),
-        ({**BATCH, "QAT_RANK_EXCHANGE": "", "RANK": "1"}, LightningEnvironment),
         ({**TASK, "TORCHELASTIC_RUN_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}, None),
         ({}, None),
     ],
-    ids=["srun", "alone", "started-here", "torchrun", "none"],
+    ids=["srun", "alone", "torchrun", "none"],
 )
 def test_lightning_is_told_whose_processes_they_are(place, variables, expected):
     place(variables)
@@ -194,7 +183,7 @@ def test_of_an_array_it_is_the_one_job_and_only_the_first_process_asks(place, sc
     assert told() == (["requeue 3_0"], [slurm.SAID_S, slurm.KILL_S, slurm.KILL_S])
 
 
-@pytest.mark.parametrize("name", [None, "checkpoints/last.ckpt", "points.jsonl"])
+@pytest.mark.parametrize("name", [None, "checkpoints/last.ckpt"])
 def test_a_job_that_never_saves_anything_is_not_started_for_ever(place, scontrol, caplog, tmp_path, name):
     told = scontrol()
     place({**JOB, "SLURM_RESTART_COUNT": "1"})
@@ -235,24 +224,10 @@ def test_elsewhere_and_where_it_is_to_stop_nobody_is_asked(place, scontrol, capl
     assert told() == ([], [])
 
 
-@pytest.mark.parametrize(
-    ("cfg", "line"),
-    [
-        ({"run_dir": "runs/a", "resume": False}, "the same command goes on with resume=auto run_dir=runs/a"),
-        ({"run_dir": "x/0", "resume": False, "sweep_dir": "runs/a"}, "the same command goes on with resume=auto run_dir=runs/a"),
-        ({"run_dir": "runs/a"}, "the same command does it again"),
-    ],
-    ids=["run", "sweep", "eval"],
-)
-def test_the_line_says_how_to_go_on(place, cfg, line):
-    place({})
-    assert entry._way_on(OmegaConf.create(cfg)) == line
-
-
 def test_a_signal_while_a_run_is_built_ends_it_in_one_line(place, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fit, "build_trainer", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stop:
-        entry.run("train", tiny(tmp_path / "run"))
+        commands.run_task(tiny(tmp_path / "run"))
     assert stop.value.code == 143
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == f"stopped by SIGTERM outside training; the same command goes on with resume=auto run_dir={tmp_path}/run"

@@ -67,19 +67,6 @@ def test_the_gradient_scale_counts_the_global_batch_on_activations_only(monkeypa
     assert lsq_factors(net, weights=True) == [1.0] * (2 + 2 * 4)
 
 
-def test_the_papers_code_counts_the_batch_of_a_process(monkeypatch):
-    net = quantized("lsq")
-    learner = module(net, lsq_grad_batch="process")
-    monkeypatch.setattr(QATModule, "trainer", SimpleNamespace(world_size=3, accumulate_grad_batches=12))
-    learner.setup("fit")
-    assert set(lsq_factors(net, weights=False)) == {1.0}
-
-
-def test_unknown_batch_is_refused():
-    with pytest.raises(qat.UsageError, match="lsq_grad_batch='rank': must be one of global, process"):
-        module(vit(), lsq_grad_batch="rank")
-
-
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq"])
 def test_two_accumulated_half_batches_are_one_batch(preset):
     net, whole, halves = quantized(preset), Gradients(), Gradients()
@@ -109,18 +96,6 @@ def test_rates_follow_the_schedule(interval):
     by_step = [0.002, 0.006, 0.0075, 0.005, 0.0025, 0.01 / 2 * (1 - 3**0.5 / 2)]
     by_epoch = [0.002, 0.002, 0.0075, 0.0075, 0.0025, 0.0025]
     assert seen.rates == pytest.approx(by_step if interval == "step" else by_epoch)
-
-
-def test_accumulation_counts_optimizer_steps():
-    seen, asked = Gradients(), []
-
-    def schedule(optimizer, epochs, steps):
-        asked.append((epochs, steps))
-        return cosine_schedule(optimizer, periods=epochs * steps, min_lr=0.0, interval="step"), "step"
-
-    trainer(max_epochs=2, callbacks=[seen], accumulate_grad_batches=2).fit(module(vit(), scheduler=schedule), batches(4))
-    assert asked == [(2, 2)]
-    assert seen.rates == pytest.approx([0.01, 0.01 / 2 * (1 + 0.5**0.5), 0.005, 0.01 / 2 * (1 - 0.5**0.5)])
 
 
 def test_terms_are_logged_by_name():
@@ -201,11 +176,6 @@ def test_a_checkpoint_is_plain_data_and_rebuilds_the_net(tmp_path):
     assert content["qat"]["data"] == data
     assert content["qat"]["recipe"] == net.qat_conversion.recipe.to_dict()
     assert_close(logits(qat.load(tmp_path / "a.ckpt")), logits(net), rtol=0, atol=0)
-
-
-def test_without_an_optimizer_it_can_only_evaluate():
-    with pytest.raises(RuntimeError, match="without an optimizer"):
-        trainer().fit(module(vit(), optimizer=None), batches(8))
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}], ids=["counted", "fused"])

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qat.kernels
-from qat.callbacks import CGA, EMAWeightAveraging, FaultGuard, IterativeFreezing, Oscillation, finite
+from qat.callbacks import CGA, EMAWeightAveraging, FiniteCheck, IterativeFreezing, Oscillation, finite
 from qat.lit import QATModule, Teacher, build_optimizer
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, Kure
 from qat.nn.execution import set_execution
@@ -60,7 +60,7 @@ class NoCopies(TorchFunctionMode):
 
 
 class Watched(Callback):
-    """Every step but the first, at which the guard against faults looks."""
+    """Every step but the first."""
 
     def __init__(self):
         self.mode, self.n = None, 0
@@ -99,7 +99,7 @@ def module(net, terms, teacher=None):
     [("ofq", "save", "auto"), ("ofq_noqkr", "recompute", "auto"), ("ofq", "save", "off")],
 )
 def test_no_step_waits(preset, memory, kernels, tmp_path, monkeypatch):
-    monkeypatch.setattr(finite, "_is_free", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr(finite, "_reading_is_free", lambda module: False)  # as on a GPU
     net = set_execution(quantized(preset, DISTILLED, bits=2), memory=memory)
     watched = Watched()
     qat.kernels.use(kernels)
@@ -110,7 +110,7 @@ def test_no_step_waits(preset, memory, kernels, tmp_path, monkeypatch):
             watched,
             CGA(boundary_range=0.01),
             Oscillation(dirpath=str(tmp_path)),
-            FaultGuard(),
+            FiniteCheck(),
             EMAWeightAveraging(),
             gradient_clip_val=1.0,
             accumulate_grad_batches=2,
@@ -120,13 +120,10 @@ def test_no_step_waits(preset, memory, kernels, tmp_path, monkeypatch):
     assert watched.n == 6
 
 
-def test_no_step_waits_that_regularizes_freezes_or_has_skipped(monkeypatch):
-    monkeypatch.setattr(finite, "_is_free", lambda tensor: False)
-    guard, watched = FaultGuard(), Watched()
-    monkeypatch.setattr(guard, "setup", lambda *_, **__: setattr(guard, "skipped_by_scaler", 1))
-    monkeypatch.setattr(guard, "_look_late", lambda *_: None)  # what waits, once in many steps
+def test_no_step_waits_that_regularizes_or_freezes():
+    watched = Watched()
     learner = module(quantized("ofq", bits=2), {"ce": CrossEntropy(), "kure": Kure()})
-    fit(learner, IterativeFreezing(), guard, watched, log_every_n_steps=1)
+    fit(learner, IterativeFreezing(), watched, log_every_n_steps=1)
     assert watched.n == 7
 
 

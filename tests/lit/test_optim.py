@@ -11,7 +11,6 @@ from torch import nn
 
 import qat
 from qat.lit import QATModule, build_optimizer, cosine_schedule, parameter_groups, scaled_lr
-from qat.lit.optimizer_state import fill
 from qat.losses import CompositeLoss, CrossEntropy
 from tests.callbacks.fitting import QUIET, batches
 from tests.tiny import DISTILLED, SIZE, vit
@@ -74,13 +73,6 @@ def test_groups_of_a_quantized_net():
     assert set(found["scales"]) == scales
 
 
-@pytest.mark.parametrize("preset", ["fp", "ofq", "ofq_noqkr", "lsq", "minmax"])
-def test_every_parameter_is_in_one_group(preset):
-    model = net(preset)
-    found = names(model, parameter_groups(model, weight_decay=0.1))
-    assert sorted(sum(found.values(), [])) == sorted(name for name, _ in model.named_parameters())
-
-
 def test_frozen_parameters_are_left_out():
     model = net("fp")
     model.patch_embed.requires_grad_(requires_grad=False)
@@ -93,11 +85,6 @@ def test_decay_and_rates_of_the_groups():
     found = {g["name"]: (g["weight_decay"], g["lr"]) for g in optimizer.param_groups}
     assert found == {"decay": (0.3, 0.01), "no_decay": (0.0, 0.01), "scales": (0.0, 0.0025)}
     assert isinstance(optimizer, torch.optim.AdamW)
-
-
-def test_options_reach_the_optimizer():
-    optimizer = build_optimizer(nn.Linear(2, 2), opt="sgd", lr=0.1, weight_decay=0.0, momentum=0.7)
-    assert optimizer.param_groups[0]["momentum"] == 0.7
 
 
 @pytest.mark.parametrize(
@@ -139,15 +126,6 @@ def test_cosine_with_warm_up(interval):
     assert rates == pytest.approx(warm + [cosine(t, 20, 0.1, 0.01) for t in range(5, 20)] + [0.01] * 5)
 
 
-def test_an_epoch_schedule_ignores_steps():
-    optimizer = optimizer_of(0.1)
-    schedule = cosine_schedule(optimizer, periods=4, interval="epoch")
-    schedule.step_update(3)
-    assert optimizer.param_groups[0]["lr"] == 0.1
-    schedule.step(2)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(cosine(2, 4, 0.1, 1e-5))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -183,11 +161,6 @@ def test_layer_decay_of_a_quantized_net():
         assert factor == pytest.approx(0.6**steps * (0.5 if name.endswith(".change") else 1)), name
     plain = {g["name"].partition("_")[2]: g["weight_decay"] for g in groups}
     assert plain == {"decay": 0.1, "no_decay": 0.0, "scales": 0.0}
-
-
-def test_without_layer_decay_one_group_of_each_kind():
-    model = net("ofq")
-    assert [g["name"] for g in parameter_groups(model, weight_decay=0.1)] == ["decay", "no_decay", "scales"]
 
 
 def test_layer_decay_needs_layers():
@@ -231,19 +204,6 @@ def test_one_operation_updates_all_parameters_where_torch_has_it(opt, options, f
     assert optimizer._step_supports_amp_scaling is False
 
 
-def test_a_fused_step_is_that_of_a_parameter_after_the_other():
-    nets = [vit(), vit()]
-    for net, fused in zip(nets, (True, False), strict=True):
-        optimizer = build_optimizer(net, lr=1e-2, weight_decay=0.05, fused=fused)
-        torch.manual_seed(0)
-        for _ in range(3):
-            for parameter in net.parameters():
-                parameter.grad = torch.randn_like(parameter)
-            optimizer.step()
-    for ours, theirs in zip(*(net.parameters() for net in nets), strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
 def step_with_gradients(optimizer, net, seed):
     generator = torch.Generator().manual_seed(seed)
     for parameter in net.parameters():
@@ -272,24 +232,6 @@ def test_a_state_from_before_the_fused_form_goes_on_bit_for_bit(opt, groups_name
         step_with_gradients(writer, old, seed)
         step_with_gradients(optimizer, net, seed)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(net.parameters(), old.parameters(), strict=True))
-    assert {entry["step"].item() for entry in optimizer.state.values()} == {6.0}
-
-
-def test_moments_from_before_the_fused_form_in_a_fused_optimizer():
-    """`ckpt_optimizer=true` takes moments and counts of steps, and the optimizer's own form stays. Oracle: a parameter after the other."""
-    old = vit()
-    writer = build_optimizer(old, lr=1e-2, weight_decay=0.05, fused=False)
-    for seed in range(3):
-        step_with_gradients(writer, old, seed)
-    net, names = copy.deepcopy(old), {p: n for n, p in old.named_parameters()}
-    optimizer = build_optimizer(net, lr=1e-2, weight_decay=0.05)
-    fill(optimizer, net, {names[p]: copy.deepcopy(entry) for p, entry in writer.state.items()})
-    assert {group["fused"] for group in optimizer.param_groups} == {True}
-    for seed in range(3, 6):
-        step_with_gradients(writer, old, seed)
-        step_with_gradients(optimizer, net, seed)
-    for ours, theirs in zip(net.parameters(), old.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
     assert {entry["step"].item() for entry in optimizer.state.values()} == {6.0}
 
 

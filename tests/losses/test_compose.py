@@ -47,7 +47,7 @@ def test_a_term_of_weight_zero_is_logged_and_changes_nothing():
 def test_terms_that_read_other_blocks_are_refused():
     last, every = FeatureDistillation(blocks="last"), FeatureDistillation(blocks="all")
     assert CompositeLoss({"ce": CrossEntropy(), "last": last, "again": FeatureDistillation(blocks="last")}).blocks == "last"
-    with pytest.raises(qat.UsageError, match=r"loss\.terms: last\.blocks=last, every\.blocks=all; must be the same"):
+    with pytest.raises(qat.UsageError, match=r"loss\.terms: blocks are \['all', 'last'\]; must be the same"):
         CompositeLoss({"last": last, "every": every})
 
 
@@ -64,6 +64,13 @@ def test_no_terms_are_refused():
 def test_a_term_of_another_class_is_refused_by_name():
     with pytest.raises(qat.UsageError, match=r"loss\.terms\.mine: Linear is not a subclass of qat\.losses\.LossTerm"):
         CompositeLoss({"mine": nn.Linear(1, 1)})
+
+
+def test_the_prediction_is_the_mean_of_two_heads():
+    first, second = torch.tensor([[1.0, 3.0]]), torch.tensor([[5.0, -1.0]])
+    two, one = step((first, second)), step(first)
+    assert (two.heads, two.prediction.tolist()) == ((first, second), [[3.0, 1.0]])
+    assert one.heads[0] is one.heads[1] is one.prediction is first
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan")])

@@ -56,14 +56,6 @@ def test_the_gradient_pulls_to_the_level(preset):
     assert all(p.grad is None for name, p in net.named_parameters() if name.endswith("scale"))
 
 
-def test_under_qkr_both_factors_are_pulled():
-    net = quantized("ofq", bits=2)
-    Dampening()(step(net)).backward()
-    attention = net.blocks[0].attn
-    assert attention.q_weight.grad.abs().sum() > 0
-    assert attention.k_weight.grad.abs().sum() > 0
-
-
 def test_a_net_without_such_weights():
     with pytest.raises(
         qat.UsageError, match=r"loss term Dampening: max_bits=4: this net has no weights on evenly spaced values of so few bits"
@@ -76,16 +68,6 @@ def test_impossible_settings():
         Dampening(max_bits=1)
     with pytest.raises(qat.UsageError, match=r"weight=-1"):
         Dampening(weight=-1)
-
-
-def test_a_strong_pull_brings_weights_to_their_levels():
-    start = quantized(bits=2)
-    distances = []
-    for terms in ({}, {"dampening": Dampening(weight=10.0)}):
-        learner = module(start, terms=terms)
-        fit(learner, max_epochs=10)
-        distances.append(Dampening()(step(learner.net)).item())
-    assert distances[1] < 0.8 * distances[0]
 
 
 def test_training_says_how_far_it_is():

@@ -7,15 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import qat
 from qat.functional import kure_loss, kurtosis
 from qat.losses import CompositeLoss, CrossEntropy, Kure, StepContext
-from qat.model.checkpoint import read_checkpoint
 from qat.tasks import build
-from qat.tasks import fit as fit_task
-from tests.callbacks.fitting import batches, fit, module
 from tests.conftest import compose, tiny, train
-from tests.tasks.test_resume import Kill, Killed
 from tests.tiny import images, quantized, sites, vit
 
 
@@ -37,14 +32,6 @@ def test_the_term_is_the_loss_of_the_float_masters(preset, reduction):
     expected = torch.stack([kurtosis(w) for w in weights(net)]).detach()
     assert_close(term.watched, {f"kurtosis_{name}": getattr(expected, name)() for name in ("mean", "min", "max")})
     assert not any(value.requires_grad for value in term.watched.values())
-
-
-def test_kurtosis_is_computed_once_a_step(monkeypatch):
-    calls = []
-    original = qat.losses.kure.kurtoses
-    monkeypatch.setattr(qat.losses.kure, "kurtoses", lambda tensors: calls.append(1) or original(tensors))
-    fit(module(vit(), terms={"kure": Kure()}), max_epochs=1)
-    assert len(calls) == 4
 
 
 def test_both_factors_of_the_product_are_pulled():
@@ -80,16 +67,6 @@ def test_it_is_the_same_under_autocast(precision):
         assert torch.equal(Kure(qk="both")(step(quantised)), plain)
 
 
-def test_accumulated_batches_count_it_once():
-    learners = []
-    for size, accumulate in ((8, 1), (4, 2)):
-        learner = module(vit(), terms={"kure": Kure()}, optimizer=lambda n: torch.optim.SGD(n.parameters(), lr=0.01))
-        fit(learner, data=batches(size=size), accumulate_grad_batches=accumulate)
-        learners.append(learner)
-    for a, b in zip(*(x.net.parameters() for x in learners), strict=True):
-        assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
 def test_off_is_off():
     assert set(build.build_loss(compose("train", "run_dir=a")).terms) == {"ce"}
     on = build.build_loss(compose("train", "run_dir=a", "loss.kure=1"))
@@ -100,16 +77,6 @@ def test_off_is_off():
         "mean",
         "product",
     )
-
-
-@pytest.mark.parametrize("loss", ["ce", "kd", "kd_features", "ce_dampening", "kd_dampening"])
-def test_any_loss_has_it(loss):
-    assert "kure" in build.build_loss(compose("train", f"loss={loss}", "loss.kure=0.5", "run_dir=a")).terms
-
-
-def test_a_loss_of_ones_own_may_do_without_the_setting():
-    cfg = compose("train", "run_dir=a", "~loss.regularizers")
-    assert set(build.build_loss(cfg).terms) == {"ce"}
 
 
 @pytest.mark.parametrize(
@@ -128,11 +95,6 @@ def test_impossible_settings(tmp_path, refused, setting, message):
     assert refused("train", tiny(tmp_path / "run", setting)).endswith(message)
 
 
-def test_a_glob_that_matches_nothing(tmp_path, refused):
-    line = refused("train", tiny(tmp_path / "run", "loss.kure=1", "loss.kure_layers=[blok.*]"))
-    assert line.endswith("loss.kure_layers='blok.*' matches no layer; names are like 'blocks.0.attn', roles are weight, qk")
-
-
 def test_a_run_logs_the_kurtoses(tmp_path):
     run = train(tmp_path / "run", "loss.kure=1", "trainer.log_every_n_steps=1", "callbacks=[default,ema]")
     rows = list(csv.DictReader((run / "metrics.csv").open()))
@@ -140,20 +102,6 @@ def test_a_run_logs_the_kurtoses(tmp_path):
     assert len(logged) == 2
     assert all(1.5 < value < 4 for value in logged)
     assert any(row["train/loss_kure"] for row in rows)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, monkeypatch):
-    settings = ("loss.kure=1", "trainer.max_epochs=2")
-    make, whole = fit_task.build_callbacks, train(tmp_path / "whole", *settings)
-    monkeypatch.setattr(fit_task, "build_callbacks", lambda cfg: [*make(cfg), Kill(3)])
-    with pytest.raises(Killed):
-        train(tmp_path / "part", *settings, "checkpoint.every_n_steps=1")
-    monkeypatch.setattr(fit_task, "build_callbacks", make)
-    resumed = train(tmp_path / "part", *settings, "checkpoint.every_n_steps=1", "resume=true")
-    a, b = (read_checkpoint(run / "checkpoints" / "last.ckpt").state for run in (whole, resumed))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_copies_of_a_module_look_at_their_own_net():
@@ -165,17 +113,3 @@ def test_copies_of_a_module_look_at_their_own_net():
         other.blocks[0].mlp.fc1.weight.uniform_(-1, 1)
     both = [one(StepContext(n(images()), torch.arange(8), None, n))[1]["kure"] for one, n in ((loss, net), (twin, other))]
     assert both[1] < both[0]
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_a_compiled_net_trains_with_it():
-    torch.compiler.reset()
-    net = quantized("ofq", bits=2)
-    plain, compiled = (module(net, terms={"kure": Kure()}) for _ in range(2))
-    compiled.net.compile(fullgraph=True, backend="aot_eager")
-    for learner in (plain, compiled):
-        fit(learner, max_epochs=1)
-    expected, found = (learner.loss.terms["kure"].watched for learner in (plain, compiled))
-    assert all(value.isfinite() for value in expected.values())
-    assert_close(found, expected, rtol=1e-2, atol=1e-2)

@@ -41,15 +41,6 @@ def test_a_checkpoint_of_ours_gives_back_the_float_net(path, preset, name):
     assert list(qat.iter_quantizers(made.net)) == []
 
 
-def test_matrices_that_no_recipe_of_training_has_are_told_of(path):
-    net = qat.convert(vit(), qat.PtqRecipe(method="compensate", compensation="matrix"), input_size=SIZE)
-    qat.ptq.calibrate(net, [images()])
-    qat.save(net, path)
-    made = start(path)
-    assert same_state(made.net.state_dict(), vit().state_dict())
-    assert made.notes[1:] == ["the matrices beside 2 blocks (ptq.compensation=matrix) are left out"]
-
-
 def test_float_to_quantized(path):
     qat.save(vit(), path)
     net = qat.convert(start(path).net, qat.recipe("ofq", bits=2), input_size=SIZE)
@@ -355,9 +346,3 @@ def test_a_zero_point_moves_into_offsets():
     x = torch.randn(4, 17, 32)
     here, there = sites(target)[name].quantizer(x), sites(source)[name].quantizer(x)
     assert ((here - there).abs() < 1e-5).float().mean() > 0.999  # a value on a threshold may fall on either side
-
-
-def test_a_matrix_beside_a_block_is_no_part_of_the_net(path):
-    source = fitted(method="compensate", compensation="matrix")
-    qat.save(source, path)
-    assert start(path).net.state_dict().keys() == vit().state_dict().keys()

@@ -6,7 +6,8 @@ import functools
 import torch
 
 import qat
-from qat.ptq.fitness import logits_of
+from qat.functional import logit_fitness
+from qat.ptq.search import logits_of
 from tests import tiny
 
 # Weights with a stored scale and a zero point, quantizers where training has them.
@@ -31,6 +32,13 @@ def quantized(name=tiny.VIT, preset="minmax", **knobs):
     knobs = {"bits": 4, "weight_quantizer": WEIGHTS} | knobs
     net, targets = _made(name, preset, tuple(sorted(knobs.items())))
     return copy.deepcopy(net), targets
+
+
+def whole_fitness(net, images, targets, settings):
+    """By whole forwards, nothing remembered."""
+    loss = logit_fitness(settings.fitness, settings.temperature)
+    losses = [loss(logits_of(net, batch, settings.micro_batch), target) for batch, target in zip(images, targets, strict=True)]
+    return float(torch.stack(losses).double().mean())
 
 
 def state(net):

@@ -1,4 +1,4 @@
-"""The search as a whole: what it may change, what it promises of the fitness, what it refuses."""
+"""The search as a whole: what it may change, what it promises of the fitness, what it refuses; kills; other families."""
 
 import csv
 
@@ -8,94 +8,81 @@ from torch import nn
 
 import qat
 from qat.errors import UsageError
-from qat.ptq.drivers import DRIVERS
-from qat.ptq.fitness import Evaluator, plain_fitness
-from qat.ptq.search import search
-from qat.ptq.search_settings import GRADIENT_METHODS, SearchSettings
+from qat.model.blocks import find_blocks
+from qat.ptq.search import Evaluator, SearchSettings, logits_of, search
+from qat.ptq.state import Progress
 from tests import tiny
-from tests.ptq.searching import batches, changed, quantized, state
+from tests.nets import FAMILIES
+from tests.ptq.searching import batches, changed, quantized, state, whole_fitness
 
-METHODS = tuple(DRIVERS)
+CHOSEN = {f"blocks.{b}.attn.{layer}.weight_quantizer.scale" for b in range(2) for layer in ("qkv", "proj")}
 
 
 def settings(**knobs):
     return SearchSettings(**{"passes": 2, "micro_batch": 3, "radius": 0.05, "relative": True, **knobs})
 
 
+def run(net, logits, folder=None, *, resume=False, validate=None, **knobs):
+    return search(net, batches(), logits, settings(**knobs), run_dir=folder, resume=resume, validate=validate)
+
+
 def lines(folder):
     with (folder / "search.csv").open() as file:
-        return list(csv.DictReader(file))
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_fitness_never_rises_and_only_the_chosen_scales_change(method, tmp_path):
+@pytest.mark.parametrize("fitness", ["infonce", "mse", "kl", "cosine"])
+def test_fitness_never_rises_and_only_the_chosen_scales_change(fitness, tmp_path):
     net, targets = quantized()
     before, modes = state(net), [m.training for m in net.modules()]
-    result = search(net, batches(), targets, settings(method=method), run_dir=tmp_path)
-    accepted = [float(line["fitness"]) for line in lines(tmp_path) if line["accepted"] == "1"]
+    result = run(net, targets, tmp_path, fitness=fitness)
+    found = lines(tmp_path)
+    assert [(line["pass"], line["block"]) for line in found[1::3]] == [(p, f"blocks.{b}") for p in "01" for b in (1, 0)]
+    assert [line["cycle"] for line in found] == ["incumbent", *(["0", "1", "2"] * 4)]
+    accepted = [float(line["fitness"]) for line in found if line["accepted"] == "1"]
     assert accepted == sorted(accepted, reverse=True)
-    assert len(accepted) == result.accepted + 1
-    assert result.accepted > 0
+    assert len(accepted) == result.accepted + 1 > 1
     assert result.fitness == accepted[-1] < result.fitness_before == accepted[0]
-    chosen = {f"blocks.{b}.attn.{layer}.weight_quantizer.scale" for b in range(2) for layer in ("qkv", "proj")}
-    assert set() < changed(before, net) <= chosen
-    assert result.fitness == plain_fitness(net, batches(), targets, settings())
+    assert set() < changed(before, net) <= CHOSEN
+    assert result.fitness == whole_fitness(net, batches(), targets, settings(fitness=fitness))
     assert [m.training for m in net.modules()] == modes
     assert not any("forward" in module.__dict__ for module in net.modules())
-    assert not any(buffer.requires_grad for buffer in net.buffers())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_spends_the_same_number_of_forward_passes(method, monkeypatch):
-    """Six cycles for each of two blocks. A gradient is a forward and a backward, which counts as one; one of twelve is left over."""
-    net, targets = quantized()
-    forwards, gradients = [], []
-    monkeypatch.setattr(Evaluator, "fitness", _counted(Evaluator.fitness, forwards))
-    monkeypatch.setattr(Evaluator, "gradient", _counted(Evaluator.gradient, gradients))
-    result = search(net, batches(), targets, settings(method=method, passes=1, cycles=6))
-    incumbent = 1
-    spent = len(forwards) - incumbent + 2 * len(gradients)
-    assert (spent, result.evaluations) == ((11, 5) if method in GRADIENT_METHODS else (12, 12))
+def integer_norms():
+    """Made for the step of the quantizer after it."""
+    net = qat.convert(tiny.vit(), qat.PtqRecipe(bits=4, layernorm="integer"), input_size=tiny.SIZE)
+    qat.ptq.calibrate(net, batches())
+    return net.eval()
 
 
-@pytest.mark.parametrize("method", GRADIENT_METHODS)
-def test_gradient_methods_move_all_blocks_and_go_on_from_where_they_are(method, tmp_path):
-    """Two passes of five steps are ten steps on one way, which leads up at first: the radius is too large for an early success."""
-    net, targets = quantized()
-    before = state(net)
-    search(net, batches(), targets, settings(method=method, cycles=6, radius=0.2), run_dir=tmp_path)
-    once = [float(line["fitness"]) for line in lines(tmp_path)]
-    assert {line["accepted"] for line in lines(tmp_path)} == {"0", "1"}
-    assert len({name.split(".")[1] for name in changed(before, net)}) == 2
-    net, targets = quantized()
-    search(net, batches(), targets, settings(method=method, cycles=11, passes=1, radius=0.2), run_dir=tmp_path)
-    alike = [float(line["fitness"]) for line in lines(tmp_path)]
-    assert len(once) == len(alike) == 1 + 10
-    assert once == alike
+@pytest.mark.parametrize(
+    ("build", "knobs"),
+    [
+        *((lambda: quantized()[0], {"micro_batch": m, "cache_gib": c}) for m in (3, 100) for c in (4.0, 0.0)),
+        (integer_norms, {}),
+        (integer_norms, {"targets": ["attn.qkv.input", "attn.qkv.weight"]}),
+        (lambda: quantized(preset="ofq", weight_quantizer="lsq")[0], {"targets": ["attn.qk"]}),
+    ],
+)
+def test_a_fitness_is_that_of_whole_forwards_bit_for_bit(build, knobs):
+    net, targets = build(), quantized()[1]
+    evaluator, seen = Evaluator(net, batches(), targets, settings(**knobs)), set()
+    for block in reversed(evaluator.vectors):
+        vector = evaluator.vectors[block]
+        evaluator.fitness(block)
+        vector.write(vector.read() * (1 + 0.1 * torch.rand(len(vector.read()), generator=torch.Generator().manual_seed(0))))
+        seen.add(evaluator.fitness(block))
+        assert evaluator.fitness(block) == whole_fitness(net, batches(), targets, settings(**knobs))
+        evaluator.runner.forget()
+    assert len(seen) == 2
 
 
 def test_deviates_from_reference_the_incumbent_is_measured_once(monkeypatch):
     net, targets = quantized()
-    forwards = []
-    monkeypatch.setattr(Evaluator, "fitness", _counted(Evaluator.fitness, forwards))
-    search(net, batches(), targets, settings(passes=3))
-    assert len(forwards) == 1 + 3 * 2 * 3
-
-
-def _counted(function, calls):
-    def wrapper(*args, **kwargs):
-        calls.append(1)
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-@pytest.mark.parametrize("fitness", ["mse", "kl", "cosine"])
-def test_other_fitnesses(fitness):
-    net, targets = quantized()
-    result = search(net, batches(), targets, settings(fitness=fitness))
-    assert result.fitness < result.fitness_before
-    assert result.fitness == plain_fitness(net, batches(), targets, settings(fitness=fitness))
+    forwards, fitness = [], Evaluator.fitness
+    monkeypatch.setattr(Evaluator, "fitness", lambda *args: forwards.append(1) or fitness(*args))
+    assert run(net, targets, passes=3).evaluations == len(forwards) - 1 == 3 * 2 * 3
 
 
 def test_deviates_from_reference_draws_depend_on_the_seed_alone():
@@ -103,24 +90,16 @@ def test_deviates_from_reference_draws_depend_on_the_seed_alone():
     for seed in (0, 0, 1):
         net, targets = quantized()
         torch.manual_seed(len(found))
-        search(net, batches(), targets, settings(seed=seed))
-        found.append(state(net))
-    assert changed(found[0], _with(found[1])) == set()
-    assert changed(found[0], _with(found[2])) != set()
-
-
-def _with(values):
-    net, _ = quantized()
-    net.load_state_dict(values)
-    return net
+        run(net, targets, seed=seed)
+        found.append((state(net), net))
+    assert changed(found[0][0], found[1][1]) == set()
+    assert changed(found[0][0], found[2][1]) != set()
 
 
 @pytest.mark.parametrize(
     ("preset", "knobs", "targets", "expected"),
     [
-        ("minmax", {}, ["mlp.*.weight"], {"mlp.fc1.weight_quantizer", "mlp.fc2.weight_quantizer"}),
         ("minmax", {}, ["mlp.fc1.input", "attn.probs"], {"mlp.fc1.input_quantizer", "attn.probs_quantizer"}),
-        ("lsq", {"weight_quantizer": "lsq"}, SearchSettings().targets, {"attn.qkv.weight_quantizer", "attn.proj.weight_quantizer"}),
         ("ofq", {"weight_quantizer": "lsq"}, SearchSettings().targets, {f"attn.{s}_quantizer" for s in ("qk", "v.weight", "proj.weight")}),
         ("ofq", {"weight_quantizer": "lsq"}, ["attn.v"], {"attn.v_quantizer.quantizer"}),
     ],
@@ -128,52 +107,35 @@ def _with(values):
 def test_targets(preset, knobs, targets, expected):
     net, logits = quantized(preset=preset, **knobs)
     before = state(net)
-    search(net, batches(), logits, settings(targets=targets, passes=1, cycles=12, radius=0.02))
-    places = {name.rpartition(".")[0] for name in changed(before, net)}
-    assert places <= {f"blocks.{b}.{name}" for b in range(2) for name in expected}
-    assert {place.split(".", 2)[2] for place in places} == expected
+    run(net, logits, targets=targets, passes=1, cycles=12, radius=0.02)
+    assert {name.rpartition(".")[0].split(".", 2)[2] for name in changed(before, net)} == expected
 
 
-def test_deviates_from_reference_equal_losses_are_no_error():
-    net, targets = quantized()
+@pytest.mark.parametrize(("targets", "passes"), [([torch.zeros(n, 10) for n in (8, 8, 5)], 1), (None, 0)])
+def test_deviates_from_reference_equal_losses_are_no_error_and_change_nothing(targets, passes):
+    net, logits = quantized()
     before = state(net)
-    result = search(net, batches()[:1], [torch.zeros_like(targets[0])], settings(fitness="infonce", passes=1))
-    assert result.accepted == 0
-    assert result.evaluations == 6
+    result = run(net, targets or logits, passes=passes)
+    assert (result.accepted, result.evaluations, result.fitness) == (0, 6 * passes, result.fitness_before)
     assert changed(before, net) == set()
 
 
-def test_no_pass_changes_nothing():
-    net, targets = quantized()
-    before = state(net)
-    result = search(net, batches(), targets, settings(passes=0))
-    assert (result.evaluations, result.fitness) == (0, result.fitness_before)
-    assert changed(before, net) == set()
-
-
-def test_reference_selection_keeps_what_validation_liked_and_says_so():
+def test_reference_selection_keeps_the_best_on_validation_images_and_says_so():
     net, targets = quantized()
     seen, accuracies = [], iter([50.0, 40.0, 45.0, 40.0])
-
-    def validate():
-        seen.append(state(net))
-        return next(accuracies)
-
-    result = search(net, batches(), targets, settings(reference_selection=True, cycles=10), validate=validate)
+    result = run(net, targets, reference_selection=True, cycles=10, validate=lambda: seen.append(state(net)) or next(accuracies))
     assert result.selected_on == "validation"
-    assert len(seen) == 4
     # During the first pass the latest stays, whatever its accuracy; 45 is more than 40.
-    assert changed(seen[2], net) == set()
+    assert (len(seen), changed(seen[2], net)) == (4, set())
     assert changed(seen[0], net) != set()
 
 
 def test_deviates_from_reference_no_validation_image_is_looked_at():
     net, targets = quantized()
-    result = search(net, batches(), targets, settings(passes=1), validate=lambda: pytest.fail("validation images were looked at"))
-    assert result.selected_on == "calibration"
+    assert run(net, targets, passes=1, validate=lambda: pytest.fail("validation images were looked at")).selected_on == "calibration"
 
 
-def test_a_fitness_that_is_no_number_names_block_and_candidate():
+def test_a_fitness_that_is_not_finite_names_block_and_candidate():
     net, targets = quantized()
     before = state(net)
 
@@ -183,52 +145,43 @@ def test_a_fitness_that_is_no_number_names_block_and_candidate():
 
     handle = net.blocks[0].attn.qkv.register_forward_hook(overflow)
     with pytest.raises(UsageError, match=r"candidate 0 of block blocks\.0 in pass 0 is nan"):
-        search(net, batches(), targets, settings(passes=1))
+        run(net, targets, passes=1)
     handle.remove()
-    assert not changed(before, net) & {"blocks.0.attn.qkv.weight_quantizer.scale", "blocks.0.attn.proj.weight_quantizer.scale"}
+    assert not {name for name in changed(before, net) if name.startswith("blocks.0")}
     with torch.no_grad():
         net.head.bias[0] = float("nan")
     with pytest.raises(UsageError, match="fitness of the incumbent is nan"):
-        search(net, batches(), targets, settings(passes=1))
+        run(net, targets, passes=1)
 
 
-def test_what_cannot_be_searched():
-    net, targets = quantized()
-    with pytest.raises(UsageError, match=r"search.targets=\['nope'\]: no block has such a scale; stored scales are those of attn.k, "):
-        search(net, batches(), targets, settings(targets=["nope"]))
-    with pytest.raises(UsageError, match="3 batches of images and 2 of logits"):
-        search(net, batches(), targets[:2], settings())
-    with pytest.raises(
-        UsageError, match=r"search\.fitness='infonce': a batch of one image has no others; must be ptq\.batch of at least 2"
-    ):
-        search(net, [batch[:1] for batch in batches()], [target[:1] for target in targets], settings())
-    with pytest.raises(UsageError, match="reference_selection=True: validation images"):
-        search(net, batches(), targets, settings(reference_selection=True))
-    statsq, targets = quantized(preset="ofq_noqkr", weight_quantizer="statsq")
-    with pytest.raises(UsageError, match=r"search.targets=\['attn\*.\*.weight', 'attn\*.qk'\]: no block has such a scale"):
-        search(statsq, batches(), targets, settings())
-    flat = qat.convert(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), qat.recipe("lsq"), input_size=tiny.SIZE)
-    with pytest.raises(UsageError, match="no blocks; they are looked for in modules called 'blocks'"):
-        search(qat.initialize_scales(flat, batches()), batches(), targets, settings())
+def flat():
+    net = qat.convert(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), qat.recipe("lsq"), input_size=tiny.SIZE)
+    return qat.initialize_scales(net, batches())
 
 
-def test_scales_that_were_never_filled():
-    net = tiny.converted("minmax")
-    with pytest.raises(UsageError, match="not initialised"):
-        search(net, batches(), [torch.zeros(len(b), 10) for b in batches()], settings())
+@pytest.mark.parametrize(
+    ("build", "knobs", "message"),
+    [
+        (quantized, {"targets": ["nope"]}, r"search.targets=\['nope'\]: no block has such a scale; stored scales are those of attn.k, "),
+        (quantized, {"reference_selection": True}, "reference_selection=True: validation images"),
+        (lambda: quantized(preset="ofq_noqkr", weight_quantizer="statsq"), {}, r"\['attn\*.\*.weight', 'attn\*.qk'\]: no block has such"),
+        (lambda: (flat(), quantized()[1]), {}, "no blocks; they are looked for in modules called 'blocks'"),
+        (lambda: (tiny.converted("minmax"), quantized()[1]), {}, "not initialised"),
+        (lambda: (quantized()[0], quantized()[1][:2]), {}, "3 batches of images and 2 of logits"),
+    ],
+)
+def test_what_cannot_be_searched(build, knobs, message):
+    with pytest.raises(UsageError, match=message):
+        run(*build(), **knobs)
 
 
 @pytest.mark.parametrize(
     ("knob", "value", "allowed"),
     [
-        ("method", "annealing", "evolution, random, adam, sgd"),
         ("fitness", "accuracy", "infonce, mse, kl, cosine"),
-        ("cycles", 0, "an integer of at least 1"),
-        ("passes", -1, "an integer of at least 0"),
         ("temperature", 0, "a number above 0"),
         ("radius", 0, "a number above 0"),
         ("relative", "yes", "true or false"),
-        ("racing", 1.5, "an integer of at least 0"),
         ("targets", [], "a list of globs"),
     ],
 )
@@ -237,11 +190,83 @@ def test_settings_that_cannot_work(knob, value, allowed):
         SearchSettings(**{knob: value})
 
 
-def test_gradient_methods_need_three_cycles():
-    with pytest.raises(UsageError, match=r"search\.cycles=2: must be at least 3 with search\.method=adam"):
-        SearchSettings(method="adam", cycles=2)
+class Killed(BaseException):
+    pass
 
 
-def test_settings_are_plain_data():
-    chosen = settings(targets=["attn.qk"])
-    assert SearchSettings(**chosen.to_dict()) == chosen
+def killed_after(monkeypatch, visits, *, before_state=False):
+    """Die when that many visits are done: before the state is written, or after."""
+    save = Progress.save
+
+    def saving(self, done):
+        if done["visits"] == visits and before_state:
+            raise Killed
+        save(self, done)
+        if done["visits"] == visits:
+            raise Killed
+
+    monkeypatch.setattr(Progress, "save", saving)
+
+
+@pytest.mark.parametrize(("visits", "before_state"), [(1, False), (3, True)])
+def test_the_same_scales_after_a_kill(visits, before_state, tmp_path, monkeypatch):
+    accuracies = [1.0, 2.0, 9.0, 3.0]
+
+    def validate(done):
+        left = iter(accuracies[done:])
+        return lambda: next(left)
+
+    whole, targets = quantized()
+    expected = run(whole, targets, tmp_path / "whole", reference_selection=True, validate=validate(0))
+    killed_after(monkeypatch, visits, before_state=before_state)
+    with pytest.raises(Killed):
+        run(quantized()[0], targets, tmp_path / "killed", reference_selection=True, validate=validate(0))
+    monkeypatch.undo()
+    done, net = visits - before_state, quantized()[0]
+    found = run(net, targets, tmp_path / "killed", resume=True, reference_selection=True, validate=validate(done))
+    assert changed(state(whole), net) == set()
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert (found.fitness, found.accepted, found.evaluations) == (expected.fitness, expected.accepted, expected.evaluations)
+    # What is finished is not run again.
+    monkeypatch.setattr("qat.ptq.search.evolve", lambda *_: pytest.fail("is run again"))
+    assert run(quantized()[0], targets, tmp_path / "killed", resume=True, reference_selection=True, validate=validate(4)) == found
+
+
+def test_resume_demands_the_same_search(tmp_path):
+    net, targets = quantized()
+    run(net, targets, tmp_path)
+    for knobs, images, message in (
+        ({"cycles": 5}, batches(), r"^search\.cycles=5: the run to resume has 3 \(.*search\.ckpt\)"),
+        ({}, [b + 1 for b in batches()], "of a net, or of calibration images, with other values"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            search(quantized()[0], images, targets, settings(**knobs), run_dir=tmp_path, resume=True)
+    whole = (tmp_path / "search.ckpt").read_bytes()
+    for damaged in (whole[:-1], whole[:10], b""):
+        (tmp_path / "search.ckpt").write_bytes(damaged)
+        with pytest.raises(UsageError, match=r"^resume: .*search\.ckpt cannot be read; delete it to start anew$"):
+            run(quantized()[0], targets, tmp_path, resume=True)
+    run(quantized()[0], targets, tmp_path)  # without resume it starts anew
+    assert len(lines(tmp_path)) == 13
+
+
+# Blocks; LeViT has three, and two attentions that make the map smaller.
+SEARCHED = {"deit_distilled": 2, "deit3": 2, "beit": 2, "swin": 4, "levit": 5, "cait": 2, "pvt_v2": 4}
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_scales_of_every_attention_change_for_the_better(name, caplog):
+    family = FAMILIES[name]
+    net, images = family.build(), [family.images(8, seed) for seed in range(2)]
+    logits = [logits_of(net, batch, 8) for batch in images]
+    qat.convert(net, qat.PtqRecipe(bits=4, act_bits=8), input_size=family.input_size)
+    qat.ptq.calibrate(net, images)
+    before, chosen = state(net), settings(passes=1, cycles=4, micro_batch=4)
+    result = search(net, images, logits, chosen)
+    assert result.evaluations == 4 * SEARCHED[name] == 4 * len(find_blocks(net))
+    assert result.fitness < result.fitness_before
+    assert result.fitness == whole_fitness(net.eval(), images, logits, chosen)
+    names = changed(before, net)
+    assert names
+    assert all(name.endswith("weight_quantizer.scale") and ".attn" in name for name in names)
+    assert "cannot be run" not in caplog.text

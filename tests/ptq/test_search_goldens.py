@@ -10,10 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from qat.functional.evolution import Draw
-from qat.ptq.drivers import Visit, evolution
-from qat.ptq.fitness import Evaluation
-from qat.ptq.search import SearchOptions, search
-from qat.ptq.search_settings import SearchSettings
+from qat.ptq.search import SearchSettings, evolve, search
 from tests import golden
 from tests.ptq.test_goldens import PTQ, batches, calibrated
 
@@ -32,44 +29,27 @@ def reference_draws(population=15, tournament=10):
     return draw
 
 
-class Synthetic:
-    """In the place of the evaluator and of the vector: 1e6 sum (s - target)^2."""
-
-    n_images = 1
-
-    def __init__(self, target):
-        self.target, self.seen, self.losses = target.double(), [], []
-
-    def write(self, values):
-        self.seen.append(values)
-
-    def radius(self, fixed):
-        return torch.full((len(self.target),), fixed, dtype=torch.float64)
-
-    def changed(self, vector):
-        pass
-
-    def loss(self, values):
-        return float(1e6 * (values - self.target).square().sum())
-
-    def fitness(self, block, incumbent):
-        self.losses.append(self.loss(self.seen[-1]))
-        return Evaluation(self.losses[-1], 1, torch.empty(0))
-
-
 @golden.parametrize(PTQ, r"evo/[^/]+")
 def test_synthetic_chain(case):
     values = functools.partial(golden.tensor, PTQ)
     scales, losses = values(f"{case}/eval_scales"), values(f"{case}/eval_losses")
     bits, cycles = (int(part[1:]) for part in case.split("_")[1:])
     settings = SearchSettings(cycles=cycles, radius=1e-4 if bits == 8 else 1e-3)
-    fake, start = Synthetic(values(f"{case}/target")), values(f"{case}/s0").double()
-    visit = Visit("block", (0, 0), cycles, fake, fake, start, fake.loss(start), torch.empty(0), {})
-    evolution(visit, settings, reference_draws())
-    assert torch.equal(torch.stack(fake.seen), scales[1:])
-    assert_close(torch.tensor([fake.loss(start), *fake.losses], dtype=torch.float64), losses.flatten(), rtol=1e-9, atol=0)
-    assert torch.equal(visit.best, values(f"{case}/best_scales").flatten())
-    assert visit.fitness == pytest.approx(golden.number(PTQ, f"{case}/best_loss"), rel=1e-9)
+    target, start, radius = values(f"{case}/target").double(), values(f"{case}/s0").double(), settings.radius
+    draws, seen = reference_draws(), []
+
+    def evaluate(cycle, scales):
+        seen.append(scales)
+        return loss(scales)
+
+    def loss(scales):
+        return float(1e6 * (scales - target).square().sum())
+
+    best, lowest = evolve(start, loss(start), evaluate, lambda cycle: draws((0, 0, cycle), torch.full_like(start, radius)), settings)
+    assert torch.equal(torch.stack(seen), scales[1:])
+    assert_close(torch.tensor([loss(s) for s in (start, *seen)], dtype=torch.float64), losses.flatten(), rtol=1e-9, atol=0)
+    assert torch.equal(best, values(f"{case}/best_scales").flatten())
+    assert lowest == pytest.approx(golden.number(PTQ, f"{case}/best_loss"), rel=1e-9)
 
 
 @golden.parametrize(PTQ, r"vit/[^/]+/evo")
@@ -78,24 +58,23 @@ def test_chain_of_a_tiny_vit(case, monkeypatch):
     recorded = golden.below(PTQ, case)
     net, visits = calibrated(tag), []
 
-    def watched(visit, settings, draws):
+    def watched(start, fitness, evaluate, drawn, settings):
         """One visit as the reference saves it: all it evaluated, the incumbent first."""
-        row = {"init": visit.best, "losses": [visit.fitness], "scales": [visit.best]}
-        evaluate = visit.evaluate
+        row = {"init": start, "losses": [fitness], "scales": [start]}
 
-        def recording(scales, cycle):
-            row["losses"].append(evaluate(scales, cycle))
+        def recording(cycle, scales):
+            row["losses"].append(evaluate(cycle, scales))
             row["scales"].append(scales)
             return row["losses"][-1]
 
-        visit.evaluate = recording
-        evolution(visit, settings, draws)
-        visits.append({**row, "best_loss": visit.fitness, "best_scales": visit.best})
+        best, lowest = evolve(start, fitness, recording, drawn, settings)
+        visits.append({**row, "best_loss": lowest, "best_scales": best})
+        return best, lowest
 
-    monkeypatch.setattr("qat.ptq.search.DRIVERS", {"evolution": watched})
+    monkeypatch.setattr("qat.ptq.search.evolve", watched)
     settings = SearchSettings(passes=len(recorded["losses"]) // len(net.blocks), cycles=recorded["losses"].shape[1] - 1, micro_batch=8)
     targets = list(golden.tensor(PTQ, f"{tag}/o_fp_used"))
-    search(net, batches(), targets, settings, options=SearchOptions(draws=reference_draws()))
+    search(net, batches(), targets, settings, draws=reference_draws())
     for name in ("losses", "best_loss"):
         assert_close(torch.tensor([v[name] for v in visits]).double(), recorded[name].double(), rtol=0, atol=1e-4)
     assert_close(torch.stack([v["init"] for v in visits]), recorded["init"], rtol=1e-5, atol=0)

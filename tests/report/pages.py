@@ -1,18 +1,10 @@
 """Run directories with known content, and a strict reader of HTML."""
 
-import functools
 import json
-import shutil
-import tempfile
 from html.parser import HTMLParser
-from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from qat.analysis import Advice, Drawing, Outcome, Table, write_outcome
-from qat.report.run_files import Origin
-
-VOID = {"meta", "link", "img", "br", "hr", "input"}
+VOID = {"meta", "link", "img", "br", "hr"}
+HOSTILE = "<script>document.title='hacked'</script>\"'&amp;</style><img src=x onerror=alert(1)>"
 
 RESULTS = {
     "command": "train",
@@ -25,7 +17,6 @@ RESULTS = {
     "top5": 99.44,
     "loss": 0.6174,
     "top1_fp": 90.0,
-    "n_params": 458006,
     "size_bytes": 190236,
     "bitops": 8220672,
     "wall_seconds": 34.0,
@@ -33,95 +24,74 @@ RESULTS = {
     "versions": {"torch": "2.14.1"},
     "finished": "2026-01-02 03:04:05 +0000",
 }
-CONFIG = {"command": "train", "data": {"num_classes": 10}}
 METRICS = """epoch,step,train/loss,train/loss_ce,val/loss,val/top1,lr-AdamW,osc/share
 ,0,,,,,0.001,0.01
 0,9,2.25,2.25,1.93,40.0,,
 ,10,,,,,0.0005,0.02
 1,19,1.5,1.5,1.25,80.0,,
 """
-LAYERS = [
-    {"net": "this run", "layer": "blocks.0.mlp.fc1", "role": "weight", "bits": 2, "kurtosis": 3.5, "unused levels": 0},
-    {"net": "this run", "layer": "blocks.1.mlp.fc1", "role": "weight", "bits": 8, "kurtosis": 12.25, "unused levels": 10},
-    {"net": "this run", "layer": "head", "role": "weight", "bits": 4, "kurtosis": 1.75, "unused levels": 9},
-]
-WORRY = Advice("head", "9 of 16 levels are unused", "Give it fewer bits.")
+LAYERS = """net,layer,role,bits,kurtosis
+this run,blocks.0.mlp.fc1,weight,2,3.5
+this run,blocks.1.mlp.fc1,weight,8,12.25
+this run,blocks.2.mlp.fc1,weight,4,2.5
+this run,head,weight,4,1.75
+"""
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="400" height="200"><rect width="9" height="9"/></svg>'
 
 
-def drawing(name, title="Two bars", alt="The first bar has 1, the second 2."):
-    figure = Figure(figsize=(4, 3))
-    figure.add_subplot().bar([0, 1], [1, 2])
-    return Drawing(name, title, alt, figure)
+def write_analysis(folder, name, title="A title", alt="In words.", rows=LAYERS, summary=None):
+    """What an analysis leaves: its index, a table, a picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tables, figures = [{"file": f"{name}.csv", "title": title}], [{"file": f"{name}_plot.svg", "title": title, "alt": alt}]
+    (folder / f"{name}.json").write_text(json.dumps({"analysis": name, "summary": summary or {}, "tables": tables, "figures": figures}))
+    (folder / f"{name}.csv").write_text(rows)
+    (folder / f"{name}_plot.svg").write_text(SVG)
 
 
 def write_run(folder, **results):
-    """A finished training run with an analysis of its weights."""
-    shutil.copytree(_analyses().name, folder / "analysis")
+    """A finished training run with analyses of its own model."""
+    write_analysis(folder / "analysis", "weights")
+    in_float = {"size_bytes": 1902360, "bitops": 1644134400}
+    write_analysis(folder / "analysis", "cost", summary={"this run": {"in_float": in_float}})
     (folder / "results.json").write_text(json.dumps(RESULTS | results))
     (folder / "metrics.csv").write_text(METRICS)
+    (folder / "config.yaml").write_text("command: train\n")
+    (folder / "command.json").write_text(json.dumps({"program": "qat train", "overrides": ["seed=0", "callbacks=[default,ema]"]}))
     return folder
-
-
-@functools.cache
-def _analyses():
-    """What analyses of a run leave; drawn once."""
-    folder = tempfile.TemporaryDirectory(prefix="qat-pages")
-    cost = {"this run": {"in_float": {"size_bytes": 1902360, "bitops": 1644134400}}}
-    tables = [Table("weights", "Weights", LAYERS)]
-    write_outcome(Path(folder.name), "weights", {}, Outcome({}, tables, [drawing("one"), drawing("two")], [WORRY]), png=False)
-    write_outcome(Path(folder.name), "cost", {}, Outcome(cost))
-    return folder
-
-
-def origin(**changes):
-    known = {"config": CONFIG, "config_text": "command: train\n", "command": "python train.py seed=0", "repeat": "python train.py"}
-    return Origin(
-        **known
-        | {"compared": "conf/train.yaml", "differences": [{"setting": "optimizer.lr", "here": "0.002", "default": "0.001"}]}
-        | changes
-    )
 
 
 class Reader(HTMLParser):
-    """Elements, texts by element, and whatever is wrong: tags that are not closed, ids that are there twice, links to nowhere."""
+    """Elements and text, and whatever is wrong: tags that are not closed, ids that are there twice, links to nowhere."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.wrong, self.ids, self.found, self.text = [], [], [], [], ""
-        self.links = []
+        self.open, self.wrong, self.found, self.text = [], [], [], ""
         self.feed(text)
         self.close()
-        self.wrong += [f"<{tag}> is open" for tag in self.open]
-        self.wrong += [f"id {one} twice" for one in self.ids if self.ids.count(one) > 1]
-        self.wrong += [f"nothing has the id {one}" for one in self.links if one not in self.ids]
+        ids = [attrs["id"] for _, attrs in self.found if "id" in attrs]
+        links = [attrs[name].lstrip("#") for _, attrs in self.found for name in ("aria-labelledby", "href") if name in attrs]
+        self.wrong += [f"<{tag}> is open" for tag in self.open] + [f"id {one} twice" for one in ids if ids.count(one) > 1]
+        self.wrong += [f"nothing has the id {one}" for one in links if one not in ids and not one.startswith("data:") and "/" not in one]
 
     def handle_starttag(self, tag, attrs):
-        self._note(tag, attrs)
+        self.found.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self._note(tag, attrs)
 
     def handle_endtag(self, tag):
         if not self.open or self.open.pop() != tag:
             self.wrong.append(f"</{tag}> closes something else, line {self.getpos()[0]}")
 
     def handle_data(self, data):
-        if "script" not in self.open and "style" not in self.open:
+        if not {"script", "style"} & set(self.open):
             self.text += data
 
     def all(self, tag):
         return [attrs for name, attrs in self.found if name == tag]
 
-    def _note(self, tag, attrs):
-        known = dict(attrs)
-        self.found.append((tag, known))
-        if "id" in known:
-            self.ids.append(known["id"])
-        for name in ("aria-labelledby", "aria-describedby"):
-            self.links += known.get(name, "").split()
-        for name in ("href", "xlink:href"):
-            if known.get(name, "").startswith("#"):
-                self.links.append(known[name][1:])
-        self.wrong += [f"attribute {name} twice in <{tag}>" for name in known if [n for n, _ in attrs].count(name) > 1]
+
+def read(path):
+    """A page, which has to be well formed."""
+    found = Reader(path.read_text())
+    assert found.wrong == []
+    return found

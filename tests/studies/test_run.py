@@ -68,7 +68,7 @@ def test_queries_and_keys_are_those_of_the_folded_matrix(record, places):
 def test_further_commands_are_part_of_it(record, places):
     run_dir = places.runs / "C90" / "qat-seed3"
     assert record["further_commands"]["cost"].startswith(f"python analyze.py run_dir={run_dir}/cost analysis=robustness")
-    rows = list(csv.DictReader((run_dir / "cost" / "bit_widths.csv").open()))
+    rows = [row for row in csv.DictReader((run_dir / "cost" / "robustness.csv").open()) if row["part"] == "bits"]
     assert record["curves"]["cost.bits"] == [[float(row["bits"]), float(row["top-1 (%)"])] for row in rows]
     assert record["metrics"]["cost.widths.3"] == next(float(row["top-1 (%)"]) for row in rows if float(row["bits"]) == 3)
 

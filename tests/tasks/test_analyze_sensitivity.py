@@ -1,135 +1,53 @@
-"""Sensitivity and landscape as commands: bits that are printed are typed back, ViT and CNN side by side. Oracle: the checkpoints."""
+"""Sensitivity as a command: bits that are printed are typed back. Oracle: the checkpoints."""
 
-import json
 import shlex
 
 import pytest
 
 import qat
 from tests.commands import typed
-from tests.conftest import compose, results, train
+from tests.conftest import results, train
 from tests.tasks.test_evaluate import last
 from tests.tasks.test_ptq import SMALL, quantize
 
-SHORT = ("images=40", "split=val")
-# Megabytes: between all weights at 2 bits and all at 8.
-BUDGET, BUDGET_QAT = 0.008, 0.011
-
-
-def analyze(run_dir, *overrides):
-    """Analyse; gives the results back."""
-    from qat.tasks.analyze import analyze as task
-
-    task(compose("analyze", f"run_dir={run_dir}", *SHORT, *overrides))
-    return results(run_dir)
-
-
-def printed(text):
-    """The settings between quotes in what a command prints."""
-    return [line.strip() for line in text.splitlines() if ".overrides={" in line]
-
 
 def weight_bits(path):
-    return {site.name.rpartition(".")[0]: site.quantizer.spec.bits for site in qat.iter_quantizers(qat.load(path)) if site.is_weight}
-
-
-@pytest.fixture(scope="module")
-def ptq_run(tmp_path_factory, float_run):
-    run = tmp_path_factory.mktemp("ptq") / "run"
-    quantize(run, f"ckpt={last(float_run)}", "ptq=inputs_w4a8", *SMALL)
-    return run
+    return {site.layer: site.quantizer.spec.bits for site in qat.iter_quantizers(qat.load(path)) if site.is_weight}
 
 
 def suggested(folder, ckpt, budget):
     """Setting as it is printed, and what the results say of it."""
-    command = ("analysis=sensitivity", "analysis.measures=[bits]", "analysis.bits=[2,8]", f"analysis.budget_mb={budget}")
-    code, out = typed("analyze.py", f"ckpt={ckpt}", f"run_dir={folder}/run", *SHORT, *command, cwd=folder)
+    command = ("analysis=sensitivity", "analysis.bits=[2,8]", f"analysis.budget_mb={budget}", "images=40", "split=val")
+    code, out = typed("analyze.py", f"ckpt={ckpt}", f"run_dir={folder}/run", *command, cwd=folder)
     assert code == 0, out
-    (line,) = printed(out)
+    (line,) = [line for line in out.splitlines() if ".overrides={" in line]
     (summary,) = [entry for entry in results(folder / "run")["summary"].values() if "suggestions" in entry]
-    return line, summary["suggestions"][0]
+    (argument,) = shlex.split(line.strip())
+    assert argument == summary["suggestions"][0]["setting"]
+    return argument, summary["suggestions"][0]
 
 
 @pytest.mark.long
 def test_bits_for_training_can_be_typed(tmp_path, run_4bit):
-    line, entry = suggested(tmp_path, last(run_4bit), BUDGET_QAT)
-    (argument,) = shlex.split(line)
-    assert argument == entry["setting"]
+    argument, entry = suggested(tmp_path, last(run_4bit), 0.011)
     again = train(tmp_path / "again", "quant=ofq_4bit", argument, f"ckpt={last(run_4bit)}")
     found = weight_bits(last(again))
-    assert {name: found[name] for name in entry["bits_of_parts"]} == entry["bits_of_parts"]
-    assert len(set(entry["bits_of_parts"].values())) > 1
+    assert {name: found[name] for name in entry["bits_of_layers"]} == entry["bits_of_layers"]
+    assert len(set(entry["bits_of_layers"].values())) > 1
     assert (found["head"], found["patch_embed.proj"]) == (8, 8)
     assert results(again)["size_bytes"] == entry["size_bytes"]
 
 
 @pytest.mark.long
-def test_bits_for_post_training_quantization_can_be_typed(tmp_path, float_run, ptq_run):
-    line, entry = suggested(tmp_path, ptq_run / "quantized.ckpt", BUDGET)
-    (argument,) = shlex.split(line)
-    found = quantize(tmp_path / "again", f"ckpt={last(float_run)}", "ptq=inputs_w4a8", argument, *SMALL)
-    assert weight_bits(tmp_path / "again" / "quantized.ckpt") == entry["bits_of_parts"]
-    assert found["size_bytes"] == entry["size_bytes"]
-
-
-@pytest.mark.long
-def test_bits_of_a_float_net_are_for_ptq(tmp_path, float_run):
-    line, entry = suggested(tmp_path, last(float_run), BUDGET)
-    (argument,) = shlex.split(line)
+@pytest.mark.parametrize("start", ["float", "quantized"])
+def test_bits_for_post_training_quantization_can_be_typed(tmp_path, float_run, start):
+    knobs = ["ptq=inputs_w4a8", *(["ptq.act_quantizer=float", "ptq.attention=float"] if start == "float" else [])]
+    ckpt = last(float_run)
+    if start == "quantized":
+        quantize(tmp_path / "ptq", f"ckpt={ckpt}", *knobs, *SMALL)
+        ckpt = tmp_path / "ptq" / "quantized.ckpt"
+    argument, entry = suggested(tmp_path, ckpt, 0.008)
     assert argument.startswith("ptq.overrides={")
-    quantize(
-        tmp_path / "again", f"ckpt={last(float_run)}", "ptq=inputs_w4a8", "ptq.act_quantizer=float", "ptq.attention=float", argument, *SMALL
-    )
-    assert weight_bits(tmp_path / "again" / "quantized.ckpt") == entry["bits_of_parts"]
+    quantize(tmp_path / "again", f"ckpt={last(float_run)}", *knobs, argument, *SMALL)
+    assert weight_bits(tmp_path / "again" / "quantized.ckpt") == entry["bits_of_layers"]
     assert results(tmp_path / "again")["size_bytes"] == entry["size_bytes"]
-
-
-def test_a_budget_that_is_too_small(tmp_path, refused, ptq_run):
-    overrides = (f"ckpt={ptq_run}/quantized.ckpt", "analysis=sensitivity", "analysis.budget_mb=1e-3", *SHORT)
-    line = refused("analyze", compose("analyze", f"run_dir={tmp_path}", *overrides))
-    assert line.startswith("error: analysis.budget_mb=0.001: below the smallest possible size of quantized: 0.0")
-
-
-@pytest.mark.long
-def test_a_run_that_was_stopped_goes_on_to_its_suggestion(tmp_path, ptq_run):
-    command = (
-        f"ckpt={ptq_run}/quantized.ckpt",
-        "analysis=sensitivity",
-        "analysis.by=block",
-        "analysis.bits=[2,8]",
-        "analysis.budget_mb=0.008",
-    )
-    whole = analyze(tmp_path / "whole", *command)
-    lines = (tmp_path / "whole" / "points.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "part").mkdir()
-    (tmp_path / "part" / "points.jsonl").write_text("".join(lines[:5]))
-    part = analyze(tmp_path / "part", *command)
-    assert part["summary"] == whole["summary"]
-    assert len((tmp_path / "part" / "points.jsonl").read_text().splitlines()) == len(lines)
-
-
-def test_what_a_sensitivity_run_leaves(tmp_path, run_4bit):
-    found = analyze(tmp_path, f"ckpt={last(run_4bit)}", "analysis=sensitivity", "analysis.bits=[2]", "analysis.by=block")
-    assert (found["analysis"], found["complete"], found["split"]) == ("sensitivity", True, "val")
-    index = json.loads((tmp_path / "sensitivity.json").read_text())
-    assert [figure["file"] for figure in index["figures"]] == ["sensitivity.svg", "sensitivity_bits.svg"]
-    for name in ("sensitivity.csv", "sensitivity.png", "sensitivity_bits.svg"):
-        assert (tmp_path / name).stat().st_size > 200
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("space", ["scales", "weights"])
-def test_a_vit_beside_a_cnn(tmp_path, ptq_run, float_run, space):
-    cnn = train(
-        tmp_path / "cnn", "model=resnet_tiny_demo", "quant=fp", "~model.args.embed_dim", "~model.args.depth", "~model.args.num_heads"
-    )
-    paths = [last(float_run), last(cnn)]
-    if space == "scales":
-        quantize(tmp_path / "q", f"ckpt={last(cnn)}", "ptq=inputs_w4a8", *SMALL)
-        paths = [ptq_run / "quantized.ckpt", tmp_path / "q" / "quantized.ckpt"]
-    settings = ("labels=[vit,cnn]", "analysis=landscape", f"analysis.space={space}", "analysis.points=3")
-    found = analyze(tmp_path / "run", f"ckpt=[{paths[0]},{paths[1]}]", *settings)
-    assert set(found["summary"]) == {"vit", "cnn", "directions"}
-    index = json.loads((tmp_path / "run" / "landscape.json").read_text())
-    assert [figure["png"] for figure in index["figures"]] == ["landscape.png", "landscape_surface.png"]
-    assert len((tmp_path / "run" / "landscape.csv").read_text().splitlines()) == 1 + 2 * 9

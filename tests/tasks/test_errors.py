@@ -12,10 +12,10 @@ import time
 import pytest
 import timm
 import torch
+from hydra.errors import HydraException
 from lightning.pytorch import Trainer
 
-from qat.cli import arguments, entry
-from qat.errors import UsageError
+from qat.cli import commands
 from qat.model import hub
 from tests.conftest import ROOT, compose, results, tiny
 
@@ -56,11 +56,10 @@ TRAIN = [
     ("optimizer.opt=null", r"optimizer\.opt=None: timm has no such optimizer"),
     ("scheduler.interval=batch", r"scheduler\.interval='batch': must be one of epoch, step"),
     ("scheduler.warmup_epochs=50", rf"scheduler\.warmup_epochs=50\.0: {NUMBERS} 0 to below 1"),
-    ("scheduler.warmup_epochs=x", r"Value 'x' of type 'str' could not be converted to Float \(scheduler\.warmup_epochs\)"),
+    ("scheduler.warmup_epochs=x", r"^scheduler\.warmup_epochs: Value 'x' of type 'str' could not be converted to Float$"),
     ("scheduler.min_lr=-1", rf"scheduler\.min_lr=-1\.0: {NUMBERS} 0"),
-    ("+scheduler.colour=1", r"Key 'colour' not in 'Schedule' \(scheduler\.colour\)"),
-    ("~scheduler.interval", r"missing mandatory value: interval \(scheduler\.interval\)"),
-    ("~optimizer", "config: Key 'optimizer'"),
+    ("+scheduler.colour=1", r"scheduler\.colour: unknown; must be one of cooldown_epochs, interval"),
+    ("~optimizer", "missing mandatory value: optimizer"),
     # the trainer
     *((f"trainer.max_epochs={v}", rf"trainer\.max_epochs={s}: must be an integer") for v, s in shown("0 -1 -3 1.5 x null")),
     *((f"trainer.accumulate_grad_batches={v}", rf"accumulate_grad_batches={s}: must be an integer") for v, s in shown("0 1.5 x")),
@@ -68,19 +67,12 @@ TRAIN = [
     ("trainer.precision=foo", r"trainer\.precision='foo': Precision 'foo' is invalid\. Allowed precision values: .*bf16-mixed"),
     *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: {NOTHING_TO_DO}") for v, s in shown("0 0.0")),
     *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: .*{SHARE}") for v, s in shown("2.5 -1")),
-    ("trainer.limit_train_batches=x", r"limit_train_batches='x': must be an integer or a number"),
-    ("trainer.limit_train_batches=0.001", r"limit_train_batches=0\.001: less than one of 19 batches; must be a share of at least 0\.053"),
     ("trainer.limit_val_batches=-1", rf"limit_val_batches=-1: .*{SHARE}"),
     ("trainer.limit_test_batches=0", rf"limit_test_batches=0: {NOTHING_TO_DO}"),
     ("trainer.max_steps=0", rf"trainer\.max_steps=0: {NOTHING_TO_DO}"),
-    *((f"trainer.max_steps={v}", rf"trainer\.max_steps={s}: must be an integer") for v, s in shown("x -3")),
-    ("trainer.max_steps=[1]", r"trainer\.max_steps=\[1\]: must be an integer"),
     ("trainer.check_val_every_n_epoch=0", rf"trainer\.check_val_every_n_epoch=0: {WHOLE} 1"),
     ("trainer.check_val_every_n_epoch=5", r"check_val_every_n_epoch=5: none of the 1 epochs would be validated; must be .* 1 to 1$"),
     ("trainer.val_check_interval=1.5", rf"val_check_interval=1\.5: .*{SHARE}"),
-    ("trainer.val_check_interval=21 trainer.limit_train_batches=2", r"interval=21: an epoch has 2 batches; must be .* at most 2; any"),
-    ("trainer.fast_dev_run=x", r"trainer\.fast_dev_run='x': must be true or false or an integer"),
-    ("trainer.log_every_n_steps=-1", rf"trainer\.log_every_n_steps=-1: {WHOLE} 0"),
     ("trainer.devices=0", r"trainer\.devices=0: .*not a valid input using cpu"),
     ("trainer.devices=x", r"trainer\.devices='x': .*should be an int > 0"),
     ("trainer.accelerator=foo", r"trainer\.accelerator='foo': .*Available names are: auto, .*cpu"),
@@ -89,11 +81,10 @@ TRAIN = [
     # data and model
     *((f"data.batch_size={v}", rf"data\.batch_size={s}: {WHOLE} 1") for v, s in shown("0 -1 1.5 x")),
     ("data.num_workers=-1", rf"data\.num_workers=-1: {WHOLE} 0"),
-    ("data.cache=yes", r"data\.cache='yes': must be one of auto, true, false"),
-    ("data.image_size=10", r"data\.image_size=10: no multiple of the model's patch size 4"),
+    ("data.image_size=10", r"data\.image_size=10: must be a multiple of the model's patch size 4"),
     ("data.num_classes=3", r"data\.num_classes=3: the train split has a label 9"),
     ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': no such folder"),
-    ("data=cifar10 data.root=3", r"data\.root=3: must be a path"),
+    ("data=cifar10 data.root=3", r"data\.root=3: must be a text that is not empty"),
     ("data._target_=qat.data.Nope", r"data\._target_='qat\.data\.Nope'"),
     ("model.name=vit_tinny_patch16_224", r"model\.name='vit_tinny_patch16_224': timm has no such model; near are .*vit_tiny_patch16_224"),
     ("model.name=null", r"model\.name=None: timm has no such model"),
@@ -102,7 +93,7 @@ TRAIN = [
     ("model.args.patch_size=0", r"model\.name='vit_tiny_patch16_224' with .*'patch_size': 0.*division"),
     ("model.args.embed_dim=-1", r"model\.name='vit_tiny_patch16_224' with .*'embed_dim': -1.*negative dimension"),
     ("model.imports=[nope.nope]", r"model\.imports='nope\.nope': No module named 'nope'"),
-    ("model.imports=3", r"not a ListConfig, list or tuple\. \(model\.imports\)"),
+    ("model.imports=3", r"model\.imports: Invalid value assigned: int is not a ListConfig, list or tuple\."),
     # losses, callbacks, loggers
     ("loss.kure=-1", r"loss\.kure=-1: must be a number of at least 0"),
     (
@@ -112,30 +103,23 @@ TRAIN = [
     ("loss.features_blocks=first", r"loss\.features_blocks='first': must be one of all, last"),
     ("memory=less", r"memory='less': must be one of save, recompute"),
     ("kernels=fast", r"kernels='fast': must be one of auto, triton, off"),
-    (
-        "loss.grad_l1=0.05 compile=true",
-        r"compile=true: loss\.grad_l1=0\.05 differentiates twice, which compiled nets cannot; must be false",
-    ),
     ("loss=kd", r"no teacher; give teacher\.ckpt=FILE"),
     ("loss.terms.ce._target_=qat.losses.Nope", r"loss\.terms\.ce\._target_='qat\.losses\.Nope'"),
     ("+loss.terms.x=3", rf"loss\.terms\.x=3: {OBJECT}: loss\.terms\.x\._target_="),
     ("+callbacks.x._target_=nowhere.Nope", r"callbacks\.x\._target_='nowhere\.Nope'"),
     ("+callbacks.x=3", rf"callbacks\.x=3: {OBJECT}"),
     ("+callbacks.x._target_=torch.nn.Identity", r"callbacks\.x: Identity is not a subclass of lightning\.pytorch\.Callback"),
-    ("callbacks.best.filename=true", r"callbacks\.best\.filename=True: must be a text"),
     ("callbacks.best.monitor=val/nope", r"callbacks\.best\.monitor='val/nope': must be one of .* val/top1, val/top5, val/loss"),
-    ("callbacks.finite.max_in_a_row=0", rf"callbacks\.finite\.max_in_a_row=0: {WHOLE} 1"),
-    ("callbacks.finite.max_scale_change=1", rf"callbacks\.finite\.max_scale_change=1: {NUMBERS} above 1"),
     ("checkpoint.every_n_steps=0", rf"checkpoint\.every_n_steps=0: {WHOLE} 1"),
     ("+logger.x._target_=nowhere.Nope", r"logger\.x\._target_='nowhere\.Nope'"),
     ("+logger.x._target_=torch.nn.Identity", r"logger: Identity is not a subclass of"),
     # the rest
     *((f"seed={v}", rf"seed={s}: {WHOLE} 0") for v, s in shown("-1 99999999999")),
-    *((f"seed={v}", rf"Value '{v}' .* could not be converted to Integer \(seed\)") for v in ("x", "1.5")),
-    *((f"{name}=maybe", rf"Value 'maybe' is not a valid bool \(type str\) \({name}\)") for name in FLAGS),
+    *((f"seed={v}", rf"^seed: Value '{v}' .* could not be converted to Integer$") for v in ("x", "1.5")),
+    *((f"{name}=maybe", rf"^{name}: Value 'maybe' is not a valid bool \(type str\)$") for name in FLAGS),
     ("compile=maybe", r"compile='maybe': must be one of true, false, auto"),
-    ("+colour=3", "Key 'colour' not in 'Settings'"),
-    ("+model.colour=3", r"Key 'colour' not in 'Model' \(model\.colour\)"),
+    ("+colour=3", "colour: unknown; must be one of allow_changed_data"),
+    ("+model.pretrainde=true", r"model\.pretrainde: unknown; near are pretrained"),
     ("resume=yes", r"resume='yes': must be one of false, true, auto"),
     ("resume=true", r"resume=true: run_dir='.*' has no checkpoints/last\.ckpt; resume=auto starts"),
     ("ckpt=/nowhere.ckpt", r"ckpt='/nowhere\.ckpt': no such file"),
@@ -167,7 +151,7 @@ EVAL = [
     ("ckpt={files}/resnet.pt model=vit_tiny_demo", r"ckpt='.*resnet\.pt': its weights are not those of vit_tiny_patch16_224"),
     ("ckpt={best} model=deit_t", r"model\.name='deit_tiny_patch16_224': ckpt='.*' holds vit_tiny_patch16_224"),
     ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the net has 10 classes"),
-    ("ckpt={best} data=digits data.image_size=10", r"data\.image_size=10: no multiple of the model's patch size 4"),
+    ("ckpt={best} data=digits data.image_size=10", r"data\.image_size=10: must be a multiple of the model's patch size 4"),
     ("ckpt={best} data.batch_size=0", rf"data\.batch_size=0: {WHOLE} 1"),
     ("ckpt={best} trainer.limit_test_batches=0", rf"limit_test_batches=0: {NOTHING_TO_DO}"),
     ("ckpt={best} seed=-1", rf"seed=-1: {WHOLE} 0"),
@@ -225,10 +209,19 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def not_composed(make, *arguments):
+    """What a command prints where Hydra refuses a setting; None where it does not."""
+    try:
+        make(*arguments)
+    except HydraException as error:
+        return commands.line_of(error)
+
+
 @pytest.mark.parametrize(("typed", "line"), TRAIN, ids=[typed for typed, _ in TRAIN])
 def test_train(tmp_path, refused, no_step, float_run, places, typed, line):
     before = contents(float_run)
-    message = refused("train", tiny(tmp_path / "run", *overrides(typed, places)))
+    message = not_composed(tiny, tmp_path / "run", *overrides(typed, places))
+    message = message or refused("train", tiny(tmp_path / "run", *overrides(typed, places)))
     assert re.search(line, message), message
     assert re.search(PAGE.get(typed, ""), message), message
     assert not list(tmp_path.rglob("*.ckpt"))
@@ -264,36 +257,12 @@ def test_a_host_that_takes_calls_and_says_nothing_costs_less_than_five_seconds(t
     assert time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize(("setting", "data"), [("data.root", "data=cifar10"), ("ckpt", "data=digits")])
-def test_a_tilde_is_the_home_folder(tmp_path, refused, no_step, monkeypatch, setting, data):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert f"{setting}='{tmp_path}/nowhere'" in refused("train", tiny(tmp_path / "run", data, f"{setting}='~/nowhere'"))
-    monkeypatch.setattr("sys.argv", ["train.py", f"{setting}=~/nowhere", "a=b~/c", "~logger", "run_dir=~"])
-    prepared = arguments.prepared(entry.sys.argv[1:])
-    assert prepared == [f"{setting}={tmp_path}/nowhere", "a=b~/c", "~logger", f"run_dir={tmp_path}"]
-
-
-@pytest.mark.parametrize("run_dir", ["{file}", "{file}/run", "/proc/run"])
-def test_a_run_dir_that_cannot_be_made_ends_the_process(tmp_path, run_dir):
-    file = tmp_path / "file"
-    file.touch()
-    path = run_dir.format(file=file)
-    with pytest.raises(SystemExit, match=rf"error: run_dir='{path}': cannot be written \(.*\); must be a folder that is or can be made"):
-        entry.writable(path)
-
-
-def test_a_run_dir_that_can_be_made_is_left_to_hydra(tmp_path):
-    assert entry.writable(str(tmp_path / "a" / "b")) == str(tmp_path / "a" / "b")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_full_disk_outside_of_checkpoints_is_one_line_too(tmp_path, refused, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "config.yaml")
 
-    monkeypatch.setattr("qat.tasks.report.write_text", full)
-    monkeypatch.setattr("qat.cli.results.write_text", full)
-    assert "cannot be written: config.yaml (No space left on device)" in refused("train", tiny(tmp_path / "run"))
+    monkeypatch.setattr("qat.tasks.results.write_text", full)
+    assert "config.yaml: cannot be read or written (No space left on device)" in refused("train", tiny(tmp_path / "run"))
 
 
 def test_what_may_not_be_read_is_one_line(tmp_path, refused, monkeypatch):
@@ -301,7 +270,7 @@ def test_what_may_not_be_read_is_one_line(tmp_path, refused, monkeypatch):
         raise PermissionError(13, "Permission denied", "/data/train")
 
     monkeypatch.setattr("qat.tasks.build.build_data", denied)
-    assert "no access to /data/train (Permission denied)" in refused("train", tiny(tmp_path / "run"))
+    assert "/data/train: cannot be read or written (Permission denied)" in refused("train", tiny(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -339,6 +308,4 @@ def test_the_page_of_errors_shows_what_the_table_tries():
     complete = {typed for typed in PAGE if not re.search("FILE|DIR", typed)}
     assert len(complete) > 30
     for typed in complete - tried:
-        with pytest.raises(UsageError) as caught:  # before there is a config
-            arguments.check([typed])
-        assert re.fullmatch(PAGE[typed], str(caught.value))
+        assert re.fullmatch(PAGE[typed], not_composed(compose, "train", typed))  # before there is a config

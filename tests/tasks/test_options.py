@@ -42,14 +42,22 @@ def test_a_model_without_checkpointing():
         options.use_less_memory(cfg, torch.nn.Linear(2, 2))
 
 
-def test_no_compiler(monkeypatch):
+@pytest.mark.parametrize("asked", ["true", "auto"])
+def test_no_compiler(asked, monkeypatch, caplog):
     def broken(*_):
         raise RuntimeError("no C++ compiler found\nand much more")
 
     monkeypatch.setattr(torch, "compile", lambda _: broken)
-    message = r"compile=true: torch cannot compile for cpu here \(no C\+\+ compiler found\); must be false"
-    with pytest.raises(qat.UsageError, match=message):
-        options.check_compiler(compose("train", "compile=true", "run_dir=a"), torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(options, "compile_in_place", lambda *_, **__: pytest.fail("compiled"))
+    cfg = compose("train", f"compile={asked}", "trainer.accelerator=auto", "run_dir=a")
+    why = "torch cannot compile for cpu here (no C++ compiler found)"
+    if asked == "auto":
+        options.compile_nets(cfg, torch.nn.Linear(2, 2), None)
+        assert [r.getMessage() for r in caplog.records] == [f"compile=auto: nets are not compiled: {why}"]
+        return
+    with pytest.raises(qat.UsageError, match=re.escape(f"compile=true: {why}; must be false")):
+        options.compile_nets(cfg, torch.nn.Linear(2, 2), None)
 
 
 @pytest.mark.long
@@ -72,7 +80,7 @@ def test_a_compiler_that_cannot_save_memory(memory, can, lines, monkeypatch, cap
     monkeypatch.setattr(options, "compile_in_place", lambda net, recompute: asked.append((net, recompute)))
     options.compile_nets(compose("train", "compile=true", f"++memory={memory}", "run_dir=a"), net, None)
     assert asked == [(net, memory == "recompute")]
-    assert [r.getMessage()[:16] for r in caplog.records if r.levelname == "WARNING"] == ["memory=recompute"] * lines
+    assert [r.getMessage()[:16] for r in caplog.records if r.name == "qat.tasks.options"] == ["memory=recompute"] * lines
 
 
 @pytest.mark.parametrize(
@@ -82,25 +90,12 @@ def test_a_compiler_that_cannot_save_memory(memory, can, lines, monkeypatch, cap
         (("trainer.accelerator=cpu",), False),
         (("compile=false",), False),
         (("trainer.accelerator=cpu", "compile=true"), True),
-        (("loss.grad_l1=0.05",), False),
         (("trainer=fsdp",), False),
     ],
 )
 def test_auto_compiles_on_cuda(settings, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert options.compiles(compose("train", "trainer=gpu", *settings, "run_dir=a")) is expected
-
-
-def test_auto_goes_on_without_a_compiler(monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(options, "compiler_trouble", lambda device: "no Triton")
-    monkeypatch.setattr(options, "compile_in_place", lambda *_, **__: pytest.fail("compiled"))
-    cfg = compose("train", "trainer=gpu", "run_dir=a")
-    options.check_compiler(cfg, torch.device("cuda"))
-    options.compile_nets(cfg, torch.nn.Linear(2, 2), None)
-    assert [r.getMessage() for r in caplog.records] == [
-        "compile=auto: nets are not compiled, as torch cannot do it for cuda here (no Triton)"
-    ]
 
 
 def test_compile_is_one_of_three():

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import qat
-from qat.ptq.fitness import plain_fitness
-from qat.ptq.search_settings import SearchSettings
+from qat.ptq.search import SearchSettings
 from qat.tasks import build
 from qat.tasks.evaluate import build_subject
 from qat.tasks.ptq import calibration_batches, ptq
 from tests.conftest import compose, evaluate, results, tiny, train
+from tests.ptq.searching import whole_fitness
 from tests.tasks.test_evaluate import last
 from tests.tasks.test_ptq import SMALL, quantize
 
@@ -73,7 +73,7 @@ def test_its_targets_are_the_teachers_logits(tmp_path, lsq_run, float_run):
     teacher = qat.load(last(float_run)).eval()
     with torch.no_grad():
         targets = [teacher(batch) for batch in batches]
-    fitness = plain_fitness(qat.load(tmp_path / "quantized.ckpt").eval(), batches, targets, SearchSettings())
+    fitness = whole_fitness(qat.load(tmp_path / "quantized.ckpt").eval(), batches, targets, SearchSettings())
     assert fitness == pytest.approx(results(tmp_path)["search"]["fitness"], rel=1e-6)
 
 
@@ -111,15 +111,6 @@ def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
     assert changed(path, tmp_path / "quantized.ckpt") <= {f"blocks.0.mlp.fc{n}.weight_quantizer.scale" for n in (1, 2)}
     assert found["top1_fp"] == pytest.approx(results(calibrated)["top1_fp"])
     assert found["quant"] == "omse_w3a8"
-
-
-def test_a_search_may_replace_the_file_it_starts_from(tmp_path, calibrated):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "quantized.ckpt").write_bytes((calibrated / "quantized.ckpt").read_bytes())
-    found = quantize(run, f"ckpt={run}/quantized.ckpt", *KEEP, "overwrite=true")
-    assert found["search"]["fitness"] <= found["search"]["fitness_before"]
-    assert qat.load(run / "quantized.ckpt").state_dict().keys() == qat.load(calibrated / "quantized.ckpt").state_dict().keys()
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,9 @@ def quantize(run_dir, float_run, *overrides):
     return results(run_dir)
 
 
-@pytest.mark.parametrize("extra", [[], ["ptq.compensation=matrix"]])
-def test_compensation_survives_evaluation_packing_and_export(tmp_path, float_run, extra):
-    found = quantize(tmp_path / "q", float_run, "ptq=compensate_w4a4", *extra)
+def test_compensation_survives_evaluation_packing_and_export(tmp_path, float_run, refused):
+    found = quantize(tmp_path / "q", float_run, "ptq=compensate_w4a4")
     assert found["compensation"]["layers"] == 6  # of one block
-    assert (found["compensation"]["added_bytes"] > 0) == bool(extra)
     file = tmp_path / "q/quantized.ckpt"
     assert evaluate(tmp_path / "e", f"ckpt={file}")["top1"] == found["top1"]
     for name in ("packed", "onnx"):
@@ -30,17 +28,18 @@ def test_compensation_survives_evaluation_packing_and_export(tmp_path, float_run
         assert results(tmp_path / name).get("error") is None
     packed = tmp_path / "packed" / NAMES["packed"]
     assert evaluate(tmp_path / "p", f"ckpt={packed}")["top1"] == found["top1"]
+    line = refused("ptq", compose("ptq", f"run_dir={tmp_path / 'k'}", f"ckpt={file}", "ptq=keep", "search=evolution", *SMALL))
+    assert "was fitted quantized (compensate), so it has no float logits to follow; give teacher.ckpt=FILE" in line
 
 
 def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, float_run):
-    found = quantize(tmp_path / "q", float_run, "ptq=reconstruct_w3a3", *STEPS, "search=random", "search.passes=1", "search.cycles=1")
+    overrides = ("ptq=reconstruct_w3a3", *STEPS, "search=evolution", "search.passes=1", "search.cycles=1")
+    found = quantize(tmp_path / "q", float_run, *overrides)
     assert found["reconstruction"]["units"] == 3
     assert found["search"]["evaluations"] == 1
     assert {"reconstruct.ckpt", "reconstruct.csv", "search.csv", "quantized.ckpt"} <= {p.name for p in (tmp_path / "q").iterdir()}
     before = qat.load(tmp_path / "q/quantized.ckpt").state_dict()
-    again = quantize(
-        tmp_path / "q", float_run, "ptq=reconstruct_w3a3", *STEPS, "search=random", "search.passes=1", "search.cycles=1", "resume=true"
-    )
+    again = quantize(tmp_path / "q", float_run, *overrides, "resume=true")
     assert again["top1"] == found["top1"]
     after = qat.load(tmp_path / "q/quantized.ckpt").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -50,16 +49,12 @@ def test_what_cannot_work_is_one_line(tmp_path, float_run):
     for overrides, line in (
         (("ptq=reconstruct_w4a4", "ptq.reconstruct.batch=65"), r"ptq\.reconstruct\.batch=65: must be at most the number"),
         (("ptq=reconstruct_w4a4", "ptq.bits=1"), r"ptq\.bits=1: must be an integer from 2 to 8"),
-        (("ptq=reconstruct_w4a4", "ptq.compensation=matrix"), r"ptq\.compensation='matrix': must be with ptq\.method=compensate"),
+        (
+            ("ptq=compensate_w4a4", "trainer.devices=2"),
+            r"trainer\.devices=2: must be 1 with a search or ptq\.method=comp",
+        ),
         (("ptq=reconstruct_w4a4", "+ptq.reconstruct.rate=1"), r"ptq\.reconstruct\.rate: must be one of steps"),
         (("ptq=compensate_w4a4", "resume=true"), r"has no search\.ckpt and no reconstruct\.ckpt"),
     ):
         with pytest.raises(qat.UsageError, match=line):
             quantize(tmp_path / "q", float_run, *overrides)
-
-
-def test_a_fitted_net_needs_a_teacher_for_another_search(tmp_path, float_run):
-    quantize(tmp_path / "q", float_run, "ptq=compensate_w4a4")
-    keep = compose("ptq", f"run_dir={tmp_path / 'k'}", f"ckpt={tmp_path / 'q/quantized.ckpt'}", "ptq=keep", "search=random", *SMALL)
-    with pytest.raises(qat.UsageError, match=r"was fitted quantized \(compensate\).*give teacher\.ckpt=FILE"):
-        ptq(keep)

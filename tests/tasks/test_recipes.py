@@ -11,8 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 import qat
-from qat.cli import resolvers
-from qat.tasks import build, fit
+from qat.tasks import build, conf, fit
 from tests import golden
 from tests.conftest import ROOT, compose, results
 
@@ -103,7 +102,7 @@ def test_settings_are_the_published_ones(row, stage):
 def test_the_second_stage_anneals_from_its_first_step():
     cfg = recipe_of("deit_t_w2a2_cga")
     assert (cfg.trainer.max_epochs, cfg.callbacks.cga.boundary_range, cfg.callbacks.cga.start_epoch) == (30, 0.005, 0)
-    assert (cfg.ckpt_optimizer, cfg.model.pretrained, cfg.teacher.pretrained) == (True, False, True)
+    assert (cfg.model.pretrained, cfg.teacher.pretrained) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +148,7 @@ def test_a_dry_run_needs_neither_downloads_nor_a_teacher(tmp_path, family, caplo
     with caplog.at_level(logging.INFO):
         train(recipe_of(f"{family}_t_w2a2", "data=digits", "trainer.fast_dev_run=true", f"run_dir={tmp_path}", *SMALL[family]))
     assert results(tmp_path)["weights"] == "final"
-    assert "no teacher: random weights stand in for it, which only a dry run (trainer.fast_dev_run) may do" in caplog.text
+    assert "no teacher: random weights serve as one, which only a dry run (trainer.fast_dev_run) may do" in caplog.text
     batch = 140 if family == "deit" else 64
     base, lr = (560, "0.000547") if family == "deit" else (512, "0.0005")
     assert f"global batch {batch}, adamw lr {float(lr) * batch / base:.3g} ({lr} x {batch}/{base})" in caplog.text
@@ -188,14 +187,14 @@ def test_both_stages_of_a_row(tmp_path, family):
     ("size", "wanted", "patch"), [(224, None, 4), (224, 4, 4), (32, 4, 4), (8, 4, 1), (28, 4, 2), (16, 4, 2), (4, 4, 1)]
 )
 def test_patch_of_a_swin(size, wanted, patch):
-    assert resolvers.swin_patch(size, wanted) == patch
+    assert conf.swin_patch(size, wanted) == patch
 
 
 @pytest.mark.parametrize(
     ("size", "patch", "own", "window"), [(224, 4, 7, 7), (256, 4, 8, 8), (256, 4, 7, 4), (32, 4, 7, 4), (28, 2, 7, 7), (8, 1, 8, 4)]
 )
 def test_window_of_a_swin(size, patch, own, window):
-    assert resolvers.swin_window(size, patch, own) == window
+    assert conf.swin_window(size, patch, own) == window
 
 
 def test_cooldown_is_part_of_the_epochs(refused, tmp_path):

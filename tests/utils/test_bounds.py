@@ -1,12 +1,10 @@
 """What strangers wrote is read within bounds. Oracle: counts by hand."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
-from qat.utils.bounds import MOST_DEPTH, MOST_JSON_BYTES, about_as_large_as, check_bounds, read_json, read_yaml
+from qat.utils.bounds import MOST_DEPTH, about_as_large_as, check_bounds
 
 
 def nested(depth):
@@ -22,39 +20,10 @@ def test_depth():
 
 
 def test_values_are_counted_at_each_use():
-    row = [1] * 10
-    check_bounds({"a": row, "b": row}, most=22)
-    with pytest.raises(ValueError, match="holds more than 21 values"):
-        check_bounds({"a": row, "b": row}, most=21)
-
-
-@pytest.mark.parametrize(("text", "said"), [("[" * 10**5, "nested"), ("[" * 100 + "]" * 100, "nested"), ("{", "Expecting"), ("\xff", "")])
-def test_json(tmp_path, text, said):
-    path = tmp_path / "a.json"
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=said):
-        read_json(path)
-    path.write_text(json.dumps({"a": [1, None, "b"]}))
-    assert read_json(path) == {"a": [1, None, "b"]}
-
-
-def test_a_large_file_is_not_read(tmp_path):
-    path = tmp_path / "a.json"
-    with path.open("wb") as file:
-        file.truncate(10 * MOST_JSON_BYTES)
-    with pytest.raises(ValueError, match=f"is larger than {MOST_JSON_BYTES} bytes"):
-        read_json(path)
-
-
-@pytest.mark.parametrize("text", ["a: &a [1]\n", "a: !!python/name:os.system\n", "[" * 10**5, "a: ["])
-def test_yaml(tmp_path, text):
-    path = tmp_path / "a.yaml"
-    aliases = "".join(f"b{n + 1}: &b{n + 1} [{', '.join([f'*b{n}'] * 9)}]\n" for n in range(9))
-    path.write_text(text.replace("a: &a [1]", f"b0: &b0 [1]\n{aliases}"))
-    with pytest.raises(ValueError, match=r"."):
-        read_yaml(path)
-    path.write_text("a: 1.0e-05\nb: &x [c]\nd: *x\n")
-    assert read_yaml(path) == ({"a": 1e-5, "b": ["c"], "d": ["c"]}, "a: 1.0e-05\nb: &x [c]\nd: *x\n")
+    row = [1] * 10**5
+    check_bounds({"a": row, "b": row})
+    with pytest.raises(ValueError, match="holds more than 1000000 values"):
+        check_bounds([row] * 11)
 
 
 def test_a_net_may_be_as_large_as_its_weights_and_hooks_go():

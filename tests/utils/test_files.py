@@ -155,11 +155,8 @@ def test_what_killed_writes_have_left_is_removed(tmp_path):
     (left,) = tmp_path.iterdir()
     (tmp_path / ".last.prev.ckpt.123.part").write_text("a link")
     (tmp_path / ".mine").write_text("x")
-    with replacing(tmp_path / "metrics.csv") as temporary:
-        assert remove_unfinished([tmp_path]) == []
-        temporary.write_text("rows")
     assert {p.name for p in remove_unfinished([tmp_path, tmp_path / "none"])} == {left.name, ".last.prev.ckpt.123.part"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine", "metrics.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine"]
 
 
 def read(path):

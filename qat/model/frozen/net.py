@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
+from qat.functional.bias_correction import correct_mean_and_std
 from qat.model.convert import conversion_of
-from qat.model.frozen.forms import frozen_form
-from qat.model.frozen.quantizers import MODES, OFFSETS, Frozen, FrozenActivation, FrozenWeight, set_mode
+from qat.model.frozen.quantizers import OFFSETS, Frozen, FrozenActivation, FrozenNonuniform, FrozenWeight
 from qat.model.scales import assert_ready
-from qat.model.sites import iter_quantizers
+from qat.model.sites import Site, iter_quantizers
 from qat.nn import FqNet, QkrAttention
 from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import QuantModule
 from qat.nn.swin import QuantWindowAttention
 from qat.nn.vit import QuantVitAttention
-from qat.utils.validate import check_choice
+from qat.quantizers import Quantizer, UniformGrid
 
 # Attentions that hand what leaves `qkv` to the quantizers as it is.
 DIRECT = (QuantVitAttention, QuantWindowAttention)
 
 
-def freeze(net: nn.Module, *, mode: str = "float") -> nn.Module:
+def freeze(net: nn.Module) -> nn.Module:
     """A copy of a quantized net with integer codes in place of its float weights, and nothing left to learn.
 
-    Weights are codes with a scale a row: StatsQ's code k stands for (k + 1/2) * step. Query-key reparameterization keeps the codes of its
-    folded matrix alone. An offset behind the input of a Linear becomes part of its bias (W c), as does one in front of values, and of
-    queries and keys that no norm or rotation changes; other offsets stay in front of their quantizer, and those that are zero go.
+    Weights are codes with a scale a row: StatsQ's code k stands for (k + 1/2) * step size. Query-key reparameterization keeps the codes
+    of its folded matrix alone. An offset after the input of a Linear becomes part of its bias (W c), as does one before the quantizer of
+    values, and of queries and keys that no norm or rotation changes; other offsets stay before their quantizer, and those that are zero go.
 
     Args:
         net: converted, with all scales set; stays as it is.
-        mode: `float` computes products on the numbers that codes stand for, `integer` on the codes (see `integer_forward`).
 
     Returns:
         The frozen net, in evaluation mode. Its quantizers are found by `qat.iter_quantizers`, of which `codes()` gives those of a weight.
@@ -43,13 +41,18 @@ def freeze(net: nn.Module, *, mode: str = "float") -> nn.Module:
     Raises:
         UsageError: the net is in float or frozen already, a scale was never set, or a quantizer has no fixed grid.
     """
-    check_choice("mode", mode, MODES)
     if conversion_of(net) is None:
         raise UsageError("freeze: the net is in float; convert and train it first, or load a quantized checkpoint")
     if is_frozen(net):
         raise UsageError("freeze: the net is frozen already")
     assert_ready(net)
-    return set_mode(drop_dead_offsets(freeze_structure(copy.deepcopy(net).float())), mode)
+    frozen = freeze_structure(copy.deepcopy(net).float())
+    for quantizer in _activations(frozen):
+        for name in OFFSETS:
+            offset = getattr(quantizer, name)
+            if offset is not None and not offset.any():
+                setattr(quantizer, name, None)
+    return frozen
 
 
 def is_frozen(net: nn.Module) -> bool:
@@ -58,7 +61,7 @@ def is_frozen(net: nn.Module) -> bool:
 
 
 def keeps_weights(net: nn.Module) -> bool:
-    """False if freezing moved offsets into biases, or folded queries and keys: the float net cannot be told from what is left."""
+    """False if freezing moved offsets into biases, or folded queries and keys: the float net cannot be recovered from what is left."""
     offsets = any(getattr(quantizer, name) is not None for quantizer in _activations(net) for name in OFFSETS)
     return not offsets and not (is_frozen(net) and any(isinstance(module, QkrAttention) for module in net.modules()))
 
@@ -68,11 +71,10 @@ def freeze_structure(net: nn.Module) -> nn.Module:
     """Replace in place, whatever the scales hold: what a file of codes is read into."""
     net.eval().requires_grad_(requires_grad=False)
     for site in list(iter_quantizers(net)):
-        made = frozen_form(site)
-        setattr(site.owner, site.name.rpartition(".")[2], made)
+        setattr(site.owner, site.name.rpartition(".")[2], _frozen(site))
     for module in net.modules():
         if isinstance(module, QuantModule):
-            _drop_masters(module)
+            _drop_float_weights(module)
     for module in net.modules():
         _fold_offsets(module)
     if isinstance(net, FqNet):
@@ -80,7 +82,7 @@ def freeze_structure(net: nn.Module) -> nn.Module:
     return net
 
 
-def _drop_masters(module: QuantModule) -> None:
+def _drop_float_weights(module: QuantModule) -> None:
     if isinstance(module, QkrAttention):
         if isinstance(module.qk_quantizer, FrozenWeight):
             module.fold_bias()
@@ -95,9 +97,9 @@ def _drop_masters(module: QuantModule) -> None:
 
 def _fold_offsets(module: nn.Module) -> None:
     if isinstance(module, QuantLinear) and isinstance(module.input_quantizer, FrozenActivation):
-        behind = module.input_quantizer.after
-        if behind is not None and behind.shape == (module.in_features,):
-            _add_to_bias(module, slice(None), module.quantized("weight").float() @ behind)
+        offset = module.input_quantizer.after
+        if offset is not None and offset.shape == (module.in_features,):
+            _add_to_bias(module, slice(None), module.quantized("weight").float() @ offset)
             module.input_quantizer.after = None
     if isinstance(module, QkrAttention) and isinstance(module.v, QuantLinear):
         _fold_before(module.v_quantizer, module.v, slice(None))
@@ -122,16 +124,6 @@ def _add_to_bias(linear: QuantLinear, rows: slice, what: Tensor) -> None:
     linear.bias = nn.Parameter(bias, requires_grad=False)
 
 
-def drop_dead_offsets(net: nn.Module) -> nn.Module:
-    """Let go of offsets that are zero throughout."""
-    for quantizer in _activations(net):
-        for name in OFFSETS:
-            offset = getattr(quantizer, name)
-            if offset is not None and not offset.any():
-                setattr(quantizer, name, None)
-    return net
-
-
 def prune_offsets(net: nn.Module, state: Collection[str]) -> None:
     """Let go of offsets that a file does not have: they were zero when it was written."""
     offsets = ((name, module, kind) for name, module in net.named_modules() if isinstance(module, FrozenActivation) for kind in OFFSETS)
@@ -144,29 +136,45 @@ def _activations(net: nn.Module) -> Iterator[FrozenActivation]:
     return (module for module in net.modules() if isinstance(module, FrozenActivation))
 
 
-def integer_forward(net: nn.Module, x: Tensor) -> Any:
-    """What a quantized net makes of images, every product of quantized tensors computed on integer codes with int32 sums.
+def _frozen(site: Site) -> Quantizer:
+    """What takes the place of a site's quantizer: no parameters, nothing of the float weight; float stays as it is."""
+    quantizer = site.quantizer
+    if quantizer.is_float:
+        return quantizer
+    weight = site.latent().detach() if site.is_weight else None
+    grid = quantizer.grid(weight)
+    if isinstance(grid, UniformGrid):
+        return FrozenActivation(quantizer.spec, site.name, grid) if weight is None else _weight(site, grid, weight)
+    if grid is None or weight is not None or grid.before is not None:
+        why = f"{site.name} is quantized by {quantizer.spec.quantizer}, whose values have no fixed grid"
+        raise UsageError(f"freeze: {why}; must be statsq for weights, lsq, minmax, affine, log2, float or a class with the method grid")
+    return FrozenNonuniform(quantizer, site.name)
 
-    Scales are applied to the sums. Norms, softmax, activation functions and residual sums stay in float, as do products that have an
-    unquantized factor.
 
-    Args:
-        net: quantized, frozen or not; stays as it is.
-        x: (B, C, H, W).
+def _weight(site: Site, grid: UniformGrid, weight: Tensor) -> FrozenWeight:
+    spec = site.quantizer.spec
+    codes = site.quantizer.codes(weight).to(torch.int8 if grid.qmin < 0 else torch.uint8)
+    scale, shift = grid.step.clone(), torch.zeros_like(grid.step) - grid.zero_point
+    if grid.after is None:
+        made = FrozenWeight(spec, grid.axis, site.name, (codes, scale, shift, None))
+        return _corrected(made, weight) if spec.bias_correction else made
+    axis = grid.axis or 0
+    n = weight.shape[axis]
+    rows = grid.after.detach().float().expand_as(weight).movedim(axis, 0).flatten(1)
+    if (rows != rows[:, :1]).any():
+        raise UsageError(f"freeze: {site.name} has an offset after its quantizer that differs within a row; must be one for each row")
+    made = FrozenWeight(spec, axis, site.name, (codes, scale.expand(n).clone(), shift.expand(n).clone(), rows[:, 0].clone()))
+    return _corrected(made, weight) if spec.bias_correction else made
 
-    Returns:
-        What the net gives, logits or maps, equal to that of the frozen net in float to float rounding, but where that moves a value over
-        a threshold.
 
-    Raises:
-        UsageError: see `freeze`; or something has no form on codes that fits int32.
-    """
-    net = net if is_frozen(net) else freeze(net)
-    modes = {module: module.mode for module in net.modules() if isinstance(module, Frozen)}
-    try:
-        set_mode(net, "integer")
-        with torch.no_grad():
-            return net(x)
-    finally:
-        for module, mode in modes.items():
-            module.mode = mode
+def _corrected(made: FrozenWeight, weight: Tensor) -> FrozenWeight:
+    """Bias correction is an affine map of every row: its factor goes into the scale, which all rows have then."""
+    axis = made.axis or 0
+    plain = made()
+    rows, corrected = (t.movedim(axis, 0).flatten(1) for t in (plain, correct_mean_and_std(plain, weight, axis)))
+    centered, mean = rows - rows.mean(1, keepdim=True), corrected.mean(1, keepdim=True)
+    spread = centered.square().sum(1)
+    ratio = torch.where(spread > 0, ((corrected - mean) * centered).sum(1) / spread, 1.0)
+    n = len(rows)
+    parts = (made.stored, made.scale.expand(n) * ratio, made.shift.expand(n).clone(), corrected.mean(1) - ratio * rows.mean(1))
+    return FrozenWeight(made.spec, axis, made.name, parts)

@@ -10,7 +10,6 @@ import base64
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,49 +25,22 @@ from qat.utils.bounds import MOST_CONSTANT
 from qat.utils.files import replacing
 
 FORMAT = "packed-1"
-# What a file that lies of itself may ask for: bytes of its index.
+# Bytes that the index of a file may be inflated to.
 MOST_INDEX = 2**26
 _BYTES_OF_FLOAT = 4
 _DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 
 
-@dataclass(frozen=True)
-class PackedSizes:
-    """Bytes of a packed file.
-
-    Attributes:
-        codes: of weights, at their width.
-        scales: of weights and activations, with their zero points.
-        offsets: in front of quantizers and behind them.
-        rest: biases, norms, embeddings, weights that stay in float.
-        header: index, recipe and what else the file says of the net.
-    """
-
-    codes: int
-    scales: int
-    offsets: int
-    rest: int
-    header: int
-
-    @property
-    def total(self) -> int:
-        """The file."""
-        return self.codes + self.scales + self.offsets + self.rest + self.header
-
-    def to_text(self) -> str:
-        """A line a part."""
-        parts = {"codes": self.codes, "scales": self.scales, "offsets": self.offsets, "float rest": self.rest, "header": self.header}
-        lines = [f"{name:<12}{n:>12,} bytes  {100 * n / self.total:5.1f} %" for name, n in parts.items()]
-        return "\n".join([*lines, f"{'file':<12}{self.total:>12,} bytes"])
-
-
-def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> PackedSizes:
+def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> dict[str, int]:
     """Write a frozen net, whole or not at all.
 
     Args:
         net: of `qat.freeze`.
         path: the file.
         meta: of `qat.model.checkpoint.describe`.
+
+    Returns:
+        Bytes of codes, scales (with zero points), offsets, the rest that stays in float, and the header (index, recipe, classes).
     """
     widths = {f"{name}.stored": module.spec.bits for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
     codes, floats, index = [], [], []
@@ -90,7 +62,7 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> P
     metadata = {"format": FORMAT, "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed, "crc32": _checksum(**tensors)}
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
-    return PackedSizes(**sums, header=Path(path).stat().st_size - sum(sums.values()))
+    return sums | {"header": Path(path).stat().st_size - sum(sums.values())}
 
 
 def _kind(name: str) -> str:

@@ -10,7 +10,6 @@ import safetensors.torch
 import torch
 
 import qat
-from qat.functional.packing import packed_bytes
 from qat.model.checkpoint import describe
 from qat.model.cost import cost
 from qat.model.frozen.packed import write_packed
@@ -39,7 +38,6 @@ def test_a_file_gives_the_frozen_net_back(name, tmp_path):
         assert torch.equal(again.state_dict()[key], value)
     x = tiny.images(4, 1)
     assert torch.equal(again(x), frozen(x))
-    assert torch.equal(qat.integer_forward(again, x), qat.integer_forward(frozen, x))
 
 
 @pytest.mark.parametrize("name", ["swin", *(pytest.param(name, marks=pytest.mark.long) for name in ("deit_distilled", "beit"))])
@@ -59,35 +57,27 @@ def test_what_was_found_by_calibration_comes_back(tmp_path):
     assert torch.equal(qat.load(tmp_path / "net.safetensors")(tiny.images()), frozen(tiny.images()))
 
 
-def test_a_frozen_net_is_saved_like_any_other(tmp_path):
-    frozen = qat.freeze(made(RECIPES["ofq_2bit"]))
-    qat.save(frozen, tmp_path / "net.ckpt")
-    assert torch.equal(qat.load(tmp_path / "net.ckpt")(tiny.images()), frozen(tiny.images()))
-
-
 def test_a_file_is_as_large_as_its_parts(tmp_path):
     net = made(RECIPES["ofq_2bit"])
     frozen = qat.freeze(net)
     sizes = written(frozen, tmp_path / "net.safetensors")
     bits = [site.latent().numel() * site.quantizer.spec.bits for site in qat.iter_quantizers(net) if site.is_weight]
-    assert sizes.total == (tmp_path / "net.safetensors").stat().st_size
-    assert sizes.codes == sum(-(-n // 8) for n in bits)
-    assert sizes.total - sizes.header == sum(
-        packed_bytes(value.numel(), {torch.int8: 0}.get(value.dtype, 8)) * 4
+    assert sum(sizes.values()) == (tmp_path / "net.safetensors").stat().st_size
+    assert sizes["codes"] == sum(-(-n // 8) for n in bits)
+    floats = sum(
+        4 * value.numel()
         for key, value in frozen.state_dict().items()
         if value.is_floating_point() and not key.endswith("shift") and not (value == value.flatten()[0]).all()
-    ) + sizes.codes + 8 * sum(key.endswith("bounds") for key in frozen.state_dict())
-    assert "codes" in sizes.to_text()
+    )
+    bounds = 8 * sum(key.endswith("bounds") for key in frozen.state_dict())
+    assert sizes["scales"] + sizes["offsets"] + sizes["rest"] == floats + bounds
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [pytest.param("deit_tiny_patch16_224", 224, marks=pytest.mark.long), ("vit_tiny_patch16_224", 32)]
-)
-def test_the_header_is_small(name, size, tmp_path):
-    kwargs = {} if size == 224 else {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
-    net = qat.convert(tiny.timm.create_model(name, **kwargs), qat.recipe("ofq", bits=2), input_size=(3, size, size))
-    sizes = written(qat.freeze(qat.initialize_scales(net, [torch.randn(1, 3, size, size)])), tmp_path / "net.safetensors")
-    assert sizes.header < 0.03 * sizes.total
+def test_the_header_is_small(tmp_path):
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
+    net = qat.convert(tiny.timm.create_model("vit_tiny_patch16_224", **kwargs), qat.recipe("ofq", bits=2), input_size=(3, 32, 32))
+    sizes = written(qat.freeze(qat.initialize_scales(net, [torch.randn(1, 3, 32, 32)])), tmp_path / "net.safetensors")
+    assert sizes["header"] < 0.03 * sum(sizes.values())
 
 
 def test_cost_counts_codes(tmp_path):
@@ -112,7 +102,7 @@ def test_cost_counts_what_a_file_of_post_training_quantization_holds(scales, cor
     bounds = 4 * sum(tensor.numel() for key, tensor in frozen.state_dict().items() if key.endswith("bounds"))
     tensors = [tensor for _, tensor in (*frozen.named_parameters(), *frozen.named_buffers())]
     alike = sum(4 * tensor.numel() for tensor in tensors if (tensor == tensor.flatten()[:1]).all())  # stored once
-    assert before.size_bytes - alike <= sizes.total - sizes.header <= before.size_bytes + bounds
+    assert before.size_bytes - alike <= sum(sizes.values()) - sizes["header"] <= before.size_bytes + bounds
     again = qat.load(tmp_path / "net.safetensors")
     assert cost(again, tiny.SIZE).size_bytes == before.size_bytes
 

@@ -1,0 +1,194 @@
+"""The loss on a plane through a net, along two directions of its weight scales: what a search over scales walks on.
+
+Source: Evol-Q, arXiv 2308.10814, figure of the loss over scales. Docs: docs/analysis.md.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat.analysis.analysis import Analysis, Drawing, EvaluationPoint, Outcome, Score, StudiedNet, Table
+from qat.analysis.images import ImageSet
+from qat.analysis.requantize import grid_of, requantized
+from qat.analysis.runner import measure
+from qat.analysis.style import HEAT, PALETTE, figure, panels, quiet
+from qat.errors import UsageError
+from qat.functional.infonce import info_nce
+from qat.model.blocks import find_blocks
+from qat.model.convert import conversion_of
+from qat.model.sites import iter_quantizers
+from qat.ptq.calibrate import in_float
+from qat.ptq.patching import Forward, patched
+from qat.quantizers import Quantizer, UniformGrid
+from qat.utils.validate import check_choice, check_int, check_number
+
+LOSSES = {"ce": "Cross-entropy", "infonce": "infoNCE to the float logits"}
+LEVELS = 12
+
+
+@dataclass(frozen=True)
+class Landscape(Analysis):
+    """The settings of `analysis/landscape.yaml`.
+
+    Attributes:
+        targets: weights whose scales move: one entry for both directions, or one for each; an entry is a glob or a list of globs.
+        points: along each direction, odd.
+        radius: the most that a scale changes, as a fraction of it.
+        loss: `ce` (of labels) or `infonce` (to the net's own float logits).
+        seed: of the directions.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    targets: Sequence[str | Sequence[str]] = ("*",)
+    points: int = 21
+    radius: float = 0.1
+    loss: str = "ce"
+    seed: int = 0
+
+    name: ClassVar[str] = "landscape"
+    split: ClassVar[str | None] = "val"
+
+    def __post_init__(self) -> None:
+        check_choice("analysis.loss", self.loss, tuple(LOSSES))
+        check_int("analysis.points", self.points, 3)
+        if self.points % 2 == 0:
+            raise UsageError(f"analysis.points={self.points}: must be odd, so that the net as it is lies in the middle")
+        # From 0.5 on a scale that is in both directions could reach zero.
+        check_number("analysis.radius", self.radius, 0, above=True, below=0.5)
+        check_int("analysis.seed", self.seed, 0)
+        if not isinstance(self.targets, list | tuple) or len(self.targets) not in {1, 2}:
+            raise UsageError(f"analysis.targets={self.targets!r}: must be a list of one or two entries, each a glob or a list of globs")
+
+    def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
+        """Evaluate every point of the plane of every net."""
+        half = self.points // 2
+        places = [self.radius * (i - half) / half for i in range(self.points)]
+        points = []
+        for studied in nets:
+            if conversion_of(studied.net) is None:
+                raise UsageError(f"ckpt={str(studied.path)!r}: a float net has no scales to move; must be quantized")
+            move, score = plane(studied.net, self.targets, self.seed), self._score(studied.net, images)
+            for x, y in ((x, y) for y in places for x in places):
+                points.append(
+                    EvaluationPoint({"net": studied.label, "x": x, "y": y}, studied.net, functools.partial(move, x, y), score=score)
+                )
+        rows = measure(points, images)
+        losses = torch.tensor([row["loss" if self.loss == "ce" else self.loss] for row in rows], dtype=torch.float64)
+        grids = dict(zip([studied.label for studied in nets], losses.view(-1, self.points, self.points), strict=True))
+        words = [target if isinstance(target, str) else " ".join(target) for target in (self.targets[0], self.targets[-1])]
+        drawing = _contours(grids, places, words, LOSSES[self.loss])
+        return Outcome({label: shape_of(grid) for label, grid in grids.items()}, [Table("landscape", "Loss on the plane", rows)], [drawing])
+
+    def _score(self, net: nn.Module, images: ImageSet) -> Score | None:
+        if self.loss == "ce":
+            return None
+        with torch.no_grad(), in_float(net):
+            wanted = [net(batch) for batch, _ in images.batches]
+
+        def score(net: nn.Module, images: ImageSet) -> dict[str, float]:
+            logits = [net(batch) for batch, _ in images.batches]
+            losses = [info_nce(q, k) * len(q) for q, k in zip(logits, wanted, strict=True)]
+            return {"infonce": float(torch.stack(losses).double().sum()) / images.n_images}
+
+        return score
+
+
+def plane(net: nn.Module, targets: Sequence[str | Sequence[str]], seed: int) -> Callable[[float, float], AbstractContextManager[None]]:
+    """A plane of scales: each scale s of the targets becomes s (1 + x u + y v), u and v uniform in [-1, 1].
+
+    Zero points and ranges of codes stay.
+
+    Args:
+        net: quantized.
+        targets: see `Landscape`; matched with `LAYER.ROLE` in the net, and in the block around the layer.
+        seed: of the directions, the same on every device.
+
+    Returns:
+        `move(x, y)`, a context in which the net is away from where it is; afterwards it is as before, bit for bit.
+
+    Raises:
+        UsageError: no weight is matched.
+    """
+    weights: dict[str, tuple[Quantizer, Tensor]] = {}
+    for site in iter_quantizers(net):
+        if site.is_weight and isinstance(grid := site.quantizer.grid(site.latent().detach()), UniformGrid):
+            weights[f"{site.layer}.{site.role}"] = site.quantizer, grid.step
+    blocks = [f"{block}." for block in find_blocks(net)]
+    directions: list[dict[str, Tensor]] = []
+    for number, target in enumerate((targets[0], targets[-1])):
+        globs, generator, drawn = [target] if isinstance(target, str) else target, torch.Generator().manual_seed(2 * seed + number), {}
+        for name, (_, step) in weights.items():
+            known = [name, *(name.removeprefix(block) for block in blocks)]
+            if any(fnmatch.filter(known, glob) for glob in globs):
+                drawn[name] = 2 * torch.rand(len(step), generator=generator).to(step) - 1
+        if not drawn:
+            raise UsageError(f"analysis.targets={target!r}: matches no quantized weight; names look like {next(iter(weights), None)!r}")
+        directions.append(drawn)
+
+    def move(x: float, y: float) -> AbstractContextManager[None]:
+        forwards: dict[nn.Module, Forward] = {}
+        for name in directions[0] | directions[1]:
+            parts = [at * drawn[name] for at, drawn in zip((x, y), directions, strict=True) if name in drawn]
+            quantizer, _ = weights[name]
+            forwards[quantizer] = functools.partial(requantized, grid_of(quantizer), resize=(1 + torch.stack(parts).sum(0)).mul)
+        return patched(forwards)
+
+    return move
+
+
+def shape_of(losses: Tensor) -> dict[str, float]:
+    """How rugged a grid (n, n) of losses is, n odd from 3.
+
+    Returns:
+        `centre`, `lowest` and `highest` loss; `roughness`, the mean magnitude of second differences along the lines of the grid;
+        `relative_roughness`, roughness / (highest - lowest), about 4 / (n - 1)^2 for a smooth bowl; `local_minima`, points below all of
+        their up to eight neighbours. Claim C10 compares them.
+    """
+    low, high, middle = float(losses.min()), float(losses.max()), len(losses) // 2
+    roughness = float(torch.cat([losses, losses.T]).diff(n=2, dim=1).abs().mean())
+    windows = F.pad(losses, (1, 1, 1, 1), value=torch.inf).unfold(0, 3, 1).unfold(1, 3, 1).flatten(2)
+    windows[..., 4] = torch.inf
+    return {
+        "centre": float(losses[middle, middle]),
+        "lowest": low,
+        "highest": high,
+        "roughness": roughness,
+        "relative_roughness": roughness / (high - low) if high > low else 0.0,
+        "local_minima": int((losses < windows.amin(-1)).sum()),
+    }
+
+
+def _contours(grids: Mapping[str, Tensor], places: Sequence[float], words: Sequence[str], loss: str) -> Drawing:
+    """Lines of equal loss, each net on a range of its own; the lowest point and the net as it is."""
+    drawn, said = figure(max(3.6 * len(grids), 4.8), 3.6), []
+    for axis, (label, losses) in zip(panels(drawn, 1, len(grids)), grids.items(), strict=True):
+        centre = float(losses[len(places) // 2, len(places) // 2])
+        rises = torch.where(losses.isfinite(), losses - centre, torch.nan)
+        finite = rises[rises.isfinite()].tolist() or [0.0]
+        low, high = min(finite), max(finite)
+        levels = torch.linspace(low, max(high, low + 1e-9), LEVELS + 1).tolist()
+        row, column = divmod(int(rises.nan_to_num(torch.inf).argmin()), len(places))
+        filled = axis.contourf(places, places, rises.numpy(), levels=levels, cmap=HEAT)
+        axis.contour(places, places, rises.numpy(), levels=levels, colors="black", linewidths=0.4, linestyles="solid")
+        axis.plot(places[column], places[row], "v", color=PALETTE[1], markeredgecolor="white", markersize=8)
+        axis.plot(0, 0, "+", color=PALETTE[1], markersize=11, markeredgewidth=2)
+        quiet(axis, f"direction 1: {words[0]}", f"direction 2: {words[1]}").grid(visible=False)
+        axis.set_title(f"{label}\nloss {centre:.4f} in the middle", fontsize=9, loc="left")
+        axis.locator_params(nbins=5)
+        axis.set_aspect("equal")
+        drawn.colorbar(filled, ax=axis, shrink=0.8, ticks=MaxNLocator(5)).ax.tick_params(labelsize=7)
+        said.append(f"{label}: {centre:.4f} in the middle, from {low:+.4f} at ({places[column]:+.3g}, {places[row]:+.3g}) to {high:+.4f}")
+    title = f"{loss} above that of the net as it is, scales changed by a fraction; + the net as it is, triangle the lowest point"
+    return Drawing("landscape", title, "; ".join(said), drawn)

@@ -1,0 +1,82 @@
+"""How weights of a net oscillated while it was trained, from what the callback wrote. Source: arXiv 2203.11086."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from qat.analysis.analysis import Analysis, Drawing, Outcome, Row, StudiedNet, Table
+from qat.analysis.images import ImageSet
+from qat.analysis.style import colours, figure, panels
+from qat.errors import UsageError
+from qat.utils.files import csv_rows
+
+Curve = Mapping[int, float]  # by optimizer step
+SHARE, FLIPS, HELD = "oscillating weights, %", "flips a step", "weights held, %"
+
+
+@dataclass(frozen=True)
+class OscillationAnalysis(Analysis):
+    """Share of oscillating weights, flips and held weights over the run of a checkpoint; layers at its end.
+
+    The run must have had `callbacks=[default,oscillation]`.
+    """
+
+    name: ClassVar[str] = "oscillation"
+    split: ClassVar[str | None] = None
+
+    def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
+        """Read `metrics.csv` and `oscillation.csv` of the runs; one figure, one table.
+
+        Raises:
+            UsageError: a run tracked no oscillations.
+        """
+        curves: dict[str, dict[str, Curve]] = {}
+        layers: list[Row] = []
+        for studied in nets:
+            folder = (studied.path or Path("-")).resolve().parent
+            folder = folder.parent if folder.name == "checkpoints" else folder
+            curves[studied.label] = read_curves(folder / "metrics.csv")
+            at_end = folder / "oscillation.csv"  # of a run that has ended
+            if not (curves[studied.label][SHARE] or at_end.is_file()):
+                raise UsageError(f"ckpt={str(studied.path)!r}: its run tracked no oscillation; train with callbacks=[default,oscillation]")
+            layers += [{"net": studied.label, **row} for row in csv_rows(at_end)] if at_end.is_file() else []
+        summary = {label: {name: [*curve.values()][-1] for name, curve in found.items() if curve} for label, found in curves.items()}
+        tables = [Table("oscillation", "Layers at the end of the run", layers)] if layers else []
+        return Outcome(summary, tables, [_draw(curves)] if any(summary.values()) else [])
+
+
+def read_curves(path: Path) -> dict[str, Curve]:
+    """Curves of a log; of a step that is there twice, in a run that was resumed, the later line counts."""
+    rows = [row for row in csv_rows(path) if row.get("step")] if path.is_file() else []
+
+    def logged(column: str) -> dict[int, float]:
+        found = {int(float(row["step"])): float(row[column]) for row in rows if row.get(column)}
+        return dict(sorted(found.items()))
+
+    flips = [*logged("osc/flips").items()]
+    held = logged("freeze/frozen") or {step: 1 - share for step, share in logged("cga/trainable").items()}
+    return {
+        SHARE: {step: 100 * share for step, share in logged("osc/share").items()},
+        FLIPS: {b: (later - earlier) / (b - a) for (a, earlier), (b, later) in zip(flips, flips[1:], strict=False)},
+        HELD: {step: 100 * share for step, share in held.items()},
+    }
+
+
+def _draw(curves: Mapping[str, Mapping[str, Curve]]) -> Drawing:
+    """Over optimizer steps, a line for each run; the later ones are dashed, as runs that share their first steps lie on each other."""
+    names = [name for name in (SHARE, FLIPS, HELD) if any(found[name] for found in curves.values())]
+    drawn, said = figure(height=0.7 + 1.7 * len(names)), []
+    for axis, name in zip(panels(drawn, len(names), 1, sharex=True), names, strict=True):
+        for colour, (label, found) in zip(colours(), curves.items(), strict=False):
+            values = [*found[name].values()]
+            axis.plot([*found[name]], values, "--" if axis.lines else "-", color=colour, linewidth=1.3, label=label)
+            if values:
+                said.append(f"{label}: {name} {values[0]:.2f} at first, {max(values):.2f} at most, {values[-1]:.2f} at the end")
+        axis.set_ylabel(name, fontsize=9)
+        axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
+    drawn.axes[-1].set_xlabel("optimizer step", fontsize=9)
+    drawn.axes[0].legend(fontsize=8, frameon=False)
+    return Drawing("oscillation", "Oscillation over the training", "; ".join(said), drawn)

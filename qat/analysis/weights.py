@@ -1,0 +1,217 @@
+"""What weights look like on the axis of their codes, and how weights and activations use the range of their codes."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor, nn
+
+from qat.analysis.analysis import Analysis, Drawing, Outcome, Row, StudiedNet, Table
+from qat.analysis.images import ImageSet
+from qat.analysis.style import GREY, PALETTE, figure, panels
+from qat.errors import UsageError
+from qat.functional.confidence import check_boundary
+from qat.functional.kurtosis import kurtosis
+from qat.model.sites import Site, iter_quantizers
+from qat.quantizers import Quantizer
+from qat.utils.probing import probing
+from qat.utils.validate import FLOAT_BITS, check_globs, check_int
+
+# Layer, role (`weight`, or `qk` of a folded matrix), float tensor (out, ...), and its quantizer, None for one that is not quantized.
+LatentWeight = tuple[str, str, Tensor, Quantizer | None]
+BINS = 96
+MOST_PANELS = 9
+# Of more levels the thresholds are not drawn.
+MOST_LEVELS = 20
+
+
+@dataclass(frozen=True)
+class WeightAnalysis(Analysis):
+    """Histograms of float weights on the axis of their codes, kurtosis, use of the range of codes.
+
+    Attributes:
+        layers: globs of layers whose histograms are drawn; None = the first, the middle and the last, and those of highest kurtosis.
+        boundary: half-width of the band in which a weight counts as near a threshold, in codes, 0 < value < 0.5.
+        activation_images: images whose activation codes are counted; 0 = no image is read.
+
+    Raises:
+        UsageError: a setting cannot work.
+    """
+
+    name: ClassVar[str] = "weights"
+    split: ClassVar[str | None] = "train"
+
+    layers: Sequence[str] | None = None
+    boundary: float = 0.005
+    activation_images: int = 128
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            check_globs("analysis.layers", self.layers, "blocks.0.*")
+        check_int("analysis.activation_images", self.activation_images, 0)
+        check_boundary("analysis.boundary", self.boundary)
+        if not self.activation_images:
+            object.__setattr__(self, "split", None)
+
+    def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
+        """Tables of weights and of activation quantizers; histograms of each net."""
+        weights = {studied.label: list(latent_weights(studied.net)) for studied in nets}
+        rows = {label: [self._row(*weight) for weight in found] for label, found in weights.items()}
+        names = [layer for found in weights.values() for layer, *_ in found]
+        for glob in self.layers or ():
+            if not fnmatch.filter(names, glob):
+                raise UsageError(f"analysis.layers: {glob!r} matches no layer with weights; patterns see names like {names[-1]!r}")
+        tables = [Table("weights", "Weights and their codes", [{"net": label, **row} for label, found in rows.items() for row in found])]
+        if images.batches:
+            batch = torch.cat([batch for batch, _ in images.batches])[: self.activation_images]
+            seen = [{"net": studied.label, **row} for studied in nets for row in activation_rows(studied.net, batch)]
+            tables += [Table("weights_activations", "Activation quantizers", seen)] if seen else []
+        drawings = []
+        for number, (label, found) in enumerate(weights.items(), 1):
+            if shown := [(found[i], rows[label][i]) for i in self._chosen(rows[label])]:
+                suffix, of_net = (f"_{number}", f" of {label}") if len(nets) > 1 else ("", "")
+                drawings.append(_histograms(f"weights_histograms{suffix}", f"Weights{of_net} before rounding", shown))
+        return Outcome({label: _summary(found) for label, found in rows.items()}, tables, drawings)
+
+    def _chosen(self, rows: Sequence[Row]) -> list[int]:
+        """Which histograms are drawn, in the order of the net."""
+        if self.layers is not None:
+            wanted = [i for i, row in enumerate(rows) if any(fnmatch.fnmatchcase(row["layer"], glob) for glob in self.layers)]
+            return wanted[:MOST_PANELS]
+        sharpest = sorted(range(len(rows)), key=lambda i: -rows[i]["kurtosis"])
+        return sorted(list(dict.fromkeys([0, len(rows) // 2, len(rows) - 1, *sharpest]))[:MOST_PANELS])
+
+    @torch.no_grad()
+    def _row(self, layer: str, role: str, weight: Tensor, quantizer: Quantizer | None) -> Row:
+        """What is known of one tensor."""
+        weight = weight.float()
+        row: Row = {
+            "layer": layer,
+            "role": role,
+            "quantizer": "float" if quantizer is None else quantizer.spec.quantizer,
+            "bits": FLOAT_BITS if quantizer is None else quantizer.spec.bits,
+            "weights": weight.numel(),
+            "kurtosis": float(kurtosis(weight)),
+        }
+        if quantizer is not None:
+            error = weight - quantizer(weight).float()
+            row |= use_of_codes(quantizer, weight)
+            row["SNR (dB)"] = 10 * float((weight.square().sum() / error.square().sum()).log10())
+            if (grid := quantizer.grid(weight)) is not None:
+                row["near a threshold, %"] = 100 * float(grid.near_threshold(weight, self.boundary).float().mean())
+        return _rounded(row)
+
+
+def latent_weights(net: nn.Module) -> Iterator[LatentWeight]:
+    """Every weight of a Linear or convolution and every folded matrix, in the order of the modules; see `LatentWeight`."""
+    sites: dict[str, list[Site]] = defaultdict(list)
+    for site in iter_quantizers(net):
+        if site.is_weight:
+            sites[site.layer].append(site)
+    for name, module in net.named_modules():
+        for site in sites.get(name, ()):
+            yield name, site.role, site.latent().detach(), None if site.quantizer.is_float else site.quantizer
+        if name not in sites and isinstance(module, nn.Linear | nn.Conv2d):
+            yield name, "weight", module.weight.detach(), None
+
+
+@torch.no_grad()
+def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
+    """How a tensor uses the codes of a quantizer; `clipped` is what lies beyond the outermost levels by more than half a step size."""
+    grid = quantizer.grid(x)
+    low, high = (quantizer.spec.qmin, quantizer.spec.qmax) if grid is None else (grid.qmin, grid.qmax)
+    # A code outside of the bounds, which a user's own quantizer may have, counts as the outermost one.
+    codes = quantizer.codes(x).flatten().long().clamp(low, high) - low
+    shares = torch.bincount(codes, minlength=high - low + 1) / codes.numel()
+    row: Row = {
+        "unused levels": int((shares == 0).sum()),
+        "entropy (bits)": float(torch.special.entr(shares).sum()) / math.log(2),
+        "at the end codes, %": 100 * float(shares[0] + shares[-1]),
+    }
+    if grid is not None:
+        z = grid.to_code_coordinates(x)
+        row["clipped, %"] = 100 * float(((z < low - 0.5) | (z > high + 0.5)).float().mean())
+    return row
+
+
+def activation_rows(net: nn.Module, images: Tensor) -> list[Row]:
+    """What some images (B, C, H, W) make of the codes of each activation quantizer; a row for each, in the order in which they ran."""
+    rows: dict[str, Row] = {}
+
+    def watching(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            spec, x = site.quantizer.spec, args[0].detach().float()
+            known = {"quantizer of": site.name, "role": site.role, "quantizer": spec.quantizer, "bits": spec.bits}
+            values = {"values from": float(x.min()), "values to": float(x.max())}
+            rows[site.name] = _rounded({**known, **values, **use_of_codes(site.quantizer, x)})
+
+        return hook
+
+    sites = [site for site in iter_quantizers(net) if not site.is_weight and not site.quantizer.is_float]
+    with probing(net, [site.quantizer.register_forward_pre_hook(watching(site)) for site in sites]):
+        net(images)
+    return list(rows.values())
+
+
+def _rounded(row: Row) -> Row:
+    """Six digits of what is no integer."""
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+
+
+def _summary(rows: Sequence[Row]) -> Row:
+    coded = [row for row in rows if row["bits"] < FLOAT_BITS]
+    found = {"weights": sum(row["weights"] for row in rows), "quantized_weights": sum(row["weights"] for row in coded)}
+    found["kurtosis_highest"] = max(row["kurtosis"] for row in rows)
+    for name, column in (("clipped_percent", "clipped, %"), ("near_threshold_percent", "near a threshold, %")):
+        known = [row for row in coded if column in row]
+        found[name] = sum(row[column] * row["weights"] for row in known) / max(sum(row["weights"] for row in known), 1)
+    return found
+
+
+def _histograms(file: str, title: str, shown: Sequence[tuple[LatentWeight, Row]]) -> Drawing:
+    """A panel for each tensor: the distribution of the float weights on the axis of codes, levels as dots, thresholds as lines."""
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    drawn, said = figure(height=0.5 + 1.75 * rows), []
+    for axis, ((layer, role, weight, quantizer), row) in zip(panels(drawn, rows, columns), shown, strict=False):
+        name = layer if role == "weight" else f"{layer} ({role})"
+        numbers = f"kurtosis {row['kurtosis']:.2f}" + (f", {row['bits']} bit, SNR {row['SNR (dB)']:.1f} dB" if quantizer else "")
+        said.append(f"{name}: {numbers}")
+        axis.set_title(f"{name[-34:]}\n{numbers}", fontsize=7, loc="left")
+        axis.grid(visible=False)
+        axis.tick_params(labelsize=7)
+        _histogram(axis, weight.float(), quantizer)
+    for axis in drawn.axes[len(shown) :]:
+        axis.remove()
+    drawn.supylabel("share of weights, %", fontsize=9)
+    words = "Histograms of float weights; with codes, dots are the levels and dashed lines the thresholds"
+    return Drawing(file, title, f"{words}. {'; '.join(said)}.", drawn)
+
+
+def _histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
+    """One panel; the outermost bins hold what lies beyond them as well."""
+    grid = None if quantizer is None else quantizer.grid(weight)
+    if grid is None:
+        values, low, high = (weight - weight.mean()) / weight.std().clamp(min=1e-30), -6.0, 6.0
+    else:
+        low, high, levels = grid.qmin - 1.5, grid.qmax + 1.5, range(grid.qmin, grid.qmax + 1)
+        values = grid.to_code_coordinates(weight).clamp(low, high)
+        if len(levels) > MOST_LEVELS:  # of 256 codes most may be empty: only the part that is occupied is drawn
+            low, high = float(values.min()) - 0.5, float(values.max()) + 0.5
+        else:
+            for level in levels[1:]:
+                axis.axvline(level - 0.5, color=GREY, linewidth=0.7, linestyle="--")
+            axis.plot(levels, [0] * len(levels), "o", color=PALETTE[1], markersize=3.5, clip_on=False, zorder=5)
+            axis.set_xticks(levels[:: max(len(levels) // 4, 1)])
+    shares = 100 * torch.histc(values.clamp(low, high), bins=BINS, min=low, max=high) / values.numel()
+    axis.stairs(shares.cpu(), torch.linspace(low, high, BINS + 1), fill=True, color=PALETTE[0], alpha=0.75)
+    axis.set_xlabel("standard deviations" if grid is None else "code", fontsize=7, labelpad=1)
+    axis.set_xlim(low, high)
+    axis.set_ylim(bottom=0)

@@ -1,0 +1,138 @@
+"""What timm's dataset factory reads by index: folders, tar files, datasets of torchvision and of Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import timm.data
+from PIL import Image
+
+from qat.data.arrays import digest
+from qat.data.encoded import EncodedImageData, EncodedImages, open_image
+from qat.data.image_data import SPLITS, data_folder
+from qat.data.settings import DataSettings
+from qat.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TimmSettings(DataSettings):
+    """The knobs of `data/timm.yaml`; `image_column` and `label_column` are timm's `input_key` and `target_key`.
+
+    Attributes:
+        name: of the dataset in timm, `torch/NAME` or `hfds/NAME`; empty = a folder or a tar file.
+        train_split: name of the split that a net learns from; None = there is none.
+        val_split: name of the split that chooses among checkpoints; None = a tenth of train is held out, always the same images.
+        test_split: name of the split that is evaluated in the end; None = val is.
+        download: whether datasets of torchvision are downloaded.
+    """
+
+    name: str = ""
+    train_split: str | None = "train"
+    val_split: str | None = "validation"
+    test_split: str | None = None
+    download: bool = False
+
+    @property
+    def reader(self) -> str:
+        """What precedes the slash."""
+        return self.name.partition("/")[0].lower()
+
+
+class TimmImages(EncodedImages):
+    """One split as timm reads it.
+
+    Args:
+        settings: name, root, columns.
+        split: what timm calls it.
+        class_map: class ids by name, for folders and tar files; None = those of the sorted names.
+
+    Raises:
+        UsageError: it cannot be read, or its labels are not class ids.
+    """
+
+    def __init__(self, settings: TimmSettings, split: str, class_map: Mapping[str, int] | None = None) -> None:
+        options: dict[str, Any] = {}
+        if settings.reader not in {"", "torch", "hfds"}:
+            raise UsageError(f"data.name={settings.name!r}: must be empty (a folder or a tar file), torch/NAME or hfds/NAME")
+        if settings.reader == "hfds":
+            options = {"input_key": settings.image_column, "target_key": settings.label_column}
+        elif settings.root and settings.root.endswith(".tar"):
+            options = {"cache_tarfiles": False}  # worker processes would share one open file, and its position
+        else:
+            data_folder(settings.root, "the dataset that timm reads, or give a tar file")
+        try:
+            options |= {"root": settings.root, "split": split, "download": settings.download, "class_map": class_map}
+            dataset = timm.data.create_dataset(settings.name, **options)
+            self.reader = reader = getattr(dataset, "reader", dataset)
+            targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else getattr(reader, "targets", None)
+            labels = np.asarray([label for _, label in reader.samples] if targets is None else targets)
+        except Exception as error:  # timm, torchvision and `datasets` raise nearly anything
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UsageError(f"data.name={settings.name!r}: must be a dataset that timm can read; of {split!r} it says: {why}") from error
+        if not len(labels) or labels.dtype.kind not in "iu" or labels.ndim != 1:
+            raise UsageError(f"data.name={settings.name!r}: each image of {split!r} must have one class id")
+        super().__init__(labels.astype(np.int64), f"data.name={settings.name!r}, {split!r}", settings)
+        self.title = settings.name.lower()
+        self.classes: dict[str, int] = getattr(reader, "class_to_idx", {})
+
+    def identity(self) -> set[str]:
+        """Files, or of datasets without files the name of the part: what no other split may have."""
+        if not self.title:
+            return set(self.reader.filenames(absolute=True))
+        return {str(getattr(self.reader, "train", getattr(self.reader, "split", self.where)))}
+
+    def open(self, index: int) -> Image.Image:
+        """One image."""
+        found = self.reader[int(self.rows[index])][0]
+        if isinstance(found, Image.Image):
+            return found
+        with found:
+            return open_image(found.read())
+
+    def name(self, index: int) -> str:
+        """Split, and number in it."""
+        return f"{self.where}: image {self.rows[index]}"
+
+    def fingerprint(self) -> str:
+        """Of the name of the dataset and the split, labels and rows; no change of a file alone is noticed."""
+        return digest(self.labels, self.where.encode(), self.row_bytes())
+
+
+class Timm(EncodedImageData):
+    """A dataset by its name in timm, in the order of its reader."""
+
+    SETTINGS: ClassVar[type[DataSettings]] = TimmSettings
+    settings: TimmSettings
+
+    def encoded(self) -> Mapping[str, EncodedImages]:
+        """The splits that are asked for.
+
+        Raises:
+            UsageError: one cannot be read, or is another one too.
+        """
+        return self._images
+
+    @cached_property
+    def _images(self) -> dict[str, TimmImages]:
+        found: dict[str, TimmImages] = {}
+        for split in SPLITS:
+            name = getattr(self.settings, f"{split}_split")
+            if name is None:
+                continue
+            images = TimmImages(self.settings, name, next(iter(found.values())).classes if found else None)
+            for other, earlier in found.items():
+                if images.identity() & earlier.identity():
+                    raise UsageError(f"data.{split}_split={name!r}: must be other images than data.{other}_split; null for no such split")
+            found[split] = images
+        return found
+
+    def named_classes(self) -> list[str] | None:
+        """Names as the reader has them; None where it has none, or there is nothing to read."""
+        if self.settings.root is None and self.settings.reader != "hfds":
+            return None
+        classes = next(iter(self._images.values())).classes
+        return sorted(classes, key=classes.__getitem__) if len(classes) == self.settings.num_classes else None

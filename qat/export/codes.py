@@ -1,0 +1,176 @@
+"""Tensors of codes while a net is written as a graph: they can be seen in another shape and be multiplied, nothing else.
+
+The net runs twice. The first time, on an image, a tensor carries what is known of it before any image (scale, shift, offset) in whatever
+shape the net gives it, and each product works out what of that stands outside of its sum (`plan.py`). The second time torch traces the
+net: a tensor is codes of 8 bits alone, and each product writes the operators that were worked out for it (`write.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qat.model.frozen import FrozenWeight
+
+# Width of a stored type; the opset from which a Cast takes it.
+WIDTHS = {"INT8": 8, "INT4": 4, "INT2": 2}
+OPSETS = {"INT8": 13, "INT4": 21, "INT2": 25}
+_VIEWS = frozenset({"transpose", "permute", "flatten", "unflatten", "unsqueeze", "repeat_interleave", "narrow", "chunk"})
+
+
+class _OnCodes:
+    """Products of codes go to their graph; norms and convolutions, for which no runtime has a kernel on codes, take numbers."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func not in _HANDLED:
+            raise TypeError(f"{getattr(func, '__name__', func)} is not done on codes: must be a view or a product")
+        return _HANDLED[func](*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class QuantizedTensor(_OnCodes):
+    """The value (codes + shift) * scale + after.
+
+    Attributes:
+        codes: the first time float32 whole numbers; the second time int8 or uint8, from which `zero` is still to be subtracted.
+        scale, shift, after: the shape of `codes`, views where they repeat themselves; None the second time, `after` also for 0.
+        name: of the quantizer.
+        zero: code that stands for 0.
+        graph: makes numbers and products of it: `plan.Planner` the first time, `write.Writer` the second.
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    after: Tensor | None
+    name: str
+    zero: Tensor
+    graph: Any
+
+    dtype = torch.float32
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {"shape", "ndim", "device"}:
+            return getattr(self.codes, name)
+        if name not in _VIEWS:
+            raise AttributeError(f"{name} is not done on codes: must be a view or a product")
+        return lambda *args, **kwargs: self._viewed(lambda t: getattr(t, name)(*args, **kwargs))
+
+    def _viewed(self, view: Callable[[Tensor], Any]) -> Any:
+        codes, *rest = (None if t is None else view(t) for t in (self.codes, self.scale, self.shift, self.after))
+        same = self.name, self.zero, self.graph
+        if isinstance(codes, tuple):
+            return tuple(QuantizedTensor(one, *(t and t[i] for t in rest), *same) for i, one in enumerate(codes))  # type: ignore[arg-type]
+        return QuantizedTensor(codes, *rest, *same)  # type: ignore[arg-type]
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return _matmul(self, other)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight(_OnCodes):
+    """A frozen weight, and how it is stored."""
+
+    frozen: FrozenWeight
+    stored: StoredWeight
+    graph: Any
+
+
+def number(t: Any) -> Any:
+    """What codes stand for; a tensor as it is."""
+    if isinstance(t, QuantizedTensor):
+        return t.graph.number(t)
+    return t.graph.weight_number(t) if isinstance(t, QuantizedWeight) else t
+
+
+def _matmul(a: Any, b: Any) -> Tensor:
+    product: Tensor = (a if isinstance(a, QuantizedTensor) else b).graph.product(a, b)
+    return product
+
+
+def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, QuantizedWeight) and isinstance(x, QuantizedTensor):
+        product: Tensor = x.graph.product(x, weight, bias)
+        return product
+    return F.linear(number(x), number(weight), bias)
+
+
+def _on_numbers(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: function(*(number(one) for one in args), **kwargs)
+
+
+_HANDLED: dict[Any, Callable[..., Any]] = {
+    **{function: _on_numbers(function) for function in (F.layer_norm, F.rms_norm, F.conv2d)},
+    F.linear: _linear,
+    F.dropout: lambda x, *_, **__: x,
+    **dict.fromkeys((torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
+}
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight as (factors - zero_point) * scale + constant, with factors of 8 bits: the codes, or 2 * codes + 1.
+
+    Attributes:
+        kind: ONNX type of the stored codes.
+        codes: int8 that fit it.
+        is_doubled: the factors are 2 * codes + 1.
+        scale: (n,), a scale a row, or (1,).
+        zero_point: (n,) or (1,), int8, or None = 0.
+        constant: (n,), what is added to a row: half a step of 8-bit StatsQ, or what bias correction adds; None = 0.
+    """
+
+    kind: str
+    codes: Tensor
+    is_doubled: bool
+    scale: Tensor
+    zero_point: Tensor | None
+    constant: Tensor | None
+
+    @property
+    def factors(self) -> Tensor:
+        """What products take, float32: whole numbers without their zero point, the shape of the weight."""
+        factors = self.codes.float() * 2 + 1 if self.is_doubled else self.codes.float()
+        return factors if self.zero_point is None else factors - _rows(self.zero_point.float(), factors)
+
+    @property
+    def value(self) -> Tensor:
+        """The weight, float32."""
+        value = self.factors * _rows(self.scale, self.codes)
+        return value if self.constant is None else value + _rows(self.constant, value)
+
+
+def _rows(t: Tensor, like: Tensor) -> Tensor:
+    return t.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def store_weight(weight: FrozenWeight, smallest: int = 4) -> StoredWeight:
+    """Choose the smallest type that holds a weight exactly, and that is read where its file is to run. Facts: docs/deployment.md.
+
+    The levels of half-step grids (StatsQ, SEQ) lie half a step size beside those of an integer type: products take the odd numbers 2k+1
+    in place of k. They are stored so where they fit the type that the width needs anyway (2 and 3 bits in INT4, 5 to 7 in INT8), else they
+    are made of k when the file is opened (4 bits; 2 in INT2). At 8 bits they do not fit: k, with half a step size added.
+
+    Args:
+        weight: frozen.
+        smallest: width of the smallest type that may be used: 2, 4, which OpenVINO reads, or 8, which TensorRT does.
+    """
+    bits, signed = weight.spec.bits, weight.stored.dtype == torch.int8
+    size = next(width for width in sorted(WIDTHS.values()) if width >= max(bits, smallest))
+    below = 0 if signed else 2 ** (bits - 1)
+    codes, shift, scale, constant = weight.stored.to(torch.int16) - below, weight.shift + below, weight.scale, weight.after
+    zero_point, is_doubled = None, False
+    if not bool((shift % 1 != 0).any()):
+        zero_point = (-shift).to(torch.int8) if bool(shift.any()) else None
+    elif bits < WIDTHS["INT8"] and bool((shift == 0.5).all()):
+        scale, is_doubled = scale / 2, 2**bits > 2 ** (size - 1)
+        codes = codes if is_doubled else 2 * codes + 1
+    else:
+        constant = scale * shift if constant is None else constant + scale * shift
+    return StoredWeight(f"INT{size}", codes.to(torch.int8), is_doubled, scale, zero_point, constant)

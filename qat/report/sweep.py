@@ -1,0 +1,185 @@
+"""The jobs below a directory: `sweep.csv`, one table with mean and spread over seeds, one page."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from matplotlib.axes import Axes
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qat.errors import UsageError
+from qat.report.figures import FIRST, SECOND, draw
+from qat.report.numbers import number
+from qat.report.page import FILE, Row, read_object, write_page
+from qat.utils.files import csv_text, write_text
+from qat.utils.text import MISSING
+
+# What is averaged over seeds: headings and formats.
+MEASURES = {
+    "top1": ("top-1 %", ".2f"),
+    "top5": ("top-5 %", ".2f"),
+    "loss": ("loss", ".4f"),
+    "val_top1": ("val top-1 %", ".2f"),
+    "size_bytes": ("bytes", ",.0f"),
+    "wall_seconds": ("seconds", ",.1f"),
+}
+# Prefix of the columns with settings of the command line, and settings that make no job another experiment.
+GIVEN, IGNORED = "overrides.", {"run_dir", "resume", "overwrite", "report"}
+MOST_DRAWN = 40  # groups: names of more cannot be read
+
+
+def gather(folder: Path) -> list[Row]:
+    """A row for each job below a directory, nested ones too: what it was given, its error, what its `results.json` says."""
+    begun = {path.parent for path in folder.rglob("results.json")} | {path.parents[1] for path in folder.rglob(".hydra/overrides.yaml")}
+    rows = []
+    for path in begun - {folder}:
+        results = read_object(path / "results.json")
+        error = results.get("error") if results else "no results.json: killed, or still going"
+        status = "done" if not error else "failed" if results else "not finished"
+        rows.append(
+            {"job": str(path.relative_to(folder)), "status": status}
+            | {GIVEN + key: value for key, value in overrides_of(path).items() if key not in IGNORED and not key.startswith("hydra.")}
+            | {key: value for key, value in results.items() if not isinstance(value, dict | list)}
+            | {"error": " ".join(str(error or "").split())}
+        )
+    # 2 comes before 10.
+    return sorted(rows, key=lambda row: [part.zfill(9) for part in re.findall(r"\d+|\D+", row["job"])])
+
+
+def overrides_of(folder: Path) -> dict[str, str]:
+    """What a job was given on the command line, by name; empty where it is not recorded.
+
+    The run itself wrote the first file, once it had begun; Hydra writes the second at each start, also of a job that is refused there.
+    """
+    listed, path = read_object(folder / "command.json").get("overrides"), folder / ".hydra" / "overrides.yaml"
+    if listed is None and path.is_file():
+        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return pairs(listed or ())
+
+
+def pairs(overrides: Sequence[str]) -> dict[str, str]:
+    """Arguments `+key=value` as values by key."""
+    parts = (one.partition("=") for one in overrides)
+    return {left.lstrip("+~"): right for left, _, right in parts}
+
+
+def varied(jobs: Sequence[Row]) -> list[str]:
+    """Names of the settings by which jobs differ, and the seed if it was given."""
+    names = dict.fromkeys(name.removeprefix(GIVEN) for job in jobs for name in job if name.startswith(GIVEN))
+    return [name for name in names if name == "seed" or len({job.get(GIVEN + name) for job in jobs}) > 1]
+
+
+def given(job: Row, names: Sequence[str]) -> dict[str, str]:
+    """Some settings of a job; a long number with four significant digits."""
+    texts = {name: str(job.get(GIVEN + name, MISSING)) for name in names}
+    return {name: text if len(text) < 9 or (value := number(text)) is None else f"{value:.4g}" for name, text in texts.items()}
+
+
+def grouped(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
+    """Jobs that differ in nothing but their seed, together, with the settings by which they differ from others."""
+    names = [name for name in varied(jobs) if name != "seed"]
+    groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    for job in jobs:
+        groups.setdefault(tuple(given(job, names).items()), []).append(job)
+    return [(dict(settings), group) for settings, group in groups.items()]
+
+
+def label(settings: Mapping[str, str]) -> str:
+    """Settings in one line."""
+    return " ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def values(jobs: Sequence[Row], measure: str) -> list[float]:
+    """The known numbers of a measure, of the jobs that are done."""
+    return [job[measure] for job in jobs if job["status"] == "done" and job.get(measure) is not None]
+
+
+def mean(jobs: Sequence[Row], measure: str) -> str:
+    """`97.22 ± 0.28`: mean and sample standard deviation (n - 1); the mean alone of one value, or of values that are the same."""
+    known, spec = values(jobs, measure), MEASURES[measure][1]
+    spread = f" ± {statistics.stdev(known):{spec}}" if len(set(known)) > 1 else ""
+    return f"{statistics.fmean(known):{spec}}{spread}" if known else MISSING
+
+
+def group_rows(jobs: Sequence[Row]) -> list[dict[str, str]]:
+    """A row for each group: settings that differ, `n` = how many jobs are done (`2 of 3`), mean and spread of what was measured."""
+    rows = []
+    for settings, group in grouped(jobs):
+        done = sum(job["status"] == "done" for job in group)
+        n = str(done) if done == len(group) else f"{done} of {len(group)}"
+        rows.append(settings | {"n": n} | {title: mean(group, one) for one, (title, _) in MEASURES.items() if values(jobs, one)})
+    return rows
+
+
+def rich_table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> Table:
+    """Rows as a table for the terminal."""
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="right" if name in dict(MEASURES.values()) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
+    return table
+
+
+def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = None) -> None:
+    """Write `sweep.csv` and the page of the jobs below a directory; show the table, then a line for each job that failed.
+
+    Args:
+        folder: of the sweep.
+        report: write the page too.
+        refused: errors of jobs that were not run because their directories hold results already, by name.
+
+    Raises:
+        UsageError: there are no runs below it.
+    """
+    jobs = gather(folder)
+    if not jobs:
+        raise UsageError(f"sweep={str(folder)!r}: must be a folder with runs below it")
+    write_text(folder / "sweep.csv", csv_text(jobs))
+    names, statuses = varied(jobs), Counter(job["status"] for job in jobs)
+    counted = f"{len(jobs)} jobs: {', '.join(f'{n} {status}' for status, n in sorted(statuses.items()))}"
+    if report:
+        context = {
+            "kind": "sweep",
+            "subject": folder.resolve().name,
+            "counted": counted,
+            "groups": group_rows(jobs),
+            "pictures": [_figure(jobs)] if values(jobs, "top1") else [],
+            "jobs": [{"job": job["job"], **given(job, names), "top-1 %": job.get("top1"), "error": job["error"]} for job in jobs],
+            "links": {job["job"]: f"{job['job']}/{FILE}" for job in jobs if (folder / job["job"] / FILE).is_file()},
+        }
+        write_page("sweep.html.j2", folder, context)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(counted, highlight=False)
+    console.print(rich_table(group_rows(jobs)))
+    for job in jobs:
+        if error := job["error"] or (refused or {}).get(job["job"]):
+            console.print(f"job {job['job']} ({label(given(job, names))}): {error}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"table in {folder}: sweep.csv", soft_wrap=True, markup=False, highlight=False)
+
+
+def _figure(jobs: Sequence[Row]) -> dict[str, str]:
+    """Top-1 of every group with its spread, each job a dot."""
+    groups = [(settings, group) for settings, group in grouped(jobs) if values(group, "top1")][:MOST_DRAWN]
+
+    def paint(axes: Axes) -> None:
+        for y, (_, group) in enumerate(groups):
+            known = values(group, "top1")
+            spread = statistics.stdev(known) if len(known) > 1 else 0
+            axes.errorbar(statistics.fmean(known), y, xerr=spread, fmt="o", color=FIRST, markersize=5, capsize=3 if spread else 0)
+            axes.plot(known, [y] * len(known), ".", color=SECOND, markersize=4)
+        axes.set_yticks(range(len(groups)), [label(settings)[:44] for settings, _ in groups])
+        axes.margins(y=0.2)
+        axes.invert_yaxis()
+
+    said = "; ".join(f"{label(settings)}: {mean(group, 'top1')} %" for settings, group in groups)
+    words = f"{said}. Small: single jobs. Large: mean and sample standard deviation."
+    return draw("Top-1, %", words, paint, height=max(1.2, 0.6 + 0.28 * len(groups)))

@@ -1,0 +1,138 @@
+"""What a run records of itself: `config.yaml`, the command line, and `results.json` with the same keys from every command."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+import qat
+from qat.launch.ranks import is_first
+from qat.model.cost import Cost
+from qat.spec import QuantRecipe
+from qat.tasks.conf import recorded, typed
+from qat.utils.files import json_text, write_text
+
+KEYS = (
+    "command",
+    "model",
+    "quant",
+    "data",
+    "seed",
+    "split",
+    "weights",
+    "top1",
+    "top5",
+    "loss",
+    "images",
+    "majority_share",
+    "val_top1",
+    "top1_fp",
+    "n_params",
+    "size_bytes",
+    "bitops",
+    "wall_seconds",
+    "git_commit",
+    "versions",
+)
+
+
+def record_run(cfg: DictConfig) -> None:
+    """Write `config.yaml` of a run, and its command line beside it; of a call from Python there is none."""
+    write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
+    if HydraConfig.initialized():
+        found = HydraConfig.get()
+        known = {"command": f"{found.job.name}.py", "program": typed(found.job.name), "overrides": list(found.overrides.task)}
+        write_text(Path(cfg.run_dir) / "command.json", json.dumps(known, indent=2) + "\n")
+
+
+def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
+    """Write `results.json` into the run directory, atomically; the first process of a run does.
+
+    Args:
+        cfg: the job's config; gives command, model, quant, data and seed unless `values` do.
+        values: keys of `KEYS`, or `error`.
+
+    Returns:
+        What was written; accuracies are in percent, sizes in bytes, times in seconds.
+    """
+    known: dict[str, Any] = {
+        "command": cfg.get("command"),
+        "command_line": _command_line(),
+        "model": _selected(cfg, "model.name"),
+        "quant": _selected(cfg, "quant.name"),
+        "data": str(_selected(cfg, "data._target_") or "").rpartition(".")[2].lower() or None,
+        "seed": cfg.get("seed"),
+        "device": _device(cfg),
+        "finished": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
+        "git_commit": _git_commit(),
+        "versions": library_versions(),
+    }
+    results = dict.fromkeys(KEYS) | known | values
+    if is_first():
+        write_text(Path(cfg.run_dir) / "results.json", json_text(results))
+    return results
+
+
+def _command_line() -> str | None:
+    """As it was typed: with another `run_dir` it repeats the run. None for a call from Python."""
+    if not HydraConfig.initialized():
+        return None
+    job = HydraConfig.get()
+    return f"{typed(job.job.name)} {shlex.join(job.overrides.task)}"
+
+
+def _selected(cfg: DictConfig, name: str) -> Any:
+    """A setting, None where it is missing: a run that is refused has results too."""
+    return OmegaConf.select(cfg, name, throw_on_resolution_failure=False)
+
+
+def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
+    """`quant`, the name a config of this recipe has (`ofq_2bit`, `deploy_w8a8`), and `recipe`, all its knobs."""
+    alike = recipe.GROUP == "quant" and recipe.bits == recipe.act_bits and recipe.name != "deploy"
+    width = f"{recipe.bits}bit" if alike else f"w{recipe.bits}a{recipe.act_bits}"
+    return {"quant": "fp" if recipe.name == "fp" else f"{recipe.name}_{width}", "recipe": recipe.to_dict()}
+
+
+def measured(metrics: Mapping[str, float], costs: Cost) -> dict[str, Any]:
+    """The keys that a test loop and `qat.model.cost` fill."""
+    scores = {key: metrics[f"test/{key}"] for key in ("top1", "top5", "loss")}
+    return scores | sizes(costs)
+
+
+def sizes(costs: Cost) -> dict[str, Any]:
+    """The keys that `qat.model.cost` fills."""
+    return {"n_params": costs.n_params, "size_bytes": costs.size_bytes, "bitops": costs.bitops}
+
+
+def _device(cfg: DictConfig) -> str:
+    """What computes, by its name."""
+    if _selected(cfg, "trainer.accelerator") not in {"cpu", None} and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def library_versions(*more: str) -> dict[str, str]:
+    """Versions of Python, qat and the libraries that it stands on, and of packages that are named."""
+    found = {name: importlib.metadata.version(name) for name in ("torch", "timm", "lightning", *more)}
+    return {"python": platform.python_version(), "qat": qat.__version__, **found}
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,148 @@
+"""`analysis=landscape`. Oracle: closed forms on toys, nets whose scales were multiplied by hand, infoNCE computed here."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import qat
+from qat.analysis.landscape import Landscape, _contours, plane, shape_of
+from qat.errors import UsageError
+from qat.functional.infonce import info_nce
+from qat.functional.statsq import statsq_with_scale
+from qat.ptq.vector import stored_scale
+from tests import tiny
+from tests.analysis.common import image_set, is_as_before, net_of, state, studied
+
+
+def plane_of(net, targets, seed=0):
+    return plane(net, targets, seed)
+
+
+def draws(shape, seed):
+    return 2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 1
+
+
+@pytest.mark.parametrize("points", [3, 5, 7, 21])
+def test_the_shape_of_a_bowl(points):
+    places = (torch.arange(points, dtype=torch.float64) - points // 2) / (points // 2)
+    shape = shape_of(places.square().unsqueeze(1) + places.square())
+    assert (shape["centre"], shape["lowest"], shape["highest"], shape["local_minima"]) == (0, 0, 2, 1)
+    assert shape["roughness"] == pytest.approx(2 * (2 / (points - 1)) ** 2)
+    assert shape["relative_roughness"] == pytest.approx(4 / (points - 1) ** 2)
+
+
+def test_the_shape_of_a_slope_and_of_a_plain():
+    slope, plain = shape_of(torch.arange(9.0).view(3, 3)), shape_of(torch.ones(5, 5))
+    assert (slope["roughness"], slope["local_minima"]) == (0, 1)
+    assert (plain["relative_roughness"], plain["local_minima"]) == (0, 0)
+
+
+def test_local_minima_look_at_diagonal_neighbours():
+    losses = torch.tensor([[0.0, 3, 3, 1], [3, 3, 2, 3], [3, 3, 3, 3], [1, 3, 3, 2.5]])
+    assert shape_of(losses)["local_minima"] == 4  # (1, 2) has the lower (0, 3) beside it
+
+
+@pytest.mark.parametrize("kind", ["lsq4", "ptq4", "signed", "inputs"])
+def test_stored_scales_are_multiplied(kind):
+    net = net_of(kind)
+    by_hand = copy.deepcopy(net)
+    move = plane_of(net, ["blocks.0.mlp.fc1.weight"], seed=3)
+    quantizer = by_hand.blocks[0].mlp.fc1.weight_quantizer
+    scale = stored_scale(quantizer).detach()
+    quantizer.set_scale(scale * (1 + (0.1 * draws(scale.shape, 6) - 0.05 * draws(scale.shape, 7))))
+    with move(0.1, -0.05):
+        moved = tiny.logits(net)
+    assert_close(moved, tiny.logits(by_hand), rtol=0, atol=1e-6)
+    assert not torch.equal(moved, tiny.logits(net))
+
+
+def test_scales_that_are_read_off_a_weight_are_multiplied_where_the_target_is():
+    net = net_of("ofq2")
+    layer, attention = net.blocks[0].mlp.fc1, net.blocks[1].attn
+    with plane_of(net, ["mlp.fc1.weight", ["attn.qk"]])(0.2, 0.0), torch.no_grad():
+        scale = layer.weight_quantizer.scale_of(layer.weight) * (1 + 0.2 * draws(layer.weight.shape[0], 0).unsqueeze(1))
+        assert_close(layer.weight_quantizer(layer.weight), statsq_with_scale(layer.weight, scale, 2), rtol=0, atol=1e-7)
+        assert torch.equal(attention.qk_quantizer(attention.latent("qk")), qat.functional.statsq(attention.latent("qk"), 2))
+
+
+@pytest.mark.parametrize("kind", ["ofq2", "lsq2", "minmax", "ptq4", "corrected"])
+def test_a_net_comes_back_bit_for_bit(kind):
+    net = net_of(kind)
+    before, expected = state(net), tiny.logits(net)
+    move = plane_of(net, ["*"])
+    with move(0.0, 0.0):
+        assert torch.equal(tiny.logits(net), expected)
+    with move(0.1, -0.1):
+        assert not torch.equal(tiny.logits(net), expected)
+    assert is_as_before(net, before)
+    with pytest.raises(RuntimeError, match="in the middle"), move(0.1, -0.1):
+        raise RuntimeError("in the middle")
+    assert is_as_before(net, before)
+
+
+def test_losses_on_the_grid_are_cross_entropies_there():
+    net, images = net_of("ptq4"), image_set(n=8, batch=8)
+    before, targets = state(net), [["attn.*.weight", "attn.qk"], "mlp.*.weight"]
+    outcome = Landscape(points=3, radius=0.2, targets=targets).run([studied(net)], images)
+    rows = outcome.tables[0].rows
+    assert [(row["x"], row["y"]) for row in rows] == [(x, y) for y in (-0.2, 0, 0.2) for x in (-0.2, 0, 0.2)]
+    move, ((x, target),) = plane_of(net, targets), images.batches
+    for row in rows:
+        with move(row["x"], row["y"]):
+            assert row["loss"] == pytest.approx(float(F.cross_entropy(tiny.logits(net, x), target)), rel=1e-6)
+    assert is_as_before(net, before)
+    assert outcome.summary["net"]["centre"] == rows[4]["loss"]
+    assert outcome.summary["net"]["highest"] == max(row["loss"] for row in rows)
+    (drawing,) = outcome.drawings
+    assert drawing.figure.axes[0].get_xlabel() == "direction 1: attn.*.weight attn.qk"
+    assert f"net: {rows[4]['loss']:.4f} in the middle" in drawing.alt
+
+
+def test_infonce_is_to_the_nets_own_float_logits():
+    net, images = net_of("ptq3"), image_set(n=8, batch=8)
+    rows = Landscape(points=3, loss="infonce").run([studied(net)], images).tables[0].rows
+    x = images.batches[0][0]
+    assert rows[4]["infonce"] == pytest.approx(float(info_nce(tiny.logits(net, x), tiny.logits(tiny.vit(), x))), rel=1e-5)
+    assert len({row["infonce"] for row in rows}) > 1
+
+
+def test_several_nets():
+    nets = [studied(net_of("ptq4"), "one"), studied(net_of("lsq4"), "two")]
+    outcome = Landscape(points=3).run(nets, image_set(n=8))
+    assert [row["net"] for row in outcome.tables[0].rows] == ["one"] * 9 + ["two"] * 9
+    assert set(outcome.summary) == {"one", "two"}
+    assert [axis.get_title(loc="left").partition("\n")[0] for axis in outcome.drawings[0].figure.axes[:2]] == ["one", "two"]
+
+
+def test_points_whose_loss_is_not_finite_are_left_blank():
+    losses = torch.tensor([[torch.inf, 2, torch.nan], [2, 1, 2], [2, 0.5, 2]], dtype=torch.float64)
+    drawing = _contours({"net": losses}, [-0.1, 0, 0.1], ["*", "*"], "Cross-entropy")
+    assert "net: 1.0000 in the middle, from -0.5000 at (+0, +0.1) to +1.0000" in drawing.alt
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "mse"}, "analysis.loss='mse': must be one of ce, infonce"),
+        ({"points": 4}, "analysis.points=4: must be odd, so that the net as it is lies in the middle"),
+        ({"points": 1}, "analysis.points=1: must be an integer of at least 3"),
+        ({"radius": 0.5}, "analysis.radius=0.5: must be a number above 0 to below 0.5"),
+        ({"targets": "attn.*"}, "analysis.targets='attn.*': must be a list of one or two entries, each a glob or a list of globs"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(UsageError) as error:
+        Landscape(**settings)
+    assert str(error.value) == message
+
+
+def test_nets_that_a_plane_does_not_fit():
+    with pytest.raises(UsageError, match=r"ckpt='None': a float net has no scales to move; must be quantized"):
+        Landscape().run([studied(tiny.vit())], image_set())
+    with pytest.raises(
+        UsageError, match=r"analysis.targets='conv.*': matches no quantized weight; names look like 'patch_embed.proj.weight'"
+    ):
+        plane_of(net_of("ofq2"), ["conv*"])

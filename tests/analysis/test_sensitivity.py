@@ -1,0 +1,230 @@
+"""Sensitivity of layers, and bits under a size. Oracle: nets with quantizers taken out, nets that were converted anew."""
+
+import copy
+import itertools
+import re
+
+import pytest
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from torch import nn
+
+import qat
+from qat.analysis.sensitivity import Sensitivity, as_setting, find_layers, greedy_bits, left_in_float, rules_with_bits, stored_bytes
+from qat.errors import UsageError
+from qat.model.convert import conversion_of
+from qat.model.cost import size_bytes
+from qat.model.ptq_spec import PtqRecipe
+from qat.nn.fqvit import IntegerLayerNorm
+from qat.ptq import calibrate
+from qat.ptq.calibrate import in_float
+from qat.quantizers.float import Float
+from tests import tiny
+from tests.analysis.common import PTQ, QAT, image_set, is_as_before, net_of, ptq, state, studied
+
+LAYERS = (
+    "patch_embed.proj",
+    *(f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
+    "head",
+)
+
+
+def run(net, **settings):
+    """Lines of the table by layer, the summary, the figures."""
+    outcome = Sensitivity(**settings).run([studied(net)], image_set())
+    return {line["layer"]: line for line in outcome.tables[0].rows}, outcome.summary["net"], outcome.drawings
+
+
+def without_quantizers(net, names):
+    """A copy in which the quantizers of these names leave all as it is."""
+    net = copy.deepcopy(net)
+    for site in list(qat.iter_quantizers(net)):
+        if site.name in names:
+            setattr(site.owner, site.name.rpartition(".")[2], Float(site.quantizer.spec))
+    return net
+
+
+def converted_anew(kind, overrides):
+    """The net of this kind with rules, its tensors those of the net without them."""
+    if kind in PTQ:
+        net = qat.convert(tiny.vit(), PtqRecipe(**PTQ[kind], overrides=overrides), input_size=tiny.SIZE)
+        calibrate(net, [tiny.images(seed=1)])
+        return net.eval()
+    preset, knobs = QAT[kind]
+    net = qat.convert(tiny.vit(), qat.recipe(preset, **knobs, overrides=overrides), input_size=tiny.SIZE)
+    if kind == "lsq4":
+        return qat.initialize_scales(net, [tiny.images()]).eval()
+    net.load_state_dict(net_of(kind).state_dict())
+    return net.eval()
+
+
+def overrides(setting):
+    """What Hydra makes of a setting: the group and its rules."""
+    parsed = OverridesParser.create().parse_override(setting)
+    group, _, key = parsed.key_or_group.rpartition(".")
+    assert key == "overrides"
+    return group, OmegaConf.to_container(OmegaConf.create(parsed.value()))
+
+
+@pytest.mark.parametrize("kind", ["ofq2", "minmax", "corrected", "ptq4"])
+def test_changes_are_those_of_nets_without_quantizers_and_of_nets_converted_with_other_bits(kind):
+    net, images = net_of(kind), image_set()
+    before, as_is = state(net), images.score(net)
+    lines, summary, _ = run(net, bits=[8, 3])
+    assert is_as_before(net, before)
+    assert summary["as_is"] == as_is
+    sites = [site for site in qat.iter_quantizers(net) if not site.quantizer.is_float]
+    assert list(lines) == list(dict.fromkeys(site.layer or "(net)" for site in sites))
+    for name, line in lines.items():
+        own = {site.name for site in sites if (site.layer or "(net)") == name}
+        found = images.score(without_quantizers(net, own))
+        assert line["in float: loss change"] == found["loss"] - as_is["loss"]
+        assert line["in float: top-1 change (points)"] == found["top1"] - as_is["top1"]
+    best = min(lines.values(), key=lambda line: line["in float: loss change"])
+    assert summary["most_sensitive"] == {"layer": best["layer"], "loss_change": best["in float: loss change"]}
+
+    recipe = conversion_of(net).recipe
+    for name in ("blocks.0.mlp.fc1", "blocks.1.mlp.fc2"):
+        found = images.score(converted_anew(kind, {name: {"bits": 8, "act_bits": recipe.act_bits}}))
+        assert (lines[name]["bits"], lines[name]["weights"]) == (recipe.bits, 32 * 128)
+        assert lines[name]["8 bits: loss change"] == found["loss"] - as_is["loss"]
+
+
+@pytest.mark.parametrize("side", ["blocks.1.mlp.fc1.input_quantizer", "blocks.0.residual1_quantizer", "blocks.0.mlp.fc1.weight_quantizer"])
+def test_an_integer_norm_is_a_norm_where_a_quantizer_beside_it_is_in_float(side):
+    net = ptq(bits=4, layernorm="integer", residual_observer="ptf")
+    sites = {site.name: site.quantizer for site in qat.iter_quantizers(net)}
+    with left_in_float(net, [sites[side]]):
+        found = {name for name, m in net.named_modules() if isinstance(m, IntegerLayerNorm) and m.__dict__.get("forward") == m.in_float}
+    assert found == {name for name, m in net.named_modules() if isinstance(m, IntegerLayerNorm) and sites[side] in m.between}
+    assert len(found) == ("weight" not in side)
+    with in_float(net):
+        expected = tiny.logits(net)
+    with left_in_float(net, list(sites.values())):
+        assert torch.equal(tiny.logits(net), expected)
+
+
+def test_weights_of_a_float_net_have_the_step_sizes_of_least_error():
+    net, images = tiny.vit(), image_set()
+    before, by_hand = state(net), copy.deepcopy(net)
+    lines, summary, drawings = run(net, bits=[3])
+    weight = by_hand.blocks[0].mlp.fc1.weight
+    scale, zero = qat.functional.affine_scale(weight, 3, signed=True, axis=0, method="mse")
+    weight.data = qat.functional.fake_quantize_affine(weight.data, scale, zero, -4, 3, 0)
+    expected = images.score(by_hand)["loss"] - images.score(net)["loss"]
+    assert lines["blocks.0.mlp.fc1"]["3 bits: loss change"] == pytest.approx(expected, abs=1e-7)
+    assert lines.keys() == {name for name, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert "most_sensitive" not in summary
+    assert "in float:" not in drawings[0].alt
+    assert is_as_before(net, before)
+
+
+@pytest.mark.parametrize("kind", ["ofq2", "noqkr", "lsq4", "statsq", "ptq4", "inputs"])
+def test_sizes_and_bits_are_those_of_nets_converted_with_the_setting(kind):
+    net = net_of(kind)
+    _, layers = find_layers(studied(net))
+    # In training, a rule about the bits of the stem or the head is about its input too.
+    edges = {layer.name for layer in layers if layer.weight and not layer.is_free}
+    assert edges == ({"patch_embed.proj", "head"} if kind in {"ofq2", "noqkr", "lsq4"} else set())
+    rest, sizes = stored_bytes(net, layers, (2, 3, 8))
+    bits = dict(zip(sizes, itertools.cycle((2, 8, 3))))
+    group, rules = overrides(as_setting(conversion_of(net), bits))
+    assert group == ("ptq" if kind in PTQ else "quant")
+    anew = converted_anew(kind, rules)
+    found = {site.layer: site.quantizer.spec.bits for site in qat.iter_quantizers(anew) if site.is_weight}
+    assert {name: found[name] for name in bits} == bits
+    assert rest + sum(sizes[name][width] for name, width in bits.items()) == size_bytes(anew)
+    acts = [{s.name: s.quantizer.spec for s in qat.iter_quantizers(n) if not s.is_weight} for n in (net, anew)]
+    assert acts[0] == acts[1]
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {},
+        {"head": {"bits": 8, "act_bits": 6}, "*": {"act_bits": 5}},
+        {"head": {"head_bits": 3, "act_observer": "omse"}, "blocks.0.*": {"bits": 3, "bias_correction": True}},
+        {"patch_embed.*": {"stem_bits": 8}, "blocks.1.mlp.fc2": {"act_bits": 4}},
+    ],
+)
+def test_rules_give_the_bits_and_keep_everything_else(rules):
+    def specs(overrides):
+        net = qat.convert(tiny.vit(), PtqRecipe(bits=4, overrides=overrides), input_size=tiny.SIZE)
+        return {site.name: (site.quantizer.spec, site.quantizer.spec.observer) for site in qat.iter_quantizers(net)}
+
+    bits = dict(zip(LAYERS, (8, 2, 3, 4, 6, 2, 3, 4, 8, 5), strict=True))
+    before, after = specs(rules), specs(rules_with_bits(PtqRecipe(bits=4, overrides=rules), bits))
+    weights = {f"{name}.weight_quantizer": width for name, width in bits.items()}
+    assert {name: after[name][0].bits for name in weights} == weights
+    others = before.keys() - weights.keys()
+    assert {name: before[name] for name in others} == {name: after[name] for name in others}
+    assert {name: before[name][0].bias_correction for name in weights} == {name: after[name][0].bias_correction for name in weights}
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [
+        # All at what loses least; of equal losses the fewer bytes.
+        (100, {"a": 4, "b": 8, "c": 2}),
+        # a from 4 to 2 bits adds 0.02 a byte, b from 8 to 4 bits 0.025, and from 8 to 2 bits 0.05.
+        (15, {"a": 2, "b": 8, "c": 2}),
+        (11, {"a": 2, "b": 4, "c": 2}),
+        (8, {"a": 2, "b": 2, "c": 2}),
+    ],
+)
+def test_the_reduction_that_adds_least_loss_per_byte_comes_first(room, expected):
+    sizes = {"a": {2: 4, 4: 8, 8: 16}, "b": {2: 2, 4: 4, 8: 8}, "c": {2: 2, 8: 8}}
+    rises = {"a": {2: 0.08, 4: 0.0, 8: 0.01}, "b": {2: 0.3, 4: 0.1, 8: 0.0}, "c": {2: 0.0, 8: 0.0}}
+    assert greedy_bits(sizes, rises, room) == expected
+
+
+@pytest.mark.parametrize("kind", ["ofq2", "ptq4"])
+def test_a_suggestion_is_evaluated_as_a_whole(kind, caplog):
+    caplog.set_level("INFO")
+    net = net_of(kind)
+    weights, layers = find_layers(studied(net))
+    rest, sizes = stored_bytes(weights.net, layers, (2, 4))
+    budget = round((rest + sum(sum(of.values()) for of in sizes.values()) / 2) / 1e6, 5)
+    lines, summary, drawings = run(net, bits=[2, 4], budget_mb=[budget, 1.0])
+    suggested, free = summary["suggestions"]
+    assert suggested["size_bytes"] <= budget * 1e6
+    assert suggested["expected_loss"] >= free["expected_loss"]
+    bits = suggested["bits_of_layers"]
+    assert len(set(bits.values())) > 1
+    assert bits == {name: line[f"bits for {budget:g} MB"] for name, line in lines.items() if name in bits}
+    rises = (lines[name][f"{width} bits: loss change"] or 0.0 for name, width in bits.items())
+    assert suggested["expected_loss"] == pytest.approx(summary["as_is"]["loss"] + sum(rises), abs=1e-12)
+    group, rules = overrides(suggested["setting"])
+    assert group == ("quant" if kind == "ofq2" else "ptq")
+    anew = converted_anew(kind, rules)
+    assert image_set().score(anew)["loss"] == suggested["loss"]
+    assert size_bytes(anew) == suggested["size_bytes"]
+    assert f"'{suggested['setting']}'" in caplog.text
+    assert f"(framed: bits for {budget:g} MB)" in drawings[0].title
+
+
+@pytest.mark.parametrize("least", [125_014, 1_048_574, 1_234_564])
+def test_the_smallest_size_that_is_printed_can_be_typed(least):
+    # Megabytes times 10^6 lie below the first two in floating point; the seventh figure of the third rounds down.
+    sizes = {"a": {2: 14, 8: 56}}
+    with pytest.raises(UsageError) as error:
+        Sensitivity(budget_mb=(least - 1) / 1e6)._check_budgets("net", least - 14, sizes)
+    printed = re.search(r"below the smallest possible size of net: ([\d.]+) MB", str(error.value))[1]
+    Sensitivity(budget_mb=float(printed))._check_budgets("net", least - 14, sizes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": [1]}, "analysis.bits=1: must be an integer from 2 to 8"),
+        ({"bits": 4}, "analysis.bits=4: must be a list"),
+        ({"budget_mb": 0}, "analysis.budget_mb=0: must be a number above 0"),
+        ({"budget_mb": [1.0, "small"]}, "analysis.budget_mb='small': must be a number above 0"),
+        ({"steps_from": "best"}, "analysis.steps_from='best': must be one of own, mse"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(UsageError) as error:
+        Sensitivity(**settings)
+    assert str(error.value) == message

@@ -1,0 +1,185 @@
+"""`analysis=weights`. Oracle: numbers by hand for small tensors; the quantizers themselves and `qat.functional` for nets."""
+
+import pytest
+import torch
+
+import qat
+from qat.analysis import NO_IMAGES, Table, write_outcome
+from qat.analysis.weights import WeightAnalysis, activation_rows, latent_weights, use_of_codes
+from qat.errors import UsageError
+from qat.functional import kurtosis, near_threshold
+from qat.quantizers import LSQ, Affine, StatsQ
+from qat.spec import QuantSpec
+from tests import tiny
+from tests.analysis.common import KINDS, image_set, is_as_before, net_of, state, studied
+from tests.quantizers.test_grid import Odd
+
+
+def lsq(*steps, bits=2):
+    quantizer = LSQ(QuantSpec("weight", "lsq", bits, axis=0))
+    quantizer.scale = torch.nn.Parameter(torch.tensor(steps))
+    return quantizer
+
+
+def affine(steps, zero_points):
+    quantizer = Affine(QuantSpec("weight", "affine", 2, signed=False, axis=0))
+    quantizer.scale, quantizer.zero_point = torch.tensor(steps), torch.tensor(zero_points)
+    return quantizer
+
+
+def row_of(weight, quantizer, boundary=0.01):
+    return WeightAnalysis(boundary=boundary)._row("fc", "weight", torch.tensor(weight), quantizer)
+
+
+def analysed(net, images=NO_IMAGES, **settings):
+    return WeightAnalysis(**settings).run([studied(net)], images)
+
+
+@pytest.mark.parametrize(
+    ("weight", "quantizer", "expected"),
+    [
+        # Codes -2, -2 (clipped), 0, 0, 0, 1 (beyond), 1, 1 (clipped).
+        (
+            [[-2.0, -3.0, 0.0, 0.25], [-0.25, 1.25, 1.0, 2.0]],
+            lsq(1.0, 1.0),
+            {"unused levels": 1, "entropy (bits)": 1.56128, "at the end codes, %": 62.5, "clipped, %": 25, "SNR (dB)": 9.54243},
+        ),
+        ([[-0.5, 0.0, 0.5, 1.0], [-3.0, -2.0, -1.0, 0.25]], affine([0.5, 1.0], [1.0, 3.0]), {"entropy (bits)": 2, "clipped, %": 0}),
+        # 0.505 is near 1/2; of -2 and -1 around -1.5, neither is below the lowest code that occurs, -2.
+        ([[0.505, 0.0, 1.0, -1.5]], lsq(1.0), {"near a threshold, %": 50}),
+        ([[0.495, 0.0, 0.1, 0.2]], lsq(1.0), {"near a threshold, %": 0}),  # without a weight at 1 there is no threshold at 1/2
+        ([[0.0, 1.0, -2.0]], lsq(1.0), {"SNR (dB)": float("inf")}),
+        # A row of zeros does not spoil the others: scale 2, levels at 0.5 and 1.5.
+        ([[0.0, 0.0], [1.0, -1.0]], StatsQ(QuantSpec("weight", "statsq", 2, axis=0)), {"SNR (dB)": 6.0206}),
+        ([[0.5, 0.5]], StatsQ(QuantSpec("weight", "statsq", 2, axis=0)), {"kurtosis": 0}),
+        # Nothing is known of the thresholds of a user's own quantizer.
+        ([[1.0, -2.0], [3.0, 0.0]], Odd(QuantSpec("weight", "odd", 2)), {"unused levels": 1, "SNR (dB)": 4.47158}),
+        ([[1.0, -2.0], [3.0, 0.0]], None, {"bits": 32, "quantizer": "float"}),
+    ],
+)
+def test_numbers_by_hand(weight, quantizer, expected):
+    row = row_of(weight, quantizer)
+    assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    assert ("clipped, %" in row) == (quantizer is not None and quantizer.spec.quantizer != "odd")
+    assert ("SNR (dB)" in row) == (quantizer is not None)
+
+
+def test_entropy_of_even_use_is_the_width():
+    found = use_of_codes(lsq(1.0, bits=4), torch.arange(-8.0, 8.0).view(1, 16))
+    assert found["entropy (bits)"] == pytest.approx(4)
+    assert found["unused levels"] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_every_kind_of_net(kind):
+    net = net_of(kind)
+    before = state(net)
+    found = analysed(net, image_set())
+    assert is_as_before(net, before)
+    weights, activations = (table.rows for table in [*found.tables, Table("", "", [])][:2])
+    sites = {(site.layer, site.role): site for site in qat.iter_quantizers(net) if site.is_weight}
+    assert {(row["layer"], row["role"]) for row in weights if row["bits"] < 32} == set(sites)
+    for row in (row for row in weights if row["bits"] < 32):
+        weight = sites[row["layer"], row["role"]].latent()
+        noise = (weight - sites[row["layer"], row["role"]].quantizer(weight)).double().square().sum()
+        assert row["kurtosis"] == pytest.approx(float(kurtosis(weight)), rel=1e-4)
+        assert row["SNR (dB)"] == pytest.approx(float(10 * (weight.double().square().sum() / noise).log10()), rel=1e-4)
+        if row["quantizer"] == "statsq":
+            assert row["near a threshold, %"] == pytest.approx(
+                100 * float(near_threshold(weight, row["bits"], 0.005).float().mean()), rel=1e-4
+            )
+    assert {row["quantizer of"] for row in activations} == {
+        site.name for site in qat.iter_quantizers(net) if not site.is_weight and not site.quantizer.is_float
+    }
+    assert found.summary["net"]["quantized_weights"] == sum(site.latent().numel() for site in sites.values())
+    assert [drawing.name for drawing in found.drawings] == ["weights_histograms"]
+    assert all("nan" not in drawing.alt for drawing in found.drawings)
+
+
+def test_a_float_net_has_its_layers_in_order(tmp_path):
+    net = tiny.vit()
+    found = analysed(net, image_set())
+    names = [name for name, module in net.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    assert [layer for layer, *_ in latent_weights(net)] == names
+    (table,) = found.tables
+    assert [row["layer"] for row in table.rows] == names
+    write_outcome(tmp_path, "weights", {}, found)
+    assert (tmp_path / "weights_histograms.png").stat().st_size > 5000
+
+
+def test_nets_of_different_kinds_beside_each_other():
+    nets = [studied(net_of("ofq2"), "two"), studied(tiny.vit(), "float")]
+    found = WeightAnalysis().run(nets, NO_IMAGES)
+    assert [drawing.name for drawing in found.drawings] == ["weights_histograms_1", "weights_histograms_2"]
+    assert set(found.summary) == {row["net"] for row in found.tables[0].rows} == {"two", "float"}
+    (drawing,) = WeightAnalysis(layers=["blocks.*.attn.qkv"]).run(nets, NO_IMAGES).drawings
+    assert drawing.name == "weights_histograms_2"  # a glob may match in one of the nets only
+
+
+@pytest.mark.parametrize(
+    ("settings", "drawn"),
+    [
+        ({"layers": ["blocks.1.attn*"]}, ["blocks.1.attn (qk)", "blocks.1.attn.proj", "blocks.1.attn.v"]),
+        ({"layers": ["*.fc2", "head"]}, ["blocks.0.mlp.fc2", "blocks.1.mlp.fc2", "head"]),
+    ],
+)
+def test_which_histograms_are_drawn(settings, drawn):
+    (drawing,) = analysed(net_of("ofq2"), **settings).drawings
+    titles = [axis.get_title(loc="left").partition("\n")[0] for axis in drawing.figure.axes]
+    assert titles == drawn
+
+
+def test_without_globs_the_ends_the_middle_and_the_sharpest_are_drawn(monkeypatch):
+    monkeypatch.setattr("qat.analysis.weights.MOST_PANELS", 4)
+    rows = [{"kurtosis": kurtosis} for kurtosis in (2, 2, 2, 9, 3, 2, 2)]
+    assert WeightAnalysis()._chosen(rows) == [0, 3, 4, 6]
+
+
+def test_a_histogram_counts_what_lies_outside_in_its_ends():
+    net = net_of("lsq2")
+    with torch.no_grad():
+        net.blocks[0].mlp.fc1.weight.fill_(100.0)
+    (drawing,) = analysed(net, layers=["blocks.0.mlp.fc1"]).drawings
+    heights = drawing.figure.axes[0].patches[0].get_data().values
+    assert (heights[-1], sum(heights)) == (pytest.approx(100), pytest.approx(100))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": [1]}, "analysis.layers=[1]: must be a list of globs such as blocks.0.*"),
+        ({"boundary": 0.5}, "analysis.boundary=0.5: must be a number above 0 to below 0.5"),
+        ({"activation_images": -1}, "analysis.activation_images=-1: must be an integer of at least 0"),
+        ({"layers": ["block.*"]}, "analysis.layers: 'block.*' matches no layer with weights; patterns see names like 'head'"),
+    ],
+)
+def test_mistakes_are_one_line(settings, message):
+    with pytest.raises(UsageError) as error:
+        analysed(net_of("ofq2"), **settings)
+    assert str(error.value) == message
+
+
+@torch.no_grad()
+def test_activation_codes_are_those_of_the_quantizers():
+    net, images = net_of("ofq2"), tiny.images()
+    quantizer, seen = tiny.sites(net)["blocks.0.attn.input_quantizer"].quantizer, []
+    with torch.no_grad():
+        hook = quantizer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        net(images)
+        hook.remove()
+    (row,) = [row for row in activation_rows(net, images) if row["quantizer of"] == "blocks.0.attn.input_quantizer"]
+    (x,) = seen
+    codes = quantizer.codes(x)
+    assert row["at the end codes, %"] == pytest.approx(100 * float(((codes == -2) | (codes == 1)).float().mean()), rel=1e-5)
+    assert (row["values from"], row["values to"]) == (pytest.approx(float(x.min()), rel=1e-5), pytest.approx(float(x.max()), rel=1e-5))
+    places = (x + quantizer.offset_before) / quantizer.quantizer.scale.view(1, -1, 1)
+    assert row["clipped, %"] == pytest.approx(100 * float(((places < -2.5) | (places > 1.5)).float().mean()), rel=1e-5)
+
+
+def test_only_so_many_images_are_read():
+    assert (WeightAnalysis().split, WeightAnalysis(activation_images=0).split) == ("train", None)
+    net, images = net_of("ofq2"), image_set(n=16, batch=6)
+    (_, table) = analysed(net, images, activation_images=8).tables
+    first = torch.cat([batch for batch, _ in images.batches])[:8]
+    assert [*table.rows] == [{"net": "net", **row} for row in activation_rows(net, first)]

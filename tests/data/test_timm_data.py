@@ -1,0 +1,146 @@
+"""Datasets by their name in timm. Oracles: timm's own `create_dataset` on the same files, and what a folder of the same images gives."""
+
+import sys
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+
+import qat
+from qat.data import Timm
+from tests.conftest import encoded
+from tests.data.files import GREY, write_fashion_mnist, write_folder, write_image
+from tests.data.files import SETTINGS as SMALL
+
+SETTINGS = {**SMALL, "crop_pct": 1.0, "interpolation": "bicubic"}
+SPLITS = (("train", 20), ("validation", 4))
+
+
+def data(folder, **changes):
+    return Timm(**{**SETTINGS, "root": str(folder), **changes})
+
+
+def tar(root):
+    """All images of a folder, in `photos.tar`."""
+    folder = write_folder(root / "folder", (("train", 20),))
+    with tarfile.open(root / "photos.tar", "w") as file:
+        file.add(folder / "train", "photos")
+    return root / "photos.tar"
+
+
+@pytest.mark.parametrize("size", [None, 10])
+def test_a_folder_is_timms(tmp_path, size):
+    root = write_folder(tmp_path, SPLITS, size=size)
+    found = data(root)
+    for split, name in (("train", "train"), ("val", "validation")):
+        source, expected = found.split(split), timm.data.create_dataset("", str(root), name)
+        assert len(source) == len(expected)
+        for i, (image, label) in enumerate(expected):
+            assert np.array_equal(source[i][0], np.asarray(image))
+            assert source[i][1] == label
+    assert (found.named_classes(), found.evaluation_split) == (["ant", "bee"], "val")
+    assert Timm(**SETTINGS).named_classes() is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tar_file_is_timms_and_goes_on_in_the_middle_of_an_epoch(tmp_path, workers):
+    path = tar(tmp_path)
+    settings = {"val_split": None, "augment": "timm", "batch_size": 4}
+    found = data(path, **settings, num_workers=workers)
+    expected = {(np.asarray(image).tobytes(), label) for image, label in timm.data.create_dataset("", str(path))}
+    assert [len(found.split(split)) for split in ("train", "val")] == [36, 4]
+    assert {
+        (image.tobytes(), label) for split in ("train", "val") for image, label in map(found.split(split).__getitem__, range(4))
+    } < expected
+    whole = [images for images, _ in data(path, **settings).train_dataloader()]
+    loader = found.train_dataloader()
+    loader.load_state_dict({"batches": 3})
+    assert torch.equal(torch.cat([images for images, _ in loader]), torch.cat(whole[3:]))
+
+
+def test_torchvisions_datasets(tmp_path):
+    made = write_fashion_mnist(tmp_path)
+    found = data(tmp_path, **GREY, name="torch/fashion_mnist", num_classes=10, val_split=None, test_split="test")
+    assert [len(found.split(split)) for split in ("train", "val", "test")] == [36, 4, 10]
+    assert np.array_equal(found.split("test").images[..., 0], made["t10k"][0])
+    assert found.split("test").labels.tolist() == made["t10k"][1].tolist()
+    assert found.named_classes()[9] == "Ankle boot"
+
+
+def test_a_dataset_of_the_hub(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+
+    class Rows(list):
+        """What timm uses of a `datasets.Dataset`."""
+
+        info = SimpleNamespace(splits=None, features={"kind": SimpleNamespace(names=["ant", "bee"], str2int=["ant", "bee"].index)})
+
+        def cast_column(self, *_):
+            return self
+
+        def remove_columns(self, _):
+            return [{"kind": row["kind"]} for row in self]
+
+    rows = Rows({"photo": {"bytes": encoded(image)}, "kind": i % 2} for i, image in enumerate(images))
+    asked = []
+    fake = SimpleNamespace(
+        load_dataset=lambda name, **how: asked.append((name, how["split"])) or rows, Image=lambda **_: None, __spec__=None
+    )
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
+    monkeypatch.setattr("timm.data.readers._hfds.get_class_labels", lambda *_: {"ant": 0, "bee": 1}, raising=False)
+    found = Timm(**SETTINGS, name="hfds/user/photos", image_column="photo", label_column="kind", val_split="train[:10%]")
+    assert np.array_equal(found.split("train").images, images)
+    assert found.split("val").labels.tolist() == [0, 1] * 20
+    assert asked == [("user/photos", "train"), ("user/photos", "train[:10%]")]
+
+
+def test_fingerprints_tell_files_and_labels_apart_wherever_they_are(tmp_path):
+    first, second = (data(write_folder(tmp_path / name, SPLITS)).fingerprints() for name in ("a", "b"))
+    assert first == second
+    assert first["train"] != first["val"]
+    write_image(tmp_path / "b" / "train" / "ant" / "more.png", 9, 9)
+    changed = data(tmp_path / "b").fingerprints()
+    assert (changed["train"] == first["train"], changed["val"] == first["val"]) == (False, True)
+
+
+def test_a_split_without_a_class_has_the_ids_of_train(tmp_path):
+    write_folder(tmp_path, (("train", 20),))
+    write_folder(tmp_path, (("validation", 4),), classes=("bee",))
+    assert data(tmp_path).split("val").labels.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("case", ["no such folder in the split's name", "one split twice", "a tar file"])
+def test_a_split_that_is_another_one_is_refused(tmp_path, case):
+    root = tar(tmp_path) if case == "a tar file" else write_folder(tmp_path / "data", (("train", 20),))
+    changes = {"val_split": "train"} if case == "one split twice" else {}
+    with pytest.raises(
+        qat.UsageError, match=r"^data\.val_split='\w+': must be other images than data\.train_split; null for no such split$"
+    ):
+        data(root, **changes).train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"name": "wds/photos"}, r"data\.name='wds/photos': must be empty \(a folder or a tar file\), torch/NAME or hfds/NAME$"),
+        ({"name": "photos"}, r"data\.name='photos': must be empty"),
+        (
+            {"name": "torch/no_such"},
+            r"data\.name='torch/no_such': must be a dataset that timm can read; of 'train' it says: AssertionError: Unknown",
+        ),
+        ({"root": "/no/such"}, r"data\.root='/no/such': no such folder$"),
+        ({"root": None}, r"data\.root is not set: give the folder that holds the dataset that timm reads, or give a tar file$"),
+        (
+            {"num_classes": None, "val_split": None},
+            r"data\.num_classes is not set: data\.root='.*' has 2 classes; set data\.num_classes=2$",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(tmp_path, changes, line):
+    write_folder(tmp_path, (("train", 20),))
+    with pytest.raises(qat.UsageError, match=rf"^{line}"):
+        data(tmp_path, **changes).split("train")

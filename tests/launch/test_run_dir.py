@@ -1,0 +1,121 @@
+"""One run at a time in a directory. Oracle: the files that are there."""
+
+import contextlib
+import errno
+import fcntl
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import time
+
+import pytest
+
+from qat.cli import commands
+from qat.launch import run_dir
+from qat.launch.run_dir import UsedError
+from tests.commands import typed
+from tests.conftest import TINY, tiny
+
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def _hold(folder, ready):
+    run_dir.lock(folder)
+    CONTEXT.Process(target=time.sleep, args=(60,)).start()  # as a loader of the run
+    ready.set()
+    time.sleep(60)
+
+
+@contextlib.contextmanager
+def locked_elsewhere(folder):
+    """Another process that has locked a directory, until it is killed."""
+    ready = CONTEXT.Event()
+    process = CONTEXT.Process(target=_hold, args=(str(folder), ready))
+    process.start()
+    assert ready.wait(10)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "arguments", [("train.py", "overwrite=true"), ("train.py", "-m", "seed=1,2"), ("eval.py", "ckpt=x.ckpt")], ids=" ".join
+)
+def test_a_second_run_is_refused_in_one_line_and_leaves_no_trace(tmp_path, arguments):
+    with locked_elsewhere(tmp_path / "run") as holder:
+        before = contents(tmp_path)
+        code, out = typed(*arguments, "run_dir=run", cwd=tmp_path)
+        who = f"process {holder.pid} on host {socket.gethostname()}"
+        assert code == f"error: run_dir='run': is in use by {who}; must be another directory, or wait for it to end"
+        assert out == ""
+        assert contents(tmp_path) == before
+
+
+def test_a_job_whose_directory_is_in_use_fails_alone(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr("qat.tasks.train.train", lambda cfg: trained.append(cfg.seed))
+    with locked_elsewhere(tmp_path / "sweep" / "0"):
+        code, out = typed("train.py", "-m", *TINY, "report=false", "seed=1,2", "run_dir=sweep", cwd=tmp_path)
+    assert code == 1
+    assert re.search(r"error: run_dir='.*/sweep/0': is in use by process \d+", out)
+    assert not (tmp_path / "sweep" / "0" / "results.json").exists()
+    assert trained == [2]
+
+
+def test_a_killed_run_locks_nobody_out_though_a_loader_of_it_lives_on(tmp_path):
+    with locked_elsewhere(tmp_path) as holder:
+        with pytest.raises(UsedError):
+            run_dir.lock(str(tmp_path))
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.join()
+        with run_dir.locked(str(tmp_path)):
+            assert f"process {os.getpid()} " in (tmp_path / run_dir.LOCK).read_text()
+    assert contents(tmp_path) == {}
+
+
+def test_a_job_that_is_started_again_waits_for_its_last_stretch(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with locked_elsewhere(tmp_path) as holder:
+        monkeypatch.setattr(time, "sleep", lambda _: (holder.kill(), holder.join()))
+        with run_dir.locked(str(tmp_path)):
+            assert (tmp_path / run_dir.LOCK).exists()
+
+
+@pytest.mark.parametrize("place", [{"RANK": "1"}, {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}], ids=str)
+def test_the_other_processes_of_a_run_lock_nothing(tmp_path, monkeypatch, place):
+    with locked_elsewhere(tmp_path):
+        before = contents(tmp_path)
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        with run_dir.locked(str(tmp_path)):
+            assert contents(tmp_path) == before
+        assert contents(tmp_path) == before
+
+
+def test_a_file_system_without_locks_prevents_no_run(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    monkeypatch.setattr("qat.tasks.train.train", lambda _: 42.0)
+    assert commands.run_task(tiny(tmp_path / "run")) == 42.0
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"run_dir='{tmp_path / 'run'}': this file system has no locks")
+    assert contents(tmp_path) == {}
+
+
+def test_the_report_of_a_run_that_is_going_can_be_made(tmp_path, float_run):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_bytes((float_run / "config.yaml").read_bytes())
+    with locked_elsewhere(folder):
+        assert typed("analyze.py", f"run={folder}", "run_dir=report", cwd=tmp_path)[0] == 0
+    assert (folder / "report.html").exists()

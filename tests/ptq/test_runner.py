@@ -1,0 +1,107 @@
+"""Running a net from one of its modules on. Oracle: the whole forward, bit for bit."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import qat
+from qat.model.blocks import find_blocks
+from qat.ptq.runner import Runner
+from tests import tiny
+from tests.ptq.searching import WEIGHTS, batches, quantized
+
+SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "in_chans": 1, "num_classes": 10}
+BEIT = {"img_size": 8, "patch_size": 2, "embed_dim": 32, "depth": 3, "num_heads": 2, "in_chans": 1, "num_classes": 10}
+FAMILIES = {
+    "deit_tiny_distilled_patch16_224": tiny.KWARGS,
+    "swin_tiny_patch4_window7_224": SWIN,
+    # A bias that all blocks share is made before them.
+    "vit_relpos_small_patch16_rpn_224": {**BEIT, "rel_pos_dim": 16, "shared_rel_pos": True},
+    "beit_base_patch16_224": {**BEIT, "use_shared_rel_pos_bias": True, "use_rel_pos_bias": False},
+}
+
+
+def runner(net, parts, limit=float("inf"), entry=""):
+    return Runner(net, {name: [name + entry] for name in find_blocks(net)}, parts, limit, to_the_end=True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_every_block_leads_to_the_same_logits_and_what_comes_before_does_not_run(name, caplog):
+    size = FAMILIES[name]["img_size"]
+    images = torch.randn(5, 1, size, size, generator=torch.Generator().manual_seed(0))
+    net = tiny.shake(timm.create_model(name, **FAMILIES[name])).eval()
+    qat.convert(net, qat.recipe("minmax", weight_quantizer=WEIGHTS), input_size=tuple(images.shape[1:]))
+    qat.initialize_scales(net, [images])
+    parts, calls = images.split(2), []
+    whole, runs = [net(part) for part in parts], runner(net, parts)
+    first = next(iter(find_blocks(net)))
+    net.get_submodule(first).mlp.register_forward_hook(lambda *_: calls.append(1))
+    for block in reversed(find_blocks(net)):
+        with runs.at(block):
+            calls.clear()
+            assert all(torch.equal(runs(i), logits) for i, logits in enumerate(whole))
+            assert len(calls) == (len(parts) if block == first else 0)
+    assert "cannot be run" not in caplog.text
+    assert not any("forward" in module.__dict__ for module in net.modules())
+
+
+@torch.no_grad()
+def test_inputs_are_remembered_once_for_all_blocks_or_as_far_as_memory_goes():
+    """Of a block: its 17 tokens of 32 channels; before all blocks, the 16 patches."""
+    net, _ = quantized()
+    parts, ran = batches(), []
+    whole = [net(part) for part in parts]
+    enough = sum(len(part) for part in parts) * (2 * 17 + 16) * 32 * 4
+    for limit, fills in ((enough, 1), (enough - 1, 2), (0, 2)):
+        runs = runner(net, parts, limit)
+        handle = net.patch_embed.proj.register_forward_hook(lambda *_: ran.append(1))
+        ran.clear()
+        for block in ("blocks.1", "blocks.0"):
+            with runs.at(block):
+                assert all(torch.equal(runs(i), logits) for i, logits in enumerate(whole))
+        assert len(ran) == fills * len(parts)
+        handle.remove()
+
+
+@torch.no_grad()
+def test_what_runs_in_the_block_before_its_entry_is_remembered_too(monkeypatch):
+    net, _ = quantized()
+    parts = batches()
+    runs, quantizer = runner(net, parts, entry=".mlp.fc2.weight_quantizer"), net.blocks[1].mlp.fc2.weight_quantizer
+    with runs.at("blocks.1"):
+        pass
+    quantizer.scale.mul_(1.3)
+    whole = [net(part) for part in parts]
+    for name in ("norm1", "attn", "norm2", "mlp.act", "mlp.fc2.input_quantizer"):
+        monkeypatch.setattr(net.get_submodule(f"blocks.1.{name}"), "forward", lambda *_: pytest.fail("runs"))
+    with runs.at("blocks.1"):
+        assert all(torch.equal(runs(i), logits) for i, logits in enumerate(whole))
+
+
+class Again(nn.Module):
+    """A net that looks at the output of its first block again after the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(64, 8)
+        self.blocks = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, x):
+        x = seen = self.blocks[0](self.stem(x.flatten(1)))
+        return self.blocks[2](self.blocks[1](x)) + seen
+
+
+@torch.no_grad()
+def test_a_block_that_cannot_be_run_from_is_run_from_the_start(caplog):
+    net, images = Again(), tiny.images(3)
+    runs = runner(net, [images])
+    assert caplog.messages == [f"blocks.{i} cannot be run from its input; the whole net is run for it" for i in (2, 1)]
+    with runs.at("blocks.2"):
+        assert torch.equal(runs(0), net(images))
+    expected = runs.output("blocks.2", 0)
+    runs = Runner(net, {"blocks.2": ["blocks.2"]}, [images])
+    with runs.at("blocks.2"):
+        assert torch.equal(runs.output("blocks.2", 0)[1], expected[1])
+    assert len(caplog.messages) == 2

@@ -1,0 +1,114 @@
+"""Gathering a sweep, and the table of several runs. Oracle: hand-made directories; means and deviations worked out by hand."""
+
+import csv
+import json
+
+import pytest
+import yaml
+
+from qat.errors import UsageError
+from qat.report.__main__ import main
+from qat.report.sweep import gather, group_rows, publish
+from tests.report.pages import HOSTILE, RESULTS, read
+
+
+def job(folder, *overrides, **results):
+    """A job's directory: what Hydra writes, and what the run leaves."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+    if results:
+        (folder / "results.json").write_text(json.dumps(RESULTS | results))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two groups of three seeds; of the second one job failed, and one was killed."""
+    root = tmp_path / "sweep"
+    for number, (seed, top1) in enumerate([(1, 90.0), (2, 92.0), (10, 97.0)]):
+        job(root / str(number), "quant=ofq_2bit", f"seed={seed}", "trainer.max_epochs=5", "run_dir=a", seed=seed, top1=top1)
+    job(root / "3", "quant=ofq_4bit", "seed=1", "trainer.max_epochs=5", seed=1, top1=80.0)
+    job(root / "4", "quant=ofq_4bit", "seed=2", "trainer.max_epochs=5", seed=2, top1=None, error="the loss\nis nan")
+    job(root / "10", "quant=ofq_4bit", "seed=10", "trainer.max_epochs=5")
+    return root
+
+
+def test_the_terminal_has_a_row_for_each_group_and_a_line_for_each_failed_job(folder, capsys):
+    publish(folder, report=False, refused={"1": "holds best.ckpt already"})
+    out = capsys.readouterr().out
+    assert out.startswith("6 jobs: 4 done, 1 failed, 1 not finished\n")
+    assert out.splitlines()[-4:] == [
+        "job 1 (quant=ofq_2bit seed=2): holds best.ckpt already",
+        "job 4 (quant=ofq_4bit seed=2): the loss is nan",
+        "job 10 (quant=ofq_4bit seed=10): no results.json: killed, or still going",
+        f"table in {folder}: sweep.csv",
+    ]
+    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in out.splitlines() if "│" in line]
+    # 90, 92, 97: mean 93, squares 9 + 1 + 16 over n - 1 = 2, so the deviation is sqrt(13).
+    assert rows == [["ofq_2bit", "3", "93.00 ± 3.61"], ["ofq_4bit", "1 of 3", "80.00"]]
+    assert not (folder / "report.html").exists()
+
+
+def test_the_csv_has_a_row_for_each_job(folder):
+    publish(folder, report=False)
+    with (folder / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["job"] for row in rows] == ["0", "1", "2", "3", "4", "10"]
+    assert [row["status"] for row in rows] == ["done"] * 4 + ["failed", "not finished"]
+    assert {"overrides.quant": "ofq_2bit", "overrides.seed": "1", "top1": "90.0", "model": RESULTS["model"]}.items() <= rows[0].items()
+    assert rows[4]["error"] == "the loss is nan"
+    assert "recipe" not in rows[0]
+
+
+def test_the_page_has_the_table_its_figure_and_every_job(folder):
+    (folder / "0" / "report.html").touch()
+    publish(folder, report=True)
+    found = read(folder / "report.html")
+    for text in ("93.00 ± 3.61", "the loss is nan", "1 of 3", "quant=ofq_2bit: 93.00 ± 3.61 %; quant=ofq_4bit: 80.00 %"):
+        assert text in found.text
+    assert [link["href"] for link in found.all("a") if "report.html" in link["href"]] == ["0/report.html"]
+    assert len(found.all("img")) == 1
+
+
+def test_of_a_refused_job_the_results_keep_the_settings_they_came_from(folder):
+    # Hydra has written the settings of the new job into the directory of the old one.
+    (folder / "3" / "command.json").write_text(json.dumps({"overrides": ["quant=ofq_3bit"]}))
+    assert gather(folder)[3]["overrides.quant"] == "ofq_3bit"
+
+
+def test_nested_sweeps_are_gathered_together(folder):
+    job(folder / "more" / "0", "quant=ofq_2bit", "seed=3", "trainer.max_epochs=5", seed=3, top1=93.0)
+    assert gather(folder)[-1]["job"] == "more/0"
+    assert group_rows(gather(folder))[0]["n"] == "4"
+
+
+def test_long_numbers_are_shortened_where_they_are_shown(tmp_path):
+    for number, rate in enumerate(("0.00024156772025296256", "0.001")):
+        job(tmp_path / str(number), f"optimizer.lr={rate}", top1=90.0)
+    publish(tmp_path, report=True)
+    assert [row["optimizer.lr"] for row in group_rows(gather(tmp_path))] == ["0.0002416", "0.001"]
+    assert "0.00024156772025296256" in (tmp_path / "sweep.csv").read_text()
+
+
+def test_nothing_in_a_sweep_is_taken_for_markup(tmp_path):
+    job(tmp_path / "0", f"ckpt={HOSTILE}", top1=90.0)
+    job(tmp_path / "1", "ckpt=b", top1=None, error=HOSTILE)
+    publish(tmp_path, report=True)
+    found = read(tmp_path / "report.html")
+    assert found.text.count("document.title='hacked'") > 2
+    assert len(found.all("script")) == 1
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="sweep='.*nowhere': must be a folder with runs below it"):
+        publish(tmp_path / "nowhere", report=False)
+
+
+def test_a_table_of_several_runs(folder, capsys):
+    job(folder / "seed1" / "fp", quant="fp", recipe=None, seed=1, top1=95.0)
+    job(folder / "seed2" / "fp", quant="fp", recipe=None, seed=2, top1=97.0)
+    assert main([str(folder / name) for name in ("0", "seed1/fp", "seed2/fp")]) == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert rows[0] == ["ofq_2bit", "W2 A2", "90.00"]
+    assert ["fp", "W32 A32", "96.00 ± 1.41"] in rows
+    assert main([str(folder / "10")]) == 1
+    assert capsys.readouterr().err == f"error: {folder / '10'}: must be the directory of a run; there is no results.json\n"

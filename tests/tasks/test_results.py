@@ -1,0 +1,27 @@
+"""`results.json`. Oracle: its keys and values in a strict JSON parser."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+import qat
+from qat.tasks.results import recipe_fields, write_results
+
+
+def test_what_does_not_apply_is_null(tmp_path):
+    write_results(OmegaConf.create({"command": "train", "run_dir": str(tmp_path), "seed": 3}), top1=float("nan"), loss=0.5)
+    found = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert (found["command"], found["seed"], found["loss"]) == ("train", 3, 0.5)
+    assert (found["top1"], found["model"], found["data"], found["bitops"]) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "quant"),
+    [("ofq", {"bits": 2}, "ofq_2bit"), ("fp", {}, "fp"), ("lsq", {"bits": 4, "act_bits": 8}, "lsq_w4a8")],
+)
+def test_a_recipe_is_named_as_its_config(name, knobs, quant):
+    recipe = qat.recipe(name, **knobs)
+    fields = recipe_fields(recipe)
+    assert fields["quant"] == quant
+    assert qat.QuantRecipe(**json.loads(json.dumps(fields["recipe"]))) == recipe

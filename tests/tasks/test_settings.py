@@ -1,0 +1,67 @@
+"""Types of settings. Oracle: `conf/`, Lightning's own signature, and that each typed field refuses what is not of its type."""
+
+import dataclasses
+import inspect
+import re
+import typing
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from lightning.pytorch import Trainer
+
+from qat.cli.commands import line_of
+from qat.errors import UsageError
+from qat.tasks.settings import COMMANDS, check
+from tests.conftest import compose
+
+
+def typed_fields(kind, below=""):
+    """Names of all settings with a type, groups within groups included."""
+    for name, hint in typing.get_type_hints(kind).items():
+        kinds = [hint, *typing.get_args(hint)]
+        group = next((one for one in kinds if dataclasses.is_dataclass(one)), None)
+        if group is not None:
+            yield from typed_fields(group, f"{below}{name}.")
+        elif dict not in map(typing.get_origin, kinds) and hint is not typing.Any:
+            yield f"{below}{name}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_configs_are_valid_and_typed(command):
+    check(compose(command, "run_dir=a"))
+    for setting in typed_fields(COMMANDS[command]):
+        if setting in {"command", "run_dir"}:
+            continue
+        with pytest.raises(ConfigCompositionException) as caught:
+            compose(command, "run_dir=a", f"++{setting}={'x' if setting == 'model.imports' else '[[1]]'}")
+        assert re.search(rf"\b{re.escape(setting)}\b", line_of(caught.value)), setting
+
+
+def test_values_get_their_type():
+    cfg = compose("train", "seed='3'", "overwrite=no", "scheduler.warmup_epochs=1", "run_dir=a")
+    assert (cfg.seed, cfg.overwrite, cfg.scheduler.warmup_epochs) == (3, False, 1.0)
+
+
+def test_lightnings_arguments_go_by_their_names():
+    names = inspect.signature(Trainer).parameters
+    cfg = compose("train", *(f"trainer.{name}=null" for name in names), "run_dir=a")
+    assert set(names) <= set(cfg.trainer)
+    assert compose("eval", "trainer=gpu", "trainer.profiler._target_=a.B", "run_dir=a").trainer.profiler._target_ == "a.B"
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("+colour=3", "colour: unknown; must be one of allow_changed_data, callbacks, "),
+        ("+model.pretrainde=true", "model.pretrainde: unknown; near are pretrained"),
+        ("ckpt=''", "ckpt='': must be a path; null = none"),
+        ("teacher.ckpt=''", "teacher.ckpt='': must be a path; null = none"),
+        ("ckpt_format=zip", "ckpt_format='zip': must be one of auto, qat, timm, ofq"),
+        ("ckpt_bits=4", "ckpt_bits=4: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE"),
+        ("resume=yes", "resume='yes': must be one of false, true, auto"),
+    ],
+)
+def test_what_cannot_work_is_named(typed, line):
+    with pytest.raises(UsageError) as caught:
+        check(compose("train", "run_dir=a", typed))
+    assert str(caught.value).startswith(line)
