@@ -13,7 +13,7 @@ OLDEST := .venv-oldest
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: docs quickstart zoo step-count wheel latency study results results-quick gpu-bench startup step-time peers extras-cost decode-rate cluster-costs help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean step-demo test-oldest
+.PHONY: docs quickstart zoo step-count wheel latency study results results-quick gpu-bench step-time help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean test-oldest
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -43,17 +43,17 @@ demo-seeds: $(READY) ## the demo over three seeds, with the float net given the 
 	@$(BIN)/python -m qat.report $(DEMO)/seed*/fp $(DEMO)/seed*/ofq_2bit $(DEMO)/seed*/fp_control
 
 golden-deviations: $(READY) ## how far we are from the papers' own code
-	@PYTHONPATH=. $(BIN)/python benchmarks/golden_deviations.py
+	@PYTHONPATH=. $(BIN)/python evidence/golden_deviations.py
 
 SEED ?= 0
 stress: $(READY) ## kill -9 commands at random moments, run them again, compare all they leave with runs that were not killed; SEED=1 (10 minutes)
-	@PYTHONPATH=. $(BIN)/python benchmarks/stress.py --kills 40 --seed $(SEED)
+	@PYTHONPATH=. $(BIN)/python evidence/stress.py --kills 40 --seed $(SEED)
 
 models-page: $(READY) ## write docs/models.md: what conversion does to each timm family
-	@PYTHONPATH=. $(BIN)/python benchmarks/models_page.py
+	@PYTHONPATH=. $(BIN)/python evidence/models_page.py
 
 search-cost: $(READY) ## a look at the calibration images during a search, in float forwards, one thread; MODEL=deit_small_patch16_224 (10 minutes, 35)
-	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search_cost.py --model $(or $(MODEL),deit_tiny_patch16_224)
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python evidence/search_cost.py --model $(or $(MODEL),deit_tiny_patch16_224)
 
 WEIGHTS := outputs/weights
 weights-figures: $(READY) ## the figures of weights, oscillation and cost in docs/analysis.md: a short 2-bit run, plain and annealed (4 minutes)
@@ -70,66 +70,43 @@ weights-figures: $(READY) ## the figures of weights, oscillation and cost in doc
 	cp $(WEIGHTS)/oscillation/oscillation.svg docs/figures/oscillation-digits.svg
 	cp $(WEIGHTS)/cost/cost.svg docs/figures/cost-digits.svg
 
-# Figures go to the screen and to docs/logs; all seconds and bytes to $(COSTS).
-COSTS := outputs/costs
+# Tables go to the screen and to docs/logs.
 LOGGED := set -o pipefail; export PYTHONPATH=. OMP_NUM_THREADS=1;
-step-time step-count step-demo peers extras-cost latency: SHELL := bash
+step-time step-count latency: SHELL := bash
 
 step-time: $(READY) ## time and memory of a quantized training step in those of a float step: DeiT-T eager and compiled; DeiT-S, Swin-T eager (40 minutes)
 	@$(LOGGED) { \
-	  $(BIN)/python benchmarks/step_time.py --compiled --out $(COSTS)/step.json && echo && \
-	  $(BIN)/python benchmarks/step_time.py --batch 16 --rounds 5 --out $(COSTS)/step-16.json && echo && \
-	  $(BIN)/python benchmarks/step_time.py --batch 4 --rounds 5 --out $(COSTS)/step-nets.json \
+	  $(BIN)/python evidence/step_time.py --compiled && echo && \
+	  $(BIN)/python evidence/step_time.py --batch 16 --rounds 5 && echo && \
+	  $(BIN)/python evidence/step_time.py --batch 4 --rounds 5 \
 	    --models deit_tiny_distilled_patch16_224 deit_small_distilled_patch16_224 swin_tiny_patch4_window7_224; \
 	} | tee docs/logs/step-time.log
 
 step-count: $(READY) ## bytes, kernels and host time of a training step on CUDA beside float's, counted without a GPU: DeiT-T, -S, -B (10 minutes)
-	@$(LOGGED) $(BIN)/python benchmarks/step_count.py --out $(COSTS)/step-count.json | tee docs/logs/step-count.log
+	@$(LOGGED) $(BIN)/python evidence/step_count.py | tee docs/logs/step-count.log
 
-step-demo: $(READY) ## time of a training step of the demo's net in those of the float step (2 minutes)
-	@$(LOGGED) $(BIN)/python benchmarks/step_demo.py | tee docs/logs/step-demo.log
-
-PEER_PACKAGES := torchao==0.18.0 brevitas==0.13.4 nvidia-modelopt==0.47.0 dependencies==2.0.1 unfoldNd==0.2.3 regex pulp nvidia-ml-py
+PEER_PACKAGES := torchao==0.18.0 brevitas==0.13.4 dependencies==2.0.1 unfoldNd==0.2.3
 $(PEERS)/.ready: $(READY)
 	$(BIN)/python -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet --no-deps $(PEER_PACKAGES)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo $(PEERS)/lib/python3*/site-packages)/qat.pth
 	touch $@
 
-peers: $(PEERS)/.ready ## training steps of torchao, brevitas, ModelOpt and torch.ao beside ours; installs them next to .venv (30 minutes)
-	@$(LOGGED) $(PEERS)/bin/python benchmarks/peers.py --compiled --out $(COSTS)/peers.json | tee docs/logs/peers.log
-
-extras-cost: $(READY) ## what KURE, the gradient's L1 norm, the tracking of oscillation and a teacher's blocks add to a step of DeiT-T (5 minutes)
-	@$(LOGGED) $(BIN)/python benchmarks/extras_cost.py | tee docs/logs/extras-cost.log
-
-latency: $(READY) ## time of exported files beside float's in onnxruntime and OpenVINO: DeiT-T, DeiT-S, Swin-T, the CIFAR-10 net, one image and eight (20 minutes)
-	@$(LOGGED) $(BIN)/python benchmarks/latency.py $(TRAINED) | tee docs/logs/latency.log
-
-startup: $(READY) ## seconds until the commands answer and until the first training step, medians of five (3 minutes)
-	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/startup.py
-
-thread-waiting: $(READY) ## what OpenMP's way of waiting costs on an idle and on a busy machine (5 minutes)
-	@$(LOGGED) $(BIN)/python benchmarks/thread_waiting.py | tee docs/logs/thread-waiting.log
+latency: $(READY) ## time of exported files beside float's in onnxruntime and OpenVINO: DeiT-T, DeiT-S, Swin-T, one image and eight (20 minutes)
+	@$(LOGGED) $(BIN)/python evidence/latency.py | tee docs/logs/latency.log
 
 test-gpu: $(READY) ## are kernels, nets and steps right on this machine's GPU; without one in Triton's interpreter and on the CPU (1 minute)
 	@$(BIN)/python -m tests.gpu
 
-gpu-bench: $(READY) ## on a CUDA device: training steps of DeiT-T/S/B in float steps, kernels, memory; again for what is left, docs/gpu.md (9 minutes)
-	@$(BIN)/python -m benchmarks.gpu
-
-decode-rate: $(READY) ## training images a second that one core decodes and augments
-	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decode_rate.py
-
-RATIOS := deit_t=1.9 deit_s=2.1 swin_t=2.5
-cluster-costs: $(READY) ## the table of docs/cluster.md: hours of the published rows on eight GPUs, from measured ratios
-	@$(BIN)/python benchmarks/cluster_costs.py $(RATIOS)
+gpu-bench: $(READY) ## on a CUDA device: training steps of DeiT-T/S/B in float steps, memory; again for what is left, docs/gpu.md (9 minutes)
+	@$(BIN)/python -m evidence.gpu
 
 study: $(READY) $(if $(filter PEERS%,$(CLAIM)),$(PEERS)/.ready) ## runs of a claim that have no record yet, and the page: CLAIM=C1 CIFAR10=FOLDER
-	$(BIN)/python -m studies run $(CLAIM) --root "$(CIFAR10)"
-	$(BIN)/python -m studies page
+	$(BIN)/python -m evidence run $(CLAIM) --root "$(CIFAR10)"
+	$(BIN)/python -m evidence page
 
 zoo: $(READY) ## the trained nets in zoo/, of runs of `make study`: CIFAR10=FOLDER (a minute)
-	$(BIN)/python -m studies.zoo --root "$(CIFAR10)"
+	$(BIN)/python -m evidence.zoo --root "$(CIFAR10)"
 
 quickstart: $(READY) ## run examples/quickstart.ipynb and keep what it shows (3 minutes)
 	$(BIN)/python -m tests.notebook
@@ -137,12 +114,12 @@ quickstart: $(READY) ## run examples/quickstart.ipynb and keep what it shows (3 
 docs: $(READY) ## build site/ of the pages; a broken link is an error. To read it: .venv/bin/python -m http.server --directory site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-results: $(PEERS)/.ready ## all runs of docs/results.md that have no record yet, and the page: CIFAR10=FOLDER (more than ten hours on 2 cores if results/ is empty)
-	$(BIN)/python -m studies run --root "$(CIFAR10)"
-	$(BIN)/python -m studies page
+results: $(PEERS)/.ready ## all runs of docs/results.md that have no record yet, and the page: CIFAR10=FOLDER (more than ten hours on 2 cores if evidence/records/ is empty)
+	$(BIN)/python -m evidence run --root "$(CIFAR10)"
+	$(BIN)/python -m evidence page
 
 results-quick: $(READY) ## one small experiment in a temporary folder, and docs/results.md anew from the committed records (1 minute)
-	$(BIN)/python -m studies quick
+	$(BIN)/python -m evidence quick
 
 test: $(READY) ## the tests of every change, all but those of test-long (15 minutes)
 	$(BIN)/python -m pytest -q $(PARALLEL)

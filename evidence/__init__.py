@@ -1,1 +1,1 @@
-"""Evidence for what the papers claim: runs described in `claims/`, their records in `results/`, and the page made of both."""
+"""Evidence for what the papers claim: runs described in `claims/`, their records, the pages made of both; and what speed is measured by."""

@@ -1,6 +1,6 @@
 """`python -m evidence run C1`: the runs of a claim that have no record yet. `page`: docs/results.md from all records.
 
-`check`: is it what they give. `quick`: a small study in a temporary folder, then the page. `one`: a single run, in this process.
+`check`: is it what they give. `quick`: a small claim in a temporary folder, then the page. `one CLAIM/ARM`: a single run, again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ def main() -> int:
     parser.add_argument("--root", default=os.environ.get("QAT_CIFAR10"), help="folder of CIFAR-10; or $QAT_CIFAR10")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--seed", type=int, default=0, help="of `one`")
-    for name in ("claims", "records", "runs"):
-        parser.add_argument(f"--{name}", type=Path, default=getattr(Arms, name), help="folder, if it is not the repository's own")
     args = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     try:
@@ -40,18 +38,19 @@ def main() -> int:
 
 def _do(args: argparse.Namespace) -> bool:
     """Whether something is wrong afterwards."""
-    if args.what in {"run", "one"}:
-        if args.claims == Arms.claims and not (args.root and Path(args.root).is_dir()):
-            raise UsageError(f"--root={args.root!r}: must be the folder of CIFAR-10 (parquet files, or cifar-10-batches-py)")
-        arms, root = Arms(args.claims, args.records, args.runs), args.root and str(Path(args.root).resolve())
-        if args.what == "run":
-            return run_all(args.names, root, args.workers, arms) > 0
-        run_one(args.names[0], args.seed, root, arms)
-        return False
     if args.what == "check":
         stale = page.check(ROOT)
         log.info("%s", "\n".join(stale) or "nothing is stale")
         return bool(stale)
+    if args.what in {"run", "one"}:
+        if not (args.root and Path(args.root).is_dir()):
+            raise UsageError(f"--root={args.root!r}: must be the folder of CIFAR-10 (parquet files, or cifar-10-batches-py)")
+        arms, root = Arms(), str(Path(args.root).resolve())
+        if args.what == "run":
+            return run_all(args.names, root, args.workers, arms) > 0
+        for name in args.names:
+            run_one(arms[name], args.seed, root, arms)
+        return False
     failed = 0
     if args.what == "quick":
         with tempfile.TemporaryDirectory(prefix="qat-evidence-") as folder:

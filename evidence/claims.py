@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 import yaml
 
 from qat.errors import UsageError
-
-FIRST, LAST = ("START", "AIM"), ("PEERS", "TUNE")
 
 
 @dataclass(frozen=True)
@@ -161,20 +158,12 @@ class Claim:
 
 
 def load_claims(folder: Path) -> dict[str, Claim]:
-    """All claims by id, in the order of the page: START, AIM, C1 to the last C, PEERS, TUNE, further ones by id.
+    """All claims by id, in the order of the names of their files.
 
     Raises:
         UsageError: one line that names the file and what is wrong with it.
     """
-
-    def order(claim: Claim) -> tuple[int, int, str]:
-        if claim.id in FIRST:
-            return 0, FIRST.index(claim.id), ""
-        if number := re.fullmatch(r"C(\d+)", claim.id):
-            return 1, int(number[1]), ""
-        return (2, LAST.index(claim.id), "") if claim.id in LAST else (3, 0, claim.id)
-
-    return {claim.id: claim for claim in sorted(map(_load, sorted(folder.glob("*.yaml"))), key=order)}
+    return {claim.id: claim for claim in map(_load, sorted(folder.glob("*.yaml")))}
 
 
 def _load(path: Path) -> Claim:

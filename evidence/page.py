@@ -15,7 +15,7 @@ from typing import Any
 from scipy import stats
 
 from evidence import drawing
-from evidence.claims import Arm, Claim, Expectation, Figure, Table, load_claims
+from evidence.claims import Arm, Claim, Expectation, Table, load_claims
 from evidence.records import Record, read_records
 from qat.errors import UsageError
 from qat.utils.files import write_text
@@ -306,8 +306,9 @@ def _shown(claim: Claim, evidence: Evidence, beside: Sequence[Found]) -> Iterato
         rows = [[one.expectation.what, one.difference, one.wanted, str(len(one.differences))] for one in beside]
         yield markdown(["", "difference", "expected", "seeds"], rows)
     for figure in claim.figures:
-        if drawing.gather(claim, figure, evidence).series:
-            yield f"![{drawing.alt(claim, figure, evidence)}](figures/{figure.file})"
+        found = drawing.gather(claim, figure, evidence)
+        if found.series:
+            yield f"![{drawing.alt(figure, found)}](figures/{figure.file})"
             yield figure.caption and f"*{figure.caption}*"
 
 
@@ -359,7 +360,9 @@ def write(root: Path) -> None:
     files = made(root, evidence)
     for claim in evidence.claims.values():
         for figure in claim.figures:
-            drawing.write(claim, figure, evidence, root / FIGURES)
+            found = drawing.gather(claim, figure, evidence)
+            if found.series:
+                drawing.write(figure, found, root / FIGURES)
     for name, text in files.items():
         write_text(root / name, text)
 

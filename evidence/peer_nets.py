@@ -2,22 +2,20 @@
 
 Weights and inputs of the Linears at `bits`, of the first and the last layer at 8 as in qat's own recipes, as far as the library can. Of
 what it offers, the configuration that suits a trained net at few bits: learned steps where it has them, begun at values that fit so few
-levels. None of them quantizes what an attention does between its Linears. The libraries are imported only if asked for; `make peers`
-installs them beside .venv.
+levels. None of them quantizes what an attention does between its Linears. The libraries are imported only if asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
 from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
+from torch.nn.utils import parametrize
 
-from evidence.peer_layers import FakeQuantLinear, prepare_torchao
 from qat.errors import UsageError
 from qat.utils.probing import probing
 from qat.utils.validate import check_choice
@@ -27,20 +25,6 @@ ENDS_BITS = 8
 CANDIDATES = 40
 
 
-class FakeQuantConv2d(nn.Conv2d):
-    """A convolution with torch.ao's fake quantization of its input and of its weight; see `FakeQuantLinear`."""
-
-    def __init__(self, conv: nn.Conv2d, input_quantizer: nn.Module, weight_quantizer: nn.Module) -> None:
-        settings: list[Any] = [conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups]
-        super().__init__(*settings, conv.bias is not None, conv.padding_mode, "meta")  # type: ignore[call-arg]
-        self.weight, self.bias = conv.weight, conv.bias
-        self.input_quantizer, self.weight_quantizer = input_quantizer, weight_quantizer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, out, H', W')."""
-        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
-
-
 def brevitas(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
     """Learned steps of weights and activations and learned zero points of these, all begun where they lose least; 4 levels at 2 bits."""
     from brevitas import nn as qnn
@@ -48,13 +32,13 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
     from brevitas.quant import Int8WeightPerChannelFloatMSE, ShiftedUint8ActPerTensorFloatMSE
 
     def layer(made: type, width: int) -> tuple[type, dict[str, Any]]:
-        # Its weights are in a narrow range unless told otherwise: three levels at 2 bits.
+        # Its weights are in a narrow range unless set otherwise: three levels at 2 bits.
         weights = {"weight_quant": Int8WeightPerChannelFloatMSE, "weight_bit_width": width, "weight_narrow_range": False}
         # It looks at ranges in so many batches and learns from then on.
         inputs = {"input_quant": ShiftedUint8ActPerTensorFloatMSE, "input_bit_width": width, "input_collect_stats_steps": len(batches)}
         return made, {**weights, **inputs, "return_quant_tensor": False}
 
-    net = layerwise_quantize(net, {nn.Linear: layer(qnn.QuantLinear, bits)}, name_blacklist=[last_layer(net)])
+    net = layerwise_quantize(net, {nn.Linear: layer(qnn.QuantLinear, bits)}, name_blacklist=[net.pretrained_cfg["classifier"]])  # type: ignore[index]
     ends = {nn.Linear: layer(qnn.QuantLinear, ENDS_BITS), nn.Conv2d: layer(qnn.QuantConv2d, ENDS_BITS)}
     net = layerwise_quantize(net, ends).train()
     with torch.no_grad():
@@ -65,18 +49,18 @@ def brevitas(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
 
 def torchao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
     """Learned steps of weights (a prototype), begun at their range; ranges of activations of each token anew: it cannot learn them."""
-    from torchao.quantization.qat import IntxFakeQuantizeConfig, initialize_fake_quantizers
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig, initialize_fake_quantizers
 
-    last = last_layer(net)
+    last = net.pretrained_cfg["classifier"]  # type: ignore[index]
     for width, is_last in ((bits, False), (ENDS_BITS, True)):
         dtype = getattr(torch, f"int{width}")
-        prepare_torchao(
+        inputs = IntxFakeQuantizeConfig(dtype, "per_token", is_symmetric=False)
+        weights = IntxFakeQuantizeConfig(dtype, "per_channel", is_symmetric=True, is_dynamic=False, range_learning=True)
+        quantize_(
             net,
-            IntxFakeQuantizeConfig(dtype, "per_token", is_symmetric=False),
-            dtype,
-            lambda module, name, is_last=is_last: type(module) is nn.Linear and (name == last) == is_last,
-            is_dynamic=False,
-            range_learning=True,
+            QATConfig(activation_config=inputs, weight_config=weights, step="prepare"),
+            filter_fn=lambda module, name, is_last=is_last: type(module) is nn.Linear and (name == last) == is_last,
         )
     with torch.no_grad():
         initialize_fake_quantizers(net, (batches[0],))
@@ -85,7 +69,7 @@ def torchao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
 
 def torch_ao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
     """Learned steps, and learned zero points of activations, begun where they lose least."""
-    ends = {last_layer(net), first_layer(net)}
+    ends = {net.pretrained_cfg[name] for name in ("classifier", "first_conv")}  # type: ignore[index]
     widths = {module: ENDS_BITS if name in ends else bits for name, module in net.named_modules() if type(module) in {nn.Linear, nn.Conv2d}}
     found: dict[nn.Module, nn.Module] = {}
 
@@ -94,10 +78,10 @@ def torch_ao(net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
 
     with probing(net, [module.register_forward_pre_hook(look) for module in widths]):
         net(torch.cat(list(batches)))
-    for name, module in list(net.named_modules()):
-        if module in found:
-            made = FakeQuantLinear if isinstance(module, nn.Linear) else FakeQuantConv2d
-            net.set_submodule(name, made(module, found[module], _learnable_weight(module.weight, widths[module])))
+    for module, quantizer in found.items():
+        module.input_quantizer = quantizer
+        module.register_forward_pre_hook(lambda module, args: (module.input_quantizer(args[0]),))
+        parametrize.register_parametrization(module, "weight", _learnable_weight(module.weight, widths[module]))
     return net
 
 
@@ -139,7 +123,7 @@ def fitting(rows: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int) -> tu
         qmax: code of the upper end.
 
     Returns:
-        Step, above 0, and zero point, a whole number: (rows,) each.
+        Step size, above 0, and zero point, a whole number: (rows,) each.
     """
     found = []
     for part in torch.arange(1, CANDIDATES + 1, device=rows.device) / CANDIDATES:
@@ -152,41 +136,24 @@ def fitting(rows: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int) -> tu
     return steps.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
-def first_layer(net: nn.Module) -> str:
-    """Name of the first layer, as timm has it."""
-    return str(net.pretrained_cfg["first_conv"])  # type: ignore[index]
-
-
-def last_layer(net: nn.Module) -> str:
-    """Name of the last one."""
-    return str(net.pretrained_cfg["classifier"])  # type: ignore[index]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A library: the package whose version counts, what it quantizes (with a place for the bits), the function that does."""
-
-    package: str
-    what: str
-    make: Callable[[nn.Module, Sequence[Tensor], int], nn.Module]
-
-
-_ENDS = "first and last layer W8 A8"
+# The package whose version counts, what is quantized (with a place for the bits), the function.
 PEERS = {
-    "brevitas": Peer(
+    "brevitas": (
         "brevitas",
-        "Linears: W{bits} per channel, learned step; A{bits} per tensor, learned step and zero point, begun by least squares; " + _ENDS,
+        "Linears: W{bits} per channel, learned step; A{bits} per tensor, learned step and zero point, begun by least squares; "
+        "first and last layer W8 A8",
         brevitas,
     ),
-    "torchao": Peer(
+    "torchao": (
         "torchao",
         "Linears: W{bits} per channel, learned step, begun at the range; A{bits} per token, range of the step, with a zero point; "
         "last layer W8 A8, first layer float, which it cannot quantize",
         torchao,
     ),
-    "torch_ao": Peer(
+    "torch_ao": (
         "torch",
-        "Linears: W{bits} per channel, learned step; A{bits} per tensor, learned step and zero point, begun by least squares; " + _ENDS,
+        "Linears: W{bits} per channel, learned step; A{bits} per tensor, learned step and zero point, begun by least squares; "
+        "first and last layer W8 A8",
         torch_ao,
     ),
 }
@@ -210,12 +177,12 @@ def quantized(library: str, net: nn.Module, batches: Sequence[Tensor], bits: int
     """
     check_choice("library", library, tuple(PEERS))
     check_choice("bits", str(bits), BITS)
-    weights = {name for name, _ in net.named_parameters()}
+    weights = set(net.parameters())
     try:
-        net = PEERS[library].make(net, batches, bits)
+        net = PEERS[library][2](net, batches, bits)
     except ModuleNotFoundError as error:
-        raise UsageError(f"library={library!r}: {error}; `make peers` installs it, run this with outputs/peers/bin/python") from error
+        raise UsageError(f"library={library!r}: {error}; `make study CLAIM=PEERS` installs it in outputs/peers") from error
     spared = set(net.no_weight_decay()) if hasattr(net, "no_weight_decay") else set()  # type: ignore[operator]
-    spared |= {name for name, _ in net.named_parameters()} - weights
+    spared |= {name for name, one in net.named_parameters() if one not in weights}
     net.no_weight_decay = lambda: spared  # type: ignore[assignment]
     return net.train()

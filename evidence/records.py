@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from qat.errors import UsageError
-from qat.utils.files import write_text
+from qat.utils.files import json_text, write_text
 
 # Of fewer epochs a sixth would be one.
 SHORTEST = 12
@@ -97,14 +96,5 @@ def add_record(folder: Path, record: Record) -> None:
     path = folder / f"{record.claim}.jsonl"
     with FileLock(f"{path}.lock"):
         kept = [one for one in read_records(folder) if one.claim == record.claim and _key(one) != _key(record)]
-        lines = (json.dumps(_finite(dataclasses.asdict(one)), ensure_ascii=False) for one in sorted([*kept, record], key=_key))
-        write_text(path, "".join(f"{line}\n" for line in lines))
-
-
-def _finite(value: Any) -> Any:
-    """The same with None in place of what JSON has no number for."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+        plain = [json.loads(json_text(dataclasses.asdict(one))) for one in sorted([*kept, record], key=_key)]  # null for NaN
+        write_text(path, "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in plain))

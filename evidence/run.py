@@ -1,46 +1,39 @@
-"""Runs the arms of claims and writes their records: several at a time, each in a process of its own; what has a record is not run again."""
+"""Runs the arms of claims and writes their records: several at a time, each command in a process; what has a record is not run again."""
 
 from __future__ import annotations
 
-import csv
 import datetime
-import hashlib
-import importlib
 import json
 import logging
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 import yaml
 
 import qat
 from evidence.claims import Arm, load_claims
 from evidence.records import Record, add_record, read_records
-from evidence.timing import machine as processor
+from evidence.timing import machine
 from qat.errors import UsageError
 from qat.functional import kurtoses
 from qat.losses.latent_weights import find_latent_weights
+from qat.utils.files import csv_rows
 
 log = logging.getLogger("qat.evidence")
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = "FOLDER"  # stands for that of CIFAR-10 in the commands of records
-PEERS_PYTHON = ROOT / "outputs" / "peers" / "bin" / "python"
-POLL_S = 1.0
+PEERS_PYTHON = "outputs/peers/bin/python"
 FIGURES = ("top1", "top5", "loss", "val_top1", "top1_fp", "size_bytes", "wall_seconds")
-FIGURES += ("step_seconds", "step_cpu_seconds", "saved_mb", "peak_rss_mb")  # of evidence.peers alone
-SEARCH = ("fitness_before", "fitness", "evaluations", "images")
+SEARCH = ("fitness_before", "fitness", "evaluations")
 CURVES = {"val_top1": ("epoch", "val/top1", 1), "osc_share": ("step", "osc/share", 100), "osc_band": ("step", "osc/band", 100)}
 POINTS = 60
 Run = tuple[Arm, int]
@@ -86,13 +79,11 @@ class Arms:
             found.setdefault((arm.path, seed), (arm, seed))
 
         for name in wanted or claims:
-            chosen = [arm for arm in self.by_path.values() if name in {arm.claim, arm.path}]
+            chosen = [(seed, arm) for arm in self.by_path.values() if name in {arm.claim, arm.path} for seed in arm.seeds]
             if not chosen:
                 raise UsageError(f"{name!r}: must be one of {', '.join(claims)}, or an arm of theirs, CLAIM/ARM")
-            for seed in sorted({seed for arm in chosen for seed in arm.seeds}):
-                for arm in chosen:
-                    if seed in arm.seeds:
-                        add(arm, seed)
+            for seed, arm in sorted(chosen, key=lambda one: one[0]):
+                add(arm, seed)
         return list(found.values())
 
     def needed(self, arm: Arm, seed: int) -> list[Run]:
@@ -105,7 +96,8 @@ class Arms:
 
     def kept(self, arm: Arm, seed: int) -> Path:
         """Where its weights are kept for others."""
-        return self.records.parent / "weights" / arm.claim / f"{arm.name}-seed{seed}.pt"
+        kept = self.records.parent / "weights" / arm.claim / f"{arm.name}-seed{seed}.pt"
+        return kept.relative_to(ROOT) if kept.is_relative_to(ROOT) else kept
 
     def to_do(self, wanted: Sequence[str] = ()) -> list[Run]:
         """Runs that have no record, and those whose weights one of them needs but which are not here, in the order of `ordered`."""
@@ -113,7 +105,8 @@ class Arms:
 
         def is_done(arm: Arm, seed: int) -> bool:
             record = records.get((arm.path, seed))
-            return record is not None and set(arm.further) <= set(record.further_commands) and (not arm.keep or self.kept(arm, seed).exists())
+            has_weights = not arm.keep or (ROOT / self.kept(arm, seed)).exists()
+            return record is not None and set(arm.further) <= set(record.further_commands) and has_weights
 
         runs = self.ordered(wanted)
         chosen = {(arm.path, seed) for arm, seed in runs if not (is_done(arm, seed) or arm.retired)}
@@ -128,15 +121,9 @@ class Arms:
         path, _, which = of.partition("@")
         arm, its_seed = self[path], _seed_of(self[path], seed)
         if arm.keep and not which:
-            kept = self.kept(arm, its_seed)
-            return kept.relative_to(ROOT) if kept.is_relative_to(ROOT) else kept
+            return self.kept(arm, its_seed)
         file = "quantized.ckpt" if arm.command == "ptq" else f"checkpoints/{which or 'best'}.ckpt"
         return self.run_dir(arm, its_seed) / file
-
-    def starts(self, arm: Arm, seed: int) -> dict[str, str]:
-        """Digests of the kept weights that it takes: figures made from others are no match for those of its neighbours."""
-        paths = {of: ROOT / self.checkpoint(of, seed) for of in arm.sources() if self[of.partition("@")[0]].keep}
-        return {of: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for of, path in paths.items() if path.exists()}
 
     def settings(self, arm: Arm, seed: int) -> list[str]:
         """Overrides of the arm's command, without run_dir and data.root."""
@@ -162,58 +149,42 @@ def preset(names: Sequence[str]) -> list[str]:
 
 
 def run_all(wanted: Sequence[str], root: str | None, workers: int, arms: Arms) -> int:
-    """Run what has no record yet, each after what it needs, `workers` processes of one thread at a time.
+    """Run what has no record yet, each after what it needs, `workers` commands of one thread at a time.
 
     Returns:
         How many runs failed, or could not start because one that they need failed.
     """
-    waiting, failed = arms.to_do(wanted), 0
+    waiting, failed = arms.to_do(wanted), list[Run]()
     log.info("%d runs to do", len(waiting))
-    going: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
-    while waiting or going:
-        for key in [key for key, process in going.items() if process.poll() is not None]:
-            code = going.pop(key).returncode
-            failed += code != 0
-            log.info("%s seed %d: %s, %d to go", *key, "done" if code == 0 else f"FAILED ({code})", len(waiting) + len(going))
-        to_come = {(arm.path, seed) for arm, seed in waiting} | set(going)
-        ready = [run for run in waiting if not any((one.path, seed) in to_come for one, seed in arms.needed(*run))]
-        if ready and len(going) < workers:
-            arm, seed = ready[0]
-            waiting.remove(ready[0])
-            folders = [f"--{name}={getattr(arms, name)}" for name in ("claims", "records", "runs")]
-            command = [sys.executable, "-m", "evidence", "one", arm.path, f"--seed={seed}", *([f"--root={root}"] if root else []), *folders]
-            place = ROOT / arms.run_dir(arm, seed)
-            place.mkdir(parents=True, exist_ok=True)
-            with (place / "evidence.log").open("ab") as out:
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                going[arm.path, seed] = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        elif going:
-            time.sleep(POLL_S)
-        elif waiting:
-            log.error("%d runs wait for ones that failed", len(waiting))
-            return failed + len(waiting)
-    return failed
+    going: dict[Future[None], Run] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        while waiting or going:
+            to_come = [*waiting, *going.values(), *failed]
+            for run in [run for run in waiting if not any(needed in to_come for needed in arms.needed(*run))]:
+                waiting.remove(run)
+                going[pool.submit(run_one, *run, root, arms)] = run
+            if not going:
+                log.error("%d runs wait for ones that failed", len(waiting))
+                break
+            for future in wait(going, return_when=FIRST_COMPLETED).done:
+                arm, seed = going.pop(future)
+                error = future.exception()
+                failed += [(arm, seed)] if error else []
+                log.info("%s seed %d: %s, %d to go", arm.path, seed, error or "done", len(waiting) + len(going))
+    return len(failed) + len(waiting)
 
 
-def run_one(path: str, seed: int, root: str | None, arms: Arms) -> None:
-    """One run in this process, its further commands, its record.
-
-    Raises:
-        UsageError: this version cannot make it any more.
-    """
-    arm = arms[path]
-    if arm.retired:
-        raise UsageError(f"{path}: {arm.retired}; its records name the commit that made them")
+def run_one(arm: Arm, seed: int, root: str | None, arms: Arms) -> None:
+    """One run, its further commands, its record."""
     place = arms.run_dir(arm, seed)
     todo = [(arm.command, place, arms.settings(arm, seed))]
     for name, one in arm.further.items():
         weights = arms.checkpoint(f"{arm.path}@{one.weights}", seed)
         todo.append((one.command, place / name, [*preset(one.use), *one.set, f"ckpt={weights}", f"seed={seed}"]))
-    results = [execute(command, where, settings, root) for command, where, settings in todo]
+    results = [execute(*one, root) for one in todo]
     if arm.keep:
-        kept = arms.kept(arm, seed)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        qat.save(qat.load(ROOT / place / "checkpoints" / "best.ckpt"), kept)
+        (ROOT / arms.kept(arm, seed)).parent.mkdir(parents=True, exist_ok=True)
+        qat.save(qat.load(ROOT / place / "checkpoints" / "best.ckpt"), ROOT / arms.kept(arm, seed))
 
     metrics, curves, maps = figures_of(arm.command, results[0], ROOT / place)
     for name, (command, where, _), found in zip(arm.further, todo[1:], results[1:], strict=True):
@@ -222,20 +193,19 @@ def run_one(path: str, seed: int, root: str | None, arms: Arms) -> None:
             curves.setdefault(by_width[2], []).append([int(by_width[1]), own[0]["top1"]])
         for whole, part in zip((metrics, curves, maps), own, strict=True):
             whole |= {f"{name}.{key}": value for key, value in part.items()}
-    threads = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
-    lines = [command_line(*one, root) for one in todo]
+    lines = [shlex.join(command_line(*one, "FOLDER" if root else None)) for one in todo]
     record = Record(
         claim=arm.claim,
         arm=arm.name,
         seed=seed,
         command=lines[0],
         further_commands=dict(zip(arm.further, lines[1:], strict=True)),
-        starts=arms.starts(arm, seed),
+        starts={},
         metrics=metrics,
         curves=curves,
         maps=maps,
         wall_seconds=round(sum(one.get("wall_seconds") or 0 for one in results), 1),
-        machine=torch.cuda.get_device_name() if torch.cuda.is_available() else threads,
+        machine=torch.cuda.get_device_name() if torch.cuda.is_available() else f"{machine()}, {os.cpu_count()} cores, 1 thread(s)",
         device=results[0]["device"],
         versions=results[0]["versions"],
         git_commit=results[0].get("git_commit"),
@@ -245,30 +215,30 @@ def run_one(path: str, seed: int, root: str | None, arms: Arms) -> None:
     add_record(arms.records, record)
 
 
+def command_line(command: str, place: Path, settings: Sequence[str], root: str | None) -> list[str]:
+    """What a person types for a run."""
+    program = [PEERS_PYTHON, "-m", "evidence.peers"] if command == "peers" else ["python", f"{command}.py"]
+    return [*program, f"run_dir={place}", *([f"data.root={root}"] if root else []), *settings]
+
+
 def execute(command: str, place: Path, settings: Sequence[str], root: str | None) -> dict[str, Any]:
-    """Run a command in this process unless its results are there; gives its `results.json`."""
+    """Run a command unless its results are there, what it says goes to `evidence.log`; gives its `results.json`.
+
+    Raises:
+        CalledProcessError: it failed.
+    """
     path = ROOT / place / "results.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"error": "not there"}
-    if found.get("error"):
-        if command == "peers":
-            line = [str(PEERS_PYTHON), "-m", "evidence.peers", f"run_dir={place}", *([f"data.root={root}"] if root else []), *settings]
-            # Ending `run` then ends its child too, which would go on beside the next one.
-            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-            subprocess.run(line, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": "."})
-        else:
-            own = ["report=false", *(["resume=auto"] if command != "eval" else []), *([f"data.root='{root}'"] if root else [])]
-            with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-                cfg = hydra.compose(command, overrides=[f"run_dir='{place}'", *own, *settings])
-            name = "evaluate" if command == "eval" else command
-            getattr(importlib.import_module(f"qat.tasks.{name}"), name)(cfg)
-        found = json.loads(path.read_text(encoding="utf-8"))
-    return dict(found)
-
-
-def command_line(command: str, place: Path, settings: Sequence[str], root: str | None) -> str:
-    """What a person types for it."""
-    program = "python -m evidence.peers" if command == "peers" else f"python {command}.py"
-    return " ".join([program, f"run_dir={place}", *([f"data.root={FOLDER}"] if root else []), *map(shlex.quote, settings)])
+    if not path.exists() or json.loads(path.read_text(encoding="utf-8")).get("error"):
+        program, *line = command_line(command, place, settings, root)
+        if command != "peers":
+            program = sys.executable
+            line += ["report=false", *(["resume=auto"] if command in {"train", "ptq"} else [])]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (path.parent.parent / f"{path.parent.name}.log").open("ab") as out:
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+            subprocess.run([program, *line], cwd=ROOT, check=True, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def figures_of(command: str, results: Mapping[str, Any], place: Path) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
@@ -276,26 +246,23 @@ def figures_of(command: str, results: Mapping[str, Any], place: Path) -> tuple[d
     metrics = {key: results[key] for key in FIGURES if isinstance(results.get(key), int | float)}
     if command in {"train", "peers"}:
         return metrics | _oscillation(place) | _kurtosis(place), _curves(place), {}
-    if command == "ptq":
-        search = results.get("search") or {}
-        return metrics | {key: search[key] for key in SEARCH if key in search}, {}, {}
     if command == "analyze":
         (summary,) = [value for value in results["summary"].values() if isinstance(value, dict)]
         return dict(_numbers(summary)), _robustness(place), _landscape(place)
-    return metrics, {}, {}
+    search = results.get("search") or {}
+    return metrics | {key: search[key] for key in SEARCH if key in search}, {}, {}
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
+    return csv_rows(path) if path.exists() else []
 
 
 def _oscillation(place: Path) -> dict[str, float]:
     """Percent of the weights that have a quantizer of few bits, and flips by weight."""
-    rows = _rows(place / "oscillation.csv")
-    if not rows:
-        return {}
-    weights = float(rows[-1]["weights"])
-    return {key: 100 * float(rows[-1][key]) / weights for key in ("oscillating", "in_band")} | {"flips": float(rows[-1]["flips"]) / weights}
+    for total in _rows(place / "oscillation.csv")[-1:]:
+        weights = float(total["weights"])
+        return {key: 100 * float(total[key]) / weights for key in ("oscillating", "in_band")} | {"flips": float(total["flips"]) / weights}
+    return {}
 
 
 def _kurtosis(place: Path) -> dict[str, float]:
@@ -328,9 +295,11 @@ def _numbers(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _robustness(place: Path) -> dict[str, Any]:
-    tables = {"steps": ("step_sizes.csv", "ratio"), "bits": ("bit_widths.csv", "bits")}
-    found = {name: [[float(row[x]), float(row["top-1 (%)"])] for row in _rows(place / file)] for name, (file, x) in tables.items()}
-    return {name: points for name, points in found.items() if points}
+    found: dict[str, Any] = {}
+    for row in _rows(place / "robustness.csv"):
+        if x := row.get({"steps": "ratio"}.get(row["part"], row["part"])):
+            found.setdefault(row["part"], []).append([float(x), float(row["top-1 (%)"])])
+    return found
 
 
 def _landscape(place: Path) -> dict[str, Any]:
@@ -338,5 +307,5 @@ def _landscape(place: Path) -> dict[str, Any]:
     if not rows:
         return {}
     xs, ys = (sorted({float(row[key]) for row in rows}) for key in ("x", "y"))
-    at = {(float(row["x"]), float(row["y"])): float(row["loss"]) for row in rows}
+    at = {(float(row["x"]), float(row["y"])): float(row.get("infonce") or row["loss"]) for row in rows}
     return {"loss": {"x": xs, "y": ys, "z": [[at[x, y] for x in xs] for y in ys]}}

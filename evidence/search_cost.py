@@ -1,7 +1,7 @@
 """How long one evaluation of the calibration images takes during a search over scales, in float forwards of the same images.
 
 Run by `make search-cost`: DeiT-T or DeiT-S, W4A8 in FQ-ViT's placement, 100 images as one batch, one thread. Everything is timed in turns,
-round after round, so that a busy machine disturbs all alike; ratios are taken within a round, and their medians are printed.
+round after round, in CPU seconds, so that a busy machine disturbs all alike; medians of ratios within a round are printed.
 
     exact    the search's own evaluation: what runs before the first scale that changes is remembered. The mean over all blocks.
     plain    a whole forward of the same quantized net, nothing remembered.
@@ -27,7 +27,6 @@ from qat.ptq import calibrate
 from qat.ptq.search import Evaluator, SearchSettings, logits_of
 
 MICRO_BATCH = SearchSettings().micro_batch
-Seconds = tuple[float, float]  # of the process, by the clock
 
 
 def candidate(evaluator: Evaluator, block: str) -> Tensor:
@@ -37,37 +36,29 @@ def candidate(evaluator: Evaluator, block: str) -> Tensor:
     return (vector.read() + (2 * noise - 1) * vector.radius(None)).abs()
 
 
-def one_round(net: nn.Module, twin: nn.Module, images: Tensor, evaluator: Evaluator) -> dict[str, Seconds]:
-    """Mean times of every kind of evaluation, in turns."""
-    took: dict[str, list[Seconds]] = {"float": [], "exact": []}
-    took["plain"] = [timed(lambda: logits_of(twin, images, MICRO_BATCH))]
-    for block in reversed(evaluator.vectors):
+def one_round(net: nn.Module, twin: nn.Module, images: Tensor, evaluator: Evaluator) -> dict[str, float]:
+    """Mean seconds of the process for every kind of evaluation, in turns."""
+    plain, of_float, exact = timed(lambda: logits_of(twin, images, MICRO_BATCH))[0], [], []
+    for block, vector in reversed(evaluator.vectors.items()):
         # The float forward is timed before every block: the machine may be busier at the end of a round than at its start.
-        took["float"].append(timed(lambda: logits_of(net, images, MICRO_BATCH)))
-        vector, start = evaluator.vectors[block], evaluator.vectors[block].read()
+        of_float.append(timed(lambda: logits_of(net, images, MICRO_BATCH))[0])
+        start = vector.read()
         vector.write(candidate(evaluator, block))
-        took["exact"].append(timed(lambda block=block: evaluator.fitness(block)))
+        exact.append(timed(lambda block=block: evaluator.fitness(block))[0])
         vector.write(start)
-    took["float at once"] = [timed(lambda: logits_of(net, images, len(images)))]
-    return {name: (statistics.mean(s[0] for s in seconds), statistics.mean(s[1] for s in seconds)) for name, seconds in took.items()}
+    return {"float": statistics.mean(of_float), "exact": statistics.mean(exact), "plain": plain}
 
 
 def identical(net: nn.Module, twin: nn.Module, images: Tensor) -> bool:
-    """Do exact and plain agree to the last bit on some of the images, for a candidate of every block?"""
+    """Do exact and plain agree to the last bit, for a candidate of every block?"""
     targets = logits_of(net, images, MICRO_BATCH)
-    evaluator = Evaluator(twin, [images], [targets], SearchSettings())
-    same = []
+    evaluator, same = Evaluator(twin, [images], [targets], SearchSettings()), []
     for block, vector in reversed(evaluator.vectors.items()):
         start = vector.read()
         vector.write(candidate(evaluator, block))
         same.append(evaluator.fitness(block) == float(info_nce(logits_of(twin, images, MICRO_BATCH), targets).double()))
         vector.write(start)
     return all(same)
-
-
-def ratios(found: list[dict[str, Seconds]], base: str, clock: int) -> str:
-    """What everything takes, in float forwards: the median over rounds of the ratio within a round."""
-    return " ".join(f"{name} {statistics.median(r[name][clock] / r[base][clock] for r in found):.3f}" for name in ("exact", "plain"))
 
 
 @torch.no_grad()
@@ -77,10 +68,9 @@ def main() -> None:
     parser.add_argument("--model", default="deit_tiny_patch16_224")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bias-correction", action="store_true", help="as ptq=evolq_w4a8 has it")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     net = timm.create_model(args.model).eval()
     images = torch.randn(args.images, *net.default_cfg["input_size"])
@@ -92,10 +82,9 @@ def main() -> None:
     found = [one_round(net, twin, images, evaluator) for _ in range(args.rounds)]
     print(f"{environment()}\n{args.model}, {args.images} images, micro-batches of {MICRO_BATCH}, {args.rounds} rounds")
     for name in found[0]:
-        cpu, wall = (statistics.median(r[name][clock] for r in found) for clock in (0, 1))
-        print(f"{name:14s} {wall:8.3f} s {cpu:8.3f} s CPU")
-    print(f"whole batch at once: {ratios(found, 'float at once', 1)}\nCPU time: {ratios(found, 'float', 0)}")
-    print(ratios(found, "float", 1), f"identical {str(identical(net, twin, images[: 2 * MICRO_BATCH])).lower()}")
+        ratio = statistics.median(took[name] / took["float"] for took in found)
+        print(f"{name:6s} {statistics.median(took[name] for took in found):8.3f} s  {ratio:.3f}")
+    print(f"identical {str(identical(net, twin, images[: 2 * MICRO_BATCH])).lower()}")
 
 
 if __name__ == "__main__":

@@ -14,47 +14,34 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-from collections.abc import Callable, Generator
+import statistics
+from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import qat
-from evidence import step_arms, timing
-from evidence.step_arms import FLOAT
-from evidence.timing import Step
+from evidence.steps import ARMS, FLOAT, TINY, Arm, build, training_step
+from evidence.timing import environment, ratio, table, take_turns
 from qat import kernels
 from qat.kernels import gpu, tiles
 from qat.kernels.fused import heads
 from qat.kernels.rows import PLAIN
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
-ROWS = {name: arm for name, arm in step_arms.ARMS.items() if not arm.teacher} | {"seq_2bit": step_arms.Arm({}, recipe="seq")}
-TINY = {"img_size": 32, "embed_dim": 48, "num_heads": 3}
-GB = 1e9
+ROWS = {name: arm for name, arm in ARMS.items() if not arm.teacher} | {"seq_2bit": Arm({}, recipe="seq")}
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"}
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
-# What our kernels in Triton write; all else that they are given they read.
-_WRITTEN = {"y", "dx", "ds", "errors", "sums_dx", "sums_g"}
 
 
 @dataclass
 class Count:
-    """Of a step.
-
-    Attributes:
-        bytes: read and written.
-        kernels: operations of torch and launches of Triton.
-        triton: the launches among them.
-    """
+    """Of a step: bytes read and written, operations of torch and launches of Triton, the latter alone."""
 
     bytes: int = 0
     kernels: int = 0
@@ -78,11 +65,7 @@ def is_readable(x: Tensor) -> bool:
 
 
 class Counting(TorchDispatchMode):
-    """Adds up what torch's operations move.
-
-    Args:
-        count: where.
-    """
+    """Adds up what torch's operations move."""
 
     def __init__(self, count: Count) -> None:
         super().__init__()
@@ -97,11 +80,10 @@ class Counting(TorchDispatchMode):
         if func.namespace == "prim" or name in _FREE or is_view:
             return out
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if name in _PRODUCTS:
-            for x in given:
-                if x.ndim > 1 and not is_readable(x):
-                    self.count.add([x, x])
-        read = given[1:] if name in {"copy_", "fill_", "zero_"} or kwargs and "out" in kwargs and name == "baddbmm" else given
+        for x in given if name in _PRODUCTS else ():
+            if x.ndim > 1 and not is_readable(x):
+                self.count.add([x, x])
+        read = given[1:] if name in {"copy_", "fill_", "zero_"} or (kwargs and "out" in kwargs and name == "baddbmm") else given
         written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if name.startswith("_fused_adam"):  # parameters and both moments
             written = [x for group in (args[0], args[2], args[3]) for x in group]
@@ -118,8 +100,7 @@ def cuda_branches(count: Count) -> Generator[None]:
     """Everything goes the way that it goes on CUDA, on tensors of a CPU; our kernels are counted and not run."""
 
     def launch(kernel: Any, programs: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        given = dict(zip(kernel.arg_names, args, strict=False))
-        count.add([x for x in given.values() if isinstance(x, Tensor)])
+        count.add([x for x in args if isinstance(x, Tensor)])
         count.triton += 1
 
     with (
@@ -135,57 +116,18 @@ def cuda_branches(count: Count) -> Generator[None]:
             PLAIN.discard(FakeTensor)
 
 
-def build(model: str, arm: step_arms.Arm, **sizes: int) -> nn.Module:
-    """A net in training mode, its scales set from two images unless it is the float net."""
-    torch.manual_seed(0)
-    net = timm.create_model(model, num_classes=1000, **sizes)
-    size = (3, *net.patch_embed.img_size)
-    if arm.knobs is not None:
-        recipe = qat.recipe(arm.recipe, bits=2, **arm.knobs)
-        qat.initialize_scales(qat.convert(net, recipe, input_size=size), [torch.randn(2, *size)])
-    return net.train()
-
-
-def training_step(net: nn.Module, batch: int) -> Step:
-    """Forward in autocast, cross entropy, backward, fused AdamW."""
-    images, target = torch.randn(batch, 3, *net.patch_embed.img_size), torch.arange(batch)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
-
-    def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = nn.functional.cross_entropy(net(images), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
-
-
-def counted(net: nn.Module, batch: int) -> Count:
+def counted(net: nn.Module, batch: int, side: int = 224) -> Count:
     """The second step of a net whose tensors are replaced by fake ones; the first makes the optimizer's state."""
     count = Count()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, cuda_branches(count):
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         net._apply(mode.from_tensor)
-        run = training_step(net, batch)
+        run = training_step(net, torch.randn(batch, 3, side, side), half=True)
         run()
         count.bytes = count.kernels = count.triton = 0
         with Counting(count):
             run()
     return count
-
-
-def host(rounds: int) -> dict[str, timing.Timing]:
-    """Time of steps of tiny tensors, by row."""
-    steps: dict[str, Callable[[], object]] = {name: training_step(build(MODELS[0], arm, **TINY), 2) for name, arm in ROWS.items()}
-    with cuda_branches(Count()):
-        return timing.take_turns(steps, rounds)
-
-
-def line(name: str, count: Count, base: Count) -> list[str]:
-    """Of the table."""
-    cells = [f"{count.bytes / GB:.1f}", f"{count.bytes / base.bytes:.2f}"]
-    return [name, *cells, f"{count.kernels} ({count.triton})", f"{count.kernels / base.kernels:.2f}"]
 
 
 def main() -> None:
@@ -194,23 +136,25 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--batches", nargs="+", type=int, default=[64, 256])
     parser.add_argument("--rounds", type=int, default=9, help="of the host's time")
-    parser.add_argument("--out", type=Path, help="JSON of all figures")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(timing.environment())
-    found: dict[str, Any] = {}
+    print(environment())
     for model in args.models:
         for batch in args.batches:
-            counts = {name: counted(build(model, arm), batch) for name, arm in ROWS.items()}
+            counts = {name: counted(build(model, arm, torch.randn(2, 3, 224, 224)), batch) for name, arm in ROWS.items()}
+            base, rows = counts[FLOAT], []
+            for name, one in counts.items():
+                shares = f"{one.bytes / base.bytes:.2f}", f"{one.kernels} ({one.triton})", f"{one.kernels / base.kernels:.2f}"
+                rows.append([name, f"{one.bytes / 1e9:.1f}", *shares])
             print(f"\n{model}, batch {batch}, bfloat16 autocast\n")
-            head = ["step", "GB moved", "x float", "kernels (Triton)", "x float"]
-            print(timing.table(head, [line(name, count, counts[FLOAT]) for name, count in counts.items()]), flush=True)
-            found[f"{model}, {batch}"] = {name: vars(count) for name, count in counts.items()}
-    times = host(args.rounds)
+            print(table(["step", "GB moved", "x float", "kernels (Triton)", "x float"], rows), flush=True)
+    images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"])
+    steps = {name: training_step(build(MODELS[0], arm, images, **TINY), images, half=True) for name, arm in ROWS.items()}
+    with cuda_branches(Count()):
+        times = take_turns(steps, args.rounds)
     print("\nHost, 12 blocks\n")
-    shares = [[name, f"{1000 * sorted(t.cpu)[len(t.cpu) // 2]:.1f}", str(timing.ratio(t, times[FLOAT]))] for name, t in times.items()]
-    print(timing.table(["step", "ms", "x float: CPU [range], wall"], shares))
-    timing.write_json(args.out, {"counts": found, "host": {name: vars(t) for name, t in times.items()}})
+    rows = [[name, f"{1000 * statistics.median(one.cpu):.1f}", ratio(one, times[FLOAT])] for name, one in times.items()]
+    print(table(["step", "ms", "x float: CPU [range], wall"], rows))
 
 
 if __name__ == "__main__":

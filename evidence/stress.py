@@ -1,9 +1,9 @@
-"""Kill commands with SIGKILL at moments drawn with a seed, run them again, and compare everything with runs that were not killed.
+"""Kill commands with SIGKILL at moments drawn with a seed, run them again, and compare all files with those of runs that were not killed.
 
 Run by `make stress`; log `docs/logs/stress.log`. Augmentation, repeated augmentation, mixup, cutmix, dropout, drop path and averaged
-weights are on in training. Compared are all tensors and numbers of `last.ckpt`, `best.ckpt`, `quantized.ckpt` and `search.ckpt`, the rows
-of the tables, `results.json`, and which files there are; what is measured of the present process (times, throughput) is left out. Each run
-is a fork of this process, which has imported everything. Exit code 1 if anything differs.
+weights are on in training. A moment is before or after one of some calls (`CALLS`); after `torch.save` half a file is on the disk.
+Compared are all tensors and numbers of checkpoints, the rows of tables, `results.json`, and which files there are; what is measured (times,
+throughput) is left out. Each run is a fork of this process, which has imported everything. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -15,207 +15,164 @@ import json
 import os
 import random
 import re
+import runpy
 import signal
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evidence.stress_moments import become
+from qat.lit import QATModule
+from qat.ptq.search import Evaluator
 
-NET = ("model.args.embed_dim=24", "model.args.depth=1", "++model.args.num_heads=3")
-# 19 steps an epoch, by accumulation 10; `last.ckpt` is written 17 times.
+ROOT = Path(__file__).resolve().parents[1]
+# 19 steps an epoch; `last.ckpt` is written 17 times.
 TRAIN = (
-    *("train.py", *NET, "+model.args.drop_path_rate=0.2", "+model.args.proj_drop_rate=0.2", "report=false"),
-    *("data.batch_size=64", "data.augment=timm", "data.repeats=2", "data.mixup=0.8", "data.cutmix=1.0"),
-    *("trainer.max_epochs=3", "trainer.log_every_n_steps=2", "checkpoint.every_n_steps=4", "callbacks.ema.decay=0.9", "resume=auto"),
+    *("train.py", "model.args.embed_dim=24", "model.args.depth=1", "++model.args.num_heads=3", "+model.args.drop_path_rate=0.2"),
+    *("+model.args.proj_drop_rate=0.2", "report=false", "data.batch_size=64", "data.augment=timm", "data.repeats=2", "data.mixup=0.8"),
+    *("data.cutmix=1.0", "trainer.max_epochs=3", "trainer.log_every_n_steps=2", "checkpoint.every_n_steps=4", "callbacks.ema.decay=0.9"),
+    "resume=auto",
 )
 CGA = ("callbacks.cga.start_epoch=1", "callbacks.cga.boundary_range=0.1", "callbacks.cga.qk=product")
 FREEZE = ("callbacks.freeze.momentum=0.1", "callbacks.freeze.threshold=0.3", "callbacks.freeze.final_threshold=0.2")
 PTQ = ("ptq.py", "ckpt={float}", "data.calibration_images=40", "ptq.batch=20", "report=false", "resume=auto")
-COMMANDS: dict[str, tuple[str, ...]] = {
+COMMANDS = {
     "float": (*TRAIN, "callbacks=[default,ema]", "quant=fp", "trainer.max_epochs=1", "model.args.depth=2"),
-    "averaged": (*TRAIN, "callbacks=[default,ema]"),
     "annealed": (*TRAIN, "callbacks=[default,cga,ema]", *CGA),
-    "frozen": (*TRAIN, "callbacks=[default,freeze,oscillation,ema]", *FREEZE),
-    "accumulated": (
-        *(*TRAIN, "callbacks=[default,oscillation,ema]", "checkpoint.every_n_steps=3"),
-        *("trainer.accumulate_grad_batches=2", "+trainer.val_check_interval=6"),
-    ),
+    "frozen": (*TRAIN, "callbacks=[default,freeze,oscillation,ema]", *FREEZE, "trainer.accumulate_grad_batches=2"),
     "sweep": ("train.py", "-m", *TRAIN[1:], "callbacks=[default,ema]", "trainer.max_epochs=1", "quant=ofq_2bit,lsq_4bit", "seed=0,1"),
     "evolq": (*PTQ, "search=evolution", "search.passes=2", "search.cycles=3", "search.radius=0.05"),
 }
-FILES_OF_TORCH = ("last.ckpt", "best.ckpt", "quantized.ckpt", "search.ckpt")
-TABLES = ("metrics.csv", "search.csv", "front.csv", "oscillation.csv")
-MEASURED = re.compile(r"(train|validate|test)/(time|batches|samples|device)|throughput/|seconds")
-TIMES = ("wall_seconds", "time_elapsed", "finished", "seconds", "versions", "git_commit", "num_workers")
-RESUMED = re.compile(r"resumed at step (\d+)|resumed after (\d+)")
-
-Draw = Callable[[random.Random], str]
-
-
-def among(*moments: str, most: int = 1, least: int = 1) -> Draw:
-    """One of some moments, at a number drawn between two."""
-    return lambda draw: f"{draw.choice(moments)}:{draw.randint(least, most)}"
+CALLS: tuple[tuple[Any, str], ...] = (
+    *((QATModule, "training_step"), (QATModule, "validation_step"), (QATModule, "configure_gradient_clipping")),
+    *((Evaluator, "fitness"), (torch, "save"), (os, "link"), (os, "replace")),
+)
+# What is measured; a search's rows end with seconds. Lightning does not restore `current_score`, and nothing reads it.
+MEASURED = re.compile(
+    r"(time|batches|samples|device)\w*$|throughput/|seconds$|finished$|versions/|git_commit$|search.ckpt/rows/\d+/5$|/current_score$"
+)
 
 
-WRITING = ("half:last.ckpt", "linked", "complete:last.prev.ckpt", "replaced:last.prev.ckpt", "complete:last.ckpt", "replaced:last.ckpt")
-SEARCHING = ("half:search.ckpt", "replaced:search.ckpt", "torn:search.csv")
-# Command, and the moments of the kills of one run, one after the other; the last of them may come too late.
-KINDS: dict[str, tuple[str, Sequence[Draw]]] = {
-    "step": ("averaged", [among("forward", "update", least=2, most=50), among("forward", "update", most=10)]),
-    "last.ckpt": ("averaged", [among(*WRITING, least=2, most=12), among(*WRITING, most=3)]),
-    "best.ckpt": ("averaged", [among("half:best.ckpt", "complete:best.ckpt", "replaced:best.ckpt")]),
-    "metrics.csv": ("averaged", [among("torn:metrics.csv", "complete:metrics.csv", least=2, most=8)]),
-    "validation": ("averaged", [among("validation", most=9)]),
-    "epoch end": ("averaged", [among("epoch_end", most=3)]),
-    "cga": ("annealed", [among("forward", "update", least=19, most=54), among(*WRITING, most=3)]),
-    "freeze": ("frozen", [among("forward", "update", *WRITING, least=2, most=12), among("forward", most=12)]),
-    "end of freeze": ("frozen", [among("replaced:last.ckpt", least=17, most=17)]),
-    "accumulation": ("accumulated", [among("forward", "validation", least=2, most=16), among("forward", most=6)]),
-    "sweep": ("sweep", [among("forward", least=20, most=35), among("replaced:last.ckpt", least=5, most=9)]),
-    "evolq": ("evolq", [among("candidate", least=3, most=12), among(*SEARCHING, most=2)]),
-}
+def watch(moment: tuple[str, int, bool] | None, counts: Counter[str]) -> None:
+    """Count calls; die at the moment: name of a call, which of them, whether after it."""
+
+    def watched(name: str, function: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            counts[name] += 1
+            if moment == (name, counts[name], False):
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **options)
+            if moment == (name, counts[name], True):
+                if name == "save":
+                    os.truncate(args[1], os.path.getsize(args[1]) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapped
+
+    for owner, name in CALLS:
+        setattr(owner, name, watched(name, getattr(owner, name)))
 
 
-@dataclass
-class Killed:
-    """What became of a run: moments of the kills, their steps, steps at which it went on, what differs, how much was compared."""
-
-    moments: list[str] = field(default_factory=list)
-    died: list[str] = field(default_factory=list)
-    resumed: list[str] = field(default_factory=list)
-    differing: list[str] = field(default_factory=list)
-    values: int = 0
-    rows: int = 0
-
-
-def run(folder: Path, moment: str, name: str, run_dir: Path) -> tuple[int, str]:
-    """Run a command to its end; gives its exit code, or minus the signal that ended it, and what it said."""
+def run(folder: Path, name: str, run_dir: Path, moment: tuple[str, int, bool] | None = None) -> Counter[str] | None:
+    """Run a command; gives how often each call was made, None if it was killed."""
     command = [*(part.format(float=folder / "float/checkpoints/last.ckpt") for part in COMMANDS[name]), f"run_dir={run_dir}"]
-    log = run_dir.with_suffix(".log")
-    log.touch()
-    before = log.stat().st_size
-    pid = os.fork()
+    log, told, pid = run_dir.with_suffix(".log"), run_dir.with_suffix(".counts"), os.fork()
     if not pid:
-        become(moment, command, os.open(log, os.O_WRONLY | os.O_APPEND))
+        code, counts = 1, Counter[str]()
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        try:
+            sys.argv = [str(ROOT / command[0]), *command[1:]]
+            watch(moment, counts)
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            told.write_text(json.dumps(counts))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    text = log.read_text(errors="replace")[before:]
-    if code and (code != -signal.SIGKILL or not moment):
-        raise SystemExit(f"{name}, {moment}: exit code {code}\n{text}")
-    return code, text
+    if code not in {0, -signal.SIGKILL}:
+        raise SystemExit(f"{name}, {moment}: exit code {code}\n{log.read_text(errors='replace')}")
+    return Counter(json.loads(told.read_text())) if code == 0 else None
 
 
-def kill(folder: Path, name: str, number: int, seed: int) -> Killed:
-    """Kill a run at moments that are drawn, once in the first round, let it finish, compare it with the whole one."""
-    (command, moments), found = KINDS[name], Killed()
-    run_dir = folder / re.sub(r"\W+", "_", f"{name} {number}")
-    draw = random.Random(f"{seed} {name} {number}")
-    for moment in [one(draw) for one in moments[: 1 if number == 0 else None]] + [""]:
-        code, text = run(folder, moment, command, run_dir)
-        if found.moments:
-            found.resumed.append("/".join("".join(groups) for groups in RESUMED.findall(text)) or "0")
-        if code:
-            found.moments.append(moment)
-            found.died += re.findall(r"killed at (step \d+)", text) or ["-"]
-        elif not found.moments:
-            raise SystemExit(f"{name}: {moment} did not come\n{text}")
-    compare(folder / command, run_dir, found)
-    return found
-
-
-def compare(whole: Path, run_dir: Path, found: Killed) -> None:
-    """Note what differs between two runs, and that nothing is left over."""
-    names = {path.relative_to(whole) for path in _outputs(whole)}
-    others = {path.relative_to(run_dir) for path in _outputs(run_dir)}
-    found.differing += [f"{name} is in one of them" for name in sorted(map(str, names ^ others))]
-    for name in sorted(names & others):
-        if name.name in FILES_OF_TORCH:
-            files = [whole / name, run_dir / name]
-            pairs = [dict(leaves(torch.load(path, weights_only=True), path.parents[len(name.parts) - 1])) for path in files]
-            found.values += len(pairs[0])
-        elif name.name in TABLES or name.name == "results.json":
-            pairs = [dict(rows(whole / name)), dict(rows(run_dir / name))]
-            found.rows += len(pairs[0])
-        else:
+def values(run_dir: Path) -> Iterator[tuple[str, Any]]:
+    """All that a run left, by file and place in it; not what Hydra keeps, nor a checkpoint that only a run of several saves has."""
+    for path in sorted(path for path in run_dir.rglob("*") if path.is_file() and ".hydra" not in path.parts):
+        name = str(path.relative_to(run_dir))
+        if path.suffix in {".log", ".png", ".svg"} or path.name in {"last.prev.ckpt", "multirun.yaml"}:
             continue
-        keys = sorted(pairs[0].keys() | pairs[1].keys())
-        found.differing += [f"{name}: {key}" for key in keys if not same(pairs[0].get(key), pairs[1].get(key))]
+        yield name, True
+        if path.suffix == ".ckpt":
+            yield from leaves(torch.load(path, weights_only=True), str(run_dir), name)
+        elif path.suffix == ".json":
+            yield from leaves(json.loads(path.read_text()), str(run_dir), name)
+        elif path.suffix == ".csv":
+            rows = [{k: v for k, v in row.items() if v and not MEASURED.search(k)} for row in csv.DictReader(path.open())]
+            yield from leaves([row for row in rows if row.keys() - {"epoch", "step"}], str(run_dir), name)
 
 
-def _outputs(run_dir: Path) -> list[Path]:
-    """Files of a run, temporary ones too; not what Hydra keeps, nor a checkpoint that only a run of several saves has."""
-    found = [path for path in run_dir.rglob("*") if path.is_file() and ".hydra" not in path.parts]
-    return [path for path in found if path.suffix not in {".log", ".png", ".svg"} and path.name not in {"last.prev.ckpt", "multirun.yaml"}]
-
-
-def leaves(value: Any, folder: Path, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, folder: str, path: str) -> Iterator[tuple[str, Any]]:
     """Tensors and plain values of a nested structure; paths are those within the run's folder."""
-    if isinstance(value, dict):
-        for key, one in value.items():
-            if str(key) not in TIMES:
-                yield from leaves(one, folder, f"{path}/{str(key).replace(str(folder), '')}")
-    elif isinstance(value, list | tuple):
-        for key, one in enumerate(value):
-            yield from leaves(one, folder, f"{path}/{key}")
-    else:
-        yield path, value.replace(str(folder), "") if isinstance(value, str) else value
-
-
-def rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a table, or entries of a JSON file, without what is measured."""
-    text = path.read_text().replace(str(path.parent), "")
-    if path.suffix == ".json":
-        yield from leaves(json.loads(text), path.parent)
-    elif path.suffix == ".jsonl":
-        yield from leaves([json.loads(line) for line in text.splitlines()], path.parent)
-    else:
-        found = [{k: v for k, v in row.items() if v and not MEASURED.match(k)} for row in csv.DictReader(text.splitlines())]
-        yield from ((str(number), row) for number, row in enumerate(row for row in found if set(row) - {"epoch", "step"}))
+    if isinstance(value, dict | list | tuple):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(one, folder, f"{path}/{str(key).replace(folder, '')}")
+    elif not MEASURED.search(path):
+        yield path, value.replace(folder, "") if isinstance(value, str) else value
 
 
 def same(one: Any, other: Any) -> bool:
     """True for equal tensors, bit for bit, and for equal plain values."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.nan_to_num(7.25), other.nan_to_num(7.25))
+        return one.dtype == other.dtype and torch.equal(one.nan_to_num(7.25), other.nan_to_num(7.25))
     return type(one) is type(other) and (one == other or one != one)
 
 
-def line(name: str, found: Killed) -> str:
-    """A line of the table."""
-    places = f"killed at {', '.join(found.died)}; resumed at {', '.join(found.resumed)}"
-    differing = f"{len(found.differing)} of {found.values} values and {found.rows} rows differ"
-    return f"{name:16} {' + '.join(found.moments):44} {places:44}  {differing}"
-
-
 def main() -> None:
-    """Kill, compare, tell."""
+    """Kill, compare, print a line for each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="at least so many, and at least a run of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", default=[name for name in COMMANDS if name != "float"], choices=COMMANDS)
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    for name in ("train", "ptq", "analyze"):
+    for name in ("train", "ptq"):
         importlib.import_module(f"qat.tasks.{name}")
-    kills, number, differing = 0, 0, 0
+    draw, kills, wrong = random.Random(args.seed), 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name in ("float", *dict.fromkeys(KINDS[kind][0] for kind in args.kinds)):
-            run(folder, "", name, folder / name)
-        while not number or kills < args.kills:
+        counts = {name: run(folder, name, folder / name) or Counter() for name in dict.fromkeys(("float", *args.kinds))}
+        expected = {name: dict(values(folder / name)) for name in args.kinds}
+        while kills < args.kills:
             for name in args.kinds:
-                found = kill(folder, name, number, args.seed)
-                kills, differing = kills + len(found.moments), differing + len(found.differing)
-                print(line(name, found), *(f"    {what}" for what in found.differing[:8]), sep="\n", flush=True)
-            number += 1
-    print(f"{kills} kills: {differing} differences")
-    raise SystemExit(bool(differing))
+                run_dir, moments = folder / f"{name}-{kills}", []
+                for _ in range(draw.randint(1, 2)):
+                    call = draw.choice(sorted(counts[name]))
+                    moment = call, draw.randint(1, counts[name][call]), draw.random() < 0.5
+                    if run(folder, name, run_dir, moment) is not None:
+                        break  # resumed, it came to its end before
+                    moments.append(f"{'after' if moment[2] else 'before'} {call} {moment[1]}")
+                run(folder, name, run_dir)
+                found = dict(values(run_dir))
+                differing = [key for key in expected[name].keys() | found if not same(expected[name].get(key), found.get(key))]
+                kills, wrong = kills + len(moments), wrong + len(differing)
+                said = f"{name:10} killed {', '.join(moments)}: {len(differing)} of {len(found)} values differ"
+                print(said, *(f"    {what}" for what in sorted(differing)[:8]), sep="\n", flush=True)
+    print(f"{kills} kills: {wrong} differences")
+    raise SystemExit(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m evidence.zoo --root CIFAR10`: the nets in `zoo/`, made of checkpoints of the studies, with a model card each.
+"""`python -m evidence.zoo --root CIFAR10`: the nets in `zoo/`, made of checkpoints that `run` leaves, with a model card each.
 
 `make study CLAIM=C16/tensor_w4a4 CIFAR10=FOLDER` and the like train those that are not there. What a card says was measured is measured
 here, with `eval.py`, on the file itself.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,11 +17,10 @@ import tempfile
 from pathlib import Path
 
 import qat
+from evidence.run import ROOT, Arms, command_line
 from qat.errors import UsageError
-from qat.model.pretrained import CARD, save_pretrained
+from qat.model.pretrained import save_pretrained
 from qat.utils.files import write_text
-from evidence.arms import ROOT, Arms, Places
-from evidence.run import command_line
 
 log = logging.getLogger("qat.evidence")
 
@@ -35,30 +34,27 @@ def main() -> int:
     """Exit code 1 where a checkpoint is not there."""
     parser = argparse.ArgumentParser(prog="python -m evidence.zoo", description=__doc__)
     parser.add_argument("names", nargs="*", default=list(NETS), help=f"of {', '.join(NETS)}; none = all")
-    parser.add_argument(
-        "--root", default=os.environ.get("QAT_CIFAR10"), required="QAT_CIFAR10" not in os.environ, help="folder of CIFAR-10"
-    )
-    parser.add_argument("--runs", type=Path, default=ROOT / "outputs" / "evidence", help="folder of the runs")
+    parser.add_argument("--root", required=True, help="folder of CIFAR-10")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         for name in args.names:
-            make(name, args.runs, args.root)
+            make(name, args.root)
     except UsageError as error:
         log.error("error: %s", error)
         return 1
     return 0
 
 
-def make(name: str, runs: Path, root: str) -> None:
+def make(name: str, root: str) -> None:
     """Write `zoo/NAME.safetensors` and its card.
 
     Raises:
         UsageError: the run has no checkpoint.
     """
-    arms = Arms.read(Places())
+    arms = Arms()
     arm = arms[NETS[name]]
-    checkpoint = runs / arms.run_dir(arm, 0).relative_to(Places.runs) / "checkpoints" / "best.ckpt"
+    checkpoint = ROOT / arms.run_dir(arm, 0) / "checkpoints" / "best.ckpt"
     if not checkpoint.is_file():
         raise UsageError(f"{checkpoint}: is not there; make study CLAIM={NETS[name]} CIFAR10=FOLDER trains it")
     net = qat.load(checkpoint)
@@ -66,8 +62,8 @@ def make(name: str, runs: Path, root: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(save_pretrained(net, folder) / "model.safetensors", target)
         save_pretrained(net, folder, results=measured(target, root, Path(folder) / "eval"), license=LICENSE, source=f"zoo/{target.name}")
-        card = Path(folder, CARD).read_text(encoding="utf-8")
-    typed = command_line(arm.command, Path("RUN"), arms.settings(arm, 0), root)
+        card = Path(folder, "README.md").read_text(encoding="utf-8")
+    typed = shlex.join(command_line(arm.command, Path("RUN"), arms.settings(arm, 0), "FOLDER"))
     write_text(target.with_suffix(".md"), f"{card}\n## Training\n\n```text\n{typed}\n```\n")
     log.info("%s: %d bytes", target, target.stat().st_size)
 

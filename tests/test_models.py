@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import qat
-from benchmarks import models_page
+from evidence import models_page
 from qat.model.convert import conversion_of
 from qat.model.transfer import forget_attention_weights, timm_state_dict
 from qat.nn import QkrAttention, ScoredAttention

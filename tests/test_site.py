@@ -51,7 +51,7 @@ def test_the_python_api_is_shown_whole():
         ("install.md", None, "[readme](../README.md#map)", "[readme](index.md#map)"),
         ("index.md", None, "![a report](docs/figures/report.png)", "![a report](figures/report.png)"),
         ("index.md", None, "[changes](CHANGELOG.md)", "[changes](changes.md)"),
-        ("results/C1.md", None, "[runs](../../results/C1)", "runs (`results/C1`)"),
+        ("results/C1.md", None, "[runs](../../evidence/records)", "runs (`evidence/records`)"),
         ("install.md", None, "[conf/](../conf)", "conf/"),
         ("install.md", "https://example.org/qat/", "[conf/](../conf)", "[conf/](https://example.org/qat/tree/main/conf)"),
         ("index.md", "https://example.org/qat", "[cite](CITATION.cff)", "[cite](https://example.org/qat/blob/main/CITATION.cff)"),

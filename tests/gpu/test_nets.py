@@ -1,7 +1,7 @@
 """Whole nets: all ways of running one give the same logits and gradients, on the device as on the CPU.
 
 Oracle: the net run another way. Where operations differ, a value halfway between codes may go to the other side and take along what
-depends on it, so each error stands beside that of a control (`benchmarks.gpu.checks`): parameters that differ by a rounding error.
+depends on it, so each error stands beside that of a control (`tests.gpu.ways`): parameters that differ by a rounding error.
 """
 
 import copy
@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import qat
-from benchmarks.gpu.checks import KINDS, Apart, Checks, results
-from benchmarks.gpu.kernels import relative_error
-from benchmarks.step_arms import ARMS
+from evidence.steps import ARMS, TINY, build
 from qat.quantizers import LSQ
+from tests.gpu.ways import KINDS, Apart, compared, judged, relative_error, results
 from tests.nets import FAMILIES
 
 QUANTIZED = [arm for arm, settings in ARMS.items() if settings.knobs is not None and not settings.teacher]
@@ -34,8 +33,17 @@ def kernels_as_they_were():
 @pytest.mark.parametrize("kind", KINDS)
 def test_ways_of_running_agree(device, kind, arm):
     torch.manual_seed(0)
-    row = Checks(dry_run=False).check(f"{kind}, {arm}")
-    assert row["right"], row
+    right, *errors = compared(kind, arm, device)
+    assert right, errors
+
+
+def test_a_nan_is_never_right():
+    one, none, half = ({"logits": torch.tensor([1.0, 1.0, x])} for x in (1.0, torch.nan, 1.0005))
+    assert judged(one, one, [one])[0]
+    for found, expected, control in ((none, one, one), (one, none, one), (one, one, none), (one, {"logits": torch.zeros(3)}, one)):
+        assert not judged(found, expected, [control, half])[0]
+    away = {"logits": torch.tensor([1.0, 1.0, 1.001])}
+    assert [judged(away, one, controls)[0] for controls in ([one], [one, half])] == [False, True]
 
 
 def quantized(family, device, bits):
@@ -125,10 +133,8 @@ def test_what_differs_between_device_and_cpu_are_ties(anywhere, family, bits):
 
 @pytest.mark.parametrize("arm", QUANTIZED)
 def test_bfloat16_autocast_is_finite(anywhere, arm):
-    from benchmarks.gpu.nets import build, images_of
-
-    images = images_of(2, anywhere, tiny=True)
-    found = results(build("deit_tiny_patch16_224", arm, images, tiny=True), images, autocast=True)
+    images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"], device=anywhere)
+    found = results(build("deit_tiny_patch16_224", ARMS[arm], images, **TINY, depth=1), images, autocast=True)
     assert all(x.isfinite().all() for x in found.values())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qat
-from benchmarks.gpu.nets import build, images_of, teacher_of
+from evidence.steps import ARMS, TINY, build, teacher_of
 from qat.functional.confidence import near_threshold
 from qat.lit.compiled import CompiledCall
 from qat.lit.optim import build_optimizer
@@ -29,11 +29,11 @@ class Run:
     def __init__(self, device, arm="ofq", terms="ce", *, anneals=False, call=None):
         self.device, self.anneals = device, anneals
         torch.manual_seed(0)
-        self.images = images_of(BATCH, device, tiny=True)
+        self.images = torch.randn(BATCH, 3, TINY["img_size"], TINY["img_size"], device=device)
         self.target = torch.arange(BATCH, device=device)
-        self.net = build(MODEL, arm, self.images, tiny=True)
+        self.net = build(MODEL, ARMS[arm], self.images, **TINY, depth=1)
         self.call = self.net if call is None else call(self.net)
-        self.teacher = teacher_of(MODEL, "ofq + teacher", self.images, compiled=False, tiny=True) if terms == "kd" else None
+        self.teacher = teacher_of(MODEL, ARMS["ofq + teacher"], self.images, **TINY, depth=1) if terms == "kd" else None
         self.loss = CompositeLoss(TERMS[terms]())
         self.loss.prepare(self.net)
         self.optimizer = build_optimizer(self.net, lr=1e-3, weight_decay=0.05, fused=True)

@@ -1,0 +1,144 @@
+"""Numbers, verdicts, pages. Oracles: worked out by hand, scipy's t-test; of the committed pages, what the records give."""
+
+import pytest
+from omegaconf import OmegaConf
+from scipy import stats
+
+from evidence import drawing, page
+from evidence.claims import Expectation
+from evidence.run import Arms
+from qat.errors import UsageError
+from tests.conftest import ROOT, compose
+from tests.evidence import made
+
+# What the headline's experiments are called, and the arms that they pin.
+HEADLINE = {
+    "cifar10_fp": "START/float",
+    "cifar10_qat": "TUNE/seq_longest_shifts",
+    "cifar10_qat quant=seq_3bit": "TUNE/seq_longest_w3_shifts_lr2e-3",
+    "cifar10_qat quant=seq_4bit": "TUNE/seq_longest_w4_shifts_lr2e-3",
+    "cifar10_qat quant=fp quant.steps=absolute": "AIM/control_longest_shifts_lr2e-3",
+    "cifar10_qat quant=ofq_2bit quant.steps=absolute": "TUNE/longest_shifts_fast",
+}
+EXPECT = {"what": "it", "metric": "top1", "arm": "new", "than": "old", "is": "higher"}
+
+
+def test_pages_and_readme_are_what_the_records_give():
+    assert page.check(ROOT) == []
+
+
+@pytest.mark.parametrize("name", HEADLINE)
+def test_the_headline_has_a_name_that_trains_the_same(name):
+    arms = Arms()
+    asked = arms.settings(arms[HEADLINE[name]], 0)
+    start = [one for one in asked if one.startswith("ckpt=")]
+    # The float net that a run starts from is its teacher where none is named; loader processes change nothing.
+    ours = compose("train", *f"experiment={name}".split(), *start, "data.num_workers=0", "run_dir=a")
+    theirs = compose("train", *(one for one in asked if not one.startswith("teacher.ckpt=")), "run_dir=a")
+    assert OmegaConf.to_container(ours, resolve=True) == OmegaConf.to_container(theirs, resolve=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "spec", "text"),
+    [((), ".2f", "–"), ((61.2,), ".2f", "61.20"), ((60, 62), ".1f", "61.0 ± 1.4"), ((1.0, 2.0, 3.0), "+.2f", "+2.00 ± 1.00")],
+)
+def test_mean_and_sample_deviation(values, spec, text):
+    assert page.spread(values, spec) == text
+
+
+@pytest.mark.parametrize("shift", [-1.2, -0.5, 0.0, 0.3, 0.5, 1.2])
+def test_yes_and_no_are_what_a_paired_t_test_at_five_per_cent_tells_apart(shift):
+    found = [value + shift for value in (-0.7, 0.1, 0.4, -0.2, 0.4)]
+    told_apart = stats.ttest_1samp(found, 0.0).pvalue < 0.05
+    answer = page.Found(Expectation("it", "top1", "new", "old", "higher"), tuple(found)).answer
+    assert answer == ("too small to see" if not told_apart else "yes" if shift > 0 else "no")
+
+
+@pytest.mark.parametrize(
+    ("direction", "margin", "mean", "said"),
+    [
+        # All differences lie within 0.1 of their mean, their interval within 0.25.
+        ("higher", 1.0, 1.3, "yes"),
+        ("higher", 1.0, 0.7, "no"),
+        ("higher", 1.0, 1.0, "too small to see"),
+        ("lower", 0.5, -0.8, "yes"),
+        ("within", 2.0, -1.7, "yes"),
+        ("within", 2.0, -2.3, "no"),
+        ("near", 1.0, 0.7, "yes"),
+        ("near", 1.0, 1.3, "no"),
+    ],
+)
+def test_answers(direction, margin, mean, said):
+    expected = Expectation("it", "top1", "new", "old", direction, margin)
+    assert page.Found(expected, (mean - 0.1, mean, mean + 0.1)).answer == said
+    assert page.Found(expected, (mean, mean)).answer == "not decided yet"
+
+
+def test_seeds_are_paired_by_number_and_a_kept_start_stands_for_every_seed(tmp_path):
+    made.claim(tmp_path, "START", arms={"float": {"label": "float", "seeds": [0], "keep": True}})
+    made.claim(tmp_path, expect=[EXPECT, EXPECT | {"than": "START/float"}, EXPECT | {"than": 60, "metric": "other"}])
+    made.runs(tmp_path, "new", [61.0, None, 81.0, 91.0])
+    made.runs(tmp_path, "old", [60.0, 70.0, 79.0])  # seed 1 of the other measured nothing, seed 3 has no other
+    made.runs(tmp_path, "float", [1.0], claim="START")
+    found, claim = made.evidence(tmp_path)
+    with pytest.raises(UsageError, match=r"c1.yaml: new.other: must be one of top1"):
+        page.find(claim, found)
+    assert found.differences(claim, ("new", "top1"), ("old", "top1")) == [1.0, 2.0]
+    assert found.differences(claim, ("new", "top1"), ("START/float", "top1")) == [60.0, 80.0, 90.0]
+
+
+@pytest.mark.parametrize(
+    ("why", "text"),
+    [
+        ("New reaches {new.top1}.", "New reaches 63.00 ± 2.00."),
+        ("{ old.top1 - new.top1:.1f}, `{{2,3}}`", "-2.0 ± 1.0, `{2,3}`"),
+        ("{C1/new.top1:.0f}, {idle.top1}", "63 ± 2, (not run yet)"),
+        ("{newer.top1}", UsageError("arm 'newer': must be")),
+        ("{new.top1 - old.top5}", UsageError("old.top5: must be one of top1")),
+        ("{new}", UsageError("'new' is no number; must be text with {arm.metric}")),
+    ],
+)
+def test_numbers_in_text(tmp_path, why, text):
+    path = made.claim(tmp_path, why=why)
+    made.runs(tmp_path, "new", [61.0, 63.0, 65.0])
+    made.runs(tmp_path, "old", [60.0, 61.0, 62.0])
+    found, claim = made.evidence(tmp_path)
+    if isinstance(text, str):
+        assert found.filled(claim, claim.why) == text
+        return
+    with pytest.raises(UsageError) as error:
+        found.filled(claim, claim.why)
+    assert str(error.value).startswith(f"{path}: {text}")
+
+
+def test_a_whole_page_and_its_pictures(tmp_path):
+    lines = {"kind": "lines", "x": "bits", "y": "top-1, %", "series": {"New": {2: "new", 3: "idle"}, "Old": {2: "old"}}}
+    curves = {"file": "b.svg", "kind": "curves", "curve": "val", "series": {"New": "new"}, "reference": {"old": "old"}}
+    table = {"rows": ["new", "old", "idle"], "columns": {"top1": "top-1"}, "labels": {"old": "Older"}}
+    made.claim(tmp_path, expect=[EXPECT], tables=[table], figures=[{"file": "a.svg", **lines}, curves], why="So [C1](#c1) it is.")
+    made.runs(tmp_path, "new", [61.0, 62.0, 63.5], curves={"val": [[0, 1.0], [1, None], [2, 3.0]]})
+    made.runs(tmp_path, "old", [60.0, 61.0, 62.0])
+    found, claim = made.evidence(tmp_path)
+    shown = page.pages(found)
+    assert "| [C1](results/C1.md) New against old | it | +1.17 [+0.45, +1.88] | above 0 | yes |" in shown["docs/results.md"]
+    own = shown["docs/results/C1.md"]
+    assert "**C1: yes.** it: +1.17 [+0.45, +1.88] over 3 seeds; expected above 0.\n\nSo [C1](C1.md) it is." in own
+    assert "| New | 62.17 ± 1.26 | 3 |\n| Older | 61.00 ± 1.00 | 3 |\n| not run | – | 0 |" in own
+    assert "![top-1, % over bits: New, Old](../figures/a.svg)" in own
+    assert "records: [evidence/records/C1.jsonl](../../evidence/records/C1.jsonl)" in own
+    points, (curve,) = drawing.gather(claim, claim.figures[0], found), drawing.gather(claim, claim.figures[1], found).series.values()
+    assert [(name, point.x, point.values) for name, (point,) in points.series.items()] == [
+        ("New", 2, (61.0, 62.0, 63.5)),
+        ("Old", 2, (60.0, 61.0, 62.0)),
+    ]
+    assert [(point.x, point.mean) for point in curve] == [(0.0, 1.0), (2.0, 3.0)]
+    drawing.write(claim.figures[0], points, tmp_path)
+    first = (tmp_path / "a.svg").read_bytes()
+    drawing.write(claim.figures[0], points, tmp_path)
+    assert (tmp_path / "a.svg").read_bytes() == first
+
+
+def test_what_is_no_claim_is_named(tmp_path):
+    path = made.claim(tmp_path, kind=1)
+    with pytest.raises(UsageError, match=f"^{path}: must be a claim .*'kind'"):
+        made.evidence(tmp_path)

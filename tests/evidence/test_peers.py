@@ -1,0 +1,64 @@
+"""Other libraries in the place of our nets. Oracle: codes counted; errors by hand."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from evidence.peer_nets import fitting, quantized
+from evidence.peers import main
+from qat.lit.optim import parameter_groups
+from tests.conftest import TINY
+
+
+def test_layers_have_few_levels_and_learned_steps_no_weight_decay():
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+    weights, batches = set(net.parameters()), [torch.randn(8, 3, 32, 32) for _ in range(2)]
+    net = quantized("torch_ao", net, batches, 2)
+    levels = {}
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_hook(lambda module, args, _, name=name: levels.update({name: [len(args[0].unique()), module.weight]}))
+    net(batches[0]).square().mean().backward()
+    assert len(levels) == 2 * 4 + 2
+    for name, (inputs, weight) in levels.items():
+        rows = max(len(row.unique()) for row in weight.flatten(1))
+        assert (min(inputs, rows) > 4) if name in {"head", "patch_embed.proj"} else (inputs <= 4 and rows <= 4)
+    learned = {one for one in net.parameters() if one not in weights}
+    assert len(learned) == 4 * len(levels)
+    assert all(one.grad is not None for one in learned)
+    (decay,) = (group for group in parameter_groups(net, weight_decay=0.1) if group["weight_decay"])
+    assert not learned & set(decay["params"])
+    assert weights & set(decay["params"])
+
+
+def test_the_step_that_fits_best_is_found_among_forty():
+    rows = torch.stack([torch.tensor([-1.0, 0.0, 1.0, 2.0]) * 0.6, torch.tensor([-2.0, -1.0, 0.0, 1.0])])
+    step, zero = fitting(rows, torch.tensor([-0.6, -2.0]), torch.tensor([1.2, 1.0]), 0, 3)
+    assert torch.allclose(step, torch.tensor([0.6, 1.0]))
+    assert zero.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["bits=2"], "library='', bits='2': must be one of brevitas, torchao, torch_ao, and a whole number"),
+        (["library=torchao", "bits=2", "quant=ofq_2bit"], "quant: only qat reads it; library=torchao has bits=..."),
+    ],
+)
+def test_settings_that_do_not_go_together(arguments, line, capsys):
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_a_run_leaves_results_and_is_not_repeated(tmp_path, float_run):
+    same = ("loss=kd", f"ckpt={float_run}/checkpoints/best.ckpt", f"run_dir={tmp_path}/run")
+    assert main(["library=torch_ao", "bits=4", *TINY, *same]) == 0
+    path = tmp_path / "run" / "results.json"
+    results, written = json.loads(path.read_text()), path.stat().st_mtime_ns
+    assert (results["command"], results["quant"], results["bits"], results["seed"]) == ("peers", "torch_ao_4bit", 4, 0)
+    assert main(["library=torch_ao", "bits=4", *TINY, *same]) == 0
+    assert path.stat().st_mtime_ns == written
