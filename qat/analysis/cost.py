@@ -51,7 +51,7 @@ def _in_float(studied: StudiedNet) -> Row:
         return {}
     try:
         twin = built_alike(studied.net, recipe("fp"), studied.input_size)
-    except (UsageError, LookupError, TypeError, ValueError, RuntimeError):
+    except UsageError:
         return {}
     return {"in_float": dataclasses.asdict(total(module_costs(twin, studied.input_size)))}
 
@@ -91,7 +91,6 @@ def _module_row(part: ModuleCost, kind_of: Mapping[str, str]) -> Row:
         "module": part.module or "(net)",
         "kind": kind_of[part.module],
         "bits of operands": ", ".join(dict.fromkeys(f"{a} x {b}" for a, b in (product.bits for product in part.products))),
-        "parameters in training": part.n_params,
         "bytes": part.size_bytes,
         "MACs": part.macs,
         "bit operations": part.bitops,
@@ -111,8 +110,7 @@ def _bars(rows: Sequence[Row]) -> Drawing:
             wholes[row["net"]] += row[unit]
         for place, (label, whole) in enumerate(wholes.items()):
             axis.text(whole / 1e6, place, f" {scaled(whole)}", va="center", fontsize=8)
-            shares = [f"{row['kind']} {100 * row[unit] / whole:.0f} %" for row in rows if row["net"] == label and row[unit]]
-            said.append(f"{label}: {scaled(whole)} {words} ({', '.join(shares)})")
+            said.append(f"{label}: {scaled(whole)} {words}")
         axis.set_xlabel(f"{words}, millions", fontsize=9)
         axis.margins(x=0.12)
         axis.grid(axis="y", visible=False)

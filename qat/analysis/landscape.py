@@ -5,11 +5,9 @@ Source: Evol-Q, arXiv 2308.10814, figure of the loss over scales. Docs: docs/ana
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import fnmatch
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +19,7 @@ from torch.nn import functional as F
 
 from qat.analysis.analysis import Analysis, Drawing, EvaluationPoint, Outcome, Score, StudiedNet, Table
 from qat.analysis.images import ImageSet
-from qat.analysis.requantize import GridSite, WeightSites, weight_sites
+from qat.analysis.requantize import grid_of, requantized
 from qat.analysis.runner import measure
 from qat.analysis.style import HEAT, PALETTE, figure, panels, quiet
 from qat.errors import UsageError
@@ -31,7 +29,8 @@ from qat.model.convert import conversion_of
 from qat.model.sites import iter_quantizers
 from qat.ptq.calibrate import in_float
 from qat.ptq.patching import Forward, patched
-from qat.utils.validate import FLOAT_BITS, check_choice, check_int, check_number
+from qat.quantizers import Quantizer, UniformGrid
+from qat.utils.validate import check_choice, check_int, check_number
 
 LOSSES = {"ce": "Cross-entropy", "infonce": "infoNCE to the float logits"}
 LEVELS = 12
@@ -80,7 +79,7 @@ class Landscape(Analysis):
         for studied in nets:
             if conversion_of(studied.net) is None:
                 raise UsageError(f"ckpt={str(studied.path)!r}: a float net has no scales to move; must be quantized")
-            move, score = plane(weight_sites(studied.net, studied.input_size), self.targets, self.seed), self._score(studied.net, images)
+            move, score = plane(studied.net, self.targets, self.seed), self._score(studied.net, images)
             for x, y in ((x, y) for y in places for x in places):
                 points.append(
                     EvaluationPoint({"net": studied.label, "x": x, "y": y}, studied.net, functools.partial(move, x, y), score=score)
@@ -106,15 +105,13 @@ class Landscape(Analysis):
         return score
 
 
-def plane(
-    weights: WeightSites, targets: Sequence[str | Sequence[str]], seed: int
-) -> Callable[[float, float], AbstractContextManager[None]]:
+def plane(net: nn.Module, targets: Sequence[str | Sequence[str]], seed: int) -> Callable[[float, float], AbstractContextManager[None]]:
     """A plane of scales: each scale s of the targets becomes s (1 + x u + y v), u and v uniform in [-1, 1].
 
     Zero points and ranges of codes stay.
 
     Args:
-        weights: of a quantized net.
+        net: quantized.
         targets: see `Landscape`; matched with `LAYER.ROLE` in the net, and in the block around the layer.
         seed: of the directions, the same on every device.
 
@@ -124,36 +121,31 @@ def plane(
     Raises:
         UsageError: no weight is matched.
     """
-    sites = {f"{site.name}.{site.quantizer.spec.role}": site for site in weights.sites if site.grid.bits != FLOAT_BITS}
-    latents = {site.quantizer: site.latent().detach() for site in iter_quantizers(weights.net) if site.is_weight}
-    blocks = [f"{block}." for block in find_blocks(weights.net)]
-    directions = []
+    weights: dict[str, tuple[Quantizer, Tensor]] = {}
+    for site in iter_quantizers(net):
+        if site.is_weight and isinstance(grid := site.quantizer.grid(site.latent().detach()), UniformGrid):
+            weights[f"{site.layer}.{site.role}"] = site.quantizer, grid.step
+    blocks = [f"{block}." for block in find_blocks(net)]
+    directions: list[dict[str, Tensor]] = []
     for number, target in enumerate((targets[0], targets[-1])):
-        globs = [target] if isinstance(target, str) else target
-        known = {name: [name, *(name.removeprefix(block) for block in blocks)] for name in sites}
-        chosen = [name for name, names in known.items() if any(fnmatch.filter(names, glob) for glob in globs)]
-        if not chosen:
-            raise UsageError(f"analysis.targets={target!r}: matches no quantized weight; names look like {next(iter(sites), None)!r}")
-        generator = torch.Generator().manual_seed(2 * seed + number)
-        steps = {name: sites[name].grid.own(latents[sites[name].quantizer], sites[name].grid.bits).step for name in chosen}
-        directions.append({name: 2 * torch.rand(len(step), generator=generator) - 1 for name, step in steps.items()})
+        globs, generator, drawn = [target] if isinstance(target, str) else target, torch.Generator().manual_seed(2 * seed + number), {}
+        for name, (_, step) in weights.items():
+            known = [name, *(name.removeprefix(block) for block in blocks)]
+            if any(fnmatch.filter(known, glob) for glob in globs):
+                drawn[name] = 2 * torch.rand(len(step), generator=generator).to(step) - 1
+        if not drawn:
+            raise UsageError(f"analysis.targets={target!r}: matches no quantized weight; names look like {next(iter(weights), None)!r}")
+        directions.append(drawn)
 
-    @contextlib.contextmanager
-    def move(x: float, y: float) -> Generator[None]:
+    def move(x: float, y: float) -> AbstractContextManager[None]:
         forwards: dict[nn.Module, Forward] = {}
         for name in directions[0] | directions[1]:
-            parts = [at * direction[name] for at, direction in zip((x, y), directions, strict=True) if name in direction]
-            forwards[sites[name].quantizer] = functools.partial(_rescaled, sites[name], 1 + torch.stack(parts).sum(0))
-        with patched(forwards):
-            yield
+            parts = [at * drawn[name] for at, drawn in zip((x, y), directions, strict=True) if name in drawn]
+            quantizer, _ = weights[name]
+            forwards[quantizer] = functools.partial(requantized, grid_of(quantizer), resize=(1 + torch.stack(parts).sum(0)).mul)
+        return patched(forwards)
 
     return move
-
-
-@torch.no_grad()
-def _rescaled(site: GridSite, factor: Tensor, weight: Tensor) -> Tensor:
-    grid = site.grid.own(weight, site.grid.bits)
-    return site.grid.fake_quantize(weight, dataclasses.replace(grid, step=grid.step * factor.to(grid.step))).to(weight.dtype)
 
 
 def shape_of(losses: Tensor) -> dict[str, float]:

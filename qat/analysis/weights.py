@@ -27,6 +27,7 @@ from qat.utils.validate import FLOAT_BITS, check_globs, check_int
 # Layer, role (`weight`, or `qk` of a folded matrix), float tensor (out, ...), and its quantizer, None for one that is not quantized.
 LatentWeight = tuple[str, str, Tensor, Quantizer | None]
 BINS = 96
+MOST_PANELS = 9
 # Of more levels the thresholds are not drawn.
 MOST_LEVELS = 20
 
@@ -37,7 +38,6 @@ class WeightAnalysis(Analysis):
 
     Attributes:
         layers: globs of layers whose histograms are drawn; None = the first, the middle and the last, and those of highest kurtosis.
-        max_panels: histograms of one net at most.
         boundary: half-width of the band in which a weight counts as near a threshold, in codes, 0 < value < 0.5.
         activation_images: images whose activation codes are counted; 0 = no image is read.
 
@@ -49,14 +49,12 @@ class WeightAnalysis(Analysis):
     split: ClassVar[str | None] = "train"
 
     layers: Sequence[str] | None = None
-    max_panels: int = 9
     boundary: float = 0.005
     activation_images: int = 128
 
     def __post_init__(self) -> None:
         if self.layers is not None:
             check_globs("analysis.layers", self.layers, "blocks.0.*")
-        check_int("analysis.max_panels", self.max_panels, 1)
         check_int("analysis.activation_images", self.activation_images, 0)
         check_boundary("analysis.boundary", self.boundary)
         if not self.activation_images:
@@ -86,9 +84,9 @@ class WeightAnalysis(Analysis):
         """Which histograms are drawn, in the order of the net."""
         if self.layers is not None:
             wanted = [i for i, row in enumerate(rows) if any(fnmatch.fnmatchcase(row["layer"], glob) for glob in self.layers)]
-            return wanted[: self.max_panels]
+            return wanted[:MOST_PANELS]
         sharpest = sorted(range(len(rows)), key=lambda i: -rows[i]["kurtosis"])
-        return sorted(list(dict.fromkeys([0, len(rows) // 2, len(rows) - 1, *sharpest]))[: self.max_panels])
+        return sorted(list(dict.fromkeys([0, len(rows) // 2, len(rows) - 1, *sharpest]))[:MOST_PANELS])
 
     @torch.no_grad()
     def _row(self, layer: str, role: str, weight: Tensor, quantizer: Quantizer | None) -> Row:

@@ -106,7 +106,7 @@ def describe_layers(net: nn.Module, input_size: tuple[int, int, int], folder: Pa
 
     nets = [StudiedNet(OWN, net.eval(), "", input_size)]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # hooks belong to no compiled graph
-        write_outcome(folder / ANALYSES, "weights", {"max_panels": 6}, WeightAnalysis(max_panels=6).run(nets, NO_IMAGES), png=False)
+        write_outcome(folder / ANALYSES, "weights", {}, WeightAnalysis().run(nets, NO_IMAGES), png=False)
         write_outcome(folder / ANALYSES, "cost", {}, CostAnalysis().run(nets, NO_IMAGES), png=False)
 
 

@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 import qat
 from qat.analysis.landscape import Landscape, _contours, plane, shape_of
-from qat.analysis.requantize import weight_sites
 from qat.errors import UsageError
 from qat.functional.infonce import info_nce
 from qat.functional.statsq import statsq_with_scale
@@ -19,7 +18,7 @@ from tests.analysis.common import image_set, is_as_before, net_of, state, studie
 
 
 def plane_of(net, targets, seed=0):
-    return plane(weight_sites(net, tiny.SIZE), targets, seed)
+    return plane(net, targets, seed)
 
 
 def draws(shape, seed):

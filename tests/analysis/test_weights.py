@@ -120,17 +120,20 @@ def test_nets_of_different_kinds_beside_each_other():
 @pytest.mark.parametrize(
     ("settings", "drawn"),
     [
-        ({"layers": ["blocks.1.*"], "max_panels": 2}, ["blocks.1.attn (qk)", "blocks.1.attn.proj"]),
-        ({"max_panels": 4}, ["patch_embed.proj", "blocks.1.attn (qk)", "blocks.1.mlp.fc2", "head"]),  # first, middle, sharpest, last
+        ({"layers": ["blocks.1.attn*"]}, ["blocks.1.attn (qk)", "blocks.1.attn.proj", "blocks.1.attn.v"]),
+        ({"layers": ["*.fc2", "head"]}, ["blocks.0.mlp.fc2", "blocks.1.mlp.fc2", "head"]),
     ],
 )
 def test_which_histograms_are_drawn(settings, drawn):
-    net = net_of("ofq2")
-    with torch.no_grad():
-        net.blocks[1].mlp.fc2.weight[0, 0] = 1000.0
-    (drawing,) = analysed(net, **settings).drawings
+    (drawing,) = analysed(net_of("ofq2"), **settings).drawings
     titles = [axis.get_title(loc="left").partition("\n")[0] for axis in drawing.figure.axes]
     assert titles == drawn
+
+
+def test_without_globs_the_ends_the_middle_and_the_sharpest_are_drawn(monkeypatch):
+    monkeypatch.setattr("qat.analysis.weights.MOST_PANELS", 4)
+    rows = [{"kurtosis": kurtosis} for kurtosis in (2, 2, 2, 9, 3, 2, 2)]
+    assert WeightAnalysis()._chosen(rows) == [0, 3, 4, 6]
 
 
 def test_a_histogram_counts_what_lies_outside_in_its_ends():
@@ -146,7 +149,6 @@ def test_a_histogram_counts_what_lies_outside_in_its_ends():
     ("settings", "message"),
     [
         ({"layers": [1]}, "analysis.layers=[1]: must be a list of globs such as blocks.0.*"),
-        ({"max_panels": 0}, "analysis.max_panels=0: must be an integer of at least 1"),
         ({"boundary": 0.5}, "analysis.boundary=0.5: must be a number above 0 to below 0.5"),
         ({"activation_images": -1}, "analysis.activation_images=-1: must be an integer of at least 0"),
         ({"layers": ["block.*"]}, "analysis.layers: 'block.*' matches no layer with weights; patterns see names like 'head'"),

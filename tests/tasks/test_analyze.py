@@ -34,7 +34,7 @@ def table(path):
 
 @pytest.mark.parametrize("name", ["robustness", "weights", "cost", "landscape"])
 def test_what_a_run_leaves_behind(tmp_path, run_4bit, name):
-    more = {"robustness": SMALL[1:], "landscape": ("analysis.points=3",), "weights": ("analysis.max_panels=2",)}.get(name, ())
+    more = {"robustness": SMALL[1:], "landscape": ("analysis.points=3",)}.get(name, ())
     found = analyze(tmp_path, f"ckpt={last(run_4bit)}", f"analysis={name}", "images=40", *more)
     split = {"robustness": "test", "weights": "train", "landscape": "val"}.get(name)
     assert (found["command"], found["analysis"], found["split"], found["weights"]) == ("analyze", name, split, str(last(run_4bit)))
