@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 import os
 import shutil
 import subprocess
@@ -73,7 +74,7 @@ def test_data_of_a_checkpoint_are_compared_with_those_that_are_taken_without(tmp
 
 
 def test_the_command_to_repeat_works(by_command):
-    argv = origin_of(by_command).repeat.removeprefix("python ").replace("NEW_FOLDER", "second").split()
+    argv = shlex.split(origin_of(by_command).repeat.removeprefix("python ").replace("NEW_FOLDER", "second"))
     code, out = typed(*argv, "report=false", cwd=by_command.parent)
     assert code == 0, out
     assert results(by_command.parent / "second")["top1"] == results(by_command)["top1"]
@@ -120,12 +121,6 @@ def test_a_page_that_fails_fails_no_run(tmp_path, monkeypatch, caplog):
     (record,) = [r for r in caplog.records if "report.html" in r.getMessage()]
     assert record.getMessage() == "report.html was not made, everything else was: RuntimeError: no ink at all"
     assert record.levelname == "WARNING"
-
-
-def test_the_flag_is_checked(tmp_path, refused):
-    assert "Value 'maybe' is not a valid bool (type str) (report)" in refused(
-        "train", compose("train", *TINY, "report=maybe", f"run_dir={tmp_path}")
-    )
 
 
 def test_run_makes_the_page_anew(tmp_path, run_4bit):
@@ -207,7 +202,6 @@ def test_a_resumed_run_shows_all_of_it(tmp_path, monkeypatch):
         ([], "analysis is not set: must be one of cost,"),
         (["run=/nowhere"], "run='/nowhere': neither config.yaml nor results.json is there"),
         (["run=/nowhere", "analysis=cost"], "run='/nowhere': makes a report anew and analyses nothing"),
-        (["run=[a,b]"], "Cannot convert 'ListConfig' to string: '['a', 'b']' (run)"),
     ],
 )
 def test_mistakes(overrides, message, tmp_path, refused):
