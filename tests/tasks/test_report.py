@@ -2,8 +2,8 @@
 
 import itertools
 import json
-import shlex
 import os
+import shlex
 import shutil
 import subprocess
 import sys
