@@ -245,16 +245,6 @@ def test_overwrite_removes_what_a_run_makes_and_follows_no_link(tmp_path):
         assert (run / name).read_text() == "mine"
 
 
-def test_overwrite_refuses_a_folder_that_is_a_link(tmp_path, refused):
-    run = train(tmp_path / "run")
-    (run / "checkpoints").rename(tmp_path / "scratch")
-    (run / "checkpoints").symlink_to(tmp_path / "scratch")
-    before = {path: path.read_bytes() for path in (tmp_path / "scratch").iterdir()}
-    message = refused("train", tiny(run, "overwrite=true"))
-    assert f"run_dir='{run}': its folder checkpoints is a link, behind which nothing is removed; must be another run_dir" in message
-    assert {path: path.read_bytes() for path in (tmp_path / "scratch").iterdir()} == before
-
-
 def epochs_and_scores(run):
     return [(row["epoch"], row["step"], row["val/top1"], row["test/top1"]) for row in csv.DictReader((run / "metrics.csv").open())]
 
