@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
 from qat.export.check import Checked, compare, net_codes
@@ -64,19 +65,7 @@ def export(cfg: DictConfig) -> float:
     target = _target(cfg)
     outputs.check_own(Path(cfg.run_dir), cfg.command)
 
-    # A net with its data, or with noise: of a net that was made in Python nobody may know what it is for.
-    checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
-    meta, data, classes = checkpoint.meta, None, None
-    if meta is None or "_target_" in (meta.get("data") or {}) or "_target_" in build.plain(cfg.data):
-        subject = build_subject(cfg)
-        net, name, source = subject.net, subject.name, subject.data
-        data = build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(net))
-        images = [images for images, _ in source.sample(cfg.split or source.evaluation_split, cfg.images)]
-        prepared, classes = source.settings, subject.classes
-        shown = f"{sum(map(len, images))} images of {type(source).__name__.lower()}"
-    else:
-        net, name = build_from(checkpoint), meta["model"]["name"]
-        prepared, images, shown = data_settings(data_config(net)), [], f"{IMAGES} images of noise; data=... has others"
+    net, name, prepared, images, data, classes, shown = _net_and_images(cfg)
     done = conversion_of(net)
     if done is None:
         raise UsageError(f"ckpt={origin(cfg)!r}: holds a float net; export.py writes quantized ones, of train.py and ptq.py")
@@ -122,6 +111,28 @@ def export(cfg: DictConfig) -> float:
     )
     report_run(cfg, None if is_frozen(net) else net, done.input_size)
     return checked.top1
+
+
+def _net_and_images(
+    cfg: DictConfig,
+) -> tuple[nn.Module, str, DataSettings, list[torch.Tensor], dict[str, Any] | None, list[str] | None, str]:
+    """The net and its name; how images are prepared, images, their config and classes, and what is said of them.
+
+    Without data it is noise: of a net that was made in Python nobody may know what it is for.
+    """
+    checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
+    meta, data, classes = checkpoint.meta, None, None
+    if meta is None or "_target_" in (meta.get("data") or {}) or "_target_" in build.plain(cfg.data):
+        subject = build_subject(cfg)
+        net, name, source = subject.net, subject.name, subject.data
+        data = build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(net))
+        images = [images for images, _ in source.sample(cfg.split or source.evaluation_split, cfg.images)]
+        prepared, classes = source.settings, subject.classes
+        shown = f"{sum(map(len, images))} images of {type(source).__name__.lower()}"
+    else:
+        net, name = build_from(checkpoint), meta["model"]["name"]
+        prepared, images, shown = data_settings(data_config(net)), [], f"{IMAGES} images of noise; data=... has others"
+    return net, name, prepared, images, data, classes, shown
 
 
 def _target(cfg: DictConfig) -> Path:
