@@ -94,7 +94,7 @@ def train(cfg: DictConfig) -> float:
         val_top1, weights = _take_best(module, data, trainer)
         (metrics,) = trainer.test(module, datamodule=data, verbose=False)
 
-    earlier = sum(one.earlier_seconds for one in trainer.callbacks if isinstance(one, LastCheckpoint))  # type: ignore[attr-defined]
+    earlier = next((one.earlier_seconds for one in trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)), 0.0)
     seconds = round(time.monotonic() - began + earlier, 1)
     outcome = {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": seconds}
     _write(cfg, recipe, data, module, metrics, outcome)

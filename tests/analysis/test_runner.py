@@ -7,7 +7,7 @@ import pytest
 
 from qat.analysis import EvaluationPoint, measure, runner
 from tests import tiny
-from tests.analysis.common import image_set, is_as_before, net_of, state
+from tests.analysis.common import image_set, is_as_before, state
 
 
 def points_of(net, shifts):
