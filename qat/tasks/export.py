@@ -31,7 +31,7 @@ from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
-from qat.utils.validate import check_int
+from qat.utils.validate import check_choice, check_int
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +53,15 @@ def export(cfg: DictConfig) -> float:
     began = time.monotonic()
     check_settings(cfg)
     check_int("latency", cfg.latency, 0)
+    check_choice("format.name", cfg.format.name, tuple(NAMES))
     if not cfg.ckpt:
         raise UsageError("ckpt is not set; export.py writes a checkpoint of train.py or ptq.py: ckpt=PATH")
     settings, is_onnx = OnnxSettings(dynamic_batch=cfg.dynamic_batch), cfg.format.name == "onnx"
     if is_onnx:
         require_onnx()
         settings = OnnxSettings(cfg.dynamic_batch, cfg.format.target, cfg.format.two_bit)
-    elif not cfg.dynamic_batch:
-        raise UsageError("dynamic_batch=False: only for format=onnx")
     build.import_modules(cfg)
     target = _target(cfg)
-    outputs.check_own(Path(cfg.run_dir), cfg.command)
-
     net, name, prepared, images, data, classes, shown = _net_and_images(cfg)
     done = conversion_of(net)
     if done is None:
@@ -96,8 +93,8 @@ def export(cfg: DictConfig) -> float:
         checked = write_checked(target, write)
         results = {"bytes": sizes}
     size = target.stat().st_size
-    shown_results = {"file": f"{target}, {size:,} bytes"} | {key: str(value) for key, value in results.items()}
-    log.info("%s\n%s", checked.to_text(), summary.lines("written", shown_results))
+    written = {"file": f"{target}, {size:,} bytes"} | {key: str(value) for key, value in results.items()}
+    log.info("%s\n%s", checked.to_text(), summary.lines("written", written))
     write_results(
         cfg,
         model=name,
@@ -136,6 +133,9 @@ def _net_and_images(
 
 
 def _target(cfg: DictConfig) -> Path:
+    if cfg.format.name != "onnx" and not cfg.dynamic_batch:
+        raise UsageError("dynamic_batch=False: only for format=onnx")
+    outputs.check_own(Path(cfg.run_dir), cfg.command)
     target = Path(cfg.file) if cfg.file else Path(cfg.run_dir) / NAMES[cfg.format.name]
     suffix = Path(NAMES[cfg.format.name]).suffix
     if target.suffix != suffix:

@@ -356,7 +356,7 @@ def test_a_plain_state_dict_is_taken_as_it_is(tmp_path, setting):
         (["quant=fp", "quant.bits=4"], "quant.bits=4: quant=fp leaves the net in float"),
         (["quant.overrides={blocks.7.*:{bits:4}}"], "quant.overrides['blocks.7.*'] matches no module"),
         (["data.augment=bad"], "data.augment='bad': must be one of none, light, timm"),
-        (["+data.colour=3"], "data.colour: must be one of image_size"),
+        (["+data.colour=3"], "unexpected keyword argument 'colour'"),
         (["data=cifar10"], "data.root is not set"),
         (["data._target_=torch.nn.Identity"], "data._target_='torch.nn.Identity': must be a subclass of qat.data.ImageData"),
         (["data.num_classes=9"], "data.num_classes=9: the train split has a label 9"),
