@@ -6,7 +6,6 @@ import ctypes
 import json
 import multiprocessing
 import signal
-import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -35,15 +34,6 @@ def read(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             continue
     return rows
-
-
-def commit() -> str:
-    """The commit of the working tree, if it is known."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 class Worker:
