@@ -27,11 +27,10 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("later", [0.0, 1.0])
-def test_the_logits_of_other_images_come_closer(later):
+def test_the_logits_of_other_images_come_closer():
     net, reference = pair(method="reconstruct")
     before = error(net, reference, tiny.images(64, 9))
-    done = reconstruct(net, reference, IMAGES, ReconstructSettings(steps=40, batch=16, lr=2e-3, scale_lr=1e-2, later=later))
+    done = reconstruct(net, reference, IMAGES, ReconstructSettings(steps=40, batch=16, lr=2e-3, scale_lr=1e-2))
     assert (done["units"], done["steps"], done["images"]) == (4, 40, 48)
     assert error(net, reference, tiny.images(64, 9)) < 0.8 * before
 
@@ -107,12 +106,11 @@ def test_inputs_that_are_not_finite():
     net, reference = pair(method="reconstruct")
     with torch.no_grad():
         reference.pos_embed[0, 0, 0] = torch.inf
-    with pytest.raises(qat.UsageError, match=r"the activations of the float net hold NaN or infinity"):
+    with pytest.raises(qat.UsageError, match=r"the activations of blocks\.0 hold NaN or infinity"):
         reconstruct(net, reference, IMAGES, SETTINGS)
 
 
-@pytest.mark.parametrize("later", [0.0, 1.0])
-def test_a_backbone(later):
+def test_a_backbone():
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
     reference = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **sizes).eval()
@@ -125,12 +123,12 @@ def test_a_backbone(later):
             return sum(float((a - b).square().mean()) for a, b in zip(net(images), reference(images), strict=True))
 
     before = error_of_maps()
-    reconstruct(net.eval(), reference, images, ReconstructSettings(steps=20, batch=8, later=later))
+    reconstruct(net.eval(), reference, images, ReconstructSettings(steps=20, batch=8))
     assert error_of_maps() < before
 
 
 def test_a_unit_is_trained_on_what_the_quantized_net_gives_it(monkeypatch):
-    """Also behind quantizers that stand beside modules, as those of an attention pool do."""
+    """Also after quantizers that stand beside modules, as those of an attention pool do."""
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
     reference = timm.create_model("vit_base_patch16_siglip_224", **sizes).eval()
