@@ -161,7 +161,14 @@ class _Reconstruction:
         """Train one unit; mean loss over all batches before and after, with the quantized net's inputs."""
         self.number, self.module = number, self.net.get_submodule(unit)
         with self.reference.at(unit):
-            self.goal = [self._pair(i, unit) for i in range(len(self.runner.batches))]
+            self.goal: list[tuple[Tensor, Tensor]] = []
+            for i in range(len(self.runner.batches)):
+                args, output = self.reference.output(unit, i)
+                if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+                    raise UsageError(f"{_SETTING}: {unit} does not map a tensor to a tensor; must be compensate or calibrate")
+                check_finite(args[0], unit, _SETTING)
+                check_finite(output, unit, _SETTING)
+                self.goal.append((args[0], output))
         self.spread = _spread([y for _, y in self.goal])
         own = [site.quantizer for site in iter_quantizers(self.net) if site.name.startswith(f"{unit}.")]
         with self.runner.at(unit), torch.enable_grad():
@@ -171,15 +178,6 @@ class _Reconstruction:
         if not math.isfinite(after):
             raise UsageError(f"{_SETTING}: the loss of {unit} is {after}; must be a smaller ptq.reconstruct.lr or scale_lr")
         return before, after
-
-    def _pair(self, i: int, unit: str) -> tuple[Tensor, Tensor]:
-        """What enters and leaves a unit of the float net."""
-        args, output = self.reference.output(unit, i)
-        if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
-            raise UsageError(f"{_SETTING}: {unit} does not map a tensor to a tensor; must be compensate or calibrate")
-        check_finite(args[0], unit, _SETTING)
-        check_finite(output, unit, _SETTING)
-        return args[0], output
 
     def _train(self, scaled: list[Quantizer], layers: list[Site]) -> None:
         """All steps; the step sizes are exp of what is learned times where they began."""
