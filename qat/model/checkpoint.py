@@ -255,20 +255,16 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
 
 def _check_meta(meta: Mapping[str, Any], origin: str) -> None:
     """Raise `UsageError` if what a file of ours says of itself is not of the kind that `describe` writes."""
-    texts: Any = lambda value: value is None or (isinstance(value, list | tuple) and all(isinstance(text, str) for text in value))  # noqa: E731
     try:
         check_bounds(meta)
-        model, size = meta.get("model"), meta.get("input_size")
+        model, size, classes = meta.get("model"), meta.get("input_size"), meta.get("classes")
         is_right = {
             "format_version": isinstance(meta.get("format_version", 0), int),
             "model": isinstance(model, Mapping) and isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), Mapping),
-            "pool": isinstance(meta.get("pool"), str | None),
-            "recipe": isinstance(meta.get("recipe"), Mapping | None),
             "input_size": size is None or (len(size) == 3 and min(size) > 0 and math.prod(size) <= _MOST_PIXELS),
-            "biases": texts(meta.get("biases")),
             "data": isinstance(meta.get("data"), Mapping | None) and isinstance((meta.get("data") or {}).get("_target_", ""), str),
             "run": isinstance(meta.get("run", {}), Mapping),
-            "classes": texts(meta.get("classes")),
+            "classes": classes is None or all(isinstance(name, str) for name in classes),
         }
     except (TypeError, ValueError) as error:
         raise UsageError(f"{origin}: is damaged, or not written by qat: its description of the net {error}") from error

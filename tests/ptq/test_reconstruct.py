@@ -1,8 +1,6 @@
 """Block reconstruction. Oracle: losses that fall, runs that were cut in two and end as whole ones, and the float net's own outputs."""
 
 import copy
-import dataclasses
-import os
 
 import pytest
 import timm
@@ -52,8 +50,7 @@ def layers_of(net):
     return [site.name.rpartition(".")[0] for site in qat.iter_quantizers(net) if site.is_weight]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, os.strerror(28))])
-def test_a_run_that_is_killed_or_whose_disk_is_full_ends_as_a_whole_one(error, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_ends_as_a_whole_one(tmp_path, monkeypatch):
     whole, reference = pair(method="reconstruct")
     reconstruct(whole, reference, IMAGES, SETTINGS)
     net, _ = pair(method="reconstruct")
@@ -62,11 +59,11 @@ def test_a_run_that_is_killed_or_whose_disk_is_full_ends_as_a_whole_one(error, t
     def killed(self, state):
         saved.append(list(state["units"]))
         if len(saved) == 3:
-            raise error
+            raise KeyboardInterrupt
         save(self, state)
 
     monkeypatch.setattr(module.Progress, "save", killed)
-    with pytest.raises((KeyboardInterrupt, OSError)):
+    with pytest.raises(KeyboardInterrupt):
         reconstruct(net, reference, IMAGES, SETTINGS, run_dir=tmp_path)
     again, _ = pair(method="reconstruct")
     reconstruct(again, reference, IMAGES, SETTINGS, run_dir=tmp_path, resume=True)
@@ -74,11 +71,6 @@ def test_a_run_that_is_killed_or_whose_disk_is_full_ends_as_a_whole_one(error, t
     assert equal(state(again), state(whole))
     lines = (tmp_path / "reconstruct.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["unit", *UNITS]
-    other, _ = pair(method="reconstruct")
-    with pytest.raises(qat.UsageError, match=r"^ptq\.reconstruct\.lr=0\.1: the run to resume has 0\.001"):
-        reconstruct(other, reference, IMAGES, dataclasses.replace(SETTINGS, lr=0.1), run_dir=tmp_path, resume=True)
-    with pytest.raises(qat.UsageError, match=r"^resume: .* with other values than these$"):
-        reconstruct(other, reference, IMAGES + 1, SETTINGS, run_dir=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("name", [tiny.DISTILLED, "swin_tiny_patch4_window7_224"])
