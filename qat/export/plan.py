@@ -178,17 +178,13 @@ def _with_weight(a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None, 
     # With leading dimensions of 1: a product and a vector that is added would become one operator of float numbers.
     ndim = max(a.ndim, 3)
     before = {name: _in_dimensions(t, ndim) for name, t in (("row", row), ("sums", sums))}
-    behind = {name: _in_dimensions(t, ndim + (blocks > 0)) for name, t in (("scale", scale), ("constant", constant), ("later", later))}
-    before["ones"] = None if sums is None else _ones(a)
-    return Plan(blocks=blocks, weight_scale=(stored.scale.double() * one * columns).float(), **before, **behind)  # type: ignore[arg-type]
+    after_sum = {name: _in_dimensions(t, ndim + (blocks > 0)) for name, t in (("scale", scale), ("constant", constant), ("later", later))}
+    before["ones"] = None if sums is None else torch.ones(a.shape[-1], 1, dtype=torch.int8)
+    return Plan(blocks=blocks, weight_scale=(stored.scale.double() * one * columns).float(), **before, **after_sum)  # type: ignore[arg-type]
 
 
 def _in_dimensions(t: Tensor | None, ndim: int) -> Tensor | None:
     return None if t is None else t.float().reshape([1] * (ndim - t.ndim) + list(t.shape))
-
-
-def _ones(a: QuantizedTensor) -> Tensor:
-    return torch.ones(a.shape[-1], 1, dtype=torch.int8)
 
 
 def _offset_in_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:
@@ -211,7 +207,7 @@ def _with_activation(a: QuantizedTensor, b: QuantizedTensor, step: Tensor) -> Pl
         scale=of_rows if is_matrix else of_rows * of_columns,
         columns_scale=of_columns if is_matrix else None,
         row=None if da is None or db is None else a.shape[-1] * da * db,
-        ones=None if db is None else _ones(a),
+        ones=None if db is None else torch.ones(a.shape[-1], 1, dtype=torch.int8),
         sums=db,
         columns=da,
         constant=None if ca is None or db is None else ca.sum(-1, keepdim=True) * db * sb / step,

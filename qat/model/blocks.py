@@ -14,12 +14,9 @@ def find_blocks(net: nn.Module) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     for name, module in net.named_modules():
-        if _is_block(name, module) and not any(name.startswith(f"{outer}.") for outer in found):
+        parent, _, own = name.rpartition(".")
+        attends = any(child.startswith(ATTENTION) for child, _ in module.named_children())
+        is_block = parent.rpartition(".")[2] == CONTAINER or (own == DOWNSAMPLE and attends)
+        if is_block and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     return found
-
-
-def _is_block(name: str, module: nn.Module) -> bool:
-    parent, _, own = name.rpartition(".")
-    attends = any(child.startswith(ATTENTION) for child, _ in module.named_children())
-    return parent.rpartition(".")[2] == CONTAINER or (own == DOWNSAMPLE and attends)

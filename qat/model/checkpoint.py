@@ -23,7 +23,6 @@ from qat.model.biases import grow_biases, grown_biases
 from qat.model.convert import conversion_of, convert, recipe_of
 from qat.model.frozen import freeze_structure, is_frozen, prune_offsets
 from qat.model.frozen.packed import read_packed
-from qat.model.head import check_head, pooling_of, set_pooling
 from qat.model.hub import FETCHING_ARGS
 from qat.model.ptq_spec import recipe_from
 from qat.model.scales import assert_ready
@@ -99,15 +98,19 @@ def describe(
     num_classes = getattr(net, "num_classes", None)
     if isinstance(num_classes, int):
         kwargs = {**kwargs, "num_classes": num_classes}
-        check_head(net, num_classes)
+        # What `reset_classifier` may have changed, and the constructor does not say: the classifier and the pooling.
+        head = net.get_classifier() if callable(getattr(net, "get_classifier", None)) else None  # type: ignore[operator]
+        outputs = getattr(head, "out_features", num_classes)
+        if outputs != num_classes:
+            raise UsageError(f"save: the head has {outputs} outputs, num_classes={num_classes}; net.reset_classifier({outputs}) sets both")
     for key, value in kwargs.items():
         if not is_plain(value):
             raise UsageError(f"save: model argument {key}={value!r} is not plain data; give model_kwargs={{...}} of numbers and text")
-    done, recipe = conversion_of(net), recipe_of(net)
+    done, recipe, pool = conversion_of(net), recipe_of(net), getattr(net, "global_pool", None)
     return {
         "format_version": FORMAT_VERSION,
         "model": {"name": name, "kwargs": dict(kwargs)},
-        "pool": pooling_of(net),
+        "pool": pool if isinstance(pool, str) else None,
         "biases": grown_biases(net),
         "recipe": None if recipe is None else recipe.to_dict(),
         "input_size": None if done is None else list(done.input_size),
@@ -252,20 +255,16 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
 
 def _check_meta(meta: Mapping[str, Any], origin: str) -> None:
     """Raise `UsageError` if what a file of ours says of itself is not of the kind that `describe` writes."""
-    texts: Any = lambda value: value is None or (isinstance(value, list | tuple) and all(isinstance(text, str) for text in value))  # noqa: E731
     try:
         check_bounds(meta)
-        model, size = meta.get("model"), meta.get("input_size")
+        model, size, classes = meta.get("model"), meta.get("input_size"), meta.get("classes")
         is_right = {
             "format_version": isinstance(meta.get("format_version", 0), int),
             "model": isinstance(model, Mapping) and isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), Mapping),
-            "pool": isinstance(meta.get("pool"), str | None),
-            "recipe": isinstance(meta.get("recipe"), Mapping | None),
             "input_size": size is None or (len(size) == 3 and min(size) > 0 and math.prod(size) <= _MOST_PIXELS),
-            "biases": texts(meta.get("biases")),
             "data": isinstance(meta.get("data"), Mapping | None) and isinstance((meta.get("data") or {}).get("_target_", ""), str),
             "run": isinstance(meta.get("run", {}), Mapping),
-            "classes": texts(meta.get("classes")),
+            "classes": classes is None or all(isinstance(name, str) for name in classes),
         }
     except (TypeError, ValueError) as error:
         raise UsageError(f"{origin}: is damaged, or not written by qat: its description of the net {error}") from error
@@ -335,7 +334,8 @@ def _described(meta: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"argument {argument} would read something else")
     check_model_arguments(kwargs)
     net: nn.Module = timm.create_model(name, **kwargs)
-    set_pooling(net, meta.get("pool"))
+    if meta.get("pool") is not None and isinstance(getattr(net, "global_pool", None), str):
+        net.global_pool = meta["pool"]
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
         channels, height, width = meta["input_size"]

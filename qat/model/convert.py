@@ -137,7 +137,7 @@ def stem_and_heads(net: nn.Module) -> dict[str, str]:
 
 
 def recipe_of(net: nn.Module) -> QuantRecipe | None:
-    """The recipe that a net follows now, None for a float net: a head that was put there behind the conversion is in float."""
+    """The recipe that a net follows now, None for a float net: a head that was put there after the conversion is in float."""
     done = conversion_of(net)
     if done is None:
         return None
@@ -259,7 +259,7 @@ class ConversionReport:
     Attributes:
         rows: one per quantizer.
         stays_float: name and class of every module with parameters of its own and no weight quantizer, and of every module that
-            multiplies activations with each other in float, as an attention of an unknown family does; it says so behind the class.
+            multiplies activations with each other in float, as an attention of an unknown family does; it says so after the class.
     """
 
     rows: tuple[ReportRow, ...]

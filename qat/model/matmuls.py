@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -37,52 +38,39 @@ class MatrixProduct:
         return self.macs * self.bits[0] * self.bits[1]
 
 
-def _operand(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, *names: str) -> Any:
-    """An argument by its place, or by the first of its names that is there."""
-    return args[index] if len(args) > index else next(kwargs[name] for name in names if name in kwargs)
-
-
-def _matmul_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
-    return [out.numel() * _operand(args, kwargs, 0, "input").shape[-1]]
-
-
-def _added_matmul_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
-    return [out.numel() * _operand(args, kwargs, 1, "mat1", "batch1").shape[-1]]
-
-
-def _attention_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
-    query, key = _operand(args, kwargs, 0, "query"), _operand(args, kwargs, 1, "key")
+def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
+    query, key, *_ = operands
     scores = query[..., 0].numel() * key.shape[-2]
     return [scores * query.shape[-1], scores * out.shape[-1]]
 
 
-def _einsum_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
-    """The product of all dimensions that occur, for two operands and an equation without ellipsis."""
-    equation, operands = args[0], args[1:] if isinstance(args[1], Tensor) else args[1]
-    if len(operands) != 2:
+def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
+    """The product of all dimensions that occur, for an equation of two operands without ellipsis."""
+    equation, *factors = operands
+    if len(factors) != 2:
         return []
     sizes: dict[str, int] = {}
-    for letters, operand in zip(equation.split("->")[0].replace(" ", "").split(","), operands, strict=True):
-        sizes |= dict(zip(letters, operand.shape, strict=False))
-    macs = 1
-    for size in sizes.values():
-        macs *= size
-    return [macs]
+    for letters, factor in zip(equation.split("->")[0].replace(" ", "").split(","), factors, strict=True):
+        sizes |= dict(zip(letters, factor.shape, strict=False))
+    return [math.prod(sizes.values())]
 
 
-def _weight_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[int]:
-    weight = _operand(args, kwargs, 1, "weight")
-    return [out.numel() * weight[0].numel()]
-
-
-_Count = Callable[[tuple[Any, ...], dict[str, Any], Tensor], list[int]]
+# Of operands in their order, by place or by name, and the result: multiply-accumulates of the products.
+_Count = Callable[[tuple[Any, ...], Tensor], list[int]]
 _OF_ACTIVATIONS: dict[Any, _Count] = {
-    **dict.fromkeys([torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__], _matmul_macs),
-    **dict.fromkeys([torch.baddbmm, torch.addmm, Tensor.baddbmm, Tensor.addmm], _added_matmul_macs),
+    **dict.fromkeys(
+        [torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__],
+        lambda operands, out: [out.numel() * operands[0].shape[-1]],
+    ),
+    **dict.fromkeys(
+        [torch.baddbmm, torch.addmm, Tensor.baddbmm, Tensor.addmm], lambda operands, out: [out.numel() * operands[1].shape[-1]]
+    ),
     F.scaled_dot_product_attention: _attention_macs,
     torch.einsum: _einsum_macs,
 }
-_OF_WEIGHTS: dict[Any, _Count] = dict.fromkeys([F.linear, F.conv1d, F.conv2d, F.conv3d], _weight_macs)
+_OF_WEIGHTS: dict[Any, _Count] = dict.fromkeys(
+    [F.linear, F.conv1d, F.conv2d, F.conv3d], lambda operands, out: [out.numel() * operands[1][0].numel()]
+)
 
 
 class _Watch(TorchFunctionMode):
@@ -97,9 +85,9 @@ class _Watch(TorchFunctionMode):
         out = func(*args, **kwargs)
         count = _OF_ACTIVATIONS.get(func) or _OF_WEIGHTS.get(func)
         if count is not None:
-            where = self.running[-1] if self.running else ""
-            by_weight = func in _OF_WEIGHTS or any(isinstance(a, nn.Parameter) for a in (*args, *kwargs.values()))
-            self.found.extend(MatrixProduct(where, macs, not by_weight) for macs in count(args, kwargs, out))
+            where, operands = self.running[-1] if self.running else "", (*args, *kwargs.values())
+            by_weight = func in _OF_WEIGHTS or any(isinstance(a, nn.Parameter) for a in operands)
+            self.found.extend(MatrixProduct(where, macs, not by_weight) for macs in count(operands, out))
         return out
 
 

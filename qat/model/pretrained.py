@@ -19,7 +19,6 @@ from qat.model.cost import cost
 from qat.model.frozen import freeze, is_frozen
 from qat.model.frozen.packed import write_packed
 from qat.utils.files import json_text, write_text
-from qat.utils.validate import check_int, check_number
 
 
 def save_pretrained(
@@ -50,16 +49,12 @@ def save_pretrained(
         The folder.
 
     Raises:
-        UsageError: results are no numbers; see also `qat.save` and `qat.freeze`.
+        UsageError: the folder is a file; see also `qat.save` and `qat.freeze`.
     """
     place = Path(folder)
     if place.exists() and not place.is_dir():
         raise UsageError(f"save_pretrained: {str(place)!r} is a file; must be a folder")
     measured = {key: (results or {})[key] for key in ("top1", "top5", "images", "split", "data") if (results or {}).get(key) is not None}
-    for key in measured.keys() & {"top1", "top5"}:
-        check_number(f"save_pretrained: results[{key!r}]", measured[key], 0, highest=100)
-    if "images" in measured:
-        check_int("save_pretrained: results['images']", measured["images"], 1)
     place.mkdir(parents=True, exist_ok=True)
     frozen = net if is_frozen(net) or conversion_of(net) is None else freeze(net)
     meta = describe(frozen, data=data, classes=classes)
@@ -87,8 +82,8 @@ def save_pretrained(
 
 def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -> str:
     """The model card: what the net is, how good, how large, how to load it (`source`: `user/name`, or a file)."""
-    done, results, arguments = conversion_of(net), config["results"], config["model_args"]
-    is_backbone, is_file = bool(arguments.get("features_only")), source.endswith(".safetensors")
+    done, results = conversion_of(net), config["results"]
+    is_file = source.endswith(".safetensors")
     n_params = cost(net, done.input_size).n_params if done is not None else sum(p.numel() for p in net.parameters())
     recipe = None if done is None or done.recipe.name == "fp" else done.recipe
     accuracy = "not measured"
@@ -102,18 +97,15 @@ def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) 
         "Data": str(results.get("data") or (config["data"] or {}).get("_target_", "").rpartition(".")[2].lower() or "not stated"),
         "Accuracy": accuracy,
         "Size": f"{config['size_bytes']:,} bytes",
-        "Images": "not stated" if config["input_size"] is None else " x ".join(map(str, config["input_size"])),
-        "Licence": license,
     }
     data = huggingface_hub.ModelCardData(
         library_name=hub.LIBRARY,
         license=license,
-        pipeline_tag=f"image-{'feature-extraction' if is_backbone else 'classification'}",
+        pipeline_tag=f"image-{'feature-extraction' if config['model_args'].get('features_only') else 'classification'}",
         tags=["quantization", "vision"],
     )
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     load = f'qat.load("{source}")' if is_file else f'qat.from_pretrained("{source}")'
-    use = "maps = net(image[None])" if is_backbone else "probabilities = net(image[None]).softmax(-1)"
     command = f"On the command line: `qat eval {'ckpt=' if is_file else 'model=' + hub.PREFIX}{source} predict=PHOTOS`."
     return f"""---
 {data.to_yaml()}
@@ -132,9 +124,11 @@ import qat
 
 net = {load}
 image = qat.transform(net)("photo.jpg")
-{use}
+out = net(image[None])
 ```
-{"" if is_backbone else chr(10) + command + chr(10)}"""
+
+{command}
+"""
 
 
 def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:

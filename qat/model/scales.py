@@ -49,7 +49,7 @@ def _check_before_forward(net: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def initialize_scales(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Set every scale that is still NaN, each quantizer seeing its input behind the quantizers in front of it.
+    """Set every scale that is still NaN, each quantizer seeing its input as the quantizers before it leave it.
 
     Scales that hold numbers already (from a checkpoint) stay. With one batch the result is the reference's rule; with several,
     statistics are averaged (min-max: joined) over them. Calling a converted net that still lacks scales raises (`guard`).

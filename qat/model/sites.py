@@ -41,7 +41,7 @@ class Site:
         return self.role in WEIGHT_ROLES
 
     def latent(self) -> Tensor:
-        """The float tensor behind a weight quantizer, (out, ...); gradients reach the parameters it is made of.
+        """The float tensor that a weight quantizer rounds, (out, ...); gradients reach the parameters it is made of.
 
         Raises:
             TypeError: the site is an activation, which has none.

@@ -32,7 +32,7 @@ class Start:
 
     Attributes:
         net: the float timm model.
-        notes: what a person should be told, a line each.
+        notes: for a person, a line each.
         source: the quantized net whose scales may be copied after conversion, if the start was a checkpoint of ours.
     """
 
@@ -209,7 +209,7 @@ def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin
     """Start from a net of any recipe; its scales may be copied after conversion.
 
     Raises:
-        UsageError: see `from_state`; another class count needs `reset_head`; the net is frozen and its float weights cannot be told.
+        UsageError: see `from_state`; another class count needs `reset_head`; the net is frozen and its float weights cannot be recovered.
     """
     if not keeps_weights(source):
         why = "holds integer codes alone, with folded weights or offsets"

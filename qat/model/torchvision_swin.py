@@ -11,7 +11,7 @@ _MARK = "features.1.0.mlp.0.weight"
 
 
 def _stage(found: re.Match[str]) -> str:
-    """Stages and mergings are counted alike there: 1 = first stage, 2 = the merging in front of the second."""
+    """Stages and mergings are counted alike there: 1 = first stage, 2 = the merging before the second."""
     place = int(found[1])
     return f"layers.{place // 2}." + ("blocks." if place % 2 else "downsample.")
 

@@ -71,13 +71,16 @@ def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[s
         if _takes_affine(donor.quantizer, site.quantizer):
             copied.append(site.name)
             continue
-        if not _agree(donor.quantizer, site.quantizer):
+        given = _stored_alike(donor.quantizer, state.keys())
+        if donor.quantizer.spec != site.quantizer.spec or {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in state.items()}:
             missing.append(site.name)
             continue
-        site.quantizer.load_state_dict(_stored_alike(donor.quantizer, state.keys()))
+        site.quantizer.load_state_dict(given)
         copied.append(site.name)
         if isinstance(site.owner, QkrAttention) and site.quantizer is site.owner.k_quantizer:
-            _copy_product_offset(donor.owner, site.owner)
+            theirs, own = getattr(donor.owner, "product_offset", None), site.owner.product_offset
+            if theirs is not None and own is not None and theirs.shape == own.shape:
+                own.data.copy_(theirs)
     return copied, missing
 
 
@@ -100,11 +103,6 @@ def forget_attention_weights(net: nn.Module) -> list[str]:
             nn.init.trunc_normal_(table, std=_TABLE_STD)
             reset.append(f"{name}.{_TABLE}")
     return reset
-
-
-def _agree(a: Quantizer, b: Quantizer) -> bool:
-    shapes_a, shapes_b = ({k: v.shape for k, v in _stored_alike(q, b.state_dict().keys()).items()} for q in (a, b))
-    return a.spec == b.spec and shapes_a == shapes_b
 
 
 def _stored_alike(quantizer: Quantizer, names: AbstractSet[str]) -> dict[str, Tensor]:
@@ -141,14 +139,3 @@ def _takes_affine(donor: Quantizer, target: Quantizer) -> bool:
         if target.offset_after is not None:
             target.offset_after.copy_(-target.offset_before)
     return True
-
-
-def _copy_product_offset(source: nn.Module, target: QkrAttention) -> None:
-    if (
-        isinstance(source, QkrAttention)
-        and source.product_offset is not None
-        and target.product_offset is not None
-        and source.product_offset.shape == target.product_offset.shape
-    ):
-        with torch.no_grad():
-            target.product_offset.copy_(source.product_offset)

@@ -1,7 +1,7 @@
 """Train a calibrated net block by block to give what the float net gives: weights through their rounding, biases, and all steps.
 
-Sources: BRECQ (arXiv 2102.05426: blocks in order, activations' steps learned), QDrop (arXiv 2203.05740: float inputs mixed in), and the
-later output beside the block's own, as GLF-Q has it. Weights take LSQ's straight-through gradients (arXiv 1902.08153), not AdaRound's.
+Sources: BRECQ (arXiv 2102.05426: blocks in order, step sizes of activations learned), QDrop (arXiv 2203.05740: float inputs mixed in).
+Weights take LSQ's straight-through gradients (arXiv 1902.08153), not AdaRound's.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from qat.errors import UsageError
 from qat.model.sites import Site, iter_quantizers
-from qat.ptq.patching import Forward, StopForward, patched
+from qat.ptq.patching import StopForward, patched
 from qat.ptq.runner import Runner, check_finite, find_units
 from qat.ptq.state import Progress, fingerprint
 from qat.ptq.vector import LOWEST_SCALE, stored_scale
@@ -46,7 +45,6 @@ class ReconstructSettings:
         lr: of weights and biases at the first step; it falls to zero along a cosine.
         scale_lr: of the logarithm of every step size.
         drop: share of the elements of a block's input that are the float net's (QDrop).
-        later: weight of the error of the net's output, with all blocks after it in float, beside that of the block's own output.
         seed: of batches and of what is mixed in.
 
     Raises:
@@ -58,13 +56,12 @@ class ReconstructSettings:
     lr: float = 3e-4
     scale_lr: float = 3e-3
     drop: float = 0.5
-    later: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, lowest in (("steps", 1), ("batch", 1), ("seed", 0)):
             check_int(f"ptq.reconstruct.{name}", getattr(self, name), lowest)
-        for name in ("lr", "scale_lr", "later"):
+        for name in ("lr", "scale_lr"):
             check_number(f"ptq.reconstruct.{name}", getattr(self, name), 0)
         check_number("ptq.reconstruct.drop", self.drop, 0, highest=1)
 
@@ -158,39 +155,29 @@ class _Reconstruction:
         self.net, self.settings, self.context = net, settings, context
         self.units = find_units(net, batches[0][:1], _SETTING)
         entries = {name: [name] for name in self.units}
-        self.runner = Runner(net, entries, batches, to_the_end=settings.later > 0)
-        self.reference = Runner(reference, entries, batches)
-        self.later = [_joined(reference(batch)) for batch in batches]
-        for logits in self.later:
-            check_finite(logits, "the float net", _SETTING)
-        self.later_spread = _spread(self.later)
+        self.runner, self.reference = Runner(net, entries, batches), Runner(reference, entries, batches)
 
     def fit(self, unit: str, layers: list[Site], number: int) -> tuple[float, float]:
         """Train one unit; mean loss over all batches before and after, with the quantized net's inputs."""
         self.number, self.module = number, self.net.get_submodule(unit)
         with self.reference.at(unit):
-            self.goal = [self._pair(i, unit) for i in range(len(self.later))]
+            self.goal: list[tuple[Tensor, Tensor]] = []
+            for i in range(len(self.runner.batches)):
+                args, output = self.reference.output(unit, i)
+                if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+                    raise UsageError(f"{_SETTING}: {unit} does not map a tensor to a tensor; must be compensate or calibrate")
+                check_finite(args[0], unit, _SETTING)
+                check_finite(output, unit, _SETTING)
+                self.goal.append((args[0], output))
         self.spread = _spread([y for _, y in self.goal])
         own = [site.quantizer for site in iter_quantizers(self.net) if site.name.startswith(f"{unit}.")]
-        place = self.runner.order.place
-        later = [s for s in iter_quantizers(self.net) if place.get(s.name, math.inf) > place[unit] and s.quantizer not in set(own)]
-        floats: dict[nn.Module, Forward] = {site.quantizer: lambda x: x for site in later}
-        with self.runner.at(unit), patched(floats), torch.enable_grad():
+        with self.runner.at(unit), torch.enable_grad():
             before = self._measure()
             self._train([q for q in own if stored_scale(q) is not None], layers)
             after = self._measure()
         if not math.isfinite(after):
             raise UsageError(f"{_SETTING}: the loss of {unit} is {after}; must be a smaller ptq.reconstruct.lr or scale_lr")
         return before, after
-
-    def _pair(self, i: int, unit: str) -> tuple[Tensor, Tensor]:
-        """What enters and leaves a unit of the float net."""
-        args, output = self.reference.output(unit, i)
-        if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
-            raise UsageError(f"{_SETTING}: {unit} does not map a tensor to a tensor; must be compensate or calibrate")
-        check_finite(args[0], unit, _SETTING)
-        check_finite(output, unit, _SETTING)
-        return args[0], output
 
     def _train(self, scaled: list[Quantizer], layers: list[Site]) -> None:
         """All steps; the step sizes are exp of what is learned times where they began."""
@@ -238,32 +225,21 @@ class _Reconstruction:
         return batch, torch.Generator(self.goal[batch][0].device).manual_seed(seed(step, 0))
 
     def _loss(self, i: int, generator: torch.Generator | None) -> Tensor:
-        """Squared error of the unit's output and of the net's, each in units of its spread."""
+        """Squared error of the unit's output, in units of its spread."""
         float_input, target = self.goal[i]
         original: Callable[..., Any] = self.module.forward
         outputs: list[Tensor] = []
 
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> None:
             if generator is not None and self.settings.drop:
                 mixed = torch.rand(x.shape, generator=generator, device=x.device) < self.settings.drop
                 x = torch.where(mixed, float_input.to(x.dtype), x)
             outputs.append(original(x, *args, **kwargs))
-            if not self.settings.later:
-                raise StopForward
-            return outputs[-1]
+            raise StopForward
 
-        output = None
         with patched({self.module: forward}), self.context(), contextlib.suppress(StopForward):
-            output = self.runner(i)
-        loss = (outputs[0].float() - target).square().mean() / self.spread
-        if output is None:
-            return loss
-        return loss + self.settings.later * (_joined(output) - self.later[i]).square().mean() / self.later_spread
-
-
-def _joined(output: Any) -> Tensor:
-    """Logits (B, K), or the maps of a backbone, (B, all of them), float32."""
-    return torch.cat([part.float().flatten(1) for part in tree_leaves(output)], 1)
+            self.runner(i)
+        return (outputs[0].float() - target).square().mean() / self.spread
 
 
 def _spread(values: Sequence[Tensor]) -> float:

@@ -236,7 +236,8 @@ def search(
         if state is None:
             state = _start(evaluator, order[0], progress)
         else:
-            _restore(evaluator, state["scales"])
+            for name, values in state["scales"].items():
+                vectors[name].write(values)
             log.info("search resumed after %d visits, fitness %.6f", state["visits"], state["fitness"])
         numbers = {name: number for number, name in enumerate(find_blocks(net))}
         for number, name in [(number, name) for number in range(settings.passes) for name in order][state["visits"] :]:
@@ -252,7 +253,8 @@ def search(
             progress.save(state)
             log.info("search pass %d/%d %s: fitness %.6f -> %.6f", number + 1, settings.passes, name, before, state["fitness"])
         if state["best"] is not None:
-            _restore(evaluator, state["best"]["scales"])
+            for name, values in state["best"]["scales"].items():
+                vectors[name].write(values)
     selected = "calibration" if state["best"] is None else "validation"
     return SearchResult(selected, *(state[key] for key in ("fitness_before", "fitness", "evaluations", "accepted", "seconds")))
 
@@ -268,11 +270,6 @@ def _start(evaluator: Evaluator, last: str, progress: Progress) -> dict[str, Any
     state: dict[str, Any] = {**counts, "fitness": fitness, "fitness_before": fitness, "scales": {}, "best": None}
     progress.save(state)
     return state
-
-
-def _restore(evaluator: Evaluator, scales: dict[str, Tensor]) -> None:
-    for name, values in scales.items():
-        evaluator.vectors[name].write(values)
 
 
 def _visit(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from qat.errors import UsageError
@@ -38,27 +37,13 @@ def check_bounds(value: object) -> None:
         raise ValueError(f"is nested more than {MOST_DEPTH} deep")
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; `OSError` or `ValueError` where it cannot be read."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def json_object(path: Path) -> dict[str, Any]:
     """What a JSON file holds; empty where it cannot be read, or holds something else."""
     try:
-        found = read_json(path)
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def read_yaml(path: Path) -> tuple[Any, str]:
-    """What a YAML file of a run holds, and its text; `OSError` or `ValueError` where it cannot be read."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        return yaml.safe_load(text), text
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None:

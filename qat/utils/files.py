@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,13 +35,11 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
     target = Path(path)
     with _named(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=_UNFINISHED)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}{_UNFINISHED}")
+        temporary.touch()
         try:
             yield temporary
             flush(temporary)
-            temporary.chmod(0o666 & ~_umask())
             if previous is not None and target.exists():
                 _keep(target, target.with_name(previous))
             temporary.replace(target)
@@ -90,12 +87,6 @@ def _keep(present: Path, previous: Path) -> None:
     except OSError:
         shutil.copyfile(present, link)
     link.replace(previous)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def remove_unfinished(folders: Iterable[Path]) -> list[Path]:
@@ -193,7 +184,7 @@ def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> An
 
 
 def files_below(folder: str | os.PathLike[str], *, hidden: bool = True) -> list[str]:
-    """All files below a folder, sorted; links are followed but those to a folder above, and no folder is gone through twice.
+    """All files below a folder, sorted; links are followed, no folder is gone through twice.
 
     Args:
         folder: where.
@@ -207,11 +198,6 @@ def files_below(folder: str | os.PathLike[str], *, hidden: bool = True) -> list[
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        here = os.path.join(os.path.realpath(at), "")
-        folders[:] = sorted(
-            name
-            for name in folders
-            if (hidden or not name.startswith(".")) and not here.startswith(os.path.join(os.path.realpath(os.path.join(at, name)), ""))
-        )
+        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
         found += [os.path.join(at, name) for name in files]
     return sorted(found)

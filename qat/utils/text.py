@@ -25,7 +25,7 @@ def printable(text: str) -> str:
 
 def _escaped(found: re.Match[str]) -> str:
     code = ord(found[0])
-    # os.fsdecode puts 0xdc00 in front of a byte.
+    # os.fsdecode adds 0xdc00 to a byte.
     code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 

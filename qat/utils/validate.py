@@ -55,7 +55,7 @@ def check_text(setting: str, value: object) -> None:
 
 
 def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
-    """One glob or several as a tuple; raises `UsageError` unless `value` is a text or a list of texts, none of them empty."""
+    """One glob or several as a tuple; raises `UsageError` unless `value` is a text or a list of texts that are not empty."""
     found = (value,) if isinstance(value, str) else value
     if not isinstance(found, list | tuple) or not found or not all(isinstance(glob, str) and glob for glob in found):
         raise UsageError(f"{setting}={value!r}: must be a list of globs such as {example}")

@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 import timm
 import torch
 from torch.testing import assert_close
@@ -115,11 +114,3 @@ def test_float_logits_of_the_quantized_net(case):
     with torch.no_grad(), in_float(net):
         logits = torch.stack([net(batch) for batch in batches()])
     assert_close(logits, golden.tensor(PTQ, f"{case}/out_fp"), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("theirs", "expected"),
-    [("blocks.1.attn.qact1", "blocks.1.attn.qkv_quantizer"), ("qact1", "embedding_quantizer"), ("head", "head.weight_quantizer")],
-)
-def test_names(theirs, expected):
-    assert ours(theirs) == expected

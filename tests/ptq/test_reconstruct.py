@@ -1,8 +1,6 @@
 """Block reconstruction. Oracle: losses that fall, runs that were cut in two and end as whole ones, and the float net's own outputs."""
 
 import copy
-import dataclasses
-import os
 
 import pytest
 import timm
@@ -27,11 +25,10 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("later", [0.0, 1.0])
-def test_the_logits_of_other_images_come_closer(later):
+def test_the_logits_of_other_images_come_closer():
     net, reference = pair(method="reconstruct")
     before = error(net, reference, tiny.images(64, 9))
-    done = reconstruct(net, reference, IMAGES, ReconstructSettings(steps=40, batch=16, lr=2e-3, scale_lr=1e-2, later=later))
+    done = reconstruct(net, reference, IMAGES, ReconstructSettings(steps=40, batch=16, lr=2e-3, scale_lr=1e-2))
     assert (done["units"], done["steps"], done["images"]) == (4, 40, 48)
     assert error(net, reference, tiny.images(64, 9)) < 0.8 * before
 
@@ -53,8 +50,7 @@ def layers_of(net):
     return [site.name.rpartition(".")[0] for site in qat.iter_quantizers(net) if site.is_weight]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, os.strerror(28))])
-def test_a_run_that_is_killed_or_whose_disk_is_full_ends_as_a_whole_one(error, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_ends_as_a_whole_one(tmp_path, monkeypatch):
     whole, reference = pair(method="reconstruct")
     reconstruct(whole, reference, IMAGES, SETTINGS)
     net, _ = pair(method="reconstruct")
@@ -63,11 +59,11 @@ def test_a_run_that_is_killed_or_whose_disk_is_full_ends_as_a_whole_one(error, t
     def killed(self, state):
         saved.append(list(state["units"]))
         if len(saved) == 3:
-            raise error
+            raise KeyboardInterrupt
         save(self, state)
 
     monkeypatch.setattr(module.Progress, "save", killed)
-    with pytest.raises((KeyboardInterrupt, OSError)):
+    with pytest.raises(KeyboardInterrupt):
         reconstruct(net, reference, IMAGES, SETTINGS, run_dir=tmp_path)
     again, _ = pair(method="reconstruct")
     reconstruct(again, reference, IMAGES, SETTINGS, run_dir=tmp_path, resume=True)
@@ -75,11 +71,6 @@ def test_a_run_that_is_killed_or_whose_disk_is_full_ends_as_a_whole_one(error, t
     assert equal(state(again), state(whole))
     lines = (tmp_path / "reconstruct.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["unit", *UNITS]
-    other, _ = pair(method="reconstruct")
-    with pytest.raises(qat.UsageError, match=r"^ptq\.reconstruct\.lr=0\.1: the run to resume has 0\.001"):
-        reconstruct(other, reference, IMAGES, dataclasses.replace(SETTINGS, lr=0.1), run_dir=tmp_path, resume=True)
-    with pytest.raises(qat.UsageError, match=r"^resume: .* with other values than these$"):
-        reconstruct(other, reference, IMAGES + 1, SETTINGS, run_dir=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("name", [tiny.DISTILLED, "swin_tiny_patch4_window7_224"])
@@ -107,12 +98,11 @@ def test_inputs_that_are_not_finite():
     net, reference = pair(method="reconstruct")
     with torch.no_grad():
         reference.pos_embed[0, 0, 0] = torch.inf
-    with pytest.raises(qat.UsageError, match=r"the activations of the float net hold NaN or infinity"):
+    with pytest.raises(qat.UsageError, match=r"the activations of blocks\.0 hold NaN or infinity"):
         reconstruct(net, reference, IMAGES, SETTINGS)
 
 
-@pytest.mark.parametrize("later", [0.0, 1.0])
-def test_a_backbone(later):
+def test_a_backbone():
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
     reference = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **sizes).eval()
@@ -125,12 +115,12 @@ def test_a_backbone(later):
             return sum(float((a - b).square().mean()) for a, b in zip(net(images), reference(images), strict=True))
 
     before = error_of_maps()
-    reconstruct(net.eval(), reference, images, ReconstructSettings(steps=20, batch=8, later=later))
+    reconstruct(net.eval(), reference, images, ReconstructSettings(steps=20, batch=8))
     assert error_of_maps() < before
 
 
 def test_a_unit_is_trained_on_what_the_quantized_net_gives_it(monkeypatch):
-    """Also behind quantizers that stand beside modules, as those of an attention pool do."""
+    """Also after quantizers that stand beside modules, as those of an attention pool do."""
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
     reference = timm.create_model("vit_base_patch16_siglip_224", **sizes).eval()
