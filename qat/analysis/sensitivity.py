@@ -16,10 +16,8 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.patches import Rectangle
 from torch import nn
 
-from qat.analysis.analysis import Analysis, Drawing, EvaluationPoint, Outcome, Row, StudiedNet, Table
-from qat.analysis.images import ImageSet
+from qat.analysis.analysis import Analysis, Drawing, EvaluationPoint, ImageSet, Outcome, Row, StudiedNet, Table, measure
 from qat.analysis.requantize import STEPS_FROM, GridSite, WeightSites, requantized, weight_sites
-from qat.analysis.runner import measure
 from qat.analysis.style import WIDTH, axes, figure
 from qat.errors import UsageError
 from qat.functional.packing import packed_bytes

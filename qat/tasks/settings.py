@@ -34,6 +34,8 @@ REMOVED = {
     "loss.grad_l1*": "loss.kure=WEIGHT makes weights robust to other step sizes",
     "data.cache": "images are decoded when a run starts, or when they are needed",
     "analysis.activations": "analysis.activation_images=0 reads no image",
+    "analysis.layers": "weights.csv has every layer; histograms are of the first, the middle, the last and those of highest kurtosis",
+    "analysis.boundary": "a weight is near a threshold within 0.005 codes, CGA's band",
     "analysis.factors": "a folded matrix is listed as it is quantized, without the weights that it is made of",
     "analysis.compare": "the net in float is always beside the quantized one",
     "analysis.corruptions*": "the package imagecorruptions makes such images for data=imagefolder",
