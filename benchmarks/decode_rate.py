@@ -67,7 +67,7 @@ def photos() -> None:
                 photo(Path(folder, split, "ant" if number % 2 else "bee", f"{number}.jpg"), generator)
         size = sum(path.stat().st_size for path in Path(folder, "train").rglob("*.jpg")) / COUNT
         print(f"{COUNT} images of {SIZE[0]} x {SIZE[1]}, {size / 1000:.0f} kB each")
-        shape = {"root": folder, "num_classes": 2, "in_chans": 3, "image_size": 224, "patch_size": None, "in_memory": False}
+        shape = {"root": folder, "num_classes": 2, "in_chans": 3, "image_size": 224, "patch_size": None, "memory_mb": 0}
         pixels = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop_pct": 0.9, "interpolation": "bicubic"}
         for augment, more in SETTINGS.items():
             found = rate(ImageFolder(**shape, **pixels, batch_size=50, augment=augment, **more))

@@ -32,6 +32,7 @@ REMOVED = {
     "opset": "the lowest opset that has all types is written",
     "ckpt_optimizer": "a new run starts with a new optimizer; resume=true goes on with the one that a run had",
     "loss.grad_l1*": "loss.kure=WEIGHT makes weights robust to other step sizes",
+    "data.in_memory": "data.memory_mb=0 decodes an image each time it is needed",
     "data.cache": "images are decoded when a run starts, or when they are needed",
     "analysis.activations": "analysis.activation_images=0 reads no image",
     "analysis.layers": "weights.csv has every layer; histograms are of the first, the middle, the last and those of highest kurtosis",
