@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,15 +12,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from qat.analysis.images import ImageSet
+from qat.nn.execution import kept_weights
+from qat.utils.probing import probing
+from qat.utils.text import duration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+log = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 30.0
+Batch = tuple[Tensor, Tensor]
 Key = Mapping[str, str | int | float]
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images.
+
+    Attributes:
+        batches: images (B, C, H, W) as the net sees them, and class ids (B,), both on one device.
+        split: where they come from.
+    """
+
+    batches: Sequence[Batch]
+    split: str
+
+    @property
+    def n_images(self) -> int:
+        """Images in all batches."""
+        return sum(len(target) for _, target in self.batches)
+
+    @torch.no_grad()
+    def score(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Top-1 in percent, and mean cross-entropy.
+
+        Args:
+            predict: maps images to logits (B, K).
+        """
+        sums = []
+        for images, target in self.batches:
+            logits = predict(images).float()
+            correct = (logits.argmax(-1) == target).sum().double()
+            sums.append(torch.stack([correct, F.cross_entropy(logits, target, reduction="sum").double()]))
+        n_correct, loss = torch.stack(sums).sum(0).tolist()
+        return {"top1": 100 * n_correct / self.n_images, "loss": loss / self.n_images}
+
+
 # Numbers of a net (images to logits) on images, `top1` and `loss` among them.
 Score = Callable[[nn.Module, ImageSet], dict[str, float]]
 NO_IMAGES = ImageSet((), "")
@@ -31,21 +75,19 @@ class StudiedNet:
     Attributes:
         label: its name in plots and tables, different for each net.
         net: in eval mode, scales filled; every analysis leaves it as it was, bit for bit.
-        model: timm's name.
         input_size: of its images.
         path: of its checkpoint, None where there is none.
     """
 
     label: str
     net: nn.Module
-    model: str
     input_size: tuple[int, int, int]
     path: Path | None = None
 
 
 @dataclass(frozen=True)
 class EvaluationPoint:
-    """One evaluation, see `qat.analysis.runner.measure`.
+    """One evaluation, see `measure`.
 
     Attributes:
         key: identifies it; its words are columns of the table, `net` the first of them.
@@ -87,15 +129,6 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Advice:
-    """Something to worry about: where, what, and what to do."""
-
-    where: str
-    what: str
-    advice: str
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What an analysis found.
 
@@ -106,7 +139,6 @@ class Outcome:
     summary: dict[str, Any]
     tables: Sequence[Table] = ()
     drawings: Sequence[Drawing] = ()
-    warnings: Sequence[Advice] = ()
 
 
 class Analysis(ABC):
@@ -131,3 +163,24 @@ class Analysis(ABC):
         Raises:
             UsageError: a setting does not fit the nets.
         """
+
+
+def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:
+    """Evaluate every point; each net is as before afterwards.
+
+    Returns:
+        A row for each point: its key, `top1` (percent), `loss`, and `seconds`.
+    """
+    if points:
+        log.info("%d evaluations of %d %s images", len(points), images.n_images, images.split)
+    began = logged = time.monotonic()
+    rows = []
+    for done, point in enumerate(points, 1):
+        start = time.perf_counter()
+        with probing(point.net, ()), point.change(), kept_weights(point.net):
+            found = point.score(point.net, images) if point.score else images.score(point.net)
+        rows.append({**point.key, **found, "seconds": round(time.perf_counter() - start, 3)})
+        if (now := time.monotonic()) - logged > SECONDS_BETWEEN_LINES:
+            logged = now
+            log.info("%d of %d evaluations, about %s left", done, len(points), duration((now - began) / done * (len(points) - done)))
+    return rows

@@ -10,8 +10,7 @@ from typing import ClassVar
 from matplotlib.patches import Patch
 from torch import nn
 
-from qat.analysis.analysis import Analysis, Drawing, Outcome, Row, StudiedNet, Table
-from qat.analysis.images import ImageSet
+from qat.analysis.analysis import Analysis, Drawing, ImageSet, Outcome, Row, StudiedNet, Table
 from qat.analysis.style import PALETTE, figure, panels
 from qat.errors import UsageError
 from qat.model.checkpoint import built_alike

@@ -17,10 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.analysis.analysis import Analysis, Drawing, EvaluationPoint, Outcome, Score, StudiedNet, Table
-from qat.analysis.images import ImageSet
+from qat.analysis.analysis import Analysis, Drawing, EvaluationPoint, ImageSet, Outcome, Score, StudiedNet, Table, measure
 from qat.analysis.requantize import grid_of, requantized
-from qat.analysis.runner import measure
 from qat.analysis.style import HEAT, PALETTE, figure, panels, quiet
 from qat.errors import UsageError
 from qat.functional.infonce import info_nce
@@ -29,8 +27,8 @@ from qat.model.convert import conversion_of
 from qat.model.sites import iter_quantizers
 from qat.ptq.calibrate import in_float
 from qat.ptq.patching import Forward, patched
-from qat.quantizers import Quantizer, UniformGrid
-from qat.utils.validate import check_choice, check_int, check_number
+from qat.quantizers import UniformGrid
+from qat.utils.validate import check_choice, check_globs, check_int, check_number
 
 LOSSES = {"ce": "Cross-entropy", "infonce": "infoNCE to the float logits"}
 LEVELS = 12
@@ -41,7 +39,7 @@ class Landscape(Analysis):
     """The settings of `analysis/landscape.yaml`.
 
     Attributes:
-        targets: weights whose scales move: one entry for both directions, or one for each; an entry is a glob or a list of globs.
+        targets: globs of weights whose scales move in both directions.
         points: along each direction, odd.
         radius: the most that a scale changes, as a fraction of it.
         loss: `ce` (of labels) or `infonce` (to the net's own float logits).
@@ -51,7 +49,7 @@ class Landscape(Analysis):
         UsageError: a value that cannot work.
     """
 
-    targets: Sequence[str | Sequence[str]] = ("*",)
+    targets: Sequence[str] = ("*",)
     points: int = 21
     radius: float = 0.1
     loss: str = "ce"
@@ -68,8 +66,7 @@ class Landscape(Analysis):
         # From 0.5 on a scale that is in both directions could reach zero.
         check_number("analysis.radius", self.radius, 0, above=True, below=0.5)
         check_int("analysis.seed", self.seed, 0)
-        if not isinstance(self.targets, list | tuple) or len(self.targets) not in {1, 2}:
-            raise UsageError(f"analysis.targets={self.targets!r}: must be a list of one or two entries, each a glob or a list of globs")
+        object.__setattr__(self, "targets", check_globs("analysis.targets", self.targets, "attn.*.weight"))
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
         """Evaluate every point of the plane of every net."""
@@ -87,8 +84,7 @@ class Landscape(Analysis):
         rows = measure(points, images)
         losses = torch.tensor([row["loss" if self.loss == "ce" else self.loss] for row in rows], dtype=torch.float64)
         grids = dict(zip([studied.label for studied in nets], losses.view(-1, self.points, self.points), strict=True))
-        words = [target if isinstance(target, str) else " ".join(target) for target in (self.targets[0], self.targets[-1])]
-        drawing = _contours(grids, places, words, LOSSES[self.loss])
+        drawing = _contours(grids, places, LOSSES[self.loss])
         return Outcome({label: shape_of(grid) for label, grid in grids.items()}, [Table("landscape", "Loss on the plane", rows)], [drawing])
 
     def _score(self, net: nn.Module, images: ImageSet) -> Score | None:
@@ -105,7 +101,7 @@ class Landscape(Analysis):
         return score
 
 
-def plane(net: nn.Module, targets: Sequence[str | Sequence[str]], seed: int) -> Callable[[float, float], AbstractContextManager[None]]:
+def plane(net: nn.Module, targets: Sequence[str], seed: int) -> Callable[[float, float], AbstractContextManager[None]]:
     """A plane of scales: each scale s of the targets becomes s (1 + x u + y v), u and v uniform in [-1, 1].
 
     Zero points and ranges of codes stay.
@@ -121,28 +117,23 @@ def plane(net: nn.Module, targets: Sequence[str | Sequence[str]], seed: int) -> 
     Raises:
         UsageError: no weight is matched.
     """
-    weights: dict[str, tuple[Quantizer, Tensor]] = {}
+    blocks = [f"{block}." for block in find_blocks(net)]
+    generators = [torch.Generator().manual_seed(2 * seed + number) for number in (0, 1)]
+    name, directions = None, {}
     for site in iter_quantizers(net):
         if site.is_weight and isinstance(grid := site.quantizer.grid(site.latent().detach()), UniformGrid):
-            weights[f"{site.layer}.{site.role}"] = site.quantizer, grid.step
-    blocks = [f"{block}." for block in find_blocks(net)]
-    directions: list[dict[str, Tensor]] = []
-    for number, target in enumerate((targets[0], targets[-1])):
-        globs, generator, drawn = [target] if isinstance(target, str) else target, torch.Generator().manual_seed(2 * seed + number), {}
-        for name, (_, step) in weights.items():
+            name = f"{site.layer}.{site.role}"
             known = [name, *(name.removeprefix(block) for block in blocks)]
-            if any(fnmatch.filter(known, glob) for glob in globs):
-                drawn[name] = 2 * torch.rand(len(step), generator=generator).to(step) - 1
-        if not drawn:
-            raise UsageError(f"analysis.targets={target!r}: matches no quantized weight; names look like {next(iter(weights), None)!r}")
-        directions.append(drawn)
+            if any(fnmatch.filter(known, glob) for glob in targets):
+                draws = [2 * torch.rand(len(grid.step), generator=g).to(grid.step) - 1 for g in generators]
+                directions[site.quantizer] = draws
+    if not directions:
+        raise UsageError(f"analysis.targets={list(targets)}: match no quantized weight; names look like {name!r}")
 
     def move(x: float, y: float) -> AbstractContextManager[None]:
         forwards: dict[nn.Module, Forward] = {}
-        for name in directions[0] | directions[1]:
-            parts = [at * drawn[name] for at, drawn in zip((x, y), directions, strict=True) if name in drawn]
-            quantizer, _ = weights[name]
-            forwards[quantizer] = functools.partial(requantized, grid_of(quantizer), resize=(1 + torch.stack(parts).sum(0)).mul)
+        for quantizer, (u, v) in directions.items():
+            forwards[quantizer] = functools.partial(requantized, grid_of(quantizer), resize=(1 + (x * u + y * v)).mul)
         return patched(forwards)
 
     return move
@@ -170,7 +161,7 @@ def shape_of(losses: Tensor) -> dict[str, float]:
     }
 
 
-def _contours(grids: Mapping[str, Tensor], places: Sequence[float], words: Sequence[str], loss: str) -> Drawing:
+def _contours(grids: Mapping[str, Tensor], places: Sequence[float], loss: str) -> Drawing:
     """Lines of equal loss, each net on a range of its own; the lowest point and the net as it is."""
     drawn, said = figure(max(3.6 * len(grids), 4.8), 3.6), []
     for axis, (label, losses) in zip(panels(drawn, 1, len(grids)), grids.items(), strict=True):
@@ -184,7 +175,7 @@ def _contours(grids: Mapping[str, Tensor], places: Sequence[float], words: Seque
         axis.contour(places, places, rises.numpy(), levels=levels, colors="black", linewidths=0.4, linestyles="solid")
         axis.plot(places[column], places[row], "v", color=PALETTE[1], markeredgecolor="white", markersize=8)
         axis.plot(0, 0, "+", color=PALETTE[1], markersize=11, markeredgewidth=2)
-        quiet(axis, f"direction 1: {words[0]}", f"direction 2: {words[1]}").grid(visible=False)
+        quiet(axis, "direction 1", "direction 2").grid(visible=False)
         axis.set_title(f"{label}\nloss {centre:.4f} in the middle", fontsize=9, loc="left")
         axis.locator_params(nbins=5)
         axis.set_aspect("equal")

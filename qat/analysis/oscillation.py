@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from qat.analysis.analysis import Analysis, Drawing, Outcome, Row, StudiedNet, Table
-from qat.analysis.images import ImageSet
+from qat.analysis.analysis import Analysis, Drawing, ImageSet, Outcome, Row, StudiedNet, Table
 from qat.analysis.style import colours, figure, panels
 from qat.errors import UsageError
 from qat.utils.files import csv_rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ def write_outcome(folder: Path, name: str, settings: Mapping[str, Any], outcome:
         "figures": [
             {"file": f"{d.name}.svg", "png": f"{d.name}.png" if png else None, "title": d.title, "alt": d.alt} for d in outcome.drawings
         ],
-        "warnings": [asdict(warning) for warning in outcome.warnings],
     }
     write_text(folder / f"{name}.json", json_text(index))
 

@@ -15,10 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from qat.analysis.analysis import Analysis, Drawing, EvaluationPoint, Outcome, Row, StudiedNet, Table
-from qat.analysis.images import ImageSet
+from qat.analysis.analysis import Analysis, Drawing, EvaluationPoint, ImageSet, Outcome, Row, StudiedNet, Table, measure
 from qat.analysis.requantize import STEPS_FROM, GridSite, WeightSites, changed, nearest_power_of_two, weight_sites
-from qat.analysis.runner import measure
 from qat.analysis.style import axes, colours, figure
 from qat.errors import UsageError
 from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_int, check_number
@@ -144,10 +142,10 @@ class Robustness(Analysis):
         base: dict[str, Any] = {"bits": self.float_bits, "steps_from": self.steps_from} if is_quantized_here else {}
         parts = set(self.parts or PARTS)
         if not is_quantized_here and all(site.grid.bits == FLOAT_BITS for site in sites):
-            if self.parts is not None and parts != {BITS}:
+            if BITS not in parts:
                 needs = "no quantized weights on a known grid; analysis.float_bits=4 quantizes those of a float net"
-                raise UsageError(f"analysis.parts={list(self.parts)}: {studied.label} has {needs}")
-            parts &= {BITS}
+                raise UsageError(f"analysis.parts={list(self.parts or PARTS)}: {studied.label} has {needs}")
+            parts = {BITS}
 
         def point(part: str, of: Sequence[GridSite] = (), key: Mapping[str, float] | None = None, **change: Any) -> EvaluationPoint:
             context = functools.partial(changed, of, **change)

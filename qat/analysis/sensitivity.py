@@ -16,10 +16,8 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.patches import Rectangle
 from torch import nn
 
-from qat.analysis.analysis import Analysis, Drawing, EvaluationPoint, Outcome, Row, StudiedNet, Table
-from qat.analysis.images import ImageSet
+from qat.analysis.analysis import Analysis, Drawing, EvaluationPoint, ImageSet, Outcome, Row, StudiedNet, Table, measure
 from qat.analysis.requantize import STEPS_FROM, GridSite, WeightSites, requantized, weight_sites
-from qat.analysis.runner import measure
 from qat.analysis.style import WIDTH, axes, figure
 from qat.errors import UsageError
 from qat.functional.packing import packed_bytes
@@ -63,7 +61,7 @@ class Sensitivity(Analysis):
     Attributes:
         bits: widths at which the weights of each layer are tried.
         steps_from: where step sizes at other widths come from, one of `STEPS_FROM`; those of a float net always from `mse`.
-        budget_mb: sizes to suggest bits for, 10^6 bytes; None = no suggestion.
+        budget_mb: size to suggest bits for, 10^6 bytes; None = no suggestion.
 
     Raises:
         UsageError: a value that cannot work.
@@ -71,7 +69,7 @@ class Sensitivity(Analysis):
 
     bits: Sequence[int] = (2, 3, 4, 8)
     steps_from: str = "own"
-    budget_mb: float | Sequence[float] | None = None
+    budget_mb: float | None = None
 
     name: ClassVar[str] = "sensitivity"
     split: ClassVar[str | None] = "val"
@@ -82,25 +80,18 @@ class Sensitivity(Analysis):
         for width in self.bits:
             check_bits("analysis.bits", width)
         check_choice("analysis.steps_from", self.steps_from, STEPS_FROM)
-        for budget in self.budgets:
-            check_number("analysis.budget_mb", budget, 0, above=True)
-
-    @property
-    def budgets(self) -> Sequence[float]:
-        """All sizes."""
-        if self.budget_mb is None:
-            return ()
-        return self.budget_mb if isinstance(self.budget_mb, list | tuple) else (self.budget_mb,)
+        if self.budget_mb is not None:
+            check_number("analysis.budget_mb", self.budget_mb, 0, above=True)
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
         """Evaluate each layer left in float and at other bits, then the suggested bits as a whole.
 
         Raises:
-            UsageError: a budget is below the smallest size of a net.
+            UsageError: the budget is below the smallest size of a net.
         """
         found = [(studied, *find_layers(studied)) for studied in nets]
         for studied, weights, layers in found:
-            self._check_budgets(studied.label, *stored_bytes(weights.net, layers, self.bits))
+            self._check_budget(studied.label, *stored_bytes(weights.net, layers, self.bits))
         summary: dict[str, Any] = {}
         table: list[Row] = []
         drawings: list[Drawing] = []
@@ -110,13 +101,13 @@ class Sensitivity(Analysis):
             drawings.append(_heat_map(f"sensitivity-{number}" if len(nets) > 1 else "sensitivity", studied.label, lines))
         return Outcome(summary, [Table("sensitivity", "Layers and what their quantization costs", table)], drawings)
 
-    def _check_budgets(self, label: str, rest: int, sizes: Sizes) -> None:
-        least, most = (rest + sum(end(of.values()) for of in sizes.values()) for end in (min, max))
-        for budget in self.budgets:
-            if least > round(budget * MB):
-                # To the byte: what is printed can be typed.
-                ends = f"{least / MB:f} MB with the lowest bits everywhere, {most / MB:f} with the highest"
-                raise UsageError(f"analysis.budget_mb={budget}: below the smallest possible size of {label}: {ends}")
+    def _check_budget(self, label: str, rest: int, sizes: Sizes) -> None:
+        least = rest + sum(min(of.values()) for of in sizes.values())
+        if self.budget_mb is not None and least > round(self.budget_mb * MB):
+            # To the byte: what is printed can be typed.
+            raise UsageError(
+                f"analysis.budget_mb={self.budget_mb}: {label} takes at least {least / MB:f} MB, with the lowest bits everywhere"
+            )
 
     def _measured(
         self, label: str, weights: WeightSites, layers: Sequence[Layer], conversion: Conversion | None, images: ImageSet
@@ -150,7 +141,7 @@ class Sensitivity(Analysis):
             summary["most_sensitive"] = {"layer": best["layer"], "loss_change": best["loss"] - as_is["loss"]}
         rest, sizes = stored_bytes(weights.net, layers, self.bits)
         rises = {name: {bits: float(lines[name].get(f"{bits} bits: loss change") or 0.0) for bits in of} for name, of in sizes.items()}
-        for budget in self.budgets:
+        if (budget := self.budget_mb) is not None:
             chosen = greedy_bits(sizes, rises, round(budget * MB) - rest)
             change = functools.partial(with_bits, layers, chosen, steps_from)
             (row,) = measure([EvaluationPoint({"net": label}, weights.net, change)], images)
@@ -158,7 +149,7 @@ class Sensitivity(Analysis):
             expected = as_is["loss"] + sum(rises[name][bits] for name, bits in chosen.items())
             entry = {"budget_mb": budget, "size_bytes": n_bytes, "expected_loss": expected, "loss": row["loss"], "top1": row["top1"]}
             entry |= {"bits_of_layers": chosen, "setting": as_setting(conversion, chosen)}
-            summary.setdefault("suggestions", []).append(entry)
+            summary["suggestion"] = entry
             log.info(
                 "%s within %g MB: %d bytes, loss %.4f (%.4f if changes added up), top-1 %.2f %%:\n'%s'",
                 *(label, budget, n_bytes, row["loss"], expected, row["top1"], entry["setting"]),
@@ -266,7 +257,7 @@ def rules_with_bits(recipe: QuantRecipe, bits: Mapping[str, int]) -> dict[str, d
 
 
 def _heat_map(name: str, label: str, lines: Sequence[Row]) -> Drawing:
-    """Loss changes by layer and what is changed of it; the bits suggested for the first size are framed."""
+    """Loss changes by layer and what is changed of it; the suggested bits are framed."""
     columns = [name.partition(":")[0] for name in lines[0] if name.endswith("loss change")]
     if all(line["in float: loss change"] is None for line in lines):  # a float net
         columns.remove("in float")

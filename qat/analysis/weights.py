@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -13,21 +12,20 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from qat.analysis.analysis import Analysis, Drawing, Outcome, Row, StudiedNet, Table
-from qat.analysis.images import ImageSet
+from qat.analysis.analysis import Analysis, Drawing, ImageSet, Outcome, Row, StudiedNet, Table
 from qat.analysis.style import GREY, PALETTE, figure, panels
-from qat.errors import UsageError
-from qat.functional.confidence import check_boundary
 from qat.functional.kurtosis import kurtosis
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import Quantizer
 from qat.utils.probing import probing
-from qat.utils.validate import FLOAT_BITS, check_globs, check_int
+from qat.utils.validate import FLOAT_BITS, check_int
 
 # Layer, role (`weight`, or `qk` of a folded matrix), float tensor (out, ...), and its quantizer, None for one that is not quantized.
 LatentWeight = tuple[str, str, Tensor, Quantizer | None]
 BINS = 96
 MOST_PANELS = 9
+# Half-width of the band in which a weight is near a threshold, in codes: that of CGA.
+BOUNDARY = 0.005
 # Of more levels the thresholds are not drawn.
 MOST_LEVELS = 20
 
@@ -37,8 +35,6 @@ class WeightAnalysis(Analysis):
     """Histograms of float weights on the axis of their codes, kurtosis, use of the range of codes.
 
     Attributes:
-        layers: globs of layers whose histograms are drawn; None = the first, the middle and the last, and those of highest kurtosis.
-        boundary: half-width of the band in which a weight counts as near a threshold, in codes, 0 < value < 0.5.
         activation_images: images whose activation codes are counted; 0 = no image is read.
 
     Raises:
@@ -48,26 +44,17 @@ class WeightAnalysis(Analysis):
     name: ClassVar[str] = "weights"
     split: ClassVar[str | None] = "train"
 
-    layers: Sequence[str] | None = None
-    boundary: float = 0.005
     activation_images: int = 128
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
-            check_globs("analysis.layers", self.layers, "blocks.0.*")
         check_int("analysis.activation_images", self.activation_images, 0)
-        check_boundary("analysis.boundary", self.boundary)
         if not self.activation_images:
             object.__setattr__(self, "split", None)
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
         """Tables of weights and of activation quantizers; histograms of each net."""
         weights = {studied.label: list(latent_weights(studied.net)) for studied in nets}
-        rows = {label: [self._row(*weight) for weight in found] for label, found in weights.items()}
-        names = [layer for found in weights.values() for layer, *_ in found]
-        for glob in self.layers or ():
-            if not fnmatch.filter(names, glob):
-                raise UsageError(f"analysis.layers: {glob!r} matches no layer with weights; patterns see names like {names[-1]!r}")
+        rows = {label: [weight_row(*weight) for weight in found] for label, found in weights.items()}
         tables = [Table("weights", "Weights and their codes", [{"net": label, **row} for label, found in rows.items() for row in found])]
         if images.batches:
             batch = torch.cat([batch for batch, _ in images.batches])[: self.activation_images]
@@ -75,38 +62,37 @@ class WeightAnalysis(Analysis):
             tables += [Table("weights_activations", "Activation quantizers", seen)] if seen else []
         drawings = []
         for number, (label, found) in enumerate(weights.items(), 1):
-            if shown := [(found[i], rows[label][i]) for i in self._chosen(rows[label])]:
-                suffix, of_net = (f"_{number}", f" of {label}") if len(nets) > 1 else ("", "")
-                drawings.append(_histograms(f"weights_histograms{suffix}", f"Weights{of_net} before rounding", shown))
+            shown = [(found[i], rows[label][i]) for i in most_telling(rows[label])]
+            suffix, of_net = (f"_{number}", f" of {label}") if len(nets) > 1 else ("", "")
+            drawings.append(_histograms(f"weights_histograms{suffix}", f"Weights{of_net} before rounding", shown))
         return Outcome({label: _summary(found) for label, found in rows.items()}, tables, drawings)
 
-    def _chosen(self, rows: Sequence[Row]) -> list[int]:
-        """Which histograms are drawn, in the order of the net."""
-        if self.layers is not None:
-            wanted = [i for i, row in enumerate(rows) if any(fnmatch.fnmatchcase(row["layer"], glob) for glob in self.layers)]
-            return wanted[:MOST_PANELS]
-        sharpest = sorted(range(len(rows)), key=lambda i: -rows[i]["kurtosis"])
-        return sorted(list(dict.fromkeys([0, len(rows) // 2, len(rows) - 1, *sharpest]))[:MOST_PANELS])
 
-    @torch.no_grad()
-    def _row(self, layer: str, role: str, weight: Tensor, quantizer: Quantizer | None) -> Row:
-        """What is known of one tensor."""
-        weight = weight.float()
-        row: Row = {
-            "layer": layer,
-            "role": role,
-            "quantizer": "float" if quantizer is None else quantizer.spec.quantizer,
-            "bits": FLOAT_BITS if quantizer is None else quantizer.spec.bits,
-            "weights": weight.numel(),
-            "kurtosis": float(kurtosis(weight)),
-        }
-        if quantizer is not None:
-            error = weight - quantizer(weight).float()
-            row |= use_of_codes(quantizer, weight)
-            row["SNR (dB)"] = 10 * float((weight.square().sum() / error.square().sum()).log10())
-            if (grid := quantizer.grid(weight)) is not None:
-                row["near a threshold, %"] = 100 * float(grid.near_threshold(weight, self.boundary).float().mean())
-        return _rounded(row)
+def most_telling(rows: Sequence[Row]) -> list[int]:
+    """Which histograms are drawn, in the order of the net: the first, the middle, the last, and those of highest kurtosis."""
+    sharpest = sorted(range(len(rows)), key=lambda i: -rows[i]["kurtosis"])
+    return sorted(list(dict.fromkeys([0, len(rows) // 2, len(rows) - 1, *sharpest]))[:MOST_PANELS])
+
+
+@torch.no_grad()
+def weight_row(layer: str, role: str, weight: Tensor, quantizer: Quantizer | None) -> Row:
+    """What is known of one tensor."""
+    weight = weight.float()
+    row: Row = {
+        "layer": layer,
+        "role": role,
+        "quantizer": "float" if quantizer is None else quantizer.spec.quantizer,
+        "bits": FLOAT_BITS if quantizer is None else quantizer.spec.bits,
+        "weights": weight.numel(),
+        "kurtosis": float(kurtosis(weight)),
+    }
+    if quantizer is not None:
+        error = weight - quantizer(weight).float()
+        row |= use_of_codes(quantizer, weight)
+        row["SNR (dB)"] = 10 * float((weight.square().sum() / error.square().sum()).log10())
+        if (grid := quantizer.grid(weight)) is not None:
+            row["near a threshold, %"] = 100 * float(grid.near_threshold(weight, BOUNDARY).float().mean())
+    return _rounded(row)
 
 
 def latent_weights(net: nn.Module) -> Iterator[LatentWeight]:

@@ -133,14 +133,14 @@ class EncodedImages(ABC):
 
 
 def load(encoded: EncodedImages, settings: DataSettings) -> ImageSource:
-    """In memory where `in_memory` allows it, all images are of one size and they fit into `memory_mb`, else decoded when needed.
+    """In memory where all images are of one size and fit into `memory_mb`, else decoded when needed.
 
     Raises:
         ImageError: images cannot be decoded and are not to be skipped; names them together.
         UsageError: none can be decoded.
     """
     images: list[NDArray[np.uint8]] = []
-    failed, is_held = [], settings.in_memory
+    failed, is_held = [], True
     for row in range(len(encoded)):
         try:
             image = encoded.decode(row)

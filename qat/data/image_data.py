@@ -23,8 +23,8 @@ from qat.errors import UsageError
 from qat.launch.signals import ignore_signals
 
 SPLITS = ("train", "val", "test")
-# Of files written when there was a disk cache of decoded images.
-REMOVED = {"cache"}
+# Of files written when there were these settings.
+REMOVED = {"cache", "in_memory"}
 
 
 def data_folder(root: str | None, holds: str) -> Path:

@@ -79,8 +79,7 @@ class DataSettings:
         calibration_images: images from which scales are initialised.
         seed: of order, augmentation and calibration images.
         root: folder with the data.
-        in_memory: False = decode an image each time it is needed; images of different sizes always are.
-        memory_mb: decoded images of a split that are more than so many megabytes are decoded when needed.
+        memory_mb: a split that would take more megabytes once decoded, or has images of different sizes, is decoded when needed.
         on_error: what an image does that cannot be decoded: `raise` stops, `skip` warns and goes on without it.
         crop_pct: side of evaluation's centre crop as a share of the shorter side, before scaling to `image_size`; None = the whole image
             is squeezed into the square when read; photos: None = that of `model`.
@@ -119,7 +118,6 @@ class DataSettings:
     calibration_images: int = 256
     seed: int = 0
     root: str | None = None
-    in_memory: bool = True
     memory_mb: float = 4096
     on_error: str = "raise"
     crop_pct: float | None = None

@@ -58,7 +58,7 @@ def analyze(cfg: DictConfig) -> None:
         raise UsageError(f"trainer.precision={cfg.trainer.precision!r}: analyses run in float32; must be 32-true")
     device = trainer.strategy.root_device
     nets = [
-        StudiedNet(label, subject.net.eval().to(device), subject.name, subject.data.input_size, None if path is None else Path(path))
+        StudiedNet(label, subject.net.eval().to(device), subject.data.input_size, None if path is None else Path(path))
         for label, subject, path in zip(make_labels(cfg.labels, origins), subjects, paths, strict=True)
     ]
 

@@ -73,7 +73,7 @@ def describe_layers(net: nn.Module, input_size: tuple[int, int, int], folder: Pa
     from qat.analysis.weights import WeightAnalysis
     from qat.report.page import ANALYSES
 
-    nets = [StudiedNet("this run", net.eval(), "", input_size)]
+    nets = [StudiedNet("this run", net.eval(), input_size)]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # hooks belong to no compiled graph
         for name, analysis in (("weights", WeightAnalysis()), ("cost", CostAnalysis())):
             write_outcome(folder / ANALYSES, name, {}, analysis.run(nets, NO_IMAGES), png=False)

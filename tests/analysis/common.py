@@ -59,7 +59,7 @@ def _trained(kind):
 
 def studied(net, label="net"):
     """The net under a name."""
-    return StudiedNet(label, net, tiny.VIT, tiny.SIZE)
+    return StudiedNet(label, net, tiny.SIZE)
 
 
 def image_set(n=16, batch=6):

@@ -18,7 +18,7 @@ def write_run(folder, lines=LINES, header=HEADER):
     """A run directory; gives the net of its checkpoint."""
     folder.mkdir(parents=True)
     (folder / "metrics.csv").write_text("\n".join([header, *lines]) + "\n")
-    return StudiedNet(folder.name, torch.nn.Identity(), "vit", (1, 8, 8), folder / "checkpoints" / "best.ckpt")
+    return StudiedNet(folder.name, torch.nn.Identity(), (1, 8, 8), folder / "checkpoints" / "best.ckpt")
 
 
 def analysed(*nets):
@@ -69,7 +69,7 @@ def test_a_run_that_tracked_nothing_says_what_turns_it_on(tmp_path, lines):
         analysed(net)
     assert str(error.value) == f"ckpt={str(net.path)!r}: its run tracked no oscillation; train with callbacks=[default,oscillation]"
     with pytest.raises(UsageError, match=r"ckpt='None': its run tracked no oscillation"):
-        analysed(StudiedNet("net", torch.nn.Identity(), "vit", (1, 8, 8)))
+        analysed(StudiedNet("net", torch.nn.Identity(), (1, 8, 8)))
 
 
 def test_a_real_run(tmp_path):
@@ -77,7 +77,7 @@ def test_a_real_run(tmp_path):
         tmp_path / "run", "quant=ofq_2bit", "callbacks=[default,oscillation]", "optimizer.lr=0.1",
         "trainer.max_epochs=3", "trainer.log_every_n_steps=1", "callbacks.oscillation.momentum=0.2",
     )  # fmt: skip
-    found = analysed(StudiedNet("run", torch.nn.Identity(), "vit", (1, 8, 8), run / "checkpoints" / "last.ckpt"))
+    found = analysed(StudiedNet("run", torch.nn.Identity(), (1, 8, 8), run / "checkpoints" / "last.ckpt"))
     with (run / "oscillation.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [*found.tables[0].rows] == [{"net": "run", **row} for row in rows]

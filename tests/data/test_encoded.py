@@ -130,10 +130,10 @@ def test_a_file_without_an_end_is_not_read(tmp_path, kind):
         image_transform(SETTINGS)(path)
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_all_that_is_broken_is_named_at_once_with_what_to_do(tmp_path, in_memory):
+@pytest.mark.parametrize("memory_mb", [4096, 0])
+def test_all_that_is_broken_is_named_at_once_with_what_to_do(tmp_path, memory_mb):
     with pytest.raises(ImageError) as caught:
-        data(folder(tmp_path, damaged=[2, 5]), in_memory=in_memory).split("train")
+        data(folder(tmp_path, damaged=[2, 5]), memory_mb=memory_mb).split("train")
     where = rf"{tmp_path}/train/a"
     assert re.fullmatch(
         rf"2 of 6 images: {where}/02\.png cannot be decoded \([^;]+\); {where}/05\.png cannot be decoded \([^;]+\); "
@@ -141,14 +141,14 @@ def test_all_that_is_broken_is_named_at_once_with_what_to_do(tmp_path, in_memory
         str(caught.value),
     )
     with pytest.raises(ImageError, match=r"^25 of 30 images: .* \.\.\.; data\.on_error=skip") as caught:
-        data(folder(tmp_path, damaged=range(25), n=30), in_memory=in_memory).split("train")
+        data(folder(tmp_path, damaged=range(25), n=30), memory_mb=memory_mb).split("train")
     assert str(caught.value).count("cannot be decoded (") == 20
 
 
 def test_skip_replaces_by_the_next_that_can_be_decoded(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(encoded, "TRIED_AT_MOST", 0)
     folder(tmp_path, damaged=[2, 3, 5])
-    lazy = data(tmp_path, on_error="skip", in_memory=False).split("train")
+    lazy = data(tmp_path, on_error="skip", memory_mb=0).split("train")
     for _ in range(2):
         assert values(lazy) == [0, 10, 40, 40, 40, 0]
     for number, (line, file) in enumerate(zip(warnings(caplog), (2, 3, 5), strict=True)):
@@ -160,7 +160,7 @@ def test_skip_replaces_by_the_next_that_can_be_decoded(tmp_path, monkeypatch, ca
 def test_nothing_but_damaged_images_is_refused(tmp_path, monkeypatch, tried):
     monkeypatch.setattr(encoded, "TRIED_AT_MOST", tried)
     with pytest.raises(qat.UsageError, match="none of 6 images can be decoded"):
-        data(folder(tmp_path, damaged=range(6)), on_error="skip", in_memory=False).split("train")[4]
+        data(folder(tmp_path, damaged=range(6)), on_error="skip", memory_mb=0).split("train")[4]
 
 
 def test_what_does_not_fit_is_decoded_when_needed(tmp_path):
@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_decoded_when_needed(tmp_path):
 
 def test_the_line_survives_the_way_out_of_a_worker_process(tmp_path, monkeypatch):
     monkeypatch.setattr(encoded, "TRIED_AT_MOST", 0)
-    lazy = data(folder(tmp_path, damaged=[2]), in_memory=False).split("train")
+    lazy = data(folder(tmp_path, damaged=[2]), memory_mb=0).split("train")
     try:
         lazy[2]
     except ImageError:

@@ -23,13 +23,13 @@ def validation(data):
     return torch.cat([images for images, _ in data.val_dataloader()])
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("memory_mb", [4096, 0])
 @pytest.mark.parametrize("changes", [{}, GREY], ids=["colour", "grey"])
 @pytest.mark.parametrize("crop", [{}, {"crop_pct": 0.7, "interpolation": "bilinear"}, {"model": "vit_small_patch16_224"}], ids=str)
 @pytest.mark.parametrize("size", [None, 16])
-def test_files_of_an_image_folder(tmp_path, size, crop, changes, in_memory):
+def test_files_of_an_image_folder(tmp_path, size, crop, changes, memory_mb):
     root = write_folder(tmp_path, size=size)
-    data = ImageFolder(**{**COLOURS, **RECIPE, **changes, **crop}, root=str(root), in_memory=in_memory)
+    data = ImageFolder(**{**COLOURS, **RECIPE, **changes, **crop}, root=str(root), memory_mb=memory_mb)
     transform = image_transform(data.settings)
     paths = [path for name in ("ant", "bee") for path in sorted((root / "val" / name).iterdir())]
     expected = validation(data)

@@ -58,8 +58,8 @@ def test_where_images_are_held_changes_no_pixel(tmp_path, augment):
         return images_of([*found.train_dataloader(), *found.test_dataloader()])
 
     first = batches()
-    assert torch.equal(batches(in_memory=False), first)
-    assert torch.equal(batches(in_memory=False, num_workers=2), first)
+    assert torch.equal(batches(memory_mb=0), first)
+    assert torch.equal(batches(memory_mb=0, num_workers=2), first)
 
 
 def test_other_files_are_left_alone(tmp_path):

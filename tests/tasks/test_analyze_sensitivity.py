@@ -21,10 +21,10 @@ def suggested(folder, ckpt, budget):
     code, out = typed("analyze.py", f"ckpt={ckpt}", f"run_dir={folder}/run", *command, cwd=folder)
     assert code == 0, out
     (line,) = [line for line in out.splitlines() if ".overrides={" in line]
-    (summary,) = [entry for entry in results(folder / "run")["summary"].values() if "suggestions" in entry]
+    (summary,) = [entry for entry in results(folder / "run")["summary"].values() if "suggestion" in entry]
     (argument,) = shlex.split(line.strip())
-    assert argument == summary["suggestions"][0]["setting"]
-    return argument, summary["suggestions"][0]
+    assert argument == summary["suggestion"]["setting"]
+    return argument, summary["suggestion"]
 
 
 @pytest.mark.long

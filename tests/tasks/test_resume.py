@@ -363,7 +363,7 @@ def said(run_dir, caplog, *overrides):
         (["callbacks=[default,ema,cga]"], ["callbacks.cga was not set, is {'_target_': 'qat.callbacks.CGA', 'boundary_range': 0.005, '"]),
         (["callbacks.best=null"], ["callbacks.best was {'_target_': 'lightning.pytorch.callbacks.ModelCheckpoint', , is None"]),
         (["compile=true", "memory=recompute"], ["compile was 'auto', is True", "memory was 'save', is 'recompute'"]),
-        (["data.num_workers=2", "data.in_memory=false", "report=false", "checkpoint.every_n_steps=1", "logger=[]"], []),
+        (["data.num_workers=2", "data.memory_mb=0", "report=false", "checkpoint.every_n_steps=1", "logger=[]"], []),
         (["callbacks.progress=null", "data.root=/elsewhere", "trainer.log_every_n_steps=1"], []),
     ],
     ids=lambda value: value[0].partition("=")[0] if value else "none",
@@ -428,7 +428,7 @@ def rename_a_class(folder):
 )
 def test_other_images_are_noticed(change, line, photos, tmp_path, caplog):
     run_dir, folder = (shutil.copytree(path, tmp_path / path.name) for path in photos)
-    photo_run(run_dir, folder, "resume=true", "data.in_memory=false")  # elsewhere, and read in another way: the same images
+    photo_run(run_dir, folder, "resume=true", "data.memory_mb=0")  # elsewhere, and read in another way: the same images
     change(folder)
     with pytest.raises(qat.UsageError, match=line):
         photo_run(run_dir, folder, "resume=true")

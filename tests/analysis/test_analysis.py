@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from qat.analysis import EvaluationPoint, measure, runner
+from qat.analysis import EvaluationPoint, analysis, measure
 from tests import tiny
 from tests.analysis.common import image_set, is_as_before, state
 
@@ -27,7 +27,7 @@ def points_of(net, shifts):
 
 def test_rows_come_in_the_order_of_the_points(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(runner, "SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr(analysis, "SECONDS_BETWEEN_LINES", -1)
     net, images = tiny.vit(), image_set()
     rows = measure(points_of(net, [0, 64, 8]), images)
     assert [row["shift"] for row in rows] == [0, 64, 8]
