@@ -78,8 +78,8 @@ class Expectation:
         metric: of both arms.
         arm: of this claim, or `CLAIM/arm`.
         than: the other arm, or a number.
-        direction: `is` in the file: higher, lower, within (not below `than` by more than the margin) or near (not further from it).
-        margin: `by` in the file, in the unit of the metric.
+        direction: higher, lower, within (not below `than` by more than the margin) or near (not further from it).
+        margin: in the unit of the metric.
         format: of the difference on the page.
     """
 
@@ -114,7 +114,7 @@ class Figure:
         metric: of lines and of a scatter, and of the references.
         along: of a scatter: the metric of its horizontal axis, which is logarithmic.
         curve: name of the curve or the map, of the other kinds.
-        x, y: labels of the axes; z: of a map, what its heights are.
+        x, y: labels of the axes.
         reference: `{name: arm}`, drawn as lines across, not in maps.
         caption: below it.
     """
@@ -127,16 +127,8 @@ class Figure:
     curve: str = ""
     x: str = ""
     y: str = ""
-    z: str = ""
     reference: Mapping[str, str] = field(default_factory=dict)
     caption: str = ""
-
-    @property
-    def arms(self) -> tuple[str, ...]:
-        """All that it shows, references last."""
-        named = self.series.values()
-        shown = [arm for points in named for arm in points.values()] if self.kind in {"lines", "scatter"} else list(named)
-        return (*shown, *self.reference.values())
 
 
 @dataclass(frozen=True)
@@ -171,7 +163,7 @@ def _load(path: Path) -> Claim:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         content = {key: value.strip() if isinstance(value, str) else value for key, value in content.items()}
         arms = {name: _arm(content, name, entry) for name, entry in content.pop("arms", {}).items()}
-        expect = [_expectation(**entry) for entry in content.pop("expect", ())]
+        expect = [Expectation(**entry) for entry in content.pop("expect", ())]
         tables = [Table(**entry) for entry in content.pop("tables", ())]
         figures = [Figure(**entry) for entry in content.pop("figures", ())]
         return Claim(path, arms=arms, expect=expect, tables=tables, figures=figures, **content)
@@ -184,7 +176,3 @@ def _arm(content: Mapping[str, Any], name: str, entry: dict[str, Any]) -> Arm:
     entry["further"] = {title: Further(**one) for title, one in entry.get("further", {}).items()}
     entry["best_of"] = [one if "/" in one else f"{content['id']}/{one}" for one in entry.get("best_of", ())]
     return Arm(content["id"], name, **entry)
-
-
-def _expectation(**entry: Any) -> Expectation:
-    return Expectation(direction=entry.pop("is"), margin=entry.pop("by", 0.0), **entry)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evidence.claims import Claim, Figure
-from qat.errors import UsageError
 from qat.utils.files import replacing
 
 if TYPE_CHECKING:  # the heavy libraries are for pictures alone
@@ -22,8 +20,6 @@ if TYPE_CHECKING:  # the heavy libraries are for pictures alone
     from evidence.page import Evidence
 
 MARKERS, DASHES, LEVELS = "osD^vP*X", ("--", ":", "-."), 12
-# A range of places along x so wide that the smaller ones would lie on each other.
-LOG_FROM = 30
 # Places of a curve up to which each is worth a mark.
 FEW = 13
 _PANEL_INCHES = 3.3
@@ -60,11 +56,7 @@ class Gathered:
 
 
 def gather(claim: Claim, figure: Figure, evidence: Evidence) -> Gathered:
-    """From the records.
-
-    Raises:
-        UsageError: there are runs of its arms, and none has what it shows.
-    """
+    """From the records."""
     series: dict[str, Any] = {}
     for name, shown in figure.series.items():
         found: Any = []
@@ -83,8 +75,6 @@ def gather(claim: Claim, figure: Figure, evidence: Evidence) -> Gathered:
         if found:
             series[name] = found
     across = {name: tuple(evidence.values(claim, arm, figure.metric).values()) for name, arm in figure.reference.items()}
-    if not series and any(evidence.records(claim, arm) for arm in figure.arms if arm not in figure.reference.values()):
-        raise UsageError(f"{claim.file}: figure {figure.file}: {figure.curve or figure.metric} must be in a run of its arms")
     return Gathered(series, {name: Point(None, values) for name, values in across.items() if values})
 
 
@@ -133,11 +123,9 @@ def _lines(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
     from qat.analysis.style import PALETTE
 
     named = list(dict.fromkeys(point.x for points in series.values() for point in points))
-    try:  # YAML takes 1e-4 for a text
+    try:
         numbers = [float(x) for x in named]
         line = {"linewidth": 1.4}
-        if min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_FROM:
-            numbers = [math.log10(x) for x in numbers]
     except ValueError:
         numbers, line = [float(i) for i in range(len(named))], {"linestyle": "none"}
     step = min((b - a for a, b in itertools.pairwise(sorted(numbers))), default=1.0)
@@ -171,10 +159,10 @@ def _curves(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
 
     places = sorted({point.x for points in series.values() for point in points})
     for number, (name, points) in enumerate(series.items()):
-        color, dash, xs = PALETTE[number % len(PALETTE)], ("-", *DASHES)[number // len(PALETTE) % 4], [point.x for point in points]
+        color, xs = PALETTE[number % len(PALETTE)], [point.x for point in points]
         if len(points[0].values) > 1:
             axis.plot(xs, [point.values for point in points], color=color, linewidth=0.8, alpha=0.35)
-        axis.plot(xs, [point.mean for point in points], color=color, linestyle=dash, linewidth=1.8, label=name)
+        axis.plot(xs, [point.mean for point in points], color=color, linewidth=1.8, label=name)
         if len(places) <= FEW:
             _bars(axis, number, points, xs, linestyle="none")
     if len(places) <= FEW:
@@ -198,9 +186,8 @@ def _maps(of: Figure, series: Mapping[str, Any]) -> Canvas:
         axis.set_xlabel(of.x, fontsize=9)
         axis.set_ylabel(of.y, fontsize=9)
         axis.locator_params(nbins=5)
-        axis.set_box_aspect(1)
         axis.grid(visible=False)
         bar = canvas.colorbar(filled, ax=axis, shrink=0.8, ticks=MaxNLocator(5))
         bar.ax.tick_params(labelsize=7)
-        bar.set_label(f"{of.z or of.curve}, seed {record.seed}", fontsize=8)
+        bar.set_label(f"{of.curve}, seed {record.seed}", fontsize=8)
     return canvas

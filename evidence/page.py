@@ -17,6 +17,7 @@ from scipy import stats
 from evidence import drawing
 from evidence.claims import Arm, Claim, Expectation, Table, load_claims
 from evidence.records import Record, read_records
+from evidence.timing import table as markdown
 from qat.errors import UsageError
 from qat.utils.files import write_text
 
@@ -25,7 +26,6 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 RESULTS = "results"  # folder below docs/
 HEADLINE = "AIM"
 MAKE = "python -m evidence page"
-USUAL = {"top1": "top-1, %", "val_top1": "validation top-1, %"}
 DEFAULT, NONE, MISSING = ".2f", "–", "(not run yet)"
 YES, NO, SMALL, OPEN = "yes", "no", "too small to see", "not decided yet"
 SEEDS, LEVEL = 3, 0.95
@@ -115,13 +115,9 @@ class Evidence:
 
         Raises:
             UsageError: one of them names an arm or a metric that does not exist.
+            ValueError: it is no number.
         """
-        try:
-            return _Numbers(self, claim).format(text)
-        except UsageError:
-            raise
-        except ValueError as error:
-            raise UsageError(f"{claim.file}: {error}; must be text with {{arm.metric}}, {{arm.metric - other.metric:.1f}}") from error
+        return _Numbers(self, claim).format(text)
 
 
 class _Numbers(string.Formatter):
@@ -245,13 +241,11 @@ def _places(evidence: Evidence) -> str:
         for record in evidence.of_claim(claim):
             versions = ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items()) if version)
             groups[f"{record.machine}; {record.device}; {versions}"].append(record)
-    if not groups:
-        return "**Where.** No runs yet."
     lines = []
     for place, records in groups.items():
         days = sorted({record.date for record in records})
-        lines.append((days, f"- {place}: {spent(records)}, {' to '.join(dict.fromkeys((days[0], days[-1])))}"))
-    return "\n".join(("**Where** the runs were made:", "", *(line for _, line in sorted(lines, key=lambda one: one[1]))))
+        lines.append(f"- {place}: {spent(records)}, {' to '.join(dict.fromkeys((days[0], days[-1])))}")
+    return "\n".join(("**Where** the runs were made:", "", *sorted(lines)))
 
 
 def _overview(claim: Claim, evidence: Evidence) -> list[str]:
@@ -273,13 +267,11 @@ def section(claim: Claim, evidence: Evidence) -> str:
         difference = f"{primary.difference} over {seeds}; " if primary.differences else ""
         parts.append(f"**{claim.id}: {primary.answer}.** {primary.expectation.what}: {difference}expected {primary.wanted}.")
     parts += [evidence.filled(claim, claim.why), *_shown(claim, evidence, found[1:])]
-    if not claim.arms:
-        parts.append("No runs of its own.")
-    elif own:
+    if own:
         made = f"`python -m evidence run {claim.id}` makes these runs ({spent(own)})"
         parts.append(f"{made}; records: [{RECORDS}/{claim.id}.jsonl](../{RECORDS}/{claim.id}.jsonl).")
     else:
-        parts.append(f"No runs of its own yet: `python -m evidence run {claim.id}` makes them.")
+        parts.append("No runs of its own.")
     retired: dict[str, list[str]] = defaultdict(list)
     for arm in claim.arms.values():
         if arm.retired:
@@ -290,15 +282,8 @@ def section(claim: Claim, evidence: Evidence) -> str:
 
 
 def _shown(claim: Claim, evidence: Evidence, beside: Sequence[Found]) -> Iterator[str]:
-    """Tables, differences, pictures, where anything of them has been run."""
-    named = [arm for table in claim.tables for arm in table.rows] + [arm for figure in claim.figures for arm in figure.arms]
-    if not any(evidence.records(claim, arm) for arm in (*claim.arms, *named)):
-        return
-    tables = claim.tables
-    if not tables and claim.arms:
-        usual = {name: head for name, head in USUAL.items() if any(evidence.values(claim, arm, name) for arm in claim.arms)}
-        tables = (Table(tuple(claim.arms), usual),) if usual else ()
-    for table in tables:
+    """Tables, differences, pictures."""
+    for table in claim.tables:
         yield table.caption
         yield results(claim, table, evidence)
     if beside:
@@ -319,23 +304,12 @@ def spent(records: list[Record]) -> str:
     return f"{len(records)} run{'s' * (len(records) != 1)}, {time} in all"
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; a cell may hold any text."""
-    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in (head, *rows)]
-    lines = [f"| {' | '.join(line)} |" for line in escaped]
-    return re.sub(r"\|  (?=\|)", "| ", "\n".join((lines[0], f"|{'---|' * len(head)}", *lines[1:])))
-
-
 def results(claim: Claim, table: Table, evidence: Evidence) -> str:
     """Mean ± deviation over seeds; a dash where there is no run."""
     rows = []
     for arm in table.rows:
-        records, cells = evidence.records(claim, arm), []
-        for metric in table.columns:
-            values = evidence.values(claim, arm, metric)
-            of_fewer = f" (of {len(values)})" if values and len(values) < len(records) else ""
-            cells.append(spread(list(values.values()), table.formats.get(metric, DEFAULT)) + of_fewer)
-        rows.append([table.labels.get(arm) or evidence.arm(claim, arm).label, *cells, str(len(records))])
+        cells = [spread(evidence.values(claim, arm, metric).values(), table.formats.get(metric, DEFAULT)) for metric in table.columns]
+        rows.append([table.labels.get(arm) or evidence.arm(claim, arm).label, *cells, str(len(evidence.records(claim, arm)))])
     return markdown(["", *table.columns.values(), "seeds"], rows)
 
 
@@ -343,13 +317,11 @@ def made(root: Path, evidence: Evidence) -> dict[str, str]:
     """The files that are made, by name below the root of the repository.
 
     Raises:
-        UsageError: claims or records are not as they should be, or the README lacks its marks.
+        UsageError: claims or records are not as they should be.
     """
     text = (root / README).read_bytes().decode()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UsageError(f"{root / README}: must have {BEGIN} once and {END} once after it")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
-    claim = evidence.claims[HEADLINE]
+    (before, rest), claim = text.split(BEGIN), evidence.claims[HEADLINE]
+    after = rest.split(END)[1]
     block = f"{BEGIN}\n\n{evidence.filled(claim, claim.readme)}\n\nAll claims, with runs: [{PAGE}]({PAGE}).\n\n{END}"
     return pages(evidence) | {README: before + block + after}
 
@@ -368,14 +340,8 @@ def write(root: Path) -> None:
 
 
 def check(root: Path) -> list[str]:
-    """What is not as claims and records say: a line each, nothing where all is up to date. Pictures must be there, no more."""
-    evidence = read_evidence(root / CLAIMS, root / RECORDS)
-    stale = [
-        f"{root / FIGURES / figure.file}: missing, {MAKE} draws it"
-        for claim in evidence.claims.values()
-        for figure in claim.figures
-        if drawing.gather(claim, figure, evidence).series and not (root / FIGURES / figure.file).is_file()
-    ]
+    """What is not as claims and records say: a line each, nothing where all is up to date. Pictures are not looked at."""
+    evidence, stale = read_evidence(root / CLAIMS, root / RECORDS), []
     for name, wanted in made(root, evidence).items():
         if not (root / name).is_file() or (root / name).read_bytes() != wanted.encode():
             stale.append(f"{root / name}: not what {RECORDS}/ says, {MAKE} writes it")

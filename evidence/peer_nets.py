@@ -16,11 +16,8 @@ from torch.ao.quantization import MovingAverageMinMaxObserver, MovingAveragePerC
 from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
 from torch.nn.utils import parametrize
 
-from qat.errors import UsageError
 from qat.utils.probing import probing
-from qat.utils.validate import check_choice
 
-BITS = ("2", "3", "4", "8")
 ENDS_BITS = 8
 CANDIDATES = 40
 
@@ -136,27 +133,8 @@ def fitting(rows: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int) -> tu
     return steps.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
-# The package whose version counts, what is quantized (with a place for the bits), the function.
-PEERS = {
-    "brevitas": (
-        "brevitas",
-        "Linears: W{bits} per channel, learned step; A{bits} per tensor, learned step and zero point, begun by least squares; "
-        "first and last layer W8 A8",
-        brevitas,
-    ),
-    "torchao": (
-        "torchao",
-        "Linears: W{bits} per channel, learned step, begun at the range; A{bits} per token, range of the step, with a zero point; "
-        "last layer W8 A8, first layer float, which it cannot quantize",
-        torchao,
-    ),
-    "torch_ao": (
-        "torch",
-        "Linears: W{bits} per channel, learned step; A{bits} per tensor, learned step and zero point, begun by least squares; "
-        "first and last layer W8 A8",
-        torch_ao,
-    ),
-}
+# The package whose version counts, and the function.
+PEERS = {"brevitas": ("brevitas", brevitas), "torchao": ("torchao", torchao), "torch_ao": ("torch", torch_ao)}
 
 
 def quantized(library: str, net: nn.Module, batches: Sequence[Tensor], bits: int) -> nn.Module:
@@ -171,17 +149,9 @@ def quantized(library: str, net: nn.Module, batches: Sequence[Tensor], bits: int
     Returns:
         A net whose quantizers' parameters have no weight decay in `qat.lit.optim.parameter_groups`, as qat's own have none: some are no
         vectors, by which it would know them.
-
-    Raises:
-        UsageError: unknown library or bits, or the library is not installed.
     """
-    check_choice("library", library, tuple(PEERS))
-    check_choice("bits", str(bits), BITS)
     weights = set(net.parameters())
-    try:
-        net = PEERS[library][2](net, batches, bits)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"library={library!r}: {error}; `make study CLAIM=PEERS` installs it in outputs/peers") from error
+    net = PEERS[library][1](net, batches, bits)
     spared = set(net.no_weight_decay()) if hasattr(net, "no_weight_decay") else set()  # type: ignore[operator]
     spared |= {name for name, one in net.named_parameters() if one not in weights}
     net.no_weight_decay = lambda: spared  # type: ignore[assignment]

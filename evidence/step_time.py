@@ -33,7 +33,7 @@ ROWS = ARMS | {f"{name} [recompute]": dataclasses.replace(ARMS[name], memory="re
 ROWS |= {"linears without offsets": Arm({"attention": "float", "offsets": False}), "lsq": Arm({}, recipe="lsq")}
 ROWS |= {"seq": Arm({}, recipe="seq"), "deploy": Arm({}, recipe="deploy_w4a4")}
 HEAD = ["net", "eager x float: CPU [range], wall", "saved x float"]
-HEAD_COMPILED = ["compiled x compiled float", "x eager float", "saved x float", "graphs, breaks", "ready, s"]
+HEAD_COMPILED = ["compiled x compiled float", "x eager float", "saved x float", "graphs, breaks"]
 
 
 def eager(model: str, images: Tensor, rounds: int) -> tuple[str, dict[str, list[str]], int]:
@@ -63,7 +63,7 @@ def compiled(model: str, row: str, images: Tensor, rounds: int) -> dict[str, Any
         saved = saved_bytes(nets[row], steps[row])
     graphs = f"{counters['stats']['unique_graphs'] - 1}, {sum(counters['graph_break'].values())}"
     ratios = [ratio(timings[row], timings[base]) for base in (COMPILED_FLOAT, FLOAT)]
-    return {"ratios": ratios, "saved": saved, "graphs": graphs, "ready": f"{timings[row].first:.0f}"}
+    return {"ratios": ratios, "saved": saved, "graphs": graphs}
 
 
 def in_a_process(row: str, options: list[str], saved_float: int) -> list[str]:
@@ -72,9 +72,9 @@ def in_a_process(row: str, options: list[str], saved_float: int) -> list[str]:
         command, variables = [sys.executable, __file__, *options, "--one", row], {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=variables)
     if done.returncode:
-        return ["failed", "", "", "", ""]
+        return ["failed", "", "", ""]
     found = json.loads(done.stdout.splitlines()[-1])
-    return [*found["ratios"], f"{found['saved'] / saved_float:.2f}", found["graphs"], found["ready"]]
+    return [*found["ratios"], f"{found['saved'] / saved_float:.2f}", found["graphs"]]
 
 
 def main() -> None:

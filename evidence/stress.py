@@ -1,7 +1,7 @@
 """Kill commands with SIGKILL at moments drawn with a seed, run them again, and compare all files with those of runs that were not killed.
 
 Run by `make stress`; log `docs/logs/stress.log`. Augmentation, repeated augmentation, mixup, cutmix, dropout, drop path and averaged
-weights are on in training. A moment is before or after one of some calls (`CALLS`); after `torch.save` half a file is on the disk.
+weights are on in training. A moment is after one of some calls (`CALLS`); of `torch.save` half a file is on the disk then.
 Compared are all tensors and numbers of checkpoints, the rows of tables, `results.json`, and which files there are; what is measured (times,
 throughput) is left out. Each run is a fork of this process, which has imported everything. Exit code 1 if anything differs.
 """
@@ -53,20 +53,18 @@ CALLS: tuple[tuple[Any, str], ...] = (
 )
 # What is measured; a search's rows end with seconds. Lightning does not restore `current_score`, and nothing reads it.
 MEASURED = re.compile(
-    r"(time|batches|samples|device)\w*$|throughput/|seconds$|finished$|versions/|git_commit$|search.ckpt/rows/\d+/5$|/current_score$"
+    r"(train|validate|test)/(time|batches|samples|device)|throughput/|seconds$|time_elapsed$|finished$|versions/|git_commit$|search.ckpt/rows/\d+/5$|/current_score$"
 )
 
 
-def watch(moment: tuple[str, int, bool] | None, counts: Counter[str]) -> None:
-    """Count calls; die at the moment: name of a call, which of them, whether after it."""
+def watch(moment: tuple[str, int] | None, counts: Counter[str]) -> None:
+    """Count calls; die after one: its name, and which of them."""
 
     def watched(name: str, function: Any) -> Any:
         def wrapped(*args: Any, **options: Any) -> Any:
             counts[name] += 1
-            if moment == (name, counts[name], False):
-                os.kill(os.getpid(), signal.SIGKILL)
             result = function(*args, **options)
-            if moment == (name, counts[name], True):
+            if moment == (name, counts[name]):
                 if name == "save":
                     os.truncate(args[1], os.path.getsize(args[1]) // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -78,7 +76,7 @@ def watch(moment: tuple[str, int, bool] | None, counts: Counter[str]) -> None:
         setattr(owner, name, watched(name, getattr(owner, name)))
 
 
-def run(folder: Path, name: str, run_dir: Path, moment: tuple[str, int, bool] | None = None) -> Counter[str] | None:
+def run(folder: Path, name: str, run_dir: Path, moment: tuple[str, int] | None = None) -> Counter[str] | None:
     """Run a command; gives how often each call was made, None if it was killed."""
     command = [*(part.format(float=folder / "float/checkpoints/last.ckpt") for part in COMMANDS[name]), f"run_dir={run_dir}"]
     log, told, pid = run_dir.with_suffix(".log"), run_dir.with_suffix(".counts"), os.fork()
@@ -114,13 +112,15 @@ def values(run_dir: Path) -> Iterator[tuple[str, Any]]:
         if path.suffix in {".log", ".png", ".svg"} or path.name in {"last.prev.ckpt", "multirun.yaml"}:
             continue
         yield name, True
+        found: Any = ()
         if path.suffix == ".ckpt":
-            yield from leaves(torch.load(path, weights_only=True), str(run_dir), name)
+            found = torch.load(path, weights_only=True)
         elif path.suffix == ".json":
-            yield from leaves(json.loads(path.read_text()), str(run_dir), name)
+            found = json.loads(path.read_text())
         elif path.suffix == ".csv":
-            rows = [{k: v for k, v in row.items() if v and not MEASURED.search(k)} for row in csv.DictReader(path.open())]
-            yield from leaves([row for row in rows if row.keys() - {"epoch", "step"}], str(run_dir), name)
+            rows = ({k: v for k, v in row.items() if v and not MEASURED.search(k)} for row in csv.DictReader(path.open()))
+            found = [row for row in rows if row.keys() - {"epoch", "step"}]
+        yield from leaves(found, str(run_dir), name)
 
 
 def leaves(value: Any, folder: str, path: str) -> Iterator[tuple[str, Any]]:
@@ -161,15 +161,15 @@ def main() -> None:
                 run_dir, moments = folder / f"{name}-{kills}", []
                 for _ in range(draw.randint(1, 2)):
                     call = draw.choice(sorted(counts[name]))
-                    moment = call, draw.randint(1, counts[name][call]), draw.random() < 0.5
+                    moment = call, draw.randint(1, counts[name][call])
                     if run(folder, name, run_dir, moment) is not None:
                         break  # resumed, it came to its end before
-                    moments.append(f"{'after' if moment[2] else 'before'} {call} {moment[1]}")
+                    moments.append(f"{call} {moment[1]}")
                 run(folder, name, run_dir)
                 found = dict(values(run_dir))
                 differing = [key for key in expected[name].keys() | found if not same(expected[name].get(key), found.get(key))]
                 kills, wrong = kills + len(moments), wrong + len(differing)
-                said = f"{name:10} killed {', '.join(moments)}: {len(differing)} of {len(found)} values differ"
+                said = f"{name:10} killed after {', '.join(moments)}: {len(differing)} of {len(found)} values differ"
                 print(said, *(f"    {what}" for what in sorted(differing)[:8]), sep="\n", flush=True)
     print(f"{kills} kills: {wrong} differences")
     raise SystemExit(bool(wrong))

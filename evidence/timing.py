@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import re
 import statistics
 import sys
 import time
@@ -20,11 +21,10 @@ Step = Callable[[], object]
 
 @dataclass
 class Timing:
-    """Seconds of a step, of the process and by the clock; `first`: of its first call, which sets everything up."""
+    """Seconds of a step, of the process and by the clock."""
 
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
-    first: float = 0.0
 
 
 def machine() -> str:
@@ -53,8 +53,6 @@ def take_turns(steps: Mapping[str, Step], rounds: int, warmup: int = 2) -> dict[
     for turn in range(-warmup, rounds):
         for name in random.Random(turn).sample(list(steps), len(steps)):
             cpu, wall = timed(steps[name])
-            if turn == -warmup:
-                timings[name].first = wall
             if turn >= 0:
                 timings[name].cpu.append(cpu)
                 timings[name].wall.append(wall)
@@ -68,5 +66,7 @@ def ratio(timing: Timing, base: Timing) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    """Markdown; a cell may hold any text."""
+    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in (head, *rows)]
+    lines = [f"| {' | '.join(line)} |" for line in escaped]
+    return re.sub(r"\|  (?=\|)", "| ", "\n".join((lines[0], f"|{'---|' * len(head)}", *lines[1:])))

@@ -161,7 +161,7 @@ def _heads_of(
     family = SwinTransformer if swin else VisionTransformer
     if not isinstance(base, family) or base.embed_dim != kwargs["embed_dim"] or hasattr(base, "dist_token") != distilled:
         raise UsageError(f"model={model!r}: the weights of {origin} are not of its shape; they look like {likely!r}")
-    return {} if qkr or swin else {"num_heads": base.blocks[0].attn.num_heads}  # type: ignore[union-attr, index, dict-item]
+    return {} if qkr or swin else {"num_heads": base.blocks[0].attn.num_heads}  # type: ignore[union-attr, index]
 
 
 def _settled(setting: str, given: int | None, said: Any, origin: str) -> int | None:

@@ -320,7 +320,7 @@ def recipe(name: str, **knobs: Any) -> QuantRecipe:
 
     Args:
         name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (weights alone), lsq, seq, minmax, deploy_w8a8, deploy_w4a8, deploy_w4a4.
-        knobs: fields of `QuantRecipe`; rules of `overrides` come behind those of the recipe itself.
+        knobs: fields of `QuantRecipe`; rules of `overrides` come after those of the recipe itself.
 
     Raises:
         UsageError: unknown name or knob, or a value that cannot work.

@@ -18,7 +18,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="timm's names; default DeiT-T, -S and -B")
     parser.add_argument("--train", type=Path, metavar="FOLDER", help="with train*.parquet and test*.parquet of CIFAR-10: train instead")
     parser.add_argument("--only", default="*", metavar="GLOB", help="with --train: names of runs")
-    parser.add_argument("--processes", type=int, default=6, help="with --train: runs side by side")
     parser.add_argument("--epochs", type=int, default=20, help="with --train: of a quantized run")
     parser.add_argument("--float-epochs", type=int, default=30, help="with --train: of a float run, which others start from")
     parser.add_argument("--summary", action="store_true", help="print the tables of what is in --out and end")

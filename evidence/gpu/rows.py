@@ -6,7 +6,6 @@ import ctypes
 import json
 import multiprocessing
 import signal
-import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from typing import Any
 
 Row = dict[str, Any]
 LATE = "no answer in time"
-_PR_SET_PDEATHSIG = 1
 
 
 def append(path: Path, row: Row) -> None:
@@ -35,15 +33,6 @@ def read(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             continue
     return rows
-
-
-def commit() -> str:
-    """The commit of the working tree, if it is known."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 class Worker:
@@ -92,7 +81,7 @@ def failure(error: BaseException) -> Row:
 
 
 def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _guarded(function: Callable[..., Row], *given: Any) -> Row:

@@ -141,7 +141,7 @@ class Robustness(Analysis):
         # What all changes of step sizes start from: the quantized weights of the net, or those of a float net quantized here.
         is_quantized_here = weights.is_float and self.float_bits is not None
         sites = resized if is_quantized_here else weights.sites
-        base = {"bits": self.float_bits, "steps_from": self.steps_from} if is_quantized_here else {}
+        base: dict[str, Any] = {"bits": self.float_bits, "steps_from": self.steps_from} if is_quantized_here else {}
         parts = set(self.parts or PARTS)
         if not is_quantized_here and all(site.grid.bits == FLOAT_BITS for site in sites):
             if self.parts is not None and parts != {BITS}:

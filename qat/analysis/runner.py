@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from qat.analysis.analysis import EvaluationPoint, Row
 from qat.analysis.images import ImageSet
+from qat.nn.execution import kept_weights
 from qat.utils.probing import probing
 from qat.utils.text import duration
 
@@ -27,7 +28,7 @@ def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:
     rows = []
     for done, point in enumerate(points, 1):
         start = time.perf_counter()
-        with probing(point.net, ()), point.change():
+        with probing(point.net, ()), point.change(), kept_weights(point.net):
             found = point.score(point.net, images) if point.score else images.score(point.net)
         rows.append({**point.key, **found, "seconds": round(time.perf_counter() - start, 3)})
         if (now := time.monotonic()) - logged > SECONDS_BETWEEN_LINES:

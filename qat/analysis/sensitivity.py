@@ -90,7 +90,7 @@ class Sensitivity(Analysis):
         """All sizes."""
         if self.budget_mb is None:
             return ()
-        return self.budget_mb if isinstance(self.budget_mb, list | tuple) else (self.budget_mb,)  # type: ignore[return-value]
+        return self.budget_mb if isinstance(self.budget_mb, list | tuple) else (self.budget_mb,)
 
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
         """Evaluate each layer left in float and at other bits, then the suggested bits as a whole.
@@ -101,7 +101,9 @@ class Sensitivity(Analysis):
         found = [(studied, *find_layers(studied)) for studied in nets]
         for studied, weights, layers in found:
             self._check_budgets(studied.label, *stored_bytes(weights.net, layers, self.bits))
-        summary, table, drawings = {}, [], []
+        summary: dict[str, Any] = {}
+        table: list[Row] = []
+        drawings: list[Drawing] = []
         for number, (studied, weights, layers) in enumerate(found, start=1):
             lines, summary[studied.label] = self._measured(studied.label, weights, layers, conversion_of(studied.net), images)
             table += lines
@@ -131,12 +133,12 @@ class Sensitivity(Analysis):
                     change = functools.partial(with_bits, [layer], {layer.name: bits}, steps_from)
                     points.append(EvaluationPoint({"net": label, "layer": layer.name, "change": f"{bits} bits"}, weights.net, change))
         as_is, *rows = measure(points, images)
-        lines = {}
+        lines: dict[str, Row] = {}
         for layer in layers:
-            numel, bits = (layer.weight.shape.numel(), layer.weight.grid.bits) if layer.weight else (0, None)
-            lines[layer.name] = {"net": label, "layer": layer.name, "weights": numel, "bits": bits}
-            for change in ("in float", *(f"{bits} bits" for bits in self.bits)):
-                lines[layer.name] |= {f"{change}: loss change": None, f"{change}: top-1 change (points)": None}
+            numel, has = (layer.weight.shape.numel(), layer.weight.grid.bits) if layer.weight else (0, None)
+            lines[layer.name] = {"net": label, "layer": layer.name, "weights": numel, "bits": has}
+            for column in ("in float", *(f"{bits} bits" for bits in self.bits)):
+                lines[layer.name] |= {f"{column}: loss change": None, f"{column}: top-1 change (points)": None}
         for row in rows:
             lines[row["layer"]][f"{row['change']}: loss change"] = row["loss"] - as_is["loss"]
             lines[row["layer"]][f"{row['change']}: top-1 change (points)"] = row["top1"] - as_is["top1"]
@@ -147,22 +149,22 @@ class Sensitivity(Analysis):
             best = min(in_float, key=lambda row: row["loss"])
             summary["most_sensitive"] = {"layer": best["layer"], "loss_change": best["loss"] - as_is["loss"]}
         rest, sizes = stored_bytes(weights.net, layers, self.bits)
-        rises = {name: {bits: lines[name].get(f"{bits} bits: loss change") or 0.0 for bits in of} for name, of in sizes.items()}
+        rises = {name: {bits: float(lines[name].get(f"{bits} bits: loss change") or 0.0) for bits in of} for name, of in sizes.items()}
         for budget in self.budgets:
-            bits = greedy_bits(sizes, rises, round(budget * MB) - rest)
-            change = functools.partial(with_bits, layers, bits, steps_from)
+            chosen = greedy_bits(sizes, rises, round(budget * MB) - rest)
+            change = functools.partial(with_bits, layers, chosen, steps_from)
             (row,) = measure([EvaluationPoint({"net": label}, weights.net, change)], images)
-            n_bytes = rest + sum(sizes[name][width] for name, width in bits.items())
-            expected = as_is["loss"] + sum(rises[name][width] for name, width in bits.items())
+            n_bytes = rest + sum(sizes[name][bits] for name, bits in chosen.items())
+            expected = as_is["loss"] + sum(rises[name][bits] for name, bits in chosen.items())
             entry = {"budget_mb": budget, "size_bytes": n_bytes, "expected_loss": expected, "loss": row["loss"], "top1": row["top1"]}
-            entry |= {"bits_of_layers": bits, "setting": as_setting(conversion, bits)}
+            entry |= {"bits_of_layers": chosen, "setting": as_setting(conversion, chosen)}
             summary.setdefault("suggestions", []).append(entry)
             log.info(
                 "%s within %g MB: %d bytes, loss %.4f (%.4f if changes added up), top-1 %.2f %%:\n'%s'",
                 *(label, budget, n_bytes, row["loss"], expected, row["top1"], entry["setting"]),
             )
             for name, line in lines.items():
-                line[f"bits for {budget:g} MB"] = bits.get(name)
+                line[f"bits for {budget:g} MB"] = chosen.get(name)
         return list(lines.values()), summary
 
 

@@ -35,12 +35,13 @@ class EpochLog(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the line."""
+        metrics = trainer.callback_metrics  # gathered from all processes: all of them have to ask
         if not trainer.is_global_zero:
             return
         done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
         seconds = time.monotonic() - self._start
         shown = {"loss": "train/loss"} | ({"val top1": "val/top1"} if self._validated else {})
-        values = [f"{label} {trainer.callback_metrics[key]:.4g}" for label, key in shown.items() if key in trainer.callback_metrics]
+        values = [f"{label} {metrics[key]:.4g}" for label, key in shown.items() if key in metrics]
         group = trainer.optimizers[0].param_groups[0] if trainer.optimizers else {"lr": 0.0}
         rate = group["lr"] / group.get("lr_scale", 1.0)
         left = datetime.timedelta(seconds=round(seconds / (done - self._first_epoch) * max(total - done, 0)))

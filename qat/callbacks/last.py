@@ -155,3 +155,7 @@ def _validates_now(trainer: Trainer) -> bool:
     across_epochs = trainer.check_val_every_n_epoch is None
     number = trainer.fit_loop.total_batch_idx if across_epochs else trainer.fit_loop.batch_idx
     return isinstance(every, int) and (number + 1) % every == 0
+
+
+class BestCheckpoints(ModelCheckpoint):
+    """Several best checkpoints beside `best.ckpt`: a class of its own, since Lightning keeps one state for each class and score."""

@@ -201,16 +201,25 @@ def _start(cfg: DictConfig, *, in_sweep: bool, with_traceback: bool) -> Callable
         return sweep.gather_sweep
     match cfg.command:
         case "train":
-            from qat.tasks.train import train as task
+            from qat.tasks.train import train
+
+            return train
         case "eval":
-            from qat.tasks.evaluate import evaluate as task
+            from qat.tasks.evaluate import evaluate
+
+            return evaluate
         case "ptq":
-            from qat.tasks.ptq import ptq as task
+            from qat.tasks.ptq import ptq
+
+            return ptq
         case "analyze":
-            from qat.tasks.analyze import analyze as task
+            from qat.tasks.analyze import analyze
+
+            return analyze
         case _:
-            from qat.tasks.export import export as task
-    return task
+            from qat.tasks.export import export
+
+            return export
 
 
 def line_of(error: BaseException | None) -> str | None:

@@ -39,7 +39,7 @@ def data_folder(root: str | None, holds: str) -> Path:
     """
     if root is None:
         raise UsageError(f"data.root is not set: give the folder that holds {holds}")
-    if not Path(root).is_dir():
+    if not Path(str(root)).is_dir():
         raise UsageError(f"data.root={root!r}: no such folder")
     return Path(root)
 

@@ -46,8 +46,8 @@ class QuantizedTensor(_OnCodes):
     """
 
     codes: Tensor
-    scale: Tensor | None
-    shift: Tensor | None
+    scale: Any
+    shift: Any
     after: Tensor | None
     name: str
     zero: Tensor
@@ -66,8 +66,8 @@ class QuantizedTensor(_OnCodes):
         codes, *rest = (None if t is None else view(t) for t in (self.codes, self.scale, self.shift, self.after))
         same = self.name, self.zero, self.graph
         if isinstance(codes, tuple):
-            return tuple(QuantizedTensor(one, *(t and t[i] for t in rest), *same) for i, one in enumerate(codes))  # type: ignore[arg-type]
-        return QuantizedTensor(codes, *rest, *same)  # type: ignore[arg-type]
+            return tuple(QuantizedTensor(one, *(t and t[i] for t in rest), *same) for i, one in enumerate(codes))  # type: ignore[arg-type, call-arg]
+        return QuantizedTensor(codes, *rest, *same)  # type: ignore[arg-type, call-arg]
 
     def __matmul__(self, other: Any) -> Tensor:
         return _matmul(self, other)

@@ -113,7 +113,7 @@ def export_onnx(
         raise UsageError("export_onnx: a float net; qat.convert(net, qat.recipe(...)) quantizes it")
     if images is None:
         images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0))
-    if images.ndim != 4 or images.shape[1:] != done.input_size or not len(images) or not images.is_floating_point():
+    if images.ndim != 4 or tuple(images.shape[1:]) != done.input_size or not len(images) or not images.is_floating_point():
         size = ", ".join(map(str, done.input_size))
         raise UsageError(f"images: {images.dtype} of {tuple(images.shape)}; must be floating-point of (at least 1, {size})")
     if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in net.state_dict().values()):

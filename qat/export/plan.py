@@ -52,7 +52,7 @@ class Plan(nn.Module):
     constant: Tensor | None
     later: Tensor | None
     left: Tensor | None
-    left_scale: Tensor | None
+    left_scale: Any
     weight_scale: Tensor | None
 
     def __init__(self, *, on_codes: bool = True, blocks: int = 0, **tensors: Tensor | None) -> None:
@@ -180,7 +180,7 @@ def _with_weight(a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None, 
     before = {name: _in_dimensions(t, ndim) for name, t in (("row", row), ("sums", sums))}
     behind = {name: _in_dimensions(t, ndim + (blocks > 0)) for name, t in (("scale", scale), ("constant", constant), ("later", later))}
     before["ones"] = None if sums is None else _ones(a)
-    return Plan(blocks=blocks, weight_scale=(stored.scale.double() * one * columns).float(), **before, **behind)
+    return Plan(blocks=blocks, weight_scale=(stored.scale.double() * one * columns).float(), **before, **behind)  # type: ignore[arg-type]
 
 
 def _in_dimensions(t: Tensor | None, ndim: int) -> Tensor | None:

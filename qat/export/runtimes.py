@@ -63,7 +63,7 @@ def open_session(model: Path | bytes, runtime: str = ONNXRUNTIME, *, threads: in
     settings.log_severity_level = 3
     settings.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(model) if isinstance(model, Path) else model, settings, providers=["CPUExecutionProvider"])
-    return lambda names, images: session.run(list(names), {INPUT: images})  # type: ignore[no-any-return]
+    return lambda names, images: session.run(list(names), {INPUT: images})
 
 
 def has_openvino() -> bool:

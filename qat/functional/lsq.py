@@ -38,7 +38,7 @@ class CodeRange(NamedTuple):
 
     @property
     def ends(self) -> tuple[int, int]:
-        """Where x / s is clamped: at the outermost codes, with half steps half a step behind them."""
+        """Where x / s is clamped: at the outermost codes, with half steps half a step after them."""
         return self.qmin, self.qmax + self.half
 
     def rounded(self, clamped: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class LsqGradients(NamedTuple):
         x: the shape of the input, float32.
         scale: the shape of the scale; the gradient but for LSQ's 1/sqrt(qmax * m).
         before: the shape of the offset in front; None without one.
-        after: that of the offset behind, if it was asked for.
+        after: that of the offset after it, if it was asked for.
         dequantized: what `lsq_forward` gave, if it was asked for.
     """
 
@@ -125,7 +125,7 @@ def lsq_backward(
         before: as in the forward pass.
         codes: as in the forward pass.
         sign: as in the forward pass.
-        after_shape: the shape of the offset behind, if its gradient is wanted.
+        after_shape: the shape of the offset after it, if its gradient is wanted.
     """
     low, high = codes.bounds(sign)
     shifted = x.float() if before is None else x.float() + before.float()

@@ -17,7 +17,7 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, for what a Function gives back: behind a conversion that does nothing, torch 2.11 compiles no gradient at all."""
+    """`x.to(dtype)`, for what a Function gives back: after a conversion that does nothing, torch 2.11 compiles no gradient at all."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

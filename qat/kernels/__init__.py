@@ -88,10 +88,10 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (what else comes out of the one pas
         before: as in the forward pass.
         codes: as in the forward pass.
         sign: as in the forward pass.
-        after_shape: the shape of the offset behind, if its gradient is wanted.
+        after_shape: the shape of the offset after it, if its gradient is wanted.
         out: takes the gradient of `x`; may be `grad`. None = new, in the dtype of `x`.
         dequantized: the dtype in which to give the result of `lsq_forward` as well; None = not.
-        after: the offset behind; only for `dequantized`.
+        after: the offset after it; only for `dequantized`.
     """
     backend = _backend(x)
     if backend == "cpu":

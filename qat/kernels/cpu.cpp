@@ -51,7 +51,7 @@ inline Part part_of(size_t rows, int thread, int threads) {
     return {rows * thread / threads, rows * (thread + 1) / threads};
 }
 
-// What a pass backward writes of the pass forward: nothing, or what it gave, without or with an offset behind. Asked for each element
+// What a pass backward writes of the pass forward: nothing, or what it gave, without or with an offset after it. Asked for each element
 // whether there is one, compilers make branches of it, which takes nine times as long.
 enum Levels { NONE, BARE, SHIFTED };
 

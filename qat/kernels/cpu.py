@@ -92,7 +92,7 @@ def _layout(
     sign: Tensor | None,
     after_shape: torch.Size | None = None,
 ) -> Layout | None:
-    """Rows of `x`; the kernels trust it that each has a step and each element an offset, and read what lies behind where it has none."""
+    """Rows of `x`; the kernels trust it that each has a step and each element an offset, and read what lies after where it has none."""
     if not (_fits(x, scale, before, after, sign) and _dense(scale, before, after)):
         return None
     shapes = [before.shape if before is not None else None, after.shape if after is not None else None, after_shape]
@@ -127,9 +127,9 @@ class Wanted(NamedTuple):
 
     Attributes:
         sum_x: the sum of that gradient over the leading dimensions, down to rows.
-        after_shape: of the offset behind, if that of `grad` is wanted.
+        after_shape: of the offset after it, if that of `grad` is wanted.
         dequantized: what the forward pass gave.
-        after: the offset behind, for `dequantized`.
+        after: the offset after it, for `dequantized`.
     """
 
     sum_x: bool

@@ -1,6 +1,6 @@
 """The kernels on CUDA in one pass over memory each: Triton, outside of `torch.compile`. Nothing in them waits for the device.
 
-What a function is given and what it gives is told in `reference`; None where the tensors do not fit.
+What a function is given and what it gives is described in `reference`; None where the tensors do not fit.
 """
 
 from __future__ import annotations
@@ -123,10 +123,10 @@ def lsq_backward(  # noqa: PLR0913  (one pass gives all that may be wanted)
         before: as in the forward pass.
         codes: as in the forward pass.
         sign: as in the forward pass.
-        after_shape: the shape of the offset behind, if its gradient is wanted.
+        after_shape: the shape of the offset after it, if its gradient is wanted.
         out: takes the gradient of `x`, which is rounded to its dtype; may be `grad`. None = new, in the dtype of `x`.
         dequantized: the dtype in which to give the result of `lsq_forward` as well; None = not.
-        after: the offset behind; only for `dequantized`.
+        after: the offset after it; only for `dequantized`.
     """
     fits = fit(grad, x, scale, before, sign, out, after) and dense(scale, before, after) and dequantized in {None, *DTYPES}
     wanted = [None if before is None else before.shape, after_shape]

@@ -11,14 +11,14 @@ __all__ = ["lsq_backward", "lsq_forward", "probs_backward", "statsq_forward"]
 
 
 def probs_backward(grad: Tensor, probs: Tensor, scale: Tensor, codes: CodeRange, factor: float) -> tuple[Tensor, Tensor]:
-    """Gradients behind `lsq_forward(softmax(factor * scores))`.
+    """Gradients after `lsq_forward(softmax(factor * scores))`.
 
     Args:
         grad: gradient of the quantized probabilities, (..., N, M).
         probs: the probabilities, (..., N, M), not quantized.
         scale: (N,) or (1,), as `codes.axis` says.
         codes: codes and axis.
-        factor: what the scores are multiplied by in front of the softmax.
+        factor: what the scores are multiplied by before the softmax.
 
     Returns:
         The gradient of the scores, and `lsq_backward`'s sum for the scale.

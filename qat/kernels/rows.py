@@ -1,4 +1,4 @@
-"""A tensor as rows in memory: what kernels that walk through it are told."""
+"""A tensor as rows in memory: what kernels that walk through it are given."""
 
 from __future__ import annotations
 

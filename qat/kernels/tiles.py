@@ -49,7 +49,7 @@ def fit(*tensors: Tensor | None) -> bool:
 
 
 def dense(*tensors: Tensor | None) -> bool:
-    """True if the elements of each lie one behind the other."""
+    """True if the elements of each lie one after the other."""
     return all(x is None or x.is_contiguous() for x in tensors)
 
 

@@ -100,7 +100,7 @@ def _keep(sums: tensor, tile: tensor, column: tensor, length: tensor) -> None:
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
-def lsq_forward(  # noqa: PLR0913  (a kernel is told where everything lies)
+def lsq_forward(  # noqa: PLR0913  (a kernel is given where everything lies)
     x: tensor,
     y: tensor,
     scale: tensor,

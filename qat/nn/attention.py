@@ -159,7 +159,7 @@ class QuantAttention(ScoredAttention):
 class QkrAttention(ScoredAttention, QuantModule):
     """Query-key reparameterization: score[n, m] = Xq[n] . Q(M_h Xq[m]) with the quantized M_h = Wq_h^T Wk_h.
 
-    The four quantizers in front of a score are those of the input, of M, of the product (role `k`) and of the probabilities.
+    The four quantizers before a score are those of the input, of M, of the product (role `k`) and of the probabilities.
 
     Args:
         attention: the timm module, with its weights in `qkv`.
@@ -171,7 +171,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         k_weight: Wk (h*d, C), rows grouped by head.
         q_bias: (h*d,) under `qk_bias=fold`, else None: the paper's code drops it, which changes the function.
         folded_bias: (h, C), what a frozen net keeps of the query bias.
-        product_offset: (h*C,) learnable offset in front of the product's quantizer: a bias of the folded linear map.
+        product_offset: (h*C,) learnable offset before the product's quantizer: a bias of the folded linear map.
     """
 
     def __init__(self, attention: Any, context: SwapContext, bias: Tensor | None) -> None:

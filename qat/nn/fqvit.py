@@ -1,4 +1,4 @@
-"""Placement `fqvit`: quantizers also behind a layer, on scores and on the residual stream. Source: FQ-ViT, arXiv 2111.13824.
+"""Placement `fqvit`: quantizers also after a layer, on scores and on the residual stream. Source: FQ-ViT, arXiv 2111.13824.
 
 What leaves a norm, an attention's values or GELU enters a Linear next, whose input quantizer does it.
 """
@@ -30,7 +30,7 @@ TOKENS = -2
 
 
 class IntegerLayerNorm(nn.LayerNorm):
-    """LayerNorm in integer arithmetic, between the quantizer in front of it and the one behind it.
+    """LayerNorm in integer arithmetic, between the quantizer before it and the one after it.
 
     Attributes:
         between: these two, affine or their frozen form; they belong to other modules.
@@ -39,13 +39,13 @@ class IntegerLayerNorm(nn.LayerNorm):
     between: tuple[Affine, Affine]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., C) to multiples of the step behind."""
-        before, behind = self.between
-        if behind.scale is None:  # while `convert` finds out how many scales there are
+        """Map (..., C) to multiples of the step size after it."""
+        before, after = self.between
+        if after.scale is None:  # while `convert` finds out how many scales there are
             return self.in_float(x)
         weight = x.new_ones(x.shape[-1]) if self.weight is None else self.weight
         bias = x.new_zeros(x.shape[-1]) if self.bias is None else self.bias
-        return integer_layer_norm(x, before.scale, behind.scale, weight, bias).to(x.dtype)
+        return integer_layer_norm(x, before.scale, after.scale, weight, bias).to(x.dtype)
 
     def in_float(self, x: Tensor) -> Tensor:
         """The norm that it stands for."""
@@ -95,7 +95,7 @@ class FqVitAttention(FqAttention):
 
 
 class FqBlock(Block):
-    """`Block` with quantizers behind its MLP and behind both sums."""
+    """`Block` with quantizers after its MLP and after both sums."""
 
     norm1: nn.Module
     norm2: nn.Module
@@ -116,7 +116,7 @@ class FqBlock(Block):
 
 
 class FqPatchEmbed(timm_layers.PatchEmbed):
-    """`PatchEmbed` with a quantizer behind it; made by `shallow_cast`."""
+    """`PatchEmbed` with a quantizer after it; made by `shallow_cast`."""
 
     output_quantizer: nn.Module
 
@@ -139,7 +139,7 @@ class FqHead(QuantLinear):
 
 
 class FqNet(VisionTransformer):
-    """The net itself: quantizers behind the joined tokens, the position embedding, and their sum."""
+    """The net itself: quantizers after the joined tokens, the position embedding, and their sum."""
 
     def add_quantizers(self, context: SwapContext) -> None:
         """Put the quantizers beside timm's modules."""
@@ -168,16 +168,16 @@ class FqNet(VisionTransformer):
         Raises:
             UsageError: one of them is no affine quantizer.
         """
-        for name, norm, before, behind in self._norms():
+        for name, norm, before, after in self._norms():
             if not isinstance(norm, IntegerLayerNorm):
                 continue
-            if not all(isinstance(one, Affine) or getattr(one, "zero_point", None) is not None for one in (before, behind)):
+            if not all(isinstance(one, Affine) or getattr(one, "zero_point", None) is not None for one in (before, after)):
                 raise UsageError(f"ptq.layernorm='integer': {name} has no affine quantizer on both sides; here it must be float")
-            _check_scales(name, before.spec, behind.spec)  # type: ignore[attr-defined]
-            norm.between = (before, behind)  # type: ignore[assignment]
+            _check_scales(name, before.spec, after.spec)  # type: ignore[attr-defined]
+            norm.between = (before, after)  # type: ignore[assignment]
 
     def _norms(self) -> Iterator[tuple[str, nn.Module, object, object]]:
-        """Name and module of each norm, and what stands in front of it and behind it; None where that is no quantizer known here."""
+        """Name and module of each norm, and what stands before it and after it; None where that is no quantizer known here."""
         before: object = self.embedding_quantizer if isinstance(self.norm_pre, nn.Identity) else None
         for i, block in enumerate(self.blocks):
             if not isinstance(block, FqBlock):
@@ -190,9 +190,9 @@ class FqNet(VisionTransformer):
         yield "norm", self.norm, before, getattr(self.head, "input_quantizer", None)
 
 
-def _check_scales(name: str, before: QuantSpec, behind: QuantSpec) -> None:
+def _check_scales(name: str, before: QuantSpec, after: QuantSpec) -> None:
     """A norm in integers sums over the channels of a token: their scales in front are one, or powers of two of it."""
-    if TOKENS in {before.axis, behind.axis}:
+    if TOKENS in {before.axis, after.axis}:
         raise UsageError(f"ptq.layernorm='integer': {name} has scales of tokens beside it; must be one of ptq.act_scales=tensor, channel")
     if before.axis is not None and before.observer != "ptf":
         raise UsageError(f"ptq.layernorm='integer': {name} has any scale for each channel in front; must be ptq.residual_observer=ptf")

@@ -30,7 +30,7 @@ class FqWindowAttention(FqAttention, _RelativeBias):
 
 
 class FqSwinBlock(SwinTransformerBlock):
-    """Block with quantizers behind its MLP and behind both sums; made by `shallow_cast`."""
+    """Block with quantizers after its MLP and after both sums; made by `shallow_cast`."""
 
     residual1_quantizer: nn.Module
     mlp_quantizer: nn.Module
@@ -45,7 +45,7 @@ class FqSwinBlock(SwinTransformerBlock):
 
 
 class FqPatchMerging(PatchMerging):
-    """Patch merging with a quantizer behind it; made by `shallow_cast`."""
+    """Patch merging with a quantizer after it; made by `shallow_cast`."""
 
     output_quantizer: nn.Module
 

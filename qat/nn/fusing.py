@@ -1,4 +1,4 @@
-"""Whether a module may run as a fused Function just now, and what that Function has to be told."""
+"""Whether a module may run as a fused Function just now, and what that Function has to be given."""
 
 from __future__ import annotations
 

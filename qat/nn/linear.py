@@ -50,6 +50,6 @@ def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
 
 @register_swap(timm_layers.Mlp, "linear")
 def hint_mlp(module: nn.Module, context: SwapContext) -> Swap:
-    """`Mlp` stays; its `fc2` is told that GELU stands in front of it."""
+    """`Mlp` stays; its `fc2` knows that GELU stands before it."""
     behind_activation = isinstance(module.act, _NEARLY_POSITIVE) and isinstance(module.norm, nn.Identity)
     return Swap(module, {"fc2": "unsigned"} if behind_activation else {})

@@ -26,7 +26,7 @@ def is_watched(module: nn.Module) -> bool:
 
 
 class QuantModule(nn.Module):
-    """A module with quantizers among its attributes. `latent` gives the float tensor behind a weight quantizer."""
+    """A module with quantizers among its attributes. `latent` gives the float tensor of a weight quantizer."""
 
     # Role: (what it was made of, quantized weight); None = every forward pass quantizes anew. Set by `qat.nn.execution.keep_weights`.
     kept_weights: dict[str, tuple[Any, Tensor]] | None = None

@@ -1,4 +1,4 @@
-"""Norms and activations that say what their output was made of, so that a quantized Linear behind them keeps no copy of it."""
+"""Norms and activations that say what their output was made of, so that a quantized Linear after them keeps no copy of it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class GELU(nn.GELU):
 @register_swap(nn.LayerNorm, "linear")
 @register_swap(timm_layers.LayerNorm, "linear")
 def swap_norm(module: nn.Module, context: SwapContext) -> Swap:
-    """A norm in front of quantized Linears; it stays under post-training quantization, and where timm was told to use another kernel."""
+    """A norm before quantized Linears; it stays under post-training quantization, and where timm was set to use another kernel."""
     stays = context.recipe.placement == "fqvit" or getattr(module, "_fast_norm", False)
     return Swap(module if stays else shallow_cast(LayerNorm, module))
 
@@ -51,7 +51,7 @@ def swap_norm(module: nn.Module, context: SwapContext) -> Swap:
 @register_swap(timm_layers.GELU, "linear")
 @register_swap(timm_layers.GELUTanh, "linear")
 def swap_gelu(module: nn.Module, context: SwapContext) -> Swap:
-    """An activation in front of quantized Linears."""
+    """An activation before quantized Linears."""
     if context.recipe.placement == "fqvit":
         return Swap(module)
     made = shallow_cast(GELU, module)

@@ -17,18 +17,18 @@ from qat.quantizers import Quantizer, build_quantizer
 from qat.spec import QuantRecipe
 
 # `float_attention` is for classes that would go around a quantized Linear: they use its weight without calling it.
-# `fqvit` comes first where post-training quantization also stands behind layers, `fqvit_net` is for the net itself.
+# `fqvit` comes first where post-training quantization also stands after layers, `fqvit_net` is for the net itself.
 INTENTS = ("linear", "conv", "attention", "qkr_attention", "float_attention", "fqvit", "fqvit_net")
 
 
 @dataclass(frozen=True)
 class SwapContext:
-    """What a swap is told about the module it replaces.
+    """What a swap is given about the module it replaces.
 
     Attributes:
         recipe: the recipe at this module, overrides applied.
         place: `stem`, `block` or `head`.
-        input: what arrives: `signed`, `unsigned` (behind an activation without negative tail), or `quantized` already.
+        input: what arrives: `signed`, `unsigned` (after an activation without negative tail), or `quantized` already.
             A child whose parent calls it `float` is left alone with all that is in it.
     """
 

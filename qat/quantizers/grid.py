@@ -19,8 +19,8 @@ class Grid(ABC):
     Attributes:
         qmin: lowest code.
         qmax: highest code.
-        before: offset in front of the quantizer, broadcasts against the tensor; None = 0.
-        after: offset behind it; None = 0.
+        before: offset before the quantizer, broadcasts against the tensor; None = 0.
+        after: offset after it; None = 0.
     """
 
     qmin: int
@@ -39,11 +39,11 @@ class Grid(ABC):
     @property
     @abstractmethod
     def unit(self) -> Tensor | float:
-        """What all values but the offset behind are whole multiples of; broadcasts against scales (n,)."""
+        """What all values but the offset after it are whole multiples of; broadcasts against scales (n,)."""
 
     @abstractmethod
     def ends(self, ndim: int | None = None) -> tuple[Tensor, Tensor]:
-        """Lowest and highest value, without the offset behind; broadcast against `ndim` dimensions, for None (n,) or a scalar."""
+        """Lowest and highest value, without the offset after it; broadcast against `ndim` dimensions, for None (n,) or a scalar."""
 
     def near_threshold(self, x: Tensor, boundary: float) -> Tensor:
         """True where `x` is within `boundary` codes of a threshold between two codes that occur in it; bool, its shape."""

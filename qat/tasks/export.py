@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
 from qat.export.check import Checked, compare, net_codes
@@ -30,7 +31,7 @@ from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
-from qat.utils.validate import check_int
+from qat.utils.validate import check_choice, check_int
 
 log = logging.getLogger(__name__)
 
@@ -52,31 +53,16 @@ def export(cfg: DictConfig) -> float:
     began = time.monotonic()
     check_settings(cfg)
     check_int("latency", cfg.latency, 0)
+    check_choice("format.name", cfg.format.name, tuple(NAMES))
     if not cfg.ckpt:
         raise UsageError("ckpt is not set; export.py writes a checkpoint of train.py or ptq.py: ckpt=PATH")
     settings, is_onnx = OnnxSettings(dynamic_batch=cfg.dynamic_batch), cfg.format.name == "onnx"
     if is_onnx:
         require_onnx()
         settings = OnnxSettings(cfg.dynamic_batch, cfg.format.target, cfg.format.two_bit)
-    elif not cfg.dynamic_batch:
-        raise UsageError("dynamic_batch=False: only for format=onnx")
     build.import_modules(cfg)
     target = _target(cfg)
-    outputs.check_own(Path(cfg.run_dir), cfg.command)
-
-    # A net with its data, or with noise: of a net that was made in Python nobody may know what it is for.
-    checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
-    meta, data, classes = checkpoint.meta, None, None
-    if meta is None or "_target_" in (meta.get("data") or {}) or "_target_" in build.plain(cfg.data):
-        subject = build_subject(cfg)
-        net, name, source = subject.net, subject.name, subject.data
-        data = build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(net))
-        images = [images for images, _ in source.sample(cfg.split or source.evaluation_split, cfg.images)]
-        prepared, classes = source.settings, subject.classes
-        shown = f"{sum(map(len, images))} images of {type(source).__name__.lower()}"
-    else:
-        net, name = build_from(checkpoint), meta["model"]["name"]
-        prepared, images, shown = data_settings(data_config(net)), [], f"{IMAGES} images of noise; data=... has others"
+    net, name, prepared, images, data, classes, shown = _net_and_images(cfg)
     done = conversion_of(net)
     if done is None:
         raise UsageError(f"ckpt={origin(cfg)!r}: holds a float net; export.py writes quantized ones, of train.py and ptq.py")
@@ -107,8 +93,8 @@ def export(cfg: DictConfig) -> float:
         checked = write_checked(target, write)
         results = {"bytes": sizes}
     size = target.stat().st_size
-    shown_results = {"file": f"{target}, {size:,} bytes"} | {key: str(value) for key, value in results.items()}
-    log.info("%s\n%s", checked.to_text(), summary.lines("written", shown_results))
+    written = {"file": f"{target}, {size:,} bytes"} | {key: str(value) for key, value in results.items()}
+    log.info("%s\n%s", checked.to_text(), summary.lines("written", written))
     write_results(
         cfg,
         model=name,
@@ -124,7 +110,32 @@ def export(cfg: DictConfig) -> float:
     return checked.top1
 
 
+def _net_and_images(
+    cfg: DictConfig,
+) -> tuple[nn.Module, str, DataSettings, list[torch.Tensor], dict[str, Any] | None, list[str] | None, str]:
+    """The net and its name; how images are prepared, images, their config and classes, and what is said of them.
+
+    Without data it is noise: of a net that was made in Python nobody may know what it is for.
+    """
+    checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
+    meta, data, classes = checkpoint.meta, None, None
+    if meta is None or "_target_" in (meta.get("data") or {}) or "_target_" in build.plain(cfg.data):
+        subject = build_subject(cfg)
+        net, name, source = subject.net, subject.name, subject.data
+        data = build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(net))
+        images = [images for images, _ in source.sample(cfg.split or source.evaluation_split, cfg.images)]
+        prepared, classes = source.settings, subject.classes
+        shown = f"{sum(map(len, images))} images of {type(source).__name__.lower()}"
+    else:
+        net, name = build_from(checkpoint), meta["model"]["name"]
+        prepared, images, shown = data_settings(data_config(net)), [], f"{IMAGES} images of noise; data=... has others"
+    return net, name, prepared, images, data, classes, shown
+
+
 def _target(cfg: DictConfig) -> Path:
+    if cfg.format.name != "onnx" and not cfg.dynamic_batch:
+        raise UsageError("dynamic_batch=False: only for format=onnx")
+    outputs.check_own(Path(cfg.run_dir), cfg.command)
     target = Path(cfg.file) if cfg.file else Path(cfg.run_dir) / NAMES[cfg.format.name]
     suffix = Path(NAMES[cfg.format.name]).suffix
     if target.suffix != suffix:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from functools import partial
@@ -154,5 +155,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
             enable_progress_bar=any(isinstance(one, ProgressBar) for one in callbacks),
         )
     except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
-        where = ", ".join(f"trainer.{name}={cfg.trainer.get(name)!r}" for name in ("accelerator", "devices", "strategy", "precision"))
-        raise UsageError(f"trainer: {' '.join(str(error).split())} (with {where})") from error
+        message = " ".join(str(error).split())
+        # The settings that the message names, else those of where a net runs.
+        named = [name for name in settings if re.search(rf"(?<![A-Za-z]){name}\b", message)] or ["accelerator", "devices", "strategy"]
+        raise UsageError(f"{', '.join(f'trainer.{name}={cfg.trainer.get(name)!r}' for name in named)}: {message}") from error

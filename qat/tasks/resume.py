@@ -57,9 +57,7 @@ def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
     if not found:
         raise UsageError(f"resume=true: run_dir={str(cfg.run_dir)!r} has no checkpoints/last.ckpt; resume=auto starts where there is none")
     if cfg.trainer.fast_dev_run:
-        raise UsageError(
-            f"trainer.fast_dev_run: resume={cfg.resume!r} goes on with {found[0]}, which a dry run never changes; set resume=false"
-        )
+        raise UsageError(f"trainer.fast_dev_run: resume={cfg.resume!r} would change {found[0]}, which a dry run may not; set resume=false")
     checkpoint = _read_first(found)
     if missing := [key for key, kind in TRAINING.items() if checkpoint.training.get(key) is not kind]:
         raise UsageError(f"resume: {checkpoint.path} is no checkpoint of a training: it has no {missing[0]}")

@@ -176,7 +176,7 @@ class Ptq(Shared):
     trainer: dict[str, Any]
     default_data: dict[str, Any]
     ptq: dict[str, Any]
-    search: dict[str, Any] | None = None
+    search: dict[str, Any] = field(default_factory=dict)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     resume: bool | str
     overwrite: bool

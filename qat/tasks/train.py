@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from qat.launch.ranks import connect, is_first
 from qat.launch.slurm import write_owner
 from qat.lit import QATModule
 from qat.lit.loggers import closing
-from qat.model.checkpoint import build_from, describe, read_checkpoint
+from qat.lit.module import OptimizerFactory
+from qat.model.checkpoint import Checkpoint, build_from, describe, read_checkpoint
 from qat.model.cost import cost
+from qat.model.start import Start
+from qat.spec import QuantRecipe
 from qat.tasks import build, fit, options
 from qat.tasks.checks import check_classes, check_classifier, check_patches, check_settings
 from qat.tasks.report import report_run
@@ -58,20 +62,7 @@ def train(cfg: DictConfig) -> float:
     data = build.build_data(cfg)
     data.batch_mixup()  # refuses what cannot be mixed before an image is read
     loss.class_weights = data.class_weights()
-    if resume:
-        check_data(cfg, resume, data)
-        start = build.build_resumed(resume)
-    else:
-        start = build.build_start(cfg)
-        if start.source is not None:
-            check_classes(start.source, data, f"ckpt={str(cfg.ckpt)!r}")
-    check_patches(start.net, data)
-    check_classifier(start.net, data)
-    start.net.to(trainer.strategy.root_device)
-    if resume:
-        check_optimizer(resume, optimizer(start.net))
-    else:
-        start.notes += build.quantize(start, recipe, data, init=cfg.model.init, processes=trainer.world_size)
+    start = _start(cfg, resume, recipe, data, trainer, optimizer)
     options.use_less_memory(cfg, start.net)
     teacher = build_teacher(cfg, loss, data, start.net)
     # What checkpoints of the run hold beside weights: how to build the net, and what resuming compares.
@@ -103,26 +94,33 @@ def train(cfg: DictConfig) -> float:
         val_top1, weights = _take_best(module, data, trainer)
         (metrics,) = trainer.test(module, datamodule=data, verbose=False)
 
-    with torch.compiler.set_stance("force_eager"):  # its hooks belong to no compiled graph
-        costs = cost(module.net, data.input_size)
-    earlier = sum(one.earlier_seconds for one in trainer.callbacks if isinstance(one, LastCheckpoint))  # type: ignore[attr-defined]
-    results = write_results(
-        cfg,
-        **recipe_fields(recipe),
-        **measured(metrics, costs),
-        **data.evaluation_facts(module.confusion),
-        weights=weights,
-        val_top1=val_top1,
-        top1_fp=top1_fp,
-        wall_seconds=round(time.monotonic() - began + earlier, 1),
-        **({"left_out": left_out} if (left_out := data.left_out()) else {}),
-    )
-    if left_out:
-        log.warning("data.on_error=skip: %s could not be decoded", ", ".join(f"{n} {split} images" for split, n in left_out.items()))
-    scores = f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % ({weights})"
-    log.info("%s %s; %d bytes as stored; outputs in %s", results["split"], scores, costs.size_bytes, cfg.run_dir)
+    earlier = next((one.earlier_seconds for one in trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)), 0.0)
+    seconds = round(time.monotonic() - began + earlier, 1)
+    outcome = {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": seconds}
+    _write(cfg, recipe, data, module, metrics, outcome)
     report_run(cfg, module.net, data.input_size, is_first=trainer.is_global_zero)
     return val_top1
+
+
+def _start(
+    cfg: DictConfig, resume: Checkpoint | None, recipe: QuantRecipe, data: ImageData, trainer: Trainer, optimizer: OptimizerFactory
+) -> Start:
+    """The net, quantized, on its device, as the run begins or is resumed."""
+    if resume:
+        check_data(cfg, resume, data)
+        start = build.build_resumed(resume)
+    else:
+        start = build.build_start(cfg)
+        if start.source is not None:
+            check_classes(start.source, data, f"ckpt={str(cfg.ckpt)!r}")
+    check_patches(start.net, data)
+    check_classifier(start.net, data)
+    start.net.to(trainer.strategy.root_device)
+    if resume:
+        check_optimizer(resume, optimizer(start.net))
+    else:
+        start.notes += build.quantize(start, recipe, data, init=cfg.model.init, processes=trainer.world_size)
+    return start
 
 
 def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[float, str]:
@@ -143,3 +141,18 @@ def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[fl
         trainer.validate(module, datamodule=data, verbose=False)
         trainer.loggers = loggers
     return float(trainer.callback_metrics.get("val/top1", torch.nan)), name
+
+
+def _write(
+    cfg: DictConfig, recipe: QuantRecipe, data: ImageData, module: QATModule, metrics: Mapping[str, float], outcome: dict[str, Any]
+) -> None:
+    """Write `results.json`; log the scores, and what could not be decoded."""
+    with torch.compiler.set_stance("force_eager"):  # its hooks belong to no compiled graph
+        costs = cost(module.net, data.input_size)
+    left_out = data.left_out()
+    facts = data.evaluation_facts(module.confusion) | outcome | ({"left_out": left_out} if left_out else {})
+    results = write_results(cfg, **recipe_fields(recipe), **measured(metrics, costs), **facts)
+    if left_out:
+        log.warning("data.on_error=skip: %s could not be decoded", ", ".join(f"{n} {split} images" for split, n in left_out.items()))
+    scores = f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % ({outcome['weights']})"
+    log.info("%s %s; %d bytes as stored; outputs in %s", results["split"], scores, costs.size_bytes, cfg.run_dir)

@@ -7,7 +7,7 @@ import pytest
 
 from qat.analysis import EvaluationPoint, measure, runner
 from tests import tiny
-from tests.analysis.common import image_set, is_as_before, net_of, state
+from tests.analysis.common import image_set, is_as_before, state
 
 
 def points_of(net, shifts):
@@ -49,22 +49,6 @@ def test_a_point_that_fails_leaves_the_net():
     (shifted,) = points_of(net, [16])
     with pytest.raises(KeyboardInterrupt):
         measure([EvaluationPoint({"net": "a"}, net, shifted.change, score=fails)], image_set())
-    assert is_as_before(net, before)
-
-
-@pytest.mark.parametrize("kind", ["ofq2", "ptq4"])
-def test_weights_are_quantized_once_an_evaluation(kind):
-    net, images = net_of(kind), image_set()
-    before, calls = state(net), []
-    quantizer = tiny.sites(net)["blocks.0.mlp.fc1.weight_quantizer"].quantizer
-    handle = quantizer.register_forward_hook(lambda *_: calls.append("called"))
-    inner = quantizer.forward
-    quantizer.forward = lambda weight: calls.append("quantized") or inner(weight)
-    (found,) = measure([EvaluationPoint({"net": "a"}, net)], images)
-    assert (calls.count("called"), calls.count("quantized")) == (len(images.batches), 1)
-    del quantizer.forward
-    handle.remove()
-    assert found["loss"] == images.score(net)["loss"]
     assert is_as_before(net, before)
 
 

@@ -74,7 +74,6 @@ def test_analyze_gathers_it_again(swept):
     ("typed_in", "line"),
     [
         ("sweep=/nowhere", "sweep='/nowhere': must be a folder with runs below it"),
-        ("sweep=[a,b]", r"Cannot convert 'ListConfig' to string: .* \(sweep\)"),
         ("sweep=a ckpt=b", "sweep='a': gathers runs and analyses nothing; leave ckpt, run and analysis out"),
         ("sweep=a analysis=cost", "sweep='a': gathers runs"),
     ],

@@ -84,7 +84,7 @@ TRAIN = [
     ("data.image_size=10", r"data\.image_size=10: must be a multiple of the model's patch size 4"),
     ("data.num_classes=3", r"data\.num_classes=3: the train split has a label 9"),
     ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': no such folder"),
-    ("data=cifar10 data.root=3", r"data\.root=3: must be a text that is not empty"),
+    ("data=cifar10 data.root=3", r"data\.root=3: no such folder"),
     ("data._target_=qat.data.Nope", r"data\._target_='qat\.data\.Nope'"),
     ("model.name=vit_tinny_patch16_224", r"model\.name='vit_tinny_patch16_224': timm has no such model; near are .*vit_tiny_patch16_224"),
     ("model.name=null", r"model\.name=None: timm has no such model"),

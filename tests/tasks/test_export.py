@@ -50,7 +50,6 @@ def test_an_onnx_file(onnx_file, run_2bit):
     assert all(set(times) == {"float", "int8", "this"} for times in found["latency_ms"].values())
     assert set(found["latency_ms"]) == {"onnxruntime", "openvino"}
     assert list(path.parent.glob(".*")) == []
-    assert f"{found['latency_ms']['onnxruntime']['this']:.2f} ms" in (path.parent / "report.html").read_text()
 
 
 def test_a_file_says_how_to_use_it(onnx_file):
@@ -109,7 +108,6 @@ MISTAKES = {
     "format.two_bit='int3': must be one of int4, int2": ["format.two_bit=int3"],
     "format.target='gpu': must be one of cpu, tensorrt": ["format.target=gpu"],
     "format.name='tflite': must be one of onnx, packed": ["format.name=tflite"],
-    r"Value 'maybe' is not a valid bool \(type str\) \(dynamic_batch\)": ["dynamic_batch=maybe"],
     "dynamic_batch=False: only for format=onnx": ["format=packed", "dynamic_batch=false"],
     "images=0: must be an integer of at least 1": ["images=0"],
     "file='net.bin': must end in .onnx with format=onnx": ["file=net.bin"],

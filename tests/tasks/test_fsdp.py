@@ -178,7 +178,7 @@ def test_what_looks_at_weights_is_refused(tmp_path, settings, line):
     ("setting", "line"),
     [
         ("compile=true", r"^compile=true: trainer\.strategy='fsdp' .*; must be false$"),
-        ("trainer.precision=16-mixed", r"^trainer\.precision='16-mixed': trainer\.strategy='fsdp' .*; must be one of 32-true, bf16-mixed$"),
+        ("trainer.precision=16-mixed", r"^trainer\.precision='16-mixed': trainer\.strategy='fsdp' .*; must be 32-true or bf16-mixed$"),
         ("trainer.strategy=fsdp_cpu_offload", r"^trainer\.strategy='fsdp_cpu_offload': must be one of auto, ddp, fsdp$"),
         ("trainer.strategy=deepspeed_stage_2", r"^trainer\.strategy='deepspeed_stage_2': must be one of auto, ddp, fsdp$"),
     ],

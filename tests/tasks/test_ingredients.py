@@ -232,4 +232,4 @@ def test_layer_decay_from_the_config():
 def test_layer_decay_out_of_range():
     cfg = tiny("a", "optimizer.layer_decay=1.5")
     with pytest.raises(qat.UsageError, match=r"optimizer.layer_decay=1.5: must be a number above 0 to 1"):
-        fit.build_optimizer_factory(cfg, fit.build_trainer(cfg, [], []))
+        fit.build_optimizer_factory(cfg, fit.build_trainer(cfg, [], []))(build.build_start(cfg).net)

@@ -151,7 +151,7 @@ def test_a_dry_run_needs_neither_downloads_nor_a_teacher(tmp_path, family, caplo
     assert "no teacher: random weights serve as one, which only a dry run (trainer.fast_dev_run) may do" in caplog.text
     batch = 140 if family == "deit" else 64
     base, lr = (560, "0.000547") if family == "deit" else (512, "0.0005")
-    assert f"global batch {batch}, adamw lr {float(lr) * batch / base:.3g} ({lr} x {batch}/{base})" in caplog.text
+    assert f"global batch {batch}, adamw lr {float(lr) * batch / base:.3g}," in caplog.text
 
 
 def test_without_a_dry_run_there_has_to_be_a_teacher(tmp_path, refused):

@@ -44,7 +44,7 @@ def test_other_commands_have_a_page(tmp_path, run_4bit, float_run, command):
         assert f"{results(tmp_path)['top1_fp']:.2f}".rstrip("0").rstrip(".") in page(tmp_path).text
     else:
         analyze(compose("analyze", "report=true", f"ckpt={run_4bit}/checkpoints/last.ckpt", "analysis=cost", f"run_dir={tmp_path}"))
-        assert "Bit operations of one image" in page(tmp_path).text
+        assert "Cost by kind of layer" in page(tmp_path).text
         assert not (tmp_path / "analysis").exists()
 
 

@@ -361,7 +361,7 @@ def said(run_dir, caplog, *overrides):
         (["teacher.ckpt=other.ckpt"], ["teacher.ckpt was None, is 'other.ckpt'"]),
         (["callbacks.ema.decay=0.9"], ["callbacks.ema.decay was 0.8, is 0.9"]),
         (["callbacks=[default,ema,cga]"], ["callbacks.cga was not set, is {'_target_': 'qat.callbacks.CGA', 'boundary_range': 0.005, '"]),
-        (["callbacks.best=null"], ["callbacks.best was {'_target_': 'lightning.pytorch.callbacks.ModelCheckpoin, is None"]),
+        (["callbacks.best=null"], ["callbacks.best was {'_target_': 'lightning.pytorch.callbacks.ModelCheckpoint', , is None"]),
         (["compile=true", "memory=recompute"], ["compile was 'auto', is True", "memory was 'save', is 'recompute'"]),
         (["data.num_workers=2", "data.in_memory=false", "report=false", "checkpoint.every_n_steps=1", "logger=[]"], []),
         (["callbacks.progress=null", "data.root=/elsewhere", "trainer.log_every_n_steps=1"], []),

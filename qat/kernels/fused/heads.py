@@ -25,7 +25,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, factor: float = 1.0) -> Tensor
         a: (h, B, n, k), or (B, n, k) for all heads.
         b: (h, B, k, m), or (B, k, m) for all heads.
         out: (h, B, n, m); its heads may lie anywhere.
-        factor: a power of two is part of the product, another number is multiplied behind it, as a product in two steps would be.
+        factor: a power of two is part of the product, another number is multiplied after it, as a product in two steps would be.
     """
     inside = factor if is_exact(factor) else 1.0
     for head, one in enumerate(out.unbind(0)):
@@ -42,7 +42,7 @@ def _write_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
 
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """The sum over the heads of a (h, B, n, k) @ b (h, B, k, m): (B, n, m), in half precision rounded once, behind the sum.
+    """The sum over the heads of a (h, B, n, k) @ b (h, B, k, m): (B, n, m), in half precision rounded once, after the sum.
 
     For that it is one product over all heads there, which costs a copy of `a`, and one of `b` unless its (B, k, h, m) is in one piece.
     """

@@ -11,7 +11,7 @@ from qat.kernels.fused.operand import product_dtype
 
 
 class _Scores(torch.autograd.Function):
-    """x y^T. Autograd's own gradient of y lies transposed in memory, and the kernel behind it walks through it in strides."""
+    """x y^T. Autograd's own gradient of y lies transposed in memory, and the kernel after it walks through it in strides."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class _LsqLinear(torch.autograd.Function):
         of_bias = grad.sum(0) if bias is not None or after is not None else None
         wq = params.forward(weight, ctx.dtype)
         of_xq = (grad @ wq).view(x.shape)
-        # The offset behind is a constant row of the input: its gradient goes through the product as the bias's does.
+        # The offset after it is a constant row of the input: its gradient goes through the product as the bias's does.
         of_after = None if after is None or of_bias is None else (of_bias.unsqueeze(0) @ wq).squeeze(0).float()
         learns = any(ctx.needs_input_grad[4:6])
         found = operand.backward(of_xq, x, with_after=False, in_place=True, dequantized=ctx.dtype if learns else None)

@@ -1,4 +1,4 @@
-"""What a fused Function is told of an LSQ quantizer and of where it runs."""
+"""What a fused Function is given of an LSQ quantizer and of where it runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LSQParams(NamedTuple):
     Attributes:
         scale: (n,), see `qat.functional.lsq`.
         before: offset in front, over the last dimension, or None.
-        after: offset behind, over the last dimension, or None.
+        after: offset after it, over the last dimension, or None.
         codes: codes and axis.
         grad_factor: factor on the gradient of the scale.
     """
@@ -61,7 +61,7 @@ class LSQParams(NamedTuple):
             grad: of the result of `forward`.
             x: its argument.
             out: takes the gradient of `x`. None = new, in the dtype of `x`.
-            with_after: whether to sum up that of the offset behind; else it is None.
+            with_after: whether to sum up that of the offset after it; else it is None.
             in_place: whether `grad` may take the gradient of `x`, which it does if it has its dtype.
             dequantized: the dtype in which to give the result of `forward` as well; None = not.
         """

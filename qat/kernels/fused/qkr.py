@@ -25,7 +25,7 @@ class QkrWeights(NamedTuple):
         k: Wk (h*d, C), rows grouped by head.
         v: Wv (h*d, C), the float master.
         v_bias: (h*d,) or None.
-        offset: (h*C,), in front of the quantizer of the folded product, or None.
+        offset: (h*C,), before the quantizer of the folded product, or None.
         q_bias: (h*d,), of the queries, or None: adds Wk_h^T b_h . q(x[m]) to the scores of key m.
     """
 

@@ -1,4 +1,4 @@
-"""What a fused Function is told of a weight's quantizer. Weights are quantized again in backward: a pass over them is cheap."""
+"""What a fused Function is given of a weight's quantizer. Weights are quantized again in backward: a pass over them is cheap."""
 
 from __future__ import annotations
 
