@@ -52,7 +52,7 @@ stress: $(READY) ## kill -9 commands at random moments, run them again, compare 
 models-page: $(READY) ## write docs/models.md: what conversion does to each timm family
 	@PYTHONPATH=. $(BIN)/python evidence/models_page.py
 
-search-cost: $(READY) ## a look at the calibration images during a search, in float forwards, one thread; MODEL=deit_small_patch16_224 (10 minutes, 35)
+search-cost: $(READY) ## a look at the calibration images during a search, in float forwards, one thread; MODEL=deit_small_patch16_224 (5 minutes, 20)
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python evidence/search_cost.py --model $(or $(MODEL),deit_tiny_patch16_224)
 
 WEIGHTS := outputs/weights

@@ -114,7 +114,7 @@ class Figure:
         metric: of lines and of a scatter, and of the references.
         along: of a scatter: the metric of its horizontal axis, which is logarithmic.
         curve: name of the curve or the map, of the other kinds.
-        x, y: labels of the axes; z: of a map, what its heights are.
+        x, y: labels of the axes.
         reference: `{name: arm}`, drawn as lines across, not in maps.
         caption: below it.
     """
@@ -127,7 +127,6 @@ class Figure:
     curve: str = ""
     x: str = ""
     y: str = ""
-    z: str = ""
     reference: Mapping[str, str] = field(default_factory=dict)
     caption: str = ""
 

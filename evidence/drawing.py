@@ -186,9 +186,8 @@ def _maps(of: Figure, series: Mapping[str, Any]) -> Canvas:
         axis.set_xlabel(of.x, fontsize=9)
         axis.set_ylabel(of.y, fontsize=9)
         axis.locator_params(nbins=5)
-        axis.set_box_aspect(1)
         axis.grid(visible=False)
         bar = canvas.colorbar(filled, ax=axis, shrink=0.8, ticks=MaxNLocator(5))
         bar.ax.tick_params(labelsize=7)
-        bar.set_label(f"{of.z or of.curve}, seed {record.seed}", fontsize=8)
+        bar.set_label(f"{of.curve}, seed {record.seed}", fontsize=8)
     return canvas

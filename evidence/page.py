@@ -308,11 +308,8 @@ def results(claim: Claim, table: Table, evidence: Evidence) -> str:
     """Mean ± deviation over seeds; a dash where there is no run."""
     rows = []
     for arm in table.rows:
-        records, cells = evidence.records(claim, arm), []
-        for metric in table.columns:
-            values = evidence.values(claim, arm, metric)
-            cells.append(spread(values.values(), table.formats.get(metric, DEFAULT)))
-        rows.append([table.labels.get(arm) or evidence.arm(claim, arm).label, *cells, str(len(records))])
+        cells = [spread(evidence.values(claim, arm, metric).values(), table.formats.get(metric, DEFAULT)) for metric in table.columns]
+        rows.append([table.labels.get(arm) or evidence.arm(claim, arm).label, *cells, str(len(evidence.records(claim, arm)))])
     return markdown(["", *table.columns.values(), "seeds"], rows)
 
 

@@ -33,7 +33,7 @@ log = logging.getLogger("qat.evidence")
 ROOT = Path(__file__).resolve().parents[1]
 PEERS_PYTHON = "outputs/peers/bin/python"
 FIGURES = ("top1", "top5", "loss", "val_top1", "top1_fp", "size_bytes", "wall_seconds")
-SEARCH = ("fitness_before", "fitness", "evaluations")
+SEARCH = ("fitness_before", "fitness")
 CURVES = {"val_top1": ("epoch", "val/top1", 1), "osc_share": ("step", "osc/share", 100), "osc_band": ("step", "osc/band", 100)}
 POINTS = 60
 Run = tuple[Arm, int]
@@ -161,7 +161,6 @@ def run_all(wanted: Sequence[str], root: str | None, workers: int, arms: Arms) -
                 waiting.remove(run)
                 going[pool.submit(run_one, *run, root, arms)] = run
             if not going:
-                log.error("%d runs wait for ones that failed", len(waiting))
                 break
             for future in wait(going, return_when=FIRST_COMPLETED).done:
                 arm, seed = going.pop(future)

@@ -23,7 +23,6 @@ from qat.utils.files import write_text
 ZOO = ROOT / "zoo"
 # The run behind each net: claim and arm.
 NETS = {"cifar10_w2a2": "AIM/seq_w2", "cifar10_w4a4": "C16/tensor_w4a4", "cifar10_w8a8": "C16/tensor_w8a8"}
-LICENSE = "mit"
 
 
 def main() -> None:
@@ -44,7 +43,7 @@ def make(name: str, root: str) -> None:
     target = ZOO / f"{name}.safetensors"
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(save_pretrained(net, folder) / "model.safetensors", target)
-        save_pretrained(net, folder, results=measured(target, root, Path(folder) / "eval"), license=LICENSE, source=f"zoo/{target.name}")
+        save_pretrained(net, folder, results=measured(target, root, Path(folder) / "eval"), license="mit", source=f"zoo/{target.name}")
         card = Path(folder, "README.md").read_text(encoding="utf-8")
     typed = shlex.join(command_line(arm.command, Path("RUN"), arms.settings(arm, 0), "FOLDER"))
     write_text(target.with_suffix(".md"), f"{card}\n## Training\n\n```text\n{typed}\n```\n")

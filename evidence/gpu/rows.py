@@ -15,7 +15,6 @@ from typing import Any
 
 Row = dict[str, Any]
 LATE = "no answer in time"
-_PR_SET_PDEATHSIG = 1
 
 
 def append(path: Path, row: Row) -> None:
@@ -82,7 +81,7 @@ def failure(error: BaseException) -> Row:
 
 
 def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _guarded(function: Callable[..., Row], *given: Any) -> Row:

@@ -47,7 +47,7 @@ def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
 def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
     """The product of all dimensions that occur, for an equation of two operands without ellipsis."""
     equation, *factors = operands
-    if len(factors) != 2:
+    if not isinstance(equation, str) or len(factors) != 2:
         return []
     sizes: dict[str, int] = {}
     for letters, factor in zip(equation.split("->")[0].replace(" ", "").split(","), factors, strict=True):

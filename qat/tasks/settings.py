@@ -28,7 +28,11 @@ REMOVED = {
     "search=random": "search=evolution",
     "search=sgd": "search=evolution",
     "search.rac*": "every candidate is evaluated on all calibration images",
-    "ptq=compensate_*": "ptq=reconstruct_w6a6, ptq=reconstruct_w4a4, ptq=reconstruct_w3a3",
+    "search.method": "search=evolution",
+    "ptq.compensation": "ptq=compensate_w4a4, or ptq=reconstruct_w4a4",
+    "ptq.reconstruct.later": "the output of each block is its loss",
+    "dynamic_size": "files are for images of one size",
+    "threads": "times are of one thread",
     "opset": "the lowest opset that has all types is written",
     "ckpt_optimizer": "a new run starts with a new optimizer; resume=true goes on with the one that a run had",
     "loss.grad_l1*": "loss.kure=WEIGHT makes weights robust to other step sizes",
@@ -39,6 +43,17 @@ REMOVED = {
     "analysis.boundary": "a weight is near a threshold within 0.005 codes, CGA's band",
     "analysis.factors": "a folded matrix is listed as it is quantized, without the weights that it is made of",
     "analysis.compare": "the net in float is always beside the quantized one",
+    **dict.fromkeys(
+        [
+            f"analysis.{name}"
+            for name in ("space", "temperature", "threshold", "top", "max_panels", "by", "measures", "draws", "percentile", "severities")
+        ],
+        "each analysis answers its question with one table; docs/analysis.md",
+    ),
+    "callbacks.throughput*": "images a second are in the line of an epoch",
+    "callbacks.oscillation.probe_images": "weights alone are tracked",
+    "logger.*.run_dir": "conf/logger has the save_dir of Lightning's loggers",
+    "logger.mlflow.store": "logger.mlflow.tracking_uri=URI",
     "analysis.corruptions*": "the package imagecorruptions makes such images for data=imagefolder",
     "experiment=ofq_deit_*": "experiment=ofq_w2a2 model=deit_t (w3a3, w4a4; with _cga)",
     "experiment=ofq_swin_*": "experiment=ofq_w2a2 model=swin_t (w3a3, w4a4; with _cga)",
