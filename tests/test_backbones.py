@@ -54,16 +54,6 @@ def test_without_rounding_the_maps_are_timms(kind):
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_the_first_convolution_has_the_width_of_a_stem(kind):
-    net, family = backbone(kind)
-    first = next(name for name, module in net.named_modules() if isinstance(module, nn.Conv2d))
-    qat.convert(net, qat.recipe("ofq", bits=2, attention=family.attention), input_size=family.input_size)
-    widths = {name: site.quantizer.spec.bits for name, site in sites(net).items() if site.is_weight}
-    assert {name for name, bits in widths.items() if bits == 8} == {f"{first}.weight_quantizer"}
-    assert set(widths.values()) == {2, 8}
-
-
-@pytest.mark.parametrize("kind", BACKBONES)
 def test_from_conversion_to_a_packed_file(kind, tmp_path):
     net, family = backbone(kind)
     qat.convert(net, qat.recipe("ofq", bits=4, attention=family.attention), input_size=family.input_size)
@@ -88,15 +78,6 @@ def test_from_conversion_to_a_packed_file(kind, tmp_path):
         assert_close(one, other, rtol=0, atol=2e-5 * other.abs().max().item())
 
 
-def test_its_card_tells_of_maps(tmp_path):
-    net, _ = quantized("FeatureGetterNet")
-    card = (qat.save_pretrained(net, tmp_path) / "README.md").read_text()
-    assert "pipeline_tag: image-feature-extraction" in card
-    assert "maps = net(image[None])" in card
-    assert "softmax" not in card
-    assert "qat eval" not in card
-
-
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_intermediates_of_a_classifier_are_the_maps_of_a_backbone(name):
     family = FAMILIES[name]
@@ -111,16 +92,6 @@ def test_intermediates_of_a_classifier_are_the_maps_of_a_backbone(name):
     inner = {name: value for name, value in net.state_dict().items() if name in wrapped.model.state_dict()}
     wrapped.model.load_state_dict(inner)
     assert all(map(torch.equal, maps(wrapped, x), found))
-
-
-def test_weight_decay_leaves_alone_what_timm_names_inside():
-    net, _ = quantized("FeatureGetterNet")
-    around = nn.ModuleDict({"backbone": net, "head": nn.Conv2d(32, 3, 1)})
-    for one, prefix in ((net, "model."), (around, "backbone.model.")):
-        named = qat.no_weight_decay(one)
-        assert {f"{prefix}pos_embed", f"{prefix}cls_token", f"{prefix}blocks.0.norm1.weight"} <= named
-        assert f"{prefix}blocks.0.mlp.fc1.weight" not in named
-    assert "head.bias" in qat.no_weight_decay(around)
 
 
 def test_a_net_around_it_is_converted_as_a_whole():
@@ -150,13 +121,6 @@ def test_what_needs_classes_says_so(tmp_path):
     with pytest.raises(qat.UsageError, match=r"^model.args.features_only: the net gives several tensors for an image"):
         train(tiny(tmp_path, "+model.args.features_only=true", "+model.args.out_indices=[0]"))
     assert not list(tmp_path.glob("*.onnx"))
-
-
-def test_its_transform_is_that_of_timms_weights():
-    net, _ = quantized("FeatureGetterNet")
-    image = torch.zeros(40, 40, 3, dtype=torch.uint8).numpy()
-    classifier = qat.convert(FAMILIES["vit"].build(), qat.recipe("ofq", bits=4), input_size=FAMILIES["vit"].input_size)
-    assert torch.equal(qat.transform(net)(image), qat.transform(classifier)(image))
 
 
 @pytest.mark.parametrize("kind", ["FeatureGetterNet", "FeatureListNet"])

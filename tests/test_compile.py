@@ -20,7 +20,7 @@ from qat.functional.log2 import fake_quantize_log2
 from qat.functional.lsq import CodeRange
 from qat.functional.statsq import statsq_scale
 from qat.lit import QATModule, Teacher, build_optimizer
-from qat.lit.compiled import CompiledCall, compile_in_place
+from qat.lit.compiled import compile_in_place
 from qat.losses import CompositeLoss, Distillation
 from qat.quantizers import StatsQ
 from tests.callbacks.fitting import QUIET, batches
@@ -45,12 +45,6 @@ def step(net, x):
 
 def share_of_changed_images(a, b):
     return ((a - b).abs().amax(1) > 1e-4).float().mean()
-
-
-@pytest.mark.parametrize("preset", ["lsq", pytest.param("minmax", marks=pytest.mark.long)])
-def test_one_graph(preset):
-    found = dynamo.explain(quantized(preset, bits=2).train())(images())
-    assert (found.graph_count, found.graph_break_count) == (1, 0)
 
 
 def compare(preset, backend):
@@ -134,21 +128,6 @@ def test_gradients_pass_a_compiled_quantizer(quantizer):
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
-def test_compiled_code_rounds_as_eager_code_does():
-    found = {}
-
-    def backend(graph, inputs):
-        found.update({name: inductor.get_config_copy()[name] for name in qat.lit.compiled.rounding_options()})
-        return graph
-
-    net = torch.nn.Linear(2, 2)
-    call = CompiledCall(net.forward, net)
-    call._call = torch.compile(net.forward, backend=backend)
-    call(torch.ones(3, 2))
-    assert found == {"eager_numerics.division_rounding": True, "emulate_precision_casts": True}
-    assert not inductor.emulate_precision_casts
-
-
 @pytest.fixture
 def backend(monkeypatch):
     """Choose what `torch.compile` hands graphs to; inductor takes too long."""
@@ -202,16 +181,6 @@ def train_a_distilled_pair():
 def test_a_short_batch_and_a_validation_compile_nothing_again(backend):
     backend("aot_eager")
     train_a_distilled_pair()
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_inductor_compiles_nothing_again_either():
-    train_a_distilled_pair()
-
-
-def torch_sgd(net):
-    return torch.optim.SGD(net.parameters(), lr=0.01)
 
 
 def test_the_largest_batch_has_the_graph(backend):
@@ -274,14 +243,3 @@ def test_recomputation_keeps_less(backend):
         found[recompute] = saved_bytes(net)
     assert found[True] < 0.7 * found[False]
     assert not functorch.aggressive_recomputation
-
-
-def test_recomputation_where_torch_has_none(monkeypatch):
-    monkeypatch.setattr(qat.lit.compiled, "RECOMPUTATION", "no_such_setting")
-    net = vit(depth=1)
-    CompiledCall(net.forward, net, recompute=True)  # patching an unknown name would be a KeyError
-    assert not qat.lit.compiled.can_recompute()
-
-
-def test_this_torch_has_the_setting():
-    assert qat.lit.compiled.can_recompute()

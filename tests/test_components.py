@@ -12,9 +12,6 @@ from tests.conftest import compose
 from tests.nets import ATTENTIONS
 from tests.tiny import KWARGS, SIZE, VIT, images, shake, sites
 
-QKR = {"qk", "k", "v", "probs"}
-STANDARD = {"q", "k", "v", "probs"}
-OUTSIDE = {"weight", "input", "image"}
 # Overrides, and per role of the net what quantizes it inside the blocks; roles that are left out are the same as without the switch.
 SWITCHES = {
     "nothing": ((), {}),
@@ -61,28 +58,6 @@ def test_one_switch_changes_one_thing(switch):
     assert moves(model) == {n for n, _ in model.named_parameters()}
 
 
-def test_offsets_are_gone():
-    def of_offsets(model):
-        return [n for n, _ in model.named_parameters() if "offset" in n]
-
-    assert of_offsets(net())
-    assert of_offsets(net("quant.offsets=false")) == []
-    assert of_offsets(net("quant.act_quantizer=float")) == []
-
-
-def test_query_bias_is_a_parameter_only_when_folded():
-    assert net("quant.qk_bias=fold").blocks[0].attn.q_bias is not None
-    assert net().blocks[0].attn.q_bias is None
-
-
-def test_stem_and_head_turn_alone():
-    bits = {s.role: s.quantizer.spec.bits for n, s in sites(net("quant.stem_bits=4", "quant.head_bits=3")).items() if n.startswith("patch")}
-    assert set(bits.values()) == {4}
-    found = sites(net("quant.stem_bits=4", "quant.head_bits=3"))
-    assert found["head.weight_quantizer"].quantizer.spec.bits == 3
-    assert found["blocks.0.mlp.fc1.weight_quantizer"].quantizer.spec.bits == 2
-
-
 def test_the_presets_differ_by_one_part():
     # A ladder from weights alone to the whole method.
     def parts(name):
@@ -92,13 +67,6 @@ def test_the_presets_differ_by_one_part():
     ladder = [parts(name) for name in ("statsq", "ofq_noqkr", "ofq")]
     differ = [{key for key in a if a[key] != b[key]} for a, b in itertools.pairwise(ladder)]
     assert differ == [{"act_quantizer"}, {"attention"}]
-
-
-def test_weights_alone_train():
-    model = net(quant="statsq_2bit")
-    quantized = {s.role: s.quantizer.spec.bits for s in qat.iter_quantizers(model) if s.quantizer.spec.quantizer != "float"}
-    assert set(quantized) == {"weight"}
-    assert moves(model) == {n for n, _ in model.named_parameters()}
 
 
 FAMILIES = {
@@ -125,37 +93,3 @@ def test_mixed_precision_by_name(name):
     assert found[f"{second}.mlp.fc1.weight_quantizer"] == ("statsq", 2)
     assert found.get(f"{second}.attn.v_quantizer", ("float", 32)) == ("float", 32)
     assert moves(model, family.images(4))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("pattern", ["blocks.9.*", "layers.9.*", "*.mlp.fc3", "*.norm1"])
-def test_a_rule_for_nothing_is_an_error(name, pattern):
-    family = ATTENTIONS[name]
-    recipe = qat.recipe("ofq", attention=family.attention, overrides={pattern: {"bits": 4}})
-    with pytest.raises(qat.UsageError, match=r"quant.overrides\[.*\] matches no module that is quantized; patterns see names like"):
-        qat.convert(family.build(), recipe, input_size=family.input_size)
-
-
-def test_maps_may_have_a_scale_per_column():
-    recipes = [build.build_recipe(compose("train", f"quant.map_scales={value}", "run_dir=a")) for value in ("tensor", "column")]
-    swin = ATTENTIONS["swin"]
-    nets = [qat.convert(swin.build(), recipe, input_size=swin.input_size) for recipe in recipes]
-    scales = [sites(n)["layers.0.blocks.0.mlp.fc1.input_quantizer"].quantizer.n_scales for n in nets]
-    assert scales == [1, 8]
-    with pytest.raises(qat.UsageError, match="quant.map_scales='row': must be one of tensor, column"):
-        qat.recipe("ofq", map_scales="row")
-
-
-def test_learned_steps_may_begin_where_the_squared_error_is_least():
-    recipes = [build.build_recipe(compose("train", f"quant.step_init={rule}", "run_dir=a")) for rule in ("lsq", "mse")]
-    family = ATTENTIONS["vit"]
-    nets = [qat.convert(family.build(), recipe, input_size=family.input_size) for recipe in recipes]
-    for net in nets:
-        qat.initialize_scales(net, [family.images(4)])
-    paper, least = (sites(net)["blocks.0.mlp.fc1.input_quantizer"].quantizer.quantizer for net in nets)
-    x = torch.randn(4, paper.scale.numel(), 64, generator=torch.Generator().manual_seed(0))
-    assert (least.scale < 0.9 * paper.scale).all()  # two bits: LSQ's first step clamps more than it resolves
-    assert least.spec == paper.spec  # so that a net takes over the scales of the other
-    assert not torch.equal(least.codes(x), paper.codes(x))
-    with pytest.raises(qat.UsageError, match="quant.step_init='best': must be one of lsq, mse"):
-        qat.recipe("ofq", step_init="best")

@@ -1,6 +1,5 @@
 """Every yaml composes, every recipe fits every model, and every key is one that something reads."""
 
-import ast
 import dataclasses
 import inspect
 import itertools
@@ -10,12 +9,10 @@ from hydra.errors import HydraException
 from hydra.utils import get_class
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
-from torch import nn
 
 import qat
-from qat.lit import build_optimizer, cosine_schedule, scaled_lr
 from qat.spec import PRESETS
-from qat.tasks import build, fit
+from qat.tasks import build
 from tests.conftest import ROOT, TINY, compose, results, train
 
 CONF = ROOT / "conf"
@@ -78,27 +75,6 @@ def test_every_choice_composes(config, groups):
         whole(config, *(column[n % len(column)] for column in columns))
 
 
-@pytest.mark.parametrize("name", sorted({c for g in ("experiment", "debug") for c in choices(g)}))
-def test_experiments_say_what_they_are(name):
-    (path,) = [p for g in ("experiment", "debug") for p in (CONF / g).glob(f"{name}.yaml")]
-    lines = path.read_text().splitlines()
-    assert lines[0] == "# @package _global_"
-    assert lines[1].startswith("# ")
-    if path.parent.name == "experiment":
-        assert f"experiment={name}" in path.read_text()
-        assert "Cost: " in path.read_text()
-        assert "Expected: " in path.read_text()
-
-
-def test_defaults():
-    cfg = compose("train", "run_dir=a")
-    assert cfg.model.args.depth == 4
-    assert (cfg.quant.name, cfg.quant.bits, cfg.quant.attention) == ("ofq", 2, "qkr")
-    assert cfg.data._target_ == "qat.data.Digits"
-    assert cfg.trainer.accelerator == "cpu"
-    assert list(cfg.loss.terms) == ["ce"]
-
-
 @pytest.mark.parametrize(
     ("model", "quant"),
     [
@@ -133,30 +109,6 @@ def test_a_quant_file_has_all_knobs_and_is_the_recipe_of_its_name(name):
     assert set(knobs) == {f.name for f in dataclasses.fields(qat.QuantRecipe)} - {"rule_bits"}
     preset, settings = RECIPES[name]
     assert qat.QuantRecipe(**knobs) == qat.recipe(preset, **settings)
-
-
-def test_bits_of_weights_and_activations_turn_separately():
-    recipe = build.build_recipe(compose("train", "quant.bits=3", "quant.act_bits=4", "run_dir=a"))
-    assert recipe == qat.recipe("ofq", bits=3, act_bits=4)
-    assert build.build_recipe(compose("train", "quant.bits=3", "run_dir=a")).act_bits == 3
-
-
-def test_overrides_from_the_command_line(tmp_path):
-    run = train(tmp_path / "run", "quant.overrides={blocks.0.*:{bits:4,act_bits:5},*.fc2:{bits:8}}")
-    net = qat.load(run / "checkpoints" / "last.ckpt")
-    bits = {site.name: site.quantizer.spec.bits for site in qat.iter_quantizers(net)}
-    assert bits["blocks.0.mlp.fc1.weight_quantizer"] == 4
-    assert bits["blocks.0.mlp.fc1.input_quantizer"] == 5
-    assert bits["blocks.0.mlp.fc2.weight_quantizer"] == 8
-    assert results(run)["recipe"]["overrides"] == {"blocks.0.*": {"bits": 4, "act_bits": 5}, "*.fc2": {"bits": 8}}
-
-
-@pytest.mark.parametrize("name", choices("quant"))
-def test_the_example_of_overrides_in_a_file_can_be_typed(name):
-    text = (CONF / "quant" / f"{name}.yaml").read_text()
-    example = text.partition("e.g. '")[2].partition("'")[0]
-    overrides = OmegaConf.to_container(compose("train", example, "run_dir=a").quant.overrides)
-    assert overrides == {"blocks.0.*": {"bits": 4}}
 
 
 SHORT_PATHS = [

@@ -113,10 +113,3 @@ def test_the_oldest_versions_are_the_bounds_of_pyproject():
     oldest = [line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if line and not line.startswith("#")]
     allowed = [*content["build-system"]["requires"], *required, *(line for lines in extras for line in lines)]
     assert pinned(oldest, ("==",)) == pinned(allowed, (">=", "=="))
-
-
-def test_the_versions_of_setup_are_no_older():
-    newest = pinned((line.partition("#")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"), ("==",))
-    oldest = pinned((line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if line[0] != "#"), ("==",))
-    assert [name for name in oldest.keys() & newest.keys() if newest[name] < oldest[name]] == []
-    assert newest["torch"] > oldest["torch"]

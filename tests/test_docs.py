@@ -276,26 +276,9 @@ def test_links_and_make_targets_exist(page):
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) - targets == set()
 
 
-@pytest.mark.parametrize(("page", "log"), [("docs/measurements.md", "demo-seeds")])
-def test_tables_of_the_demo_are_what_its_log_ends_with(page, log):
-    printed = (ROOT / "docs" / "logs" / f"{log}.log").read_text().rpartition("results  ")[2]
-    logged = [re.findall(r"[\d.,]+(?: ± [\d.]+)?", line.split("│", 3)[3]) for line in printed.splitlines() if re.search(r"│ W\d", line)]
-    table = (ROOT / page).read_text().partition("make demo")[2].partition("bytes as stored |\n")[2].partition("\n\n")[0]
-    rows = [re.findall(r"\d[\d.,]*(?: ± [\d.]+)?", line.partition("| W")[2].partition("|")[2]) for line in table.splitlines()[1:]]
-    assert len(rows) > 1
-    for row, (top1, top5, size, *_) in zip(rows, logged, strict=True):
-        assert [one for one in (top1, top5, size) if one in row] == row
-
-
 def test_the_readme_says_of_the_demo_what_its_log_does():
     printed = (ROOT / "docs" / "logs" / "demo.log").read_text().rpartition("results  ")[2]
     scores = re.findall(r"│ W\d+ A\d+ *│ *([\d.]+)", printed)
     assert len(scores) == 2
     said = re.search(r"([\d.]+) % in float, ([\d.]+) % with 2-bit", (ROOT / "README.md").read_text())
     assert list(said.groups()) == scores
-
-
-def test_the_time_of_the_demo_is_that_of_its_log():
-    real = re.search(r"^real\s+(\d+)m(\d+)", (ROOT / "docs" / "logs" / "demo.log").read_text(), re.MULTILINE)
-    said = re.search(r"(\d+) minutes? (\d+) seconds after set-up", (ROOT / "README.md").read_text())
-    assert said.groups() == real.groups()

@@ -5,7 +5,6 @@ import importlib.util
 
 import pytest
 import torch
-from torch import nn
 
 import qat
 from tests.conftest import ROOT
@@ -18,39 +17,6 @@ def segmentation():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_images_are_a_function_of_the_seed_and_hold_all_classes(segmentation):
-    image, label = segmentation.draw(64, 3)
-    again, other = segmentation.draw(64, 3), segmentation.draw(64, 4)
-    assert torch.equal(image, again[0])
-    assert torch.equal(label, again[1])
-    assert not torch.equal(label, other[1])
-    shares = label.flatten().bincount(minlength=4) / label.numel()
-    assert shares[0] > 0.5
-    assert (shares[1:] > 0.02).all()
-
-
-class Answers(nn.Module):
-    """Gives the classes of the test images, of the first ones those that are told."""
-
-    def __init__(self, segmentation, wrong, instead):
-        super().__init__()
-        self.label = segmentation.draw(segmentation.TEST_IMAGES, segmentation.TEST_SEED)[1]
-        self.label[self.label == wrong] = instead
-        self.at = 0
-
-    def forward(self, x):
-        self.at += len(x)
-        return nn.functional.one_hot(self.label[self.at - len(x) : self.at], 4).permute(0, 3, 1, 2).float()
-
-
-def test_intersection_over_union(segmentation):
-    assert segmentation.iou(Answers(segmentation, 1, 1)).tolist() == [100] * 4
-    label = segmentation.draw(segmentation.TEST_IMAGES, segmentation.TEST_SEED)[1]
-    discs, squares = ((label == k).sum().item() for k in (1, 2))
-    expected = [100, 0, 100 * squares / (discs + squares), 100]
-    assert segmentation.iou(Answers(segmentation, 1, 2)).tolist() == pytest.approx(expected)
 
 
 def test_a_twin_that_rounds_nothing_learns_what_the_float_net_learns(segmentation):

@@ -88,11 +88,3 @@ def test_the_site_is_built_without_a_warning_and_asks_nobody(site):
     words = {path: html.unescape(re.sub(r"<[^>]+>", "", text)).split() for path, text in articles.items()}
     assert {str(path): size for path, text in words.items() if (size := len(" ".join(text))) > LARGEST_PAGE} == {}
     assert [str(path) for path, text in words.items() if ":::" in text] == []
-
-
-@pytest.mark.long
-def test_the_site_shows_signatures_of_the_api(site):
-    ids = set(re.findall(r'id="(qat\.[\w.]+)"', "".join(path.read_text() for path in (site / "api").glob("*.html"))))
-    assert set(NAMED) <= ids
-    # A function whose file has its name is found behind the file.
-    assert [name for name in qat.functional.__all__ if not {f"qat.functional.{name}", f"qat.functional.{name}.{name}"} & ids] == []

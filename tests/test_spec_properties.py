@@ -6,17 +6,13 @@ Oracle: the documented ranges, spelled out here.
 import dataclasses
 import fnmatch
 import json
-import math
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qat
 from qat.model.ptq_spec import PtqRecipe, recipe_from
-from qat.ptq.search import SearchSettings
 from qat.spec import OUTPUT_ROLES, ROLES, QuantRecipe, QuantSpec
-from qat.utils.validate import check_int, check_number
 
 EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True)
 ANYTHING = st.one_of(
@@ -49,13 +45,6 @@ def taken(make, message):
 def test_a_recipe_takes_widths_of_2_to_8(knob, value):
     is_left_open = value is None and knob == "act_bits"
     assert taken(lambda: QuantRecipe(**{knob: value}), f"quant.{knob}={value!r}: must be an integer") is (is_width(value) or is_left_open)
-
-
-@given(st.sampled_from(["bits", "act_bits", "softmax_bits", "stem_bits", "head_bits"]), ANYTHING)
-@EXAMPLES
-def test_so_does_one_of_calibration(knob, value):
-    is_left_open = value is None and knob != "bits"
-    assert taken(lambda: PtqRecipe(**{knob: value}), "bits=") is (is_width(value) or is_left_open)
 
 
 @given(st.sampled_from(["offsets", "weight_signed", "act_signed", "bias_correction"]), ANYTHING)
@@ -130,33 +119,3 @@ def test_later_rules_win_where_their_globs_match(recipe, module):
     found = recipe.at(module)
     assert {knob: getattr(found, knob) for knob in expected} == expected
     assert found.overrides == {} or found is recipe
-
-
-@given(ANYTHING, st.integers(-2, 3))
-@EXAMPLES
-def test_whole_numbers_from_a_bound(value, lowest):
-    fits = isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= 2**31 - 1
-    assert taken(lambda: check_int("x", value, lowest), f"x={value!r}: must be an integer") is fits
-
-
-@given(ANYTHING, st.floats(-1, 1), st.booleans())
-@EXAMPLES
-def test_numbers_from_a_bound(value, lowest, above):
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    fits = is_number and (value > lowest if above else value >= lowest)
-    assert taken(lambda: check_number("x", value, lowest, above=above), f"x={value!r}: must be a number") is bool(fits)
-
-
-@pytest.mark.parametrize("name", ["passes", "cycles", "population", "tournament", "micro_batch", "seed"])
-@given(value=ANYTHING)
-@EXAMPLES
-def test_counts_of_a_search(name, value):
-    lowest = 0 if name in {"passes", "seed"} else 1
-    fits = isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= 2**31 - 1
-    assert taken(lambda: SearchSettings(**{name: value}), f"search.{name}={value!r}: must be an integer") is fits
-
-
-@given(st.builds(SearchSettings, passes=st.integers(0, 9), radius=st.one_of(st.none(), st.floats(0.1, 2)), relative=st.booleans()))
-@EXAMPLES
-def test_settings_of_a_search_come_back(found):
-    assert SearchSettings(**json.loads(json.dumps(dataclasses.asdict(found)))) == found

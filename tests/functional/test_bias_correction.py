@@ -22,13 +22,6 @@ def test_every_channel_has_the_moments_of_its_weight(shape, axis):
     assert ((before.std(1) - expected.std(1)).abs() > 1e-3).any()
 
 
-def test_by_hand():
-    w = torch.tensor([[0.0, 2.0, 4.0]])
-    quantized = torch.tensor([[1.0, 2.0, 3.0]])
-    assert_close(F.correct_mean_and_std(quantized, w), w)
-    assert_close(F.correct_mean_and_std(quantized + 7, w), w)
-
-
 def test_a_channel_without_spread_takes_the_mean():
     w = torch.tensor([[0.1, 0.2, 0.3], [1.0, 2.0, 3.0]])
     assert_close(F.correct_mean_and_std(torch.zeros(2, 3), w), torch.tensor([[0.2] * 3, [2.0] * 3]))
@@ -37,11 +30,3 @@ def test_a_channel_without_spread_takes_the_mean():
 def test_a_channel_of_one_element_takes_its_weight():
     w = torch.tensor([[0.3], [-2.0]])
     assert torch.equal(F.correct_mean_and_std(torch.tensor([[0.5], [-1.5]]), w), w)
-
-
-def test_dtype_and_gradient():
-    w = randn(4, 8).bfloat16().requires_grad_()
-    out = F.correct_mean_and_std((w * 0.9).clone(), w)
-    assert out.dtype == torch.bfloat16
-    out.sum().backward()
-    assert w.grad.isfinite().all()

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import qat
 from qat import functional as F
 from qat.functional import observers
 
@@ -41,24 +40,6 @@ def test_moving_average(axis):
     assert_close((low, high), (0.99 * a + 0.01 * c, 0.99 * b + 0.01 * d))
     low, high = seen("ema", axis, BATCHES[:2], momentum=0.5)
     assert_close((low, high), ((a + c) / 2, (b + d) / 2))
-
-
-def test_percentile_is_a_moving_average_of_quantiles():
-    ends = [[torch.quantile(x, q).reshape(1) for x in BATCHES[:2]] for q in (1 - 0.99999, 0.99999)]
-    assert_close(tuple(seen("percentile", None, BATCHES[:2])), tuple(0.99 * a + 0.01 * b for a, b in ends))
-
-
-def test_percentile_leaves_out_rare_values():
-    x = torch.cat([torch.linspace(-1, 1, 300_000), torch.tensor([-50.0, 50.0])])
-    low, high = F.observe(None, x, None, "percentile")
-    assert_close((low, high), (torch.tensor([-1.0]), torch.tensor([1.0])), rtol=0, atol=1e-4)
-
-
-def test_percentile_per_slice():
-    state = F.observe(None, BATCHES[0], -1, "percentile")
-    for channel in range(6):
-        alone = F.observe(None, BATCHES[0][..., channel], None, "percentile")
-        assert_close((state.low[channel], state.high[channel]), (alone.low[0], alone.high[0]))
 
 
 @pytest.mark.parametrize("method", observers.OBSERVERS)
@@ -108,30 +89,3 @@ def test_quantile_of_long_rows(q, monkeypatch):
     for longest, tolerance in ((observers.LONGEST_ROW, 1e-4), (1000, 1e-6)):
         monkeypatch.setattr(observers, "LONGEST_ROW", longest)
         assert_close(observers.quantiles(rows, q, 0.5)[0].double(), torch.from_numpy(expected), rtol=tolerance, atol=1e-6)
-
-
-def test_quantile_of_long_rows_passes_a_nan_on(monkeypatch):
-    monkeypatch.setattr(observers, "LONGEST_ROW", 10)
-    rows = randn(2, 50)
-    rows[1, 7] = torch.nan
-    assert observers.quantiles(rows, 0.1, 0.2).isnan().tolist() == [[False, True]] * 2
-
-
-def test_percentile_of_more_values_than_float32_counts():
-    n = 2**24 + 300_001
-    x = torch.arange(n, dtype=torch.float32).mul_(2.0**-20).flip(0)
-    low, high = F.observe(None, x, None, "percentile")
-    assert_close((low, high), (torch.tensor([n * 2.0**-20 * 1e-5]), torch.tensor([n * 2.0**-20 * 0.99999])), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("call", "allowed"),
-    [
-        (lambda: F.observe(None, BATCHES[0], None, "median"), "minmax, percentile, omse, mse, ptf, ema"),
-        (lambda: F.affine_scale(BATCHES[0], 4, True, None, "ema"), "minmax, percentile, omse, mse, ptf$"),
-        (lambda: F.affine_from_state(seen("ema", None), BATCHES[0], 4, signed=True, axis=None, method="last"), "minmax, .*, ema"),
-    ],
-)
-def test_unknown_method(call, allowed):
-    with pytest.raises(qat.UsageError, match=f"method='\\w+': must be one of {allowed}"):
-        call()

@@ -28,11 +28,6 @@ def head(w, h):
     return w[h * HEAD_DIM : (h + 1) * HEAD_DIM]
 
 
-def test_fold_qk_is_one_product_per_head(wq, wk):
-    expected = torch.cat([head(wq, h).T @ head(wk, h) for h in range(HEADS)])
-    assert_close(F.fold_qk(wq, wk, HEADS), expected)
-
-
 def test_scores_through_the_fold(wq, wk):
     x, y = randn(5, WIDTH, seed=2), randn(7, WIDTH, seed=3)
     folded = F.fold_qk(wq, wk, HEADS).unflatten(0, (HEADS, WIDTH))
@@ -47,24 +42,6 @@ def test_fold_q_bias_is_the_score_of_the_bias(wq, wk):
     for h in range(HEADS):
         q, k = x @ head(wq, h).T + head(bias, h), y @ head(wk, h).T
         assert_close(x @ folded[h] @ y.T + per_key[:, h], q @ k.T, rtol=1e-5, atol=1e-5)
-
-
-def test_gradients_reach_both_weights(wq, wk):
-    wq.requires_grad_(), wk.requires_grad_()
-    upstream = randn(HEADS * WIDTH, WIDTH, seed=5)
-    F.fold_qk(wq, wk, HEADS).backward(upstream)
-    for h, g in enumerate(upstream.unflatten(0, (HEADS, WIDTH))):
-        assert_close(head(wq.grad, h), head(wk, h).detach() @ g.T)
-        assert_close(head(wk.grad, h), head(wq, h).detach() @ g)
-
-
-def test_float32_under_autocast(wq, wk):
-    bias = randn(HEADS * HEAD_DIM, seed=4)
-    with torch.autocast("cpu", torch.bfloat16):
-        folded, folded_bias = F.fold_qk(wq, wk, HEADS), F.fold_q_bias(wk, bias, HEADS)
-    assert folded.dtype == folded_bias.dtype == torch.float32
-    assert torch.equal(folded, F.fold_qk(wq, wk, HEADS))
-    assert torch.equal(folded_bias, F.fold_q_bias(wk, bias, HEADS))
 
 
 def test_rows_have_to_divide_into_heads(wq, wk):

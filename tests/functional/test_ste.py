@@ -26,13 +26,6 @@ def test_sums_and_means_along_any_axis(axis):
     assert F.view_along(F.mean_abs(x, axis), 4, axis).shape == tuple(1 if d in others else x.shape[d] for d in range(4))
 
 
-def test_no_axis_is_the_whole_tensor():
-    x = torch.arange(6.0).view(2, 3)
-    assert sum_along(x, None).tolist() == [15]
-    assert F.mean_abs(-x, None).tolist() == [2.5]
-    assert F.view_along(torch.ones(1), 2, None).shape == ()
-
-
 @pytest.mark.parametrize(
     ("bounds", "dtype"), [((-128, 127), torch.int8), ((0, 127), torch.int8), ((0, 255), torch.int16), ((0, 65535), torch.int32)]
 )

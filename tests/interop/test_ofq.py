@@ -118,13 +118,6 @@ def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
     assert (recipe.bits, recipe.act_bits, recipe.attention, recipe.qk_bias) == (3, 4, "qkr", "drop")
 
 
-def test_bits_beside_a_quantized_teacher_are_the_teachers(tmp_path, state):
-    path = written(tmp_path, {"state_dict": state, "args": argparse.Namespace(wq_bitw=4, aq_bitw=4, quant_teacher=True)})
-    with pytest.raises(qat.UsageError, match="does not say its bits"):
-        qat.load_ofq_checkpoint(path)
-    assert qat.load_ofq_checkpoint(path, bits=2).qat_conversion.recipe.act_bits == 2
-
-
 def test_what_is_left_out_is_named(tmp_path, state, caplog):
     with caplog.at_level(logging.INFO):
         qat.load_ofq_checkpoint(written(tmp_path, state), bits=2)
@@ -135,33 +128,15 @@ def test_what_is_left_out_is_named(tmp_path, state, caplog):
     ("change", "knobs", "message"),
     [
         ({}, {}, "bits=None: {} does not say its bits, and no tensor tells them; give bits= (ckpt_bits= in a command)"),
-        ({}, {"bits": 9}, "quant.bits=9: must be an integer from 2 to 8"),
         ({}, {"bits": 2, "qkr": False}, "qkr=False: {} holds attn.q and attn.k (qkr=True)"),
         ({}, {"bits": 2, "model": "nope"}, f"model='nope': timm has no such model; the file looks like '{TINY}'"),
-        (
-            {},
-            {"bits": 2, "model": "deit_tiny_patch16_224"},
-            f"model='deit_tiny_patch16_224': the weights of {{}} are not of its shape; they look like '{TINY}'",
-        ),
         ({}, {"bits": 2, "model": SWIN}, f"model='{SWIN}': the weights of {{}} are not of its shape; they look like '{TINY}'"),
-        ({"blocks.0.attn.quan_a_v_fn.s": None}, {"bits": 2}, "{}: tensor blocks.0.attn.quan_a_v_fn.s is missing"),
         ({"head.weight": None}, {"bits": 2}, "{}: tensor head.weight is missing"),
-        ({"blocks.0.attn.q.weight": None}, {"bits": 2}, "{}: tensor blocks.0.attn.q.weight is missing"),
         ({"blocks.0.gamma": torch.ones(1)}, {"bits": 2}, "{}: nothing in the net corresponds to blocks.0.gamma"),
-        (
-            {"blocks.0.attn.qk_quant.clip_val": torch.ones(1)},
-            {"bits": 2},
-            "{}: nothing in the net corresponds to blocks.0.attn.qk_quant.clip_val",
-        ),
         (
             {"blocks.0.mlp.fc1.input_quant_fn.s": torch.ones(5)},
             {"bits": 2},
             "{}: blocks.0.mlp.fc1.input_quant_fn.s has shape (5,), expected (6,)",
-        ),
-        (
-            {"blocks.0.attn.proj.weight": torch.ones(96, 384)},
-            {"bits": 2},
-            "{}: blocks.0.attn.proj.weight has shape (96, 384), expected (192, 192)",
         ),
     ],
 )

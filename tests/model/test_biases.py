@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qat
-from qat.model.biases import grow_biases, grown_biases, invent_biases
+from qat.model.biases import grow_biases, grown_biases
 
 MERGING = "layers.1.downsample.reduction"
 
@@ -36,17 +36,3 @@ def test_a_file_rebuilds_a_net_with_a_grown_bias(tmp_path, preset):
     again = qat.load(tmp_path / "net.ckpt")
     assert torch.equal(again.get_submodule(MERGING).bias, net.get_submodule(MERGING).bias)
     assert grown_biases(again) == [MERGING]
-
-
-def test_invented_biases_are_outside_of_attentions():
-    net = swin()
-    net.layers[0].blocks[0].attn.qkv.bias = None
-    assert invent_biases(net) == [MERGING]
-    assert net.layers[0].blocks[0].attn.qkv.bias is None
-    assert 0 < net.get_submodule(MERGING).bias.abs().max() <= 32**-0.5
-
-
-@pytest.mark.parametrize("name", ["layers.0", "nowhere"])
-def test_what_is_no_linear_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name} is no Linear"):
-        grow_biases(swin(), [name])

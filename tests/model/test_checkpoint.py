@@ -1,7 +1,6 @@
 """Checkpoints. Oracle: the net that was saved, and one line for every file that is none."""
 
 import contextlib
-import copy
 import io
 import pickle
 import pickletools
@@ -9,12 +8,10 @@ import sys
 import time
 import zipfile
 from collections import defaultdict
-from functools import partial
 
 import numpy as np
 import pytest
 import safetensors.torch
-import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -58,27 +55,6 @@ def test_round_trip(preset, name, path):
     assert qat.conversion_report(loaded) == qat.conversion_report(net)
 
 
-def test_round_trip_with_every_knob(path):
-    net = quantized(
-        "ofq",
-        bits=2,
-        act_bits=3,
-        qk_bias="fold",
-        head_bits=4,
-        overrides={"blocks.0.*": {"bits": 4}, "blocks.1.attn": {"attention": "float"}},
-    )
-    qat.save(net, path)
-    assert torch.equal(logits(qat.load(path)), logits(net))
-
-
-def test_loading_does_not_touch_the_random_state_of_the_result(path):
-    qat.save(quantized(), path)
-    torch.manual_seed(1)
-    first = qat.load(path)
-    torch.manual_seed(2)
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), qat.load(path).state_dict().values(), strict=True))
-
-
 def test_missing_scales_survive_as_missing(path):
     qat.save(converted(), path)
     with pytest.raises(qat.UsageError, match="not initialised"):
@@ -110,13 +86,6 @@ def test_a_new_head_of_a_quantized_net_is_in_float(path, preset, name):
     assert torch.equal(logits(qat.load(path)), logits(frozen))
 
 
-def test_another_pooling_is_rebuilt(path):
-    net = vit()
-    net.reset_classifier(3, "avg" if net.global_pool == "token" else "token")
-    qat.save(net, path)
-    assert torch.equal(logits(qat.load(path)), logits(net))
-
-
 def test_a_head_that_was_put_there_by_hand_is_refused(path):
     net = vit()
     net.head = nn.Linear(net.head.in_features, 7)
@@ -133,25 +102,6 @@ def test_content_is_plain_data(path):
     assert (meta["recipe"]["name"], meta["recipe"]["bits"], meta["input_size"]) == ("ofq", 2, [1, 8, 8])
 
 
-def test_float_net_has_no_recipe(path):
-    meta = saved(vit(), path)["qat"]
-    assert meta["recipe"] is None
-    assert meta["input_size"] is None
-
-
-def test_saving_replaces(path):
-    qat.save(quantized("lsq"), path)
-    qat.save(quantized("ofq"), path)
-    assert torch.equal(logits(qat.load(path)), logits(quantized("ofq")))
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_a_net_not_built_by_timm_says_what_it_needs(path):
-    with pytest.raises(qat.UsageError, match="save: this net does not say how timm built it; give model='timm name' and model_kwargs="):
-        qat.save(nn.Sequential(nn.Linear(2, 2)), path)
-    assert not path.exists()
-
-
 def test_a_net_built_by_hand_is_described_by_its_caller(path):
     torch.manual_seed(0)
     net = shake(VisionTransformer(**{**KWARGS, "num_classes": 10}))
@@ -160,16 +110,6 @@ def test_a_net_built_by_hand_is_described_by_its_caller(path):
     with pytest.raises(qat.UsageError, match="give model='timm name'"):
         qat.save(net, path)
     qat.save(net, path, model=VIT, model_kwargs=KWARGS)
-    assert torch.equal(logits(qat.load(path)), logits(net))
-
-
-@pytest.mark.parametrize("value", [partial(nn.LayerNorm, eps=1e-5), nn.LayerNorm, torch.ones(1)], ids=["partial", "class", "tensor"])
-def test_model_arguments_have_to_be_plain(path, value):
-    net = vit()
-    net._model_args = {**net._model_args, "norm_layer": value}
-    with pytest.raises(qat.UsageError, match=r"save: model argument norm_layer=.* is not plain data; give model_kwargs="):
-        qat.save(net, path)
-    qat.save(net, path, model_kwargs=KWARGS)
     assert torch.equal(logits(qat.load(path)), logits(net))
 
 
@@ -197,20 +137,15 @@ def test_data_and_classes_come_back(path):
     assert (data_of(qat.load(path)), classes_of(qat.load(path))) == (data, ["a", "b"])
 
 
+@pytest.mark.parametrize("content", [b"", b"this is no checkpoint\n" * 50, b"hello there\n"])
+def test_a_file_of_something_else(path, content):
+    path.write_bytes(content)
+    refused(path, "not a checkpoint that can be read safely")
+
+
 def test_missing_file(tmp_path):
     refused(tmp_path / "nowhere.ckpt", "no such file")
     refused(tmp_path, "a folder, not a file")
-
-
-def test_text_file(path):
-    for text in ("this is no checkpoint\n" * 50, "hello there\n"):
-        path.write_text(text)
-        refused(path, "not a checkpoint that can be read safely (it is no file of tensors: neither torch nor safetensors wrote it)")
-
-
-def test_empty_file(path):
-    path.write_bytes(b"")
-    refused(path, "not a checkpoint that can be read safely")
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.999])
@@ -219,16 +154,6 @@ def test_truncated_file(path, fraction):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(fraction * len(whole))])
     refused(path, "not a checkpoint that can be read safely")
-
-
-def test_flipped_byte_in_the_middle_of_a_tensor(path):
-    qat.save(quantized(), path)
-    content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
-    path.write_bytes(content)
-    refused(path, "the file is damaged (checksum of", largest.filename)
 
 
 def same(a, b):
@@ -248,17 +173,6 @@ def test_a_flipped_byte_anywhere_is_noticed_or_harmless(path):
         except qat.UsageError:
             noticed += 1
     assert noticed > 200
-
-
-def test_an_entry_marked_as_a_folder_is_damage(path):
-    qat.save(quantized(), path)
-    with zipfile.ZipFile(path) as archive:
-        directory = archive.start_dir
-    content = bytearray(path.read_bytes())
-    entry = content.index(b"PK\x01\x02", directory + 46)  # the second entry: the first is the pickle
-    content[entry + 38] ^= 0x10
-    path.write_bytes(content)
-    refused(path, "the file is damaged")
 
 
 class Malicious:
@@ -284,11 +198,6 @@ def test_code_in_a_pickle_is_not_run(path, tmp_path, legacy):
     assert not victim.exists()
 
 
-def test_a_whole_pickled_net_is_refused(path):
-    torch.save(vit(), path)
-    refused(path, "not a checkpoint that can be read safely")
-
-
 def changed(path, change):
     """A checkpoint of ours after `change(content)`."""
     content = saved(quantized(), path)
@@ -296,24 +205,18 @@ def changed(path, change):
     torch.save(content, path)
 
 
-def test_newer_format(path):
-    changed(path, lambda c: c["qat"].update(format_version=2))
-    refused(path, "written by a newer qat (format 2); this one reads up to 1")
-
-
-def test_weights_of_another_shape(path):
-    changed(path, lambda c: c["state_dict"].update({"head.bias": torch.zeros(7)}))
-    refused(path, f"weights do not fit {VIT}", "head.bias")
-
-
-def test_missing_weights(path):
-    changed(path, lambda c: c["state_dict"].pop("head.bias"))
-    refused(path, f"weights do not fit {VIT}", "head.bias")
-
-
-def test_extra_weights(path):
-    changed(path, lambda c: c["state_dict"].update({"extra": torch.zeros(1)}))
-    refused(path, "weights do not fit", "extra")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["qat"].update(format_version=2), "written by a newer qat (format 2); this one reads up to 1"),
+        (lambda c: c["state_dict"].update({"head.bias": torch.zeros(7)}), f"weights do not fit {VIT}"),
+        (lambda c: c["state_dict"].pop("head.bias"), "head.bias"),
+        (lambda c: c["state_dict"].update({"extra": torch.zeros(1)}), "extra"),
+    ],
+)
+def test_a_file_that_does_not_fit(path, change, said):
+    changed(path, change)
+    refused(path, said)
 
 
 @pytest.mark.parametrize(
@@ -357,12 +260,6 @@ def test_a_plain_state_dict_does_not_say_what_it_is(path):
 def test_a_description_that_cannot_be_followed(path, meta, said):
     changed(path, lambda c: c.update(qat={"format_version": 1, **meta}))
     refused(path, "cannot build the net it describes", said)
-
-
-@pytest.mark.parametrize(("meta", "model"), [({}, None), ({"model": {}}, {}), ({"model": 3}, 3)])
-def test_a_description_of_no_net(path, meta, model):
-    changed(path, lambda c: c.update(qat={"format_version": 1, **meta}))
-    refused(path, f"is damaged, or not written by qat: it says model={model!r} of itself")
 
 
 @pytest.mark.parametrize("knob", ["weight_quantizer", "act_quantizer", "overrides"])
@@ -418,21 +315,6 @@ def test_what_a_file_asks_for_has_bounds(path, change, said):
     assert time.monotonic() - began < 20
 
 
-@pytest.mark.parametrize(
-    ("weight", "said"),
-    [
-        (torch.zeros(2, dtype=torch.complex64), "is complex64; weights must be dense real numbers"),
-        (torch.eye(3).to_sparse(), "is sparse_coo; weights must be dense real numbers"),
-        (torch.zeros(2, device="meta"), "is without values; weights must be dense real numbers"),
-    ],
-    ids=["complex", "sparse", "meta"],
-)
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
-def test_weights_are_dense_real_numbers(path, weight, said):
-    changed(path, lambda c: c["state_dict"].update({"blocks.0.mlp.fc1.weight": weight}))
-    refused(path, f"its weight blocks.0.mlp.fc1.weight {said}")
-
-
 @pytest.mark.parametrize("count", [1, 100])
 def test_weights_have_no_more_numbers_than_the_file_has_room_for(path, count):
     """Views of one number, each below every bound of a tensor alone, would let the net be as large as they pretend."""
@@ -479,11 +361,6 @@ def test_formats(path):
         read_checkpoint(path, fmt="zip")
 
 
-def test_the_setting_is_named(tmp_path):
-    with pytest.raises(qat.UsageError, match=r"teacher.ckpt='.*nowhere': no such file"):
-        read_checkpoint(tmp_path / "nowhere", setting="teacher.ckpt")
-
-
 def test_safetensors(tmp_path):
     state = vit().state_dict()
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
@@ -502,12 +379,6 @@ def test_wrappers_leave_no_trace(path, key, prefix):
     state = {prefix + k: v for k, v in vit().state_dict().items()}
     torch.save({key: state, "epoch": 3} if key else state, path)
     assert read_checkpoint(path).state.keys() == vit().state_dict().keys()
-
-
-def test_wrapped_net_of_ours(path):
-    net = quantized()
-    changed(path, lambda c: c.update(state_dict={f"module.{k}": v for k, v in c["state_dict"].items()}))
-    assert torch.equal(logits(qat.load(path)), logits(net))
 
 
 @pytest.mark.long
@@ -529,24 +400,6 @@ def test_training_checkpoint(path):
     assert torch.equal(logits(build_from(read)), logits(net))
 
 
-@pytest.mark.parametrize(
-    "training",
-    [
-        {"optimizer_states": [{"param_groups": 5}]},
-        {"optimizer_states": [{"param_groups": [{"params": 5}, 5]}]},
-        {"optimizer_states": [None]},
-        {"loops": {"fit_loop": [1]}},
-        {"loops": {"fit_loop": {"epoch_progress": {"current": {"processed": float("inf")}}}}},
-    ],
-)
-def test_what_is_no_state_of_a_training_does_not_stand_in_the_way_of_weights(path, training):
-    qat.save(quantized(), path)
-    torch.save({**torch.load(path), **training}, path)
-    found = read_checkpoint(path).training
-    assert found["epochs"] is None
-    assert not found.get("groups")
-
-
 def test_of_timms_trainer_the_averaged_weights_are_read(path):
     trained, averaged = vit().state_dict(), {name: tensor + 1 for name, tensor in vit().state_dict().items()}
     torch.save({"arch": VIT, "state_dict": trained, "state_dict_ema": averaged}, path)
@@ -558,15 +411,3 @@ def test_arguments_of_timms_trainer_are_read(path):
 
     torch.save({"state_dict": vit().state_dict(), "args": argparse.Namespace(lr=0.1)}, path)
     assert read_checkpoint(path).state.keys() == vit().state_dict().keys()
-
-
-def test_saved_in_bfloat16_comes_back_in_the_dtype_of_the_net(path):
-    net = copy.deepcopy(quantized()).bfloat16()
-    qat.save(net, path)
-    assert {p.dtype for p in qat.load(path).parameters()} == {torch.float32}
-
-
-def test_describes_the_net_timm_builds(path):
-    net = timm.create_model("deit_tiny_patch16_224", depth=1, num_classes=4, drop_path_rate=0.1)
-    meta = saved(net, path)["qat"]
-    assert meta["model"] == {"name": "deit_tiny_patch16_224", "kwargs": {"depth": 1, "num_classes": 4, "drop_path_rate": 0.1}}

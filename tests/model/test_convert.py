@@ -12,47 +12,9 @@ import qat
 from qat.model.convert import conversion_of
 from qat.model.transfer import timm_state_dict
 from qat.nn import QuantLinear
-from tests.tiny import DISTILLED, SIZE, converted, float_recipe, images, logits, parameters, quantized, shake, sites, vit
+from tests.tiny import DISTILLED, SIZE, converted, float_recipe, images, logits, parameters, quantized, sites, vit
 
-FAMILIES = [
-    "deit_tiny_patch16_224",
-    "deit_tiny_distilled_patch16_224",
-    "deit_small_patch16_224",
-    "deit_base_patch16_224",
-    "vit_small_patch16_224",
-    "deit3_small_patch16_224",
-]
 QUANTIZED = ["ofq", "ofq_noqkr", "lsq", "seq", "minmax"]
-
-
-def family(name, **kwargs):
-    """Two blocks of full width on 32 pixels."""
-    torch.manual_seed(0)
-    return timm.create_model(name, **{"img_size": 32, "depth": 2, "num_classes": 10, **kwargs}).eval()
-
-
-def pixels():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("attention", ["qkr", "standard", "float"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_without_rounding_it_is_timms(name, attention):
-    net = family(name)
-    expected = logits(net, pixels())
-    qat.convert(net, float_recipe(attention), input_size=(3, 32, 32))
-    assert_close(logits(net, pixels()), expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("attention", ["qkr", "standard", "float"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_without_rounding_it_is_as_exact_as_timm(name, attention):
-    # Weights so large that every bias and every score counts. The yardstick is timm's own error against double precision.
-    net = shake(family(name))
-    exact = logits(copy.deepcopy(net).double(), pixels().double())
-    error = (logits(net, pixels()) - exact).abs().max()
-    qat.convert(net, float_recipe(attention), input_size=(3, 32, 32))
-    assert (logits(net, pixels()) - exact).abs().max() <= 4 * error
 
 
 @pytest.mark.parametrize("attention", ["qkr", "standard", "float"])
@@ -74,14 +36,6 @@ def test_variants_of_timms_vit(changes, attention):
     assert_close(logits(net), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_normalised_queries_need_standard_attention():
-    expected = logits(vit(qk_norm=True))
-    net = qat.convert(vit(qk_norm=True), float_recipe("standard"), input_size=SIZE)
-    assert_close(logits(net), expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(qat.UsageError, match="quant.attention='qkr': this net normalises queries and keys"):
-        qat.convert(vit(qk_norm=True), float_recipe("qkr"), input_size=SIZE)
-
-
 def test_distilled_heads_in_training_mode():
     net = vit(DISTILLED).train()
     net.set_distilled_training(True)
@@ -89,41 +43,6 @@ def test_distilled_heads_in_training_mode():
     qat.convert(net, float_recipe("qkr"), input_size=SIZE)
     assert net.training
     assert_close(net(images()), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_dropped_query_bias_changes_the_function():
-    expected = logits(vit())
-    recipe = qat.recipe("ofq", qk_bias="drop", weight_quantizer="float", act_quantizer="float")
-    assert (logits(qat.convert(vit(), recipe, input_size=SIZE)) - expected).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("preset", QUANTIZED)
-def test_quantization_does_something(preset):
-    two, eight = ((logits(quantized(preset, bits=b)) - logits(vit())).abs().mean() for b in (2, 8))
-    assert two > 2 * eight > 0
-
-
-@pytest.mark.parametrize("preset", ["ofq_noqkr", "lsq", "seq", "minmax"])
-def test_all_weights_are_kept(preset):
-    float_state = vit().state_dict()
-    kept = timm_state_dict(converted(preset))
-    assert set(kept) == set(float_state)
-    assert all(torch.equal(kept[k], float_state[k]) for k in float_state)
-
-
-@pytest.mark.parametrize("qk_bias", ["fold", "drop"])
-def test_qkr_keeps_all_weights_but_biases_of_scores(qk_bias):
-    float_state = vit().state_dict()
-    kept = timm_state_dict(converted("ofq", qk_bias=qk_bias))
-    assert set(kept) == set(float_state)
-    for name, value in float_state.items():
-        if name.endswith("qkv.bias"):
-            q, k, v = kept[name].chunk(3)
-            assert torch.equal(q, value.chunk(3)[0] if qk_bias == "fold" else torch.zeros(32))
-            assert torch.equal(k, torch.zeros(32))
-            assert torch.equal(v, value.chunk(3)[2])
-        else:
-            assert torch.equal(kept[name], value)
 
 
 @pytest.mark.parametrize("preset", QUANTIZED)
@@ -154,20 +73,6 @@ def test_fp_leaves_the_net_alone():
     qat.convert(net, qat.recipe("fp"), input_size=SIZE)
     assert list(net.modules()) == modules
     assert conversion_of(net) is None
-
-
-def test_the_recipe_is_remembered():
-    recipe = qat.recipe("ofq", bits=3)
-    net = qat.convert(vit(), recipe, input_size=SIZE)
-    assert (conversion_of(net).recipe, conversion_of(net).input_size) == (recipe, SIZE)
-
-
-def test_dead_offsets_do_not_exist():
-    after = [n.removesuffix(".offset_after") for n, _ in converted("ofq").named_parameters() if n.endswith("offset_after")]
-    assert not any("k_quantizer" in n or "qk" in n or "probs" in n for n in after)
-    standard = dict(converted("ofq_noqkr").named_parameters())
-    assert "blocks.0.attn.k_quantizer.offset_before" in standard
-    assert "blocks.0.attn.k_quantizer.offset_after" not in standard
 
 
 @pytest.mark.parametrize("attention", ["standard", "float", "qkr"])
@@ -206,20 +111,6 @@ def test_report_lists_every_quantizer_and_what_stays_float():
     assert {n for n in owned if "_quantizer" not in n} <= listed
 
 
-def test_report_as_text():
-    lines = qat.conversion_report(converted()).to_text().splitlines()
-    assert lines[0].split() == ["module", "role", "quantizer", "bits", "axis", "scales", "offsets"]
-    assert any(line.split() == ["patch_embed.proj", "image", "lsq", "8", "1", "1", "both"] for line in lines)
-    assert "stays float:" in lines
-    assert "  blocks.0.norm1  LayerNorm" in lines
-
-
-def test_report_of_a_float_net():
-    report = qat.conversion_report(vit())
-    assert report.rows == ()
-    assert ("head", "Linear") in report.stays_float
-
-
 def test_converting_twice_is_an_error():
     with pytest.raises(qat.UsageError, match="the net is quantized already; build a fresh one"):
         qat.convert(converted(), qat.recipe("ofq"), input_size=SIZE)
@@ -228,12 +119,6 @@ def test_converting_twice_is_an_error():
 @pytest.mark.parametrize("size", [(1, 9, 9), (3, 8, 8), (1, 16, 16)])
 def test_images_that_do_not_pass(size):
     with pytest.raises(qat.UsageError, match=rf"input_size=\({size[0]}, {size[1]}, {size[2]}\): no image of this size passes"):
-        qat.convert(vit(), qat.recipe("ofq"), input_size=size)
-
-
-@pytest.mark.parametrize("size", [(8, 8), 224, None])
-def test_sizes_that_are_none(size):
-    with pytest.raises(qat.UsageError, match="must be three integers"):
         qat.convert(vit(), qat.recipe("ofq"), input_size=size)
 
 
@@ -303,14 +188,6 @@ def test_a_layer_is_one_layer_under_all_its_names():
     assert_close(timm_state_dict(net), float_net.state_dict(), rtol=0, atol=0)
 
 
-def test_a_refused_net_has_its_layers_under_all_names_again():
-    net = Repeated()
-    layer = net.layers[0]
-    with pytest.raises(qat.UsageError):
-        qat.convert(net, qat.recipe("lsq"), input_size=(1, 3, 5))
-    assert layer is net.layers[0] is net.layers[2] is net.other[0]
-
-
 def test_rules_for_one_block_stay_there():
     net = quantized(bits=2, overrides={"blocks.1.*": {"bits": 4, "act_bits": 3}})
     bits = {name: s.quantizer.spec.bits for name, s in sites(net).items()}
@@ -319,24 +196,6 @@ def test_rules_for_one_block_stay_there():
         assert bits[name] == (inside if name.startswith("blocks") else 8)
     weight = sites(net)["blocks.1.mlp.fc1.weight_quantizer"]
     assert weight.quantizer.codes(weight.latent()).unique().tolist() == list(range(-8, 8))
-
-
-def test_rules_reach_stem_and_head():
-    net = converted(overrides={"head": {"bits": 4}, "patch_embed.*": {"stem_bits": 6}})
-    assert {s.quantizer.spec.bits for n, s in sites(net).items() if n.startswith("head")} == {4}
-    assert {s.quantizer.spec.bits for n, s in sites(net).items() if n.startswith("patch_embed")} == {6}
-
-
-def test_rules_may_keep_one_attention_in_float_or_standard():
-    net = converted(overrides={"blocks.0.attn": {"attention": "standard"}, "blocks.1.attn": {"attention": "float"}})
-    assert {s.role for n, s in sites(net).items() if n.startswith("blocks.0.attn")} == {"input", "weight", "q", "k", "v", "probs"}
-    assert {s.role for n, s in sites(net).items() if n.startswith("blocks.1.attn")} == {"input", "weight"}
-
-
-def test_rules_see_the_names_of_the_quantized_net():
-    net = converted(bits=2, overrides={"blocks.0.attn.v": {"bits": 8}})
-    assert net.blocks[0].attn.v.weight_quantizer.spec.bits == 8
-    assert net.blocks[0].attn.qk_quantizer.spec.bits == 2
 
 
 @pytest.mark.parametrize("pattern", ["blocks.7.*", "nothing", "blocks.0", "norm", "blocks.0.attn.qkv"])
@@ -348,18 +207,6 @@ def test_a_rule_that_changes_nothing_is_an_error(pattern):
         converted(overrides={pattern: {"bits": 8}})
 
 
-@pytest.mark.parametrize(
-    ("rule", "said"),
-    [
-        ({"blocks.0": {"attention": "standard"}}, r"\['blocks.0'\] matches no attention; patterns see names like 'blocks.0.attn'"),
-        ({"blocks.0.mlp.fc1": {"attention": "float", "bits": 8}}, "matches no attention"),
-    ],
-)
-def test_a_rule_half_of_which_changes_nothing_is_an_error(rule, said):
-    with pytest.raises(qat.UsageError, match=said):
-        converted(overrides=rule)
-
-
 def test_a_converted_net_can_be_copied():
     net = quantized()
     twin = copy.deepcopy(net)
@@ -368,15 +215,6 @@ def test_a_converted_net_can_be_copied():
         twin.head.bias.add_(1)
     assert_close(logits(twin), logits(net) + 1)
     assert conversion_of(twin) == conversion_of(net)
-
-
-def test_works_under_autocast():
-    net = quantized("ofq").train()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = net(images())
-        out.square().mean().backward()
-    assert out.dtype == torch.bfloat16
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
 
 
 def test_hooks_stay_where_they_were_put():

@@ -43,17 +43,6 @@ def test_timms_optimizers_find_it(net, copied):
     assert decayed(param_groups_weight_decay(net, 0.05, no_weight_decay_list=net.no_weight_decay()), net) == wanted
 
 
-def test_the_offsets_of_the_stem_are_among_them(net):
-    named = [name for name in qat.no_weight_decay(net) if "patch_embed" in name and "offset" in name]
-    assert any(net.get_parameter(name).ndim > 1 for name in named)
-
-
-def test_a_float_net_has_what_timm_names():
-    net = tiny()
-    assert {"pos_embed", "cls_token", "head.bias", "norm.weight"} <= qat.no_weight_decay(net)
-    assert "head.weight" not in qat.no_weight_decay(net)
-
-
 def test_scripting_says_what_to_use_instead(net):
     for one in (net, qat.freeze(net), net.blocks[0].mlp.fc1):
         with pytest.raises(qat.UsageError, match=r"^torch.jit.script: a quantized net cannot be scripted; use qat.export_onnx"):

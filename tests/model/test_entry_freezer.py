@@ -51,29 +51,6 @@ def test_a_gradient_that_is_no_number_does_not_get_through():
     assert all(v.isfinite().all() for v in optimizer.state[parameter].values())
 
 
-def test_a_parameter_without_gradient():
-    parameter, optimizer = start()
-    hold = EntryFreezer()
-    hold.attach([optimizer])
-    before = parameter.detach().clone()
-    hold.freeze([(parameter, MASK)])
-    optimizer.step()
-    assert parameter.grad is None
-    assert torch.equal(parameter, before)
-
-
-def test_one_step_only():
-    parameter, optimizer = start()
-    hold = EntryFreezer()
-    hold.attach([optimizer])
-    parameter.grad = gradient(0)
-    hold.freeze([(parameter, MASK)])
-    optimizer.step()
-    before = parameter.detach().clone()
-    optimizer.step()
-    assert (parameter != before).all()
-
-
 def test_a_step_that_a_scaler_skips_leaves_nothing_behind():
     # The values remembered for the skipped step are not those of the next one.
     calls = []
@@ -94,17 +71,3 @@ def test_a_step_that_a_scaler_skips_leaves_nothing_behind():
         assert torch.equal(parameter[mask], before[mask])
         assert bool((parameter[~mask] != before[~mask]).all()) == good
     assert len(calls) == 2
-
-
-def test_detached_it_holds_nothing():
-    parameter, optimizer = start()
-    hold = EntryFreezer()
-    hold.attach([optimizer])
-    hold.attach([optimizer])
-    assert len(optimizer._optimizer_step_post_hooks) == 1
-    hold.detach()
-    assert not optimizer._optimizer_step_post_hooks
-    parameter.grad = gradient(0)
-    before = parameter.detach().clone()
-    optimizer.step()
-    assert (parameter != before).all()

@@ -112,13 +112,6 @@ def test_what_is_uploaded_is_what_is_saved(tmp_path, net):
     }
 
 
-def test_a_refusal_of_the_hub_is_one_line(net):
-    with pytest.raises(qat.UsageError, match=r"push_to_hub: 'me/net': the hub refuses \(403 Forbidden\)$"):
-        qat.push_to_hub(net, "me/net", api=FakeApi(OSError("403 Forbidden\nand more")))
-    with pytest.raises(qat.UsageError, match="push_to_hub: 'net': must be user/name"):
-        qat.push_to_hub(net, "net", api=FakeApi())
-
-
 def test_without_a_token_and_without_a_connection(net, monkeypatch, cache):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     began = time.monotonic()

@@ -7,7 +7,6 @@ from torch.testing import assert_close
 
 from qat.model.checkpoint import read_checkpoint
 from qat.model.start import from_state
-from qat.model.torchvision_swin import timm_names
 
 
 @pytest.mark.parametrize("depths", [[2, 1, 1, 1], [1, 2, 1, 1]])
@@ -25,8 +24,3 @@ def test_logits_are_torchvisions(tmp_path, depths):
     with torch.no_grad():
         assert_close(start.net.eval()(x), theirs(x), rtol=1e-4, atol=1e-4)
     assert not any("new head" in note for note in start.notes)
-
-
-def test_other_weights_keep_their_names():
-    state = {"features.0.0.weight": torch.ones(1), "head.weight": torch.ones(1)}
-    assert timm_names(state) == state

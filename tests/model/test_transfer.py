@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 import qat
 from qat.model.checkpoint import read_checkpoint
-from qat.model.start import from_checkpoint, from_pretrained, from_scratch, from_state
-from qat.model.transfer import copy_scales, timm_state_dict
+from qat.model.start import from_checkpoint, from_pretrained, from_scratch
+from qat.model.transfer import copy_scales
 from tests.tiny import DISTILLED, KWARGS, SIZE, VIT, converted, images, logits, quantized, shake, sites, vit
 
 
@@ -84,14 +84,6 @@ def test_reparameterized_to_standard_and_back(path, qk_bias):
     assert all(torch.equal(back.get_parameter(n), p) for n, p in weights.items())
 
 
-def test_a_net_without_qkv_bias(path):
-    net = vit(qkv_bias=False)
-    expected = net.state_dict()
-    expected = {k: v.clone() for k, v in expected.items()}
-    qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
-    assert same_state(timm_state_dict(net), expected)
-
-
 def test_another_class_count_needs_consent(path):
     qat.save(quantized(), path)
     message = rf"ckpt='{path}': has 10 classes, the data 7; model.reset_head=true gives it a new head"
@@ -101,32 +93,6 @@ def test_another_class_count_needs_consent(path):
     assert made.net.head.weight.shape == (7, 32)
     assert "new head for 7 classes (the file has 10)" in made.notes
     assert torch.equal(made.net.blocks[0].mlp.fc1.weight, vit().blocks[0].mlp.fc1.weight)
-
-
-def test_both_heads_are_new(path):
-    qat.save(quantized(name=DISTILLED), path)
-    made = start(path, DISTILLED, num_classes=7, reset_head=True)
-    assert made.notes[1:] == [f"new {head} for 7 classes (the file has 10)" for head in ("head", "head_dist")]
-    assert made.net.head.weight.shape == made.net.head_dist.weight.shape == (7, 32)
-
-
-def test_a_timm_file_gets_a_new_head_and_says_so(path):
-    torch.save({"state_dict": vit().state_dict()}, path)
-    made = start(path, num_classes=3)
-    assert "new head for 3 classes (the file has 10)" in made.notes
-    assert logits(made.net).shape == (8, 3)
-
-
-def test_a_timm_file_of_the_same_classes_keeps_its_head(path):
-    torch.save(vit().state_dict(), path)
-    assert torch.equal(logits(start(path).net), logits(vit()))
-
-
-def test_a_state_dict_without_head(path):
-    torch.save({k: v for k, v in vit().state_dict().items() if not k.startswith("head.")}, path)
-    made = start(path)
-    assert "new head for 10 classes" in made.notes
-    assert torch.equal(made.net.blocks[1].norm2.weight, vit().blocks[1].norm2.weight)
 
 
 def test_another_patch_size_is_resampled(path):
@@ -156,15 +122,6 @@ def test_colour_weights_are_summed_for_grey_images(path):
     assert_close(logits(made.net, grey), logits(colour, grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
 
 
-def test_the_net_keeps_its_own_description(path):
-    torch.save(vit().state_dict(), path)
-    made = start(path, num_classes=3)
-    assert made.net.pretrained_cfg["architecture"] == VIT
-    assert "state_dict" not in made.net.pretrained_cfg
-    qat.save(made.net, path)
-    assert torch.equal(logits(qat.load(path)), logits(made.net))
-
-
 @pytest.mark.parametrize(
     "state",
     [
@@ -182,34 +139,9 @@ def test_weights_of_another_net(path, state):
     assert "\n" not in str(caught.value)
 
 
-def test_random_weights():
-    made = from_scratch(VIT, KWARGS)
-    assert made.notes == ["random weights"]
-    assert made.source is None
-    assert logits(made.net).shape == (8, 10)
-
-
 def test_unknown_model_shows_what_is_near():
     with pytest.raises(qat.UsageError, match=r"model.name='deit_tinny': timm has no such model; near are .*deit"):
         from_scratch("deit_tinny", {})
-
-
-@pytest.mark.parametrize("kwargs", [{"colour": 3}, {"num_heads": 5}], ids=str)
-def test_arguments_that_timm_does_not_take(kwargs):
-    with pytest.raises(qat.UsageError, match=rf"model.name='{VIT}' with .*{next(iter(kwargs))}"):
-        from_scratch(VIT, {**KWARGS, **kwargs})
-
-
-def test_local_weight_file(path):
-    torch.save(vit().state_dict(), path)
-    made = from_state(VIT, KWARGS, read_checkpoint(path).state, origin="w.pt", keep_head=False)
-    assert torch.equal(logits(made.net), logits(vit()))
-    assert made.notes == ["weights of w.pt"]
-
-
-def test_state_with_a_head_that_must_fit():
-    with pytest.raises(qat.UsageError, match="here: has 10 classes, the data 4$"):
-        from_state(VIT, {**KWARGS, "num_classes": 4}, vit().state_dict(), origin="here", keep_head=True)
 
 
 def test_all_scales_are_copied_between_equal_recipes():
@@ -239,29 +171,6 @@ def test_scales_are_copied_where_bits_agree():
     assert copy_scales(source, target)[1] == ["blocks.1.mlp.fc1.input_quantizer", "blocks.1.mlp.fc2.input_quantizer"]
 
 
-def test_scales_of_another_token_count_are_not_copied():
-    source = quantized(bits=2)
-    with torch.no_grad():
-        source.blocks[0].attn.product_offset.fill_(1.0)
-    target = qat.convert(vit(img_size=16), qat.recipe("ofq", bits=2), input_size=(1, 16, 16))
-    copied, missing = copy_scales(source, target)
-    assert {"patch_embed.proj.weight_quantizer", "head.input_quantizer"} <= set(copied)
-    assert {"blocks.0.mlp.fc1.input_quantizer", "patch_embed.proj.input_quantizer", "blocks.0.attn.k_quantizer"} <= set(missing)
-    assert not target.blocks[0].attn.product_offset.any()
-
-
-def test_scales_that_are_missing_are_not_copied():
-    assert copy_scales(converted(), converted())[0] == []
-
-
-def test_copies_are_copies():
-    source, target = quantized(), converted()
-    copy_scales(source, target)
-    with torch.no_grad():
-        source.head.weight_quantizer.start.zero_()
-    assert (target.head.weight_quantizer.scale > 0).all()
-
-
 @pytest.mark.parametrize("error", [urllib.error.URLError("no route"), TimeoutError("timed out"), http.client.BadStatusLine("hello")])
 def test_unreachable_hub_is_said_at_once(monkeypatch, error):
     asked = []
@@ -279,30 +188,6 @@ def test_unreachable_hub_is_said_at_once(monkeypatch, error):
         from_pretrained("deit_tiny_patch16_224", {})
     assert time.monotonic() - began < 10
     assert asked == [4]
-
-
-def test_a_download_that_fails_is_one_line(monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError("404 Client Error")
-
-    monkeypatch.setattr("qat.model.hub.require_host", lambda *_: None)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
-    with pytest.raises(qat.UsageError, match=r"the weights of .* cannot be fetched, or do not fit \(404 Client Error\)"):
-        from_pretrained("deit_tiny_patch16_224", {"depth": 1})
-
-
-def test_offline_mode_asks_nobody(monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the hub"))
-    with pytest.raises(qat.UsageError, match="HF_HUB_OFFLINE is set"):
-        from_pretrained("deit_tiny_patch16_224", {})
-
-
-def test_models_without_pretrained_weights():
-    with pytest.raises(qat.UsageError, match="model.pretrained=true: timm has no pretrained weights for 'vit_base_patch16_18x2_224'"):
-        from_pretrained("vit_base_patch16_18x2_224", {"depth": 1})
 
 
 def test_cached_weights_need_no_hub(monkeypatch, tmp_path):

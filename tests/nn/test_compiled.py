@@ -43,9 +43,3 @@ def compare(name, backend):
 @pytest.mark.parametrize("name", ["swin", "eva02", "swinv2", "dinov3", "beit", "siglip"])
 def test_traced_forward_and_backward(name):
     compare(name, "aot_eager")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["eva02"])  # a minute of compilation each for the others, whose graphs are traced above
-def test_compiled_forward_and_backward(name):
-    compare(name, "inductor")

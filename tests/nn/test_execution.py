@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-import qat
 from qat.nn.execution import keep_weights, kept_weights
 from qat.nn.quant_module import QuantModule
 from tests.tiny import images, quantized, sites
@@ -49,17 +48,6 @@ def test_what_has_changed_is_quantized_anew(net):
         assert torch.equal(net(images()), fresh(images())), name
 
 
-@torch.no_grad()
-def test_a_loaded_state_is_seen(net):
-    keep_weights(net, keep=True)
-    net(images())
-    other = {name: value * 1.25 if value.is_floating_point() else value for name, value in net.state_dict().items()}
-    net.load_state_dict(other)
-    fresh = copy.deepcopy(net)
-    keep_weights(fresh, keep=False)
-    assert torch.equal(net(images()), fresh(images()))
-
-
 def test_gradients_are_the_same(net):
     def gradients():
         net.zero_grad()
@@ -79,14 +67,3 @@ def test_evaluation_in_inference_mode_leaves_nothing_to_training():
         net(images())
     net(images()).sum().backward()
     assert all(p.grad is not None for name, p in net.named_parameters() if name.endswith("weight"))
-
-
-def test_who_watches_a_weight_sees_it_in_every_pass(net):
-    weights = [site for site in qat.iter_quantizers(net) if site.is_weight]
-    seen = []
-    for site in weights:
-        site.quantizer.register_forward_pre_hook(lambda module, args: seen.append(module))
-    with torch.no_grad(), kept_weights(net):
-        net(images())
-        net(images())
-    assert len(seen) == 2 * len(weights)

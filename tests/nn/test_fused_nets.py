@@ -6,7 +6,6 @@ import torch
 from torch.testing import assert_close
 
 import qat
-from qat.errors import UsageError
 from qat.nn import attention, linear, recomputable
 from tests.nets import FAMILIES
 from tests.tiny import images, quantized
@@ -107,20 +106,6 @@ def test_a_quantized_block_keeps_less_than_a_float_block(knobs, most, recipe):
     assert ours < most * theirs
 
 
-def test_probabilities_are_made_again():
-    x = torch.randn(4, 3, 64, 64)
-    net = deit({}, 2, x)
-    with_probs = kept_bytes(net, x)
-    qat.set_execution(net, memory="recompute")
-    n_tokens = 4 * 4 + 1
-    assert with_probs - kept_bytes(net, x) == 2 * 3 * 4 * n_tokens**2 * 4  # blocks, heads, images, scores, bytes
-
-
-def test_unknown_memory_mode():
-    with pytest.raises(UsageError, match="memory='less': must be one of save, recompute"):
-        qat.set_execution(quantized(), memory="less")
-
-
 def test_who_watches_a_quantizer_sees_its_input():
     net, seen = quantized().train(), []
     sites = [site.quantizer for site in qat.iter_quantizers(net)]
@@ -128,14 +113,6 @@ def test_who_watches_a_quantizer_sees_its_input():
         quantizer.register_forward_hook(lambda module, args, out: seen.append(module))
     net(images())
     assert set(seen) == set(sites)
-
-
-def test_who_patches_a_quantizer_is_asked():
-    net, seen = quantized().train(), []
-    for site in qat.iter_quantizers(net):
-        site.quantizer.forward = lambda x, name=site.name: (seen.append(name), x)[1]
-    net(images())
-    assert set(seen) == {site.name for site in qat.iter_quantizers(net)}
 
 
 def test_blocks_may_be_run_again_instead_of_kept():

@@ -58,14 +58,3 @@ def test_a_new_family_is_one_decorated_function(swaps):
         ("2.out.weight_quantizer", "weight"),
     ]
     assert ("2", "Lookalike") in qat.conversion_report(net).stays_float
-
-
-def test_without_it_only_the_linears_inside_are_swapped():
-    net = qat.convert(toy_net(), qat.recipe("lsq"), input_size=(1, 3, 4))
-    assert [type(m) for m in net] == [nn.Flatten, Toy, Lookalike]
-    assert type(net[1].out) is type(net[2].out) is QuantLinear
-
-
-def test_unknown_intent():
-    with pytest.raises(ValueError, match="intent='magic': must be one of linear, conv, attention, qkr_attention"):
-        register_swap(Toy, "magic")

@@ -3,16 +3,13 @@
 import copy
 
 import pytest
-import timm
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
-from torch.nn import functional as F
 from torch.testing import assert_close
 
 import qat
 from qat import functional as QF
-from qat.nn.swin import MapMlp
 from tests.nets import ATTENTIONS
 from tests.tiny import float_recipe, logits, shake, sites
 
@@ -54,13 +51,6 @@ def test_without_rounding_it_is_timms(kind, side, shift, settings):
     plain = block(side, shift, **settings)
     ours = swapped(plain, float_recipe(kind), side)
     assert_close(logits(ours, maps(side)), logits(Holder(plain), maps(side)), rtol=1e-5, atol=1e-5)
-
-
-def test_the_mask_matters():
-    plain = block(8, 2)
-    out = logits(Holder(plain), maps())
-    plain.attn_mask.zero_()
-    assert (out - logits(Holder(plain), maps())).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
@@ -113,12 +103,6 @@ def test_step_by_step(preset, shift):
     assert_close(attn(x, whole.attn_mask), expected)
 
 
-def test_the_table_learns():
-    net = qat.initialize_scales(swapped(block(8, 2), qat.recipe("ofq", bits=2)), [maps()])
-    net(maps()).square().sum().backward()
-    assert net.block.attn.relative_position_bias_table.grad.any()
-
-
 @pytest.mark.parametrize(("map_scales", "mlp", "reduction"), [("tensor", [1, 1], 1), ("column", [8, 4], 4)])
 def test_scales_on_maps(map_scales, mlp, reduction):
     found = sites(qat.convert(SWIN.build(), qat.recipe("ofq", map_scales=map_scales), input_size=SWIN.input_size))
@@ -130,37 +114,6 @@ def test_scales_on_maps(map_scales, mlp, reduction):
     assert signs == {"fc1.input_quantizer": True, "fc2.input_quantizer": False}
 
 
-def test_columns_are_columns():
-    net = qat.initialize_scales(swapped(block(), qat.recipe("ofq", bits=2, map_scales="column")), [maps()])
-    mlp = net.block.mlp
-    x = torch.randn(2, 64, WIDTH, generator=torch.Generator().manual_seed(1))
-    quantizer = mlp.fc1.input_quantizer
-    step = quantizer.quantizer.scale
-    expected = torch.empty_like(x)
-    for column in range(8):
-        expected[:, column::8] = QF.lsq(x[:, column::8], step[column : column + 1], -2, 1, None)
-    seen = []
-    handle = mlp.fc1.input_quantizer.register_forward_hook(lambda module, args, out: seen.append(out))
-    mlp(x)
-    handle.remove()
-    assert step.unique().numel() == 8
-    assert_close(seen[0].flatten(1, 2), expected)
-
-
-def test_one_scale_knows_no_resolution():
-    mlp = qat.initialize_scales(swapped(block(), qat.recipe("ofq", bits=2)), [maps()]).block.mlp
-    x = torch.randn(2, 64, WIDTH, generator=torch.Generator().manual_seed(1))
-    assert isinstance(mlp, MapMlp)
-    assert_close(mlp(x[:, :35]), mlp(x)[:, :35])
-
-
-def test_merging_keeps_having_no_bias():
-    net = qat.convert(SWIN.build(), qat.recipe("ofq", bits=2), input_size=SWIN.input_size)
-    reduction = net.layers[1].downsample.reduction
-    assert reduction.bias is None
-    assert reduction.weight_quantizer.spec.bits == 2
-
-
 def test_positions_that_are_always_padding():
     # A window larger than the map: the last row and column of every window are zeros, so their first step is the least.
     net = swapped(block(3, 2, always_partition=True), qat.recipe("ofq", bits=2), 3)
@@ -169,36 +122,3 @@ def test_positions_that_are_always_padding():
     assert_close(step.min(), torch.tensor(QF.least_unit(1) / 64))
     net.train()(maps(3)).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in net.parameters())
-
-
-@pytest.mark.parametrize("name", ["swin_small_patch4_window7_224", "swin_base_patch4_window7_224"])
-def test_other_sizes_of_windows_and_images(name):
-    changes = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 3}
-    for img_size, window, positions in (((48, 40), 5, [25, 25]), (56, 7, [49, 49])):
-        net = timm.create_model(name, img_size=img_size, window_size=window, **changes)
-        size = (3, *img_size) if isinstance(img_size, tuple) else (3, img_size, img_size)
-        qat.convert(net, qat.recipe("ofq", bits=2), input_size=size)
-        x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-        qat.initialize_scales(net, [x])
-        assert [sites(net)[f"layers.{i}.blocks.0.attn.input_quantizer"].quantizer.n_scales for i in (0, 1)] == positions
-        assert logits(net, x).isfinite().all()
-
-
-def test_fold_keeps_the_query_bias():
-    plain = block()
-    expected = logits(Holder(plain), maps())
-    assert (
-        logits(swapped(plain, qat.recipe("ofq", weight_quantizer="float", act_quantizer="float")), maps()) - expected
-    ).abs().max() > 0.01
-    assert_close(logits(swapped(plain, float_recipe("qkr")), maps()), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_masks_of_windows_are_added_per_window():
-    attn = swapped(block(8, 2), float_recipe("standard")).block.attn
-    x, mask = torch.randn(4, 16, WIDTH), torch.zeros(2, 16, 16)
-    mask[1, :, 3] = -100
-    shifted = attn(x, mask)
-    plain = attn(x)
-    assert_close(shifted[::2], plain[::2])
-    assert (shifted[1::2] - plain[1::2]).abs().amax((1, 2)).min() > 1e-3
-    assert F.softmax(mask[1], -1)[:, 3].max() < 1e-6

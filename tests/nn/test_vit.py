@@ -139,19 +139,3 @@ def test_latent_of_qk_is_the_folded_weight():
     assert torch.equal(attn.latent("qk"), QF.fold_qk(attn.q_weight, attn.k_weight, 2))
     with pytest.raises(KeyError, match="weight"):
         attn.latent("weight")
-
-
-def test_gradient_of_the_latent_reaches_both_factors():
-    attn = quantized().blocks[0].attn
-    attn.latent("qk").square().sum().backward()
-    assert attn.q_weight.grad.abs().max() > 0
-    assert attn.k_weight.grad.abs().max() > 0
-
-
-def test_dropout_acts_on_probabilities_and_projection():
-    plain = attention(attn_drop=0.5, proj_drop=0.5)
-    ours = swapped(plain, float_recipe("qkr")).train()
-    torch.manual_seed(0)
-    first = ours(tokens())
-    assert (first - ours(tokens())).abs().max() > 0.1
-    assert_close(ours.eval()(tokens()), plain(tokens()), rtol=1e-5, atol=1e-5)

@@ -7,13 +7,9 @@ import torch
 
 import qat
 from qat.quantizers import build_quantizer
-from qat.spec import QuantSpec
 from tests.quantizers.common import allocated, calibrated, randn
 
 WITH_SCALES = ["lsq", "minmax"]
-WITHOUT = ["statsq", "minmax_dynamic", "float"]
-
-
 @pytest.mark.parametrize("quantizer", WITH_SCALES)
 @pytest.mark.parametrize("offsets", ["none", "before", "both"])
 def test_nan_until_initialised(quantizer, offsets):
@@ -22,15 +18,6 @@ def test_nan_until_initialised(quantizer, offsets):
     assert made(x).isnan().all()
     made.calibrate(x, {})
     assert made(x).isfinite().all()
-
-
-@pytest.mark.parametrize("quantizer", WITHOUT)
-def test_quantizers_without_scales_need_no_data(quantizer):
-    x = randn(2, 3, 4)
-    made = allocated(quantizer, x, axis=-2)
-    assert made(x).isfinite().all()
-    assert list(made.state_dict()) == []
-    assert made.n_scales == 0
 
 
 @pytest.mark.parametrize("quantizer", WITH_SCALES)
@@ -50,13 +37,6 @@ def test_a_negative_axis_that_meets_the_batch_becomes_a_tensor_scale(quantizer):
     assert made(randn(5, 4)).shape == (5, 4)
 
 
-@pytest.mark.parametrize("quantizer", WITH_SCALES)
-def test_another_batch_size_fits_the_same_scales(quantizer):
-    made = calibrated(quantizer, randn(2, 3, 4), axis=-2)
-    x = randn(5, 3, 4, seed=1)
-    assert torch.equal(made(x)[:2], made(x[:2]))
-
-
 @pytest.mark.parametrize("quantizer", ["lsq", "minmax", "statsq", "minmax_dynamic", "float"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("offsets", ["none", "both"])
@@ -64,26 +44,6 @@ def test_shape_and_dtype_of_the_input_come_out(quantizer, dtype, offsets):
     x = randn(2, 3, 4).to(dtype)
     out = calibrated(quantizer, x, axis=-2, offsets=offsets)(x)
     assert (out.shape, out.dtype) == (x.shape, dtype)
-
-
-@pytest.mark.parametrize("quantizer", ["lsq", "minmax"])
-@pytest.mark.parametrize("axis", [-1, 0, None])
-def test_quantizing_twice_changes_nothing(quantizer, axis):
-    x = randn(6, 10)
-    made = calibrated(quantizer, x, role="weight", axis=axis)
-    once = made(x)
-    torch.testing.assert_close(made(once), once, rtol=1e-6, atol=1e-6)
-
-
-def test_repr_says_how():
-    made = allocated("lsq", randn(8, 4), axis=-2, signed=False)
-    assert "lsq, bits=4, unsigned, axis=None, role=input" in repr(made)
-
-
-@pytest.mark.parametrize(("signed", "bounds"), [(True, (-8, 7)), (False, (0, 15))])
-def test_bounds_of_a_spec(signed, bounds):
-    spec = QuantSpec("input", "lsq", 4, signed=signed)
-    assert (spec.qmin, spec.qmax) == bounds
 
 
 @pytest.mark.parametrize("quantizer", ["lsq", "minmax", "minmax_dynamic", "statsq", "float"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qat
-from qat.quantizers import LSQ, AutoSignLSQ, DynamicMinMax, Float, MinMax, Shifted, build_quantizer, register, registry
+from qat.quantizers import LSQ, Float, Shifted, build_quantizer, register, registry
 from qat.spec import QuantSpec
 from tests.quantizers.common import build
 from tests.tiny import images, logits, quantized, sites
@@ -33,15 +33,6 @@ def plugin(tmp_path, monkeypatch):
     return "plugged_quantizers"
 
 
-@pytest.mark.parametrize(("name", "expected"), [("lsq", LSQ), ("minmax", MinMax), ("minmax_dynamic", DynamicMinMax), ("float", Float)])
-def test_built_in_names(name, expected):
-    assert type(build(name)) is expected
-
-
-def test_unknown_sign_is_found_from_the_data():
-    assert type(build("lsq", signed=None)) is AutoSignLSQ
-
-
 def test_offsets_wrap():
     made = build("lsq", offsets="both")
     assert type(made) is Shifted
@@ -65,11 +56,6 @@ def test_register_makes_a_name(monkeypatch):
 def test_a_name_is_given_once():
     with pytest.raises(ValueError, match="quantizer 'lsq' is there already"):
         register("lsq")(Float)
-
-
-def test_own_class_by_its_path(plugin):
-    x = torch.tensor([0.2, 0.3])
-    assert build(f"{plugin}:Half")(x).tolist() == [0.0, 0.5]
 
 
 def test_own_class_in_a_net(plugin, tmp_path):

@@ -43,14 +43,3 @@ def test_no_other_range_is_better_for_normal_values(bits):
 
     best = GAUSSIAN_RANGE[bits]
     assert error(best) <= 1.0001 * min(error(best * factor) for factor in (0.98, 0.99, 1.01, 1.02))
-
-
-def test_zeros_stay_zeros():
-    w = torch.zeros(2, 5)
-    assert not allocated("statsq_rms", w, bits=2, axis=0, role="weight")(w).any()
-
-
-def test_the_dtype_is_that_of_the_weight():
-    made = allocated("statsq_rms", randn(3, 8), bits=2, axis=0, role="weight")
-    for dtype in (torch.bfloat16, torch.float32):
-        assert made(randn(3, 8).to(dtype)).dtype == dtype

@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from qat.utils.text import leaves, printable
+from qat.utils.text import printable
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,3 @@ def test_printable(text, shown):
 def test_nothing_that_a_terminal_acts_upon_is_left():
     shown = printable("".join(map(chr, range(0x3000))))
     assert {c for c in shown if unicodedata.category(c) in {"Cc", "Cs", "Zl", "Zp"}} == {"\t", "\n"}
-
-
-def test_leaves_of_nested_dicts():
-    assert dict(leaves({"a": {"b": 1, "c": [2, {"d": 3}]}, "e": None})) == {("a", "b"): 1, ("a", "c"): [2, {"d": 3}], ("e",): None}

@@ -18,7 +18,6 @@ from qat.kernels.fused import (
     qkr_attention,
     remember,
     simple,
-    viewed,
 )
 from qat.kernels.fused.source import keep
 
@@ -84,41 +83,12 @@ def test_linear(params, bias, offsets):
     compare(lsq_linear(*parts), simple.lsq_linear(*parts), leaves(*parts))
 
 
-@pytest.mark.parametrize("params", WEIGHTS.values(), ids=WEIGHTS)
-def test_gradients_of_weights_are_the_same_bits(params):
-    """The product behind the quantizer of the weight is the same, and so are all sums of its gradient."""
-    parts = linear_parts(params=params)
-    tensors = [t for t in (parts[2], params.scale) if t is not None]
-    found, expected = (torch.autograd.grad(f(*parts).square().sum(), tensors) for f in (lsq_linear, simple.lsq_linear))
-    assert torch.equal(found[0], expected[0])
-    # The step's sums are those of the kernel in use, the plain form's those of torch.
-    for one, other in zip(found[1:], expected[1:], strict=True):
-        assert_close(one, other, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("params", [STATSQ, WEIGHTS["lsq"]], ids=["statsq", "lsq"])
 def test_a_weight_that_is_kept_is_not_quantized_again(params):
     parts = linear_parts(params=params)
     ready = simple.quantize_weight(params, parts[2]).detach()
     kept = (*parts[:3], params._replace(ready=ready), parts[4])
     compare(lsq_linear(*kept), lsq_linear(*parts), leaves(*parts))
-
-
-def test_half_steps_also_when_differentiated_twice():
-    x, o, w, params, b = linear_parts(params=WEIGHTS["half steps"])
-    parts = x, o._replace(codes=CodeRange(-2, 1, -2, half=True)), w, params, b
-    compare(lsq_linear(*parts), simple.lsq_linear(*parts), leaves(*parts))
-    found, expected = (
-        torch.autograd.grad(f(*parts).square().sum(), leaves(*parts), create_graph=True) for f in (lsq_linear, simple.lsq_linear)
-    )
-    for one, other in zip(*(torch.autograd.grad(g[0].square().sum(), [x, w, params.scale]) for g in (found, expected)), strict=True):
-        assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-
-def test_linear_on_a_map_and_on_one_row():
-    for shape, grid, n in (((2, 3, 5, C), CodeRange(-8, 7, None), 1), ((B, C), CodeRange(-128, 127, None), 1)):
-        parts = randn(*shape), operand(n, grid), randn(9, C), STATSQ, randn(9)
-        compare(lsq_linear(*parts), simple.lsq_linear(*parts), leaves(*parts))
 
 
 def kept_bytes(make, *parameters):
@@ -152,22 +122,6 @@ def test_what_can_be_made_again_is_not_kept(maker):
     tensors = leaves(inputs, o, w, b)
     assert torch.equal(with_note, without)
     for one, other in zip(*(torch.autograd.grad(out.square().sum(), tensors) for out in (with_note, without)), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_a_view_keeps_the_note():
-    x, o, w, params, b = linear_parts()
-    o = o._replace(codes=CodeRange(-8, 7, None), scale=o.scale[:1].detach().requires_grad_())
-
-    def run(note):
-        made = F.gelu(x)
-        return lsq_linear(viewed(remember(made, F.gelu, x) if note else made, lambda t: t.unflatten(0, (2, -1))), o, w, params, b)
-
-    parameters = leaves(o, w, b)
-    less, with_note = kept_bytes(lambda: run(note=True), *parameters)
-    more, without = kept_bytes(lambda: run(note=False), *parameters)
-    assert more - less == x.numel() * 4
-    for one, other in zip(*(torch.autograd.grad(out.square().sum(), leaves(x, o, w, b)) for out in (with_note, without)), strict=True):
         assert torch.equal(one, other)
 
 
@@ -277,21 +231,3 @@ def test_gradients_can_be_differentiated(kind, autocast):
         assert (one is None) == (other is None)
         if one is not None:  # bfloat16 keeps eight bits, and products go on with it
             assert (one - other).norm() <= (2**-7 if autocast else 1e-5) * other.norm()
-
-
-def test_a_net_in_bfloat16_is_differentiated_without_autocast():
-    qkv, operands = attention_parts()
-    parts = qkv.detach().bfloat16().requires_grad_(), operands, Scoring(H, 0.25, None, None, keep_probs=True)
-    found, expected = (
-        torch.autograd.grad(forward(*parts).square().sum(), leaves(*parts), create_graph=True) for forward in (attention, simple.attention)
-    )
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
-def test_only_what_is_needed_gets_a_gradient():
-    x, o, w, params, b = linear_parts()
-    w.requires_grad_(requires_grad=False)
-    lsq_linear(x, o, w, params, b).sum().backward()
-    assert w.grad is None
-    assert x.grad is not None
-    assert o.scale.grad is not None

@@ -9,7 +9,7 @@ import torch
 import qat
 from qat.export.check import compare, net_codes
 from qat.functional.statsq import statsq_codes, statsq_scale
-from qat.model.frozen import FrozenActivation, FrozenWeight
+from qat.model.frozen import FrozenWeight
 from tests import tiny
 from tests.nets import FAMILIES, families
 
@@ -112,14 +112,6 @@ def test_offsets_are_folded_where_that_is_exact():
         torch.testing.assert_close(frozen.blocks[0].attn.qkv.bias[rows], expected[rows] + its.offset_before)
 
 
-def test_offsets_of_zero_are_dropped():
-    net = qat.initialize_scales(qat.convert(tiny.vit(), RECIPES["ofq_2bit"], input_size=tiny.SIZE), [tiny.images()])
-    frozen = qat.freeze(net)
-    grids = [site.quantizer for site in qat.iter_quantizers(frozen) if isinstance(site.quantizer, FrozenActivation)]
-    assert grids
-    assert all(grid.before is None and grid.after is None for grid in grids)
-
-
 def test_what_cannot_be_frozen_is_refused():
     with pytest.raises(qat.UsageError, match="freeze: the net is in float"):
         qat.freeze(tiny.vit())
@@ -133,20 +125,10 @@ def test_what_cannot_be_frozen_is_refused():
         qat.freeze(present)
 
 
-def test_a_code_that_differs_away_from_a_threshold_is_called_by_name():
-    net = made(RECIPES["lsq_4bit"])
-    frozen = qat.freeze(net)
-    frozen.blocks[0].norm2.bias.data += 0.3
-    found = compare(net, frozen, lambda: partial(net_codes, frozen), [tiny.images(8, 1)])
-    assert found.problem == "codes of blocks.0.mlp.fc1.input_quantizer differ away from a threshold"
-    assert (found.examined, set(found.first)) == (8, {"blocks.0.mlp.fc1.input_quantizer"})
-
-
-def test_a_net_in_bfloat16_is_frozen_in_float32(tmp_path):
+def test_a_net_in_bfloat16_is_frozen_in_float32():
     images = tiny.images(4).bfloat16()
     net = qat.convert(tiny.vit().bfloat16(), qat.recipe("deploy_w8a8"), input_size=tiny.SIZE)
     qat.initialize_scales(net, [images]).eval()
     frozen, whole = qat.freeze(net), qat.freeze(copy.deepcopy(net).float())
     assert torch.equal(frozen(images.float()), whole(images.float()))
-    assert qat.export_onnx(net, tmp_path / "net.onnx").problem is None
     assert next(net.parameters()).dtype == torch.bfloat16

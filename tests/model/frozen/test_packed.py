@@ -17,7 +17,6 @@ from qat.model.start import from_net
 from qat.model.transfer import timm_state_dict
 from tests import tiny
 from tests.model.frozen.test_freeze import RECIPES, made
-from tests.nets import FAMILIES
 
 
 def written(net, path):
@@ -38,15 +37,6 @@ def test_a_file_gives_the_frozen_net_back(name, tmp_path):
         assert torch.equal(again.state_dict()[key], value)
     x = tiny.images(4, 1)
     assert torch.equal(again(x), frozen(x))
-
-
-@pytest.mark.parametrize("name", ["swin", *(pytest.param(name, marks=pytest.mark.long) for name in ("deit_distilled", "beit"))])
-def test_other_families(name, tmp_path):
-    family = FAMILIES[name]
-    net = qat.convert(family.build(), qat.recipe("ofq", bits=3), input_size=family.input_size)
-    frozen = qat.freeze(qat.initialize_scales(net, [family.images(4)]))
-    written(frozen, tmp_path / "net.safetensors")
-    assert torch.equal(qat.load(tmp_path / "net.safetensors")(family.images()), frozen(family.images()))
 
 
 def test_what_was_found_by_calibration_comes_back(tmp_path):
@@ -73,13 +63,6 @@ def test_a_file_is_as_large_as_its_parts(tmp_path):
     assert sizes["scales"] + sizes["offsets"] + sizes["rest"] == floats + bounds
 
 
-def test_the_header_is_small(tmp_path):
-    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
-    net = qat.convert(tiny.timm.create_model("vit_tiny_patch16_224", **kwargs), qat.recipe("ofq", bits=2), input_size=(3, 32, 32))
-    sizes = written(qat.freeze(qat.initialize_scales(net, [torch.randn(1, 3, 32, 32)])), tmp_path / "net.safetensors")
-    assert sizes["header"] < 0.03 * sum(sizes.values())
-
-
 def test_cost_counts_codes(tmp_path):
     net = made(RECIPES["ofq_2bit"])
     before, after = cost(net, tiny.SIZE), cost(qat.freeze(net), tiny.SIZE)
@@ -89,30 +72,6 @@ def test_cost_counts_codes(tmp_path):
     assert before.size_bytes - after.size_bytes == 4 * (folded + 1)  # and whether the image has a sign
     written(qat.freeze(net), tmp_path / "net.safetensors")
     assert cost(qat.load(tmp_path / "net.safetensors"), tiny.SIZE) == after
-
-
-@pytest.mark.parametrize("scales", ["channel", "tensor"])
-@pytest.mark.parametrize("corrected", [False, True])
-def test_cost_counts_what_a_file_of_post_training_quantization_holds(scales, corrected, tmp_path):
-    net = qat.convert(tiny.vit(), qat.PtqRecipe(bits=4, weight_scales=scales, bias_correction=corrected), input_size=tiny.SIZE)
-    qat.ptq.calibrate(net, [tiny.images()])
-    before, frozen = cost(net.eval(), tiny.SIZE), qat.freeze(net)
-    assert cost(frozen, tiny.SIZE).size_bytes == before.size_bytes
-    sizes = written(frozen, tmp_path / "net.safetensors")
-    bounds = 4 * sum(tensor.numel() for key, tensor in frozen.state_dict().items() if key.endswith("bounds"))
-    tensors = [tensor for _, tensor in (*frozen.named_parameters(), *frozen.named_buffers())]
-    alike = sum(4 * tensor.numel() for tensor in tensors if (tensor == tensor.flatten()[:1]).all())  # stored once
-    assert before.size_bytes - alike <= sum(sizes.values()) - sizes["header"] <= before.size_bytes + bounds
-    again = qat.load(tmp_path / "net.safetensors")
-    assert cost(again, tiny.SIZE).size_bytes == before.size_bytes
-
-
-def test_anyone_can_read_it(tmp_path):
-    written(qat.freeze(made(RECIPES["ofq_2bit"])), tmp_path / "net.safetensors")
-    with safetensors.safe_open(tmp_path / "net.safetensors", "pt") as file:
-        assert set(file.keys()) == {"codes", "floats"}
-        said = json.loads(file.metadata()["qat"])
-    assert (said["model"]["name"], said["recipe"]["bits"], said["classes"][0]) == (tiny.VIT, 2, "a")
 
 
 def test_damage_is_one_line(tmp_path):
