@@ -145,43 +145,6 @@ def test_data_files_have_all_settings(name):
     assert set(cfg) == {f.name for f in dataclasses.fields(get_class(cfg._target_).SETTINGS)} | {"_target_"}
 
 
-@pytest.mark.parametrize("name", choices("optimizer"))
-def test_optimizer_files_work_as_they_are(name):
-    cfg = compose("train", f"optimizer={name}", "run_dir=a")
-    settings = OmegaConf.to_container(cfg.optimizer)
-    taken = accepted(build_optimizer, without=("net",)) | accepted(scaled_lr, without=("global_batch",))
-    assert taken <= set(settings)
-    made = fit.build_optimizer_factory(cfg, fit.build_trainer(cfg, [], []))(nn.Linear(2, 2))
-    own = set(settings) - taken
-    assert own, "an optimizer has settings of its own"
-    for key in own:
-        value = settings[key]
-        assert made.defaults[key] == (tuple(value) if isinstance(value, list) else value)
-
-
-@pytest.mark.parametrize("name", choices("scheduler"))
-def test_scheduler_keys_are_all_read(name):
-    keys = set(compose("train", f"scheduler={name}", "run_dir=a").scheduler)
-    assert keys - {"warmup_epochs", "cooldown_epochs"} == accepted(cosine_schedule, without=("optimizer", "periods", "warmup"))
-
-
-def read_in_tasks():
-    """Every attribute name and every piece of text in the code that sees configs."""
-    for path in (path for room in ("tasks", "cli") for path in (ROOT / "qat" / room).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute):
-                yield node.attr
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield from node.value.split(".")
-
-
-@pytest.mark.parametrize("config", ["train", "eval", "ptq"])
-def test_top_level_keys_are_read(config):
-    cfg = compose(config, "model=vit_tiny_demo", "run_dir=a")
-    keys = {*cfg, *cfg.model, *cfg.get("teacher", {})} - {"args", "row", "own_window"}  # read by other settings
-    assert keys - set(read_in_tasks()) == set()
-
-
 @pytest.mark.parametrize("name", choices("loss"))
 def test_every_loss_trains(tmp_path, float_run, name):
     run = train(tmp_path / "run", f"loss={name}", f"ckpt={float_run}/checkpoints/last.ckpt")

@@ -10,6 +10,8 @@ from qat.quantizers import build_quantizer
 from tests.quantizers.common import allocated, calibrated, randn
 
 WITH_SCALES = ["lsq", "minmax"]
+
+
 @pytest.mark.parametrize("quantizer", WITH_SCALES)
 @pytest.mark.parametrize("offsets", ["none", "before", "both"])
 def test_nan_until_initialised(quantizer, offsets):
