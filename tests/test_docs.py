@@ -32,6 +32,7 @@ INSTALLED = re.compile(r"^qat (train|eval|ptq|analyze|export)\b")
 HEAVY = ("compile=true", "mlflow", "wandb")
 # Pages with many commands, of kinds that other pages have too.
 LONG = (
+    "quickstart.md",
     "training.md",
     "deployment.md",
     "ptq.md",

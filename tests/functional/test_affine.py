@@ -7,12 +7,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from qat import functional as F
+from tests.tiny import randn
 
 BITS = [2, 4, 8]
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,7 @@ from torch.testing import assert_close
 
 from qat import functional as F
 from qat.functional.infonce import FITNESSES
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.tiny import randn
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])

@@ -4,6 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from qat import functional as F
+from tests.tiny import randn
 
 IN_SCALE = 0.01 * torch.tensor([1.0, 2.0, 8.0, 4.0, 1.0, 1.0, 2.0, 4.0])
 WEIGHT = torch.tensor([1.0, -0.5, 2.0, 0.7, 1.2, 0.0, 0.9, 1.1])
@@ -11,7 +12,7 @@ BIAS = torch.linspace(-1, 1, 8)
 
 
 def inputs(*shape):
-    x = torch.randn(*shape, 8, generator=torch.Generator().manual_seed(0))
+    x = randn(*shape, 8)
     return (x / IN_SCALE).round() * IN_SCALE
 
 

@@ -7,11 +7,7 @@ from torch.testing import assert_close
 
 from qat import functional as F
 from qat.functional import observers
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
+from tests.tiny import randn
 
 BATCHES = [randn(4, 5, 6, seed=s) * (1 + s) for s in range(3)]
 

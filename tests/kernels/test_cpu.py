@@ -10,12 +10,9 @@ from torch.testing import assert_close
 from qat import functional as F
 from qat import kernels
 from qat.kernels import CodeRange, compile_cpp, cpu, reference
+from tests.tiny import randn
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def offset(*shape):

@@ -16,7 +16,7 @@ from qat.model.ptq_spec import PtqRecipe
 from qat.model.transfer import timm_state_dict
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq import calibrate, in_float
-from tests.tiny import DISTILLED, SIZE, VIT, images, logits, vit
+from tests.tiny import DISTILLED, SIZE, VIT, images, logits, randn, vit
 
 IN_BLOCK = {
     *("attn.qkv.input_quantizer", "attn.qkv_quantizer", "attn.scores_quantizer", "attn.probs_quantizer", "attn.proj.input_quantizer"),
@@ -102,7 +102,7 @@ def test_integer_norms_work_on_the_scales_around_them():
         "norm": (net.blocks[1].residual2_quantizer, net.head.input_quantizer),
     }
     for name, (before, behind) in around.items():
-        x = before(torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0)))
+        x = before(randn(2, 17, 32))
         expected = integer_layer_norm(x, before.scale, behind.scale, norms[name].weight, norms[name].bias)
         assert torch.equal(norms[name](x), expected)
     twin = copy.deepcopy(net)

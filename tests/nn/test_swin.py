@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import qat
 from qat import functional as QF
 from tests.nets import ATTENTIONS
-from tests.tiny import float_recipe, logits, shake, sites
+from tests.tiny import float_recipe, logits, randn, shake, sites
 
 HEADS, WIDTH, WINDOW = 2, 16, 4
 SWIN = ATTENTIONS["swin"]
@@ -34,7 +34,7 @@ def block(side=8, shift=0, **settings):
 
 
 def maps(side=8, n=2, seed=0):
-    return torch.randn(n, WIDTH, side, side, generator=torch.Generator().manual_seed(seed))
+    return randn(n, WIDTH, side, side, seed=seed)
 
 
 def swapped(plain, recipe, side=8):

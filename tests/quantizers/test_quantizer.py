@@ -7,9 +7,12 @@ import torch
 
 import qat
 from qat.quantizers import build_quantizer
-from tests.quantizers.common import allocated, calibrated, randn
+from tests.quantizers.common import allocated, calibrated
+from tests.tiny import randn
 
 WITH_SCALES = ["lsq", "minmax"]
+
+
 @pytest.mark.parametrize("quantizer", WITH_SCALES)
 @pytest.mark.parametrize("offsets", ["none", "before", "both"])
 def test_nan_until_initialised(quantizer, offsets):
