@@ -11,14 +11,6 @@ from qat.functional.infonce import FITNESSES
 from tests.tiny import randn
 
 
-@pytest.mark.parametrize("n", [1, 2, 5])
-@pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
-def test_identical_orthogonal_rows(n, temperature):
-    q = 4 * torch.eye(n, 6)
-    expected = 2 * temperature * math.log(1 + (n - 1) * math.exp(-1 / temperature))
-    assert_close(F.info_nce(q, q, temperature), torch.tensor(expected), rtol=1e-5, atol=1e-6)
-
-
 def test_only_the_queries_learn():
     q, k = randn(6, 4).requires_grad_(), randn(6, 4, seed=1).requires_grad_()
     for kind in FITNESSES:

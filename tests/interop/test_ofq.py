@@ -99,8 +99,6 @@ ARGS = {"wq_bitw": 2, "aq_bitw": 2, "model": TINY}
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda state: state,
-        lambda state: {"model": state},
         lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 309, "args": argparse.Namespace(**ARGS)},
         lambda state: {"state_dict_ema": {k: v + 1 for k, v in state.items()}, "state_dict": state, "args": ARGS},
         lambda state: {"state_dict": state, "optimizer": {"state": {}, "param_groups": []}, "args": ARGS, "metric": 12.5},

@@ -20,12 +20,6 @@ def test_convolution_of_the_quantized_operands():
     assert_close(conv(x), F.conv2d(conv.input_quantizer(x), conv.weight_quantizer(conv.weight), conv.bias, stride=2))
 
 
-def test_image_and_weight_have_eight_bits_each():
-    conv = quantized(bits=2).patch_embed.proj
-    assert (conv.input_quantizer.spec.role, conv.input_quantizer.spec.bits, conv.input_quantizer.axis) == ("image", 8, 1)
-    assert (conv.weight_quantizer.spec.quantizer, conv.weight_quantizer.spec.bits, conv.weight_quantizer.axis) == ("lsq", 8, 0)
-
-
 @pytest.mark.parametrize(
     "settings",
     [

@@ -19,7 +19,6 @@ from qat.kernels.fused import (
     remember,
     simple,
 )
-from qat.kernels.fused.source import keep
 from tests import tiny
 from tests.tiny import kept_bytes
 
@@ -119,16 +118,6 @@ def test_a_tensor_written_into_is_kept_itself():
     made = remember(F.gelu(x), F.gelu, x)
     made.mul_(2)
     compare(lsq_linear(made, o, w, params, b), simple.lsq_linear(2 * F.gelu(x), o, w, params, b), leaves(x, o, w, b))
-
-
-def test_a_tensor_is_saved_without_its_note(tmp_path):
-    x = randn(3)
-    made = remember(F.gelu(x), lambda x: F.gelu(x), x)
-    torch.save(made, tmp_path / "made.pt")
-    loaded = torch.load(tmp_path / "made.pt")
-    assert torch.equal(loaded, made)
-    assert keep(loaded) == ((loaded,), None)
-    assert keep(made).tensors == (x,)
 
 
 def attention_parts(seed=40):
