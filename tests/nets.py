@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from tests.tiny import shake
+from tests.tiny import randn, shake
 
 _VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 _SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
@@ -42,7 +42,7 @@ class Family:
 
     def images(self, n=2, seed=0):
         """Random images with both signs."""
-        return torch.randn(n, 3, self.size, self.size, generator=torch.Generator().manual_seed(seed))
+        return randn(n, 3, self.size, self.size, seed=seed)
 
     @property
     def input_size(self):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qat
 from qat.model.cost import cost
 from tests.callbacks.fitting import batches, fit, module
-from tests.tiny import SIZE, images, quantized
+from tests.tiny import SIZE, images, quantized, watched
 
 PRESETS = ("ofq_noqkr", "ofq")
 BF16 = torch.bfloat16
@@ -35,20 +35,6 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def watched(net):
-    """What enters each quantizer and what it gives, in one run under autocast."""
-    seen = {}
-    hooks = [
-        site.quantizer.register_forward_hook(lambda m, args, out, name=site.name: seen.__setitem__(name, (args[0].detach(), out.detach())))
-        for site in qat.iter_quantizers(net)
-    ]
-    with autocast():
-        net(images())
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
 @pytest.fixture(scope="module", params=PRESETS)
 def net(request):
     return quantized(request.param, bits=4).train()
@@ -56,7 +42,11 @@ def net(request):
 
 @pytest.fixture(scope="module")
 def seen(net):
-    return watched(net)
+    def run(net):
+        with autocast():
+            net(images())
+
+    return watched(net, run)
 
 
 def test_every_quantizer_gives_what_it_gives_in_float32(net, seen):

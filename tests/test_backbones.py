@@ -1,7 +1,5 @@
 """Nets that give maps: `features_only=True` of timm, `forward_intermediates`. Oracle: timm's maps, the classifier of the same weights."""
 
-import copy
-
 import pytest
 import torch
 from timm.optim import create_optimizer_v2
@@ -9,7 +7,6 @@ from torch import nn
 from torch.testing import assert_close
 
 import qat
-from qat.ptq.compensate import compensate
 from qat.ptq.search import logits_of
 from qat.tasks.train import train
 from tests.conftest import tiny
@@ -121,18 +118,3 @@ def test_what_needs_classes_says_so(tmp_path):
     with pytest.raises(qat.UsageError, match=r"^model.args.features_only: the net gives several tensors for an image"):
         train(tiny(tmp_path, "+model.args.features_only=true", "+model.args.out_indices=[0]"))
     assert not list(tmp_path.glob("*.onnx"))
-
-
-@pytest.mark.parametrize("kind", ["FeatureGetterNet", "FeatureListNet"])
-def test_calibrated_and_compensated_it_comes_closer_to_float(kind):
-    net, family = backbone(kind)
-    reference, x = copy.deepcopy(net), family.images(8)
-    qat.convert(net, qat.PtqRecipe(bits=3, act_bits=8, placement="inputs", method="compensate"), input_size=family.input_size)
-    qat.ptq.calibrate(net, [x])
-
-    def error():
-        return sum((a - b).square().mean().item() for a, b in zip(maps(net, x), maps(reference, x), strict=True))
-
-    before = error()
-    compensate(net, reference, [x[:4], x[4:]])
-    assert error() < 0.9 * before

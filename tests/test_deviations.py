@@ -25,7 +25,7 @@ from qat.quantizers import build_quantizer
 from tests.callbacks.fitting import Steps, fit, module, moved
 from tests.conftest import compose
 from tests.nets import ATTENTIONS
-from tests.tiny import DISTILLED, SIZE, converted, images, logits, quantized, sites, vit
+from tests.tiny import DISTILLED, SIZE, converted, images, logits, quantized, randn, sites, vit
 
 
 def test_deviates_from_reference_zero_row():
@@ -70,7 +70,7 @@ def test_deviates_from_reference_dead_offsets_do_not_exist(preset):
     key = sites(net)["blocks.0.attn.k_quantizer"].quantizer
     assert [n for n, _ in key.named_parameters() if "after" in n] == []
     expected = logits(net)
-    shift = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    shift = randn(32)
     key.register_forward_hook(lambda module, args, out: out + shift)
     assert_close(logits(net), expected, rtol=1e-4, atol=1e-4)
 
@@ -122,7 +122,7 @@ def test_deviates_from_reference_query_bias_can_be_folded():
 @pytest.mark.parametrize("processes", [2, 4])
 def test_deviates_from_reference_scale_gradient_counts_the_global_batch(processes):
     # There the gradient of a scale grows by sqrt(processes) when a batch is split among them.
-    x = torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(0))
+    x = randn(8, 5, 6)
 
     def gradient(part, grad_factor):
         scale = torch.full((5,), 0.3, requires_grad=True)
@@ -154,7 +154,7 @@ def test_deviates_from_reference_images_need_not_be_square():
     # There the offset map is 224 x 224 whatever the image.
     net = qat.convert(vit(img_size=(8, 12)), qat.recipe("ofq", bits=2), input_size=(1, 8, 12))
     assert net.patch_embed.proj.input_quantizer.offset_before.shape == (8, 12)
-    x = torch.randn(4, 1, 8, 12, generator=torch.Generator().manual_seed(0))
+    x = randn(4, 1, 8, 12)
     qat.initialize_scales(net, [x])
     assert logits(net, x).isfinite().all()
 
@@ -172,7 +172,7 @@ def test_deviates_from_reference_product_offset_is_a_bias():
     attention = net.blocks[0].attn
     with torch.no_grad():
         attention.product_offset.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
-    x = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(1))
+    x = randn(2, 17, 32, seed=1)
     xq = attention.input_quantizer(x)
     product = xq @ attention.qk_quantizer(attention.latent("qk")).T + attention.product_offset
     keys = attention.k_quantizer(product.reshape(2, 17 * 2, 32)).reshape(2, 17, 2, 32)
@@ -404,7 +404,7 @@ def test_deviates_from_reference_maps_have_one_scale(map_scales, scales):
     for layer in ("fc1", "fc2"):
         assert sites(net)[f"layers.0.blocks.0.mlp.{layer}.input_quantizer"].quantizer.n_scales == scales
     mlp = qat.initialize_scales(net, [swin.images()]).layers[0].blocks[0].mlp
-    x = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(0))
+    x = randn(1, 64, 16)
     # Two columns change places: the result follows only if they share a scale.
     swapped = torch.arange(64).view(8, 8)[:, [1, 0, *range(2, 8)]].flatten()
     assert torch.allclose(mlp(x[:, swapped]), mlp(x)[:, swapped]) == (map_scales == "tensor")

@@ -91,15 +91,6 @@ def test_two_processes_find_a_module_beside_the_run(qat, tmp_path):
     assert state[0]["global_step"] == state[1]["global_step"] == 2
 
 
-@pytest.mark.long
-def test_sweeps_here_and_through_submitit(qat, tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    qat("train", "-m", *RUN, "seed=1,2", "run_dir=sweep", cwd=tmp_path)
-    qat("train", "-m", *RUN, "hydra/launcher=submitit_local", "seed=1,2", "run_dir=handed_in", cwd=tmp_path)
-    for job in ("0", "1"):
-        assert results(tmp_path / "sweep" / job)["loss"] == results(tmp_path / "handed_in" / job)["loss"]
-
-
 def pinned(lines, signs):
     """Versions by name of the requirements that have a bound with one of these signs."""
     found = [(Requirement(line).name.lower().replace("_", "-"), spec) for line in lines for spec in Requirement(line).specifier]

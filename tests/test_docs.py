@@ -32,6 +32,7 @@ INSTALLED = re.compile(r"^qat (train|eval|ptq|analyze|export)\b")
 HEAVY = ("compile=true", "mlflow", "wandb")
 # Pages with many commands, of kinds that other pages have too.
 LONG = (
+    "quickstart.md",
     "training.md",
     "deployment.md",
     "ptq.md",
@@ -74,24 +75,14 @@ def commands(page):
     return [shlex.split(line, comments=True)[1:] for line in [*found, *INLINE.findall(prose)]]
 
 
-def is_slow(command):
-    return any(word in argument for argument in command for word in HEAVY)
-
-
 def cases():
-    """Each page once for all that is quick, and once for each heavy command."""
+    """Each page once for all that is quick, and once for all that is heavy."""
     for page in PAGES:
-        found = commands(page)
-        quick = [command for command in found if not is_slow(command)]
-        if quick:
-            yield pytest.param(quick, id=page.name, marks=[pytest.mark.long] if page.name in LONG else [])
-        for command in found:
-            if is_slow(command):
-                yield pytest.param(
-                    [command],
-                    id=f"{page.name}: {' '.join(command)}",
-                    marks=[pytest.mark.slow, *([pytest.mark.long] if "compile=true" in command or page.name == "logging.md" else [])],
-                )
+        for heavy in (False, True):
+            found = [command for command in commands(page) if any(word in one for one in command for word in HEAVY) == heavy]
+            if found:
+                marks = [pytest.mark.long] if heavy or page.name in LONG else []
+                yield pytest.param(found, id=f"{page.name}{' heavy' * heavy}", marks=marks)
 
 
 @pytest.fixture(scope="session")
@@ -181,11 +172,9 @@ def shortened(command, shelf):
     said = settings(arguments)
     if prints_only(command):
         return command
-    repeats = any(argument.startswith("--config") for argument in arguments)
-    cfg = None if repeats else composed(script, arguments)
+    cfg = composed(script, arguments)
     arguments = [one for one in arguments if not DEVICES.match(one)] + few_classes(said, shelf)
-    if not repeats:
-        arguments = with_weights(arguments, cfg, shelf)
+    arguments = with_weights(arguments, cfg, shelf)
     if script == "eval.py":
         return [script, *arguments, *(() if "predict" in said else ("trainer.limit_test_batches=2",))]
     if script == "analyze.py":

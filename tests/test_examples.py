@@ -32,7 +32,7 @@ def test_a_twin_that_rounds_nothing_learns_what_the_float_net_learns(segmentatio
         torch.testing.assert_close(net(x), twin(x), rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_table(segmentation, monkeypatch, capsys):
     monkeypatch.setattr(segmentation, "TEST_IMAGES", 64)
     monkeypatch.setattr("sys.argv", ["segmentation.py", "--bits", "4", "--steps", "30", "--seed", "0"])

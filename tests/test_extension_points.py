@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import qat
 from qat.nn import swap_registry
 from tests.conftest import ROOT, TINY, compose, evaluate, results, tiny, train
+from tests.tiny import randn
 
 FILES = {
     "quantizer": '''
@@ -226,7 +227,7 @@ def test_what_is_outside_of_a_quantizer_knows_its_grid_alone(tmp_path, half_step
     packed = exported(tmp_path / "packed", half_steps, "format=packed")
     assert packed["agreement"] == 100
     frozen = qat.load(tmp_path / "packed" / "net.safetensors", imports=["ext_half"])
-    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = randn(4, 1, 8, 8)
     with torch.no_grad():
         assert_close(frozen(x), net(x), rtol=1e-4, atol=1e-4)
     onnx = exported(tmp_path / "onnx", half_steps, "format=onnx", "latency=0")  # compared in onnxruntime

@@ -46,17 +46,13 @@ def test_the_python_api_is_shown_whole():
 @pytest.mark.parametrize(
     ("page", "repository", "link", "expected"),
     [
-        ("training.md", None, "[ptq](ptq.md#which)", "[ptq](ptq.md#which)"),
         ("results/C1.md", None, "[swept](../deviations.md#seq)", "[swept](../deviations.md#seq)"),
         ("install.md", None, "[readme](../README.md#map)", "[readme](index.md#map)"),
         ("index.md", None, "![a report](docs/figures/report.png)", "![a report](figures/report.png)"),
-        ("index.md", None, "[changes](CHANGELOG.md)", "[changes](changes.md)"),
         ("results/C1.md", None, "[runs](../../evidence/records)", "runs (`evidence/records`)"),
-        ("install.md", None, "[conf/](../conf)", "conf/"),
         ("install.md", "https://example.org/qat/", "[conf/](../conf)", "[conf/](https://example.org/qat/tree/main/conf)"),
         ("index.md", "https://example.org/qat", "[cite](CITATION.cff)", "[cite](https://example.org/qat/blob/main/CITATION.cff)"),
         ("training.md", None, "[lost](nowhere.md)", "[lost](nowhere.md)"),  # what mkdocs refuses
-        ("training.md", None, "[timm](https://example.org/timm)", "[timm](https://example.org/timm)"),
     ],
 )
 def test_links_lead_where_they_should(page, repository, link, expected):

@@ -34,14 +34,6 @@ def test_wrong_knobs_are_named(knobs, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_know_their_name_and_have_defaults(name):
-    made = recipe(name)
-    assert made.name == name.partition("_w")[0]
-    widths = {"fp": (FLOAT_BITS, FLOAT_BITS), "deploy_w8a8": (8, 8), "deploy_w4a8": (4, 8)}
-    assert (made.bits, made.act_bits) == widths.get(name, (4, 4))
-
-
 def test_presets():
     chosen = {n: (r.attention, r.weight_quantizer, r.act_quantizer, r.offsets) for n, r in ((n, recipe(n)) for n in PRESETS)}
     assert chosen == {

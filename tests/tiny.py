@@ -12,6 +12,11 @@ VIT = "vit_tiny_patch16_224"
 DISTILLED = "deit_tiny_distilled_patch16_224"
 
 
+def randn(*shape, seed=0):
+    """Normal numbers, a function of the seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def shake(net):
     """Draw every parameter anew, so that no bias is zero and attention is far from uniform."""
     generator = torch.Generator().manual_seed(1)
@@ -33,7 +38,7 @@ def vit(name=VIT, **changes):
 
 def images(n=8, seed=0):
     """Random images with both signs."""
-    return torch.randn(n, *SIZE, generator=torch.Generator().manual_seed(seed))
+    return randn(n, *SIZE, seed=seed)
 
 
 def converted(preset="ofq", name=VIT, **knobs):
@@ -65,3 +70,29 @@ def logits(net, x=None):
 def parameters(net: nn.Module):
     """Names, shapes and identities."""
     return [(name, tuple(p.shape), id(p)) for name, p in net.named_parameters()]
+
+
+def watched(net, run=logits):
+    """What enters each quantizer and what it gives when a net runs, by name."""
+    seen = {}
+    hooks = [
+        site.quantizer.register_forward_hook(lambda m, args, out, name=site.name: seen.__setitem__(name, (args[0].detach(), out.detach())))
+        for site in qat.iter_quantizers(net)
+    ]
+    run(net)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def kept_bytes(make, parameters):
+    """Bytes that `make()` keeps for its backward pass, each storage once and those of `parameters` not counted; and what it gives."""
+    seen, own = {}, {p.untyped_storage().data_ptr() for p in parameters}
+
+    def pack(t):
+        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = make()
+    return sum(size for pointer, size in seen.items() if pointer not in own), out

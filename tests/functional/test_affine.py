@@ -7,12 +7,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from qat import functional as F
+from tests.tiny import randn
 
 BITS = [2, 4, 8]
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(
@@ -20,15 +17,6 @@ def randn(*shape, seed=0):
 )
 def test_code_range(bits, signed, expected):
     assert F.code_range(bits, signed=signed) == expected
-
-
-@pytest.mark.parametrize("axis", [0, 1, -1, -3, None])
-def test_min_max(axis):
-    x = randn(2, 3, 4)
-    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
-    low, high = F.min_max(x, axis)
-    assert torch.equal(low, rows.amin(1))
-    assert torch.equal(high, rows.amax(1))
 
 
 def test_scale_by_hand():
@@ -111,12 +99,3 @@ def test_in_place_equals_the_other_to_the_last_bit(seed, bits, signed, axis):
     out = F.fake_quantize_affine_(x, scale, zero_point, *bounds, axis)
     assert out is x
     assert torch.equal(as_bits(out), as_bits(expected))
-
-
-@pytest.mark.parametrize("method", ["minmax", "percentile", "omse", "mse"])
-def test_a_vector_with_a_scale_for_each_value(method):
-    x = torch.tensor([-1.0, 0.5, 2.0])
-    scale, zero_point = F.affine_scale(x, 4, True, 0, method)
-    expected = F.affine_scale(x[:, None], 4, True, 0, method)
-    assert torch.equal(scale, expected[0])
-    assert torch.equal(zero_point, expected[1])

@@ -5,10 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from qat import functional as F
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.tiny import randn
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((6, 40), 0), ((5, 3, 4, 4), 0), ((40, 6), 1), ((40, 6), -1)])

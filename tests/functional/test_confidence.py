@@ -6,6 +6,7 @@ import torch
 
 from qat import functional as F
 from qat.quantizers import UniformGrid
+from tests.tiny import randn
 
 
 def by_definition(z, boundary):
@@ -19,14 +20,10 @@ def by_definition(z, boundary):
     return torch.from_numpy(near)
 
 
-def gaussian(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
 @pytest.mark.parametrize("shape", [(12, 500), (6, 10, 40), (8, 10, 6, 6)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_definition(shape, bits):
-    w, n = gaussian(*shape), 2 ** (bits - 1)
+    w, n = randn(*shape), 2 ** (bits - 1)
     z = (w / F.statsq_scale(w)).clamp(-1, 1 - 1e-6) * n - 0.5
     for boundary in (0.003, 0.05, 0.3):
         near = F.near_threshold(w, bits, boundary)
@@ -36,7 +33,7 @@ def test_the_definition(shape, bits):
 
 @pytest.mark.parametrize(("boundary", "percent"), [(0.003, (0.48, 0.51, 0.52)), (0.005, (0.79, 0.86, 0.86)), (0.01, (1.55, 1.69, 1.74))])
 def test_shares_of_gaussian_rows(boundary, percent):
-    w = gaussian(1000, 1000)
+    w = randn(1000, 1000)
     for bits, expected in zip((2, 3, 4), percent, strict=True):
         assert 100 * F.near_threshold(w, bits, boundary).float().mean().item() == pytest.approx(expected, abs=0.03)
 
@@ -51,7 +48,7 @@ def test_only_thresholds_between_codes_that_occur():
 
 @pytest.mark.parametrize("axis", [0, None])
 def test_the_band_of_a_stored_step(axis):
-    w = gaussian(8, 300)
+    w = randn(8, 300)
     scale = torch.rand(8 if axis == 0 else 1, generator=torch.Generator().manual_seed(1)) + 0.3
     z = (w / (scale[:, None] if axis == 0 else scale)).clamp(-4, 3)
     found = UniformGrid(qmin=-4, qmax=3, step=scale, axis=axis).near_threshold(w, 0.02)

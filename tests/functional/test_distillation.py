@@ -4,11 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from qat import functional as F
-
-
-def randn(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
+from tests.tiny import randn
 
 STUDENT, DIST, TEACHER = (3 * randn(5, 7, seed=s) for s in range(3))
 TARGET = torch.tensor([0, 3, 6, 2, 2])

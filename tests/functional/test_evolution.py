@@ -70,18 +70,6 @@ def test_a_child_without_a_loss_is_never_accepted(loss):
     assert after.outcome == "not finite"
 
 
-def test_best_loss_never_rises_and_ends_lower():
-    state, losses = start(), []
-    for cycle in range(60):
-        state = search(3, [cycle], state)
-        losses.append(evolution.best(state)[1])
-        assert len(state.losses) == 15
-        assert (state.losses.diff() >= 0).all()
-        assert_close(state.scales.square().sum(1), state.losses)
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < 0.5 * SCALES.square().sum()
-
-
 def test_a_search_goes_on_from_its_population_alone(tmp_path):
     whole = search(7, range(12), start())
     torch.save(search(7, range(5), start())._asdict(), tmp_path / "state.pt")

@@ -8,18 +8,7 @@ from torch.testing import assert_close
 
 from qat import functional as F
 from qat.functional.infonce import FITNESSES
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
-@pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
-def test_identical_orthogonal_rows(n, temperature):
-    q = 4 * torch.eye(n, 6)
-    expected = 2 * temperature * math.log(1 + (n - 1) * math.exp(-1 / temperature))
-    assert_close(F.info_nce(q, q, temperature), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+from tests.tiny import randn
 
 
 def test_only_the_queries_learn():

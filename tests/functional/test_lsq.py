@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from qat import functional as F
+from tests.tiny import randn
 
 SHAPES_AND_AXES = [
     ((6, 5), [0, 1, -1, -2, None]),
@@ -15,10 +16,6 @@ SHAPES_AND_AXES = [
 ]
 CASES = [(shape, axis) for shape, axes in SHAPES_AND_AXES for axis in axes]
 RANGES = [(-2, 1), (-4, 3), (-8, 7), (-128, 127), (0, 3), (0, 255)]
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def naive(x, scale, qmin, qmax, axis):
@@ -120,7 +117,7 @@ def squared_error(rows, steps, qmin, qmax):
 def test_first_step_of_least_squared_error(shape, axis, qmin, qmax):
     x, _ = case(shape, axis)
     x = x.repeat(*[20 if i == x.ndim - 1 else 1 for i in range(x.ndim)]) if axis not in {-1, x.ndim - 1} else x
-    x = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).exp() * x
+    x = randn(x.shape, seed=1).exp() * x
     x = x if qmin else x.abs()
     rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
     found = F.mse_init_scale(x, qmin, qmax, axis)

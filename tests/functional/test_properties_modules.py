@@ -11,6 +11,7 @@ from tests.quantizers.common import allocated, calibrated
 
 EXAMPLES = settings(max_examples=30, deadline=None, derandomize=True)
 KINDS = ("lsq", "minmax", "minmax_dynamic", "statsq", "affine")
+STORED = ("lsq", "minmax", "affine")  # scales do not follow the input
 kinds = pytest.mark.parametrize("kind", KINDS)
 tensors = st.builds(values, st.sampled_from([(4, 6), (3, 4, 5)]), st.integers(0, 2**31))
 
@@ -40,18 +41,11 @@ def test_codes_and_values_of_any_input(kind, x, bits):
     assert out.isfinite().all()
     assert not codes.is_floating_point()
     assert int(codes.max()) - int(codes.min()) < 2**bits
+    if kind in STORED:
+        assert torch.equal(quantizer(out), out)
 
 
-@pytest.mark.parametrize("kind", ["lsq", "minmax", "affine"])
-@given(x=tensors)
-@EXAMPLES
-def test_quantizing_twice_changes_nothing_where_scales_are_stored(kind, x):
-    quantizer = made(kind, x)
-    once = quantizer(x)
-    assert torch.equal(quantizer(once), once)
-
-
-@pytest.mark.parametrize("kind", ["lsq", "minmax", "affine"])
+@pytest.mark.parametrize("kind", STORED)
 def test_an_empty_batch_passes(kind):
     quantizer = made(kind, torch.randn(2, 3, 4))
     assert quantizer(torch.empty(0, 3, 4)).shape == (0, 3, 4)

@@ -1,17 +1,13 @@
 """Query-key reparameterization. Oracle: an explicit loop over heads, and the scores it has to reproduce."""
 
 import pytest
-import torch
 from torch.testing import assert_close
 
 import qat
 from qat import functional as F
+from tests.tiny import randn
 
 HEADS, HEAD_DIM, WIDTH = 3, 4, 10
-
-
-def randn(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

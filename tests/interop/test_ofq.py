@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import qat
 from tests.golden import FOLDER
 from tests.interop import authors
-from tests.tiny import logits
+from tests.tiny import logits, randn
 
 TINY, SWIN = "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"
 GOLDENS = sorted(path.stem for path in (FOLDER / "interop").glob("*.npz"))
@@ -26,7 +26,7 @@ def written(tmp_path, content):
 
 
 def images(side, chans=3, n=4):
-    return torch.randn(n, chans, side, side, generator=torch.Generator().manual_seed(7))
+    return randn(n, chans, side, side, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,6 @@ ARGS = {"wq_bitw": 2, "aq_bitw": 2, "model": TINY}
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda state: state,
-        lambda state: {"model": state},
         lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 309, "args": argparse.Namespace(**ARGS)},
         lambda state: {"state_dict_ema": {k: v + 1 for k, v in state.items()}, "state_dict": state, "args": ARGS},
         lambda state: {"state_dict": state, "optimizer": {"state": {}, "param_groups": []}, "args": ARGS, "metric": 12.5},

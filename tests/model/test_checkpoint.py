@@ -116,12 +116,9 @@ def test_a_net_built_by_hand_is_described_by_its_caller(path):
 @pytest.mark.parametrize(
     ("meta", "said"),
     [
-        ({"data": {"mean": [np.float64(0.5)]}}, "save: data is no plain config"),
-        ({"data": [1, 2]}, "save: data is no plain config"),
         ({"data": {"a": [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]}}, "save: data and classes: must be smaller"),
         ({"data": {"classes": defaultdict(int)}}, "save: data is no plain config"),
         ({"classes": [0, 1, 2]}, r"save: classes=\[0, 1, 2\]: must be a list of names"),
-        ({"classes": "abc"}, "save: classes=abc: must be a list of names"),
         ({"classes": [np.str_("a")]}, "save: classes=.*: must be a list of names"),
     ],
 )
@@ -223,9 +220,7 @@ def test_a_file_that_does_not_fit(path, change, said):
     ("content", "said"),
     [
         ([1, 2], "holds a list, expected a dictionary of tensors"),
-        ({"a": 1}, "holds no weights"),
         ({}, "holds no weights"),
-        ({0: torch.zeros(1)}, "holds no weights"),
         ({"state_dict": {1: torch.zeros(1)}, "optimizer_states": [{"param_groups": [{"lr": 1.0}, 3]}]}, "holds no weights"),
     ],
 )
@@ -242,7 +237,6 @@ def test_a_plain_state_dict_does_not_say_what_it_is(path):
 @pytest.mark.parametrize(
     ("meta", "said"),
     [
-        ({"model": {"name": "no_such_net", "kwargs": {}}}, "no_such_net"),
         ({"model": {"name": VIT, "kwargs": {"colour": 1}}}, "colour"),
         ({"model": {"name": "hf-hub:someone/net", "kwargs": {}}}, "timm has no model 'hf-hub:someone/net'"),
         ({"model": {"name": VIT, "kwargs": {**KWARGS, "pretrained": True}}}, "argument pretrained would read something else"),
@@ -251,9 +245,7 @@ def test_a_plain_state_dict_does_not_say_what_it_is(path):
             "argument checkpoint_path would read something else",
         ),
         ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {"bits": 99}, "input_size": [1, 8, 8]}, "quant.bits=99"),
-        ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {"colour": 1}, "input_size": [1, 8, 8]}, "colour"),
         ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {}, "input_size": [1, 9, 9]}, "input_size=(1, 9, 9)"),
-        ({"model": {"name": VIT, "kwargs": KWARGS}, "recipe": {}}, "input_size"),
     ],
     ids=str,
 )

@@ -143,13 +143,6 @@ def test_a_refused_net_is_as_it_was(recipe, size, changes):
     assert conversion_of(net).recipe.name == "lsq"
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_mode_is_kept(training):
-    net = qat.convert(vit().train(training), qat.recipe("ofq"), input_size=SIZE)
-    assert {m.training for m in net.modules()} == {training}
-    assert not any(m._forward_pre_hooks for m in net.modules() if m is not net)
-
-
 class Unknown(nn.Module):
     def __init__(self):
         super().__init__()

@@ -41,9 +41,3 @@ def test_timms_optimizers_find_it(net, copied):
     wanted = {name for name, _ in net.named_parameters()} - qat.no_weight_decay(net)
     assert decayed(create_optimizer_v2(net, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups, net) == wanted
     assert decayed(param_groups_weight_decay(net, 0.05, no_weight_decay_list=net.no_weight_decay()), net) == wanted
-
-
-def test_scripting_says_what_to_use_instead(net):
-    for one in (net, qat.freeze(net), net.blocks[0].mlp.fc1):
-        with pytest.raises(qat.UsageError, match=r"^torch.jit.script: a quantized net cannot be scripted; use qat.export_onnx"):
-            torch.jit.script(one)

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from qat.model.entry_freezer import EntryFreezer
+from tests.tiny import randn
 
 
 def start(optimizer="adamw", **settings):
-    parameter = nn.Parameter(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)))
+    parameter = nn.Parameter(randn(6, 5))
     make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
     return parameter, make([parameter], lr=0.1, weight_decay=0.3, **settings)
 

@@ -16,6 +16,7 @@ from qat.model import hub
 from tests.commands import typed
 from tests.conftest import TINY, results
 from tests.data.files import write_folder
+from tests.tiny import randn
 
 RESULTS = {
     "top1": 74.125,
@@ -54,7 +55,7 @@ def test_a_folder_gives_the_net_again(tmp_path, net):
     folder = qat.save_pretrained(net, tmp_path / "net", results=RESULTS, license="mit")
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
     again = qat.from_pretrained(folder)
-    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = randn(4, 1, 8, 8)
     with torch.no_grad():
         assert_close(again(x), net(x), rtol=1e-4, atol=1e-4)
     image = (torch.rand(8, 8, 1, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import qat
 from qat import functional as F
 from qat.model.transfer import copy_scales
-from tests.tiny import SIZE, converted, images, logits, parameters, quantized, sites, vit
+from tests.tiny import SIZE, converted, images, logits, parameters, quantized, sites, vit, watched
 
 
 def test_assert_ready_names_the_first_gap():
@@ -74,23 +74,14 @@ def test_calibration_runs_without_dropout():
     assert all(torch.equal(trained[name], evaluated[name]) for name in evaluated)
 
 
-def received(net, name, x):
-    """What the quantizer of that name receives."""
-    seen = []
-    handle = sites(net)[name].quantizer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    logits(net, x)
-    handle.remove()
-    return seen[0]
-
-
 @pytest.mark.parametrize("name", ["blocks.0.attn.input_quantizer", "blocks.0.mlp.fc1.input_quantizer", "blocks.1.mlp.fc1.input_quantizer"])
 def test_each_quantizer_sees_its_input_behind_the_others(name):
     net = quantized(bits=2)
-    x = received(net, name, images())
+    x = watched(net)[name][0]
     scale = sites(net)[name].quantizer.quantizer.scale
     assert_close(scale, F.lsq_init_scale(x, -2, 1, -2))
     float_net = converted(bits=2, weight_quantizer="float", act_quantizer="float")
-    assert (scale - F.lsq_init_scale(received(float_net, name, images()), -2, 1, -2)).abs().max() > 1e-3
+    assert (scale - F.lsq_init_scale(watched(float_net)[name][0], -2, 1, -2)).abs().max() > 1e-3
 
 
 def test_several_batches_average_where_inputs_agree():

@@ -5,7 +5,7 @@ import torch
 
 import qat
 from qat import functional as F
-from tests.tiny import converted, logits, quantized, sites
+from tests.tiny import converted, quantized, sites, watched
 
 STEM = [("patch_embed.proj.input_quantizer", "image"), ("patch_embed.proj.weight_quantizer", "weight")]
 MLP = [
@@ -67,22 +67,10 @@ def test_latents_are_the_float_weights():
     assert torch.equal(qk.latent(), F.fold_qk(qk.owner.q_weight, qk.owner.k_weight, 2))
 
 
-def inputs_of(net):
-    """What every quantizer receives in one forward."""
-    seen = {}
-    handles = [
-        s.quantizer.register_forward_pre_hook(lambda m, args, n=s.name: seen.setdefault(n, args[0])) for s in qat.iter_quantizers(net)
-    ]
-    logits(net)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 @pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr", "lsq", "seq", "minmax"])
 def test_codes_are_whole_numbers_within_the_bits(preset):
     net = quantized(preset, bits=3)
-    for name, x in inputs_of(net).items():
+    for name, (x, _) in watched(net).items():
         quantizer = sites(net)[name].quantizer
         codes = quantizer.codes(x)
         assert codes.shape == x.shape

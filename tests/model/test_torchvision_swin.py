@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from qat.model.checkpoint import read_checkpoint
 from qat.model.start import from_state
+from tests.tiny import randn
 
 
 @pytest.mark.parametrize("depths", [[2, 1, 1, 1], [1, 2, 1, 1]])
@@ -20,7 +21,7 @@ def test_logits_are_torchvisions(tmp_path, depths):
     kwargs = {"embed_dim": 24, "depths": depths, "num_heads": (1, 2, 3, 6), "num_classes": 5}
     state = read_checkpoint(tmp_path / "swin.pth", fmt="timm").state
     start = from_state("swin_tiny_patch4_window7_224", kwargs, state, origin="swin.pth", keep_head=False)
-    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    x = randn(1, 3, 224, 224, seed=1)
     with torch.no_grad():
         assert_close(start.net.eval()(x), theirs(x), rtol=1e-4, atol=1e-4)
     assert not any("new head" in note for note in start.notes)

@@ -162,15 +162,6 @@ def timm_like(net):
     return {k: v for k, v in net.state_dict().items() if "_quantizer" not in k and "product_offset" not in k}
 
 
-def test_scales_are_copied_where_bits_agree():
-    source, target = quantized(bits=4, act_bits=4), converted(bits=2, act_bits=4)
-    copied, missing = copy_scales(source, target)
-    assert missing == []
-    assert "blocks.0.mlp.fc1.input_quantizer" in copied
-    source, target = quantized(bits=2), converted(bits=2, overrides={"blocks.1.mlp.*": {"act_bits": 5}})
-    assert copy_scales(source, target)[1] == ["blocks.1.mlp.fc1.input_quantizer", "blocks.1.mlp.fc2.input_quantizer"]
-
-
 @pytest.mark.parametrize("error", [urllib.error.URLError("no route"), TimeoutError("timed out"), http.client.BadStatusLine("hello")])
 def test_unreachable_hub_is_said_at_once(monkeypatch, error):
     asked = []

@@ -1,12 +1,36 @@
-"""What all attentions share. Oracle: loops over heads and windows written out."""
+"""What all attentions share, and what some have of their own. Oracle: the formula written out; timm's names and tensors."""
 
 import pytest
+import timm.layers
 import torch
+from timm.layers import AttentionPoolLatent, AttentionRope, apply_rot_embed_cat
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from torch import nn
+from torch.testing import assert_close
 
 import qat
+from qat.model.transfer import timm_state_dict
 from qat.nn import attention
 from tests.nets import ATTENTIONS
-from tests.tiny import SIZE, quantized, vit
+from tests.nn.shown import WIDTH, swapped
+from tests.tiny import randn, shake, sites
+
+TOKENS = 10
+FOLD = qat.recipe("ofq", qk_bias="fold")
+
+
+def plain(cls, **settings):
+    torch.manual_seed(0)
+    return shake(cls(WIDTH, num_heads=2, **settings)).eval()
+
+
+def vit():
+    return plain(timm.layers.Attention, qkv_bias=True)
+
+
+def beit():
+    return plain(BeitAttention, qkv_bias=True, window_size=(3, 3))
 
 
 @pytest.mark.parametrize(("name", "scores"), [("deit", 2 * 25), ("swin", 4 * 2 * 16**2)])
@@ -20,24 +44,73 @@ def test_number_of_scores(name, scores):
     assert seen == [scores]
 
 
-def test_weights_under_timms_names():
-    # More than one head, and biases that are told apart.
-    attn = quantized("ofq", qk_bias="fold").blocks[0].attn
-    weights = attn.timm_weights()
-    assert torch.equal(weights["qkv.weight"], torch.cat([attn.q_weight, attn.k_weight, attn.v.weight]))
-    assert torch.equal(weights["qkv.bias"], torch.cat([attn.q_bias, torch.zeros(32), attn.v.bias]))
-    assert not any(t.requires_grad for t in weights.values())
+@pytest.mark.parametrize(
+    ("make", "qk_bias", "lost"),
+    [(vit, "fold", slice(WIDTH, 2 * WIDTH)), (vit, "drop", slice(0, 2 * WIDTH)), (beit, "fold", slice(0)), (beit, "drop", slice(None))],
+)
+def test_weights_go_back_under_timms_names(make, qk_bias, lost):
+    """All but the biases that a softmax is blind to, or that the recipe drops."""
+    expected = {f"attn.{name}": value.clone() for name, value in make().state_dict().items()}
+    expected["attn.qkv.bias" if make is vit else "attn.q_bias"][lost] = 0
+    kept = timm_state_dict(swapped(make(), qat.recipe("ofq", qk_bias=qk_bias), TOKENS))
+    assert set(kept) == set(expected)
+    assert all(torch.equal(kept[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("frozen", ["qkv.weight", "qkv.bias"])
-def test_what_is_frozen_stays_frozen(frozen):
-    net = vit()
-    for block in net.blocks:
-        block.attn.get_parameter(frozen).requires_grad = False
+@pytest.mark.parametrize(
+    ("make", "frozen", "kept"),
+    [
+        (vit, "qkv.weight", {"q_weight", "k_weight", "v.weight"}),
+        (vit, "qkv.bias", {"q_bias", "v.bias"}),
+        (beit, "q_bias", {"q_bias"}),
+        (beit, "v_bias", {"v.bias"}),
+    ],
+)
+def test_what_is_frozen_stays_frozen(make, frozen, kept):
+    net = make()
+    net.get_parameter(frozen).requires_grad = False
     with torch.no_grad():  # says nothing about what learns
-        attn = qat.convert(net, qat.recipe("ofq", qk_bias="fold"), input_size=SIZE).blocks[0].attn
-    learns = {name: attn.get_parameter(name).requires_grad for name in ("q_weight", "k_weight", "v.weight", "q_bias", "v.bias")}
-    assert {name for name, is_learning in learns.items() if not is_learning} == {
-        "qkv.weight": {"q_weight", "k_weight", "v.weight"},
-        "qkv.bias": {"q_bias", "v.bias"},
-    }[frozen]
+        attn = swapped(net, FOLD, TOKENS).attn
+    assert {n for n in ("q_weight", "k_weight", "v.weight", "q_bias", "v.bias") if not attn.get_parameter(n).requires_grad} == kept
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "reason"),
+    [
+        (timm.layers.Attention, {"qk_norm": True, "norm_layer": nn.LayerNorm}, "normalises queries and keys"),
+        (EvaAttention, {"scale_norm": False}, "rotates queries and keys by position"),
+        (AttentionRope, {"scale_norm": False}, "rotates queries and keys by position"),
+    ],
+)
+def test_reparameterization_is_refused(cls, settings, reason):
+    message = f"quant.attention='qkr': this net {reason}, so .* here it must be one of standard, float"
+    with pytest.raises(qat.UsageError, match=message):
+        swapped(plain(cls, **settings), qat.recipe("ofq"), TOKENS)
+
+
+def test_rotated_then_quantized():
+    rope, x = randn(TOKENS - 1, WIDTH, seed=3), randn(3, 1, TOKENS, WIDTH)
+    net = swapped(plain(EvaAttention, scale_norm=False), qat.recipe("ofq_noqkr", bits=2), TOKENS, rope=rope)
+    attn = qat.initialize_scales(net, [x]).attn
+
+    def heads(t):
+        return t.unflatten(-1, (2, -1)).transpose(1, 2)
+
+    def rotated(t):
+        t = heads(t)
+        return torch.cat([t[:, :, :1], apply_rot_embed_cat(t[:, :, 1:], rope)], 2).transpose(1, 2).flatten(2)
+
+    q, k, v = (attn.qkv(x.squeeze(1)) + torch.cat([attn.q_bias, torch.zeros(WIDTH), attn.v_bias])).chunk(3, -1)
+    scores = heads(attn.q_quantizer(rotated(q))) @ heads(attn.k_quantizer(rotated(k))).transpose(-1, -2) / (WIDTH / 2) ** 0.5
+    out = attn.proj((attn.probs_quantizer(scores.softmax(-1)) @ heads(attn.v_quantizer(v))).transpose(1, 2).flatten(2))
+    assert_close(net(x), out)
+
+
+@pytest.mark.parametrize("preset", ["ofq", "ofq_noqkr"])
+def test_a_pools_queries_have_a_scale_each_and_keys_one_per_token(preset):
+    net, x = swapped(plain(AttentionPoolLatent, latent_len=3), qat.recipe(preset, bits=2), TOKENS), randn(3, 1, TOKENS, WIDTH)
+    found = {name.removeprefix("attn."): site.quantizer.n_scales for name, site in sites(net).items()}
+    assert [found[f"{role}_quantizer"] for role in ("q", "k", "probs", "v")] == [3, TOKENS, 3, WIDTH]
+    assert sites(net)["attn.mlp.fc2.input_quantizer"].quantizer.spec.signed is False
+    assert qat.initialize_scales(net, [x])(x).isfinite().all()
+    assert net.attn.n_scores(x[:2].squeeze(1)) == 2 * 2 * 3 * TOKENS

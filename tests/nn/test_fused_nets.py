@@ -8,7 +8,7 @@ from torch.testing import assert_close
 import qat
 from qat.nn import attention, linear, recomputable
 from tests.nets import FAMILIES
-from tests.tiny import images, quantized
+from tests.tiny import images, kept_bytes, quantized
 
 NETS = [FAMILIES[name] for name in ("vit", "deit", "swin")]
 
@@ -72,20 +72,6 @@ def test_nets_are_the_same(family, kind, unfused):
     same(fused, step(net, x))
 
 
-def kept_bytes(net, x):
-    """Bytes kept for backward, each storage once, without parameters."""
-    own, seen = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
-
-    def pack(t):
-        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = net(x)
-    assert out.requires_grad
-    return sum(size for pointer, size in seen.items() if pointer not in own)
-
-
 def deit(knobs, depth, x, recipe="ofq"):
     torch.manual_seed(0)
     net = timm.create_model("deit_tiny_patch16_224", img_size=64, num_classes=10, depth=depth)
@@ -101,18 +87,12 @@ def deit(knobs, depth, x, recipe="ofq"):
 def test_a_quantized_block_keeps_less_than_a_float_block(knobs, most, recipe):
     """Neither is any quantized weight among it: one is as large as what a block of these few tokens may keep."""
     x = torch.randn(4, 3, 64, 64)
-    ours = kept_bytes(deit(knobs, 2, x, recipe), x) - kept_bytes(deit(knobs, 1, x, recipe), x)
-    theirs = kept_bytes(deit(None, 2, x), x) - kept_bytes(deit(None, 1, x), x)
-    assert ours < most * theirs
 
+    def of_a_block(knobs):
+        two, one = (kept_bytes(lambda net=net: net(x), net.parameters())[0] for net in (deit(knobs, n, x, recipe) for n in (2, 1)))
+        return two - one
 
-def test_who_watches_a_quantizer_sees_its_input():
-    net, seen = quantized().train(), []
-    sites = [site.quantizer for site in qat.iter_quantizers(net)]
-    for quantizer in sites:
-        quantizer.register_forward_hook(lambda module, args, out: seen.append(module))
-    net(images())
-    assert set(seen) == set(sites)
+    assert of_a_block(knobs) < most * of_a_block(None)
 
 
 def test_blocks_may_be_run_again_instead_of_kept():

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import qat
 from qat.nn.swinv2 import QuantCosineAttention
 from tests.nets import ATTENTIONS, GENERIC
+from tests.tiny import randn
 
 FAMILY = ATTENTIONS["swinv2"]
 
@@ -18,7 +19,7 @@ def test_normalised_then_quantized():
     qat.initialize_scales(net, [FAMILY.images()])
     attn = net.layers[0].blocks[0].attn
     assert isinstance(attn, QuantCosineAttention)
-    x = torch.randn(8, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = randn(8, 16, 16)
 
     def heads(t):
         return t.unflatten(-1, (2, -1)).transpose(1, 2)

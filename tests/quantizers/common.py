@@ -1,13 +1,7 @@
 """Building blocks of the quantizer tests."""
 
-import torch
-
 from qat.quantizers import build_quantizer
 from qat.spec import QuantSpec
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def build(quantizer, role="input", bits=4, **spec):

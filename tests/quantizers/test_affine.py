@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from qat import functional as F
-from tests.quantizers.common import allocated, build, calibrated, randn
+from tests.quantizers.common import allocated, build, calibrated
+from tests.tiny import randn
 
 
 @pytest.mark.parametrize("axis", [-1, 1, None])

@@ -3,7 +3,8 @@
 import pytest
 
 from qat.utils.validate import FLOAT_BITS
-from tests.quantizers.common import allocated, randn
+from tests.quantizers.common import allocated
+from tests.tiny import randn
 
 
 def test_hands_on_the_very_tensor():

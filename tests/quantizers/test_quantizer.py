@@ -7,7 +7,8 @@ import torch
 
 import qat
 from qat.quantizers import build_quantizer
-from tests.quantizers.common import allocated, calibrated, randn
+from tests.quantizers.common import allocated, calibrated
+from tests.tiny import randn
 
 WITH_SCALES = ["lsq", "minmax"]
 

@@ -1,13 +1,11 @@
 """From a name to a quantizer. Oracle: the class that comes out, and the message where none does."""
 
 import pytest
-import torch
 
 import qat
 from qat.quantizers import LSQ, Float, Shifted, build_quantizer, register, registry
 from qat.spec import QuantSpec
 from tests.quantizers.common import build
-from tests.tiny import images, logits, quantized, sites
 
 SOURCE = """
 import torch
@@ -56,14 +54,6 @@ def test_register_makes_a_name(monkeypatch):
 def test_a_name_is_given_once():
     with pytest.raises(ValueError, match="quantizer 'lsq' is there already"):
         register("lsq")(Float)
-
-
-def test_own_class_in_a_net(plugin, tmp_path):
-    net = quantized("lsq", weight_quantizer=f"{plugin}:Half")
-    weight = sites(net)["blocks.0.mlp.fc1.weight_quantizer"]
-    assert torch.equal(2 * weight.quantizer(weight.latent()), weight.quantizer.codes(weight.latent()).float())
-    qat.save(net, tmp_path / "net.ckpt")
-    assert torch.equal(logits(qat.load(tmp_path / "net.ckpt")), logits(net, images()))
 
 
 @pytest.mark.parametrize(

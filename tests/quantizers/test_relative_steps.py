@@ -8,8 +8,8 @@ import qat
 from qat import functional as F
 from qat.functional.lsq import RelativeStepFunction, relative_step
 from qat.model.transfer import copy_scales
-from tests.quantizers.common import calibrated, randn
-from tests.tiny import converted, images, quantized
+from tests.quantizers.common import calibrated
+from tests.tiny import converted, images, quantized, randn
 
 
 @pytest.mark.parametrize("quantizer", ["lsq", "seq"])

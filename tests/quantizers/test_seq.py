@@ -8,7 +8,8 @@ import qat
 from qat import functional as F
 from qat.quantizers import LSQ, SEQ, AutoSignLSQ, build_quantizer
 from qat.spec import QuantSpec
-from tests.quantizers.common import allocated, calibrated, randn
+from tests.quantizers.common import allocated, calibrated
+from tests.tiny import randn
 
 
 def spread(x, scale, axis):

@@ -4,7 +4,8 @@ import torch
 from torch.testing import assert_close
 
 from qat import functional as F
-from tests.quantizers.common import allocated, calibrated, randn
+from tests.quantizers.common import allocated, calibrated
+from tests.tiny import randn
 
 
 def shifted(x, offsets="both", **spec):

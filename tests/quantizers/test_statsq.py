@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from qat import functional as F
 from qat.quantizers import ActStatsQ, StatsQ
-from tests.quantizers.common import allocated, build, randn
+from tests.quantizers.common import allocated, build
+from tests.tiny import randn
 
 
 @pytest.mark.parametrize("role", ["weight", "qk"])

@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from qat.functional.statsq import GAUSSIAN_RANGE, statsq_rms_scale
-from tests.quantizers.common import allocated, randn
+from tests.quantizers.common import allocated
+from tests.tiny import randn
 
 
 @pytest.mark.parametrize("bits", sorted(GAUSSIAN_RANGE))

@@ -42,12 +42,6 @@ def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path, error):
     assert os.listdir(tmp_path) == ["x.txt"]
 
 
-def test_permissions_are_those_of_any_new_file(tmp_path):
-    write_text(tmp_path / "ours", "x")
-    (tmp_path / "plain").write_text("x")
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
 def test_the_file_that_is_replaced_stays_under_another_name(tmp_path):
     path = tmp_path / "last.ckpt"
     for content in ("one", "two", "three"):

@@ -19,14 +19,15 @@ from qat.kernels.fused import (
     remember,
     simple,
 )
-from qat.kernels.fused.source import keep
+from tests import tiny
+from tests.tiny import kept_bytes
 
 B, N, H, D = 4, 7, 2, 6
 C = H * D
 
 
 def randn(*shape, seed=0, scale=1.0):
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).requires_grad_()
+    return (scale * tiny.randn(*shape, seed=seed)).requires_grad_()
 
 
 def operand(n, grid, offsets=2, seed=0, channels=C):
@@ -47,7 +48,7 @@ def leaves(*parts):
 
 def compare(fused, plain, tensors):
     """Equal results; gradients of a random projection alike."""
-    upstream = torch.randn(fused.shape, generator=torch.Generator().manual_seed(9)).to(fused.dtype)
+    upstream = randn(fused.shape, seed=9).to(fused.dtype)
     assert torch.equal(fused, plain)
     found, expected = (torch.autograd.grad(out, tensors, upstream, retain_graph=True) for out in (fused, plain))
     for one, other in zip(found, expected, strict=True):
@@ -91,19 +92,6 @@ def test_a_weight_that_is_kept_is_not_quantized_again(params):
     compare(lsq_linear(*kept), lsq_linear(*parts), leaves(*parts))
 
 
-def kept_bytes(make, *parameters):
-    """Bytes kept for backward by what `make` does, each storage once, those of `parameters` not counted."""
-    seen, own = {}, {p.untyped_storage().data_ptr() for p in parameters}
-
-    def pack(t):
-        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = make()
-    return sum(size for pointer, size in seen.items() if pointer not in own), out
-
-
 @pytest.mark.parametrize("maker", ["norm", "gelu"])
 def test_what_can_be_made_again_is_not_kept(maker):
     x, o, w, params, b = linear_parts()
@@ -116,8 +104,8 @@ def test_what_can_be_made_again_is_not_kept(maker):
         return lsq_linear(remember(made, make, *inputs) if note else made, o, w, params, b)
 
     parameters = leaves(o, w, b, gamma, beta)
-    bytes_with, with_note = kept_bytes(lambda: run(note=True), *parameters)
-    bytes_without, without = kept_bytes(lambda: run(note=False), *parameters)
+    bytes_with, with_note = kept_bytes(lambda: run(note=True), parameters)
+    bytes_without, without = kept_bytes(lambda: run(note=False), parameters)
     assert bytes_without - bytes_with == x.numel() * 4
     tensors = leaves(inputs, o, w, b)
     assert torch.equal(with_note, without)
@@ -130,16 +118,6 @@ def test_a_tensor_written_into_is_kept_itself():
     made = remember(F.gelu(x), F.gelu, x)
     made.mul_(2)
     compare(lsq_linear(made, o, w, params, b), simple.lsq_linear(2 * F.gelu(x), o, w, params, b), leaves(x, o, w, b))
-
-
-def test_a_tensor_is_saved_without_its_note(tmp_path):
-    x = randn(3)
-    made = remember(F.gelu(x), lambda x: F.gelu(x), x)
-    torch.save(made, tmp_path / "made.pt")
-    loaded = torch.load(tmp_path / "made.pt")
-    assert torch.equal(loaded, made)
-    assert keep(loaded) == ((loaded,), None)
-    assert keep(made).tensors == (x,)
 
 
 def attention_parts(seed=40):

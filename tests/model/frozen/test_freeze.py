@@ -87,15 +87,6 @@ def test_weights_are_codes():
     assert held["blocks.0.attn.qk_quantizer"].quantizer.codes().shape == (2 * 32, 32)
 
 
-def test_nothing_of_the_float_weights_is_left():
-    net = made(qat.recipe("ofq", bits=2, qk_bias="fold"))
-    state = qat.freeze(net).state_dict()
-    assert not [key for key in state if key.endswith(("q_weight", "k_weight", "q_bias", "fc1.weight", "v.weight", "head.weight"))]
-    assert state["blocks.0.attn.folded_bias"].shape == (2, 32)
-    floats = sum(value.numel() for key, value in state.items() if value.is_floating_point() and value.ndim > 1)
-    assert floats < 2500  # class token, positions, the bias of queries, offsets of the image
-
-
 def test_offsets_are_folded_where_that_is_exact():
     net = made(RECIPES["ofq_noqkr_4bit"])
     frozen = qat.freeze(net)
