@@ -182,9 +182,9 @@ def test_forbidden_phrases(pattern, reason):
 
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a line in CHANGELOG.md that says why it rises.
 BUDGETS = {
-    "evidence": 26830,
-    "qat": 169410,
-    "qat/analysis": 14430,
+    "evidence": 26780,
+    "qat": 167820,
+    "qat/analysis": 13820,
     "qat/callbacks": 8110,
     "qat/cli": 2930,
     "qat/data": 10700,
@@ -194,14 +194,14 @@ BUDGETS = {
     "qat/launch": 3320,
     "qat/lit": 6790,
     "qat/losses": 2510,
-    "qat/model": 20610,
+    "qat/model": 20030,
     "qat/nn": 11670,
-    "qat/ptq": 9790,
+    "qat/ptq": 9520,
     "qat/quantizers": 5610,
     "qat/report": 4750,
-    "qat/tasks": 20930,
-    "qat/utils": 3250,
-    "tests": 285770,
+    "qat/tasks": 21010,
+    "qat/utils": 3060,
+    "tests": 247560,
 }
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
 
