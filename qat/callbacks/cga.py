@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.callbacks.common import logs_now, net_of, weight_of
 from qat.callbacks.freezing import IterativeFreezing
@@ -29,12 +28,6 @@ _DEFAULT_SHARE = 0.1
 
 def _near(quantizer: Quantizer, weight: Tensor, boundary_range: float) -> Tensor:
     return cast(UniformGrid, quantizer.grid(weight.detach())).near_threshold(weight, boundary_range)
-
-
-def _has_half_steps(site: Site) -> bool:
-    """True for a weight on half steps: the paper's thresholds lie between two values of one magnitude."""
-    grid = site.quantizer.grid(site.latent().detach()) if site.is_weight else None
-    return isinstance(grid, UniformGrid) and grid.is_half_step
 
 
 class BandGate:
@@ -72,7 +65,7 @@ class CGA(Callback):
         lr: constant learning rate while annealing; the schedule does not change it.
         qk: what query and key weights do under query-key reparameterization. `reference` = they train freely, which is what the
             paper's code does in effect; `product` = the gradient of the folded matrix is gated by that matrix's own band;
-            `freeze` = they are held.
+            `freeze` = they are frozen.
 
     Raises:
         UsageError: a setting cannot work. In `setup`: the epochs do not fit the run, or there is nothing to anneal.
@@ -98,8 +91,8 @@ class CGA(Callback):
             check_int("callbacks.cga.start_epoch", start_epoch, 0)
         self.boundary_range, self.epochs, self.start_epoch, self.lr, self.qk = boundary_range, epochs, start_epoch, lr, qk
         self._first, self._stop = 0.0, math.inf
-        self._active = False
         self._sites: list[Site] = []
+        self._factors: list[Any] = []
         self._products: list[tuple[Site, BandGate]] = []
         self._freezer = EntryFreezer()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -111,29 +104,31 @@ class CGA(Callback):
         self._first, self._stop = self._span(trainer)
         if any(isinstance(callback, IterativeFreezing) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise UsageError("callbacks.cga: callbacks.freeze holds the same weights; choose one of the two")
-        found = [site for site in iter_quantizers(net_of(pl_module)) if _has_half_steps(site)]
+        sites = [(site, site.quantizer.grid(site.latent().detach())) for site in iter_quantizers(net_of(pl_module)) if site.is_weight]
+        # The paper's thresholds lie between two values of one magnitude.
+        found = [site for site, grid in sites if isinstance(grid, UniformGrid) and grid.is_half_step]
         self._sites = [site for site in found if site.role == "weight"]
-        self._products = [(s, BandGate(self.boundary_range)) for s in found if s.role == "qk"]
+        self._factors = [f for s in found if s.role == "qk" and self.qk == "freeze" for f in (s.owner.q_weight, s.owner.k_weight)]
+        self._products = [(s, BandGate(self.boundary_range)) for s in found if s.role == "qk" and self.qk == "product"]
         if not found:
             raise UsageError("callbacks.cga: this net has no weights with the statsq quantizer; use another quant=... or leave cga out")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step, and into the folded matrices if they are gated."""
-        self._active = False
         self._freezer.attach(trainer.optimizers)
-        if self.qk == "product":
-            self._handles = [site.quantizer.register_forward_pre_hook(gate) for site, gate in self._products]
+        self._handles = [site.quantizer.register_forward_pre_hook(gate) for site, gate in self._products]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open or close the gates, keep the rate. Not by the epoch alone: a run resumed in the middle of one starts no epoch."""
-        active, was_active = self._anneals(trainer.current_epoch), self._active
-        self._active = active
         for _, gate in self._products:
-            gate.active = active
+            gate.active = self._anneals(trainer.current_epoch)
         self._pin_rate(trainer, trainer.current_epoch)
-        if active and not was_active:
-            kinds = len(self._sites), self.qk if self._products else "none"
-            log.info("cga: annealing from here, lr %.2e, band %g, %d weights, q and k: %s", self.lr, self.boundary_range, *kinds)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that annealing begins."""
+        if trainer.current_epoch == self._first:
+            counts = self.boundary_range, len(self._sites), len(self._products)
+            log.info("cga: annealing from here, lr %.2e, band %g, %d weights, %d folded ones", self.lr, *counts)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Set the learning rate of the next step, so that what logs it has the one in force."""
@@ -143,29 +138,18 @@ class CGA(Callback):
         """Zero the gradients of frozen entries and remember their values; gradients are complete here, and clipped afterwards."""
         if not self._anneals(trainer.current_epoch):
             return
-        trainable: list[tuple[Tensor, int]] = []
-        self._freezer.freeze(self._frozen(trainable))
+        near = [_near(site.quantizer, weight_of(site), self.boundary_range) for site in self._sites]
+        frozen = [(weight_of(site), ~mask) for site, mask in zip(self._sites, near, strict=True)]
+        self._freezer.freeze([*frozen, *((factor, torch.ones_like(factor, dtype=torch.bool)) for factor in self._factors)])
         if not logs_now(trainer):
             return
         values = {}
-        if trainable:
-            values["cga/trainable"] = torch.stack([near for near, _ in trainable]).sum() / sum(n for _, n in trainable)
-        if self.qk == "product" and self._products:
+        if near:
+            values["cga/trainable"] = torch.stack([mask.sum() for mask in near]).sum() / sum(mask.numel() for mask in near)
+        if self._products:
             shares = [_near(site.quantizer, site.latent(), self.boundary_range).float().mean() for site, _ in self._products]
             values["cga/trainable_product"] = torch.stack(shares).mean()
         pl_module.log_dict(values, on_step=True, on_epoch=False)
-
-    def _frozen(self, trainable: list[tuple[Tensor, int]]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Every weight with its frozen entries; notes in `trainable` how many entries of each are not, and how many there are."""
-        for site in self._sites:
-            weight = weight_of(site)
-            near = _near(site.quantizer, weight, self.boundary_range)
-            trainable.append((near.sum(), near.numel()))
-            yield weight, ~near
-        if self.qk == "freeze":
-            for site, _ in self._products:
-                for factor in (site.owner.q_weight, site.owner.k_weight):
-                    yield cast(nn.Parameter, factor), torch.ones_like(cast(Tensor, factor), dtype=torch.bool)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks."""
@@ -188,17 +172,14 @@ class CGA(Callback):
 
     def _span(self, trainer: Trainer) -> tuple[float, float]:
         """First epoch, and the one after the last; that is infinity where annealing lasts to the end."""
-        total = math.inf if trainer.max_epochs in {None, -1} else trainer.max_epochs
+        total = trainer.max_epochs or 1  # which the tasks demand
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return 0, math.inf
         if self.start_epoch is None:
-            if total == math.inf:
-                raise UsageError("callbacks.cga.start_epoch=None: a run without trainer.max_epochs has no last epochs; set it")
             length = self.epochs or math.ceil(total * _DEFAULT_SHARE)
             if length > total:
                 raise UsageError(f"callbacks.cga.epochs={length}: must be an integer from 1 to trainer.max_epochs={total}")
             return total - length, math.inf
         if self.start_epoch >= total:
             raise UsageError(f"callbacks.cga.start_epoch={self.start_epoch}: must be from 0 to below trainer.max_epochs={total}")
-        stop = math.inf if self.epochs is None else self.start_epoch + self.epochs
-        return self.start_epoch, math.inf if stop >= total else stop
+        return self.start_epoch, math.inf if self.epochs is None else self.start_epoch + self.epochs

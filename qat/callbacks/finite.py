@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,6 @@ from qat.utils.shards import own
 from qat.utils.validate import check_int
 
 _NEVER = 2**62
-_OUTPUT = "the output of"
 
 
 class FiniteCheck(Callback):
@@ -60,9 +58,9 @@ class FiniteCheck(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Look at all steps and weights before a file is touched."""
         self._look(trainer)
-        damaged = next(_damaged(checkpoint["state_dict"]), None)
+        damaged = _damaged(checkpoint["state_dict"])
         if not trainer.strategy.reduce_boolean_decision(damaged is None, all=True):
-            self._stop(f"weights after step {trainer.global_step - 1} are not finite", _in_any_process(damaged))
+            raise _error(f"weights after step {trainer.global_step - 1} are not finite", damaged)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the run."""
@@ -77,34 +75,30 @@ class FiniteCheck(Callback):
             return
         step, self._first_bad = int(trainer.strategy.reduce(self._first_bad, reduce_op="min")), None
         if step != _NEVER:
-            found = _first_not_finite(trainer, self._images)
-            self._stop(f"the loss or a gradient of step {step} is not finite", _in_any_process(found))
-
-    @staticmethod
-    def _stop(what: str, first: str | None) -> NoReturn:
-        where = first or "the loss or its gradient (the outputs of the net are finite)"
-        advice = "checkpoints are from before; a lower optimizer.lr or trainer.gradient_clip_val=1 may help"
-        raise UsageError(f"training stopped: {what}; first: {where}; {advice}")
+            raise _error(f"the loss or a gradient of step {step} is not finite", _first_not_finite(trainer, self._images))
 
 
 def _reading_is_free(pl_module: LightningModule) -> bool:
     return pl_module.device.type == "cpu"
 
 
-def _damaged(state: dict[str, Any]) -> Iterator[str]:
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not own(value).isfinite().all():
-            yield name.removeprefix("net.")
+def _error(what: str, first: str | None) -> UsageError:
+    """What to say in every process: where the first that has found something has found it."""
+    found = [first]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, first)
+    ways = [f"{one} (process {rank})" if len(found) > 1 else one for rank, one in enumerate(found) if one]
+    nothing = "the loss or its gradient (the outputs of the net are finite)"
+    where = min(ways, key=lambda one: one.startswith("the output"), default=nothing)  # a weight says more
+    advice = "checkpoints are from before; a lower optimizer.lr or trainer.gradient_clip_val=1 may help"
+    return UsageError(f"training stopped: {what}; first: {where}; {advice}")
 
 
-def _in_any_process(found: str | None) -> str | None:
-    """What the first process that found something has found; a weight, of which each may have a part, says more than an output."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return found
-    all_found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(all_found, found)
-    found_by = [f"{one} (process {rank})" for rank, one in enumerate(all_found) if one]
-    return min(found_by, key=lambda one: one.startswith(_OUTPUT), default=None)
+def _damaged(state: dict[str, Any]) -> str | None:
+    """The first weight, of which this process may have a part, that is not finite."""
+    floats = ((name, own(value)) for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point())
+    return next((name.removeprefix("net.") for name, value in floats if not value.isfinite().all()), None)
 
 
 def _first_not_finite(trainer: Trainer, images: Tensor) -> str | None:
@@ -114,12 +108,11 @@ def _first_not_finite(trainer: Trainer, images: Tensor) -> str | None:
 
     def note(name: str, module: nn.Module, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point():
-            flags.append((f"{_OUTPUT} {name or 'the net'} ({type(module).__name__})", output.isfinite().all()))
+            flags.append((f"the output of {name or 'the net'} ({type(module).__name__})", output.isfinite().all()))
 
     hooks = [m.register_forward_hook(lambda m, _, output, name=name: note(name, m, output)) for name, m in net.named_modules()]
     with torch.compiler.set_stance("force_eager"), probing(net, hooks), trainer.precision_plugin.forward_context():
         net(images)  # in all processes, also where the cause is known: they may share the weights
     if not images.isfinite().all():
         return "the images of the batch"
-    weight = next(_damaged(net.state_dict()), None)
-    return weight or next((label for label, is_finite in flags if not is_finite), None)
+    return _damaged(net.state_dict()) or next((label for label, is_finite in flags if not is_finite), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -87,18 +86,7 @@ class IterativeFreezing(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Look at the codes of the forward pass that was, freeze, and hold what is frozen through the step."""
         threshold = self.threshold_at(trainer.global_step)
-        self._freezer.freeze(self._look(threshold))
-        if logs_now(trainer) and self._frozen:
-            masks = [state.frozen for state in self._frozen.values()]
-            frozen = torch.stack([mask.sum() for mask in masks]).sum() / sum(mask.numel() for mask in masks)
-            values = {
-                "freeze/frozen": frozen,
-                "freeze/threshold": torch.full_like(frozen, threshold),
-            }  # a number would be copied, which waits
-            pl_module.log_dict(values, on_step=True, on_epoch=False)
-
-    def _look(self, threshold: float) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Every weight with its frozen entries."""
+        frozen: list[tuple[nn.Parameter, Tensor]] = []
         for site in self._sites:
             weight, before = weight_of(site), self._frozen.get(site.name)
             before = None if before is None else FreezingState(*(t.to(weight.device) for t in before))  # a checkpoint's are on the CPU
@@ -107,7 +95,15 @@ class IterativeFreezing(Callback):
             state = freezing_step(before, codes, seen.frequency, threshold, self.momentum)
             if state is not None:
                 self._frozen[site.name] = state._replace(codes=state.codes.to(torch.int8))
-                yield weight, state.frozen
+                frozen.append((weight, state.frozen))
+        self._freezer.freeze(frozen)
+        if logs_now(trainer) and frozen:
+            share = torch.stack([mask.sum() for _, mask in frozen]).sum() / sum(mask.numel() for _, mask in frozen)
+            values = {
+                "freeze/frozen": share,
+                "freeze/threshold": torch.full_like(share, threshold),
+            }  # a number would be copied, which waits
+            pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     @torch.no_grad()
     def _center(self) -> None:
@@ -119,10 +115,6 @@ class IterativeFreezing(Callback):
             weight.copy_(torch.where(strayed, grid.dequantize(state.codes).to(weight.dtype), weight))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the hook."""
-        self._freezer.detach()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the hook."""
         self._freezer.detach()
 

@@ -117,7 +117,5 @@ class Oscillation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with it."""
         states = state_dict["weights"]
-        if any("frequency" not in state for state in states.values()):
-            log.warning("resume: callbacks.oscillation: an older version wrote what was tracked; frequencies begin anew")
-            states = {}
-        self._states = {name: OscillationState(**state) for name, state in states.items()}
+        is_of_today = all("frequency" in state for state in states.values())  # else of an older version: frequencies begin anew
+        self._states = {name: OscillationState(**state) for name, state in states.items()} if is_of_today else {}

@@ -63,22 +63,19 @@ def compare_blocks(student: nn.Module, teacher: nn.Module, image: Tensor, settin
     Raises:
         UsageError: the net has no blocks, or those of the teacher give something else.
     """
-    shapes: list[list[tuple[int, ...] | None]] = []
+    shapes: list[list[tuple[int, ...]]] = []
     for net in (student, teacher):
-        found: list[tuple[int, ...] | None] = []
+        found: list[tuple[int, ...]] = []
         hooks = [
-            block.register_forward_hook(
-                lambda _, args, out, found=found: found.append(tuple(out.shape[1:]) if isinstance(out, Tensor) else None)
-            )
+            block.register_forward_hook(lambda _, args, out, found=found: found.append(tuple(getattr(out, "shape", ())[1:])))
             for block in _blocks(net, which)
         ]
         with probing(net, hooks):
             net(image)
         shapes.append(found)
     own, followed = shapes
-    if not own or None in own:
-        what = "a block of this net gives more than one tensor" if own else "this net has no blocks (children of a module called blocks)"
-        raise UsageError(f"{setting}: {what}; must be 0")
+    if not own or () in own:
+        raise UsageError(f"{setting}: this net has no blocks (children of a module called blocks) that give one tensor each; must be 0")
     if own != followed:
         raise UsageError(f"{setting}: blocks give {own}, the teacher's {followed}; the teacher has to be of the same architecture")
 

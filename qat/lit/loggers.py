@@ -14,7 +14,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from qat.launch.signals import Preempted
-from qat.utils.files import appending, csv_rows, write_text
+from qat.utils.files import csv_rows, write_text
 
 # W&B and MLflow report to their makers unless these say otherwise, and MLflow lists the tables that it makes.
 for _name, _value in {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "MLFLOW_LOGGING_LEVEL": "WARNING"}.items():
@@ -43,9 +43,14 @@ class CSVLog(CSVLogger):
 class _Writer(ExperimentWriter):
     def __init__(self, log_dir: str, resumed_at: int | None) -> None:
         super().__init__(log_dir)
-        self._path = Path(self.metrics_file_path)
-        rows = csv_rows(self._path) if resumed_at is not None and self._path.is_file() else []
-        self._replace([row for row in rows if int(row["step"]) < (resumed_at or 0)])
+        path = Path(self.metrics_file_path)
+        there = csv_rows(path) if resumed_at and path.is_file() else []
+        rows = [{key: value for key, value in row.items() if value != ""} for row in there if int(row["step"]) < (resumed_at or 0)]
+        self.metrics_keys = sorted(set().union(*rows))
+        if rows:
+            self._write(rows)
+        else:
+            path.unlink(missing_ok=True)
 
     def _check_log_dir_exists(self) -> None:
         """Lightning would delete the rows of a run that is resumed."""
@@ -54,24 +59,16 @@ class _Writer(ExperimentWriter):
         super().log_metrics(metrics_dict, step)
         self.save()
 
-    def save(self) -> None:
-        rows, self.metrics = self.metrics, []
-        if set().union(*rows) - set(self.metrics_keys):
-            self._replace([*(csv_rows(self._path) if self._path.is_file() else []), *rows])
-        elif rows:
-            with appending(self._path) as file:
-                csv.DictWriter(file, self.metrics_keys).writerows(rows)
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:  # noqa: ARG002  (Lightning's signature)
+        self._write(csv_rows(Path(self.metrics_file_path)))
 
-    def _replace(self, rows: list) -> None:
-        """Write the whole file anew, with the columns that have a value in any row."""
-        rows = [{key: value for key, value in row.items() if value != ""} for row in rows]
-        self.metrics_keys = sorted(set().union(*rows))
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        """The whole file, at once: a kill costs no row."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.metrics_keys)
         writer.writeheader()
         writer.writerows(rows)
-        if rows or self._path.is_file():
-            write_text(self._path, text.getvalue())
+        write_text(Path(self.metrics_file_path), text.getvalue())
 
 
 @contextlib.contextmanager

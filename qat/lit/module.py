@@ -107,7 +107,6 @@ class QATModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Put the learning rate where the schedule has it now: a resumed run begins in the middle of it."""
-        self._keep_weights(keep=self.trainer.accumulate_grad_batches > 1)
         self._steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
         for config in self.trainer.lr_scheduler_configs:
             schedule: Any = config.scheduler
@@ -129,10 +128,10 @@ class QATModule(LightningModule):
     def context(self, batch: tuple[Tensor, Tensor], progress: float = 0.0) -> StepContext:
         """Run teacher and net on a batch (images, targets), for the loss to compare."""
         images, target = batch
-        if self._outputs is None or self.teacher is None or self.loss.blocks is None:
+        if self.teacher is None or self._outputs is None:
             teacher_logits = None if self.teacher is None else self.teacher(images)
             return StepContext(self.net(images), target, teacher_logits, self.net, progress)
-        teacher_logits, followed = self.teacher.with_features(images, self.loss.blocks)
+        teacher_logits, followed = self.teacher.with_features(images, str(self.loss.blocks))
         with self._outputs.of_pass() as features:
             logits = self.net(images)
         return StepContext(logits, target, teacher_logits, self.net, progress, features, followed)
@@ -204,14 +203,6 @@ class QATModule(LightningModule):
         """They may from here on."""
         self._keep_weights(keep=False)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Forget what accumulated batches have shared: not every optimizer lets torch count its changes (`fused=True` does not)."""
-        self._keep_weights(keep=self.trainer.accumulate_grad_batches > 1)
-
-    def on_train_end(self) -> None:
-        """Give back what accumulated batches shared."""
-        self._keep_weights(keep=False)
-
     def _keep_weights(self, *, keep: bool) -> None:
         # Weights that processes share are gathered anew for every use, which torch does not count as a change.
         keep_weights(self.net, keep=keep and not shared_modules(self.net))
@@ -228,10 +219,10 @@ class QATModule(LightningModule):
         if self._describe is not None:
             checkpoint[META_KEY] = self._describe
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            states = {name: cast(MeanLoss, mean).metric_state for name, mean in self.train_means.items()}
-            checkpoint[MEANS_KEY] = {
-                name: {key: self._of_all(cast(Tensor, value)) for key, value in state.items()} for name, state in states.items()
-            }
+            states: dict[str, Any] = {name: cast(MeanLoss, mean).metric_state for name, mean in self.train_means.items()}
+            # Sums, each of all processes: (processes,).
+            gathered = {name: {key: self.all_gather(value).reshape(-1) for key, value in state.items()} for name, state in states.items()}
+            checkpoint[MEANS_KEY] = gathered
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the means of the epoch that was under way.
@@ -243,18 +234,10 @@ class QATModule(LightningModule):
         if "averaging_state" in checkpoint and not averages:
             raise UsageError("resume: the run averages its weights; go on with callbacks=[default,ema], or start from them with ckpt=PATH")
         for name, state in checkpoint.get(MEANS_KEY, {}).items():
-            for key, value in state.items():
-                setattr(self.train_means[name], key, self._of_this(value.to(self.device)))
-
-    def _of_all(self, value: Tensor) -> Tensor:
-        """A process's share of a sum, (), from all processes: (processes,)."""
-        return cast(Tensor, self.all_gather(value)).reshape(self.trainer.world_size, *value.shape)
-
-    def _of_this(self, shares: Tensor) -> Tensor:
-        """This process's share, as it was; where another number of processes goes on, the first has the sum."""
-        if len(shares) == self.trainer.world_size:
-            return shares[self.global_rank].clone()
-        return shares.sum(0) if self.global_rank == 0 else torch.zeros_like(shares[0])
+            for key, sums in state.items():
+                if len(sums) != self.trainer.world_size:  # another number of processes goes on: the first has the sum
+                    sums = torch.cat([sums.sum()[None], sums.new_zeros(self.trainer.world_size - 1)])
+                setattr(self.train_means[name], key, sums[self.global_rank].to(self.device))
 
 
 def steps_per_epoch(trainer: Trainer) -> int:
@@ -266,10 +249,6 @@ def steps_per_epoch(trainer: Trainer) -> int:
     datamodule: Any = getattr(trainer, "datamodule", None)
     if datamodule is None:
         return max(int(trainer.estimated_stepping_batches) // max(trainer.max_epochs or 1, 1), 1)
-    batches = limited(len(datamodule.train_dataloader()), trainer.limit_train_batches)
+    batches, limit = len(datamodule.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)  # a count, or a share
     return max(math.ceil(batches / trainer.accumulate_grad_batches), 1)
-
-
-def limited(batches: int, limit: float | None) -> int:
-    """What `trainer.limit_*_batches` leaves: a whole number is a count, any other a share."""
-    return min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))

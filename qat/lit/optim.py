@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from qat.errors import UsageError
 from qat.model.decay import no_weight_decay, quantizer_parameters
-from qat.utils.validate import check_choice, check_int, check_number
+from qat.utils.validate import check_choice, check_int, check_number, unknown
 
 INTERVALS = ("epoch", "step")
 GROUPS = ("decay", "no_decay", "scales")
@@ -119,9 +118,8 @@ def build_optimizer(
     check_number("optimizer.lr", lr, 0, above=True)
     check_number("optimizer.scale_lr_factor", scale_lr_factor, 0, above=True)
     check_number("optimizer.weight_decay", weight_decay, 0)
-    if not isinstance(opt, str) or opt.lower() not in timm.optim.list_optimizers():
-        near = difflib.get_close_matches(str(opt).lower(), map(str, timm.optim.list_optimizers()), n=4)
-        raise UsageError(f"optimizer.opt={opt!r}: timm has no such optimizer; near are {', '.join(near or ['adamw', 'sgd'])}")
+    if str(opt).lower() not in timm.optim.list_optimizers():
+        raise UsageError(unknown(f"optimizer.opt={opt!r}", str(opt), map(str, timm.optim.list_optimizers())))
     groups = parameter_groups(net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor, layer_decay=layer_decay)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]

@@ -14,23 +14,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from qat.errors import UsageError
 from qat.utils.shards import like, whole
 
 BLOCKS = "blocks"  # what timm calls the list of a net's, or of a stage's, blocks
 
 
-def share_out(net: nn.Module, mesh: DeviceMesh | None) -> None:
+def apply_fsdp(net: nn.Module, mesh: DeviceMesh | None) -> None:
     """Leave each process its part of every parameter of a net, in place; a block's are whole while the block is computed.
 
     A parameter is cut along its first dimension. What is in no block is a group of its own, whole during forward and backward pass.
-
-    Raises:
-        UsageError: a parameter has no dimension to cut.
     """
-    for name, parameter in net.named_parameters():
-        if parameter.ndim == 0:
-            raise UsageError(f"trainer.strategy='fsdp': {name} is a single number, which cannot be shared out; must be ddp")
     blocks = [module for name, module in net.named_modules() if name.split(".")[-2:-1] == [BLOCKS]]
     for module in (*reversed(blocks), net):  # inner ones first
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -56,7 +49,7 @@ class ShardedStrategy(DDPStrategy):
             return
         for tensor in (*net.parameters(), *net.buffers()):
             dist.broadcast(tensor.detach(), 0)
-        share_out(net, init_device_mesh(self.root_device.type, (dist.get_world_size(),)))
+        apply_fsdp(net, init_device_mesh(self.root_device.type, (dist.get_world_size(),)))
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Share out a state that optimizers begin with."""

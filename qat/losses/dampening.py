@@ -8,7 +8,7 @@ from torch import Tensor
 from qat.errors import UsageError
 from qat.functional.oscillation import cosine_between
 from qat.losses.compose import LossTerm, StepContext
-from qat.model.sites import Site, iter_quantizers
+from qat.model.sites import iter_quantizers
 from qat.quantizers import UniformGrid
 from qat.utils.validate import check_int
 
@@ -37,20 +37,15 @@ class Dampening(LossTerm):
         Raises:
             UsageError: the net has no weights on evenly spaced values of so few bits.
         """
-        sites = [s for s in iter_quantizers(step.net) if s.is_weight and s.quantizer.spec.bits <= self.max_bits]
-        terms = [term for site in sites if (term := distance(site)) is not None]
-        if not terms:
+        distances = []
+        for site in [s for s in iter_quantizers(step.net) if s.is_weight and s.quantizer.spec.bits <= self.max_bits]:
+            weight = site.latent().float()
+            grid = site.quantizer.grid(weight.detach())
+            if isinstance(grid, UniformGrid):
+                inside = weight.clamp(*grid.ends(weight.ndim))
+                distances.append((site.quantizer(weight).detach() - inside).square().sum())  # no gradient to the step size
+        if not distances:
             raise UsageError(
                 f"loss term Dampening: max_bits={self.max_bits}: this net has no weights on evenly spaced values of so few bits"
             )
-        return cosine_between(0.0, 1.0, step.progress) * torch.stack(terms).sum()
-
-
-def distance(site: Site) -> Tensor | None:
-    """Squared distance of the weights of a site to their values, summed; float32, without gradient to the step. None without a grid."""
-    weight = site.latent().float()
-    grid = site.quantizer.grid(weight.detach())
-    if not isinstance(grid, UniformGrid):
-        return None
-    inside = weight.clamp(*grid.ends(weight.ndim))
-    return (site.quantizer(weight).detach() - inside).square().sum()
+        return cosine_between(0.0, 1.0, step.progress) * torch.stack(distances).sum()

@@ -21,7 +21,7 @@ class Kure(LossTerm):
         target: kurtosis, above 1.
         reduction: `mean`, `sum` or `max` over the layers.
         layers: globs of layers, or roles; None = all quantized Linears and convolutions (of a float net: all) but stem and heads.
-        qk: under query-key reparameterization, the folded `product`, its `factors`, or `both`.
+        qk: under query-key reparameterization, the folded `product` or its `factors`.
 
     Attributes:
         latents: the weights it acts on.

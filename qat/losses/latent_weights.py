@@ -13,8 +13,7 @@ from qat.model.convert import stem_and_heads
 from qat.model.sites import WEIGHT_ROLES, iter_quantizers
 from qat.nn.quant_module import QuantModule
 
-QK_FORMS = ("product", "factors", "both")
-_FACTORS = ("q_weight", "k_weight")
+QK_FORMS = ("product", "factors")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def find_latent_weights(
         net: float or quantized.
         setting: what an error names.
         layers: globs of module names, or roles; None = all but the stem and the heads, which the paper leaves out too.
-        qk: under query-key reparameterization the folded `product`, which is what is quantized, its `factors`, or `both`.
+        qk: under query-key reparameterization the folded `product`, which is what is quantized, or its `factors`.
 
     Raises:
         UsageError: a glob that matches nothing, or no layer is left.
@@ -61,16 +60,12 @@ def find_latent_weights(
         if not chosen:
             raise UsageError(f"{setting}: this net has no Linears or convolutions beside stem and heads")
         return tuple(chosen)
-    for glob in layers:
-        if not any(_fits(latent, glob) for latent in everything):
-            names = ", ".join(repr(m.layer) for m in everything if m.layer not in outside) or "none"
-            first = names.partition(", ")[0]
-            raise UsageError(f"{setting}={glob!r} matches no layer; names are like {first}, roles are {', '.join(WEIGHT_ROLES)}")
-    return tuple(latent for latent in everything if any(_fits(latent, glob) for glob in layers))
-
-
-def _fits(latent: LatentWeight, glob: str) -> bool:
-    return latent.role == glob or fnmatch.fnmatchcase(latent.layer, glob)
+    fits = {glob: [one for one in everything if one.role == glob or fnmatch.fnmatchcase(one.layer, glob)] for glob in layers}
+    for glob, found in fits.items():
+        if not found:
+            example = next((one.layer for one in everything if one.layer not in outside), "none")
+            raise UsageError(f"{setting}={glob!r} matches no layer; names are like {example!r}, roles are {', '.join(WEIGHT_ROLES)}")
+    return tuple(latent for latent in everything if any(latent in found for found in fits.values()))
 
 
 def _latents(net: nn.Module, qk: str) -> Iterator[LatentWeight]:
@@ -81,7 +76,7 @@ def _latents(net: nn.Module, qk: str) -> Iterator[LatentWeight]:
     ]
     seen: set[object] = set()
     for layer, role in found:
-        of_qk = {"product": (None,), "factors": _FACTORS, "both": (None, *_FACTORS)}[qk]
+        of_qk = (None,) if qk == "product" else ("q_weight", "k_weight")
         for parameter in of_qk if role == "qk" else ("weight",):
             latent = LatentWeight(layer, role, parameter)
             key = (layer, role) if parameter is None else id(latent.of(net))

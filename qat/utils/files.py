@@ -13,7 +13,7 @@ import shutil
 import zipfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -60,13 +60,6 @@ def _named(path: Path) -> Generator[None]:
         if error.errno is not None and (error.filename is None or str(error.filename).endswith(_UNFINISHED)):
             error.filename = str(path)
         raise
-
-
-@contextlib.contextmanager
-def appending(path: Path) -> Generator[TextIO]:
-    """Yield a file whose end is written to; a kill leaves half a line at worst. On the disk after `flush`."""
-    with _named(path), path.open("a", encoding="utf-8", newline="") as file:
-        yield file
 
 
 def flush(path: Path) -> None:

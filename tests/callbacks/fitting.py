@@ -32,7 +32,7 @@ def fit(learner, *callbacks, data=None, **settings):
 
 
 class Steps(Callback):
-    """Weights in front of and behind every optimizer step, rates and gradients of it; put behind the callback that is tested."""
+    """Weights before and after every optimizer step, rates and gradients of it; put after the callback that is tested."""
 
     def __init__(self):
         self.before, self.after, self.gradients, self.rates = [], [], [], []
@@ -50,7 +50,7 @@ class Steps(Callback):
 
 
 def moved(steps, t, name):
-    """Where a parameter differs behind step t from in front of it."""
+    """Where a parameter differs after step t from before it."""
     return steps.before[t][name] != steps.after[t][name]
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from unittest.mock import Mock
 
 import pytest
 from lightning.pytorch import Callback
@@ -36,16 +35,3 @@ def test_one_line_an_epoch_with_the_accuracy_of_that_epoch(lines):
         assert (f"  val top1 {metrics.get('val/top1', 0):.4g}  lr 1.00e-02" in line) == (number == 2)
         assert int(re.search(r"(\d+) img/s", line)[1]) > 0
     assert lines()[-1].endswith("left 0:00:00")
-
-
-def test_speed_counts_images_of_all_processes(monkeypatch, lines):
-    clock = [100.0]
-    monkeypatch.setattr("qat.callbacks.epoch_log.time.monotonic", lambda: clock[0])
-    log, run = EpochLog(), Mock(current_epoch=0, max_epochs=3, world_size=2, callback_metrics={}, optimizers=[], is_global_zero=True)
-    log.on_train_start(run, None)
-    for _ in range(5):
-        log.on_train_batch_end(run, None, None, (list(range(8)), None), 0)
-    clock[0] = 104.0
-    log.on_train_epoch_end(run, None)
-    # 5 batches x 8 images x 2 processes in 4 seconds; two more epochs of 4 seconds each.
-    assert lines()[0].endswith("20 img/s  left 0:00:08")

@@ -98,12 +98,6 @@ def spoil_first_layer(net):
         net[0].weight[1, 2] = torch.inf
 
 
-@pytest.fixture
-def late(monkeypatch):
-    """As on an accelerator: no look at the loss is free."""
-    monkeypatch.setattr(finite, "_reading_is_free", lambda module: False)
-
-
 def test_a_healthy_run_is_left_as_it_is():
     modules = [Small(), Small()]
     assert fit(modules[0]).global_step == 10
@@ -155,16 +149,6 @@ def test_where_looking_is_free_the_step_is_not_taken(callback, settings, first):
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("every", [4, 50])
-def test_elsewhere_it_is_seen_later_with_its_step(late, tmp_path, every):
-    # The update of step 3 was taken: by the time of the look the first weight is lost as well.
-    images = torch.ones(20, 3)
-    images[6:8] = torch.nan
-    message = stopped(Small(), LastCheckpoint(dirpath=tmp_path), images=images, every=every)
-    assert message.startswith("training stopped: the loss or a gradient of step 3 is not finite; first: ")
-    assert not list(tmp_path.iterdir())
-
-
 def test_steps_that_a_gradient_scaler_skips_are_no_error():
     # At this scale gradients overflow until the scaler has halved it often enough.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
@@ -194,12 +178,6 @@ def test_a_loss_of_one_process_ends_all_of_them():
     learner = module(net(), terms={"sick": SickProcess()})
     with pytest.raises(Exception, match=r"the loss or a gradient of step 1 is not finite; first: the loss or its gradient"):
         fit_net(learner, FiniteCheck(), strategy="ddp_fork", devices=2, max_epochs=2, limit_train_batches=2)
-
-
-@pytest.mark.parametrize("every", [0, -1, 1.5, "x", None])
-def test_the_interval_is_checked(every):
-    with pytest.raises(qat.UsageError, match=r"callbacks.finite.every_n_steps=.*: must be an integer of at least 1"):
-        FiniteCheck(every_n_steps=every)
 
 
 # --- in runs of the command

@@ -97,22 +97,6 @@ def test_the_threshold_falls_along_a_cosine_from_the_start_epoch_on():
     assert [callback.threshold_at(step) for step in (0, 1, 2, 3, 4, 10, 16)] == pytest.approx(expected)
 
 
-def test_shares_are_logged():
-    logged = []
-
-    class Look(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            logged.append({k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("freeze/")})
-
-    callback = IterativeFreezing(**EAGER)
-    fit(module(net(), lr=0.03), callback, Look(), max_epochs=4, log_every_n_steps=16)
-    assert not any(logged[:15])
-    masks = {name.rpartition(".")[0]: state.frozen for name, state in callback._frozen.items()}
-    total = sum(m.sum() for m in masks.values()) / sum(m.numel() for m in masks.values())
-    assert logged[-1]["freeze/frozen"] == pytest.approx(total.item())
-    assert logged[-1]["freeze/threshold"] == pytest.approx(callback.threshold_at(15))
-
-
 def test_resumed_equals_uninterrupted(tmp_path):
     # The second half from a checkpoint between two epochs.
     start = net()
@@ -131,21 +115,6 @@ def test_resumed_equals_uninterrupted(tmp_path):
     for name, state in first._frozen.items():
         assert all(torch.equal(a, b) for a, b in zip(state, second._frozen[name], strict=True))
         assert all(torch.equal(a, b) for a, b in zip(first._codes[name], second._codes[name], strict=True))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"threshold": 0}, r"callbacks\.freeze\.threshold=0: must be a number above 0"),
-        ({"final_threshold": -1}, r"callbacks\.freeze\.final_threshold=-1: must be a number above 0"),
-        ({"momentum": 1}, r"callbacks\.freeze\.momentum=1: must be a number above 0 to below 1"),
-        ({"start_epoch": -1}, r"callbacks\.freeze\.start_epoch=-1: must be an integer of at least 0"),
-        ({"max_bits": 1}, r"callbacks\.freeze\.max_bits=1: must be an integer of at least 2"),
-    ],
-)
-def test_impossible_settings(settings, message):
-    with pytest.raises(qat.UsageError, match=message):
-        IterativeFreezing(**settings)
 
 
 def test_a_start_behind_the_end():

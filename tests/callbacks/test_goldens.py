@@ -34,7 +34,7 @@ def fit(module, batches, *callbacks):
 
 
 class Steps(Callback):
-    """Copies of all parameters behind every step, and of the first step's gradients as the optimizer sees them."""
+    """Copies of all parameters after every step, and of the first step's gradients as the optimizer sees them."""
 
     def __init__(self):
         self.parameters, self.gradients = [], {}

@@ -1,4 +1,4 @@
-"""A run that is told to go. Oracles: the same run, uninterrupted; the step at which the signal was sent."""
+"""A run that gets a signal. Oracles: the same run, uninterrupted; the step at which the signal was sent."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from tests.tasks.test_resume import SETTINGS, assert_same_run, last, metrics, ru
 
 
 class Send(Callback):
-    """Sends this process signals in a step, or in the validation behind it."""
+    """Sends this process signals in a step, or in the validation after it."""
 
     def __init__(self, step, *numbers, hook="on_train_batch_start"):
         self.step, self.numbers = step, numbers
@@ -55,7 +55,7 @@ def full(tmp_path_factory):
     return run(tmp_path_factory.mktemp("full") / "run")
 
 
-# In mid-epoch; at the last step in front of a validation; in the validation behind the last step of all.
+# In mid-epoch; at the last step before a validation; in the validation after the last step of all.
 STOPS = [
     (Send(4, signal.SIGUSR1), 5, 138, "preempted by SIGUSR1"),
     (Send(17, signal.SIGUSR2), 18, 140, "preempted by SIGUSR2"),
@@ -76,14 +76,6 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, caplog, full):
     run(run_dir, "resume=auto")
     assert_same_run(run_dir, full)
     assert metrics(run_dir) == metrics(full)
-
-
-def test_accumulated_batches_are_not_torn_apart(tmp_path, monkeypatch):
-    # Nine batches an epoch in steps of two: the signal comes with the first batch of step 2, when batch 4 is at hand.
-    stopped(tmp_path / "run", monkeypatch, Send(2, signal.SIGUSR1), "trainer.accumulate_grad_batches=2")
-    state = last(tmp_path / "run")
-    assert state["global_step"] == 3
-    assert state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 6
 
 
 def test_where_nothing_is_written_the_line_says_so(tmp_path, monkeypatch, caplog):
@@ -121,6 +113,6 @@ def _one_of_two(folder):
 def test_all_processes_stop_at_the_same_step_when_one_gets_the_signal(tmp_path):
     found = in_processes(2, _one_of_two, tmp_path)
     assert all(one.startswith("Preempted") for one in found), found
-    # Sent in the second step, told behind it, acted on behind the third.
+    # Sent in the second step, exchanged after it, acted on after the third.
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["Preempted 10 3"] * 2
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3

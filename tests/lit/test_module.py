@@ -44,7 +44,7 @@ def module(net, terms=None, **kwargs):
 
 
 class Gradients(Callback):
-    """Copies of all gradients and rates in front of every step."""
+    """Copies of all gradients and rates before every step."""
 
     def __init__(self):
         self.steps, self.rates = [], []
@@ -176,18 +176,3 @@ def test_a_checkpoint_is_plain_data_and_rebuilds_the_net(tmp_path):
     assert content["qat"]["data"] == data
     assert content["qat"]["recipe"] == net.qat_conversion.recipe.to_dict()
     assert_close(logits(qat.load(tmp_path / "a.ckpt")), logits(net), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=["counted", "fused"])
-def test_weights_that_accumulated_batches_share_are_those_of_the_step(options, monkeypatch):
-    """A fused optimizer changes weights without torch's counting it. Oracle: a run in which every forward pass quantizes anew."""
-
-    def trained():
-        learner = module(quantized(bits=2), optimizer=lambda net: torch.optim.AdamW(net.parameters(), lr=0.05, **options))
-        trainer(accumulate_grad_batches=2, max_epochs=3).fit(learner, batches(4))
-        return learner.net.state_dict()
-
-    shared = trained()
-    monkeypatch.setattr("qat.lit.module.keep_weights", lambda net, *, keep: None)
-    anew = trained()
-    assert all(torch.equal(shared[name], anew[name]) for name in anew)

@@ -6,9 +6,7 @@ from torch.testing import assert_close
 
 import qat
 from qat.losses import Dampening, LossTerm, StepContext
-from qat.tasks import build
 from tests.callbacks.fitting import fit, module
-from tests.conftest import compose
 from tests.tiny import quantized, sites, vit
 
 
@@ -63,13 +61,6 @@ def test_a_net_without_such_weights():
         Dampening()(step(vit()))
 
 
-def test_impossible_settings():
-    with pytest.raises(qat.UsageError, match=r"loss term Dampening: max_bits=1: must be an integer of at least 2"):
-        Dampening(max_bits=1)
-    with pytest.raises(qat.UsageError, match=r"weight=-1"):
-        Dampening(weight=-1)
-
-
 def test_training_says_how_far_it_is():
     seen = []
 
@@ -80,14 +71,3 @@ def test_training_says_how_far_it_is():
 
     fit(module(quantized(bits=2), terms={"look": Look()}), accumulate_grad_batches=2)
     assert seen == pytest.approx([t / 4 for t in range(4) for _ in range(2)])
-
-
-@pytest.mark.parametrize("loss", ["ce_dampening", "kd_dampening"])
-def test_configs(loss):
-    cfg = compose("train", f"loss={loss}", "run_dir=a", "loss.terms.dampening.weight=0.3")
-    terms = build.build_loss(cfg).terms
-    assert isinstance(terms["dampening"], Dampening)
-    assert terms["dampening"].weight == 0.3
-    assert set(terms) == {loss.partition("_")[0], "dampening"}
-    added = compose("train", "run_dir=a", "+loss.terms.dampening={_target_:qat.losses.Dampening,weight:0.2}")
-    assert build.build_loss(added).terms["dampening"].weight == 0.2

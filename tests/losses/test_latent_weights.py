@@ -26,15 +26,7 @@ def test_all_but_stem_and_head(preset, layers):
     assert sorted(names(net)) == sorted(in_blocks(*layers))
 
 
-def test_the_float_weights_are_given_not_the_quantized_ones():
-    net, plain = quantized("lsq", bits=2), vit()
-    for master in find_latent_weights(net, "setting"):
-        assert torch.equal(master.of(net), plain.get_submodule(master.layer).weight)
-
-
-@pytest.mark.parametrize(
-    ("qk", "tensors"), [("product", ["qk"]), ("factors", ["q_weight", "k_weight"]), ("both", ["qk", "q_weight", "k_weight"])]
-)
+@pytest.mark.parametrize(("qk", "tensors"), [("product", ["qk"]), ("factors", ["q_weight", "k_weight"])])
 def test_query_and_key_weights(qk, tensors):
     net = quantized("ofq")
     found = find_latent_weights(net, "setting", ("qk",), qk)

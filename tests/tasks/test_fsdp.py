@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch import Callback
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 import qat
@@ -13,7 +12,6 @@ from qat.callbacks import finite
 from qat.data import Digits
 from qat.errors import UsageError
 from qat.launch import ranks
-from qat.lit.sharded import share_out
 from qat.tasks import fit
 from qat.tasks.evaluate import evaluate
 from qat.tasks.train import train
@@ -186,10 +184,3 @@ def test_what_looks_at_weights_is_refused(tmp_path, settings, line):
 def test_settings_that_cannot_work_are_refused(tmp_path, setting, line):
     with pytest.raises(UsageError, match=line):
         train(compose("train", f"run_dir={tmp_path}", "trainer=fsdp", "trainer.accelerator=cpu", setting))
-
-
-def test_a_single_number_cannot_be_shared_out():
-    net = nn.Linear(2, 2)
-    net.register_parameter("gain", nn.Parameter(torch.ones(())))
-    with pytest.raises(UsageError, match=r"^trainer\.strategy='fsdp': gain is a single number, .* must be ddp$"):
-        share_out(net, None)

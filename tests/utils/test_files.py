@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 
-from qat.utils.files import appending, damage_of, json_text, read_torch, remove_unfinished, replacing, write_text, write_torch
+from qat.utils.files import damage_of, json_text, read_torch, remove_unfinished, replacing, write_text, write_torch
 
 
 def test_a_new_file_appears_whole(tmp_path):
@@ -72,17 +72,11 @@ def room(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def append(path, text):
-    with appending(path) as file:
-        file.write(text)
-
-
 @pytest.mark.parametrize(
     "write",
     [
         lambda path: write_text(path, "x" * 20000),
         lambda path: write_torch(path, {"a": torch.ones(20000)}),
-        lambda path: append(path, "x" * 20000),
     ],
 )
 def test_without_room_the_error_names_the_file(write, tmp_path):
