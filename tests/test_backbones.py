@@ -115,6 +115,6 @@ def test_what_needs_classes_says_so(tmp_path):
         qat.export_onnx(net, tmp_path / "net.onnx")
     with pytest.raises(qat.UsageError, match=r"^search: this net gives no logits \(N, classes\)"):
         logits_of(net, x, 2)
-    with pytest.raises(qat.UsageError, match=r"^model.args.features_only: the net gives several tensors for an image"):
+    with pytest.raises(qat.UsageError, match=r"^model.args: the net gives several tensors for an image"):
         train(tiny(tmp_path, "+model.args.features_only=true", "+model.args.out_indices=[0]"))
     assert not list(tmp_path.glob("*.onnx"))

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -232,9 +232,11 @@ def line_of(error: BaseException | None) -> str | None:
         if isinstance(error, UsageError):
             return text
         if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
-            return _unknown_choice(error.missing_cfg_file)
+            group, _, name = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
+            return _unknown(f"{group}={name}", name, [one.stem for one in (CONF / group).glob("[!_]*.yaml")])
         if isinstance(error, ConfigKeyError | ConfigAttributeError) and error.parent_node is not None:
-            return _unknown_key(error)
+            known = map(str, error.parent_node) if OmegaConf.is_dict(error.parent_node) else ()
+            return _unknown(str(error.full_key or error.key), str(error.key), known)
         if isinstance(error, OmegaConfBaseException):
             line, name = str(error).partition("\n")[0], str(error.full_key or "")
             return f"{name}: {line}" if name not in line else line
@@ -252,19 +254,10 @@ def line_of(error: BaseException | None) -> str | None:
     return None
 
 
-def _unknown_choice(path: str) -> str:
-    group, _, name = path.removesuffix(".yaml").rpartition("/")
-    now = settings.removed(f"{group}={name}")
-    known = [one.stem for one in (CONF / group).glob("[!_]*.yaml")]
-    return f"{group}={name}: was removed; use: {now}" if now else unknown(f"{group}={name}", name, known)
-
-
-def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
-    key, setting = str(error.key), str(error.full_key or error.key)
-    parent = error.parent_node
-    known = [str(one) for one in parent] if OmegaConf.is_dict(parent) else []
+def _unknown(setting: str, name: str, known: Iterable[str]) -> str:
+    """A setting that there is not: what to use where it was removed, else names that are near."""
     now = settings.removed(setting)
-    return f"{setting}: was removed; use: {now}" if now else unknown(setting, key, known)
+    return f"{setting}: was removed; use: {now}" if now else unknown(setting, name, known)
 
 
 def _write_error(cfg: DictConfig, message: str, found: run_dir.RunDirState) -> None:

@@ -70,7 +70,7 @@ def analyze(cfg: DictConfig) -> None:
     if analysis.split is not None:
         split = cfg.split or (data.evaluation_split if analysis.split == "test" else analysis.split)
         images = ImageSet([(x.to(device), target.to(device)) for x, target in data.sample(split, cfg.images)], split)
-        entries["images"] = f"{images.n_images} of the {split} split; {summary.describe_data(type(data).__name__.lower(), data)}"
+        entries["images"] = f"{images.n_images} of the {split} split; {summary.describe_data(data)}"
     log.info(summary.lines("qat: analysis", entries | {"outputs": str(run_dir)}))
 
     outcome = analysis.run(nets, images)
@@ -108,14 +108,12 @@ def build_analysis(cfg: DictConfig) -> Analysis:
 
 def _check_alike(subjects: Sequence[EvaluatedNet], paths: Sequence[str]) -> None:
     """Nets that are compared see the same images."""
-    first = subjects[0].data
-    for subject, path in zip(subjects[1:], paths[1:], strict=True):
-        pairs = {"class": (type(first).__name__, type(subject.data).__name__)}
-        for name in ("in_chans", "image_size", "num_classes", "mean", "std"):
-            pairs[name] = getattr(first.settings, name), getattr(subject.data.settings, name)
-        for name, (ours, theirs) in pairs.items():
-            if ours != theirs:
-                raise UsageError(f"ckpt={path!r}: its data have {name} {theirs}, those of {paths[0]!r} {ours}; set data=... for both")
+    names = ("in_chans", "image_size", "num_classes", "mean", "std")
+    first, *others = [{"class": type(one.data).__name__} | {name: getattr(one.data.settings, name) for name in names} for one in subjects]
+    for path, other in zip(paths[1:], others, strict=True):
+        for name in [name for name in first if first[name] != other[name]]:
+            ours = f"those of {paths[0]!r} {first[name]}"
+            raise UsageError(f"ckpt={path!r}: its data have {name} {other[name]}, {ours}; set data=... for both")
 
 
 def make_labels(given: Sequence[str] | None, paths: Sequence[str]) -> list[str]:

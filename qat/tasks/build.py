@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-import pydoc
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -54,14 +53,6 @@ def instantiate(node: DictConfig, setting: str) -> Any:
             raise error.__cause__ from error
         reason = " ".join(str(error.__cause__ or error).split())
         raise UsageError(f"{setting}._target_={node.get('_target_')!r}: {reason} (with {arguments})") from error
-
-
-def located(target: object) -> Any:
-    """The class or function of a dotted name, None where it is not one; Hydra's own search would log an error of its own."""
-    try:
-        return pydoc.locate(target) if isinstance(target, str) else None
-    except pydoc.ErrorDuringImport:
-        return None
 
 
 def settings_of(kind: type[T], group: str, settings: Mapping[str, Any]) -> T:
@@ -188,7 +179,7 @@ def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str = 
             are equal in all of them, and those of a single process with that batch size.
 
     Returns:
-        What a person should be told, a line each.
+        What the run says of it, a line each.
     """
     as_there = init == "reference" and recipe.name != "fp"
     lost = invent_biases(start.net) if as_there else []
@@ -203,8 +194,8 @@ def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str = 
     assert_ready(start.net)
     if copied and not missing:
         return [*notes, f"scales of all {len(copied)} quantizers copied"]
-    of = f"of {len(copied)} quantizers copied, of {len(missing)} ({', '.join(missing)})" if copied else ""
-    return [*notes, f"scales {of} initialised from {sum(map(len, batches))} training images".replace("  ", " ")]
+    of = f"of {len(copied)} quantizers copied, of {len(missing)} ({', '.join(missing)}) " if copied else ""
+    return [*notes, f"scales {of}initialised from {sum(map(len, batches))} training images"]
 
 
 def build_loss(cfg: DictConfig) -> CompositeLoss:

@@ -16,15 +16,18 @@ from qat.data import ImageData
 from qat.errors import UsageError
 from qat.launch.ranks import is_first
 from qat.lit.parallel import SHARDED
+from qat.losses import CompositeLoss
 from qat.model import hub
 from qat.model.checkpoint import classes_of
 from qat.model.convert import check_input
 from qat.model.start import check_model
+from qat.spec import QuantRecipe
 from qat.tasks.settings import check
 from qat.utils.bounds import json_object
 from qat.utils.validate import check_int, check_number
 
 log = logging.getLogger(__name__)
+HALF_WEIGHTS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
 
 
@@ -87,11 +90,9 @@ def check_classifier(net: nn.Module, data: ImageData) -> None:
     if data.settings.num_classes < 2:
         raise UsageError(f"data.num_classes={data.settings.num_classes}: must be at least 2, or there is nothing to tell apart")
     shape = check_input(net, data.input_size)
-    if shape is None:
-        raise UsageError("model.args.features_only: the net gives several tensors for an image; a classifier gives one, (1, classes)")
-    if len(shape) != 2:
-        sizes = f"(1, {', '.join(map(str, shape[1:]))})"
-        raise UsageError(f"model.args.global_pool: the net gives {sizes} for an image; a classifier gives (1, classes)")
+    if shape is None or len(shape) != 2:
+        gives = "several tensors" if shape is None else f"(1, {', '.join(map(str, shape[1:]))})"
+        raise UsageError(f"model.args: the net gives {gives} for an image; a classifier gives (1, classes)")
 
 
 def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
@@ -111,6 +112,25 @@ def check_sharding(cfg: DictConfig, name: str, part: object) -> None:
     """Raise `UsageError` if a callback or a term of the loss looks at whole weights, where each process has a part of them."""
     if cfg.trainer.get("strategy") == SHARDED and (getattr(part, "needs_whole_weights", False) or isinstance(part, WeightAveraging)):
         raise UsageError(f"trainer.strategy={SHARDED!r}: {name} needs whole weights; must be ddp")
+
+
+def check_options(cfg: DictConfig, recipe: QuantRecipe, loss: CompositeLoss) -> None:
+    """Raise `UsageError` if steps cannot be computed as the settings say.
+
+    Quantized nets need float masters: a step of 1e-3 of a weight is lost in 8 bits of mantissa, and no code ever changes.
+    """
+    precision, strategy = str(cfg.trainer.precision), f"trainer.strategy={SHARDED!r}"
+    if recipe.name != "fp" and precision in HALF_WEIGHTS:
+        raise UsageError(
+            f"trainer.precision={precision!r}: a quantized net needs float weights; must be one of 32-true, bf16-mixed, 16-mixed, 64-true"
+        )
+    if cfg.trainer.get("strategy") == SHARDED:
+        if cfg.compile is True:
+            raise UsageError(f"compile=true: {strategy} gathers weights in the middle of the graph; must be false")
+        if precision == "16-mixed":
+            raise UsageError(f"trainer.precision={precision!r}: {strategy} has no scaler of gradients; must be 32-true or bf16-mixed")
+        for name, term in loss.terms.items():
+            check_sharding(cfg, f"the loss term {name}", term)
 
 
 def check_patches(net: nn.Module, data: ImageData) -> None:
@@ -136,8 +156,6 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     for name in ("max_steps", "limit_train_batches", "limit_test_batches"):
         if settings.get(name) == 0:
             raise UsageError(f"trainer.{name}={settings[name]!r}: must be above 0, or there is nothing to do")
-    if str(settings.get("strategy")).startswith(("fsdp_", "deepspeed", "model_parallel")):
-        raise UsageError(f"trainer.strategy={settings['strategy']!r}: must be one of auto, ddp, fsdp")
     if every is not None and epochs is not None and every > epochs:
         setting = f"trainer.check_val_every_n_epoch={every}"
         raise UsageError(f"{setting}: none of the {epochs} epochs would be validated; must be an integer from 1 to {epochs}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,9 @@ from qat.model.transform import data_config
 from qat.spec import recipe
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_classes, check_classifier, check_patches, check_settings
-from qat.tasks.classes import class_results, write_class_tables
 from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
 from qat.tasks.report import report_run
-from qat.tasks.results import measured, recipe_fields, record_run, sizes, write_results
+from qat.tasks.results import class_results, measured, recipe_fields, record_run, sizes, write_class_tables, write_results
 
 log = logging.getLogger(__name__)
 # Readers of timm that fetch what they are named (`qat.data.Timm`).
@@ -65,14 +65,13 @@ def evaluate(cfg: DictConfig) -> float | None:
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
     connect(trainer)
     data = subject.data
-    entries = {
-        "model": summary.describe_model(subject.name, subject.net, data.input_size),
-        "recipe": summary.describe_recipe(subject.recipe),
-        "data": summary.describe_data(type(data).__name__.lower(), data) if paths is None else f"{len(paths)} images of {cfg.predict}",
+    shown = {
+        "data": summary.describe_data(data) if paths is None else f"{len(paths)} images of {cfg.predict}",
         "weights": origin(cfg),
-        "device": f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}",
+        "device": summary.describe_device(trainer),
     }
-    log.info(summary.lines("qat: evaluation" if paths is None else "qat: prediction", entries))
+    title = "evaluation" if paths is None else "prediction"
+    summary.announce(title, subject.net, subject.name, subject.recipe, data.input_size, **shown)
     costs = cost(subject.net, data.input_size)
     with closing(trainer.loggers):
         if paths is None:
@@ -104,12 +103,19 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
     data = build.build_data(cfg)
     net, name = _net(cfg, checkpoint)
     check_finite(net, f"ckpt={origin(cfg)!r}")
-    _check_fit(net, data)
+    done, settings = conversion_of(net), data.settings
+    if (classes := getattr(net, "num_classes", settings.num_classes)) != settings.num_classes:
+        raise UsageError(f"data.num_classes={settings.num_classes}: the net has {classes} classes")
+    if done is not None and done.input_size != data.input_size:
+        raise UsageError(
+            f"data.image_size={settings.image_size}: the net is quantized for images of {done.input_size}, got {data.input_size}"
+        )
+    check_patches(net, data)
+    check_classifier(net, data)
     if cfg.get("predict") is None:
         check_classes(net, data, f"ckpt={origin(cfg)!r}")
-    done = conversion_of(net)
-    classes = class_names(classes_of(net), data, data.settings.num_classes)
-    return EvaluatedNet(net, name, recipe("fp") if done is None else done.recipe, data, classes)
+    names = class_names(classes_of(net), data, settings.num_classes)
+    return EvaluatedNet(net, name, recipe("fp") if done is None else done.recipe, data, names)
 
 
 def measure(subject: EvaluatedNet, trainer: Trainer, costs: Cost, folder: Path | None = None) -> dict[str, Any]:
@@ -145,44 +151,37 @@ def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
         UsageError: the checkpoint names a dataset from outside this package.
     """
     wanted: dict[str, Any] = {k: v for k, v in build.plain(cfg.data).items() if v is not None}
+    meta, predicts = (checkpoint.meta or {}) if checkpoint is not None else {}, cfg.get("predict") is not None
     if "_target_" in wanted:
-        if checkpoint is not None and checkpoint.meta is not None and "model" in cfg.data and cfg.data.model is None:
-            cfg.data.model = checkpoint.meta["model"]["name"]  # photos are cropped and normalised as that model wants them
+        if meta and "model" in cfg.data and cfg.data.model is None:
+            cfg.data.model = meta["model"]["name"]  # photos are cropped and normalised as that model wants them
         return
-    stored = (checkpoint.meta or {}).get("data") if checkpoint is not None else None
-    if stored:
-        _refuse_foreign(stored, cfg.ckpt)
-        stored = _without_downloads(stored, cfg)
-    if not stored or "_target_" not in stored:
-        stored = build.plain(cfg.default_data if cfg.get("predict") is None else cfg.default_photos)
-    if cfg.get("predict") is not None:
-        if checkpoint is not None and checkpoint.meta and "_target_" not in (checkpoint.meta.get("data") or {}):
+    stored = _stored_data(meta, cfg)
+    if "_target_" not in stored:
+        stored = build.plain(cfg.default_photos if predicts else cfg.default_data)
+        if predicts and checkpoint is not None and meta:
             stored |= {"_target_": "qat.data.ImageFolder", "num_workers": 0, **data_config(build_from(checkpoint))}
+    if predicts:
         stored |= {"root": None}
     with open_dict(cfg):
         cfg.data = OmegaConf.create({**stored, **wanted})
 
 
-def _refuse_foreign(stored: dict[str, Any], path: str) -> None:
-    """A dataset named in a file is an instruction to run code: only our own classes are built, from plain values.
+def _stored_data(meta: Mapping[str, Any], cfg: DictConfig) -> dict[str, Any]:
+    """The data config of a checkpoint. A dataset that a file names could run code: only our own are built, from plain values.
+
+    One that would be downloaded has to be asked for by an evaluation; predictions need none of its images.
 
     Raises:
         UsageError: it names anything else, or hides a name or an interpolation among the values.
     """
+    stored = dict(meta.get("data") or {})
     ours = {f"qat.data.{name}" for name, kind in vars(qat.data).items() if isinstance(kind, type) and issubclass(kind, ImageData)}
     target, values = stored.get("_target_"), [value for key, value in stored.items() if key != "_target_"]
     if ("_target_" in stored and target not in ours) or any(mark in repr(values) for mark in ("_target_", "${")):
-        raise UsageError(f"ckpt={path!r} was trained on {target!r}, which is not part of qat; choose it with data=...")
-
-
-def _without_downloads(stored: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
-    """A file names no dataset that would be fetched: predictions need none, an evaluation has to be asked for it.
-
-    Raises:
-        UsageError: the net is to be evaluated on such a dataset.
-    """
+        raise UsageError(f"ckpt={cfg.ckpt!r} was trained on {target!r}, which is not part of qat; choose it with data=...")
     name = str(stored.get("name"))
-    if stored.get("_target_") != "qat.data.Timm" or not (stored.get("download") or name.lower().startswith(DOWNLOADED)):
+    if target != "qat.data.Timm" or not (stored.get("download") or name.lower().startswith(DOWNLOADED)):
         return stored
     if cfg.get("predict") is None:
         raise UsageError(f"ckpt={cfg.ckpt!r} was trained on {name!r}, which may be downloaded; choose it with data=timm data.name={name}")
@@ -210,16 +209,3 @@ def _net(cfg: DictConfig, checkpoint: Checkpoint | None) -> tuple[nn.Module, str
         what = "ckpt is not set" if checkpoint is None else f"ckpt={cfg.ckpt!r} does not say what net it holds"
         raise UsageError(f"{what}; give model=... (with model.pretrained=true, model.weights=FILE or ckpt=FILE)")
     return build.build_start(cfg, keep_head=True).net.eval(), cfg.model.name
-
-
-def _check_fit(net: nn.Module, data: ImageData) -> None:
-    classes = getattr(net, "num_classes", data.settings.num_classes)
-    if classes != data.settings.num_classes:
-        raise UsageError(f"data.num_classes={data.settings.num_classes}: the net has {classes} classes")
-    done = conversion_of(net)
-    if done is not None and done.input_size != data.input_size:
-        raise UsageError(
-            f"data.image_size={data.settings.image_size}: the net is quantized for images of {done.input_size}, got {data.input_size}"
-        )
-    check_patches(net, data)
-    check_classifier(net, data)

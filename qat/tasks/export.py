@@ -69,14 +69,8 @@ def export(cfg: DictConfig) -> float:
     images = images or list(torch.randn(IMAGES, *done.input_size).split(8))
     frozen = net if is_frozen(net) else freeze(net)
     about = describe(frozen, data=data, classes=classes) | ({"preprocessing": preprocessing(prepared)} if is_onnx else {})
-    entries = {
-        "model": summary.describe_model(name, net, done.input_size),
-        "recipe": summary.describe_recipe(done.recipe),
-        "weights": origin(cfg),
-        "checked on": shown,
-        "file": str(target),
-    }
-    log.info(summary.lines("qat: export", entries))
+    more = {"weights": origin(cfg), "checked on": shown, "file": str(target)}
+    summary.announce("export", net, name, done.recipe, done.input_size, **more)
     record_run(cfg)
 
     if is_onnx:

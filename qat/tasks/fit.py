@@ -1,10 +1,9 @@
-"""What fits a net: optimizer, schedule, callbacks, loggers and Lightning's trainer, from a config."""
+"""What fits a net: optimizer, schedule, callbacks, loggers and Lightning's trainer, from a config; nets compiled or in less memory."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 import sys
 import warnings
@@ -26,14 +25,18 @@ from qat.callbacks import CGA, LastCheckpoint, Preemption, StepLimit, StepSeed
 from qat.errors import UsageError
 from qat.launch.ranks import local_count
 from qat.launch.slurm import environments
+from qat.lit import Teacher
 from qat.lit.checkpoint_io import AtomicCheckpointIO
+from qat.lit.compiled import RECOMPUTATION, can_recompute, compile_in_place
 from qat.lit.loggers import CSVLog
 from qat.lit.optim import build_optimizer, cosine_schedule, scaled_lr
 from qat.lit.parallel import SHARDED, strategy_of
+from qat.nn.execution import set_execution
 from qat.tasks.build import instantiate, plain
 from qat.tasks.checks import check_callback, check_sharding
-from qat.tasks.options import compiles
 from qat.utils.validate import check_int, check_number
+
+log = logging.getLogger(__name__)
 
 # What Lightning and timm say repeats the first lines of a run, except for what ends it early; the root logger's handlers show that once.
 logging.getLogger("lightning").handlers.clear()
@@ -105,7 +108,7 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
         check_sharding(cfg, f"callbacks.{name}", callback)
         if isinstance(callback, ModelCheckpoint | LastCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
-        if not isinstance(callback, ProgressBar) or (sys.stdout.isatty() and "QAT_NO_PROGRESS_BAR" not in os.environ):
+        if not isinstance(callback, ProgressBar) or sys.stdout.isatty():
             callbacks.append(callback)
     # Annealing sets the learning rate and takes weights back before others log or average them. `last.ckpt` has the state of all others,
     # and preemption ends the run after it.
@@ -159,3 +162,59 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         # The settings that the message names, else those of where a net runs.
         named = [name for name in settings if re.search(rf"(?<![A-Za-z]){name}\b", message)] or ["accelerator", "devices", "strategy"]
         raise UsageError(f"{', '.join(f'trainer.{name}={cfg.trainer.get(name)!r}' for name in named)}: {message}") from error
+
+
+def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
+    """Under `memory=recompute` keep no probabilities, under `model.grad_checkpointing=true` only what enters each block.
+
+    Raises:
+        UsageError: the model cannot do the latter.
+    """
+    set_execution(net, memory=cfg.memory)
+    if not OmegaConf.select(cfg, "model.grad_checkpointing"):
+        return
+    try:
+        net.set_grad_checkpointing(enable=True)  # type: ignore[operator]
+    except (AttributeError, TypeError, AssertionError) as error:
+        raise UsageError(f"model.grad_checkpointing=true: {cfg.model.name} cannot do that; must be false") from error
+
+
+def compiles(cfg: DictConfig) -> bool:
+    """Whether `compile` asks for compiled nets; `auto` does on CUDA, unless the processes share the weights.
+
+    Raises:
+        UsageError: `compile` is not true, false or auto.
+    """
+    asked = cfg.get("compile", False)
+    if asked not in {True, False, "auto"}:
+        raise UsageError(f"compile={asked!r}: must be one of true, false, auto")
+    on_cuda = torch.cuda.is_available() and str(cfg.trainer.get("accelerator", "auto")) in {"auto", "gpu", "cuda"}
+    return asked is True or (asked == "auto" and on_cuda and cfg.trainer.get("strategy") != SHARDED)
+
+
+def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> None:
+    """Compile student and teacher in place, each as one graph, where `compiles` says so; names in state dicts stay what they are.
+
+    One operation is compiled first: where torch cannot, `auto` leaves nets eager.
+
+    Raises:
+        UsageError: torch cannot compile here, and `compile` is true.
+    """
+    if not compiles(cfg):
+        return
+    device = next(net.parameters()).device
+    try:
+        torch.compile(torch.square)(torch.zeros(2, device=device))
+    except Exception as error:
+        why = f"torch cannot compile for {device.type} here ({str(error).strip().partition(chr(10))[0]})"
+        if cfg.compile is True:
+            raise UsageError(f"compile=true: {why}; must be false") from error
+        log.warning("compile=auto: nets are not compiled: %s", why)
+        return
+    recompute = OmegaConf.select(cfg, "memory") == "recompute"
+    if recompute and not can_recompute():
+        log.warning("memory=recompute: torch %s has no %s; its compiler keeps what it would keep anyway", torch.__version__, RECOMPUTATION)
+    torch.compiler.reset()  # nets of a sweep's earlier jobs count towards the limit of graphs
+    compile_in_place(net, recompute=recompute)
+    if teacher is not None:
+        teacher.compile()

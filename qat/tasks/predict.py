@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -78,12 +78,15 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
         num_workers=settings.num_workers if len(paths) > settings.batch_size else 0,  # starting workers costs more than one batch
         collate_fn=_collate,
     )
-    batches = trainer.predict(_Ranking(subject.net, ranks), dataloaders=loader, return_predictions=True) or []
+    device, net = trainer.strategy.root_device, subject.net.to(trainer.strategy.root_device).eval()
     rows = []
-    for batch in batches:
-        for row, ids, shares in zip(*batch, strict=True):
-            best = zip(ids.tolist(), shares.tolist(), strict=True)
-            rows.append([str(paths[row]), *(cell for one, share in best for cell in (subject.classes[one], f"{share:.6f}"))])
+    for numbers, images in loader:
+        if not numbers:  # none of them could be decoded
+            continue
+        with torch.inference_mode(), trainer.precision_plugin.forward_context():
+            shares, classes = (found.cpu().tolist() for found in net(images.to(device)).float().softmax(dim=-1).topk(ranks))
+        for number, best in zip(numbers, map(zip, classes, shares), strict=True):
+            rows.append([str(paths[number]), *(cell for one, share in best for cell in (subject.classes[one], f"{share:.6f}"))])
     if not rows:
         raise UsageError(f"data.on_error=skip: none of {len(paths)} images below predict={str(cfg.predict)!r} can be decoded")
     columns = [f"{what}_{rank}" for rank in range(1, ranks + 1) for what in ("class", "probability")]
@@ -113,26 +116,10 @@ class _Files(Dataset[tuple[int, Tensor] | None]):
             return None
 
 
-def _collate(items: list[tuple[int, Tensor] | None]) -> tuple[Tensor, Tensor]:
-    """Indices (B,) and images (B, C, H, W) of those that could be decoded."""
+def _collate(items: list[tuple[int, Tensor] | None]) -> tuple[list[int], Tensor | None]:
+    """Numbers of the images that could be decoded, and the images (B, C, H, W)."""
     decoded = [item for item in items if item is not None]
-    return torch.tensor([row for row, _ in decoded], dtype=torch.long), torch.stack([x for _, x in decoded]) if decoded else torch.empty(0)
-
-
-class _Ranking(LightningModule):
-    """The `ranks` likeliest classes of each image."""
-
-    def __init__(self, net: nn.Module, ranks: int) -> None:
-        super().__init__()
-        self.net, self.ranks = net, ranks
-
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[list[int], Tensor, Tensor]:
-        """Indices of the images, class ids and probabilities (B, ranks)."""
-        rows, images = batch
-        if not len(rows):
-            return [], rows, images
-        shares, ids = self.net(images).float().softmax(dim=-1).topk(self.ranks)
-        return rows.tolist(), ids.cpu(), shares.cpu()
+    return [number for number, _ in decoded], torch.stack([x for _, x in decoded]) if decoded else None
 
 
 def class_names(stored: object, data: ImageData, count: int) -> list[str]:

@@ -6,24 +6,33 @@ import copy
 import dataclasses
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from qat.data import ImageData
 from qat.errors import UsageError
+from qat.launch import run_dir as outputs
 from qat.launch.ranks import connect, is_first
+from qat.launch.run_dir import UsedError
 from qat.lit.accuracy import evaluate
 from qat.lit.loggers import closing
 from qat.model.checkpoint import classes_of, save
-from qat.model.convert import convert
+from qat.model.convert import conversion_of, convert
 from qat.model.cost import cost
+from qat.model.frozen import is_frozen
+from qat.model.ptq_spec import PtqRecipe
+from qat.model.scales import assert_ready
 from qat.ptq import calibrate, in_float
 from qat.ptq.compensate import compensate
-from qat.ptq.reconstruct import reconstruct, split_batches
+from qat.ptq.reconstruct import STATE_NAME as RECONSTRUCTED
+from qat.ptq.reconstruct import ReconstructSettings, reconstruct, split_batches
+from qat.ptq.search import STATE_NAME as SEARCHED
 from qat.ptq.search import SearchSettings, logits_of, search
 from qat.ptq.vector import scale_vectors
 from qat.spec import recipe as preset
@@ -31,22 +40,14 @@ from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, measure, origin
 from qat.tasks.predict import EvaluatedNet
-from qat.tasks.ptq_start import (
-    build_ptq_recipe,
-    build_reconstruct,
-    build_search,
-    build_target_net,
-    calibration_batches,
-    check_run_dir,
-    check_start,
-)
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
+from qat.tasks.teacher import check_teacher, net_of_file
 from qat.utils.validate import check_int
 
 log = logging.getLogger(__name__)
 
-FILE = "quantized.ckpt"
+FILE, KEEP = "quantized.ckpt", "keep"
 
 
 def ptq(cfg: DictConfig) -> float:
@@ -64,18 +65,20 @@ def ptq(cfg: DictConfig) -> float:
     began = time.monotonic()
     check_settings(cfg)
     check_int("ptq.batch", cfg.ptq.batch, 1)
-    recipe, fitting, searching = build_ptq_recipe(cfg), build_reconstruct(cfg), build_search(cfg)
+    recipe, searching = build_ptq_recipe(cfg), build_search(cfg)
+    fitting = build.settings_of(ReconstructSettings, "ptq.reconstruct", build.plain(cfg.ptq).get("reconstruct") or {})
     method = "keep" if recipe is None else recipe.method
-    check_run_dir(cfg)
+    _check_run_dir(cfg)
     build.import_modules(cfg)
     subject = build_subject(cfg)
-    check_start(cfg, subject, searches=searching is not None)
-    teacher = build_target_net(cfg, subject)
+    _check_start(cfg, subject, searches=searching is not None)
+    teacher = _target_net(cfg, subject)
     batches = calibration_batches(cfg, subject.data)
     if method == "reconstruct":
         split_batches(torch.cat(batches), fitting.batch)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
-    if trainer.world_size > 1 and (method in {"compensate", "reconstruct"} or searching):
+    changes_weights = method in {"compensate", "reconstruct"}
+    if trainer.world_size > 1 and (changes_weights or searching):
         raise UsageError(f"trainer.devices={trainer.world_size}: must be 1 with a search or ptq.method=compensate, reconstruct")
     quantized = subject
     if recipe is not None:
@@ -85,53 +88,47 @@ def ptq(cfg: DictConfig) -> float:
         scale_vectors(quantized.net, searching.targets)
     connect(trainer)
     if is_first():
-        _remove_older(cfg)
         record_run(cfg)
         _announce(cfg, quantized, batches, trainer)
     with closing(trainer.loggers):
-        figures = _measure_start(subject, teacher, trainer, keeps=recipe is None)
-        quantized.net.to(trainer.strategy.root_device)
-        if recipe is not None:
-            figures["calibration"] = _calibrate(quantized, batches)
-        if method in {"compensate", "reconstruct"} or (searching and recipe is not None):
-            figures["top1_calibrated"] = _measure(trainer, quantized, "calibrated")["top1"]
-        if method in {"compensate", "reconstruct"}:
+        followed = subject if teacher is None else dataclasses.replace(subject, net=teacher, recipe=preset("fp"))
+        with in_float(followed.net):
+            figures: dict[str, Any] = {"top1_fp": _measure(trainer, followed, "float")["top1"], "calibration": None}
+        if recipe is None:
+            figures["top1_start"] = _measure(trainer, subject, "quantized, as it came,")["top1"]
+        else:
+            figures["calibration"] = _calibrate(quantized, batches, trainer)
+            if changes_weights or searching:
+                figures["top1_calibrated"] = _measure(trainer, quantized, "calibrated")["top1"]
+        if changes_weights:
             # What follows has to come close to the float net as it was: the weights of this one change.
             teacher = subject.net.to(trainer.strategy.root_device).eval()
-            since = time.monotonic()
-            layers = compensate(quantized.net, teacher, batches)
-            if method == "compensate":
-                figures["compensation"] = {"layers": layers, "seconds": round(time.monotonic() - since, 1)}
-            else:
-                place, context = {"run_dir": cfg.run_dir, "resume": bool(cfg.resume)}, trainer.precision_plugin.forward_context
-                figures["reconstruction"] = reconstruct(quantized.net, teacher, torch.cat(batches), fitting, context=context, **place)
+            figures |= _fit_weights(cfg, quantized.net, teacher, batches, fitting if method == "reconstruct" else None, trainer)
         if searching is not None:
             figures["search"] = _search(cfg, searching, quantized, batches, trainer, teacher)
-        results = _conclude(cfg, quantized, trainer, figures, began)
-    report_run(cfg, quantized.net, quantized.data.input_size, is_first=trainer.is_global_zero)
-    return float(results["top1"])
-
-
-def _remove_older(cfg: DictConfig) -> None:
-    """Delete the net of a run that this one replaces, unless it is what this one starts from: then it is there until the new one is."""
-    older = Path(cfg.run_dir) / FILE
-    starts = [Path(path) for path in (cfg.ckpt, cfg.teacher.ckpt) if path]
-    if not any(start.exists() and older.exists() and start.samefile(older) for start in starts):
-        older.unlink(missing_ok=True)
+        if not cfg.trainer.fast_dev_run and is_first():
+            classes = classes_of(quantized.net) or subject.data.named_classes()
+            save(quantized.net, Path(cfg.run_dir) / FILE, model=subject.name, data=build.plain(cfg.data), classes=classes)
+        found = _measure(trainer, quantized, "quantized")
+    figures |= {"weights": origin(cfg), "wall_seconds": round(time.monotonic() - began, 1)}
+    write_results(cfg, model=subject.name, **recipe_fields(quantized.recipe), **found, **figures)
+    scores = found["split"], figures["top1_fp"], found["top1"], cfg.run_dir
+    log.info("%s top-1 %.2f %% in float, %.2f %% quantized; outputs in %s", *scores)
+    report_run(cfg, quantized.net, subject.data.input_size, is_first=is_first())
+    return float(found["top1"])
 
 
 def _announce(cfg: DictConfig, quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer) -> None:
     data = quantized.data
-    entries = {
-        "model": summary.describe_model(quantized.name, quantized.net, data.input_size),
-        "recipe": summary.describe_recipe(quantized.recipe),
-        "data": summary.describe_data(type(data).__name__.lower(), data),
+    more = {
+        "data": summary.describe_data(data),
         "calibration": f"{len(batches)} batches of {cfg.ptq.batch} training images, seed {data.settings.seed}",
         "weights": origin(cfg),
-        "device": f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}",
+        "device": summary.describe_device(trainer),
         "outputs": str(cfg.run_dir),
     }
-    log.info(summary.lines("qat: post-training quantization", entries))
+    title = "post-training quantization"
+    summary.announce(title, quantized.net, quantized.name, quantized.recipe, data.input_size, **more)
     log.info(summary.conversion(quantized.net, Path(cfg.run_dir)))
 
 
@@ -143,23 +140,25 @@ def _measure(trainer: Trainer, subject: EvaluatedNet, what: str) -> dict[str, An
     return found
 
 
-def _measure_start(subject: EvaluatedNet, teacher: nn.Module | None, trainer: Trainer, *, keeps: bool) -> dict[str, Any]:
-    """Top-1 in percent of the net that gives the targets, and of one that is quantized already as it came."""
-    followed = subject if teacher is None else dataclasses.replace(subject, net=teacher, recipe=preset("fp"))
-    with in_float(followed.net):
-        figures: dict[str, Any] = {"top1_fp": float(_measure(trainer, followed, "float")["top1"]), "calibration": None}
-    if keeps:
-        figures["top1_start"] = _measure(trainer, subject, "quantized, as it came,")["top1"]
-    return figures
-
-
-def _calibrate(quantized: EvaluatedNet, batches: list[Tensor]) -> dict[str, Any]:
+def _calibrate(quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer) -> dict[str, Any]:
     """Fill the scales; gives what `results.json` says of it."""
-    began = time.monotonic()
-    done = calibrate(quantized.net, batches)
-    seconds = round(time.monotonic() - began, 2)
+    since = time.monotonic()
+    done = calibrate(quantized.net.to(trainer.strategy.root_device), batches)
+    seconds = round(time.monotonic() - since, 2)
     log.info("%d scales from %d images in %.1f s", done.scales, done.images, seconds)
-    return dataclasses.asdict(done) | {"seconds": seconds, "seed": quantized.data.settings.seed}
+    return asdict(done) | {"seconds": seconds, "seed": quantized.data.settings.seed}
+
+
+def _fit_weights(
+    cfg: DictConfig, net: nn.Module, teacher: nn.Module, batches: list[Tensor], fitting: ReconstructSettings | None, trainer: Trainer
+) -> dict[str, Any]:
+    """Compensate, and reconstruct where there are settings for it; gives what `results.json` says of it."""
+    since = time.monotonic()
+    layers = compensate(net, teacher, batches)
+    if fitting is None:
+        return {"compensation": {"layers": layers, "seconds": round(time.monotonic() - since, 1)}}
+    place, context = {"run_dir": cfg.run_dir, "resume": bool(cfg.resume)}, trainer.precision_plugin.forward_context
+    return {"reconstruction": reconstruct(net, teacher, torch.cat(batches), fitting, context=context, **place)}
 
 
 def _search(
@@ -181,18 +180,100 @@ def _search(
 
     found = search(net, batches, targets, settings, run_dir=cfg.run_dir, resume=bool(cfg.resume), validate=accuracy)
     log.info("search: fitness %.6g to %.6g in %.1f s", found.fitness_before, found.fitness, found.seconds)
-    return dataclasses.asdict(found)
+    return asdict(found)
 
 
-def _conclude(cfg: DictConfig, quantized: EvaluatedNet, trainer: Trainer, figures: dict[str, Any], began: float) -> dict[str, Any]:
-    """Write and evaluate what came of it; gives the results."""
-    net, data = quantized.net, quantized.data
-    if not cfg.trainer.fast_dev_run and trainer.is_global_zero:
-        classes = classes_of(net) or data.named_classes()
-        save(net, Path(cfg.run_dir) / FILE, model=quantized.name, data=build.plain(cfg.data), classes=classes)
-    found = _measure(trainer, quantized, "quantized")
-    outcome = {"weights": origin(cfg), "wall_seconds": round(time.monotonic() - began, 1)}
-    results = write_results(cfg, model=quantized.name, **recipe_fields(quantized.recipe), **found, **figures, **outcome)
-    accuracies = (found["split"], figures["top1_fp"], found["top1"], cfg.run_dir)
-    log.info("%s top-1 %.2f %% in float, %.2f %% quantized; outputs in %s", *accuracies)
-    return results
+def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:
+    """The recipe of `cfg.ptq`; None under `ptq=keep`, where a net that is quantized already keeps its quantizers.
+
+    Raises:
+        UsageError: it has a key that is no knob, or a value that cannot work.
+    """
+    knobs = {key: value for key, value in build.plain(cfg.ptq).items() if key not in {"batch", "reconstruct"}}
+    if cfg.ptq.get("name") != KEEP:
+        return build.settings_of(PtqRecipe, "ptq", knobs)
+    for key in knobs.keys() - {"name"}:
+        raise UsageError(f"ptq.{key}: the net stays as it is; ptq=keep has batch alone")
+    return None
+
+
+def build_search(cfg: DictConfig) -> SearchSettings | None:
+    """The settings of `cfg.search`, None where there is no search.
+
+    Raises:
+        UsageError: it has a key that is no setting, or a value that cannot work.
+    """
+    settings = build.plain(OmegaConf.select(cfg, "search"))
+    return build.settings_of(SearchSettings, "search", settings) if settings else None
+
+
+def _check_run_dir(cfg: DictConfig) -> None:
+    """Raise `UsageError` if `resume` has nothing to go on from, or the directory is another run's."""
+    run_dir, states = Path(cfg.run_dir), [f"{name}.ckpt" for name in (SEARCHED, RECONSTRUCTED)]
+    if cfg.resume is True and not any((run_dir / name).is_file() for name in states):
+        raise UsageError(f"resume=true: run_dir={str(run_dir)!r} has no {' and no '.join(states)}; resume=auto starts where there is none")
+    if cfg.overwrite:
+        return
+    if cfg.resume:
+        outputs.check_own(run_dir, cfg.command, origin(cfg))
+    elif used := outputs.used(run_dir):
+        held = next((path for path in reversed(used) if path.suffix == ".ckpt"), used[0]).relative_to(run_dir)
+        raise UsedError(f"run_dir={str(run_dir)!r} holds {held} already; choose another run_dir or set overwrite=true")
+
+
+def _check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> None:
+    """Is `ckpt` what the recipe starts from: a quantized net under `ptq=keep`, else a float one?
+
+    Raises:
+        UsageError: it is not, or there is nothing to be done, or nothing to compare with.
+    """
+    held = None if conversion_of(subject.net) is None else summary.describe_recipe(subject.recipe).partition(":")[0]
+    file = f"ckpt={str(cfg.ckpt)!r}"
+    if cfg.ptq.get("name") != KEEP:
+        if held is not None:
+            refused = f"{file}: is quantized already ({held}); post-training quantization starts from a float net"
+            raise UsageError(f"{refused}, ptq=keep search=evolution from one like this")
+        if cfg.teacher.ckpt is not None:
+            raise UsageError(f"teacher.ckpt={cfg.teacher.ckpt!r}: only with ptq=keep; here the targets are the logits of the net itself")
+        return
+    if is_frozen(subject.net):
+        raise UsageError(f"{file}: holds integer codes alone; must be the checkpoint that it was exported from")
+    if held is None:
+        raise UsageError("ptq=keep: the net is a float one; must be a recipe of conf/ptq, e.g. ptq=fqvit_w4a8")
+    if not searches:
+        raise UsageError("ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution")
+    if cfg.teacher.ckpt is None and getattr(subject.recipe, "method", None) != "calibrate":
+        how = "fitted" if isinstance(subject.recipe, PtqRecipe) else "trained"
+        raise UsageError(f"{file}: was {how} quantized ({held}), so it has no float logits to follow; give teacher.ckpt=FILE")
+    assert_ready(subject.net)
+
+
+def _target_net(cfg: DictConfig, subject: EvaluatedNet) -> nn.Module | None:
+    """The float net of `teacher.ckpt`; None where the net's own weights give the targets.
+
+    Raises:
+        UsageError: the file cannot be read, is of a quantized net, or of one for other classes or images.
+    """
+    path = cfg.teacher.ckpt
+    if path is None:
+        return None
+    net = net_of_file(path, subject.name, cast(dict, subject.net._model_args))
+    if conversion_of(net) is not None:
+        raise UsageError(f"teacher.ckpt={path!r}: is quantized; the targets of a search are the logits of a float net")
+    check_teacher(net, subject.data, f"teacher.ckpt={path!r}")
+    return net.eval()
+
+
+def calibration_batches(cfg: DictConfig, data: ImageData) -> list[Tensor]:
+    """Training images in whole batches of `ptq.batch`; a rest that fills none is left out.
+
+    Raises:
+        UsageError: there are too few images for one batch.
+    """
+    wanted, size = data.settings.calibration_images, cfg.ptq.batch
+    if wanted < size:
+        raise UsageError(f"data.calibration_images={wanted}: less than one batch; must be an integer of at least ptq.batch={size}")
+    batches = [batch for batch in data.calibration_batches(size) if len(batch) == size]
+    if not batches:
+        raise UsageError(f"ptq.batch={size}: the data have {len(data.split('train'))} training images, which fill no batch of this size")
+    return batches

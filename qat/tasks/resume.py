@@ -34,9 +34,12 @@ NOT_COMPARED = {
 }
 # What a checkpoint holds of these, the run keeps; the net's own are compared with the net in the checkpoint.
 _KEPT, _OF_THE_NET = ("optimizer.", "scheduler."), ("model.args", "model.name", "quant.")
-# What changes the number of steps in an epoch; a schedule by steps was laid out for those that the run began with.
-_STEPS = ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.limit_train_batches", "data.batch_size")
-_MISSING = object()
+# What changes the number of steps; the schedule was laid out for those that the run began with.
+_STEPS = (
+    *("trainer.max_epochs", "trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.limit_train_batches"),
+    "data.batch_size",
+)
+_UNSET = "not set"
 
 
 def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]) -> Checkpoint | None:
@@ -103,42 +106,29 @@ def _check_settings(checkpoint: Checkpoint, cfg: DictConfig) -> None:
     had = (checkpoint.meta or {}).get("run", {}).get("settings")
     if had is None:
         return
-    changed = [found for found in _differences(had, compared(cfg)) if not found[0].startswith(_OF_THE_NET)]
-    if kept := [f"{name}={new!r} (it had {old!r})" for name, old, new in changed if name.startswith(_KEPT)]:
-        raise UsageError(
-            f"{', '.join(kept)}: a run that goes on keeps its optimizer and its schedule; ckpt=PATH in another run_dir starts a new one"
-        )
-    for name, old, new in changed if is_first() else ():
-        note = "; the schedule of the learning rate stays as it was" if name == "trainer.max_epochs" else ""
-        if name in _STEPS and cfg.scheduler.interval == "step":
-            note = "; the learning rate keeps the schedule that was laid out for the old number of steps"
-        was, now = ("not set" if value is _MISSING else repr(value)[:60] for value in (old, new))
-        log.warning("resume: %s was %s, is %s%s", name, was, now, note)
+    old, new = dict(_flat(had)), compared(cfg)
+    changed = [name for name in {**old, **new} if old.get(name, _UNSET) != new.get(name, _UNSET) and not name.startswith(_OF_THE_NET)]
+    if kept := [name for name in changed if name.startswith(_KEPT)]:
+        shown = ", ".join(f"{name}={new.get(name, _UNSET)!r} (it had {old.get(name, _UNSET)!r})" for name in kept)
+        raise UsageError(f"{shown}: a run that goes on keeps its optimizer and its schedule; ckpt=PATH in another run_dir starts a new one")
+    for name in changed if is_first() else ():
+        note = "; the learning rate keeps the schedule that was laid out" if name in _STEPS else ""
+        log.warning("resume: %s was %r, is %r%s", name, old.get(name, _UNSET), new.get(name, _UNSET), note)
 
 
 def compared(cfg: DictConfig) -> dict[str, Any]:
-    """The settings of a run that shape its result, as plain data: what its checkpoints hold of them."""
-    found: dict[str, Any] = _compared(OmegaConf.to_container(cfg, resolve=True))
-    return found
+    """The settings of a run that shape its result, by name, as plain data: what its checkpoints hold of them."""
+    found = _flat(OmegaConf.to_container(cfg, resolve=True))
+    return {name: value if value is None or type(value) in {bool, int, float, str, list} else str(value) for name, value in found}
 
 
-def _compared(node: Any, name: str = "") -> Any:
-    if isinstance(node, dict):
-        paths = {key: f"{name}.{key}" if name else str(key) for key in node}
-        return {str(key): _compared(value, paths[key]) for key, value in node.items() if paths[key] not in NOT_COMPARED}
-    if isinstance(node, list | tuple):
-        return [_compared(value, name) for value in node]
-    return node if node is None or type(node) in {bool, int, float, str} else str(node)
-
-
-def _differences(had: Any, has: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Settings that differ: name and both values, `_MISSING` where one side has none. What only one side has is named once, as a whole."""
-    if not (isinstance(had, dict) and isinstance(has, dict)):
-        if had != has and name not in NOT_COMPARED:
-            yield name, had, has
-        return
-    for key in dict.fromkeys([*had, *has]):
-        yield from _differences(had.get(key, _MISSING), has.get(key, _MISSING), f"{name}.{key}" if name else key)
+def _flat(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by name, those that are compared; older versions have nested ones in their checkpoints."""
+    if isinstance(node, dict) and name not in NOT_COMPARED:
+        for key, value in node.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    elif name not in NOT_COMPARED:
+        yield name, node
 
 
 def check_data(cfg: DictConfig, checkpoint: Checkpoint, data: ImageData) -> None:

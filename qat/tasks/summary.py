@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 from collections import Counter
@@ -14,13 +13,14 @@ from omegaconf import DictConfig
 from torch import nn
 
 from qat.data import ImageData
-from qat.lit import QATModule, Teacher, scaled_lr
+from qat.lit import QATModule, Teacher
 from qat.lit.accuracy import evaluate
-from qat.model.convert import ConversionReport, conversion_of, conversion_report
+from qat.model.convert import conversion_of, conversion_report
 from qat.model.frozen import FrozenWeight
 from qat.model.ptq_spec import PtqRecipe
 from qat.model.start import Start
 from qat.spec import QuantRecipe
+from qat.tasks import fit
 from qat.utils.files import write_text
 
 log = logging.getLogger(__name__)
@@ -57,52 +57,47 @@ def describe_recipe(recipe: QuantRecipe) -> str:
     )
 
 
-def describe_data(name: str, data: ImageData) -> str:
+def describe_data(data: ImageData) -> str:
     """Sizes of the splits."""
     counts = ", ".join(f"{len(data.split(s))} {s}" for s in data.splits)
-    return f"{name}: {counts} images, {data.settings.num_classes} classes"
+    return f"{type(data).__name__.lower()}: {counts} images, {data.settings.num_classes} classes"
+
+
+def announce(title: str, net: nn.Module, name: str, recipe: QuantRecipe, input_size: tuple[int, int, int], **more: str) -> None:
+    """Log what a command works on."""
+    log.info(lines(f"qat: {title}", {"model": describe_model(name, net, input_size), "recipe": describe_recipe(recipe)} | more))
+
+
+def describe_device(trainer: Trainer) -> str:
+    """What computes, and how many of it."""
+    return f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}"
 
 
 def conversion(net: nn.Module, folder: Path) -> str:
-    """Write `conversion.txt`, the report of a net, into a folder; gives it as `compact` does."""
+    """Write `conversion.txt`, the report of a net, into a folder; gives it in short: numbers in names become `*`."""
     report = conversion_report(net)
     write_text(folder / "conversion.txt", report.to_text() + "\n")
-    return compact(report)
+    kinds = Counter(f"{row.quantizer} {row.bits} bit ({row.role})" for row in report.rows)
+    floats = Counter(f"{re.sub(r'[0-9]+', '*', name)} ({kind})" for name, kind in report.stays_float)
+    shown = (", ".join(f"{what} x{n}" for what, n in found.items()) for found in (kinds, floats))
+    return lines("quantized", dict(zip(("quantizers", "stays float"), shown, strict=True)) | {"layer by layer": "conversion.txt"})
 
 
-def compact(report: ConversionReport) -> str:
-    """The conversion report with equal blocks in one row: numbers in names become `*`, the last column counts them."""
-    rows = Counter((re.sub(r"\d+", "*", r.module), *(str(v) for v in dataclasses.astuple(r)[1:])) for r in report.rows)
-    head = ("module", "role", "quantizer", "bits", "axis", "scales", "offsets", "times")
-    table = [head, *((*row, str(times)) for row, times in rows.items())]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    text = ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
-    floats = Counter((re.sub(r"\d+", "*", name), cls) for name, cls in report.stays_float)
-    stays = ", ".join(f"{name} ({cls})" + (f" x{n}" if n > 1 else "") for (name, cls), n in floats.items())
-    return "\n".join(["quantized", *text, f"  stays float: {stays}"])
-
-
-def announce_run(cfg: DictConfig, recipe: QuantRecipe, data: ImageData, start: Start, module: QATModule, trainer: Trainer) -> None:
+def announce_run(
+    cfg: DictConfig, recipe: QuantRecipe, data: ImageData, start: Start, module: QATModule, trainer: Trainer, lr: float
+) -> None:
     """Log what is trained, on what, from where and how; write `conversion.txt`."""
-    batch, optimizer = cfg.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches, cfg.optimizer
-    lr = scaled_lr(
-        optimizer.lr,
-        global_batch=batch,
-        lr_base_batch=optimizer.get("lr_base_batch"),
-        lr_batch_rule=optimizer.get("lr_batch_rule", "linear"),
-    )
-    entries = {
-        "model": describe_model(cfg.model.name, start.net, data.input_size),
-        "recipe": describe_recipe(recipe),
-        "data": describe_data(type(data).__name__.lower(), data),
+    optimizer = cfg.optimizer
+    more = {
+        "data": describe_data(data),
         "start": "; ".join(start.notes),
         "loss": ", ".join(module.loss.terms),
-        "training": f"{cfg.trainer.max_epochs} epochs, global batch {batch}, {optimizer.opt} lr {lr:.3g}, "
+        "training": f"{cfg.trainer.max_epochs} epochs, global batch {fit.global_batch(cfg, trainer)}, {optimizer.opt} lr {lr:.3g}, "
         f"weight decay {optimizer.weight_decay:g}, seed {cfg.seed}",
-        "device": f"{trainer.accelerator.__class__.__name__} x {trainer.world_size}, precision {trainer.precision}",
+        "device": f"{describe_device(trainer)}, precision {trainer.precision}",
         "outputs": str(cfg.run_dir),
     }
-    log.info(lines("qat: training", entries))
+    announce("training", start.net, cfg.model.name, recipe, data.input_size, **more)
     if not (cfg.trainer.fast_dev_run or any(isinstance(c, Checkpointing) for c in trainer.callbacks)):  # type: ignore[attr-defined]
         log.warning("callbacks: none of them writes checkpoints, so no file will hold this net; callbacks=[default,...] has them")
     if recipe.name != "fp":

@@ -76,13 +76,14 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
         return net_of_file(cfg.teacher.ckpt, name, args, cfg.teacher.model)
     if not cfg.teacher.pretrained:
         raise UsageError(f"teacher.model={name!r}: give its weights with teacher.ckpt=FILE or teacher.pretrained=true")
-    return _pretrained("teacher.pretrained", name, args)
+    try:
+        return from_pretrained(name, args, keep_head=True).net
+    except UsageError as error:
+        raise UsageError(str(error).replace("model.", "teacher.")) from error
 
 
 def _students_start(cfg: DictConfig) -> nn.Module:
-    if cfg.model.pretrained:
-        return _pretrained("model.pretrained", cfg.model.name, model_args(cfg))
-    if not (cfg.ckpt or cfg.model.weights):
+    if not (cfg.ckpt or cfg.model.weights or cfg.model.pretrained):
         if not cfg.trainer.fast_dev_run:
             instead = "give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights"
             raise UsageError(f"loss with distillation: no teacher; {instead}")
@@ -117,11 +118,3 @@ def net_of_file(path: str, name: str, args: dict[str, Any], typed: str | None = 
     net = build_from(checkpoint)
     check_finite(net, origin)
     return net
-
-
-def _pretrained(setting: str, name: str, args: dict[str, Any]) -> nn.Module:
-    try:
-        return from_pretrained(name, args, keep_head=True).net
-    except UsageError as error:
-        reason = str(error).removeprefix("model.pretrained=true: ").partition("; use ")[0]
-        raise UsageError(f"{setting}=true: {reason}; give teacher.ckpt=FILE") from error

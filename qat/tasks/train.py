@@ -24,8 +24,8 @@ from qat.model.checkpoint import Checkpoint, build_from, describe, read_checkpoi
 from qat.model.cost import cost
 from qat.model.start import Start
 from qat.spec import QuantRecipe
-from qat.tasks import build, fit, options
-from qat.tasks.checks import check_classes, check_classifier, check_patches, check_settings
+from qat.tasks import build, fit
+from qat.tasks.checks import check_classes, check_classifier, check_options, check_patches, check_settings
 from qat.tasks.report import report_run
 from qat.tasks.results import measured, recipe_fields, record_run, write_results
 from qat.tasks.resume import check_data, check_optimizer, compared, find_resume, outputs_to_replace
@@ -53,7 +53,7 @@ def train(cfg: DictConfig) -> float:
     check_settings(cfg)
     build.import_modules(cfg)
     recipe, loss, args = build.build_recipe(cfg), build.build_loss(cfg), build.model_args(cfg)
-    options.check_options(cfg, recipe, loss)
+    check_options(cfg, recipe, loss)
     resume = find_resume(cfg, recipe, args)
     replaced = [] if resume else outputs_to_replace(cfg)
     trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg, resumed_at=resume.step if resume else None))
@@ -63,7 +63,7 @@ def train(cfg: DictConfig) -> float:
     data.batch_mixup()  # refuses what cannot be mixed before an image is read
     loss.class_weights = data.class_weights()
     start = _start(cfg, resume, recipe, data, trainer, optimizer)
-    options.use_less_memory(cfg, start.net)
+    fit.use_less_memory(cfg, start.net)
     teacher = build_teacher(cfg, loss, data, start.net)
     # What checkpoints of the run hold beside weights: how to build the net, and what resuming compares.
     description = describe(start.net, model=cfg.model.name, model_kwargs=args, data=build.plain(cfg.data), classes=data.named_classes())
@@ -85,9 +85,9 @@ def train(cfg: DictConfig) -> float:
             path.unlink(missing_ok=True)
         write_owner(Path(cfg.run_dir))
         record_run(cfg)
-        announce_run(cfg, recipe, data, start, module, trainer)
+        announce_run(cfg, recipe, data, start, module, trainer, optimizer.keywords["lr"])
     top1_fp = announce_teacher(teacher, data, trainer)
-    options.compile_nets(cfg, module.net, teacher)
+    fit.compile_nets(cfg, module.net, teacher)
     with closing(trainer.loggers):
         trainer.fit(module, datamodule=data, ckpt_path=str(resume.path) if resume else None)
         module.make_whole()

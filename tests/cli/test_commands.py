@@ -19,7 +19,7 @@ from qat.cli import commands, sweep
 from qat.errors import UsageError
 from qat.tasks import settings
 from tests.commands import typed
-from tests.conftest import ROOT, TINY, compose, results, tiny
+from tests.conftest import ROOT, TINY, compose, results
 
 PARSER = OverridesParser.create()
 SEND = ("+callbacks.send._target_=tests.callbacks.test_preemption.Send", f"+callbacks.send._args_=[0,{int(signal.SIGINT)}]")
@@ -115,14 +115,6 @@ def test_the_traceback_comes_through_where_it_is_wanted(tmp_path, monkeypatch, w
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(UsageError, match=r"^quant\.bits=9"):
         typed("train.py", *TINY, "quant.bits=9", *wish, "run_dir=run", cwd=tmp_path)
-
-
-def test_what_nobody_foresaw_keeps_its_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr("qat.tasks.train.train", lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        commands.run_task(tiny(tmp_path / "run"))
-    monkeypatch.setattr("qat.tasks.train.train", lambda _: 42.0)
-    assert commands.run_task(tiny(tmp_path / "run")) == 42.0
 
 
 @pytest.mark.parametrize(

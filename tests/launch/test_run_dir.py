@@ -89,17 +89,6 @@ def test_a_job_that_is_started_again_waits_for_its_last_stretch(tmp_path, monkey
             assert (tmp_path / run_dir.LOCK).exists()
 
 
-@pytest.mark.parametrize("place", [{"RANK": "1"}, {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}], ids=str)
-def test_the_other_processes_of_a_run_lock_nothing(tmp_path, monkeypatch, place):
-    with locked_elsewhere(tmp_path):
-        before = contents(tmp_path)
-        for name, value in place.items():
-            monkeypatch.setenv(name, value)
-        with run_dir.locked(str(tmp_path)):
-            assert contents(tmp_path) == before
-        assert contents(tmp_path) == before
-
-
 def test_a_file_system_without_locks_prevents_no_run(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -110,12 +99,3 @@ def test_a_file_system_without_locks_prevents_no_run(tmp_path, monkeypatch, capl
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning.startswith(f"run_dir='{tmp_path / 'run'}': this file system has no locks")
     assert contents(tmp_path) == {}
-
-
-def test_the_report_of_a_run_that_is_going_can_be_made(tmp_path, float_run):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.yaml").write_bytes((float_run / "config.yaml").read_bytes())
-    with locked_elsewhere(folder):
-        assert typed("analyze.py", f"run={folder}", "run_dir=report", cwd=tmp_path)[0] == 0
-    assert (folder / "report.html").exists()

@@ -1,10 +1,8 @@
 """Signals between handlers and those who look. Oracle: what Python's own handlers would do."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
-import threading
 import time
 
 import pytest
@@ -32,15 +30,6 @@ def test_outside_training_a_signal_counts_at_once(number):
     assert stop.value.wants_requeue == (number in LEAVING)
 
 
-def test_nobody_takes_it_for_an_error_of_their_own():
-    def careless():
-        with contextlib.suppress(Exception):
-            send(signal.SIGUSR1)
-
-    with signals.listening(), pytest.raises(Preempted):
-        careless()
-
-
 def test_cleaning_up_after_it_is_not_interrupted():
     cleaned = []
 
@@ -65,20 +54,6 @@ def test_inside_training_it_is_noted_and_the_wish_to_stop_outranks():
             assert signals.arrived() == expected
     with signals.listening():
         assert signals.arrived() == 0, "a job is not stopped by what the one before it got"
-
-
-def test_outside_the_main_thread_nothing_is_taken():
-    found = []
-
-    def job():
-        with signals.listening():
-            found.extend(signal.getsignal(number) for number in SIGNALS)
-
-    before = [signal.getsignal(number) for number in SIGNALS]
-    thread = threading.Thread(target=job)
-    thread.start()
-    thread.join()
-    assert found == before
 
 
 def _interrupted(seconds):

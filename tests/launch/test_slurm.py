@@ -80,12 +80,6 @@ def test_others_are_not(place, variables, overrides):
     slurm.check_place(compose("train", *overrides, "run_dir=a").trainer)
 
 
-def test_on_one_node_no_name_is_looked_up(place):
-    place(TASK)
-    slurm.check_place(compose("train", "trainer=slurm", "run_dir=a").trainer)
-    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
-
-
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
@@ -101,15 +95,6 @@ def test_lightning_is_told_whose_processes_they_are(place, variables, expected):
     found = slurm.environments()
     assert [type(one) for one in found] == ([] if expected is None else [expected])
     assert not any(getattr(one, "auto_requeue", False) for one in found)
-
-
-def test_the_trainer_takes_its_numbers_from_slurm(place):
-    place(TASK | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"})
-    trainer = fit.build_trainer(compose("train", "trainer=slurm", "trainer.accelerator=cpu", "run_dir=a"), [], [])
-    assert (trainer.world_size, trainer.num_nodes, trainer.global_rank) == (2, 1, 1)
-    place({"SLURM_NTASKS_PER_NODE": "8", "SLURM_NNODES": "3", "SLURM_STEP_NUM_NODES": "3"})
-    cfg = compose("train", "trainer=slurm", "run_dir=a")
-    assert (cfg.trainer.devices, cfg.trainer.num_nodes) == (8, 3)
 
 
 @pytest.mark.parametrize(

@@ -73,13 +73,6 @@ def test_groups_of_a_quantized_net():
     assert set(found["scales"]) == scales
 
 
-def test_frozen_parameters_are_left_out():
-    model = net("fp")
-    model.patch_embed.requires_grad_(requires_grad=False)
-    found = names(model, parameter_groups(model, weight_decay=0.1))
-    assert not any("patch_embed" in name for name in sum(found.values(), []))
-
-
 def test_decay_and_rates_of_the_groups():
     optimizer = build_optimizer(net("ofq"), lr=0.01, weight_decay=0.3, scale_lr_factor=0.25)
     found = {g["name"]: (g["weight_decay"], g["lr"]) for g in optimizer.param_groups}
@@ -126,18 +119,6 @@ def test_cosine_with_warm_up(interval):
     assert rates == pytest.approx(warm + [cosine(t, 20, 0.1, 0.01) for t in range(5, 20)] + [0.01] * 5)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"interval": "batch"}, r"scheduler\.interval='batch': must be one of epoch, step"),
-        ({"warmup": 4}, r"scheduler\.warmup_epochs: a warm-up of 4 epochs leaves nothing of a schedule of 4"),
-    ],
-)
-def test_bad_schedules_name_themselves(settings, message):
-    with pytest.raises(qat.UsageError, match=message):
-        cosine_schedule(optimizer_of(0.1), periods=4, **settings)
-
-
 def rates(net, groups, scale_lr_factor=1.0):
     """Factor on the learning rate of every parameter by name."""
     known = {id(p): name for name, p in net.named_parameters()}
@@ -163,11 +144,6 @@ def test_layer_decay_of_a_quantized_net():
     assert plain == {"decay": 0.1, "no_decay": 0.0, "scales": 0.0}
 
 
-def test_layer_decay_needs_layers():
-    with pytest.raises(qat.UsageError, match=r"optimizer.layer_decay: Linear does not group its parameters by layer"):
-        parameter_groups(nn.Linear(2, 2), weight_decay=0.1, layer_decay=0.5)
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -179,18 +155,6 @@ def test_layer_decay_needs_layers():
 )
 def test_rate_follows_the_batch(settings, expected):
     assert scaled_lr(0.1, global_batch=1024, **settings) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"lr_base_batch": 0}, r"optimizer.lr_base_batch=0: must be an integer of at least 1"),
-        ({"lr_batch_rule": "cube"}, r"optimizer.lr_batch_rule='cube': must be one of linear, sqrt"),
-    ],
-)
-def test_wrong_rules_for_the_rate(settings, message):
-    with pytest.raises(qat.UsageError, match=message):
-        scaled_lr(0.1, global_batch=8, **settings)
 
 
 @pytest.mark.parametrize(

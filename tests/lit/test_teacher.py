@@ -5,7 +5,6 @@ import timm
 import torch
 from torch.testing import assert_close
 
-import qat
 from qat.lit import Teacher
 from tests.tiny import DISTILLED, images, logits, vit
 
@@ -43,20 +42,6 @@ def test_blocks_are_those_that_are_asked_for():
 def test_a_plain_net_has_one_answer(head):
     net = vit()
     assert_close(Teacher(net, head)(images()), logits(net), rtol=0, atol=0)
-
-
-def test_it_is_frozen_and_in_eval_mode():
-    net = vit(DISTILLED).train()
-    net.set_distilled_training(True)
-    answer = Teacher(net)(images().requires_grad_())
-    assert not answer.requires_grad
-    assert not net.training
-    assert not any(p.requires_grad for p in net.parameters())
-
-
-def test_unknown_head_is_refused():
-    with pytest.raises(qat.UsageError, match=r"loss\.teacher_head='dist': must be one of cls, mean"):
-        Teacher(vit(), "dist")
 
 
 def test_it_answers_in_the_students_autocast_dtype_and_keeps_nothing():

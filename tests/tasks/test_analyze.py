@@ -3,18 +3,16 @@
 import csv
 import dataclasses
 import json
-import logging
 from typing import ClassVar
 
 import pytest
 import torch
 
 import qat
-from qat.analysis import Analysis, ImageSet, Outcome, Table
+from qat.analysis import Analysis, Outcome, Table
 from qat.data import Digits
 from qat.tasks.analyze import analyze as task
 from qat.tasks.analyze import make_labels
-from tests.commands import typed
 from tests.conftest import compose, results
 from tests.tasks.test_evaluate import DIGITS, counted, edited, last
 
@@ -73,22 +71,6 @@ def test_an_analysis_of_ones_own_is_a_class(tmp_path, run_4bit):
     found = results(tmp_path)
     assert (found["analysis"], found["split"], found["summary"]) == ("bare", "test", {"n": 360, "word": "yes"})
     assert float(row["top1"]) == pytest.approx(counted(qat.load(last(run_4bit)), Digits(**DIGITS))[0])
-
-
-def test_images_are_spread_over_the_split(tmp_path, run_4bit):
-    net, data = qat.load(last(run_4bit)), Digits(**DIGITS)
-    x, target = (torch.cat(parts) for parts in zip(*data.test_dataloader(), strict=True))
-    chosen = [i * len(x) // 40 for i in range(40)]
-    (row,) = bare(tmp_path, f"ckpt={last(run_4bit)}", "images=40")
-    assert float(row["loss"]) == pytest.approx(ImageSet([(x[chosen], target[chosen])], "test").score(net)["loss"], rel=1e-6)
-
-
-@pytest.mark.parametrize(("split", "count"), [("val", 180), ("train", 1257)])
-def test_a_split_can_be_chosen(tmp_path, run_4bit, split, count, caplog):
-    caplog.set_level(logging.INFO)
-    bare(tmp_path, f"ckpt={last(run_4bit)}", f"split={split}", "images=5000")
-    assert results(tmp_path)["split"] == split
-    assert f"{count} of the {split} split" in caplog.text
 
 
 def test_several_checkpoints_are_compared(tmp_path, run_4bit, float_run):
@@ -167,9 +149,3 @@ def test_mistakes_are_one_line_and_leave_an_older_run_as_it_was(tmp_path, run_4b
 def test_an_analysis_has_to_be_chosen(tmp_path, refused):
     choices = "cost, landscape, oscillation, robustness, sensitivity, weights"
     assert f"analysis is not set: must be one of {choices}; or run=DIR" in refused("analyze", compose("analyze", f"run_dir={tmp_path}"))
-
-
-def test_the_script_is_typed(tmp_path, run_4bit):
-    code, out = typed("analyze.py", f"ckpt={last(run_4bit)}", "analysis=cost", f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
-    assert code == 0
-    assert "cost: 1 figures, 2 tables" in out

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import qat
 from qat.data import Digits
-from tests.conftest import compose, evaluate, results
+from tests.conftest import compose, evaluate
 from tests.interop import authors
 from tests.tasks.test_ptq import SMALL, quantize
 from tests.tiny import DISTILLED
@@ -112,13 +112,3 @@ def test_a_search_over_their_steps_needs_no_word_about_the_net(tmp_path, path, t
     again = qat.load(tmp_path / "run" / "quantized.ckpt")
     assert (found["model"], len(again.blocks)) == (DISTILLED, 1)
     assert torch.equal(again.blocks[0].mlp.fc1.weight, theirs["blocks.0.mlp.fc1.weight"])
-
-
-def test_bits_are_not_for_files_of_ours(tmp_path, refused, float_run):
-    cfg = compose("train", f"ckpt={float_run}/checkpoints/last.ckpt", "ckpt_bits=2", f"run_dir={tmp_path / 'run'}")
-    assert "ckpt_bits=2: only for files of the paper's code (ckpt_format=ofq)" in refused("train", cfg)
-
-
-def test_results_say_where_the_weights_come_from(tmp_path, path):
-    evaluate(tmp_path / "run", f"ckpt={path}", "ckpt_format=ofq")
-    assert results(tmp_path / "run")["weights"] == str(path)

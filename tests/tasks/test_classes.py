@@ -4,7 +4,7 @@ import csv
 
 import torch
 
-from qat.tasks.classes import CLASSES, CONFUSION, class_results, write_class_tables
+from qat.tasks.results import CLASSES, CONFUSION, class_results, write_class_tables
 from tests.conftest import compose, results, tiny
 from tests.data.files import write_folder
 

@@ -1,6 +1,6 @@
 """Mistakes of a first hour: what is typed, and the one line that answers it before the first step. Oracle: the table.
 
-`tests/tasks/test_train.py` and `test_evaluate.py` have those that belong to one feature; docs/errors.md has them all.
+`test_evaluate.py` has those that belong to one feature; docs/errors.md has them all.
 """
 
 import os
@@ -35,64 +35,51 @@ def shown(values):
 
 TRAIN = [
     # the recipe
-    *((f"quant.bits={v}", rf"quant\.bits={s}: {WHOLE} 2 to 8") for v, s in shown("0 1 9 1.5 x null")),
+    *((f"quant.bits={v}", rf"quant\.bits={s}: {WHOLE} 2 to 8") for v, s in shown("1 9 1.5 x")),
     ("quant.act_bits=9", rf"quant\.act_bits=9: {WHOLE} 2 to 8"),
-    ("quant.stem_bits=1", rf"quant\.stem_bits=1: {WHOLE} 2 to 8"),
-    ("quant.head_bits=16", rf"quant\.head_bits=16: {WHOLE} 2 to 8"),
     ("quant.overrides={blocks.0.*:{bits:9}}", rf"quant\.overrides\['blocks\.0\.\*'\]: quant\.bits=9: {WHOLE} 2 to 8"),
     ("quant.overrides={blocks.0.*:{bit:4}}", r"quant\.overrides\['blocks\.0\.\*'\]=\{'bit': 4\}: its knobs must be among act_bits, "),
     ("quant.overrides={blocks.0:{attention:standard}}", r"quant\.overrides\['blocks\.0'\] matches no attention; .* 'blocks\.0\.attn"),
     ("quant.overrides={block.0.*:{bits:4}}", r"quant\.overrides\['block\.0\.\*'\] matches no module .* names like 'blocks\.0\.attn"),
-    ("quant.overrides=x", r"quant\.overrides='x': must be a mapping"),
     ("quant.offsets=maybe", r"quant\.offsets='maybe': must be true or false"),
     ("+quant.colour=3", r"quant\.colour: must be one of name, bits"),
     ("+model.args.qk_norm=true", r"quant\.attention='qkr': this net normalises queries and keys.*here it must be one of standard, float"),
     # the optimizer and its schedule
-    *((f"optimizer.lr={v}", rf"optimizer\.lr={s}: {NUMBERS} above 0") for v, s in shown("0 -1 x null true")),
+    *((f"optimizer.lr={v}", rf"optimizer\.lr={s}: {NUMBERS} above 0") for v, s in shown("0 x null")),
     ("optimizer.weight_decay=-1", rf"optimizer\.weight_decay=-1: {NUMBERS} 0"),
     ("optimizer.betas=[2,3]", r"optimizer\.opt='adamw' does not take .*'betas': \[2, 3\]"),
-    ("+optimizer.colour=1", r"optimizer\.opt='adamw' does not take .*'colour'"),
     ("optimizer.opt=adammw", r"optimizer\.opt='adammw': unknown; near are .*adamw"),
     ("scheduler.interval=batch", r"scheduler\.interval='batch': must be one of epoch, step"),
     ("scheduler.warmup_epochs=50", rf"scheduler\.warmup_epochs=50\.0: {NUMBERS} 0 to below 1"),
     ("scheduler.warmup_epochs=x", r"^scheduler\.warmup_epochs: Value 'x' of type 'str' could not be converted to Float$"),
-    ("scheduler.min_lr=-1", rf"scheduler\.min_lr=-1\.0: {NUMBERS} 0"),
     ("+scheduler.colour=1", r"scheduler\.colour: unknown; must be one of cooldown_epochs, interval"),
     ("~optimizer", "missing mandatory value: optimizer"),
     # the trainer
-    *((f"trainer.max_epochs={v}", rf"trainer\.max_epochs={s}: must be an integer") for v, s in shown("0 -1 -3 1.5 x null")),
+    *((f"trainer.max_epochs={v}", rf"trainer\.max_epochs={s}: must be an integer") for v, s in shown("0 1.5 x")),
     *((f"trainer.accumulate_grad_batches={v}", rf"accumulate_grad_batches={s}: must be an integer") for v, s in shown("0 1.5 x")),
     ("trainer.gradient_clip_val=-1", rf"trainer\.gradient_clip_val=-1: {NUMBERS} 0"),
     ("trainer.precision=foo", r"trainer\.precision='foo': Precision 'foo' is invalid\. Allowed precision values: .*bf16-mixed"),
-    *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: {NOTHING_TO_DO}") for v, s in shown("0 0.0")),
-    *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: .*{SHARE}") for v, s in shown("2.5 -1")),
-    ("trainer.limit_val_batches=-1", rf"limit_val_batches=-1: .*{SHARE}"),
+    *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: {NOTHING_TO_DO}") for v, s in shown("0")),
+    *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: .*{SHARE}") for v, s in shown("2.5")),
     ("trainer.limit_test_batches=0", rf"limit_test_batches=0: {NOTHING_TO_DO}"),
     ("trainer.max_steps=0", rf"trainer\.max_steps=0: {NOTHING_TO_DO}"),
     ("trainer.check_val_every_n_epoch=0", rf"trainer\.check_val_every_n_epoch=0: {WHOLE} 1"),
     ("trainer.check_val_every_n_epoch=5", r"check_val_every_n_epoch=5: none of the 1 epochs would be validated; must be .* 1 to 1$"),
-    ("trainer.val_check_interval=1.5", rf"val_check_interval=1\.5: .*{SHARE}"),
     ("trainer.devices=0", r"trainer\.devices=0: .*not a valid input using cpu"),
-    ("trainer.devices=x", r"trainer\.devices='x': .*should be an int > 0"),
     ("trainer.accelerator=foo", r"trainer\.accelerator='foo': .*Available names are: auto, .*cpu"),
-    ("trainer.strategy=foo", r"trainer\.strategy='foo': .*invalid strategy name"),
     ("trainer.colour=3", r"trainer\.colour=3: .*unexpected keyword argument 'colour'"),
     # data and model
-    *((f"data.batch_size={v}", rf"data\.batch_size={s}: {WHOLE} 1") for v, s in shown("0 -1 1.5 x")),
+    *((f"data.batch_size={v}", rf"data\.batch_size={s}: {WHOLE} 1") for v, s in shown("0 x")),
     ("data.num_workers=-1", rf"data\.num_workers=-1: {WHOLE} 0"),
     ("data.image_size=10", r"data\.image_size=10: must be a multiple of the model's patch size 4"),
     ("data.num_classes=3", r"data\.num_classes=3: the train split has a label 9"),
     ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': no such folder"),
-    ("data=cifar10 data.root=3", r"data\.root=3: no such folder"),
     ("data._target_=qat.data.Nope", r"data\._target_='qat\.data\.Nope'"),
     ("model.name=vit_tinny_patch16_224", r"model\.name='vit_tinny_patch16_224': timm has no such model; near are .*vit_tiny_patch16_224"),
     ("model.name=null", r"model\.name=None: timm has no such model"),
     ("model.name=resnet18", r"model\.name='resnet18' with .*unexpected keyword argument 'img_size'"),
     ("model.args.num_heads=5", r"model\.name='vit_tiny_patch16_224' with .*'num_heads': 5.*divisible by num_heads"),
-    ("model.args.patch_size=0", r"model\.name='vit_tiny_patch16_224' with .*'patch_size': 0.*division"),
-    ("model.args.embed_dim=-1", r"model\.name='vit_tiny_patch16_224' with .*'embed_dim': -1.*negative dimension"),
     ("model.imports=[nope.nope]", r"model\.imports='nope\.nope': No module named 'nope'"),
-    ("model.imports=3", r"model\.imports: Invalid value assigned: int is not a ListConfig, list or tuple\."),
     # losses, callbacks, loggers
     ("loss.kure=-1", r"loss\.kure=-1: must be a number of at least 0"),
     (
@@ -104,14 +91,24 @@ TRAIN = [
     ("kernels=fast", r"kernels='fast': must be one of auto, triton, off"),
     ("loss=kd", r"no teacher; give teacher\.ckpt=FILE"),
     ("loss.terms.ce._target_=qat.losses.Nope", r"loss\.terms\.ce\._target_='qat\.losses\.Nope'"),
-    ("+loss.terms.x=3", rf"loss\.terms\.x=3: {OBJECT}: loss\.terms\.x\._target_="),
     ("+callbacks.x._target_=nowhere.Nope", r"callbacks\.x\._target_='nowhere\.Nope'"),
-    ("+callbacks.x=3", rf"callbacks\.x=3: {OBJECT}"),
     ("+callbacks.x._target_=torch.nn.Identity", r"callbacks\.x: Identity is not a subclass of lightning\.pytorch\.Callback"),
     ("callbacks.best.monitor=val/nope", r"callbacks\.best\.monitor='val/nope': must be one of .* val/top1, val/top5, val/loss"),
     ("checkpoint.every_n_steps=0", rf"checkpoint\.every_n_steps=0: {WHOLE} 1"),
     ("+logger.x._target_=nowhere.Nope", r"logger\.x\._target_='nowhere\.Nope'"),
     ("+logger.x._target_=torch.nn.Identity", r"logger: Identity is not a subclass of"),
+    ("quant=fp quant.bits=4", r"quant\.bits=4: quant=fp leaves the net in float"),
+    ("quant.weight_quantizer=foo", r"quant\.weight_quantizer='foo': must be one of statsq, statsq_rms, lsq, seq, minmax, float"),
+    ("data.augment=bad", r"data\.augment='bad': must be one of none, light, timm"),
+    ("+data.colour=3", "unexpected keyword argument 'colour'"),
+    ("data=cifar10", r"data\.root is not set"),
+    ("data._target_=torch.nn.Identity", r"data\._target_='torch\.nn\.Identity': must be a subclass of qat\.data\.ImageData"),
+    ("model.init=new", r"model\.init='new': must be one of full, reference"),
+    ("lsq_grad_batch=all", r"lsq_grad_batch='all': must be one of global, process"),
+    ("loss.label_smoothing=2", r"loss\.label_smoothing=2: must be a number from 0 to below 1"),
+    ("loss.terms.ce._target_=torch.nn.Identity ~loss.terms.ce.label_smoothing", r"loss\.terms\.ce: Identity is not a subclass of"),
+    ("callbacks.best.monitor=val/loss", r"callbacks\.best\.mode='max': the best val/loss is the lowest; must be min"),
+    ("loss=kd teacher.model=deit_tiny_patch16_224", r"teacher\.model='deit_tiny_patch16_224': give its weights with teacher\.ckpt=FILE"),
     # the rest
     *((f"seed={v}", rf"seed={s}: {WHOLE} 0") for v, s in shown("-1 99999999999")),
     *((f"seed={v}", rf"^seed: Value '{v}' .* could not be converted to Integer$") for v in ("x", "1.5")),
@@ -132,13 +129,10 @@ TRAIN = [
     ("ckpt={files}/number.pt", r"ckpt='.*number\.pt': holds no weights"),
     ("ckpt={files}/nan.ckpt", r"ckpt='.*nan\.ckpt': its weight blocks\.0\.mlp\.fc1\.weight holds NaN or infinity"),
     ("loss=kd teacher.ckpt={best} teacher.model=deit_tiny_patch16_224", r"teacher\.ckpt='.*' holds vit_tiny_patch16_224"),
-    ("loss=kd teacher.ckpt={files}/nan.ckpt", r"teacher\.ckpt='.*nan\.ckpt': its weight blocks\.0\.mlp\.fc1\.weight holds NaN"),
-    ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt': its weights are not those of vit_tiny_patch16_224"),
     ("ckpt={best} model.args.depth=2", r"ckpt='.*best\.ckpt': its weights are not those of vit_tiny_patch16_224"),
     ("run_dir={run}", r"run_dir='.*' holds best\.ckpt already; choose another run_dir or set overwrite=true"),
     ("run_dir={run} resume=true", r"resume: .*last\.ckpt has another recipe \(quant: act_bits, .*use ckpt=PATH"),
     ("run_dir={run} resume=true quant=fp model.args.depth=2", r"resume: .*last\.ckpt holds .* not model .*use ckpt=PATH"),
-    ("run_dir={run} overwrite=true ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint"),
 ]  # fmt: skip
 
 EVAL = [
@@ -254,14 +248,6 @@ def test_a_host_that_takes_calls_and_says_nothing_costs_less_than_five_seconds(t
     assert "model.pretrained=true: the weights of 'deit_tiny_patch16_224' are not in the local cache" in message
     assert "timed out" in message
     assert time.monotonic() - began < 5
-
-
-def test_a_full_disk_outside_of_checkpoints_is_one_line_too(tmp_path, refused, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device", "config.yaml")
-
-    monkeypatch.setattr("qat.tasks.results.write_text", full)
-    assert "config.yaml: cannot be read or written (No space left on device)" in refused("train", tiny(tmp_path / "run"))
 
 
 def test_what_may_not_be_read_is_one_line(tmp_path, refused, monkeypatch):

@@ -5,11 +5,9 @@ import shutil
 import pytest
 import timm
 import torch
-from omegaconf import OmegaConf
 
 import qat
 from qat.data import Cifar10, Digits
-from qat.errors import UsageError
 from qat.model.checkpoint import META_KEY, read_checkpoint
 from qat.tasks import build
 from qat.tasks.evaluate import settle_data
@@ -59,12 +57,6 @@ def test_another_split(tmp_path, run_4bit, split):
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_photos_are_no_split(tmp_path, run_4bit):
-    write_image(tmp_path / "photo.png", 8, 8)
-    with pytest.raises(UsageError, match=r"split='val': must be null with predict"):
-        evaluate(tmp_path, f"ckpt={last(run_4bit)}", f"predict={tmp_path / 'photo.png'}", "split=val")
-
-
 @pytest.mark.parametrize("size", [7, 360])
 def test_batch_size_does_not_change_the_result(tmp_path, run_4bit, size):
     found = evaluate(tmp_path, f"ckpt={last(run_4bit)}", f"data.batch_size={size}", "data.num_workers=0")
@@ -79,23 +71,10 @@ def test_files_of_save_are_evaluated_on_digits(tmp_path, run_4bit):
     assert evaluate(tmp_path / "a", f"ckpt={tmp_path}/net.ckpt")["loss"] == evaluate(tmp_path / "b", f"ckpt={last(run_4bit)}")["loss"]
 
 
-def test_a_file_of_save_that_only_says_how_to_treat_images(tmp_path, run_4bit):
-    # No dataset is named, so the digits are evaluated.
-    qat.save(qat.load(last(run_4bit)), tmp_path / "net.ckpt", data={"mean": [0.5], "std": [0.5]})
-    assert evaluate(tmp_path / "a", f"ckpt={tmp_path}/net.ckpt")["loss"] == evaluate(tmp_path / "b", f"ckpt={last(run_4bit)}")["loss"]
-
-
 def test_images_are_those_that_were_looked_at(tmp_path, run_4bit):
     found = evaluate(tmp_path, f"ckpt={last(run_4bit)}", "data.batch_size=16", "trainer.limit_test_batches=1")
     assert found["images"] == sum(one["images"] for one in found["classes"]) == 16
     assert found["majority_share"] == pytest.approx(100 * max(one["images"] for one in found["classes"]) / 16)
-
-
-def test_the_config_is_written_with_the_data_in_force(tmp_path, run_4bit):
-    evaluate(tmp_path, f"ckpt={last(run_4bit)}", "data.batch_size=90")
-    cfg = OmegaConf.load(tmp_path / "config.yaml")
-    assert (cfg.data._target_, cfg.data.batch_size, cfg.data.seed) == ("qat.data.Digits", 90, 0)
-    assert (cfg.ckpt, cfg.run_dir) == (str(last(run_4bit)), str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -171,26 +150,9 @@ def test_nothing_to_evaluate_is_refused(tmp_path, refused):
     assert "ckpt is not set" in results(tmp_path)["error"]
 
 
-def test_random_weights_are_not_called_timms(tmp_path):
-    assert "random" in evaluate(tmp_path, "model=vit_tiny_demo", "model.args.depth=1")["weights"]
-
-
-def test_data_with_other_classes_are_refused(tmp_path, refused, run_4bit):
-    cfg = compose("eval", f"ckpt={last(run_4bit)}", "data=digits", "data.num_classes=12", f"run_dir={tmp_path}")
-    assert "data.num_classes=12: the net has 10 classes" in refused("evaluate", cfg)
-
-
 def test_images_of_another_size_are_refused(tmp_path, refused, run_4bit):
     cfg = compose("eval", f"ckpt={last(run_4bit)}", "data=digits", "data.image_size=16", f"run_dir={tmp_path}")
     assert "data.image_size=16: the net is quantized for images of (1, 8, 8), got (1, 16, 16)" in refused("evaluate", cfg)
-
-
-def test_a_damaged_file_is_refused(tmp_path, refused, run_4bit):
-    content = bytearray(last(run_4bit).read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    (tmp_path / "bad.ckpt").write_bytes(content)
-    message = refused("evaluate", compose("eval", f"ckpt={tmp_path}/bad.ckpt", f"run_dir={tmp_path}/a"))
-    assert f"ckpt='{tmp_path}/bad.ckpt'" in message
 
 
 def test_a_dataset_from_elsewhere_is_only_used_when_asked_for(tmp_path, refused, run_4bit):

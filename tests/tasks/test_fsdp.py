@@ -13,7 +13,6 @@ from qat.data import Digits
 from qat.errors import UsageError
 from qat.launch import ranks
 from qat.tasks import fit
-from qat.tasks.evaluate import evaluate
 from qat.tasks.train import train
 from qat.utils.files import read_torch
 from qat.utils.shards import own
@@ -129,12 +128,6 @@ def test_the_file_is_that_of_one_process(root):
 
 
 @pytest.mark.long
-def test_it_is_evaluated_in_one_process(root, tmp_path):
-    evaluate(compose("eval", f"run_dir={tmp_path}", f"ckpt={root / 'whole' / 'checkpoints' / 'best.ckpt'}"))
-    assert results(tmp_path)["top1"] == results(root / "whole")["top1"]
-
-
-@pytest.mark.long
 def test_a_run_that_is_killed_equals_one_that_was_never_stopped(root):
     found, whole = last(root / "again"), last(root / "whole")
     for part in ("state_dict", "optimizer_states"):
@@ -177,8 +170,6 @@ def test_what_looks_at_weights_is_refused(tmp_path, settings, line):
     [
         ("compile=true", r"^compile=true: trainer\.strategy='fsdp' .*; must be false$"),
         ("trainer.precision=16-mixed", r"^trainer\.precision='16-mixed': trainer\.strategy='fsdp' .*; must be 32-true or bf16-mixed$"),
-        ("trainer.strategy=fsdp_cpu_offload", r"^trainer\.strategy='fsdp_cpu_offload': must be one of auto, ddp, fsdp$"),
-        ("trainer.strategy=deepspeed_stage_2", r"^trainer\.strategy='deepspeed_stage_2': must be one of auto, ddp, fsdp$"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, setting, line):

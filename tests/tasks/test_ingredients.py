@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule
 import qat
 from qat.callbacks import EMAWeightAveraging
 from qat.model.checkpoint import read_checkpoint
-from qat.tasks import build, fit
-from tests.conftest import compose, evaluate, results, tiny, train
+from qat.tasks import fit
+from tests.conftest import evaluate, results, train
 
 SGD = (
     "optimizer=sgd",
@@ -80,30 +80,6 @@ def test_an_average_is_where_the_weights_are_trained():
     assert {tensor.device.type for tensor in average._average_model.parameters()} == {"meta"}
 
 
-def test_results_are_the_averages(watched, tmp_path):
-    run_dir, _ = watched("callbacks=[default,ema]", "callbacks.ema.decay=0.9", "trainer.limit_train_batches=8", "optimizer.lr=0.01")
-    assert results(run_dir)["weights"] == "best.ckpt"
-    again = evaluate(tmp_path / "eval", f"ckpt={run_dir}/checkpoints/best.ckpt")
-    assert [again[k] for k in ("top1", "top5", "loss")] == [results(run_dir)[k] for k in ("top1", "top5", "loss")]
-
-
-def test_no_buffer_is_averaged():
-    assert compose("train", "callbacks=[default,ema]", "run_dir=a").callbacks.ema.use_buffers is False
-
-
-def test_a_teacher_is_not_averaged(watched, float_run):
-    """The average is a copy of the module, and the teacher is no part of it."""
-    copies = []
-    original = torch.optim.swa_utils.deepcopy
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.swa_utils, "deepcopy", lambda module: copies.append(original(module)) or copies[-1])
-        _, steps = watched("callbacks=[default,ema]", "loss=kd", f"ckpt={float_run}/checkpoints/last.ckpt")
-    (copy,) = copies
-    assert steps.weights
-    assert not any("teacher" in name for name, _ in copy.named_parameters())
-    assert copy.teacher is not None
-
-
 def test_averages_are_not_dropped_on_resume(tmp_path):
     train(tmp_path / "run", "callbacks=[default,ema]")
     with pytest.raises(qat.UsageError, match=r"resume: the run averages its weights; go on with callbacks=\[default,ema\]"):
@@ -141,21 +117,9 @@ def test_bf16(watched, tmp_path):
     assert evaluate(tmp_path / "eval", f"ckpt={run_dir}/checkpoints/last.ckpt")["loss"] == pytest.approx(results(full)["loss"], rel=0.1)
 
 
-@pytest.mark.slow
-def test_double_precision(tmp_path):
-    train(tmp_path / "run", "quant=ofq_2bit", "trainer.precision=64-true", "trainer.max_epochs=1", "trainer.limit_train_batches=2")
-    assert (tmp_path / "run" / "results.json").exists()
-
-
 def test_half_precision_masters_are_refused(tmp_path):
     with pytest.raises(qat.UsageError, match=r"trainer.precision='bf16-true': .*must be one of 32-true, bf16-mixed, 16-mixed, 64-true"):
         train(tmp_path / "run", "trainer.precision=bf16-true")
-
-
-def test_a_part_of_an_epoch(watched):
-    _, few = watched("trainer.limit_train_batches=3", name="few")
-    _, share = watched("trainer.limit_train_batches=0.25", name="share")
-    assert (len(few.weights), len(share.weights)) == (3, 19 // 4)
 
 
 def test_the_schedule_ends_with_the_part(watched):
@@ -188,30 +152,11 @@ def test_mixup_ends(watched):
     assert [target.ndim for _, target in steps.batches] == [2, 2, 1, 1]
 
 
-def test_mixup_leaves_evaluation_alone(tmp_path, watched):
-    run_dir, _ = watched("data.mixup=0.8")
-    again = evaluate(tmp_path / "eval", f"ckpt={run_dir}/checkpoints/best.ckpt")
-    assert [again[k] for k in ("top1", "loss")] == [results(run_dir)[k] for k in ("top1", "loss")]
-
-
 def test_two_batches_by_heart(watched):
     run_dir, steps = watched("debug=overfit", "quant=fp", "trainer.max_epochs=60", "optimizer.lr=0.01")
     losses = column(run_dir, "train/loss")
     assert losses[-1] < 0.1 * losses[0]
     assert all(torch.equal(steps.batches[i][0], steps.batches[i % 2][0]) for i in range(len(steps.batches)))
-
-
-def test_profile(tmp_path):
-    train(tmp_path / "run", "debug=profile", "trainer.limit_train_batches=20")
-    assert "addmm" in (tmp_path / "run" / "fit-profile.txt").read_text()
-
-
-def test_drop_path_is_in_training_alone(watched):
-    run_dir, _ = watched("model.args.drop_path_rate=0.5", "++model.args.depth=2")
-    net = qat.load(run_dir / "checkpoints" / "last.ckpt")
-    assert net.blocks[1].drop_path1.drop_prob == pytest.approx(0.5)
-    x = torch.randn(4, 1, 8, 8)
-    assert torch.equal(net(x), net(x))
 
 
 def test_the_rate_follows_the_batch(watched, caplog):
@@ -220,16 +165,3 @@ def test_the_rate_follows_the_batch(watched, caplog):
     run_dir, _ = watched("optimizer.lr=0.001", *scaling, "trainer.log_every_n_steps=1")
     assert "global batch 64, adamw lr 0.002," in caplog.text
     assert column(run_dir, "lr-AdamW/decay")[0] == pytest.approx(0.002)
-
-
-def test_layer_decay_from_the_config():
-    cfg = tiny("a", "optimizer.layer_decay=0.5")
-    make = fit.build_optimizer_factory(cfg, fit.build_trainer(cfg, [], []))
-    groups = make(build.build_start(cfg).net).param_groups
-    assert {group["lr_scale"] for group in groups} == {1.0, 0.5, 0.25}
-
-
-def test_layer_decay_out_of_range():
-    cfg = tiny("a", "optimizer.layer_decay=1.5")
-    with pytest.raises(qat.UsageError, match=r"optimizer.layer_decay=1.5: must be a number above 0 to 1"):
-        fit.build_optimizer_factory(cfg, fit.build_trainer(cfg, [], []))(build.build_start(cfg).net)

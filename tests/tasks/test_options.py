@@ -7,7 +7,7 @@ import torch
 
 import qat
 from qat.model.checkpoint import read_checkpoint
-from qat.tasks import options
+from qat.tasks import fit
 from tests.conftest import compose, tiny, train
 from tests.tiny import images, quantized
 
@@ -27,7 +27,7 @@ def test_checkpointing_computes_the_same(tmp_path):
 
 def test_checkpointing_switches_the_net():
     net = quantized()
-    options.use_less_memory(compose("train", "model.grad_checkpointing=true", "run_dir=a"), net)
+    fit.use_less_memory(compose("train", "model.grad_checkpointing=true", "run_dir=a"), net)
     assert net.grad_checkpointing
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -39,7 +39,7 @@ def test_checkpointing_switches_the_net():
 def test_a_model_without_checkpointing():
     cfg = compose("train", "model.grad_checkpointing=true", "run_dir=a")
     with pytest.raises(qat.UsageError, match=r"model.grad_checkpointing=true: vit_tiny_patch16_224 cannot do that; must be false"):
-        options.use_less_memory(cfg, torch.nn.Linear(2, 2))
+        fit.use_less_memory(cfg, torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("asked", ["true", "auto"])
@@ -49,15 +49,15 @@ def test_no_compiler(asked, monkeypatch, caplog):
 
     monkeypatch.setattr(torch, "compile", lambda _: broken)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(options, "compile_in_place", lambda *_, **__: pytest.fail("compiled"))
+    monkeypatch.setattr(fit, "compile_in_place", lambda *_, **__: pytest.fail("compiled"))
     cfg = compose("train", f"compile={asked}", "trainer.accelerator=auto", "run_dir=a")
     why = "torch cannot compile for cpu here (no C++ compiler found)"
     if asked == "auto":
-        options.compile_nets(cfg, torch.nn.Linear(2, 2), None)
+        fit.compile_nets(cfg, torch.nn.Linear(2, 2), None)
         assert [r.getMessage() for r in caplog.records] == [f"compile=auto: nets are not compiled: {why}"]
         return
     with pytest.raises(qat.UsageError, match=re.escape(f"compile=true: {why}; must be false")):
-        options.compile_nets(cfg, torch.nn.Linear(2, 2), None)
+        fit.compile_nets(cfg, torch.nn.Linear(2, 2), None)
 
 
 @pytest.mark.long
@@ -75,12 +75,12 @@ def test_a_compiled_quantized_run_is_two_graphs(tmp_path, caplog):
 
 @pytest.mark.parametrize(("memory", "can", "lines"), [("recompute", True, 0), ("recompute", False, 1), ("save", False, 0)])
 def test_a_compiler_that_cannot_save_memory(memory, can, lines, monkeypatch, caplog):
-    monkeypatch.setattr(options, "can_recompute", lambda: can)
+    monkeypatch.setattr(fit, "can_recompute", lambda: can)
     asked, net = [], torch.nn.Linear(2, 2)
-    monkeypatch.setattr(options, "compile_in_place", lambda net, recompute: asked.append((net, recompute)))
-    options.compile_nets(compose("train", "compile=true", f"++memory={memory}", "run_dir=a"), net, None)
+    monkeypatch.setattr(fit, "compile_in_place", lambda net, recompute: asked.append((net, recompute)))
+    fit.compile_nets(compose("train", "compile=true", f"++memory={memory}", "run_dir=a"), net, None)
     assert asked == [(net, memory == "recompute")]
-    assert [r.getMessage()[:16] for r in caplog.records if r.name == "qat.tasks.options"] == ["memory=recompute"] * lines
+    assert [r.getMessage()[:16] for r in caplog.records if r.name == "qat.tasks.fit"] == ["memory=recompute"] * lines
 
 
 @pytest.mark.parametrize(
@@ -95,17 +95,17 @@ def test_a_compiler_that_cannot_save_memory(memory, can, lines, monkeypatch, cap
 )
 def test_auto_compiles_on_cuda(settings, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert options.compiles(compose("train", "trainer=gpu", *settings, "run_dir=a")) is expected
+    assert fit.compiles(compose("train", "trainer=gpu", *settings, "run_dir=a")) is expected
 
 
 def test_compile_is_one_of_three():
     with pytest.raises(qat.UsageError, match=r"^compile='fast': must be one of true, false, auto$"):
-        options.compiles(compose("train", "compile=fast", "run_dir=a"))
+        fit.compiles(compose("train", "compile=fast", "run_dir=a"))
 
 
 def test_nothing_is_compiled_unless_asked_for(monkeypatch):
-    monkeypatch.setattr(options, "compile_in_place", lambda *_, **__: pytest.fail("compiled"))
-    options.compile_nets(compose("train", "run_dir=a"), torch.nn.Linear(2, 2), None)
+    monkeypatch.setattr(fit, "compile_in_place", lambda *_, **__: pytest.fail("compiled"))
+    fit.compile_nets(compose("train", "run_dir=a"), torch.nn.Linear(2, 2), None)
 
 
 def test_settings_are_in_every_train_config():

@@ -94,23 +94,11 @@ def test_results_have_the_usual_keys_and_no_accuracy(tmp_path, photos, run_4bit)
     assert found["size_bytes"] > 0
 
 
-def test_one_image_of_any_name(tmp_path, photos, run_4bit):
-    path = photos[0].rename(tmp_path / "picture")
-    _, (row,) = predict(tmp_path / "run", f"ckpt={last(run_4bit)}", f"predict={path}")
-    assert same(ranks(row), expected(qat.load(last(run_4bit)), path, "0123456789"))
-
-
 def test_two_classes_by_name_when_the_training_data_are_gone(tmp_path, photos, folder_run):
     header, rows = predict(tmp_path / "run", f"ckpt={last(folder_run)}", f"predict={tmp_path}/photos")
     assert header == ["path", "class_1", "probability_1", "class_2", "probability_2"]
     net = qat.load(last(folder_run))
     assert all(same(ranks(row), expected(net, path, ["ant", "bee"])) for row, path in zip(rows, photos, strict=True))
-
-
-def test_names_and_data_survive_load_and_save(tmp_path, photos, folder_run):
-    qat.save(qat.load(last(folder_run)), tmp_path / "net.ckpt")
-    again = predict(tmp_path / "a", f"ckpt={tmp_path}/net.ckpt", f"predict={tmp_path}/photos")
-    assert again == predict(tmp_path / "b", f"ckpt={last(folder_run)}", f"predict={tmp_path}/photos")
 
 
 def test_a_file_that_knows_no_data_gets_images_as_transform_has_them(tmp_path, photos):
@@ -133,15 +121,6 @@ def test_a_timm_model_knows_imagenets_classes(tmp_path, photos):
     assert same(ranks(rows[0]), expected(net, photos[0], names))
 
 
-def test_with_data_of_another_root_the_folders_there_name_the_classes(tmp_path, photos, folder_run):
-    state = qat.load(last(folder_run)).state_dict()
-    torch.save(state, tmp_path / "w.pt")
-    root = write_folder(tmp_path / "root", classes=("cat", "dog"), splits=(("train", 1),))
-    data = ("data=imagefolder", f"data.root={root}", "data.num_classes=2", *SMALL)
-    header, rows = predict(tmp_path / "run", "model=vit_tiny_demo", *MODEL, f"ckpt={tmp_path}/w.pt", *data, f"predict={photos[0]}")
-    assert sorted(rows[0][1::2]) == ["cat", "dog"]
-
-
 def test_an_unreadable_image_stops_or_is_left_out(tmp_path, photos, run_4bit, refused, caplog):
     photos[3].write_bytes(photos[3].read_bytes()[:40])
     asked = (f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos")
@@ -158,21 +137,6 @@ def test_an_unreadable_image_stops_or_is_left_out(tmp_path, photos, run_4bit, re
     assert "11 images, 1 left out" in caplog.text
 
 
-def test_loader_processes_do_not_change_the_result(tmp_path, photos, run_4bit, refused):
-    asked = (f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos", "data.batch_size=5")
-    assert predict(tmp_path / "a", *asked, "data.num_workers=2") == predict(tmp_path / "b", *asked, "data.num_workers=0")
-    photos[3].write_bytes(b"")
-    message = refused("evaluate", compose("eval", *asked, "data.num_workers=1", f"run_dir={tmp_path}/c"))
-    assert message.startswith(f"error: {photos[3]} cannot be decoded")
-
-
-def test_nothing_that_can_be_decoded_is_refused(tmp_path, run_4bit, refused):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "x.png").write_bytes(b"")
-    cfg = compose("eval", f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos", "data.on_error=skip", f"run_dir={tmp_path}/a")
-    assert "data.on_error=skip: none of 1 images" in refused("evaluate", cfg)
-
-
 @pytest.mark.parametrize(
     ("where", "message"),
     [("nowhere", "predict='nowhere': no such file or folder"), (".", "predict='.': the folder holds no images; known are .jpg, .jpeg")],
@@ -182,22 +146,9 @@ def test_wrong_paths_are_refused_before_a_net_is_read(tmp_path, refused, monkeyp
     assert message in refused("evaluate", compose("eval", "ckpt=nothing.ckpt", f"predict={where}", f"run_dir={tmp_path}/a"))
 
 
-def test_predictions_need_a_net(tmp_path, photos, refused):
-    message = refused("evaluate", compose("eval", f"predict={photos[0]}", f"run_dir={tmp_path}/a"))
-    assert "ckpt is not set; give model=... (with model.pretrained=true, model.weights=FILE or ckpt=FILE)" in message
-
-
 def test_the_data_of_a_file_are_not_read(tmp_path, photos, run_4bit, monkeypatch):
     monkeypatch.setattr("qat.data.Digits.read", lambda self: pytest.fail("the dataset was read"))
     predict(tmp_path / "run", f"ckpt={last(run_4bit)}", f"predict={photos[0]}")
-
-
-def test_a_net_without_scales_predicts_nothing(tmp_path, photos, refused):
-    net = timm.create_model("vit_tiny_patch16_224", img_size=16, depth=1)
-    qat.convert(net, qat.recipe("ofq"), input_size=(3, 16, 16))
-    qat.save(net, tmp_path / "net.ckpt")
-    message = refused("evaluate", compose("eval", f"ckpt={tmp_path}/net.ckpt", f"predict={photos[0]}", f"run_dir={tmp_path}/a"))
-    assert "scales of patch_embed.proj.input_quantizer are not initialised" in message
 
 
 def test_known_classes():
@@ -210,22 +161,6 @@ def test_known_classes():
     assert class_names(None, ImageNet(**photos, num_classes=1000), 1000)[1] == "goldfish, Carassius auratus"
     assert class_names(["a", "b"], Cifar10(**photos, num_classes=2), 2) == ["a", "b"]
     assert class_names(["a", "b"], Cifar10(**photos, num_classes=3), 3) == ["0", "1", "2"]
-
-
-def test_imagenet_names_its_folders_in_words(tmp_path):
-    for wnid in ("n02012849", "n99999999"):
-        write_image(tmp_path / "train" / wnid / "a.png", 8, 8)
-    data = ImageNet(image_size=8, patch_size=4, in_chans=3, num_classes=2, mean=[0.5] * 3, std=[0.5] * 3, root=str(tmp_path))
-    assert data.named_classes() == ["crane", "n99999999"]
-
-
-def test_images_are_found_through_links_in_order(tmp_path):
-    (tmp_path / "all").mkdir()
-    for name in ("b/2.webp", "b/1.BMP", "a/9.tiff"):
-        write_image(tmp_path / name, 4, 4)
-    for link, target in (("z", "a"), ("b", "b")):
-        (tmp_path / "all" / link).symlink_to(tmp_path / target)
-    assert [str(p.relative_to(tmp_path / "all")) for p in find_images(str(tmp_path / "all"))] == ["b/1.BMP", "b/2.webp", "z/9.tiff"]
 
 
 def test_links_in_a_circle_end_and_count_no_image_twice(tmp_path):

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import qat
 from qat.data import Digits
 from qat.tasks import build
-from qat.tasks.ptq_start import build_ptq_recipe, build_search
+from qat.tasks.ptq import build_ptq_recipe, build_search
 from qat.tasks.results import recipe_fields
 from tests.conftest import TINY, compose, evaluate, results, tiny, train
 from tests.tasks.test_evaluate import DIGITS, counted, last
