@@ -126,7 +126,7 @@ def test_what_is_overwritten_is_not_gone_on_with_but_what_came_after_it(place, t
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """A command of that name that notes its arguments and ends as it is told; and how long was waited for SLURM."""
+    """A command of that name that notes its arguments and ends as it is set to; and how long was waited for SLURM."""
     calls, waited = tmp_path / "calls", []
     monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=waited.append))
     monkeypatch.chdir(tmp_path)
@@ -151,26 +151,26 @@ def left(caplog, stop, run_dir="runs/a"):
 
 
 def test_a_preempted_job_is_requeued_and_waits_for_its_end(place, scontrol, caplog, tmp_path):
-    told = scontrol()
+    asked = scontrol()
     place(JOB)
     line = "preempted by SIGUSR1 at step 123: last.ckpt written, requeueing job 17"
     assert left(caplog, Preempted(signal.SIGUSR1, 123, tmp_path / "last.ckpt")) == (138, [line])
-    assert told() == (["requeue 17"], [slurm.SAID_S, slurm.KILL_S])
+    assert asked() == (["requeue 17"], [slurm.SAID_S, slurm.KILL_S])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_of_an_array_it_is_the_one_job_and_only_the_first_process_asks(place, scontrol, caplog):
-    told = scontrol()
+    asked = scontrol()
     place({**TASK, "SLURM_ARRAY_JOB_ID": "3", "SLURM_ARRAY_TASK_ID": "0"})
     assert left(caplog, Preempted(signal.SIGUSR2)) == (140, ["preempted by SIGUSR2 outside training, requeueing job 3_0"])
     place({"SLURM_PROCID": "1"})
     assert left(caplog, Preempted(signal.SIGUSR2)) == (140, [])
-    assert told() == (["requeue 3_0"], [slurm.SAID_S, slurm.KILL_S, slurm.KILL_S])
+    assert asked() == (["requeue 3_0"], [slurm.SAID_S, slurm.KILL_S, slurm.KILL_S])
 
 
 @pytest.mark.parametrize("name", [None, "checkpoints/last.ckpt"])
 def test_a_job_that_never_saves_anything_is_not_started_for_ever(place, scontrol, caplog, tmp_path, name):
-    told = scontrol()
+    asked = scontrol()
     place({**JOB, "SLURM_RESTART_COUNT": "1"})
     assert len(left(caplog, Preempted(signal.SIGUSR1), tmp_path)[1]) == 1
     place({"SLURM_RESTART_COUNT": "2"})
@@ -178,20 +178,20 @@ def test_a_job_that_never_saves_anything_is_not_started_for_ever(place, scontrol
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     code, lines = left(caplog, Preempted(signal.SIGUSR1), tmp_path)
-    assert (code, len(told()[0])) == (138, 1 if name is None else 2)
+    assert (code, len(asked()[0])) == (138, 1 if name is None else 2)
     why = "3 stretches have saved nothing to go on from; its time limit is too short for what comes before"
     assert lines[1:] == ([f"job 17 not requeued ({why}); WAY ON"] if name is None else [])
 
 
 def test_a_job_that_cannot_be_requeued_says_why_and_how_to_go_on(place, scontrol, caplog, tmp_path):
-    told = scontrol(1, "slurm_requeue error: Requested operation is presently disabled")
+    asked = scontrol(1, "slurm_requeue error: Requested operation is presently disabled")
     place(JOB)
     lines = [
         "preempted by SIGUSR1 at step 5: last.ckpt written, requeueing job 17",
         "job 17 not requeued (slurm_requeue error: Requested operation is presently disabled); WAY ON",
     ]
     assert left(caplog, Preempted(signal.SIGUSR1, 5, tmp_path / "last.ckpt")) == (138, lines)
-    assert told() == (["requeue 17"], [slurm.SAID_S])
+    assert asked() == (["requeue 17"], [slurm.SAID_S])
 
 
 @pytest.mark.parametrize(
@@ -203,10 +203,10 @@ def test_a_job_that_cannot_be_requeued_says_why_and_how_to_go_on(place, scontrol
     ids=["cancelled", "elsewhere"],
 )
 def test_elsewhere_and_where_it_is_to_stop_nobody_is_asked(place, scontrol, caplog, variables, stop, line):
-    told = scontrol()
+    asked = scontrol()
     place(variables)
     assert left(caplog, stop) == (128 + stop.signal, [line])
-    assert told() == ([], [])
+    assert asked() == ([], [])
 
 
 def test_a_signal_while_a_run_is_built_ends_it_in_one_line(place, tmp_path, monkeypatch, caplog):

@@ -1,4 +1,4 @@
-"""A run that waits in the middle of a step until it is told to go."""
+"""A run that waits in the middle of a step until it may go."""
 
 import os
 import time

@@ -76,7 +76,7 @@ class Scheduler:
     """Runs between `start` and `stop`.
 
     Args:
-        base: a folder that whoever runs jobs can read.
+        base: a folder that the users of jobs can read.
         path: folders of further commands for the jobs, first of all.
     """
 

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(500)]
 SETTINGS = ["model.args.embed_dim=24", "model.args.depth=1", "trainer.max_epochs=2", "optimizer=sgd", "optimizer.lr=0.01", "report=false"]
 ON_CPU = ["trainer.accelerator=cpu"]
 HELD_AT = 4
-# One behind the step in which a signal comes: the processes tell each other.
+# One after the step in which a signal comes: the processes exchange it.
 STOPPED_AT = HELD_AT + 2
 HELD = ["+callbacks.pace._target_=tests.slurm.pace.Pace", f"+callbacks.pace.step={HELD_AT}"]
 # The batch script of the documentation; what a job is to have of its own is said to sbatch.

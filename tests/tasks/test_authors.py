@@ -56,15 +56,6 @@ def test_train_starts_from_their_weights_and_scales(tmp_path, path, theirs):
         assert_close(net(x), authors.deit_logits(theirs, x, 2, 2), rtol=0, atol=1e-4)
 
 
-def test_train_at_other_bits_takes_the_latent_weights(tmp_path, path, theirs):
-    run = train(tmp_path / "run", f"ckpt={path}", "quant=ofq_4bit")
-    net = qat.load(run / "checkpoints" / "last.ckpt")
-    assert_close(net.blocks[0].mlp.fc1.weight, theirs["blocks.0.mlp.fc1.weight"])
-    assert_close(net.blocks[0].attn.q_weight, theirs["blocks.0.attn.q.weight"])
-    assert_close(net.head.input_quantizer.quantizer.scale, theirs["head.input_quant_fn.s"])
-    assert net.blocks[0].mlp.fc1.input_quantizer.quantizer.scale.shape == (6,)
-
-
 def test_a_swin_of_theirs_keeps_the_biases_of_its_mergings(tmp_path):
     theirs = authors.swin(depths=(1, 1, 1, 1), window=4)
     torch.save(theirs, tmp_path / "theirs.pth.tar")

@@ -58,13 +58,8 @@ def test_the_same_classes_in_another_order_are_refused(tmp_path, refused, caplog
     best = f"ckpt={tmp_path}/run/checkpoints/best.ckpt"
     said = f"ckpt={best[5:]!r}: its class 0 is 'class10', that of the data 'class2': the same classes in another order"
     assert said in refused("evaluate", compose("eval", best, *other, f"run_dir={tmp_path}/eval"))
-    assert said in refused("ptq", compose("ptq", best, *other, "ptq.batch=4", f"run_dir={tmp_path}/ptq"))
     assert said in refused("train", tiny(tmp_path / "more", best, *other, "quant=fp"))
-    follows = (f"teacher.{best}", "loss=kd", *other)
-    assert f"teacher.{said}" in refused("train", tiny(tmp_path / "more", *follows, "quant=fp"))
-    train(tiny(tmp_path / "lsq", *other, "quant=lsq_3bit"))
-    searched = ("ptq=keep", "search=evolution", "ptq.batch=4", f"ckpt={tmp_path}/lsq/checkpoints/best.ckpt", f"teacher.{best}", *other)
-    assert f"teacher.{said}" in refused("ptq", compose("ptq", *searched, f"run_dir={tmp_path}/ptq"))
+    assert f"teacher.{said}" in refused("train", tiny(tmp_path / "more", f"teacher.{best}", "loss=kd", *other, "quant=fp"))
     (root / "train" / "class2").rename(root / "train" / "two")
     (root / "val" / "class2").rename(root / "val" / "two")
     evaluate(compose("eval", best, *data, f"run_dir={tmp_path}/eval"))

@@ -57,26 +57,6 @@ def test_another_split(tmp_path, run_4bit, split):
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("size", [7, 360])
-def test_batch_size_does_not_change_the_result(tmp_path, run_4bit, size):
-    found = evaluate(tmp_path, f"ckpt={last(run_4bit)}", f"data.batch_size={size}", "data.num_workers=0")
-    top1, loss = counted(qat.load(last(run_4bit)), Digits(**DIGITS))
-    assert found["top1"] == pytest.approx(top1)
-    assert found["loss"] == pytest.approx(loss, rel=1e-5)
-
-
-def test_files_of_save_are_evaluated_on_digits(tmp_path, run_4bit):
-    # `qat.save` knows of no data.
-    qat.save(qat.load(last(run_4bit)), tmp_path / "net.ckpt")
-    assert evaluate(tmp_path / "a", f"ckpt={tmp_path}/net.ckpt")["loss"] == evaluate(tmp_path / "b", f"ckpt={last(run_4bit)}")["loss"]
-
-
-def test_images_are_those_that_were_looked_at(tmp_path, run_4bit):
-    found = evaluate(tmp_path, f"ckpt={last(run_4bit)}", "data.batch_size=16", "trainer.limit_test_batches=1")
-    assert found["images"] == sum(one["images"] for one in found["classes"]) == 16
-    assert found["majority_share"] == pytest.approx(100 * max(one["images"] for one in found["classes"]) / 16)
-
-
 @pytest.mark.parametrize(
     ("command", "more"),
     [("evaluate", ()), ("analyze", ("analysis=weights",)), ("export", ("format=packed",)), ("ptq", ("resume=auto",))],
@@ -148,11 +128,6 @@ def test_nothing_to_evaluate_is_refused(tmp_path, refused):
     assert "ckpt is not set; give model=... (with model.pretrained=true, model.weights=FILE or ckpt=FILE)" in message
     assert results(tmp_path)["command"] == "eval"
     assert "ckpt is not set" in results(tmp_path)["error"]
-
-
-def test_images_of_another_size_are_refused(tmp_path, refused, run_4bit):
-    cfg = compose("eval", f"ckpt={last(run_4bit)}", "data=digits", "data.image_size=16", f"run_dir={tmp_path}")
-    assert "data.image_size=16: the net is quantized for images of (1, 8, 8), got (1, 16, 16)" in refused("evaluate", cfg)
 
 
 def test_a_dataset_from_elsewhere_is_only_used_when_asked_for(tmp_path, refused, run_4bit):

@@ -129,25 +129,12 @@ def test_a_float_net_is_refused(tmp_path):
         exported(tmp_path, f"ckpt={last(run)}")
 
 
-def test_scales_that_were_never_set_are_refused(tmp_path):
-    net = qat.convert(timm.create_model("vit_tiny_patch16_224", **SMALL), qat.recipe("ofq", bits=2), input_size=(1, 8, 8))
-    qat.save(net, tmp_path / "net.ckpt")
-    with pytest.raises(qat.UsageError, match="scales of patch_embed.proj.input_quantizer are not initialised"):
-        exported(tmp_path / "run", f"ckpt={tmp_path}/net.ckpt")
-
-
 def test_a_file_that_is_there_stays(onnx_file, run_2bit):
     path, _ = onnx_file
     before = path.read_bytes()
     with pytest.raises(qat.UsageError, match="net.onnx is there already; overwrite=true replaces it"):
         exported(path.parent, f"ckpt={last(run_2bit)}")
     assert path.read_bytes() == before
-
-
-def test_without_the_extra_it_says_what_to_install(run_2bit, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(qat.UsageError, match=r"format=onnx: onnxscript is not installed; pip install 'vit-qat\[export\]'"):
-        exported(tmp_path, f"ckpt={last(run_2bit)}")
 
 
 def test_a_net_of_qat_save_is_checked_on_noise_and_no_line_is_said_but_its_own(tmp_path, caplog):

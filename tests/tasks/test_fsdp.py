@@ -37,7 +37,7 @@ def odd(self):
 
 
 class Act(Callback):
-    """Kills a run in front of a step; in the second process damages a weight in front of one, or a gradient of the second step."""
+    """Kills a run before a step; in the second process damages a weight before one, or a gradient of the second step."""
 
     def __init__(self, folder, kill=None, weight=None, gradient=False):
         self.folder, self.kill, self.weight, self.gradient = folder, kill, weight, gradient

@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
 
-from qat.launch.signals import Preempted
 from qat.tasks import fit
 from tests.conftest import results
 from tests.tasks.test_resume import killed_at, last, metrics, run
@@ -16,7 +15,7 @@ EPOCHS = ("trainer.limit_train_batches=4", "trainer.limit_val_batches=1", "train
 
 
 class At(Callback):
-    """Does something behind a step."""
+    """Does something after a step."""
 
     def __init__(self, step, what):
         self.step, self.what = step, what
@@ -89,7 +88,7 @@ def test_a_later_limit_of_time_loses_no_image(tmp_path, monkeypatch, whole):
 def test_a_limit_of_time_waits_for_the_step(tmp_path, monkeypatch):
     settings = (*EPOCHS, "trainer.max_epochs=1", "trainer.accumulate_grad_batches=2")
     with monkeypatch.context() as patch:
-        patch.setattr(Timer, "time_elapsed", lambda timer, *_: 0 if timer.start_time() is None else 60)  # over behind the first batch
+        patch.setattr(Timer, "time_elapsed", lambda timer, *_: 0 if timer.start_time() is None else 60)  # over after the first batch
         run_dir = run(tmp_path / "run", *settings, "+trainer.max_time=00:00:00:30")
     assert last(run_dir)["global_step"] == 1
     run(run_dir, *settings, "resume=true")
@@ -100,31 +99,3 @@ def test_the_last_step_is_validated(ten):
     """The score beside a file is that of its weights."""
     rows = [row for row in metrics(ten) if "val/top1" in row]
     assert [int(row["step"]) for row in rows] == [3, 7, 9]
-
-
-def test_an_epoch_without_validation_saves_where_it_is_told_to(tmp_path, monkeypatch):
-    settings = (*EPOCHS, "trainer.max_epochs=2", "+trainer.val_check_interval=0.5", "+trainer.check_val_every_n_epoch=2")
-    run_dir = killed_at(3, tmp_path / "run", monkeypatch, *settings)
-    assert last(run_dir)["global_step"] == 2
-
-
-def test_a_signal_in_an_epoch_without_validation_leaves_a_file(tmp_path, monkeypatch):
-    from qat.launch import signals
-
-    settings = (*EPOCHS, "trainer.max_epochs=2", "+trainer.val_check_interval=0.5", "+trainer.check_val_every_n_epoch=2")
-    with pytest.raises(Preempted) as caught:
-        with_callback(At(2, lambda _: setattr(signals._arrivals, "number", 15)), monkeypatch, tmp_path / "run", *settings)
-    assert caught.value.saved.exists()
-
-
-def test_overfitting_writes_its_checkpoints(tmp_path):
-    run_dir = run(tmp_path / "run", "data.repeats=1", "trainer.max_epochs=2", "trainer.overfit_batches=2")
-    assert last(run_dir)["global_step"] == 4
-
-
-def test_teachers_of_another_precision(tmp_path):
-    float_run = run(tmp_path / "fp", *EPOCHS, "quant=fp", "callbacks.ema=null", "trainer.max_epochs=1")
-    settings = (*EPOCHS, "callbacks.ema=null", "trainer.max_epochs=1", "loss=kd", f"ckpt={float_run}/checkpoints/last.ckpt")
-    for precision, quant in (("64-true", "ofq_2bit"), ("bf16-true", "fp")):
-        done = run(tmp_path / precision, *settings, f"trainer.precision={precision}", f"quant={quant}")
-        assert results(done)["top1"] is not None

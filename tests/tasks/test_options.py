@@ -8,7 +8,7 @@ import torch
 import qat
 from qat.model.checkpoint import read_checkpoint
 from qat.tasks import fit
-from tests.conftest import compose, tiny, train
+from tests.conftest import compose, train
 from tests.tiny import images, quantized
 
 
@@ -34,12 +34,6 @@ def test_checkpointing_switches_the_net():
         net.train()(images())
     large = [size for size in kept if size > 64]  # than steps and their parts
     assert len(large) < 30  # a block alone keeps as many
-
-
-def test_a_model_without_checkpointing():
-    cfg = compose("train", "model.grad_checkpointing=true", "run_dir=a")
-    with pytest.raises(qat.UsageError, match=r"model.grad_checkpointing=true: vit_tiny_patch16_224 cannot do that; must be false"):
-        fit.use_less_memory(cfg, torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("asked", ["true", "auto"])
@@ -96,19 +90,3 @@ def test_a_compiler_that_cannot_save_memory(memory, can, lines, monkeypatch, cap
 def test_auto_compiles_on_cuda(settings, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert fit.compiles(compose("train", "trainer=gpu", *settings, "run_dir=a")) is expected
-
-
-def test_compile_is_one_of_three():
-    with pytest.raises(qat.UsageError, match=r"^compile='fast': must be one of true, false, auto$"):
-        fit.compiles(compose("train", "compile=fast", "run_dir=a"))
-
-
-def test_nothing_is_compiled_unless_asked_for(monkeypatch):
-    monkeypatch.setattr(fit, "compile_in_place", lambda *_, **__: pytest.fail("compiled"))
-    fit.compile_nets(compose("train", "run_dir=a"), torch.nn.Linear(2, 2), None)
-
-
-def test_settings_are_in_every_train_config():
-    cfg = tiny("a")
-    assert cfg.compile == "auto"
-    assert cfg.model.grad_checkpointing is False

@@ -13,7 +13,6 @@ from qat.tasks import fit
 from qat.tasks.evaluate import evaluate
 from qat.tasks.train import train
 from tests.conftest import compose, results
-from tests.data.files import write_folder
 from tests.processes import in_processes
 
 NET = ("model.args.embed_dim=24", "model.args.depth=2", "report=false", "scheduler.warmup_epochs=0", "logger=[]")
@@ -201,32 +200,3 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     errors = in_processes(2, run, tmp_path / "odd", *settings, *rest)
     message = "resume: the run stopped after 480 images of an epoch, no whole number of batches of data.batch_size=64 in 2 processes"
     assert all(message in error for error in errors)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("model", ["deit_t", "swin_t"])
-def test_a_published_recipe_takes_a_step_in_eight_processes(tmp_path, model):
-    small = {
-        "deit_t": ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3"),
-        "swin_t": ("++model.args.embed_dim=8", "++model.args.depths=[2,1,1,1]", "++model.args.num_heads=[1,1,2,2]"),
-    }[model]
-    root = write_folder(tmp_path / "imagenet", splits=(("train", 16), ("val", 5)), classes=("n01440764", "n02012849"))
-    folder = tmp_path / "run"
-    errors = in_processes(
-        8,
-        _train,
-        folder,
-        *(
-            "experiment=ofq_w2a2",
-            f"model={model}",
-            f"data.root={root}",
-            "trainer=ddp",
-            "trainer.devices=8",
-            "trainer.accelerator=cpu",
-            *small,
-        ),
-        *("data.batch_size=2", "data.num_workers=0", "data.calibration_images=4", "trainer.fast_dev_run=1", "data.num_classes=2"),
-        timeout=300,
-    )
-    assert errors == [""] * 8
-    assert "global batch 16" in (folder / "said.txt").read_text()

@@ -5,12 +5,11 @@ import shutil
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 import qat
 from qat.data import Digits
 from qat.tasks import build
-from qat.tasks.ptq import build_ptq_recipe, build_search
+from qat.tasks.ptq import build_ptq_recipe
 from qat.tasks.results import recipe_fields
 from tests.conftest import TINY, compose, evaluate, results, tiny, train
 from tests.tasks.test_evaluate import DIGITS, counted, last
@@ -71,15 +70,6 @@ def test_eval_gives_the_same_numbers(tmp_path, quantized_run):
         assert again[key] == found[key], key
 
 
-def test_another_seed_calibrates_on_other_images(tmp_path, quantized_run, trained):
-    found = quantize(tmp_path, f"ckpt={last(trained)}", "ptq=fqvit_w4a8", "seed=1")
-    scale = "blocks.0.attn.qkv.input_quantizer.scale"
-    one, two = (qat.load(run / "quantized.ckpt").state_dict()[scale] for run in (tmp_path, quantized_run))
-    assert found["calibration"]["seed"] == 1
-    assert not torch.equal(one, two)
-    assert_close(one, two, rtol=0.2, atol=0)
-
-
 def test_deviates_from_reference_calibration_images_do_not_depend_on_the_model(monkeypatch, tmp_path):
     # There they are drawn by a generator that has made the weights before.
     from qat.tasks import ptq as module
@@ -115,14 +105,6 @@ def test_a_file_has_all_knobs_and_the_name_that_results_give_it(name):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "searches"),
-    [(["ptq=evolq_w4a8"], True), (["search=evolution"], True), (["ptq=evolq_w8a8", "~search"], False), ([], False)],
-)
-def test_one_recipe_brings_its_search_along(overrides, searches):
-    assert (build_search(compose("ptq", *overrides, "run_dir=a")) is not None) == searches
-
-
-@pytest.mark.parametrize(
     "overrides",
     [
         ("ptq=fqvit_integer_w4a8",),
@@ -140,12 +122,6 @@ def test_other_recipes_and_models(tmp_path, overrides):
     assert qat.load(tmp_path / "quantized.ckpt") is not None
     assert found["loss"] == found["loss"]
     assert found["weights"] == "random"
-
-
-def test_a_dry_run_writes_no_file(tmp_path, float_run):
-    found = quantize(tmp_path, f"ckpt={last(float_run)}", *SMALL, "trainer.fast_dev_run=true")
-    assert not (tmp_path / "quantized.ckpt").exists()
-    assert found["top1"] is not None
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ import torch
 
 import qat
 from qat.ptq.search import SearchSettings
-from qat.tasks import build
 from qat.tasks.evaluate import build_subject
 from qat.tasks.ptq import calibration_batches, ptq
-from tests.conftest import compose, evaluate, results, tiny, train
+from tests.conftest import compose, evaluate, results, train
 from tests.ptq.searching import whole_fitness
 from tests.tasks.test_evaluate import last
 from tests.tasks.test_ptq import SMALL, quantize
@@ -86,20 +85,6 @@ def test_a_net_with_statsq_weights_has_scales_of_activations(tmp_path, run_4bit,
     assert names
     assert all(name.startswith("blocks.0.") and ".input_quantizer.quantizer." in name and "offset" not in name for name in names)
     assert found["search"]["fitness"] < found["search"]["fitness_before"]
-
-
-def test_eval_and_training_take_the_file(tmp_path, run_4bit, float_run):
-    found = quantize(tmp_path / "run", *KEEP, ACTIVATIONS, f"ckpt={last(run_4bit)}", f"teacher.ckpt={last(float_run)}")
-    path = tmp_path / "run" / "quantized.ckpt"
-    again = evaluate(tmp_path / "eval", f"ckpt={path}")
-    for key in ("top1", "top5", "loss", "quant", "recipe", "model"):
-        assert again[key] == found[key], key
-    cfg = tiny(tmp_path / "train", "quant=ofq_4bit", f"ckpt={path}")
-    start = build.build_start(cfg)
-    (note,) = build.quantize(start, build.build_recipe(cfg), build.build_data(cfg))
-    assert note.startswith("scales of all ")
-    searched, started = qat.load(path).state_dict(), start.net.state_dict()
-    assert all(torch.equal(searched[name], started[name]) for name in searched)
 
 
 def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):

@@ -53,13 +53,6 @@ def test_a_run_starts_without_what_makes_a_page():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("off", ["report=false", "trainer.fast_dev_run=true"])
-def test_no_page(tmp_path, off):
-    train(tmp_path / "run", "quant=fp", "report=true", off)
-    assert results(tmp_path / "run")["top1"] is not None
-    assert not (tmp_path / "run" / "report.html").exists()
-
-
 def test_a_page_that_fails_fails_no_run(tmp_path, monkeypatch, caplog):
     def broken(*args):
         raise RuntimeError("no ink\nat all")
@@ -87,15 +80,3 @@ def test_a_run_that_fails_in_training_has_a_page(tmp_path, refused):
     cfg = compose("train", *TINY, "quant=fp", "report=true", "optimizer.lr=1e30", "trainer.limit_train_batches=6", f"run_dir={tmp_path}")
     assert "training stopped" in refused("train", cfg)
     assert "The run failed: training stopped" in page(tmp_path).text
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ([], "analysis is not set: must be one of cost,"),
-        (["run=/nowhere"], "run='/nowhere': neither config.yaml nor results.json is there"),
-        (["run=/nowhere", "analysis=cost"], "run='/nowhere': makes a report anew and analyses nothing"),
-    ],
-)
-def test_mistakes(overrides, message, tmp_path, refused):
-    assert message in refused("analyze", compose("analyze", *overrides, f"run_dir={tmp_path}"))

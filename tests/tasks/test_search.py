@@ -4,15 +4,13 @@ import dataclasses
 
 import pytest
 
-import qat
 from qat.ptq.search import SearchSettings
 from qat.tasks.ptq import build_ptq_recipe, build_search
 from tests.conftest import compose
-from tests.tasks.test_ptq import MODEL, SMALL, quantize
+from tests.tasks.test_ptq import MODEL, SMALL
 from tests.test_configs import choices
 
 ROWS = [f"evolq_w{bits}a8" for bits in (8, 4, 3)]
-ONE_BLOCK = ("++model.args.embed_dim=24", "++model.args.depth=2", "++model.args.num_heads=3", "++model.args.img_size=8")
 
 
 def test_the_file_has_all_settings_at_their_defaults():
@@ -31,17 +29,6 @@ def test_a_row_is_what_its_name_says(name):
     assert recipe.bias_correction == (recipe.bits < 8)
     assert recipe.residual_observer == "ptf"
     assert (search, cfg.data.calibration_images, cfg.ptq.batch) == (SearchSettings(), 1000, 100)
-
-
-@pytest.mark.slow
-def test_a_row_runs_on_a_small_net(tmp_path):
-    small = ("data=digits", *ONE_BLOCK, "model.pretrained=false", "search.passes=1", "search.radius=0.05", "search.relative=true", *SMALL)
-    search = quantize(tmp_path / "run", "experiment=evolq_w4a8", "model=deit_t", *small)["search"]
-    assert (search["selected_on"], search["evaluations"]) == ("calibration", 6)
-    assert search["fitness"] <= search["fitness_before"]
-    assert list(qat.iter_quantizers(qat.load(tmp_path / "run" / "quantized.ckpt")))
-    assert (tmp_path / "run" / "search.csv").read_text().count("\n") == 8
-    assert (tmp_path / "run" / "search.ckpt").is_file()
 
 
 @pytest.mark.parametrize(

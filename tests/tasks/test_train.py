@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 from lightning.pytorch import Callback
-from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 import qat
@@ -77,12 +76,6 @@ def test_evaluation_of_the_file_alone_repeats_the_result(run_2bit, tmp_path):
     assert found["command"] == "eval"
 
 
-def test_config_is_written_resolved(run_2bit):
-    cfg = OmegaConf.load(run_2bit / "config.yaml")
-    assert OmegaConf.to_yaml(cfg) == OmegaConf.to_yaml(cfg, resolve=True)
-    assert (cfg.data.seed, cfg.quant.bits, cfg.quant.act_bits, cfg.model.args.num_classes) == (3, 2, None, 10)
-
-
 def test_conversion_report_lists_every_quantizer(run_2bit):
     text = (run_2bit / "conversion.txt").read_text()
     sites = list(qat.iter_quantizers(qat.load(run_2bit / "checkpoints" / "last.ckpt")))
@@ -123,18 +116,6 @@ def test_a_used_run_dir_is_refused_and_stays_as_it_is(tmp_path, refused):
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
-def test_overwrite_can_start_from_the_old_run(tmp_path):
-    run = train(tmp_path / "run")
-    train(run, "overwrite=true", f"ckpt={run}/checkpoints/last.ckpt")
-    assert read_checkpoint(run / "checkpoints" / "last.ckpt").step == 2
-
-
-def test_a_mistake_costs_no_old_checkpoints(tmp_path, refused):
-    run = train(tmp_path / "run")
-    refused("train", tiny(run, "overwrite=true", "quant.bits=9"))
-    assert sorted(p.name for p in run.rglob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
-
-
 SOMEBODYS = ("results.json", "metrics.csv", "config.yaml", "conversion.txt", "report.html", "checkpoints/mine.ckpt", "quantized.ckpt")
 
 
@@ -151,11 +132,6 @@ def test_files_of_somebody_are_not_replaced(tmp_path, refused, name):
         assert mistake or f"holds {(run / name).name} already; choose another run_dir or set overwrite=true" in message
         assert [path for path in run.rglob("*") if path.is_file()] == [run / name]
         assert (run / name).read_text() == '{"top1": 77}'
-
-
-def test_results_of_another_command_are_not_replaced_by_auto_either(tmp_path, refused, float_run):
-    evaluate(tmp_path / "run", f"ckpt={float_run}/checkpoints/last.ckpt")
-    assert "holds results.json already" in refused("train", tiny(tmp_path / "run", "resume=auto"))
 
 
 @pytest.mark.parametrize("again", [(), ("resume=auto",)], ids=["again", "auto"])
@@ -223,18 +199,6 @@ def test_stopping_early_and_the_best_checkpoints_are_choices(tmp_path):
     assert epochs_and_scores(run) == rows
     train(run, "overwrite=true")
     assert not list((run / "checkpoints").glob("best-epoch*"))
-
-
-@pytest.mark.parametrize("loss", ["ce", "kd"])
-def test_rare_classes_count_more(tmp_path, float_run, loss):
-    start = f"ckpt={float_run}/checkpoints/last.ckpt"
-    plain, balanced = (train(tmp_path / str(v), f"loss={loss}", start, f"data.class_weights={v}") for v in ("null", "balanced"))
-    assert (plain / "metrics.csv").read_text() != (balanced / "metrics.csv").read_text()
-    data = build.build_data(tiny(tmp_path, "data.class_weights=balanced"))
-    labels = data.split("train").labels
-    weights = data.class_weights()
-    assert_close(weights[labels].mean(), torch.tensor(1.0))
-    assert_close(weights[3] * (labels == 3).sum(), torch.tensor(len(labels) / 10))
 
 
 # --- where weights come from
@@ -332,15 +296,6 @@ def test_a_limit_of_time_ends_a_run(tmp_path, caplog):
     assert 1 <= len(column(run, "val/top1")) < 1000
     assert "Time limit reached." in caplog.text
     assert "GPU available" not in caplog.text
-
-
-@pytest.mark.parametrize("setting", ["teacher.ckpt", "model.weights"])
-def test_a_timm_file_as_teacher(tmp_path, setting):
-    net = plain_weights(tmp_path / "w.pt")
-    watch = "+callbacks.watch._target_=tests.tasks.test_train.Watch"
-    run = train(tmp_path / "run", "loss=kd", f"{setting}={tmp_path}/w.pt", watch)
-    assert_close(dict(Watch.seen["teacher"].net.state_dict()), dict(net.state_dict()), rtol=0, atol=0)
-    assert results(run)["top1_fp"] is not None
 
 
 @pytest.mark.parametrize("setting", ["teacher.ckpt", "model.weights"])
