@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule, Trainer, callbacks
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from qat.utils.validate import check_int, check_number
+from qat.utils.validate import check_number
 
 
 class EMAWeightAveraging(callbacks.EMAWeightAveraging):
@@ -17,28 +19,17 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
 
     Args:
         decay: weight of the old average in an update, 0 to 1.
-        use_buffers: average buffers too, torch's way, which waits for the device; else they are copied.
-        update_every_n_steps: optimizer steps between two updates.
-        update_starting_at_step: first step of an update; None = the first.
-        update_starting_at_epoch: from this epoch on also at the end of epochs; None = never there.
+        use_buffers: average buffers too; else they are copied.
+        options: of Lightning's callback: `update_every_n_steps`, `update_starting_at_step`, `update_starting_at_epoch`.
 
     Raises:
-        UsageError: a decay or number of steps that cannot work.
+        UsageError: a decay that cannot work.
     """
 
-    def __init__(
-        self,
-        decay: float = 0.999,
-        *,
-        use_buffers: bool = False,
-        update_every_n_steps: int = 1,
-        update_starting_at_step: int | None = None,
-        update_starting_at_epoch: int | None = None,
-    ) -> None:
+    def __init__(self, decay: float = 0.999, *, use_buffers: bool = False, **options: Any) -> None:
         check_number("callbacks.ema.decay", decay, 0, highest=1)
-        check_int("callbacks.ema.update_every_n_steps", update_every_n_steps, 1)
         self._decay = decay
-        super().__init__(None, use_buffers, decay, update_every_n_steps, update_starting_at_step, update_starting_at_epoch)
+        super().__init__(use_buffers=use_buffers, decay=decay, **options)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the weights to where they are trained; count updates where nothing waits for the count, and update all in one operation."""

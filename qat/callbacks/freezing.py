@@ -32,7 +32,6 @@ class IterativeFreezing(Callback):
         threshold: on the oscillation frequency, at the start; above 0.
         final_threshold: at the end of the run; two to three times `momentum` at least catches only repeated flips.
         momentum: of the frequency and of the mean code.
-        start_epoch: first epoch in which weights are frozen; the frequency is tracked from the first step on.
         max_bits: weights of more bits are left alone.
 
     Raises:
@@ -41,17 +40,13 @@ class IterativeFreezing(Callback):
 
     needs_whole_weights = True
 
-    def __init__(
-        self, threshold: float = 0.1, final_threshold: float = 0.01, momentum: float = 0.01, start_epoch: int = 0, max_bits: int = 4
-    ) -> None:
+    def __init__(self, threshold: float = 0.1, final_threshold: float = 0.01, momentum: float = 0.01, max_bits: int = 4) -> None:
         check_number("callbacks.freeze.threshold", threshold, 0, above=True)
         check_number("callbacks.freeze.final_threshold", final_threshold, 0, above=True)
         check_number("callbacks.freeze.momentum", momentum, 0, above=True, below=1)
-        check_int("callbacks.freeze.start_epoch", start_epoch, 0)
         check_int("callbacks.freeze.max_bits", max_bits, 2)
-        self.threshold, self.final_threshold, self.momentum = threshold, final_threshold, momentum
-        self.start_epoch, self.max_bits = start_epoch, max_bits
-        self._first_step, self._steps = 0.0, math.inf
+        self.threshold, self.final_threshold, self.momentum, self.max_bits = threshold, final_threshold, momentum, max_bits
+        self._steps = math.inf
         self._sites: list[Site] = []
         self._codes: dict[str, OscillationState] = {}
         self._frozen: dict[str, FreezingState] = {}
@@ -70,17 +65,11 @@ class IterativeFreezing(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step, and count the steps of the run."""
         self._freezer.attach(trainer.optimizers)
-        self._steps, epochs = trainer.estimated_stepping_batches, trainer.max_epochs or 0
-        if 0 < epochs <= self.start_epoch:
-            raise UsageError(f"callbacks.freeze.start_epoch={self.start_epoch}: must be from 0 to below trainer.max_epochs={epochs}")
-        self._first_step = self.start_epoch * self._steps / epochs if epochs > 0 and self._steps < math.inf else 0.0
+        self._steps = max(trainer.estimated_stepping_batches, 1)
 
     def threshold_at(self, step: int) -> float:
-        """Threshold at an optimizer step: 0 before the start, then along a cosine."""
-        if step < self._first_step:
-            return 0.0
-        progress = (step - self._first_step) / max(self._steps - self._first_step, 1)
-        return cosine_between(self.threshold, self.final_threshold, progress)
+        """Threshold at an optimizer step, along a cosine."""
+        return cosine_between(self.threshold, self.final_threshold, step / self._steps)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:

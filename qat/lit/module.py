@@ -50,9 +50,6 @@ class QATModule(LightningModule):
         describe: what checkpoints say beside the weights (`qat.model.checkpoint.describe`).
         lsq_grad_batch: `global` = LSQ's gradient scale counts the global batch, so that one process and several agree; `process` = the
             batch of one process, as in the paper's code.
-
-    Attributes:
-        validated_at: optimizer steps after which the last validation of this process was; None = there was none.
     """
 
     def __init__(
@@ -77,7 +74,6 @@ class QATModule(LightningModule):
         self.loss = loss
         self.teacher = teacher
         self._optimizer, self._scheduler, self._describe = optimizer, scheduler, describe
-        self.validated_at: int | None = None
         self._outputs = Outputs.of_blocks(net, loss.blocks) if loss.blocks else None
         self._steps = math.inf  # of the whole run, known once the loader is set up
         self.val_metrics = accuracy_metrics(num_classes, "val/")
@@ -193,7 +189,6 @@ class QATModule(LightningModule):
     def on_validation_end(self) -> None:
         """Other weights may come back now: those in training, if an average was validated."""
         self._keep_weights(keep=False)
-        self.validated_at = None if self.trainer.sanity_checking else self.trainer.global_step
 
     def on_test_start(self) -> None:
         """Weights do not change from here on."""

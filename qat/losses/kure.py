@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from qat.functional.kurtosis import UNIFORM_KURTOSIS, check_kure, kure_of, kurtoses
 from qat.losses.compose import LossTerm, StepContext
 from qat.losses.latent_weights import QK_FORMS, LatentWeight, find_latent_weights
-from qat.model.sites import WEIGHT_ROLES
-from qat.utils.validate import check_choice, check_globs, check_number
+from qat.utils.validate import check_choice, check_number
 
 
 class Kure(LossTerm):
@@ -20,7 +17,6 @@ class Kure(LossTerm):
         weight: factor in the sum; 1.0 in all published runs.
         target: kurtosis, above 1.
         reduction: `mean`, `sum` or `max` over the layers.
-        layers: globs of layers, or roles; None = all quantized Linears and convolutions (of a float net: all) but stem and heads.
         qk: under query-key reparameterization, the folded `product` or its `factors`.
 
     Attributes:
@@ -34,7 +30,6 @@ class Kure(LossTerm):
         weight: float = 1.0,
         target: float = UNIFORM_KURTOSIS,
         reduction: str = "mean",
-        layers: str | Sequence[str] | None = None,
         qk: str = "product",
     ) -> None:
         check_number("loss.kure", weight, 0)
@@ -42,13 +37,11 @@ class Kure(LossTerm):
         check_choice("loss.kure_qk", qk, QK_FORMS)
         super().__init__(weight)
         self.target, self.reduction, self.qk = target, reduction, qk
-        example = f"blocks.*.attn.qkv, or roles ({', '.join(WEIGHT_ROLES)})"
-        self.layers = None if layers is None else check_globs("loss.kure_layers", layers, example)
         self.latents: tuple[LatentWeight, ...] = ()
 
     def prepare(self, net: nn.Module) -> None:
-        """Choose the layers."""
-        self.latents = find_latent_weights(net, "loss.kure_layers" if self.layers else f"loss.kure={self.weight:g}", self.layers, self.qk)
+        """Choose the layers: all quantized Linears and convolutions (of a float net: all) but stem and heads."""
+        self.latents = find_latent_weights(net, f"loss.kure={self.weight:g}", self.qk)
 
     def forward(self, step: StepContext) -> Tensor:
         """Scalar."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from qat.analysis import NO_IMAGES, Analysis, ImageSet, StudiedNet, write_outcome
 from qat.errors import UsageError
@@ -43,10 +42,8 @@ def analyze(cfg: DictConfig) -> None:
     analysis = build_analysis(cfg)
     build.import_modules(cfg)
 
-    paths = list(cfg.ckpt) if isinstance(cfg.ckpt, Sequence) and not isinstance(cfg.ckpt, str) else [cfg.ckpt]
-    jobs = [copy.deepcopy(cfg) for _ in paths]
-    for job, path in zip(jobs, paths, strict=True):
-        job.ckpt = path
+    paths = list(cfg.ckpt) if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]
+    jobs = [OmegaConf.merge(cfg, {"ckpt": path}) for path in paths]
     subjects = [build_subject(job) for job in jobs]
     origins = [origin(job) for job in jobs]
     _check_alike(subjects, origins)

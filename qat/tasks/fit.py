@@ -63,9 +63,6 @@ for _message in (
 def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
     """A function from a net to its optimizer; tried on one parameter, so that a mistake shows before anything is trained."""
     settings = plain(cfg.optimizer)
-    for name in ("opt", "lr", "weight_decay"):
-        if name not in settings:
-            raise UsageError(f"optimizer.{name} is missing")
     check_number("optimizer.lr", settings["lr"], 0, above=True)
     scaling = {name: settings.pop(name) for name in ("lr_base_batch", "lr_batch_rule") if name in settings}
     settings["lr"] = scaled_lr(settings["lr"], global_batch=global_batch(cfg, trainer), **scaling)

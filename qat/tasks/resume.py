@@ -30,6 +30,7 @@ NOT_COMPARED = {
     *("checkpoint.every_n_steps", "trainer.log_every_n_steps", "trainer.profiler"),
     *(f"data.{name}" for name in ("root", "num_workers", "in_memory", "memory_mb", "cache")),
     *(f"callbacks.{name}" for name in ("last", "progress", "epoch_log", "throughput", "learning_rate", "preemption", "finite")),
+    *("loss.kure_layers", "loss.regularizers.kure.layers", "callbacks.freeze.start_epoch"),  # of older versions
     *("ckpt_optimizer", "loss.grad_l1", "loss.grad_l1_layers", "loss.regularizers.grad_l1"),  # of older versions
 }
 # What a checkpoint holds of these, the run keeps; the net's own are compared with the net in the checkpoint.
@@ -169,10 +170,6 @@ def outputs_to_replace(cfg: DictConfig) -> list[Path]:
     run_dir = Path(cfg.run_dir)
     used = outputs.used(run_dir)
     checkpoints = [path.name for path in outputs.checkpoints(run_dir)]
-    if checkpoints and cfg.trainer.fast_dev_run:
-        raise UsedError(
-            f"trainer.fast_dev_run: run_dir={str(run_dir)!r} holds {checkpoints[0]}, which a dry run may not change; choose another run_dir"
-        )
     # A run that was killed before its first last.ckpt has nothing to go on from.
     unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
     if used and not (cfg.overwrite or (cfg.resume == "auto" and unsaved)):

@@ -36,6 +36,8 @@ REMOVED = {
     "opset": "the lowest opset that has all types is written",
     "ckpt_optimizer": "a new run starts with a new optimizer; resume=true goes on with the one that a run had",
     "loss.grad_l1*": "loss.kure=WEIGHT makes weights robust to other step sizes",
+    "loss.kure_layers": "all quantized layers but stem and heads are regularized",
+    "callbacks.freeze.start_epoch": "callbacks.freeze.threshold, which weights have to exceed, falls from the first step on",
     "data.in_memory": "data.memory_mb=0 decodes an image each time it is needed",
     "data.cache": "images are decoded when a run starts, or when they are needed",
     "analysis.activations": "analysis.activation_images=0 reads no image",

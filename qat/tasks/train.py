@@ -136,10 +136,9 @@ def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[fl
         name = Path(best.best_model_path).name
         if best.monitor == "val/top1":
             return float(best.best_model_score), name
-    if name != "final" or module.validated_at != trainer.global_step:
-        loggers, trainer.loggers = trainer.loggers, []  # the rows of metrics are there already
-        trainer.validate(module, datamodule=data, verbose=False)
-        trainer.loggers = loggers
+    loggers, trainer.loggers = trainer.loggers, []  # the rows of metrics are there already
+    trainer.validate(module, datamodule=data, verbose=False)
+    trainer.loggers = loggers
     return float(trainer.callback_metrics.get("val/top1", torch.nan)), name
 
 

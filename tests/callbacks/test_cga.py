@@ -125,27 +125,6 @@ def test_the_gate_closes_in_a_compiled_net_too():
         assert torch.equal(out, F.statsq(matrix, 2))
 
 
-def test_clipping_comes_afterwards_and_sees_the_zeros():
-    learner, seen, norms, steps = module(net()), [], [], Steps()
-
-    def norm():
-        return torch.stack([p.grad.norm() for p in learner.net.parameters()]).norm().item()
-
-    def clip(optimizer, gradient_clip_val, gradient_clip_algorithm):
-        seen.append({n: p.grad.clone() for n, p in learner.net.named_parameters()})
-        learner.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        norms.append(norm())
-
-    learner.configure_gradient_clipping = clip
-    fit(learner, annealing(), steps, gradient_clip_val=1e-3)
-    assert norms == pytest.approx([1e-3] * 8, rel=1e-3)
-    for t in range(8):
-        for name in masked("ofq"):
-            allowed = near(steps.before[t][name])
-            assert not seen[t][name][~allowed].any()
-            assert not (moved(steps, t, name) & ~allowed).any()
-
-
 def test_a_skipped_step_of_a_scaler():
     # One step overflows: nothing moves in it, and the next one holds the right values.
     class Overflow(Callback):
@@ -252,24 +231,6 @@ def test_hooks_are_gone_afterwards(fails):
         assert hooks(trainer, learner) == (0, 0)
     assert seen[0] == (1, 2)
     assert sum(len(s.quantizer._forward_pre_hooks) for s in sites(learner.net).values()) == 0
-
-
-def test_shares_are_logged():
-    logged, steps = [], Steps()
-
-    class Look(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            logged.append({k: v.item() for k, v in trainer.logged_metrics.items() if k.startswith("cga/")})
-
-    callback = annealing(start_epoch=1, qk="product")
-    fit(module(net()), callback, steps, Look(), log_every_n_steps=3)
-    assert [bool(values) for values in logged[:6]] == [False] * 5 + [True]
-    assert logged[6] == logged[7] == logged[5], "steps that are not logged look at nothing"
-    bands = {name: near(steps.before[5][name]) for name in masked("ofq")}
-    total = sum(b.sum() for b in bands.values()) / sum(b.numel() for b in bands.values())
-    assert logged[5]["cga/trainable"] == pytest.approx(total.item())
-    products = [F.fold_qk(*(steps.before[5][f"blocks.{i}.attn.{w}_weight"] for w in "qk"), 2) for i in (0, 1)]
-    assert logged[5]["cga/trainable_product"] == pytest.approx(sum(near(one).float().mean().item() for one in products) / 2)
 
 
 SETTINGS = (

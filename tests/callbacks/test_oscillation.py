@@ -5,12 +5,12 @@ import logging
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
 import qat
 from qat import functional as F
 from qat.callbacks import Oscillation
-from tests.callbacks.fitting import QUIET, batches, fit, module, net
+from tests.callbacks.fitting import fit, module, net
 from tests.tiny import sites, vit
 
 
@@ -76,18 +76,6 @@ def test_what_is_logged():
     assert logged["osc/flips"] == sum(s.flips.sum().item() for s in states.values()) > 0
     assert logged["osc/band"] == pytest.approx(sum(F.near_threshold(seen.latents[name], 2, 0.1).sum().item() for name in states) / n)
     assert 0 < logged["osc/share"] < 1
-
-
-def test_a_run_goes_on_with_other_settings(tmp_path):
-    start = net()
-    first = Trainer(accelerator="cpu", max_epochs=1, callbacks=[Oscillation()], **QUIET)
-    first.fit(module(start), batches(), batches(8))
-    first.save_checkpoint(tmp_path / "a.ckpt")
-    second = Oscillation(max_bits=8, every_n_steps=first.global_step + 1, dirpath=str(tmp_path))
-    run = Trainer(accelerator="cpu", max_epochs=2, callbacks=[second], log_every_n_steps=1, **QUIET)
-    run.fit(module(start), batches(), batches(8), ckpt_path=tmp_path / "a.ckpt")
-    with (tmp_path / "oscillation.csv").open(newline="") as file:
-        assert {row["bits"] for row in csv.DictReader(file)} == {"2", "8", ""}
 
 
 def test_the_table(tmp_path, caplog):

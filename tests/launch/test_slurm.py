@@ -10,12 +10,10 @@ import pytest
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from qat.cli import commands
 from qat.errors import UsageError
 from qat.launch import slurm
 from qat.launch.signals import Preempted
-from qat.tasks import fit
-from tests.conftest import compose, tiny, train
+from tests.conftest import compose, train
 
 WAYS = "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
 JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "qat", "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "SLURM_PROCID": "0"}
@@ -207,13 +205,3 @@ def test_elsewhere_and_where_it_is_to_stop_nobody_is_asked(place, scontrol, capl
     place(variables)
     assert left(caplog, stop) == (128 + stop.signal, [line])
     assert asked() == ([], [])
-
-
-def test_a_signal_while_a_run_is_built_ends_it_in_one_line(place, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(fit, "build_trainer", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit) as stop:
-        commands.run_task(tiny(tmp_path / "run"))
-    assert stop.value.code == 143
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line == f"stopped by SIGTERM outside training; the same command goes on with resume=auto run_dir={tmp_path}/run"
-    assert not (tmp_path / "run" / "results.json").exists()

@@ -132,18 +132,6 @@ def test_layer_decay_is_timms():
     assert sorted(set(theirs.values())) == pytest.approx([0.6**3, 0.6**2, 0.6, 1.0])  # embedding, first block, second block and norm, heads
 
 
-def test_layer_decay_of_a_quantized_net():
-    model = qat.convert(vit(depth=2), qat.recipe("ofq", bits=2), input_size=SIZE)
-    groups = parameter_groups(model, weight_decay=0.1, scale_lr_factor=0.5, layer_decay=0.6)
-    found = rates(model, groups)
-    by_layer = {"patch_embed": 3, "cls_token": 3, "pos_embed": 3, "blocks.0": 2, "blocks.1": 1, "norm": 1, "head": 0}
-    for name, factor in found.items():
-        steps = next(n for start, n in by_layer.items() if name.startswith(start))
-        assert factor == pytest.approx(0.6**steps * (0.5 if name.endswith(".change") else 1)), name
-    plain = {g["name"].partition("_")[2]: g["weight_decay"] for g in groups}
-    assert plain == {"decay": 0.1, "no_decay": 0.0, "scales": 0.0}
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

@@ -1,6 +1,5 @@
 """Distillation of what blocks give. Oracle: the formula written out, and passes with hooks of the test's own."""
 
-import copy
 import re
 
 import pytest
@@ -13,9 +12,7 @@ from qat import functional as F
 from qat.lit import QATModule, Teacher
 from qat.lit.features import compare_blocks
 from qat.losses import CompositeLoss, Distillation, FeatureDistillation, StepContext
-from qat.tasks import build
 from tests import tiny
-from tests.conftest import compose
 
 
 def blocks_of(net, images):
@@ -71,25 +68,6 @@ def test_it_may_give_way_to_the_other_terms(progress, share):
     step = StepContext(torch.zeros(1, 2), torch.zeros(1).long(), None, nn.Identity(), progress, [x], [y])
     assert_close(FeatureDistillation(1.0, schedule="cosine")(step), share * F.feature_distance([x], [y]))
     assert_close(FeatureDistillation(1.0)(step), F.feature_distance([x], [y]))
-
-
-def test_another_pass_is_not_remembered():
-    student, net, module = pair()
-    batch = tiny.images(4), torch.arange(4)
-    student(batch[0]), net(batch[0])
-    step = module.context(batch)
-    student(batch[0])
-    assert len(step.features) == len(step.teacher_features) == len(net.blocks)
-    twin = copy.deepcopy(module)  # as averaged weights do
-    twin.net(batch[0])
-    assert len(module.context(batch).features) == len(net.blocks)
-
-
-def test_the_composed_loss():
-    loss = build.build_loss(compose("train", "loss=kd_features", "run_dir=a"))
-    assert {name: term.weight for name, term in loss.terms.items()} == {"kd": 1.0, "features": 40.0}
-    assert (loss.terms["kd"].hard_weight, loss.terms["features"].schedule, loss.blocks) == (1.0, "cosine", "last")
-    assert build.build_loss(compose("train", "loss=kd", "run_dir=a")).blocks is None
 
 
 def test_made_again_for_the_backward_pass():

@@ -34,9 +34,9 @@ def test_the_term_is_the_loss_of_the_float_masters(preset, reduction):
 
 def test_both_factors_of_the_product_are_pulled():
     net = quantized("ofq")
-    Kure(layers=["qk"])(step(net)).backward()
+    Kure()(step(net)).backward()
     moved = [name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
-    assert moved == [f"blocks.{i}.attn.{f}_weight" for i in (0, 1) for f in "qk"]
+    assert {f"blocks.{i}.attn.{f}_weight" for i in (0, 1) for f in "qk"} < set(moved)
 
 
 @pytest.mark.parametrize("preset", ["fp", "ofq"])
@@ -72,7 +72,6 @@ def test_it_is_the_same_under_autocast(precision):
         ("loss.kure_target=1", "loss.kure_target=1: must be a number above 1"),
         ("loss.kure_reduction=avg", "loss.kure_reduction='avg': must be one of mean, sum, max"),
         ("loss.kure_qk=all", "loss.kure_qk='all': must be one of product, factors"),
-        ("loss.kure_layers=3", "loss.kure_layers=3: must be a list of globs such as blocks.*.attn.qkv, or roles (weight, qk)"),
     ],
 )
 def test_impossible_settings(tmp_path, refused, setting, message):

@@ -8,7 +8,6 @@ import qat
 from tests.commands import typed
 from tests.conftest import results, train
 from tests.tasks.test_evaluate import last
-from tests.tasks.test_ptq import SMALL, quantize
 
 
 def weight_bits(path):
@@ -36,18 +35,3 @@ def test_bits_for_training_can_be_typed(tmp_path, run_4bit):
     assert len(set(entry["bits_of_layers"].values())) > 1
     assert (found["head"], found["patch_embed.proj"]) == (8, 8)
     assert results(again)["size_bytes"] == entry["size_bytes"]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("start", ["float", "quantized"])
-def test_bits_for_post_training_quantization_can_be_typed(tmp_path, float_run, start):
-    knobs = ["ptq=inputs_w4a8", *(["ptq.act_quantizer=float", "ptq.attention=float"] if start == "float" else [])]
-    ckpt = last(float_run)
-    if start == "quantized":
-        quantize(tmp_path / "ptq", f"ckpt={ckpt}", *knobs, *SMALL)
-        ckpt = tmp_path / "ptq" / "quantized.ckpt"
-    argument, entry = suggested(tmp_path, ckpt, 0.008)
-    assert argument.startswith("ptq.overrides={")
-    quantize(tmp_path / "again", f"ckpt={last(float_run)}", *knobs, argument, *SMALL)
-    assert weight_bits(tmp_path / "again" / "quantized.ckpt") == entry["bits_of_layers"]
-    assert results(tmp_path / "again")["size_bytes"] == entry["size_bytes"]

@@ -82,10 +82,6 @@ TRAIN = [
     ("model.imports=[nope.nope]", r"model\.imports='nope\.nope': No module named 'nope'"),
     # losses, callbacks, loggers
     ("loss.kure=-1", r"loss\.kure=-1: must be a number of at least 0"),
-    (
-        "loss.kure=1 loss.kure_layers=[blok.*]",
-        r"loss\.kure_layers='blok\.\*' matches no layer; names are like 'blocks\.0\.attn', roles are weight, qk",
-    ),
     ("loss.features_blocks=first", r"loss\.features_blocks='first': must be one of all, last"),
     ("memory=less", r"memory='less': must be one of save, recompute"),
     ("kernels=fast", r"kernels='fast': must be one of auto, triton, off"),

@@ -105,14 +105,6 @@ def test_a_timm_model_from_a_weight_file(tmp_path):
     assert found["weights"] == f"{tmp_path}/w.pt"
 
 
-def test_a_timm_state_dict_needs_the_model(tmp_path, refused, float_run):
-    torch.save(qat.load(last(float_run)).state_dict(), tmp_path / "w.pt")
-    message = refused("evaluate", compose("eval", f"ckpt={tmp_path}/w.pt", f"run_dir={tmp_path}/a"))
-    assert f"ckpt='{tmp_path}/w.pt' does not say what net it holds; give model=..." in message
-    found = evaluate(tmp_path / "b", f"ckpt={tmp_path}/w.pt", "model=vit_tiny_demo", *MODEL)
-    assert found["loss"] == evaluate(tmp_path / "c", f"ckpt={last(float_run)}")["loss"]
-
-
 @pytest.mark.parametrize("command", ["eval", "ptq"])
 @pytest.mark.parametrize("setting", ["ckpt", "model.weights"])
 def test_a_head_that_nobody_trained_is_refused(command, setting, tmp_path, refused, float_run):

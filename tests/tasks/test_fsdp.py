@@ -16,7 +16,7 @@ from qat.tasks import fit
 from qat.tasks.train import train
 from qat.utils.files import read_torch
 from qat.utils.shards import own
-from tests.conftest import compose, results
+from tests.conftest import compose
 from tests.processes import in_processes
 from tests.tasks.test_processes import KilledError, farthest, leaves
 
@@ -103,14 +103,6 @@ def test_two_processes_equal_one(root):
     assert len(first["parts"]) == first["count"]  # no parameter is whole in a process
     assert all(part + second["parts"][name] == 1 for name, part in first["parts"].items())
     assert 0.4 < first["parts"]["blocks.0.mlp.fc1.weight"] < 0.6
-
-
-@pytest.mark.long
-def test_each_image_is_validated_once(root):
-    found, alone = results(root / "whole"), results(root / "one")
-    assert {key: found[key] for key in ("top1", "val_top1", "weights", "size_bytes")} == {
-        key: alone[key] for key in ("top1", "val_top1", "weights", "size_bytes")
-    }
 
 
 @pytest.mark.long

@@ -9,11 +9,10 @@ import torch
 
 import qat
 from qat.data import Cifar10, FashionMnist, ImageNet
-from qat.tasks.predict import class_names, find_images
+from qat.tasks.predict import class_names
 from tests.conftest import TINY, compose, results, train
 from tests.data.files import write_folder, write_image
 
-MODEL = [o for o in TINY if "model.args" in o]
 SMALL = ("data.num_workers=0", "data.image_size=16", "data.patch_size=8", "data.batch_size=8")
 KEYS = {"command", "model", "quant", "data", "seed", "split", "weights", "top1", "top5", "loss", "n_params", "size_bytes", "wall_seconds"}
 
@@ -109,18 +108,6 @@ def test_a_file_that_knows_no_data_gets_images_as_transform_has_them(tmp_path, p
     assert all(same(ranks(row), expected(net, path, "0123456")) for row, path in zip(rows, photos, strict=True))
 
 
-def test_a_timm_model_knows_imagenets_classes(tmp_path, photos):
-    torch.manual_seed(0)
-    net = timm.create_model("vit_tiny_patch16_224", embed_dim=24, depth=1, num_heads=3).eval()
-    torch.save(net.state_dict(), tmp_path / "w.pt")
-    _, rows = predict(
-        tmp_path / "run", "model=vit_t", *MODEL, f"model.weights={tmp_path}/w.pt", f"predict={photos[0]}", "data.num_workers=0"
-    )
-    info = timm.data.ImageNetInfo()
-    names = [info.index_to_description(i) for i in range(1000)]
-    assert same(ranks(rows[0]), expected(net, photos[0], names))
-
-
 def test_an_unreadable_image_stops_or_is_left_out(tmp_path, photos, run_4bit, refused, caplog):
     photos[3].write_bytes(photos[3].read_bytes()[:40])
     asked = (f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos")
@@ -161,13 +148,6 @@ def test_known_classes():
     assert class_names(None, ImageNet(**photos, num_classes=1000), 1000)[1] == "goldfish, Carassius auratus"
     assert class_names(["a", "b"], Cifar10(**photos, num_classes=2), 2) == ["a", "b"]
     assert class_names(["a", "b"], Cifar10(**photos, num_classes=3), 3) == ["0", "1", "2"]
-
-
-def test_links_in_a_circle_end_and_count_no_image_twice(tmp_path):
-    write_image(tmp_path / "all" / "a" / "1.png", 4, 4)
-    for link, target in (("a/up", ".."), ("a/self", "."), ("b", "a"), ("round", "../all")):
-        (tmp_path / "all" / link).symlink_to(target)
-    assert [str(p.relative_to(tmp_path / "all")) for p in find_images(str(tmp_path / "all"))] == ["a/1.png"]
 
 
 def test_names_that_are_no_text_cost_no_predictions(tmp_path, run_4bit):

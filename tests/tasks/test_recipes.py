@@ -6,18 +6,16 @@ import re
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 import qat
 from qat.tasks import build, conf, fit
 from tests import golden
-from tests.conftest import ROOT, compose, results
+from tests.conftest import compose, results
 
 # Net and widths of a published row; with `_cga` its second stage.
 ROWS = [f"{model}_w{bits}a{bits}" for model in ("deit_t", "deit_s", "swin_t") for bits in (2, 3, 4)]
-STAGES = [*ROWS, *(f"{row}_cga" for row in ROWS)]
 SMALL = {
     "deit": ("++model.args.embed_dim=24", "++model.args.depth=1", "++model.args.num_heads=3"),
     "swin": ("++model.args.embed_dim=8", "++model.args.depths=[2,1,1,1]", "++model.args.num_heads=[1,1,2,2]"),
@@ -111,16 +109,6 @@ def test_the_second_stage_anneals_from_its_first_step():
 )
 def test_pretrained_weights_unless_another_start_is_given(overrides, pretrained):
     assert recipe_of("swin_t_w2a2", *overrides).model.pretrained is pretrained
-
-
-@pytest.mark.parametrize("name", sorted({row.partition("_w")[2] for row in STAGES}))
-def test_the_command_in_the_header_composes(name):
-    header = (ROOT / "conf" / "experiment" / f"ofq_w{name}.yaml").read_text()
-    line = header.partition("#   python train.py ")[2].partition("\n")[0]
-    cfg = compose("train", "run_dir=a", *line.split())
-    assert OmegaConf.missing_keys(cfg) == set()
-    OmegaConf.to_container(cfg, resolve=True)
-    assert (cfg.ckpt is not None) == name.endswith("_cga")
 
 
 def test_a_net_without_a_published_row_is_refused_by_name():

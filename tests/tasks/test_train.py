@@ -76,14 +76,6 @@ def test_evaluation_of_the_file_alone_repeats_the_result(run_2bit, tmp_path):
     assert found["command"] == "eval"
 
 
-def test_conversion_report_lists_every_quantizer(run_2bit):
-    text = (run_2bit / "conversion.txt").read_text()
-    sites = list(qat.iter_quantizers(qat.load(run_2bit / "checkpoints" / "last.ckpt")))
-    table, _, floats = text.partition("stays float:")
-    assert len(table.strip().splitlines()) == 1 + len(sites)
-    assert "blocks.0.norm1" in floats
-
-
 def test_a_run_is_a_function_of_its_seed(tmp_path, run_2bit):
     again = train(tmp_path / "again", "trainer.max_epochs=3", "seed=3", "data.num_workers=1")
     other = train(tmp_path / "other", "trainer.max_epochs=3", "seed=4")
@@ -282,12 +274,6 @@ def test_a_class_head_alone_is_evaluated_beside_the_net(tmp_path, caplog, head):
     own = evaluate(tmp_path / "eval", f"ckpt={tmp_path}/net.ckpt")["top1"]
     assert results(distilled)["top1_fp"] == pytest.approx(own)
     assert (f"its class head alone; {own:.2f} % with both heads" in caplog.text) == (head == "cls")
-
-
-def test_the_score_is_top1_whatever_decides(tmp_path):
-    run = train(tmp_path / "run", "callbacks.best.monitor=val/loss", "callbacks.best.mode=min", "trainer.max_epochs=2")
-    (_, top1) = min(zip(column(run, "val/loss"), column(run, "val/top1"), strict=True))
-    assert results(run)["val_top1"] == pytest.approx(top1)
 
 
 def test_a_limit_of_time_ends_a_run(tmp_path, caplog):
