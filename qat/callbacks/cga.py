@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from qat.callbacks.common import logs_now, net_of, weight_of
-from qat.callbacks.freezing import IterativeFreezing
+from qat.callbacks.oscillation import IterativeFreezing
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
 from qat.model.entry_freezer import EntryFreezer
@@ -141,15 +141,9 @@ class CGA(Callback):
         near = [_near(site.quantizer, weight_of(site), self.boundary_range) for site in self._sites]
         frozen = [(weight_of(site), ~mask) for site, mask in zip(self._sites, near, strict=True)]
         self._freezer.freeze([*frozen, *((factor, torch.ones_like(factor, dtype=torch.bool)) for factor in self._factors)])
-        if not logs_now(trainer):
-            return
-        values = {}
-        if near:
-            values["cga/trainable"] = torch.stack([mask.sum() for mask in near]).sum() / sum(mask.numel() for mask in near)
-        if self._products:
-            shares = [_near(site.quantizer, site.latent(), self.boundary_range).float().mean() for site, _ in self._products]
-            values["cga/trainable_product"] = torch.stack(shares).mean()
-        pl_module.log_dict(values, on_step=True, on_epoch=False)
+        if near and logs_now(trainer):
+            share = torch.stack([mask.sum() for mask in near]).sum() / sum(mask.numel() for mask in near)
+            pl_module.log("cga/trainable", share, on_step=True, on_epoch=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks."""

@@ -19,9 +19,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from qat.errors import UsageError
 from qat.lit.accuracy import MeanLoss, accuracy_metrics
-from qat.lit.features import Outputs
-from qat.lit.sharded import shared_modules
-from qat.lit.teacher import Teacher
+from qat.lit.strategies import shared_modules
+from qat.lit.teacher import Outputs, Teacher
 from qat.losses import CompositeLoss, StepContext
 from qat.model.checkpoint import META_KEY, Checkpoint, build_from
 from qat.model.sites import iter_quantizers

@@ -15,7 +15,7 @@ from qat import kernels
 from qat.data import ImageData
 from qat.errors import UsageError
 from qat.launch.ranks import is_first
-from qat.lit.parallel import SHARDED
+from qat.lit.strategies import SHARDED
 from qat.losses import CompositeLoss
 from qat.model import hub
 from qat.model.checkpoint import classes_of

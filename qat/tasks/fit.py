@@ -30,7 +30,7 @@ from qat.lit.checkpoint_io import AtomicCheckpointIO
 from qat.lit.compiled import RECOMPUTATION, can_recompute, compile_in_place
 from qat.lit.loggers import CSVLog
 from qat.lit.optim import build_optimizer, cosine_schedule, scaled_lr
-from qat.lit.parallel import SHARDED, strategy_of
+from qat.lit.strategies import SHARDED, strategy_of
 from qat.nn.execution import set_execution
 from qat.tasks.build import instantiate, plain
 from qat.tasks.checks import check_callback, check_sharding

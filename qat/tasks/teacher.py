@@ -13,7 +13,7 @@ from qat.data import ImageData
 from qat.errors import UsageError
 from qat.interop import is_ofq
 from qat.lit import Teacher
-from qat.lit.features import compare_blocks
+from qat.lit.teacher import compare_blocks
 from qat.losses import CompositeLoss
 from qat.model.checkpoint import build_from, read_checkpoint
 from qat.model.convert import check_input, conversion_of

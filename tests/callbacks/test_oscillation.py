@@ -1,7 +1,6 @@
 """Oscillation in real trainers. Oracles: the exact tracker on copies of the weights, codes by hand, a hook-free look at activations."""
 
 import csv
-import logging
 
 import pytest
 import torch
@@ -78,12 +77,11 @@ def test_what_is_logged():
     assert 0 < logged["osc/share"] < 1
 
 
-def test_the_table(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+def test_the_table(tmp_path):
     callback, seen = Oscillation(dirpath=str(tmp_path), threshold=0.005), Seen()
     fit(module(net(), lr=0.03), callback, seen)
     with (tmp_path / "oscillation.csv").open(newline="") as file:
-        *rows, total = csv.DictReader(file)
+        rows = list(csv.DictReader(file))
     assert len(rows) == 10
     row = next(r for r in rows if r["layer"] == "blocks.1.mlp.fc2")
     state = exact(seen.codes, "blocks.1.mlp.fc2.weight_quantizer", 0.01)
@@ -91,11 +89,6 @@ def test_the_table(tmp_path, caplog):
     assert int(row["oscillating"]) == (state.frequency > 0.005).sum().item()
     assert int(row["flips"]) == state.flips.sum().item() > 0
     assert float(row["mean_frequency"]) == pytest.approx(state.frequency.mean().item(), rel=1e-2)
-    assert total["layer"] == "total"
-    for column in ("weights", "oscillating", "in_band", "flips"):
-        assert int(total[column]) == sum(int(r[column]) for r in rows)
-    share = 100 * int(total["oscillating"]) / int(total["weights"])
-    assert f"oscillation: {share:.2f} % of {total['weights']} weights oscillate" in caplog.text
 
 
 @pytest.mark.parametrize("start", ["fp", "8 bit"])

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import qat
 from qat import functional as F
 from qat.lit import QATModule, Teacher
-from qat.lit.features import compare_blocks
+from qat.lit.teacher import compare_blocks
 from qat.losses import CompositeLoss, Distillation, FeatureDistillation, StepContext
 from tests import tiny
 

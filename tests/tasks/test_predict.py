@@ -10,7 +10,7 @@ import torch
 import qat
 from qat.data import Cifar10, FashionMnist, ImageNet
 from qat.tasks.predict import class_names
-from tests.conftest import TINY, compose, results, train
+from tests.conftest import compose, results, train
 from tests.data.files import write_folder, write_image
 
 SMALL = ("data.num_workers=0", "data.image_size=16", "data.patch_size=8", "data.batch_size=8")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qat.lit.parallel import strategy_of
+from qat.lit.strategies import strategy_of
 
 
 @pytest.mark.parametrize(("name", "searches"), [("ddp", False), ("ddp_find_unused_parameters_true", True)])

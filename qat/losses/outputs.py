@@ -1,0 +1,93 @@
+"""Terms on what nets give: the labels; OFQ's distillation, hard labels for one head and the teacher for the other; a teacher's blocks.
+
+Source of the last: after the hints of FitNets (arXiv 1412.6550); OFQ follows a teacher's logits alone.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from qat.functional.distillation import distillation_loss, feature_distance
+from qat.functional.oscillation import cosine_between
+from qat.losses.compose import LossTerm, StepContext
+from qat.utils.validate import check_choice, check_number
+
+WHICH = ("all", "last")
+SCHEDULES = ("constant", "cosine")
+
+
+class CrossEntropy(LossTerm):
+    """Cross-entropy of the prediction, in float32; targets are class ids or probabilities.
+
+    Args:
+        label_smoothing: mass moved from the target to all classes, in [0, 1).
+        weight: factor in the sum.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        check_number("loss.label_smoothing", label_smoothing, 0, below=1)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, step: StepContext) -> Tensor:
+        """Scalar."""
+        return F.cross_entropy(step.prediction.float(), step.target, step.class_weights, label_smoothing=self.label_smoothing)
+
+
+class Distillation(LossTerm):
+    """Hard cross-entropy and soft cross-entropy to the teacher, equal parts in OFQ; a net with one head gets both on it.
+
+    Args:
+        label_smoothing: of the hard part, mass moved from the target to all classes, in [0, 1).
+        weight: factor in the sum.
+        hard_weight: of the hard part beside the soft one, 0 or more; at 0 the teacher alone is followed, and the class head of a net that
+            has a distillation head learns nothing.
+        temperature: of both distributions of the soft part, above 0; 1 in OFQ.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, label_smoothing: float = 0.0, weight: float = 1.0, hard_weight: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__(weight)
+        check_number("loss.label_smoothing", label_smoothing, 0, below=1)
+        check_number("loss.hard_weight", hard_weight, 0)
+        check_number("loss.temperature", temperature, 0, above=True)
+        self.label_smoothing = label_smoothing
+        self.hard_weight = hard_weight
+        self.temperature = temperature
+
+    def forward(self, step: StepContext) -> Tensor:
+        """Scalar."""
+        if step.teacher_logits is None:
+            raise ValueError("Distillation needs teacher logits; build QATModule with a teacher")
+        cls, dist = step.heads
+        settings = {"label_smoothing": self.label_smoothing, "hard_weight": self.hard_weight, "temperature": self.temperature}
+        return distillation_loss(cls, dist, step.teacher_logits, step.target, class_weights=step.class_weights, **settings)
+
+
+class FeatureDistillation(LossTerm):
+    """Distance of what blocks give from what the teacher's give; see `feature_distance`.
+
+    Args:
+        weight: factor in the sum.
+        blocks: `all`, each beside the same block of the teacher, or the `last` alone.
+        schedule: `constant`, or `cosine`: the factor falls to 0 at the end of the run.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, weight: float = 1.0, blocks: str = "all", schedule: str = "constant") -> None:
+        check_number("loss.features", weight, 0)
+        check_choice("loss.features_blocks", blocks, WHICH)
+        check_choice("loss.features_schedule", schedule, SCHEDULES)
+        super().__init__(weight)
+        self.blocks = blocks
+        self.schedule = schedule
+
+    def forward(self, step: StepContext) -> Tensor:
+        """Scalar, on the part of `weight` that is in force."""
+        if not step.teacher_features:
+            raise ValueError("FeatureDistillation needs what the teacher's blocks give; build QATModule with a teacher that has blocks")
+        share = 1.0 if self.schedule == "constant" else cosine_between(1.0, 0.0, step.progress)
+        return share * feature_distance(step.features, step.teacher_features)
