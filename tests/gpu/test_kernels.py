@@ -69,6 +69,17 @@ def test_in_a_cuda_graph(device):
     assert same(found.x, expected.x)
 
 
+def test_on_a_device_that_is_not_the_current_one(device):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device alone")
+    run, (expected, levels) = both_passes("cuda:1")
+    assert torch.cuda.current_device() == 0
+    found = run()
+    assert found.x.device == torch.device("cuda:1")
+    assert same(found.dequantized, levels)
+    assert same(found.x, expected.x)
+
+
 def test_the_same_bits_in_every_run(device):
     run, _ = both_passes(device, (64, 197, 192))
     first = [tensor.clone() for tensor in run()]
@@ -84,6 +95,19 @@ def test_more_than_65535_tiles(device, shape, axis):
         found = gpu.lsq_forward(x, scale, None, None, grid)
         assert same(found, reference.lsq_forward(x, scale, None, None, grid))
         assert same(gpu.lsq_backward(x, x, scale, None, grid).x, reference.lsq_backward(x, x, scale, None, grid).x)
+
+
+def test_more_elements_than_32_bits_count(device):
+    free, _ = torch.cuda.mem_get_info()
+    rows, length = 2**21 + 3, 1024
+    if free < 5 * 2 * rows * length:
+        pytest.skip("less than 22 GB of memory are free")
+    x = torch.empty(rows, length, device=device, dtype=torch.bfloat16).normal_()
+    found = gpu.lsq_forward(x, torch.full((1,), 0.7, device=device), None, None, CodeRange(-2, 1, None))
+    tail = x[-5:].contiguous()
+    assert same(
+        found[-5:].contiguous(), reference.lsq_forward(tail, torch.full((1,), 0.7, device=device), None, None, CodeRange(-2, 1, None))
+    )
 
 
 def test_machine_code():

@@ -307,6 +307,21 @@ def test_what_a_file_asks_for_has_bounds(path, change, said):
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (torch.zeros(2, dtype=torch.complex64), "is complex64; weights must be dense real numbers"),
+        (torch.eye(3).to_sparse(), "is sparse_coo; weights must be dense real numbers"),
+        (torch.zeros(2, device="meta"), "is without values; weights must be dense real numbers"),
+    ],
+    ids=["complex", "sparse", "meta"],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_weights_are_dense_real_numbers(path, weight, said):
+    changed(path, lambda c: c["state_dict"].update({"blocks.0.mlp.fc1.weight": weight}))
+    refused(path, f"its weight blocks.0.mlp.fc1.weight {said}")
+
+
 @pytest.mark.parametrize("count", [1, 100])
 def test_weights_have_no_more_numbers_than_the_file_has_room_for(path, count):
     """Views of one number, each below every bound of a tensor alone, would let the net be as large as they pretend."""
