@@ -97,7 +97,7 @@ class Oscillation(Callback):
         return found
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the table."""
+        """Write the table, its last row the total."""
         if self.dirpath is None or not (trainer.is_global_zero and self._states) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         rows: list[dict[str, Any]] = []
@@ -105,7 +105,9 @@ class Oscillation(Callback):
             n, oscillating, frequency, near, flips = counts.tolist()
             row = {"layer": site.layer, "role": site.role, "bits": site.quantizer.spec.bits, "weights": int(n)}
             rows.append(row | {"oscillating": int(oscillating), "in_band": int(near), "flips": int(flips), "mean_frequency": frequency / n})
-        write_text(Path(self.dirpath) / FILE, csv_text(rows))
+        total = {"layer": "total", "bits": "", **{k: sum(row[k] for row in rows) for k in ("weights", "oscillating", "in_band", "flips")}}
+        total["mean_frequency"] = sum(row["mean_frequency"] * row["weights"] for row in rows) / total["weights"]
+        write_text(Path(self.dirpath) / FILE, csv_text([*rows, total]))
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far."""

@@ -214,9 +214,10 @@ class QATModule(LightningModule):
             checkpoint[META_KEY] = self._describe
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             states: dict[str, Any] = {name: cast(MeanLoss, mean).metric_state for name, mean in self.train_means.items()}
-            # Sums, each of all processes: (processes,).
-            gathered = {name: {key: self.all_gather(value).reshape(-1) for key, value in state.items()} for name, state in states.items()}
-            checkpoint[MEANS_KEY] = gathered
+            checkpoint[MEANS_KEY] = {  # sums, each of all processes: (processes,)
+                name: {key: cast(Tensor, self.all_gather(value)).reshape(-1) for key, value in state.items()}
+                for name, state in states.items()
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the means of the epoch that was under way.

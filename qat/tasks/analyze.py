@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -43,7 +44,7 @@ def analyze(cfg: DictConfig) -> None:
     build.import_modules(cfg)
 
     paths = list(cfg.ckpt) if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]
-    jobs = [OmegaConf.merge(cfg, {"ckpt": path}) for path in paths]
+    jobs: list[Any] = [OmegaConf.merge(cfg, {"ckpt": path}) for path in paths]
     subjects = [build_subject(job) for job in jobs]
     origins = [origin(job) for job in jobs]
     _check_alike(subjects, origins)

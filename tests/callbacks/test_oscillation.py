@@ -81,7 +81,7 @@ def test_the_table(tmp_path):
     callback, seen = Oscillation(dirpath=str(tmp_path), threshold=0.005), Seen()
     fit(module(net(), lr=0.03), callback, seen)
     with (tmp_path / "oscillation.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        *rows, total = csv.DictReader(file)
     assert len(rows) == 10
     row = next(r for r in rows if r["layer"] == "blocks.1.mlp.fc2")
     state = exact(seen.codes, "blocks.1.mlp.fc2.weight_quantizer", 0.01)
@@ -89,6 +89,7 @@ def test_the_table(tmp_path):
     assert int(row["oscillating"]) == (state.frequency > 0.005).sum().item()
     assert int(row["flips"]) == state.flips.sum().item() > 0
     assert float(row["mean_frequency"]) == pytest.approx(state.frequency.mean().item(), rel=1e-2)
+    assert [int(total[key]) for key in ("weights", "flips")] == [sum(int(r[key]) for r in rows) for key in ("weights", "flips")]
 
 
 @pytest.mark.parametrize("start", ["fp", "8 bit"])
