@@ -215,16 +215,6 @@ def test_damaged_weights_reach_no_file_and_the_run_goes_on_from_the_last_good_on
     assert "error" not in results(run)
 
 
-@pytest.mark.parametrize(
-    ("step", "settings", "kept"),
-    [(4, (), {"last.ckpt": 2}), (12, ("trainer.max_epochs=3", "checkpoint.every_n_steps=null"), {"best.ckpt": 6, "last.ckpt": 6})],
-)
-def test_damage_in_the_step_of_a_checkpoint_is_seen_before_it_is_written(step, settings, kept, tmp_path, monkeypatch, refused):
-    message = poisoned(monkeypatch, refused, tmp_path / "run", Poison(step, damage), *settings)
-    assert f"weights after step {step - 1} are not finite; first: blocks.0.mlp.fc1.weight; " in message
-    assert checkpoints(tmp_path / "run") == kept
-
-
 @pytest.mark.parametrize("quant", ["fp", "ofq_2bit"])
 def test_the_layer_that_overflows_is_named(tmp_path, monkeypatch, refused, quant):
     """After a quantizer an infinity is the highest code: the loss is finite, its gradient is not."""
