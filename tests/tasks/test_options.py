@@ -63,7 +63,6 @@ def test_a_compiled_quantized_run_is_two_graphs(tmp_path, caplog):
     # That of the check for a compiler, training, and evaluation, which validation and test share; none for the last images of a set.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert any(re.fullmatch(r"training step: compiled in \d+ s: 1 graph", r.getMessage()) for r in caplog.records)
     assert qat.load(run / "checkpoints" / "best.ckpt")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 

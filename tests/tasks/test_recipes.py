@@ -142,6 +142,7 @@ def test_both_stages_of_a_row(tmp_path, family):
             *("scheduler.warmup_epochs=0", "scheduler.cooldown_epochs=0", *SMALL[family]),
         ],
     )
+    torch.manual_seed(0)
     float_net = build.build_start(compose("train", *chosen(row), *small, "model.pretrained=false", "run_dir=a")).net
     qat.save(float_net, tmp_path / "float.ckpt")
     train(recipe_of(row, *small, f"ckpt={tmp_path / 'float.ckpt'}", f"run_dir={tmp_path / 'first'}"))
