@@ -183,25 +183,25 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a line in CHANGELOG.md that says why it rises.
 BUDGETS = {
     "evidence": 26780,
-    "qat": 167820,
+    "qat": 165170,
     "qat/analysis": 13820,
-    "qat/callbacks": 8110,
-    "qat/cli": 2930,
+    "qat/callbacks": 7360,
+    "qat/cli": 2910,
     "qat/data": 10700,
     "qat/export": 12280,
     "qat/functional": 10000,
     "qat/kernels": 16920,
     "qat/launch": 3320,
-    "qat/lit": 6790,
-    "qat/losses": 2510,
+    "qat/lit": 6440,
+    "qat/losses": 2120,
     "qat/model": 20030,
     "qat/nn": 11670,
     "qat/ptq": 9520,
     "qat/quantizers": 5610,
     "qat/report": 4750,
-    "qat/tasks": 21010,
-    "qat/utils": 3060,
-    "tests": 247560,
+    "qat/tasks": 19910,
+    "qat/utils": 3010,
+    "tests": 233430,
 }
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
 
