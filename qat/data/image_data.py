@@ -194,7 +194,7 @@ class ImageData(LightningDataModule, ABC):
         """Shuffled, augmented; the last incomplete batch is left out.
 
         Raises:
-            UsageError: there are no train images.
+            UsageError: there are no train images, or fewer than processes.
         """
         return self._loader("train", shuffle=True)
 
@@ -244,6 +244,8 @@ class ImageData(LightningDataModule, ABC):
     def _loader(self, split: str, *, shuffle: bool) -> DataLoader:
         images = self._transformed(split, augmented=shuffle)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if len(images) < world:  # a process without images would leave the others waiting for it
+            raise UsageError(f"trainer.devices: {world} processes are more than the {len(images)} images of the {split} split")
         # Copies without augmentation would be the same image again.
         repeats = self.settings.repeats if self.settings.augment != "none" else 1
         options = {"rank": rank, "world_size": world, "repeats": repeats}

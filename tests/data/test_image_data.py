@@ -1,5 +1,7 @@
 """What every dataset shares. Oracles: arrays written here, properties, and loaders with another number of workers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,13 @@ def test_without_a_test_split_validation_is_evaluated():
     assert numbers(data.test_dataloader()) == list(range(7))
     with pytest.raises(qat.UsageError, match="^data.root=None: has no split 'test'; it has train, val$"):
         data.split("test")
+
+
+def test_every_process_needs_an_image():
+    data = Numbered(**SETTINGS)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=8)
+    with pytest.raises(qat.UsageError, match="^trainer.devices: 8 processes are more than the 7 images of the val split$"):
+        data.val_dataloader()
 
 
 def test_training_leaves_out_the_last_incomplete_batch():
