@@ -70,7 +70,8 @@ def test_every_family_is_frozen(name, method):
         recipe = qat.PtqRecipe(bits=4, act_bits=8, softmax_bits=4, softmax_quantizer="log2", bias_correction=True)
         net = qat.convert(family.build(), recipe, input_size=family.input_size)
         qat.ptq.calibrate(net, [family.images(8, 1)])
-    assert_agrees(net.eval(), [family.images(8)])
+    # One by one: a convolution of several images may sum in another order, and a value on a threshold takes another code.
+    assert_agrees(net.eval(), family.images(8).split(1))
 
 
 def test_weights_are_codes():
