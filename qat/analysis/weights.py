@@ -158,9 +158,8 @@ def _histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
         values, low, high = (weight - weight.mean()) / weight.std().clamp(min=1e-30), -6.0, 6.0
     else:
         values, low, high = grid.to_code_coordinates(weight), grid.qmin - 1.5, grid.qmax + 1.5
-        if (levels := range(grid.qmin, grid.qmax + 1))[
-            MOST_LEVELS:
-        ]:  # of 256 codes most may be empty: only the part that is occupied is drawn
+        if len(levels := range(grid.qmin, grid.qmax + 1)) > MOST_LEVELS:
+            # Of 256 codes most may be empty: only the part that is occupied is drawn.
             low, high = max(low, float(values.min()) - 0.5), min(high, float(values.max()) + 0.5)
         else:
             axis.vlines([level - 0.5 for level in levels[1:]], 0, 1, GREY, "--", linewidth=0.7, transform=axis.get_xaxis_transform())

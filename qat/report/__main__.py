@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qat.report.numbers import bits_of
+from qat.report.figures import bits_of
 from qat.report.page import read_object
 from qat.report.sweep import GIVEN, MEASURES, grouped, mean, rich_table
 

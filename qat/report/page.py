@@ -10,8 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qat.report.figures import data_url, search_figure, training_curves
-from qat.report.numbers import bits_of, number, shown
+from qat.report.figures import bits_of, data_url, number, search_figure, shown, training_curves
 from qat.utils.files import csv_rows, write_text
 from qat.utils.text import duration, scaled
 
