@@ -108,7 +108,8 @@ class Robustness(Analysis):
         net, weights = weight_sites(studied.net, studied.input_size, FLOAT_SCALES[self.float_scales])
         blocks = in_blocks(weights)
         # What all changes of step sizes start from: the quantized weights of the net, or those of a float net quantized here.
-        sites, base, parts = [site for site in weights if site.bits != FLOAT_BITS], {}, {*(self.parts or PARTS)}
+        base: dict[str, Any] = {}
+        sites, parts = [site for site in weights if site.bits != FLOAT_BITS], {*(self.parts or PARTS)}
         if is_float(weights) and self.float_bits is not None:
             sites, base = blocks, {"bits": self.float_bits, "steps_from": self.steps_from}
         elif not sites:

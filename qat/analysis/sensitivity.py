@@ -179,7 +179,8 @@ def greedy_bits(sizes: Sizes, rises: Mapping[str, Mapping[int, float]], room: in
 
 def as_setting(conversion: Conversion | None, bits: Mapping[str, int]) -> str:
     """Bits of layers, after the rules that a net has, as a command takes them: `quant.overrides={...}` of `train.py`, else `ptq.`."""
-    group, rules = "ptq", {name: {"bits": width} for name, width in bits.items()}
+    group = "ptq"
+    rules: dict[str, dict[str, Any]] = {name: {"bits": width} for name, width in bits.items()}
     if conversion is not None:
         recipe, group = conversion.recipe, conversion.recipe.GROUP
         if recipe.rule_bits == "both":  # the weights' bits alone were chosen

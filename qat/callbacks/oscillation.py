@@ -10,10 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from qat.callbacks.common import logs_now, net_of, track, weight_of
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
-from qat.functional.oscillation import FreezingState, OscillationState, cosine_between, freezing_step, with_frozen
+from qat.functional.oscillation import FreezingState, OscillationState, cosine_between, freezing_step, oscillation_step, with_frozen
 from qat.model.entry_freezer import EntryFreezer
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import UniformGrid
@@ -23,6 +22,26 @@ from qat.utils.validate import check_int, check_number
 FILE = "oscillation.csv"
 # A frozen latent that strays further from the middle of its cell than this, in codes, is put back there; the cell ends at 0.5.
 _STRAY = 0.25
+
+
+def logs_now(trainer: Trainer) -> bool:
+    """True if the figures of the step under way are logged."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and (trainer.global_step + 1) % every == 0
+
+
+def track(state: OscillationState | None, codes: Tensor, momentum: float) -> OscillationState:
+    """`oscillation_step` with a state of six bytes an entry: codes and direction in int8, and the sum of flips alone.
+
+    Args:
+        state: of the last look, wherever a checkpoint has put it; None before the first.
+        codes: of at most 8 bits.
+        momentum: weight of this look in the frequency.
+    """
+    before = None if state is None else OscillationState(*(t.to(codes.device) for t in state))
+    seen = oscillation_step(None if before is None else before._replace(flips=torch.zeros_like(before.frequency)), codes, momentum)
+    flips = seen.flips.sum(dtype=torch.int64) + (0 if before is None else before.flips)
+    return OscillationState(seen.codes.to(torch.int8), seen.direction.to(torch.int8), seen.frequency, flips)
 
 
 class Oscillation(Callback):
@@ -69,7 +88,7 @@ class Oscillation(Callback):
         if stage != "fit":
             return
         self._states = {}
-        self._sites = [s for s in iter_quantizers(net_of(pl_module)) if s.is_weight and s.quantizer.spec.bits <= self.max_bits]
+        self._sites = [s for s in iter_quantizers(cast(nn.Module, pl_module.net)) if s.is_weight and s.quantizer.spec.bits <= self.max_bits]
         if not self._sites:
             raise UsageError(f"callbacks.oscillation.max_bits={self.max_bits}: this net has no quantized weights of so few bits")
 
@@ -98,7 +117,7 @@ class Oscillation(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table, its last row the total."""
-        if self.dirpath is None or not (trainer.is_global_zero and self._states) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.dirpath is None or not (trainer.is_global_zero and self._states):
             return
         rows: list[dict[str, Any]] = []
         for site, counts in self._measured():
@@ -156,7 +175,11 @@ class IterativeFreezing(Callback):
         if stage != "fit":
             return
         self._codes, self._frozen = {}, {}
-        found = [site for site in iter_quantizers(net_of(pl_module)) if site.role == "weight" and site.quantizer.spec.bits <= self.max_bits]
+        found = [
+            site
+            for site in iter_quantizers(cast(nn.Module, pl_module.net))
+            if site.role == "weight" and site.quantizer.spec.bits <= self.max_bits
+        ]
         self._sites = [site for site in found if isinstance(site.quantizer.grid(site.latent().detach()), UniformGrid)]
         if not self._sites:
             raise UsageError(f"callbacks.freeze.max_bits={self.max_bits}: this net has no weights on evenly spaced values of so few bits")
@@ -174,9 +197,9 @@ class IterativeFreezing(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Look at the codes of the forward pass that was, freeze, and hold what is frozen through the step."""
         threshold = self.threshold_at(trainer.global_step)
-        frozen: list[tuple[nn.Parameter, Tensor]] = []
+        frozen: list[tuple[Tensor, Tensor]] = []
         for site in self._sites:
-            weight, before = weight_of(site), self._frozen.get(site.name)
+            weight, before = site.latent(), self._frozen.get(site.name)
             before = None if before is None else FreezingState(*(t.to(weight.device) for t in before))  # a checkpoint's are on the CPU
             codes = with_frozen(before, site.quantizer.codes(weight))
             seen = self._codes[site.name] = track(self._codes.get(site.name), codes, self.momentum)
@@ -187,17 +210,13 @@ class IterativeFreezing(Callback):
         self._freezer.freeze(frozen)
         if logs_now(trainer) and frozen:
             share = torch.stack([mask.sum() for _, mask in frozen]).sum() / sum(mask.numel() for _, mask in frozen)
-            values = {
-                "freeze/frozen": share,
-                "freeze/threshold": torch.full_like(share, threshold),
-            }  # a number would be copied, which waits
-            pl_module.log_dict(values, on_step=True, on_epoch=False)
+            pl_module.log("freeze/frozen", share, on_step=True, on_epoch=False)
 
     @torch.no_grad()
     def _center(self) -> None:
         """Put frozen latents that strayed back into the middle of their cells."""
         for site in [one for one in self._sites if one.name in self._frozen]:
-            weight, state = weight_of(site), self._frozen[site.name]
+            weight, state = site.latent(), self._frozen[site.name]
             grid = cast(UniformGrid, site.quantizer.grid(weight))
             strayed = state.frozen & ((grid.to_code_coordinates(weight) - state.codes).abs() > _STRAY)
             weight.copy_(torch.where(strayed, grid.dequantize(state.codes).to(weight.dtype), weight))
