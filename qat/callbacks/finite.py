@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from qat.errors import UsageError
+from qat.lit.strategies import own
 from qat.utils.probing import probing
-from qat.utils.shards import own
 from qat.utils.validate import check_int
 
 _NEVER = 2**62

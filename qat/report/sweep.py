@@ -17,9 +17,9 @@ from rich.text import Text
 from qat.analysis.analysis import PALETTE, panels
 from qat.errors import UsageError
 from qat.report.figures import WIDTH, number, picture
-from qat.report.page import FILE, Row, read_object, write_page
+from qat.report.page import FILE, Row, write_page
 from qat.utils.files import csv_text, write_text
-from qat.utils.text import MISSING
+from qat.utils.text import MISSING, json_object
 
 # What is averaged over seeds: headings and formats.
 MEASURES = {
@@ -40,7 +40,7 @@ def gather(folder: Path) -> list[Row]:
     begun = {path.parent for path in folder.rglob("results.json")} | {path.parents[1] for path in folder.rglob(".hydra/overrides.yaml")}
     rows = []
     for path in begun - {folder}:
-        results = read_object(path / "results.json")
+        results = json_object(path / "results.json")
         error = results.get("error") if results else "no results.json: killed, or still going"
         status = "done" if not error else "failed" if results else "not finished"
         rows.append(
@@ -58,7 +58,7 @@ def overrides_of(folder: Path) -> dict[str, str]:
 
     The run itself wrote the first file, once it had begun; Hydra writes the second at each start, also of a job that is refused there.
     """
-    listed, path = read_object(folder / "command.json").get("overrides"), folder / ".hydra" / "overrides.yaml"
+    listed, path = json_object(folder / "command.json").get("overrides"), folder / ".hydra" / "overrides.yaml"
     if listed is None and path.is_file():
         listed = yaml.safe_load(path.read_text(encoding="utf-8"))
     parts = (one.partition("=") for one in listed or ())

@@ -12,10 +12,10 @@ from qat.callbacks import finite
 from qat.data import Digits
 from qat.errors import UsageError
 from qat.launch import ranks
+from qat.lit.strategies import own
 from qat.tasks import fit
 from qat.tasks.train import train
 from qat.utils.files import read_torch
-from qat.utils.shards import own
 from tests.conftest import compose
 from tests.processes import in_processes
 from tests.tasks.test_processes import KilledError, farthest, leaves
