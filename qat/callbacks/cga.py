@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from qat.callbacks.oscillation import logs_now
+from qat.callbacks.oscillation import log_share
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
 from qat.model.entry_freezer import EntryFreezer
@@ -133,9 +133,7 @@ class CGA(Callback):
         near = [_near(site.quantizer, site.latent(), self.boundary_range) for site in self._sites]
         frozen = [(site.latent(), ~mask) for site, mask in zip(self._sites, near, strict=True)]
         self._freezer.freeze([*frozen, *((factor, torch.ones_like(factor, dtype=torch.bool)) for factor in self._factors)])
-        if near and logs_now(trainer):
-            share = torch.stack([mask.sum() for mask in near]).sum() / sum(mask.numel() for mask in near)
-            pl_module.log("cga/trainable", share, on_step=True, on_epoch=False)
+        log_share(trainer, pl_module, "cga/trainable", near)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks."""

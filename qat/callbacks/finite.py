@@ -83,9 +83,8 @@ def _error(what: str, first: str | None) -> UsageError:
     if dist.is_initialized() and dist.get_world_size() > 1:
         found = [None] * dist.get_world_size()
         dist.all_gather_object(found, first)
-    ways = [f"{one} (process {rank})" if len(found) > 1 else one for rank, one in enumerate(found) if one]
     nothing = "the loss or its gradient (the outputs of the net are finite)"
-    where = min(ways, key=lambda one: one.startswith("the output"), default=nothing)  # a weight says more
+    where = min(filter(None, found), key=lambda one: one.startswith("the output"), default=nothing)  # a weight says more
     advice = "checkpoints are from before; a lower optimizer.lr or trainer.gradient_clip_val=1 may help"
     return UsageError(f"training stopped: {what}; first: {where}; {advice}")
 
