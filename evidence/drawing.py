@@ -95,10 +95,10 @@ def write(of: Figure, found: Gathered, folder: Path) -> None:
 
 def _draw(of: Figure, found: Gathered) -> Canvas:
     """The series, other arms as lines across, and a legend above in as many columns as there is room for, references last."""
-    from qat.analysis.style import GREY, axes, figure
+    from qat.analysis.analysis import GREY, panels
 
-    canvas = figure(height=3.8)
-    axis = axes(canvas, of.x, of.y)
+    canvas, (axis,) = panels(height=3.8)
+    axis.set(xlabel=of.x, ylabel=of.y)
     {"lines": _lines, "scatter": _scatter, "curves": _curves}[of.kind](axis, found.series)
     for (name, point), dash in zip(found.reference.items(), itertools.cycle(DASHES), strict=False):
         spread = f" ± {point.around:.2f}" if len(point.values) > 1 else ""
@@ -112,7 +112,7 @@ def _draw(of: Figure, found: Gathered) -> Canvas:
 
 def _bars(axis: Axes, number: int, points: Sequence[Point], xs: Sequence[float], **look: Any) -> None:
     """Means with their deviation, in the colour and with the marker of the series' number."""
-    from qat.analysis.style import PALETTE
+    from qat.analysis.analysis import PALETTE
 
     look = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "capsize": 3, **look}
     axis.errorbar(xs, [point.mean for point in points], yerr=[point.around for point in points], **look)
@@ -120,7 +120,7 @@ def _bars(axis: Axes, number: int, points: Sequence[Point], xs: Sequence[float],
 
 def _lines(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
     """Means over places, a dot for every seed beside them."""
-    from qat.analysis.style import PALETTE
+    from qat.analysis.analysis import PALETTE
 
     named = list(dict.fromkeys(point.x for points in series.values() for point in points))
     try:
@@ -155,7 +155,7 @@ def _scatter(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
 
 def _curves(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
     """The mean of every arm, over its seeds, which are pale; of a few places with marks and deviation."""
-    from qat.analysis.style import PALETTE
+    from qat.analysis.analysis import PALETTE
 
     places = sorted({point.x for points in series.values() for point in points})
     for number, (name, points) in enumerate(series.items()):
@@ -174,10 +174,10 @@ def _maps(of: Figure, series: Mapping[str, Any]) -> Canvas:
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
-    from qat.analysis.style import HEAT, figure, panels
+    from qat.analysis.analysis import HEAT, panels
 
-    canvas = figure(width=_PANEL_INCHES * len(series), height=0.85 * _PANEL_INCHES)
-    for axis, (name, record) in zip(panels(canvas, 1, len(series)), series.items(), strict=True):
+    canvas, axes = panels(1, len(series), width=_PANEL_INCHES * len(series), height=0.85 * _PANEL_INCHES)
+    for axis, (name, record) in zip(axes, series.items(), strict=True):
         plane = record.maps[of.curve]
         given = plane["x"], plane["y"], np.array(plane["z"], dtype=float)
         filled = axis.contourf(*given, levels=LEVELS, cmap=HEAT)

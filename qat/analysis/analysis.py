@@ -1,4 +1,4 @@
-"""What an analysis is: a class of settings whose `run` makes tables and figures of nets."""
+"""What an analysis is: a class of settings whose `run` makes tables and figures of nets; how these look and are written."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import matplotlib as mpl
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.nn.execution import kept_weights
+from qat.utils.files import csv_text, json_text, replacing, write_text
 from qat.utils.probing import probing
 from qat.utils.text import duration
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
-Batch = tuple[Tensor, Tensor]
-Key = Mapping[str, str | int | float]
+# Colours that colour-blind eyes tell apart: Okabe and Ito, 2008 ("Color Universal Design"), without the yellow, too pale on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+GREY = "#767676"
+HEAT = "Blues"  # from white to dark blue: also in grey, darker is more
+WIDTH, DPI = 7.2, 150  # inches, pixels an inch
 Row = dict[str, Any]
 
 
@@ -39,7 +43,7 @@ class ImageSet:
         split: where they come from.
     """
 
-    batches: Sequence[Batch]
+    batches: Sequence[tuple[Tensor, Tensor]]
     split: str
 
     @property
@@ -63,8 +67,8 @@ class ImageSet:
         return {"top1": 100 * n_correct / self.n_images, "loss": loss / self.n_images}
 
 
-# Numbers of a net (images to logits) on images, `top1` and `loss` among them.
-Score = Callable[[nn.Module, ImageSet], dict[str, float]]
+# Numbers of a net (images to logits).
+Score = Callable[[nn.Module], dict[str, float]]
 NO_IMAGES = ImageSet((), "")
 
 
@@ -96,7 +100,7 @@ class EvaluationPoint:
         score: what is measured; none = top-1 and cross-entropy, `ImageSet.score`.
     """
 
-    key: Key
+    key: Row
     net: nn.Module
     change: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     score: Score | None = None
@@ -169,18 +173,60 @@ def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:
     """Evaluate every point; each net is as before afterwards.
 
     Returns:
-        A row for each point: its key, `top1` (percent), `loss`, and `seconds`.
+        A row for each point: its key and its score, by default `top1` (percent) and `loss`.
     """
-    if points:
-        log.info("%d evaluations of %d %s images", len(points), images.n_images, images.split)
+    log.info("%d evaluations of %d %s images", len(points), images.n_images, images.split)
     began = logged = time.monotonic()
     rows = []
     for done, point in enumerate(points, 1):
-        start = time.perf_counter()
         with probing(point.net, ()), point.change(), kept_weights(point.net):
-            found = point.score(point.net, images) if point.score else images.score(point.net)
-        rows.append({**point.key, **found, "seconds": round(time.perf_counter() - start, 3)})
+            rows.append(point.key | (point.score or images.score)(point.net))
         if (now := time.monotonic()) - logged > SECONDS_BETWEEN_LINES:
             logged = now
             log.info("%d of %d evaluations, about %s left", done, len(points), duration((now - began) / done * (len(points) - done)))
     return rows
+
+
+def panels(
+    rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: float = 3.6, sharex: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of quiet axes, row by row: two spines, a pale grid below the data, text that is legible 720 pixels wide; inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = [*figure.subplots(rows, columns, squeeze=False, sharex=sharex).flat]
+    for axis in grid:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#E6E6E6", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=8, length=3)
+        axis.xaxis.label.set_size(9)
+        axis.yaxis.label.set_size(9)
+    return figure, grid
+
+
+def write_outcome(folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, png: bool = True) -> None:
+    """Write tables as CSV, pictures as SVG and PNG, and last `<name>.json`, which names them all.
+
+    Args:
+        folder: where to.
+        name: of the analysis.
+        settings: of the analysis, plain data.
+        outcome: what it found.
+        png: also write pictures as PNG, which takes as long as all else.
+    """
+    for table in outcome.tables:
+        write_text(folder / f"{table.name}.csv", csv_text(table.rows))
+    for drawing in outcome.drawings:
+        # Text stays text, and the same picture is the same file: no date, no random names in it.
+        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": drawing.name}):
+            for kind in ("svg", "png") if png else ("svg",):
+                with replacing(folder / f"{drawing.name}.{kind}") as temporary:
+                    metadata = {"Date": None, "Title": drawing.title, "Description": drawing.alt} if kind == "svg" else None
+                    drawing.figure.savefig(temporary, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
+    index = {
+        "analysis": name,
+        "settings": settings,
+        "summary": outcome.summary,
+        "tables": [{"file": f"{table.name}.csv", "title": table.title} for table in outcome.tables],
+        "figures": [{"file": f"{one.name}.svg", "title": one.title, "alt": one.alt} for one in outcome.drawings],
+    }
+    write_text(folder / f"{name}.json", json_text(index))

@@ -10,8 +10,7 @@ from typing import ClassVar
 from matplotlib.patches import Patch
 from torch import nn
 
-from qat.analysis.analysis import Analysis, Drawing, ImageSet, Outcome, Row, StudiedNet, Table
-from qat.analysis.style import PALETTE, figure, panels
+from qat.analysis.analysis import PALETTE, Analysis, Drawing, ImageSet, Outcome, Row, StudiedNet, Table, panels
 from qat.errors import UsageError
 from qat.model.checkpoint import built_alike
 from qat.model.convert import conversion_of, stem_and_heads
@@ -99,8 +98,8 @@ def _module_row(part: ModuleCost, kind_of: Mapping[str, str]) -> Row:
 def _bars(rows: Sequence[Row]) -> Drawing:
     """A stacked bar for each net, of bytes and of bit operations."""
     labels = list(dict.fromkeys(row["net"] for row in rows))
-    drawn, said = figure(height=1.6 + 0.9 * len(labels)), []
-    for axis, (unit, words) in zip(panels(drawn, 2, 1), UNITS.items(), strict=True):
+    (drawn, axes), said = panels(2, height=1.6 + 0.9 * len(labels)), []
+    for axis, (unit, words) in zip(axes, UNITS.items(), strict=True):
         wholes = dict.fromkeys(labels, 0)
         for row in rows:
             if row[unit]:
@@ -110,7 +109,7 @@ def _bars(rows: Sequence[Row]) -> Drawing:
         for place, (label, whole) in enumerate(wholes.items()):
             axis.text(whole / 1e6, place, f" {scaled(whole)}", va="center", fontsize=8)
             said.append(f"{label}: {scaled(whole)} {words}")
-        axis.set_xlabel(f"{words}, millions", fontsize=9)
+        axis.set_xlabel(f"{words}, millions")
         axis.margins(x=0.12)
         axis.grid(axis="y", visible=False)
         axis.invert_yaxis()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,13 +18,23 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.analysis.analysis import Analysis, Drawing, EvaluationPoint, ImageSet, Outcome, Score, StudiedNet, Table, measure
-from qat.analysis.requantize import grid_of, requantized
-from qat.analysis.style import HEAT, PALETTE, figure, panels, quiet
+from qat.analysis.analysis import (
+    HEAT,
+    PALETTE,
+    Analysis,
+    Drawing,
+    EvaluationPoint,
+    ImageSet,
+    Outcome,
+    Score,
+    StudiedNet,
+    Table,
+    measure,
+    panels,
+)
+from qat.analysis.requantize import requantized
 from qat.errors import UsageError
 from qat.functional.infonce import info_nce
-from qat.model.blocks import find_blocks
-from qat.model.convert import conversion_of
 from qat.model.sites import iter_quantizers
 from qat.ptq.calibrate import in_float
 from qat.ptq.patching import Forward, patched
@@ -74,13 +85,10 @@ class Landscape(Analysis):
         places = [self.radius * (i - half) / half for i in range(self.points)]
         points = []
         for studied in nets:
-            if conversion_of(studied.net) is None:
-                raise UsageError(f"ckpt={str(studied.path)!r}: a float net has no scales to move; must be quantized")
             move, score = plane(studied.net, self.targets, self.seed), self._score(studied.net, images)
-            for x, y in ((x, y) for y in places for x in places):
-                points.append(
-                    EvaluationPoint({"net": studied.label, "x": x, "y": y}, studied.net, functools.partial(move, x, y), score=score)
-                )
+            for y, x in itertools.product(places, places):
+                key, change = {"net": studied.label, "x": x, "y": y}, functools.partial(move, x, y)
+                points.append(EvaluationPoint(key, studied.net, change, score))
         rows = measure(points, images)
         losses = torch.tensor([row["loss" if self.loss == "ce" else self.loss] for row in rows], dtype=torch.float64)
         grids = dict(zip([studied.label for studied in nets], losses.view(-1, self.points, self.points), strict=True))
@@ -93,7 +101,7 @@ class Landscape(Analysis):
         with torch.no_grad(), in_float(net):
             wanted = [net(batch) for batch, _ in images.batches]
 
-        def score(net: nn.Module, images: ImageSet) -> dict[str, float]:
+        def score(net: nn.Module) -> dict[str, float]:
             logits = [net(batch) for batch, _ in images.batches]
             losses = [info_nce(q, k) * len(q) for q, k in zip(logits, wanted, strict=True)]
             return {"infonce": float(torch.stack(losses).double().sum()) / images.n_images}
@@ -108,7 +116,7 @@ def plane(net: nn.Module, targets: Sequence[str], seed: int) -> Callable[[float,
 
     Args:
         net: quantized.
-        targets: see `Landscape`; matched with `LAYER.ROLE` in the net, and in the block around the layer.
+        targets: see `Landscape`; matched with `LAYER.ROLE` in the net, or any end of it from a dot on.
         seed: of the directions, the same on every device.
 
     Returns:
@@ -117,23 +125,21 @@ def plane(net: nn.Module, targets: Sequence[str], seed: int) -> Callable[[float,
     Raises:
         UsageError: no weight is matched.
     """
-    blocks = [f"{block}." for block in find_blocks(net)]
     generators = [torch.Generator().manual_seed(2 * seed + number) for number in (0, 1)]
-    name, directions = None, {}
+    directions = {}
     for site in iter_quantizers(net):
         if site.is_weight and isinstance(grid := site.quantizer.grid(site.latent().detach()), UniformGrid):
-            name = f"{site.layer}.{site.role}"
-            known = [name, *(name.removeprefix(block) for block in blocks)]
-            if any(fnmatch.filter(known, glob) for glob in targets):
+            name = f".{site.layer}.{site.role}"
+            if any(fnmatch.fnmatch(name, f"*.{glob}") for glob in targets):
                 draws = [2 * torch.rand(len(grid.step), generator=g).to(grid.step) - 1 for g in generators]
                 directions[site.quantizer] = draws
     if not directions:
-        raise UsageError(f"analysis.targets={list(targets)}: match no quantized weight; names look like {name!r}")
+        raise UsageError(f"analysis.targets={list(targets)}: match no quantized weight; names are like 'blocks.0.mlp.fc1.weight'")
 
     def move(x: float, y: float) -> AbstractContextManager[None]:
         forwards: dict[nn.Module, Forward] = {}
         for quantizer, (u, v) in directions.items():
-            forwards[quantizer] = functools.partial(requantized, grid_of(quantizer), resize=(1 + (x * u + y * v)).mul)
+            forwards[quantizer] = functools.partial(requantized, quantizer, resize=(1 + (x * u + y * v)).mul)
         return patched(forwards)
 
     return move
@@ -162,24 +168,19 @@ def shape_of(losses: Tensor) -> dict[str, float]:
 
 
 def _contours(grids: Mapping[str, Tensor], places: Sequence[float], loss: str) -> Drawing:
-    """Lines of equal loss, each net on a range of its own; the lowest point and the net as it is."""
-    drawn, said = figure(max(3.6 * len(grids), 4.8), 3.6), []
-    for axis, (label, losses) in zip(panels(drawn, 1, len(grids)), grids.items(), strict=True):
+    """Lines of equal loss, each net on a range of its own, and the net as it is."""
+    (drawn, axes), said = panels(1, len(grids), width=max(3.6 * len(grids), 4.8)), []
+    for axis, (label, losses) in zip(axes, grids.items(), strict=True):
         centre = float(losses[len(places) // 2, len(places) // 2])
-        rises = torch.where(losses.isfinite(), losses - centre, torch.nan)
-        finite = rises[rises.isfinite()].tolist() or [0.0]
-        low, high = min(finite), max(finite)
-        levels = torch.linspace(low, max(high, low + 1e-9), LEVELS + 1).tolist()
-        row, column = divmod(int(rises.nan_to_num(torch.inf).argmin()), len(places))
-        filled = axis.contourf(places, places, rises.numpy(), levels=levels, cmap=HEAT)
-        axis.contour(places, places, rises.numpy(), levels=levels, colors="black", linewidths=0.4, linestyles="solid")
-        axis.plot(places[column], places[row], "v", color=PALETTE[1], markeredgecolor="white", markersize=8)
+        rises = (losses - centre).numpy()
+        filled = axis.contourf(places, places, rises, levels=LEVELS, cmap=HEAT)
+        axis.contour(places, places, rises, levels=LEVELS, colors="black", linewidths=0.4, linestyles="solid")
         axis.plot(0, 0, "+", color=PALETTE[1], markersize=11, markeredgewidth=2)
-        quiet(axis, "direction 1", "direction 2").grid(visible=False)
+        axis.set(xlabel="direction 1", ylabel="direction 2", aspect="equal")
+        axis.grid(visible=False)
         axis.set_title(f"{label}\nloss {centre:.4f} in the middle", fontsize=9, loc="left")
         axis.locator_params(nbins=5)
-        axis.set_aspect("equal")
         drawn.colorbar(filled, ax=axis, shrink=0.8, ticks=MaxNLocator(5)).ax.tick_params(labelsize=7)
-        said.append(f"{label}: {centre:.4f} in the middle, from {low:+.4f} at ({places[column]:+.3g}, {places[row]:+.3g}) to {high:+.4f}")
-    title = f"{loss} above that of the net as it is, scales changed by a fraction; + the net as it is, triangle the lowest point"
+        said.append(f"{label}: {centre:.4f} in the middle, from {rises.min():+.4f} to {rises.max():+.4f}")
+    title = f"{loss} above that of the net as it is (+), scales changed by a fraction"
     return Drawing("landscape", title, "; ".join(said), drawn)

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from qat.analysis.analysis import Analysis, Drawing, ImageSet, Outcome, Row, StudiedNet, Table
-from qat.analysis.style import colours, figure, panels
+from qat.analysis.analysis import PALETTE, Analysis, Drawing, ImageSet, Outcome, Row, StudiedNet, Table, panels
 from qat.errors import UsageError
 from qat.utils.files import csv_rows
 
 Curve = Mapping[int, float]  # by optimizer step
-SHARE, FLIPS, HELD = "oscillating weights, %", "flips a step", "weights held, %"
+SHARE, FLIPS = "oscillating weights, %", "flips a step"
 
 
 @dataclass(frozen=True)
 class OscillationAnalysis(Analysis):
-    """Share of oscillating weights, flips and held weights over the run of a checkpoint; layers at its end.
+    """Share of oscillating weights and flips over the run of a checkpoint; layers at its end.
 
     The run must have had `callbacks=[default,oscillation]`.
     """
@@ -56,26 +55,23 @@ def read_curves(path: Path) -> dict[str, Curve]:
         return dict(sorted(found.items()))
 
     flips = [*logged("osc/flips").items()]
-    held = logged("freeze/frozen") or {step: 1 - share for step, share in logged("cga/trainable").items()}
     return {
         SHARE: {step: 100 * share for step, share in logged("osc/share").items()},
         FLIPS: {b: (later - earlier) / (b - a) for (a, earlier), (b, later) in zip(flips, flips[1:], strict=False)},
-        HELD: {step: 100 * share for step, share in held.items()},
     }
 
 
 def _draw(curves: Mapping[str, Mapping[str, Curve]]) -> Drawing:
     """Over optimizer steps, a line for each run; the later ones are dashed, as runs that share their first steps lie on each other."""
-    names = [name for name in (SHARE, FLIPS, HELD) if any(found[name] for found in curves.values())]
-    drawn, said = figure(height=0.7 + 1.7 * len(names)), []
-    for axis, name in zip(panels(drawn, len(names), 1, sharex=True), names, strict=True):
-        for colour, (label, found) in zip(colours(), curves.items(), strict=False):
-            values = [*found[name].values()]
-            axis.plot([*found[name]], values, "--" if axis.lines else "-", color=colour, linewidth=1.3, label=label)
+    names = [name for name in (SHARE, FLIPS) if any(found[name] for found in curves.values())]
+    (drawn, axes), said = panels(len(names), height=0.7 + 1.7 * len(names), sharex=True), []
+    for axis, name in zip(axes, names, strict=True):
+        for number, (label, found) in enumerate(curves.items()):
+            values, colour = [*found[name].values()], PALETTE[number % len(PALETTE)]
+            axis.plot([*found[name]], values, "--" if number else "-", color=colour, linewidth=1.3, label=label)
             if values:
                 said.append(f"{label}: {name} {values[0]:.2f} at first, {max(values):.2f} at most, {values[-1]:.2f} at the end")
-        axis.set_ylabel(name, fontsize=9)
-        axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
-    drawn.axes[-1].set_xlabel("optimizer step", fontsize=9)
-    drawn.axes[0].legend(fontsize=8, frameon=False)
+        axis.set(ylabel=name, ylim=(0, None))
+    axes[-1].set_xlabel("optimizer step")
+    axes[0].legend(fontsize=8, frameon=False)
     return Drawing("oscillation", "Oscillation over the training", "; ".join(said), drawn)

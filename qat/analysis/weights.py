@@ -12,18 +12,18 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from qat.analysis.analysis import Analysis, Drawing, ImageSet, Outcome, Row, StudiedNet, Table
-from qat.analysis.style import GREY, PALETTE, figure, panels
+from qat.analysis.analysis import GREY, PALETTE, Analysis, Drawing, ImageSet, Outcome, Row, StudiedNet, Table, panels
 from qat.functional.kurtosis import kurtosis
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import Quantizer
 from qat.utils.probing import probing
-from qat.utils.validate import FLOAT_BITS, check_int
+from qat.utils.validate import FLOAT_BITS
 
 # Layer, role (`weight`, or `qk` of a folded matrix), float tensor (out, ...), and its quantizer, None for one that is not quantized.
 LatentWeight = tuple[str, str, Tensor, Quantizer | None]
 BINS = 96
 MOST_PANELS = 9
+ACTIVATION_IMAGES = 128
 # Half-width of the band in which a weight is near a threshold, in codes: that of CGA.
 BOUNDARY = 0.005
 # Of more levels the thresholds are not drawn.
@@ -32,46 +32,27 @@ MOST_LEVELS = 20
 
 @dataclass(frozen=True)
 class WeightAnalysis(Analysis):
-    """Histograms of float weights on the axis of their codes, kurtosis, use of the range of codes.
-
-    Attributes:
-        activation_images: images whose activation codes are counted; 0 = no image is read.
-
-    Raises:
-        UsageError: a setting cannot work.
-    """
+    """Histograms of float weights on the axis of their codes, kurtosis, use of the range of codes; that of activations for 128 images."""
 
     name: ClassVar[str] = "weights"
     split: ClassVar[str | None] = "train"
 
-    activation_images: int = 128
-
-    def __post_init__(self) -> None:
-        check_int("analysis.activation_images", self.activation_images, 0)
-        if not self.activation_images:
-            object.__setattr__(self, "split", None)
-
     def run(self, nets: Sequence[StudiedNet], images: ImageSet) -> Outcome:
         """Tables of weights and of activation quantizers; histograms of each net."""
-        weights = {studied.label: list(latent_weights(studied.net)) for studied in nets}
-        rows = {label: [weight_row(*weight) for weight in found] for label, found in weights.items()}
-        tables = [Table("weights", "Weights and their codes", [{"net": label, **row} for label, found in rows.items() for row in found])]
-        if images.batches:
-            batch = torch.cat([batch for batch, _ in images.batches])[: self.activation_images]
-            seen = [{"net": studied.label, **row} for studied in nets for row in activation_rows(studied.net, batch)]
-            tables += [Table("weights_activations", "Activation quantizers", seen)] if seen else []
-        drawings = []
-        for number, (label, found) in enumerate(weights.items(), 1):
-            shown = [(found[i], rows[label][i]) for i in most_telling(rows[label])]
+        summary, table, activations, drawings = {}, [], [], []
+        for number, studied in enumerate(nets, 1):
+            weights, label = list(latent_weights(studied.net)), studied.label
+            rows = [weight_row(*weight) for weight in weights]
+            summary[label] = _summary(rows)
+            table += [{"net": label, **row} for row in rows]
+            if images.batches:
+                batch = torch.cat([batch for batch, _ in images.batches])[:ACTIVATION_IMAGES]
+                activations += [{"net": label, **row} for row in activation_rows(studied.net, batch)]
+            shown = [(weights[i], rows[i]) for i in range(0, len(rows), math.ceil(len(rows) / MOST_PANELS))]  # evenly spaced
             suffix, of_net = (f"_{number}", f" of {label}") if len(nets) > 1 else ("", "")
             drawings.append(_histograms(f"weights_histograms{suffix}", f"Weights{of_net} before rounding", shown))
-        return Outcome({label: _summary(found) for label, found in rows.items()}, tables, drawings)
-
-
-def most_telling(rows: Sequence[Row]) -> list[int]:
-    """Which histograms are drawn, in the order of the net: the first, the middle, the last, and those of highest kurtosis."""
-    sharpest = sorted(range(len(rows)), key=lambda i: -rows[i]["kurtosis"])
-    return sorted(list(dict.fromkeys([0, len(rows) // 2, len(rows) - 1, *sharpest]))[:MOST_PANELS])
+        tables = [Table("weights", "Weights and their codes", table), Table("weights_activations", "Activation quantizers", activations)]
+        return Outcome(summary, [one for one in tables if one.rows], drawings)
 
 
 @torch.no_grad()
@@ -92,19 +73,18 @@ def weight_row(layer: str, role: str, weight: Tensor, quantizer: Quantizer | Non
         row["SNR (dB)"] = 10 * float((weight.square().sum() / error.square().sum()).log10())
         if (grid := quantizer.grid(weight)) is not None:
             row["near a threshold, %"] = 100 * float(grid.near_threshold(weight, BOUNDARY).float().mean())
-    return _rounded(row)
+    return row
 
 
 def latent_weights(net: nn.Module) -> Iterator[LatentWeight]:
     """Every weight of a Linear or convolution and every folded matrix, in the order of the modules; see `LatentWeight`."""
     sites: dict[str, list[Site]] = defaultdict(list)
     for site in iter_quantizers(net):
-        if site.is_weight:
-            sites[site.layer].append(site)
+        sites[site.layer] += [site] if site.is_weight else []
     for name, module in net.named_modules():
-        for site in sites.get(name, ()):
+        for site in sites[name]:
             yield name, site.role, site.latent().detach(), None if site.quantizer.is_float else site.quantizer
-        if name not in sites and isinstance(module, nn.Linear | nn.Conv2d):
+        if not sites[name] and isinstance(module, nn.Linear | nn.Conv2d):
             yield name, "weight", module.weight.detach(), None
 
 
@@ -116,11 +96,7 @@ def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
     # A code outside of the bounds, which a user's own quantizer may have, counts as the outermost one.
     codes = quantizer.codes(x).flatten().long().clamp(low, high) - low
     shares = torch.bincount(codes, minlength=high - low + 1) / codes.numel()
-    row: Row = {
-        "unused levels": int((shares == 0).sum()),
-        "entropy (bits)": float(torch.special.entr(shares).sum()) / math.log(2),
-        "at the end codes, %": 100 * float(shares[0] + shares[-1]),
-    }
+    row: Row = {"unused levels": int((shares == 0).sum()), "at the end codes, %": 100 * float(shares[0] + shares[-1])}
     if grid is not None:
         z = grid.to_code_coordinates(x)
         row["clipped, %"] = 100 * float(((z < low - 0.5) | (z > high + 0.5)).float().mean())
@@ -136,7 +112,7 @@ def activation_rows(net: nn.Module, images: Tensor) -> list[Row]:
             spec, x = site.quantizer.spec, args[0].detach().float()
             known = {"quantizer of": site.name, "role": site.role, "quantizer": spec.quantizer, "bits": spec.bits}
             values = {"values from": float(x.min()), "values to": float(x.max())}
-            rows[site.name] = _rounded({**known, **values, **use_of_codes(site.quantizer, x)})
+            rows[site.name] = {**known, **values, **use_of_codes(site.quantizer, x)}
 
         return hook
 
@@ -144,11 +120,6 @@ def activation_rows(net: nn.Module, images: Tensor) -> list[Row]:
     with probing(net, [site.quantizer.register_forward_pre_hook(watching(site)) for site in sites]):
         net(images)
     return list(rows.values())
-
-
-def _rounded(row: Row) -> Row:
-    """Six digits of what is no integer."""
-    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
 def _summary(rows: Sequence[Row]) -> Row:
@@ -165,16 +136,15 @@ def _histograms(file: str, title: str, shown: Sequence[tuple[LatentWeight, Row]]
     """A panel for each tensor: the distribution of the float weights on the axis of codes, levels as dots, thresholds as lines."""
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
-    drawn, said = figure(height=0.5 + 1.75 * rows), []
-    for axis, ((layer, role, weight, quantizer), row) in zip(panels(drawn, rows, columns), shown, strict=False):
+    (drawn, axes), said = panels(rows, columns, height=0.5 + 1.75 * rows), []
+    for axis, ((layer, role, weight, quantizer), row) in zip(axes, shown, strict=False):
         name = layer if role == "weight" else f"{layer} ({role})"
         numbers = f"kurtosis {row['kurtosis']:.2f}" + (f", {row['bits']} bit, SNR {row['SNR (dB)']:.1f} dB" if quantizer else "")
         said.append(f"{name}: {numbers}")
         axis.set_title(f"{name[-34:]}\n{numbers}", fontsize=7, loc="left")
         axis.grid(visible=False)
-        axis.tick_params(labelsize=7)
         _histogram(axis, weight.float(), quantizer)
-    for axis in drawn.axes[len(shown) :]:
+    for axis in axes[len(shown) :]:
         axis.remove()
     drawn.supylabel("share of weights, %", fontsize=9)
     words = "Histograms of float weights; with codes, dots are the levels and dashed lines the thresholds"
@@ -187,17 +157,14 @@ def _histogram(axis: Axes, weight: Tensor, quantizer: Quantizer | None) -> None:
     if grid is None:
         values, low, high = (weight - weight.mean()) / weight.std().clamp(min=1e-30), -6.0, 6.0
     else:
-        low, high, levels = grid.qmin - 1.5, grid.qmax + 1.5, range(grid.qmin, grid.qmax + 1)
-        values = grid.to_code_coordinates(weight).clamp(low, high)
-        if len(levels) > MOST_LEVELS:  # of 256 codes most may be empty: only the part that is occupied is drawn
-            low, high = float(values.min()) - 0.5, float(values.max()) + 0.5
+        values, low, high = grid.to_code_coordinates(weight), grid.qmin - 1.5, grid.qmax + 1.5
+        if len(levels := range(grid.qmin, grid.qmax + 1)) > MOST_LEVELS:
+            # Of 256 codes most may be empty: only the part that is occupied is drawn.
+            low, high = max(low, float(values.min()) - 0.5), min(high, float(values.max()) + 0.5)
         else:
-            for level in levels[1:]:
-                axis.axvline(level - 0.5, color=GREY, linewidth=0.7, linestyle="--")
+            axis.vlines([level - 0.5 for level in levels[1:]], 0, 1, GREY, "--", linewidth=0.7, transform=axis.get_xaxis_transform())
             axis.plot(levels, [0] * len(levels), "o", color=PALETTE[1], markersize=3.5, clip_on=False, zorder=5)
-            axis.set_xticks(levels[:: max(len(levels) // 4, 1)])
     shares = 100 * torch.histc(values.clamp(low, high), bins=BINS, min=low, max=high) / values.numel()
     axis.stairs(shares.cpu(), torch.linspace(low, high, BINS + 1), fill=True, color=PALETTE[0], alpha=0.75)
     axis.set_xlabel("standard deviations" if grid is None else "code", fontsize=7, labelpad=1)
-    axis.set_xlim(low, high)
-    axis.set_ylim(bottom=0)
+    axis.set(xlim=(low, high), ylim=(0, None))

@@ -2,12 +2,11 @@
 
 from qat.callbacks.cga import CGA
 from qat.callbacks.ema import EMAWeightAveraging
-from qat.callbacks.epoch_log import EpochLog
 from qat.callbacks.finite import FiniteCheck
 from qat.callbacks.last import BestCheckpoints, LastCheckpoint
 from qat.callbacks.oscillation import IterativeFreezing, Oscillation
 from qat.callbacks.preemption import Preemption
-from qat.callbacks.steps import StepLimit, StepSeed
+from qat.callbacks.progress import EpochLog, StepLimit, StepSeed
 
 __all__ = [
     "CGA",

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
-from qat.callbacks.common import logs_now, net_of, weight_of
-from qat.callbacks.oscillation import IterativeFreezing
+from qat.callbacks.oscillation import log_share
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
 from qat.model.entry_freezer import EntryFreezer
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import Quantizer, UniformGrid
 from qat.utils.validate import check_choice, check_int, check_number
-
-log = logging.getLogger(__name__)
 
 QK_POLICIES = ("reference", "product", "freeze")
 # 30 of 340 epochs in the paper's recipes.
@@ -102,9 +98,11 @@ class CGA(Callback):
         if stage != "fit":
             return
         self._first, self._stop = self._span(trainer)
-        if any(isinstance(callback, IterativeFreezing) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise UsageError("callbacks.cga: callbacks.freeze holds the same weights; choose one of the two")
-        sites = [(site, site.quantizer.grid(site.latent().detach())) for site in iter_quantizers(net_of(pl_module)) if site.is_weight]
+        sites = [
+            (site, site.quantizer.grid(site.latent().detach()))
+            for site in iter_quantizers(cast(nn.Module, pl_module.net))
+            if site.is_weight
+        ]
         # The paper's thresholds lie between two values of one magnitude.
         found = [site for site, grid in sites if isinstance(grid, UniformGrid) and grid.is_half_step]
         self._sites = [site for site in found if site.role == "weight"]
@@ -124,12 +122,6 @@ class CGA(Callback):
             gate.active = self._anneals(trainer.current_epoch)
         self._pin_rate(trainer, trainer.current_epoch)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that annealing begins."""
-        if trainer.current_epoch == self._first:
-            counts = self.boundary_range, len(self._sites), len(self._products)
-            log.info("cga: annealing from here, lr %.2e, band %g, %d weights, %d folded ones", self.lr, *counts)
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Set the learning rate of the next step, so that what logs it has the one in force."""
         self._pin_rate(trainer, trainer.current_epoch + int(trainer.is_last_batch))
@@ -138,12 +130,10 @@ class CGA(Callback):
         """Zero the gradients of frozen entries and remember their values; gradients are complete here, and clipped afterwards."""
         if not self._anneals(trainer.current_epoch):
             return
-        near = [_near(site.quantizer, weight_of(site), self.boundary_range) for site in self._sites]
-        frozen = [(weight_of(site), ~mask) for site, mask in zip(self._sites, near, strict=True)]
+        near = [_near(site.quantizer, site.latent(), self.boundary_range) for site in self._sites]
+        frozen = [(site.latent(), ~mask) for site, mask in zip(self._sites, near, strict=True)]
         self._freezer.freeze([*frozen, *((factor, torch.ones_like(factor, dtype=torch.bool)) for factor in self._factors)])
-        if near and logs_now(trainer):
-            share = torch.stack([mask.sum() for mask in near]).sum() / sum(mask.numel() for mask in near)
-            pl_module.log("cga/trainable", share, on_step=True, on_epoch=False)
+        log_share(trainer, pl_module, "cga/trainable", near)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks."""
@@ -151,10 +141,6 @@ class CGA(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hooks."""
-        self.teardown(trainer, pl_module, "fit")
 
     def _anneals(self, epoch: int) -> bool:
         return self._first <= epoch < self._stop

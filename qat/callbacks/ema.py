@@ -8,8 +8,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, callbacks
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from qat.utils.validate import check_number
-
 
 class EMAWeightAveraging(callbacks.EMAWeightAveraging):
     """Exponential moving average of the weights; validation and checkpoints have the average.
@@ -21,13 +19,9 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
         decay: weight of the old average in an update, 0 to 1.
         use_buffers: average buffers too; else they are copied.
         options: of Lightning's callback: `update_every_n_steps`, `update_starting_at_step`, `update_starting_at_epoch`.
-
-    Raises:
-        UsageError: a decay that cannot work.
     """
 
     def __init__(self, decay: float = 0.999, *, use_buffers: bool = False, **options: Any) -> None:
-        check_number("callbacks.ema.decay", decay, 0, highest=1)
         self._decay = decay
         super().__init__(use_buffers=use_buffers, decay=decay, **options)
 

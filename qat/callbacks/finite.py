@@ -10,10 +10,9 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from qat.callbacks.common import net_of
 from qat.errors import UsageError
+from qat.lit.strategies import own
 from qat.utils.probing import probing
-from qat.utils.shards import own
 from qat.utils.validate import check_int
 
 _NEVER = 2**62
@@ -62,10 +61,6 @@ class FiniteCheck(Callback):
         if not trainer.strategy.reduce_boolean_decision(damaged is None, all=True):
             raise _error(f"weights after step {trainer.global_step - 1} are not finite", damaged)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the run."""
-        self._first_bad = self._images = None
-
     def _note(self, trainer: Trainer, value: Tensor) -> None:
         step = _NEVER - (~value.isfinite()) * (_NEVER - trainer.global_step)  # on the device: nothing waits for it
         self._first_bad = step if self._first_bad is None else torch.minimum(self._first_bad, step)
@@ -88,9 +83,8 @@ def _error(what: str, first: str | None) -> UsageError:
     if dist.is_initialized() and dist.get_world_size() > 1:
         found = [None] * dist.get_world_size()
         dist.all_gather_object(found, first)
-    ways = [f"{one} (process {rank})" if len(found) > 1 else one for rank, one in enumerate(found) if one]
     nothing = "the loss or its gradient (the outputs of the net are finite)"
-    where = min(ways, key=lambda one: one.startswith("the output"), default=nothing)  # a weight says more
+    where = min(filter(None, found), key=lambda one: one.startswith("the output"), default=nothing)  # a weight says more
     advice = "checkpoints are from before; a lower optimizer.lr or trainer.gradient_clip_val=1 may help"
     return UsageError(f"training stopped: {what}; first: {where}; {advice}")
 
@@ -103,7 +97,7 @@ def _damaged(state: dict[str, Any]) -> str | None:
 
 def _first_not_finite(trainer: Trainer, images: Tensor) -> str | None:
     """Images, a weight, or the first module whose output is not finite; the net runs once more, and is left as it was."""
-    net = net_of(trainer.lightning_module)
+    net: Any = trainer.lightning_module.net
     flags: list[tuple[str, Tensor]] = []
 
     def note(name: str, module: nn.Module, output: Any) -> None:

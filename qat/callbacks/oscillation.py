@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,10 +11,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from qat.callbacks.common import logs_now, net_of, track, weight_of
 from qat.errors import UsageError
-from qat.functional.confidence import check_boundary
-from qat.functional.oscillation import FreezingState, OscillationState, cosine_between, freezing_step, with_frozen
+from qat.functional.oscillation import FreezingState, OscillationState, cosine_between, freezing_step, oscillation_step, with_frozen
 from qat.model.entry_freezer import EntryFreezer
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import UniformGrid
@@ -21,8 +20,37 @@ from qat.utils.files import csv_text, write_text
 from qat.utils.validate import check_int, check_number
 
 FILE = "oscillation.csv"
+BOUNDARY = 0.005  # half-width of the band that `osc/band` counts, in codes: that of CGA
+MAX_BITS = 4  # weights of more bits are not frozen
 # A frozen latent that strays further from the middle of its cell than this, in codes, is put back there; the cell ends at 0.5.
 _STRAY = 0.25
+
+
+def logs_now(trainer: Trainer) -> bool:
+    """True if the figures of the step under way are logged."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and (trainer.global_step + 1) % every == 0
+
+
+def log_share(trainer: Trainer, pl_module: LightningModule, name: str, masks: Sequence[Tensor]) -> None:
+    """Log which share of all entries some masks let through, if this step is logged; nothing waits for the device."""
+    if masks and logs_now(trainer):
+        share = torch.stack([mask.sum() for mask in masks]).sum() / sum(mask.numel() for mask in masks)
+        pl_module.log(name, share, on_step=True, on_epoch=False)
+
+
+def track(state: OscillationState | None, codes: Tensor, momentum: float) -> OscillationState:
+    """`oscillation_step` with a state of six bytes an entry: codes and direction in int8, and the sum of flips alone.
+
+    Args:
+        state: of the last look, wherever a checkpoint has put it; None before the first.
+        codes: of at most 8 bits.
+        momentum: weight of this look in the frequency.
+    """
+    before = None if state is None else OscillationState(*(t.to(codes.device) for t in state))
+    seen = oscillation_step(None if before is None else before._replace(flips=torch.zeros_like(before.frequency)), codes, momentum)
+    flips = seen.flips.sum(dtype=torch.int64) + (0 if before is None else before.flips)
+    return OscillationState(seen.codes.to(torch.int8), seen.direction.to(torch.int8), seen.frequency, flips)
 
 
 class Oscillation(Callback):
@@ -34,7 +62,6 @@ class Oscillation(Callback):
     Args:
         momentum: weight of one look in the frequency, above 0 to below 1.
         threshold: a weight oscillates if its frequency is above it.
-        boundary_range: half-width of the band that `osc/band` counts, in codes, 0 < value < 0.5.
         every_n_steps: optimizer steps between looks.
         max_bits: weights of more bits are not tracked.
         dirpath: folder of `oscillation.csv`; None = no file.
@@ -49,17 +76,15 @@ class Oscillation(Callback):
         self,
         momentum: float = 0.01,
         threshold: float = 0.005,
-        boundary_range: float = 0.005,
         every_n_steps: int = 1,
         max_bits: int = 4,
         dirpath: str | None = None,
     ) -> None:
         check_number("callbacks.oscillation.momentum", momentum, 0, above=True, below=1)
         check_number("callbacks.oscillation.threshold", threshold, 0)
-        check_boundary("callbacks.oscillation.boundary_range", boundary_range)
         check_int("callbacks.oscillation.every_n_steps", every_n_steps, 1)
         check_int("callbacks.oscillation.max_bits", max_bits, 2)
-        self.momentum, self.threshold, self.boundary_range = momentum, threshold, boundary_range
+        self.momentum, self.threshold = momentum, threshold
         self.every_n_steps, self.max_bits, self.dirpath = every_n_steps, max_bits, dirpath
         self._sites: list[Site] = []
         self._states: dict[str, OscillationState] = {}
@@ -68,8 +93,7 @@ class Oscillation(Callback):
         """Find the weights."""
         if stage != "fit":
             return
-        self._states = {}
-        self._sites = [s for s in iter_quantizers(net_of(pl_module)) if s.is_weight and s.quantizer.spec.bits <= self.max_bits]
+        self._sites = [s for s in iter_quantizers(cast(nn.Module, pl_module.net)) if s.is_weight and s.quantizer.spec.bits <= self.max_bits]
         if not self._sites:
             raise UsageError(f"callbacks.oscillation.max_bits={self.max_bits}: this net has no quantized weights of so few bits")
 
@@ -91,22 +115,22 @@ class Oscillation(Callback):
         for site in [s for s in self._sites if s.name in self._states]:
             weight, state = site.latent().detach(), self._states[site.name]
             grid = site.quantizer.grid(weight)
-            near = torch.zeros_like(weight, dtype=torch.bool) if grid is None else grid.near_threshold(weight, self.boundary_range)
+            near = torch.zeros_like(weight, dtype=torch.bool) if grid is None else grid.near_threshold(weight, BOUNDARY)
             sums = (state.frequency > self.threshold).sum(), state.frequency.sum(), near.sum(), state.flips
             found.append((site, torch.stack([torch.full_like(sums[1], weight.numel()), *(s.to(weight.device).float() for s in sums)])))
         return found
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table, its last row the total."""
-        if self.dirpath is None or not (trainer.is_global_zero and self._states) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.dirpath is None or not (trainer.is_global_zero and self._states):
             return
-        rows: list[dict[str, Any]] = []
-        for site, counts in self._measured():
-            n, oscillating, frequency, near, flips = counts.tolist()
-            row = {"layer": site.layer, "role": site.role, "bits": site.quantizer.spec.bits, "weights": int(n)}
-            rows.append(row | {"oscillating": int(oscillating), "in_band": int(near), "flips": int(flips), "mean_frequency": frequency / n})
-        total = {"layer": "total", "bits": "", **{k: sum(row[k] for row in rows) for k in ("weights", "oscillating", "in_band", "flips")}}
-        total["mean_frequency"] = sum(row["mean_frequency"] * row["weights"] for row in rows) / total["weights"]
+        sites, counts = zip(*self._measured(), strict=True)
+        table = torch.stack(counts).cpu().double()
+        rows: list[dict[str, Any]] = [{"layer": s.layer, "role": s.role, "bits": s.quantizer.spec.bits} for s in sites]
+        for row, numbers in zip([*rows, total := {"layer": "total"}], [*table, table.sum(0)], strict=True):
+            n, oscillating, frequency, near, flips = numbers.tolist()
+            row |= {"weights": int(n), "oscillating": int(oscillating), "in_band": int(near), "flips": int(flips)}
+            row["mean_frequency"] = frequency / n
         write_text(Path(self.dirpath) / FILE, csv_text([*rows, total]))
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,7 +155,6 @@ class IterativeFreezing(Callback):
         threshold: on the oscillation frequency, at the start; above 0.
         final_threshold: at the end of the run; two to three times `momentum` at least catches only repeated flips.
         momentum: of the frequency and of the mean code.
-        max_bits: weights of more bits are left alone.
 
     Raises:
         UsageError: a setting cannot work. In `setup`: there is nothing to freeze.
@@ -139,12 +162,11 @@ class IterativeFreezing(Callback):
 
     needs_whole_weights = True
 
-    def __init__(self, threshold: float = 0.1, final_threshold: float = 0.01, momentum: float = 0.01, max_bits: int = 4) -> None:
+    def __init__(self, threshold: float = 0.1, final_threshold: float = 0.01, momentum: float = 0.01) -> None:
         check_number("callbacks.freeze.threshold", threshold, 0, above=True)
         check_number("callbacks.freeze.final_threshold", final_threshold, 0, above=True)
         check_number("callbacks.freeze.momentum", momentum, 0, above=True, below=1)
-        check_int("callbacks.freeze.max_bits", max_bits, 2)
-        self.threshold, self.final_threshold, self.momentum, self.max_bits = threshold, final_threshold, momentum, max_bits
+        self.threshold, self.final_threshold, self.momentum = threshold, final_threshold, momentum
         self._steps = math.inf
         self._sites: list[Site] = []
         self._codes: dict[str, OscillationState] = {}
@@ -155,11 +177,11 @@ class IterativeFreezing(Callback):
         """Find the weights."""
         if stage != "fit":
             return
-        self._codes, self._frozen = {}, {}
-        found = [site for site in iter_quantizers(net_of(pl_module)) if site.role == "weight" and site.quantizer.spec.bits <= self.max_bits]
+        sites = iter_quantizers(cast(nn.Module, pl_module.net))
+        found = [site for site in sites if site.role == "weight" and site.quantizer.spec.bits <= MAX_BITS]
         self._sites = [site for site in found if isinstance(site.quantizer.grid(site.latent().detach()), UniformGrid)]
         if not self._sites:
-            raise UsageError(f"callbacks.freeze.max_bits={self.max_bits}: this net has no weights on evenly spaced values of so few bits")
+            raise UsageError(f"callbacks.freeze: this net has no weights of up to {MAX_BITS} bits on evenly spaced values")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step, and count the steps of the run."""
@@ -174,9 +196,9 @@ class IterativeFreezing(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Look at the codes of the forward pass that was, freeze, and hold what is frozen through the step."""
         threshold = self.threshold_at(trainer.global_step)
-        frozen: list[tuple[nn.Parameter, Tensor]] = []
+        frozen: list[tuple[Tensor, Tensor]] = []
         for site in self._sites:
-            weight, before = weight_of(site), self._frozen.get(site.name)
+            weight, before = site.latent(), self._frozen.get(site.name)
             before = None if before is None else FreezingState(*(t.to(weight.device) for t in before))  # a checkpoint's are on the CPU
             codes = with_frozen(before, site.quantizer.codes(weight))
             seen = self._codes[site.name] = track(self._codes.get(site.name), codes, self.momentum)
@@ -185,26 +207,16 @@ class IterativeFreezing(Callback):
                 self._frozen[site.name] = state._replace(codes=state.codes.to(torch.int8))
                 frozen.append((weight, state.frozen))
         self._freezer.freeze(frozen)
-        if logs_now(trainer) and frozen:
-            share = torch.stack([mask.sum() for _, mask in frozen]).sum() / sum(mask.numel() for _, mask in frozen)
-            values = {
-                "freeze/frozen": share,
-                "freeze/threshold": torch.full_like(share, threshold),
-            }  # a number would be copied, which waits
-            pl_module.log_dict(values, on_step=True, on_epoch=False)
+        log_share(trainer, pl_module, "freeze/frozen", [mask for _, mask in frozen])
 
     @torch.no_grad()
     def _center(self) -> None:
         """Put frozen latents that strayed back into the middle of their cells."""
         for site in [one for one in self._sites if one.name in self._frozen]:
-            weight, state = weight_of(site), self._frozen[site.name]
+            weight, state = site.latent(), self._frozen[site.name]
             grid = cast(UniformGrid, site.quantizer.grid(weight))
             strayed = state.frozen & ((grid.to_code_coordinates(weight) - state.codes).abs() > _STRAY)
             weight.copy_(torch.where(strayed, grid.dequantize(state.codes).to(weight.dtype), weight))
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the hook."""
-        self._freezer.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Codes, frequencies and frozen integers of every weight: 12 bytes for each of its entries."""

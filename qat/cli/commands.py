@@ -31,7 +31,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 import qat
 from qat.cli import sweep
 from qat.errors import UsageError
-from qat.launch import ranks, run_dir, signals, slurm
+from qat.launch import ranks, run_dir, signals
 from qat.launch.signals import Preempted
 from qat.tasks import settings
 from qat.tasks.conf import CONF, typed
@@ -159,7 +159,7 @@ def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
             _write_error(cfg, f"stopped by {stop.name}", found)  # so that the same command may be given again
         where = cfg.sweep_dir or cfg.run_dir
         hint = f"the same command goes on with resume=auto run_dir={where}" if "resume" in cfg else "the same command does it again"
-        sys.exit(slurm.leave(stop, Path(cfg.run_dir), hint))
+        sys.exit(ranks.leave(stop, Path(cfg.run_dir), hint))
     except Exception as error:
         line = line_of(error)
         if with_traceback or (line is None and not in_sweep):
@@ -184,7 +184,7 @@ def _start(cfg: DictConfig, *, in_sweep: bool, with_traceback: bool) -> Callable
         UsageError: the run cannot have the processes that it asks for.
     """
     trainer = cfg.get("trainer") or {}
-    slurm.check_place(trainer)
+    ranks.check_place(trainer)
     is_alone = cfg.command in {"analyze", "export"} or cfg.get("predict") is not None  # they refuse several devices themselves
     if count := 0 if is_alone else ranks.to_start(trainer):
         if in_sweep:
@@ -196,7 +196,7 @@ def _start(cfg: DictConfig, *, in_sweep: bool, with_traceback: bool) -> Callable
         name = [cfg.command] if typed("").startswith("qat") else []
         ranks.become_torchrun(count, [sys.argv[0], *name, *given, *prepared([f"run_dir={cfg.run_dir}"])])
     if "resume" in cfg:
-        cfg.resume = slurm.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=bool(cfg.get("overwrite")))
+        cfg.resume = ranks.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=bool(cfg.get("overwrite")))
     if cfg.get("sweep") is not None:
         return sweep.gather_sweep
     match cfg.command:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 from qat.errors import UsageError
 from qat.launch import ranks
+from qat.utils.text import json_object
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ def unlock(run_dir: str) -> None:
 def used(run_dir: Path) -> list[Path]:
     """Files that make a directory a used one, checkpoints first; none where a run failed before it saved anything."""
     found = checkpoints(run_dir)
-    if not found and _results(run_dir).get("error"):
+    if not found and json_object(run_dir / RESULTS).get("error"):
         return []
     return found + [path for path in of_training(run_dir) if path not in found]
 
@@ -122,15 +121,7 @@ def of_training(run_dir: Path) -> list[Path]:
 
 def is_finished(run_dir: Path) -> bool:
     """True if there are results, and they are not the error of a run."""
-    return (run_dir / RESULTS).exists() and not _results(run_dir).get("error")
-
-
-def _results(run_dir: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((run_dir / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return (run_dir / RESULTS).exists() and not json_object(run_dir / RESULTS).get("error")
 
 
 def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
@@ -139,7 +130,7 @@ def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
     For commands that write into a directory of theirs again: what is there would be replaced by what says nothing of it.
     """
     saved = sorted(run_dir.glob("checkpoints/*.ckpt"))
-    found = {} if not is_finished(run_dir) else _results(run_dir)
+    found = {} if not is_finished(run_dir) else json_object(run_dir / RESULTS)
     another = found.get("command") not in {None, command} or (weights is not None and found.get("weights") not in {None, weights})
     if saved or another:
         what = saved[0].relative_to(run_dir) if saved else f"{RESULTS} of {found.get('command')}.py {found.get('weights')}"

@@ -19,14 +19,13 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from qat.errors import UsageError
 from qat.lit.accuracy import MeanLoss, accuracy_metrics
-from qat.lit.strategies import shared_modules
+from qat.lit.strategies import shared_modules, whole
 from qat.lit.teacher import Outputs, Teacher
 from qat.losses import CompositeLoss, StepContext
 from qat.model.checkpoint import META_KEY, Checkpoint, build_from
 from qat.model.sites import iter_quantizers
 from qat.nn.execution import keep_weights
 from qat.quantizers import LSQ
-from qat.utils.shards import whole
 from qat.utils.validate import check_choice
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]

@@ -14,10 +14,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-
-from qat.utils.shards import like, whole
 
 SHARDED, SEARCHING = "fsdp", "ddp_find_unused_parameters_true"
 
@@ -148,3 +146,20 @@ class ShardedStrategy(DDPStrategy):
 
         state = apply_to_collection(state, DTensor, gather)
         return state if self.is_global_zero else {}
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This process's part; it may be empty."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, in each process; all of them have to ask, and in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor that every process has, shared out as `other` of the same shape is, and on its device; nothing is sent."""
+    if not isinstance(other, DTensor) or isinstance(tensor, DTensor) or tensor.shape != other.shape:
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)

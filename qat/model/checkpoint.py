@@ -28,8 +28,7 @@ from qat.model.ptq_spec import recipe_from
 from qat.model.scales import assert_ready
 from qat.model.torchvision_swin import timm_names
 from qat.spec import QuantRecipe
-from qat.utils.bounds import about_as_large_as, check_bounds, check_model_arguments, check_tensors
-from qat.utils.files import damage_of, write_torch
+from qat.utils.files import about_as_large_as, check_bounds, check_model_arguments, check_tensors, damage_of, write_torch
 
 FORMAT_VERSION = 1
 META_KEY = "qat"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 
@@ -23,7 +23,7 @@ class EntryFreezer:
 
     def __init__(self, after: Callable[[], None] = lambda: None) -> None:
         self._after = after
-        self._frozen: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._frozen: list[tuple[Tensor, Tensor, Tensor]] = []
         self._handles: list[RemovableHandle] = []
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -38,7 +38,7 @@ class EntryFreezer:
         self._handles, self._frozen = [], []
 
     @torch.no_grad()
-    def freeze(self, entries: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    def freeze(self, entries: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Freeze these entries, and no others, through the next step.
 
         Args:

@@ -12,7 +12,8 @@ from pathlib import Path
 import huggingface_hub
 
 from qat.errors import UsageError
-from qat.utils.bounds import check_model_arguments, json_object
+from qat.utils.files import check_model_arguments
+from qat.utils.text import json_object
 
 PREFIX = "hf-hub:"  # timm's, before `user/name`
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qat.report.numbers import bits_of
-from qat.report.page import read_object
+from qat.report.figures import bits_of
 from qat.report.sweep import GIVEN, MEASURES, grouped, mean, rich_table
+from qat.utils.text import json_object
 
 
 def main(run_dirs: list[str]) -> int:
     """Show a row for each run, or for all seeds of it: runs of one command, model, recipe and data in directories of the same name."""
     runs = []
     for run_dir in run_dirs:
-        results = read_object(Path(run_dir) / "results.json")
+        results = json_object(Path(run_dir) / "results.json")
         if not results:
             sys.stderr.write(f"error: {run_dir}: must be the directory of a run; there is no results.json\n")
             return 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qat.report.figures import data_url, search_figure, training_curves
-from qat.report.numbers import bits_of, number, shown
+from qat.report.figures import bits_of, data_url, number, search_figure, shown, training_curves
 from qat.utils.files import csv_rows, write_text
-from qat.utils.text import duration, scaled
+from qat.utils.text import duration, json_object, scaled
 
 FILE = "report.html"
 ANALYSES = "analysis"  # folder of the analyses that training and calibration make of their own model
@@ -44,9 +42,9 @@ def write_report(folder: Path) -> Path:
     Returns:
         The file.
     """
-    results, typed, config = read_object(folder / "results.json"), read_object(folder / "command.json"), folder / "config.yaml"
+    results, typed, config = json_object(folder / "results.json"), json_object(folder / "command.json"), folder / "config.yaml"
     command = str(results.get("command") or typed.get("command", "run")).removesuffix(".py")
-    cost = read_object(folder / ANALYSES / "cost.json").get("summary", {})
+    cost = json_object(folder / ANALYSES / "cost.json").get("summary", {})
     in_float = next((one.get("in_float") or {} for one in cost.values()), {})
     context = {
         "kind": command,
@@ -86,15 +84,6 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     texts = {name: [text for row in rows if (text := shown(row.get(name, "")))] for name in names}
     kept = [name for name in names if texts[name]]
     return [(name, name != kept[0] and all(text[0] in "+-−–.0123456789" for text in texts[name])) for name in kept]
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; empty where it cannot be read, or holds something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _table(path: Path, names: Sequence[str] = ()) -> list[Row]:
@@ -143,7 +132,7 @@ def _analyses(folder: Path) -> list[dict[str, Any]]:
     """What analyses left, in the run directory (of the command `analyze`) and in `analysis/` (of the run's own model)."""
     found = []
     for place in (folder, folder / ANALYSES):
-        for index in map(read_object, sorted(place.glob("*.json"))):
+        for index in map(json_object, sorted(place.glob("*.json"))):
             if "analysis" not in index or "tables" not in index:
                 continue
             tables = [(one["title"], place / one["file"]) for one in index["tables"]]

@@ -10,17 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
-from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qat.analysis.analysis import PALETTE, panels
 from qat.errors import UsageError
-from qat.report.figures import FIRST, SECOND, draw
-from qat.report.numbers import number
-from qat.report.page import FILE, Row, read_object, write_page
+from qat.report.figures import WIDTH, number, picture
+from qat.report.page import FILE, Row, write_page
 from qat.utils.files import csv_text, write_text
-from qat.utils.text import MISSING
+from qat.utils.text import MISSING, json_object
 
 # What is averaged over seeds: headings and formats.
 MEASURES = {
@@ -41,7 +40,7 @@ def gather(folder: Path) -> list[Row]:
     begun = {path.parent for path in folder.rglob("results.json")} | {path.parents[1] for path in folder.rglob(".hydra/overrides.yaml")}
     rows = []
     for path in begun - {folder}:
-        results = read_object(path / "results.json")
+        results = json_object(path / "results.json")
         error = results.get("error") if results else "no results.json: killed, or still going"
         status = "done" if not error else "failed" if results else "not finished"
         rows.append(
@@ -59,15 +58,10 @@ def overrides_of(folder: Path) -> dict[str, str]:
 
     The run itself wrote the first file, once it had begun; Hydra writes the second at each start, also of a job that is refused there.
     """
-    listed, path = read_object(folder / "command.json").get("overrides"), folder / ".hydra" / "overrides.yaml"
+    listed, path = json_object(folder / "command.json").get("overrides"), folder / ".hydra" / "overrides.yaml"
     if listed is None and path.is_file():
         listed = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return pairs(listed or ())
-
-
-def pairs(overrides: Sequence[str]) -> dict[str, str]:
-    """Arguments `+key=value` as values by key."""
-    parts = (one.partition("=") for one in overrides)
+    parts = (one.partition("=") for one in listed or ())
     return {left.lstrip("+~"): right for left, _, right in parts}
 
 
@@ -110,12 +104,11 @@ def mean(jobs: Sequence[Row], measure: str) -> str:
 
 
 def group_rows(jobs: Sequence[Row]) -> list[dict[str, str]]:
-    """A row for each group: settings that differ, `n` = how many jobs are done (`2 of 3`), mean and spread of what was measured."""
+    """A row for each group: settings that differ, `n` = how many jobs are done, mean and spread of what was measured."""
     rows = []
     for settings, group in grouped(jobs):
         done = sum(job["status"] == "done" for job in group)
-        n = str(done) if done == len(group) else f"{done} of {len(group)}"
-        rows.append(settings | {"n": n} | {title: mean(group, one) for one, (title, _) in MEASURES.items() if values(jobs, one)})
+        rows.append(settings | {"n": str(done)} | {title: mean(group, one) for one, (title, _) in MEASURES.items() if values(jobs, one)})
     return rows
 
 
@@ -168,18 +161,15 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
 
 def _figure(jobs: Sequence[Row]) -> dict[str, str]:
     """Top-1 of every group with its spread, each job a dot."""
-    groups = [(settings, group) for settings, group in grouped(jobs) if values(group, "top1")][:MOST_DRAWN]
-
-    def paint(axes: Axes) -> None:
-        for y, (_, group) in enumerate(groups):
-            known = values(group, "top1")
-            spread = statistics.stdev(known) if len(known) > 1 else 0
-            axes.errorbar(statistics.fmean(known), y, xerr=spread, fmt="o", color=FIRST, markersize=5, capsize=3 if spread else 0)
-            axes.plot(known, [y] * len(known), ".", color=SECOND, markersize=4)
-        axes.set_yticks(range(len(groups)), [label(settings)[:44] for settings, _ in groups])
-        axes.margins(y=0.2)
-        axes.invert_yaxis()
-
-    said = "; ".join(f"{label(settings)}: {mean(group, 'top1')} %" for settings, group in groups)
-    words = f"{said}. Small: single jobs. Large: mean and sample standard deviation."
-    return draw("Top-1, %", words, paint, height=max(1.2, 0.6 + 0.28 * len(groups)))
+    groups = [(label(settings), group) for settings, group in grouped(jobs) if values(group, "top1")][:MOST_DRAWN]
+    drawn, (axis,) = panels(width=WIDTH, height=max(1.2, 0.6 + 0.28 * len(groups)))
+    for y, (_, group) in enumerate(groups):
+        known = values(group, "top1")
+        spread = statistics.stdev(known) if len(known) > 1 else 0
+        axis.errorbar(statistics.fmean(known), y, xerr=spread, fmt="o", color=PALETTE[0], markersize=5, capsize=3 if spread else 0)
+        axis.plot(known, [y] * len(known), ".", color=PALETTE[1], markersize=4)
+    axis.set_yticks(range(len(groups)), [name[:44] for name, _ in groups])
+    axis.margins(y=0.2)
+    axis.invert_yaxis()
+    said = "; ".join(f"{name}: {mean(group, 'top1')} %" for name, group in groups)
+    return picture("Top-1, %", f"{said}. Small: single jobs. Large: mean and sample standard deviation.", drawn)

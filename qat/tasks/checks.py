@@ -23,7 +23,7 @@ from qat.model.convert import check_input
 from qat.model.start import check_model
 from qat.spec import QuantRecipe
 from qat.tasks.settings import check
-from qat.utils.bounds import json_object
+from qat.utils.text import json_object
 from qat.utils.validate import check_int, check_number
 
 log = logging.getLogger(__name__)

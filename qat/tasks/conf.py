@@ -15,7 +15,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qat.launch import ranks, slurm
+from qat.launch import ranks
 from qat.tasks.settings import COMMANDS
 
 # In a clone a link to the folder at the top.
@@ -88,8 +88,8 @@ def _register() -> None:
     for function in functions:
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("slurm_tasks_per_node", slurm.tasks_per_node, replace=True)
-    OmegaConf.register_new_resolver("slurm_nodes", slurm.nodes, replace=True)
+    OmegaConf.register_new_resolver("slurm_tasks_per_node", ranks.tasks_per_node, replace=True)
+    OmegaConf.register_new_resolver("slurm_nodes", ranks.nodes, replace=True)
     store = ConfigStore.instance()
     for name, schema in COMMANDS.items():
         store.store(name=f"_{name}", node=schema, provider="qat")

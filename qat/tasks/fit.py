@@ -23,8 +23,7 @@ from torch import nn
 
 from qat.callbacks import CGA, LastCheckpoint, Preemption, StepLimit, StepSeed
 from qat.errors import UsageError
-from qat.launch.ranks import local_count
-from qat.launch.slurm import environments
+from qat.launch.ranks import environments, local_count
 from qat.lit import Teacher
 from qat.lit.checkpoint_io import AtomicCheckpointIO
 from qat.lit.compiled import RECOMPUTATION, can_recompute, compile_in_place

@@ -31,6 +31,7 @@ NOT_COMPARED = {
     *(f"data.{name}" for name in ("root", "num_workers", "in_memory", "memory_mb", "cache")),
     *(f"callbacks.{name}" for name in ("last", "progress", "epoch_log", "throughput", "learning_rate", "preemption", "finite")),
     *("loss.kure_layers", "loss.regularizers.kure.layers", "callbacks.freeze.start_epoch"),  # of older versions
+    *("callbacks.freeze.max_bits", "callbacks.oscillation.boundary_range"),  # of older versions
     *("ckpt_optimizer", "loss.grad_l1", "loss.grad_l1_layers", "loss.regularizers.grad_l1"),  # of older versions
 }
 # What a checkpoint holds of these, the run keeps; the net's own are compared with the net in the checkpoint.

@@ -40,7 +40,7 @@ REMOVED = {
     "callbacks.freeze.start_epoch": "callbacks.freeze.threshold, which weights have to exceed, falls from the first step on",
     "data.in_memory": "data.memory_mb=0 decodes an image each time it is needed",
     "data.cache": "images are decoded when a run starts, or when they are needed",
-    "analysis.activations": "analysis.activation_images=0 reads no image",
+    "analysis.activation*": "codes of activations are counted over 128 images",
     "analysis.layers": "weights.csv has every layer; histograms are of the first, the middle, the last and those of highest kurtosis",
     "analysis.boundary": "a weight is near a threshold within 0.005 codes, CGA's band",
     "analysis.factors": "a folded matrix is listed as it is quantized, without the weights that it is made of",

@@ -15,8 +15,7 @@ from omegaconf import DictConfig
 
 from qat.callbacks import LastCheckpoint
 from qat.data import ImageData
-from qat.launch.ranks import connect, is_first
-from qat.launch.slurm import write_owner
+from qat.launch.ranks import connect, is_first, write_owner
 from qat.lit import QATModule
 from qat.lit.loggers import closing
 from qat.lit.module import OptimizerFactory

@@ -1,4 +1,7 @@
-"""Outputs appear whole or not at all: write beside, flush to the disk, rename. Files of tensors are read only if they are whole."""
+"""Outputs appear whole or not at all: write beside, flush to the disk, rename. Files of tensors are read only if they are whole.
+
+What a file asks for is limited: depth and number of its values, size of its weights and of the net that it describes.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from qat.errors import UsageError
 
 _UNFINISHED = ".part"
 _FOLDER_MARK = 0x10
+MOST_DEPTH, MOST_VALUES = 32, 10**6
+# What a checkpoint may ask for before weights are compared: a number among a model's arguments; tensors and numbers of its net, in those
+# of the file (a net is registered before and after conversion, with scales and offsets).
+MOST_ARGUMENT = 2**17
+TIMES, SPARE_TENSORS, SPARE_NUMBERS = 8, 2000, 2**24
+# What weights may be made of: codes of two bits in the bytes of the file, and constant tensors, which take none.
+MOST_PER_BYTE, MOST_CONSTANT = 4, 2**26
 
 
 @contextlib.contextmanager
@@ -43,9 +56,6 @@ def replacing(path: str | os.PathLike[str], *, previous: str | None = None) -> G
             if previous is not None and target.exists():
                 _keep(target, target.with_name(previous))
             temporary.replace(target)
-        except BaseException:
-            os.truncate(temporary, 0)  # a writer that failed may have it open for as long as its error is known, and so keep the disk full
-            raise
         finally:
             temporary.unlink(missing_ok=True)
         flush(target.parent)
@@ -177,20 +187,70 @@ def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> An
 
 
 def files_below(folder: str | os.PathLike[str], *, hidden: bool = True) -> list[str]:
-    """All files below a folder, sorted; links are followed, no folder is gone through twice.
+    """All files below a folder, sorted; links are followed.
 
     Args:
         folder: where.
         hidden: with what is below folders whose names begin with a dot.
     """
     found: list[str] = []
-    seen: set[tuple[int, int]] = set()
     for at, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(at)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
+        folders[:] = [name for name in folders if hidden or not name.startswith(".")]
         found += [os.path.join(at, name) for name in files]
     return sorted(found)
+
+
+def check_bounds(value: object) -> None:
+    """Raise `ValueError` for nested dicts and lists deeper than `MOST_DEPTH` or of more than `MOST_VALUES` values, each use counted."""
+    level, values = [value], 0
+    for _ in range(MOST_DEPTH):
+        below: list[object] = []
+        for node in level:
+            below.extend(node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ())
+            if values + len(below) > MOST_VALUES:
+                raise ValueError(f"holds more than {MOST_VALUES} values")
+        values += len(below)
+        level = below
+    if level:
+        raise ValueError(f"is nested more than {MOST_DEPTH} deep")
+
+
+def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None:
+    """Raise `UsageError` unless the weights of a file of `size` bytes are dense real numbers, no more of them than it has room for."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+            kind = "without values" if tensor.is_meta else str(tensor.dtype if tensor.layout == torch.strided else tensor.layout)
+            raise UsageError(f"{origin}: its weight {name} is {kind.removeprefix('torch.')}; weights must be dense real numbers")
+    numbers = sum(tensor.numel() for tensor in tensors.values())  # not those of their storages: many may share one, or be promised alone
+    if numbers > MOST_PER_BYTE * size + MOST_CONSTANT:
+        raise UsageError(f"{origin}: is damaged: its weights have {numbers} numbers, more than a file of {size} bytes holds")
+
+
+def check_model_arguments(kwargs: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if a number among the arguments of a model is larger than any model needs."""
+    for argument, value in kwargs.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and abs(number) > MOST_ARGUMENT:
+                raise ValueError(f"argument {argument}={value!r} must be at most {MOST_ARGUMENT}")
+
+
+@contextlib.contextmanager
+def about_as_large_as(state: Mapping[str, Tensor]) -> Generator[None]:
+    """Within it no net can be built that is much larger than some weights: `ValueError` at the first tensor too many, not yet filled."""
+    tensors = TIMES * len(state) + SPARE_TENSORS
+    numbers = TIMES * sum(tensor.numel() for tensor in state.values()) + SPARE_NUMBERS
+
+    def count(_module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal tensors, numbers
+        if tensor is not None:
+            tensors, numbers = tensors - 1, numbers - tensor.numel()
+        if min(tensors, numbers) < 0:
+            raise ValueError(f"the net is much larger than the weights of the file, at its {name}")
+
+    watched = nn.modules.module
+    hooks = watched.register_module_parameter_registration_hook(count), watched.register_module_buffer_registration_hook(count)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,10 +1,11 @@
-"""Text from outside, as names of files, on its way to a terminal or a table; large numbers; names of what nested dicts hold."""
+"""Text from outside, as names of files, on its way to a terminal or a table; large numbers; small JSON files."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 MISSING = "–"
@@ -45,10 +46,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def leaves(node: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """What nested dicts hold, each with the names that lead to it."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, (*path, str(key)))
-        else:
-            yield (*path, str(key)), value
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; empty where it cannot be read, or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

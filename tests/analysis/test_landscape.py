@@ -8,17 +8,13 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import qat
-from qat.analysis.landscape import Landscape, _contours, plane, shape_of
+from qat.analysis.landscape import Landscape, plane, shape_of
 from qat.errors import UsageError
 from qat.functional.infonce import info_nce
 from qat.functional.statsq import statsq_with_scale
 from qat.ptq.vector import stored_scale
 from tests import tiny
 from tests.analysis.common import image_set, is_as_before, net_of, state, studied
-
-
-def plane_of(net, targets, seed=0):
-    return plane(net, targets, seed)
 
 
 def draws(shape, seed):
@@ -49,7 +45,7 @@ def test_local_minima_look_at_diagonal_neighbours():
 def test_stored_scales_are_multiplied(kind):
     net = net_of(kind)
     by_hand = copy.deepcopy(net)
-    move = plane_of(net, ["blocks.0.mlp.fc1.weight"], seed=3)
+    move = plane(net, ["blocks.0.mlp.fc1.weight"], 3)
     quantizer = by_hand.blocks[0].mlp.fc1.weight_quantizer
     scale = stored_scale(quantizer).detach()
     quantizer.set_scale(scale * (1 + (0.1 * draws(scale.shape, 6) - 0.05 * draws(scale.shape, 7))))
@@ -62,7 +58,7 @@ def test_stored_scales_are_multiplied(kind):
 def test_scales_that_are_read_off_a_weight_are_multiplied_where_the_target_is():
     net = net_of("ofq2")
     layer, attention = net.blocks[0].mlp.fc1, net.blocks[1].attn
-    with plane_of(net, ["mlp.fc1.weight"])(0.2, 0.0), torch.no_grad():
+    with plane(net, ["mlp.fc1.weight"], 0)(0.2, 0.0), torch.no_grad():
         scale = layer.weight_quantizer.scale_of(layer.weight) * (1 + 0.2 * draws(layer.weight.shape[0], 0).unsqueeze(1))
         assert_close(layer.weight_quantizer(layer.weight), statsq_with_scale(layer.weight, scale, 2), rtol=0, atol=1e-7)
         assert torch.equal(attention.qk_quantizer(attention.latent("qk")), qat.functional.statsq(attention.latent("qk"), 2))
@@ -72,7 +68,7 @@ def test_scales_that_are_read_off_a_weight_are_multiplied_where_the_target_is():
 def test_a_net_comes_back_bit_for_bit(kind):
     net = net_of(kind)
     before, expected = state(net), tiny.logits(net)
-    move = plane_of(net, ["*"])
+    move = plane(net, ["*"], 0)
     with move(0.0, 0.0):
         assert torch.equal(tiny.logits(net), expected)
     with move(0.1, -0.1):
@@ -89,7 +85,7 @@ def test_losses_on_the_grid_are_cross_entropies_there():
     outcome = Landscape(points=3, radius=0.2, targets=targets).run([studied(net)], images)
     rows = outcome.tables[0].rows
     assert [(row["x"], row["y"]) for row in rows] == [(x, y) for y in (-0.2, 0, 0.2) for x in (-0.2, 0, 0.2)]
-    move, ((x, target),) = plane_of(net, targets), images.batches
+    move, ((x, target),) = plane(net, targets, 0), images.batches
     for row in rows:
         with move(row["x"], row["y"]):
             assert row["loss"] == pytest.approx(float(F.cross_entropy(tiny.logits(net, x), target)), rel=1e-6)
@@ -116,12 +112,6 @@ def test_several_nets():
     assert [axis.get_title(loc="left").partition("\n")[0] for axis in outcome.drawings[0].figure.axes[:2]] == ["one", "two"]
 
 
-def test_points_whose_loss_is_not_finite_are_left_blank():
-    losses = torch.tensor([[torch.inf, 2, torch.nan], [2, 1, 2], [2, 0.5, 2]], dtype=torch.float64)
-    drawing = _contours({"net": losses}, [-0.1, 0, 0.1], "Cross-entropy")
-    assert "net: 1.0000 in the middle, from -0.5000 at (+0, +0.1) to +1.0000" in drawing.alt
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -138,8 +128,7 @@ def test_settings_that_cannot_work(settings, message):
     assert str(error.value) == message
 
 
-def test_nets_that_a_plane_does_not_fit():
-    with pytest.raises(UsageError, match=r"ckpt='None': a float net has no scales to move; must be quantized"):
-        Landscape().run([studied(tiny.vit())], image_set())
-    with pytest.raises(UsageError, match=r"analysis.targets=\['conv\*'\]: match no quantized weight; names look like 'head.weight'"):
-        plane_of(net_of("ofq2"), ["conv*"])
+@pytest.mark.parametrize("net", [tiny.vit, lambda: net_of("ofq2")], ids=["float", "quantized"])
+def test_nets_that_a_plane_does_not_fit(net):
+    with pytest.raises(UsageError, match=r"analysis.targets=\['conv\*'\]: match no quantized weight; names are like 'blocks.0"):
+        plane(net(), ["conv*"], 0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qat.analysis import NO_IMAGES, StudiedNet
-from qat.analysis.oscillation import FLIPS, HELD, SHARE, OscillationAnalysis, read_curves
+from qat.analysis.oscillation import FLIPS, SHARE, OscillationAnalysis, read_curves
 from qat.errors import UsageError
 from tests.conftest import train
 
@@ -36,13 +36,7 @@ def test_the_log_is_read_as_it_is(tmp_path, more, share):
     write_run(tmp_path / "run", LINES + more)
     curves = read_curves(tmp_path / "run" / "metrics.csv")
     assert curves[SHARE] == pytest.approx(share)
-    assert curves[HELD] == (pytest.approx({9: 25, 19: 50}) if not more else pytest.approx({9: 50, 19: 50}))
     assert curves[FLIPS] == (pytest.approx({9: 20, 19: 2}) if not more else pytest.approx({9: 22, 19: 1}))
-
-
-def test_weights_that_annealing_lets_move_are_those_that_are_not_held(tmp_path):
-    write_run(tmp_path / "run", header=HEADER.replace("freeze/frozen", "cga/trainable"))
-    assert read_curves(tmp_path / "run" / "metrics.csv")[HELD] == pytest.approx({9: 75, 19: 50})
 
 
 def test_half_a_line_after_a_kill_is_ignored(tmp_path):
@@ -56,8 +50,8 @@ def test_several_runs_lie_over_each_other(tmp_path):
     found = analysed(write_run(tmp_path / "a"), write_run(tmp_path / "b", LINES[:2]))
     (drawing,) = found.drawings
     assert [line.get_label() for line in drawing.figure.axes[0].lines] == ["a", "b"]
-    assert [axis.get_ylabel() for axis in drawing.figure.axes] == [SHARE, FLIPS, HELD]
-    assert found.summary == {"a": {SHARE: 20, FLIPS: 2, HELD: 50}, "b": {SHARE: 10}}
+    assert [axis.get_ylabel() for axis in drawing.figure.axes] == [SHARE, FLIPS]
+    assert found.summary == {"a": {SHARE: 20, FLIPS: 2}, "b": {SHARE: 10}}
     assert "a: oscillating weights, % 10.00 at first, 30.00 at most, 20.00 at the end" in drawing.alt
     assert found.tables == []
 

@@ -5,8 +5,7 @@ import torch
 
 import qat
 from qat.analysis import NO_IMAGES, Table, write_outcome
-from qat.analysis.weights import WeightAnalysis, activation_rows, latent_weights, most_telling, use_of_codes, weight_row
-from qat.errors import UsageError
+from qat.analysis.weights import WeightAnalysis, activation_rows, latent_weights, weight_row
 from qat.functional import kurtosis, near_threshold
 from qat.quantizers import LSQ, Affine, StatsQ
 from qat.spec import QuantSpec
@@ -27,8 +26,8 @@ def affine(steps, zero_points):
     return quantizer
 
 
-def analysed(net, images=NO_IMAGES, **settings):
-    return WeightAnalysis(**settings).run([studied(net)], images)
+def analysed(net, images=NO_IMAGES):
+    return WeightAnalysis().run([studied(net)], images)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +37,9 @@ def analysed(net, images=NO_IMAGES, **settings):
         (
             [[-2.0, -3.0, 0.0, 0.25], [-0.25, 1.25, 1.0, 2.0]],
             lsq(1.0, 1.0),
-            {"unused levels": 1, "entropy (bits)": 1.56128, "at the end codes, %": 62.5, "clipped, %": 25, "SNR (dB)": 9.54243},
+            {"unused levels": 1, "at the end codes, %": 62.5, "clipped, %": 25, "SNR (dB)": 9.54243},
         ),
-        ([[-0.5, 0.0, 0.5, 1.0], [-3.0, -2.0, -1.0, 0.25]], affine([0.5, 1.0], [1.0, 3.0]), {"entropy (bits)": 2, "clipped, %": 0}),
+        ([[-0.5, 0.0, 0.5, 1.0], [-3.0, -2.0, -1.0, 0.25]], affine([0.5, 1.0], [1.0, 3.0]), {"clipped, %": 0}),
         # 0.503 is near 1/2; of -2 and -1 around -1.5, neither is below the lowest code that occurs, -2.
         ([[0.503, 0.0, 1.0, -1.5]], lsq(1.0), {"near a threshold, %": 50}),
         ([[0.497, 0.0, 0.1, 0.2]], lsq(1.0), {"near a threshold, %": 0}),  # without a weight at 1 there is no threshold at 1/2
@@ -58,12 +57,6 @@ def test_numbers_by_hand(weight, quantizer, expected):
     assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert ("clipped, %" in row) == (quantizer is not None and quantizer.spec.quantizer != "odd")
     assert ("SNR (dB)" in row) == (quantizer is not None)
-
-
-def test_entropy_of_even_use_is_the_width():
-    found = use_of_codes(lsq(1.0, bits=4), torch.arange(-8.0, 8.0).view(1, 16))
-    assert found["entropy (bits)"] == pytest.approx(4)
-    assert found["unused levels"] == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,12 +104,6 @@ def test_nets_of_different_kinds_beside_each_other():
     assert set(found.summary) == {row["net"] for row in found.tables[0].rows} == {"two", "float"}
 
 
-def test_the_ends_the_middle_and_the_sharpest_are_drawn(monkeypatch):
-    monkeypatch.setattr("qat.analysis.weights.MOST_PANELS", 4)
-    rows = [{"kurtosis": kurtosis} for kurtosis in (2, 2, 2, 9, 3, 2, 2)]
-    assert most_telling(rows) == [0, 3, 4, 6]
-
-
 def test_a_histogram_counts_what_lies_outside_in_its_ends(monkeypatch):
     monkeypatch.setattr("qat.analysis.weights.MOST_PANELS", 99)
     net = net_of("lsq2")
@@ -126,12 +113,6 @@ def test_a_histogram_counts_what_lies_outside_in_its_ends(monkeypatch):
     (axis,) = [axis for axis in drawing.figure.axes if axis.get_title(loc="left").startswith("blocks.0.mlp.fc1\n")]
     heights = axis.patches[0].get_data().values
     assert (heights[-1], sum(heights)) == (pytest.approx(100), pytest.approx(100))
-
-
-def test_a_count_of_images_that_cannot_work():
-    with pytest.raises(UsageError) as error:
-        WeightAnalysis(activation_images=-1)
-    assert str(error.value) == "analysis.activation_images=-1: must be an integer of at least 0"
 
 
 @torch.no_grad()
@@ -151,9 +132,9 @@ def test_activation_codes_are_those_of_the_quantizers():
     assert row["clipped, %"] == pytest.approx(100 * float(((places < -2.5) | (places > 1.5)).float().mean()), rel=1e-5)
 
 
-def test_only_so_many_images_are_read():
-    assert (WeightAnalysis().split, WeightAnalysis(activation_images=0).split) == ("train", None)
+def test_only_so_many_images_are_read(monkeypatch):
+    monkeypatch.setattr("qat.analysis.weights.ACTIVATION_IMAGES", 8)
     net, images = net_of("ofq2"), image_set(n=16, batch=6)
-    (_, table) = analysed(net, images, activation_images=8).tables
+    (_, table) = analysed(net, images).tables
     first = torch.cat([batch for batch, _ in images.batches])[:8]
     assert [*table.rows] == [{"net": "net", **row} for row in activation_rows(net, first)]

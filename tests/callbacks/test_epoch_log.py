@@ -24,7 +24,7 @@ class Metrics(Callback):
 @pytest.fixture
 def lines(caplog):
     caplog.set_level(logging.INFO)
-    return lambda: [r.getMessage() for r in caplog.records if r.name == "qat.callbacks.epoch_log"]
+    return lambda: [r.getMessage() for r in caplog.records if r.name == "qat.callbacks.progress"]
 
 
 def test_one_line_an_epoch_with_the_accuracy_of_that_epoch(lines):

@@ -118,5 +118,5 @@ def test_resumed_equals_uninterrupted(tmp_path):
 
 def test_nothing_to_freeze():
     learner = module(net(overrides={"blocks.*": {"bits": 8}}))
-    with pytest.raises(qat.UsageError, match=r"callbacks\.freeze\.max_bits=4: this net has no weights on evenly spaced values of so few"):
+    with pytest.raises(qat.UsageError, match=r"callbacks\.freeze: this net has no weights of up to 4 bits on evenly spaced values"):
         fit(learner, IterativeFreezing())

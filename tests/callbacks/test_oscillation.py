@@ -64,7 +64,7 @@ def test_tracked_are_weights_of_few_bits():
 
 
 def test_what_is_logged():
-    seen, callback = Seen(), Oscillation(momentum=0.05, threshold=0.06, boundary_range=0.1)
+    seen, callback = Seen(), Oscillation(momentum=0.05, threshold=0.06)
     fit(module(net(), lr=0.03), callback, seen, max_epochs=3, log_every_n_steps=12)
     assert [bool(values) for values in seen.logged] == [False] * 11 + [True]
     logged = seen.logged[-1]
@@ -73,7 +73,7 @@ def test_what_is_logged():
     assert logged["osc/share"] == pytest.approx(sum((s.frequency > 0.06).sum().item() for s in states.values()) / n)
     assert logged["osc/frequency"] == pytest.approx(sum(s.frequency.sum().item() for s in states.values()) / n, rel=1e-2)
     assert logged["osc/flips"] == sum(s.flips.sum().item() for s in states.values()) > 0
-    assert logged["osc/band"] == pytest.approx(sum(F.near_threshold(seen.latents[name], 2, 0.1).sum().item() for name in states) / n)
+    assert logged["osc/band"] == pytest.approx(sum(F.near_threshold(seen.latents[name], 2, 0.005).sum().item() for name in states) / n)
     assert 0 < logged["osc/share"] < 1
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from qat.errors import UsageError
-from qat.launch import slurm
+from qat.launch import ranks
 from qat.launch.signals import Preempted
 from tests.conftest import compose, train
 
@@ -57,7 +57,7 @@ def place(monkeypatch):
 def test_processes_that_would_wait_for_each_other_are_refused(place, variables, overrides, message):
     place(variables)
     with pytest.raises(UsageError) as error:
-        slurm.check_place(compose("train", *overrides, "run_dir=a").trainer)
+        ranks.check_place(compose("train", *overrides, "run_dir=a").trainer)
     assert str(error.value) == message
 
 
@@ -75,7 +75,7 @@ def test_processes_that_would_wait_for_each_other_are_refused(place, variables, 
 )
 def test_others_are_not(place, variables, overrides):
     place(variables)
-    slurm.check_place(compose("train", *overrides, "run_dir=a").trainer)
+    ranks.check_place(compose("train", *overrides, "run_dir=a").trainer)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_others_are_not(place, variables, overrides):
 )
 def test_lightning_is_told_whose_processes_they_are(place, variables, expected):
     place(variables)
-    found = slurm.environments()
+    found = ranks.environments()
     assert [type(one) for one in found] == ([] if expected is None else [expected])
     assert not any(getattr(one, "auto_requeue", False) for one in found)
 
@@ -108,7 +108,7 @@ def test_lightning_is_told_whose_processes_they_are(place, variables, expected):
 )
 def test_a_job_that_is_started_again_goes_on(place, tmp_path, variables, resume, overwrite, expected):
     place(variables)
-    assert slurm.implied_resume(resume, tmp_path, overwrite=overwrite) == expected
+    assert ranks.implied_resume(resume, tmp_path, overwrite=overwrite) == expected
 
 
 def test_what_is_overwritten_is_not_gone_on_with_but_what_came_after_it(place, tmp_path, float_run):
@@ -117,16 +117,16 @@ def test_what_is_overwritten_is_not_gone_on_with_but_what_came_after_it(place, t
     train(tmp_path, "quant=fp")
     assert (tmp_path / ".slurm-job").read_text() == "17\n"
     place({"SLURM_JOB_ID": "18"})
-    assert slurm.implied_resume(False, tmp_path, overwrite=True) is False
-    slurm.write_owner(tmp_path)
-    assert slurm.implied_resume(False, tmp_path, overwrite=True) == "auto"
+    assert ranks.implied_resume(False, tmp_path, overwrite=True) is False
+    ranks.write_owner(tmp_path)
+    assert ranks.implied_resume(False, tmp_path, overwrite=True) == "auto"
 
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
     """A command of that name that notes its arguments and ends as it is set to; and how long was waited for SLURM."""
     calls, waited = tmp_path / "calls", []
-    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(sleep=waited.append))
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
 
@@ -144,7 +144,7 @@ def scontrol(tmp_path, monkeypatch):
 
 def left(caplog, stop, run_dir="runs/a"):
     caplog.clear()
-    code = slurm.leave(stop, Path(run_dir), "WAY ON")
+    code = ranks.leave(stop, Path(run_dir), "WAY ON")
     return code, [record.getMessage() for record in caplog.records]
 
 
@@ -153,7 +153,7 @@ def test_a_preempted_job_is_requeued_and_waits_for_its_end(place, scontrol, capl
     place(JOB)
     line = "preempted by SIGUSR1 at step 123: last.ckpt written, requeueing job 17"
     assert left(caplog, Preempted(signal.SIGUSR1, 123, tmp_path / "last.ckpt")) == (138, [line])
-    assert asked() == (["requeue 17"], [slurm.SAID_S, slurm.KILL_S])
+    assert asked() == (["requeue 17"], [ranks.SAID_S, ranks.KILL_S])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -163,7 +163,7 @@ def test_of_an_array_it_is_the_one_job_and_only_the_first_process_asks(place, sc
     assert left(caplog, Preempted(signal.SIGUSR2)) == (140, ["preempted by SIGUSR2 outside training, requeueing job 3_0"])
     place({"SLURM_PROCID": "1"})
     assert left(caplog, Preempted(signal.SIGUSR2)) == (140, [])
-    assert asked() == (["requeue 3_0"], [slurm.SAID_S, slurm.KILL_S, slurm.KILL_S])
+    assert asked() == (["requeue 3_0"], [ranks.SAID_S, ranks.KILL_S, ranks.KILL_S])
 
 
 @pytest.mark.parametrize("name", [None, "checkpoints/last.ckpt"])
@@ -189,7 +189,7 @@ def test_a_job_that_cannot_be_requeued_says_why_and_how_to_go_on(place, scontrol
         "job 17 not requeued (slurm_requeue error: Requested operation is presently disabled); WAY ON",
     ]
     assert left(caplog, Preempted(signal.SIGUSR1, 5, tmp_path / "last.ckpt")) == (138, lines)
-    assert asked() == (["requeue 17"], [slurm.SAID_S])
+    assert asked() == (["requeue 17"], [ranks.SAID_S])
 
 
 @pytest.mark.parametrize(

@@ -33,4 +33,4 @@ def test_pictures_load_columns_sort_and_nothing_sticks_out(tmp_path, width):
     found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', done.stdout)[1]))
     # As numbers, not as text.
     rising = ["1.75", "2.5", "3.5", "12.25"]
-    assert found == {"wide": 0, "orders": [rising, rising[::-1]], "aria": "descending", "pictures": 6}
+    assert found == {"wide": 0, "orders": [rising, rising[::-1]], "aria": "descending", "pictures": 7}

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from qat.report.figures import training_curves
-from qat.report.numbers import bits_of, shown
+from qat.report.figures import bits_of, shown
 from qat.report.page import columns, write_report
 from tests.report.pages import HOSTILE, Reader, read, write_analysis, write_run
 
@@ -25,7 +24,7 @@ def test_a_reader_finds_what_is_wrong():
     [
         *("88.89 %", "test split, −1.11 to float", "190 kB", "10.0× smaller", "200.0× fewer", "34 s", "W2 A2", "1,902,360", "0.6174"),
         *("qat train seed=0 'callbacks=[default,ema]'", "2026-01-02", "2.14.1", "command: train", "blocks.1.mlp.fc1", "12.25"),
-        *("training: 2.25 at step 9 to 1.5 at step 19. validation: 1.93", "analysis/cost.csv", "vit_tiny_patch16_224 · ofq_2bit · digits"),
+        *("2.25 at step 9 to 1.5 at step 19.", "1.93 at step 9", "analysis/cost.csv", "vit_tiny_patch16_224 · ofq_2bit · digits"),
     ],
 )
 def test_says(page, text):
@@ -33,7 +32,7 @@ def test_says(page, text):
 
 
 def test_nothing_is_fetched_and_everything_has_a_name(page):
-    assert [attrs["src"][:9] for attrs in page.all("img")] == ["data:imag"] * 6
+    assert [attrs["src"][:9] for attrs in page.all("img")] == ["data:imag"] * 7
     assert all(attrs["alt"] for attrs in page.all("img"))
     assert all(attrs["href"].startswith(("#", "data:")) for tag in ("a", "link") for attrs in page.all(tag))
     assert not any("src" in attrs for attrs in page.all("script"))
@@ -71,14 +70,14 @@ def test_of_an_empty_directory_and_of_a_run_that_is_going(tmp_path):
     read(write_report(tmp_path))
     (tmp_path / "metrics.csv").write_text("step,train/loss_step,val/top1\n1,2.0,\n2,1.5,\n3,1.")
     # The line that is being written is left out.
-    assert "training: 2 at step 1 to 1.5 at step 2." in read(write_report(tmp_path)).text
+    assert "2 at step 1 to 1.5 at step 2." in read(write_report(tmp_path)).text
 
 
 def test_of_a_search(tmp_path):
     run = write_run(tmp_path / "run", command="ptq", search={"method": "evolution"}, top1_calibrated=77.5)
     (run / "search.csv").write_text("pass,cycle,fitness,accepted\n0,incumbent,5.0,1\n0,0,6.0,0\n0,1,4.5,1\n")
     found = read(write_report(run)).text
-    for text in ("fitness: 5 at candidate 0 to 4.5 at candidate 2.", "evolution", "top1 calibrated", "77.5"):
+    for text in ("5 at candidate 0 to 4.5 at candidate 2.", "evolution", "top1 calibrated", "77.5"):
         assert text in found
 
 
@@ -101,20 +100,6 @@ def test_of_an_analysis_all_tables_and_of_long_ones_the_first_rows(tmp_path):
     found = read(write_report(tmp_path))
     assert "the first 200 of 1,000 rows, all in landscape.csv" in found.text
     assert len(found.all("tr")) == 201
-
-
-@pytest.mark.parametrize(
-    ("names", "titles"),
-    [
-        (("train/loss", "train/loss_ce"), ["Cross entropy"]),
-        (("train/loss", "train/loss_ce", "train/loss_kure"), ["Cross entropy", "Training loss, all terms"]),
-        (("train/loss", "train/loss_kd"), ["Cross entropy", "Training loss, all terms"]),
-    ],
-)
-def test_only_what_measures_the_same_shares_an_axis(names, titles):
-    curves = training_curves([{"step": 9, "val/loss": 1.0} | dict.fromkeys(names, 2.0)])
-    assert [curve["title"] for curve in curves] == titles
-    assert ("training" in curves[0]["alt"]) == ("train/loss_ce" in names)
 
 
 def test_numbers_and_columns():

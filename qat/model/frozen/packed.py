@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.functional.packing import pack_codes, packed_bytes, unpack_codes
 from qat.model.frozen.quantizers import OFFSETS, FrozenWeight
-from qat.utils.bounds import MOST_CONSTANT
-from qat.utils.files import replacing
+from qat.utils.files import MOST_CONSTANT, replacing
 
 FORMAT = "packed-1"
 # Bytes that the index of a file may be inflated to.
