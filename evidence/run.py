@@ -25,7 +25,7 @@ from evidence.records import Record, add_record, read_records
 from evidence.timing import machine
 from qat.errors import UsageError
 from qat.functional import kurtoses
-from qat.losses.latent_weights import find_latent_weights
+from qat.losses.weights import latent_weights
 from qat.utils.files import csv_rows
 
 log = logging.getLogger("qat.evidence")
@@ -268,7 +268,7 @@ def _kurtosis(place: Path) -> dict[str, float]:
         return {}
     net = qat.load(path)
     with torch.no_grad():
-        found = kurtoses(master.of(net) for master in find_latent_weights(net, "loss.kure"))
+        found = kurtoses(latent_weights(net))
     return {"kurtosis": found.mean().item(), "kurtosis_lowest": found.min().item(), "kurtosis_highest": found.max().item()}
 
 

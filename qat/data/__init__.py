@@ -1,15 +1,14 @@
 """Datasets as LightningDataModules."""
 
-from qat.data.arrays import ImageArrays
-from qat.data.digits import Digits
 from qat.data.image_data import ImageData
 from qat.data.image_transform import image_transform
 from qat.data.imagefolder import ImageFolder, ImageNet
-from qat.data.mixup import BatchMixup
 from qat.data.parquet import HfParquet
 from qat.data.settings import DataSettings
+from qat.data.small_sets import Cifar10, Digits, FashionMnist
+from qat.data.sources import ImageArrays
 from qat.data.timm_data import Timm
-from qat.data.torchvision_data import Cifar10, FashionMnist
+from qat.data.transforms import BatchMixup
 
 __all__ = [
     "BatchMixup",

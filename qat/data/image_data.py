@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import timm
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from qat.data.arrays import ImageSource, digest
-from qat.data.loader import ResumableLoader
-from qat.data.mixup import BatchMixup
-from qat.data.sampler import Key, SeededSampler, kept_rng, seed_rng
+from qat.data.sampler import Key, ResumableLoader, SeededSampler, isolated_rng, seed_rng
 from qat.data.settings import DataSettings
-from qat.data.transforms import Transform, eval_transform, train_transform
+from qat.data.sources import EncodedImages, ImageArrays, ImageSource, hold_out, load
+from qat.data.transforms import BatchMixup, Transform, eval_transform, train_transform
 from qat.errors import UsageError
 from qat.launch.signals import ignore_signals
 
 SPLITS = ("train", "val", "test")
 # Of files written when there were these settings.
-REMOVED = {"cache", "in_memory"}
+REMOVED = {"cache", "in_memory", "on_error", "class_weights", "erase_mode", "erase_count", "mixup_mode"}
+IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.9, "interpolation": "bicubic"}
 
 
 def data_folder(root: str | None, holds: str) -> Path:
@@ -37,10 +38,8 @@ def data_folder(root: str | None, holds: str) -> Path:
     Raises:
         UsageError: it is not set, or no folder.
     """
-    if root is None:
-        raise UsageError(f"data.root is not set: give the folder that holds {holds}")
-    if not Path(str(root)).is_dir():
-        raise UsageError(f"data.root={root!r}: no such folder")
+    if root is None or not Path(str(root)).is_dir():
+        raise UsageError(f"data.root={root!r}: must be the folder that holds {holds}")
     return Path(root)
 
 
@@ -59,7 +58,7 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
     def __getitems__(self, keys: Sequence[Key | int]) -> list[tuple[Tensor, int]]:
         """All images of a batch: what costs the same for one and for many is done once. Torch's loaders ask for it."""
         images, labels = [], []
-        with kept_rng():
+        with isolated_rng():
             for key in keys:
                 epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
                 image, label = self.source[index]
@@ -133,10 +132,6 @@ class ImageData(LightningDataModule, ABC):
             raise UsageError(f"data.root={self.settings.root!r}: has no split {name!r}; it has {', '.join(self.splits)}")
         return self._splits[name]
 
-    def left_out(self) -> dict[str, int]:
-        """How many images of each split could not be decoded under `data.on_error=skip`, of those that were read so far, if any."""
-        return {name: count for name, source in self._splits.items() if (count := getattr(source, "left_out", 0))}
-
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits that there are, in the order of `SPLITS`."""
@@ -149,9 +144,7 @@ class ImageData(LightningDataModule, ABC):
 
     def fingerprints(self) -> dict[str, str]:
         """For each split what tells its images and labels from any others, wherever they lie and however they are held in memory."""
-        sources = {name: self.split(name) for name in self.splits}
-        # Of somebody's own images nothing is known but their labels.
-        return {name: source.fingerprint() if hasattr(source, "fingerprint") else digest(source.labels) for name, source in sources.items()}
+        return {name: self.split(name).fingerprint() for name in self.splits}
 
     @property
     def evaluation_split(self) -> str:
@@ -167,21 +160,6 @@ class ImageData(LightningDataModule, ABC):
         counts = np.bincount(self.split(self.evaluation_split).labels) if confusion is None else confusion.sum(1).numpy()
         share = 100 * float(counts.max()) / counts.sum()
         return {"split": self.evaluation_split, "images": int(counts.sum()), "majority_share": round(float(share), 4)}
-
-    def class_weights(self) -> Tensor | None:
-        """Factors of the classes by `class_weights`, (classes,), 1 on average over the training images; None where all are alike.
-
-        Raises:
-            UsageError: a class has no training image.
-        """
-        if self.settings.class_weights is None:
-            return None
-        counts = np.bincount(self.split("train").labels, minlength=self.settings.num_classes)
-        if not counts.all():
-            raise UsageError(
-                f"data.class_weights='balanced': class {int(counts.argmin())} has no training image; must be null, or every class have one"
-            )
-        return torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)
 
     def _check(self, split: str, source: ImageSource) -> None:
         wrong = source.labels[(source.labels < 0) | (source.labels >= self.settings.num_classes)]
@@ -277,3 +255,30 @@ class ImageData(LightningDataModule, ABC):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.settings.seed))[:count]
         chunks = order.split(batch_size or self.settings.batch_size)
         return [torch.stack([images[int(i)][0] for i in chunk]) for chunk in chunks]
+
+
+class EncodedImageData(ImageData):
+    """Base of datasets of image files: of any size, scaled and cropped as the model's pretrained weights expect it.
+
+    Args:
+        settings: fields of `DataSettings`; None in `mean`, `std`, `crop_pct` and `interpolation` = that of `model`.
+    """
+
+    @classmethod
+    def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
+        """The settings; None in `mean`, `std`, `crop_pct` and `interpolation` = that of `model`, else ImageNet's usual values."""
+        config = timm.get_pretrained_cfg(settings["model"]) if settings.get("model") else None
+        values = {name: getattr(config, name, None) or usual for name, usual in IMAGENET.items() if settings.get(name) is None}
+        return super().complete({**settings, **values})
+
+    def read(self) -> dict[str, ImageSource]:
+        """All splits that there are; without val a tenth of train is held out."""
+        found: dict[str, ImageSource] = {}
+        for split, images in hold_out(self.encoded()).items():
+            source = load(images, self.settings)
+            found[split] = replace(source, known_as=images.fingerprint()) if isinstance(source, ImageArrays) else source
+        return found
+
+    @abstractmethod
+    def encoded(self) -> Mapping[str, EncodedImages]:
+        """The splits as they are stored."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from qat.data.arrays import to_pil, to_pixels
 from qat.data.image_data import ImageData
 from qat.data.imagefolder import FileImages
 from qat.data.settings import DataSettings
+from qat.data.sources import to_pil, to_pixels
 from qat.data.transforms import eval_transform
 from qat.errors import UsageError
 
 AnyImage = Image.Image | NDArray[np.uint8] | str | Path
-CHANNELS = (1, 3)
 
 
 def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[AnyImage], Tensor]:
@@ -36,34 +36,26 @@ def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[Any
         UsageError: the settings cannot work, or `_target_` is a dataset that is not known here.
     """
     known = settings if isinstance(settings, DataSettings) else data_settings(settings)
-    if known.in_chans not in CHANNELS:
-        raise UsageError(f"data.in_chans={known.in_chans}: image files have 1 (grey) or 3 (RGB) channels")
     transform = eval_transform(known)
-
     return lambda image: transform(_pixels(image, known))
 
 
 def data_settings(config: Mapping[str, Any]) -> DataSettings:
     """Complete settings of a data config as checkpoints hold it; see `image_transform`."""
-    values = {key: value for key, value in config.items() if key != "_target_"}
     target = config.get("_target_", "qat.data.ImageData")
-    known: list[Any] = [ImageData]
-    while known:
-        dataset = known.pop()
-        if target in {f"{dataset.__module__}.{dataset.__qualname__}", f"qat.data.{dataset.__name__}"}:
-            return dataset.complete(values)
-        known += dataset.__subclasses__()
-    raise UsageError(f"data._target_={target!r}: is no dataset of qat, nor one that has been imported; import it, or give its settings")
+    module, _, name = target.rpartition(".")
+    dataset = getattr(sys.modules.get(module), name, None)
+    if not (isinstance(dataset, type) and issubclass(dataset, ImageData)):
+        raise UsageError(f"data._target_={target!r}: is no dataset of qat, nor one that has been imported; import it, or give its settings")
+    return dataset.complete({key: value for key, value in config.items() if key != "_target_"})
 
 
 def _pixels(image: AnyImage, settings: DataSettings) -> NDArray[np.uint8]:
     """(H, W, in_chans)."""
     if isinstance(image, str | Path):
-        return FileImages([(str(image), 0)], "", settings).decode(0)
-    if isinstance(image, Image.Image):
-        return to_pixels(image, settings.in_chans)
-    if not isinstance(image, np.ndarray):
-        raise UsageError(f"image of type {type(image).__name__}: must be a path, Pillow's image or an array of uint8")
-    if image.dtype != np.uint8 or image.ndim not in {2, 3} or image[..., None].shape[2] not in CHANNELS:
-        raise UsageError(f"image array {image.shape} of {image.dtype}: must be (H, W), (H, W, 1) or (H, W, 3) of uint8")
-    return to_pixels(to_pil(image.reshape(*image.shape[:2], -1)), settings.in_chans)
+        return FileImages([(str(image), 0)], "", settings)[0][0]
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        image = to_pil(image.reshape(*image.shape[:2], -1))
+    if not isinstance(image, Image.Image):
+        raise UsageError(f"image of type {type(image).__name__}: must be a path, Pillow's image, or an array (H, W[, 1 or 3]) of uint8")
+    return to_pixels(image, settings.in_chans)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from pathlib import Path
@@ -12,14 +11,11 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from qat.data.arrays import ImageSource, digest
-from qat.data.encoded import EncodedImageData, EncodedImages, open_image
-from qat.data.image_data import data_folder
+from qat.data.image_data import EncodedImageData, data_folder
 from qat.data.settings import DataSettings
+from qat.data.sources import EncodedImages, digest, open_image
 from qat.errors import UsageError
 from qat.utils.files import files_below
-
-log = logging.getLogger(__name__)
 
 # Of a GIF the first picture is read.
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
@@ -42,11 +38,8 @@ class FileImages(EncodedImages):
         super().__init__(np.asarray([label for _, label in files], dtype=np.int64), folder, settings)
 
     def open(self, index: int) -> Image.Image:
-        """One image; a pipe or a device would give bytes for ever."""
-        path = Path(self.name(index))
-        if not path.is_file():
-            raise ValueError("No such file, or none with an end")
-        return open_image(path.read_bytes())
+        """One image."""
+        return open_image(Path(self.name(index)).read_bytes())
 
     def name(self, index: int) -> str:
         """Its path."""
@@ -61,43 +54,34 @@ class FileImages(EncodedImages):
 class ImageFolder(EncodedImageData):
     """`root/{train,val|validation|valid,test}/<class>/*`; class ids are those of the sorted folder names of train.
 
-    Without val a tenth of train is held out, always the same images. Without test, or where it has images but no class folders, val is
+    Without val a tenth of train is held out, always the same images. Without test, or where it has no class folders, val is
     evaluated. Without train a net can be evaluated where another split has a folder for every class.
     """
-
-    def read(self) -> dict[str, ImageSource]:
-        """All splits that there are.
-
-        Raises:
-            UsageError: `data.root` is not set or not such a folder, or the classes are not those of the settings.
-        """
-        if (found := len(self.classes())) != self.settings.num_classes:
-            raise UsageError(f"data.num_classes={self.settings.num_classes}: data.root={self.settings.root!r} has {found} class folders")
-        return super().read()
 
     def encoded(self) -> dict[str, EncodedImages]:
         """All splits that there are.
 
         Raises:
-            UsageError: a folder is not a class of the split that names them, or a class has no image there.
+            UsageError: `data.root` is not set or not such a folder, the classes are not those of the settings or of the split that names
+                them, or a split has no images.
         """
         folders, classes = self._folders(), self.classes()
+        if len(classes) != self.settings.num_classes:
+            here = f"data.root={self.settings.root!r} has {len(classes)} class folders in {LAYOUT}"
+            raise UsageError(f"data.num_classes={self.settings.num_classes}: {here}")
         ids = {name: number for number, name in enumerate(classes)}
         source = next(iter(folders))
         found: dict[str, EncodedImages] = {}
         for split, folder in folders.items():
             names = class_names(folder)
-            if split == "test" != source and not names and any(map(is_image, os.listdir(folder))):
-                log.warning("%s: has images but no class folders, val is evaluated", folder)  # ILSVRC's, whose labels are not published
-                continue
+            if split == "test" != source and not names:
+                continue  # ILSVRC's, whose labels are not published
             if unknown := sorted({*names} - {*classes}):
-                raise UsageError(f"{folder / unknown[0]}: unknown class; those of {source} are {', '.join(classes[:10])} ...")
+                raise UsageError(f"{folder / unknown[0]}: unknown class; must be one of {source}'s, {', '.join(classes[:10])} ...")
             files = [(path, ids[name]) for name in classes for path in files_below(folder / name) if is_image(path)]
-            images = FileImages(files, str(folder), self.settings)
-            empty = sorted({*ids.values()} - {*images.labels.tolist()})
-            if empty and (split == source or not files):
-                raise UsageError(f"{folder / classes[empty[0]]}: holds no images; known are {', '.join(EXTENSIONS)}")
-            found[split] = images
+            if not files:
+                raise UsageError(f"{folder}: holds no images; must hold {', '.join(EXTENSIONS)}")
+            found[split] = FileImages(files, str(folder), self.settings)
         return found
 
     def _folders(self) -> dict[str, Path]:
@@ -109,15 +93,8 @@ class ImageFolder(EncodedImageData):
         return found
 
     def classes(self) -> list[str]:
-        """Sorted names of the folders below train, or where there is no train below the first split that there is.
-
-        Raises:
-            UsageError: there are none.
-        """
-        folder = next(iter(self._folders().values()))
-        if names := class_names(folder):
-            return names
-        raise UsageError(f"{folder}: holds no class folders; images have to lie in {folder.name}/<class>/")
+        """Sorted names of the folders below train, or where there is no train below the first split that there is."""
+        return class_names(next(iter(self._folders().values())))
 
     def named_classes(self) -> list[str] | None:
         """Names of the folders below train; None without `data.root`."""
@@ -137,10 +114,8 @@ class ImageNet(ImageFolder):
             UsageError: a folder is not named by its wnid: other names have another order, and a pretrained head would be wrong.
         """
         names = super().classes()
-        for name in names:
-            if not re.fullmatch(r"n\d{8}", name):
-                where = f"data.root={self.settings.root!r}: class {name}"
-                raise UsageError(f"{where} is no wnid like n01440764; other class names are read by data=imagefolder")
+        if wrong := [name for name in names if not re.fullmatch(r"n\d{8}", name)]:
+            raise UsageError(f"data.root={self.settings.root!r}: class {wrong[0]} is no wnid like n01440764; data=imagefolder reads others")
         return names
 
     def named_classes(self) -> list[str] | None:

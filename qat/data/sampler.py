@@ -1,14 +1,17 @@
-"""Order and randomness as functions of (seed, epoch, index), so that kills, workers and process counts do not change them."""
+"""Order and randomness as functions of (seed, epoch, index); a loader that can begin in the middle of an epoch."""
 
 from __future__ import annotations
 
 import contextlib
 import random
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+
+from qat.errors import UsageError
 
 # (epoch, index), with repeats (epoch, index, copy).
 Key = tuple[int, ...]
@@ -62,6 +65,52 @@ class SeededSampler(Sampler[Key]):
         return len(range(self.rank, self.length, self.world_size))
 
 
+class ResumableLoader(DataLoader):
+    """Counts the batches it hands out, and continues after them.
+
+    Lightning stores `state_dict` with a checkpoint and gives it back to the loader of a resumed run; a loader without it would
+    begin the epoch again: images seen twice, others never. Iteration starts lazily: Lightning asks for an iterator before it sets
+    the sampler's epoch.
+
+    Args:
+        args: of `DataLoader`; the sampler must be a `SeededSampler`.
+        options: of `DataLoader`, by name.
+    """
+
+    sampler: SeededSampler
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._handed_out = self._skip = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._handed_out, self._skip = self._skip, 0
+        self.sampler.skip = self._handed_out * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._handed_out += 1
+            yield batch
+
+    @property
+    def _global_batch(self) -> int:
+        return (self.batch_size or 1) * getattr(self.sampler, "world_size", 1)  # Lightning's own sampler, to overfit, has none
+
+    def state_dict(self) -> dict[str, int]:
+        """Number of batches handed out in this epoch, and of images, those of all processes together."""
+        return {"batches": self._handed_out, "images": self._handed_out * self._global_batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next epoch begins after the images of `state`, which as many processes or as few may have seen.
+
+        Raises:
+            UsageError: that is in the middle of a batch of all processes.
+        """
+        images = state.get("images", state["batches"] * self._global_batch)
+        if images % self._global_batch:
+            now = f"data.batch_size={self.batch_size} in {self.sampler.world_size} processes"
+            raise UsageError(f"resume: the run stopped after {images} images of an epoch, no whole number of batches of {now}")
+        self._skip = images // self._global_batch
+
+
 def mix(*numbers: int) -> int:
     """One 63-bit seed from several numbers; near inputs give far seeds."""
     return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -69,18 +118,12 @@ def mix(*numbers: int) -> int:
 
 @contextlib.contextmanager
 def isolated_rng(*numbers: int) -> Generator[None]:
-    """Seed the three global generators that augmentations draw from, and give them back as they were."""
-    with kept_rng():
-        seed_rng(*numbers)
-        yield
-
-
-@contextlib.contextmanager
-def kept_rng() -> Generator[None]:
-    """Give the three global generators back as they were."""
+    """Give the three global generators that augmentations draw from back as they were; with numbers, seed them first."""
     # The CPU generator itself: torch.manual_seed would also queue a seeding of every accelerator, with a traceback each.
     generator = torch.default_generator
     states = random.getstate(), np.random.get_state(), generator.get_state()
+    if numbers:
+        seed_rng(*numbers)
     try:
         yield
     finally:

@@ -10,35 +10,27 @@ from typing import Any
 from qat.errors import UsageError
 from qat.utils.validate import check_choice, check_int, check_number
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-# A typing mistake may ask for more processes or pixels than a machine survives.
-HIGHEST_WORKERS, HIGHEST_SIDE, HIGHEST_REPEATS = 256, 2**14, 1000
-CHECKS: dict[str, tuple[Any, ...]] = {
-    "on_error": (check_choice, ("raise", "skip")),
-    "augment": (check_choice, ("none", "light", "timm")),
-    "erase_mode": (check_choice, ("pixel", "const", "rand")),
-    "train_interpolation": (check_choice, ("random", *INTERPOLATIONS)),
-    "interpolation": (check_choice, INTERPOLATIONS),
-    "mixup_mode": (check_choice, ("batch", "pair", "elem")),
-    "class_weights": (check_choice, ("balanced",)),
-    "image_size": (check_int, 1, HIGHEST_SIDE),
-    "patch_size": (check_int, 1, HIGHEST_SIDE),
-    "in_chans": (check_int, 1),
-    "num_classes": (check_int, 1),
-    "batch_size": (check_int, 1),
-    "num_workers": (check_int, 0, HIGHEST_WORKERS),
-    "calibration_images": (check_int, 1),
-    "seed": (check_int, 0),
-    "erase_count": (check_int, 1),
-    "repeats": (check_int, 1, HIGHEST_REPEATS),
-    "mixup_off_epoch": (check_int, 0),
-    "shift": (check_int, 0),
-    "memory_mb": (check_number, 0),
-    "mixup": (check_number, 0),
-    "cutmix": (check_number, 0),
+CHOICES = {
+    "augment": ("none", "light", "timm"),
+    "train_interpolation": ("random", "nearest", "bilinear", "bicubic"),
+    "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),
 }
+LOWEST_INTS = {
+    "image_size": 1,
+    "patch_size": 1,
+    "in_chans": 1,
+    "num_classes": 1,
+    "batch_size": 1,
+    "num_workers": 0,
+    "calibration_images": 1,
+    "seed": 0,
+    "repeats": 1,
+    "mixup_off_epoch": 0,
+    "shift": 0,
+}
+LOWEST_NUMBERS = {"memory_mb": 0, "mixup": 0, "cutmix": 0}
 SHARES = ("hflip", "random_erasing", "mixup_prob", "mixup_switch_prob", "crop_pct")
-MAY_BE_NONE = {"interpolation", "class_weights", "crop_pct", "patch_size", "shift"}
+MAY_BE_NONE = {"interpolation", "crop_pct", "patch_size", "shift"}
 
 
 @dataclass(frozen=True)
@@ -62,25 +54,19 @@ class DataSettings:
         rand_augment: timm's string (`rand-...`, `augmix-...`, `original`, `v0`, `3a` ...); None = off; `timm` only.
         color_jitter: range of factors of brightness, contrast and saturation: one number, or a list of three or with hue four; None =
             off; `timm` only, and there only where `rand_augment` is None or has `3a` in it: timm leaves it out beside the others.
-        random_erasing: probability that a rectangle is erased; `timm` only.
-        erase_mode: fill of an erased rectangle: normal noise per `pixel`, `const` = the mean, `rand` = one normal colour; `timm` only.
-        erase_count: rectangles at most; `timm` only.
+        random_erasing: probability that a rectangle is filled with noise; `timm` only.
         train_interpolation: of the random resized crop; `random` = bilinear or bicubic by chance; `timm` only.
         repeats: how often an image appears in the order of an epoch, each time augmented anew, while the epoch's length stays: it then sees
             one image in `repeats`. Source: Hoffer et al., "Augment Your Batch", CVPR 2020; DeiT has 3.
         mixup: alpha of mixup (arXiv 1710.09412), pairs of images of a batch blended, their classes too; 0 = off.
         cutmix: alpha of cutmix (arXiv 1905.04899), a rectangle from the other image; 0 = off.
-        mixup_prob: probability that a batch (`pair`, `elem`: a pair, an image) is mixed at all.
+        mixup_prob: probability that a batch is mixed at all.
         mixup_switch_prob: probability of cutmix where both are on.
-        mixup_mode: one draw per `batch`, `pair` of images or `elem` (image).
         mixup_off_epoch: nothing is mixed from this epoch on; 0 = always mixed.
-        class_weights: factors of the classes in losses on labels: `balanced` = images / (classes * images of the class), of the training
-            split; None = all alike.
         calibration_images: images from which scales are initialised.
         seed: of order, augmentation and calibration images.
         root: folder with the data.
         memory_mb: a split that would take more megabytes once decoded, or has images of different sizes, is decoded when needed.
-        on_error: what an image does that cannot be decoded: `raise` stops, `skip` warns and goes on without it.
         crop_pct: side of evaluation's centre crop as a share of the shorter side, before scaling to `image_size`; None = the whole image
             is squeezed into the square when read; photos: None = that of `model`.
         interpolation: of evaluation's and `light`'s scaling where there is a `crop_pct`; photos: None = that of `model`.
@@ -104,22 +90,17 @@ class DataSettings:
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     color_jitter: float | Sequence[float] | None = None
     random_erasing: float = 0.25
-    erase_mode: str = "pixel"
-    erase_count: int = 1
     train_interpolation: str = "random"
     repeats: int = 1
     mixup: float = 0.0
     cutmix: float = 0.0
     mixup_prob: float = 1.0
     mixup_switch_prob: float = 0.5
-    mixup_mode: str = "batch"
     mixup_off_epoch: int = 0
-    class_weights: str | None = None
     calibration_images: int = 256
     seed: int = 0
     root: str | None = None
     memory_mb: float = 4096
-    on_error: str = "raise"
     crop_pct: float | None = None
     interpolation: str | None = None
     image_column: str | None = None
@@ -128,9 +109,10 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         set_values = {name: value for name, value in vars(self).items() if value is not None or name not in MAY_BE_NONE}
-        for name, (check, *bounds) in CHECKS.items():
-            if name in set_values:
-                check(f"data.{name}", set_values[name], *bounds)
+        tables: list[tuple[Any, Any]] = [(check_choice, CHOICES), (check_int, LOWEST_INTS), (check_number, LOWEST_NUMBERS)]
+        for check, table in tables:
+            for name in [name for name in table if name in set_values]:
+                check(f"data.{name}", set_values[name], table[name])
         for name in SHARES:
             if name in set_values:
                 check_number(f"data.{name}", set_values[name], 0, above=name == "crop_pct", highest=1)

@@ -11,10 +11,9 @@ import numpy as np
 import timm.data
 from PIL import Image
 
-from qat.data.arrays import digest
-from qat.data.encoded import EncodedImageData, EncodedImages, open_image
-from qat.data.image_data import SPLITS, data_folder
+from qat.data.image_data import SPLITS, EncodedImageData, data_folder
 from qat.data.settings import DataSettings
+from qat.data.sources import EncodedImages, digest, open_image
 from qat.errors import UsageError
 
 
@@ -36,11 +35,6 @@ class TimmSettings(DataSettings):
     test_split: str | None = None
     download: bool = False
 
-    @property
-    def reader(self) -> str:
-        """What precedes the slash."""
-        return self.name.partition("/")[0].lower()
-
 
 class TimmImages(EncodedImages):
     """One split as timm reads it.
@@ -56,9 +50,7 @@ class TimmImages(EncodedImages):
 
     def __init__(self, settings: TimmSettings, split: str, class_map: Mapping[str, int] | None = None) -> None:
         options: dict[str, Any] = {}
-        if settings.reader not in {"", "torch", "hfds"}:
-            raise UsageError(f"data.name={settings.name!r}: must be empty (a folder or a tar file), torch/NAME or hfds/NAME")
-        if settings.reader == "hfds":
+        if settings.name.startswith("hfds/"):
             options = {"input_key": settings.image_column, "target_key": settings.label_column}
         elif settings.root and settings.root.endswith(".tar"):
             options = {"cache_tarfiles": False}  # worker processes would share one open file, and its position
@@ -69,21 +61,14 @@ class TimmImages(EncodedImages):
             dataset = timm.data.create_dataset(settings.name, **options)
             self.reader = reader = getattr(dataset, "reader", dataset)
             targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else getattr(reader, "targets", None)
-            labels = np.asarray([label for _, label in reader.samples] if targets is None else targets)
+            labels = np.asarray([label for _, label in reader.samples] if targets is None else targets).astype(np.int64, casting="safe")
         except Exception as error:  # timm, torchvision and `datasets` raise nearly anything
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(f"data.name={settings.name!r}: must be a dataset that timm can read; of {split!r} it says: {why}") from error
-        if not len(labels) or labels.dtype.kind not in "iu" or labels.ndim != 1:
-            raise UsageError(f"data.name={settings.name!r}: each image of {split!r} must have one class id")
-        super().__init__(labels.astype(np.int64), f"data.name={settings.name!r}, {split!r}", settings)
-        self.title = settings.name.lower()
+        super().__init__(labels, f"data.name={settings.name!r}, {split!r}", settings)
+        # What no other split may have; none of datasets by name.
+        self.files: set[str] = set() if settings.name else set(reader.filenames(absolute=True))
         self.classes: dict[str, int] = getattr(reader, "class_to_idx", {})
-
-    def identity(self) -> set[str]:
-        """Files, or of datasets without files the name of the part: what no other split may have."""
-        if not self.title:
-            return set(self.reader.filenames(absolute=True))
-        return {str(getattr(self.reader, "train", getattr(self.reader, "split", self.where)))}
 
     def open(self, index: int) -> Image.Image:
         """One image."""
@@ -124,15 +109,14 @@ class Timm(EncodedImageData):
             if name is None:
                 continue
             images = TimmImages(self.settings, name, next(iter(found.values())).classes if found else None)
-            for other, earlier in found.items():
-                if images.identity() & earlier.identity():
-                    raise UsageError(f"data.{split}_split={name!r}: must be other images than data.{other}_split; null for no such split")
+            if any(images.files & other.files for other in found.values()):
+                raise UsageError(f"data.{split}_split={name!r}: must be other images than those of train; null for no such split")
             found[split] = images
         return found
 
     def named_classes(self) -> list[str] | None:
         """Names as the reader has them; None where it has none, or there is nothing to read."""
-        if self.settings.root is None and self.settings.reader != "hfds":
+        if self.settings.root is None and not self.settings.name.startswith("hfds/"):
             return None
         classes = next(iter(self._images.values())).classes
         return sorted(classes, key=classes.__getitem__) if len(classes) == self.settings.num_classes else None

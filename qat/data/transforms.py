@@ -1,4 +1,7 @@
-"""From decoded pixels to normalised tensors; augmentation is torchvision's and timm's."""
+"""From decoded pixels to normalised tensors, and mixing of batches; augmentation is torchvision's and timm's.
+
+Papers: mixup arXiv 1710.09412, cutmix arXiv 1905.04899.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,16 @@ import timm.data
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from timm.data.mixup import Mixup
 from torch import Tensor
 from torchvision.transforms import v2
 
-from qat.data.arrays import resize_square, to_pil
+from qat.data.sampler import isolated_rng
 from qat.data.settings import DataSettings
+from qat.data.sources import resize_square, to_pil
+
+# Keeps the draws of mixing apart from those of augmentation, whose numbers are (seed, epoch, index).
+STREAM = 0x6D6978
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,7 @@ def train_transform(settings: DataSettings) -> Transform:
             "auto_augment": settings.rand_augment,
             "color_jitter": settings.color_jitter,
             "re_prob": settings.random_erasing,
-            "re_mode": settings.erase_mode,
-            "re_count": settings.erase_count,
+            "re_mode": "pixel",
             "interpolation": settings.train_interpolation,
         }
     augmentation = _timm_transform(settings, is_training=True, hflip=settings.hflip, scale=tuple(settings.scale), **options)
@@ -88,8 +95,6 @@ def train_transform(settings: DataSettings) -> Transform:
                 operation.magnitude_max = math.nextafter(10, 0)
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
-            if operation.kwargs["resample"] == Image.Resampling.LANCZOS:  # Pillow scales with it, but does not rotate or shear
-                operation.kwargs["resample"] = Image.Resampling.BICUBIC
     return Transform(v2.Compose([*squeeze, to_pil, augmentation]), is_random=True)
 
 
@@ -101,3 +106,44 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 def _timm_transform(settings: DataSettings, **options: Any) -> Any:
     size = (settings.in_chans, settings.image_size, settings.image_size)
     return timm.data.create_transform(size, mean=tuple(settings.mean), std=tuple(settings.std), **options)
+
+
+class BatchMixup:
+    """Blends each image of a batch with the one opposite (first with last), and their classes.
+
+    Smoothing of labels is the loss's: cross-entropy smooths probabilities as timm smooths one-hot classes.
+
+    Args:
+        settings: with `mixup*`, `cutmix`, `num_classes` and `seed`.
+    """
+
+    def __init__(self, settings: DataSettings) -> None:
+        self.seed, self.off_epoch = settings.seed, settings.mixup_off_epoch
+        self._mixup = Mixup(
+            mixup_alpha=settings.mixup,
+            cutmix_alpha=settings.cutmix,
+            prob=settings.mixup_prob,
+            switch_prob=settings.mixup_switch_prob,
+            label_smoothing=0.0,
+            num_classes=settings.num_classes,
+        )
+
+    def __call__(self, images: Tensor, target: Tensor, *, epoch: int, step: int, rank: int = 0) -> tuple[Tensor, Tensor]:
+        """Mix one batch; `images` stays as it is.
+
+        Args:
+            images: (B, C, H, W), float, B even.
+            target: (B,), class ids.
+            epoch: that is under way.
+            step: number of the batch since training began.
+            rank: of the process.
+
+        Returns:
+            Images of the same dtype and probabilities (B, K), float32; the arguments themselves in an epoch without mixing.
+        """
+        if self.off_epoch and epoch >= self.off_epoch:
+            return images, target
+        exact = torch.promote_types(images.dtype, torch.float32)  # timm gives shares of classes the dtype of the images
+        with isolated_rng(self.seed, step, rank, STREAM):
+            mixed, shares = self._mixup(images.to(exact, copy=True), target)
+        return mixed.to(images.dtype), shares

@@ -32,7 +32,6 @@ def distillation_loss(
     label_smoothing: float = 0.0,
     hard_weight: float = 1.0,
     temperature: float = 1.0,
-    class_weights: Tensor | None = None,
 ) -> Tensor:
     """hard_weight * CE(student_cls, target) + CE(student_dist, softmax(teacher_cls)); equal weights and temperature 1 in OFQ.
 
@@ -44,7 +43,6 @@ def distillation_loss(
         label_smoothing: mass moved from the target to all classes, in [0, 1); the teacher's probabilities stay.
         hard_weight: of the first part; at 0 labels are not looked at.
         temperature: of the second part, above 0 (`soft_cross_entropy`).
-        class_weights: (K,) factors of the classes in the first part, None = all alike.
 
     Returns:
         Scalar, float32.
@@ -52,7 +50,7 @@ def distillation_loss(
     soft = soft_cross_entropy(student_dist, teacher_cls, temperature)
     if not hard_weight:
         return soft
-    hard = F.cross_entropy(student_cls.float(), target, class_weights, label_smoothing=label_smoothing)
+    hard = F.cross_entropy(student_cls.float(), target, label_smoothing=label_smoothing)
     return hard_weight * hard + soft
 
 

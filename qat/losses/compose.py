@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ class StepContext:
         progress: share of the run's optimizer steps that are done, 0 to 1.
         features: what each block of the net gave, if a term asks for it.
         teacher_features: what each block of the teacher gave, if a term asks for it.
-        class_weights: (K,) factors of the classes in a loss on labels, None = all alike.
     """
 
     logits: Tensor | tuple[Tensor, Tensor]
@@ -36,7 +34,6 @@ class StepContext:
     progress: float = 0.0
     features: Sequence[Tensor] = ()
     teacher_features: Sequence[Tensor] = ()
-    class_weights: Tensor | None = None
 
     @property
     def heads(self) -> tuple[Tensor, Tensor]:
@@ -113,8 +110,6 @@ class CompositeLoss(nn.Module):
         self.blocks = next(iter(blocks), None)
         self.needs_teacher = any(term.needs_teacher for term in self._all)
         self.terms = nn.ModuleDict(dict(terms))
-        self.class_weights: Tensor | None
-        self.register_buffer("class_weights", None, persistent=False)
 
     def prepare(self, net: nn.Module) -> None:
         """Have every term find what it works on; see `LossTerm.prepare`."""
@@ -127,8 +122,6 @@ class CompositeLoss(nn.Module):
 
     def forward(self, step: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum, and each term's unweighted value (detached) by name."""
-        if self.class_weights is not None:
-            step = dataclasses.replace(step, class_weights=self.class_weights)
         values = {name: term(step) for name, term in self.terms.items()}
         weighted = [cast(LossTerm, self.terms[name]).weight * value for name, value in values.items()]
         total = weighted[0]

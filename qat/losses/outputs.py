@@ -32,7 +32,7 @@ class CrossEntropy(LossTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """Scalar."""
-        return F.cross_entropy(step.prediction.float(), step.target, step.class_weights, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(step.prediction.float(), step.target, label_smoothing=self.label_smoothing)
 
 
 class Distillation(LossTerm):
@@ -63,7 +63,7 @@ class Distillation(LossTerm):
             raise ValueError("Distillation needs teacher logits; build QATModule with a teacher")
         cls, dist = step.heads
         settings = {"label_smoothing": self.label_smoothing, "hard_weight": self.hard_weight, "temperature": self.temperature}
-        return distillation_loss(cls, dist, step.teacher_logits, step.target, class_weights=step.class_weights, **settings)
+        return distillation_loss(cls, dist, step.teacher_logits, step.target, **settings)
 
 
 class FeatureDistillation(LossTerm):

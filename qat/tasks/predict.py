@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from qat.data import DataSettings, ImageData, image_transform
-from qat.data.encoded import SKIP, ImageError
 from qat.data.imagefolder import EXTENSIONS, is_image
 from qat.errors import UsageError
 from qat.spec import QuantRecipe
@@ -67,7 +66,7 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
     """Write `predictions.csv` into the run directory, a line per image: path, then class and probability by rank; show its first lines.
 
     Raises:
-        UsageError: more than one device is asked for, or an image cannot be decoded (under `data.on_error=skip`, all of them).
+        UsageError: more than one device is asked for, or an image cannot be decoded.
     """
     if trainer.world_size > 1:
         raise UsageError(f"trainer.devices={cfg.trainer.devices!r}: predictions are made on one device; must be 1")
@@ -76,50 +75,32 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
         _Files(paths, settings),
         batch_size=settings.batch_size,
         num_workers=settings.num_workers if len(paths) > settings.batch_size else 0,  # starting workers costs more than one batch
-        collate_fn=_collate,
     )
     device, net = trainer.strategy.root_device, subject.net.to(trainer.strategy.root_device).eval()
     rows = []
     for numbers, images in loader:
-        if not numbers:  # none of them could be decoded
-            continue
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
             shares, classes = (found.cpu().tolist() for found in net(images.to(device)).float().softmax(dim=-1).topk(ranks))
-        for number, best in zip(numbers, map(zip, classes, shares), strict=True):
+        for number, best in zip(numbers.tolist(), map(zip, classes, shares), strict=True):
             rows.append([str(paths[number]), *(cell for one, share in best for cell in (subject.classes[one], f"{share:.6f}"))])
-    if not rows:
-        raise UsageError(f"data.on_error=skip: none of {len(paths)} images below predict={str(cfg.predict)!r} can be decoded")
     columns = [f"{what}_{rank}" for rank in range(1, ranks + 1) for what in ("class", "probability")]
     write_text(Path(cfg.run_dir) / FILE, csv_lines([["path", *columns], *(map(printable, row) for row in rows)]))
     shown = {row[0]: f"{row[1].partition(',')[0]} {100 * float(row[2]):.1f} %" for row in rows[:SHOWN_IMAGES]}
     log.info(summary.lines("predictions", shown))
-    left_out = f", {len(paths) - len(rows)} left out" if len(rows) < len(paths) else ""
-    log.info("%d images%s: %s", len(rows), left_out, Path(cfg.run_dir) / FILE)
+    log.info("%d images: %s", len(rows), Path(cfg.run_dir) / FILE)
 
 
-class _Files(Dataset[tuple[int, Tensor] | None]):
-    """Image files after the evaluation transform; None for one that is skipped."""
+class _Files(Dataset[tuple[int, Tensor]]):
+    """Number and image after the evaluation transform."""
 
     def __init__(self, paths: list[Path], settings: DataSettings) -> None:
-        self.paths, self.on_error, self.transform = paths, settings.on_error, image_transform(settings)
+        self.paths, self.transform = paths, image_transform(settings)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor] | None:
-        try:
-            return row, self.transform(self.paths[row])
-        except ImageError as error:
-            if self.on_error == "raise":
-                raise ImageError(f"{error}; {SKIP}") from error
-            log.warning("data.on_error=skip: %s; left out", error)
-            return None
-
-
-def _collate(items: list[tuple[int, Tensor] | None]) -> tuple[list[int], Tensor | None]:
-    """Numbers of the images that could be decoded, and the images (B, C, H, W)."""
-    decoded = [item for item in items if item is not None]
-    return [number for number, _ in decoded], torch.stack([x for _, x in decoded]) if decoded else None
+    def __getitem__(self, row: int) -> tuple[int, Tensor]:
+        return row, self.transform(self.paths[row])
 
 
 def class_names(stored: object, data: ImageData, count: int) -> list[str]:

@@ -60,7 +60,6 @@ def train(cfg: DictConfig) -> float:
 
     data = build.build_data(cfg)
     data.batch_mixup()  # refuses what cannot be mixed before an image is read
-    loss.class_weights = data.class_weights()
     start = _start(cfg, resume, recipe, data, trainer, optimizer)
     fit.use_less_memory(cfg, start.net)
     teacher = build_teacher(cfg, loss, data, start.net)
@@ -144,13 +143,10 @@ def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[fl
 def _write(
     cfg: DictConfig, recipe: QuantRecipe, data: ImageData, module: QATModule, metrics: Mapping[str, float], outcome: dict[str, Any]
 ) -> None:
-    """Write `results.json`; log the scores, and what could not be decoded."""
+    """Write `results.json`; log the scores."""
     with torch.compiler.set_stance("force_eager"):  # its hooks belong to no compiled graph
         costs = cost(module.net, data.input_size)
-    left_out = data.left_out()
-    facts = data.evaluation_facts(module.confusion) | outcome | ({"left_out": left_out} if left_out else {})
+    facts = data.evaluation_facts(module.confusion) | outcome
     results = write_results(cfg, **recipe_fields(recipe), **measured(metrics, costs), **facts)
-    if left_out:
-        log.warning("data.on_error=skip: %s could not be decoded", ", ".join(f"{n} {split} images" for split, n in left_out.items()))
     scores = f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % ({outcome['weights']})"
     log.info("%s %s; %d bytes as stored; outputs in %s", results["split"], scores, costs.size_bytes, cfg.run_dir)

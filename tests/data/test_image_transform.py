@@ -93,11 +93,9 @@ def test_code_named_in_a_config_is_not_imported(target):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (3, "image of type int: must be a path, Pillow's image or an array of uint8"),
+        (3, "image of type int: must be a path, Pillow's image, or an array"),
         (torch.zeros(3, 8, 8), "image of type Tensor: must be"),
-        (np.zeros((8, 8)), r"image array \(8, 8\) of float64: must be \(H, W\), \(H, W, 1\) or \(H, W, 3\) of uint8"),
-        (np.zeros((3, 8, 8), np.uint8), r"image array \(3, 8, 8\) of uint8: must be"),
-        (np.zeros((1, 8, 8, 3), np.uint8), r"image array \(1, 8, 8, 3\) of uint8: must be"),
+        (np.zeros((8, 8)), "image of type ndarray: must be"),
         ("/no/such.png", r"/no/such\.png cannot be decoded \(.*No such file"),
     ],
 )
@@ -108,7 +106,5 @@ def test_what_is_no_image_is_refused(image, message):
 
 
 def test_settings_that_cannot_work_are_named():
-    with pytest.raises(qat.UsageError, match=r"data\.in_chans=4: image files have 1 \(grey\) or 3 \(RGB\) channels"):
-        image_transform({**COLOURS, "in_chans": 4, "mean": [0] * 4, "std": [1] * 4})
     with pytest.raises(qat.UsageError, match=r"data: DataSettings\.__init__\(\) got an unexpected keyword argument 'colour'"):
         image_transform({**COLOURS, "colour": 1})

@@ -45,7 +45,7 @@ def test_without_validation_a_tenth_of_each_class_is_held_out(tmp_path):
     assert found.split("val").labels.tolist() == [0, 0, 1, 1]
     images = {found.split(split)[i][0].tobytes() for split in ("train", "val") for i in range(len(found.split(split)))}
     assert len(images) == 40
-    with pytest.raises(qat.UsageError, match=r"data\.root: 10% of 2 images cannot be held out"):
+    with pytest.raises(qat.UsageError, match=r"^data: 10% of 2 train images cannot be held out \("):
         data(write_folder(tmp_path / "few", (("train", 1),))).train_dataloader()
 
 
@@ -73,28 +73,27 @@ def test_other_files_are_left_alone(tmp_path):
 
 def test_the_number_of_classes_has_to_be_that_of_the_folders(tmp_path):
     root = write_folder(tmp_path, classes=("a", "b", "c"))
-    with pytest.raises(qat.UsageError, match=rf"data\.num_classes is not set: data\.root='{root}' has 3 classes; set data\.num_classes=3$"):
+    with pytest.raises(qat.UsageError, match=r"^data\.num_classes=None: must be an integer of at least 1$"):
         data(root, num_classes=None)
     for classes in (2, 4):
-        with pytest.raises(qat.UsageError, match=rf"^data\.num_classes={classes}: data\.root='{root}' has 3 class folders$"):
+        with pytest.raises(qat.UsageError, match=rf"^data\.num_classes={classes}: data\.root='{root}' has 3 class folders in train"):
             data(root, num_classes=classes).train_dataloader()
 
 
 @pytest.mark.parametrize("source", ["train", "val"])
 def test_a_class_that_the_first_split_does_not_have_is_refused(tmp_path, source):
     write_image(write_folder(tmp_path, ((source, 20), ("test", 4))) / "test" / "cat" / "a.png", 12, 12)
-    with pytest.raises(qat.UsageError, match=rf"{tmp_path}/test/cat: unknown class; those of {source} are ant, bee"):
+    with pytest.raises(qat.UsageError, match=rf"{tmp_path}/test/cat: unknown class; must be one of {source}'s, ant, bee"):
         data(tmp_path).test_dataloader()
 
 
 @pytest.mark.parametrize("splits", [(("train", 20),), (("train", 20), ("val", 4)), (("val", 4),)])
-def test_test_images_without_class_folders_are_left_out(tmp_path, caplog, splits):
+def test_test_images_without_class_folders_are_left_out(tmp_path, splits):
     root = write_folder(tmp_path, splits)
     write_image(root / "test" / "ILSVRC2012_test_00000001.JPEG", 12, 12)
     (root / "test" / ".cache").mkdir()
     found = data(root, crop_pct=1.0, interpolation="bicubic")
     assert found.splits == tuple(split for split in ("train", "val") if split == "val" or split in dict(splits))
-    assert [record.getMessage() for record in caplog.records] == [f"{root}/test: has images but no class folders, val is evaluated"]
 
 
 def lines(root, **changes):
@@ -103,23 +102,18 @@ def lines(root, **changes):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("classes", [2, None])
-def test_a_folder_of_another_kind_is_named(tmp_path, classes):
-    assert lines(None, num_classes=classes).startswith("data.root is not set: give the folder that holds train/<class>/*")
-    assert lines("/no/such", num_classes=classes) == "data.root='/no/such': no such folder"
-    assert lines(tmp_path, num_classes=classes).startswith(f"data.root='{tmp_path}': has no folder train")
+def test_a_folder_of_another_kind_is_named(tmp_path):
+    for root in (None, "/no/such"):
+        assert lines(root).startswith(f"data.root={root!r}: must be the folder that holds train/<class>/*")
+    assert lines(tmp_path).startswith(f"data.root='{tmp_path}': has no folder train")
     write_image(tmp_path / "train" / "a.png", 8, 8)
-    assert lines(tmp_path, num_classes=classes).startswith(
-        f"{tmp_path}/train: holds no class folders; images have to lie in train/<class>/"
-    )
+    assert lines(tmp_path).startswith(f"data.num_classes=2: data.root='{tmp_path}' has 0 class folders in train/<class>/*")
 
 
-@pytest.mark.parametrize(("place", "line"), [("train/cat", "train/cat"), ("val", "val/ant"), ("test", "test/ant")])
-def test_folders_without_images_are_named(tmp_path, place, line):
+def test_a_split_without_images_is_named(tmp_path):
     root = write_folder(tmp_path, (("train", 20),))
-    (root / place).mkdir(parents=True)
-    found = lines(root, num_classes=3 if place == "train/cat" else 2)
-    assert found.startswith(f"{root}/{line}: holds no images; known are .jpg")
+    (root / "val").mkdir()
+    assert lines(root).startswith(f"{root}/val: holds no images; must hold .jpg")
 
 
 @pytest.mark.parametrize("split", ["val", "valid", "test"])
@@ -171,12 +165,10 @@ def test_evaluation_on_imagenet_is_what_the_models_weights_expect(tmp_path, mode
 
 
 @pytest.mark.parametrize("model", [None, "no_model_of_timm"])
-def test_without_a_pretrained_config_it_is_imagenets_and_said(tmp_path, caplog, model):
+def test_without_a_pretrained_config_it_is_imagenets(tmp_path, model):
     settings = ImageNet(**UNSET, root=str(tmp_path), model=model).settings
     assert (settings.crop_pct, settings.interpolation) == (0.9, "bicubic")
     assert (settings.mean, settings.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert f"data.model={model!r} has no pretrained config" in caplog.text
-    assert ImageNet(**UNSET | {"in_chans": 1}, root=str(tmp_path)).settings.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
 
 
 def test_classes_of_imagenet_are_the_sorted_wnids(tmp_path):
@@ -186,5 +178,5 @@ def test_classes_of_imagenet_are_the_sorted_wnids(tmp_path):
     assert found.split("val").name(0).startswith(f"{root}/val/{WNIDS[0]}/")
     assert found.named_classes()[1].startswith("goldfish")
     write_image(root / "val" / "tench" / "a.png", 12, 12)
-    with pytest.raises(qat.UsageError, match=rf"data\.root='{root}': class tench is no wnid like n01440764; .*data=imagefolder"):
+    with pytest.raises(qat.UsageError, match=rf"data\.root='{root}': class tench is no wnid like n01440764; data=imagefolder reads others"):
         ImageNet(**UNSET, root=str(root)).val_dataloader()

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from qat.data.loader import ResumableLoader
-from qat.data.sampler import SeededSampler
+from qat.data.sampler import ResumableLoader, SeededSampler
 
 
 class Keys(torch.utils.data.Dataset):

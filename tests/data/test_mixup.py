@@ -11,12 +11,11 @@ from torch.testing import assert_close
 
 import qat
 from qat.data import BatchMixup, DataSettings, Digits
-from qat.data.mixup import STREAM
 from qat.data.sampler import isolated_rng
+from qat.data.transforms import STREAM
 from qat.losses import CrossEntropy, StepContext
 
 SETTINGS = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "mean": [0.25], "std": [0.5]}
-MODES = ("batch", "pair", "elem")
 
 
 def mixing(**changes):
@@ -33,11 +32,10 @@ def constant(n=8):
     return torch.arange(float(n))[:, None, None, None].expand(n, 1, 8, 8), torch.arange(n)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("mixup", "cutmix", "prob"), [(0.8, 0, 1.0), (0, 1.0, 1.0), (0.8, 1.0, 1.0), (0.8, 1.0, 0.5)])
-def test_images_and_targets_are_timms(mode, mixup, cutmix, prob):
-    ours = mixing(mixup=mixup, cutmix=cutmix, mixup_prob=prob, mixup_mode=mode, mixup_switch_prob=0.4)
-    options = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "prob": prob, "switch_prob": 0.4, "mode": mode}
+def test_images_and_targets_are_timms(mixup, cutmix, prob):
+    ours = mixing(mixup=mixup, cutmix=cutmix, mixup_prob=prob, mixup_switch_prob=0.4)
+    options = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "prob": prob, "switch_prob": 0.4}
     timms = Mixup(**options, label_smoothing=0.0, num_classes=10)
     images, target = batch()
     for step in range(20):
@@ -48,11 +46,10 @@ def test_images_and_targets_are_timms(mode, mixup, cutmix, prob):
         assert_close(found[1], expected[1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_share_of_a_class_is_that_of_its_pixels(mode):
+def test_the_share_of_a_class_is_that_of_its_pixels():
     # On constant images mixup and cutmix both give a mean that the targets have to explain.
     images, target = constant()
-    ours = mixing(mixup_mode=mode)
+    ours = mixing()
     seen = []
     for step in range(20):
         mixed, shares = ours(images, target, epoch=0, step=step)
@@ -77,12 +74,11 @@ def test_draws_are_a_function_of_seed_step_and_rank_alone():
         assert not torch.equal(other, first)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_generators_and_the_callers_images_stay_as_they_are(mode):
+def test_generators_and_the_callers_images_stay_as_they_are():
     images, target = batch()
     kept = images.clone()
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    mixed, _ = mixing(mixup_mode=mode)(images, target, epoch=0, step=1)
+    mixed, _ = mixing()(images, target, epoch=0, step=1)
     assert torch.equal(images, kept)
     assert not torch.equal(mixed, kept)
     assert random.getstate() == before[0]
@@ -101,26 +97,24 @@ def test_nothing_is_mixed_from_the_epoch_on_that_says_so():
     assert mixing()(images, target, epoch=10**6, step=0)[1].shape == (8, 10)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_images_keep_their_dtype_and_targets_are_float32(mode, dtype):
+def test_images_keep_their_dtype_and_targets_are_float32(dtype):
     images, target = batch()
-    mixed, shares = mixing(mixup_mode=mode)(images.to(dtype), target, epoch=0, step=2)
+    mixed, shares = mixing()(images.to(dtype), target, epoch=0, step=2)
     assert mixed.dtype == dtype
     assert shares.dtype == torch.float32
-    exact, exact_shares = mixing(mixup_mode=mode)(images, target, epoch=0, step=2)
+    exact, exact_shares = mixing()(images, target, epoch=0, step=2)
     assert_close(mixed.float(), exact, rtol=0, atol=0.05)
     assert torch.equal(shares, exact_shares)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("mode", MODES)
-def test_smoothing_in_the_loss_is_timms_smoothing_of_targets(smoothing, mode):
+def test_smoothing_in_the_loss_is_timms_smoothing_of_targets(smoothing):
     images, target = batch()
     logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(1))
-    _, shares = mixing(mixup_mode=mode)(images, target, epoch=0, step=4)
+    _, shares = mixing()(images, target, epoch=0, step=4)
     found = CrossEntropy(label_smoothing=smoothing)(StepContext(logits, shares, None, torch.nn.Identity()))
-    timms = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, label_smoothing=smoothing, num_classes=10)
+    timms = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=smoothing, num_classes=10)
     with isolated_rng(3, 4, 0, STREAM):
         _, smoothed = timms(images.clone(), target)
     assert_close(found, SoftTargetCrossEntropy()(logits, smoothed), rtol=1e-6, atol=1e-6)
@@ -133,9 +127,3 @@ def test_an_odd_batch_size_trains_no_mixed_batches_but_evaluates(alpha):
         data.batch_mixup()
     assert sum(len(target) for _, target in data.test_dataloader()) == 360
     assert Digits(**SETTINGS, batch_size=25).batch_mixup() is None
-
-
-def test_an_odd_batch_is_refused():
-    images, target = batch(n=7)
-    with pytest.raises(qat.UsageError, match=r"data\.batch_size: mixup and cutmix need an even number of images in a batch, got 7"):
-        mixing()(images, target, epoch=0, step=0)

@@ -61,25 +61,18 @@ def test_cifar(tmp_path):
         Cifar10(**{**SETTINGS, "num_classes": 3}, root=str(tmp_path)).train_dataloader()
 
 
-def test_a_test_set_without_labels_is_left_out(tmp_path, caplog):
+def test_a_test_set_without_labels_is_left_out(tmp_path):
     write(tmp_path)
     write_parquet(tmp_path / "test.parquet", [encoded(p) for p in pixels(3)], [-1] * 3)
     assert data(tmp_path).evaluation_split == "val"
-    assert "the test images have no labels, val is evaluated" in caplog.text
 
 
 def test_columns_can_be_named(tmp_path):
     made = write(tmp_path, column="photo", label_column="kind")
     columns = {"image_column": "photo", "label_column": "kind"}
     assert same(data(tmp_path, **columns).split("val"), made["validation-00000-of-00001"])
-    with pytest.raises(qat.UsageError, match=r"has columns photo, kind; one of img, image is needed; data\.image_column names another"):
+    with pytest.raises(qat.UsageError, match=r"data\.image_column and data\.label_column must be two of photo, kind$"):
         data(tmp_path).split("val")
-    with pytest.raises(qat.UsageError, match=r"one of label, labels, fine_label is needed; data\.label_column names another"):
-        data(tmp_path, image_column="photo").split("val")
-    with pytest.raises(
-        qat.UsageError, match=rf"^data\.num_classes is not set: data\.root='{tmp_path}' has 2 classes; set data\.num_classes=2$"
-    ):
-        data(tmp_path, **columns, num_classes=None)
 
 
 def test_cells_of_bytes(tmp_path):
@@ -90,21 +83,14 @@ def test_cells_of_bytes(tmp_path):
     assert same(data(tmp_path).split("val"), made)
 
 
-@pytest.mark.parametrize("size", [None, 10])
 @pytest.mark.parametrize("content", [b"no image", None])
-def test_a_damaged_image_is_named_or_skipped(tmp_path, caplog, size, content):
-    made = pixels(6, size)
-    contents = [*(encoded(p) for p in made[:2]), content, *(encoded(p) for p in made[3:])]
-    write_parquet(tmp_path / "train.parquet", [encoded(p) for p in made], [0, 1] * 3)
-    write_parquet(tmp_path / "validation.parquet", contents, [0, 1] * 3)
-    with pytest.raises(
-        qat.UsageError, match=rf"^1 of 6 images: {tmp_path}/validation\.parquet: image 2 cannot be decoded \(.*on_error=skip"
-    ):
+def test_a_damaged_image_is_named(tmp_path, content):
+    made = pixels(6, 10)
+    for name, contents in (("train", made), ("validation", [*made[:2], content, *made[3:]])):
+        cells = [one if one is content else encoded(one) for one in contents]
+        write_parquet(tmp_path / f"{name}.parquet", cells, [0, 1] * 3)
+    with pytest.raises(qat.UsageError, match=rf"^{tmp_path}: validation\.parquet .*: image 2 cannot be decoded \("):
         data(tmp_path).split("val")
-    skipping = data(tmp_path, on_error="skip")
-    assert same(skipping.split("val"), [*made[:2], *made[3:]] if size else [*made[:2], made[3], *made[3:]])
-    assert skipping.left_out() == {"val": 1}
-    assert f"{tmp_path}/validation.parquet: image 2 cannot be decoded" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -122,22 +108,10 @@ def test_shards_come_in_order(tmp_path, names):
     assert data(tmp_path, num_classes=2).encoded()["train"].labels.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("snapshots/a/train-00000-of-00001", "snapshots/b/train-00000-of-00001"),
-        ("backup/train-1", "train-0"),
-        ("train-00000-of-00001", "train_small-00000-of-00001"),
-        ("train-00000-of-00001", "train-00001-of-00002"),
-        ("train-00000-of-00001-0123456789abcdef", "train-00000-of-00001"),
-        ("train-0", "train"),
-        ("train", "train_copy"),
-    ],
-)
-def test_two_sets_of_one_split_are_refused(tmp_path, one, other):
-    for name in (one, other):
-        write_parquet(tmp_path / f"{name}.parquet", [], [])
-    line = f"data.root='{tmp_path}': must be a folder with one set of train*.parquet; has {one}.parquet and {other}.parquet"
+def test_two_sets_of_one_split_are_refused(tmp_path):
+    for place in ("a", "b"):
+        write_parquet(tmp_path / place / "train-00000-of-00001.parquet", [], [])
+    line = f"data.root='{tmp_path}': must be a folder with train*.parquet in one place; has {tmp_path}/a, {tmp_path}/b"
     with pytest.raises(qat.UsageError, match=f"^{re.escape(line)}$"):
         data(tmp_path).train_dataloader()
 
@@ -145,8 +119,8 @@ def test_two_sets_of_one_split_are_refused(tmp_path, one, other):
 def test_the_folder_has_to_be_there(tmp_path):
     os.mkfifo(tmp_path / "train.parquet")  # is never opened, for it would never end
     for root, line in (
-        (None, r"data\.root is not set: give the folder that holds train\*\.parquet"),
-        ("/no/such", r"data\.root='/no/such': no such folder"),
+        (None, r"data\.root=None: must be the folder that holds train\*\.parquet"),
+        ("/no/such", r"data\.root='/no/such': must be the folder"),
         (str(tmp_path), rf"data\.root='{tmp_path}': holds no train\*\.parquet"),
     ):
         with pytest.raises(qat.UsageError, match=line):
@@ -160,25 +134,18 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path, kind):
     content = path.read_bytes()
     changed = {"text": b"hello", "empty": b"", "cut": content[: len(content) // 2], "data lost": content[:4] + bytes(200) + content[204:]}
     path.write_bytes(changed[kind])
-    with pytest.raises(qat.UsageError, match=rf"{path}: cannot be read as parquet"):
+    with pytest.raises(qat.UsageError, match=rf"^{tmp_path}: train\.parquet .*: cannot be read as parquet"):
         data(tmp_path).train_dataloader()
 
 
 @pytest.mark.parametrize(
     ("labels", "line"),
     [
-        (pa.array([0, None]), "train.parquet: the label of each image must be an integer, has int64 and 1 nulls"),
-        (pa.array(["a", "b"]), "train.parquet: the label of each image must be an integer, has string and 0 nulls"),
+        (pa.array([0, None]), "train.parquet ... train.parquet: the label of each image must be an integer, has int64 and 1 nulls"),
+        (pa.array(["a", "b"]), "train.parquet ... train.parquet: the label of each image must be an integer, has string and 0 nulls"),
     ],
 )
 def test_labels_that_are_no_class_ids_are_refused(tmp_path, labels, line):
     pq.write_table(pa.table({"image": pa.array([b"", b""]), "label": labels}), tmp_path / "train.parquet")
     with pytest.raises(qat.UsageError, match=line):
-        data(tmp_path).train_dataloader()
-
-
-def test_a_file_without_rows_is_refused(tmp_path):
-    for name in ("train", "val"):
-        write_parquet(tmp_path / f"{name}.parquet", [], [])
-    with pytest.raises(qat.UsageError, match=rf"{tmp_path}/train\.parquet: none of 0 images can be decoded"):
         data(tmp_path).train_dataloader()

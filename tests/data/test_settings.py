@@ -13,33 +13,28 @@ WRONG = [
     ("batch_size", 0, "must be an integer of at least 1"),
     ("batch_size", 2.5, "must be an integer of at least 1"),
     ("batch_size", True, "must be an integer of at least 1"),
-    ("num_workers", -1, "must be an integer from 0 to 256"),
+    ("num_workers", -1, "must be an integer of at least 0"),
     ("calibration_images", 0, "must be an integer of at least 1"),
-    ("image_size", 0, "must be an integer from 1"),
+    ("image_size", 0, "must be an integer of at least 1"),
     ("image_size", None, "must be an integer"),
-    ("patch_size", 0, "must be an integer from 1"),
+    ("patch_size", 0, "must be an integer of at least 1"),
     ("hflip", 1.5, "must be a number from 0 to 1"),
     ("shift", -1, "must be an integer of at least 0"),
     ("random_erasing", None, "must be a number from 0 to 1"),
-    ("erase_mode", "black", "must be one of pixel, const, rand"),
-    ("erase_count", 0, "must be an integer of at least 1"),
-    ("train_interpolation", "best", "must be one of random, nearest, bilinear, bicubic, lanczos"),
+    ("train_interpolation", "best", "must be one of random, nearest, bilinear, bicubic"),
     ("interpolation", "best", "must be one of nearest, bilinear, bicubic, lanczos"),
     ("crop_pct", 0, "must be a number above 0 to 1"),
     ("crop_pct", 1.1, "must be a number above 0 to 1"),
     ("scale", [0.5], "must be two shares of the image's area [lowest, highest], above 0 to 1"),
     ("scale", [0.5, 0.4], "must be two shares"),
     ("scale", [0, 1], "must be two shares"),
-    ("repeats", 0, "must be an integer from 1 to 1000"),
+    ("repeats", 0, "must be an integer of at least 1"),
     ("mixup", -1, "must be a number of at least 0"),
     ("cutmix", math.inf, "must be a number of at least 0"),
     ("mixup_prob", 2, "must be a number from 0 to 1"),
     ("mixup_switch_prob", "a", "must be a number from 0 to 1"),
-    ("mixup_mode", "half", "must be one of batch, pair, elem"),
     ("mixup_off_epoch", -1, "must be an integer of at least 0"),
-    ("class_weights", "rare", "must be one of balanced"),
     ("memory_mb", -1, "must be a number of at least 0"),
-    ("on_error", "ignore", "must be one of raise, skip"),
     ("std", [0], "must be a finite number above 0 for each of the 1 channels"),
     ("std", [math.nan], "must be a finite number above 0"),
     ("std", [], "must be a finite number above 0"),
@@ -77,6 +72,6 @@ def test_settings_cannot_change_afterwards():
 
 def test_settings_of_older_files_mean_what_they_meant():
     # A checkpoint's data config may lack the newer knobs, and hold one that was removed.
-    settings = Digits(**SETTINGS, cache="auto").settings
-    assert (settings.rand_augment, settings.random_erasing, settings.erase_mode) == ("rand-m9-mstd0.5-inc1", 0.25, "pixel")
+    settings = Digits(**SETTINGS, cache="auto", on_error="skip", mixup_mode="batch").settings
+    assert (settings.rand_augment, settings.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
     assert (settings.repeats, settings.mixes) == (1, False)

@@ -3,14 +3,18 @@
 import csv
 import json
 import math
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import qat
 from evidence.records import add_record, read_records
-from evidence.run import ROOT, Arms, command_line, preset, run_all
+from evidence.run import ROOT, Arms, command_line, preset, run_all, run_one
 from qat.errors import UsageError
+from tests.commands import typed
 from tests.conftest import compose
 from tests.evidence import made
 
@@ -90,16 +94,21 @@ def test_every_run_of_the_repository_composes():
             assert compose(arm.command, *command_line(arm.command, arms.run_dir(arm, seed), arms.settings(arm, seed), str(ROOT))[2:])
 
 
-@pytest.mark.slow
-def test_runs_leave_records_and_one_that_fails_holds_up_those_that_need_it_alone(tmp_path):
+def test_a_run_leaves_a_record(tmp_path, monkeypatch):
+    def in_this_process(line, **options):
+        if line[0] != sys.executable:
+            return original(line, **options)
+        code, out = typed(*line[1:], cwd=options["cwd"])
+        assert code == 0, out
+        return None
+
+    original = subprocess.run
+    monkeypatch.setattr("evidence.run.subprocess.run", in_this_process)
     tiny = ["data=digits", "model.args.depth=1", "model.args.embed_dim=24", "trainer.max_epochs=1", "trainer.limit_train_batches=4"]
     bits = {"command": "analyze", "set": ["analysis=robustness", "analysis.parts=[bits]", "analysis.bits=[3]", "images=40"]}
-    trained = {"use": ["tracked"], "set": [*tiny, "quant=ofq_2bit", "loss=ce"], "keep": True, "further": {"cost": bits}}
-    entries = {"trained": trained, "broken": {"set": ["quant.bits=99"]}, "waiting": {"ckpt": "C1/broken"}}
-    arms = arms_of(tmp_path, {name: {"seeds": [3], **entry} for name, entry in entries.items()})
-    assert run_all((), None, 2, arms) == 2
-    assert "quant.bits=99" in (tmp_path / "runs" / "C1" / "broken-seed3.log").read_text()
-    assert not (tmp_path / "runs" / "C1" / "waiting-seed3").exists()
+    trained = {"use": ["tracked"], "set": [*tiny, "quant=ofq_2bit", "loss=ce"], "keep": True, "further": {"cost": bits}, "seeds": [3]}
+    arms = arms_of(tmp_path, {"trained": trained})
+    run_one(arms["C1/trained"], 3, None, arms)
     (record,), run_dir = read_records(tmp_path / "records"), tmp_path / "runs" / "C1" / "trained-seed3"
     results = json.loads((run_dir / "results.json").read_text())
     assert [record.metrics[key] for key in ("top1", "val_top1", "loss")] == [results[key] for key in ("top1", "val_top1", "loss")]
@@ -111,4 +120,14 @@ def test_runs_leave_records_and_one_that_fails_holds_up_those_that_need_it_alone
     assert record.command.startswith(f"python train.py run_dir={run_dir} 'callbacks=[default,oscillation]' data=digits")
     kept, best = (qat.load(path).state_dict() for path in (arms.kept(arms["C1/trained"], 3), run_dir / "checkpoints" / "best.ckpt"))
     assert all(torch.equal(kept[name], best[name]) for name in best)
-    assert named(arms.to_do()) == [("broken", 3), ("waiting", 3)]
+    assert named(arms.to_do()) == []
+
+
+def test_a_run_that_fails_holds_up_those_that_need_it_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
+    entries = {"broken": {"set": ["quant.bits=99"]}, "waiting": {"ckpt": "C1/broken"}, "alone": {}}
+    arms = arms_of(tmp_path, {name: {"seeds": [3], **entry} for name, entry in entries.items()})
+    assert run_all((), None, 2, arms) == 3
+    runs = tmp_path / "runs" / "C1"
+    assert sorted(path.name for path in runs.iterdir() if path.is_dir()) == ["alone-seed3", "broken-seed3"]
+    assert named(arms.to_do()) == [("broken", 3), ("waiting", 3), ("alone", 3)]

@@ -3,11 +3,14 @@
 import csv
 
 import pytest
+import timm
 import torch
 from torch.testing import assert_close
 
+import qat
 from qat.functional import kure_loss, kurtosis
 from qat.losses import Kure, StepContext
+from qat.losses.weights import latent_weights
 from tests.conftest import tiny, train
 from tests.tiny import quantized, sites, vit
 
@@ -71,7 +74,6 @@ def test_it_is_the_same_under_autocast(precision):
         ("loss.kure=-1", "loss.kure=-1: must be a number of at least 0"),
         ("loss.kure_target=1", "loss.kure_target=1: must be a number above 1"),
         ("loss.kure_reduction=avg", "loss.kure_reduction='avg': must be one of mean, sum, max"),
-        ("loss.kure_qk=all", "loss.kure_qk='all': must be one of product, factors"),
     ],
 )
 def test_impossible_settings(tmp_path, refused, setting, message):
@@ -85,3 +87,38 @@ def test_a_run_logs_the_kurtoses(tmp_path):
     assert len(logged) == 2
     assert all(1.5 < value < 4 for value in logged)
     assert any(row["train/loss_kure"] for row in rows)
+
+
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+QKR = ("attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+@pytest.mark.parametrize(("preset", "layers"), [("fp", LAYERS), ("lsq", LAYERS), ("ofq_noqkr", LAYERS), ("minmax", LAYERS), ("ofq", QKR)])
+def test_the_weights_are_all_but_stem_and_head(preset, layers):
+    net = vit() if preset == "fp" else quantized(preset)
+    modules = dict(net.named_modules())
+    expected = [modules[f"blocks.{block}.{layer}"].weight for block in (0, 1) for layer in layers]
+    found = latent_weights(net)
+    assert {id(w) for w in found if w.is_leaf} == {id(w) for w in expected}
+    folded = [w for w in found if not w.is_leaf]
+    assert [w.shape for w in folded] == [block.attn.latent("qk").shape for block in net.blocks] if preset == "ofq" else folded == []
+
+
+def test_a_weight_that_is_there_twice_counts_once():
+    net = vit()
+    net.blocks[1].mlp = net.blocks[0].mlp
+    assert len(latent_weights(net)) == 6
+    net = vit()
+    net.blocks[1].mlp.fc1.weight = net.blocks[0].mlp.fc1.weight
+    assert len(latent_weights(net)) == 7
+
+
+def test_convolutions_of_a_net_are_found_but_the_first():
+    found = latent_weights(timm.create_model("resnet18", num_classes=10))
+    assert len(found) == 19, "torchvision's ResNet-18 has 20 convolutions; the paper's code regularizes 19"
+    assert all(weight.ndim == 4 for weight in found)
+
+
+def test_nothing_to_act_on():
+    with pytest.raises(qat.UsageError, match=r"loss.kure: this net has no Linears or convolutions beside stem and heads"):
+        Kure().prepare(torch.nn.Sequential(torch.nn.LayerNorm(3)))

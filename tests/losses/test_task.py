@@ -46,10 +46,3 @@ def test_half_precision_logits_give_a_float32_loss():
 def test_smoothing_outside_the_range_is_refused(smoothing):
     with pytest.raises(qat.UsageError, match=rf"loss\.label_smoothing={smoothing}: must be a number from 0 to below 1"):
         CrossEntropy(label_smoothing=smoothing)
-
-
-def test_weights_of_classes():
-    weights = torch.tensor([1.0, 2.0, 0.5, 4.0])
-    step = StepContext(LOGITS, CLASSES, None, nn.Identity(), class_weights=weights)
-    each = -LOG_P[torch.arange(6), CLASSES]
-    assert_close(CrossEntropy()(step), (weights[CLASSES] * each).sum() / weights[CLASSES].sum())

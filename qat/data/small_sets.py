@@ -1,4 +1,4 @@
-"""CIFAR-10 and Fashion-MNIST as torchvision reads them; CIFAR-10 also from parquet files."""
+"""Small sets that are one folder, or none: scikit-learn's digits, CIFAR-10 and Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -10,11 +10,27 @@ import numpy as np
 from PIL import Image
 from torchvision import datasets
 
-from qat.data.arrays import ImageArrays, ImageSource, hold_out, to_pixels
-from qat.data.encoded import load
 from qat.data.image_data import ImageData, data_folder
 from qat.data.parquet import ParquetImages, find_parquet
+from qat.data.sources import ImageArrays, ImageSource, hold_out, load, stratified_split, to_pixels
 from qat.errors import UsageError
+
+
+class Digits(ImageData):
+    """1,797 handwritten digits of 8 x 8 grey pixels, part of scikit-learn: 70 % train, 10 % val, 20 % test; always the same images."""
+
+    CLASSES = "0123456789"
+
+    def read(self) -> dict[str, ImageArrays]:
+        """All three splits."""
+        from sklearn.datasets import load_digits  # half a second that no other dataset needs
+
+        digits = load_digits()
+        pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+        everything = ImageArrays(pixels, digits.target.astype(np.int64))
+        rest, test = stratified_split(everything.labels, 0.2)
+        train, val = stratified_split(everything.labels[rest], 0.125)
+        return {"train": everything.take(rest[train]), "val": everything.take(rest[val]), "test": everything.take(test)}
 
 
 class FashionMnist(ImageData):

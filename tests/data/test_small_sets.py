@@ -6,7 +6,7 @@ from torchvision import datasets
 
 import qat
 from qat.data import Cifar10, FashionMnist
-from qat.data.arrays import stratified_split
+from qat.data.sources import stratified_split
 from tests.conftest import write_cifar
 from tests.data.files import GREY, SETTINGS, write_cifar_batches, write_fashion_mnist
 
@@ -81,8 +81,8 @@ def test_missing_and_damaged_files_are_one_line(tmp_path, content):
 @pytest.mark.parametrize("dataset", [Cifar10, FashionMnist])
 def test_the_folder_has_to_be_there(dataset):
     for root, line in (
-        (None, r"data\.root is not set: give the folder that holds "),
-        ("/no/such", r"data\.root='/no/such': no such folder"),
+        (None, r"data\.root=None: must be the folder that holds "),
+        ("/no/such", r"data\.root='/no/such': must be the folder that holds "),
     ):
         with pytest.raises(qat.UsageError, match=line):
             dataset(**COLOURS, root=root).train_dataloader()
