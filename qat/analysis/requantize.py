@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.functional.affine import asymmetric_scale, code_range, slices_along, symmetric_scale
-from qat.functional.affine_search import SHRINK_FACTORS
-from qat.functional.bias_correction import correct_mean_and_std
-from qat.functional.observers import RangeState, reaching_zero
+from qat.functional.affine import asymmetric_scale, code_range, correct_mean_and_std, slices_along, symmetric_scale
+from qat.functional.observers import SHRINK_FACTORS, RangeState, reaching_zero
 from qat.functional.ste import group_size, sum_along
 from qat.model.convert import conversion_of, convert, stem_and_heads
 from qat.model.sites import iter_quantizers

@@ -31,18 +31,6 @@ class Population(NamedTuple):
     losses: Tensor
 
 
-class Insertion(NamedTuple):
-    """The population after a child, and what became of it.
-
-    Attributes:
-        population: of the size it had.
-        outcome: `best` = lowest loss of all, `kept`, `dropped`, or `not finite` (never accepted).
-    """
-
-    population: Population
-    outcome: str
-
-
 class Draw(NamedTuple):
     """All that is random in one cycle.
 
@@ -60,12 +48,6 @@ def noise_radius(bits: int) -> float:
     return 1e-4 if bits == 8 else 1e-3
 
 
-def generator_at(seed: int, *place: int) -> torch.Generator:
-    """A CPU generator for one place of a run, independent of all other places."""
-    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in (seed, *place)]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
 def draw(
     seed: int, place: tuple[int, int, int], length: int, radius: float | Tensor, *, size: int = POPULATION, tournament: int = TOURNAMENT
 ) -> Draw:
@@ -79,7 +61,8 @@ def draw(
         size: P, members of the population.
         tournament: S, how many of them compete.
     """
-    generator = generator_at(seed, *place)
+    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in (seed, *place)]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
     members = torch.randint(size, (tournament,), generator=generator)
     return Draw(members, (2 * torch.rand(length, generator=generator, dtype=torch.float64) - 1) * radius)
 
@@ -117,7 +100,7 @@ def evolved_child(population: Population, drawn: Draw, *, relative: bool = False
     return mutate(select_parent(population, drawn.members), drawn.noise, relative=relative)
 
 
-def insert(population: Population, child: Tensor, loss: float) -> Insertion:
+def insert(population: Population, child: Tensor, loss: float) -> Population:
     """Append the child, sort by loss (stable: of equals, who came first stays ahead), drop the last.
 
     Args:
@@ -126,9 +109,7 @@ def insert(population: Population, child: Tensor, loss: float) -> Insertion:
         loss: its fitness; a child whose loss is NaN or infinite is turned away.
     """
     if not math.isfinite(loss):
-        return Insertion(population, "not finite")
+        return population
     losses, order = torch.cat([population.losses, population.losses.new_tensor([loss])]).sort(stable=True)
     size = len(population.losses)
-    place = int((order == size).nonzero())
-    scales = torch.cat([population.scales, child.to(population.scales).reshape(1, -1)])[order[:size]]
-    return Insertion(Population(scales, losses[:size]), "best" if place == 0 else "kept" if place < size else "dropped")
+    return Population(torch.cat([population.scales, child.to(population.scales).reshape(1, -1)])[order[:size]], losses[:size])

@@ -186,7 +186,7 @@ def evolve(
     population = initial_population(start, fitness, settings.population)
     for cycle in range(settings.cycles):
         child = evolved_child(population, drawn(cycle), relative=settings.relative)
-        population = insert(population, child, evaluate(cycle, child)).population
+        population = insert(population, child, evaluate(cycle, child))
     return best(population)
 
 

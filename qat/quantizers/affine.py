@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.functional.affine import affine_codes, affine_from_range, code_range, fake_quantize_affine, min_max
-from qat.functional.bias_correction import correct_mean_and_std
+from qat.functional.affine import affine_codes, affine_from_range, code_range, correct_mean_and_std, fake_quantize_affine, min_max
 from qat.functional.observers import affine_from_state, affine_scale, observe, reaching_zero
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
