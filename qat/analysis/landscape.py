@@ -26,7 +26,7 @@ from qat.model.blocks import find_blocks
 from qat.model.convert import conversion_of
 from qat.model.sites import iter_quantizers
 from qat.ptq.calibrate import in_float
-from qat.ptq.patching import Forward, patched
+from qat.ptq.runner import Forward, patched
 from qat.quantizers import UniformGrid
 from qat.utils.validate import check_choice, check_globs, check_int, check_number
 

@@ -18,7 +18,7 @@ from qat.functional.observers import SHRINK_FACTORS, RangeState, reaching_zero
 from qat.functional.ste import group_size, sum_along
 from qat.model.convert import conversion_of, convert, stem_and_heads
 from qat.model.sites import iter_quantizers
-from qat.ptq.patching import patched
+from qat.ptq.runner import patched
 from qat.quantizers import Quantizer, UniformGrid, build_quantizer
 from qat.spec import PRESETS, QuantRecipe, QuantSpec
 from qat.utils.validate import FLOAT_BITS, HIGHEST_BITS
