@@ -6,14 +6,11 @@ population alone. Vectors are float64 on the CPU, as in the reference: a mutatio
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from qat.errors import UsageError
 
 POPULATION = 15
 TOURNAMENT = 10
@@ -68,13 +65,7 @@ def draw(
 
 
 def initial_population(scales: Tensor, loss: float, size: int = POPULATION) -> Population:
-    """`size` copies of the incumbent (n,) with its loss.
-
-    Raises:
-        UsageError: the loss is not finite: nothing could be compared with it.
-    """
-    if not math.isfinite(loss):
-        raise UsageError(f"incumbent_loss={loss}: must be a finite number; the calibrated net gives none")
+    """`size` copies of the incumbent (n,) with its loss."""
     rows = scales.detach().cpu().double().reshape(1, -1).repeat(size, 1)
     return Population(rows, torch.full((size,), loss, dtype=torch.float64))
 
@@ -106,10 +97,8 @@ def insert(population: Population, child: Tensor, loss: float) -> Population:
     Args:
         population: P members.
         child: (n,).
-        loss: its fitness; a child whose loss is NaN or infinite is turned away.
+        loss: its fitness, a finite number.
     """
-    if not math.isfinite(loss):
-        return population
     losses, order = torch.cat([population.losses, population.losses.new_tensor([loss])]).sort(stable=True)
     size = len(population.losses)
     return Population(torch.cat([population.scales, child.to(population.scales).reshape(1, -1)])[order[:size]], losses[:size])

@@ -27,13 +27,11 @@ class Calibration:
         images: seen.
         batches: seen.
         scales: in the net.
-        observers: number of quantizers by the method that found their range.
     """
 
     images: int
     batches: int
     scales: int
-    observers: dict[str, int]
 
 
 @contextlib.contextmanager
@@ -89,5 +87,4 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> Calibration:
         if quantizer.method not in SEARCHES:
             quantizer.fill(state, last)
     assert_ready(net)
-    methods = [quantizer.method for _, quantizer in found]
-    return Calibration(images, count, sum(q.n_scales for _, q in found), {m: methods.count(m) for m in sorted(set(methods))})
+    return Calibration(images, count, sum(q.n_scales for _, q in found))

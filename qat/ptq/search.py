@@ -29,8 +29,6 @@ STATE_NAME = "search"
 COLUMNS = ("pass", "block", "cycle", "fitness", "accepted", "seconds")
 # The weights of attentions, whatever follows their name (LeViT: attn_downsample).
 TARGETS = ("attn*.*.weight", "attn*.qk")
-# (pass, block, cycle), each from 0, and the radius of each scale (n,), to what is random in that cycle.
-Draws = Callable[[tuple[int, int, int], Tensor], Draw]
 log = logging.getLogger(__name__)
 
 
@@ -252,7 +250,6 @@ def search(
     run_dir: str | Path | None = None,
     resume: bool = False,
     validate: Callable[[], float] | None = None,
-    draws: Draws | None = None,
 ) -> SearchResult:
     """Change the scales of a net for the better, in place; nothing else of it changes.
 
@@ -264,7 +261,6 @@ def search(
         run_dir: folder of `search.csv` and `search.ckpt`, written after each visit; None = neither is written.
         resume: go on from `search.ckpt`, where there is one.
         validate: accuracy of the net as it is on validation images; called after each visit under `reference_selection`.
-        draws: in the place of the seeded ones.
 
     Raises:
         UsageError: nothing to search, or a fitness that is not finite.
@@ -292,7 +288,7 @@ def search(
             if name == order[0]:
                 evaluator.runner.forget()
             before = state["fitness"]
-            _visit(evaluator, name, (number, numbers[name]), settings, draws, state, progress)
+            _visit(evaluator, name, (number, numbers[name]), settings, state, progress)
             if settings.reference_selection and validate is not None:
                 accuracy = validate()
                 # The reference's rule: after the first pass the best accuracy stays, during it the latest.
@@ -311,8 +307,7 @@ def _start(evaluator: Evaluator, last: str, progress: Progress) -> dict[str, Any
     """The state of a search before its first visit: the net's own scales, measured."""
     began = time.perf_counter()
     fitness, seconds = evaluator.fitness(last), time.perf_counter() - began
-    if not math.isfinite(fitness):
-        raise UsageError(f"search: the fitness of the incumbent is {fitness} before any block is visited")
+    _check_fitness(fitness, "the net as it came")
     progress.rows.append((0, "", "incumbent", fitness, 1, f"{seconds:.3f}"))
     counts = {"visits": 0, "evaluations": 0, "accepted": 0, "seconds": seconds}
     state: dict[str, Any] = {**counts, "fitness": fitness, "fitness_before": fitness, "scales": {}, "best": None}
@@ -320,12 +315,16 @@ def _start(evaluator: Evaluator, last: str, progress: Progress) -> dict[str, Any
     return state
 
 
+def _check_fitness(fitness: float, candidate: str) -> None:
+    if not math.isfinite(fitness):
+        raise UsageError(f"search: the fitness of {candidate} is {fitness}; its logits are not finite numbers")
+
+
 def _visit(
     evaluator: Evaluator,
     name: str,
     place: tuple[int, int],
     settings: SearchSettings,
-    draws: Draws | None,
     state: dict[str, Any],
     progress: Progress,
 ) -> None:
@@ -339,9 +338,7 @@ def _visit(
         since = time.perf_counter()
         vector.write(scales)
         found = evaluator.fitness(name)
-        if not math.isfinite(found):
-            where = f"candidate {cycle} of block {name} in pass {place[0]}"
-            raise UsageError(f"search: the fitness of {where} is {found}; its logits are not finite numbers")
+        _check_fitness(found, f"candidate {cycle} of block {name} in pass {place[0]}")
         accepted, lowest = found < lowest, min(found, lowest)
         state["evaluations"] += 1
         state["accepted"] += accepted
@@ -349,8 +346,6 @@ def _visit(
         return found
 
     def drawn(cycle: int) -> Draw:
-        if draws is not None:
-            return draws((*place, cycle), radius)
         return draw(settings.seed, (*place, cycle), len(radius), radius, size=settings.population, tournament=settings.tournament)
 
     found, fitness = start, lowest

@@ -150,7 +150,7 @@ def test_a_fitness_that_is_not_finite_names_block_and_candidate():
     assert not {name for name in changed(before, net) if name.startswith("blocks.0")}
     with torch.no_grad():
         net.head.bias[0] = float("nan")
-    with pytest.raises(UsageError, match="fitness of the incumbent is nan"):
+    with pytest.raises(UsageError, match="fitness of the net as it came is nan"):
         run(net, targets, passes=1)
 
 
