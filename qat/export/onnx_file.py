@@ -1,6 +1,6 @@
 """A quantized net as an ONNX file of standard operators, checked against it: `qat.export_onnx`.
 
-Every product of quantized tensors is one of codes of 8 bits: what it adds to them is planned on an image (`plan.py`, `requantize.py`),
+Every product of quantized tensors is one of codes of 8 bits: what it adds to them is planned on an image (`plan.py`),
 written down while torch traces the net (`write.py`), and simplified (`rewrite.py`).
 """
 
@@ -245,7 +245,7 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings
         net(image)
         for module in net.modules():
             if isinstance(module, FrozenActivation):
-                prepare_activation(module, is_divided=module in planner.folded.grids)
+                prepare_activation(module, is_divided=module in planner.divided)
         writer = net.onnx = Writer(planner.plans)
         write_in_graph(net, stored, writer)
         with net.register_forward_pre_hook(writer.restart):

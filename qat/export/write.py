@@ -109,7 +109,6 @@ class Writer(nn.Module):
     def number(self, x: QuantizedTensor) -> Tensor:
         """(codes + shift) * scale + after."""
         plan = self._next()
-        assert plan.scale is not None  # noqa: S101  (narrows a type)
         is_alone = plan.row is None and plan.scale.numel() == 1
         y = self._dequantized(x, plan.scale.reshape(()) if is_alone else None)
         y = y if plan.row is None else y + plan.row
@@ -146,7 +145,6 @@ class Writer(nn.Module):
         a = a.unsqueeze(1) if is_flat else a
         left = self._dequantized(a)
         if isinstance(b, QuantizedWeight):
-            assert plan.weight_scale is not None  # noqa: S101  (narrows a type)
             axis = None if plan.weight_scale.numel() == 1 else 1
             scale = plan.weight_scale.reshape(()) if axis is None else plan.weight_scale
             right = _dequantize([getattr(b.frozen, CODES), scale, getattr(b.frozen, ZERO)], axis)
