@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.export.codes import QuantizedTensor, QuantizedWeight, StoredWeight, number
+from qat.export.codes import QuantizedTensor, StoredWeight, number
 from qat.functional.ste import view_along
 from qat.model.frozen import FrozenActivation, FrozenWeight
 from qat.model.frozen.net import DIRECT
@@ -27,6 +27,7 @@ from qat.nn.fqvit import FqAttention
 
 _RIGHT = frozenset({"k", "v"})
 ONE = torch.ones(())
+_CONSTANTS = "scale", "columns_scale", "row", "ones", "sums", "columns", "constant", "later", "left", "left_scale", "weight_scale"
 
 
 class Plan(nn.Module):
@@ -47,22 +48,10 @@ class Plan(nn.Module):
         weight_scale: (out,) or (1,), of the codes of a weight.
     """
 
-    scale: Any
-    columns_scale: Tensor | None
-    row: Tensor | None
-    ones: Tensor | None
-    sums: Tensor | None
-    columns: Tensor | None
-    constant: Tensor | None
-    later: Tensor | None
-    left: Tensor | None
-    left_scale: Any
-    weight_scale: Any
-
     def __init__(self, *, on_codes: bool = True, blocks: int = 0, **tensors: Tensor | None) -> None:
         super().__init__()
         self.on_codes, self.blocks = on_codes, blocks
-        for name in Plan.__annotations__:
+        for name in _CONSTANTS:
             self.register_buffer(name, tensors.get(name))
 
 
@@ -107,22 +96,18 @@ class Planner:
         after = None if grid.after is None else grid.after.float().expand(x.shape)
         return QuantizedTensor(x, scale, shift, after, grid.name, torch.tensor(whole + added_code(grid)), self)
 
-    def number(self, x: QuantizedTensor) -> Tensor:
+    def number(self, x: QuantizedTensor | StoredWeight) -> Tensor:
         """(codes + shift) * scale + after."""
+        if isinstance(x, StoredWeight):
+            return x.value
         self.plans.append(Plan(scale=smallest(x.scale), row=smallest(x.shift), constant=smallest(x.after)))
         return x.codes
 
-    def weight_number(self, weight: QuantizedWeight) -> Tensor:
-        """As stored."""
-        return weight.stored.value
-
-    def product(self, a: Any, b: Any, bias: Tensor | None = None) -> Tensor:
+    def product(self, a: QuantizedTensor, b: QuantizedTensor | StoredWeight, bias: Tensor | None = None) -> Tensor:
         """Note the plan of a product."""
-        if not (isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor | QuantizedWeight)):
-            return torch.matmul(number(a), number(b))
-        if isinstance(b, QuantizedWeight):
+        if isinstance(b, StoredWeight):
             rows, step = self.rows.get(b.frozen), self.columns.get(b.frozen, ONE)
-            plan = _with_weight(a, b.stored, bias, rows, step) if _is_outside(a, -1) else None
+            plan = _with_weight(a, b, bias, rows, step) if _is_outside(a, -1) else None
             step = step if rows is None else (step.unflatten(0, (rows.shape[1], -1)) * rows.unsqueeze(-1)).flatten(1)
         else:
             step, a, b = self.steps.get((a.name, b.name), ONE), _offset_in_shift(a, -1), _offset_in_shift(b, -2)
@@ -130,7 +115,7 @@ class Planner:
         self.plans.append(plan or Plan(on_codes=False, scale=None if step is ONE else 1 / step))
         for factor in () if plan else (a, b):
             number(factor)
-        return F.linear(a.codes, b.stored.value, bias) if isinstance(b, QuantizedWeight) else torch.matmul(a.codes, b.codes)
+        return F.linear(a.codes, b.value, bias) if isinstance(b, StoredWeight) else torch.matmul(a.codes, b.codes)
 
 
 def _fold_scores(planner: Planner, attention: Any) -> None:
@@ -241,40 +226,42 @@ def _is_outside(x: QuantizedTensor, dim: int) -> bool:
 
 
 def _with_weight(a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None, rows: Tensor | None, step: Tensor) -> Plan:
-    scale, shift, after = (None if t is None else t.double() for t in map(smallest, (a.scale, a.shift, a.after)))
-    factors = stored.factors.double()
-    sums = None if stored.constant is None else stored.constant.double()
-    row = None
-    if shift is not None:
-        row = shift * (factors.sum(1) * stored.scale.double() + (0 if sums is None else factors.shape[1] * sums))
+    none = torch.zeros((), dtype=torch.float64)
+    scale, shift, sums = (none if t is None else t.double() for t in (smallest(a.scale), smallest(a.shift), stored.constant))
+    after, factors = smallest(a.after), stored.factors.double()
     constant = None if bias is None else bias.double()
     if after is not None:
-        offset = after.expand(*after.shape[:-1], factors.shape[1]) @ stored.value.double().t()
+        offset = after.double().expand(*after.shape[:-1], factors.shape[1]) @ stored.value.double().t()
         constant = offset if constant is None else constant + offset
     # What is one number for the tensor or one for each output goes with the scales of the weight.
-    columns = 1 / step.double()
-    one = scale.reshape(()) if scale is not None and scale.numel() == 1 else ONE.double()
-    row, sums = (None if t is None else t * one * columns for t in (row, sums))
-    scale = None if scale is None or scale.numel() == 1 else scale
+    columns, is_alone = 1 / step.double(), scale.numel() == 1
+    one = scale.reshape(()) if is_alone else ONE.double()
+    row = shift * (factors.sum(1) * stored.scale.double() + factors.shape[1] * sums) * one * columns
+    sums = sums * one * columns
     constant = None if constant is None else constant * columns
     later = None if rows is None else 1 / rows.double().unsqueeze(-1)  # (N, blocks, 1)
     # OpenVINO 2026.4 takes a scale of rows for one of columns where nothing, not even a zero point, stands between it and the product.
-    blocks = later.shape[-2] if later is not None else int(scale is not None and not a.zero)
+    blocks = int(not is_alone and not a.zero) if later is None else later.shape[-2]
     if blocks:
-        scale = None if scale is None else scale.unsqueeze(-1)
+        scale = scale.unsqueeze(-1)
         constant = None if constant is None else constant.unflatten(-1, (blocks, -1))
-    if later is not None:
-        scale = later if scale is None else scale * later
-    # With leading dimensions of 1: a product and a vector that is added would become one operator of float numbers.
-    ndim = max(a.ndim, 3)
-    before = {name: _in_dimensions(t, ndim) for name, t in (("row", row), ("sums", sums))}
-    after_sum = {name: _in_dimensions(t, ndim + (blocks > 0)) for name, t in (("scale", scale), ("constant", constant), ("later", later))}
-    before["ones"] = None if sums is None else torch.ones(a.shape[-1], 1, dtype=torch.int8)
-    return Plan(blocks=blocks, weight_scale=(stored.scale.double() * one * columns).float(), **before, **after_sum)  # type: ignore[arg-type]
+    outer = later if is_alone else scale if later is None else scale * later
 
+    def shaped(t: Tensor | None, more: int = 0) -> Tensor | None:
+        """With leading dimensions of 1: a product and a vector that is added would become one operator of float numbers."""
+        return None if t is None else t.float().reshape([1] * (max(a.ndim, 3) + more - t.ndim) + list(t.shape))
 
-def _in_dimensions(t: Tensor | None, ndim: int) -> Tensor | None:
-    return None if t is None else t.float().reshape([1] * (ndim - t.ndim) + list(t.shape))
+    is_split = int(blocks > 0)
+    return Plan(
+        blocks=blocks,
+        weight_scale=(stored.scale.double() * one * columns).float(),
+        row=shaped(row) if row.any() else None,
+        ones=torch.ones(a.shape[-1], 1, dtype=torch.int8) if sums.any() else None,
+        sums=shaped(sums) if sums.any() else None,
+        scale=shaped(outer, is_split),
+        constant=shaped(constant, is_split),
+        later=shaped(later, is_split),
+    )
 
 
 def _offset_in_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:

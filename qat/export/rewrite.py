@@ -19,7 +19,7 @@ from qat.export.write import CODES
 _JOINED = frozenset({"Add", "Mul", "LayerNormalization", "Gelu"})
 # What onnxruntime moves QuantizeLinear along, as it does along MaxPool.
 _VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice"})
-_NARROW = {"INT4": (ir.DataType.INT4, ml_dtypes.int4), "INT2": (ir.DataType.INT2, ml_dtypes.int2)}
+_NARROW = {4: (ir.DataType.INT4, ml_dtypes.int4), 2: (ir.DataType.INT2, ml_dtypes.int2)}
 
 
 def simplify(model: ir.Model) -> None:
@@ -135,9 +135,9 @@ def narrow_weights(model: ir.Model, stored: Mapping[str, StoredWeight]) -> None:
     one = _store(graph, "onnx.int8_one", np.array(1, np.int8))
     for value in list(graph.initializers.values()):
         site, _, last = (value.name or "").rpartition(".")
-        if last != CODES or site not in stored or stored[site].kind == "INT8":
+        if last != CODES or site not in stored or stored[site].width not in _NARROW:
             continue
-        kind, dtype = _NARROW[stored[site].kind]
+        kind, dtype = _NARROW[stored[site].width]
         codes = ir.tensor(value.const_value.numpy().astype(dtype), dtype=kind)  # type: ignore[union-attr]
         narrow = ir.val(f"{value.name}.stored", const_value=codes)
         graph.register_initializer(narrow)

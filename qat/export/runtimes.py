@@ -10,7 +10,8 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,22 @@ def milliseconds(sessions: Mapping[str, Session], image: Tensor, repeats: int) -
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
+@contextlib.contextmanager
+def quiet() -> Generator[None]:
+    """Without what exporters and quantizers of others log, warn of and print."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@quiet()
 def quantize_8bit(source: Path, target: Path) -> None:
     """Quantize a float file by onnxruntime itself: weights of 8 bits, ranges of inputs found as they come."""
     from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415  (slow to import)
 
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it logs every product that stays in float
-    try:
-        quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8)
-    finally:
-        logging.disable(before)
+    quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8)
