@@ -25,6 +25,8 @@ _VIEWS = frozenset({"transpose", "permute", "flatten", "unflatten", "unsqueeze",
 class _OnCodes:
     """Products of codes go to their graph; all else, as norms and convolutions, takes numbers: no runtime has a kernel on codes."""
 
+    graph: Any
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func not in _HANDLED:
@@ -68,7 +70,7 @@ class QuantizedTensor(_OnCodes):
             return tuple(QuantizedTensor(one, *(t and t[i] for t in rest), *same) for i, one in enumerate(codes))  # type: ignore[arg-type, call-arg]
         return QuantizedTensor(codes, *rest, *same)  # type: ignore[arg-type, call-arg]
 
-    def __matmul__(self, other: Any) -> Tensor:
+    def __matmul__(self, other: Any) -> Any:
         return _matmul(self, other)
 
 
@@ -77,17 +79,15 @@ def number(t: Any) -> Any:
     return t.graph.number(t) if isinstance(t, _OnCodes) else t
 
 
-def _matmul(a: Any, b: Any) -> Tensor:
+def _matmul(a: Any, b: Any) -> Any:
     if isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor):
-        product: Tensor = a.graph.product(a, b)
-        return product
+        return a.graph.product(a, b)
     return torch.matmul(number(a), number(b))
 
 
-def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
+def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
     if isinstance(x, QuantizedTensor) and isinstance(weight, StoredWeight):
-        product: Tensor = x.graph.product(x, weight, bias)
-        return product
+        return x.graph.product(x, weight, bias)
     return F.linear(number(x), number(weight), bias)
 
 

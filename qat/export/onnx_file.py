@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.export.check import Checked, check_onnx
+from qat.export.check import INPUT, OUTPUT, Checked, check_onnx, quiet
 from qat.export.codes import OPSETS, store_weight
 from qat.export.plan import Planner
-from qat.export.runtimes import INPUT, OUTPUT, quiet
 from qat.export.write import CODES, SITE, TensorRT, Writer, write_in_graph
 from qat.model.checkpoint import describe
 from qat.model.convert import check_input, conversion_of
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 # new types and attributes alone. From 21 on torch would write GroupNormalization, which onnxruntime runs in nine operators on a CPU.
 LOWEST_OPSET = 20
 LARGEST_CONSTANT = 4096
-# Products on integers for onnxruntime and OpenVINO on CPUs; QuantizeLinear and DequantizeLinear for TensorRT.
-TARGETS = ("cpu", "tensorrt")
 TWO_BIT = {"int4": 4, "int2": 2}
 # Of noise, on which a file is checked where there are no others.
 IMAGES = 16
@@ -53,7 +50,7 @@ class OnnxSettings:
 
     Attributes:
         dynamic_batch: any number of images.
-        target: one of `TARGETS`.
+        target: `cpu`, products on integers for onnxruntime and OpenVINO, or `tensorrt`, QuantizeLinear and DequantizeLinear.
         two_bit: `int4` stores weights of 2 bits in INT4, which OpenVINO reads, `int2` in INT2: half the bytes. Only for `cpu`.
     """
 
@@ -62,7 +59,7 @@ class OnnxSettings:
     two_bit: str = "int4"
 
     def __post_init__(self) -> None:
-        check_choice("format.target", self.target, TARGETS)
+        check_choice("format.target", self.target, ("cpu", "tensorrt"))
         check_choice("format.two_bit", self.two_bit, tuple(TWO_BIT))
 
 
@@ -107,8 +104,8 @@ def export_onnx(
         raise UsageError("export_onnx: a float net; qat.convert(net, qat.recipe(...)) quantizes it")
     if images is None:
         images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0))
-    if not len(images) or tuple(images.shape[1:]) != done.input_size or not images.is_floating_point():
-        raise UsageError(f"images: {images.dtype} of {tuple(images.shape)}; must be floating-point, at least one of {done.input_size}")
+    if tuple(images.shape[1:]) != done.input_size:
+        raise UsageError(f"images of {tuple(images.shape)}: must be (at least 1, *{done.input_size})")
     net = copy.deepcopy(net).cpu().float()
     frozen = net if is_frozen(net) else freeze(net)
     shape = check_input(frozen, done.input_size)
@@ -242,7 +239,7 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
     # An example of one image would be taken for a net of one image.
     images = image.expand(2, -1, -1, -1).contiguous() if dynamic_batch else image
     try:
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             net,
             (images,),
             dynamo=True,
@@ -256,7 +253,6 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error
         raise UsageError(f"format=onnx: torch cannot export this net: {' '.join(str(cause).split())[:300]}") from error
-    assert program is not None  # noqa: S101  (narrows a type)
 
     def should_fold(node: onnx_ir.Node) -> bool | None:
         """False of the codes of a weight, which would be stored as float numbers; None = the optimizer decides."""

@@ -73,9 +73,9 @@ class Planner:
 
     def __init__(self, net: nn.Module) -> None:
         self.plans: list[Plan] = []
-        self.divided: set[FrozenActivation] = set()
-        self.rows: dict[FrozenWeight, Tensor] = {}
-        self.columns: dict[FrozenWeight, Tensor] = {}
+        self.divided: set[nn.Module] = set()
+        self.rows: dict[nn.Module, Tensor] = {}
+        self.columns: dict[nn.Module, Tensor] = {}
         self.steps: dict[tuple[str, str], Tensor] = {}
         for module in net.modules():
             if isinstance(module, ScoredAttention):
@@ -94,7 +94,7 @@ class Planner:
         whole = whole_zero(grid)
         scale, shift = (t.float().expand(x.shape) for t in (view_along(grid.scale, x.ndim, grid.axis), whole - zero))
         after = None if grid.after is None else grid.after.float().expand(x.shape)
-        return QuantizedTensor(x, scale, shift, after, grid.name, torch.tensor(whole + added_code(grid)), self)
+        return QuantizedTensor(x, scale, shift, after, grid.name, added_code(grid) + whole, self)
 
     def number(self, x: QuantizedTensor | StoredWeight) -> Tensor:
         """(codes + shift) * scale + after."""
@@ -140,8 +140,8 @@ def _fold_scores(planner: Planner, attention: Any) -> None:
 def _fold_queries_keys_values(planner: Planner, attention: Any) -> None:
     grids = attention.q_quantizer, attention.k_quantizer, attention.v_quantizer
     before, weight = (getattr(attention.qkv, name, None) for name in ("input_quantizer", "weight_quantizer"))
-    has_codes = isinstance(before, FrozenActivation) and isinstance(weight, FrozenWeight)
-    if not (has_codes and _has_no_norms(attention) and all(map(_has_no_offset, grids))):
+    is_direct = isinstance(before, FrozenActivation) and _has_no_norms(attention) and all(map(_has_no_offset, grids))
+    if not (is_direct and isinstance(weight, FrozenWeight)):
         return
     size, tokens = attention.qkv.out_features // 3, [one.scale.numel() for one in grids if _is_each_token(one)]
     planner.columns[weight] = torch.cat([torch.ones(size) if _is_each_token(one) else one.scale.expand(size) for one in grids])
@@ -198,19 +198,14 @@ def whole_zero(grid: FrozenActivation) -> int:
     return int(min(max(zero, grid.qmin), grid.qmax))
 
 
-def code_type(grid: FrozenActivation) -> torch.dtype:
-    """Of 8 bits: on the right of a product codes have a sign, since what runtimes are fast at is uint8 times int8."""
-    return torch.int8 if grid.spec.role in _RIGHT else torch.uint8
+def added_code(grid: FrozenActivation) -> Tensor:
+    """What makes codes fit their type of 8 bits: on the right of a product one with a sign, since runtimes are fast at uint8 times int8."""
+    if grid.spec.role in _RIGHT:
+        return torch.tensor(-128 if grid.qmax > 127 else 0, dtype=torch.int8)
+    return torch.tensor(max(-grid.qmin, 0), dtype=torch.uint8)
 
 
-def added_code(grid: FrozenActivation) -> int:
-    """What makes codes fit their type."""
-    if code_type(grid) == torch.uint8:
-        return max(-grid.qmin, 0)
-    return 0 if grid.qmax <= torch.iinfo(torch.int8).max else torch.iinfo(torch.int8).min
-
-
-def smallest(t: Tensor | None) -> Tensor | None:
+def smallest(t: Tensor | None) -> Any:
     """Without what repeats itself: dimensions along which it stays the same have size 1 then; None of zeros."""
     if t is None or not t.any():
         return None

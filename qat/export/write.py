@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from qat.errors import UsageError
 from qat.export.codes import QuantizedTensor, StoredWeight, number
-from qat.export.plan import Plan, Planner, added_code, code_type, whole_zero
+from qat.export.plan import Planner, added_code, whole_zero
 from qat.functional.ste import view_along
 from qat.model.frozen import FrozenActivation, FrozenWeight
 from qat.spec import OUTPUT_ROLES
@@ -67,12 +67,9 @@ class Writer(nn.Module):
         planner: has seen the net.
     """
 
-    one: Tensor
-    plans: Sequence[Plan]
-
     def __init__(self, net: nn.Module, planner: Planner) -> None:
         super().__init__()
-        self.plans, self.position = nn.ModuleList(planner.plans), 0  # type: ignore[assignment]
+        self.plans, self.position = nn.ModuleList(planner.plans), 0
         self.register_buffer("one", torch.ones(()))
         for grid in net.modules():
             if isinstance(grid, FrozenActivation):
@@ -81,7 +78,7 @@ class Writer(nn.Module):
                 has_step = grid.scale.numel() == 1 and grid.zero_point is None and not is_divided
                 inverse = None if has_step or is_divided else 1 / grid.scale
                 step = grid.scale.reshape(()) if has_step else torch.ones(())
-                _set_buffers(grid, step, torch.tensor(added_code(grid), dtype=code_type(grid)), inverse)
+                _set_buffers(grid, step, added_code(grid), inverse)
 
     def restart(self, *_: Any) -> None:
         """The net runs from its beginning."""
@@ -187,7 +184,7 @@ class TensorRT:
             breaks = form is not None and not (form.zero_point is None and form.constant is None)
             if isinstance(grid, FrozenActivation):
                 has_zero = grid.zero_point is not None and bool(grid.zero_point.any())
-                breaks = grid.scale.numel() > 1 or has_zero or grid.after is not None or grid.qmax > torch.iinfo(torch.int8).max
+                breaks = grid.scale.numel() > 1 or has_zero or grid.after is not None or grid.qmax > 127
             if breaks:
                 rule = "must have one scale, no zero point, half steps or offset, and codes within int8, as of quant=deploy_w8a8"
                 raise UsageError(f"format.target=tensorrt: {name} {rule}")
@@ -215,7 +212,7 @@ def _quantize(u: Tensor, grid: Any) -> Tensor:
     return codes
 
 
-def _dequantize(tensors: Sequence[Tensor | None], axis: int | None) -> Tensor:
+def _dequantize(tensors: Sequence[Any], axis: int | None) -> Tensor:
     """DequantizeLinear of codes, scale and zero point, float32."""
     codes, *_ = given = [t for t in tensors if t is not None]
     along: dict[str, Any] = {} if axis is None else {"axis": axis}

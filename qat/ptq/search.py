@@ -159,7 +159,8 @@ def scale_vectors(net: nn.Module, targets: Iterable[str], place: Mapping[str, in
     blocks = find_blocks(net)
     if not blocks:
         raise UsageError(f"search: this net has no blocks; they are looked for in modules called {CONTAINER!r}")
-    vectors, known = {}, set()
+    vectors: dict[str, ScaleVector] = {}
+    known: set[str] = set()
     for block in blocks:
         inside = [site for site in iter_quantizers(net) if site.quantizer.n_scales and site.name.startswith(f"{block}.")]
         called = {site: f"{site.layer.removeprefix(block)}.{site.role}".lstrip(".") for site in inside}
