@@ -18,8 +18,8 @@ from torch import nn
 
 import qat
 from evidence.timing import machine, table
+from qat.export.check import INPUT, ONNXRUNTIME, OPENVINO, has_openvino, milliseconds, open_session, quantize_8bit
 from qat.export.onnx_file import export_float, to_onnx
-from qat.export.runtimes import INPUT, ONNXRUNTIME, OPENVINO, has_openvino, milliseconds, open_session, quantize_8bit
 
 NETS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224"]
 RECIPES = ["ofq_2bit", "ofq_noqkr_2bit", "ofq_noqkr_4bit", "seq_2bit", "seq_4bit", "deploy_w8a8", "deploy_w4a4"]

@@ -111,7 +111,7 @@ def test_a_net_around_it_is_converted_as_a_whole():
 
 def test_what_needs_classes_says_so(tmp_path):
     net, x = quantized("FeatureGetterNet")
-    with pytest.raises(qat.UsageError, match=r"^export_onnx: the net gives several tensors for an image; only classifiers are written"):
+    with pytest.raises(qat.UsageError, match=r"^export_onnx: the net gives several tensors for an image; must be a classifier"):
         qat.export_onnx(net, tmp_path / "net.onnx")
     with pytest.raises(qat.UsageError, match=r"^search: this net gives no logits \(N, classes\)"):
         logits_of(net, x, 2)

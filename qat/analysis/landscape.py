@@ -37,7 +37,7 @@ from qat.errors import UsageError
 from qat.functional.infonce import info_nce
 from qat.model.sites import iter_quantizers
 from qat.ptq.calibrate import in_float
-from qat.ptq.patching import Forward, patched
+from qat.ptq.runner import Forward, patched
 from qat.quantizers import UniformGrid
 from qat.utils.validate import check_choice, check_globs, check_int, check_number
 

@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qat.functional.bias_correction import correct_mean_and_std
+from qat.functional.affine import correct_mean_and_std
 from qat.functional.observers import affine_scale
 from qat.model.convert import conversion_of, convert, stem_and_heads
 from qat.model.sites import iter_quantizers
-from qat.ptq.patching import patched
+from qat.ptq.runner import patched
 from qat.quantizers import Quantizer, UniformGrid, build_quantizer
 from qat.spec import PRESETS, QuantRecipe, QuantSpec
 from qat.utils.validate import FLOAT_BITS, HIGHEST_BITS

@@ -23,7 +23,7 @@ from qat.model.convert import Conversion, conversion_of
 from qat.model.cost import FLOAT_BYTES, size_bytes
 from qat.model.sites import iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
-from qat.ptq.patching import Forward, patched
+from qat.ptq.runner import Forward, patched
 from qat.quantizers import Quantizer
 from qat.utils.validate import FLOAT_BITS, check_bits, check_number
 

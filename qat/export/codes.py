@@ -17,20 +17,21 @@ from torch.nn import functional as F
 
 from qat.model.frozen import FrozenWeight
 
-# Width of a stored type; the opset from which a Cast takes it.
-WIDTHS = {"INT8": 8, "INT4": 4, "INT2": 2}
-OPSETS = {"INT8": 13, "INT4": 21, "INT2": 25}
+# By the width of a stored type, the opset from which a Cast takes it.
+OPSETS = {2: 25, 4: 21, 8: 13}
 _VIEWS = frozenset({"transpose", "permute", "flatten", "unflatten", "unsqueeze", "repeat_interleave", "narrow", "chunk"})
 
 
 class _OnCodes:
-    """Products of codes go to their graph; norms and convolutions, for which no runtime has a kernel on codes, take numbers."""
+    """Products of codes go to their graph; all else, as norms and convolutions, takes numbers: no runtime has a kernel on codes."""
+
+    graph: Any
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func not in _HANDLED:
-            raise TypeError(f"{getattr(func, '__name__', func)} is not done on codes: must be a view or a product")
-        return _HANDLED[func](*args, **(kwargs or {}))
+            args = [number(one) for one in args]
+        return _HANDLED.get(func, func)(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -69,44 +70,28 @@ class QuantizedTensor(_OnCodes):
             return tuple(QuantizedTensor(one, *(t and t[i] for t in rest), *same) for i, one in enumerate(codes))  # type: ignore[arg-type, call-arg]
         return QuantizedTensor(codes, *rest, *same)  # type: ignore[arg-type, call-arg]
 
-    def __matmul__(self, other: Any) -> Tensor:
+    def __matmul__(self, other: Any) -> Any:
         return _matmul(self, other)
-
-
-@dataclass(frozen=True)
-class QuantizedWeight(_OnCodes):
-    """A frozen weight, and how it is stored."""
-
-    frozen: FrozenWeight
-    stored: StoredWeight
-    graph: Any
 
 
 def number(t: Any) -> Any:
     """What codes stand for; a tensor as it is."""
-    if isinstance(t, QuantizedTensor):
-        return t.graph.number(t)
-    return t.graph.weight_number(t) if isinstance(t, QuantizedWeight) else t
+    return t.graph.number(t) if isinstance(t, _OnCodes) else t
 
 
-def _matmul(a: Any, b: Any) -> Tensor:
-    product: Tensor = (a if isinstance(a, QuantizedTensor) else b).graph.product(a, b)
-    return product
+def _matmul(a: Any, b: Any) -> Any:
+    if isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor):
+        return a.graph.product(a, b)
+    return torch.matmul(number(a), number(b))
 
 
-def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
-    if isinstance(weight, QuantizedWeight) and isinstance(x, QuantizedTensor):
-        product: Tensor = x.graph.product(x, weight, bias)
-        return product
+def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
+    if isinstance(x, QuantizedTensor) and isinstance(weight, StoredWeight):
+        return x.graph.product(x, weight, bias)
     return F.linear(number(x), number(weight), bias)
 
 
-def _on_numbers(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *args, **kwargs: function(*(number(one) for one in args), **kwargs)
-
-
 _HANDLED: dict[Any, Callable[..., Any]] = {
-    **{function: _on_numbers(function) for function in (F.layer_norm, F.rms_norm, F.conv2d)},
     F.linear: _linear,
     F.dropout: lambda x, *_, **__: x,
     **dict.fromkeys((torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
@@ -114,24 +99,28 @@ _HANDLED: dict[Any, Callable[..., Any]] = {
 
 
 @dataclass(frozen=True)
-class StoredWeight:
-    """A weight as (factors - zero_point) * scale + constant, with factors of 8 bits: the codes, or 2 * codes + 1.
+class StoredWeight(_OnCodes):
+    """A frozen weight as (factors - zero_point) * scale + constant, with factors of 8 bits: the codes, or 2 * codes + 1.
 
     Attributes:
-        kind: ONNX type of the stored codes.
+        frozen: the weight.
+        width: of the ONNX type of the stored codes, in bits.
         codes: int8 that fit it.
         is_doubled: the factors are 2 * codes + 1.
         scale: (n,), a scale a row, or (1,).
         zero_point: (n,) or (1,), int8, or None = 0.
         constant: (n,), what is added to a row: half a step of 8-bit StatsQ, or what bias correction adds; None = 0.
+        graph: as of `QuantizedTensor`; None before a graph is written.
     """
 
-    kind: str
+    frozen: FrozenWeight
+    width: int
     codes: Tensor
     is_doubled: bool
     scale: Tensor
     zero_point: Tensor | None
     constant: Tensor | None
+    graph: Any = None
 
     @property
     def factors(self) -> Tensor:
@@ -162,15 +151,15 @@ def store_weight(weight: FrozenWeight, smallest: int = 4) -> StoredWeight:
         smallest: width of the smallest type that may be used: 2, 4, which OpenVINO reads, or 8, which TensorRT does.
     """
     bits, signed = weight.spec.bits, weight.stored.dtype == torch.int8
-    size = next(width for width in sorted(WIDTHS.values()) if width >= max(bits, smallest))
+    size = next(width for width in OPSETS if width >= max(bits, smallest))
     below = 0 if signed else 2 ** (bits - 1)
     codes, shift, scale, constant = weight.stored.to(torch.int16) - below, weight.shift + below, weight.scale, weight.after
     zero_point, is_doubled = None, False
     if not bool((shift % 1 != 0).any()):
         zero_point = (-shift).to(torch.int8) if bool(shift.any()) else None
-    elif bits < WIDTHS["INT8"] and bool((shift == 0.5).all()):
+    elif bits < 8 and bool((shift == 0.5).all()):
         scale, is_doubled = scale / 2, 2**bits > 2 ** (size - 1)
         codes = codes if is_doubled else 2 * codes + 1
     else:
         constant = scale * shift if constant is None else constant + scale * shift
-    return StoredWeight(f"INT{size}", codes.to(torch.int8), is_doubled, scale, zero_point, constant)
+    return StoredWeight(weight, size, codes.to(torch.int8), is_doubled, scale, zero_point, constant)

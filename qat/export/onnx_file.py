@@ -1,19 +1,15 @@
 """A quantized net as an ONNX file of standard operators, checked against it: `qat.export_onnx`.
 
-Every product of quantized tensors is one of codes of 8 bits: what it adds to them is planned on an image (`plan.py`, `requantize.py`),
+Every product of quantized tensors is one of codes of 8 bits: what it adds to them is planned on an image (`plan.py`),
 written down while torch traces the net (`write.py`), and simplified (`rewrite.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib
-import io
+import importlib.util
 import json
-import logging
-import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.export.check import Checked, check_onnx
-from qat.export.codes import OPSETS, WIDTHS, store_weight
+from qat.export.check import INPUT, OUTPUT, Checked, check_onnx, quiet
+from qat.export.codes import OPSETS, store_weight
 from qat.export.plan import Planner
-from qat.export.runtimes import INPUT, OUTPUT
-from qat.export.write import CODES, SITE, TensorRT, Writer, prepare_activation, prepare_weight, write_in_graph
+from qat.export.write import CODES, SITE, TensorRT, Writer, write_in_graph
 from qat.model.checkpoint import describe
 from qat.model.convert import check_input, conversion_of
-from qat.model.frozen import FrozenActivation, FrozenWeight, freeze, is_frozen
+from qat.model.frozen import FrozenWeight, freeze, is_frozen
 from qat.model.transform import data_config
 from qat.utils.files import replacing
 from qat.utils.validate import check_choice
@@ -44,8 +39,6 @@ if TYPE_CHECKING:
 # new types and attributes alone. From 21 on torch would write GroupNormalization, which onnxruntime runs in nine operators on a CPU.
 LOWEST_OPSET = 20
 LARGEST_CONSTANT = 4096
-# Products on integers for onnxruntime and OpenVINO on CPUs; QuantizeLinear and DequantizeLinear for TensorRT.
-TARGETS = ("cpu", "tensorrt")
 TWO_BIT = {"int4": 4, "int2": 2}
 # Of noise, on which a file is checked where there are no others.
 IMAGES = 16
@@ -57,7 +50,7 @@ class OnnxSettings:
 
     Attributes:
         dynamic_batch: any number of images.
-        target: one of `TARGETS`.
+        target: `cpu`, products on integers for onnxruntime and OpenVINO, or `tensorrt`, QuantizeLinear and DequantizeLinear.
         two_bit: `int4` stores weights of 2 bits in INT4, which OpenVINO reads, `int2` in INT2: half the bytes. Only for `cpu`.
     """
 
@@ -66,7 +59,7 @@ class OnnxSettings:
     two_bit: str = "int4"
 
     def __post_init__(self) -> None:
-        check_choice("format.target", self.target, TARGETS)
+        check_choice("format.target", self.target, ("cpu", "tensorrt"))
         check_choice("format.two_bit", self.two_bit, tuple(TWO_BIT))
 
 
@@ -85,7 +78,7 @@ def export_onnx(
 
     Args:
         net: converted and calibrated or trained, or of `qat.freeze`; stays as it is.
-        path: the file, `*.onnx`; one that is there is replaced.
+        path: the file; one that is there is replaced.
         images: (B, C, H, W) of the net's input size, prepared as it takes them; None = noise, on which a net decides by little.
         dynamic_batch: any number of images, or one at a time.
         target: `cpu` (products on integers, onnxruntime and OpenVINO) or `tensorrt` (QuantizeLinear and DequantizeLinear around products).
@@ -105,28 +98,24 @@ def export_onnx(
     from qat.data.image_transform import data_settings  # noqa: PLC0415  (brings Lightning with it)
 
     require_onnx()
-    settings, file = OnnxSettings(dynamic_batch, target, two_bit), Path(path)
-    if file.suffix != ".onnx":
-        raise UsageError(f"path={str(file)!r}: must end in .onnx")
+    settings = OnnxSettings(dynamic_batch, target, two_bit)
     done = conversion_of(net)
     if done is None:
         raise UsageError("export_onnx: a float net; qat.convert(net, qat.recipe(...)) quantizes it")
     if images is None:
         images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0))
-    if images.ndim != 4 or tuple(images.shape[1:]) != done.input_size or not len(images) or not images.is_floating_point():
-        size = ", ".join(map(str, done.input_size))
-        raise UsageError(f"images: {images.dtype} of {tuple(images.shape)}; must be floating-point of (at least 1, {size})")
-    if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in net.state_dict().values()):
-        net = copy.deepcopy(net).cpu().float()
+    if tuple(images.shape[1:]) != done.input_size:
+        raise UsageError(f"images of {tuple(images.shape)}: must be (at least 1, *{done.input_size})")
+    net = copy.deepcopy(net).cpu().float()
     frozen = net if is_frozen(net) else freeze(net)
     shape = check_input(frozen, done.input_size)
     if shape is None or len(shape) != 2:
-        gives = "several tensors" if shape is None else f"(1, {', '.join(map(str, shape[1:]))})"
-        raise UsageError(f"export_onnx: the net gives {gives} for an image; only classifiers are written, which give (1, classes)")
+        raise UsageError(
+            f"export_onnx: the net gives {shape or 'several tensors'} for an image; must be a classifier, which gives (1, classes)"
+        )
     is_square = done.input_size[1] == done.input_size[2]
     meta = describe(frozen) | {"preprocessing": preprocessing(data_settings(data_config(net))) if is_square else None}
-    batches = [images.cpu().float()]
-    return write_checked(file, lambda unchecked: write_onnx(unchecked, frozen, net, meta, batches, settings))
+    return write_checked(Path(path), lambda unchecked: write_onnx(unchecked, frozen, net, meta, [images.cpu().float()], settings))
 
 
 def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
@@ -189,28 +178,11 @@ def preprocessing(settings: DataSettings) -> dict[str, Any]:
 def require_onnx() -> None:
     """Raise `UsageError` unless what writes and runs ONNX files is installed."""
     for name in ("onnx", "onnxruntime", "onnxscript"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise UsageError(f"format=onnx: {name} is not installed; pip install 'vit-qat[export]'") from error
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"format=onnx: {name} is not installed; pip install 'vit-qat[export]'")
 
 
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """Without what torch and its exporter log and print."""
-    loggers = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnx_ir", "onnxscript"))}
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in loggers.items():
-            logger.setLevel(level)
-
-
-@_quiet()
+@quiet()
 @torch.no_grad()
 def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings()) -> onnx.ModelProto:  # noqa: B008  (frozen)
     """Write a frozen net down in standard operators.
@@ -231,11 +203,8 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings
     from qat.export.rewrite import divide_after_max_pool, narrow_weights, simplify  # noqa: PLC0415  (an extra)
 
     net = copy.deepcopy(net).eval()
-    smallest = WIDTHS["INT8"] if settings.target == "tensorrt" else TWO_BIT[settings.two_bit]
-    weights = {name: module for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
-    stored = {name: store_weight(weight, smallest) for name, weight in weights.items()}
-    for name, weight in weights.items():
-        prepare_weight(weight, stored[name])
+    smallest = 8 if settings.target == "tensorrt" else TWO_BIT[settings.two_bit]
+    stored = {name: store_weight(module, smallest) for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
     if settings.target == "tensorrt":
         write_in_graph(net, stored, TensorRT(net, stored))
         model = _trace(net, image, dynamic_batch=settings.dynamic_batch)
@@ -243,24 +212,21 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings
         planner = Planner(net)
         write_in_graph(net, stored, planner)
         net(image)
-        for module in net.modules():
-            if isinstance(module, FrozenActivation):
-                prepare_activation(module, is_divided=module in planner.folded.grids)
-        writer = net.onnx = Writer(planner.plans)
+        writer = net.onnx = Writer(net, planner)
         write_in_graph(net, stored, writer)
         with net.register_forward_pre_hook(writer.restart):
             model = _trace(net, image, dynamic_batch=settings.dynamic_batch)
         divide_after_max_pool(model)
     simplify(model)
     narrow_weights(model, stored)
-    model.opset_imports[""] = opset = max(LOWEST_OPSET, *(OPSETS[one.kind] for one in stored.values()))
+    model.opset_imports[""] = opset = max(LOWEST_OPSET, *(OPSETS[one.width] for one in stored.values()))
     proto = _to_proto(model)
     proto.ir_version = max(proto.ir_version, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]))
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
 
-@_quiet()
+@quiet()
 @torch.no_grad()
 def export_float(net: nn.Module, image: Tensor) -> onnx.ModelProto:
     """Any net in ONNX, for any number of images, by torch's exporter."""
@@ -273,7 +239,7 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
     # An example of one image would be taken for a net of one image.
     images = image.expand(2, -1, -1, -1).contiguous() if dynamic_batch else image
     try:
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             net,
             (images,),
             dynamo=True,
@@ -287,15 +253,14 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error
         raise UsageError(f"format=onnx: torch cannot export this net: {' '.join(str(cause).split())[:300]}") from error
-    assert program is not None  # noqa: S101  (narrows a type)
+
+    def should_fold(node: onnx_ir.Node) -> bool | None:
+        """False of the codes of a weight, which would be stored as float numbers; None = the optimizer decides."""
+        return False if any(value and (value.name or "").endswith(CODES) for value in node.inputs) else None
+
     # Constants that grow, as an outer product of two vectors, are for the runtime to work out when it opens the file.
-    optimizer.optimize_ir(program.model, output_size_limit=LARGEST_CONSTANT, should_fold=_should_fold)
+    optimizer.optimize_ir(program.model, output_size_limit=LARGEST_CONSTANT, should_fold=should_fold)
     return program.model
-
-
-def _should_fold(node: onnx_ir.Node) -> bool | None:
-    """False of the codes of a weight, which would be stored as float numbers; None = the optimizer decides."""
-    return False if any(value is not None and (value.name or "").endswith(CODES) for value in node.inputs) else None
 
 
 def _to_proto(model: onnx_ir.Model) -> onnx.ModelProto:

@@ -6,6 +6,7 @@ An offset added to a LayerNormalization becomes part of its bias; codes of weigh
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,7 @@ from qat.export.write import CODES
 _JOINED = frozenset({"Add", "Mul", "LayerNormalization", "Gelu"})
 # What onnxruntime moves QuantizeLinear along, as it does along MaxPool.
 _VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice"})
-_NARROW = {"INT4": (ir.DataType.INT4, ml_dtypes.int4), "INT2": (ir.DataType.INT2, ml_dtypes.int2)}
+_NARROW = {4: ml_dtypes.int4, 2: ml_dtypes.int2}
 
 
 def simplify(model: ir.Model) -> None:
@@ -35,7 +36,7 @@ def _array(value: ir.Value | None) -> np.ndarray | None:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
-def _split(node: ir.Node) -> tuple[ir.Value, np.ndarray] | None:
+def _split(node: ir.Node) -> Any:
     """What an operator changes, and the constant that it takes; None where it takes no constant."""
     for moving, constant in (node.inputs, reversed(node.inputs)):
         if moving is not None and (array := _array(constant)) is not None:
@@ -43,15 +44,15 @@ def _split(node: ir.Node) -> tuple[ir.Value, np.ndarray] | None:
     return None
 
 
-def _only(value: ir.Value | None, kind: str) -> ir.Node | None:
+def _only(value: ir.Value | None, kind: str) -> Any:
     """The operator that makes a value, if it is of a kind and nothing else takes the value."""
     node = value and value.producer()
     return node if node and node.op_type == kind and len(value.uses()) == 1 else None  # type: ignore[union-attr]
 
 
-def _insert(graph: ir.Graph, before: ir.Node, kind: str, *inputs: ir.Value) -> ir.Value:
+def _insert(graph: ir.Graph, before: ir.Node, kind: str, *inputs: Any, **attributes: Any) -> ir.Value:
     """A further operator; gives its result."""
-    made = ir.node(kind, inputs)
+    made = ir.node(kind, inputs, attributes)
     graph.insert_before(before, made)
     return made.outputs[0]
 
@@ -67,9 +68,7 @@ def _fold_into_layer_norm(graph: ir.Graph, node: ir.Node) -> None:
     """LayerNormalization(x, g, b) + c: LayerNormalization(x, g, b + c)."""
     parts = _split(node)
     norm = parts and _only(parts[0], "LayerNormalization")
-    if not parts or not norm or len(norm.inputs) < 3:
-        return
-    bias = _array(norm.inputs[2])
+    bias = _array(norm.inputs[2]) if norm and len(norm.inputs) > 2 else None
     if bias is not None and parts[1].size in {1, bias.size}:
         norm.replace_input_with(2, _store(graph, f"{norm.name}.bias", bias + parts[1].reshape(-1)))
         node.outputs[0].replace_all_uses_with(parts[0])
@@ -101,16 +100,14 @@ def _set_apart(graph: ir.Graph, node: ir.Node) -> None:
     clip = _only(node.inputs[0], "Clip")
     mul = clip and _only(clip.inputs[0], "Mul")
     parts = mul and _split(mul)
-    if not clip or not mul or not parts:
+    if not parts:
         return
-    step = parts[1]
-    if step.ndim < 3 or step.shape[1] == 1 or step.size != step.shape[1]:
-        return
-    before = parts[0].producer()
-    if before is not None and before.op_type in _JOINED:
+    x, step = parts
+    is_joined = x.producer() is not None and x.producer().op_type in _JOINED
+    if is_joined or step.ndim < 3 or step.shape[1] == 1 or step.size != step.shape[1]:
         return
     axis, apart = _store(graph, f"{mul.name}.axis", np.array([1])), _store(graph, f"{mul.name}.step", np.expand_dims(step, 1))
-    product = _insert(graph, clip, "Mul", _insert(graph, clip, "Unsqueeze", parts[0], axis), apart)
+    product = _insert(graph, clip, "Mul", _insert(graph, clip, "Unsqueeze", x, axis), apart)
     clip.replace_input_with(0, _insert(graph, clip, "Squeeze", product, axis))
 
 
@@ -125,7 +122,7 @@ def divide_after_max_pool(model: ir.Model) -> None:
             made = made.inputs[0].producer()  # type: ignore[union-attr]
         if made is not None and made.op_type == "MaxPool":
             one = _store(model.graph, f"{node.name}.one", np.array(1, np.float32))
-            node.replace_input_with(0, _insert(model.graph, node, "Div", *node.inputs[:2]))  # type: ignore[arg-type]
+            node.replace_input_with(0, _insert(model.graph, node, "Div", *node.inputs[:2]))
             node.replace_input_with(1, one)
 
 
@@ -135,16 +132,10 @@ def narrow_weights(model: ir.Model, stored: Mapping[str, StoredWeight]) -> None:
     one = _store(graph, "onnx.int8_one", np.array(1, np.int8))
     for value in list(graph.initializers.values()):
         site, _, last = (value.name or "").rpartition(".")
-        if last != CODES or site not in stored or stored[site].kind == "INT8":
+        if last != CODES or site not in stored or stored[site].width not in _NARROW:
             continue
-        kind, dtype = _NARROW[stored[site].kind]
-        codes = ir.tensor(value.const_value.numpy().astype(dtype), dtype=kind)  # type: ignore[union-attr]
-        narrow = ir.val(f"{value.name}.stored", const_value=codes)
-        graph.register_initializer(narrow)
-        first = graph[0]
-        cast = ir.node("Cast", [narrow], {"to": ir.DataType.INT8})
-        graph.insert_before(first, cast)
-        wide = cast.outputs[0]
+        first, codes = graph[0], value.const_value.numpy().astype(_NARROW[stored[site].width])  # type: ignore[union-attr]
+        wide = _insert(graph, first, "Cast", _store(graph, f"{value.name}.stored", codes), to=ir.DataType.INT8)
         if stored[site].is_doubled:
             wide = _insert(graph, first, "Add", _insert(graph, first, "Add", wide, wide), one)
         value.replace_all_uses_with(wide)

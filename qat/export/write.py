@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,22 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import UsageError
-from qat.export.codes import QuantizedTensor, QuantizedWeight, StoredWeight, number
-from qat.export.plan import Plan, Planner, added_code, code_type, whole_zero
+from qat.export.codes import QuantizedTensor, StoredWeight, number
+from qat.export.plan import Planner, added_code, whole_zero
 from qat.functional.ste import view_along
 from qat.model.frozen import FrozenActivation, FrozenWeight
 from qat.spec import OUTPUT_ROLES
 
 # What leaves these goes into sums and norms, not into products.
 _NUMBERS = frozenset(OUTPUT_ROLES) - {"qkv"}
+# Metadata of an operator: the name of its quantizer.
 SITE = "qat.site"
-# Buffers of a weight: codes, the scale, what is added to a row.
-CODES, FACTOR, CONSTANT = "onnx_codes", "onnx_factor", "onnx_constant"
-# Of activations: the scale of QuantizeLinear; 1 / scale where that cannot have it, since runtimes take twice as long to divide; what
-# QuantizeLinear adds to codes. Of both: what DequantizeLinear takes from codes.
-STEP, INVERSE, ADDED, ZERO = "onnx_step", "onnx_inverse", "onnx_added", "onnx_zero"
-# Numbers that Clip cuts off at, None where the type of the codes does.
-BOUNDS = "onnx_bounds"
+# The buffer of a weight that is stored in a narrower type afterwards.
+CODES = "onnx_codes"
 
 
 def write_in_graph(net: nn.Module, stored: Mapping[str, StoredWeight], graph: Planner | Writer | TensorRT) -> None:
@@ -38,106 +35,97 @@ def write_in_graph(net: nn.Module, stored: Mapping[str, StoredWeight], graph: Pl
 
     for name, module in net.named_modules():
         if isinstance(module, FrozenWeight):
-            weight = QuantizedWeight(module, stored[name], graph)
+            _prepare_weight(module, stored[name])
+            weight = dataclasses.replace(stored[name], graph=graph)
             module.in_graph = lambda _, weight=weight: weight
         elif isinstance(module, FrozenActivation):
             module.in_graph = functools.partial(activation, module)
 
 
-def prepare_weight(weight: FrozenWeight, stored: StoredWeight) -> None:
+def _prepare_weight(weight: FrozenWeight, stored: StoredWeight) -> None:
     """Give a weight its buffers. A product takes a matrix transposed: stored like this, no operator has to do that."""
     scale = stored.scale.reshape(()) if stored.scale.numel() == 1 else stored.scale
     zero = None if stored.zero_point is None else stored.zero_point.expand(stored.scale.shape).reshape(scale.shape).contiguous()
     codes = stored.codes.t().contiguous() if stored.codes.ndim == 2 else stored.codes
-    for name, tensor in ((CODES, codes), (ZERO, zero), (FACTOR, scale), (CONSTANT, stored.constant)):
+    for name, tensor in ((CODES, codes), ("onnx_zero", zero), ("onnx_factor", scale), ("onnx_constant", stored.constant)):
         weight.register_buffer(name, tensor)
 
 
-def prepare_activation(grid: FrozenActivation, *, is_divided: bool) -> None:
-    """Give a quantizer of activations its buffers.
-
-    Args:
-        grid: which.
-        is_divided: its input arrives divided by its step sizes.
-    """
-    # QuantizeLinear with one step size for each token takes twelve times as long as with one for the tensor.
-    has_step = grid.scale.numel() == 1 and grid.zero_point is None and not is_divided
-    _set_buffers(grid, grid.scale.reshape(()) if has_step else torch.ones(()), torch.tensor(added_code(grid), dtype=code_type(grid)))
-    grid.register_buffer(INVERSE, None if has_step or is_divided else 1 / grid.scale)
-    grid.register_buffer(ZERO, getattr(grid, ADDED) + whole_zero(grid))
-
-
-def _set_buffers(grid: FrozenActivation, step: Tensor, added: Tensor) -> None:
-    grid.register_buffer(STEP, step)
-    grid.register_buffer(ADDED, added)
-    setattr(grid, BOUNDS, None if grid.qmax - grid.qmin == 255 else (grid.qmin * float(step), grid.qmax * float(step)))
+def _set_buffers(grid: Any, step: Tensor, added: Tensor, inverse: Tensor | None = None) -> None:
+    """Of QuantizeLinear the scale, or else what its input is multiplied by, since runtimes take twice as long to divide; zero points."""
+    for name, tensor in (("step", step), ("inverse", inverse), ("added", added), ("zero", added + whole_zero(grid))):
+        grid.register_buffer(f"onnx_{name}", tensor)
+    # Numbers that Clip cuts off at, None where the type of the codes does.
+    grid.onnx_bounds = None if grid.qmax - grid.qmin == 255 else (grid.qmin * float(step), grid.qmax * float(step))
 
 
 class Writer(nn.Module):
     """Writes products down, in the order in which they were planned. Its buffers are the constants of the graph.
 
     Args:
-        plans: of `Planner`.
+        net: frozen; its quantizers of activations get their buffers.
+        planner: has seen the net.
     """
 
-    one: Tensor
-    plans: Sequence[Plan]
-
-    def __init__(self, plans: Sequence[Plan]) -> None:
+    def __init__(self, net: nn.Module, planner: Planner) -> None:
         super().__init__()
-        self.plans, self.position = nn.ModuleList(plans), 0  # type: ignore[assignment]
+        self.plans, self.position = nn.ModuleList(planner.plans), 0
         self.register_buffer("one", torch.ones(()))
+        for grid in net.modules():
+            if isinstance(grid, FrozenActivation):
+                is_divided = grid in planner.divided
+                # QuantizeLinear with one step size for each token takes twelve times as long as with one for the tensor.
+                has_step = grid.scale.numel() == 1 and grid.zero_point is None and not is_divided
+                inverse = None if has_step or is_divided else 1 / grid.scale
+                step = grid.scale.reshape(()) if has_step else torch.ones(())
+                _set_buffers(grid, step, added_code(grid), inverse)
 
     def restart(self, *_: Any) -> None:
         """The net runs from its beginning."""
         self.position = 0
 
-    def activation(self, grid: FrozenActivation, x: Tensor) -> QuantizedTensor:
+    def activation(self, grid: Any, x: Tensor) -> QuantizedTensor:
         """Place on the axis of codes, cut off, rounded to 8 bits.
 
         QuantizeLinear rounds and then adds its zero point, which is no more than what makes codes uint8 here: half to even, the rounding
         of a sum differs from the sum with a rounding where the zero point is odd, and after step sizes that are powers of two apart half
         of all values lie on such a tie.
         """
-        step, inverse, added, bounds = (getattr(grid, name) for name in (STEP, INVERSE, ADDED, BOUNDS))
         u = x if grid.before is None else x + grid.before
-        u = u if inverse is None else u * view_along(inverse, x.ndim, grid.axis)
+        u = u if grid.onnx_inverse is None else u * view_along(grid.onnx_inverse, x.ndim, grid.axis)
         u = u if grid.zero_point is None else u + view_along(grid.zero_point, x.ndim, grid.axis)
-        u = u if bounds is None else u.clamp(*bounds)
-        return QuantizedTensor(_quantize(u, step, added, grid.name), None, None, None, grid.name, getattr(grid, ZERO), self)
+        return QuantizedTensor(_quantize(u, grid), None, None, None, grid.name, grid.onnx_zero, self)
 
-    def number(self, x: QuantizedTensor) -> Tensor:
+    def number(self, x: QuantizedTensor | StoredWeight) -> Tensor:
         """(codes + shift) * scale + after."""
+        if isinstance(x, StoredWeight):
+            return self._weight(x)
         plan = self._next()
-        assert plan.scale is not None  # noqa: S101  (narrows a type)
         is_alone = plan.row is None and plan.scale.numel() == 1
         y = self._dequantized(x, plan.scale.reshape(()) if is_alone else None)
         y = y if plan.row is None else y + plan.row
         y = y if is_alone else y * plan.scale
         return y if plan.constant is None else y + plan.constant
 
-    def weight_number(self, weight: QuantizedWeight) -> Tensor:
+    def _weight(self, weight: StoredWeight) -> Tensor:
         """Codes, scale and constant; a matrix is stored transposed.
 
         All of it is constant, and Cast in place of DequantizeLinear lets onnxruntime work it out when it opens the file, so that a
         convolution keeps its blocked layout. onnxruntime may also make one kernel of a DequantizeLinear and its product with a float
         factor, and round that factor to 8 bits.
         """
-        frozen = weight.frozen
-        codes, is_matrix = getattr(frozen, CODES), frozen.stored.ndim == 2
+        frozen: Any = weight.frozen
+        codes, is_matrix = frozen.onnx_codes, weight.codes.ndim == 2
         y: Tensor = torch.onnx.ops.symbolic("Cast", (codes,), {"to": 1}, dtype=torch.float32, shape=codes.shape)
-        for name, constant in (("sub", getattr(frozen, ZERO)), ("mul", getattr(frozen, FACTOR)), ("add", getattr(frozen, CONSTANT))):
+        for name, constant in (("sub", frozen.onnx_zero), ("mul", frozen.onnx_factor), ("add", frozen.onnx_constant)):
             if constant is not None:
                 is_row = is_matrix or constant.ndim == 0
                 y = getattr(y, name)(constant if is_row else constant.reshape(-1, *[1] * (y.ndim - 1)))
         return y.t() if is_matrix else y
 
-    def product(self, a: Any, b: Any, bias: Tensor | None = None) -> Tensor:
+    def product(self, a: QuantizedTensor, b: Any, bias: Tensor | None = None) -> Tensor:
         """As planned."""
-        is_weight = isinstance(b, QuantizedWeight)
-        if not (isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor | QuantizedWeight)):
-            return torch.matmul(number(a), number(b))
-        plan = self._next()
+        is_weight, plan = isinstance(b, StoredWeight), self._next()
         if not plan.on_codes:
             y = F.linear(number(a), number(b), bias) if is_weight else torch.matmul(number(a), number(b))
             return y if plan.scale is None else y * plan.scale
@@ -145,11 +133,10 @@ class Writer(nn.Module):
         is_flat = is_weight and a.ndim == 2
         a = a.unsqueeze(1) if is_flat else a
         left = self._dequantized(a)
-        if isinstance(b, QuantizedWeight):
-            assert plan.weight_scale is not None  # noqa: S101  (narrows a type)
+        if is_weight:
             axis = None if plan.weight_scale.numel() == 1 else 1
             scale = plan.weight_scale.reshape(()) if axis is None else plan.weight_scale
-            right = _dequantize([getattr(b.frozen, CODES), scale, getattr(b.frozen, ZERO)], axis)
+            right = _dequantize([b.frozen.onnx_codes, scale, b.frozen.onnx_zero], axis)
         else:
             right = self._dequantized(b)
         y = torch.matmul(left, right)
@@ -169,7 +156,7 @@ class Writer(nn.Module):
         y = y.flatten(-2) if plan.blocks else y
         return y.squeeze(1) if is_flat else y
 
-    def _next(self) -> Plan:
+    def _next(self) -> Any:
         self.position += 1
         return self.plans[self.position - 1]
 
@@ -192,41 +179,40 @@ class TensorRT:
     """
 
     def __init__(self, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
-        for name, form in stored.items():
-            if form.zero_point is not None or form.constant is not None:
-                raise UsageError(f"format.target=tensorrt: {name} has codes with a zero point; must be symmetric, as of quant=deploy_w8a8")
         for name, grid in net.named_modules():
-            if not isinstance(grid, FrozenActivation):
-                continue
-            has_zero = grid.zero_point is not None and bool(grid.zero_point.any())
-            if grid.scale.numel() > 1 or has_zero or grid.after is not None or grid.qmax > torch.iinfo(torch.int8).max:
+            form = stored.get(name)
+            breaks = form is not None and not (form.zero_point is None and form.constant is None)
+            if isinstance(grid, FrozenActivation):
+                has_zero = grid.zero_point is not None and bool(grid.zero_point.any())
+                breaks = grid.scale.numel() > 1 or has_zero or grid.after is not None or grid.qmax > 127
+            if breaks:
                 rule = "must have one scale, no zero point, half steps or offset, and codes within int8, as of quant=deploy_w8a8"
                 raise UsageError(f"format.target=tensorrt: {name} {rule}")
-            _set_buffers(grid, grid.scale.reshape(()), torch.zeros((), dtype=torch.int8))
+            if isinstance(grid, FrozenActivation):
+                _set_buffers(grid, grid.scale.reshape(()), torch.zeros((), dtype=torch.int8))
 
-    def activation(self, grid: FrozenActivation, x: Tensor) -> Tensor:
+    def activation(self, grid: Any, x: Tensor) -> Tensor:
         """Rounded numbers."""
-        u = x if grid.before is None else x + grid.before
-        bounds, step, zero = (getattr(grid, name) for name in (BOUNDS, STEP, ADDED))
-        u = u if bounds is None else u.clamp(*bounds)
-        return _dequantize([_quantize(u, step, zero, grid.name), step, zero], None)
+        codes = _quantize(x if grid.before is None else x + grid.before, grid)
+        return _dequantize([codes, grid.onnx_step, grid.onnx_added], None)
 
-    def weight_number(self, weight: QuantizedWeight) -> Tensor:
+    def number(self, weight: StoredWeight) -> Tensor:
         """Codes by their scale."""
-        is_matrix = weight.frozen.stored.ndim == 2
-        axis = None if weight.stored.scale.numel() == 1 else int(is_matrix)
-        y = _dequantize([getattr(weight.frozen, CODES), getattr(weight.frozen, FACTOR)], axis)
+        frozen: Any = weight.frozen
+        is_matrix = weight.codes.ndim == 2
+        y = _dequantize([frozen.onnx_codes, frozen.onnx_factor], int(is_matrix) if frozen.onnx_factor.ndim else None)
         return y.t() if is_matrix else y
 
 
-def _quantize(u: Tensor, step: Tensor, added: Tensor, name: str) -> Tensor:
-    """QuantizeLinear with one step size, to the type of `added`; `name` is that of the quantizer."""
-    site = {SITE: name}
-    codes: Tensor = torch.onnx.ops.symbolic("QuantizeLinear", (u, step, added), {}, dtype=added.dtype, shape=u.shape, metadata_props=site)
+def _quantize(u: Tensor, grid: Any) -> Tensor:
+    """QuantizeLinear with one step size, after what the type of the codes does not cut off."""
+    u, added = u if grid.onnx_bounds is None else u.clamp(*grid.onnx_bounds), grid.onnx_added
+    given, site = (u, grid.onnx_step, added), {SITE: grid.name}
+    codes: Tensor = torch.onnx.ops.symbolic("QuantizeLinear", given, {}, dtype=added.dtype, shape=u.shape, metadata_props=site)
     return codes
 
 
-def _dequantize(tensors: Sequence[Tensor | None], axis: int | None) -> Tensor:
+def _dequantize(tensors: Sequence[Any], axis: int | None) -> Tensor:
     """DequantizeLinear of codes, scale and zero point, float32."""
     codes, *_ = given = [t for t in tensors if t is not None]
     along: dict[str, Any] = {} if axis is None else {"axis": axis}

@@ -3,8 +3,15 @@
 The search is a module of its own, `qat.functional.evolution`.
 """
 
-from qat.functional.affine import affine_codes, affine_from_range, code_range, fake_quantize_affine, fake_quantize_affine_, min_max
-from qat.functional.bias_correction import correct_mean_and_std
+from qat.functional.affine import (
+    affine_codes,
+    affine_from_range,
+    code_range,
+    correct_mean_and_std,
+    fake_quantize_affine,
+    fake_quantize_affine_,
+    min_max,
+)
 from qat.functional.confidence import near_threshold
 from qat.functional.distillation import distillation_loss, feature_distance, soft_cross_entropy
 from qat.functional.infonce import info_nce, logit_fitness
@@ -12,7 +19,7 @@ from qat.functional.int_layer_norm import integer_layer_norm
 from qat.functional.kurtosis import kure_loss, kurtoses, kurtosis
 from qat.functional.log2 import fake_quantize_log2, log2_codes, log_int_softmax
 from qat.functional.lsq import half_step_init_scale, least_unit, lsq, lsq_codes, lsq_init_scale, mse_init_scale, relative_step
-from qat.functional.observers import RangeState, affine_from_state, affine_scale, empty_range, observe
+from qat.functional.observers import RangeState, affine_from_state, affine_scale, observe
 from qat.functional.oscillation import (
     FreezingState,
     OscillationState,
@@ -35,7 +42,6 @@ __all__ = [
     "code_range",
     "correct_mean_and_std",
     "distillation_loss",
-    "empty_range",
     "fake_quantize_affine",
     "fake_quantize_affine_",
     "fake_quantize_log2",

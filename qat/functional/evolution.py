@@ -6,14 +6,11 @@ population alone. Vectors are float64 on the CPU, as in the reference: a mutatio
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from qat.errors import UsageError
 
 POPULATION = 15
 TOURNAMENT = 10
@@ -29,18 +26,6 @@ class Population(NamedTuple):
 
     scales: Tensor
     losses: Tensor
-
-
-class Insertion(NamedTuple):
-    """The population after a child, and what became of it.
-
-    Attributes:
-        population: of the size it had.
-        outcome: `best` = lowest loss of all, `kept`, `dropped`, or `not finite` (never accepted).
-    """
-
-    population: Population
-    outcome: str
 
 
 class Draw(NamedTuple):
@@ -60,12 +45,6 @@ def noise_radius(bits: int) -> float:
     return 1e-4 if bits == 8 else 1e-3
 
 
-def generator_at(seed: int, *place: int) -> torch.Generator:
-    """A CPU generator for one place of a run, independent of all other places."""
-    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in (seed, *place)]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
 def draw(
     seed: int, place: tuple[int, int, int], length: int, radius: float | Tensor, *, size: int = POPULATION, tournament: int = TOURNAMENT
 ) -> Draw:
@@ -79,19 +58,14 @@ def draw(
         size: P, members of the population.
         tournament: S, how many of them compete.
     """
-    generator = generator_at(seed, *place)
+    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in (seed, *place)]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
     members = torch.randint(size, (tournament,), generator=generator)
     return Draw(members, (2 * torch.rand(length, generator=generator, dtype=torch.float64) - 1) * radius)
 
 
 def initial_population(scales: Tensor, loss: float, size: int = POPULATION) -> Population:
-    """`size` copies of the incumbent (n,) with its loss.
-
-    Raises:
-        UsageError: the loss is not finite: nothing could be compared with it.
-    """
-    if not math.isfinite(loss):
-        raise UsageError(f"incumbent_loss={loss}: must be a finite number; the calibrated net gives none")
+    """`size` copies of the incumbent (n,) with its loss."""
     rows = scales.detach().cpu().double().reshape(1, -1).repeat(size, 1)
     return Population(rows, torch.full((size,), loss, dtype=torch.float64))
 
@@ -117,18 +91,14 @@ def evolved_child(population: Population, drawn: Draw, *, relative: bool = False
     return mutate(select_parent(population, drawn.members), drawn.noise, relative=relative)
 
 
-def insert(population: Population, child: Tensor, loss: float) -> Insertion:
+def insert(population: Population, child: Tensor, loss: float) -> Population:
     """Append the child, sort by loss (stable: of equals, who came first stays ahead), drop the last.
 
     Args:
         population: P members.
         child: (n,).
-        loss: its fitness; a child whose loss is NaN or infinite is turned away.
+        loss: its fitness, a finite number.
     """
-    if not math.isfinite(loss):
-        return Insertion(population, "not finite")
     losses, order = torch.cat([population.losses, population.losses.new_tensor([loss])]).sort(stable=True)
     size = len(population.losses)
-    place = int((order == size).nonzero())
-    scales = torch.cat([population.scales, child.to(population.scales).reshape(1, -1)])[order[:size]]
-    return Insertion(Population(scales, losses[:size]), "best" if place == 0 else "kept" if place < size else "dropped")
+    return Population(torch.cat([population.scales, child.to(population.scales).reshape(1, -1)])[order[:size]], losses[:size])

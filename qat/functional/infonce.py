@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.utils.validate import check_choice, check_number
-
 Fitness = Callable[[Tensor, Tensor], Tensor]
 FITNESSES = ("infonce", "mse", "kl", "cosine")
 TEMPERATURE = 3.0
@@ -54,11 +52,6 @@ def logit_fitness(kind: str, temperature: float = TEMPERATURE) -> Fitness:
     Args:
         kind: one of `FITNESSES`.
         temperature: of `infonce`, above 0.
-
-    Raises:
-        UsageError: unknown kind, temperature not above 0.
     """
-    check_choice("fitness", kind, FITNESSES)
-    check_number("temperature", temperature, 0, above=True)
     fitnesses: dict[str, Fitness] = {"infonce": partial(info_nce, temperature=temperature), "mse": _mse, "kl": _kl, "cosine": _cosine}
     return fitnesses[kind]

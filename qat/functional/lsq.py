@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qat.functional.affine_search import affine_error
+from qat.functional.observers import affine_error
 from qat.functional.ste import code_dtype, group_size, in_dtype, mean_abs, sum_along, view_along
 
 # A step smaller than this is taken for this.

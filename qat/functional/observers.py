@@ -1,19 +1,94 @@
-"""Affine scales from data: what to remember of the batches, and the scale at the end. Source: FQ-ViT, in the form of Evol-Q's code."""
+"""Affine scales from data: what to remember of the batches, candidates tried on the last one, and the scale at the end.
+
+Source: FQ-ViT (arXiv 2111.13824), in the form of Evol-Q's code (arXiv 2308.10814).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qat.functional.affine import affine_from_range, min_max, slices_along
-from qat.functional.affine_search import mse_scale, omse_scale, ptf_scale
+from qat.functional.affine import (
+    affine_from_range,
+    asymmetric_scale,
+    code_range,
+    fake_quantize_affine_,
+    min_max,
+    slices_along,
+    symmetric_scale,
+)
+from qat.functional.ste import group_size, sum_along
 from qat.utils.validate import check_choice
+
+Rule = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+
+# Both ends of a range are multiplied by 1, 0.99, ... 0.11.
+SHRINK_FACTORS = tuple(1.0 - i * 0.01 for i in range(90))
+# The largest is the scale of the whole tensor.
+PTF_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0)
+
+
+def affine_error(x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], axis: int | None, per: int | None) -> Tensor:
+    """Mean squared error of fake quantization along `axis`, float32, per slice along `per`: (x.shape[per],), or (1,) for None."""
+    x = x.detach().float()
+    error = fake_quantize_affine_(x.clone(), scale, zero_point, *bounds, axis).sub_(x).square_()
+    return sum_along(error, per) / group_size(x, per)
+
+
+def _shrunk(
+    x: Tensor, ends: tuple[Tensor, Tensor], bounds: tuple[int, int], rule: Rule, axis: int | None, per: int | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the shrunk range with the smallest error; of several, the widest. One factor per slice along `per`."""
+    factors = torch.tensor(SHRINK_FACTORS, dtype=torch.float32, device=x.device)
+    low, high = ends
+    errors = [affine_error(x, *rule(low * factor, high * factor, *bounds), bounds, axis, per) for factor in factors]
+    # argmin takes the first of equal errors.
+    best = factors[torch.stack(errors).argmin(0)]
+    return rule(low * best, high * best, *bounds)
+
+
+def omse_scale(x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None) -> tuple[Tensor, Tensor]:
+    """Shrink the ranges of all slices by one common factor; asymmetric for signed codes too.
+
+    Args:
+        x: data on which the error is measured, any shape.
+        low: (x.shape[axis],) or (1,), lower end of the range to shrink.
+        high: (x.shape[axis],) or (1,), its upper end.
+        bits: 2 to 8.
+        signed: where the codes lie; the formula stays asymmetric.
+        axis: dimension that keeps scales of its own, None = one for the tensor.
+
+    Returns:
+        scale and zero point, float32, the shape of `low`.
+    """
+    return _shrunk(x, (low, high), code_range(bits, signed=signed), asymmetric_scale, axis, None)
+
+
+def mse_scale(x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None) -> tuple[Tensor, Tensor]:
+    """Shrink the range of every slice by a factor of its own, symmetric for signed codes: never worse than min-max. See `omse_scale`."""
+    rule = symmetric_scale if signed else asymmetric_scale
+    return _shrunk(x, (low, high), code_range(bits, signed=signed), rule, axis, axis)
+
+
+def ptf_scale(x: Tensor, low: Tensor, high: Tensor, bits: int, *, signed: bool, axis: int | None) -> tuple[Tensor, Tensor]:
+    """Power-of-two factors: the scale of the whole tensor times 1/8, 1/4, 1/2 or 1 per slice, the smallest of equally good ones.
+
+    The zero point is that of the whole tensor, asymmetric for signed codes too. See `omse_scale`.
+    """
+    bounds = code_range(bits, signed=signed)
+    scale, zero_point = (t.expand_as(low) for t in asymmetric_scale(low.amin(0, keepdim=True), high.amax(0, keepdim=True), *bounds))
+    errors = [affine_error(x, scale * factor, zero_point, bounds, axis, axis) for factor in PTF_FACTORS]
+    factors = torch.tensor(PTF_FACTORS, dtype=torch.float32, device=x.device)
+    return scale * factors[torch.stack(errors).argmin(0)], zero_point.clone()
+
 
 METHODS = ("minmax", "percentile", "omse", "mse", "ptf")
 OBSERVERS = (*METHODS, "ema")
 PERCENTILE = 0.99999
+# Weight of a batch in a moving average.
 MOMENTUM = 0.01
 # These remember a moving average of the ends of the range, the others the outermost ends.
 _MOVING = ("ema", "percentile")
@@ -26,10 +101,7 @@ _NEGLIGIBLE = 1 / 16
 
 
 class RangeState(NamedTuple):
-    """Range seen so far, float32, one entry per slice along the axis; low = inf, high = -inf before the first batch.
-
-    Outermost ends (all methods but `ema` and `percentile`) of several processes are joined by minimum and maximum, which that start leaves
-    as they are. A NaN in the data stays.
+    """Range seen so far, float32, one entry per slice along the axis. A NaN in the data stays.
 
     Attributes:
         low: (x.shape[axis],), or (1,) for axis None.
@@ -38,11 +110,6 @@ class RangeState(NamedTuple):
 
     low: Tensor
     high: Tensor
-
-
-def empty_range(n: int, device: torch.device | None = None) -> RangeState:
-    """The state before the first batch, for `n` slices."""
-    return RangeState(torch.full((n,), torch.inf, device=device), torch.full((n,), -torch.inf, device=device))
 
 
 def quantiles(rows: Tensor, *qs: float) -> Tensor:
@@ -65,18 +132,17 @@ def quantiles(rows: Tensor, *qs: float) -> Tensor:
     return torch.where(ordered[:, -1].isnan(), torch.nan, between)
 
 
-def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str, momentum: float = MOMENTUM) -> RangeState:
+def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str) -> RangeState:
     """Take in one batch.
 
     `ema` averages the ends of the batches' ranges (the first batch counts in full), `percentile` their quantiles 0.99999 and 0.00001
     in the same way; the other methods keep the smallest and largest value of all batches.
 
     Args:
-        state: after the batches before; None or `empty_range` at the first.
+        state: after the batches before; None at the first.
         x: any shape and float dtype.
         axis: dimension that keeps scales of its own, None = one for the tensor.
         method: one of `OBSERVERS`.
-        momentum: weight of this batch in a moving average.
 
     Raises:
         UsageError: unknown method.
@@ -90,9 +156,7 @@ def observe(state: RangeState | None, x: Tensor, axis: int | None, method: str, 
         return RangeState(low, high)
     if method not in _MOVING:
         return RangeState(torch.minimum(state.low, low), torch.maximum(state.high, high))
-    first = state.low > state.high
-    moved = (old + momentum * (new - old) for old, new in zip(state, (low, high), strict=True))
-    return RangeState(*(torch.where(first, new, mean) for new, mean in zip((low, high), moved, strict=True)))
+    return RangeState(*(old + MOMENTUM * (new - old) for old, new in zip(state, (low, high), strict=True)))
 
 
 def reaching_zero(state: RangeState) -> RangeState:

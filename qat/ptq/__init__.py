@@ -1,5 +1,5 @@
 """Post-training quantization: calibration, and a search over the scales."""
 
-from qat.ptq.calibrate import Calibration, Observer, calibrate, in_float
+from qat.ptq.calibrate import Calibration, calibrate, in_float
 
-__all__ = ["Calibration", "Observer", "calibrate", "in_float"]
+__all__ = ["Calibration", "calibrate", "in_float"]

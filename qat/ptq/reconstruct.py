@@ -21,17 +21,16 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.model.sites import Site, iter_quantizers
-from qat.ptq.patching import StopForward, patched
-from qat.ptq.runner import Runner, check_finite, find_units
+from qat.ptq.runner import Runner, StopForward, check_finite, find_units, patched
 from qat.ptq.state import Progress, fingerprint
-from qat.ptq.vector import LOWEST_SCALE, stored_scale
-from qat.quantizers import Quantizer
 from qat.utils.probing import probing
 from qat.utils.validate import check_int, check_number
 
 _SETTING = "ptq.method='reconstruct'"
 STATE_NAME = "reconstruct"
 COLUMNS = ("unit", "steps", "loss_before", "loss", "seconds")
+# As in calibration.
+_LOWEST_SCALE = torch.finfo(torch.float32).eps
 log = logging.getLogger(__name__)
 
 
@@ -118,128 +117,127 @@ def reconstruct(
         for parameter, _ in frozen:
             parameter.requires_grad = False
         with probing(net, []), probing(reference, []):
-            work = _Reconstruction(net, reference, batches, settings, context)
+            units = find_units(net, batches[0][:1], _SETTING)
+            ours, theirs = (Runner(n, {unit: [unit] for unit in units}, batches) for n in (net, reference))
             net.load_state_dict(state["tensors"], strict=False)
             done = len(state["units"])
             if done:
-                log.info("reconstruction resumed after %s (%d of %d)", state["units"][-1], done, len(work.units))
-            began = time.monotonic()
-            for number, (unit, layers) in enumerate(list(work.units.items())[done:], done):
+                log.info("reconstruction resumed after %s (%d of %d)", state["units"][-1], done, len(units))
+            for number, (unit, layers) in enumerate(list(units.items())[done:], done):
                 started = time.monotonic()
-                before, after = work.fit(unit, layers, number)
+                before, after = _fit(ours, theirs, unit, layers, number, settings, context)
                 seconds = time.monotonic() - started
                 state["units"].append(unit)
                 state["tensors"] |= {k: v.clone() for k, v in net.state_dict().items() if k.startswith(f"{unit}.")}
                 state["seconds"] += seconds
                 progress.rows.append((unit, settings.steps, f"{before:.6g}", f"{after:.6g}", f"{seconds:.1f}"))
                 progress.save(state)
-                left = (time.monotonic() - began) / (number + 1 - done) * (len(work.units) - number - 1)
-                log.info("%d/%d %s: loss %.4g -> %.4g, about %.0f s left", number + 1, len(work.units), unit, before, after, left)
+                log.info("%d/%d %s: loss %.4g -> %.4g in %.0f s", number + 1, len(units), unit, before, after, seconds)
     finally:
         for parameter, was in frozen:
             parameter.requires_grad_(was)
-    return {"units": len(work.units), "steps": settings.steps, "images": sum(map(len, batches)), "seconds": round(state["seconds"], 1)}
+    return {"units": len(units), "steps": settings.steps, "images": sum(map(len, batches)), "seconds": round(state["seconds"], 1)}
 
 
-class _Reconstruction:
-    """The two nets, which unit is trained, and everything that a step reads."""
+def _fit(
+    ours: Runner,
+    theirs: Runner,
+    unit: str,
+    layers: list[Site],
+    number: int,
+    settings: ReconstructSettings,
+    context: Callable[[], AbstractContextManager[Any]],
+) -> tuple[float, float]:
+    """Train one unit; mean loss over all batches before and after, with the quantized net's inputs."""
+    goal = _goal(theirs, unit)
+    spread = _spread([y for _, y in goal])
+    module = ours.net.get_submodule(unit)
+    scaled: list[Any] = [s.quantizer for s in iter_quantizers(ours.net) if s.name.startswith(f"{unit}.") and s.quantizer.n_scales]
 
-    def __init__(
-        self,
-        net: nn.Module,
-        reference: nn.Module,
-        batches: list[Tensor],
-        settings: ReconstructSettings,
-        context: Callable[[], AbstractContextManager[Any]],
-    ) -> None:
-        self.net, self.settings, self.context = net, settings, context
-        self.units = find_units(net, batches[0][:1], _SETTING)
-        entries = {name: [name] for name in self.units}
-        self.runner, self.reference = Runner(net, entries, batches), Runner(reference, entries, batches)
-
-    def fit(self, unit: str, layers: list[Site], number: int) -> tuple[float, float]:
-        """Train one unit; mean loss over all batches before and after, with the quantized net's inputs."""
-        self.number, self.module = number, self.net.get_submodule(unit)
-        with self.reference.at(unit):
-            self.goal: list[tuple[Tensor, Tensor]] = []
-            for i in range(len(self.runner.batches)):
-                args, output = self.reference.output(unit, i)
-                if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
-                    raise UsageError(f"{_SETTING}: {unit} does not map a tensor to a tensor; must be compensate or calibrate")
-                check_finite(args[0], unit, _SETTING)
-                check_finite(output, unit, _SETTING)
-                self.goal.append((args[0], output))
-        self.spread = _spread([y for _, y in self.goal])
-        own = [site.quantizer for site in iter_quantizers(self.net) if site.name.startswith(f"{unit}.")]
-        with self.runner.at(unit), torch.enable_grad():
-            before = self._measure()
-            self._train([q for q in own if stored_scale(q) is not None], layers)
-            after = self._measure()
-        if not math.isfinite(after):
-            raise UsageError(f"{_SETTING}: the loss of {unit} is {after}; must be a smaller ptq.reconstruct.lr or scale_lr")
-        return before, after
-
-    def _train(self, scaled: list[Quantizer], layers: list[Site]) -> None:
-        """All steps; the step sizes are exp of what is learned times where they began."""
-        settings = self.settings
-        starts = [quantizer.scale.clone() for quantizer in scaled]  # type: ignore[operator]
-        changes = [torch.zeros_like(start, requires_grad=True) for start in starts]
-        owners = dict.fromkeys(site.owner for site in layers)
-        weights = [p.requires_grad_() for owner in owners for p in owner.parameters(recurse=False)]
-        groups = [{"params": weights, "lr": settings.lr}, {"params": changes, "lr": settings.scale_lr}]
-        adam = torch.optim.Adam([group for group in groups if group["params"]])
-        cosine = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: (1 + math.cos(math.pi * step / settings.steps)) / 2)
-        buffers = [quantizer._buffers["scale"] for quantizer in scaled]
-        try:
-            for step in range(settings.steps):
-                for quantizer, start, change in zip(scaled, starts, changes, strict=True):
-                    quantizer._buffers["scale"] = (start * change.exp()).clamp(min=LOWEST_SCALE)
-                loss = self._loss(*self._drawn(step))
-                adam.zero_grad()
-                loss.backward()
-                adam.step()
-                cosine.step()
-        finally:
-            for quantizer, buffer in zip(scaled, buffers, strict=True):
-                quantizer._buffers["scale"] = buffer
-            for weight in weights:
-                weight.requires_grad = False
-                weight.grad = None
-        for quantizer, start, change in zip(scaled, starts, changes, strict=True):
-            quantizer.set_scale((start * change.detach().exp()).clamp(min=LOWEST_SCALE))
-
-    @torch.no_grad()
-    def _measure(self) -> float:
-        """Mean loss over all batches; nothing is mixed in."""
-        return float(torch.stack([self._loss(i, None) for i in range(len(self.goal))]).mean())
-
-    def _drawn(self, step: int) -> tuple[int, torch.Generator]:
-        """Which batch, and the generator of what is mixed in: functions of seed, unit and step."""
-        count = len(self.goal)
-
-        def seed(n: int, kind: int) -> int:
-            return ((self.settings.seed * 1_000_003 + self.number) * 1_000_003 + n) * 2 + kind
-
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed(step // count, 1)))
-        batch = int(order[step % count])
-        return batch, torch.Generator(self.goal[batch][0].device).manual_seed(seed(step, 0))
-
-    def _loss(self, i: int, generator: torch.Generator | None) -> Tensor:
-        """Squared error of the unit's output, in units of its spread."""
-        float_input, target = self.goal[i]
-        original: Callable[..., Any] = self.module.forward
+    def loss_of(i: int, generator: torch.Generator | None = None) -> Tensor:
+        """Squared error of the unit's output, in units of its spread; with a generator, float inputs are mixed in."""
+        float_input, target = goal[i]
+        original: Callable[..., Any] = module.forward
         outputs: list[Tensor] = []
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> None:
-            if generator is not None and self.settings.drop:
-                mixed = torch.rand(x.shape, generator=generator, device=x.device) < self.settings.drop
+            if generator is not None and settings.drop:
+                mixed = torch.rand(x.shape, generator=generator, device=x.device) < settings.drop
                 x = torch.where(mixed, float_input.to(x.dtype), x)
             outputs.append(original(x, *args, **kwargs))
             raise StopForward
 
-        with patched({self.module: forward}), self.context(), contextlib.suppress(StopForward):
-            self.runner(i)
-        return (outputs[0].float() - target).square().mean() / self.spread
+        with patched({module: forward}), context(), contextlib.suppress(StopForward):
+            ours(i)
+        return (outputs[0].float() - target).square().mean() / spread
+
+    @torch.no_grad()
+    def mean_loss() -> float:
+        return float(torch.stack([loss_of(i) for i in range(len(goal))]).mean())
+
+    def generator(n: int, kind: int, device: torch.device | str = "cpu") -> torch.Generator:
+        return torch.Generator(device).manual_seed(((settings.seed * 1_000_003 + number) * 1_000_003 + n) * 2 + kind)
+
+    def loss_at(step: int) -> Tensor:
+        """On a batch and a mixture that are functions of seed, unit and step."""
+        turn, position = divmod(step, len(goal))
+        i = int(torch.randperm(len(goal), generator=generator(turn, 1))[position])
+        return loss_of(i, generator(step, 0, goal[i][0].device))
+
+    with ours.at(unit), torch.enable_grad():
+        before = mean_loss()
+        _train(scaled, layers, settings, loss_at)
+        after = mean_loss()
+    if not math.isfinite(after):
+        raise UsageError(f"{_SETTING}: the loss of {unit} is {after}; must be a smaller ptq.reconstruct.lr or scale_lr")
+    return before, after
+
+
+def _goal(theirs: Runner, unit: str) -> list[tuple[Tensor, Tensor]]:
+    """Input and output of the float unit for each batch."""
+    goal = []
+    with theirs.at(unit):
+        for i in range(len(theirs.batches)):
+            args, output = theirs.output(unit, i)
+            if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+                raise UsageError(f"{_SETTING}: {unit} does not map a tensor to a tensor; must be compensate or calibrate")
+            check_finite(args[0], unit, _SETTING)
+            check_finite(output, unit, _SETTING)
+            goal.append((args[0], output))
+    return goal
+
+
+def _train(scaled: list[Any], layers: list[Site], settings: ReconstructSettings, loss_at: Callable[[int], Tensor]) -> None:
+    """All steps; the step sizes are exp of what is learned times where they began."""
+    starts = [quantizer.scale.clone() for quantizer in scaled]
+    changes = [torch.zeros_like(start, requires_grad=True) for start in starts]
+    owners = dict.fromkeys(site.owner for site in layers)
+    weights = [p.requires_grad_() for owner in owners for p in owner.parameters(recurse=False)]
+    groups = [{"params": weights, "lr": settings.lr}, {"params": changes, "lr": settings.scale_lr}]
+    adam = torch.optim.Adam([group for group in groups if group["params"]])
+    cosine = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: (1 + math.cos(math.pi * step / settings.steps)) / 2)
+    buffers = [quantizer._buffers["scale"] for quantizer in scaled]
+
+    def scales() -> list[Tensor]:
+        return [(start * change.exp()).clamp(min=_LOWEST_SCALE) for start, change in zip(starts, changes, strict=True)]
+
+    try:
+        for step in range(settings.steps):
+            for quantizer, scale in zip(scaled, scales(), strict=True):
+                quantizer._buffers["scale"] = scale
+            loss = loss_at(step)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            cosine.step()
+    finally:
+        for quantizer, buffer in zip(scaled, buffers, strict=True):
+            quantizer._buffers["scale"] = buffer
+        for weight in weights:
+            weight.requires_grad = False
+            weight.grad = None
+    for quantizer, scale in zip(scaled, scales(), strict=True):
+        quantizer.set_scale(scale.detach())
 
 
 def _spread(values: Sequence[Tensor]) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.functional.evolution import POPULATION, TOURNAMENT, Draw, best, draw, evolved_child, initial_population, insert
+from qat.functional.evolution import POPULATION, TOURNAMENT, Draw, best, draw, evolved_child, initial_population, insert, noise_radius
 from qat.functional.infonce import FITNESSES, TEMPERATURE, logit_fitness
-from qat.model.blocks import find_blocks
+from qat.model.blocks import CONTAINER, find_blocks
 from qat.model.scales import assert_ready
-from qat.model.sites import iter_quantizers
-from qat.ptq.patching import Forward, patched
-from qat.ptq.runner import GIB, Runner, RunOrder
+from qat.model.sites import Site, iter_quantizers
+from qat.ptq.runner import GIB, Forward, Runner, RunOrder, patched
 from qat.ptq.state import Progress, fingerprint
-from qat.ptq.vector import scale_vectors
 from qat.utils.probing import probing
 from qat.utils.validate import check_choice, check_globs, check_int, check_number
 
@@ -30,8 +29,6 @@ STATE_NAME = "search"
 COLUMNS = ("pass", "block", "cycle", "fitness", "accepted", "seconds")
 # The weights of attentions, whatever follows their name (LeViT: attn_downsample).
 TARGETS = ("attn*.*.weight", "attn*.qk")
-# (pass, block, cycle), each from 0, and the radius of each scale (n,), to what is random in that cycle.
-Draws = Callable[[tuple[int, int, int], Tensor], Draw]
 log = logging.getLogger(__name__)
 
 
@@ -82,9 +79,6 @@ class SearchSettings:
         check_number("search.cache_gib", self.cache_gib, 0)
         if self.radius is not None:
             check_number("search.radius", self.radius, 0, above=True)
-        for name in ("relative", "reference_selection"):
-            if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"search.{name}={getattr(self, name)!r}: must be true or false")
         object.__setattr__(self, "targets", check_globs("search.targets", self.targets, "attn.qkv.weight"))
 
 
@@ -121,6 +115,63 @@ def logits_of(net: nn.Module, images: Tensor, micro_batch: int) -> Tensor:
     if not isinstance(parts[0], Tensor) or parts[0].ndim != 2:
         raise UsageError("search: this net gives no logits (N, classes), which the fitness is made of; calibrate takes nets of any output")
     return torch.cat(parts)
+
+
+# A scale divides; the calibration keeps the same distance from zero.
+LOWEST_SCALE = torch.finfo(torch.float32).eps
+
+
+class ScaleVector:
+    """Stored scales of several sites, one after the other, each flat; those inside offsets too."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = sites
+        self.quantizers: list[Any] = [getattr(site.quantizer, "quantizer", site.quantizer) for site in sites]
+
+    def read(self) -> Tensor:
+        """(n,) float64 on the CPU."""
+        return torch.cat([quantizer.scale.detach().cpu().double().flatten() for quantizer in self.quantizers])
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        """Put (n,) into the net, in its dtype; a scale is at least float32 eps."""
+        parts = values.split([quantizer.n_scales for quantizer in self.quantizers])
+        for quantizer, part in zip(self.quantizers, parts, strict=True):
+            quantizer.set_scale(part.to(quantizer.scale).clamp(min=LOWEST_SCALE).view_as(quantizer.scale))
+
+    def radius(self, fixed: float | None) -> Tensor:
+        """(n,) float64: `fixed`, or what suits the bits of each scale."""
+        radii = [(q.n_scales, noise_radius(q.spec.bits) if fixed is None else fixed) for q in self.quantizers]
+        return torch.cat([torch.full((n,), radius, dtype=torch.float64) for n, radius in radii])
+
+
+def scale_vectors(net: nn.Module, targets: Iterable[str], place: Mapping[str, int] | None = None) -> dict[str, ScaleVector]:
+    """The vector of every block that has one, first block first.
+
+    Args:
+        net: quantized.
+        targets: globs, see `SearchSettings.targets`.
+        place: when each quantizer runs, by name: the order in a vector.
+
+    Raises:
+        UsageError: the net has no blocks, or no block a stored scale that the globs match.
+    """
+    blocks = find_blocks(net)
+    if not blocks:
+        raise UsageError(f"search: this net has no blocks; they are looked for in modules called {CONTAINER!r}")
+    vectors: dict[str, ScaleVector] = {}
+    known: set[str] = set()
+    for block in blocks:
+        inside = [site for site in iter_quantizers(net) if site.quantizer.n_scales and site.name.startswith(f"{block}.")]
+        called = {site: f"{site.layer.removeprefix(block)}.{site.role}".lstrip(".") for site in inside}
+        known.update(called.values())
+        chosen = [site for site in inside if any(fnmatch.fnmatchcase(called[site], glob) for glob in targets)]
+        if chosen:
+            vectors[block] = ScaleVector(sorted(chosen, key=lambda site: (place or {}).get(site.name, 0)))
+    if not vectors:
+        stored = ", ".join(sorted(known)) or "nothing"
+        raise UsageError(f"search.targets={list(targets)}: no block has such a scale; stored scales are those of {stored}")
+    return vectors
 
 
 class Evaluator:
@@ -186,7 +237,7 @@ def evolve(
     population = initial_population(start, fitness, settings.population)
     for cycle in range(settings.cycles):
         child = evolved_child(population, drawn(cycle), relative=settings.relative)
-        population = insert(population, child, evaluate(cycle, child)).population
+        population = insert(population, child, evaluate(cycle, child))
     return best(population)
 
 
@@ -200,7 +251,6 @@ def search(
     run_dir: str | Path | None = None,
     resume: bool = False,
     validate: Callable[[], float] | None = None,
-    draws: Draws | None = None,
 ) -> SearchResult:
     """Change the scales of a net for the better, in place; nothing else of it changes.
 
@@ -212,15 +262,10 @@ def search(
         run_dir: folder of `search.csv` and `search.ckpt`, written after each visit; None = neither is written.
         resume: go on from `search.ckpt`, where there is one.
         validate: accuracy of the net as it is on validation images; called after each visit under `reference_selection`.
-        draws: in the place of the seeded ones.
 
     Raises:
-        UsageError: nothing to search, batches that do not fit, or a fitness that is not finite.
+        UsageError: nothing to search, or a fitness that is not finite.
     """
-    if not batches or [len(b) for b in batches] != [len(t) for t in targets]:
-        raise UsageError(
-            f"search: {len(batches)} batches of images and {len(targets)} of logits; must be as many, of equal lengths, at least one"
-        )
     if settings.fitness == "infonce" and min(map(len, batches)) < 2:
         raise UsageError("search.fitness='infonce': a batch of one image has no others; must be ptq.batch of at least 2, or mse")
     if settings.reference_selection and validate is None:
@@ -244,7 +289,7 @@ def search(
             if name == order[0]:
                 evaluator.runner.forget()
             before = state["fitness"]
-            _visit(evaluator, name, (number, numbers[name]), settings, draws, state, progress)
+            _visit(evaluator, name, (number, numbers[name]), settings, state, progress)
             if settings.reference_selection and validate is not None:
                 accuracy = validate()
                 # The reference's rule: after the first pass the best accuracy stays, during it the latest.
@@ -263,8 +308,7 @@ def _start(evaluator: Evaluator, last: str, progress: Progress) -> dict[str, Any
     """The state of a search before its first visit: the net's own scales, measured."""
     began = time.perf_counter()
     fitness, seconds = evaluator.fitness(last), time.perf_counter() - began
-    if not math.isfinite(fitness):
-        raise UsageError(f"search: the fitness of the incumbent is {fitness} before any block is visited")
+    _check_fitness(fitness, "the net as it came")
     progress.rows.append((0, "", "incumbent", fitness, 1, f"{seconds:.3f}"))
     counts = {"visits": 0, "evaluations": 0, "accepted": 0, "seconds": seconds}
     state: dict[str, Any] = {**counts, "fitness": fitness, "fitness_before": fitness, "scales": {}, "best": None}
@@ -272,12 +316,16 @@ def _start(evaluator: Evaluator, last: str, progress: Progress) -> dict[str, Any
     return state
 
 
+def _check_fitness(fitness: float, candidate: str) -> None:
+    if not math.isfinite(fitness):
+        raise UsageError(f"search: the fitness of {candidate} is {fitness}; its logits are not finite numbers")
+
+
 def _visit(
     evaluator: Evaluator,
     name: str,
     place: tuple[int, int],
     settings: SearchSettings,
-    draws: Draws | None,
     state: dict[str, Any],
     progress: Progress,
 ) -> None:
@@ -291,9 +339,7 @@ def _visit(
         since = time.perf_counter()
         vector.write(scales)
         found = evaluator.fitness(name)
-        if not math.isfinite(found):
-            where = f"candidate {cycle} of block {name} in pass {place[0]}"
-            raise UsageError(f"search: the fitness of {where} is {found}; its logits are not finite numbers")
+        _check_fitness(found, f"candidate {cycle} of block {name} in pass {place[0]}")
         accepted, lowest = found < lowest, min(found, lowest)
         state["evaluations"] += 1
         state["accepted"] += accepted
@@ -301,8 +347,6 @@ def _visit(
         return found
 
     def drawn(cycle: int) -> Draw:
-        if draws is not None:
-            return draws((*place, cycle), radius)
         return draw(settings.seed, (*place, cycle), len(radius), radius, size=settings.population, tournament=settings.tournament)
 
     found, fitness = start, lowest

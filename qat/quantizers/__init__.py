@@ -1,16 +1,14 @@
 """Quantizer modules: thin shells with parameters around `qat.functional`."""
 
 from qat.quantizers.affine import Affine, DynamicMinMax, MinMax
-from qat.quantizers.float import Float
 from qat.quantizers.grid import Grid, UniformGrid
 from qat.quantizers.log2 import Log2
 from qat.quantizers.lsq import LSQ, AutoSignLSQ
-from qat.quantizers.quantizer import Quantizer
+from qat.quantizers.quantizer import Float, Quantizer
 from qat.quantizers.registry import build_quantizer, register
 from qat.quantizers.seq import SEQ
 from qat.quantizers.shifted import Shifted
-from qat.quantizers.statsq import ActStatsQ, StatsQ
-from qat.quantizers.statsq_rms import StatsQRMS
+from qat.quantizers.statsq import ActStatsQ, StatsQ, StatsQRMS
 
 __all__ = [
     "LSQ",

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.functional.affine import affine_codes, affine_from_range, code_range, fake_quantize_affine, min_max
-from qat.functional.bias_correction import correct_mean_and_std
-from qat.functional.observers import affine_from_state, affine_scale, observe, reaching_zero
+from qat.functional.affine import affine_codes, affine_from_range, code_range, correct_mean_and_std, fake_quantize_affine, min_max
+from qat.functional.observers import RangeState, affine_from_state, affine_scale, observe, reaching_zero
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
@@ -47,9 +46,17 @@ class Affine(Quantizer):
         """
         if self.spec.role != "weight":
             raise UsageError(f"scales of role {self.spec.role!r} are found by qat.ptq.calibrate(net, batches), not by initialize_scales")
-        bits, method = self.spec.bits, self.spec.observer or "minmax"
-        found = reaching_zero(observe(None, x, self.axis, method))
-        self._fill(*affine_from_state(found, x, bits, signed=self.qmin < 0, axis=self.axis, method=method))
+        self.fill(observe(None, x, self.axis, self.method), x)
+
+    @property
+    def method(self) -> str:
+        """How its range is found: one of `qat.functional.observers.OBSERVERS`."""
+        return self.spec.observer or "minmax"
+
+    def fill(self, state: RangeState, x: Tensor) -> None:
+        """Set scale and zero point after the last batch; `x`, that batch, is only read where candidates are tried on it."""
+        signed = self.qmin < 0
+        self._fill(*affine_from_state(reaching_zero(state), x, self.spec.bits, signed=signed, axis=self.axis, method=self.method))
 
     def _fill(self, scale: Tensor, zero_point: Tensor) -> None:
         self.scale.copy_(scale)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import UsageError
 from qat.quantizers.grid import Grid
 from qat.spec import QuantSpec
 from qat.utils.validate import FLOAT_BITS
@@ -36,11 +35,6 @@ class Quantizer(nn.Module, ABC):
         super().__init__()
         self.spec = spec
         self.axis = spec.axis
-
-    def __prepare_scriptable__(self) -> Quantizer:  # noqa: PLW3201  (torch's name)
-        """What `torch.jit.script` calls on each module first."""
-        instead = "use qat.export_onnx(net, PATH) to deploy, torch.compile(net) for speed"
-        raise UsageError(f"torch.jit.script: a quantized net cannot be scripted; {instead}")
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -116,3 +110,19 @@ class Quantizer(nn.Module, ABC):
         """The spec and the axis in force."""
         kind = {True: "signed", False: "unsigned", None: "sign from data"}[self.spec.signed]
         return f"{self.spec.quantizer}, bits={self.spec.bits}, {kind}, axis={self.axis}, role={self.spec.role}"
+
+
+class Float(Quantizer):
+    """Returns its input: float is a quantizer too, so that no caller asks for the number of bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` itself."""
+        return x
+
+    def codes(self, x: Tensor) -> Tensor:
+        """A float tensor has no codes.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"the float quantizer of role {self.spec.role!r} has no integer codes")

@@ -6,11 +6,11 @@ import importlib
 from collections.abc import Callable
 
 from qat.errors import UsageError
-from qat.quantizers.quantizer import Quantizer
+from qat.quantizers.quantizer import Float, Quantizer
 from qat.quantizers.shifted import Shifted
 from qat.spec import QuantSpec
 
-_BUILDERS: dict[str, Callable[[QuantSpec], Quantizer]] = {}
+_BUILDERS: dict[str, Callable[[QuantSpec], Quantizer]] = {"float": Float}
 
 
 def register(name: str) -> Callable[[Callable[[QuantSpec], Quantizer]], Callable[[QuantSpec], Quantizer]]:

@@ -16,9 +16,8 @@ from torch import nn
 from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
-from qat.export.check import Checked, compare, net_codes
+from qat.export.check import Checked, compare, milliseconds, net_codes, open_session, quantize_8bit
 from qat.export.onnx_file import IMAGES, OnnxSettings, export_float, preprocessing, require_onnx, write_checked, write_onnx
-from qat.export.runtimes import milliseconds, open_session, quantize_8bit
 from qat.launch import run_dir as outputs
 from qat.model.checkpoint import build_from, built_alike, describe, load, read_checkpoint
 from qat.model.convert import conversion_of

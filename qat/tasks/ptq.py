@@ -33,8 +33,7 @@ from qat.ptq.compensate import compensate
 from qat.ptq.reconstruct import STATE_NAME as RECONSTRUCTED
 from qat.ptq.reconstruct import ReconstructSettings, reconstruct, split_batches
 from qat.ptq.search import STATE_NAME as SEARCHED
-from qat.ptq.search import SearchSettings, logits_of, search
-from qat.ptq.vector import scale_vectors
+from qat.ptq.search import SearchSettings, logits_of, scale_vectors, search
 from qat.spec import recipe as preset
 from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_settings

@@ -12,7 +12,6 @@ from qat.analysis.landscape import Landscape, plane, shape_of
 from qat.errors import UsageError
 from qat.functional.infonce import info_nce
 from qat.functional.statsq import statsq_with_scale
-from qat.ptq.vector import stored_scale
 from tests import tiny
 from tests.analysis.common import image_set, is_as_before, net_of, state, studied
 
@@ -47,7 +46,7 @@ def test_stored_scales_are_multiplied(kind):
     by_hand = copy.deepcopy(net)
     move = plane(net, ["blocks.0.mlp.fc1.weight"], 3)
     quantizer = by_hand.blocks[0].mlp.fc1.weight_quantizer
-    scale = stored_scale(quantizer).detach()
+    scale = getattr(quantizer, "quantizer", quantizer).scale.detach()
     quantizer.set_scale(scale * (1 + (0.1 * draws(scale.shape, 6) - 0.05 * draws(scale.shape, 7))))
     with move(0.1, -0.05):
         moved = tiny.logits(net)

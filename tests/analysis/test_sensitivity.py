@@ -20,7 +20,7 @@ from qat.model.ptq_spec import PtqRecipe
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq import calibrate
 from qat.ptq.calibrate import in_float
-from qat.quantizers.float import Float
+from qat.quantizers import Float
 from tests import tiny
 from tests.analysis.common import PTQ, QAT, image_set, is_as_before, net_of, ptq, state, studied
 

@@ -15,9 +15,19 @@ import torch
 
 import qat
 from qat.export import check, onnx_file
-from qat.export.check import Agreement, Checked, check_onnx, graph_codes
+from qat.export.check import (
+    ONNXRUNTIME,
+    OPENVINO,
+    Agreement,
+    Checked,
+    check_onnx,
+    graph_codes,
+    has_openvino,
+    logits_of,
+    milliseconds,
+    open_session,
+)
 from qat.export.onnx_file import OnnxSettings, to_onnx
-from qat.export.runtimes import ONNXRUNTIME, OPENVINO, has_openvino, logits_of, milliseconds, open_session
 from qat.functional.packing import unpack_codes
 from qat.model.frozen import FrozenActivation
 from tests import tiny
@@ -212,7 +222,7 @@ def test_what_tensorrt_asks_for(name, tmp_path):
         (qat.recipe("lsq", bits=8, act_scales="tensor"), r"_quantizer must have one scale, .* codes within int8"),
         (qat.recipe("seq", bits=4, act_scales="tensor", offsets=False), r"_quantizer must have one scale, no zero point, half steps"),
         (qat.recipe("lsq", bits=4, act_scales="tensor", offsets=True), r"_quantizer must have one scale, .* or offset"),
-        (qat.recipe("deploy_w8a8", weight_quantizer="statsq"), r"weight_quantizer has codes with a zero point; must be symmetric"),
+        (qat.recipe("deploy_w8a8", weight_quantizer="statsq"), r"weight_quantizer must have one scale, no zero point"),
     ],
     ids=["token", "unsigned", "half steps", "offsets", "weights"],
 )
@@ -238,11 +248,9 @@ def test_a_net_converted_in_python(net, tmp_path):
     assert (said["qat.preprocessing"]["size"], said["qat"]["recipe"]["name"]) == (8, "deploy")
 
 
-@pytest.mark.parametrize(
-    "images", [torch.zeros(1, 8, 8), torch.zeros(0, 1, 8, 8), torch.zeros(2, 1, 16, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)]
-)
+@pytest.mark.parametrize("images", [torch.zeros(1, 8, 8), torch.zeros(2, 1, 16, 8)])
 def test_images_that_do_not_fit(net, tmp_path, images):
-    with pytest.raises(qat.UsageError, match=r"images: torch.* of \(.*\); must be floating-point of \(at least 1, 1, 8, 8\)"):
+    with pytest.raises(qat.UsageError, match=r"images of \(.*\): must be \(at least 1, \*\(1, 8, 8\)\)"):
         qat.export_onnx(net, tmp_path / "net.onnx", images=images)
     assert list(tmp_path.iterdir()) == []
 
@@ -269,7 +277,6 @@ def test_a_file_that_disagrees_is_kept_under_another_name(net, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"path": "net.bin"}, r"path='net.bin': must end in .onnx"),
         ({"target": "gpu"}, r"format.target='gpu': must be one of cpu, tensorrt"),
         ({"two_bit": "int3"}, r"format.two_bit='int3': must be one of int4, int2"),
         ({"net": tiny.vit()}, r"export_onnx: a float net; qat.convert\(net, qat.recipe\(...\)\) quantizes it"),
@@ -304,8 +311,7 @@ def test_an_error_of_openvino_is_reported_and_rejects_no_file(net, tmp_path, mon
     monkeypatch.setattr(check, "open_session", broken)
     checked = check_onnx(net, tmp_path / "net.onnx", [torch.randn(4, 1, 8, 8)])
     assert (checked.problem, checked.agreement["onnxruntime"].problem) == (None, None)
-    said = "not for OpenVINO: it fails ([Add] failed: index '0' out of range); a file with format.dynamic_batch=false may be"
-    assert checked.to_text().splitlines()[-1] == said
+    assert checked.to_text().splitlines()[-1] == "not for OpenVINO: it fails ([Add] failed: index '0' out of range)"
 
 
 def test_a_runtime_that_is_not_what_its_graph_gives_has_a_problem(net):

@@ -15,21 +15,21 @@ def weights(recipe):
 
 
 STATSQ = {  # bits: type, lowest and highest stored number, are they doubled, is half a step added
-    2: ("INT4", -3, 3, False, False),
-    3: ("INT4", -7, 7, False, False),
-    4: ("INT4", -8, 7, True, False),
-    5: ("INT8", -31, 31, False, False),
-    7: ("INT8", -127, 127, False, False),
-    8: ("INT8", -128, 127, False, True),
+    2: (4, -3, 3, False, False),
+    3: (4, -7, 7, False, False),
+    4: (4, -8, 7, True, False),
+    5: (8, -31, 31, False, False),
+    7: (8, -127, 127, False, False),
+    8: (8, -128, 127, False, True),
 }
 
 
 @pytest.mark.parametrize("bits", STATSQ)
 def test_statsq(bits):
     weight = weights(qat.recipe("ofq", bits=bits))["blocks.0.mlp.fc2.weight_quantizer"]
-    kind, lowest, highest, doubled, added = STATSQ[bits]
+    width, lowest, highest, doubled, added = STATSQ[bits]
     form = store_weight(weight)
-    assert (form.kind, form.is_doubled, form.constant is not None) == (kind, doubled, added)
+    assert (form.width, form.is_doubled, form.constant is not None) == (width, doubled, added)
     assert lowest <= form.codes.min() <= form.codes.max() <= highest
     assert form.factors.abs().max() <= 128
     torch.testing.assert_close(form.value, weight(), rtol=2e-7, atol=1e-9)
@@ -39,18 +39,18 @@ def test_statsq(bits):
 def test_two_bits(lowest, stored):
     weight = weights(qat.recipe("ofq", bits=2))["blocks.0.mlp.fc2.weight_quantizer"]
     form = store_weight(weight, lowest)
-    assert (form.kind, form.constant, form.is_doubled) == (f"INT{lowest}", None, lowest == 2)
+    assert (form.width, form.constant, form.is_doubled) == (lowest, None, lowest == 2)
     assert form.codes.unique().tolist() == stored
     assert form.factors.unique().tolist() == [-3, -1, 1, 3]
     assert torch.equal(form.value, weight())
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(2, "INT4"), (3, "INT4"), (4, "INT4"), (8, "INT8")])
-def test_lsq_has_no_half_step(bits, kind):
+@pytest.mark.parametrize(("bits", "width"), [(2, 4), (3, 4), (4, 4), (8, 8)])
+def test_lsq_has_no_half_step(bits, width):
     for weight in weights(qat.recipe("lsq", bits=bits)).values():
         if weight.spec.bits == bits:
             form = store_weight(weight)
-            assert (form.kind, form.constant, form.zero_point) == (kind, None, None)
+            assert (form.width, form.constant, form.zero_point) == (width, None, None)
             assert torch.equal(form.value, weight())
 
 
@@ -60,7 +60,7 @@ def test_ranges_with_a_zero_point():
     for module in qat.freeze(net.eval()).modules():
         if isinstance(module, FrozenWeight):
             form = store_weight(module)
-            assert form.kind == "INT4"
+            assert form.width == 4
             assert -8 <= form.zero_point.min() <= form.zero_point.max() <= 7
             torch.testing.assert_close(form.value, module(), rtol=1e-6, atol=1e-8)
 
@@ -68,4 +68,4 @@ def test_ranges_with_a_zero_point():
 def test_the_opset_follows_from_the_types():
     for bits, lowest, opset in ((2, 2, 25), (2, 4, 21), (8, 4, 13)):
         forms = [store_weight(weight, lowest) for weight in weights(qat.recipe("ofq", bits=bits)).values()]
-        assert max(OPSETS[form.kind] for form in forms) == opset
+        assert max(OPSETS[form.width] for form in forms) == opset

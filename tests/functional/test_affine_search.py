@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from qat import functional as F
-from qat.functional.affine_search import affine_error
+from qat.functional.observers import affine_error
 
 SEEDS = st.integers(0, 2**31)
 AXES = st.sampled_from([0, 1, -1, None])

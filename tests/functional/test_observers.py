@@ -12,10 +12,10 @@ from tests.tiny import randn
 BATCHES = [randn(4, 5, 6, seed=s) * (1 + s) for s in range(3)]
 
 
-def seen(method, axis, batches=BATCHES, **options):
+def seen(method, axis, batches=BATCHES):
     state = None
     for x in batches:
-        state = F.observe(state, x, axis, method, **options)
+        state = F.observe(state, x, axis, method)
     return state
 
 
@@ -34,19 +34,6 @@ def test_moving_average(axis):
     assert torch.equal(high, b)
     low, high = seen("ema", axis, BATCHES[:2])
     assert_close((low, high), (0.99 * a + 0.01 * c, 0.99 * b + 0.01 * d))
-    low, high = seen("ema", axis, BATCHES[:2], momentum=0.5)
-    assert_close((low, high), ((a + c) / 2, (b + d) / 2))
-
-
-@pytest.mark.parametrize("method", observers.OBSERVERS)
-@pytest.mark.parametrize("axis", [-1, None])
-def test_an_empty_range_is_no_batch(method, axis):
-    empty = observers.empty_range(1 if axis is None else 6)
-    state = F.observe(empty, BATCHES[0], axis, method)
-    assert_close(tuple(state), tuple(seen(method, axis, BATCHES[:1])), rtol=0, atol=0)
-    low, high = F.RangeState(*(torch.stack(pair) for pair in zip(empty, state, strict=True)))
-    assert torch.equal(low.amin(0), state.low)  # as processes without a batch join the others
-    assert torch.equal(high.amax(0), state.high)
 
 
 @pytest.mark.parametrize("method", observers.OBSERVERS)

@@ -139,7 +139,7 @@ def test_evolution(case):
         child = evolution.evolved_child(population, evolution.Draw(members, noise))
         assert_close(child, scales, rtol=1e-12, atol=0)
         assert 1e6 * (child - target.double()).square().sum().item() == pytest.approx(loss.item(), rel=1e-9)
-        population = evolution.insert(population, child, loss.item()).population
+        population = evolution.insert(population, child, loss.item())
         assert len(population.losses) == 15
     scales, loss = evolution.best(population)
     assert loss == golden.number(PTQ, f"{case}/best_loss")

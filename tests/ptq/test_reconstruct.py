@@ -127,7 +127,7 @@ def test_a_unit_is_trained_on_what_the_quantized_net_gives_it(monkeypatch):
     images = torch.randn(8, 3, 16, 16)
     net = qat.convert(copy.deepcopy(reference), qat.PtqRecipe(**KNOBS, method="reconstruct"), input_size=(3, 16, 16))
     qat.ptq.calibrate(net, [images])
-    fit, units = module._Reconstruction.fit, []
+    fit, units = module._fit, []
 
     def inputs(unit, run):
         seen = []
@@ -136,14 +136,14 @@ def test_a_unit_is_trained_on_what_the_quantized_net_gives_it(monkeypatch):
         handle.remove()
         return seen[-1], found
 
-    def compared(whole, unit, layers, number):
+    def compared(ours, theirs, unit, *rest):
         with torch.no_grad():
             expected, _ = inputs(unit, lambda: net(images))
-        got, found = inputs(unit, lambda: fit(whole, unit, layers, number))
+        got, found = inputs(unit, lambda: fit(ours, theirs, unit, *rest))
         assert torch.equal(got, expected), unit
         units.append(unit)
         return found
 
-    monkeypatch.setattr(module._Reconstruction, "fit", compared)
+    monkeypatch.setattr(module, "_fit", compared)
     reconstruct(net.eval(), reference, images, ReconstructSettings(steps=1, batch=8))
     assert "attn_pool.proj" in units

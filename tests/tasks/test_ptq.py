@@ -49,7 +49,6 @@ def test_what_a_run_leaves_behind(quantized_run, trained):
     assert (found["weights"], found["model"]) == (str(last(trained)), "vit_tiny_patch16_224")
     calibration = found["calibration"]
     assert (calibration["images"], calibration["batches"], calibration["seed"]) == (1000, 10, 0)
-    assert sum(calibration["observers"].values()) == len(list(qat.iter_quantizers(qat.load(quantized_run / "quantized.ckpt"))))
     rows = [line.split() for line in (quantized_run / "conversion.txt").read_text().splitlines()]
     assert ["blocks.1.attn.qkv", "weight", "affine", "4", "0", "144", "none"] in rows
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.functional.bias_correction import correct_mean_and_std
+from qat.functional.affine import correct_mean_and_std
 from qat.model.convert import conversion_of
 from qat.model.frozen.quantizers import OFFSETS, Frozen, FrozenActivation, FrozenNonuniform, FrozenWeight
 from qat.model.scales import assert_ready
