@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.nn.execution import kept_weights
+from qat.nn.quant_module import kept_weights
 from qat.utils.probing import probing
 from qat.utils.text import duration
 

@@ -22,9 +22,8 @@ from qat.analysis.requantize import grid_of, requantized
 from qat.analysis.style import HEAT, PALETTE, figure, panels, quiet
 from qat.errors import UsageError
 from qat.functional.infonce import info_nce
-from qat.model.blocks import find_blocks
 from qat.model.convert import conversion_of
-from qat.model.sites import iter_quantizers
+from qat.model.sites import find_blocks, iter_quantizers
 from qat.ptq.calibrate import in_float
 from qat.ptq.patching import Forward, patched
 from qat.quantizers import UniformGrid

@@ -8,8 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from qat.model.frozen import FrozenActivation, FrozenWeight
-from qat.model.frozen.net import DIRECT
+from qat.model.frozen import DIRECT, FrozenActivation, FrozenWeight
 from qat.nn.attention import QkrAttention, ScoredAttention
 from qat.nn.fqvit import FqAttention
 from qat.nn.linear import QuantLinear

@@ -3,21 +3,98 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from qat.functional.packing import packed_bytes
 from qat.model.frozen import FrozenActivation, FrozenWeight
-from qat.model.matmuls import MatrixProduct, watching
 from qat.model.sites import Site, iter_quantizers
 from qat.nn import QkrAttention, QuantAttention, ScoredAttention
 from qat.quantizers import LSQ, Quantizer
 from qat.utils.probing import probing, zero_image
 from qat.utils.validate import FLOAT_BITS
+
+
+@dataclass(frozen=True)
+class MatrixProduct:
+    """One matrix product.
+
+    Attributes:
+        module: name of the innermost module that was running.
+        macs: multiply-accumulates.
+        of_activations: no operand is a parameter; False for a layer's weight times its input.
+        bits: widths of the two operands.
+    """
+
+    module: str
+    macs: int
+    of_activations: bool
+    bits: tuple[int, int] = (FLOAT_BITS, FLOAT_BITS)
+
+    @property
+    def bitops(self) -> int:
+        """Multiply-accumulates times the widths of both operands."""
+        return self.macs * self.bits[0] * self.bits[1]
+
+
+def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
+    query, key, *_ = operands
+    scores = query[..., 0].numel() * key.shape[-2]
+    return [scores * query.shape[-1], scores * out.shape[-1]]
+
+
+def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
+    """The product of all dimensions that occur, for an equation of two operands without ellipsis."""
+    equation, *factors = operands
+    if not isinstance(equation, str) or len(factors) != 2:
+        return []
+    sizes: dict[str, int] = {}
+    for letters, factor in zip(equation.split("->")[0].replace(" ", "").split(","), factors, strict=True):
+        sizes |= dict(zip(letters, factor.shape, strict=False))
+    return [math.prod(sizes.values())]
+
+
+# Of operands in their order, by place or by name, and the result: multiply-accumulates of the products.
+_Count = Callable[[tuple[Any, ...], Tensor], list[int]]
+_OF_ACTIVATIONS: dict[Any, _Count] = {
+    **dict.fromkeys(
+        [torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__],
+        lambda operands, out: [out.numel() * operands[0].shape[-1]],
+    ),
+    F.scaled_dot_product_attention: _attention_macs,
+    torch.einsum: _einsum_macs,
+}
+_OF_WEIGHTS: dict[Any, _Count] = dict.fromkeys(
+    [F.linear, F.conv1d, F.conv2d, F.conv3d], lambda operands, out: [out.numel() * operands[1][0].numel()]
+)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes products while it is on, whatever module makes them and by whatever function; `running` is the stack of names of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[str] = []
+        self.found: list[MatrixProduct] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = _OF_ACTIVATIONS.get(func) or _OF_WEIGHTS.get(func)
+        if count is not None:
+            where, operands = self.running[-1] if self.running else "", (*args, *kwargs.values())
+            by_weight = func in _OF_WEIGHTS or any(isinstance(a, nn.Parameter) for a in operands)
+            self.found.extend(MatrixProduct(where, macs, not by_weight) for macs in count(operands, out))
+        return out
+
 
 FLOAT_BYTES = 4
 _OFFSETS = ("offset_before", "offset_after", "product_offset", "before", "after")
@@ -176,28 +253,39 @@ def _kind(name: str, sites: dict[str, Site]) -> str:
     return "float_bytes" if _site_of(name, sites) is None else "scale_bytes"
 
 
-def matmuls(net: nn.Module, input_size: tuple[int, int, int]) -> Iterator[MatrixProduct]:
-    """Every matrix product of one image, by one forward pass on zeros: layers and float attentions as they run, ours by formula."""
+def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
+    """Every matrix product of one image, by one forward pass on zeros: ours by formula, layers and float attentions as they run."""
     modules = dict(net.named_modules())
     ours = {name: m for name, m in modules.items() if isinstance(m, ScoredAttention)}
     inherited = {id(m.v): _bits(m.input_quantizer) for m in ours.values() if isinstance(m, QkrAttention)}
     found: list[MatrixProduct] = []
-    with watching(net) as products, probing(net, [m.register_forward_hook(_recorder(name, found)) for name, m in ours.items()]):
-        net(zero_image(net, input_size))
-    for product in products:
+    watch = _Watch()
+    hooks = []
+    for name, module in modules.items():
+
+        def enter(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            watch.running.append(name)
+            if name in ours:
+                counted = _qkr(module, args[0]) if isinstance(module, QkrAttention) else _attention(module, args[0])  # type: ignore[arg-type]
+                found.extend(MatrixProduct(name, macs, inner, (a, b)) for macs, a, b, inner in counted)
+
+        def leave(*_: Any) -> None:
+            watch.running.pop()
+
+        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    with probing(net, hooks), watch:
+        net(zero_image(net, input_size))  # type: ignore[arg-type]
+    for product in watch.found:
         if product.module not in ours:
-            bits = product.bits if product.of_activations else _layer_bits(modules[product.module], inherited)
+            layer = modules[product.module]
+            weight, act = _bits(getattr(layer, "weight_quantizer", None)), _bits(getattr(layer, "input_quantizer", None))
+            bits = product.bits if product.of_activations else (weight, inherited.get(id(layer), act))
             found.append(dataclasses.replace(product, bits=bits))
-    return iter(found)
+    return found
 
 
 def _bits(quantizer: object) -> int:
     return quantizer.spec.bits if isinstance(quantizer, Quantizer) else FLOAT_BITS
-
-
-def _layer_bits(layer: nn.Module, inherited: dict[int, int]) -> tuple[int, int]:
-    """Weight and input."""
-    return _bits(getattr(layer, "weight_quantizer", None)), inherited.get(id(layer), _bits(getattr(layer, "input_quantizer", None)))
 
 
 def _attention(module: QuantAttention, x: torch.Tensor) -> list[tuple[int, int, int, bool]]:
@@ -216,11 +304,3 @@ def _qkr(module: QkrAttention, x: torch.Tensor) -> list[tuple[int, int, int, boo
     if module.q_bias is not None or module.folded_bias is not None:
         found.append((module.num_heads * x.numel(), FLOAT_BITS, act, False))
     return found
-
-
-def _recorder(name: str, found: list[MatrixProduct]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        counted = _qkr(module, args[0]) if isinstance(module, QkrAttention) else _attention(module, args[0])  # type: ignore[arg-type]
-        found.extend(MatrixProduct(name, macs, inner, (a, b)) for macs, a, b, inner in counted)
-
-    return hook

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.functional.evolution import POPULATION, TOURNAMENT, Draw, best, draw, evolved_child, initial_population, insert
 from qat.functional.infonce import FITNESSES, TEMPERATURE, logit_fitness
-from qat.model.blocks import find_blocks
 from qat.model.scales import assert_ready
-from qat.model.sites import iter_quantizers
+from qat.model.sites import find_blocks, iter_quantizers
 from qat.ptq.patching import Forward, patched
 from qat.ptq.runner import GIB, Runner, RunOrder
 from qat.ptq.state import Progress, fingerprint

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.functional.evolution import noise_radius
-from qat.model.blocks import CONTAINER, find_blocks
-from qat.model.sites import Site, iter_quantizers
+from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
 from qat.quantizers import Quantizer
 
 # A scale divides; the calibration keeps the same distance from zero.

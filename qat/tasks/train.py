@@ -64,7 +64,7 @@ def train(cfg: DictConfig) -> float:
     loss.class_weights = data.class_weights()
     start = _start(cfg, resume, recipe, data, trainer, optimizer)
     fit.use_less_memory(cfg, start.net)
-    teacher = build_teacher(cfg, loss, data, start.net)
+    teacher = build_teacher(cfg, loss, data)
     # What checkpoints of the run hold beside weights: how to build the net, and what resuming compares.
     description = describe(start.net, model=cfg.model.name, model_kwargs=args, data=build.plain(cfg.data), classes=data.named_classes())
     module = QATModule(
