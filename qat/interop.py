@@ -105,8 +105,7 @@ def net_from_ofq(
 
     # Their script writes the bits of a quantized teacher over the student's before it saves.
     said = {} if checkpoint.args is None or checkpoint.args.get("quant_teacher") else checkpoint.args
-    weight_bits = _settled("bits", bits, said.get("wq_bitw"), origin)
-    input_bits = _settled("act_bits", act_bits, said.get("aq_bitw"), origin)
+    weight_bits, input_bits = bits or said.get("wq_bitw"), act_bits or said.get("aq_bitw")
     if weight_bits is None:
         raise UsageError(f"bits=None: {origin} does not say its bits, and no tensor tells them; give bits= (ckpt_bits= in a command)")
     # In a Swin the authors' rule of a step size per position meets (B, H, W, C): there it is one per column.
@@ -131,12 +130,6 @@ def _heads_of(model: str, likely: str, kwargs: Mapping[str, Any], *, swin: bool,
     if not isinstance(base, family) or base.embed_dim != kwargs["embed_dim"] or hasattr(base, "dist_token") != distilled:
         raise UsageError(f"model={model!r}: the weights of {origin} are not of its shape; they look like {likely!r}")
     return {} if qkr or swin else {"num_heads": base.blocks[0].attn.num_heads}  # type: ignore[union-attr, index]
-
-
-def _settled(setting: str, given: int | None, said: Any, origin: str) -> int | None:
-    if given is not None and isinstance(said, int) and given != said:
-        raise UsageError(f"{setting}={given}: {origin} was trained with {said}, as its own arguments say")
-    return said if given is None and isinstance(said, int) else given
 
 
 def _highest(state: Mapping[str, Tensor], pattern: str) -> int:

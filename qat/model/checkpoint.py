@@ -28,6 +28,7 @@ from qat.model.scales import assert_ready
 from qat.spec import QuantRecipe
 from qat.utils.bounds import about_as_large_as, check_bounds, check_model_arguments, check_tensors
 from qat.utils.files import damage_of, write_torch
+from qat.utils.validate import check_choice
 
 FORMAT_VERSION = 1
 META_KEY = "qat"
@@ -194,8 +195,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
     Raises:
         UsageError: no such file, damaged, not plain data, or not of the format asked for.
     """
-    if fmt not in FORMATS:
-        raise UsageError(f"ckpt_format={fmt!r}: must be one of {', '.join(FORMATS)}")
+    check_choice("ckpt_format", fmt, FORMATS)
     path = Path(path)
     origin = f"{setting}={str(path)!r}"
     content = _read_file(path, origin)

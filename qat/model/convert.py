@@ -60,8 +60,7 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
     """
     if conversion_of(net) is not None:
         raise UsageError("convert: the net is quantized already; build a fresh one, or load a checkpoint into another recipe with ckpt=")
-    channels, height, width = (int(n) for n in input_size)
-    size = channels, height, width
+    size: tuple[int, int, int] = tuple(map(int, input_size))  # type: ignore[assignment]
     if recipe.name == "fp":
         _check_rules(net, recipe, [])
         check_input(net, size)

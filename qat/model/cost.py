@@ -54,7 +54,7 @@ def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
 def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
     """The product of all dimensions that occur, for an equation of two operands without ellipsis."""
     equation, *factors = operands
-    if not isinstance(equation, str) or len(factors) != 2:
+    if len(factors) != 2:
         return []
     sizes: dict[str, int] = {}
     for letters, factor in zip(equation.split("->")[0].replace(" ", "").split(","), factors, strict=True):
@@ -66,7 +66,7 @@ def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
 _Count = Callable[[tuple[Any, ...], Tensor], list[int]]
 _OF_ACTIVATIONS: dict[Any, _Count] = {
     **dict.fromkeys(
-        [torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__],
+        [torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__],
         lambda operands, out: [out.numel() * operands[0].shape[-1]],
     ),
     F.scaled_dot_product_attention: _attention_macs,
@@ -193,64 +193,41 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
     masters = {id(module.start) for module in net.modules() if isinstance(module, LSQ)}
     masters |= {id(site.quantizer.bounds) for site in sites.values() if isinstance(site.quantizer, FrozenActivation)}
     for site in sites.values():
-        if not site.is_weight or site.quantizer.spec.bits == FLOAT_BITS:
+        spec, owner = site.quantizer.spec, site.owner
+        if not site.is_weight or spec.bits == FLOAT_BITS:
             continue
-        masters |= {id(t) for t in _masters(site)}
-        latent, owner = _weight(site), site.layer
-        scales, offsets = _unstored(site, latent.shape[0])
-        sums[owner]["code_bytes"] += packed_bytes(latent.numel(), site.quantizer.spec.bits)
-        sums[owner]["scale_bytes"] += scales * FLOAT_BYTES
-        sums[owner]["offset_bytes"] += offsets * FLOAT_BYTES
-        sums[owner]["n_params"] += latent.numel() if isinstance(site.quantizer, FrozenWeight) else 0
+        found = sums[site.layer]
+        if isinstance(site.quantizer, FrozenWeight):
+            latent = site.quantizer.stored
+            # A shift that is no zero point is implied by the quantizer's kind.
+            masters |= {id(latent)} if spec.quantizer == "affine" else {id(latent), id(site.quantizer.shift)}
+            found["n_params"] += latent.numel()
+        else:
+            latent, n_scales = site.latent(), site.quantizer.n_scales
+            masters |= {id(t) for t in ((owner.q_weight, owner.k_weight) if site.role == "qk" else (owner.weight,))}
+            # As deployed also scales that training makes from the weight; where a bias is corrected, each row has a scale, a zero point and
+            # a constant.
+            rows = len(latent)
+            found["scale_bytes"] += FLOAT_BYTES * (2 * (rows - n_scales) if spec.bias_correction else 0 if n_scales else rows)
+            found["offset_bytes"] += FLOAT_BYTES * rows * spec.bias_correction
+        found["code_bytes"] += packed_bytes(latent.numel(), spec.bits)
     for name, parameter in net.named_parameters():
-        sums[_owner(name, sites)]["n_params"] += parameter.numel()
+        sums[_place(name, sites)[0]]["n_params"] += parameter.numel()
     kept = net.state_dict().keys()  # tables that a net makes anew, as Swin's indices, are in no file
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if name in kept and id(tensor) not in masters:
-            sums[_owner(name, sites)][_kind(name, sites)] += tensor.numel() * FLOAT_BYTES
+            layer, kind = _place(name, sites)
+            sums[layer][kind] += tensor.numel() * FLOAT_BYTES
     return sums
 
 
-def _weight(site: Site) -> torch.Tensor:
-    """What is quantized, or its codes where they are all there is."""
-    return site.quantizer.stored if isinstance(site.quantizer, FrozenWeight) else site.latent()
-
-
-def _unstored(site: Site, rows: int) -> tuple[int, int]:
-    """How many scales and zero points, and offsets, a weight has as deployed beside those that it has now.
-
-    Scales that training makes from the weight; where a bias is corrected, a scale, a zero point and a constant for each row.
-    """
-    if isinstance(site.quantizer, FrozenWeight):
-        return 0, 0
-    stored = site.quantizer.n_scales
-    return (2 * (rows - stored), rows) if site.quantizer.spec.bias_correction else (0 if stored else rows, 0)
-
-
-def _masters(site: Site) -> tuple[torch.Tensor, ...]:
-    """The parameters that codes take the place of; of a frozen net the codes themselves, and a shift that the quantizer's kind implies."""
-    owner = site.owner
-    if isinstance(site.quantizer, FrozenWeight):
-        has_zero_points = site.quantizer.spec.quantizer == "affine"
-        return (site.quantizer.stored,) if has_zero_points else (site.quantizer.stored, site.quantizer.shift)
-    return (owner.q_weight, owner.k_weight) if site.role == "qk" else (owner.weight,)  # type: ignore[return-value]
-
-
-def _site_of(name: str, sites: dict[str, Site]) -> str | None:
-    """The quantizer that a tensor belongs to."""
+def _place(name: str, sites: dict[str, Site]) -> tuple[str, str]:
+    """The module that a tensor counts for, that of its quantizer where it has one, and the kind of its bytes."""
     parts = name.split(".")
     prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
-    return next((prefix for prefix in prefixes if prefix in sites), None)
-
-
-def _owner(name: str, sites: dict[str, Site]) -> str:
-    return (_site_of(name, sites) or name).rpartition(".")[0]
-
-
-def _kind(name: str, sites: dict[str, Site]) -> str:
-    if name.rpartition(".")[2] in _OFFSETS:
-        return "offset_bytes"
-    return "float_bytes" if _site_of(name, sites) is None else "scale_bytes"
+    site = next((prefix for prefix in prefixes if prefix in sites), None)
+    kind = "offset_bytes" if parts[-1] in _OFFSETS else "float_bytes" if site is None else "scale_bytes"
+    return (site or name).rpartition(".")[0], kind
 
 
 def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:

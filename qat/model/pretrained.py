@@ -28,13 +28,7 @@ PREFIX = "hf-hub:"  # timm's, before `user/name`
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LIBRARY = "vit-qat"  # what `config.json` of a net of ours says of itself
 TIMEOUT_S = 4
-GATEWAY_ERRORS = {407, 502, 503, 504}  # a proxy says that it cannot get there
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def is_repository(name: object) -> bool:
-    """True for `user/name`."""
-    return isinstance(name, str) and _REPOSITORY.fullmatch(name) is not None
 
 
 def find_cached(repository: str, names: tuple[str, ...]) -> str | None:
@@ -53,9 +47,9 @@ def require_host(address: str, origin: str, missing: str, instead: str) -> None:
             raise OSError("HF_HUB_OFFLINE is set")
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT_S):
             pass
+    except urllib.error.HTTPError:  # it responds
+        pass
     except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code not in GATEWAY_ERRORS:
-            return
         raise UsageError(f"{origin}: {missing} and {address} cannot be reached ({error}); {instead}") from error
 
 
@@ -69,7 +63,7 @@ def fetch(repository: str, origin: str) -> Path:
     Raises:
         UsageError: it is no such name, its files are not cached and cannot be fetched, or its config asks for other files.
     """
-    if not is_repository(repository):
+    if not _REPOSITORY.fullmatch(repository):
         raise UsageError(f"{origin}: must be user/name of a repository of the hub")
     if not all(find_cached(repository, (name,)) for name in (CONFIG, WEIGHTS)):
         missing = f"{repository} is not in the local cache"
@@ -130,7 +124,8 @@ def save_pretrained(
         UsageError: see `qat.save` and `qat.freeze`.
     """
     place = Path(folder)
-    measured = {key: (results or {})[key] for key in ("top1", "top5", "images", "split", "data") if (results or {}).get(key) is not None}
+    given = results or {}
+    measured = {key: given[key] for key in ("top1", "top5", "images", "split", "data") if given.get(key) is not None}
     place.mkdir(parents=True, exist_ok=True)
     frozen = net if is_frozen(net) or conversion_of(net) is None else freeze(net)
     meta = describe(frozen, data=data, classes=classes)
@@ -158,16 +153,11 @@ def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) 
     done, results = conversion_of(net), config["results"]
     is_file = source.endswith(".safetensors")
     recipe = None if done is None or done.recipe.name == "fp" else done.recipe
-    accuracy = "not measured"
-    if results.get("top1") is not None:
-        top5 = f", top-5 {results['top5']:.2f} %" if results.get("top5") is not None else ""
-        images = f" of {results['images']:,} images" if results.get("images") else ""
-        accuracy = f"top-1 {results['top1']:.2f} %{top5}{images}{' (' + results['split'] + ')' if results.get('split') else ''}"
     rows = {
         "Architecture": f"`{config['architecture']}` of timm",
         "Recipe": "float" if recipe is None else f"`{recipe.name}`: weights {recipe.bits} bit, activations {recipe.act_bits} bit",
-        "Data": str(results.get("data") or (config["data"] or {}).get("_target_", "").rpartition(".")[2].lower() or "not stated"),
-        "Accuracy": accuracy,
+        "Data": (config["data"] or {}).get("_target_", "not stated"),
+        "Accuracy": ", ".join(f"{key} {value}" for key, value in results.items()) or "not measured",
         "Size": f"{config['size_bytes']:,} bytes",
     }
     data = huggingface_hub.ModelCardData(
@@ -238,7 +228,7 @@ def push_to_hub(net: nn.Module, repository: str, *, private: bool = False, api: 
         UsageError: no such name, no token, no connection, or the hub refuses.
     """
     origin = f"push_to_hub: {repository!r}"
-    if not is_repository(repository):
+    if not _REPOSITORY.fullmatch(repository):
         raise UsageError(f"{origin}: must be user/name")
     if api is None:
         require_host(huggingface_hub.constants.ENDPOINT, origin, "nothing was uploaded", "save_pretrained writes a folder")

@@ -6,12 +6,10 @@ import difflib
 import http.client
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import timm
-import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
@@ -50,8 +48,10 @@ def from_scratch(model: str, kwargs: Mapping[str, Any]) -> Start:
 def check_model(setting: str, model: object) -> None:
     """Raise `UsageError` unless `model` is a name of timm's."""
     if not isinstance(model, str) or not timm.is_model(model):
-        near = difflib.get_close_matches(str(model), timm.list_models(), cutoff=0.4)
-        raise UsageError(f"{setting}={model!r}: timm has no such model; near are {', '.join(near)}")
+        # By their beginnings: names go on with patch and image sizes.
+        beginnings = {name[: len(str(model)) + 1]: name for name in reversed(timm.list_models())}
+        near = ", ".join(beginnings[found] for found in difflib.get_close_matches(str(model), beginnings, cutoff=0))
+        raise UsageError(f"{setting}={model!r}: timm has no such model; near are {near}")
 
 
 def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
@@ -75,11 +75,9 @@ def from_pretrained(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = 
     """
     fresh = _create(model, kwargs)  # also says what is wrong with name or arguments
     described = dict(fresh.pretrained_cfg)  # type: ignore[arg-type]
-    hub_id, url = described.get("hf_hub_id"), described.get("url")
+    hub_id, url, instead = described.get("hf_hub_id"), described.get("url"), "use model.weights=FILE or model.pretrained=false"
     if not hub_id and not url:
-        raise UsageError(
-            f"model.pretrained=true: timm has no pretrained weights for {model!r}; use model.weights=FILE or model.pretrained=false"
-        )
+        raise UsageError(f"model.pretrained=true: timm has no pretrained weights for {model!r}; {instead}")
     had, has = described.get("num_classes"), getattr(fresh, "num_classes", None)
     if keep_head and had != has:
         raise UsageError(f"model.pretrained=true: {model} is trained for {had} classes, the data have {has}; use ckpt=FILE")
@@ -87,15 +85,13 @@ def from_pretrained(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = 
     if cached is not None:
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": cached})
         return Start(net, [f"timm's pretrained weights of {model} (cached)"])
-    if hub_id or not (Path(torch.hub.get_dir()) / "checkpoints" / str(url).rpartition("/")[2]).is_file():
-        address = huggingface_hub.constants.ENDPOINT if hub_id else str(url)
-        instead = "use model.weights=FILE or model.pretrained=false"
-        require_host(address, "model.pretrained=true", f"the weights of {model!r} are not in the local cache", instead)
+    address = huggingface_hub.constants.ENDPOINT if hub_id else str(url)
+    require_host(address, "model.pretrained=true", f"the weights of {model!r} are not in the local cache", instead)
     try:
         net = _create(model, kwargs, pretrained=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         why = f"the weights of {model!r} cannot be fetched, or do not fit ({' '.join(str(error).split())[:200]})"
-        raise UsageError(f"model.pretrained=true: {why}; use model.weights=FILE or model.pretrained=false") from error
+        raise UsageError(f"model.pretrained=true: {why}; {instead}") from error
     return Start(net, [f"timm's pretrained weights of {model}"])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -302,7 +302,7 @@ class RelativeBias(nn.Module):
 def register_attention(
     cls: type[nn.Module],
     standard: type[QuantAttention],
-    qkr: type[QkrAttention] | str,
+    qkr: Callable[[Any, SwapContext], QkrAttention] | str,
     *,
     inputs: Mapping[str, str] | None = None,
     also_float: bool = False,

@@ -139,14 +139,6 @@ def test_what_does_not_fit_is_one_line(tmp_path, state, change, knobs, message):
     assert str(error.value) == message.format(f"ckpt={str(path)!r}")
 
 
-def test_bits_that_contradict_the_file_are_refused(tmp_path, state):
-    path = written(tmp_path, {"state_dict": state, "args": argparse.Namespace(**ARGS)})
-    with pytest.raises(qat.UsageError, match="bits=3: .* was trained with 2, as its own arguments say"):
-        qat.load_ofq_checkpoint(path, bits=3)
-    with pytest.raises(qat.UsageError, match="act_bits=4: .* was trained with 2, as its own arguments say"):
-        qat.load_ofq_checkpoint(path, act_bits=4)
-
-
 def test_a_file_of_another_code_is_refused(tmp_path):
     path = written(tmp_path, timm.create_model("vit_tiny_patch16_224", depth=1).state_dict())
     with pytest.raises(qat.UsageError, match="no tensor ends with input_quant_fn.s"):

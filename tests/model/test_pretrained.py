@@ -66,7 +66,7 @@ def test_the_card_says_what_was_measured_and_no_path(tmp_path, net):
     folder = qat.save_pretrained(net, tmp_path / "net", results=RESULTS, license="mit")
     size = (folder / "model.safetensors").stat().st_size
     said = (folder / "README.md").read_text()
-    for part in ("license: mit", "`ofq`: weights 4 bit, activations 4 bit", "top-1 74.12 %, top-5 98.00 % of 360 images (test)"):
+    for part in ("license: mit", "`ofq`: weights 4 bit, activations 4 bit", "top1 74.125, top5 98.0, images 360, split test, data digits"):
         assert part in said
     assert f"{size:,} bytes" in said
     config = json.loads((folder / "config.json").read_text())
