@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 import qat
-from qat.model.convert import conversion_of
+from qat.model.report import float_products
 from qat.spec import ROLES
 from tests.nets import FAMILIES, Family
 
@@ -45,7 +45,7 @@ def row(family: Family) -> list[str]:
     """Title, attention classes, whether QKR holds, roles, float classes."""
     plain = family.build()
     in_float = qat.convert(family.build(), qat.recipe("ofq", attention="float"), input_size=family.input_size)
-    attentions = _classes(plain, conversion_of(in_float).float_products)
+    attentions = _classes(plain, float_products(in_float))
     qkr = _qkr(family, attentions)
     net = qat.convert(family.build(), qat.recipe("ofq", attention=family.attention), input_size=family.input_size)
     report = qat.conversion_report(net)

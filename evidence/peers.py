@@ -45,7 +45,7 @@ def train(library: str, bits: int, cfg: DictConfig) -> dict[str, Any]:
     loss = build.build_loss(cfg)
     trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg))
     data, start = build.build_data(cfg), build.build_start(cfg)
-    teacher = build_teacher(cfg, loss, data, start.net)
+    teacher = build_teacher(cfg, loss, data)
     module = QATModule(
         quantized(library, start.net, data.calibration_batches(cfg.data.batch_size), bits),
         loss,

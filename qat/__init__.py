@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from qat.interop import load_ofq_checkpoint as load_ofq_checkpoint
     from qat.model.checkpoint import load as load
     from qat.model.checkpoint import save as save
-    from qat.model.convert import conversion_report as conversion_report
     from qat.model.convert import convert as convert
-    from qat.model.decay import no_weight_decay as no_weight_decay
     from qat.model.frozen import freeze as freeze
     from qat.model.pretrained import from_pretrained as from_pretrained
     from qat.model.pretrained import push_to_hub as push_to_hub
     from qat.model.pretrained import save_pretrained as save_pretrained
     from qat.model.ptq_spec import PtqRecipe as PtqRecipe
+    from qat.model.report import conversion_report as conversion_report
     from qat.model.scales import assert_ready as assert_ready
     from qat.model.scales import initialize_scales as initialize_scales
     from qat.model.sites import Site as Site
     from qat.model.sites import iter_quantizers as iter_quantizers
+    from qat.model.sites import no_weight_decay as no_weight_decay
     from qat.model.transform import transform as transform
-    from qat.nn.execution import set_execution as set_execution
+    from qat.nn.attention import set_execution as set_execution
     from qat.spec import QuantRecipe as QuantRecipe
     from qat.spec import QuantSpec as QuantSpec
     from qat.spec import recipe as recipe
@@ -41,15 +41,15 @@ _NAMES = {
     "qat.export.onnx_file": ("export_onnx",),
     "qat.interop": ("load_ofq_checkpoint",),
     "qat.model.checkpoint": ("load", "save"),
-    "qat.model.convert": ("conversion_report", "convert"),
-    "qat.model.decay": ("no_weight_decay",),
+    "qat.model.convert": ("convert",),
     "qat.model.frozen": ("freeze",),
     "qat.model.pretrained": ("from_pretrained", "push_to_hub", "save_pretrained"),
     "qat.model.ptq_spec": ("PtqRecipe",),
+    "qat.model.report": ("conversion_report",),
     "qat.model.scales": ("assert_ready", "initialize_scales"),
-    "qat.model.sites": ("Site", "iter_quantizers"),
+    "qat.model.sites": ("Site", "iter_quantizers", "no_weight_decay"),
     "qat.model.transform": ("transform",),
-    "qat.nn.execution": ("set_execution",),
+    "qat.nn.attention": ("set_execution",),
     "qat.spec": ("QuantRecipe", "QuantSpec", "recipe"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

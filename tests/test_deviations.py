@@ -18,8 +18,7 @@ from qat.data import Digits
 from qat.data.sampler import SeededSampler
 from qat.lit import Teacher
 from qat.losses import Distillation, Kure, StepContext
-from qat.model.biases import invent_biases
-from qat.model.transfer import forget_attention_weights
+from qat.model.transfer import forget_attention_weights, invent_biases
 from qat.nn import QkrAttention
 from qat.quantizers import build_quantizer
 from tests.callbacks.fitting import Steps, fit, module, moved

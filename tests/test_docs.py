@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 import qat
 from qat.model.checkpoint import describe
-from qat.model.frozen.packed import write_packed
+from qat.model.packed import write_packed
 from qat.tasks import build
 from tests.commands import typed
 from tests.conftest import ROOT, compose, write_cifar

@@ -8,7 +8,6 @@ from torch.testing import assert_close
 
 import qat
 from evidence import models_page
-from qat.model.convert import conversion_of
 from qat.model.transfer import timm_state_dict
 from qat.nn import QkrAttention, ScoredAttention
 from tests.conftest import ROOT
@@ -88,7 +87,6 @@ def test_all_weights_are_kept(name, kind):
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_every_attention_of_a_known_family_is_quantized(name):
     net = converted(ATTENTIONS[name])
-    assert conversion_of(net).float_products == ()
     assert not [n for n, cls in qat.conversion_report(net).stays_float if "products" in cls]
     # The queries of a pooling head are no tokens: nothing to fold there.
     found = [m for n, m in net.named_modules() if isinstance(m, ScoredAttention) and n != "attn_pool"]

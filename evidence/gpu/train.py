@@ -31,7 +31,7 @@ from qat.lit.compiled import compile_in_place
 from qat.lit.optim import build_optimizer, cosine_schedule
 from qat.lit.teacher import Teacher
 from qat.losses import CrossEntropy, Distillation, StepContext
-from qat.nn.execution import kept_weights
+from qat.nn.quant_module import kept_weights
 from qat.spec import PRESETS
 from qat.utils.files import read_torch, write_torch
 

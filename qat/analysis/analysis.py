@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.nn.execution import kept_weights
+from qat.nn.quant_module import kept_weights
 from qat.utils.files import csv_text, json_text, replacing, write_text
 from qat.utils.probing import probing
 from qat.utils.text import duration

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from qat.export.codes import QuantizedTensor, StoredWeight, number
 from qat.functional.ste import view_along
-from qat.model.frozen import FrozenActivation, FrozenWeight
-from qat.model.frozen.net import DIRECT
+from qat.model.frozen import DIRECT, FrozenActivation, FrozenWeight
 from qat.nn.attention import QkrAttention, ScoredAttention
 from qat.nn.fqvit import FqAttention
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,21 +11,10 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 
-RECOMPUTATION = "aggressive_recomputation"
 # What has compiled code round as eager code does, where a code may depend on it: division to nearest, no product contracted with a sum,
 # and values of half precision rounded between two operations that are fused. The last two are one setting. C++ does the first two anyway.
-# The second name is that of division in torch 2.10, spelled so.
+# The second name is that of division in older versions of torch, spelled so.
 ROUNDING = {"eager_numerics.division_rounding": True, "emulate_divison_rounding": True, "emulate_precision_casts": True}
-
-
-def n_graphs() -> int:
-    """How many graphs this process has compiled so far."""
-    return counters["stats"]["unique_graphs"]
-
-
-def can_recompute() -> bool:
-    """Whether this version of torch can keep less for backward: the setting has no public name."""
-    return hasattr(functorch, RECOMPUTATION)
 
 
 def rounding_options() -> dict[str, bool]:
@@ -44,28 +32,26 @@ class CompiledCall:
     Args:
         function: calls `net`.
         net: training and evaluation are graphs of their own.
-        recompute: let the compiler keep less for backward and make more of it again, where torch can.
+        recompute: let the compiler keep less for backward and make more of it again.
     """
 
     def __init__(self, function: Callable[[Tensor], Any], net: nn.Module, *, recompute: bool = False) -> None:
         self._call = torch.compile(function, fullgraph=True, dynamic=False)
         self._net = net
         self._largest: dict[tuple[object, ...], int] = {}
-        # In force whenever the function is called: it is compiled then, not before.
-        self._rounding = rounding_options()
-        self._recomputation = {RECOMPUTATION: True} if recompute and can_recompute() else {}
+        self._recompute = recompute
 
     def __call__(self, images: Tensor) -> Any:
         """What the function gives."""
-        way, before = (self._net.training, torch.is_grad_enabled(), images.shape[1:]), n_graphs()
+        way, graphs = (self._net.training, torch.is_grad_enabled(), images.shape[1:]), counters["stats"]
         if len(images) < self._largest.get(way, 0):
             with torch.compiler.set_stance("force_eager"):
                 return self._call(images)
-        with ExitStack() as stack:
-            stack.enter_context(inductor.patch(self._rounding))
-            stack.enter_context(functorch.patch(self._recomputation))
+        before = graphs["unique_graphs"]
+        # In force whenever the function is called: it is compiled then, not before.
+        with inductor.patch(rounding_options()), functorch.patch(aggressive_recomputation=self._recompute):
             out = self._call(images)
-        if n_graphs() > before:  # else somebody has asked for eager execution
+        if graphs["unique_graphs"] > before:  # else somebody has asked for eager execution
             self._largest[way] = len(images)
         return out
 

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import os
+import sys
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
@@ -74,15 +75,11 @@ class _Writer(ExperimentWriter):
 @contextlib.contextmanager
 def closing(loggers: Iterable[Logger]) -> Generator[None]:
     """End the runs that W&B leaves open until the process ends, in a multirun long after the job; they failed if the block raises."""
-    code = 1
     try:
         yield
-        code = 0
-    except Preempted:
-        code = 0
-        raise
     finally:
+        failed = sys.exc_info()[0] not in {None, Preempted}
         for logger in loggers:
             # Asking for `experiment` would begin a run where nothing was logged yet.
             if isinstance(logger, WandbLogger) and logger._experiment is not None:
-                logger._experiment.finish(exit_code=code)
+                logger._experiment.finish(exit_code=int(failed))

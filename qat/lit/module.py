@@ -24,7 +24,7 @@ from qat.lit.teacher import Outputs, Teacher
 from qat.losses import CompositeLoss, StepContext
 from qat.model.checkpoint import META_KEY, Checkpoint, build_from
 from qat.model.sites import iter_quantizers
-from qat.nn.execution import keep_weights
+from qat.nn.quant_module import keep_weights
 from qat.quantizers import LSQ
 from qat.utils.validate import check_choice
 
@@ -80,7 +80,7 @@ class QATModule(LightningModule):
         self.test_confusion = MulticlassConfusionMatrix(num_classes) if num_classes <= MOST_CONFUSED else None
         self.confusion: Tensor | None = None  # (K, K) on the CPU once a test has ended: images by true and by predicted class
         names = ("loss", *(f"loss_{name}" for name in loss.terms))
-        self.train_means = nn.ModuleDict({name: MeanLoss() for name in names})
+        self.train_means: Any = nn.ModuleDict({name: MeanLoss() for name in names})
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
@@ -114,7 +114,7 @@ class QATModule(LightningModule):
         self.log("train/loss_step", total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=len(images))
         self.log_dict({f"train/{name}": value for name, value in self.loss.watched().items()}, on_step=True, on_epoch=False)
         for name, value in {"loss": total.detach(), **{f"loss_{k}": v for k, v in parts.items()}}.items():
-            mean = cast(MeanLoss, self.train_means[name])
+            mean = self.train_means[name]
             mean.update(value, weight=len(images))
             self.log(f"train/{name}", mean, on_step=False, on_epoch=True, batch_size=len(images))
         return total
@@ -212,14 +212,13 @@ class QATModule(LightningModule):
         if self._describe is not None:
             checkpoint[META_KEY] = self._describe
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            states: dict[str, Any] = {name: cast(MeanLoss, mean).metric_state for name, mean in self.train_means.items()}
             checkpoint[MEANS_KEY] = {  # sums, each of all processes: (processes,)
-                name: {key: cast(Tensor, self.all_gather(value)).reshape(-1) for key, value in state.items()}
-                for name, state in states.items()
+                name: {key: cast(Tensor, self.all_gather(value)).reshape(-1) for key, value in mean.metric_state.items()}
+                for name, mean in self.train_means.items()
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the means of the epoch that was under way.
+        """Go on with the means of the epoch that was under way; under another number of processes they begin anew.
 
         Raises:
             UsageError: the run averaged its weights, and no callback would go on with that.
@@ -228,9 +227,7 @@ class QATModule(LightningModule):
         if "averaging_state" in checkpoint and not averages:
             raise UsageError("resume: the run averages its weights; go on with callbacks=[default,ema], or start from them with ckpt=PATH")
         for name, state in checkpoint.get(MEANS_KEY, {}).items():
-            for key, sums in state.items():
-                if len(sums) != self.trainer.world_size:  # another number of processes goes on: the first has the sum
-                    sums = torch.cat([sums.sum()[None], sums.new_zeros(self.trainer.world_size - 1)])
+            for key, sums in state.items() if len(state["weight"]) == self.trainer.world_size else ():
                 setattr(self.train_means[name], key, sums[self.global_rank].to(self.device))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import timm.optim
@@ -12,15 +11,11 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from qat.errors import UsageError
-from qat.model.decay import no_weight_decay, quantizer_parameters
-from qat.utils.validate import check_choice, check_int, check_number, unknown
+from qat.model.sites import no_weight_decay, quantizer_parameters
+from qat.utils.validate import check_int, check_number, unknown
 
-INTERVALS = ("epoch", "step")
 GROUPS = ("decay", "no_decay", "scales")
-LR_BATCH_RULES = ("linear", "sqrt")
-# Optimizers of torch that have a fused form, by timm's names, and options that exclude it.
-_FUSED = {"adam", "adamw"}
-_OTHER_FORMS = {"fused", "foreach", "capturable", "differentiable"}
+_FUSED = {"adam", "adamw"}  # optimizers of torch that have a fused form, by timm's names
 
 
 def parameter_groups(
@@ -39,13 +34,11 @@ def parameter_groups(
         Groups for an optimizer; `lr_scale` is the key by which timm's schedulers scale a group's rate.
 
     Raises:
-        UsageError: `layer_decay` is not in (0, 1], or timm does not say which layer a parameter belongs to.
+        UsageError: `layer_decay` is not in (0, 1].
     """
     layers: dict[str, int] = {}
     if layer_decay is not None:
         check_number("optimizer.layer_decay", layer_decay, 0, above=True, highest=1)
-        if not hasattr(net, "group_matcher"):
-            raise UsageError(f"optimizer.layer_decay: {type(net).__name__} does not group its parameters by layer; set it to null")
         # As timm counts them: 0 = embedding, the highest = head.
         layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
     scales, _ = quantizer_parameters(net)
@@ -71,24 +64,21 @@ def parameter_groups(
     ]
 
 
-def scaled_lr(lr: float, *, global_batch: int, lr_base_batch: int | None = None, lr_batch_rule: str = "linear") -> float:
+def scaled_lr(lr: float, *, global_batch: int, lr_base_batch: int | None = None) -> float:
     """Learning rate for the batch in use.
 
     Args:
         lr: the rate that is meant for `lr_base_batch` images.
         global_batch: images per optimizer step: batch size x processes x accumulated batches.
-        lr_base_batch: None = `lr` holds for any batch.
-        lr_batch_rule: `linear` = proportional to the batch (as timm and DeiT scale it), `sqrt` = to its square root.
+        lr_base_batch: the rate is proportional to the batch, as timm and DeiT scale it; None = `lr` holds for any batch.
 
     Raises:
-        UsageError: the base is not a whole number from 1, or the rule is unknown.
+        UsageError: the base is not an integer of at least 1.
     """
-    check_choice("optimizer.lr_batch_rule", lr_batch_rule, LR_BATCH_RULES)
     if lr_base_batch is None:
         return lr
     check_int("optimizer.lr_base_batch", lr_base_batch, 1)
-    ratio = global_batch / lr_base_batch
-    return lr * (ratio if lr_batch_rule == "linear" else math.sqrt(ratio))
+    return lr * (global_batch / lr_base_batch)
 
 
 def build_optimizer(
@@ -124,9 +114,8 @@ def build_optimizer(
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
     parameters = [parameter for group in groups for parameter in group["params"]]
-    is_whole = all(type(p) is nn.Parameter and p.is_floating_point() and p.device.type in {"cpu", "cuda"} for p in parameters)
-    if opt.lower() in _FUSED and is_whole and not options.keys() & _OTHER_FORMS:
-        options = {**options, "fused": True}  # torch updates all parameters in one operation
+    if opt.lower() in _FUSED and all(type(p) is nn.Parameter for p in parameters):  # not where processes share them
+        options.setdefault("fused", True)  # torch updates all parameters in one operation
     try:
         optimizer = timm.optim.create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, **options)
     except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as error:
@@ -154,13 +143,7 @@ def cosine_schedule(
         min_lr: rate at the end.
         warmup_lr: rate at the start of the warm-up.
         interval: `epoch` or `step`.
-
-    Raises:
-        UsageError: unknown interval, or a warm-up as long as the schedule.
     """
-    check_choice("scheduler.interval", interval, INTERVALS)
-    if periods <= warmup:
-        raise UsageError(f"scheduler.warmup_epochs: a warm-up of {warmup} {interval}s leaves nothing of a schedule of {periods}")
     for group in optimizer.param_groups:
         # timm multiplies by lr_scale in every update: the base it starts from must not hold it already.
         group["initial_lr"] = group["lr"] / group.get("lr_scale", 1.0)

@@ -1,13 +1,15 @@
-"""Strategies of Lightning as quantized nets want them: data-parallel, and with weights shared out by torch's `fully_shard` (FSDP2)."""
+"""Strategies of Lightning as quantized nets want them, data-parallel and with weights shared out (FSDP2); how they write checkpoints."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -17,6 +19,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from qat.errors import UsageError
+from qat.utils.files import read_torch, write_torch
+
+PREVIOUS = {"last.ckpt": "last.prev.ckpt"}
 SHARDED, SEARCHING = "fsdp", "ddp_find_unused_parameters_true"
 
 
@@ -163,3 +169,20 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
     if not isinstance(other, DTensor) or isinstance(tensor, DTensor) or tensor.shape != other.shape:
         return tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints written atomically, read without unpickling anything but plain data, and only if they are whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write beside the path, flush to the disk, rename; the `last.ckpt` that is replaced stays as `last.prev.ckpt`."""
+        try:
+            write_torch(path, checkpoint, previous=PREVIOUS.get(Path(path).name))
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UsageError(f"{path} cannot be written ({reason}); the checkpoint that was there is intact") from error
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: FBT001  (Lightning's signature)
+        """Read plain data and tensors of a file whose checksums fit; `weights_only` is always on."""
+        checkpoint: dict[str, Any] = read_torch(path, map_location=map_location)
+        return checkpoint

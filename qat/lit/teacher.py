@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import UsageError
 from qat.lit.compiled import CompiledCall
-from qat.model.blocks import find_blocks
-from qat.nn.execution import keep_weights
-from qat.utils.probing import probing
+from qat.model.sites import find_blocks
+from qat.nn.quant_module import keep_weights
 from qat.utils.validate import check_choice
 
 HEADS = ("cls", "mean")
@@ -35,7 +33,8 @@ class Outputs:
     @classmethod
     def of_blocks(cls, net: nn.Module, which: str = "all") -> Outputs:
         """Of `all` blocks of a net or the `last`."""
-        return cls(_blocks(net, which))
+        blocks = list(find_blocks(net).values())
+        return cls(blocks[-1:] if which == "last" else blocks)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Outputs:
         """The same one: a copy of the net (averaged weights) is not trained."""
@@ -54,41 +53,6 @@ class Outputs:
         finally:
             # What a module gives while it is made again for a backward pass is nothing new.
             self._is_open, self._seen = False, []
-
-
-def compare_blocks(student: nn.Module, teacher: nn.Module, image: Tensor, setting: str, which: str = "all") -> None:
-    """Run an image through both nets and compare what their blocks give.
-
-    Args:
-        student: on the device of `image`; nothing in it changes.
-        teacher: on the device of `image`; nothing in it changes.
-        image: (1, C, H, W).
-        setting: that asks for it, as `loss.features=1`.
-        which: blocks.
-
-    Raises:
-        UsageError: the net has no blocks, or those of the teacher give something else.
-    """
-    shapes: list[list[tuple[int, ...]]] = []
-    for net in (student, teacher):
-        found: list[tuple[int, ...]] = []
-        hooks = [
-            block.register_forward_hook(lambda _, args, out, found=found: found.append(tuple(getattr(out, "shape", ())[1:])))
-            for block in _blocks(net, which)
-        ]
-        with probing(net, hooks):
-            net(image)
-        shapes.append(found)
-    own, followed = shapes
-    if not own or () in own:
-        raise UsageError(f"{setting}: this net has no blocks (children of a module called blocks) that give one tensor each; must be 0")
-    if own != followed:
-        raise UsageError(f"{setting}: blocks give {own}, the teacher's {followed}; the teacher has to be of the same architecture")
-
-
-def _blocks(net: nn.Module, which: str) -> list[nn.Module]:
-    blocks = list(find_blocks(net).values())
-    return blocks[-1:] if which == "last" else blocks
 
 
 class Teacher:

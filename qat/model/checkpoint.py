@@ -8,7 +8,8 @@ import dataclasses
 import importlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,30 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.model.biases import grow_biases, grown_biases
 from qat.model.convert import conversion_of, convert, recipe_of
 from qat.model.frozen import freeze_structure, is_frozen, prune_offsets
-from qat.model.frozen.packed import read_packed
-from qat.model.hub import FETCHING_ARGS
+from qat.model.packed import read_packed
 from qat.model.ptq_spec import recipe_from
 from qat.model.scales import assert_ready
-from qat.model.torchvision_swin import timm_names
 from qat.spec import QuantRecipe
 from qat.utils.files import about_as_large_as, check_bounds, check_model_arguments, check_tensors, damage_of, write_torch
+from qat.utils.validate import check_choice
 
 FORMAT_VERSION = 1
 META_KEY = "qat"
+# Arguments of a net that would read or fetch further files.
+FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 NET_PREFIX = "net."
-# What Lightning needs to go on with a run, and the kinds of it.
-TRAINING = {
-    "loops": dict,
-    "optimizer_states": list,
-    "lr_schedulers": list,
-    "callbacks": dict,
-    "epoch": int,
-    "global_step": int,
-    "pytorch-lightning_version": str,
-}
 FORMATS = ("auto", "qat", "timm", "ofq")
 _AVERAGED, _TRAINED = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # under which scripts keep weights
 _DATA, _CLASSES = "qat_data", "qat_classes"  # where a net keeps what its file said of its data
@@ -80,16 +71,9 @@ def describe(
     Raises:
         UsageError: the net does not say how it was built, or not in plain data; data or classes are not of their kind.
     """
-    data, classes = data_of(net) if data is None else data, classes_of(net) if classes is None else classes
-    data = dict(data) if isinstance(data, Mapping) else data
-    if data is not None and not (isinstance(data, dict) and is_plain(data)):
-        raise UsageError("save: data is no plain config: must be a dict of Python's own numbers, text, lists and dicts of them")
-    try:
-        check_bounds([data, classes])  # what `load` would refuse
-    except ValueError as error:
-        raise UsageError(f"save: data and classes: must be smaller: what they hold {error}") from error
-    if classes is not None and not (isinstance(classes, list | tuple) and all(type(name) is str for name in classes)):
-        raise UsageError(f"save: classes={str(classes)[:60]}: must be a list of names, one text for each class")
+    data, classes = data_of(net) if data is None else dict(data), classes_of(net) if classes is None else list(classes)
+    if not is_plain(data) or not all(type(name) is str for name in classes or []):
+        raise UsageError("save: data must be a dict of Python's own numbers, text, lists and dicts, classes a list of names")
     name = model or (getattr(net, "pretrained_cfg", None) or {}).get("architecture")
     kwargs = getattr(net, "_model_args", None) if model_kwargs is None else dict(model_kwargs)
     if not name or kwargs is None:
@@ -102,9 +86,8 @@ def describe(
         outputs = getattr(head, "out_features", num_classes)
         if outputs != num_classes:
             raise UsageError(f"save: the head has {outputs} outputs, num_classes={num_classes}; net.reset_classifier({outputs}) sets both")
-    for key, value in kwargs.items():
-        if not is_plain(value):
-            raise UsageError(f"save: model argument {key}={value!r} is not plain data; give model_kwargs={{...}} of numbers and text")
+    if not is_plain(kwargs):
+        raise UsageError(f"save: model arguments {kwargs} are not plain data; give model_kwargs={{...}} of numbers and text")
     done, recipe, pool = conversion_of(net), recipe_of(net), getattr(net, "global_pool", None)
     return {
         "format_version": FORMAT_VERSION,
@@ -115,7 +98,7 @@ def describe(
         "input_size": None if done is None else list(done.input_size),
         "frozen": is_frozen(net),
         "data": data,
-        "classes": None if classes is None else list(classes),
+        "classes": classes,
     }
 
 
@@ -165,8 +148,7 @@ class Checkpoint:
         meta: what `describe` wrote; None for a timm or plain state dict.
         step: optimizer steps taken, for a training checkpoint.
         args: arguments of the script that wrote it, as timm's scripts store them.
-        training: what a training checkpoint has beside the weights, by name: kinds, of the optimizer's groups the settings and sizes, and
-            `epochs`, how many are over.
+        training: of a training checkpoint `epochs`, how many are over, and `groups`, the settings and sizes of the optimizer's.
     """
 
     path: Path
@@ -177,42 +159,26 @@ class Checkpoint:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _read_file(path: Path, setting: str) -> Any:
-    origin = f"{setting}={str(path)!r}"
-    if path.is_dir():
-        names = ("checkpoints/best.ckpt", "best.ckpt", "quantized.ckpt")
-        within = next((found for name in names if (found := path / name).is_file()), None)
-        raise UsageError(f"{origin}: a folder, not a file{f'; {setting}={within} is in it' if within else ''}")
+def _read_file(path: Path, origin: str) -> Any:
     if not path.is_file():
-        raise UsageError(f"{origin}: no such file")
-    if not path.stat().st_size:
-        raise UsageError(f"{origin}: not a checkpoint that can be read safely (the file is empty)")
+        raise UsageError(f"{origin}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
         if path.suffix == ".safetensors":
             packed = read_packed(path)
             return safetensors.torch.load_file(path) if packed is None else {"state_dict": packed[0], META_KEY: packed[1]}
         if (damage := damage_of(path)) is not None:
-            raise UsageError(f"{origin}: the file is damaged ({damage})")
+            raise ValueError(f"the file is damaged: {damage}")
         # timm writes its training arguments into its checkpoints; nothing else than plain data and tensors is read.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"{origin}: not a checkpoint that can be read safely ({_why(path, error)})") from error
-
-
-def _why(path: Path, error: Exception) -> str:
-    """Why a file cannot be read safely, and the way around, in place of torch's advice to turn the check off."""
-    with contextlib.suppress(Exception):
-        if objects := sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"}):
-            instead = "where it was made, save the weights alone: torch.save(model.state_dict(), 'weights.pth')"
-            return f"it holds {', '.join(objects)}; {instead}"
-    if isinstance(error, OSError | EOFError) or "PytorchStreamReader" in str(error):
-        return "it is damaged or cut short"
-    if isinstance(error, LookupError) or "Weights only load failed" in str(error):
-        return "it is no file of tensors: neither torch nor safetensors wrote it"
-    return str(error).strip().partition("\n")[0]
+        # Not torch's words, which advise to turn the check off.
+        why = (
+            error if isinstance(error, ValueError) else "damaged, or it holds more than tensors and plain data; save the state_dict() alone"
+        )
+        raise UsageError(f"{origin}: not a checkpoint that can be read safely ({' '.join(str(why).split())})") from error
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting: str = "ckpt") -> Checkpoint:
@@ -228,66 +194,52 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
     Raises:
         UsageError: no such file, damaged, not plain data, or not of the format asked for.
     """
-    if fmt not in FORMATS:
-        raise UsageError(f"ckpt_format={fmt!r}: must be one of {', '.join(FORMATS)}")
+    check_choice("ckpt_format", fmt, FORMATS)
     path = Path(path)
-    content = _read_file(path, setting)
+    origin = f"{setting}={str(path)!r}"
+    content = _read_file(path, origin)
     if not isinstance(content, Mapping):
-        raise UsageError(f"{setting}={str(path)!r}: holds a {type(content).__name__}, expected a dictionary of tensors")
-    meta = content.get(META_KEY)
-    if fmt == "qat" and not isinstance(meta, Mapping):
-        raise UsageError(f"{setting}={str(path)!r}: not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq")
+        raise UsageError(f"{origin}: holds a {type(content).__name__}, expected a dictionary of tensors")
+    meta = content.get(META_KEY) if fmt in {"auto", "qat"} else None
+    if fmt == "qat" and meta is None:
+        raise UsageError(f"{origin}: not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq")
     state = next((content[k] for k in (*(() if fmt == "ofq" else _AVERAGED), *_TRAINED) if isinstance(content.get(k), Mapping)), content)
     tensors = timm_names({_bare(k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)})
     if not tensors:
-        raise UsageError(f"{setting}={str(path)!r}: holds no weights")
-    check_tensors(tensors, f"{setting}={str(path)!r}", path.stat().st_size)
-    ours = dict(meta) if isinstance(meta, Mapping) and fmt not in {"timm", "ofq"} else None
-    if ours is not None and "pytorch-lightning_version" in content:
-        tensors = {k.removeprefix(NET_PREFIX): v for k, v in tensors.items() if k.startswith(NET_PREFIX)}
-    if ours is not None:
-        _check_meta(ours, f"{setting}={str(path)!r}")
+        raise UsageError(f"{origin}: holds no weights")
+    check_tensors(tensors, origin, path.stat().st_size)
+    if meta is not None:
+        _check_meta(meta, origin)
+        if "pytorch-lightning_version" in content:
+            tensors = {k.removeprefix(NET_PREFIX): v for k, v in tensors.items() if k.startswith(NET_PREFIX)}
     step, args = content.get("global_step"), content.get("args")
     said = vars(args) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, Mapping) else None
-    return Checkpoint(path, tensors, ours, step if isinstance(step, int) else None, said, _training_of(content))
+    return Checkpoint(path, tensors, meta, step if isinstance(step, int) else None, said, _training_of(content))
 
 
-def _check_meta(meta: Mapping[str, Any], origin: str) -> None:
+def _check_meta(meta: Any, origin: str) -> None:
     """Raise `UsageError` if what a file of ours says of itself is not of the kind that `describe` writes."""
     try:
         check_bounds(meta)
-        model, size, classes = meta.get("model"), meta.get("input_size"), meta.get("classes")
-        is_right = {
-            "format_version": isinstance(meta.get("format_version", 0), int),
-            "model": isinstance(model, Mapping) and isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), Mapping),
-            "input_size": size is None or (len(size) == 3 and min(size) > 0 and math.prod(size) <= _MOST_PIXELS),
-            "data": isinstance(meta.get("data"), Mapping | None) and isinstance((meta.get("data") or {}).get("_target_", ""), str),
-            "run": isinstance(meta.get("run", {}), Mapping),
-            "classes": classes is None or all(isinstance(name, str) for name in classes),
-        }
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{origin}: is damaged, or not written by qat: its description of the net {error}") from error
-    for key, fits in is_right.items():
-        if not fits:
-            raise UsageError(f"{origin}: is damaged, or not written by qat: it says {key}={meta.get(key)!r} of itself")
+        model, data, size = meta["model"], meta.get("data") or {}, meta.get("input_size") or [1]
+        kinds = (model["name"], str), (model["kwargs"], dict), (data, dict), (meta.get("run", {}), dict), (data.get("_target_", ""), str)
+        if not (all(isinstance(value, kind) for value, kind in kinds) and math.prod(size) <= _MOST_PIXELS):
+            raise TypeError("has something of another kind")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UsageError(f"{origin}: is damaged, or not written by qat: its description of the net: {error}") from error
 
 
 def _training_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    parts: dict[str, Any] = {key: type(content[key]) for key in TRAINING if key in content}
     with contextlib.suppress(LookupError, TypeError, ValueError):
+        epochs = int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
         (state,) = content["optimizer_states"]
-        parts["groups"] = [(sorted({*map(str, group)} - {"params"}), len(group["params"])) for group in state["param_groups"]]
-    try:
-        parts["epochs"] = int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
-    except (LookupError, TypeError, ValueError, ArithmeticError):
-        parts["epochs"] = None
-    return parts
+        groups = [(sorted({*map(str, group)} - {"params"}), len(group["params"])) for group in state["param_groups"]]
+        return {"epochs": epochs, "groups": groups}
+    return {}
 
 
 def _bare(key: str) -> str:
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        key = key.removeprefix(prefix)
-    return key
+    return re.sub(r"^(_orig_mod\.)?(module\.)?(_orig_mod\.)?", "", key)
 
 
 def build_from(checkpoint: Checkpoint) -> nn.Module:
@@ -296,27 +248,22 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
     Raises:
         UsageError: the file does not say what net it holds, or its weights do not fit.
     """
-    meta = checkpoint.meta
+    origin, meta = f"ckpt={str(checkpoint.path)!r}", checkpoint.meta
     if meta is None:
-        raise UsageError(f"ckpt={str(checkpoint.path)!r}: does not say what net it holds; give model=...")
-    if meta.get("format_version", 0) > FORMAT_VERSION:
-        newer = f"written by a newer qat (format {meta['format_version']}); this one reads up to {FORMAT_VERSION}"
-        raise UsageError(f"ckpt={str(checkpoint.path)!r}: {newer}")
+        raise UsageError(f"{origin}: does not say what net it holds; give model=...")
+    if (version := meta.get("format_version", 0)) > FORMAT_VERSION:
+        raise UsageError(f"{origin}: written by a newer qat (format {version}); this one reads up to {FORMAT_VERSION}")
     try:
         with about_as_large_as(checkpoint.state):
             net = _described(meta)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as error:
-        raise UsageError(
-            f"ckpt={str(checkpoint.path)!r}: cannot build the net it describes ({' '.join(str(error).split()) or type(error).__name__})"
-        ) from error
+        raise UsageError(f"{origin}: cannot build the net it describes ({' '.join(str(error).split())})") from error
     if is_frozen(net):
         prune_offsets(net, checkpoint.state)
     try:
         net.load_state_dict(checkpoint.state, strict=True)
     except RuntimeError as error:
-        raise UsageError(
-            f"ckpt={str(checkpoint.path)!r}: weights do not fit {meta['model']['name']} ({' '.join(str(error).split())[:300]})"
-        ) from error
+        raise UsageError(f"{origin}: weights do not fit {meta['model']['name']} ({' '.join(str(error).split())[:300]})") from error
     with contextlib.suppress(UsageError):  # a file without scales gives a net that raises when it is called
         assert_ready(net)
     setattr(net, _DATA, meta.get("data"))
@@ -371,3 +318,62 @@ def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Mod
     for name in imports:
         importlib.import_module(name)
     return build_from(read_checkpoint(path))
+
+
+# Torchvision's Swin, and that of the paper's code, which has its names: only the first has a table of biases there.
+_MARK = "features.1.0.attn.relative_position_bias_table"
+
+
+def _stage(found: re.Match[str]) -> str:
+    """Stages and mergings are counted alike there: 1 = first stage, 2 = the merging before the second."""
+    place = int(found[1])
+    return f"layers.{place // 2}." + ("blocks." if place % 2 else "downsample.")
+
+
+_NAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"^features\.0\.0\.", "patch_embed.proj."),
+    (r"^features\.0\.2\.", "patch_embed.norm."),
+    (r"^features\.(\d+)\.", _stage),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.", ".mlp.fc2."),
+    (r"^head\.", "head.fc."),
+)
+
+
+def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under timm's names; a state dict of anything but torchvision's Swin comes back as it is."""
+    if _MARK not in state:
+        return dict(state)
+    return {_renamed(name): tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
+
+
+def _renamed(name: str) -> str:
+    for pattern, ours in _NAMES:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def grow_biases(net: nn.Module, names: Iterable[str]) -> None:
+    """Give Linears a bias of zeros, which some checkpoints have and timm has not; `net.qat_biases` has their names, for checkpoints.
+
+    Args:
+        net: a timm net, not yet converted.
+        names: of Linears, `layers.1.downsample.reduction`; those that have a bias already stay as they are.
+
+    Raises:
+        ValueError: one of them is no Linear.
+    """
+    modules = dict(net.named_modules())
+    for name in names:
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{name} is no Linear")
+        if linear.bias is None:
+            linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
+            net.qat_biases = [*grown_biases(net), name]
+
+
+def grown_biases(net: nn.Module) -> list[str]:
+    """Names of the Linears of `net` that `grow_biases` gave a bias."""
+    found = getattr(net, "qat_biases", None)
+    return list(found) if isinstance(found, list) else []

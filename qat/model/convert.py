@@ -5,31 +5,21 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.errors import UsageError
-from qat.model.decay import no_weight_decay
-from qat.model.matmuls import watching
 from qat.model.scales import guard
-from qat.model.sites import Site, iter_quantizers
-from qat.nn import FqNet, ScoredAttention, Swap, SwapContext, find_swap, is_attention, swap_net
+from qat.model.sites import iter_quantizers, no_weight_decay
+from qat.nn import FqNet, Swap, SwapContext, find_swap, is_attention, swap_net
 from qat.quantizers import Quantizer
 from qat.spec import PRESETS, QuantRecipe
 from qat.utils.probing import probing, zero_image
-
-# Where torch keeps what `register_forward_hook` and `register_forward_pre_hook` are given.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
 
 
 @dataclass(frozen=True)
@@ -39,12 +29,10 @@ class Conversion:
     Attributes:
         recipe: what to quantize and how.
         input_size: (channels, height, width) of the images; scales and offsets are made for it.
-        float_products: names of the modules that multiply activations with each other in float, in the order they first ran.
     """
 
     recipe: QuantRecipe
     input_size: tuple[int, int, int]
-    float_products: tuple[str, ...] = ()
 
 
 def conversion_of(net: nn.Module) -> Conversion | None:
@@ -72,9 +60,9 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
     """
     if conversion_of(net) is not None:
         raise UsageError("convert: the net is quantized already; build a fresh one, or load a checkpoint into another recipe with ckpt=")
-    size = _checked_size(input_size)
+    size: tuple[int, int, int] = tuple(map(int, input_size))  # type: ignore[assignment]
     if recipe.name == "fp":
-        _check_rules(net, recipe, [name for name, _ in net.named_modules()])
+        _check_rules(net, recipe, [])
         check_input(net, size)
         return net
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
@@ -84,39 +72,31 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
         _walk(net, "", _Walk(recipe, stem_and_heads(net), swapped), swap_net(net, SwapContext(recipe.at(""), "block")))
         if isinstance(net, FqNet):
             net.connect()
-        float_products = _allocate(net, size, swapped)
+        _allocate(net, size, swapped)
         _check_rules(net, recipe, attentions)
     except Exception:
         for parent, name, child in reversed(swapped):
             setattr(parent, name, child)
         net.__class__, net._modules = before
         raise
-    net.qat_conversion = Conversion(recipe, size, float_products)  # type: ignore[assignment]
+    net.qat_conversion = Conversion(recipe, size)  # type: ignore[assignment]
     # timm's hook; what it names stays, as all parameters are there from here on.
     net.no_weight_decay = functools.partial(set, no_weight_decay(net))  # type: ignore[assignment]
     guard(net)
     return net
 
 
-def _checked_size(input_size: tuple[int, int, int]) -> tuple[int, int, int]:
-    try:
-        channels, height, width = (int(n) for n in input_size)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"input_size={input_size!r}: must be three integers, (channels, height, width)") from error
-    return channels, height, width
-
-
 def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> None:
-    """A rule has to reach a module that owns quantizers; one about `attention` an attention, and may be the reason why there are none."""
-    owners = list(dict.fromkeys(site.layer for site in iter_quantizers(net)))
-    names = [name for name, _ in net.named_modules()]
+    """A rule has to reach a module that owns quantizers or an attention, which may be in float by this very rule."""
+    reached = [*dict.fromkeys(site.layer for site in iter_quantizers(net)), *attentions]
     own = PRESETS.get(recipe.name, {}).get("overrides", {})  # not every net has what a recipe says of attentions
-    for pattern, rule in recipe.overrides.items():
-        setting, seen = f"{recipe.GROUP}.overrides[{pattern!r}]", attentions if "attention" in rule else owners
-        if pattern not in own and not fnmatch.filter(seen, pattern):
-            what = "attention" if "attention" in rule else "module that is quantized"
-            example = next((n for n in seen or owners or names if n.count(".") >= 2), names[-1])
-            raise UsageError(f"{setting} matches no {what}; patterns see names like {example!r}")
+    for pattern in recipe.overrides:
+        if pattern not in own and not fnmatch.filter(reached, pattern):
+            names = [*reached, *(name for name, _ in net.named_modules())]
+            example = next((n for n in names if n.count(".") >= 2), names[-1])
+            raise UsageError(
+                f"{recipe.GROUP}.overrides[{pattern!r}] matches no module that is quantized; patterns see names like {example!r}"
+            )
 
 
 def _as_names(value: object) -> set[str]:
@@ -185,8 +165,6 @@ def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module
     if new is old:
         return new
     walk.swapped.append((parent, name, old))
-    for kind in _HOOKS:  # the dictionaries themselves: a handle that was given out for one of them still removes its hook
-        setattr(new, kind, getattr(old, kind))
     setattr(parent, name, new.train(old.training))
     return new
 
@@ -207,97 +185,21 @@ def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterabl
     return out.shape if isinstance(out, Tensor) else None
 
 
-def _allocate(net: nn.Module, input_size: tuple[int, int, int], swapped: list[tuple[nn.Module, str, nn.Module]]) -> tuple[str, ...]:
-    """Give every quantizer its shapes by one probe forward: scales per position depend on the token count.
-
-    Returns:
-        `Conversion.float_products`.
-    """
+def _allocate(net: nn.Module, input_size: tuple[int, int, int], swapped: list[tuple[nn.Module, str, nn.Module]]) -> None:
+    """Give every quantizer its shapes by one probe forward: scales per position depend on the token count."""
     groups: dict[Quantizer, int] = {}
 
-    def allocate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, Quantizer)  # noqa: S101  (narrows a type)
+    def allocate(module: Any, args: tuple[Tensor, ...]) -> None:
         if groups.setdefault(module, module.n_groups(args[0].shape)) != module.n_groups(args[0].shape):
             module.share_scale()
         module.allocate(args[0].shape, args[0].device)
 
-    with watching(net) as products:
-        check_input(net, input_size, [site.quantizer.register_forward_pre_hook(allocate) for site in iter_quantizers(net)])
-    _give_back_unused(net, set(groups), swapped)
-    inside = {name for name, m in net.named_modules() if isinstance(m, ScoredAttention) and m.probs_quantizer.spec.quantizer != "float"}
-    return tuple(dict.fromkeys(p.module for p in products if p.of_activations and p.module not in inside))
-
-
-def _give_back_unused(net: nn.Module, used: set[Quantizer], swapped: list[tuple[nn.Module, str, nn.Module]]) -> None:
-    """Undo swaps of modules that the net never calls: it reads their weight past the quantizers, which would never get a scale."""
+    check_input(net, input_size, [site.quantizer.register_forward_pre_hook(allocate) for site in iter_quantizers(net)])
+    # Undo swaps of modules that the net never calls: it reads their weight past the quantizers, which would never get a scale.
     reached: dict[nn.Module, bool] = {}
     for site in iter_quantizers(net):
-        reached[site.owner] = reached.get(site.owner, False) or site.quantizer in used
+        reached[site.owner] = reached.get(site.owner, False) or site.quantizer in groups
     for entry in [(parent, name, old) for parent, name, old in swapped if not reached.get(getattr(parent, name), True)]:
         parent, name, old = entry
         setattr(parent, name, old.train(getattr(parent, name).training))
         swapped.remove(entry)
-
-
-@dataclass(frozen=True)
-class ReportRow:
-    """One quantizer of a conversion report."""
-
-    module: str
-    role: str
-    quantizer: str
-    bits: int
-    axis: int | None
-    scales: int
-    offsets: str
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What is quantized and what stays float.
-
-    Attributes:
-        rows: one per quantizer.
-        stays_float: name and class of every module with parameters of its own and no weight quantizer, and of every module that
-            multiplies activations with each other in float, as an attention of an unknown family does; it says so after the class.
-    """
-
-    rows: tuple[ReportRow, ...]
-    stays_float: tuple[tuple[str, str], ...]
-
-    def to_text(self) -> str:
-        """The report as a plain table."""
-        names = [f.name for f in dataclasses.fields(ReportRow)]
-        table = [names, *([str(v) for v in dataclasses.astuple(row)] for row in self.rows)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(names))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-        return "\n".join([*lines, "", "stays float:", *(f"  {name}  {cls}" for name, cls in self.stays_float)])
-
-
-def conversion_report(net: nn.Module) -> ConversionReport:
-    """The conversion report of a net; a float net has no rows."""
-    sites = list(iter_quantizers(net))
-    rows = tuple(
-        ReportRow(
-            s.layer or "(net)",
-            s.role,
-            s.quantizer.spec.quantizer,
-            s.quantizer.spec.bits,
-            s.quantizer.axis,
-            s.quantizer.n_scales,
-            s.quantizer.spec.offsets,
-        )
-        for s in sites
-    )
-    return ConversionReport(rows, tuple(_stays_float(net, sites)))
-
-
-def _stays_float(net: nn.Module, sites: list[Site]) -> Iterator[tuple[str, str]]:
-    owners = {id(s.owner) for s in sites if s.is_weight}
-    inside = {id(m) for s in sites for m in s.quantizer.modules()}
-    done = conversion_of(net)
-    products = () if done is None else done.float_products
-    for name, module in net.named_modules():
-        has_weights = id(module) not in owners | inside and next(module.parameters(recurse=False), None) is not None
-        if has_weights or name in products:
-            yield name or "(net)", type(module).__name__ + (" (products of activations)" if name in products else "")

@@ -3,21 +3,98 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from qat.functional.packing import packed_bytes
 from qat.model.frozen import FrozenActivation, FrozenWeight
-from qat.model.matmuls import MatrixProduct, watching
 from qat.model.sites import Site, iter_quantizers
 from qat.nn import QkrAttention, QuantAttention, ScoredAttention
 from qat.quantizers import LSQ, Quantizer
 from qat.utils.probing import probing, zero_image
 from qat.utils.validate import FLOAT_BITS
+
+
+@dataclass(frozen=True)
+class MatrixProduct:
+    """One matrix product.
+
+    Attributes:
+        module: name of the innermost module that was running.
+        macs: multiply-accumulates.
+        of_activations: no operand is a parameter; False for a layer's weight times its input.
+        bits: widths of the two operands.
+    """
+
+    module: str
+    macs: int
+    of_activations: bool
+    bits: tuple[int, int] = (FLOAT_BITS, FLOAT_BITS)
+
+    @property
+    def bitops(self) -> int:
+        """Multiply-accumulates times the widths of both operands."""
+        return self.macs * self.bits[0] * self.bits[1]
+
+
+def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
+    query, key, *_ = operands
+    scores = query[..., 0].numel() * key.shape[-2]
+    return [scores * query.shape[-1], scores * out.shape[-1]]
+
+
+def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
+    """The product of all dimensions that occur, for an equation of two operands without ellipsis."""
+    equation, *factors = operands
+    if len(factors) != 2:
+        return []
+    sizes: dict[str, int] = {}
+    for letters, factor in zip(equation.split("->")[0].replace(" ", "").split(","), factors, strict=True):
+        sizes |= dict(zip(letters, factor.shape, strict=False))
+    return [math.prod(sizes.values())]
+
+
+# Of operands in their order, by place or by name, and the result: multiply-accumulates of the products.
+_Count = Callable[[tuple[Any, ...], Tensor], list[int]]
+_OF_ACTIVATIONS: dict[Any, _Count] = {
+    **dict.fromkeys(
+        [torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__],
+        lambda operands, out: [out.numel() * operands[0].shape[-1]],
+    ),
+    F.scaled_dot_product_attention: _attention_macs,
+    torch.einsum: _einsum_macs,
+}
+_OF_WEIGHTS: dict[Any, _Count] = dict.fromkeys(
+    [F.linear, F.conv1d, F.conv2d, F.conv3d], lambda operands, out: [out.numel() * operands[1][0].numel()]
+)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes products while it is on, whatever module makes them and by whatever function; `running` is the stack of names of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[str] = []
+        self.found: list[MatrixProduct] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = _OF_ACTIVATIONS.get(func) or _OF_WEIGHTS.get(func)
+        if count is not None:
+            where, operands = self.running[-1] if self.running else "", (*args, *kwargs.values())
+            by_weight = func in _OF_WEIGHTS or any(isinstance(a, nn.Parameter) for a in operands)
+            self.found.extend(MatrixProduct(where, macs, not by_weight) for macs in count(operands, out))
+        return out
+
 
 FLOAT_BYTES = 4
 _OFFSETS = ("offset_before", "offset_after", "product_offset", "before", "after")
@@ -116,88 +193,76 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
     masters = {id(module.start) for module in net.modules() if isinstance(module, LSQ)}
     masters |= {id(site.quantizer.bounds) for site in sites.values() if isinstance(site.quantizer, FrozenActivation)}
     for site in sites.values():
-        if not site.is_weight or site.quantizer.spec.bits == FLOAT_BITS:
+        spec, owner = site.quantizer.spec, site.owner
+        if not site.is_weight or spec.bits == FLOAT_BITS:
             continue
-        masters |= {id(t) for t in _masters(site)}
-        latent, owner = _weight(site), site.layer
-        scales, offsets = _unstored(site, latent.shape[0])
-        sums[owner]["code_bytes"] += packed_bytes(latent.numel(), site.quantizer.spec.bits)
-        sums[owner]["scale_bytes"] += scales * FLOAT_BYTES
-        sums[owner]["offset_bytes"] += offsets * FLOAT_BYTES
-        sums[owner]["n_params"] += latent.numel() if isinstance(site.quantizer, FrozenWeight) else 0
+        found = sums[site.layer]
+        if isinstance(site.quantizer, FrozenWeight):
+            latent = site.quantizer.stored
+            # A shift that is no zero point is implied by the quantizer's kind.
+            masters |= {id(latent)} if spec.quantizer == "affine" else {id(latent), id(site.quantizer.shift)}
+            found["n_params"] += latent.numel()
+        else:
+            latent, n_scales = site.latent(), site.quantizer.n_scales
+            masters |= {id(t) for t in ((owner.q_weight, owner.k_weight) if site.role == "qk" else (owner.weight,))}
+            # As deployed also scales that training makes from the weight; where a bias is corrected, each row has a scale, a zero point and
+            # a constant.
+            rows = len(latent)
+            found["scale_bytes"] += FLOAT_BYTES * (2 * (rows - n_scales) if spec.bias_correction else 0 if n_scales else rows)
+            found["offset_bytes"] += FLOAT_BYTES * rows * spec.bias_correction
+        found["code_bytes"] += packed_bytes(latent.numel(), spec.bits)
     for name, parameter in net.named_parameters():
-        sums[_owner(name, sites)]["n_params"] += parameter.numel()
+        sums[_place(name, sites)[0]]["n_params"] += parameter.numel()
     kept = net.state_dict().keys()  # tables that a net makes anew, as Swin's indices, are in no file
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if name in kept and id(tensor) not in masters:
-            sums[_owner(name, sites)][_kind(name, sites)] += tensor.numel() * FLOAT_BYTES
+            layer, kind = _place(name, sites)
+            sums[layer][kind] += tensor.numel() * FLOAT_BYTES
     return sums
 
 
-def _weight(site: Site) -> torch.Tensor:
-    """What is quantized, or its codes where they are all there is."""
-    return site.quantizer.stored if isinstance(site.quantizer, FrozenWeight) else site.latent()
-
-
-def _unstored(site: Site, rows: int) -> tuple[int, int]:
-    """How many scales and zero points, and offsets, a weight has as deployed beside those that it has now.
-
-    Scales that training makes from the weight; where a bias is corrected, a scale, a zero point and a constant for each row.
-    """
-    if isinstance(site.quantizer, FrozenWeight):
-        return 0, 0
-    stored = site.quantizer.n_scales
-    return (2 * (rows - stored), rows) if site.quantizer.spec.bias_correction else (0 if stored else rows, 0)
-
-
-def _masters(site: Site) -> tuple[torch.Tensor, ...]:
-    """The parameters that codes take the place of; of a frozen net the codes themselves, and a shift that the quantizer's kind implies."""
-    owner = site.owner
-    if isinstance(site.quantizer, FrozenWeight):
-        has_zero_points = site.quantizer.spec.quantizer == "affine"
-        return (site.quantizer.stored,) if has_zero_points else (site.quantizer.stored, site.quantizer.shift)
-    return (owner.q_weight, owner.k_weight) if site.role == "qk" else (owner.weight,)  # type: ignore[return-value]
-
-
-def _site_of(name: str, sites: dict[str, Site]) -> str | None:
-    """The quantizer that a tensor belongs to."""
+def _place(name: str, sites: dict[str, Site]) -> tuple[str, str]:
+    """The module that a tensor counts for, that of its quantizer where it has one, and the kind of its bytes."""
     parts = name.split(".")
     prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
-    return next((prefix for prefix in prefixes if prefix in sites), None)
+    site = next((prefix for prefix in prefixes if prefix in sites), None)
+    kind = "offset_bytes" if parts[-1] in _OFFSETS else "float_bytes" if site is None else "scale_bytes"
+    return (site or name).rpartition(".")[0], kind
 
 
-def _owner(name: str, sites: dict[str, Site]) -> str:
-    return (_site_of(name, sites) or name).rpartition(".")[0]
-
-
-def _kind(name: str, sites: dict[str, Site]) -> str:
-    if name.rpartition(".")[2] in _OFFSETS:
-        return "offset_bytes"
-    return "float_bytes" if _site_of(name, sites) is None else "scale_bytes"
-
-
-def matmuls(net: nn.Module, input_size: tuple[int, int, int]) -> Iterator[MatrixProduct]:
-    """Every matrix product of one image, by one forward pass on zeros: layers and float attentions as they run, ours by formula."""
+def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
+    """Every matrix product of one image, by one forward pass on zeros: ours by formula, layers and float attentions as they run."""
     modules = dict(net.named_modules())
     ours = {name: m for name, m in modules.items() if isinstance(m, ScoredAttention)}
     inherited = {id(m.v): _bits(m.input_quantizer) for m in ours.values() if isinstance(m, QkrAttention)}
     found: list[MatrixProduct] = []
-    with watching(net) as products, probing(net, [m.register_forward_hook(_recorder(name, found)) for name, m in ours.items()]):
-        net(zero_image(net, input_size))
-    for product in products:
+    watch = _Watch()
+    hooks = []
+    for name, module in modules.items():
+
+        def enter(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            watch.running.append(name)
+            if name in ours:
+                counted = _qkr(module, args[0]) if isinstance(module, QkrAttention) else _attention(module, args[0])  # type: ignore[arg-type]
+                found.extend(MatrixProduct(name, macs, inner, (a, b)) for macs, a, b, inner in counted)
+
+        def leave(*_: Any) -> None:
+            watch.running.pop()
+
+        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    with probing(net, hooks), watch:
+        net(zero_image(net, input_size))  # type: ignore[arg-type]
+    for product in watch.found:
         if product.module not in ours:
-            bits = product.bits if product.of_activations else _layer_bits(modules[product.module], inherited)
+            layer = modules[product.module]
+            weight, act = _bits(getattr(layer, "weight_quantizer", None)), _bits(getattr(layer, "input_quantizer", None))
+            bits = product.bits if product.of_activations else (weight, inherited.get(id(layer), act))
             found.append(dataclasses.replace(product, bits=bits))
-    return iter(found)
+    return found
 
 
 def _bits(quantizer: object) -> int:
     return quantizer.spec.bits if isinstance(quantizer, Quantizer) else FLOAT_BITS
-
-
-def _layer_bits(layer: nn.Module, inherited: dict[int, int]) -> tuple[int, int]:
-    """Weight and input."""
-    return _bits(getattr(layer, "weight_quantizer", None)), inherited.get(id(layer), _bits(getattr(layer, "input_quantizer", None)))
 
 
 def _attention(module: QuantAttention, x: torch.Tensor) -> list[tuple[int, int, int, bool]]:
@@ -216,11 +281,3 @@ def _qkr(module: QkrAttention, x: torch.Tensor) -> list[tuple[int, int, int, boo
     if module.q_bias is not None or module.folded_bias is not None:
         found.append((module.num_heads * x.numel(), FLOAT_BITS, act, False))
     return found
-
-
-def _recorder(name: str, found: list[MatrixProduct]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        counted = _qkr(module, args[0]) if isinstance(module, QkrAttention) else _attention(module, args[0])  # type: ignore[arg-type]
-        found.extend(MatrixProduct(name, macs, inner, (a, b)) for macs, a, b, inner in counted)
-
-    return hook

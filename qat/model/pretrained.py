@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
+import re
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +17,80 @@ import huggingface_hub
 from torch import nn
 
 from qat.errors import UsageError
-from qat.model import hub
-from qat.model.checkpoint import describe, load
+from qat.model.checkpoint import FETCHING_ARGS, describe, load
 from qat.model.convert import conversion_of
-from qat.model.cost import cost
 from qat.model.frozen import freeze, is_frozen
-from qat.model.frozen.packed import write_packed
-from qat.utils.files import json_text, write_text
+from qat.model.packed import write_packed
+from qat.utils.files import check_model_arguments, json_text, write_text
+from qat.utils.text import json_object
+
+PREFIX = "hf-hub:"  # timm's, before `user/name`
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+LIBRARY = "vit-qat"  # what `config.json` of a net of ours says of itself
+TIMEOUT_S = 4
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def find_cached(repository: str, names: tuple[str, ...]) -> str | None:
+    """The first of some files of a repository that is in the local cache."""
+    return next((path for name in names if isinstance(path := huggingface_hub.try_to_load_from_cache(repository, name), str)), None)
+
+
+def require_host(address: str, origin: str, missing: str, instead: str) -> None:
+    """Ask whether a host responds: the hub's own client would retry in silence for most of a minute.
+
+    Raises:
+        UsageError: it does not within 4 s. `origin: missing and ... cannot be reached (why); instead`.
+    """
+    try:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT_S):
+            pass
+    except urllib.error.HTTPError:  # it responds
+        pass
+    except (OSError, http.client.HTTPException) as error:
+        raise UsageError(f"{origin}: {missing} and {address} cannot be reached ({error}); {instead}") from error
+
+
+def fetch(repository: str, origin: str) -> Path:
+    """A local folder with `config.json` and `model.safetensors` of a repository; nothing else is fetched.
+
+    Args:
+        repository: `user/name`.
+        origin: how a message calls it.
+
+    Raises:
+        UsageError: it is no such name, its files are not cached and cannot be fetched, or its config asks for other files.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise UsageError(f"{origin}: must be user/name of a repository of the hub")
+    if not all(find_cached(repository, (name,)) for name in (CONFIG, WEIGHTS)):
+        missing = f"{repository} is not in the local cache"
+        require_host(huggingface_hub.constants.ENDPOINT, origin, missing, "a folder that was downloaded elsewhere works too")
+        try:
+            huggingface_hub.snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS])
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{origin}: cannot be fetched ({' '.join(str(error).split())[:200]}); a private one needs a token (hf auth login)"
+            ) from error
+    folder = Path(str(find_cached(repository, (CONFIG,)))).parent
+    config = json_object(folder / CONFIG)
+    arguments = config.get("model_args") or {}
+    try:
+        if not isinstance(arguments, dict) or FETCHING_ARGS & arguments.keys():
+            raise ValueError("its arguments would read something else")
+        check_model_arguments(arguments)
+        if "${" in json.dumps(config):
+            raise ValueError("it holds '${', which would be resolved as a setting")
+    except ValueError as error:
+        raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error
+    return folder
+
+
+def is_ours(folder: Path) -> bool:
+    """True for what `save_pretrained` has written."""
+    return json_object(folder / CONFIG).get("library_name") == LIBRARY
 
 
 def save_pretrained(
@@ -49,33 +121,29 @@ def save_pretrained(
         The folder.
 
     Raises:
-        UsageError: the folder is a file; see also `qat.save` and `qat.freeze`.
+        UsageError: see `qat.save` and `qat.freeze`.
     """
     place = Path(folder)
-    if place.exists() and not place.is_dir():
-        raise UsageError(f"save_pretrained: {str(place)!r} is a file; must be a folder")
-    measured = {key: (results or {})[key] for key in ("top1", "top5", "images", "split", "data") if (results or {}).get(key) is not None}
+    given = results or {}
+    measured = {key: given[key] for key in ("top1", "top5", "images", "split", "data") if given.get(key) is not None}
     place.mkdir(parents=True, exist_ok=True)
     frozen = net if is_frozen(net) or conversion_of(net) is None else freeze(net)
     meta = describe(frozen, data=data, classes=classes)
     if meta["data"]:
         meta["data"] = {key: value for key, value in meta["data"].items() if key != "root"}
-    write_packed(frozen, place / hub.WEIGHTS, meta)
-    size = (place / hub.WEIGHTS).stat().st_size
+    write_packed(frozen, place / WEIGHTS, meta)
+    size = (place / WEIGHTS).stat().st_size
     config = {
-        "library_name": hub.LIBRARY,
-        "format_version": meta["format_version"],
+        "library_name": LIBRARY,
         "architecture": meta["model"]["name"],
         "model_args": meta["model"]["kwargs"],
         "num_classes": getattr(net, "num_classes", None),
-        "input_size": meta["input_size"],
         "label_names": meta["classes"],
-        "recipe": meta["recipe"],
-        "data": meta["data"],
+        **{key: meta[key] for key in ("format_version", "input_size", "recipe", "data")},
         "size_bytes": size,
         "results": measured,
     }
-    write_text(place / hub.CONFIG, json_text(config))
+    write_text(place / CONFIG, json_text(config))
     write_text(place / "README.md", _card(net, config, license, source))
     return place
 
@@ -84,29 +152,23 @@ def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) 
     """The model card: what the net is, how good, how large, how to load it (`source`: `user/name`, or a file)."""
     done, results = conversion_of(net), config["results"]
     is_file = source.endswith(".safetensors")
-    n_params = cost(net, done.input_size).n_params if done is not None else sum(p.numel() for p in net.parameters())
     recipe = None if done is None or done.recipe.name == "fp" else done.recipe
-    accuracy = "not measured"
-    if results.get("top1") is not None:
-        top5 = f", top-5 {results['top5']:.2f} %" if results.get("top5") is not None else ""
-        images = f" of {results['images']:,} images" if results.get("images") else ""
-        accuracy = f"top-1 {results['top1']:.2f} %{top5}{images}{' (' + results['split'] + ')' if results.get('split') else ''}"
     rows = {
-        "Architecture": f"`{config['architecture']}` of timm, {n_params:,} parameters",
+        "Architecture": f"`{config['architecture']}` of timm",
         "Recipe": "float" if recipe is None else f"`{recipe.name}`: weights {recipe.bits} bit, activations {recipe.act_bits} bit",
-        "Data": str(results.get("data") or (config["data"] or {}).get("_target_", "").rpartition(".")[2].lower() or "not stated"),
-        "Accuracy": accuracy,
+        "Data": (config["data"] or {}).get("_target_", "not stated"),
+        "Accuracy": ", ".join(f"{key} {value}" for key, value in results.items()) or "not measured",
         "Size": f"{config['size_bytes']:,} bytes",
     }
     data = huggingface_hub.ModelCardData(
-        library_name=hub.LIBRARY,
+        library_name=LIBRARY,
         license=license,
         pipeline_tag=f"image-{'feature-extraction' if config['model_args'].get('features_only') else 'classification'}",
         tags=["quantization", "vision"],
     )
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     load = f'qat.load("{source}")' if is_file else f'qat.from_pretrained("{source}")'
-    command = f"On the command line: `qat eval {'ckpt=' if is_file else 'model=' + hub.PREFIX}{source} predict=PHOTOS`."
+    command = f"On the command line: `qat eval {'ckpt=' if is_file else 'model=' + PREFIX}{source} predict=PHOTOS`."
     return f"""---
 {data.to_yaml()}
 ---
@@ -117,7 +179,7 @@ def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) 
 |---|---|
 {table}
 
-`pip install {hub.LIBRARY}`, then:
+`pip install {LIBRARY}`, then:
 
 ```python
 import qat
@@ -143,13 +205,10 @@ def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = 
         UsageError: there is no such net, it cannot be fetched (within 5 s where there is no connection), or it is not of `save_pretrained`.
     """
     origin = f"from_pretrained: {str(source)!r}"
-    if not Path(source).is_dir() and not hub.is_repository(str(source)):
-        raise UsageError(f"{origin}: must be a folder of save_pretrained, or user/name of the hub")
-    folder = Path(source) if Path(source).is_dir() else hub.fetch(str(source), origin)
-    if not hub.is_ours(folder):
-        hint = f"; timm reads its own: timm.create_model('{hub.PREFIX}user/name', pretrained=True)"
-        raise UsageError(f"{origin}: its {hub.CONFIG} is not of qat.save_pretrained{hint}")
-    return load(folder / hub.WEIGHTS, imports=imports)
+    folder = Path(source) if Path(source).is_dir() else fetch(str(source), origin)
+    if not is_ours(folder):
+        raise UsageError(f"{origin}: its {CONFIG} is not of qat.save_pretrained; timm.create_model reads those of timm")
+    return load(folder / WEIGHTS, imports=imports)
 
 
 def push_to_hub(net: nn.Module, repository: str, *, private: bool = False, api: Any = None, **saving: Any) -> str:
@@ -169,18 +228,16 @@ def push_to_hub(net: nn.Module, repository: str, *, private: bool = False, api: 
         UsageError: no such name, no token, no connection, or the hub refuses.
     """
     origin = f"push_to_hub: {repository!r}"
-    if not hub.is_repository(repository):
+    if not _REPOSITORY.fullmatch(repository):
         raise UsageError(f"{origin}: must be user/name")
     if api is None:
-        if huggingface_hub.get_token() is None:
-            raise UsageError(f"{origin}: no token; hf auth login stores one, HF_TOKEN=... gives one")
-        hub.require_host(huggingface_hub.constants.ENDPOINT, origin, "nothing was uploaded", "save_pretrained writes a folder")
+        require_host(huggingface_hub.constants.ENDPOINT, origin, "nothing was uploaded", "save_pretrained writes a folder")
         api = huggingface_hub.HfApi()
     with tempfile.TemporaryDirectory(prefix="qat-") as folder:
         save_pretrained(net, folder, source=repository, **saving)
         try:
             api.create_repo(repository, private=private, exist_ok=True)
-            done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload with {hub.LIBRARY}")
+            done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload with {LIBRARY}")
         except (OSError, ValueError) as error:
-            raise UsageError(f"{origin}: the hub refuses ({hub.first_line(error)})") from error
+            raise UsageError(f"{origin}: the hub refuses ({' '.join(str(error).split())[:200]})") from error
     return str(getattr(done, "commit_url", done))

@@ -39,7 +39,7 @@ _FOLLOWS = {
     "head_bits": "bits",
     "residual_observer": "act_observer",
 }
-# Knobs of training, which `QuantRecipe` has.
+# Knobs of training, which `QuantRecipe` has; they mean nothing here.
 _OF_TRAINING = ("qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8")
 # Axis of activations with more scales than one: heads of scores (B, h, N, M), channels of an image (B, C, H, W); the last one of all else.
 _AXES: dict[str, dict[str, int | None]] = {"tensor": {}, "token": {"image": None}, "channel": {"scores": 1, "probs": 1, "image": 1}}
@@ -113,9 +113,6 @@ class PtqRecipe(QuantRecipe):
         for knob, source in _FOLLOWS.items():
             if getattr(self, knob) is None:
                 object.__setattr__(self, knob, getattr(self, source))
-        for knob in _OF_TRAINING:
-            if getattr(self, knob) != getattr(type(self), knob):
-                raise UsageError(f"ptq.{knob}={getattr(self, knob)!r}: must be {getattr(type(self), knob)!r}; it is a knob of training")
         for knob, allowed in _CHOICES.items():
             check_choice(f"ptq.{knob}", getattr(self, knob), allowed)
         for knob in ("weight_signed", "act_signed", "bias_correction"):
@@ -185,11 +182,10 @@ def recipe_from(stored: Mapping[str, Any]) -> QuantRecipe:
 
     Raises:
         TypeError: a knob is none of either kind.
-        UsageError: a value that cannot work, a quantizer `package.module:Class` of a module that is not imported, or a matrix after blocks.
+        UsageError: a value that cannot work, a quantizer `package.module:Class` of a module that is not imported.
     """
     known = {"rule_bits": "weights", **stored}  # in a file without it, rules have never set other bits
-    if known.pop("compensation", "affine") == "matrix":
-        raise UsageError("ptq.compensation='matrix': matrices after blocks are not read any more; quantize anew without")
+    known.pop("compensation", None)  # of older files
     names = {f.name for f in dataclasses.fields(PtqRecipe)} - {f.name for f in dataclasses.fields(QuantRecipe)}
     recipe = PtqRecipe(**known) if names & set(stored) else QuantRecipe(**known)
     for name in custom_quantizers(recipe):

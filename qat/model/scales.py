@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -62,13 +62,13 @@ def initialize_scales(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         `net` itself.
 
     Raises:
-        UsageError: no batch, images that are not finite, or a quantizer that no batch reached; no scale is set then.
+        UsageError: no batch, images that are not finite, or a quantizer that no batch reached.
     """
     pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]
     if not pending:
         return net
     device = next(net.parameters()).device
-    with _all_or_none(pending), probing(net, [quantizer.register_forward_pre_hook(_calibrating({})) for quantizer in pending]):
+    with probing(net, [quantizer.register_forward_pre_hook(_calibrating({})) for quantizer in pending]):
         for batch in batches:
             if not batch.isfinite().all():
                 raise UsageError("calibration images hold NaN or infinity; look at data.mean, data.std and the files")
@@ -77,21 +77,8 @@ def initialize_scales(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     return net
 
 
-@contextlib.contextmanager
-def _all_or_none(quantizers: Sequence[Quantizer]) -> Generator[None]:
-    """Empty scales again where some of the images failed: half of them would count as ready."""
-    before = [{name: tensor.clone() for name, tensor in quantizer.state_dict().items()} for quantizer in quantizers]
-    try:
-        yield
-    except BaseException:
-        for quantizer, state in zip(quantizers, before, strict=True):
-            quantizer.load_state_dict(state)
-        raise
-
-
 def _calibrating(state: dict[str, Any]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, Quantizer)  # noqa: S101  (narrows a type)
+    def hook(module: Any, args: tuple[Tensor, ...]) -> None:
         module.calibrate(args[0], state)
 
     return hook

@@ -6,23 +6,18 @@ import difflib
 import http.client
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import timm
-import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.model import hub
-from qat.model.biases import grow_biases, grown_biases
-from qat.model.checkpoint import Checkpoint, build_from
+from qat.model.checkpoint import Checkpoint, build_from, grow_biases, grown_biases
 from qat.model.frozen import keeps_weights
-from qat.model.sites import iter_quantizers
+from qat.model.pretrained import WEIGHTS, find_cached, require_host
 from qat.model.transfer import timm_state_dict
 
-ALIKE = 0.6  # difflib's own threshold for a close match
 NEW_HEAD = "; model.reset_head=true gives it a new head"
 
 
@@ -53,8 +48,10 @@ def from_scratch(model: str, kwargs: Mapping[str, Any]) -> Start:
 def check_model(setting: str, model: object) -> None:
     """Raise `UsageError` unless `model` is a name of timm's."""
     if not isinstance(model, str) or not timm.is_model(model):
-        near = ", ".join(_near(str(model)))
-        raise UsageError(f"{setting}={model!r}: timm has no such model{'; near are ' + near if near else ''}")
+        # By their beginnings: names go on with patch and image sizes.
+        beginnings = {name[: len(str(model)) + 1]: name for name in reversed(timm.list_models())}
+        near = ", ".join(beginnings[found] for found in difflib.get_close_matches(str(model), beginnings, cutoff=0))
+        raise UsageError(f"{setting}={model!r}: timm has no such model; near are {near}")
 
 
 def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
@@ -69,13 +66,6 @@ def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
     return net
 
 
-def _near(model: str, at_most: int = 4) -> list[str]:
-    """Names of timm that begin as `model` does, or nearly so; the most similar first."""
-    beginnings = {name: name[: len(model) + 1] for name in timm.list_models()}
-    likeness = {name: difflib.SequenceMatcher(None, model, begin).ratio() for name, begin in beginnings.items()}
-    return [name for name in sorted(likeness, key=lambda name: -likeness[name]) if likeness[name] > ALIKE][:at_most]
-
-
 def from_pretrained(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False) -> Start:
     """Weights that timm keeps for the model, from the local caches or from their host.
 
@@ -85,27 +75,23 @@ def from_pretrained(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = 
     """
     fresh = _create(model, kwargs)  # also says what is wrong with name or arguments
     described = dict(fresh.pretrained_cfg)  # type: ignore[arg-type]
-    hub_id, url = described.get("hf_hub_id"), described.get("url")
+    hub_id, url, instead = described.get("hf_hub_id"), described.get("url"), "use model.weights=FILE or model.pretrained=false"
     if not hub_id and not url:
-        raise UsageError(
-            f"model.pretrained=true: timm has no pretrained weights for {model!r}; use model.weights=FILE or model.pretrained=false"
-        )
+        raise UsageError(f"model.pretrained=true: timm has no pretrained weights for {model!r}; {instead}")
     had, has = described.get("num_classes"), getattr(fresh, "num_classes", None)
     if keep_head and had != has:
         raise UsageError(f"model.pretrained=true: {model} is trained for {had} classes, the data have {has}; use ckpt=FILE")
-    cached = hub.cached(hub_id, (hub.WEIGHTS, "pytorch_model.bin")) if hub_id else None
+    cached = find_cached(hub_id, (WEIGHTS, "pytorch_model.bin")) if hub_id else None
     if cached is not None:
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay={"file": cached})
         return Start(net, [f"timm's pretrained weights of {model} (cached)"])
-    if hub_id or not (Path(torch.hub.get_dir()) / "checkpoints" / str(url).rpartition("/")[2]).is_file():
-        address = huggingface_hub.constants.ENDPOINT if hub_id else str(url)
-        instead = "use model.weights=FILE or model.pretrained=false"
-        hub.require_host(address, "model.pretrained=true", f"the weights of {model!r} are not in the local cache", instead)
+    address = huggingface_hub.constants.ENDPOINT if hub_id else str(url)
+    require_host(address, "model.pretrained=true", f"the weights of {model!r} are not in the local cache", instead)
     try:
         net = _create(model, kwargs, pretrained=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         why = f"the weights of {model!r} cannot be fetched, or do not fit ({' '.join(str(error).split())[:200]})"
-        raise UsageError(f"model.pretrained=true: {why}; use model.weights=FILE or model.pretrained=false") from error
+        raise UsageError(f"model.pretrained=true: {why}; {instead}") from error
     return Start(net, [f"timm's pretrained weights of {model}"])
 
 
@@ -138,8 +124,14 @@ def from_state(
     state = {name: tensor for name, tensor in state.items() if name not in own_biases}
     notes = [f"weights of {origin}"]
     cfg = dict(fresh.pretrained_cfg)  # type: ignore[arg-type]
-    state, heads, wrong_heads = _with_heads(state, fresh)
-    notes += heads
+    own, classifier, wrong = fresh.state_dict(), cfg["classifier"], []
+    for name in [classifier] if isinstance(classifier, str) else classifier:
+        classes, theirs = own[f"{name}.weight"].shape[0], state.get(f"{name}.weight")
+        has = 0 if theirs is None else theirs.shape[0]
+        if has != classes:
+            wrong.append(f"has {has} classes, the data {classes}")
+            notes.append(f"new {name} for {classes} classes" + (f" (the file has {has})" if has else ""))
+            state |= {k: own[k] for k in (f"{name}.weight", f"{name}.bias") if k in own}
     stem = state.get(f"{cfg['first_conv']}.weight")
     chans = cfg["input_size"][0] if stem is None else stem.shape[1]
     overlay = {"state_dict": state, "num_classes": fresh.num_classes, "input_size": (chans, *cfg["input_size"][1:])}
@@ -147,42 +139,22 @@ def from_state(
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
         raise UsageError(f"{origin}: its weights are not those of {model} ({' '.join(str(error).split())[:300]})") from error
-    if keep_head and wrong_heads:
-        raise UsageError(f"{origin}: has {wrong_heads[0]}{hint}")
+    if keep_head and wrong:
+        raise UsageError(f"{origin}: {wrong[0]}{hint}")
     net.pretrained_cfg = net.default_cfg = cfg  # type: ignore[assignment]
     grow_biases(net, biases)
     net.load_state_dict(own_biases, strict=False)
-    if stem is not None and stem.shape != (wanted := fresh.state_dict()[f"{cfg['first_conv']}.weight"].shape):
-        notes.append(f"patch embedding adapted from {tuple(stem.shape)} to {tuple(wanted)}")
     check_finite(net, origin)
     return Start(net, notes)
 
 
-def _with_heads(state: Mapping[str, Tensor], fresh: nn.Module) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Weights with the heads of `fresh` where theirs have other classes; notes of that, and what is wrong about those heads."""
-    own, notes, wrong = fresh.state_dict(), [], []
-    classifier = fresh.pretrained_cfg["classifier"]  # type: ignore[index]
-    found = dict(state)
-    for name in [classifier] if isinstance(classifier, str) else classifier:
-        classes, theirs = own[f"{name}.weight"].shape[0], state.get(f"{name}.weight")
-        if theirs is not None and theirs.shape[0] == classes:
-            continue
-        wrong.append(f"{0 if theirs is None else theirs.shape[0]} classes, the data {classes}")
-        notes.append(f"new {name} for {classes} classes" + ("" if theirs is None else f" (the file has {theirs.shape[0]})"))
-        found |= {k: own[k] for k in (f"{name}.weight", f"{name}.bias") if k in own}
-    return found, notes, wrong
-
-
 def check_finite(net: nn.Module, origin: str) -> None:
     """Raise `UsageError` if a weight of a net from `origin` is NaN or infinite: whatever it computes would be, too."""
-    damaged = {name: weight for name, weight in net.named_parameters() if not weight.isfinite().all()}
-    if not damaged:
-        return
-    unset = {f"{site.name}.{name}": site for site in iter_quantizers(net) for name, _ in site.quantizer.named_parameters()}
-    if all(name in unset and weight.isnan().all() for name, weight in damaged.items()):
-        site = unset[next(iter(damaged))]
-        raise UsageError(f"{origin}: scales of {site.name} are not initialised; call qat.initialize_scales(net, batches) and save again")
-    raise UsageError(f"{origin}: its weight {next(iter(damaged))} holds NaN or infinity; take an earlier checkpoint")
+    damaged = next((name for name, weight in net.named_parameters() if not weight.isfinite().all()), None)
+    if damaged is not None:
+        raise UsageError(
+            f"{origin}: its weight {damaged} holds NaN or infinity: a run that diverged, or scales that were never initialised"
+        )
 
 
 def from_checkpoint(model: str, kwargs: Mapping[str, Any], checkpoint: Checkpoint, *, reset_head: bool, keep_head: bool = False) -> Start:

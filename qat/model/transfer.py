@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from qat.model.checkpoint import grow_biases
 from qat.model.frozen import FrozenWeight
 from qat.model.scales import is_ready
 from qat.model.sites import iter_quantizers
 from qat.nn import QkrAttention, QuantAttention
 from qat.quantizers import LSQ, Affine, Quantizer
-from qat.quantizers.shifted import Shifted
 
 # Swin's biases, and the spread of their first values there and in the reference.
 _TABLE, _TABLE_STD = "relative_position_bias_table", 0.02
@@ -49,7 +48,7 @@ def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
 def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[str]]:
     """Copy scales and offsets where quantizer, bits and shapes agree, and the scales are there.
 
-    Steps that are learned also take an affine grid of as many codes: its zero point moves into offsets, or has to be none.
+    Steps that are learned without offsets also take a symmetric affine grid of as many codes.
 
     Args:
         source: a quantized net.
@@ -68,14 +67,9 @@ def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[s
         if donor is None or not is_ready(donor.quantizer):
             missing.append(site.name)
             continue
-        if _takes_affine(donor.quantizer, site.quantizer):
-            copied.append(site.name)
-            continue
-        given = _stored_alike(donor.quantizer, state.keys())
-        if donor.quantizer.spec != site.quantizer.spec or {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in state.items()}:
+        if not (_takes_affine(donor.quantizer, site.quantizer) or _takes_alike(donor.quantizer, site.quantizer)):
             missing.append(site.name)
             continue
-        site.quantizer.load_state_dict(given)
         copied.append(site.name)
         if isinstance(site.owner, QkrAttention) and site.quantizer is site.owner.k_quantizer:
             theirs, own = getattr(donor.owner, "product_offset", None), site.owner.product_offset
@@ -105,37 +99,43 @@ def forget_attention_weights(net: nn.Module) -> list[str]:
     return reset
 
 
-def _stored_alike(quantizer: Quantizer, names: AbstractSet[str]) -> dict[str, Tensor]:
-    """The state of a quantizer under other names: a step as itself or as its start and what is learned of it."""
-    state: dict[str, Tensor] = quantizer.state_dict()
-    for name in names - state.keys():
-        prefix, _, kind = name.rpartition("scale")
-        if kind == "" and f"{prefix}start" in state:
-            del state[f"{prefix}start"], state[f"{prefix}change"]
-            state[name] = quantizer.get_submodule(prefix.removesuffix(".")).scale.detach()  # type: ignore[operator]
-        prefix, _, kind = name.rpartition("start")
-        if kind == "" and f"{prefix}scale" in state:
-            step = state.pop(f"{prefix}scale")
-            state |= {name: step, f"{prefix}change": torch.zeros_like(step)}
-    return state
+def invent_biases(net: nn.Module) -> list[str]:
+    """Give Linears outside of attentions that have no bias one, at first as random as torch makes it: so does the reference's conversion.
+
+    Returns:
+        Their names.
+    """
+    names = [name for name, module in net.named_modules() if type(module) is nn.Linear and module.bias is None and ".attn." not in name]
+    grow_biases(net, names)
+    for name in names:
+        linear: Any = net.get_submodule(name)
+        nn.init.uniform_(linear.bias, -(linear.in_features**-0.5), linear.in_features**-0.5)
+    return names
 
 
-@torch.no_grad()
+def _takes_alike(donor: Quantizer, target: Quantizer) -> bool:
+    """Give a quantizer the state of one of its spec and shapes, whether steps are relative or absolute there; False where it differs."""
+    if donor.spec != target.spec or donor.n_scales != target.n_scales:
+        return False
+    steps = [(a, b) for a, b in zip(donor.modules(), target.modules(), strict=True) if isinstance(a, LSQ) and isinstance(b, LSQ)]
+    given, state = donor.state_dict(), target.state_dict()
+    shared = state.keys() & given.keys()
+    if any(given[name].shape != state[name].shape for name in shared):
+        return False
+    target.load_state_dict({name: given[name] for name in shared}, strict=False)
+    for a, b in steps:
+        if (a.change is None) != (b.change is None):
+            b.set_scale(a.scale.detach())
+    return True
+
+
 def _takes_affine(donor: Quantizer, target: Quantizer) -> bool:
-    """Give LSQ, offsets around it included, the grid of post-training quantization; False where it cannot have it."""
-    lsq = target.quantizer if isinstance(target, Shifted) else target
-    if not (isinstance(donor, Affine) and type(lsq) is LSQ and donor.spec.bits == lsq.spec.bits) or donor.spec.bias_correction:
+    """Give LSQ the symmetric grid of post-training quantization; False where it cannot have it."""
+    if not (isinstance(donor, Affine) and type(target) is LSQ and donor.spec.bits == target.spec.bits) or donor.spec.bias_correction:
         return False
     # As many steps along another axis would be others.
-    if not (donor.axis is None or (donor.axis == lsq.axis and donor.scale.shape == lsq.scale.shape)):
+    fits = donor.axis is None or (donor.axis == target.axis and donor.scale.shape == target.scale.shape)
+    if not fits or bool((donor.zero_point + target.spec.qmin != donor.qmin).any()):
         return False
-    shift = (donor.zero_point + lsq.spec.qmin - donor.qmin) * donor.scale
-    is_shifted = isinstance(target, Shifted) and donor.axis is None
-    if bool(shift.any()) and not is_shifted:
-        return False
-    lsq.set_scale(donor.scale.expand_as(lsq.scale))
-    if isinstance(target, Shifted) and is_shifted:
-        target.offset_before.copy_(shift.expand_as(target.offset_before))
-        if target.offset_after is not None:
-            target.offset_after.copy_(-target.offset_before)
+    target.set_scale(donor.scale.expand_as(target.scale))
     return True

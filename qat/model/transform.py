@@ -35,8 +35,6 @@ def transform(net: nn.Module) -> Callable[[AnyImage], Tensor]:
 def data_config(net: nn.Module) -> Mapping[str, Any]:
     """The data config of a net, plain; see `transform`."""
     stored = data_of(net) or {}
-    if not isinstance(stored, Mapping):
-        raise UsageError(f"transform: the net's file has a {type(stored).__name__} for the data it was trained on, not settings")
     return stored if "_target_" in stored else {**_by_timm(net), **stored}
 
 

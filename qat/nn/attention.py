@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,8 @@ from qat.kernels.fused import QkrOperands, QkrWeights, Scoring, attention, can_f
 from qat.nn.fusing import is_off, operand_of, weight_params
 from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import QuantModule, is_watched
-from qat.nn.swap_registry import SwapContext
-
-
-def refuse_qkr(why: str) -> NoReturn:
-    """Raise the `UsageError` of a net whose scores are no product x^T Wq^T Wk y.
-
-    Args:
-        why: what stands between, as in `this net <why>`.
-    """
-    raise UsageError(f"quant.attention='qkr': this net {why}, so Wq^T Wk is not its score; here it must be one of standard, float")
+from qat.nn.swap_registry import Swap, SwapContext, register_swap
+from qat.utils.validate import check_choice
 
 
 def split_heads(t: Tensor, num_heads: int) -> Tensor:
@@ -39,6 +32,12 @@ def qkv_bias(attention: nn.Module) -> Tensor | None:
     assert isinstance(q_bias, Tensor)  # noqa: S101  (narrows a type)
     assert isinstance(v_bias, Tensor)  # noqa: S101
     return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+
+
+def biased_qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values (B, N, h*d) each, of x (B, N, C), with the biases beside `qkv`."""
+    qkv, bias = attention.qkv(x), qkv_bias(attention)  # type: ignore[operator]
+    return (qkv if bias is None else qkv + bias).chunk(3, dim=-1)
 
 
 def _learning_as(source: Tensor, t: Tensor) -> nn.Parameter:
@@ -253,3 +252,81 @@ class QkrAttention(ScoredAttention, QuantModule):
 def _of_dtype(weight: Tensor, x: Tensor) -> Tensor:
     """What was folded is float32 in a net of any dtype; codes stay codes."""
     return weight.to(x.dtype) if isinstance(weight, Tensor) and isinstance(x, Tensor) else weight
+
+
+MEMORY = ("save", "recompute")
+
+
+def set_execution(net: nn.Module, *, memory: str = "save") -> nn.Module:
+    """Choose between time and memory, which changes no result.
+
+    Args:
+        net: a converted net; another one stays as it is.
+        memory: `save` keeps the probabilities of quantized attentions for backward; `recompute` makes them again from queries and
+            keys, in less memory and a few percent more time. In compiled nets the compiler decides what is kept.
+
+    Returns:
+        `net` itself.
+
+    Raises:
+        UsageError: `memory` is neither.
+    """
+    check_choice("memory", memory, MEMORY)
+    for module in net.modules():
+        if isinstance(module, ScoredAttention):
+            module.keep_probs = memory == "save"
+    return net
+
+
+class RelativeBias(nn.Module):
+    """timm's table of biases, one per head and pair of relative positions; float, added to scaled scores.
+
+    Attributes:
+        relative_position_bias_table: (relative positions, h).
+        relative_position_index: (N, N) rows of the table; made again by timm, not stored.
+    """
+
+    relative_position_bias_table: nn.Parameter
+    relative_position_index: Tensor
+
+    def take_table(self, attention: Any) -> None:
+        """Take over the table and its index."""
+        self.relative_position_bias_table = attention.relative_position_bias_table
+        self.register_buffer("relative_position_index", attention.relative_position_index, persistent=False)
+
+    def position_bias(self) -> Tensor:
+        """(h, N, N)."""
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+
+
+def register_attention(
+    cls: type[nn.Module],
+    standard: type[QuantAttention],
+    qkr: Callable[[Any, SwapContext], QkrAttention] | str,
+    *,
+    inputs: Mapping[str, str] | None = None,
+    also_float: bool = False,
+) -> None:
+    """The swaps of an attention class.
+
+    Args:
+        cls: timm's.
+        standard: its quantized form; takes the module and a `SwapContext`.
+        qkr: its form with query-key reparameterization, which norms of queries or keys rule out, or why there is none: `this net <why>`.
+        inputs: what children of the standard form receive.
+        also_float: the standard form also takes the place where attention is float: timm's would go around a quantized Linear.
+    """
+
+    def swap_standard(module: nn.Module, context: SwapContext) -> Swap:
+        return Swap(standard(module, context), inputs or {})
+
+    def swap_qkr(module: nn.Module, context: SwapContext) -> Swap:
+        norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+        why = qkr if isinstance(qkr, str) else "normalises queries and keys"
+        if isinstance(qkr, str) or any(not isinstance(norm, nn.Identity | None) for norm in norms):
+            raise UsageError(f"quant.attention='qkr': this net {why}, so Wq^T Wk is not its score; here it must be one of standard, float")
+        return Swap(qkr(module, context), {"v": "quantized"})
+
+    for intent in ("attention", *(["float_attention"] if also_float else [])):
+        register_swap(cls, intent)(swap_standard)
+    register_swap(cls, "qkr_attention")(swap_qkr)

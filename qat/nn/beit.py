@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from timm.models.beit import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
-from qat.nn.attention import QkrAttention, QuantAttention, qkv_bias, split_heads
-from qat.nn.swap_registry import Swap, SwapContext, register_swap
+from qat.nn.attention import QkrAttention, QuantAttention, RelativeBias, biased_qkv, qkv_bias, register_attention, split_heads
+from qat.nn.swap_registry import SwapContext
 
 
-class _OptionalRelativeBias(nn.Module):
-    """The bias of the attention's own table, of a table that all blocks share, of both, or none; float, added to scaled scores."""
-
-    relative_position_bias_table: nn.Parameter | None
-    relative_position_index: Tensor | None
-
-    def take_table(self, attention: Any) -> None:
-        """Take over the table and its index."""
-        self.relative_position_bias_table = attention.relative_position_bias_table
-        self.register_buffer("relative_position_index", attention.relative_position_index, persistent=False)
+class _BeitBias(RelativeBias):
+    """The bias of the attention's own table, of a table that all blocks share, of both, or none."""
 
     def biased(self, scores: Tensor, shared: Tensor | None) -> Tensor:
         """Add what there is to the scores (B, h, N, N)."""
         if self.relative_position_bias_table is not None:
-            scores = scores + self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+            scores = scores + self.position_bias()
         return scores if shared is None else scores + shared
 
 
-class QuantBeitAttention(QuantAttention, _OptionalRelativeBias):
+class QuantBeitAttention(QuantAttention, _BeitBias):
     """Standard attention. Keeps timm's names."""
 
     def __init__(self, attention: Attention, context: SwapContext) -> None:
@@ -41,13 +31,12 @@ class QuantBeitAttention(QuantAttention, _OptionalRelativeBias):
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
-        qkv, bias = self.qkv(x), qkv_bias(self)
-        q, k, v = (qkv if bias is None else qkv + bias).chunk(3, dim=-1)
+        q, k, v = biased_qkv(self, x)
         scores = self.scores(split_heads(q, self.num_heads), split_heads(k, self.num_heads)) * self.scale
         return self.attend(self.biased(scores, shared_rel_pos_bias), v, x)
 
 
-class QkrBeitAttention(QkrAttention, _OptionalRelativeBias):
+class QkrBeitAttention(QkrAttention, _BeitBias):
     """Query-key reparameterization; timm's `v_bias` is the bias of `v`."""
 
     def __init__(self, attention: Attention, context: SwapContext) -> None:
@@ -71,14 +60,4 @@ class QkrBeitAttention(QkrAttention, _OptionalRelativeBias):
         return state
 
 
-@register_swap(Attention, "attention")
-@register_swap(Attention, "float_attention")
-def swap_attention(module: Attention, context: SwapContext) -> Swap:
-    """Standard attention, with a float recipe around float q, k, v and probabilities."""
-    return Swap(QuantBeitAttention(module, context))
-
-
-@register_swap(Attention, "qkr_attention")
-def swap_qkr_attention(module: Attention, context: SwapContext) -> Swap:
-    """Query-key reparameterization; the input of `v` is quantized already."""
-    return Swap(QkrBeitAttention(module, context), {"v": "quantized"})
+register_attention(Attention, QuantBeitAttention, QkrBeitAttention, also_float=True)

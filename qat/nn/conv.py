@@ -53,10 +53,10 @@ class QuantConv2d(nn.Conv2d, QuantModule):
 
         What the image's quantizer learns takes the gradient of its output, for which a convolution needs several times as long.
         """
-        (kh, kw), (rows, columns) = self.kernel_size, (x.shape[-2] // self.kernel_size[0], x.shape[-1] // self.kernel_size[1])
-        x = x[..., : rows * kh, : columns * kw].unflatten(-1, (columns, kw)).unflatten(-3, (rows, kh))
-        batch = x.ndim - 5  # an image without a batch dimension is allowed
-        patches = x.permute(*range(batch), *(d + batch for d in (1, 3, 0, 2, 4))).flatten(-3).flatten(-3, -2)
+        kh, kw = self.kernel_size
+        rows, columns = x.shape[2] // kh, x.shape[3] // kw
+        x = x[..., : rows * kh, : columns * kw].unflatten(3, (columns, kw)).unflatten(2, (rows, kh))
+        patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return F.linear(patches, weight.flatten(1), self.bias).transpose(-2, -1).unflatten(-1, (rows, columns))
 
 

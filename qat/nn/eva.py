@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
-from torch import Tensor, nn
+from torch import Tensor
 
-from qat.nn.attention import QuantAttention, qkv_bias, refuse_qkr, split_heads
-from qat.nn.swap_registry import Swap, SwapContext, register_swap
+from qat.nn.attention import QuantAttention, biased_qkv, register_attention, split_heads
+from qat.nn.swap_registry import SwapContext
 from qat.nn.vit import masked
 
 
@@ -47,8 +45,7 @@ class QuantRopeAttention(QuantAttention):
         """Queries (B, N, h*d), keys and values."""
         if self.qkv is None:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        qkv, bias = self.qkv(x), qkv_bias(self)
-        return (qkv if bias is None else qkv + bias).chunk(3, dim=-1)
+        return biased_qkv(self, x)
 
     def _rotated(self, t: Tensor, rope: Tensor | None) -> Tensor:
         if rope is None:
@@ -57,20 +54,5 @@ class QuantRopeAttention(QuantAttention):
         return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=self.rotate_half)], dim=2).type_as(t)
 
 
-@register_swap(EvaAttention, "attention")
-@register_swap(EvaAttention, "float_attention")
-@register_swap(AttentionRope, "attention")
-def swap_attention(module: EvaAttention | AttentionRope, context: SwapContext) -> Swap:
-    """Standard attention, with a float recipe around float q, k, v and probabilities."""
-    return Swap(QuantRopeAttention(module, context))
-
-
-@register_swap(EvaAttention, "qkr_attention")
-@register_swap(AttentionRope, "qkr_attention")
-def swap_qkr_attention(module: nn.Module, context: SwapContext) -> NoReturn:
-    """Not possible.
-
-    Raises:
-        UsageError: always.
-    """
-    refuse_qkr("rotates queries and keys by position")
+for _cls in (EvaAttention, AttentionRope):
+    register_attention(_cls, QuantRopeAttention, "rotates queries and keys by position", also_float=_cls is EvaAttention)

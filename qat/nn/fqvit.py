@@ -11,19 +11,19 @@ from typing import Any
 import timm.layers as timm_layers
 import torch
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import UsageError
 from qat.functional.int_layer_norm import integer_layer_norm
-from qat.nn.attention import ScoredAttention, split_heads
+from qat.nn.attention import RelativeBias, ScoredAttention, add_window_mask, split_heads
 from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import shallow_cast
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.nn.vit import masked
 from qat.quantizers import Affine
-from qat.spec import QuantSpec
 
 # A scale for each position.
 TOKENS = -2
@@ -166,14 +166,18 @@ class FqNet(VisionTransformer):
         """Tell each integer norm what stands on both sides of it.
 
         Raises:
-            UsageError: one of them is no affine quantizer.
+            UsageError: one of them is no affine quantizer, or has scales that integers cannot sum over.
         """
         for name, norm, before, after in self._norms():
             if not isinstance(norm, IntegerLayerNorm):
                 continue
             if not all(isinstance(one, Affine) or getattr(one, "zero_point", None) is not None for one in (before, after)):
                 raise UsageError(f"ptq.layernorm='integer': {name} has no affine quantizer on both sides; here it must be float")
-            _check_scales(name, before.spec, after.spec)  # type: ignore[attr-defined]
+            first, last = before.spec, after.spec  # type: ignore[attr-defined]
+            # It sums over the channels of a token: their scales before it are one, or powers of two of it.
+            if TOKENS in {first.axis, last.axis} or (first.axis is not None and first.observer != "ptf"):
+                need = "one scale, or one for each channel by ptq.residual_observer=ptf"
+                raise UsageError(f"ptq.layernorm='integer': {name} needs {need} before it, and none for each token after it")
             norm.between = (before, after)  # type: ignore[assignment]
 
     def _norms(self) -> Iterator[tuple[str, nn.Module, object, object]]:
@@ -188,14 +192,6 @@ class FqNet(VisionTransformer):
             yield f"blocks.{i}.norm2", block.norm2, block.residual1_quantizer, getattr(first, "input_quantizer", None)
             before = block.residual2_quantizer
         yield "norm", self.norm, before, getattr(self.head, "input_quantizer", None)
-
-
-def _check_scales(name: str, before: QuantSpec, after: QuantSpec) -> None:
-    """A norm in integers sums over the channels of a token: their scales in front are one, or powers of two of it."""
-    if TOKENS in {before.axis, after.axis}:
-        raise UsageError(f"ptq.layernorm='integer': {name} has scales of tokens beside it; must be one of ptq.act_scales=tensor, channel")
-    if before.axis is not None and before.observer != "ptf":
-        raise UsageError(f"ptq.layernorm='integer': {name} has any scale for each channel in front; must be ptq.residual_observer=ptf")
 
 
 class FqDistilledNet(FqNet, VisionTransformerDistilled):
@@ -218,29 +214,80 @@ def swap_net(module: VisionTransformer, context: SwapContext) -> Swap:
     return Swap(module, children={"norm": wanted_norm(module.norm, context)} if ends_in_token else {})
 
 
-@register_swap(timm_layers.Attention, "fqvit")
-def swap_attention(module: timm_layers.Attention, context: SwapContext) -> Swap:
-    """Attention of ViT."""
-    return Swap(FqVitAttention(module, context))
-
-
-@register_swap(Block, "fqvit")
-def swap_block(module: Block, context: SwapContext) -> Swap:
-    """Block of ViT."""
-    return Swap(FqBlock(module, context))
-
-
-@register_swap(timm_layers.PatchEmbed, "fqvit")
-def swap_patch_embed(module: nn.Module, context: SwapContext) -> Swap:
-    """Patch embedding."""
-    made = shallow_cast(FqPatchEmbed, module)
-    made.output_quantizer = context.act("output")
-    return Swap(made)
-
-
 @register_swap(nn.Linear, "fqvit")
 def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
     """A Linear; the logits of a head are quantized."""
     if context.place == "head":
         return Swap(FqHead(module, context))
     return Swap(QuantLinear(module, context.input_quantizer(), context.weight()))
+
+
+class FqWindowAttention(FqAttention, RelativeBias):
+    """Window attention; the table of biases and the biased scores have quantizers of their own."""
+
+    def __init__(self, attention: WindowAttention, context: SwapContext) -> None:
+        super().__init__(attention, context)
+        self.take_table(attention)
+        self.table_quantizer = context.act("output")
+        self.biased_quantizer = context.act("scores")
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map (B*windows, N, C) to the same shape; the mask (windows, N, N) is that of a cyclic shift."""
+        q, k, v = self.quantized_qkv(x)
+        scores = self.scores_quantizer(q @ k.transpose(-2, -1) * self.scale)
+        biases = self.table_quantizer(self.relative_position_bias_table)[self.relative_position_index].permute(2, 0, 1)
+        return self.attend(add_window_mask(self.biased_quantizer(scores + biases), mask), v, x)
+
+
+class FqSwinBlock(SwinTransformerBlock):
+    """Block with quantizers after its MLP and after both sums; made by `shallow_cast`."""
+
+    residual1_quantizer: nn.Module
+    mlp_quantizer: nn.Module
+    residual2_quantizer: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to the same shape."""
+        x = self.residual1_quantizer(x + self.drop_path1(self._attn(self.norm1(x))))
+        tokens = x.flatten(1, 2)
+        out = self.residual2_quantizer(tokens + self.drop_path2(self.mlp_quantizer(self.mlp(self.norm2(tokens)))))
+        return out.view_as(x)
+
+
+class FqPatchMerging(PatchMerging):
+    """Patch merging with a quantizer after it; made by `shallow_cast`."""
+
+    output_quantizer: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to (B, H/2, W/2, C_out)."""
+        out: Tensor = self.output_quantizer(super().forward(x))
+        return out
+
+
+_MADE: dict[type[nn.Module], Any] = {timm_layers.Attention: FqVitAttention, Block: FqBlock, WindowAttention: FqWindowAttention}
+
+
+@register_swap(timm_layers.Attention, "fqvit")
+@register_swap(Block, "fqvit")
+@register_swap(WindowAttention, "fqvit")
+def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
+    """Attention, window attention, and block of ViT."""
+    return Swap(_MADE[type(module)](module, context))
+
+
+@register_swap(SwinTransformerBlock, "fqvit")
+def swap_swin_block(module: nn.Module, context: SwapContext) -> Swap:
+    """Block of Swin."""
+    made = shallow_cast(FqSwinBlock, module)
+    made.residual1_quantizer, made.mlp_quantizer, made.residual2_quantizer = (context.act(r) for r in ("residual", "output", "residual"))
+    return Swap(made)
+
+
+@register_swap(timm_layers.PatchEmbed, "fqvit")
+@register_swap(PatchMerging, "fqvit")
+def swap_output(module: nn.Module, context: SwapContext) -> Swap:
+    """Patch embedding and patch merging."""
+    made: Any = shallow_cast(FqPatchEmbed if isinstance(module, timm_layers.PatchEmbed) else FqPatchMerging, module)
+    made.output_quantizer = context.act("output")
+    return Swap(made)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +30,7 @@ def is_watched(module: nn.Module) -> bool:
 class QuantModule(nn.Module):
     """A module with quantizers among its attributes. `latent` gives the float tensor of a weight quantizer."""
 
-    # Role: (what it was made of, quantized weight); None = every forward pass quantizes anew. Set by `qat.nn.execution.keep_weights`.
+    # Role: (what it was made of, quantized weight); None = every forward pass quantizes anew. Set by `keep_weights`.
     kept_weights: dict[str, tuple[Any, Tensor]] | None = None
 
     def latent(self, role: str) -> Tensor:
@@ -65,3 +67,24 @@ class QuantModule(nn.Module):
             with torch.no_grad():
                 found = self.kept_weights[role] = (key, quantizer(self.latent(role)))
         return found[1]
+
+
+def keep_weights(net: nn.Module, *, keep: bool) -> None:
+    """Begin to keep quantized weights from one forward pass to the next, or give them back and stop.
+
+    A weight that was changed since is quantized anew, if torch knows of the change: one through `.data`, by a fused optimizer or by a
+    collective operation has to be followed by another call.
+    """
+    for module in net.modules():
+        if isinstance(module, QuantModule):
+            module.kept_weights = {} if keep else None
+
+
+@contextlib.contextmanager
+def kept_weights(net: nn.Module) -> Generator[None]:
+    """Keep quantized weights inside the block, in which they do not change."""
+    keep_weights(net, keep=True)
+    try:
+        yield
+    finally:
+        keep_weights(net, keep=False)

@@ -6,9 +6,8 @@ from timm.layers import RelPosMlp
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
-from qat.nn.attention import QkrAttention, QuantAttention, refuse_qkr, split_heads
+from qat.nn.attention import QkrAttention, QuantAttention, register_attention, split_heads
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
-from qat.nn.vit import normalises
 
 
 def _biased(scores: Tensor, rel_pos: nn.Module | None, shared: Tensor | None) -> Tensor:
@@ -47,22 +46,7 @@ class QkrRelPosAttention(QkrAttention):
         return self.attend(_biased(self.scores(xq) * self.scale, self.rel_pos, shared_rel_pos), self.v(xq), x)
 
 
-@register_swap(RelPosAttention, "attention")
-def swap_attention(module: RelPosAttention, context: SwapContext) -> Swap:
-    """Standard attention."""
-    return Swap(QuantRelPosAttention(module, context))
-
-
-@register_swap(RelPosAttention, "qkr_attention")
-def swap_qkr_attention(module: RelPosAttention, context: SwapContext) -> Swap:
-    """Query-key reparameterization; the input of `v` is quantized already.
-
-    Raises:
-        UsageError: queries or keys are normalised.
-    """
-    if normalises(module):
-        refuse_qkr("normalises queries and keys")
-    return Swap(QkrRelPosAttention(module, context), {"v": "quantized"})
+register_attention(RelPosAttention, QuantRelPosAttention, QkrRelPosAttention)
 
 
 @register_swap(RelPosMlp, "linear")

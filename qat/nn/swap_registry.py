@@ -16,10 +16,6 @@ from qat.errors import UsageError
 from qat.quantizers import Quantizer, build_quantizer
 from qat.spec import QuantRecipe
 
-# `float_attention` is for classes that would go around a quantized Linear: they use its weight without calling it.
-# `fqvit` comes first where post-training quantization also stands after layers, `fqvit_net` is for the net itself.
-INTENTS = ("linear", "conv", "attention", "qkr_attention", "float_attention", "fqvit", "fqvit_net")
-
 
 @dataclass(frozen=True)
 class SwapContext:
@@ -79,9 +75,14 @@ _SWAPS: dict[tuple[type[nn.Module], str], SwapFunction] = {}
 
 
 def register_swap(cls: type[nn.Module], intent: str) -> Callable[[SwapFunction], SwapFunction]:
-    """Use the decorated function for modules whose class is exactly `cls`, under `intent` (one of `INTENTS`)."""
-    if intent not in INTENTS:
-        raise ValueError(f"intent={intent!r}: must be one of {', '.join(INTENTS)}")
+    """Use the decorated function for modules whose class is exactly `cls`.
+
+    Args:
+        cls: of timm or torch.
+        intent: `linear`, `conv`, `attention`, `qkr_attention`; `float_attention` for classes that would go around a quantized Linear:
+            they use its weight without calling it; `fqvit`, which comes first where post-training quantization also stands after layers;
+            `fqvit_net` for the net itself.
+    """
 
     def add(function: SwapFunction) -> SwapFunction:
         _SWAPS[cls, intent] = function

@@ -5,41 +5,18 @@ Padding and the cyclic shift come before the attention, in timm's block; scales 
 
 from __future__ import annotations
 
-from typing import Any
-
 import timm.layers as timm_layers
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 
 from qat.kernels.fused import can_fuse, viewed
-from qat.nn.attention import QkrAttention, QuantAttention, add_window_mask, split_heads
+from qat.nn.attention import QkrAttention, QuantAttention, RelativeBias, add_window_mask, register_attention, split_heads
 from qat.nn.linear import hint_mlp
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
-class _RelativeBias(nn.Module):
-    """timm's table of biases, one per head and pair of relative positions; float, added to scaled scores.
-
-    Attributes:
-        relative_position_bias_table: (relative positions, h).
-        relative_position_index: (N, N) rows of the table; made again by timm, not stored.
-    """
-
-    relative_position_bias_table: nn.Parameter
-    relative_position_index: Tensor
-
-    def take_table(self, attention: Any) -> None:
-        """Take over the table and its index."""
-        self.relative_position_bias_table = attention.relative_position_bias_table
-        self.register_buffer("relative_position_index", attention.relative_position_index, persistent=False)
-
-    def position_bias(self) -> Tensor:
-        """(h, N, N)."""
-        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
-
-
-class QuantWindowAttention(QuantAttention, _RelativeBias):
+class QuantWindowAttention(QuantAttention, RelativeBias):
     """Standard window attention. Keeps timm's `qkv`, `proj` and `relative_position_bias_table`."""
 
     def __init__(self, attention: WindowAttention, context: SwapContext) -> None:
@@ -59,7 +36,7 @@ class QuantWindowAttention(QuantAttention, _RelativeBias):
         return self.attend(add_window_mask(scores + self.position_bias(), mask), v, x)
 
 
-class QkrWindowAttention(QkrAttention, _RelativeBias):
+class QkrWindowAttention(QkrAttention, RelativeBias):
     """Query-key reparameterization inside each window."""
 
     def __init__(self, attention: WindowAttention, context: SwapContext) -> None:
@@ -104,16 +81,7 @@ class MapMlp(timm_layers.Mlp):
 register_swap(MapMlp, "linear")(hint_mlp)
 
 
-@register_swap(WindowAttention, "attention")
-def swap_attention(module: WindowAttention, context: SwapContext) -> Swap:
-    """Standard attention."""
-    return Swap(QuantWindowAttention(module, context))
-
-
-@register_swap(WindowAttention, "qkr_attention")
-def swap_qkr_attention(module: WindowAttention, context: SwapContext) -> Swap:
-    """Query-key reparameterization; the input of `v` is quantized already."""
-    return Swap(QkrWindowAttention(module, context), {"v": "quantized"})
+register_attention(WindowAttention, QuantWindowAttention, QkrWindowAttention)
 
 
 @register_swap(SwinTransformerBlock, "linear")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NoReturn
 
 import torch
 from timm.models.swin_transformer_v2 import WindowAttention
@@ -11,7 +10,7 @@ from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.nn.attention import QuantAttention, add_window_mask, qkv_bias, refuse_qkr, split_heads
+from qat.nn.attention import QuantAttention, add_window_mask, biased_qkv, register_attention, split_heads
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 # Swin v2, section 3.2: the learnt temperature is kept above 0.01, the bias between 0 and 16.
@@ -39,8 +38,7 @@ class QuantCosineAttention(QuantAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map (B*windows, N, C) to the same shape; the mask (windows, N, N) is that of a cyclic shift."""
-        qkv, bias = self.qkv(x), qkv_bias(self)
-        q, k, v = (qkv if bias is None else qkv + bias).chunk(3, dim=-1)
+        q, k, v = biased_qkv(self, x)
         q, k = (F.normalize(split_heads(t, self.num_heads), dim=-1) for t in (q, k))
         scores = self.scores(q, k) * self.logit_scale.clamp(max=-math.log(_LOWEST_TEMPERATURE)).exp()
         return self.attend(add_window_mask(scores + self._position_bias(), mask), v, x)
@@ -51,21 +49,8 @@ class QuantCosineAttention(QuantAttention):
         return _HIGHEST_BIAS * torch.sigmoid(table[self.relative_position_index].permute(2, 0, 1))
 
 
-@register_swap(WindowAttention, "attention")
-@register_swap(WindowAttention, "float_attention")
-def swap_attention(module: WindowAttention, context: SwapContext) -> Swap:
-    """Standard attention, with a float recipe around float q, k, v and probabilities."""
-    return Swap(QuantCosineAttention(module, context), {"cpb_mlp": "float"})
-
-
-@register_swap(WindowAttention, "qkr_attention")
-def swap_qkr_attention(module: nn.Module, context: SwapContext) -> NoReturn:
-    """Not possible.
-
-    Raises:
-        UsageError: always.
-    """
-    refuse_qkr("normalises queries and keys (cosine attention)")
+_WHY = "normalises queries and keys (cosine attention)"
+register_attention(WindowAttention, QuantCosineAttention, _WHY, inputs={"cpb_mlp": "float"}, also_float=True)
 
 
 @register_swap(WindowMultiHeadAttention, "linear")

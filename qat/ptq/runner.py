@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat.errors import UsageError
-from qat.model.blocks import CONTAINER, find_blocks
-from qat.model.sites import Site, iter_quantizers
+from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
 from qat.utils.probing import probing
 
 Forward = Callable[..., Any]

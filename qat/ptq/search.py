@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.functional.evolution import POPULATION, TOURNAMENT, Draw, best, draw, evolved_child, initial_population, insert, noise_radius
 from qat.functional.infonce import FITNESSES, TEMPERATURE, logit_fitness
-from qat.model.blocks import CONTAINER, find_blocks
 from qat.model.scales import assert_ready
-from qat.model.sites import Site, iter_quantizers
+from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
 from qat.ptq.runner import GIB, Forward, Runner, RunOrder, patched
 from qat.ptq.state import Progress, fingerprint
 from qat.utils.probing import probing

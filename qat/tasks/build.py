@@ -16,13 +16,12 @@ from qat.data import ImageData
 from qat.errors import UsageError
 from qat.interop import OfqNet, is_ofq, net_from_ofq
 from qat.losses import CompositeLoss
-from qat.model.biases import invent_biases
 from qat.model.checkpoint import Checkpoint, build_from, read_checkpoint
 from qat.model.convert import convert
 from qat.model.ptq_spec import custom_quantizers
 from qat.model.scales import assert_ready, initialize_scales
 from qat.model.start import Start, from_checkpoint, from_net, from_pretrained, from_scratch, from_state
-from qat.model.transfer import copy_scales, forget_attention_weights
+from qat.model.transfer import copy_scales, forget_attention_weights, invent_biases
 from qat.quantizers.registry import import_quantizer
 from qat.spec import QuantRecipe
 
@@ -154,7 +153,7 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
         if theirs is None:
             return from_checkpoint(name, args, checkpoint, reset_head=bool(cfg.model.reset_head), keep_head=keep_head)
         start = from_net(name, args, theirs.net, origin=f"ckpt={str(cfg.ckpt)!r}", reset_head=bool(cfg.model.reset_head))
-        start.notes += theirs.notes
+        start.notes.append(theirs.note)
         return start
     if cfg.model.weights:
         file = read_checkpoint(cfg.model.weights, fmt="timm", setting="model.weights")

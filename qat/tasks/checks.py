@@ -17,9 +17,9 @@ from qat.errors import UsageError
 from qat.launch.ranks import is_first
 from qat.lit.strategies import SHARDED
 from qat.losses import CompositeLoss
-from qat.model import hub
 from qat.model.checkpoint import classes_of
 from qat.model.convert import check_input
+from qat.model.pretrained import CONFIG, PREFIX, WEIGHTS, fetch, is_ours
 from qat.model.start import check_model
 from qat.spec import QuantRecipe
 from qat.tasks.settings import check
@@ -52,12 +52,12 @@ def _settle_hub(cfg: DictConfig) -> None:
         UsageError: it cannot be fetched, is no net of timm's, or `ckpt` is set as well.
     """
     name = OmegaConf.select(cfg, "model.name")
-    if not isinstance(name, str) or not name.startswith(hub.PREFIX):
+    if not isinstance(name, str) or not name.startswith(PREFIX):
         return
-    folder = hub.fetch(name.removeprefix(hub.PREFIX), f"model={name}")
-    config, wanted, weights = json_object(folder / hub.CONFIG), bool(cfg.model.pretrained), str(folder / hub.WEIGHTS)
+    folder = fetch(name.removeprefix(PREFIX), f"model={name}")
+    config, wanted, weights = json_object(folder / CONFIG), bool(cfg.model.pretrained), str(folder / WEIGHTS)
     cfg.model.pretrained = False
-    if hub.is_ours(folder):
+    if is_ours(folder):
         if cfg.get("ckpt"):
             raise UsageError(f"ckpt and model={name} are set: a net starts from one of them")
         cfg.ckpt, cfg.model.name = weights, None

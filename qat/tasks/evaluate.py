@@ -203,7 +203,7 @@ def _net(cfg: DictConfig, checkpoint: Checkpoint | None) -> tuple[nn.Module, str
         return build_from(checkpoint), checkpoint.meta["model"]["name"]
     theirs = None if checkpoint is None else build.authors_net(cfg, checkpoint)
     if theirs is not None:
-        log.info("%s", "\n".join(theirs.notes))
+        log.info("%s", theirs.note)
         return theirs.net, theirs.model
     if OmegaConf.select(cfg, "model.name") is None:
         what = "ckpt is not set" if checkpoint is None else f"ckpt={cfg.ckpt!r} does not say what net it holds"

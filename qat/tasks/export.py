@@ -22,7 +22,7 @@ from qat.launch import run_dir as outputs
 from qat.model.checkpoint import build_from, built_alike, describe, load, read_checkpoint
 from qat.model.convert import conversion_of
 from qat.model.frozen import freeze, is_frozen
-from qat.model.frozen.packed import write_packed
+from qat.model.packed import write_packed
 from qat.model.transform import data_config
 from qat.spec import recipe
 from qat.tasks import build, summary

@@ -25,12 +25,11 @@ from qat.callbacks import CGA, LastCheckpoint, Preemption, StepLimit, StepSeed
 from qat.errors import UsageError
 from qat.launch.ranks import environments, local_count
 from qat.lit import Teacher
-from qat.lit.checkpoint_io import AtomicCheckpointIO
-from qat.lit.compiled import RECOMPUTATION, can_recompute, compile_in_place
+from qat.lit.compiled import compile_in_place
 from qat.lit.loggers import CSVLog
 from qat.lit.optim import build_optimizer, cosine_schedule, scaled_lr
-from qat.lit.strategies import SHARDED, strategy_of
-from qat.nn.execution import set_execution
+from qat.lit.strategies import SHARDED, AtomicCheckpointIO, strategy_of
+from qat.nn.attention import set_execution
 from qat.tasks.build import instantiate, plain
 from qat.tasks.checks import check_callback, check_sharding
 from qat.utils.validate import check_int, check_number
@@ -63,8 +62,7 @@ def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
     """A function from a net to its optimizer; tried on one parameter, so that a mistake shows before anything is trained."""
     settings = plain(cfg.optimizer)
     check_number("optimizer.lr", settings["lr"], 0, above=True)
-    scaling = {name: settings.pop(name) for name in ("lr_base_batch", "lr_batch_rule") if name in settings}
-    settings["lr"] = scaled_lr(settings["lr"], global_batch=global_batch(cfg, trainer), **scaling)
+    settings["lr"] = scaled_lr(settings["lr"], global_batch=global_batch(cfg, trainer), lr_base_batch=settings.pop("lr_base_batch", None))
     build_optimizer(nn.Linear(1, 1), **settings | {"layer_decay": None})
     return partial(build_optimizer, **settings)
 
@@ -207,10 +205,7 @@ def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> No
             raise UsageError(f"compile=true: {why}; must be false") from error
         log.warning("compile=auto: nets are not compiled: %s", why)
         return
-    recompute = OmegaConf.select(cfg, "memory") == "recompute"
-    if recompute and not can_recompute():
-        log.warning("memory=recompute: torch %s has no %s; its compiler keeps what it would keep anyway", torch.__version__, RECOMPUTATION)
     torch.compiler.reset()  # nets of a sweep's earlier jobs count towards the limit of graphs
-    compile_in_place(net, recompute=recompute)
+    compile_in_place(net, recompute=OmegaConf.select(cfg, "memory") == "recompute")
     if teacher is not None:
         teacher.compile()

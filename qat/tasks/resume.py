@@ -17,8 +17,8 @@ from qat.errors import UsageError
 from qat.launch import run_dir as outputs
 from qat.launch.ranks import is_first
 from qat.launch.run_dir import UsedError
-from qat.lit.checkpoint_io import PREVIOUS
-from qat.model.checkpoint import TRAINING, Checkpoint, read_checkpoint
+from qat.lit.strategies import PREVIOUS
+from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.spec import QuantRecipe
 from qat.utils.files import remove_unfinished
 
@@ -31,7 +31,7 @@ NOT_COMPARED = {
     *(f"data.{name}" for name in ("root", "num_workers", "in_memory", "memory_mb", "cache")),
     *(f"callbacks.{name}" for name in ("last", "progress", "epoch_log", "throughput", "learning_rate", "preemption", "finite")),
     *("loss.kure_layers", "loss.regularizers.kure.layers", "callbacks.freeze.start_epoch"),  # of older versions
-    *("callbacks.freeze.max_bits", "callbacks.oscillation.boundary_range"),  # of older versions
+    *("callbacks.freeze.max_bits", "callbacks.oscillation.boundary_range", "optimizer.lr_batch_rule"),  # of older versions
     *("ckpt_optimizer", "loss.grad_l1", "loss.grad_l1_layers", "loss.regularizers.grad_l1"),  # of older versions
 }
 # What a checkpoint holds of these, the run keeps; the net's own are compared with the net in the checkpoint.
@@ -64,11 +64,11 @@ def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
     if cfg.trainer.fast_dev_run:
         raise UsageError(f"trainer.fast_dev_run: resume={cfg.resume!r} would change {found[0]}, which a dry run may not; set resume=false")
     checkpoint = _read_first(found)
-    if missing := [key for key, kind in TRAINING.items() if checkpoint.training.get(key) is not kind]:
-        raise UsageError(f"resume: {checkpoint.path} is no checkpoint of a training: it has no {missing[0]}")
+    if not checkpoint.training:
+        raise UsageError(f"resume: {checkpoint.path} is no checkpoint of a training")
     _check_net(checkpoint, cfg, recipe, model_args)
-    done = checkpoint.training.get("epochs")
-    if done is not None and done > cfg.trainer.max_epochs:
+    done = checkpoint.training["epochs"]
+    if done > cfg.trainer.max_epochs:
         raise UsageError(
             f"trainer.max_epochs={cfg.trainer.max_epochs}: {checkpoint.path} is {done} epochs old; must be an integer of at least {done}"
         )

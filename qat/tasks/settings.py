@@ -35,6 +35,7 @@ REMOVED = {
     "threads": "times are of one thread",
     "opset": "the lowest opset that has all types is written",
     "ckpt_optimizer": "a new run starts with a new optimizer; resume=true goes on with the one that a run had",
+    "optimizer.lr_batch_rule": "optimizer.lr_base_batch=null optimizer.lr=RATE",
     "loss.grad_l1*": "loss.kure=WEIGHT makes weights robust to other step sizes",
     "loss.kure_layers": "all quantized layers but stem and heads are regularized",
     "loss.kure_qk": "the folded query-key matrix is regularized, which is what is quantized",

@@ -15,9 +15,10 @@ from torch import nn
 from qat.data import ImageData
 from qat.lit import QATModule, Teacher
 from qat.lit.accuracy import evaluate
-from qat.model.convert import conversion_of, conversion_report
+from qat.model.convert import conversion_of
 from qat.model.frozen import FrozenWeight
 from qat.model.ptq_spec import PtqRecipe
+from qat.model.report import conversion_report
 from qat.model.start import Start
 from qat.spec import QuantRecipe
 from qat.tasks import fit

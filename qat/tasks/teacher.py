@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -13,7 +12,6 @@ from qat.data import ImageData
 from qat.errors import UsageError
 from qat.interop import is_ofq
 from qat.lit import Teacher
-from qat.lit.teacher import compare_blocks
 from qat.losses import CompositeLoss
 from qat.model.checkpoint import build_from, read_checkpoint
 from qat.model.convert import check_input, conversion_of
@@ -30,12 +28,11 @@ COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
 SOURCES = ("teacher.ckpt", "teacher.pretrained", "ckpt", "model.weights", "model.pretrained")
 
 
-def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData, student: nn.Module) -> Teacher | None:
+def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teacher | None:
     """The teacher that the loss needs: `teacher.*`, or the float weights that the student starts from.
 
     Raises:
-        UsageError: the loss distils and there are no trained weights to follow, they are for other classes, or blocks are to be followed
-            that are not the student's.
+        UsageError: the loss distils and there are no trained weights to follow, or they are for other classes.
     """
     if cfg.teacher.model is not None:
         check_model("teacher.model", cfg.teacher.model)
@@ -49,9 +46,6 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData, student
     net = _own_teacher(cfg) if given or cfg.teacher.model else _students_start(cfg)
     name = next((key for key in SOURCES if OmegaConf.select(cfg, key)), "model.name")
     check_teacher(net, data, f"{name}={OmegaConf.select(cfg, name)!r}")
-    if loss.blocks:
-        image = torch.zeros(1, *data.input_size, device=next(student.parameters()).device)
-        compare_blocks(student, net.to(image.device), image, f"loss.features={cfg.loss.get('features')}", loss.blocks)
     return Teacher(net, cfg.loss.get("teacher_head", "cls"))
 
 

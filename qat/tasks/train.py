@@ -62,7 +62,7 @@ def train(cfg: DictConfig) -> float:
     data.batch_mixup()  # refuses what cannot be mixed before an image is read
     start = _start(cfg, resume, recipe, data, trainer, optimizer)
     fit.use_less_memory(cfg, start.net)
-    teacher = build_teacher(cfg, loss, data, start.net)
+    teacher = build_teacher(cfg, loss, data)
     # What checkpoints of the run hold beside weights: how to build the net, and what resuming compares.
     description = describe(start.net, model=cfg.model.name, model_kwargs=args, data=build.plain(cfg.data), classes=data.named_classes())
     module = QATModule(

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from evidence.steps import ARMS, build
 from qat import kernels
 from qat.lit.compiled import CompiledCall
-from qat.model.decay import quantizer_parameters
+from qat.model.sites import quantizer_parameters
 
 KINDS = ("kernels", "fused", "device", "compiled", "compiled bfloat16")
 # Errors that rounding explains; by how much more than the control's one may be.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import qat
-from qat.lit.checkpoint_io import AtomicCheckpointIO
+from qat.lit.strategies import AtomicCheckpointIO
 
 
 def test_round_trip(tmp_path):

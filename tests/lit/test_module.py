@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import qat
 from qat.lit import QATModule, Teacher, build_optimizer, cosine_schedule
-from qat.lit.checkpoint_io import AtomicCheckpointIO
+from qat.lit.strategies import AtomicCheckpointIO
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, LossTerm
 from qat.model.checkpoint import describe, is_plain
 from qat.quantizers import LSQ

@@ -16,7 +16,7 @@ import qat.kernels
 from qat.callbacks import CGA, EMAWeightAveraging, FiniteCheck, IterativeFreezing, Oscillation, finite
 from qat.lit import QATModule, Teacher, build_optimizer
 from qat.losses import CompositeLoss, CrossEntropy, Distillation, Kure
-from qat.nn.execution import set_execution
+from qat.nn.attention import set_execution
 from tests.callbacks.fitting import fit
 from tests.tiny import DISTILLED, quantized, vit
 

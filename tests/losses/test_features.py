@@ -1,16 +1,12 @@
 """Distillation of what blocks give. Oracle: the formula written out, and passes with hooks of the test's own."""
 
-import re
-
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-import qat
 from qat import functional as F
 from qat.lit import QATModule, Teacher
-from qat.lit.teacher import compare_blocks
 from qat.losses import CompositeLoss, Distillation, FeatureDistillation, StepContext
 from tests import tiny
 
@@ -86,35 +82,3 @@ def test_made_again_for_the_backward_pass():
         module.loss(step)[0].backward()
         assert len(step.features) == 2
     assert_close([p.grad for p in student.parameters() if p.grad is not None], expected)
-
-
-@pytest.mark.parametrize(
-    ("student", "teacher", "which", "message"),
-    [
-        (
-            tiny.vit,
-            lambda: tiny.vit(embed_dim=48),
-            "all",
-            "blocks give [(17, 32), (17, 32)], the teacher's [(17, 48), (17, 48)]; the teacher has to be",
-        ),
-        (
-            tiny.vit,
-            lambda: tiny.vit(depth=3),
-            "all",
-            "blocks give [(17, 32), (17, 32)], the teacher's [(17, 32), (17, 32), ",
-        ),
-        (tiny.vit, lambda: tiny.vit(depth=3), "last", None),
-        (
-            lambda: nn.Flatten(),
-            tiny.vit,
-            "all",
-            "this net has no blocks (children of a module called blocks) that give one tensor each; must be 0",
-        ),
-    ],
-)
-def test_nets_that_cannot_be_compared(student, teacher, which, message):
-    if message is None:
-        compare_blocks(student(), teacher(), tiny.images(1), "loss.features=2", which)
-        return
-    with pytest.raises(qat.UsageError, match=re.escape(f"loss.features=2: {message}")):
-        compare_blocks(student(), teacher(), tiny.images(1), "loss.features=2", which)

@@ -114,16 +114,15 @@ def test_a_net_built_by_hand_is_described_by_its_caller(path):
 
 
 @pytest.mark.parametrize(
-    ("meta", "said"),
+    "meta",
     [
-        ({"data": {"a": [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]}}, "save: data and classes: must be smaller"),
-        ({"data": {"classes": defaultdict(int)}}, "save: data is no plain config"),
-        ({"classes": [0, 1, 2]}, r"save: classes=\[0, 1, 2\]: must be a list of names"),
-        ({"classes": [np.str_("a")]}, "save: classes=.*: must be a list of names"),
+        {"data": {"classes": defaultdict(int)}},
+        {"classes": [0, 1, 2]},
+        {"classes": [np.str_("a")]},
     ],
 )
-def test_what_could_not_be_read_is_not_written(path, meta, said):
-    with pytest.raises(qat.UsageError, match=said):
+def test_what_could_not_be_read_is_not_written(path, meta):
+    with pytest.raises(qat.UsageError, match="save: data must be a dict of .*, classes a list of names"):
         qat.save(vit(), path, **meta)
     assert not path.exists()
 
@@ -293,10 +292,10 @@ def shared(levels):
         (lambda c: c["qat"]["model"]["kwargs"].update(depth=10**9), "argument depth=1000000000 must be at most"),
         (lambda c: c["qat"]["model"]["kwargs"].update(depth=50_000), "the net is much larger than the weights of the file"),
         (lambda c: c["qat"]["model"]["kwargs"].update(embed_dim=12_000), "the net is much larger than the weights of the file"),
-        (lambda c: c["qat"].update(input_size=[1, 10**6, 10**6]), "it says input_size=[1, 1000000, 1000000] of itself"),
-        (lambda c: c["qat"].update(data={"nested": nested(150)}), "its description of the net is nested more than 32 deep"),
-        (lambda c: c["qat"].update(classes=shared(30)), "its description of the net holds more than 1000000 values"),
-        (lambda c: c["qat"].update(data={"_target_": ["qat.data.Digits"]}), "it says data={'_target_': ['qat.data.Digits']} of itself"),
+        (lambda c: c["qat"].update(input_size=[1, 10**6, 10**6]), "its description of the net: has something of another kind"),
+        (lambda c: c["qat"].update(data={"nested": nested(150)}), "its description of the net: is nested more than 32 deep"),
+        (lambda c: c["qat"].update(classes=shared(30)), "its description of the net: holds more than 1000000 values"),
+        (lambda c: c["qat"].update(data={"_target_": ["qat.data.Digits"]}), "its description of the net: has something of another kind"),
     ],
     ids=["depth", "blocks", "width", "image", "nested", "shared", "target"],
 )
@@ -353,7 +352,7 @@ def test_a_compressed_file_is_not_unpacked(path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in content.items():
             archive.writestr(name, data)
-    refused(path, "is damaged (it is compressed, which torch.save never does)")
+    refused(path, "the file is damaged: it is compressed, which torch.save never does")
 
 
 def test_formats(path):

@@ -13,7 +13,6 @@ WRONG = [
     ({"placement": "outputs"}, "ptq.placement='outputs': must be one of inputs, fqvit"),
     ({"weight_observer": "max"}, "ptq.weight_observer='max': must be one of minmax, percentile, omse, mse, ptf, ema"),
     ({"act_observer": "ptf"}, "ptq.act_observer='ptf': must be one of minmax, percentile, omse, mse, ema"),
-    ({"steps": "relative"}, "ptq.steps='relative': must be 'absolute'; it is a knob of training"),
     ({"layernorm": "integer", "placement": "inputs"}, "ptq.layernorm='integer': needs the scales on both sides of a norm"),
     (
         {"overrides": {"head": {"placement": "inputs"}}},

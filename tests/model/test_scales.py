@@ -41,13 +41,9 @@ def test_no_data_is_an_error(batches):
         qat.initialize_scales(converted(), batches)
 
 
-def test_images_that_fail_set_nothing():
-    net = converted()
-    expected = qat.initialize_scales(copy.deepcopy(net), [images()]).state_dict()
+def test_images_that_are_not_finite_are_an_error():
     with pytest.raises(qat.UsageError, match="NaN or infinity"):
-        qat.initialize_scales(net, [100 * images(), images() * torch.nan])
-    found = qat.initialize_scales(net, [images()]).state_dict()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+        qat.initialize_scales(converted(), [images(), images() * torch.nan])
 
 
 def test_scales_that_hold_numbers_stay():

@@ -100,7 +100,6 @@ def test_another_patch_size_is_resampled(path):
     made = start(path, patch_size=4)
     assert made.net.patch_embed.proj.weight.shape == (32, 1, 4, 4)
     assert made.net.pos_embed.shape == (1, 5, 32)
-    assert "patch embedding adapted from (32, 1, 2, 2) to (32, 1, 4, 4)" in made.notes
     # Patches of one grey level, twice as large: the resampled embedding answers as the old one did.
     assert_close(made.net.patch_embed(torch.ones(1, 1, 8, 8))[0, 0], vit().patch_embed(torch.ones(1, 1, 8, 8))[0, 0], rtol=1e-4, atol=1e-4)
 
@@ -210,15 +209,3 @@ def test_learned_steps_take_the_grids_of_post_training_quantization(path):
         x = torch.randn(4, 16, 32) if not sites(source)[name].is_weight else sites(source)[name].latent()
         x = x.abs() / x.abs().max() if sites(source)[name].role == "probs" else x
         assert_close(sites(target)[name].quantizer(x), sites(source)[name].quantizer(x), rtol=0, atol=1e-6)
-
-
-def test_a_zero_point_moves_into_offsets():
-    source = fitted()
-    target = qat.convert(vit(), qat.recipe("ofq_noqkr", bits=4), input_size=SIZE)
-    copied, _ = copy_scales(source, target)
-    name = "blocks.0.mlp.fc1.input_quantizer"
-    assert name in copied
-    assert sites(source)[name].quantizer.zero_point.item() not in {0.0, 8.0}
-    x = torch.randn(4, 17, 32)
-    here, there = sites(target)[name].quantizer(x), sites(source)[name].quantizer(x)
-    assert ((here - there).abs() < 1e-5).float().mean() > 0.999  # a value on a threshold may fall on either side

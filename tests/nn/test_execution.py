@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from qat.nn.execution import keep_weights, kept_weights
-from qat.nn.quant_module import QuantModule
+from qat.nn.quant_module import QuantModule, keep_weights, kept_weights
 from tests.tiny import images, quantized, sites
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import qat
-from qat.nn import attention, linear, recomputable
+from qat.nn import attention, linear
 from tests.nets import FAMILIES
 from tests.tiny import images, kept_bytes, quantized
 
@@ -18,7 +18,7 @@ def unfused(monkeypatch):
     """A function that switches fusing off."""
 
     def switch():
-        for module in (attention, linear, recomputable):
+        for module in (attention, linear):
             monkeypatch.setattr(module, "can_fuse", lambda x: False)
 
     return switch

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qat
-from qat.model.blocks import find_blocks
+from qat.model.sites import find_blocks
 from qat.ptq.runner import Runner
 from tests import tiny
 from tests.ptq.searching import WEIGHTS, batches, quantized

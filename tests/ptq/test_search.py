@@ -8,7 +8,7 @@ from torch import nn
 
 import qat
 from qat.errors import UsageError
-from qat.model.blocks import find_blocks
+from qat.model.sites import find_blocks
 from qat.ptq.search import Evaluator, SearchSettings, logits_of, search
 from qat.ptq.state import Progress
 from tests import tiny

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +21,10 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.functional.packing import pack_codes, packed_bytes, unpack_codes
-from qat.model.frozen.quantizers import OFFSETS, FrozenWeight
+from qat.model.frozen import OFFSETS, FrozenWeight
 from qat.utils.files import MOST_CONSTANT, replacing
 
 FORMAT = "packed-1"
-# Bytes that the index of a file may be inflated to.
-MOST_INDEX = 2**26
 _BYTES_OF_FLOAT = 4
 _DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 
@@ -76,20 +75,6 @@ def _checksum(codes: Tensor, floats: Tensor) -> str:
     return f"{zlib.crc32(floats.numpy().tobytes(), zlib.crc32(codes.numpy().tobytes())):08x}"
 
 
-def _index_of(metadata: Mapping[str, str]) -> list[Any]:
-    inflating = zlib.decompressobj()
-    text = inflating.decompress(base64.b64decode(metadata["index"]), MOST_INDEX)
-    if not inflating.eof:
-        raise ValueError("its index is cut short, or too long")
-    index: list[Any] = json.loads(text)
-    if any(side < 0 for _, shape, *_ in index for side in shape):
-        raise ValueError("its index has negative sizes")
-    constants = sum(torch.Size(shape).numel() for _, shape, kind, *_ in index if kind == "c")
-    if constants > MOST_CONSTANT:
-        raise ValueError(f"its index asks for {constants} numbers that it does not hold")
-    return index
-
-
 def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Weights by name and what the file says of the net; None for a safetensors file of another kind.
 
@@ -106,7 +91,9 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         codes, floats = file.get_tensor("codes"), file.get_tensor("floats")
     if _checksum(codes, floats) != metadata["crc32"]:
         raise ValueError("it is damaged: its checksum does not fit")
-    index = _index_of(metadata)
+    index = json.loads(zlib.decompress(base64.b64decode(metadata["index"])))
+    if (constants := sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")) > MOST_CONSTANT:
+        raise ValueError(f"its index asks for {constants} numbers that it does not hold")
     state, at = {}, {"codes": 0, "floats": 0}
     for name, shape, kind, *more in index:
         if kind == "c":
