@@ -105,6 +105,9 @@ def net_from_ofq(
 
     # Their script writes the bits of a quantized teacher over the student's before it saves.
     said = {} if checkpoint.args is None or checkpoint.args.get("quant_teacher") else checkpoint.args
+    for setting, given, key in (("bits", bits, "wq_bitw"), ("act_bits", act_bits, "aq_bitw")):
+        if given is not None and said.get(key, given) != given:
+            raise UsageError(f"{setting}={given}: {origin} was trained with {said[key]}, as its own arguments say")
     weight_bits, input_bits = bits or said.get("wq_bitw"), act_bits or said.get("aq_bitw")
     if weight_bits is None:
         raise UsageError(f"bits=None: {origin} does not say its bits, and no tensor tells them; give bits= (ckpt_bits= in a command)")
@@ -119,7 +122,9 @@ def net_from_ofq(
     grow_biases(net, [n for n, _ in net.named_modules() if n.endswith("reduction") and f"{n}.bias" in state])
     convert(net, used, input_size=(kwargs["in_chans"], kwargs["img_size"], kwargs["img_size"]))
     _fill(net, state, qkr=has_qkr, origin=origin)
-    return OfqNet(net.eval(), name, f"weights, step sizes and offsets of {origin}, read as {used.name} W{used.bits}A{used.act_bits}")
+    dead = sum(bool(_DEAD.search(one)) for one in state)
+    note = f"weights, step sizes and offsets of {origin}, read as {used.name} W{used.bits}A{used.act_bits}"
+    return OfqNet(net.eval(), name, note + (f"; {dead} offsets that change no output are left out" if dead else ""))
 
 
 def _heads_of(model: str, likely: str, kwargs: Mapping[str, Any], *, swin: bool, qkr: bool, distilled: bool, origin: str) -> dict[str, int]:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from qat.callbacks.oscillation import log_share
+from qat.callbacks.oscillation import IterativeFreezing, log_share
 from qat.errors import UsageError
 from qat.functional.confidence import check_boundary
 from qat.model.entry_freezer import EntryFreezer
@@ -98,6 +98,8 @@ class CGA(Callback):
         if stage != "fit":
             return
         self._first, self._stop = self._span(trainer)
+        if any(isinstance(callback, IterativeFreezing) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise UsageError("callbacks.cga: callbacks.freeze holds the same weights; choose one of the two")
         sites = [
             (site, site.quantizer.grid(site.latent().detach()))
             for site in iter_quantizers(cast(nn.Module, pl_module.net))

@@ -24,7 +24,7 @@ from qat.launch.signals import ignore_signals
 
 SPLITS = ("train", "val", "test")
 # Of files written when there were these settings.
-REMOVED = {"cache", "in_memory", "on_error", "class_weights", "erase_mode", "erase_count", "mixup_mode"}
+REMOVED = {"cache", "in_memory", "class_weights", "erase_mode", "erase_count", "mixup_mode"}
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.9, "interpolation": "bicubic"}
 
 
@@ -262,13 +262,25 @@ class EncodedImageData(ImageData):
 
     Args:
         settings: fields of `DataSettings`; None in `mean`, `std`, `crop_pct` and `interpolation` = that of `model`.
+
+    Raises:
+        UsageError: a value that cannot work, or `num_classes` is None: the line says how many the data have.
     """
+
+    def __init__(self, **settings: Any) -> None:
+        is_unset = settings.get("num_classes", 1) is None
+        super().__init__(**settings | ({"num_classes": 1} if is_unset else {}))
+        if is_unset:  # the model is built from the config, so the number has to stand there, not only here
+            found = self.count_classes()
+            raise UsageError(f"data.num_classes is not set: data.root={self.settings.root!r} has {found}; set data.num_classes={found}")
 
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
         """The settings; None in `mean`, `std`, `crop_pct` and `interpolation` = that of `model`, else ImageNet's usual values."""
         config = timm.get_pretrained_cfg(settings["model"]) if settings.get("model") else None
         values = {name: getattr(config, name, None) or usual for name, usual in IMAGENET.items() if settings.get(name) is None}
+        if settings.get("in_chans") == 1:
+            values |= {name: [sum(values[name]) / len(values[name])] for name in {"mean", "std"} & set(values)}
         return super().complete({**settings, **values})
 
     def read(self) -> dict[str, ImageSource]:
@@ -282,3 +294,7 @@ class EncodedImageData(ImageData):
     @abstractmethod
     def encoded(self) -> Mapping[str, EncodedImages]:
         """The splits as they are stored."""
+
+    def count_classes(self) -> int:
+        """How many classes the data have: the highest label of their first split plus one."""
+        return int(next(iter(self.encoded().values())).labels.max(initial=-1)) + 1

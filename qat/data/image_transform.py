@@ -53,9 +53,10 @@ def data_settings(config: Mapping[str, Any]) -> DataSettings:
 def _pixels(image: AnyImage, settings: DataSettings) -> NDArray[np.uint8]:
     """(H, W, in_chans)."""
     if isinstance(image, str | Path):
-        return FileImages([(str(image), 0)], "", settings)[0][0]
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        return FileImages([(str(image), 0)], "", settings).decode(0)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in {2, 3} and image[..., None].shape[2] in {1, 3}:
         image = to_pil(image.reshape(*image.shape[:2], -1))
     if not isinstance(image, Image.Image):
-        raise UsageError(f"image of type {type(image).__name__}: must be a path, Pillow's image, or an array (H, W[, 1 or 3]) of uint8")
+        kind = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UsageError(f"image of type {kind}: must be a path, Pillow's image, or an array (H, W[, 1 or 3]) of uint8")
     return to_pixels(image, settings.in_chans)

@@ -38,8 +38,11 @@ class FileImages(EncodedImages):
         super().__init__(np.asarray([label for _, label in files], dtype=np.int64), folder, settings)
 
     def open(self, index: int) -> Image.Image:
-        """One image."""
-        return open_image(Path(self.name(index)).read_bytes())
+        """One image; a pipe or a device would give bytes for ever."""
+        path = Path(self.name(index))
+        if not path.is_file():
+            raise ValueError("No such file, or none with an end")
+        return open_image(path.read_bytes())
 
     def name(self, index: int) -> str:
         """Its path."""
@@ -91,6 +94,10 @@ class ImageFolder(EncodedImageData):
         if not found:
             raise UsageError(f"data.root={str(root)!r}: has no folder train; needed are {LAYOUT}, or one of the others to evaluate alone")
         return found
+
+    def count_classes(self) -> int:
+        """How many class folders there are."""
+        return len(self.classes())
 
     def classes(self) -> list[str]:
         """Sorted names of the folders below train, or where there is no train below the first split that there is."""

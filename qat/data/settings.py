@@ -11,24 +11,26 @@ from qat.errors import UsageError
 from qat.utils.validate import check_choice, check_int, check_number
 
 CHOICES = {
+    "on_error": ("raise", "skip"),
     "augment": ("none", "light", "timm"),
     "train_interpolation": ("random", "nearest", "bilinear", "bicubic"),
     "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),
 }
-LOWEST_INTS = {
-    "image_size": 1,
-    "patch_size": 1,
-    "in_chans": 1,
-    "num_classes": 1,
-    "batch_size": 1,
-    "num_workers": 0,
-    "calibration_images": 1,
-    "seed": 0,
-    "repeats": 1,
-    "mixup_off_epoch": 0,
-    "shift": 0,
+# Lowest, and highest where a typing mistake would ask for more processes or pixels than a machine survives.
+INTS = {
+    "image_size": (1, 2**14),
+    "patch_size": (1, 2**14),
+    "in_chans": (1,),
+    "num_classes": (1,),
+    "batch_size": (1,),
+    "num_workers": (0, 256),
+    "calibration_images": (1,),
+    "seed": (0,),
+    "repeats": (1, 1000),
+    "mixup_off_epoch": (0,),
+    "shift": (0,),
 }
-LOWEST_NUMBERS = {"memory_mb": 0, "mixup": 0, "cutmix": 0}
+LOWEST_NUMBERS = ("memory_mb", "mixup", "cutmix")
 SHARES = ("hflip", "random_erasing", "mixup_prob", "mixup_switch_prob", "crop_pct")
 MAY_BE_NONE = {"interpolation", "crop_pct", "patch_size", "shift"}
 
@@ -66,6 +68,7 @@ class DataSettings:
         calibration_images: images from which scales are initialised.
         seed: of order, augmentation and calibration images.
         root: folder with the data.
+        on_error: what an image does that cannot be decoded: `raise` ends the run, `skip` warns and takes the next image in its place.
         memory_mb: a split that would take more megabytes once decoded, or has images of different sizes, is decoded when needed.
         crop_pct: side of evaluation's centre crop as a share of the shorter side, before scaling to `image_size`; None = the whole image
             is squeezed into the square when read; photos: None = that of `model`.
@@ -100,6 +103,7 @@ class DataSettings:
     calibration_images: int = 256
     seed: int = 0
     root: str | None = None
+    on_error: str = "raise"
     memory_mb: float = 4096
     crop_pct: float | None = None
     interpolation: str | None = None
@@ -109,10 +113,14 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         set_values = {name: value for name, value in vars(self).items() if value is not None or name not in MAY_BE_NONE}
-        tables: list[tuple[Any, Any]] = [(check_choice, CHOICES), (check_int, LOWEST_INTS), (check_number, LOWEST_NUMBERS)]
-        for check, table in tables:
-            for name in [name for name in table if name in set_values]:
-                check(f"data.{name}", set_values[name], table[name])
+        checks: list[tuple[Any, str, tuple[Any, ...]]] = [
+            *((check_choice, name, (allowed,)) for name, allowed in CHOICES.items()),
+            *((check_int, name, bounds) for name, bounds in INTS.items()),
+            *((check_number, name, (0,)) for name in LOWEST_NUMBERS),
+        ]
+        for check, name, bounds in checks:
+            if name in set_values:
+                check(f"data.{name}", set_values[name], *bounds)
         for name in SHARES:
             if name in set_values:
                 check_number(f"data.{name}", set_values[name], 0, above=name == "crop_pct", highest=1)

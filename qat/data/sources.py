@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import itertools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +19,13 @@ from PIL import Image
 from qat.data.settings import DataSettings
 from qat.errors import UsageError
 
+log = logging.getLogger(__name__)
+
 # One fixed division into train, val and test: results of different runs and seeds are on the same images.
 SPLIT_SEED, HELD_OUT = 0, 0.1
 # Pillow would have a PostScript file run by Ghostscript, whatever its name.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+SKIP = "data.on_error=skip leaves out what cannot be decoded"
 
 
 class ImageError(UsageError):
@@ -85,9 +90,15 @@ def to_pixels(image: Image.Image, chans: int) -> NDArray[np.uint8]:
 
     As torchvision and timm load them (`convert`): transparency is dropped, a rotation noted in EXIF is not carried out. Pillow would
     cut 16-bit grey off at 255, which turns most of an image white; here it is scaled.
+
+    Raises:
+        ValueError: pixels of 32 bits, whose range a file does not say.
     """
-    if image.mode[0] == "I":
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 2**16 - 1:
+            raise ValueError(f"its pixels have 32 bits (mode {image.mode}), and what is white is not known; save it with 8 or 16")
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     return np.asarray(image.convert("L" if chans == 1 else "RGB")).reshape(image.height, image.width, -1)
 
 
@@ -102,11 +113,13 @@ class EncodedImages(ABC):
     Args:
         labels: (N,), class ids.
         where: what holds them, for messages.
-        settings: with `in_chans`.
+        settings: with `in_chans` and `on_error`. Skipped, an image is replaced by the next one that can be decoded, with the label of
+            that one: always the same, so that the number of images, their order and their random draws stay what they are.
     """
 
     def __init__(self, labels: NDArray[np.int64], where: str, settings: DataSettings) -> None:
-        self.labels, self.where, self.rows = labels, where, np.arange(len(labels))
+        self.labels, self.where, self.rows, self.on_error = labels, where, np.arange(len(labels)), settings.on_error
+        self._failed: set[int] = set()
         self.chans = 1 if settings.in_chans == 1 else 3
 
     def take(self, indices: NDArray[np.int64]) -> Self:
@@ -138,10 +151,27 @@ class EncodedImages(ABC):
         """Image (H, W, C), grey where `in_chans` is 1, else RGB, and class id.
 
         Raises:
+            ImageError: it cannot be decoded; names it and the reason. Under `skip`, none can.
+        """
+        for row in itertools.chain(range(index, len(self)), range(index)):
+            try:
+                return self.decode(row), int(self.labels[row])
+            except ImageError as error:
+                if self.on_error == "raise":
+                    raise ImageError(f"{error}; {SKIP}") from error
+                if row not in self._failed:
+                    log.warning("data.on_error=skip: %s; the next image takes its place", error)
+                    self._failed.add(row)
+        raise ImageError(f"data.on_error=skip: {self.where}: no image can be decoded")
+
+    def decode(self, index: int) -> NDArray[np.uint8]:
+        """One image (H, W, C), grey where `in_chans` is 1, else RGB.
+
+        Raises:
             ImageError: it cannot be decoded; names it and the reason.
         """
         try:
-            return to_pixels(self.open(index), self.chans), int(self.labels[index])
+            return to_pixels(self.open(index), self.chans)
         except Exception as error:  # on damaged files Pillow's readers raise nearly anything
             raise ImageError(f"{self.name(index)} cannot be decoded ({' '.join(f'{error}'.split())})") from error
 

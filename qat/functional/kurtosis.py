@@ -1,4 +1,4 @@
-"""Kurtosis of weights, KURE, which pulls it to a target, and what its robustness scripts compare with.
+"""Kurtosis of weights, and KURE, which pulls it to a target.
 
 Source: Shkolnik et al., arXiv 2002.07686; its code has the unbiased std.
 """
@@ -79,25 +79,3 @@ def check_kure(target_setting: str, target: object, reduction_setting: str, redu
     """Raise `UsageError`, under the names of the settings, unless the target is a number above 1 and the reduction one of `REDUCTIONS`."""
     check_number(target_setting, target, 1, above=True)
     check_choice(reduction_setting, reduction, REDUCTIONS)
-
-
-@torch.no_grad()
-def dorefa(w: Tensor, bits: int, ratio: float = 1.0) -> Tensor:
-    """2 q(tanh w / (2 max |tanh w|) + 1/2) - 1, where q rounds to multiples of 1 / ((2^bits - 1) ratio).
-
-    Weights of DoReFa (arXiv 1606.06160, equation 9), which robustness scripts of KURE compare with.
-
-    The ratio is the inverse of the one in `qat.analysis`: 2 halves the steps. Codes are not clamped, so they may leave 0..2^bits - 1.
-
-    Args:
-        w: any shape and float dtype; computed in float32.
-        bits: 2 to 8.
-        ratio: above 0.
-
-    Returns:
-        The shape and dtype of `w`, about in [-1, 1]; zero is a level where (2^bits - 1) ratio is even. It has no gradient.
-    """
-    squashed = w.float().tanh()
-    largest = squashed.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    scale = (2**bits - 1) * ratio
-    return (2 * ((squashed / (2 * largest) + 0.5) * scale).round() / scale - 1).to(w.dtype)

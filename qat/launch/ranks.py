@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Strategies of Lightning that copy the running process.
+HIGHEST_COUNT = 1024  # more is a typing mistake that no machine survives
 COPYING = ("spawn", "fork", "notebook")
 # Seconds between a signal and the kill, of torchrun: a run saves after the step under way, or after the validation.
 SAVE_S = 600
@@ -59,7 +60,7 @@ def to_start(trainer: Mapping[str, Any]) -> int:
         trainer: settings by name.
 
     Raises:
-        UsageError: the processes of other machines would be missing, or the strategy would copy this process.
+        UsageError: there are too many, the processes of other machines would be missing, or the strategy would copy this process.
     """
     strategy, nodes = str(trainer.get("strategy")), trainer.get("num_nodes", 1)
     if any(word in strategy for word in COPYING):
@@ -69,6 +70,8 @@ def to_start(trainer: Mapping[str, Any]) -> int:
     if nodes != 1:
         raise UsageError(f"trainer.num_nodes={nodes!r}: must be 1; the processes of several nodes are started by srun or torchrun")
     count = local_count(trainer)
+    if count > HIGHEST_COUNT:
+        raise UsageError(f"trainer.devices={trainer.get('devices')!r}: must be up to {HIGHEST_COUNT} processes on a machine")
     return count if count > 1 else 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from qat.errors import UsageError
 from qat.functional.distillation import distillation_loss, feature_distance
 from qat.functional.oscillation import cosine_between
 from qat.losses.compose import LossTerm, StepContext
@@ -87,7 +88,8 @@ class FeatureDistillation(LossTerm):
 
     def forward(self, step: StepContext) -> Tensor:
         """Scalar, on the part of `weight` that is in force."""
-        if not step.teacher_features:
-            raise ValueError("FeatureDistillation needs what the teacher's blocks give; build QATModule with a teacher that has blocks")
+        own, followed = ([tuple(one.shape[1:]) for one in features] for features in (step.features, step.teacher_features))
+        if not own or own != followed:
+            raise UsageError(f"loss.features: blocks of the net give {own}, those of the teacher {followed}; must be nets of one shape")
         share = 1.0 if self.schedule == "constant" else cosine_between(1.0, 0.0, step.progress)
         return share * feature_distance(step.features, step.teacher_features)

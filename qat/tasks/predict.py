@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from qat.data import DataSettings, ImageData, image_transform
 from qat.data.imagefolder import EXTENSIONS, is_image
+from qat.data.sources import SKIP, ImageError
 from qat.errors import UsageError
 from qat.spec import QuantRecipe
 from qat.tasks import summary
@@ -66,7 +67,7 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
     """Write `predictions.csv` into the run directory, a line per image: path, then class and probability by rank; show its first lines.
 
     Raises:
-        UsageError: more than one device is asked for, or an image cannot be decoded.
+        UsageError: more than one device is asked for, or an image cannot be decoded (under `data.on_error=skip`, all of them).
     """
     if trainer.world_size > 1:
         raise UsageError(f"trainer.devices={cfg.trainer.devices!r}: predictions are made on one device; must be 1")
@@ -82,25 +83,34 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
             shares, classes = (found.cpu().tolist() for found in net(images.to(device)).float().softmax(dim=-1).topk(ranks))
         for number, best in zip(numbers.tolist(), map(zip, classes, shares), strict=True):
-            rows.append([str(paths[number]), *(cell for one, share in best for cell in (subject.classes[one], f"{share:.6f}"))])
+            if number >= 0:
+                rows.append([str(paths[number]), *(cell for one, share in best for cell in (subject.classes[one], f"{share:.6f}"))])
+    if not rows:
+        raise UsageError(f"data.on_error=skip: none of {len(paths)} images below predict={str(cfg.predict)!r} can be decoded")
     columns = [f"{what}_{rank}" for rank in range(1, ranks + 1) for what in ("class", "probability")]
     write_text(Path(cfg.run_dir) / FILE, csv_lines([["path", *columns], *(map(printable, row) for row in rows)]))
     shown = {row[0]: f"{row[1].partition(',')[0]} {100 * float(row[2]):.1f} %" for row in rows[:SHOWN_IMAGES]}
     log.info(summary.lines("predictions", shown))
-    log.info("%d images: %s", len(rows), Path(cfg.run_dir) / FILE)
+    log.info("%d of %d images: %s", len(rows), len(paths), Path(cfg.run_dir) / FILE)
 
 
 class _Files(Dataset[tuple[int, Tensor]]):
-    """Number and image after the evaluation transform."""
+    """Number and image after the evaluation transform; -1 for an image that is skipped."""
 
     def __init__(self, paths: list[Path], settings: DataSettings) -> None:
-        self.paths, self.transform = paths, image_transform(settings)
+        self.paths, self.settings, self.transform = paths, settings, image_transform(settings)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[int, Tensor]:
-        return row, self.transform(self.paths[row])
+        try:
+            return row, self.transform(self.paths[row])
+        except ImageError as error:
+            if self.settings.on_error == "raise":
+                raise ImageError(f"{error}; {SKIP}") from error
+            log.warning("data.on_error=skip: %s; left out", error)
+            return -1, torch.zeros(self.settings.in_chans, self.settings.image_size, self.settings.image_size)
 
 
 def class_names(stored: object, data: ImageData, count: int) -> list[str]:

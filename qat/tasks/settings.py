@@ -41,7 +41,6 @@ REMOVED = {
     "loss.kure_qk": "the folded query-key matrix is regularized, which is what is quantized",
     "callbacks.freeze.start_epoch": "callbacks.freeze.threshold, which weights have to exceed, falls from the first step on",
     "data.in_memory": "data.memory_mb=0 decodes an image each time it is needed",
-    "data.on_error": "an image that cannot be decoded ends the run, which names the file",
     "data.class_weights": "a loss term of your own weighs classes",
     "data.erase_*": "random_erasing fills one rectangle with noise",
     "data.mixup_mode": "one draw mixes a batch",

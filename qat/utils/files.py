@@ -187,14 +187,19 @@ def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> An
 
 
 def files_below(folder: str | os.PathLike[str], *, hidden: bool = True) -> list[str]:
-    """All files below a folder, sorted; links are followed.
+    """All files below a folder, sorted; links are followed, no folder is gone through twice.
 
     Args:
         folder: where.
         hidden: with what is below folders whose names begin with a dot.
     """
     found: list[str] = []
+    seen: set[str] = set()
     for at, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(at)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if hidden or not name.startswith(".")]
         found += [os.path.join(at, name) for name in files]
     return sorted(found)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import qat
 from qat import functional as F
-from qat.callbacks import CGA
+from qat.callbacks import CGA, IterativeFreezing
 from qat.callbacks.cga import BandGate
 from qat.lit import cosine_schedule
 from tests.callbacks.fitting import Steps, batches, differing, fit, module, moved, net
@@ -192,17 +192,18 @@ def test_impossible_settings(settings, message):
 
 
 @pytest.mark.parametrize(
-    ("start", "callback", "message"),
+    ("start", "callbacks", "message"),
     [
-        ("ofq", CGA(start_epoch=2), r"callbacks\.cga\.start_epoch=2: must be from 0 to below trainer\.max_epochs=2"),
-        ("ofq", CGA(epochs=3), r"callbacks\.cga\.epochs=3: must be an integer from 1 to trainer\.max_epochs=2"),
-        ("lsq", CGA(), r"callbacks\.cga: this net has no weights with the statsq quantizer"),
+        ("ofq", [CGA(start_epoch=2)], r"callbacks\.cga\.start_epoch=2: must be from 0 to below trainer\.max_epochs=2"),
+        ("ofq", [CGA(epochs=3)], r"callbacks\.cga\.epochs=3: must be an integer from 1 to trainer\.max_epochs=2"),
+        ("lsq", [CGA()], r"callbacks\.cga: this net has no weights with the statsq quantizer"),
+        ("ofq", [IterativeFreezing(), CGA()], r"callbacks\.cga: callbacks\.freeze holds the same weights"),
     ],
 )
-def test_runs_that_it_cannot_anneal(start, callback, message):
+def test_runs_that_it_cannot_anneal(start, callbacks, message):
     learner = module(net(start))
     with pytest.raises(qat.UsageError, match=message):
-        fit(learner, callback)
+        fit(learner, *callbacks)
 
 
 def hooks(trainer, learner):

@@ -95,7 +95,8 @@ def test_code_named_in_a_config_is_not_imported(target):
     [
         (3, "image of type int: must be a path, Pillow's image, or an array"),
         (torch.zeros(3, 8, 8), "image of type Tensor: must be"),
-        (np.zeros((8, 8)), "image of type ndarray: must be"),
+        (np.zeros((8, 8)), r"image of type float64 array \(8, 8\): must be"),
+        (np.zeros((3, 8, 8), np.uint8), r"image of type uint8 array \(3, 8, 8\): must be"),
         ("/no/such.png", r"/no/such\.png cannot be decoded \(.*No such file"),
     ],
 )

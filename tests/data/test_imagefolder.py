@@ -73,7 +73,7 @@ def test_other_files_are_left_alone(tmp_path):
 
 def test_the_number_of_classes_has_to_be_that_of_the_folders(tmp_path):
     root = write_folder(tmp_path, classes=("a", "b", "c"))
-    with pytest.raises(qat.UsageError, match=r"^data\.num_classes=None: must be an integer of at least 1$"):
+    with pytest.raises(qat.UsageError, match=rf"data\.num_classes is not set: data\.root='{root}' has 3; set data\.num_classes=3$"):
         data(root, num_classes=None)
     for classes in (2, 4):
         with pytest.raises(qat.UsageError, match=rf"^data\.num_classes={classes}: data\.root='{root}' has 3 class folders in train"):
@@ -169,6 +169,7 @@ def test_without_a_pretrained_config_it_is_imagenets(tmp_path, model):
     settings = ImageNet(**UNSET, root=str(tmp_path), model=model).settings
     assert (settings.crop_pct, settings.interpolation) == (0.9, "bicubic")
     assert (settings.mean, settings.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert ImageNet(**UNSET | {"in_chans": 1}, root=str(tmp_path)).settings.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
 
 
 def test_classes_of_imagenet_are_the_sorted_wnids(tmp_path):

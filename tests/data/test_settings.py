@@ -13,11 +13,11 @@ WRONG = [
     ("batch_size", 0, "must be an integer of at least 1"),
     ("batch_size", 2.5, "must be an integer of at least 1"),
     ("batch_size", True, "must be an integer of at least 1"),
-    ("num_workers", -1, "must be an integer of at least 0"),
+    ("num_workers", 300, "must be an integer from 0 to 256"),
     ("calibration_images", 0, "must be an integer of at least 1"),
-    ("image_size", 0, "must be an integer of at least 1"),
+    ("image_size", 0, "must be an integer from 1"),
     ("image_size", None, "must be an integer"),
-    ("patch_size", 0, "must be an integer of at least 1"),
+    ("patch_size", 0, "must be an integer from 1"),
     ("hflip", 1.5, "must be a number from 0 to 1"),
     ("shift", -1, "must be an integer of at least 0"),
     ("random_erasing", None, "must be a number from 0 to 1"),
@@ -28,7 +28,8 @@ WRONG = [
     ("scale", [0.5], "must be two shares of the image's area [lowest, highest], above 0 to 1"),
     ("scale", [0.5, 0.4], "must be two shares"),
     ("scale", [0, 1], "must be two shares"),
-    ("repeats", 0, "must be an integer of at least 1"),
+    ("repeats", 0, "must be an integer from 1 to 1000"),
+    ("on_error", "ignore", "must be one of raise, skip"),
     ("mixup", -1, "must be a number of at least 0"),
     ("cutmix", math.inf, "must be a number of at least 0"),
     ("mixup_prob", 2, "must be a number from 0 to 1"),
@@ -72,6 +73,6 @@ def test_settings_cannot_change_afterwards():
 
 def test_settings_of_older_files_mean_what_they_meant():
     # A checkpoint's data config may lack the newer knobs, and hold one that was removed.
-    settings = Digits(**SETTINGS, cache="auto", on_error="skip", mixup_mode="batch").settings
+    settings = Digits(**SETTINGS, cache="auto", class_weights=None, mixup_mode="batch").settings
     assert (settings.rand_augment, settings.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
     assert (settings.repeats, settings.mixes) == (1, False)

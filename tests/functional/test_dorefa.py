@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from qat.analysis.requantize import requantized
-from qat.functional.kurtosis import dorefa
+from qat.functional.dorefa import dorefa
 from qat.quantizers import LSQ
 from qat.spec import QuantSpec
 from tests import golden

@@ -155,3 +155,11 @@ def test_a_file_that_would_run_code_is_refused_with_a_way_out(tmp_path, state):
         qat.load_ofq_checkpoint(path, bits=2)
     assert "it holds more than tensors and plain data; save the state_dict() alone" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_bits_that_contradict_the_file_are_refused(tmp_path, state):
+    path = written(tmp_path, {"state_dict": state, "args": argparse.Namespace(**ARGS)})
+    with pytest.raises(qat.UsageError, match="bits=3: .* was trained with 2, as its own arguments say"):
+        qat.load_ofq_checkpoint(path, bits=3)
+    with pytest.raises(qat.UsageError, match="act_bits=4: .* was trained with 2, as its own arguments say"):
+        qat.load_ofq_checkpoint(path, act_bits=4)

@@ -43,6 +43,7 @@ def test_nothing_is_started_where_the_processes_are_there(monkeypatch, found, ex
     [
         ({"strategy": "ddp_spawn"}, r"^trainer\.strategy='ddp_spawn': must be .*auto, ddp, fsdp"),
         ({"num_nodes": 2}, r"^trainer\.num_nodes=2: must be 1; .* srun or torchrun"),
+        ({"devices": 100000}, r"^trainer\.devices=100000: must be up to 1024 processes on a machine"),
     ],
 )
 def test_what_cannot_be_started_is_refused(trainer, line):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+import qat
 from qat import functional as F
 from qat.lit import QATModule, Teacher
 from qat.losses import CompositeLoss, Distillation, FeatureDistillation, StepContext
@@ -82,3 +83,12 @@ def test_made_again_for_the_backward_pass():
         module.loss(step)[0].backward()
         assert len(step.features) == 2
     assert_close([p.grad for p in student.parameters() if p.grad is not None], expected)
+
+
+@pytest.mark.parametrize("teacher", [(), (torch.zeros(2, 5, 7),), (torch.zeros(2, 5, 8), torch.zeros(2, 5, 8))])
+def test_a_teacher_of_another_shape_is_refused(teacher):
+    step = StepContext(
+        torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), None, nn.Identity(), features=(torch.zeros(2, 5, 8),), teacher_features=teacher
+    )
+    with pytest.raises(qat.UsageError, match=r"loss\.features: blocks of the net give \[\(5, 8\)\], those of the teacher"):
+        FeatureDistillation(1.0)(step)

@@ -73,6 +73,7 @@ def test_a_swin_of_theirs_keeps_the_biases_of_its_mergings(tmp_path):
 @pytest.mark.parametrize(
     ("command", "overrides", "message"),
     [
+        ("evaluate", ["ckpt_bits=3"], "bits=3: ckpt='{}' was trained with 2, as its own arguments say"),
         (
             "evaluate",
             ["data=digits", "data.image_size=16"],

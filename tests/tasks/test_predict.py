@@ -108,11 +108,20 @@ def test_a_file_that_knows_no_data_gets_images_as_transform_has_them(tmp_path, p
     assert all(same(ranks(row), expected(net, path, "0123456")) for row, path in zip(rows, photos, strict=True))
 
 
-def test_an_unreadable_image_is_named(tmp_path, photos, run_4bit, refused):
+def test_an_unreadable_image_stops_or_is_left_out(tmp_path, photos, run_4bit, refused, caplog):
     photos[3].write_bytes(photos[3].read_bytes()[:40])
     asked = (f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos")
-    assert f"{photos[3]} cannot be decoded" in refused("evaluate", compose("eval", *asked, f"run_dir={tmp_path}/a"))
+    message = refused("evaluate", compose("eval", *asked, f"run_dir={tmp_path}/a"))
+    assert f"{photos[3]} cannot be decoded" in message
     assert not (tmp_path / "a" / "predictions.csv").exists()
+    caplog.set_level("INFO")
+    # Batches of one: that of the damaged file is empty.
+    for size in (1, 12):
+        _, rows = predict(tmp_path / f"b{size}", *asked, "data.on_error=skip", f"data.batch_size={size}")
+        assert [row[0] for row in rows] == [str(path) for path in photos if path != photos[3]]
+    net = qat.load(last(run_4bit))
+    assert same(ranks(rows[3]), expected(net, photos[4], "0123456789"))
+    assert "11 of 12 images" in caplog.text
 
 
 @pytest.mark.parametrize(

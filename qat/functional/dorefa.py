@@ -1,0 +1,33 @@
+"""Weights of DoReFa (arXiv 1606.06160, equation 9) with the ratio of KURE's robustness scripts (arXiv 2002.07686): to compare with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qat.utils.validate import check_bits, check_number
+
+
+@torch.no_grad()
+def dorefa(w: Tensor, bits: int, ratio: float = 1.0) -> Tensor:
+    """2 q(tanh w / (2 max |tanh w|) + 1/2) - 1, where q rounds to multiples of 1 / ((2^bits - 1) ratio).
+
+    The ratio is the inverse of the one in `qat.analysis`: 2 halves the steps. Codes are not clamped, so they may leave 0..2^bits - 1.
+
+    Args:
+        w: any shape and float dtype; computed in float32.
+        bits: 2 to 8.
+        ratio: above 0.
+
+    Returns:
+        The shape and dtype of `w`, about in [-1, 1]; zero is a level where (2^bits - 1) ratio is even. It has no gradient.
+
+    Raises:
+        UsageError: an argument that cannot work.
+    """
+    check_bits("bits", bits)
+    check_number("ratio", ratio, 0, above=True)
+    squashed = w.float().tanh()
+    largest = squashed.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (2**bits - 1) * ratio
+    return (2 * ((squashed / (2 * largest) + 0.5) * scale).round() / scale - 1).to(w.dtype)
