@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := outputs/demo
-# A test needs no more than one core, and some wait for processes of their own: one test more at a time than there are cores, eight at most.
-PARALLEL := -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8))) --dist worksteal
+# A test needs no more than one core: as many at a time as there are, eight at most.
+PARALLEL := -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8))) --dist worksteal
 
 PEERS := outputs/peers
 OLDEST := .venv-oldest
@@ -121,7 +121,7 @@ results: $(PEERS)/.ready ## all runs of docs/results.md that have no record yet,
 results-quick: $(READY) ## one small experiment in a temporary folder, and docs/results.md anew from the committed records (1 minute)
 	$(BIN)/python -m evidence quick
 
-test: $(READY) ## the tests of every change, all but those of test-long (15 minutes)
+test: $(READY) ## the tests of every change, all but those of test-long (5 minutes on two cores)
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-fast: $(READY) ## tests that take seconds

@@ -28,7 +28,7 @@ What `qat.convert` does to the families of timm, found by converting a small mem
   they depend on no image.
 - A convolution inside a net has one scale for its input and no offsets. So has a Linear on a feature map one scale
   (`quant.map_scales=column`: one per column, as in the paper's code).
-- In a gated MLP (SwiGLU) the input of the last Linear is signed; behind GELU, ReLU or SiLU it is unsigned.
+- In a gated MLP (SwiGLU) the input of the last Linear is signed; after GELU, ReLU or SiLU it is unsigned.
 - A family that is not listed takes the generic path, as those do whose attention stays float.
 
 | family | attention | QKR | quantized | stays float |

@@ -21,7 +21,7 @@ from qat.model.pretrained import save_pretrained
 from qat.utils.files import write_text
 
 ZOO = ROOT / "zoo"
-# The run behind each net: claim and arm.
+# The run that each net is of: claim and arm.
 NETS = {"cifar10_w2a2": "AIM/seq_w2", "cifar10_w4a4": "C16/tensor_w4a4", "cifar10_w8a8": "C16/tensor_w8a8"}
 
 

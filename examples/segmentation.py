@@ -64,7 +64,7 @@ def draw(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Segmenter(nn.Module):
-    """A ViT's maps behind its second and its last block, and two convolutions that give every pixel of a patch its scores."""
+    """A ViT's maps after its second and its last block, and two convolutions that give every pixel of a patch its scores."""
 
     def __init__(self) -> None:
         super().__init__()
