@@ -48,7 +48,7 @@ class BandGate:
 
 
 class CGA(Callback):
-    """In the epochs of annealing, freezes every weight of StatsQ that is not near a threshold, anew in each step.
+    """In the epochs of annealing, freezes every weight on half steps (StatsQ, SEQ) that is not near a threshold, anew in each step.
 
     Frozen entries get no gradient and are written back after the step (`EntryFreezer`), so neither weight decay nor momentum moves them;
     the moments go on decaying. Which entries these are is a function of the weights alone: all processes agree, nothing is
@@ -111,7 +111,7 @@ class CGA(Callback):
         self._factors = [f for s in found if s.role == "qk" and self.qk == "freeze" for f in (s.owner.q_weight, s.owner.k_weight)]
         self._products = [(s, BandGate(self.boundary_range)) for s in found if s.role == "qk" and self.qk == "product"]
         if not found:
-            raise UsageError("callbacks.cga: this net has no weights with the statsq quantizer; use another quant=... or leave cga out")
+            raise UsageError("callbacks.cga: this net has no weights on half steps (statsq, seq); use another quant=... or leave cga out")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step, and into the folded matrices if they are gated."""

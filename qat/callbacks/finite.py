@@ -62,7 +62,7 @@ class FiniteCheck(Callback):
             raise _error(f"weights after step {trainer.global_step - 1} are not finite", damaged)
 
     def _note(self, trainer: Trainer, value: Tensor) -> None:
-        step = _NEVER - (~value.isfinite()) * (_NEVER - trainer.global_step)  # on the device: nothing waits for it
+        step = torch.where(value.isfinite(), _NEVER, trainer.global_step)  # on the device: nothing waits for it
         self._first_bad = step if self._first_bad is None else torch.minimum(self._first_bad, step)
 
     def _look(self, trainer: Trainer) -> None:

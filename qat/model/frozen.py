@@ -287,7 +287,7 @@ def _frozen(site: Site) -> Quantizer:
         return FrozenActivation(quantizer.spec, site.name, grid) if weight is None else _weight(site, grid, weight)
     if grid is None or weight is not None or grid.before is not None:
         why = f"{site.name} is quantized by {quantizer.spec.quantizer}, whose values have no fixed grid"
-        raise UsageError(f"freeze: {why}; must be statsq for weights, lsq, minmax, affine, log2, float or a class with the method grid")
+        raise UsageError(f"freeze: {why}; must be a quantizer whose method grid says where its values lie")
     return FrozenNonuniform(quantizer, site.name)
 
 

@@ -28,7 +28,7 @@ class Start:
     Attributes:
         net: the float timm model.
         notes: for a person, a line each.
-        source: the quantized net whose scales may be copied after conversion, if the start was a checkpoint of ours.
+        source: the net of the checkpoint of ours that it came from, float or quantized: its scales may be copied after conversion.
     """
 
     net: nn.Module

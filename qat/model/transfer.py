@@ -67,7 +67,7 @@ def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[s
         if donor is None or not is_ready(donor.quantizer):
             missing.append(site.name)
             continue
-        if not (_takes_affine(donor.quantizer, site.quantizer) or _takes_alike(donor.quantizer, site.quantizer)):
+        if not (_copy_affine(donor.quantizer, site.quantizer) or _copy_alike(donor.quantizer, site.quantizer)):
             missing.append(site.name)
             continue
         copied.append(site.name)
@@ -113,7 +113,7 @@ def invent_biases(net: nn.Module) -> list[str]:
     return names
 
 
-def _takes_alike(donor: Quantizer, target: Quantizer) -> bool:
+def _copy_alike(donor: Quantizer, target: Quantizer) -> bool:
     """Give a quantizer the state of one of its spec and shapes, whether steps are relative or absolute there; False where it differs."""
     if donor.spec != target.spec or donor.n_scales != target.n_scales:
         return False
@@ -129,7 +129,7 @@ def _takes_alike(donor: Quantizer, target: Quantizer) -> bool:
     return True
 
 
-def _takes_affine(donor: Quantizer, target: Quantizer) -> bool:
+def _copy_affine(donor: Quantizer, target: Quantizer) -> bool:
     """Give LSQ the symmetric grid of post-training quantization; False where it cannot have it."""
     if not (isinstance(donor, Affine) and type(target) is LSQ and donor.spec.bits == target.spec.bits) or donor.spec.bias_correction:
         return False

@@ -180,13 +180,13 @@ def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str = 
     Returns:
         What the run says of it, a line each.
     """
-    as_there = init == "reference" and recipe.name != "fp"
-    lost = invent_biases(start.net) if as_there else []
+    as_reference = init == "reference" and recipe.name != "fp"
+    redrawn = invent_biases(start.net) if as_reference else []
     convert(start.net, recipe, input_size=data.input_size)
     if recipe.name == "fp":
         return []
-    lost += forget_attention_weights(start.net) if as_there else []
-    notes = [f"re-initialised, as in the paper's code: {', '.join(lost)}"] if lost else []
+    redrawn += forget_attention_weights(start.net) if as_reference else []
+    notes = [f"re-initialised, as in the paper's code: {', '.join(redrawn)}"] if redrawn else []
     copied, missing = ([], []) if start.source is None else copy_scales(start.source, start.net)
     batches = data.calibration_batches(min(data.settings.batch_size * processes, CALIBRATION_BATCH))
     initialize_scales(start.net, batches)

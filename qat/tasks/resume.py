@@ -35,7 +35,7 @@ NOT_COMPARED = {
     *("ckpt_optimizer", "loss.grad_l1", "loss.grad_l1_layers", "loss.regularizers.grad_l1"),  # of older versions
 }
 # What a checkpoint holds of these, the run keeps; the net's own are compared with the net in the checkpoint.
-_KEPT, _OF_THE_NET = ("optimizer.", "scheduler."), ("model.args", "model.name", "quant.")
+_FIXED, _OF_THE_NET = ("optimizer.", "scheduler."), ("model.args", "model.name", "quant.")
 # What changes the number of steps; the schedule was laid out for those that the run began with.
 _STEPS = (
     *("trainer.max_epochs", "trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.limit_train_batches"),
@@ -110,7 +110,7 @@ def _check_settings(checkpoint: Checkpoint, cfg: DictConfig) -> None:
         return
     old, new = dict(_flat(had)), compared(cfg)
     changed = [name for name in {**old, **new} if old.get(name, _UNSET) != new.get(name, _UNSET) and not name.startswith(_OF_THE_NET)]
-    if kept := [name for name in changed if name.startswith(_KEPT)]:
+    if kept := [name for name in changed if name.startswith(_FIXED)]:
         shown = ", ".join(f"{name}={new.get(name, _UNSET)!r} (it had {old.get(name, _UNSET)!r})" for name in kept)
         raise UsageError(f"{shown}: a run that goes on keeps its optimizer and its schedule; ckpt=PATH in another run_dir starts a new one")
     for name in changed if is_first() else ():

@@ -196,7 +196,7 @@ def test_impossible_settings(settings, message):
     [
         ("ofq", [CGA(start_epoch=2)], r"callbacks\.cga\.start_epoch=2: must be from 0 to below trainer\.max_epochs=2"),
         ("ofq", [CGA(epochs=3)], r"callbacks\.cga\.epochs=3: must be an integer from 1 to trainer\.max_epochs=2"),
-        ("lsq", [CGA()], r"callbacks\.cga: this net has no weights with the statsq quantizer"),
+        ("lsq", [CGA()], r"callbacks\.cga: this net has no weights on half steps"),
         ("ofq", [IterativeFreezing(), CGA()], r"callbacks\.cga: callbacks\.freeze holds the same weights"),
     ],
 )
