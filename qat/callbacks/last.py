@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
+from qat.lit.loggers import log_before_saving
 from qat.utils.validate import check_int
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class LastCheckpoint(Checkpoint):
 
         Of an epoch that a limit of steps or of time has cut short, the file says that it is not over: with a later limit it goes on.
         """
+        log_before_saving(trainer, epoch=True)
         epochs: Any = trainer.fit_loop.epoch_progress
         cut = not trainer.is_last_batch
         for count in (epochs.current, epochs.total):
@@ -128,6 +130,7 @@ class LastCheckpoint(Checkpoint):
         if _validates_now(trainer):
             self._waits = True
         elif self._saved_at != trainer.global_step:
+            log_before_saving(trainer, epoch=False)
             self._save(trainer)
         return self._path(trainer)
 

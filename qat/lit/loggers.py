@@ -10,6 +10,7 @@ import sys
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
@@ -44,6 +45,7 @@ class CSVLog(CSVLogger):
 class _Writer(ExperimentWriter):
     def __init__(self, log_dir: str, resumed_at: int | None) -> None:
         super().__init__(log_dir)
+        self._last = ""
         path = Path(self.metrics_file_path)
         there = csv_rows(path) if resumed_at and path.is_file() else []
         rows = [{key: value for key, value in row.items() if value != ""} for row in there if int(row["step"]) < (resumed_at or 0)]
@@ -57,8 +59,11 @@ class _Writer(ExperimentWriter):
         """Lightning would delete the rows of a run that is resumed."""
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        super().log_metrics(metrics_dict, step)
-        self.save()
+        """Write a row; one that comes twice running (`log_before_saving`) is written once."""
+        if (row := f"{step} {metrics_dict}") != self._last:
+            super().log_metrics(metrics_dict, step)
+            self.save()
+        self._last = row
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:  # noqa: ARG002  (Lightning's signature)
         self._write(csv_rows(Path(self.metrics_file_path)))
@@ -70,6 +75,17 @@ class _Writer(ExperimentWriter):
         writer.writeheader()
         writer.writerows(rows)
         write_text(Path(self.metrics_file_path), text.getvalue())
+
+
+def log_before_saving(trainer: Trainer, *, epoch: bool) -> None:
+    """Put the row of a step, or of an epoch, into `metrics.csv` before the checkpoint that counts it as logged: Lightning does so later."""
+    connector, loop, loggers = trainer._logger_connector, trainer.fit_loop.epoch_loop, trainer.loggers
+    trainer.loggers = [one for one in loggers if isinstance(one, CSVLog)]
+    loop._batches_that_stepped -= epoch  # as Lightning does for the row of an epoch
+    if epoch or connector.should_update_logs:
+        connector.log_metrics(connector.metrics["log"])
+    loop._batches_that_stepped += epoch
+    trainer.loggers = loggers
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.utils.files import csv_lines, read_torch, remove_unfinished, write_text, write_torch
+from qat.utils.files import csv_lines, read_torch, write_text, write_torch
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -67,7 +67,6 @@ class Progress:
         """Replace both files; at every moment there is a complete one of each."""
         if self.folder is None:
             return
-        remove_unfinished([self.folder])
         content = {"settings": self.settings, "inputs": self.inputs, "rows": self.rows, "state": dict(state)}
         write_torch(self.folder / f"{self.name}.ckpt", content)
         write_text(self.folder / f"{self.name}.csv", csv_lines([self.columns, *self.rows]))

@@ -42,6 +42,7 @@ from qat.tasks.predict import EvaluatedNet
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.teacher import check_teacher, net_of_file
+from qat.utils.files import remove_unfinished
 from qat.utils.validate import check_int
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ def ptq(cfg: DictConfig) -> float:
     fitting = build.settings_of(ReconstructSettings, "ptq.reconstruct", build.plain(cfg.ptq).get("reconstruct") or {})
     method = "keep" if recipe is None else recipe.method
     _check_run_dir(cfg)
+    if is_first():
+        remove_unfinished([Path(cfg.run_dir)])
     build.import_modules(cfg)
     subject = build_subject(cfg)
     _check_start(cfg, subject, searches=searching is not None)

@@ -1,4 +1,8 @@
-"""Going on with a run that was stopped: what is compared with its checkpoint, and what a new run in a used directory replaces."""
+"""Going on with a run that was stopped: what is compared with its checkpoint, and what a new run in a used directory replaces.
+
+Two comparisons stand where their parts are known: averaged weights (`lit/module.py`) and batches of all processes (`data/sampler.py`).
+Lightning restores weights, optimizer, schedule, loops and callbacks; `metrics.csv` loses the rows that come again (`lit/loggers.py`).
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ NOT_COMPARED = {
     *("callbacks.freeze.max_bits", "callbacks.oscillation.boundary_range", "optimizer.lr_batch_rule"),  # of older versions
     *("ckpt_optimizer", "loss.grad_l1", "loss.grad_l1_layers", "loss.regularizers.grad_l1"),  # of older versions
 }
-# What a checkpoint holds of these, the run keeps; the net's own are compared with the net in the checkpoint.
+# A difference in these is refused; the net's own are compared with the net in the checkpoint.
 _FIXED, _OF_THE_NET = ("optimizer.", "scheduler."), ("model.args", "model.name", "quant.")
 # What changes the number of steps; the schedule was laid out for those that the run began with.
 _STEPS = (

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from PIL import Image
 
 import qat
+from qat.lit.strategies import AtomicCheckpointIO
 from qat.tasks import build, fit
 from qat.tasks.resume import find_resume
 from tests.conftest import compose, results
@@ -100,6 +101,24 @@ def test_resumed_equals_uninterrupted(step, tmp_path, monkeypatch, full):
     run(run_dir, "resume=auto")
     assert_same_run(run_dir, full)
     assert metrics(run_dir) == metrics(full)
+
+
+def test_a_kill_right_after_a_save_loses_no_row(tmp_path, monkeypatch):
+    rows = []
+
+    def save(self, checkpoint, path, storage_options=None):
+        rows.append((checkpoint["global_step"], list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))))
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save)
+    run(tmp_path / "run", "callbacks.best=null", "trainer.log_every_n_steps=1", "trainer.max_epochs=1")
+    assert [step for step, _ in rows] == [2, 4, 6, 8, 9]
+    for step, there in rows:
+        written = [row["train/loss_step"] for row in there if row["train/loss_step"]]
+        assert len(written) == step
+    whole = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert [row for row in whole if row["train/loss"]] == [
+        row | {name: "" for name in whole[0].keys() - row} for row in there if row["train/loss"]
+    ]
 
 
 def test_time_before_the_interruption_counts(tmp_path, monkeypatch):
