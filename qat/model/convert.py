@@ -82,6 +82,10 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
     net.qat_conversion = Conversion(recipe, size)  # type: ignore[assignment]
     # timm's hook; what it names stays, as all parameters are there from here on.
     net.no_weight_decay = functools.partial(set, no_weight_decay(net))  # type: ignore[assignment]
+    for module in net.modules():  # timm.utils.reparameterize_model calls what a module has of these
+        for method in ("fuse", "reparameterize", "switch_to_deploy"):
+            if hasattr(type(module), method):
+                setattr(module, method, _refuse_reparameterization)
     guard(net)
     return net
 
@@ -165,8 +169,17 @@ def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module
     if new is old:
         return new
     walk.swapped.append((parent, name, old))
+    for key, value in vars(old).items():
+        if "hook" in key and not (isinstance(value, dict) and vars(new).get(key)):
+            setattr(new, key, value)  # the dictionaries themselves: a handle that was given out for one of them still removes its hook
+        elif not key.startswith("_") and not hasattr(new, key):
+            setattr(new, key, value)
     setattr(parent, name, new.train(old.training))
     return new
+
+
+def _refuse_reparameterization(*_: object, **__: object) -> None:
+    raise UsageError("reparameterize: the net is quantized, and would lose its quantizers; re-parameterize first, then convert")
 
 
 def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterable[RemovableHandle] = ()) -> torch.Size | None:

@@ -46,6 +46,7 @@ class QuantLinear(nn.Linear, QuantModule):
 
 
 @register_swap(nn.Linear, "linear")
+@register_swap(timm_layers.Linear, "linear")
 def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
     """Any Linear."""
     return Swap(QuantLinear(module, context.input_quantizer(), context.weight()))

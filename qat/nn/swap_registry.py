@@ -92,13 +92,28 @@ def register_swap(cls: type[nn.Module], intent: str) -> Callable[[SwapFunction],
 
 
 def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
-    """The swap for a module, or None where it stays as it is.
+    """The swap for a module, or None where it stays as it is, as layers do that are more than a Linear or a convolution (`is_plain`).
 
     An attention class without a swap of the recipe's intent stays float around its quantized Linears.
+
+    Raises:
+        UsageError: query-key reparameterization would take such a layer apart.
     """
     attention = {"qkr": "qkr_attention", "standard": "attention", "float": "float_attention"}[context.recipe.attention]
     intents = (*(("fqvit",) if context.recipe.placement == "fqvit" else ()), attention, "linear", "conv")
+    if isinstance(module, nn.Linear | nn.Conv2d) and not is_plain(module):
+        return None
+    if (type(module), "qkr_attention") in _SWAPS and attention == "qkr_attention":
+        for name, child in module.named_children():  # what makes queries, keys and values is taken apart
+            if isinstance(child, nn.Linear) and name != "proj" and not is_plain(child):
+                why = f"its {name} is a {type(child).__name__} with more than a weight and a bias, and would be taken apart"
+                raise UsageError(f"quant.attention='qkr': {why}; here it must be one of standard, float")
     return next((_SWAPS[type(module), intent] for intent in intents if (type(module), intent) in _SWAPS), None)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """True for a Linear or convolution of a known class that computes with its own weight: not pruned, normalised or adapted."""
+    return any((type(layer), intent) in _SWAPS for intent in ("linear", "conv")) and "weight" in layer._parameters
 
 
 def is_attention(module: nn.Module) -> bool:

@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import timm
+import timm.utils
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import qat
 from qat.model.convert import conversion_of
+from qat.model.report import conversion_report
 from qat.model.transfer import timm_state_dict
 from qat.nn import QuantLinear
 from tests.tiny import DISTILLED, SIZE, converted, float_recipe, images, logits, parameters, quantized, sites, vit
@@ -208,3 +211,70 @@ def test_a_converted_net_can_be_copied():
         twin.head.bias.add_(1)
     assert_close(logits(twin), logits(net) + 1)
     assert conversion_of(twin) == conversion_of(net)
+
+
+def test_hooks_and_attributes_stay_where_they_were_put():
+    net, seen = vit(), []
+    layer, attention = net.blocks[0].mlp.fc1, net.blocks[1].attn
+    layer.tag = attention.tag = "mine"
+    handles = [
+        layer.register_forward_hook(lambda module, args, out: seen.append(type(module).__name__)),
+        attention.register_forward_pre_hook(lambda module, args, kwargs: seen.append(type(module).__name__), with_kwargs=True),
+        attention.register_full_backward_hook(lambda module, into, out: seen.append("backward")),
+        layer.register_state_dict_post_hook(lambda module, state, prefix, local: seen.append("state")),
+    ]
+    qat.initialize_scales(qat.convert(net, qat.recipe("ofq"), input_size=SIZE), [images()])
+    seen.clear()
+    net(images().requires_grad_()).sum().backward()
+    net.state_dict()
+    assert seen == ["QuantLinear", "QkrVitAttention", "backward", "state"]
+    assert net.blocks[0].mlp.fc1.tag == net.blocks[1].attn.tag == "mine"
+    for handle in handles:
+        handle.remove()
+    logits(net)
+    net.state_dict()
+    assert len(seen) == 4
+
+
+class Adapted(nn.Linear):
+    """What adapter libraries put in place of a Linear."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features)
+        self.weight, self.bias, self.a = base.weight, base.bias, nn.Parameter(torch.randn(base.out_features, base.in_features) / 9)
+
+    def forward(self, x):
+        return super().forward(x) + nn.functional.linear(x, self.a)
+
+
+MORE = {
+    "adapter": Adapted,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "normalised": torch.nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.parametrize("way", MORE)
+@pytest.mark.parametrize("recipe", ["ofq", "ofq_noqkr", "lsq"])
+def test_layers_that_are_more_than_a_linear_stay_float_or_are_refused(way, recipe):
+    net = vit()
+    for parent, name in ((net.blocks[0].mlp, "fc1"), (net.blocks[1].attn, "qkv")):
+        setattr(parent, name, MORE[way](getattr(parent, name)))
+    own = {name for name, _ in net.named_parameters()}
+    if recipe == "ofq":
+        with pytest.raises(qat.UsageError, match=r"^quant\.attention='qkr': its qkv is a \w+ with more than a weight and a bias"):
+            qat.convert(net, qat.recipe(recipe), input_size=SIZE)
+        assert {name for name, _ in net.named_parameters()} == own
+        return
+    qat.convert(net, qat.recipe(recipe), input_size=SIZE)
+    assert own <= {name for name, _ in net.named_parameters()}
+    floats = dict(conversion_report(net).stays_float)
+    assert {"blocks.0.mlp.fc1", "blocks.1.attn.qkv"} <= {name.removesuffix(".parametrizations.weight") for name in floats}
+    assert "blocks.0.mlp.fc2" not in floats
+
+
+def test_a_quantized_net_is_not_reparameterized():
+    net = timm.create_model("repvgg_a0", num_classes=5)
+    qat.convert(net, qat.recipe("lsq", bits=4), input_size=(3, 32, 32))
+    with pytest.raises(qat.UsageError, match="re-parameterize first, then convert"):
+        timm.utils.reparameterize_model(net)
