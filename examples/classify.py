@@ -18,16 +18,32 @@ INTERPOLATIONS = {
 }
 
 
-def prepare(image: Image.Image, size: int, mean: list[float], std: list[float], interpolation: str, crop_pct: float | None) -> np.ndarray:
+def prepare(
+    image: Image.Image,
+    size: int,
+    mean: list[float],
+    std: list[float],
+    interpolation: str,
+    crop_pct: float | None,
+    crop_mode: str = "center",
+) -> np.ndarray:
     """An image as the net saw images, (1, C, H, W) float32: cropped to a square, or squeezed into it where there is no `crop_pct`."""
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     image = image.convert("L" if len(mean) == 1 else "RGB")
     if crop_pct is None:
         image = image.resize((size, size), INTERPOLATIONS["bicubic"])
     else:
-        short = int(size / crop_pct)
-        width, height = (int(short * side / min(image.size)) for side in image.size)
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        image = image.resize((width, height), INTERPOLATIONS[interpolation]).crop((left, top, left + size, top + size))
+        scaled = int(size / crop_pct)
+        sides = {
+            "center": [int(scaled * side / min(image.size)) for side in image.size],
+            "squash": [scaled, scaled],
+            "border": [round(scaled * side / max(image.size)) for side in image.size],
+        }[crop_mode]
+        square = Image.new(image.mode, (size, size), tuple(round(255 * value) for value in mean))
+        place = tuple((size - side) // 2 if side < size else -round((side - size) / 2) for side in sides)
+        square.paste(image.resize(sides, INTERPOLATIONS[interpolation]), place)
+        image = square
     pixels = np.asarray(image, dtype=np.float32).reshape(size, size, -1) / 255
     pixels = (pixels - np.float32(mean)) / np.float32(std)
     return pixels.transpose(2, 0, 1)[None].astype(np.float32)

@@ -25,7 +25,13 @@ from qat.launch.signals import ignore_signals
 SPLITS = ("train", "val", "test")
 # Of files written when there were these settings.
 REMOVED = {"cache", "in_memory", "class_weights", "erase_mode", "erase_count", "mixup_mode"}
-IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.9, "interpolation": "bicubic"}
+IMAGENET: dict[str, Any] = {
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+    "interpolation": "bicubic",
+}
 
 
 def data_folder(root: str | None, holds: str) -> Path:
@@ -261,7 +267,7 @@ class EncodedImageData(ImageData):
     """Base of datasets of image files: of any size, scaled and cropped as the model's pretrained weights expect it.
 
     Args:
-        settings: fields of `DataSettings`; None in `mean`, `std`, `crop_pct` and `interpolation` = that of `model`.
+        settings: fields of `DataSettings`; None in `mean`, `std`, `crop_pct`, `crop_mode` and `interpolation` = that of `model`.
 
     Raises:
         UsageError: a value that cannot work, or `num_classes` is None: the line says how many the data have.
@@ -276,7 +282,7 @@ class EncodedImageData(ImageData):
 
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
-        """The settings; None in `mean`, `std`, `crop_pct` and `interpolation` = that of `model`, else ImageNet's usual values."""
+        """The settings; what is None of how images are prepared (`IMAGENET`) = that of `model`, else ImageNet's usual values."""
         config = timm.get_pretrained_cfg(settings["model"]) if settings.get("model") else None
         values = {name: getattr(config, name, None) or usual for name, usual in IMAGENET.items() if settings.get(name) is None}
         if settings.get("in_chans") == 1:

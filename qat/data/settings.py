@@ -12,6 +12,7 @@ from qat.utils.validate import check_choice, check_int, check_number
 
 CHOICES = {
     "on_error": ("raise", "skip"),
+    "crop_mode": ("center", "squash", "border"),
     "augment": ("none", "light", "timm"),
     "train_interpolation": ("random", "nearest", "bilinear", "bicubic"),
     "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),
@@ -32,7 +33,7 @@ INTS = {
 }
 LOWEST_NUMBERS = ("memory_mb", "mixup", "cutmix")
 SHARES = ("hflip", "random_erasing", "mixup_prob", "mixup_switch_prob", "crop_pct")
-MAY_BE_NONE = {"interpolation", "crop_pct", "patch_size", "shift"}
+MAY_BE_NONE = {"interpolation", "crop_pct", "crop_mode", "patch_size", "shift"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class DataSettings:
         memory_mb: a split that would take more megabytes once decoded, or has images of different sizes, is decoded when needed.
         crop_pct: side of evaluation's centre crop as a share of the shorter side, before scaling to `image_size`; None = the whole image
             is squeezed into the square when read; photos: None = that of `model`.
+        crop_mode: where there is a `crop_pct`: `center` crops, `squash` first makes a square of the whole image, `border` pads it to one;
+            None = `center`; photos: None = that of `model`.
         interpolation: of evaluation's and `light`'s scaling where there is a `crop_pct`; photos: None = that of `model`.
         image_column: parquet column with encoded images; None = found by its usual names.
         label_column: parquet column with labels; None = found by its usual names.
@@ -106,6 +109,7 @@ class DataSettings:
     on_error: str = "raise"
     memory_mb: float = 4096
     crop_pct: float | None = None
+    crop_mode: str | None = None
     interpolation: str | None = None
     image_column: str | None = None
     label_column: str | None = None

@@ -64,7 +64,7 @@ def eval_transform(settings: DataSettings) -> Transform:
     """
     if settings.crop_pct is None:
         return Transform(v2.Compose([partial(resize_square, size=settings.image_size), _to_tensor]), finish=_normalise(settings))
-    scaling = {"crop_pct": settings.crop_pct, "interpolation": settings.interpolation or "bicubic"}
+    scaling = {"crop_pct": settings.crop_pct, "crop_mode": settings.crop_mode, "interpolation": settings.interpolation or "bicubic"}
     return Transform(v2.Compose([to_pil, _timm_transform(settings, **scaling)]))
 
 

@@ -165,13 +165,14 @@ def write_onnx(
 
 
 def preprocessing(settings: DataSettings) -> dict[str, Any]:
-    """What is to be done to an image: size, mean, std, interpolation, crop_pct."""
+    """What is to be done to an image: size, mean, std, interpolation, crop_pct, crop_mode."""
     return {
         "size": settings.image_size,
         "mean": list(settings.mean),
         "std": list(settings.std),
         "interpolation": settings.interpolation or "bicubic",
         "crop_pct": settings.crop_pct,
+        "crop_mode": settings.crop_mode or "center",
     }
 
 

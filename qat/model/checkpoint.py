@@ -31,6 +31,8 @@ from qat.utils.validate import check_choice
 
 FORMAT_VERSION = 1
 META_KEY = "qat"
+# Of timm's `pretrained_cfg`: which weights, and how images are prepared for them; other tags of one model differ in it.
+OF_IMAGES = ("tag", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 # Arguments of a net that would read or fetch further files.
 FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 NET_PREFIX = "net."
@@ -89,9 +91,11 @@ def describe(
     if not is_plain(kwargs):
         raise UsageError(f"save: model arguments {kwargs} are not plain data; give model_kwargs={{...}} of numbers and text")
     done, recipe, pool = conversion_of(net), recipe_of(net), getattr(net, "global_pool", None)
+    images = {key: value for key, value in (getattr(net, "pretrained_cfg", None) or {}).items() if key in OF_IMAGES and value is not None}
     return {
         "format_version": FORMAT_VERSION,
         "model": {"name": name, "kwargs": dict(kwargs)},
+        "pretrained_cfg": {key: list(value) if isinstance(value, tuple) else value for key, value in images.items()},
         "pool": pool if isinstance(pool, str) else None,
         "biases": grown_biases(net),
         "recipe": None if recipe is None else recipe.to_dict(),
@@ -282,6 +286,8 @@ def _described(meta: Mapping[str, Any]) -> nn.Module:
     net: nn.Module = timm.create_model(name, **kwargs)
     if meta.get("pool") is not None and isinstance(getattr(net, "global_pool", None), str):
         net.global_pool = meta["pool"]
+    if images := {key: value for key, value in (meta.get("pretrained_cfg") or {}).items() if key in OF_IMAGES}:
+        net.pretrained_cfg = net.default_cfg = {**net.pretrained_cfg, **images}  # type: ignore[assignment, dict-item]
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
         channels, height, width = meta["input_size"]

@@ -46,7 +46,7 @@ def _by_timm(net: nn.Module) -> dict[str, Any]:
     if height != width:
         raise UsageError(f"transform: the net takes images of {height} x {width} pixels, only squares are made here")
     found = timm.data.resolve_data_config({}, pretrained_cfg=config)
-    settings = {name: found[name] for name in ("mean", "std", "crop_pct", "interpolation")}
+    settings = {name: found[name] for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
     if chans != len(settings["mean"]):
         settings |= {name: [sum(settings[name]) / len(settings[name])] * chans for name in ("mean", "std")}
     classes = getattr(net, "num_classes", None) or config.get("num_classes", 1)  # a backbone has none, and images do not depend on it

@@ -69,7 +69,7 @@ def _settle_hub(cfg: DictConfig) -> None:
     # A checkpoint takes the place of the hub's weights, as it does of others.
     cfg.model.name, cfg.model.weights = config["architecture"], weights if wanted and not cfg.get("ckpt") else None
     described = config.get("pretrained_cfg") or {}
-    for key in ("mean", "std", "crop_pct", "interpolation"):
+    for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
         if key in cfg.get("data", {}) and cfg.data[key] is None and isinstance(described, dict):
             cfg.data[key] = described.get(key)
 

@@ -10,7 +10,11 @@ import torch
 from PIL import Image
 
 import qat
+from examples.classify import prepare
 from qat.data import Digits, ImageFolder
+from qat.data.image_transform import data_settings
+from qat.export.onnx_file import preprocessing
+from qat.model.transform import data_config
 from tests.conftest import ROOT, train
 from tests.data.files import write_folder, write_image
 
@@ -104,3 +108,27 @@ def test_a_dataset_from_elsewhere_is_not_imported(tmp_path):
 def test_it_needs_neither_hydra_nor_lightning_to_be_found():
     code = "import sys, qat; qat.transform, qat.load; sys.exit(any(m in sys.modules for m in ('hydra', 'omegaconf', 'lightning')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_224.dino", "vit_base_patch16_clip_224.openai"])
+def test_a_tag_keeps_its_images_in_files(tmp_path, name):
+    net = timm.create_model(name, num_classes=5, depth=1, embed_dim=48, num_heads=3, img_size=32)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 60, 3), dtype=np.uint8))
+    qat.save(net, tmp_path / "net.ckpt")
+    qat.save_pretrained(net, tmp_path / "shared")
+    for again in (qat.load(tmp_path / "net.ckpt"), qat.from_pretrained(tmp_path / "shared")):
+        assert again.pretrained_cfg["tag"] == name.partition(".")[2]
+        assert torch.equal(qat.transform(again)(image), qat.transform(net)(image))
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("share", [1.0, 0.9])
+def test_every_crop_is_timms(mode, share):
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=1)
+    net.pretrained_cfg = {**net.pretrained_cfg, "crop_mode": mode, "crop_pct": share}
+    treatment = preprocessing(data_settings(data_config(net)))
+    for size in ((260, 300), (90, 333), (500, 224)):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+        expected = timm.data.create_transform(**timm.data.resolve_data_config({}, model=net))(image)
+        assert torch.equal(qat.transform(net)(image), expected)
+        assert np.array_equal(prepare(image, **treatment)[0], expected.numpy())
