@@ -175,8 +175,8 @@ class QkrAttention(ScoredAttention, QuantModule):
 
     def __init__(self, attention: Any, context: SwapContext, bias: Tensor | None) -> None:
         super().__init__(attention, context)
-        wq, wk, wv = attention.qkv.weight.detach().clone().chunk(3)
-        bq, _, bv = (None, None, None) if bias is None else bias.detach().clone().chunk(3)
+        wq, wk, wv = (third.clone() for third in attention.qkv.weight.detach().chunk(3))
+        bq, _, bv = (None, None, None) if bias is None else (third.clone() for third in bias.detach().chunk(3))
         of_q, of_v = (getattr(attention, name, attention.qkv.bias) for name in ("q_bias", "v_bias"))
         self.q_weight, self.k_weight = (_learning_as(attention.qkv.weight, w) for w in (wq, wk))
         self.v = nn.Linear(wv.shape[1], wv.shape[0], bias=bv is not None, device="meta")

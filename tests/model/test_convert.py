@@ -6,6 +6,7 @@ import pytest
 import timm
 import timm.utils
 import torch
+from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.nn.utils import prune
 from torch.testing import assert_close
@@ -278,3 +279,12 @@ def test_a_quantized_net_is_not_reparameterized():
     qat.convert(net, qat.recipe("lsq", bits=4), input_size=(3, 32, 32))
     with pytest.raises(qat.UsageError, match="re-parameterize first, then convert"):
         timm.utils.reparameterize_model(net)
+
+
+@pytest.mark.parametrize("recipe", ["ofq", "ofq_noqkr", "seq"])
+def test_no_weights_share_their_storage(tmp_path, recipe):
+    net = quantized(recipe)
+    save_model(net, str(tmp_path / "net.safetensors"))
+    again = converted(recipe)
+    load_model(again, str(tmp_path / "net.safetensors"))
+    assert torch.equal(logits(again), logits(net))
