@@ -19,7 +19,7 @@ from qat.data import ImageData
 from qat.errors import UsageError
 from qat.launch import run_dir as outputs
 from qat.launch.ranks import connect, is_first
-from qat.launch.run_dir import UsedError
+from qat.launch.run_dir import CONFIG, UsedError
 from qat.lit.accuracy import evaluate
 from qat.lit.loggers import closing
 from qat.model.checkpoint import classes_of, save
@@ -41,6 +41,7 @@ from qat.tasks.evaluate import build_subject, measure, origin
 from qat.tasks.predict import EvaluatedNet
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
+from qat.tasks.resume import compare_settings
 from qat.tasks.teacher import check_teacher, net_of_file
 from qat.utils.files import remove_unfinished
 from qat.utils.validate import check_int
@@ -48,6 +49,7 @@ from qat.utils.validate import check_int
 log = logging.getLogger(__name__)
 
 FILE, KEEP = "quantized.ckpt", "keep"
+STATES = [f"{name}.ckpt" for name in (SEARCHED, RECONSTRUCTED)]
 
 
 def ptq(cfg: DictConfig) -> float:
@@ -73,6 +75,9 @@ def ptq(cfg: DictConfig) -> float:
         remove_unfinished([Path(cfg.run_dir)])
     build.import_modules(cfg)
     subject = build_subject(cfg)
+    if cfg.resume and _has_state(Path(cfg.run_dir)):
+        kept = "a run that goes on keeps its method; resume=false in another run_dir starts anew"
+        compare_settings(build.plain(OmegaConf.load(Path(cfg.run_dir) / CONFIG)), cfg, ("ptq.",), kept)
     _check_start(cfg, subject, searches=searching is not None)
     teacher = _target_net(cfg, subject)
     batches = calibration_batches(cfg, subject.data)
@@ -211,9 +216,9 @@ def build_search(cfg: DictConfig) -> SearchSettings | None:
 
 def _check_run_dir(cfg: DictConfig) -> None:
     """Raise `UsageError` if `resume` has nothing to go on from, or the directory is another run's."""
-    run_dir, states = Path(cfg.run_dir), [f"{name}.ckpt" for name in (SEARCHED, RECONSTRUCTED)]
-    if cfg.resume is True and not any((run_dir / name).is_file() for name in states):
-        raise UsageError(f"resume=true: run_dir={str(run_dir)!r} has no {' and no '.join(states)}; resume=auto starts where there is none")
+    run_dir = Path(cfg.run_dir)
+    if cfg.resume is True and not _has_state(run_dir):
+        raise UsageError(f"resume=true: run_dir={str(run_dir)!r} has no {' and no '.join(STATES)}; resume=auto starts where there is none")
     if cfg.overwrite:
         return
     if cfg.resume:
@@ -221,6 +226,10 @@ def _check_run_dir(cfg: DictConfig) -> None:
     elif used := outputs.used(run_dir):
         held = next((path for path in reversed(used) if path.suffix == ".ckpt"), used[0]).relative_to(run_dir)
         raise UsedError(f"run_dir={str(run_dir)!r} holds {held} already; choose another run_dir or set overwrite=true")
+
+
+def _has_state(run_dir: Path) -> bool:
+    return any((run_dir / name).is_file() for name in STATES)
 
 
 def _check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> None:

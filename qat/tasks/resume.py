@@ -76,7 +76,8 @@ def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
         raise UsageError(
             f"trainer.max_epochs={cfg.trainer.max_epochs}: {checkpoint.path} is {done} epochs old; must be an integer of at least {done}"
         )
-    _check_settings(checkpoint, cfg)
+    kept = "a run that goes on keeps its optimizer and its schedule; ckpt=PATH in another run_dir starts a new one"
+    compare_settings((checkpoint.meta or {}).get("run", {}).get("settings"), cfg, _FIXED, kept)
     log.info("resumed at step %d from %s", checkpoint.step or 0, checkpoint.path)
     return checkpoint
 
@@ -107,16 +108,25 @@ def _check_net(checkpoint: Checkpoint, cfg: DictConfig, recipe: QuantRecipe, mod
         raise UsageError(f"resume: {checkpoint.path} has another recipe (quant: {', '.join(differ)}); {instead}")
 
 
-def _check_settings(checkpoint: Checkpoint, cfg: DictConfig) -> None:
-    """Refuse settings that the run cannot change any more, and name all others that differ: no curve would show it."""
-    had = (checkpoint.meta or {}).get("run", {}).get("settings")
+def compare_settings(had: dict[str, Any] | None, cfg: DictConfig, fixed: tuple[str, ...], kept: str) -> None:
+    """Refuse settings that a run cannot change any more, and name all others that differ: no curve would show it.
+
+    Args:
+        had: settings of the run so far, nested or by name; None = not known.
+        cfg: those of the run that goes on.
+        fixed: beginnings of the names of those that stay.
+        kept: why, for the message.
+
+    Raises:
+        UsageError: one of those that stay differs.
+    """
     if had is None:
         return
     old, new = dict(_flat(had)), compared(cfg)
     changed = [name for name in {**old, **new} if old.get(name, _UNSET) != new.get(name, _UNSET) and not name.startswith(_OF_THE_NET)]
-    if kept := [name for name in changed if name.startswith(_FIXED)]:
-        shown = ", ".join(f"{name}={new.get(name, _UNSET)!r} (it had {old.get(name, _UNSET)!r})" for name in kept)
-        raise UsageError(f"{shown}: a run that goes on keeps its optimizer and its schedule; ckpt=PATH in another run_dir starts a new one")
+    if differ := [name for name in changed if name.startswith(fixed)]:
+        shown = ", ".join(f"{name}={new.get(name, _UNSET)!r} (it had {old.get(name, _UNSET)!r})" for name in differ)
+        raise UsageError(f"{shown}: {kept}")
     for name in changed if is_first() else ():
         note = "; the learning rate keeps the schedule that was laid out" if name in _STEPS else ""
         log.warning("resume: %s was %r, is %r%s", name, old.get(name, _UNSET), new.get(name, _UNSET), note)

@@ -32,7 +32,7 @@ def test_compensation_survives_evaluation_packing_and_export(tmp_path, float_run
     assert "was fitted quantized (compensate), so it has no float logits to follow; give teacher.ckpt=FILE" in line
 
 
-def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, float_run):
+def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, float_run, caplog):
     overrides = ("ptq=reconstruct_w3a3", *STEPS, "search=evolution", "search.passes=1", "search.cycles=1")
     found = quantize(tmp_path / "q", float_run, *overrides)
     assert found["reconstruction"]["units"] == 3
@@ -43,6 +43,11 @@ def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, flo
     assert again["top1"] == found["top1"]
     after = qat.load(tmp_path / "q/quantized.ckpt").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [m for m in caplog.messages if m.startswith("resume: ")] == []
+    quantize(tmp_path / "q", float_run, *overrides, "resume=true", "trainer.precision=bf16-mixed")
+    assert "resume: trainer.precision was '32-true', is 'bf16-mixed'" in caplog.messages
+    with pytest.raises(qat.UsageError, match=r"ptq\.method='compensate' \(it had 'reconstruct'\): a run that goes on keeps its method"):
+        quantize(tmp_path / "q", float_run, *overrides, "resume=true", "ptq.method=compensate")
 
 
 def test_what_cannot_work_is_one_line(tmp_path, float_run):
