@@ -190,7 +190,7 @@ def _start(cfg: DictConfig, *, in_sweep: bool, with_traceback: bool) -> Callable
         if in_sweep:
             raise UsageError(sweep.SEVERAL.format(trainer["devices"]))
         settings.check(cfg)
-        run_dir.unlock(cfg.run_dir)
+        run_dir.lock_for_ranks(cfg.run_dir)
         os.environ[FULL_ERROR] = str(int(with_traceback))
         given = [one for one in sys.argv[1:] if not one.startswith("run_dir=")]
         name = [cfg.command] if typed("").startswith("qat") else []

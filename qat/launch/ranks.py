@@ -27,6 +27,8 @@ COPYING = ("spawn", "fork", "notebook")
 # Seconds between a signal and the kill, of torchrun: a run saves after the step under way, or after the validation.
 SAVE_S = 600
 OWNER = ".slurm-job"
+# Number of the process that a rank ends with; the lock file that it holds for them.
+LAUNCHER, HELD = "QAT_LAUNCHER", "QAT_LOCK"
 FRUITLESS = 3  # so many stretches of a job may end without anything to go on from
 SAID_S, REQUEUE_S, KILL_S = 0.5, 60, 120
 # Names by which Lightning knows a session of a person, who may start what they like.
@@ -109,7 +111,8 @@ def connect(trainer: Trainer) -> None:
 
 
 def become_torchrun(count: int, command: Sequence[str]) -> NoReturn:
-    """Replace this process by torchrun with `count` processes of a command (script, arguments) on this machine."""
+    """Replace this process by torchrun with `count` processes of a command (script, arguments) on this machine; none outlives it."""
+    os.environ[LAUNCHER] = str(os.getpid())
     # As many threads as there are cores, in each process, would slow all of them down.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
     options = ["--standalone", f"--nproc-per-node={count}", f"--shutdown-timeout={SAVE_S}"]

@@ -1,8 +1,8 @@
 """A run directory: one run at a time writes into it, and which files make it a used one. Imports nothing heavy.
 
-The lock is held by the first process of a run. The operating system gives it back when that process ends, however it ends; what the file
-says of its holder is for people alone. The package filelock does not serve: its locks are inherited by loader processes, which may outlive
-a run; those of POSIX (`lockf`) are not.
+The lock is held by the first process of a run, or by what started its processes. The operating system gives it back when that process ends,
+however it ends; what the file says of its holder is for people alone. The package filelock does not serve: its locks are inherited by loader
+processes, which may outlive a run; those of POSIX (`lockf`) are not.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def lock(run_dir: str) -> None:
         UsedError: another run writes into it.
     """
     folder = Path(run_dir).resolve()
-    if folder in _locked or not ranks.is_first():
+    if folder in _locked or not ranks.is_first() or os.environ.get(ranks.HELD) == str(folder / LOCK):
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
@@ -99,6 +99,18 @@ def unlock(run_dir: str) -> None:
         with contextlib.suppress(OSError):
             (folder / LOCK).unlink(missing_ok=True)  # first: a run that waits for the old file sees that it is another
         os.close(handle)
+
+
+def lock_for_ranks(run_dir: str) -> None:
+    """Lock a directory until the program that replaces this one has ended: the ranks that it starts find it locked for them.
+
+    Raises:
+        UsedError: another run writes into it.
+    """
+    lock(run_dir)
+    folder = Path(run_dir).resolve()
+    os.set_inheritable(_locked[folder], True)  # noqa: FBT003
+    os.environ[ranks.HELD] = str(folder / LOCK)
 
 
 def used(run_dir: Path) -> list[Path]:

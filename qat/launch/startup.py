@@ -7,6 +7,7 @@ import resource
 import signal
 
 from qat.launch import signals
+from qat.launch.ranks import LAUNCHER
 
 MOST_OPEN_FILES = 65536
 PR_SET_PDEATHSIG = 1
@@ -15,10 +16,13 @@ PR_SET_PDEATHSIG = 1
 with contextlib.suppress(ValueError):  # not the main thread
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signals.end_at_once)
-# Of torchrun, which may be killed. Only Linux has it.
+# Of torchrun, which may be killed, and may have been by now. Only Linux has it.
 if "TORCHELASTIC_RUN_ID" in os.environ:
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Loader processes that this rank spawns have another parent.
+    if os.environ.pop(LAUNCHER, None) not in {None, str(os.getppid())}:
+        os._exit(1)
 # Loader processes hand over tensors as open files, and the usual 1024 are soon gone.
 _soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 _wanted = MOST_OPEN_FILES if _hard == resource.RLIM_INFINITY else min(_hard, MOST_OPEN_FILES)

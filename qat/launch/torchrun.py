@@ -1,5 +1,9 @@
-"""`torch.distributed.run` as a script: a signal gives its exit code, a rank that fails the table of ranks, neither a traceback."""
+"""`torch.distributed.run` as a script: a signal gives its exit code, a rank that fails the table of ranks, neither a traceback.
 
+It holds the lock of the run directory as long as a rank lives.
+"""
+
+import contextlib
 import logging
 import os
 import sys
@@ -8,6 +12,13 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+
+def remove_lock() -> None:
+    """Remove the lock file that came with this process; the lock itself goes with it."""
+    with contextlib.suppress(KeyError, OSError):
+        os.unlink(os.environ["QAT_LOCK"])  # `ranks.HELD`; qat is not always on the path here
+
+
 if __name__ == "__main__":
     logging.disable(logging.ERROR)  # ranks write their own lines
     try:
@@ -15,4 +26,7 @@ if __name__ == "__main__":
     except ChildFailedError as failed:
         sys.exit(str(failed))
     except SignalException as stop:
+        remove_lock()
         os._exit(128 + stop.sigval)
+    finally:
+        remove_lock()

@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -16,7 +18,7 @@ from qat.cli import commands
 from qat.launch import run_dir
 from qat.launch.run_dir import UsedError
 from tests.commands import typed
-from tests.conftest import TINY, tiny
+from tests.conftest import ROOT, TINY, tiny
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -79,6 +81,27 @@ def test_a_killed_run_locks_nobody_out_though_a_loader_of_it_lives_on(tmp_path):
         with run_dir.locked(str(tmp_path)):
             assert f"process {os.getpid()} " in (tmp_path / run_dir.LOCK).read_text()
     assert contents(tmp_path) == {}
+
+
+def test_what_replaces_a_process_holds_the_directory_for_its_ranks(tmp_path, monkeypatch):
+    program = """
+import os, sys
+from qat.launch import run_dir
+run_dir.lock_for_ranks(sys.argv[1])
+os.execvp("sh", ["sh", "-c", "echo; exec sleep 60"])
+"""
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE) as launcher:
+        launcher.stdout.readline()
+        with pytest.raises(UsedError, match=f"process {launcher.pid} on host"):
+            run_dir.lock(str(tmp_path))
+        monkeypatch.setenv("QAT_LOCK", str(tmp_path / ".lock"))
+        with run_dir.locked(str(tmp_path)):
+            pass
+        assert (tmp_path / ".lock").exists()
+        monkeypatch.delenv("QAT_LOCK")
+        launcher.kill()
+    with run_dir.locked(str(tmp_path)):
+        assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
 
 
 def test_a_job_that_is_started_again_waits_for_its_last_stretch(tmp_path, monkeypatch):

@@ -37,3 +37,10 @@ def test_threads_spin_for_as_long_as_was_said_or_briefly(said, count):
 @pytest.mark.parametrize(("said", "number"), [({}, "0"), ({"TORCHELASTIC_RUN_ID": "1"}, "9")])
 def test_a_rank_ends_with_its_launcher(said, number):
     assert started(PDEATHSIG, env={k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | said) == number
+
+
+@pytest.mark.parametrize(("parent", "code"), [(os.getpid(), 0), (1, 1)])
+def test_a_rank_whose_launcher_is_gone_does_not_begin(parent, code):
+    said = {"TORCHELASTIC_RUN_ID": "1", "QAT_LAUNCHER": str(parent)}
+    command = [sys.executable, "-c", "import qat.launch.startup"]
+    assert subprocess.run(command, cwd=ROOT, env=os.environ | said, check=False, timeout=60).returncode == code
