@@ -6,7 +6,6 @@ written down while torch traces the net (`write.py`), and simplified (`rewrite.p
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from qat.model.convert import check_input, conversion_of
 from qat.model.frozen import FrozenWeight, freeze, is_frozen
 from qat.model.transform import data_config
 from qat.utils.files import replacing
+from qat.utils.probing import copied
 from qat.utils.validate import check_choice
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def export_onnx(
         images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0))
     if tuple(images.shape[1:]) != done.input_size:
         raise UsageError(f"images of {tuple(images.shape)}: must be (at least 1, *{done.input_size})")
-    net = copy.deepcopy(net).cpu().float()
+    net = copied(net).cpu().float()
     frozen = net if is_frozen(net) else freeze(net)
     shape = check_input(frozen, done.input_size)
     if shape is None or len(shape) != 2:
@@ -203,7 +203,7 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings
 
     from qat.export.rewrite import divide_after_max_pool, narrow_weights, simplify  # noqa: PLC0415  (an extra)
 
-    net = copy.deepcopy(net).eval()
+    net = copied(net).eval()
     smallest = 8 if settings.target == "tensorrt" else TWO_BIT[settings.two_bit]
     stored = {name: store_weight(module, smallest) for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
     if settings.target == "tensorrt":
@@ -239,6 +239,10 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
 
     # An example of one image would be taken for a net of one image.
     images = image.expand(2, -1, -1, -1).contiguous() if dynamic_batch else image
+    # torch translates timm's fused attention for four axes alone; Hiera has five.
+    fused: list[Any] = [module for module in net.modules() if getattr(module, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False
     try:
         program: Any = torch.onnx.export(
             net,
@@ -254,6 +258,9 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error
         raise UsageError(f"format=onnx: torch cannot export this net: {' '.join(str(cause).split())[:300]}") from error
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
     def should_fold(node: onnx_ir.Node) -> bool | None:
         """False of the codes of a weight, which would be stored as float numbers; None = the optimizer decides."""

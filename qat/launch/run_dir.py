@@ -1,8 +1,8 @@
 """A run directory: one run at a time writes into it, and which files make it a used one. Imports nothing heavy.
 
-The lock is held by the first process of a run, or by what started its processes. The operating system gives it back when that process ends,
-however it ends; what the file says of its holder is for people alone. The package filelock does not serve: its locks are inherited by loader
-processes, which may outlive a run; those of POSIX (`lockf`) are not.
+The lock is held by the first process of a run, or by what started its processes. The operating system gives it back when that process
+ends, however it ends; what the file says of its holder is for people alone. The package filelock does not serve: its locks are inherited by
+loader processes, which may outlive a run; those of POSIX (`lockf`) are not.
 """
 
 from __future__ import annotations

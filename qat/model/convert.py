@@ -55,11 +55,13 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
         `net` itself.
 
     Raises:
-        UsageError: the net is converted already, a rule of `overrides` matches no module, QKR cannot hold, or no image of
-            `input_size` passes through. The net is then as it was.
+        UsageError: the net is converted already or has no weights (meta device), a rule of `overrides` matches no module, QKR cannot
+            hold, or no image of `input_size` passes through. The net is then as it was.
     """
     if conversion_of(net) is not None:
         raise UsageError("convert: the net is quantized already; build a fresh one, or load a checkpoint into another recipe with ckpt=")
+    if any(parameter.is_meta for parameter in net.parameters()):
+        raise UsageError("convert: the net is on the meta device; must hold weights: net.to_empty(device=...), then load them")
     size: tuple[int, int, int] = tuple(map(int, input_size))  # type: ignore[assignment]
     if recipe.name == "fp":
         _check_rules(net, recipe, [])

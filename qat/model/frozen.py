@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -23,6 +22,7 @@ from qat.nn.swin import QuantWindowAttention
 from qat.nn.vit import QuantVitAttention
 from qat.quantizers import Grid, Quantizer, UniformGrid
 from qat.spec import QuantSpec
+from qat.utils.probing import copied
 
 # Of activations: added before the rounding, and after it.
 OFFSETS = ("before", "after")
@@ -186,7 +186,7 @@ def freeze(net: nn.Module) -> nn.Module:
     if is_frozen(net):
         raise UsageError("freeze: the net is frozen already")
     assert_ready(net)
-    frozen = freeze_structure(copy.deepcopy(net).float())
+    frozen = freeze_structure(copied(net).float())
     for quantizer in _activations(frozen):
         for name in OFFSETS:
             offset = getattr(quantizer, name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.model.sites import iter_quantizers
 from qat.quantizers import Affine, Quantizer
-from qat.utils.probing import probing, unset_scales_allowed
+from qat.utils.probing import images_of, probing, unset_scales_allowed
 
 
 def is_ready(quantizer: Quantizer) -> bool:
@@ -48,7 +48,7 @@ def _check_before_forward(net: nn.Module, args: tuple[Any, ...]) -> None:
         assert_ready(net)
 
 
-def initialize_scales(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+def initialize_scales(net: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Set every scale that is still NaN, each quantizer seeing its input as the quantizers before it leave it.
 
     Scales that hold numbers already (from a checkpoint) stay. With one batch the result is the reference's rule; with several,
@@ -56,13 +56,13 @@ def initialize_scales(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
 
     Args:
         net: a converted net; runs in eval mode, its mode is restored.
-        batches: images (B, C, H, W) each, moved to the net's device.
+        batches: images (B, C, H, W) each, or what a loader gives, (images, labels); moved to the net's device.
 
     Returns:
         `net` itself.
 
     Raises:
-        UsageError: no batch, images that are not finite, or a quantizer that no batch reached.
+        UsageError: no batch, other things than finite images, or a quantizer that no batch reached.
     """
     pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]
     if not pending:
@@ -70,9 +70,7 @@ def initialize_scales(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     device = next(net.parameters()).device
     with probing(net, [quantizer.register_forward_pre_hook(_calibrating({})) for quantizer in pending]):
         for batch in batches:
-            if not batch.isfinite().all():
-                raise UsageError("calibration images hold NaN or infinity; look at data.mean, data.std and the files")
-            net(batch.to(device))
+            net(images_of(batch).to(device))
         assert_ready(net)
     return net
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import http.client
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,7 +139,9 @@ def from_state(
     try:
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
-        raise UsageError(f"{origin}: its weights are not those of {model} ({' '.join(str(error).split())[:300]})") from error
+        has, asked = (_size(weights, cfg["first_conv"]) for weights in (state, own))
+        why = f"it has {has}; asked for {asked}" if has and has != asked else " ".join(str(error).split())[:300]
+        raise UsageError(f"{origin}: its weights are not those of {model} ({why})") from error
     if keep_head and wrong:
         raise UsageError(f"{origin}: {wrong[0]}{hint}")
     net.pretrained_cfg = net.default_cfg = cfg  # type: ignore[assignment]
@@ -146,6 +149,12 @@ def from_state(
     net.load_state_dict(own_biases, strict=False)
     check_finite(net, origin)
     return Start(net, notes)
+
+
+def _size(state: Mapping[str, Tensor], stem: str) -> str:
+    """Blocks and width of the net that weights are of, for people; nothing where there are no blocks."""
+    blocks = {found[0] for name in state if (found := re.match(r".*\bblocks\.\d+", name))}
+    return f"{len(blocks)} blocks, {len(state.get(f'{stem}.weight', ()))} wide" if blocks else ""
 
 
 def check_finite(net: nn.Module, origin: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from qat.model.sites import iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq.runner import Forward, patched
 from qat.quantizers import Affine
-from qat.utils.probing import allow_unset_scales, probing
+from qat.utils.probing import allow_unset_scales, images_of, probing
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def in_float(net: nn.Module) -> Generator[None]:
 
 
 @torch.no_grad()
-def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> Calibration:
+def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     """Find the range of every quantizer and set its scale and zero point. No quantizer sees the rounding of another.
 
     Ranges are taken over all batches; where candidates are tried (omse, mse, ptf), on the last one, which passes once more. The same
@@ -51,10 +52,10 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> Calibration:
 
     Args:
         net: converted with a `PtqRecipe`; runs in eval mode, its mode is restored. Scales that it has are replaced.
-        batches: images (B, C, H, W) each, moved to the net's device.
+        batches: images (B, C, H, W) each, or what a loader gives, (images, labels); moved to the net's device.
 
     Raises:
-        UsageError: no affine quantizer, no batch, images that are not finite, or a quantizer that no batch reached.
+        UsageError: no affine quantizer, no batch, other things than finite images, or a quantizer that no batch reached.
     """
     found = [(s, s.quantizer) for s in iter_quantizers(net) if type(s.quantizer) is Affine and s.quantizer.n_scales]
     if not found:
@@ -71,11 +72,9 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> Calibration:
     device, images, count, last = next(net.parameters()).device, 0, 0, None
     with probing(net, [quantizer.register_forward_pre_hook(note) for quantizer in activations]), in_float(net):
         for batch in batches:
-            if not batch.isfinite().all():
-                raise UsageError("calibration images hold NaN or infinity; look at data.mean, data.std and the files")
-            last = batch.to(device)
+            last = images_of(batch).to(device)
             net(last)
-            images, count = images + len(batch), count + 1
+            images, count = images + len(last), count + 1
     if last is None:
         raise UsageError("calibrate: there is no batch of images")
     searching = [quantizer for quantizer in activations if quantizer.method in SEARCHES]

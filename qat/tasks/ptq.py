@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import time
@@ -44,6 +43,7 @@ from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.resume import compare_settings
 from qat.tasks.teacher import check_teacher, net_of_file
 from qat.utils.files import remove_unfinished
+from qat.utils.probing import copied
 from qat.utils.validate import check_int
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def ptq(cfg: DictConfig) -> float:
         raise UsageError(f"trainer.devices={trainer.world_size}: must be 1 with a search or ptq.method=compensate, reconstruct")
     quantized = subject
     if recipe is not None:
-        net = convert(copy.deepcopy(subject.net), recipe, input_size=subject.data.input_size)
+        net = convert(copied(subject.net), recipe, input_size=subject.data.input_size)
         quantized = dataclasses.replace(subject, net=net, recipe=recipe)
     if searching is not None:  # else a calibration would be for nothing
         scale_vectors(quantized.net, searching.targets)

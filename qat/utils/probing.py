@@ -1,15 +1,20 @@
-"""Look into a net by running it: evaluation mode, no gradients, hooks that are gone afterwards."""
+"""Look into a net by running it, or into a copy of it: evaluation mode, no gradients, hooks that are gone afterwards."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Generator, Iterable
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
+
+from qat.errors import UsageError
 
 # True while a net whose scales are not set may run; else it raises (`qat.model.scales.guard`).
 unset_scales_allowed = ContextVar("unset_scales_allowed", default=False)
@@ -45,3 +50,27 @@ def probing(net: nn.Module, hooks: Iterable[RemovableHandle]) -> Generator[None]
             module.training = mode
         for handle in handles:
             handle.remove()
+
+
+def copied(net: nn.Module) -> nn.Module:
+    """A copy of a net, of the one inside where it is compiled.
+
+    Some keep a tensor of their last forward (TinyViT, LeViT: attention biases); its graph, which nobody can copy, stays behind.
+    """
+    net = getattr(net, "_orig_mod", net)
+    held = itertools.chain.from_iterable(tree_leaves(vars(module)) for module in net.modules())
+    return copy.deepcopy(net, {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf})
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images of a batch for calibration: the batch itself, or the first of what a loader gives.
+
+    Raises:
+        UsageError: it is neither, or there are values that are not finite.
+    """
+    images = batch[0] if isinstance(batch, tuple | list) else batch
+    if not isinstance(images, Tensor):
+        raise UsageError(f"calibration: a batch is a {type(images).__name__}; must be images (B, C, H, W), or (images, ...)")
+    if not images.isfinite().all():
+        raise UsageError("calibration images hold NaN or infinity; look at data.mean, data.std and the files")
+    return images

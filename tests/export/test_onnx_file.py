@@ -77,6 +77,23 @@ def test_a_file_gives_the_answers_of_the_net(name, tmp_path):
     assert_agrees(made((RECIPES | DEPLOY)[name]), tmp_path / "net.onnx", tiny.images(32, 1))
 
 
+@pytest.mark.slow
+def test_a_compiled_net_whose_layers_hold_tensors_of_a_forward_with_gradients(tmp_path):
+    family = FAMILIES["levit"]
+    net = qat.convert(family.build(), qat.recipe("deploy_w8a8"), input_size=family.input_size)
+    qat.initialize_scales(net, [family.images(4)]).eval()(family.images(4))
+    assert qat.export_onnx(torch.compile(net, backend="eager"), tmp_path / "net.onnx").problem is None
+
+
+@pytest.mark.slow
+def test_fused_attention_of_five_axes(tmp_path):
+    net = timm.create_model(
+        "hiera_tiny_224", img_size=64, embed_dim=24, num_heads=1, stages=(1, 1), q_pool=1, mask_unit_size=(4, 4), num_classes=5
+    )
+    qat.initialize_scales(qat.convert(net, qat.recipe("deploy_w8a8"), input_size=(3, 64, 64)), [torch.randn(4, 3, 64, 64)])
+    assert_agrees(net.eval(), tmp_path / "net.onnx", torch.randn(4, 3, 64, 64))
+
+
 FORMS = [("deit_distilled", "qkr", 2), ("swin", "qkr", 2), ("swin", "standard", 3), ("beit", "qkr", 4), ("eva02", "standard", 2)]
 
 

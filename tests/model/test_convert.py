@@ -120,6 +120,13 @@ def test_converting_twice_is_an_error():
         qat.convert(converted(), qat.recipe("ofq"), input_size=SIZE)
 
 
+def test_a_net_without_weights_is_an_error():
+    with torch.device("meta"):
+        net = timm.create_model("vit_tiny_patch16_224", img_size=16)
+    with pytest.raises(qat.UsageError, match="the net is on the meta device; must hold weights"):
+        qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
+
+
 @pytest.mark.parametrize("size", [(1, 9, 9), (3, 8, 8), (1, 16, 16)])
 def test_images_that_do_not_pass(size):
     with pytest.raises(qat.UsageError, match=rf"input_size=\({size[0]}, {size[1]}, {size[2]}\): no image of this size passes"):

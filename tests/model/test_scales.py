@@ -41,9 +41,17 @@ def test_no_data_is_an_error(batches):
         qat.initialize_scales(converted(), batches)
 
 
-def test_images_that_are_not_finite_are_an_error():
-    with pytest.raises(qat.UsageError, match="NaN or infinity"):
-        qat.initialize_scales(converted(), [images(), images() * torch.nan])
+@pytest.mark.parametrize(
+    ("batch", "line"), [(images() * torch.nan, "NaN or infinity"), ({"image": images()}, "a batch is a dict; must be")]
+)
+def test_what_holds_no_finite_images_is_an_error(batch, line):
+    with pytest.raises(qat.UsageError, match=line):
+        qat.initialize_scales(converted(), [images(), batch])
+
+
+def test_a_loader_of_images_and_labels_is_taken_as_it_is():
+    nets = [qat.initialize_scales(converted(), [batch]) for batch in (images(), [images(), torch.zeros(len(images()))])]
+    assert torch.equal(logits(nets[0]), logits(nets[1]))
 
 
 def test_scales_that_hold_numbers_stay():

@@ -122,18 +122,18 @@ def test_colour_weights_are_summed_for_grey_images(path):
 
 
 @pytest.mark.parametrize(
-    "state",
+    ("state", "why"),
     [
-        timm.create_model("resnet18", num_classes=10).state_dict(),
-        vit(embed_dim=64).state_dict(),
-        vit(depth=3).state_dict(),
-        vit(DISTILLED).state_dict(),
+        (timm.create_model("resnet18", num_classes=10).state_dict(), "Error"),
+        (vit(embed_dim=64).state_dict(), "it has 2 blocks, 64 wide; asked for 2 blocks, 32 wide"),
+        (vit(depth=3).state_dict(), "it has 3 blocks, 32 wide; asked for 2 blocks, 32 wide"),
+        (vit(DISTILLED).state_dict(), "Error"),
     ],
     ids=["resnet", "wider", "deeper", "distilled"],
 )
-def test_weights_of_another_net(path, state):
+def test_weights_of_another_net(path, state, why):
     torch.save(state, path)
-    with pytest.raises(qat.UsageError, match=rf"ckpt='{path}': its weights are not those of {VIT}") as caught:
+    with pytest.raises(qat.UsageError, match=rf"ckpt='{path}': its weights are not those of {VIT} \({why}") as caught:
         start(path)
     assert "\n" not in str(caught.value)
 
