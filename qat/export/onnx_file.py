@@ -201,7 +201,7 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings
     """
     import onnx  # noqa: PLC0415  (an extra)
 
-    from qat.export.rewrite import divide_after_max_pool, narrow_weights, simplify  # noqa: PLC0415  (an extra)
+    from qat.export.rewrite import divide_apart, narrow_weights, simplify  # noqa: PLC0415  (an extra)
 
     net = copied(net).eval()
     smallest = 8 if settings.target == "tensorrt" else TWO_BIT[settings.two_bit]
@@ -217,7 +217,7 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings
         write_in_graph(net, stored, writer)
         with net.register_forward_pre_hook(writer.restart):
             model = _trace(net, image, dynamic_batch=settings.dynamic_batch)
-        divide_after_max_pool(model)
+        divide_apart(model)
     simplify(model)
     narrow_weights(model, stored)
     model.opset_imports[""] = opset = max(LOWEST_OPSET, *(OPSETS[one.width] for one in stored.values()))

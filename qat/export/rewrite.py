@@ -18,8 +18,8 @@ from qat.export.write import CODES
 
 # What OpenVINO makes one operator of with a factor after it.
 _JOINED = frozenset({"Add", "Mul", "LayerNormalization", "Gelu"})
-# What onnxruntime moves QuantizeLinear along, as it does along MaxPool.
-_VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice"})
+# What onnxruntime moves QuantizeLinear along, as it does along MaxPool, or makes one operator of with Conv.
+_PASSED = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Relu", "Clip", "BatchNormalization"})
 _NARROW = {4: ml_dtypes.int4, 2: ml_dtypes.int2}
 
 
@@ -111,16 +111,17 @@ def _set_apart(graph: ir.Graph, node: ir.Node) -> None:
     clip.replace_input_with(0, _insert(graph, clip, "Squeeze", product, axis))
 
 
-def divide_after_max_pool(model: ir.Model) -> None:
-    """Let a division be an operator of its own where a quantizer stands after MaxPool: codes are the same to the last bit.
+def divide_apart(model: ir.Model) -> None:
+    """Let a division be an operator of its own where a quantizer stands after MaxPool or Conv: codes are the same to the last bit.
 
-    onnxruntime moves QuantizeLinear before MaxPool, and its MaxPool of 8 bits takes a hundred times as long as that of float numbers.
+    onnxruntime moves QuantizeLinear before MaxPool, and its MaxPool of 8 bits takes a hundred times as long as that of float numbers. Of a
+    Conv between DequantizeLinear and QuantizeLinear it rounds the weights to 8 bits of one scale.
     """
     for node in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
         made = node.inputs[0].producer()  # type: ignore[union-attr]
-        while made is not None and made.op_type in _VIEWS:
+        while made is not None and made.op_type in _PASSED:
             made = made.inputs[0].producer()  # type: ignore[union-attr]
-        if made is not None and made.op_type == "MaxPool":
+        if made is not None and made.op_type in {"MaxPool", "Conv", "Gemm"}:
             one = _store(model.graph, f"{node.name}.one", np.array(1, np.float32))
             node.replace_input_with(0, _insert(model.graph, node, "Div", *node.inputs[:2]))
             node.replace_input_with(1, one)

@@ -139,8 +139,8 @@ def from_state(
     try:
         net = _create(model, kwargs, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
-        has, asked = (_size(weights, cfg["first_conv"]) for weights in (state, own))
-        why = f"it has {has}; asked for {asked}" if has and has != asked else " ".join(str(error).split())[:300]
+        found, asked = (_size(weights, cfg["first_conv"]) for weights in (state, own))
+        why = f"it has {found}; asked for {asked}" if found and found != asked else " ".join(str(error).split())[:300]
         raise UsageError(f"{origin}: its weights are not those of {model} ({why})") from error
     if keep_head and wrong:
         raise UsageError(f"{origin}: {wrong[0]}{hint}")
