@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -55,8 +56,8 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
         `net` itself.
 
     Raises:
-        UsageError: the net is converted already, a rule of `overrides` matches no module, QKR cannot hold, or no image of
-            `input_size` passes through. The net is then as it was.
+        UsageError: the net is converted already, a rule of `overrides` matches no module, QKR cannot hold, no image of `input_size`
+            passes through, or tokens with scales of their own are dropped in training. The net is then as it was.
     """
     if conversion_of(net) is not None:
         raise UsageError("convert: the net is quantized already; build a fresh one, or load a checkpoint into another recipe with ckpt=")
@@ -74,6 +75,7 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
             net.connect()
         _allocate(net, size, swapped)
         _check_rules(net, recipe, attentions)
+        _check_dropping(net, recipe)
     except Exception:
         for parent, name, child in reversed(swapped):
             setattr(parent, name, child)
@@ -101,6 +103,17 @@ def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> 
             raise UsageError(
                 f"{recipe.GROUP}.overrides[{pattern!r}] matches no module that is quantized; patterns see names like {example!r}"
             )
+
+
+def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
+    """Scales follow the place of a token, which is another one where tokens before it are dropped; only training drops any."""
+    rates = [module.prob for module in net.modules() if isinstance(module, PatchDropout | PatchDropoutWithIndices)]
+    rate = max([getattr(net, "patch_drop_rate", 0), *rates])  # Hiera's own
+    per_token = any(site.quantizer.axis == -2 and site.quantizer.n_scales > 1 for site in iter_quantizers(net))
+    if rate and per_token and recipe.GROUP == QuantRecipe.GROUP:
+        raise UsageError(
+            f"model.args.patch_drop_rate={rate}: {recipe.name} has scales for each token; must be 0, or quant.act_scales=tensor"
+        )
 
 
 def _as_names(value: object) -> set[str]:
