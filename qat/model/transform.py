@@ -32,6 +32,15 @@ def transform(net: nn.Module) -> Callable[[AnyImage], Tensor]:
     return image_transform(data_config(net))
 
 
+def normalization(net: nn.Module) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of `transform`, in pixel values in [0, 1]."""
+    from qat.data.image_data import EncodedImageData
+
+    config, one = data_config(net), {"image_size": 1, "patch_size": None, "num_classes": 1}
+    settings = EncodedImageData.complete(one | {key: config.get(key) for key in ("in_chans", "mean", "std", "model")})
+    return list(settings.mean), list(settings.std)
+
+
 def data_config(net: nn.Module) -> Mapping[str, Any]:
     """The data config of a net, plain; see `transform`."""
     stored = data_of(net) or {}
