@@ -193,10 +193,10 @@ def load(encoded: EncodedImages, settings: DataSettings) -> ImageSource:
 
 def _are_same(one: ImageSource, other: ImageSource) -> bool:
     """Whether two splits have the same labels in the same order and, in a sample, the same pixels: a copy, or a link."""
-    if len(one) == 0 or not np.array_equal(one.labels, other.labels):
+    if not np.array_equal(one.labels, other.labels):
         return False
     try:
-        return all(np.array_equal(one[i][0], other[i][0]) for i in range(0, len(one), -(-len(one) // SAMPLE)))
+        return all(np.array_equal(one[i][0], other[i][0]) for i in range(0, len(one), len(one) // SAMPLE or 1))
     except ImageError:  # which a run shows that needs the image
         return False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,22 +53,6 @@ class Outputs:
         finally:
             # What a module gives while it is made again for a backward pass is nothing new.
             self._is_open, self._seen = False, []
-
-
-def renormalize(net: nn.Module, given: Sequence[Sequence[float]], own: Sequence[Sequence[float]]) -> None:
-    """Let a net take images of another mean and standard deviation than those that it was trained on.
-
-    Args:
-        net: from here on maps such images to its own before its first layer.
-        given: mean and standard deviation per channel of the images that come.
-        own: of those that it was trained on. Where both are equal nothing is done.
-    """
-    if (pairs := [list(map(list, pair)) for pair in (given, own)])[0] == pairs[1]:
-        return
-    (mean, std), (own_mean, own_std) = torch.tensor(pairs, dtype=torch.float64)[..., None, None]
-    for name, value in (("image_scale", std / own_std), ("image_shift", (mean - own_mean) / own_std)):
-        net.register_buffer(name, value.float(), persistent=False)  # moves with the net, and is in none of its files
-    net.register_forward_pre_hook(lambda net, args: (args[0] * net.image_scale + net.image_shift,))
 
 
 class Teacher:

@@ -108,9 +108,9 @@ def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> 
 def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
     """Scales follow the place of a token, which is another one where tokens before it are dropped; only training drops any."""
     rates = [module.prob for module in net.modules() if isinstance(module, PatchDropout | PatchDropoutWithIndices)]
-    rate = max([getattr(net, "patch_drop_rate", 0), *rates])  # Hiera's own
-    per_token = any(site.quantizer.axis == -2 and site.quantizer.n_scales > 1 for site in iter_quantizers(net))
-    if rate and per_token and recipe.GROUP == QuantRecipe.GROUP:
+    rate = max(rates, default=getattr(net, "patch_drop_rate", 0))  # Hiera's own
+    per_token = any(site.quantizer.axis == -2 for site in iter_quantizers(net) if site.quantizer.n_scales)
+    if rate and per_token and recipe.GROUP == "quant":
         raise UsageError(
             f"model.args.patch_drop_rate={rate}: {recipe.name} has scales for each token; must be 0, or quant.act_scales=tensor"
         )

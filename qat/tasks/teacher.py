@@ -14,12 +14,11 @@ from qat.errors import UsageError
 from qat.interop import is_ofq
 from qat.launch.ranks import is_first
 from qat.lit import Teacher
-from qat.lit.teacher import renormalize
 from qat.losses import CompositeLoss
 from qat.model.checkpoint import build_from, data_of, read_checkpoint
 from qat.model.convert import check_input, conversion_of
 from qat.model.start import Start, check_finite, check_model, from_pretrained, from_state
-from qat.model.transform import normalization
+from qat.model.transform import data_config, renormalize
 from qat.tasks.build import build_start, model_args
 from qat.tasks.checks import check_classes
 
@@ -99,7 +98,11 @@ def _trained_with(start: Start, cfg: DictConfig, data: ImageData, setting: str) 
     net = start.source or start.net
     follows_timm = isinstance(data, EncodedImageData) and cfg.data.get("mean") is None
     is_known = data_of(net) or setting.endswith(".pretrained") or (follows_timm and setting != "model.name")
-    return normalization(net) if is_known else _normalization(data)
+    if not is_known:
+        return _normalization(data)
+    config, one = data_config(net), {"image_size": 1, "patch_size": None, "num_classes": 1}
+    settings = EncodedImageData.complete(one | {key: config.get(key) for key in ("in_chans", "mean", "std", "model")})
+    return list(settings.mean), list(settings.std)
 
 
 def _own_teacher(cfg: DictConfig) -> nn.Module:

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from qat.lit import Teacher
-from qat.lit.teacher import renormalize
+from qat.model.transform import renormalize
 from tests.tiny import DISTILLED, VIT, images, logits, vit
 
 
@@ -40,7 +40,7 @@ def test_it_gets_images_as_it_was_trained_with_them(name):
     teacher, pixels = Teacher(vit(name)), images()
     expected = teacher((pixels - 0.5) / 0.05)
     same = ([0.5], [0.05])
-    renormalize(teacher.net, same, tuple(map(tuple, same)))
+    renormalize(teacher.net, same, same)
     assert not teacher.net._forward_pre_hooks
     renormalize(teacher.net, ([0.3], [0.2]), same)
     assert_close(teacher((pixels - 0.3) / 0.2), expected, rtol=1e-4, atol=1e-4)
