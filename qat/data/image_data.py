@@ -223,7 +223,7 @@ class ImageData(LightningDataModule, ABC):
         total = len(images)
         count = min(count or total, total)
         chosen = [i * total // count for i in range(count)]
-        return DataLoader(Subset(images, chosen), batch_size=self.settings.batch_size, num_workers=self.settings.num_workers)
+        return DataLoader(Subset(images, chosen), batch_size=self.settings.batch_size, num_workers=self.settings.workers(count))
 
     def _loader(self, split: str, *, shuffle: bool) -> DataLoader:
         images = self._transformed(split, augmented=shuffle)
@@ -234,7 +234,7 @@ class ImageData(LightningDataModule, ABC):
         repeats = self.settings.repeats if self.settings.augment != "none" else 1
         options = {"rank": rank, "world_size": world, "repeats": repeats}
         sampler = SeededSampler(len(images), seed=self.settings.seed, shuffle=shuffle, **options)
-        workers = self.settings.num_workers
+        workers = self.settings.workers(len(images))
         loader = ResumableLoader if shuffle else DataLoader
         return loader(
             images,

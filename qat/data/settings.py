@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,8 @@ INTS = {
 }
 LOWEST_NUMBERS = ("memory_mb", "mixup", "cutmix")
 SHARES = ("hflip", "random_erasing", "mixup_prob", "mixup_switch_prob", "crop_pct")
-MAY_BE_NONE = {"interpolation", "crop_pct", "crop_mode", "patch_size", "shift"}
+MAY_BE_NONE = {"interpolation", "crop_pct", "crop_mode", "patch_size", "shift", "num_workers"}
+FEW_IMAGES, MOST_WORKERS = 1000, 8
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class DataSettings:
         mean: per channel, of pixel values in [0, 1]; photos: None = that of `model`.
         std: per channel, of pixel values in [0, 1]; photos: None = that of `model`.
         batch_size: images per process and step.
-        num_workers: loader processes.
+        num_workers: loader processes; None = see `workers`.
         augment: `none` (all that follows is off, `repeats` too), `light` (shifted crop, flip; with a `crop_pct` random resized crop, flip)
             or `timm` (random resized crop, flip and what follows).
         hflip: probability of a horizontal flip under `light` and `timm`; 0 where left and right matter.
@@ -88,7 +90,7 @@ class DataSettings:
     mean: Sequence[float]
     std: Sequence[float]
     batch_size: int = 64
-    num_workers: int = 0
+    num_workers: int | None = None
     augment: str = "none"
     hflip: float = 0.5
     shift: int | None = None
@@ -135,6 +137,14 @@ class DataSettings:
             if values is None or len(values) != self.in_chans or not all(lowest < value < math.inf for value in values):
                 above = " above 0" if name == "std" else ""
                 raise UsageError(f"data.{name}={values}: must be a finite number{above} for each of the {self.in_chans} channels")
+
+    def workers(self, images: int) -> int:
+        """`num_workers`, or as the machine has cores for each of a run's processes on it; for few images none, which start sooner."""
+        if self.num_workers is not None:
+            return self.num_workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # of a task of srun its own
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
+        return 0 if images < FEW_IMAGES else min(share, MOST_WORKERS)
 
     @property
     def mixes(self) -> bool:

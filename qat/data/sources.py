@@ -18,11 +18,13 @@ from PIL import Image
 
 from qat.data.settings import DataSettings
 from qat.errors import UsageError
+from qat.launch.ranks import is_first
 
 log = logging.getLogger(__name__)
 
 # One fixed division into train, val and test: results of different runs and seeds are on the same images.
 SPLIT_SEED, HELD_OUT = 0, 0.1
+SAMPLE = 64
 # Pillow would have a PostScript file run by Ghostscript, whatever its name.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 SKIP = "data.on_error=skip leaves out what cannot be decoded"
@@ -189,6 +191,16 @@ def load(encoded: EncodedImages, settings: DataSettings) -> ImageSource:
     return ImageArrays(np.stack(images), encoded.labels)
 
 
+def _are_same(one: ImageSource, other: ImageSource) -> bool:
+    """Whether two splits have the same labels in the same order and, in a sample, the same pixels: a copy, or a link."""
+    if not np.array_equal(one.labels, other.labels):
+        return False
+    try:
+        return all(np.array_equal(one[i][0], other[i][0]) for i in range(0, len(one), len(one) // SAMPLE or 1))
+    except ImageError:  # which a run shows that needs the image
+        return False
+
+
 def resize_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """An image (H, W, C) as (size, size, C), bicubic, its proportions lost."""
     if image.shape[:2] == (size, size):
@@ -208,7 +220,13 @@ def stratified_split(labels: NDArray[np.int64], held_out: float) -> tuple[NDArra
 
 
 def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
-    """The splits, `ImageArrays` or encoded images; where there is no val, a tenth of train is, always the same images."""
+    """The splits, `ImageArrays` or encoded images; where there is no val, a tenth of train is, always the same images.
+
+    A split that is another one, as a copy or by a link, is named in a warning.
+    """
+    for one, other in itertools.combinations(splits, 2):
+        if is_first() and _are_same(splits[one], splits[other]):
+            log.warning("data: %s and %s are the same images; accuracies on %s say nothing of other images", one, other, other)
     if "train" not in splits or "val" in splits:
         return dict(splits)
     kept, out = stratified_split(splits["train"].labels, HELD_OUT)

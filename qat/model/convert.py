@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -56,7 +57,8 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
 
     Raises:
         UsageError: the net is converted already or has no weights (meta device), a rule of `overrides` matches no module, QKR cannot
-            hold, or no image of `input_size` passes through. The net is then as it was.
+            hold, no image of `input_size` passes through, or tokens with scales of their own are dropped in training. The net is then
+            as it was.
     """
     if conversion_of(net) is not None:
         raise UsageError("convert: the net is quantized already; build a fresh one, or load a checkpoint into another recipe with ckpt=")
@@ -76,6 +78,7 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
             net.connect()
         _allocate(net, size, swapped)
         _check_rules(net, recipe, attentions)
+        _check_dropping(net, recipe)
     except Exception:
         for parent, name, child in reversed(swapped):
             setattr(parent, name, child)
@@ -103,6 +106,17 @@ def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> 
             raise UsageError(
                 f"{recipe.GROUP}.overrides[{pattern!r}] matches no module that is quantized; patterns see names like {example!r}"
             )
+
+
+def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
+    """Scales follow the place of a token, which is another one where tokens before it are dropped; only training drops any."""
+    rates = [module.prob for module in net.modules() if isinstance(module, PatchDropout | PatchDropoutWithIndices)]
+    rate = max(rates, default=getattr(net, "patch_drop_rate", 0))  # Hiera's own
+    per_token = any(site.quantizer.axis == -2 for site in iter_quantizers(net) if site.quantizer.n_scales)
+    if rate and per_token and recipe.GROUP == "quant":
+        raise UsageError(
+            f"model.args.patch_drop_rate={rate}: {recipe.name} has scales for each token; must be 0, or quant.act_scales=tensor"
+        )
 
 
 def _as_names(value: object) -> set[str]:

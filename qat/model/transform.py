@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import timm.data
+import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
@@ -62,3 +63,19 @@ def _input_size(net: nn.Module, config: Mapping[str, Any]) -> tuple[int, int, in
     size = args.get("img_size", sides)
     height, width = (size, size) if isinstance(size, int) else size
     return args.get("in_chans", chans), height, width
+
+
+def renormalize(net: nn.Module, given: Sequence[Any], own: Sequence[Any]) -> None:
+    """Let a net take images of another mean and standard deviation than those that it was trained on.
+
+    Args:
+        net: from here on maps such images to its own before its first layer.
+        given: mean and standard deviation per channel of the images that come.
+        own: of those that it was trained on. Where both are equal nothing is done.
+    """
+    if given == own:
+        return
+    (mean, std), (own_mean, own_std) = torch.tensor([given, own], dtype=torch.float64)[..., None, None]
+    # A buffer moves with the net; it is in none of its files.
+    net.register_buffer("to_own", torch.stack([std, mean - own_mean]).div(own_std).float(), persistent=False)
+    net.register_forward_pre_hook(lambda net, args: (args[0] * net.to_own[0] + net.to_own[1],))

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch import Callback, callbacks, seed_everything
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
@@ -29,6 +28,15 @@ from qat.utils.validate import check_int, check_number
 log = logging.getLogger(__name__)
 HALF_WEIGHTS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
+# Callbacks of Lightning that change what a schedule was laid out for, or want another module; what there is instead.
+UNFIT: dict[type[Callback], str] = {
+    callbacks.BackboneFinetuning: "optimizer.layer_decay has early layers learn more slowly",
+    callbacks.BatchSizeFinder: "set data.batch_size",
+    callbacks.GradientAccumulationScheduler: "set trainer.accumulate_grad_batches, one number for the whole run",
+    callbacks.LearningRateFinder: "a sweep compares learning rates: -m optimizer.lr=1e-4,1e-3",
+    callbacks.ModelPruning: "prune the float model, then start from it with ckpt=FILE",
+    callbacks.StochasticWeightAveraging: "callbacks=[default,ema] averages weights",
+}
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -75,9 +83,11 @@ def _settle_hub(cfg: DictConfig) -> None:
 
 
 def check_callback(name: str, callback: object) -> None:
-    """Raise `UsageError` unless it is a callback, and what it monitors may exist: Lightning says so after an epoch of training."""
+    """Raise `UsageError` unless it is a callback that can work, and what it monitors may exist: Lightning says so after an epoch."""
     if not isinstance(callback, Callback):
         raise UsageError(f"callbacks.{name}: {type(callback).__name__} is not a subclass of lightning.pytorch.Callback")
+    for instead in (instead for kind, instead in UNFIT.items() if isinstance(callback, kind)):
+        raise UsageError(f"callbacks.{name}: a run cannot have {type(callback).__name__}; {instead}")
     monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
     if mode == "max" and "loss" in str(monitor):
         raise UsageError(f"callbacks.{name}.mode='max': the best {monitor} is the lowest; must be min")
@@ -110,7 +120,9 @@ def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
 
 def check_sharding(cfg: DictConfig, name: str, part: object) -> None:
     """Raise `UsageError` if a callback or a term of the loss looks at whole weights, where each process has a part of them."""
-    if cfg.trainer.get("strategy") == SHARDED and (getattr(part, "needs_whole_weights", False) or isinstance(part, WeightAveraging)):
+    if cfg.trainer.get("strategy") == SHARDED and (
+        getattr(part, "needs_whole_weights", False) or isinstance(part, callbacks.WeightAveraging)
+    ):
         raise UsageError(f"trainer.strategy={SHARDED!r}: {name} needs whole weights; must be ddp")
 
 

@@ -160,11 +160,12 @@ def settle_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
     if "_target_" not in stored:
         stored = build.plain(cfg.default_photos if predicts else cfg.default_data)
         if predicts and checkpoint is not None and meta:
-            stored |= {"_target_": "qat.data.ImageFolder", "num_workers": 0, **data_config(build_from(checkpoint))}
+            stored |= {"_target_": "qat.data.ImageFolder", **data_config(build_from(checkpoint))}
     if predicts:
         stored |= {"root": None}
     with open_dict(cfg):
-        cfg.data = OmegaConf.create({**stored, **wanted})
+        # Of the machine that wrote the file, or of a stranger: how many workers is this machine's business.
+        cfg.data = OmegaConf.create({**stored, "num_workers": None, **wanted})
 
 
 def _stored_data(meta: Mapping[str, Any], cfg: DictConfig) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
     loader = DataLoader(
         _Files(paths, settings),
         batch_size=settings.batch_size,
-        num_workers=settings.num_workers if len(paths) > settings.batch_size else 0,  # starting workers costs more than one batch
+        num_workers=settings.workers(len(paths)),
     )
     device, net = trainer.strategy.root_device, subject.net.to(trainer.strategy.root_device).eval()
     rows = []

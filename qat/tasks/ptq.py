@@ -27,6 +27,7 @@ from qat.model.cost import cost
 from qat.model.frozen import is_frozen
 from qat.model.ptq_spec import PtqRecipe
 from qat.model.scales import assert_ready
+from qat.model.start import Start
 from qat.ptq import calibrate, in_float
 from qat.ptq.compensate import compensate
 from qat.ptq.reconstruct import STATE_NAME as RECONSTRUCTED
@@ -41,7 +42,7 @@ from qat.tasks.predict import EvaluatedNet
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.resume import compare_settings
-from qat.tasks.teacher import check_teacher, net_of_file
+from qat.tasks.teacher import fit_teacher, net_of_file
 from qat.utils.files import remove_unfinished
 from qat.utils.probing import copied
 from qat.utils.validate import check_int
@@ -271,7 +272,7 @@ def _target_net(cfg: DictConfig, subject: EvaluatedNet) -> nn.Module | None:
     net = net_of_file(path, subject.name, cast(dict, subject.net._model_args))
     if conversion_of(net) is not None:
         raise UsageError(f"teacher.ckpt={path!r}: is quantized; the targets of a search are the logits of a float net")
-    check_teacher(net, subject.data, f"teacher.ckpt={path!r}")
+    fit_teacher(Start(net), cfg, subject.data, "teacher.ckpt")
     return net.eval()
 
 

@@ -9,13 +9,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from qat.data import ImageData
+from qat.data.image_data import EncodedImageData
 from qat.errors import UsageError
 from qat.interop import is_ofq
+from qat.launch.ranks import is_first
 from qat.lit import Teacher
 from qat.losses import CompositeLoss
-from qat.model.checkpoint import build_from, read_checkpoint
+from qat.model.checkpoint import build_from, data_of, read_checkpoint
 from qat.model.convert import check_input, conversion_of
-from qat.model.start import check_finite, check_model, from_pretrained, from_state
+from qat.model.start import Start, check_finite, check_model, from_pretrained, from_state
+from qat.model.transform import data_config, renormalize
 from qat.tasks.build import build_start, model_args
 from qat.tasks.checks import check_classes
 
@@ -24,8 +27,9 @@ log = logging.getLogger(__name__)
 QUANTIZED = "is quantized already and no float teacher; give teacher.ckpt=FILE or teacher.pretrained=true"
 # What every vision transformer takes; the rest of the student's arguments may not fit another model.
 COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
-# What may give the teacher, the first that is set.
-SOURCES = ("teacher.ckpt", "teacher.pretrained", "ckpt", "model.weights", "model.pretrained")
+# What may give weights, the first that is set.
+STARTS = ("ckpt", "model.weights", "model.pretrained")
+TEACHERS = ("teacher.ckpt", "teacher.pretrained", *STARTS)
 
 
 def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teacher | None:
@@ -43,14 +47,25 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
         return None
     if len(given) > 1:
         raise UsageError(f"{', '.join(given)}: a teacher comes from one of them")
-    net = _own_teacher(cfg) if given or cfg.teacher.model else _students_start(cfg)
-    name = next((key for key in SOURCES if OmegaConf.select(cfg, key)), "model.name")
-    check_teacher(net, data, f"{name}={OmegaConf.select(cfg, name)!r}")
-    return Teacher(net, cfg.loss.get("teacher_head", "cls"))
+    start = Start(_own_teacher(cfg)) if given or cfg.teacher.model else _students_start(cfg)
+    name = next((key for key in TEACHERS if OmegaConf.select(cfg, key)), "model.name")
+    fit_teacher(start, cfg, data, name)
+    return Teacher(start.net, cfg.loss.get("teacher_head", "cls"))
 
 
-def check_teacher(net: nn.Module, data: ImageData, origin: str) -> None:
-    """Raise `UsageError` unless a net from `origin` has the classes of the data, in their order, and takes their images."""
+def fit_teacher(start: Start, cfg: DictConfig, data: ImageData, setting: str) -> None:
+    """Let a teacher take images of the data, whatever mean and standard deviation it was trained with.
+
+    Args:
+        start: the teacher.
+        cfg: with the config of the data in force.
+        data: what it teaches on.
+        setting: what it comes from.
+
+    Raises:
+        UsageError: it has other classes, or the same ones in another order, or takes images of another size.
+    """
+    net, origin = start.net, f"{setting}={OmegaConf.select(cfg, setting)!r}"
     classes = getattr(net, "num_classes", data.settings.num_classes)
     if classes != data.settings.num_classes:
         raise UsageError(f"{origin} is the teacher: has {classes} classes, the data {data.settings.num_classes}")
@@ -59,6 +74,35 @@ def check_teacher(net: nn.Module, data: ImageData, origin: str) -> None:
         check_input(net, data.input_size)
     except UsageError as error:
         raise UsageError(f"{origin} is the teacher: {error}") from error
+    renormalize(net, _normalization(data), _trained_with(start, cfg, data, setting))
+
+
+def warn_of_normalization(start: Start, cfg: DictConfig, data: ImageData) -> None:
+    """Log a line if a net starts from weights that were trained on images of another mean or standard deviation."""
+    setting = next((key for key in STARTS if OmegaConf.select(cfg, key)), "model.name")
+    had, has = _trained_with(start, cfg, data, setting), _normalization(data)
+    if had != has and is_first():
+        names = ("mean {} and std {}".format(*pair) for pair in (had, has))
+        log.warning("%s=%r: trained on images of {}; those of the data have {}".format(*names), setting, OmegaConf.select(cfg, setting))
+
+
+def _normalization(data: ImageData) -> tuple[list[float], list[float]]:
+    return list(data.settings.mean), list(data.settings.std)
+
+
+def _trained_with(start: Start, cfg: DictConfig, data: ImageData, setting: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of what a net was trained on; those of the data where nothing says it.
+
+    A file says it, and timm of its own weights. Of other weights timm's word is taken where the data follow it too.
+    """
+    net = start.source or start.net
+    follows_timm = isinstance(data, EncodedImageData) and cfg.data.get("mean") is None
+    is_known = data_of(net) or setting.endswith(".pretrained") or (follows_timm and setting != "model.name")
+    if not is_known:
+        return _normalization(data)
+    config, one = data_config(net), {"image_size": 1, "patch_size": None, "num_classes": 1}
+    settings = EncodedImageData.complete(one | {key: config.get(key) for key in ("in_chans", "mean", "std", "model")})
+    return list(settings.mean), list(settings.std)
 
 
 def _own_teacher(cfg: DictConfig) -> nn.Module:
@@ -76,7 +120,7 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
         raise UsageError(str(error).replace("model.", "teacher.")) from error
 
 
-def _students_start(cfg: DictConfig) -> nn.Module:
+def _students_start(cfg: DictConfig) -> Start:
     if not (cfg.ckpt or cfg.model.weights or cfg.model.pretrained):
         if not cfg.trainer.fast_dev_run:
             instead = "give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights"
@@ -85,7 +129,7 @@ def _students_start(cfg: DictConfig) -> nn.Module:
     start = build_start(cfg, keep_head=True)
     if start.source is not None and conversion_of(start.source) is not None:
         raise UsageError(f"ckpt={cfg.ckpt!r} {QUANTIZED}")
-    return start.net
+    return start
 
 
 def net_of_file(path: str, name: str, args: dict[str, Any], typed: str | None = None) -> nn.Module:

@@ -29,7 +29,7 @@ from qat.tasks.report import report_run
 from qat.tasks.results import measured, recipe_fields, record_run, write_results
 from qat.tasks.resume import check_data, check_optimizer, compared, find_resume, outputs_to_replace
 from qat.tasks.summary import announce_run, announce_teacher
-from qat.tasks.teacher import build_teacher
+from qat.tasks.teacher import build_teacher, warn_of_normalization
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ def _start(
         start = build.build_start(cfg)
         if start.source is not None:
             check_classes(start.source, data, f"ckpt={str(cfg.ckpt)!r}")
+        warn_of_normalization(start, cfg, data)
     check_patches(start.net, data)
     check_classifier(start.net, data)
     start.net.to(trainer.strategy.root_device)

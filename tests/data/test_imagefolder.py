@@ -1,5 +1,9 @@
 """Image folders, ImageNet's among them. Oracles: torchvision's ImageFolder, timm's transforms, and pixels known by construction."""
 
+import os
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm.data
@@ -60,6 +64,28 @@ def test_where_images_are_held_changes_no_pixel(tmp_path, augment):
     first = batches()
     assert torch.equal(batches(memory_mb=0), first)
     assert torch.equal(batches(memory_mb=0, num_workers=2), first)
+
+
+SAME = {
+    "link": lambda train, other: other.symlink_to(train),
+    "links": lambda train, other: shutil.copytree(train, other, copy_function=lambda a, b: Path(b).symlink_to(a)),
+    "hard links": lambda train, other: shutil.copytree(train, other, copy_function=os.link),
+    "copies": shutil.copytree,
+    "others": lambda train, other: write_folder(other, ((".", 21),), size=9),
+    "one differs": lambda train, other: write_image(shutil.copytree(train, other) / "bee" / "019.JPEG", 9, 9),
+}
+
+
+@pytest.mark.parametrize("memory_mb", [0, 100])
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("way", SAME)
+def test_a_split_that_is_another_one_is_named(tmp_path, caplog, way, split, memory_mb):
+    root = write_folder(tmp_path, (("train", 20),), size=9)
+    SAME[way](root / "train", root / split)
+    found = data(root, memory_mb=memory_mb)
+    assert len(found.split("train")) + len(found.split("val")) >= 40
+    line = f"data: train and {split} are the same images; accuracies on {split} say nothing of other images"
+    assert caplog.messages == ([line] if way in {"link", "links", "hard links", "copies"} else [])
 
 
 def test_other_files_are_left_alone(tmp_path):

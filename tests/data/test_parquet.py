@@ -149,3 +149,13 @@ def test_labels_that_are_no_class_ids_are_refused(tmp_path, labels, line):
     pq.write_table(pa.table({"image": pa.array([b"", b""]), "label": labels}), tmp_path / "train.parquet")
     with pytest.raises(qat.UsageError, match=line):
         data(tmp_path).train_dataloader()
+
+
+def test_a_copy_of_train_is_named(tmp_path, caplog):
+    write(tmp_path, (("train", 12),))
+    folder = tmp_path / "data"
+    (folder / "validation.parquet").symlink_to(folder / "train.parquet")
+    (folder / "test.parquet").write_bytes((folder / "train.parquet").read_bytes())
+    data(tmp_path).split("train")
+    pairs = [("train", "val"), ("train", "test"), ("val", "test")]
+    assert caplog.messages == [f"data: {a} and {b} are the same images; accuracies on {b} say nothing of other images" for a, b in pairs]

@@ -66,6 +66,24 @@ def test_unknown_and_missing_settings_are_named():
         Digits(**{name: value for name, value in SETTINGS.items() if name != "image_size"})
 
 
+@pytest.mark.parametrize(
+    ("typed", "images", "cores", "ranks", "workers"),
+    [
+        (None, 10**6, 64, 1, 8),
+        (None, 10**6, 4, 1, 4),
+        (None, 10**6, 64, 16, 4),  # of this machine
+        (None, 10**6, 2, 4, 1),
+        (None, 600, 64, 1, 0),
+        (3, 600, 1, 4, 3),
+        (0, 10**6, 64, 1, 0),
+    ],
+)
+def test_workers_are_the_machines(typed, images, cores, ranks, workers, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert DataSettings(**SETTINGS, num_workers=typed).workers(images) == workers
+
+
 def test_settings_cannot_change_afterwards():
     with pytest.raises(AttributeError):
         DataSettings(**SETTINGS).batch_size = 3

@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from qat.lit import Teacher
-from tests.tiny import DISTILLED, images, logits, vit
+from qat.model.transform import renormalize
+from tests.tiny import DISTILLED, VIT, images, logits, vit
 
 
 def test_class_head_of_a_distilled_net():
@@ -32,6 +33,18 @@ def test_blocks_are_those_that_are_asked_for():
 def test_a_plain_net_has_one_answer(head):
     net = vit()
     assert_close(Teacher(net, head)(images()), logits(net), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [VIT, DISTILLED])
+def test_it_gets_images_as_it_was_trained_with_them(name):
+    teacher, pixels = Teacher(vit(name)), images()
+    expected = teacher((pixels - 0.5) / 0.05)
+    same = ([0.5], [0.05])
+    renormalize(teacher.net, same, same)
+    assert not teacher.net._forward_pre_hooks
+    renormalize(teacher.net, ([0.3], [0.2]), same)
+    assert_close(teacher((pixels - 0.3) / 0.2), expected, rtol=1e-4, atol=1e-4)
+    assert set(teacher.net.state_dict()) == set(vit(name).state_dict())
 
 
 def test_it_answers_in_the_students_autocast_dtype_and_keeps_nothing():

@@ -13,10 +13,11 @@ from torch.testing import assert_close
 
 import qat
 from qat.model.convert import conversion_of
+from qat.model.ptq_spec import PtqRecipe
 from qat.model.report import conversion_report
 from qat.model.transfer import timm_state_dict
 from qat.nn import QuantLinear
-from tests.tiny import DISTILLED, SIZE, converted, float_recipe, images, logits, parameters, quantized, sites, vit
+from tests.tiny import DISTILLED, KWARGS, SIZE, VIT, converted, float_recipe, images, logits, parameters, quantized, randn, sites, vit
 
 QUANTIZED = ["ofq", "ofq_noqkr", "lsq", "seq", "minmax"]
 
@@ -279,6 +280,27 @@ def test_layers_that_are_more_than_a_linear_stay_float_or_are_refused(way, recip
     floats = dict(conversion_report(net).stays_float)
     assert {"blocks.0.mlp.fc1", "blocks.1.attn.qkv"} <= {name.removesuffix(".parametrizations.weight") for name in floats}
     assert "blocks.0.mlp.fc2" not in floats
+
+
+DROPPING = [(VIT, KWARGS), ("eva02_tiny_patch14_224", KWARGS), ("hiera_tiny_224", {"num_classes": 5, "in_chans": 1, "img_size": 224})]
+
+
+@pytest.mark.parametrize(("model", "changes"), DROPPING, ids=[name for name, _ in DROPPING])
+def test_dropped_tokens_have_no_scales_of_their_own(model, changes):
+    size = (1, changes["img_size"], changes["img_size"])
+    net = timm.create_model(model, **changes, patch_drop_rate=0.5)
+    line = r"^model\.args\.patch_drop_rate=0\.5: lsq has scales for each token; must be 0, or quant\.act_scales=tensor$"
+    with pytest.raises(qat.UsageError, match=line):
+        qat.convert(net, qat.recipe("lsq"), input_size=size)
+    qat.convert(net, qat.recipe("lsq", act_scales="tensor"), input_size=size)
+    qat.initialize_scales(net, [randn(2, *size)])
+    net.train()(randn(2, *size)).sum().backward()
+    assert next(iter(qat.iter_quantizers(net))).owner.weight.grad.isfinite().all()
+
+
+def test_a_net_that_dropped_tokens_is_quantized_after_training():
+    recipe = PtqRecipe(act_scales="token")
+    assert conversion_of(qat.convert(vit(patch_drop_rate=0.5), recipe, input_size=SIZE)).recipe == recipe
 
 
 def test_a_quantized_net_is_not_reparameterized():

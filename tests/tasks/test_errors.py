@@ -32,6 +32,15 @@ def shown(values):
     return [(value, words.get(value, value)) for value in values.split()]
 
 
+# Callbacks of Lightning that end a run in its middle, or change what it has laid out.
+UNFIT = {
+    "BackboneFinetuning": "optimizer.layer_decay",
+    "BatchSizeFinder": "data.batch_size",
+    "GradientAccumulationScheduler +callbacks.x.scheduling={1:4}": "trainer.accumulate_grad_batches",
+    "LearningRateFinder": "optimizer.lr",
+    "ModelPruning +callbacks.x.pruning_fn=l1_unstructured": "ckpt=FILE",
+    "StochasticWeightAveraging +callbacks.x.swa_lrs=0.001": re.escape("callbacks=[default,ema]"),
+}
 TRAIN = [
     # the recipe
     *((f"quant.bits={v}", rf"quant\.bits={s}: {WHOLE} 2 to 8") for v, s in shown("1 9 1.5 x")),
@@ -80,6 +89,10 @@ TRAIN = [
     ("loss=kd", r"no teacher; give teacher\.ckpt=FILE"),
     ("loss.terms.ce._target_=qat.losses.Nope", r"loss\.terms\.ce\._target_='qat\.losses\.Nope'"),
     ("+callbacks.x._target_=nowhere.Nope", r"callbacks\.x\._target_='nowhere\.Nope'"),
+    *(
+        (f"+callbacks.x._target_=lightning.pytorch.callbacks.{name}", rf"callbacks\.x: a run cannot have {name.split()[0]}; .*{instead}")
+        for name, instead in UNFIT.items()
+    ),
     ("+callbacks.x._target_=torch.nn.Identity", r"callbacks\.x: Identity is not a subclass of lightning\.pytorch\.Callback"),
     ("callbacks.best.monitor=val/nope", r"callbacks\.best\.monitor='val/nope': must be one of .* val/top1, val/top5, val/loss"),
     ("checkpoint.every_n_steps=0", rf"checkpoint\.every_n_steps=0: {WHOLE} 1"),

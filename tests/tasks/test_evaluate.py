@@ -94,6 +94,16 @@ def test_the_stored_data_with_another_root(tmp_path):
         assert found["loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.parametrize(("command", "typed", "workers"), [("eval", [], None), ("ptq", [], None), ("analyze", ["data.num_workers=1"], 1)])
+def test_the_workers_of_a_file_are_not_started(tmp_path, float_run, command, typed, workers):
+    data = read_checkpoint(last(float_run)).meta["data"]
+    file = edited(last(float_run), tmp_path / "a.ckpt", data | {"num_workers": 200})
+    cfg = compose(command, f"ckpt={file}", f"run_dir={tmp_path}/run", *typed)
+    settle_data(cfg, read_checkpoint(file))
+    assert cfg.data.num_workers == workers
+    assert build.build_data(cfg).sample("test").num_workers == (workers or 0)
+
+
 def test_a_timm_model_from_a_weight_file(tmp_path):
     net = timm.create_model("vit_tiny_patch16_224", **build.model_args(compose("train", *MODEL)))
     torch.save(net.state_dict(), tmp_path / "w.pt")

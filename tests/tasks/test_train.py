@@ -15,8 +15,11 @@ from torch.testing import assert_close
 
 import qat
 from qat.cli import commands
+from qat.data.image_data import EncodedImageData
 from qat.model.checkpoint import read_checkpoint
+from qat.model.start import from_scratch
 from qat.tasks import build
+from qat.tasks.teacher import build_teacher
 from tests.conftest import evaluate, results, tiny, train, write_cifar
 
 KEYS = [
@@ -259,6 +262,42 @@ def test_the_teacher_is_the_float_start_and_its_accuracy_is_kept(tmp_path, float
     assert f"teacher: test top-1 {accuracy:.2f} %" in caplog.text
     assert set(state(run)) == set(Watch.seen["net"].state_dict())
     assert len(column(run, "train/loss_kd")) == 1
+
+
+@pytest.mark.parametrize("setting", ["ckpt", "teacher.ckpt"])
+def test_a_teacher_of_other_normalization_is_as_good_as_alone(tmp_path, caplog, float_run, setting):
+    file = float_run / "checkpoints" / "best.ckpt"
+    run = train(tmp_path / "run", "loss=kd", f"{setting}={file}", "data.mean=[0.9]", "data.std=[0.02]")
+    assert results(run)["top1_fp"] == pytest.approx(results(float_run)["top1"], abs=0.3)  # an image at a boundary
+    line = f"ckpt='{file}': trained on images of mean [0.3051] and std [0.3759]; those of the data have mean [0.9] and std [0.02]"
+    assert [r.getMessage() for r in caplog.records if "trained on images" in r.getMessage()] == ([line] if setting == "ckpt" else [])
+
+
+@pytest.mark.parametrize(
+    ("typed", "own"),
+    [
+        ("teacher.pretrained=true", 0.5),  # timm's word for its weights, whatever the data have
+        ("teacher.ckpt={}", 0.3051),  # weights of unknown images
+        ("teacher.ckpt={} data._target_=tests.tasks.test_train.Photos data.mean=null data.std=null data.model=resnet18", 0.5),
+    ],
+)
+def test_what_a_teacher_was_trained_with(tmp_path, monkeypatch, typed, own):
+    plain_weights(tmp_path / "w.pt")
+    monkeypatch.setattr("qat.tasks.teacher.from_pretrained", lambda name, args, **_: from_scratch(name, args))
+    cfg = tiny(tmp_path / "run", "loss=kd", *typed.format(tmp_path / "w.pt").split())
+    data = build.build_data(cfg)
+    net = build_teacher(cfg, build.build_loss(cfg), data).net
+    (mean,), (std,) = data.settings.mean, data.settings.std
+    images = torch.full((1, 1, 8, 8), (0.7 - mean) / std)
+    (found,) = [hook(net, (images,)) for hook in net._forward_pre_hooks.values()] or [(images,)]
+    assert_close(found[0], torch.full_like(images, (0.7 - own) / {0.5: 0.5, 0.3051: 0.3759}[own]))
+
+
+class Photos(EncodedImageData):
+    """What images a net is for; none are read."""
+
+    def encoded(self):
+        return {}
 
 
 @pytest.mark.parametrize("head", ["cls", "mean"])
