@@ -27,7 +27,7 @@ from qat.model.ptq_spec import recipe_from
 from qat.model.scales import assert_ready
 from qat.spec import QuantRecipe
 from qat.utils.files import about_as_large_as, check_bounds, check_model_arguments, check_tensors, damage_of, write_torch
-from qat.utils.validate import check_choice
+from qat.utils.validate import check_choice, check_images
 
 FORMAT_VERSION = 1
 META_KEY = "qat"
@@ -225,12 +225,14 @@ def _check_meta(meta: Any, origin: str) -> None:
     """Raise `UsageError` if what a file of ours says of itself is not of the kind that `describe` writes."""
     try:
         check_bounds(meta)
-        model, data, size = meta["model"], meta.get("data") or {}, meta.get("input_size") or [1]
-        kinds = (model["name"], str), (model["kwargs"], dict), (data, dict), (meta.get("run", {}), dict), (data.get("_target_", ""), str)
+        model, data, size, config = meta["model"], meta.get("data") or {}, meta.get("input_size") or [1], meta.get("pretrained_cfg") or {}
+        kinds: list[tuple[Any, type]] = [(part, dict) for part in (model["kwargs"], data, config, meta.get("run", {}))]
+        kinds += [(model["name"], str), (data.get("_target_", ""), str)]
         if not (all(isinstance(value, kind) for value, kind in kinds) and math.prod(size) <= _MOST_PIXELS):
             raise TypeError("has something of another kind")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"{origin}: is damaged, or not written by qat: its description of the net: {error}") from error
+    check_images(f"{origin}: its data", data)
 
 
 def _training_of(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,6 +290,7 @@ def _described(meta: Mapping[str, Any]) -> nn.Module:
         net.global_pool = meta["pool"]
     if images := {key: value for key, value in (meta.get("pretrained_cfg") or {}).items() if key in OF_IMAGES}:
         net.pretrained_cfg = net.default_cfg = {**net.pretrained_cfg, **images}  # type: ignore[assignment, dict-item]
+        check_images("pretrained_cfg", net.pretrained_cfg)
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
         channels, height, width = meta["input_size"]

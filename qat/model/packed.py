@@ -26,7 +26,6 @@ from qat.utils.files import MOST_CONSTANT, replacing
 
 FORMAT = "packed-1"
 _BYTES_OF_FLOAT = 4
-_UNKNOWN = "0" * 8  # in the place of a checksum that is not computed yet
 _DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 
 
@@ -58,11 +57,10 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
             sums[_kind(name)] += _BYTES_OF_FLOAT * tensor.numel()
     packed = base64.b64encode(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)).decode()
     tensors = {"codes": torch.cat([torch.zeros(0, dtype=torch.uint8), *codes]), "floats": torch.cat([torch.zeros(0), *floats])}
-    metadata = {"format": FORMAT, "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed, "crc32": _UNKNOWN}
+    metadata = {"format": FORMAT, "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed}
+    metadata["crc32"] = _checksum(*tensors.values(), *metadata.values())
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
-        content = temporary.read_bytes()
-        temporary.write_bytes(content.replace(_stated(_UNKNOWN), _stated(_checksum(content, _UNKNOWN)), 1))
     return sums | {"header": Path(path).stat().st_size - sum(sums.values())}
 
 
@@ -73,13 +71,10 @@ def _kind(name: str) -> str:
     return "offsets" if last in OFFSETS else "scales"
 
 
-def _stated(checksum: str) -> bytes:
-    return f'"crc32":"{checksum}"'.encode()
-
-
-def _checksum(content: bytes, stated: str) -> str:
-    """CRC-32 of a packed file without what it states itself, as eight digits."""
-    return f"{zlib.crc32(content.replace(_stated(stated), b'', 1)):08x}"
+def _checksum(codes: Tensor, floats: Tensor, *said: str) -> str:
+    """CRC-32 of all bytes of the two tensors and of the texts of the header, in this order, as eight digits."""
+    content = codes.numpy().tobytes() + floats.numpy().tobytes() + "".join(said).encode()
+    return f"{zlib.crc32(content):08x}"
 
 
 def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -96,9 +91,8 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         if metadata.get("format") != FORMAT:
             raise UsageError(f"{str(path)!r}: format {metadata.get('format')!r}; this version of qat reads {FORMAT!r}")
         codes, floats = file.get_tensor("codes"), file.get_tensor("floats")
-    # That of older files is of the bytes of the two tensors alone.
-    of_tensors = f"{zlib.crc32(floats.numpy().tobytes(), zlib.crc32(codes.numpy().tobytes())):08x}"
-    if metadata["crc32"] not in {of_tensors, _checksum(Path(path).read_bytes(), metadata["crc32"])}:
+    said = (metadata["format"], metadata["qat"], metadata["index"])
+    if metadata["crc32"] not in {_checksum(codes, floats, *said), _checksum(codes, floats)}:  # older files: of the tensors alone
         raise ValueError("it is damaged: its checksum does not fit")
     index = json.loads(zlib.decompress(base64.b64decode(metadata["index"])))
     if (constants := sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")) > MOST_CONSTANT:

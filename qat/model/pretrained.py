@@ -23,6 +23,7 @@ from qat.model.frozen import freeze, is_frozen
 from qat.model.packed import write_packed
 from qat.utils.files import check_model_arguments, json_text, write_text
 from qat.utils.text import json_object
+from qat.utils.validate import check_images
 
 PREFIX = "hf-hub:"  # timm's, before `user/name`
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -83,6 +84,8 @@ def fetch(repository: str, origin: str) -> Path:
         check_model_arguments(arguments)
         if "${" in json.dumps(config):
             raise ValueError("it holds '${', which would be resolved as a setting")
+        if isinstance(described := config.get("pretrained_cfg") or {}, dict):
+            check_images("pretrained_cfg", described)
     except ValueError as error:
         raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error
     return folder

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import pickle
 import pickletools
 import sys
@@ -304,6 +305,26 @@ def test_what_a_file_asks_for_has_bounds(path, change, said):
     began = time.monotonic()
     refused(path, said)
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("part", ["pretrained_cfg", "data"])
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("input_size", "abc", "must be channels, height and width, integers from 1 to 16384"),
+        ("input_size", [3, 10**6, 10**6], "must be channels, height and width, integers from 1 to 16384"),
+        ("mean", [0.5] * 4, "must be a finite number for each of the 3 channels"),
+        ("mean", "abc", "must be a finite number for each of the 3 channels"),
+        ("std", [0.5, 0.5, 0], "must be a finite number above 0 for each of the 3 channels"),
+        ("crop_pct", -1, "must be a number above 0 to 2"),
+        ("crop_pct", math.nan, "must be a number above 0 to 2"),
+        ("crop_mode", "x", "must be one of center, squash, border"),
+        ("interpolation", ["bicubic"], "must be one of nearest, bilinear, bicubic, lanczos"),
+    ],
+)
+def test_images_that_cannot_be_prepared_are_refused(path, part, name, value, said):
+    changed(path, lambda c: c["qat"].update({part: {"in_chans": 3, name: value}}))
+    refused(path, f"{part}.{name}={value!r}: {said}")
 
 
 @pytest.mark.parametrize(
