@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
+from qat.model.bounds import about_as_large_as, check_net
 from qat.model.convert import conversion_of, convert, recipe_of
 from qat.model.frozen import freeze_structure, is_frozen, prune_offsets
 from qat.model.packed import read_packed
 from qat.model.ptq_spec import recipe_from
 from qat.model.scales import assert_ready
 from qat.spec import QuantRecipe
-from qat.utils.files import about_as_large_as, check_bounds, check_model_arguments, check_tensors, damage_of, write_torch
+from qat.utils.files import check_bounds, check_tensors, damage_of, write_torch
 from qat.utils.validate import check_choice, check_images
 
 FORMAT_VERSION = 1
@@ -261,7 +262,7 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
         raise UsageError(f"{origin}: written by a newer qat (format {version}); this one reads up to {FORMAT_VERSION}")
     try:
         with about_as_large_as(checkpoint.state):
-            net = _described(meta)
+            net = _described(meta, checkpoint.state)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as error:
         raise UsageError(f"{origin}: cannot build the net it describes ({' '.join(str(error).split())})") from error
     if is_frozen(net):
@@ -277,14 +278,16 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
     return net.eval()
 
 
-def _described(meta: Mapping[str, Any]) -> nn.Module:
+def _described(meta: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> nn.Module:
     name, kwargs = meta["model"]["name"], meta["model"]["kwargs"]
     # timm would also take hub:repository for a name, and arguments that fetch or read further files.
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}")
     for argument in sorted(FETCHING_ARGS & set(kwargs)):
         raise ValueError(f"argument {argument} would read something else")
-    check_model_arguments(kwargs)
+    if weights is not None:
+        data = meta.get("data") or {}
+        check_net(name, kwargs, weights, meta.get("input_size") or [data.get("in_chans"), *[data.get("image_size")] * 2])
     net: nn.Module = timm.create_model(name, **kwargs)
     if meta.get("pool") is not None and isinstance(getattr(net, "global_pool", None), str):
         net.global_pool = meta["pool"]

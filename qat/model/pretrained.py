@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import safetensors
+import timm
+import torch
 from torch import nn
 
 from qat.errors import UsageError
+from qat.model.bounds import check_net
 from qat.model.checkpoint import FETCHING_ARGS, describe, load
 from qat.model.convert import conversion_of
 from qat.model.frozen import freeze, is_frozen
 from qat.model.packed import write_packed
-from qat.utils.files import check_model_arguments, json_text, write_text
+from qat.utils.files import json_text, write_text
 from qat.utils.text import json_object
 from qat.utils.validate import check_images
 
@@ -81,12 +85,15 @@ def fetch(repository: str, origin: str) -> Path:
     try:
         if not isinstance(arguments, dict) or FETCHING_ARGS & arguments.keys():
             raise ValueError("its arguments would read something else")
-        check_model_arguments(arguments)
         if "${" in json.dumps(config):
             raise ValueError("it holds '${', which would be resolved as a setting")
         if isinstance(described := config.get("pretrained_cfg") or {}, dict):
             check_images("pretrained_cfg", described)
-    except ValueError as error:
+        if not is_ours(folder) and timm.is_model(name := str(config.get("architecture"))):
+            with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
+                shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+            check_net(name, arguments, shapes)
+    except (ValueError, safetensors.SafetensorError) as error:
         raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error
     return folder
 

@@ -287,18 +287,30 @@ def shared(levels):
     return value
 
 
+ANY_SIZE, LARGE = {"pos_embed": "none", "dynamic_img_size": True}, {"in_chans": 1, "image_size": 8000}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda c: c["qat"]["model"]["kwargs"].update(depth=10**9), "argument depth=1000000000 must be at most"),
         (lambda c: c["qat"]["model"]["kwargs"].update(depth=50_000), "the net is much larger than the weights of the file"),
         (lambda c: c["qat"]["model"]["kwargs"].update(embed_dim=12_000), "the net is much larger than the weights of the file"),
+        (lambda c: c["qat"]["model"]["kwargs"].update(img_size=100_000), "the net is much larger than the weights of the file"),
+        (
+            lambda c: c["qat"].update(model={"name": VIT, "kwargs": {**KWARGS, **ANY_SIZE}}, input_size=[1, 5000, 5000]),
+            "an image of (1, 5000, 5000) takes much more memory than the weights of the file",
+        ),
+        (
+            lambda c: c["qat"].update(model={"name": VIT, "kwargs": {**KWARGS, **ANY_SIZE}}, recipe=None, input_size=None, data=LARGE),
+            "an image of (1, 8000, 8000) takes much more memory than the weights of the file",
+        ),
         (lambda c: c["qat"].update(input_size=[1, 10**6, 10**6]), "its description of the net: has something of another kind"),
         (lambda c: c["qat"].update(data={"nested": nested(150)}), "its description of the net: is nested more than 32 deep"),
         (lambda c: c["qat"].update(classes=shared(30)), "its description of the net: holds more than 1000000 values"),
         (lambda c: c["qat"].update(data={"_target_": ["qat.data.Digits"]}), "its description of the net: has something of another kind"),
     ],
-    ids=["depth", "blocks", "width", "image", "nested", "shared", "target"],
+    ids=["depth", "blocks", "width", "positions", "tokens", "data", "image", "nested", "shared", "target"],
 )
 def test_what_a_file_asks_for_has_bounds(path, change, said):
     changed(path, change)
