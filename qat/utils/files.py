@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
+from qat.utils.text import read_file
 
 _UNFINISHED = ".part"
 _FOLDER_MARK = 0x10
@@ -117,8 +118,8 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def csv_rows(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file by column; half a row at its end, as a kill leaves it, is none."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(line for line in file if line.endswith("\n")))
+    lines = io.StringIO(read_file(path).decode(), newline="")
+    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
 def json_text(value: Any) -> str:
