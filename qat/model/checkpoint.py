@@ -292,8 +292,9 @@ def _described(meta: Mapping[str, Any], weights: Mapping[str, Tensor] | None = N
     if meta.get("pool") is not None and isinstance(getattr(net, "global_pool", None), str):
         net.global_pool = meta["pool"]
     if images := {key: value for key, value in (meta.get("pretrained_cfg") or {}).items() if key in OF_IMAGES}:
-        net.pretrained_cfg = net.default_cfg = {**net.pretrained_cfg, **images}  # type: ignore[assignment, dict-item]
-        check_images("pretrained_cfg", net.pretrained_cfg)
+        config = {**net.pretrained_cfg, **images}  # type: ignore[dict-item]
+        check_images("pretrained_cfg", config)
+        net.pretrained_cfg = net.default_cfg = config  # type: ignore[assignment]
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
         channels, height, width = meta["input_size"]

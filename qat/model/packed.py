@@ -58,7 +58,7 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
     packed = base64.b64encode(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)).decode()
     tensors = {"codes": torch.cat([torch.zeros(0, dtype=torch.uint8), *codes]), "floats": torch.cat([torch.zeros(0), *floats])}
     metadata = {"format": FORMAT, "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed}
-    metadata["crc32"] = _checksum(*tensors.values(), *metadata.values())
+    metadata["crc32"] = _checksum(tensors["codes"], tensors["floats"], *metadata.values())
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
     return sums | {"header": Path(path).stat().st_size - sum(sums.values())}
