@@ -228,7 +228,8 @@ def _check_meta(meta: Any, origin: str) -> None:
         check_bounds(meta)
         model, data, size, config = meta["model"], meta.get("data") or {}, meta.get("input_size") or [1], meta.get("pretrained_cfg") or {}
         kinds: list[tuple[Any, type]] = [(part, dict) for part in (model["kwargs"], data, config, meta.get("run", {}))]
-        kinds += [(model["name"], str), (data.get("_target_", ""), str)]
+        kinds += [(model["name"], str), (data.get("_target_", ""), str), (data.get("model") or "", str)]
+        kinds += [(meta.get("format_version", 0), int)]
         if not (all(isinstance(value, kind) for value, kind in kinds) and math.prod(size) <= _MOST_PIXELS):
             raise TypeError("has something of another kind")
     except (AttributeError, LookupError, TypeError, ValueError) as error:

@@ -205,6 +205,9 @@ def changed(path, change):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (lambda c: c["qat"].update(format_version="2"), "its description of the net: has something of another kind"),
+        (lambda c: c["qat"].update(data={"model": 7}), "its description of the net: has something of another kind"),
+        (lambda c: c["qat"].update(data={"in_chans": [3], "mean": [0.5]}), "its data.mean=[0.5]: must be a finite number for each"),
         (lambda c: c["qat"].update(format_version=2), "written by a newer qat (format 2); this one reads up to 1"),
         (lambda c: c["state_dict"].update({"head.bias": torch.zeros(7)}), f"weights do not fit {VIT}"),
         (lambda c: c["state_dict"].pop("head.bias"), "head.bias"),
