@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # a PostScript file would be run by Ghostscript
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -54,7 +55,7 @@ def main(path: str, image: str) -> None:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     # What the file says of itself: treatment of images, names of classes.
     said = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items() if key.startswith("qat.")}
-    (logits,) = session.run(["logits"], {"image": prepare(Image.open(image), **said["qat.preprocessing"])})
+    (logits,) = session.run(["logits"], {"image": prepare(Image.open(image, formats=FORMATS), **said["qat.preprocessing"])})
     shares = np.exp(logits[0] - logits[0].max())
     shares /= shares.sum()
     names = said["qat.classes"] or [str(i) for i in range(len(shares))]

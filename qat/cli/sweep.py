@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UsageError
 from qat.launch import ranks, run_dir
+from qat.utils.text import read_file
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def summarize() -> None:
     callback = _running.pop()
     _running.clear()
     folder = Path(callback.folder)
-    errors = {str(path.parents[1].relative_to(folder)): path.read_text(encoding="utf-8") for path in folder.rglob(str(ERROR))}
+    errors = {str(path.parents[1].relative_to(folder)): read_file(path).decode() for path in folder.rglob(str(ERROR)) if path.is_file()}
     failures.extend(errors.values())
     if any(folder.rglob(".hydra")):
         from qat.report.sweep import publish

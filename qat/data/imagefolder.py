@@ -16,6 +16,7 @@ from qat.data.settings import DataSettings
 from qat.data.sources import EncodedImages, digest, open_image
 from qat.errors import UsageError
 from qat.utils.files import files_below
+from qat.utils.text import read_file
 
 # Of a GIF the first picture is read.
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
@@ -38,11 +39,8 @@ class FileImages(EncodedImages):
         super().__init__(np.asarray([label for _, label in files], dtype=np.int64), folder, settings)
 
     def open(self, index: int) -> Image.Image:
-        """One image; a pipe or a device would give bytes for ever."""
-        path = Path(self.name(index))
-        if not path.is_file():
-            raise ValueError("No such file, or none with an end")
-        return open_image(path.read_bytes())
+        """One image."""
+        return open_image(read_file(self.name(index)))
 
     def name(self, index: int) -> str:
         """Its path."""

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from qat.errors import UsageError
-from qat.utils.validate import check_choice, check_int, check_number
+from qat.utils.validate import CROP_MODES, INTERPOLATIONS, MOST_SIDE, check_channels, check_choice, check_int, check_number
 
 CHOICES = {
     "on_error": ("raise", "skip"),
-    "crop_mode": ("center", "squash", "border"),
+    "crop_mode": CROP_MODES,
     "augment": ("none", "light", "timm"),
     "train_interpolation": ("random", "nearest", "bilinear", "bicubic"),
-    "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),
+    "interpolation": INTERPOLATIONS,
 }
 # Lowest, and highest where a typing mistake would ask for more processes or pixels than a machine survives.
 INTS = {
-    "image_size": (1, 2**14),
-    "patch_size": (1, 2**14),
+    "image_size": (1, MOST_SIDE),
+    "patch_size": (1, MOST_SIDE),
     "in_chans": (1,),
     "num_classes": (1,),
     "batch_size": (1,),
@@ -133,10 +133,7 @@ class DataSettings:
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UsageError(f"data.scale={self.scale}: must be two shares of the image's area [lowest, highest], above 0 to 1")
         for name, lowest in (("mean", -math.inf), ("std", 0.0)):
-            values = getattr(self, name)
-            if values is None or len(values) != self.in_chans or not all(lowest < value < math.inf for value in values):
-                above = " above 0" if name == "std" else ""
-                raise UsageError(f"data.{name}={values}: must be a finite number{above} for each of the {self.in_chans} channels")
+            check_channels(f"data.{name}", getattr(self, name), self.in_chans, lowest)
 
     def workers(self, images: int) -> int:
         """`num_workers`, or as the machine has cores for each of a run's processes on it; for few images none, which start sooner."""

@@ -15,6 +15,7 @@ from qat.data.image_data import SPLITS, EncodedImageData, data_folder
 from qat.data.settings import DataSettings
 from qat.data.sources import EncodedImages, digest, open_image
 from qat.errors import UsageError
+from qat.utils.text import MOST_READ, read_file
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class TimmSettings(DataSettings):
     val_split: str | None = "validation"
     test_split: str | None = None
     download: bool = False
+
+
+def _load(path: str) -> Image.Image:
+    return open_image(read_file(path))
 
 
 class TimmImages(EncodedImages):
@@ -61,6 +66,8 @@ class TimmImages(EncodedImages):
             dataset = timm.data.create_dataset(settings.name, **options)
             self.reader = reader = getattr(dataset, "reader", dataset)
             targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else getattr(reader, "targets", None)
+            if hasattr(reader, "loader"):  # torchvision's, to which every format of Pillow is an image
+                reader.loader = _load
             labels = np.asarray([label for _, label in reader.samples] if targets is None else targets).astype(np.int64, casting="safe")
         except Exception as error:  # timm, torchvision and `datasets` raise nearly anything
             why = " ".join(f"{type(error).__name__}: {error}".split())
@@ -71,12 +78,15 @@ class TimmImages(EncodedImages):
         self.classes: dict[str, int] = getattr(reader, "class_to_idx", {})
 
     def open(self, index: int) -> Image.Image:
-        """One image."""
-        found = self.reader[int(self.rows[index])][0]
+        """One image; a file of a folder is read here, where it has to end."""
+        row = int(self.rows[index])
+        if isinstance(path := getattr(self.reader, "samples", {row: [None]})[row][0], str):
+            return _load(path)
+        found = self.reader[row][0]
         if isinstance(found, Image.Image):
             return found
         with found:
-            return open_image(found.read())
+            return open_image(found.read(MOST_READ))
 
     def name(self, index: int) -> str:
         """Split, and number in it."""

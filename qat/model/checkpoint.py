@@ -20,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
+from qat.model.bounds import about_as_large_as, check_net
 from qat.model.convert import conversion_of, convert, recipe_of
 from qat.model.frozen import freeze_structure, is_frozen, prune_offsets
 from qat.model.packed import read_packed
 from qat.model.ptq_spec import recipe_from
 from qat.model.scales import assert_ready
 from qat.spec import QuantRecipe
-from qat.utils.files import about_as_large_as, check_bounds, check_model_arguments, check_tensors, damage_of, write_torch
-from qat.utils.validate import check_choice
+from qat.utils.files import check_bounds, check_tensors, damage_of, write_torch
+from qat.utils.validate import check_choice, check_images
 
 FORMAT_VERSION = 1
 META_KEY = "qat"
@@ -225,12 +226,15 @@ def _check_meta(meta: Any, origin: str) -> None:
     """Raise `UsageError` if what a file of ours says of itself is not of the kind that `describe` writes."""
     try:
         check_bounds(meta)
-        model, data, size = meta["model"], meta.get("data") or {}, meta.get("input_size") or [1]
-        kinds = (model["name"], str), (model["kwargs"], dict), (data, dict), (meta.get("run", {}), dict), (data.get("_target_", ""), str)
+        model, data, size, config = meta["model"], meta.get("data") or {}, meta.get("input_size") or [1], meta.get("pretrained_cfg") or {}
+        kinds: list[tuple[Any, type]] = [(part, dict) for part in (model["kwargs"], data, config, meta.get("run", {}))]
+        kinds += [(model["name"], str), (data.get("_target_", ""), str), (data.get("model") or "", str)]
+        kinds += [(meta.get("format_version", 0), int)]
         if not (all(isinstance(value, kind) for value, kind in kinds) and math.prod(size) <= _MOST_PIXELS):
             raise TypeError("has something of another kind")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"{origin}: is damaged, or not written by qat: its description of the net: {error}") from error
+    check_images(f"{origin}: its data", data)
 
 
 def _training_of(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,7 +263,7 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
         raise UsageError(f"{origin}: written by a newer qat (format {version}); this one reads up to {FORMAT_VERSION}")
     try:
         with about_as_large_as(checkpoint.state):
-            net = _described(meta)
+            net = _described(meta, checkpoint.state)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as error:
         raise UsageError(f"{origin}: cannot build the net it describes ({' '.join(str(error).split())})") from error
     if is_frozen(net):
@@ -275,19 +279,23 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
     return net.eval()
 
 
-def _described(meta: Mapping[str, Any]) -> nn.Module:
+def _described(meta: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> nn.Module:
     name, kwargs = meta["model"]["name"], meta["model"]["kwargs"]
     # timm would also take hub:repository for a name, and arguments that fetch or read further files.
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}")
     for argument in sorted(FETCHING_ARGS & set(kwargs)):
         raise ValueError(f"argument {argument} would read something else")
-    check_model_arguments(kwargs)
+    if weights is not None:
+        data = meta.get("data") or {}
+        check_net(name, kwargs, weights, meta.get("input_size") or [data.get("in_chans"), *[data.get("image_size")] * 2])
     net: nn.Module = timm.create_model(name, **kwargs)
     if meta.get("pool") is not None and isinstance(getattr(net, "global_pool", None), str):
         net.global_pool = meta["pool"]
     if images := {key: value for key, value in (meta.get("pretrained_cfg") or {}).items() if key in OF_IMAGES}:
-        net.pretrained_cfg = net.default_cfg = {**net.pretrained_cfg, **images}  # type: ignore[assignment, dict-item]
+        config = {**net.pretrained_cfg, **images}  # type: ignore[dict-item]
+        check_images("pretrained_cfg", config)
+        net.pretrained_cfg = net.default_cfg = config  # type: ignore[assignment]
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
         channels, height, width = meta["input_size"]

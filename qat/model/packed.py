@@ -1,7 +1,7 @@
 """One small file for a frozen net: codes side by side at their width, all other numbers as float32, an index of both. docs/deployment.md.
 
-A safetensors file with two tensors, `codes` (bytes) and `floats`, and metadata: `qat` (JSON: model, recipe, data, classes) and `index`
-(zlib, base64: JSON). A tensor with a name of its own for each weight would take a hundred bytes of header each: a tenth of a small net.
+A safetensors file with two tensors, `codes` (bytes) and `floats`, and metadata: `qat` (JSON: model, recipe, data, classes), `index`
+(zlib, base64: JSON), `crc32`. A tensor with a name of its own for each weight would take a hundred bytes of header: a tenth of a small net.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
             sums[_kind(name)] += _BYTES_OF_FLOAT * tensor.numel()
     packed = base64.b64encode(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)).decode()
     tensors = {"codes": torch.cat([torch.zeros(0, dtype=torch.uint8), *codes]), "floats": torch.cat([torch.zeros(0), *floats])}
-    metadata = {"format": FORMAT, "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed, "crc32": _checksum(**tensors)}
+    metadata = {"format": FORMAT, "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed}
+    metadata["crc32"] = _checksum(tensors["codes"], tensors["floats"], *metadata.values())
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
     return sums | {"header": Path(path).stat().st_size - sum(sums.values())}
@@ -70,9 +71,10 @@ def _kind(name: str) -> str:
     return "offsets" if last in OFFSETS else "scales"
 
 
-def _checksum(codes: Tensor, floats: Tensor) -> str:
-    """CRC-32 of all bytes of the two tensors, in this order, as eight digits."""
-    return f"{zlib.crc32(floats.numpy().tobytes(), zlib.crc32(codes.numpy().tobytes())):08x}"
+def _checksum(codes: Tensor, floats: Tensor, *said: str) -> str:
+    """CRC-32 of all bytes of the two tensors and of the texts of the header, in this order, as eight digits."""
+    content = codes.numpy().tobytes() + floats.numpy().tobytes() + "".join(said).encode()
+    return f"{zlib.crc32(content):08x}"
 
 
 def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -89,7 +91,8 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         if metadata.get("format") != FORMAT:
             raise UsageError(f"{str(path)!r}: format {metadata.get('format')!r}; this version of qat reads {FORMAT!r}")
         codes, floats = file.get_tensor("codes"), file.get_tensor("floats")
-    if _checksum(codes, floats) != metadata["crc32"]:
+    said = (metadata["format"], metadata["qat"], metadata["index"])
+    if metadata["crc32"] not in {_checksum(codes, floats, *said), _checksum(codes, floats)}:  # older files: of the tensors alone
         raise ValueError("it is damaged: its checksum does not fit")
     index = json.loads(zlib.decompress(base64.b64decode(metadata["index"])))
     if (constants := sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")) > MOST_CONSTANT:

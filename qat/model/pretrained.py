@@ -14,20 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import safetensors
+import timm
+import torch
 from torch import nn
 
 from qat.errors import UsageError
+from qat.model.bounds import check_net
 from qat.model.checkpoint import FETCHING_ARGS, describe, load
 from qat.model.convert import conversion_of
 from qat.model.frozen import freeze, is_frozen
 from qat.model.packed import write_packed
-from qat.utils.files import check_model_arguments, json_text, write_text
+from qat.utils.files import json_text, write_text
 from qat.utils.text import json_object
+from qat.utils.validate import check_images, check_number
 
 PREFIX = "hf-hub:"  # timm's, before `user/name`
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LIBRARY = "vit-qat"  # what `config.json` of a net of ours says of itself
 TIMEOUT_S = 4
+_PATH = re.compile(r"(?<![\w.])(?:[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\])(?:.*[/\\](?=.))?", re.DOTALL)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -80,10 +86,15 @@ def fetch(repository: str, origin: str) -> Path:
     try:
         if not isinstance(arguments, dict) or FETCHING_ARGS & arguments.keys():
             raise ValueError("its arguments would read something else")
-        check_model_arguments(arguments)
         if "${" in json.dumps(config):
             raise ValueError("it holds '${', which would be resolved as a setting")
-    except ValueError as error:
+        if isinstance(described := config.get("pretrained_cfg") or {}, dict):
+            check_images("pretrained_cfg", described)
+        if not is_ours(folder) and timm.is_model(name := str(config.get("architecture"))):
+            with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
+                shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+            check_net(name, arguments, shapes)
+    except (ValueError, safetensors.SafetensorError) as error:
         raise UsageError(f"{origin}: {CONFIG} cannot be used ({error})") from error
     return folder
 
@@ -121,16 +132,18 @@ def save_pretrained(
         The folder.
 
     Raises:
-        UsageError: see `qat.save` and `qat.freeze`.
+        UsageError: see `qat.save` and `qat.freeze`; a result is no number.
     """
     place = Path(folder)
     given = results or {}
     measured = {key: given[key] for key in ("top1", "top5", "images", "split", "data") if given.get(key) is not None}
+    for key in {"top1", "top5", "images"} & measured.keys():
+        check_number(f"save_pretrained: results.{key}", measured[key], 0)
     place.mkdir(parents=True, exist_ok=True)
     frozen = net if is_frozen(net) or conversion_of(net) is None else freeze(net)
     meta = describe(frozen, data=data, classes=classes)
     if meta["data"]:
-        meta["data"] = {key: value for key, value in meta["data"].items() if key != "root"}
+        meta["data"] = _without_paths({key: value for key, value in meta["data"].items() if key != "root"})
     write_packed(frozen, place / WEIGHTS, meta)
     size = (place / WEIGHTS).stat().st_size
     config = {
@@ -141,11 +154,25 @@ def save_pretrained(
         "label_names": meta["classes"],
         **{key: meta[key] for key in ("format_version", "input_size", "recipe", "data")},
         "size_bytes": size,
-        "results": measured,
+        "results": _without_paths(measured),
     }
     write_text(place / CONFIG, json_text(config))
     write_text(place / "README.md", _card(net, config, license, source))
     return place
+
+
+def _without_paths(value: Any) -> Any:
+    """Plain data, a path in it cut down to its last part."""
+    if isinstance(value, dict):
+        return {key: _without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(entry) for entry in value]
+    return _PATH.sub("", value) if isinstance(value, str) else value
+
+
+def _words(text: object) -> str:
+    """A stranger's text as words of Markdown: no markup, no HTML, no second line."""
+    return re.sub(r"[^\w .,%()+-]", lambda found: f"&#{ord(found[0])};", " ".join(str(text).split()))
 
 
 def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) -> str:
@@ -154,10 +181,10 @@ def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) 
     is_file = source.endswith(".safetensors")
     recipe = None if done is None or done.recipe.name == "fp" else done.recipe
     rows = {
-        "Architecture": f"`{config['architecture']}` of timm",
-        "Recipe": "float" if recipe is None else f"`{recipe.name}`: weights {recipe.bits} bit, activations {recipe.act_bits} bit",
-        "Data": (config["data"] or {}).get("_target_", "not stated"),
-        "Accuracy": ", ".join(f"{key} {value}" for key, value in results.items()) or "not measured",
+        "Architecture": f"`{_words(config['architecture'])}` of timm",
+        "Recipe": "float" if recipe is None else f"`{_words(recipe.name)}`: weights {recipe.bits} bit, activations {recipe.act_bits} bit",
+        "Data": _words((config["data"] or {}).get("_target_", "not stated")),
+        "Accuracy": ", ".join(f"{key} {_words(value)}" for key, value in results.items()) or "not measured",
         "Size": f"{config['size_bytes']:,} bytes",
     }
     data = huggingface_hub.ModelCardData(
@@ -173,7 +200,7 @@ def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) 
 {data.to_yaml()}
 ---
 
-# {config["architecture"]}, quantized
+# {_words(config["architecture"])}, quantized
 
 | | |
 |---|---|

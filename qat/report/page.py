@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qat.report.figures import bits_of, data_url, number, search_figure, shown, training_curves
 from qat.utils.files import csv_rows, write_text
-from qat.utils.text import duration, json_object, scaled
+from qat.utils.text import duration, json_object, read_file, scaled
 
 FILE = "report.html"
 ANALYSES = "analysis"  # folder of the analyses that training and calibration make of their own model
@@ -58,7 +58,7 @@ def write_report(folder: Path) -> Path:
         "analyses": _analyses(folder),
         "typed": typed and f"{typed.get('program') or f'python {command}.py'} {shlex.join(typed['overrides'])}",
         "facts": {key: results.get(key) for key in FACTS} | (results.get("versions") or {}),
-        "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+        "config": read_file(config).decode(errors="replace") if config.is_file() else None,
     }
     return write_page("run.html.j2", folder, context)
 
@@ -140,7 +140,7 @@ def _analyses(folder: Path) -> list[dict[str, Any]]:
             found.append({
                 "name": index["analysis"],
                 "pictures": [
-                    {"title": title, "alt": alt, "source": data_url(file.read_bytes())} for title, alt, file in drawn if file.is_file()
+                    {"title": title, "alt": alt, "source": data_url(read_file(file))} for title, alt, file in drawn if file.is_file()
                 ],
                 "tables": [
                     (title, file.name, _table(file, LAYERS.get(file.name, ())))

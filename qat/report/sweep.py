@@ -19,7 +19,7 @@ from qat.errors import UsageError
 from qat.report.figures import WIDTH, number, picture
 from qat.report.page import FILE, Row, write_page
 from qat.utils.files import csv_text, write_text
-from qat.utils.text import MISSING, json_object
+from qat.utils.text import MISSING, json_object, read_file
 
 # What is averaged over seeds: headings and formats.
 MEASURES = {
@@ -60,7 +60,7 @@ def overrides_of(folder: Path) -> dict[str, str]:
     """
     listed, path = json_object(folder / "command.json").get("overrides"), folder / ".hydra" / "overrides.yaml"
     if listed is None and path.is_file():
-        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+        listed = yaml.safe_load(read_file(path))
     parts = (one.partition("=") for one in listed or ())
     return {left.lstrip("+~"): right for left, _, right in parts}
 

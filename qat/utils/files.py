@@ -1,6 +1,6 @@
 """Outputs appear whole or not at all: write beside, flush to the disk, rename. Files of tensors are read only if they are whole.
 
-What a file asks for is limited: depth and number of its values, size of its weights and of the net that it describes.
+What a file asks for is limited: depth and number of its values, size of its weights; `qat/model/bounds.py` has the net it describes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.errors import UsageError
+from qat.utils.text import read_file
 
 _UNFINISHED = ".part"
 _FOLDER_MARK = 0x10
 MOST_DEPTH, MOST_VALUES = 32, 10**6
-# What a checkpoint may ask for before weights are compared: a number among a model's arguments; tensors and numbers of its net, in those
-# of the file (a net is registered before and after conversion, with scales and offsets).
-MOST_ARGUMENT = 2**17
-TIMES, SPARE_TENSORS, SPARE_NUMBERS = 8, 2000, 2**24
 # What weights may be made of: codes of two bits in the bytes of the file, and constant tensors, which take none.
 MOST_PER_BYTE, MOST_CONSTANT = 4, 2**26
 
@@ -121,8 +118,8 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def csv_rows(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file by column; half a row at its end, as a kill leaves it, is none."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(line for line in file if line.endswith("\n")))
+    lines = io.StringIO(read_file(path).decode(), newline="")
+    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
 def json_text(value: Any) -> str:
@@ -229,33 +226,3 @@ def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None
     numbers = sum(tensor.numel() for tensor in tensors.values())  # not those of their storages: many may share one, or be promised alone
     if numbers > MOST_PER_BYTE * size + MOST_CONSTANT:
         raise UsageError(f"{origin}: is damaged: its weights have {numbers} numbers, more than a file of {size} bytes holds")
-
-
-def check_model_arguments(kwargs: Mapping[str, Any]) -> None:
-    """Raise `ValueError` if a number among the arguments of a model is larger than any model needs."""
-    for argument, value in kwargs.items():
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, int | float) and abs(number) > MOST_ARGUMENT:
-                raise ValueError(f"argument {argument}={value!r} must be at most {MOST_ARGUMENT}")
-
-
-@contextlib.contextmanager
-def about_as_large_as(state: Mapping[str, Tensor]) -> Generator[None]:
-    """Within it no net can be built that is much larger than some weights: `ValueError` at the first tensor too many, not yet filled."""
-    tensors = TIMES * len(state) + SPARE_TENSORS
-    numbers = TIMES * sum(tensor.numel() for tensor in state.values()) + SPARE_NUMBERS
-
-    def count(_module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal tensors, numbers
-        if tensor is not None:
-            tensors, numbers = tensors - 1, numbers - tensor.numel()
-        if min(tensors, numbers) < 0:
-            raise ValueError(f"the net is much larger than the weights of the file, at its {name}")
-
-    watched = nn.modules.module
-    hooks = watched.register_module_parameter_registration_hook(count), watched.register_module_buffer_registration_hook(count)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

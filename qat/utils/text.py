@@ -1,14 +1,16 @@
-"""Text from outside, as names of files, on its way to a terminal or a table; large numbers; small JSON files."""
+"""Text from outside, as names of files, on its way to a terminal or a table; large numbers; files that have an end."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 MISSING = "–"
+MOST_READ = 2**30  # bytes of an image, a table, a file of settings
 PREFIXES = ("", "k", "M", "G", "T", "P")
 # Control characters but line break and tab, and what stands for bytes of a name that are not UTF-8.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -46,10 +48,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """What a file holds.
+
+    Raises:
+        OSError: there is none, it has more than `MOST_READ` bytes, or is a pipe or a device, which would give bytes for ever.
+    """
+    if not os.path.isfile(path) or os.path.getsize(path) > MOST_READ:
+        raise OSError(f"No such file, or none that ends within {MOST_READ} bytes")
+    return Path(path).read_bytes()
+
+
 def json_object(path: Path) -> dict[str, Any]:
     """What a JSON file holds; empty where it cannot be read, or holds something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

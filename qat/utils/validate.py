@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
 
 from qat.errors import UsageError
 
@@ -14,6 +16,9 @@ LOWEST_BITS, HIGHEST_BITS = 2, 8
 # Larger counts overflow in torch, or are typing mistakes.
 HIGHEST_WHOLE = 2**31 - 1
 HIGHEST_NUMBER = sys.float_info.max
+# How an image is prepared: side in pixels at most, crops, interpolations.
+MOST_SIDE = 2**14
+CROP_MODES, INTERPOLATIONS = ("center", "squash", "border"), ("nearest", "bilinear", "bicubic", "lanczos")
 
 
 def unknown(setting: str, name: str, known: Iterable[str]) -> str:
@@ -60,6 +65,34 @@ def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
     if not isinstance(found, list | tuple) or not found or not all(isinstance(glob, str) and glob for glob in found):
         raise UsageError(f"{setting}={value!r}: must be a list of globs such as {example}")
     return tuple(found)
+
+
+def check_channels(setting: str, values: Any, chans: int | None, lowest: float = -math.inf) -> None:
+    """Raise `UsageError` unless there is a finite number above `lowest` for each of `chans` channels (None: of any)."""
+    fits = isinstance(values, list | tuple) and (chans is None or chans == len(values))
+    if not (fits and all(isinstance(value, Real) and lowest < float(value) < math.inf for value in values)):
+        above = f" above {lowest:g}" if lowest > -math.inf else ""
+        raise UsageError(f"{setting}={values!r}: must be a finite number{above} for each of the {chans or 'image'} channels")
+
+
+def check_images(where: str, said: Mapping[str, Any]) -> None:
+    """Raise `UsageError` if what a file says of how images are prepared, as timm's `pretrained_cfg` or as a data config, cannot be."""
+    given = {name: value for name, value in said.items() if value is not None}
+    chans, size = given.get("in_chans"), given.get("input_size")
+    if size is not None:
+        if not (isinstance(size, list | tuple) and len(size) == 3 and all(type(side) is int and 0 < side <= MOST_SIDE for side in size)):
+            raise UsageError(f"{where}.input_size={size!r}: must be channels, height and width, integers from 1 to {MOST_SIDE}")
+        chans = size[0]
+    if "image_size" in given:
+        check_int(f"{where}.image_size", given["image_size"], 1, MOST_SIDE)
+    for name, lowest in (("mean", -math.inf), ("std", 0.0)):
+        if name in given:
+            check_channels(f"{where}.{name}", given[name], chans, lowest)
+    if "crop_pct" in given:
+        check_number(f"{where}.crop_pct", given["crop_pct"], 0, above=True, highest=2)  # timm has 1.15
+    for name, allowed in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
+        if name in given:
+            check_choice(f"{where}.{name}", given[name], allowed)
 
 
 def check_bits(setting: str, bits: object, quantizer: str = "") -> None:

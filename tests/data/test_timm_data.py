@@ -1,5 +1,6 @@
 """Datasets by their name in timm. Oracles: timm's own `create_dataset` on the same files, and what a folder of the same images gives."""
 
+import os
 import sys
 import tarfile
 from types import SimpleNamespace
@@ -43,6 +44,15 @@ def test_a_folder_is_timms(tmp_path, size):
             assert source[i][1] == label
     assert (found.named_classes(), found.evaluation_split) == (["ant", "bee"], "val")
     assert Timm(**SETTINGS).named_classes() is None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_file_of_a_folder_that_has_no_end_is_named(tmp_path, kind):
+    root = write_folder(tmp_path, SPLITS, size=10)
+    path = root / "train" / "ant" / "x.png"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(qat.UsageError, match=r"image \d+ cannot be decoded \(No such file, or none that ends"):
+        data(root).split("train")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

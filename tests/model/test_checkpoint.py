@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import pickle
 import pickletools
 import sys
@@ -204,6 +205,9 @@ def changed(path, change):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (lambda c: c["qat"].update(format_version="2"), "its description of the net: has something of another kind"),
+        (lambda c: c["qat"].update(data={"model": 7}), "its description of the net: has something of another kind"),
+        (lambda c: c["qat"].update(data={"in_chans": [3], "mean": [0.5]}), "its data.mean=[0.5]: must be a finite number for each"),
         (lambda c: c["qat"].update(format_version=2), "written by a newer qat (format 2); this one reads up to 1"),
         (lambda c: c["state_dict"].update({"head.bias": torch.zeros(7)}), f"weights do not fit {VIT}"),
         (lambda c: c["state_dict"].pop("head.bias"), "head.bias"),
@@ -286,24 +290,56 @@ def shared(levels):
     return value
 
 
+ANY_SIZE, LARGE = {"pos_embed": "none", "dynamic_img_size": True}, {"in_chans": 1, "image_size": 8000}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda c: c["qat"]["model"]["kwargs"].update(depth=10**9), "argument depth=1000000000 must be at most"),
         (lambda c: c["qat"]["model"]["kwargs"].update(depth=50_000), "the net is much larger than the weights of the file"),
         (lambda c: c["qat"]["model"]["kwargs"].update(embed_dim=12_000), "the net is much larger than the weights of the file"),
+        (lambda c: c["qat"]["model"]["kwargs"].update(img_size=100_000), "the net is much larger than the weights of the file"),
+        (
+            lambda c: c["qat"].update(model={"name": VIT, "kwargs": {**KWARGS, **ANY_SIZE}}, input_size=[1, 5000, 5000]),
+            "an image of (1, 5000, 5000) takes much more memory than the weights of the file",
+        ),
+        (
+            lambda c: c["qat"].update(model={"name": VIT, "kwargs": {**KWARGS, **ANY_SIZE}}, recipe=None, input_size=None, data=LARGE),
+            "an image of (1, 8000, 8000) takes much more memory than the weights of the file",
+        ),
         (lambda c: c["qat"].update(input_size=[1, 10**6, 10**6]), "its description of the net: has something of another kind"),
         (lambda c: c["qat"].update(data={"nested": nested(150)}), "its description of the net: is nested more than 32 deep"),
         (lambda c: c["qat"].update(classes=shared(30)), "its description of the net: holds more than 1000000 values"),
         (lambda c: c["qat"].update(data={"_target_": ["qat.data.Digits"]}), "its description of the net: has something of another kind"),
     ],
-    ids=["depth", "blocks", "width", "image", "nested", "shared", "target"],
+    ids=["depth", "blocks", "width", "positions", "tokens", "data", "image", "nested", "shared", "target"],
 )
 def test_what_a_file_asks_for_has_bounds(path, change, said):
     changed(path, change)
     began = time.monotonic()
     refused(path, said)
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("part", ["pretrained_cfg", "data"])
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("input_size", "abc", "must be channels, height and width, integers from 1 to 16384"),
+        ("input_size", [3, 10**6, 10**6], "must be channels, height and width, integers from 1 to 16384"),
+        ("mean", [0.5] * 4, "must be a finite number for each of the 3 channels"),
+        ("mean", "abc", "must be a finite number for each of the 3 channels"),
+        ("std", [0.5, 0.5, 0], "must be a finite number above 0 for each of the 3 channels"),
+        ("crop_pct", -1, "must be a number above 0 to 2"),
+        ("crop_pct", math.nan, "must be a number above 0 to 2"),
+        ("crop_mode", "x", "must be one of center, squash, border"),
+        ("interpolation", ["bicubic"], "must be one of nearest, bilinear, bicubic, lanczos"),
+    ],
+)
+def test_images_that_cannot_be_prepared_are_refused(path, part, name, value, said):
+    changed(path, lambda c: c["qat"].update({part: {"in_chans": 3, name: value}}))
+    refused(path, f"{part}.{name}={value!r}: {said}")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Sharing nets. Oracles: the net that was saved, timm's own reader of the hub's cache, a hub that is not there."""
 
 import json
+import math
 import time
 import urllib.request
 
@@ -9,6 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import yaml
 from torch.testing import assert_close
 
 import qat
@@ -83,6 +85,41 @@ def test_a_float_net_and_a_net_of_no_known_accuracy(tmp_path):
     with torch.no_grad():
         assert torch.equal(qat.from_pretrained(folder)(x), net(x))
     assert "| Accuracy | not measured |" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("hfds//home/alice/secret", "hfds/secret"),
+        ("hfds/alice/photos", "hfds/alice/photos"),
+        ("/home/alice/photos/", "photos/"),
+        ("~/photos", "photos"),
+        ("../../alice/photos", "photos"),
+        (r"C:\Users\alice\photos", "photos"),
+        ("file:///home/alice/photos", "file:photos"),
+    ],
+)
+def test_data_have_names_and_no_paths(tmp_path, net, name, public):
+    folder = qat.save_pretrained(net, tmp_path / "net", data={**net.qat_data, "name": name, "more": [{"a": name}]}, results={"data": name})
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["data"]["name"], config["data"]["more"], config["results"]["data"]) == (public, [{"a": public}], public)
+    assert qat.load(folder / "model.safetensors").qat_data["name"] == public
+
+
+def test_the_text_of_a_stranger_is_no_markup(tmp_path, net):
+    evil = "a|<script>alert(1)</script>\n\n# b ![c](//d) `e` *f*"
+    results = {"top1": 50.0, "split": evil, "data": evil}
+    folder = qat.save_pretrained(
+        net, tmp_path / "net", data={**net.qat_data, "_target_": evil}, results=results, license=f"mit\ntags: [{evil}]"
+    )
+    plain = qat.save_pretrained(net, tmp_path / "plain", results={"top1": 50.0, "split": "a", "data": "a"}, license="mit")
+    said, expected = ((place / "README.md").read_text().partition("\n---\n") for place in (folder, plain))
+    assert yaml.safe_load(said[0].strip("-"))["tags"] == ["quantization", "vision"]
+    assert [line.count("|") for line in said[2].splitlines()] == [line.count("|") for line in expected[2].splitlines()]
+    assert not set("<>![*") & set(said[2].partition("```")[0])
+    for value in (math.nan, "<b>"):
+        with pytest.raises(qat.UsageError, match=r"save_pretrained: results.top1=.*: must be a number of at least 0"):
+            qat.save_pretrained(net, tmp_path / "net", results={"top1": value})
 
 
 class FakeApi:
@@ -183,6 +220,9 @@ def test_a_float_net_of_timm(tmp_path, cache):
     [
         ({"model_args": {"pretrained_cfg": {"url": "http://elsewhere"}}}, "its arguments would read something else"),
         ({"model_args": {"weight_init": "${oc.env:HOME}"}}, r"it holds '\$\{', which would be resolved"),
+        ({"model_args": {"img_size": 100_000}}, "the net is much larger than the weights of the file, at its pos_embed"),
+        ({"model_args": {"depth": 100_000}}, "the net is much larger than the weights of the file"),
+        ({"pretrained_cfg": {"std": [0.5, 0.5, 0]}}, r"pretrained_cfg.std=\[0.5, 0.5, 0\]: must be a finite number above 0 for each"),
         ({"pretrained_cfg": {"mean": ["${oc.env:HOME}", 0, 0]}}, r"it holds '\$\{', which would be resolved"),
     ],
 )

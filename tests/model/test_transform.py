@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 import qat
+from examples import classify
 from examples.classify import prepare
-from qat.data import Digits, ImageFolder
+from qat.data import Digits, ImageFolder, sources
 from qat.data.image_transform import data_settings
 from qat.export.onnx_file import preprocessing
 from qat.model.transform import data_config
@@ -132,3 +133,7 @@ def test_every_crop_is_timms(mode, share):
         expected = timm.data.create_transform(**timm.data.resolve_data_config({}, model=net))(image)
         assert torch.equal(qat.transform(net)(image), expected)
         assert np.array_equal(prepare(image, **treatment)[0], expected.numpy())
+
+
+def test_the_example_opens_what_data_opens():
+    assert classify.FORMATS == sources.FORMATS

@@ -5,7 +5,8 @@ import unicodedata
 
 import pytest
 
-from qat.utils.text import printable
+from qat.utils.files import csv_rows
+from qat.utils.text import json_object, printable, read_file
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,20 @@ def test_printable(text, shown):
 def test_nothing_that_a_terminal_acts_upon_is_left():
     shown = printable("".join(map(chr, range(0x3000))))
     assert {c for c in shown if unicodedata.category(c) in {"Cc", "Cs", "Zl", "Zp"}} == {"\t", "\n"}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "sparse", "folder", "nothing"])
+def test_only_files_that_end_are_read(tmp_path, kind):
+    path = tmp_path / "x.json"
+    make = {
+        "pipe": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "sparse": lambda: (path.touch(), os.truncate(path, 2**40)),
+        "folder": path.mkdir,
+        "nothing": lambda: None,
+    }
+    make[kind]()
+    for read in (read_file, csv_rows):
+        with pytest.raises(OSError, match="No such file, or none that ends within 1073741824 bytes"):
+            read(path)
+    assert json_object(path) == {}

@@ -93,6 +93,28 @@ def test_damage_is_one_line(tmp_path):
         qat.load(path)
 
 
+def of_tensors(tensors):
+    """The checksum of older files."""
+    return f"{zlib.crc32(b''.join(tensors[name].numpy().tobytes() for name in ('codes', 'floats'))):08x}"
+
+
+def test_any_flipped_bit_is_noticed_and_an_older_file_is_read(tmp_path):
+    path = tmp_path / "net.safetensors"
+    written(qat.freeze(made(RECIPES["ofq_2bit"])), path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for at in [*range(0, header, 7), *range(header, len(whole), 1009)]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with pytest.raises(qat.UsageError, match="net.safetensors'"):
+            qat.load(path)
+    path.write_bytes(whole)
+    with safetensors.safe_open(path, "pt") as file:
+        said, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("codes", "floats")}
+    x, net = tiny.images(4, 1), qat.load(path)
+    safetensors.torch.save_file(tensors, path, said | {"crc32": of_tensors(tensors)})
+    assert torch.equal(qat.load(path)(x), net(x))
+
+
 @pytest.mark.parametrize(
     ("index", "line"),
     [
@@ -110,6 +132,7 @@ def test_a_file_that_lies_is_one_line(index, line, tmp_path):
     with safetensors.safe_open(path, "pt") as file:
         said, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("codes", "floats")}
     said["index"] = base64.b64encode(zlib.compress(json.dumps(index).encode())).decode()
+    said["crc32"] = of_tensors(tensors)
     safetensors.torch.save_file(tensors, path, said)
     with pytest.raises(qat.UsageError, match=line):
         qat.load(path)
