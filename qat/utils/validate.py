@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from qat.errors import UsageError
 
@@ -16,11 +17,14 @@ HIGHEST_WHOLE = 2**31 - 1
 HIGHEST_NUMBER = sys.float_info.max
 
 
-def unknown(setting: str, name: str, known: Iterable[str]) -> str:
-    """What to say of a name that there is not: the nearest of those that there are, or all of them."""
-    choices = sorted(known)
-    near = difflib.get_close_matches(name, choices, n=3)
-    return f"{setting}: unknown; {'near are' if near else 'must be one of'} {', '.join(near or choices)}"
+def unknown(setting: str, name: str, known: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
+    """What to say of a name that there is not: the nearest of those that there are, here or in another group, or all that are here."""
+    choices, close = sorted(known), functools.partial(difflib.get_close_matches, name, n=3)
+    full = {one.rpartition(".")[2]: one for one in reversed(elsewhere)} | dict(zip(choices, choices, strict=True))
+    near = [name] if name in full else close(choices) or close(full)
+    near = near[: 1 if near and name.startswith(near[0]) else 3]
+    how = "must be one of" if not near else "near are" if near[1:] else "near is"
+    return f"{setting}: unknown; {how} {', '.join(full[one] for one in near or choices)}"
 
 
 def check_choice(setting: str, value: object, allowed: tuple[str, ...]) -> None:
