@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := outputs/demo
+ACTIVATE := For commands of your own: . $(VENV)/bin/activate
 # A test needs no more than one core: as many at a time as there are, eight at most.
 PARALLEL := -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8))) --dist worksteal
 
@@ -22,16 +23,19 @@ setup: $(READY) ## create .venv with all extras (downloads several GB of wheels)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev,docs,export,sweep,loggers]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev,docs,export,sweep,loggers]" --config-settings editable_mode=compat
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt openvino # without what it tells its makers
 	touch $@
+	@echo "$(ACTIVATE)"
 
 demo: $(READY) ## train a float ViT and its 2-bit twin on digits, compare them (2 minutes)
 	$(BIN)/python train.py experiment=demo_fp run_dir=$(DEMO)/fp overwrite=true
 	$(BIN)/python train.py experiment=demo_ofq_2bit ckpt=$(DEMO)/fp/checkpoints/best.ckpt run_dir=$(DEMO)/ofq_2bit overwrite=true
 	$(BIN)/python eval.py ckpt=$(DEMO)/fp/checkpoints/best.ckpt run_dir=$(DEMO)/eval_fp
 	$(BIN)/python eval.py ckpt=$(DEMO)/ofq_2bit/checkpoints/best.ckpt run_dir=$(DEMO)/eval_ofq_2bit
+	$(BIN)/python export.py ckpt=$(DEMO)/ofq_2bit/checkpoints/best.ckpt format=packed run_dir=$(DEMO)/packed overwrite=true
 	@$(BIN)/python -m qat.report $(DEMO)/eval_fp $(DEMO)/eval_ofq_2bit
+	@echo "$(ACTIVATE)"
 
 demo-seeds: $(READY) ## the demo over three seeds, with the float net given the same extra epochs as control (8 minutes)
 	for seed in 0 1 2; do \

@@ -34,7 +34,7 @@ from qat.errors import UsageError
 from qat.launch import ranks, run_dir, signals
 from qat.launch.signals import Preempted
 from qat.tasks import settings
-from qat.tasks.conf import CONF, typed
+from qat.tasks.conf import CONF, named, options, typed
 from qat.utils.validate import unknown
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run",
 # What needs no quotes in Hydra's grammar, and what is grammar itself.
 PLAIN, GRAMMAR = re.compile(r"[A-Za-z0-9_./:+%@-]*"), re.compile(r"['\"\[]|.*\$\{")
 SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
+ANY_MODEL = "; any model of timm: model=hf-hub:timm/NAME, or model=vit_t (resnet18 for a CNN) with model.name=NAME"
 FULL_ERROR = "HYDRA_FULL_ERROR"
 OTHERS_WAIT_S = 10
 _FILES = re.compile(r"[Tt]oo many open files|received 0 items of ancdata")
@@ -233,10 +234,15 @@ def line_of(error: BaseException | None) -> str | None:
             return text
         if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
             group, _, name = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
-            return _unknown(f"{group}={name}", name, [one.stem for one in (CONF / group).glob("[!_]*.yaml")])
+            return _unknown(f"{group}={name}", name, options(group)) + (ANY_MODEL if group == "model" else "")
         if isinstance(error, ConfigKeyError | ConfigAttributeError) and error.parent_node is not None:
             known = map(str, error.parent_node) if OmegaConf.is_dict(error.parent_node) else ()
-            return _unknown(str(error.full_key or error.key), str(error.key), known)
+            names = [
+                one
+                for _, one, _ in named(OmegaConf.to_yaml(error.parent_node._get_root()))
+                if not one.startswith(("hydra", "callbacks", "default_"))
+            ]
+            return _unknown(str(error.full_key or error.key), str(error.key), known, names)
         if isinstance(error, OmegaConfBaseException):
             line, name = str(error).partition("\n")[0], str(error.full_key or "")
             return f"{name}: {line}" if name not in line else line
@@ -254,10 +260,10 @@ def line_of(error: BaseException | None) -> str | None:
     return None
 
 
-def _unknown(setting: str, name: str, known: Iterable[str]) -> str:
+def _unknown(setting: str, name: str, known: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
     """A setting that there is not: what to use where it was removed, else names that are near."""
     now = settings.removed(setting)
-    return f"{setting}: was removed; use: {now}" if now else unknown(setting, name, known)
+    return f"{setting}: was removed; use: {now}" if now else unknown(setting, name, known, elsewhere)
 
 
 def _write_error(cfg: DictConfig, message: str, found: run_dir.RunDirState) -> None:

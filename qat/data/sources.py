@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -121,7 +122,7 @@ class EncodedImages(ABC):
 
     def __init__(self, labels: NDArray[np.int64], where: str, settings: DataSettings) -> None:
         self.labels, self.where, self.rows, self.on_error = labels, where, np.arange(len(labels)), settings.on_error
-        self._failed: set[int] = set()
+        self._failed = torch.zeros(len(labels), dtype=torch.bool).share_memory_()  # by row; workers say it once, all together
         self.chans = 1 if settings.in_chans == 1 else 3
 
     def take(self, indices: NDArray[np.int64]) -> Self:
@@ -161,9 +162,9 @@ class EncodedImages(ABC):
             except ImageError as error:
                 if self.on_error == "raise":
                     raise ImageError(f"{error}; {SKIP}") from error
-                if row not in self._failed:
+                if not self._failed[self.rows[row]]:
                     log.warning("data.on_error=skip: %s; the next image takes its place", error)
-                    self._failed.add(row)
+                    self._failed[self.rows[row]] = True
         raise ImageError(f"data.on_error=skip: {self.where}: no image can be decoded")
 
     def decode(self, index: int) -> NDArray[np.uint8]:

@@ -25,6 +25,8 @@ from qat.model.sites import iter_quantizers
 from qat.quantizers import UniformGrid
 from qat.utils.probing import probing
 
+log = logging.getLogger(__name__)
+
 INPUT, OUTPUT = "image", "logits"
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 # Of logits.
@@ -73,13 +75,8 @@ class Agreement:
         return 100 * self.same_top1 / max(self.images, 1)
 
     def to_text(self) -> str:
-        """A line for people."""
-        line = f"top-1 agrees on {self.same_top1} of {self.images} images ({self.top1:.2f} %), logits within {self.largest:.1e}"
-        if self.other_logits:
-            layers = ", ".join(f"{n} of {name}" for name, n in self.first.most_common(3)) or "none"
-            examined = min(self.other_logits, EXAMINED)
-            line += f" but on {self.other_logits}; codes that differ first on {examined} of these: {layers}"
-        return line
+        """What matters in a line for people."""
+        return f"same class on {self.same_top1} of {self.images} images"
 
 
 @dataclass
@@ -154,6 +151,8 @@ def compare(net: nn.Module, logits: Callable[[Tensor], Tensor], open_codes: Call
         found.unlike += not bool(((mine[i] - step_by_step[0]).abs() <= TOLERANCE).all())
         found.problem = found.problem or _first_difference(found, net_codes(net, images[i]), step_by_step)
     examined = min(len(other), EXAMINED)
+    layers = ", ".join(f"{n} of {name}" for name, n in found.first.most_common(3)) or "none"
+    log.debug("logits within %.1e but on %d; codes that differ first on %d of these: %s", found.largest, len(other), examined, layers)
     if found.problem is None and found.unlike * len(other) > UNLIKE * len(images) * examined:
         found.problem = f"on {found.unlike} of {examined} images it is not what its graph gives step by step"
     return found

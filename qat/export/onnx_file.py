@@ -180,7 +180,7 @@ def require_onnx() -> None:
     """Raise `UsageError` unless what writes and runs ONNX files is installed."""
     for name in ("onnx", "onnxruntime", "onnxscript"):
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"format=onnx: {name} is not installed; pip install 'vit-qat[export]'")
+            raise UsageError(f"format=onnx: {name} is not installed; pip install -e '.[export]'")
 
 
 @quiet()

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qat.report.figures import bits_of
-from qat.report.sweep import GIVEN, MEASURES, grouped, mean, rich_table
+from qat.report.sweep import GIVEN, MEASURES, grouped, mean, rich_table, values
 from qat.utils.text import json_object
 
 
@@ -22,10 +22,10 @@ def main(run_dirs: list[str]) -> int:
             return 1
         settings = {"run": Path(run_dir).name, **{name: str(results.get(name)) for name in ("command", "model", "recipe", "data")}}
         runs.append(results | {"status": "done", "from": run_dir} | {GIVEN + name: value for name, value in settings.items()})
-    rows = []
+    rows, shown = [], [one for one in ("top1", "top5", "size_bytes") if values(runs, one)]
     for _, group in grouped(runs):
         row = {"recipe": str(group[0].get("quant")), "bits": bits_of(group[0].get("recipe")) or "W32 A32"}
-        row |= {MEASURES[one][0]: mean(group, one) for one in ("top1", "top5", "size_bytes")}
+        row |= {MEASURES[one][0]: mean(group, one) for one in shown}
         rows.append(row | {"from": " ".join(run["from"] for run in group)})
     Console().print(rich_table(rows, "results"))
     return 0

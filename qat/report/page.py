@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qat.report.figures import bits_of, data_url, number, search_figure, shown, training_curves
 from qat.utils.files import csv_rows, write_text
-from qat.utils.text import duration, json_object, read_file, scaled
+from qat.utils.text import duration, json_object, read_file, scaled, unlearned
 
 FILE = "report.html"
 ANALYSES = "analysis"  # folder of the analyses that training and calibration make of their own model
@@ -50,6 +50,7 @@ def write_report(folder: Path) -> Path:
         "kind": command,
         "subject": " · ".join(results[key] for key in ("model", "quant", "data") if results.get(key)) or folder.resolve().name,
         "results": results,
+        "note": unlearned(results),
         "figures": _figures(results, in_float),
         "rows": _exported(results) if command == "export" else _measured(results, in_float),
         "curves": training_curves(_table(folder / "metrics.csv")),
@@ -113,11 +114,11 @@ def _figures(results: Row, in_float: Mapping[str, float]) -> list[tuple[str, str
 
 
 def _measured(results: Row, in_float: Mapping[str, float]) -> list[Row]:
-    """The model, beside itself in float if it is quantized."""
-    bits = bits_of(results.get("recipe"))
-    own = {"model": f"Quantized, {bits}" if bits else "Float", **{name: results.get(key) for key, name in MEASURED.items()}}
-    known = {"Top-1, %": results.get("top1_fp"), "Bytes": in_float.get("size_bytes"), "Bit operations": in_float.get("bitops")}
-    before = [{**dict.fromkeys(own), "model": "Float", **known}] if bits and any(known.values()) else []
+    """The model, after itself in float if it is quantized; scores that are not known have no column."""
+    bits, names = bits_of(results.get("recipe")), {key: name for key, name in MEASURED.items() if results.get(key) is not None}
+    known = {name: results.get(f"{key}_fp", in_float.get(key)) for key, name in names.items()}
+    before = [{"model": "Float"} | known] if bits and any(known.values()) else []
+    own = {"model": f"Quantized, {bits}" if bits else "Float"} | {name: results[key] for key, name in names.items()}
     return [*before, own] if results.get("size_bytes") else []
 
 
@@ -139,6 +140,7 @@ def _analyses(folder: Path) -> list[dict[str, Any]]:
             drawn = [(one["title"], one["alt"], place / one["file"]) for one in index["figures"]]
             found.append({
                 "name": index["analysis"],
+                "is_folded": place != folder,
                 "pictures": [
                     {"title": title, "alt": alt, "source": data_url(read_file(file))} for title, alt, file in drawn if file.is_file()
                 ],

@@ -19,7 +19,7 @@ from qat.errors import UsageError
 from qat.report.figures import WIDTH, number, picture
 from qat.report.page import FILE, Row, write_page
 from qat.utils.files import csv_text, write_text
-from qat.utils.text import MISSING, json_object, read_file
+from qat.utils.text import MISSING, count, json_object, read_file
 
 # What is averaged over seeds: headings and formats.
 MEASURES = {
@@ -138,11 +138,11 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
         raise UsageError(f"sweep={str(folder)!r}: must be a folder with runs below it")
     write_text(folder / "sweep.csv", csv_text(jobs))
     names, statuses = varied(jobs), Counter(job["status"] for job in jobs)
-    counted = f"{len(jobs)} jobs: {', '.join(f'{n} {status}' for status, n in sorted(statuses.items()))}"
+    counted = f"{count(len(jobs), 'job')}: {', '.join(f'{n} {status}' for status, n in sorted(statuses.items()))}"
     if report:
         context = {
             "kind": "sweep",
-            "subject": folder.resolve().name,
+            "subject": ", ".join(names) or folder.resolve().name,
             "counted": counted,
             "groups": group_rows(jobs),
             "pictures": [_figure(jobs)] if values(jobs, "top1") else [],

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,42 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
 
 
-def config_groups() -> str:
-    """A line for each group and its choices, for `--help`."""
-    folders = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
-    return "\n".join(f"{name}: {', '.join(options(name))}" for name in folders)
+def named(text: str) -> Iterator[tuple[str, str, str]]:
+    """Lines of YAML, each with the dotted name of its setting and the comment after or above it; both are empty where there is none."""
+    parents: dict[int, str] = {}
+    above: list[str] = []
+    for line in text.splitlines():
+        found, comment = re.match(r"( *)(\w+):", line), re.findall(r"(?:^| )# (.*)", line)
+        if found:
+            parents = {indent: key for indent, key in parents.items() if indent < len(found[1])} | {len(found[1]): found[2]}
+        yield line, ".".join(parents.values()) if found else "", " ".join(comment or above)
+        above = [] if found or not comment else above + comment
+
+
+def config_groups(*, _root_: DictConfig) -> str:
+    """A line for each group of a command and its choices, for `--help`."""
+    return "\n".join(f"{name}: {', '.join(options(name))}" for name in sorted(_root_.hydra.runtime.choices) if name.isidentifier())
+
+
+def config_in_words(*, _root_: DictConfig) -> str:
+    """The settings of a command, each with what `conf/` says of it, for `--help`."""
+    said: dict[str, str] = {}
+    for path in (CONF / f"{_root_.command}.yaml", *sorted(CONF.rglob("*.yaml"))):
+        for _, name, words in named(path.read_text(encoding="utf-8")):
+            if words:
+                said.setdefault(".".join([*path.relative_to(CONF).parts[:-1], name]), words)
+    own = [key for key in map(str, _root_) if not key.startswith(("hydra", "command", "sweep_dir", "default_"))]
+    lines = named(OmegaConf.to_yaml(OmegaConf.masked_copy(_root_, own)))
+    return "\n".join(f"{line}  # {said[name]}" if name in said else line for line, name, _ in lines).replace("$", "$$")
+
+
+def alias(name: str, args: Mapping[str, Any]) -> str:
+    """A net of timm with the arguments of a choice of `model=` that has some of its own, by the name of that; others by timm's."""
+    for choice in options("model"):
+        held: Any = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{choice}.yaml"))
+        if held["name"] == name and (own := held.get("args")) and own.items() <= args.items():
+            return f"{choice} ({name})"
+    return name
 
 
 def run_name() -> str:
@@ -84,7 +117,7 @@ def pick(net: str | None, bits: int, table: Mapping[str, Any]) -> Any:
 
 
 def _register() -> None:
-    functions: tuple[Callable[..., Any], ...] = (typed, config_groups, swin_patch, swin_window, none_of, pick)
+    functions: tuple[Callable[..., Any], ...] = (typed, config_groups, config_in_words, swin_patch, swin_window, none_of, pick)
     for function in functions:
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)

@@ -33,6 +33,7 @@ from qat.tasks.checks import check_classes, check_classifier, check_patches, che
 from qat.tasks.predict import EvaluatedNet, class_names, find_images, predict
 from qat.tasks.report import report_run
 from qat.tasks.results import class_results, measured, recipe_fields, record_run, sizes, write_class_tables, write_results
+from qat.utils.text import count
 
 log = logging.getLogger(__name__)
 # Readers of timm that fetch what they are named (`qat.data.Timm`).
@@ -66,7 +67,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     connect(trainer)
     data = subject.data
     shown = {
-        "data": summary.describe_data(data) if paths is None else f"{len(paths)} images of {cfg.predict}",
+        "data": summary.describe_data(data) if paths is None else f"{count(len(paths), 'image')} of {cfg.predict}",
         "weights": origin(cfg),
         "device": summary.describe_device(trainer),
     }
@@ -130,10 +131,9 @@ def measure(subject: EvaluatedNet, trainer: Trainer, costs: Cost, folder: Path |
     data = subject.data
     module = QATModule(subject.net, CompositeLoss({"ce": CrossEntropy()}), num_classes=data.settings.num_classes)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
-    found = measured(metrics, costs)
-    shown = {"top-1": f"{found['top1']:.2f} %", "top-5": f"{found['top5']:.2f} %", "loss": f"{found['loss']:.4f}"}
-    log.info(summary.lines(f"{data.evaluation_split} split", shown | {"size": f"{costs.size_bytes} bytes as stored"}))
-    found |= data.evaluation_facts(module.confusion)
+    found = measured(metrics, costs, data.settings.num_classes) | data.evaluation_facts(module.confusion)
+    shown = summary.scores(found) | {"loss": f"{found['loss']:.4f}", "size": summary.describe_size(subject.net, costs.size_bytes)}
+    log.info(summary.lines(f"{data.evaluation_split} split", shown))
     if module.confusion is not None and folder is not None:
         if is_first():
             write_class_tables(folder, module.confusion, subject.classes)

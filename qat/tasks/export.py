@@ -30,6 +30,7 @@ from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
 from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
+from qat.utils.text import count
 from qat.utils.validate import check_choice, check_int
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def _net_and_images(
         data = build.plain(cfg.data) if "_target_" in cfg.data else dict(data_config(net))
         images = [images for images, _ in source.sample(cfg.split or source.evaluation_split, cfg.images)]
         prepared, classes = source.settings, subject.classes
-        shown = f"{sum(map(len, images))} images of {type(source).__name__.lower()}"
+        shown = f"{count(sum(map(len, images)), 'image')} of {type(source).__name__.lower()}"
     else:
         net, name = build_from(checkpoint), meta["model"]["name"]
         prepared, images, shown = data_settings(data_config(net)), [], f"{IMAGES} images of noise; data=... has others"

@@ -101,7 +101,8 @@ def ptq(cfg: DictConfig) -> float:
     with closing(trainer.loggers):
         followed = subject if teacher is None else dataclasses.replace(subject, net=teacher, recipe=preset("fp"))
         with in_float(followed.net):
-            figures: dict[str, Any] = {"top1_fp": _measure(trainer, followed, "float")["top1"], "calibration": None}
+            plain = _measure(trainer, followed, "float")
+        figures: dict[str, Any] = {f"{key}_fp": plain.get(key) for key in ("top1", "top5", "loss")} | {"calibration": None}
         if recipe is None:
             figures["top1_start"] = _measure(trainer, subject, "quantized, as it came,")["top1"]
         else:
@@ -130,7 +131,7 @@ def _announce(cfg: DictConfig, quantized: EvaluatedNet, batches: list[Tensor], t
     data = quantized.data
     more = {
         "data": summary.describe_data(data),
-        "calibration": f"{len(batches)} batches of {cfg.ptq.batch} training images, seed {data.settings.seed}",
+        "calibration": f"{len(batches)} x {cfg.ptq.batch} training images, seed {data.settings.seed}",
         "weights": origin(cfg),
         "device": summary.describe_device(trainer),
         "outputs": str(cfg.run_dir),
@@ -153,7 +154,7 @@ def _calibrate(quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer)
     since = time.monotonic()
     done = calibrate(quantized.net.to(trainer.strategy.root_device), batches)
     seconds = round(time.monotonic() - since, 2)
-    log.info("%d scales from %d images in %.1f s", done.scales, done.images, seconds)
+    log.info("%d scales in %.1f s; calibration images: %d", done.scales, seconds, done.images)
     return asdict(done) | {"seconds": seconds, "seed": quantized.data.settings.seed}
 
 

@@ -108,9 +108,9 @@ def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
     return {"quant": "fp" if recipe.name == "fp" else f"{recipe.name}_{width}", "recipe": recipe.to_dict()}
 
 
-def measured(metrics: Mapping[str, float], costs: Cost) -> dict[str, Any]:
-    """The keys that a test loop and `qat.model.cost` fill."""
-    return {key: metrics[f"test/{key}"] for key in ("top1", "top5", "loss")} | sizes(costs)
+def measured(metrics: Mapping[str, float], costs: Cost, classes: int) -> dict[str, Any]:
+    """The keys that a test loop and `qat.model.cost` fill; no `top5` of five classes or fewer, which are all among the five likeliest."""
+    return {key: metrics[f"test/{key}"] for key in ("top1", "top5", "loss") if classes > 5 or key != "top5"} | sizes(costs)
 
 
 def sizes(costs: Cost) -> dict[str, Any]:

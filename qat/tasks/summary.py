@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
@@ -16,13 +18,15 @@ from qat.data import ImageData
 from qat.lit import QATModule, Teacher
 from qat.lit.accuracy import evaluate
 from qat.model.convert import conversion_of
-from qat.model.frozen import FrozenWeight
+from qat.model.frozen import FrozenWeight, is_frozen
 from qat.model.ptq_spec import PtqRecipe
 from qat.model.report import conversion_report
 from qat.model.start import Start
 from qat.spec import QuantRecipe
 from qat.tasks import fit
+from qat.tasks.conf import alias, typed
 from qat.utils.files import write_text
+from qat.utils.text import count, scaled, unlearned
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +41,27 @@ def describe_model(name: str, net: nn.Module, input_size: tuple[int, int, int]) 
     """Name, parameters (those that are integer codes among them) and size of the images."""
     params = sum(p.numel() for p in net.parameters()) + sum(m.stored.numel() for m in net.modules() if isinstance(m, FrozenWeight))
     chans, height, width = input_size
-    return f"{name}, {params / 1e6:.2f} M parameters, images {chans} x {height} x {width}"
+    return f"{alias(name, getattr(net, '_model_args', {}))}, {params / 1e6:.2f} M parameters, images {chans} x {height} x {width}"
+
+
+def describe_size(net: nn.Module, size_bytes: int) -> str:
+    """Bytes, and of which file: `best.ckpt` is larger, as it has what training goes on with."""
+    if conversion_of(net) is None:
+        return f"{scaled(size_bytes, 'B')} of float weights"
+    return f"{scaled(size_bytes, 'B')} once packed" + ("" if is_frozen(net) else f", `{typed('export')} format=packed`")
+
+
+def scores(results: Mapping[str, Any]) -> dict[str, str]:
+    """Accuracies in words, with a remark where they say little."""
+    shown = {f"top-{k}": f"{top:.2f} %" for k in (1, 5) if (top := results.get(f"top{k}")) is not None}
+    return shown | ({"note": note} if (note := unlearned(results)) else {})
 
 
 def describe_recipe(recipe: QuantRecipe) -> str:
     """One line of bits and quantizers."""
     if recipe.name == "fp":
         return "fp: float, nothing is quantized"
-    rules = f", {len(recipe.overrides)} override(s)" if recipe.overrides else ""
+    rules = f", {count(len(recipe.overrides), 'override')}" if recipe.overrides else ""
     if isinstance(recipe, PtqRecipe):
         return (
             f"{recipe.name}: placement {recipe.placement}, weights {recipe.bits} bit ({recipe.weight_observer}), "
@@ -61,7 +78,7 @@ def describe_recipe(recipe: QuantRecipe) -> str:
 def describe_data(data: ImageData) -> str:
     """Sizes of the splits."""
     counts = ", ".join(f"{len(data.split(s))} {s}" for s in data.splits)
-    return f"{type(data).__name__.lower()}: {counts} images, {data.settings.num_classes} classes"
+    return f"{type(data).__name__.lower()}: {counts} images, {count(data.settings.num_classes, 'class')}"
 
 
 def announce(title: str, net: nn.Module, name: str, recipe: QuantRecipe, input_size: tuple[int, int, int], **more: str) -> None:
@@ -93,8 +110,8 @@ def announce_run(
         "data": describe_data(data),
         "start": "; ".join(start.notes),
         "loss": ", ".join(module.loss.terms),
-        "training": f"{cfg.trainer.max_epochs} epochs, global batch {fit.global_batch(cfg, trainer)}, {optimizer.opt} lr {lr:.3g}, "
-        f"weight decay {optimizer.weight_decay:g}, seed {cfg.seed}",
+        "training": f"{count(cfg.trainer.max_epochs, 'epoch')}, global batch {fit.global_batch(cfg, trainer)}, {optimizer.opt} "
+        f"lr {lr:.3g}, weight decay {optimizer.weight_decay:g}, seed {cfg.seed}",
         "device": f"{describe_device(trainer)}, precision {trainer.precision}",
         "outputs": str(cfg.run_dir),
     }

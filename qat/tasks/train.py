@@ -23,7 +23,7 @@ from qat.model.checkpoint import Checkpoint, build_from, describe, read_checkpoi
 from qat.model.cost import cost
 from qat.model.start import Start
 from qat.spec import QuantRecipe
-from qat.tasks import build, fit
+from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_classes, check_classifier, check_options, check_patches, check_settings
 from qat.tasks.report import report_run
 from qat.tasks.results import measured, recipe_fields, record_run, write_results
@@ -148,6 +148,7 @@ def _write(
     with torch.compiler.set_stance("force_eager"):  # its hooks belong to no compiled graph
         costs = cost(module.net, data.input_size)
     facts = data.evaluation_facts(module.confusion) | outcome
-    results = write_results(cfg, **recipe_fields(recipe), **measured(metrics, costs), **facts)
-    scores = f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % ({outcome['weights']})"
-    log.info("%s %s; %d bytes as stored; outputs in %s", results["split"], scores, costs.size_bytes, cfg.run_dir)
+    results = write_results(cfg, **recipe_fields(recipe), **measured(metrics, costs, data.settings.num_classes), **facts)
+    scores = ", ".join(" ".join(one) for one in summary.scores(results).items())
+    size = summary.describe_size(module.net, costs.size_bytes)
+    log.info("%s %s (%s); %s; outputs in %s", results["split"], scores, outcome["weights"], size, cfg.run_dir)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ def scaled(value: float | None, unit: str = "") -> str:
         return MISSING
     power = 0 if value < 1 else min(int(math.log10(value) // 3), len(PREFIXES) - 1)
     return f"{value / 1000**power:.3g} {PREFIXES[power]}{unit}".rstrip()
+
+
+def count(n: int, noun: str) -> str:
+    """`1 image`, `2 images`, `2 classes`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def unlearned(results: Mapping[str, Any]) -> str:
+    """What to say of an accuracy within two standard errors of that of always naming the most frequent class; else empty."""
+    top1, images, share = (results.get(key) for key in ("top1", "images", "majority_share"))
+    if top1 is None or not images or share is None or top1 - share > 2 * math.sqrt(share * (100 - share) / images):
+        return ""
+    return f"not clearly more than nothing learned: the most frequent class alone gives {share:.2f} %"
 
 
 def duration(seconds: float) -> str:

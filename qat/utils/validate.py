@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -21,11 +22,14 @@ MOST_SIDE = 2**14
 CROP_MODES, INTERPOLATIONS = ("center", "squash", "border"), ("nearest", "bilinear", "bicubic", "lanczos")
 
 
-def unknown(setting: str, name: str, known: Iterable[str]) -> str:
-    """What to say of a name that there is not: the nearest of those that there are, or all of them."""
-    choices = sorted(known)
-    near = difflib.get_close_matches(name, choices, n=3)
-    return f"{setting}: unknown; {'near are' if near else 'must be one of'} {', '.join(near or choices)}"
+def unknown(setting: str, name: str, known: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
+    """What to say of a name that there is not: the nearest of those that there are, here or in another group, or all that are here."""
+    choices, close = sorted(known), functools.partial(difflib.get_close_matches, name, n=3)
+    full = {one.rpartition(".")[2]: one for one in reversed(elsewhere)} | dict(zip(choices, choices, strict=True))
+    near = [name] if name in full else close(choices) or close(full)
+    near = near[: 1 if near and name.startswith(near[0]) else 3]
+    how = "must be one of" if not near else "near are" if near[1:] else "near is"
+    return f"{setting}: unknown; {how} {', '.join(full[one] for one in near or choices)}"
 
 
 def check_choice(setting: str, value: object, allowed: tuple[str, ...]) -> None:

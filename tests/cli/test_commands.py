@@ -13,7 +13,7 @@ import cloudpickle
 import hydra
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from qat.cli import commands, sweep
 from qat.errors import UsageError
@@ -71,8 +71,13 @@ def test_homes_grammar_and_sweeps(monkeypatch):
 
 
 LINES = [
-    ("sed=1", "sed: unknown; near are seed"),
-    ("model.pretrainde=true", "model.pretrainde: unknown; near are pretrained"),
+    ("sed=1", "sed: unknown; near is seed"),
+    ("model.pretrainde=true", "model.pretrainde: unknown; near is pretrained"),
+    ("lr=0.01", "lr: unknown; near is optimizer.lr"),
+    ("bits=3", "bits: unknown; near is quant.bits"),
+    ("optimizer.batch_size=8", "optimizer.batch_size: unknown; near is data.batch_size"),
+    ("epochs=3", "epochs: unknown; near are trainer.max_epochs, optimizer.eps, scheduler.warmup_epochs"),
+    ("model=deit_tiny", f"model=deit_tiny: unknown; near is deit_t{commands.ANY_MODEL}"),
     ("quant=ofq_9bit", "quant=ofq_9bit: unknown; near are ofq_4bit, ofq_3bit, ofq_2bit"),
     ("trainer=foo", "trainer=foo: unknown; must be one of cpu, ddp, fsdp, gpu, slurm"),
     ("seed=x", "seed: Value 'x' of type 'str' could not be converted to Integer"),
@@ -169,6 +174,19 @@ def test_the_command_line_with_another_run_dir_gives_the_same_again(tmp_path):
     recorded = (tmp_path / "run" / "config.yaml").read_text()
     assert "beside_the_run.Mine" in recorded
     assert "${" not in recorded
+
+
+@pytest.mark.parametrize("name", settings.COMMANDS)
+def test_help_has_a_phrase_for_each_setting_and_the_groups_of_its_command(tmp_path, name):
+    code, out = typed(f"{name}.py", "--help", cwd=tmp_path)
+    assert code == 0
+    groups, lines = (part.splitlines() for part in out.partition("Any value")[0].split("Settings in force"))
+    own = {one for default in OmegaConf.load(ROOT / "conf" / f"{name}.yaml").defaults if isinstance(default, DictConfig) for one in default}
+    assert {line.partition(":")[0] for line in groups if ": " in line} == {one for one in own if one.isidentifier()}
+    silent = [line.strip() for line in lines if re.match(r" *\w+: ", line) and " # " not in line]
+    # A value of another setting, a class, a group that is off.
+    assert [line for line in silent if not re.search(r"\$\{|^_target_|^(logger: null|analysis: null|search: {})", line)] == []
+    assert ("optimizer:" in lines) == (name == "train")
 
 
 def test_lists_its_commands_and_choices(tmp_path):

@@ -4,6 +4,7 @@ Oracle: Pillow's own `convert("RGB")`, as torchvision and timm load images, and 
 """
 
 import io
+import logging
 import os
 import struct
 import zlib
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader
 
 from qat.data import ImageArrays, ImageFolder, image_transform
 from qat.data.sources import ImageError, open_image, to_pixels
@@ -138,6 +140,16 @@ def test_skipped_the_next_image_takes_its_place(tmp_path, caplog, memory_mb):
         (tmp_path / f"train/a/0{i}.png").write_bytes(b"")
     with pytest.raises(ImageError, match="no image can be decoded"):
         data(tmp_path, memory_mb=memory_mb, on_error="skip").split("train")[0]
+
+
+def test_workers_say_once_what_they_skip(tmp_path):
+    found = data(folder(tmp_path, damaged=[2]), memory_mb=0, on_error="skip").split("train")
+    handler = logging.FileHandler(tmp_path / "log")
+    logging.getLogger("qat.data.sources").addHandler(handler)
+    for _ in range(2):
+        assert len(list(DataLoader(found, num_workers=1))) == len(found)
+    logging.getLogger("qat.data.sources").removeHandler(handler)
+    assert (tmp_path / "log").read_text().count("02.png") == 1
 
 
 def test_what_does_not_fit_is_decoded_when_needed(tmp_path):

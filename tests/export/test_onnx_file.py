@@ -337,3 +337,8 @@ def test_a_runtime_that_is_not_what_its_graph_gives_has_a_problem(net):
     found = check.compare(net, lambda x: net(x) + 1, lambda: lambda image: check.net_codes(net, image), [x])
     assert found.problem == "on 10 of 10 images it is not what its graph gives step by step"
     assert (found.same_top1, found.other_logits, found.largest) == (10, 10, 0.0)
+
+
+def test_agreement_in_words():
+    text = Checked({ONNXRUNTIME: Agreement(images=256, same_top1=255, other_logits=4, largest=4.8e-6)}).to_text()
+    assert text == "onnxruntime: same class on 255 of 256 images"

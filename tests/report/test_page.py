@@ -89,9 +89,35 @@ def test_of_an_exported_file(tmp_path):
         assert text in found
 
 
+@pytest.mark.parametrize("search", [{}, {"search": {"method": "evolution"}}])
+def test_of_a_calibration(tmp_path, search):
+    """Nothing is called a search that was none, and the float model has all scores of the log."""
+    scores = {"top1_fp": 91.25, "top5_fp": 99.5, "loss_fp": 0.7125, "top1_calibrated": 77.5}
+    found = read(write_report(write_run(tmp_path / "run", command="ptq", **scores, **search))).text
+    assert ("Search" in found, "Calibration" in found) == (bool(search), not search)
+    for text in ("91.25", "99.5", "0.7125", "77.5", "Size once packed"):
+        assert text in found
+    assert "–" not in found
+
+
+def test_of_few_classes_and_of_a_run_that_learned_nothing(tmp_path):
+    found = read(write_report(write_run(tmp_path / "run", top5=None, top1=43.33, images=60, majority_share=40.0))).text
+    assert "Top-5" not in found
+    assert "Top-1 is not clearly more than nothing learned: the most frequent class alone gives 40.00 %." in found
+
+
+def test_layers_are_folded_where_they_are_not_the_subject(tmp_path):
+    folded = read(write_report(write_run(tmp_path / "run")))
+    write_analysis(tmp_path / "weights", "weights")
+    subject = read(write_report(tmp_path / "weights"))
+    assert len(folded.all("summary")) - len(folded.all("figcaption")) - 1 == 1  # a table of layers, beside config.yaml
+    assert len(subject.all("summary")) == len(subject.all("figcaption"))
+
+
 def test_of_a_float_run(tmp_path):
     found = read(write_report(write_run(tmp_path / "run", quant="fp", recipe={"name": "fp"}, top1_fp=None))).text
     assert "Quantized" not in found
+    assert "Size of weights" in found
     assert "88.89" in found
 
 

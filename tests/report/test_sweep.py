@@ -63,7 +63,7 @@ def test_the_page_has_the_table_its_figure_and_every_job(folder):
     (folder / "0" / "report.html").touch()
     publish(folder, report=True)
     found = read(folder / "report.html")
-    for text in ("93.00 ± 3.61", "the loss is nan", "quant=ofq_2bit: 93.00 ± 3.61 %; quant=ofq_4bit: 80.00 %"):
+    for text in ("sweep: quant, seed", "93.00 ± 3.61", "the loss is nan", "quant=ofq_2bit: 93.00 ± 3.61 %; quant=ofq_4bit: 80.00 %"):
         assert text in found.text
     assert [link["href"] for link in found.all("a") if "report.html" in link["href"]] == ["0/report.html"]
     assert len(found.all("img")) == 1
@@ -96,6 +96,15 @@ def test_nothing_in_a_sweep_is_taken_for_markup(tmp_path):
     found = read(tmp_path / "report.html")
     assert found.text.count("document.title='hacked'") > 2
     assert len(found.all("script")) == 1
+
+
+def test_a_sweep_of_few_classes_has_no_top5(tmp_path, capsys):
+    job(tmp_path / "0", "seed=1", top1=90.0, top5=None)
+    publish(tmp_path, report=False)
+    assert main([str(tmp_path / "0")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("1 job: 1 done\n")
+    assert "top-5" not in out
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

@@ -116,7 +116,7 @@ TRAIN = [
     *((f"{name}=maybe", rf"^{name}: Value 'maybe' is not a valid bool \(type str\)$") for name in FLAGS),
     ("compile=maybe", r"compile='maybe': must be one of true, false, auto"),
     ("+colour=3", "colour: unknown; must be one of allow_changed_data"),
-    ("+model.pretrainde=true", r"model\.pretrainde: unknown; near are pretrained"),
+    ("+model.pretrainde=true", r"model\.pretrainde: unknown; near is pretrained"),
     ("resume=yes", r"resume='yes': must be one of false, true, auto"),
     ("resume=true", r"resume=true: run_dir='.*' has no checkpoints/last\.ckpt; resume=auto starts"),
     ("ckpt=/nowhere.ckpt", r"ckpt='/nowhere\.ckpt': no such file"),

@@ -6,7 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import qat
-from qat.tasks.results import recipe_fields, write_results
+from qat.model.cost import Cost
+from qat.tasks.results import measured, recipe_fields, write_results
 
 
 def test_what_does_not_apply_is_null(tmp_path):
@@ -25,3 +26,9 @@ def test_a_recipe_is_named_as_its_config(name, knobs, quant):
     fields = recipe_fields(recipe)
     assert fields["quant"] == quant
     assert qat.QuantRecipe(**json.loads(json.dumps(fields["recipe"]))) == recipe
+
+
+def test_of_five_classes_or_fewer_all_are_among_the_five_likeliest():
+    metrics = {"test/top1": 40.0, "test/top5": 100.0, "test/loss": 1.5}
+    found = [measured(metrics, Cost(1, 2, 3, 4), classes) for classes in (6, 5)]
+    assert found[0] == found[1] | {"top5": 100.0} == {"top1": 40.0, "top5": 100.0, "loss": 1.5, "n_params": 1, "size_bytes": 2, "bitops": 4}

@@ -2,11 +2,14 @@
 
 import re
 
+import pytest
+
 import qat
 from qat.data import Digits
 from qat.tasks import summary
+from qat.tasks.conf import alias
 from tests.tasks.test_evaluate import DIGITS
-from tests.tiny import converted
+from tests.tiny import converted, quantized
 
 
 def test_quantizers_are_counted(tmp_path):
@@ -34,6 +37,29 @@ def test_model_in_words():
     net = converted("fp")
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     assert re.fullmatch(rf"tiny, {millions:.2f} M parameters, images 1 x 8 x 8", summary.describe_model("tiny", net, (1, 8, 8)))
+
+
+def test_a_size_says_of_which_file():
+    assert summary.describe_size(converted("fp"), 1_802_152) == "1.8 MB of float weights"
+    net = quantized("ofq", bits=2)
+    assert re.fullmatch(r"190 kB once packed, `.*export.* format=packed`", summary.describe_size(net, 190_236))
+    assert summary.describe_size(qat.freeze(net), 182_360) == "182 kB once packed"
+
+
+def test_a_net_of_digits_has_its_alias():
+    demo = {"img_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3, "global_pool": "avg", "class_token": False}
+    assert alias("vit_tiny_patch16_224", demo) == "vit_tiny_demo (vit_tiny_patch16_224)"
+    assert alias("vit_tiny_patch16_224", demo | {"depth": 6}) == alias("vit_tiny_patch16_224", {}) == "vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize(
+    ("top1", "images", "share", "says"), [(43.33, 60, 40.0, True), (53.0, 60, 40.0, False), (43.33, 6000, 40.0, False)]
+)
+def test_scores_say_where_nothing_may_be_learned(top1, images, share, says):
+    # Two standard errors of 40 % of 60 images: 2 * sqrt(40 * 60 / 60) = 12.65.
+    found = summary.scores({"top1": top1, "top5": None, "images": images, "majority_share": share})
+    note = "not clearly more than nothing learned: the most frequent class alone gives 40.00 %"
+    assert found == {"top-1": f"{top1:.2f} %"} | ({"note": note} if says else {})
 
 
 def test_lines_are_aligned():
