@@ -41,7 +41,8 @@ def prepare(
             "squash": [scaled, scaled],
             "border": [round(scaled * side / max(image.size)) for side in image.size],
         }[crop_mode]
-        square = Image.new(image.mode, (size, size), tuple(round(255 * value) for value in mean))
+        around = tuple(round(255 * value) for value in mean) if crop_mode == "border" else None  # black
+        square = Image.new(image.mode, (size, size), around or 0)
         place = tuple((size - side) // 2 if side < size else -round((side - size) / 2) for side in sides)
         square.paste(image.resize(sides, INTERPOLATIONS[interpolation]), place)
         image = square

@@ -129,7 +129,8 @@ class DataSettings:
                 check(f"data.{name}", set_values[name], *bounds)
         for name in SHARES:
             if name in set_values:
-                check_number(f"data.{name}", set_values[name], 0, above=name == "crop_pct", highest=1)
+                is_crop = name == "crop_pct"  # of VOLO 1.15: a border around the image
+                check_number(f"data.{name}", set_values[name], 0, above=is_crop, highest=2 if is_crop else 1)
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UsageError(f"data.scale={self.scale}: must be two shares of the image's area [lowest, highest], above 0 to 1")
         for name, lowest in (("mean", -math.inf), ("std", 0.0)):

@@ -76,9 +76,6 @@ def ptq(cfg: DictConfig) -> float:
         remove_unfinished([Path(cfg.run_dir)])
     build.import_modules(cfg)
     subject = build_subject(cfg)
-    if cfg.resume and _has_state(Path(cfg.run_dir)):
-        kept = "a run that goes on keeps its method; resume=false in another run_dir starts anew"
-        compare_settings(build.plain(OmegaConf.load(Path(cfg.run_dir) / CONFIG)), cfg, ("ptq.",), kept)
     _check_start(cfg, subject, searches=searching is not None)
     teacher = _target_net(cfg, subject)
     batches = calibration_batches(cfg, subject.data)
@@ -235,11 +232,14 @@ def _has_state(run_dir: Path) -> bool:
 
 
 def _check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> None:
-    """Is `ckpt` what the recipe starts from: a quantized net under `ptq=keep`, else a float one?
+    """Is `ckpt` what the recipe starts from: a quantized net under `ptq=keep`, else a float one? What has changed since a run began?
 
     Raises:
-        UsageError: it is not, or there is nothing to be done, or nothing to compare with.
+        UsageError: it is not, or there is nothing to be done, or nothing to compare with; or the run to resume had another method.
     """
+    if cfg.resume and _has_state(Path(cfg.run_dir)):
+        kept = "a run that goes on keeps its method; resume=false in another run_dir starts anew"
+        compare_settings(build.plain(OmegaConf.load(Path(cfg.run_dir) / CONFIG)), cfg, ("ptq.",), kept)
     held = None if conversion_of(subject.net) is None else summary.describe_recipe(subject.recipe).partition(":")[0]
     file = f"ckpt={str(cfg.ckpt)!r}"
     if cfg.ptq.get("name") != KEEP:

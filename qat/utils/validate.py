@@ -73,7 +73,7 @@ def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
 
 def check_channels(setting: str, values: Any, chans: int | None, lowest: float = -math.inf) -> None:
     """Raise `UsageError` unless there is a finite number above `lowest` for each of `chans` channels (None: of any)."""
-    fits = isinstance(values, list | tuple) and (chans is None or chans == len(values))
+    fits = isinstance(values, Sequence) and not isinstance(values, str) and (chans is None or chans == len(values))
     if not (fits and all(isinstance(value, Real) and lowest < float(value) < math.inf for value in values)):
         above = f" above {lowest:g}" if lowest > -math.inf else ""
         raise UsageError(f"{setting}={values!r}: must be a finite number{above} for each of the {chans or 'image'} channels")

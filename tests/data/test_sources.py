@@ -143,9 +143,9 @@ def test_skipped_the_next_image_takes_its_place(tmp_path, caplog, memory_mb):
 
 
 def test_workers_say_once_what_they_skip(tmp_path):
-    found = data(folder(tmp_path, damaged=[2]), memory_mb=0, on_error="skip").split("train")
     handler = logging.FileHandler(tmp_path / "log")
     logging.getLogger("qat.data.sources").addHandler(handler)
+    found = data(folder(tmp_path, damaged=[2]), memory_mb=0, on_error="skip").split("train")
     for _ in range(2):
         assert len(list(DataLoader(found, num_workers=1))) == len(found)
     logging.getLogger("qat.data.sources").removeHandler(handler)

@@ -192,7 +192,7 @@ def test_a_file_that_was_changed_does_not_pass(two_bit, tmp_path):
     tensor.raw_data = bytes(255 - byte for byte in tensor.raw_data)
     onnx.save(changed, tmp_path / "net.onnx")
     problem = check_onnx(frozen, tmp_path / "net.onnx", [tiny.images(4)]).problem
-    assert problem == "onnxruntime: codes of blocks.1.mlp.fc2.input_quantizer differ away from a threshold"
+    assert problem.startswith("onnxruntime: codes of blocks.1.mlp.fc2.input_quantizer differ away from a threshold; same class on ")
 
 
 def _torch_exports(name, attention, *, dynamic):

@@ -123,7 +123,7 @@ def test_a_tag_keeps_its_images_in_files(tmp_path, name):
 
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
-@pytest.mark.parametrize("share", [1.0, 0.9])
+@pytest.mark.parametrize("share", [1.0, 0.9, 1.15])
 def test_every_crop_is_timms(mode, share):
     net = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=1)
     net.pretrained_cfg = {**net.pretrained_cfg, "crop_mode": mode, "crop_pct": share}
