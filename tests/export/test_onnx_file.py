@@ -94,6 +94,17 @@ def test_fused_attention_of_five_axes(tmp_path):
     assert_agrees(net.eval(), tmp_path / "net.onnx", torch.randn(4, 3, 64, 64))
 
 
+@pytest.mark.slow
+def test_a_convolution_between_two_quantizers_keeps_its_weights(tmp_path):
+    net = timm.create_model("resnet10t", num_classes=5, channels=(8, 8, 8, 8), stem_width=8)
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data[0] *= 20
+    images = torch.randn(8, 3, 32, 32)
+    net = qat.initialize_scales(qat.convert(net, qat.recipe("deploy_w8a8"), input_size=(3, 32, 32)), [images])
+    assert_agrees(net.eval(), tmp_path / "net.onnx", images)
+
+
 FORMS = [("deit_distilled", "qkr", 2), ("swin", "qkr", 2), ("swin", "standard", 3), ("beit", "qkr", 4), ("eva02", "standard", 2)]
 
 
