@@ -180,6 +180,10 @@ def _walk(module: nn.Module, name: str, walk: _Walk, done: Swap) -> None:
         _walk(inner.module, path, walk, inner)
 
 
+# Of timm's attentions: what ours have in another form, or does nothing.
+_REPLACED = frozenset({"qkv", "q_norm", "k_norm", "k_bias", "v_bias", "softmax"})
+
+
 def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module:
     old = getattr(parent, name)
     if new is old:
@@ -190,6 +194,9 @@ def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module
             setattr(new, key, value)  # the dictionaries themselves: a handle that was given out for one of them still removes its hook
         elif not key.startswith("_") and not hasattr(new, key):
             setattr(new, key, value)
+    for kind in ("_parameters", "_buffers", "_modules"):  # what somebody has added
+        added = vars(old)[kind].items()
+        vars(new)[kind].update({key: value for key, value in added if value is not None and key not in _REPLACED and not hasattr(new, key)})
     setattr(parent, name, new.train(old.training))
     return new
 

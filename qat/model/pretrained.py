@@ -164,7 +164,7 @@ def save_pretrained(
 def _without_paths(value: Any) -> Any:
     """Plain data, a path in it cut down to its last part."""
     if isinstance(value, dict):
-        return {key: _without_paths(entry) for key, entry in value.items()}
+        return {_without_paths(key): _without_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_without_paths(entry) for entry in value]
     return _PATH.sub("", value) if isinstance(value, str) else value

@@ -67,10 +67,9 @@ def initialize_scales(net: nn.Module, batches: Iterable[Any]) -> nn.Module:
     pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]
     if not pending:
         return net
-    device = next(net.parameters()).device
     with probing(net, [quantizer.register_forward_pre_hook(_calibrating({})) for quantizer in pending]):
         for batch in batches:
-            net(images_of(batch).to(device))
+            net(images_of(batch, net))
         assert_ready(net)
     return net
 

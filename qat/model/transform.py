@@ -50,7 +50,7 @@ def _by_timm(net: nn.Module) -> dict[str, Any]:
     settings = {name: found[name] for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
     if chans != len(settings["mean"]):
         settings |= {name: [sum(settings[name]) / len(settings[name])] * chans for name in ("mean", "std")}
-    classes = getattr(net, "num_classes", None) or config.get("num_classes", 1)  # a backbone has none, and images do not depend on it
+    classes = getattr(net, "num_classes", None) or config.get("num_classes") or 1  # a backbone has none, and images do not depend on it
     return settings | {"image_size": height, "patch_size": None, "in_chans": chans, "num_classes": classes}
 
 

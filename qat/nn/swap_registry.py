@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from qat.errors import UsageError
+from qat.nn.quant_module import is_watched
 from qat.quantizers import Quantizer, build_quantizer
 from qat.spec import QuantRecipe
 
@@ -69,6 +70,7 @@ class Swap:
     children: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
+_TAKEN_APART = frozenset({"qkv", "q", "k", "v", "kv", "q_proj", "k_proj", "v_proj"})
 # Of the class that it is registered for.
 SwapFunction = Callable[[Any, SwapContext], Swap]
 _SWAPS: dict[tuple[type[nn.Module], str], SwapFunction] = {}
@@ -101,19 +103,20 @@ def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
     """
     attention = {"qkr": "qkr_attention", "standard": "attention", "float": "float_attention"}[context.recipe.attention]
     intents = (*(("fqvit",) if context.recipe.placement == "fqvit" else ()), attention, "linear", "conv")
-    if isinstance(module, nn.Linear | nn.Conv2d) and not is_plain(module):
+    if "forward" in vars(module) or (isinstance(module, nn.Linear | nn.Conv2d) and not is_plain(module)):
         return None
     if (type(module), "qkr_attention") in _SWAPS and attention == "qkr_attention":
         for name, child in module.named_children():  # what makes queries, keys and values is taken apart
-            if isinstance(child, nn.Linear) and name != "proj" and not is_plain(child):
-                why = f"its {name} is a {type(child).__name__} with more than a weight and a bias, and would be taken apart"
+            if name in _TAKEN_APART and hasattr(child, "weight") and (is_watched(child) or not is_plain(child)):
+                why = f"its {name} is a {type(child).__name__} with more than a weight and a bias, or with hooks, and would be taken apart"
                 raise UsageError(f"quant.attention='qkr': {why}; here it must be one of standard, float")
     return next((_SWAPS[type(module), intent] for intent in intents if (type(module), intent) in _SWAPS), None)
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """True for a Linear or convolution of a known class that computes with its own weight: not pruned, normalised or adapted."""
-    return any((type(layer), intent) in _SWAPS for intent in ("linear", "conv")) and "weight" in layer._parameters
+    """True for a Linear or convolution of a known class that has a weight, a bias and no more: not pruned, normalised or adapted."""
+    is_known = any((type(layer), intent) in _SWAPS for intent in ("linear", "conv"))
+    return is_known and set(layer._parameters) == {"weight", "bias"} and not (layer._buffers or layer._modules)
 
 
 def is_attention(module: nn.Module) -> bool:

@@ -69,10 +69,10 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     def note(quantizer: Affine, args: tuple[Tensor, ...]) -> None:
         states[quantizer] = observe(states.get(quantizer), args[0], quantizer.axis, quantizer.method)
 
-    device, images, count, last = next(net.parameters()).device, 0, 0, None
+    images, count, last = 0, 0, None
     with probing(net, [quantizer.register_forward_pre_hook(note) for quantizer in activations]), in_float(net):
         for batch in batches:
-            last = images_of(batch).to(device)
+            last = images_of(batch, net)
             net(last)
             images, count = images + len(last), count + 1
     if last is None:

@@ -62,15 +62,16 @@ def copied(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf})
 
 
-def images_of(batch: Any) -> Tensor:
-    """The images of a batch for calibration: the batch itself, or the first of what a loader gives.
+def images_of(batch: Any, net: nn.Module) -> Tensor:
+    """The images of a batch for calibration, as a net takes them: the batch itself, or the first of what a loader gives.
 
     Raises:
         UsageError: it is neither, or there are values that are not finite.
     """
     images = batch[0] if isinstance(batch, tuple | list) else batch
-    if not isinstance(images, Tensor):
-        raise UsageError(f"calibration: a batch is a {type(images).__name__}; must be images (B, C, H, W), or (images, ...)")
+    if not (isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()):
+        what = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise UsageError(f"calibration: a batch is {what}; must be float images (B, C, H, W), or (images, ...), in a list or a loader")
     if not images.isfinite().all():
         raise UsageError("calibration images hold NaN or infinity; look at data.mean, data.std and the files")
-    return images
+    return images.to(next(net.parameters()))

@@ -256,8 +256,22 @@ class Adapted(nn.Linear):
         return super().forward(x) + nn.functional.linear(x, self.a)
 
 
+def with_parameter(layer):
+    layer.gain = nn.Parameter(torch.ones(()))
+    return layer
+
+
+def patched(layer):
+    forward = layer.forward
+    layer.forward = lambda x, **rest: 2 * forward(x, **rest)
+    return layer
+
+
 MORE = {
     "adapter": Adapted,
+    "pruned bias": lambda layer: prune.random_unstructured(layer, "bias", 0.5),
+    "parameter": with_parameter,
+    "patched": patched,
     "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     "normalised": torch.nn.utils.parametrizations.weight_norm,
 }
@@ -280,6 +294,31 @@ def test_layers_that_are_more_than_a_linear_stay_float_or_are_refused(way, recip
     floats = dict(conversion_report(net).stays_float)
     assert {"blocks.0.mlp.fc1", "blocks.1.attn.qkv"} <= {name.removesuffix(".parametrizations.weight") for name in floats}
     assert "blocks.0.mlp.fc2" not in floats
+
+
+@pytest.mark.parametrize("recipe", ["ofq", "ofq_noqkr"])
+def test_what_was_added_to_an_attention_stays(recipe):
+    net = vit()
+    attention = net.blocks[0].attn
+    attention.gain, attention.branch = nn.Parameter(torch.ones(())), nn.Linear(2, 2)
+    attention.register_buffer("mask", torch.ones(1))
+    qat.convert(net, qat.recipe(recipe), input_size=SIZE)
+    assert {"blocks.0.attn.gain", "blocks.0.attn.branch.weight", "blocks.0.attn.mask"} <= net.state_dict().keys()
+    assert net.blocks[0].attn.gain is attention.gain
+
+
+def test_an_attention_whose_forward_was_replaced_stays_as_it_is():
+    net = vit()
+    attention = patched(net.blocks[0].attn)
+    qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
+    assert net.blocks[0].attn is attention
+
+
+def test_reparameterization_loses_no_hook():
+    net = vit()
+    net.blocks[0].attn.qkv.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(qat.UsageError, match="with more than a weight and a bias, or with hooks, and would be taken apart"):
+        qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
 
 
 DROPPING = [(VIT, KWARGS), ("eva02_tiny_patch14_224", KWARGS), ("hiera_tiny_224", {"num_classes": 5, "in_chans": 1, "img_size": 224})]
