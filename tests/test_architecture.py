@@ -183,25 +183,25 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a line in CHANGELOG.md that says why it rises.
 BUDGETS = {
     "evidence": 26770,
-    "qat": 158090,
+    "qat": 158520,
     "qat/analysis": 11390,
     "qat/callbacks": 6890,
     "qat/cli": 2980,
     "qat/data": 9800,
-    "qat/export": 11220,
+    "qat/export": 11310,
     "qat/functional": 9680,
     "qat/kernels": 16920,
     "qat/launch": 3390,
     "qat/lit": 6170,
     "qat/losses": 1800,
-    "qat/model": 19440,
-    "qat/nn": 11160,
-    "qat/ptq": 8790,
+    "qat/model": 19510,
+    "qat/nn": 11230,
+    "qat/ptq": 8770,
     "qat/quantizers": 5530,
     "qat/report": 4400,
-    "qat/tasks": 20900,
-    "qat/utils": 3320,
-    "tests": 235810,
+    "qat/tasks": 21060,
+    "qat/utils": 3370,
+    "tests": 236330,
 }
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
 

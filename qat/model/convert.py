@@ -192,7 +192,7 @@ def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module
     for key, value in vars(old).items():
         if "hook" in key and not (isinstance(value, dict) and vars(new).get(key)):
             setattr(new, key, value)  # the dictionaries themselves: a handle that was given out for one of them still removes its hook
-        elif not key.startswith("_") and not hasattr(new, key):
+        elif not hasattr(new, key):
             setattr(new, key, value)
     for kind in ("_parameters", "_buffers", "_modules"):  # what somebody has added
         added = vars(old)[kind].items()

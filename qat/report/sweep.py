@@ -142,7 +142,7 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
     if report:
         context = {
             "kind": "sweep",
-            "subject": ", ".join(names) or folder.resolve().name,
+            "subject": f"over {', '.join(names)}" if names else folder.resolve().name,
             "counted": counted,
             "groups": group_rows(jobs),
             "pictures": [_figure(jobs)] if values(jobs, "top1") else [],
@@ -156,7 +156,7 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
     for job in jobs:
         if error := job["error"] or (refused or {}).get(job["job"]):
             console.print(f"job {job['job']} ({label(given(job, names))}): {error}", soft_wrap=True, markup=False, highlight=False)
-    console.print(f"table in {folder}: sweep.csv", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"in {folder}: sweep.csv{', report.html' if report else ''}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _figure(jobs: Sequence[Row]) -> dict[str, str]:

@@ -62,7 +62,7 @@ def config_in_words(*, _root_: DictConfig) -> str:
     said: dict[str, str] = {}
     for path in (CONF / f"{_root_.command}.yaml", *sorted(CONF.rglob("*.yaml"))):
         for _, name, words in named(path.read_text(encoding="utf-8")):
-            if words:
+            if name and words:
                 said.setdefault(".".join([*path.relative_to(CONF).parts[:-1], name]), words)
     own = [key for key in map(str, _root_) if not key.startswith(("hydra", "command", "sweep_dir", "default_"))]
     lines = named(OmegaConf.to_yaml(OmegaConf.masked_copy(_root_, own)))

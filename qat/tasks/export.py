@@ -36,6 +36,7 @@ from qat.utils.validate import check_choice, check_int
 log = logging.getLogger(__name__)
 
 NAMES = {"onnx": "net.onnx", "packed": "net.safetensors"}
+_SHOWN = {"bytes": "bytes", "agrees": "agrees", "latency_ms": "ms an image"}
 
 
 def export(cfg: DictConfig) -> float:
@@ -87,7 +88,7 @@ def export(cfg: DictConfig) -> float:
         checked = write_checked(target, write)
         results = {"bytes": sizes}
     size = target.stat().st_size
-    written = {"file": f"{target}, {size:,} bytes"} | {key: str(value) for key, value in results.items()}
+    written = {"file": f"{target}, {size:,} bytes"} | {_SHOWN[key]: _words(value) for key, value in results.items()}
     log.info("%s\n%s", checked.to_text(), summary.lines("written", written))
     write_results(
         cfg,
@@ -139,6 +140,14 @@ def _target(cfg: DictConfig) -> Path:
     if target.exists() and not cfg.overwrite:
         raise UsageError(f"{target} is there already; overwrite=true replaces it, file=... or run_dir=... writes elsewhere")
     return target
+
+
+def _words(value: Any) -> str:
+    """A result for people: `float 1,794,374, int8 476,290`, by runtime where it is known by runtime."""
+    if isinstance(value, dict):
+        joint, between = ("; ", ": ") if any(isinstance(one, dict) for one in value.values()) else (", ", " ")
+        return joint.join(f"{key}{between}{_words(one)}" for key, one in value.items())
+    return "yes" if value is True else "no" if value is False else "not measured" if value is None else f"{value:,}"
 
 
 def _beside_float(path: Path, plain: nn.Module, image: torch.Tensor, checked: Checked, repeats: int) -> dict[str, Any]:

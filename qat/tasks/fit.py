@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import re
@@ -32,7 +33,7 @@ from qat.lit.strategies import SHARDED, AtomicCheckpointIO, strategy_of
 from qat.nn.attention import set_execution
 from qat.tasks.build import instantiate, plain
 from qat.tasks.checks import check_callback, check_sharding
-from qat.utils.validate import check_int, check_number
+from qat.utils.validate import check_int, check_number, unknown
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,9 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     if settings.get("strategy") == SHARDED or compiles(cfg):
         settings["inference_mode"] = False
     settings["strategy"] = strategy_of(settings.get("strategy", "auto"), local_count(settings) * settings.get("num_nodes", 1))
+    known = inspect.signature(Trainer).parameters
+    for name in settings.keys() - known.keys():
+        raise UsageError(unknown(f"trainer.{name}={settings[name]!r}", name, known))
     if settings.get("max_steps", -1) > 0:
         callbacks = [StepLimit(settings.pop("max_steps")), *callbacks]
     callbacks = [one for one in callbacks if loggers or not isinstance(one, LearningRateMonitor)]

@@ -288,5 +288,8 @@ def calibration_batches(cfg: DictConfig, data: ImageData) -> list[Tensor]:
         raise UsageError(f"data.calibration_images={wanted}: less than one batch; must be an integer of at least ptq.batch={size}")
     batches = [batch for batch in data.calibration_batches(size) if len(batch) == size]
     if not batches:
-        raise UsageError(f"ptq.batch={size}: the data have {len(data.split('train'))} training images, which fill no batch of this size")
+        count = len(data.split("train"))
+        raise UsageError(
+            f"ptq.batch={size}: the data have {count} training images, which fill no batch of this size; must be at most {count}"
+        )
     return batches

@@ -188,5 +188,6 @@ def outputs_to_replace(cfg: DictConfig) -> list[Path]:
     # A run that was killed before its first last.ckpt has nothing to go on from.
     unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
     if used and not (cfg.overwrite or (cfg.resume == "auto" and unsaved)):
-        raise UsedError(f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true")
+        more = f"; resume=true goes on from {NAME}" if NAME in checkpoints else ""
+        raise UsedError(f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true{more}")
     return outputs.of_training(run_dir)

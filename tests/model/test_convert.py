@@ -225,7 +225,7 @@ def test_a_converted_net_can_be_copied():
 def test_hooks_and_attributes_stay_where_they_were_put():
     net, seen = vit(), []
     layer, attention = net.blocks[0].mlp.fc1, net.blocks[1].attn
-    layer.tag = attention.tag = "mine"
+    layer.tag = attention.tag = layer._tag = "mine"
     handles = [
         layer.register_forward_hook(lambda module, args, out: seen.append(type(module).__name__)),
         attention.register_forward_pre_hook(lambda module, args, kwargs: seen.append(type(module).__name__), with_kwargs=True),
@@ -237,7 +237,7 @@ def test_hooks_and_attributes_stay_where_they_were_put():
     net(images().requires_grad_()).sum().backward()
     net.state_dict()
     assert seen == ["QuantLinear", "QkrVitAttention", "backward", "state"]
-    assert net.blocks[0].mlp.fc1.tag == net.blocks[1].attn.tag == "mine"
+    assert net.blocks[0].mlp.fc1.tag == net.blocks[0].mlp.fc1._tag == net.blocks[1].attn.tag == "mine"
     for handle in handles:
         handle.remove()
     logits(net)

@@ -40,7 +40,7 @@ def test_the_terminal_has_a_row_for_each_group_and_a_line_for_each_failed_job(fo
         "job 1 (quant=ofq_2bit seed=2): holds best.ckpt already",
         "job 4 (quant=ofq_4bit seed=2): the loss is nan",
         "job 10 (quant=ofq_4bit seed=10): no results.json: killed, or still going",
-        f"table in {folder}: sweep.csv",
+        f"in {folder}: sweep.csv",
     ]
     rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in out.splitlines() if "│" in line]
     # 90, 92, 97: mean 93, squares 9 + 1 + 16 over n - 1 = 2, so the deviation is sqrt(13).
@@ -63,7 +63,7 @@ def test_the_page_has_the_table_its_figure_and_every_job(folder):
     (folder / "0" / "report.html").touch()
     publish(folder, report=True)
     found = read(folder / "report.html")
-    for text in ("sweep: quant, seed", "93.00 ± 3.61", "the loss is nan", "quant=ofq_2bit: 93.00 ± 3.61 %; quant=ofq_4bit: 80.00 %"):
+    for text in ("sweep: over quant, seed", "93.00 ± 3.61", "the loss is nan", "quant=ofq_2bit: 93.00 ± 3.61 %; quant=ofq_4bit: 80.00 %"):
         assert text in found.text
     assert [link["href"] for link in found.all("a") if "report.html" in link["href"]] == ["0/report.html"]
     assert len(found.all("img")) == 1
