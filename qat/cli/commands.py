@@ -34,7 +34,7 @@ from qat.errors import UsageError
 from qat.launch import ranks, run_dir, signals
 from qat.launch.signals import Preempted
 from qat.tasks import settings
-from qat.tasks.conf import CONF, named, options, typed
+from qat.tasks.conf import CONF, options, typed, yaml_lines
 from qat.utils.validate import unknown
 
 log = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ def line_of(error: BaseException | None) -> str | None:
             known = map(str, error.parent_node) if OmegaConf.is_dict(error.parent_node) else ()
             names = [
                 one
-                for _, one, _ in named(OmegaConf.to_yaml(error.parent_node._get_root()))
+                for _, one, _ in yaml_lines(OmegaConf.to_yaml(error.parent_node._get_root()))
                 if not one.startswith(("hydra", "callbacks", "default_"))
             ]
             return _unknown(str(error.full_key or error.key), str(error.key), known, names)

@@ -80,7 +80,8 @@ class TimmImages(EncodedImages):
     def open(self, index: int) -> Image.Image:
         """One image; a file of a folder is read here, where it has to end."""
         row = int(self.rows[index])
-        if isinstance(path := getattr(self.reader, "samples", {row: [None]})[row][0], str):
+        samples = getattr(self.reader, "samples", None)
+        if samples and isinstance(path := samples[row][0], str):
             return _load(path)
         found = self.reader[row][0]
         if isinstance(found, Image.Image):

@@ -40,7 +40,7 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
 
 
-def named(text: str) -> Iterator[tuple[str, str, str]]:
+def yaml_lines(text: str) -> Iterator[tuple[str, str, str]]:
     """Lines of YAML, each with the dotted name of its setting and the comment after or above it; both are empty where there is none."""
     parents: dict[int, str] = {}
     above: list[str] = []
@@ -53,19 +53,29 @@ def named(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def config_groups(*, _root_: DictConfig) -> str:
-    """A line for each group of a command and its choices, for `--help`."""
-    return "\n".join(f"{name}: {', '.join(options(name))}" for name in sorted(_root_.hydra.runtime.choices) if name.isidentifier())
+    """A line for each group of a command and its choices, for `--help`; of experiments those that change nothing but these groups."""
+    groups = {name for name in _root_.hydra.runtime.choices if name.isidentifier()}
+    listed = {name: [one for one in options(name) if name != "experiment" or _overridden(one) <= groups] for name in sorted(groups)}
+    return "\n".join(f"{name}: {', '.join(choices)}" for name, choices in listed.items())
+
+
+def _overridden(experiment: str) -> set[str]:
+    """Groups that an experiment, or one that it is made of, chooses from."""
+    held: Any = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"))
+    groups = {key.removeprefix("override /") for entry in held.get("defaults", []) if isinstance(entry, dict) for key in entry}
+    parts = [entry for entry in held.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+    return groups.union(*map(_overridden, parts))
 
 
 def config_in_words(*, _root_: DictConfig) -> str:
     """The settings of a command, each with what `conf/` says of it, for `--help`."""
     said: dict[str, str] = {}
     for path in (CONF / f"{_root_.command}.yaml", *sorted(CONF.rglob("*.yaml"))):
-        for _, name, words in named(path.read_text(encoding="utf-8")):
+        for _, name, words in yaml_lines(path.read_text(encoding="utf-8")):
             if name and words:
                 said.setdefault(".".join([*path.relative_to(CONF).parts[:-1], name]), words)
     own = [key for key in map(str, _root_) if not key.startswith(("hydra", "command", "sweep_dir", "default_"))]
-    lines = named(OmegaConf.to_yaml(OmegaConf.masked_copy(_root_, own)))
+    lines = yaml_lines(OmegaConf.to_yaml(OmegaConf.masked_copy(_root_, own)))
     return "\n".join(f"{line}  # {said[name]}" if name in said else line for line, name, _ in lines).replace("$", "$$")
 
 

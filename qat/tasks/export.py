@@ -36,7 +36,7 @@ from qat.utils.validate import check_choice, check_int
 log = logging.getLogger(__name__)
 
 NAMES = {"onnx": "net.onnx", "packed": "net.safetensors"}
-_SHOWN = {"bytes": "bytes", "agrees": "agrees", "latency_ms": "ms an image"}
+_SHOWN = {"latency_ms": "ms an image"}
 
 
 def export(cfg: DictConfig) -> float:
@@ -88,7 +88,7 @@ def export(cfg: DictConfig) -> float:
         checked = write_checked(target, write)
         results = {"bytes": sizes}
     size = target.stat().st_size
-    written = {"file": f"{target}, {size:,} bytes"} | {_SHOWN[key]: _words(value) for key, value in results.items()}
+    written = {"file": f"{target}, {size:,} bytes"} | {_SHOWN.get(key, key): _words(value) for key, value in results.items()}
     log.info("%s\n%s", checked.to_text(), summary.lines("written", written))
     write_results(
         cfg,
