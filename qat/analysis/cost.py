@@ -20,12 +20,12 @@ from qat.utils.text import scaled
 
 # The order of the bars, each kind with the same colour in every picture.
 KINDS = ("attention weights", "attention products", "MLP", "patch embedding", "head", "norms", "other")
-UNITS = {"bytes": "bytes as stored", "bit operations": "bit operations of one image"}
+UNITS = {"bytes": "bytes of weights", "bit operations": "bit operations of one image"}
 
 
 @dataclass(frozen=True)
 class CostAnalysis(Analysis):
-    """Parameters, bytes as stored, multiply-accumulates and bit operations by kind of layer; in total also of the same net in float."""
+    """Parameters, bytes of weights (quantized: packed), multiply-accumulates, bit operations by kind of layer; in total in float too."""
 
     name: ClassVar[str] = "cost"
     split: ClassVar[str | None] = None

@@ -81,7 +81,7 @@ class TimmImages(EncodedImages):
         """One image; a file of a folder is read here, where it has to end."""
         row = int(self.rows[index])
         samples = getattr(self.reader, "samples", None)
-        if samples and isinstance(path := samples[row][0], str):
+        if samples is not None and isinstance(path := samples[row][0], str):
             return _load(path)
         found = self.reader[row][0]
         if isinstance(found, Image.Image):

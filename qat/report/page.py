@@ -103,7 +103,7 @@ def _figures(results: Row, in_float: Mapping[str, float]) -> list[tuple[str, str
         change = "" if top1_fp is None else f", {top1 - top1_fp:+.2f} to float".replace("-", "−")
         figures.append(("Top-1", f"{top1:.2f} %", f"{results.get('split')} split{change}"))
     if agreement is not None:
-        figures.append(("Same class", f"{agreement:.2f} %", "of the images as the checkpoint"))
+        figures.append(("Same class", f"{agreement:.2f} %", "of the images get the checkpoint's class"))
     for title, key, unit, less in (("Size", "size_bytes", "B", "smaller"), ("Bit operations", "bitops", "", "fewer")):
         if own := results.get(key):
             than = f"{in_float[key] / own:,.1f}× {less} than in float" if in_float.get(key, own) != own else ""
@@ -126,7 +126,8 @@ def _exported(results: Row) -> list[Row]:
     """Bytes of the parts of an exported file, or of the file beside those of its model in float and int8, with the time of one image."""
     times = (results.get("latency_ms") or {}).items()
     sizes = (results.get("bytes") or {}).items()
-    return [{"file": key, "bytes": size, **{f"{name}, ms": taken.get(key) for name, taken in times if taken}} for key, size in sizes]
+    what = "file" if results.get("agrees") else "part"
+    return [{what: key, "bytes": size, **{f"{name}, ms": taken.get(key) for name, taken in times if taken}} for key, size in sizes]
 
 
 def _analyses(folder: Path) -> list[dict[str, Any]]:

@@ -187,6 +187,9 @@ def test_help_has_a_phrase_for_each_setting_and_the_groups_of_its_command(tmp_pa
     # A value of another setting, a class, a group that is off.
     assert [line for line in silent if not re.search(r"\$\{|^_target_|^(logger: null|analysis: null|search: {})", line)] == []
     assert ("optimizer:" in lines) == (name == "train")
+    experiments = [line for line in groups if line.startswith("experiment: ")]
+    assert ["demo_fp" in line for line in experiments] == {"train": [True], "ptq": [False]}.get(name, [])
+    assert ["evolq_w4a8" in line for line in experiments] == {"train": [False], "ptq": [True]}.get(name, [])
 
 
 def test_lists_its_commands_and_choices(tmp_path):

@@ -100,6 +100,7 @@ def test_a_convolution_between_two_quantizers_keeps_its_weights(tmp_path):
     for module in net.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.weight.data[0] *= 20
+    net.fc.weight.data *= 0.01
     images = torch.randn(8, 3, 32, 32)
     net = qat.initialize_scales(qat.convert(net, qat.recipe("deploy_w8a8"), input_size=(3, 32, 32)), [images])
     assert_agrees(net.eval(), tmp_path / "net.onnx", images)
