@@ -13,6 +13,7 @@ import torch._dynamo as dynamo
 from lightning.pytorch import Callback, Trainer
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
+from torch._inductor.graph import GraphLowering
 
 import qat.lit.compiled
 from qat import kernels
@@ -20,7 +21,7 @@ from qat.functional.log2 import fake_quantize_log2
 from qat.functional.lsq import CodeRange
 from qat.functional.statsq import statsq_scale
 from qat.lit import QATModule, Teacher, build_optimizer
-from qat.lit.compiled import compile_in_place
+from qat.lit.compiled import CompiledCall, compile_in_place
 from qat.losses import CompositeLoss, Distillation
 from qat.quantizers import StatsQ
 from tests.callbacks.fitting import QUIET, batches
@@ -111,6 +112,21 @@ def test_a_compiled_quantizer_gives_the_bits_of_an_eager_one(preset):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
         else:
             assert torch.equal(ours, theirs), quantizer
+
+
+@pytest.mark.slow
+def test_forward_and_backward_round_as_eager_code_does(monkeypatch):
+    made, begin = [], GraphLowering.__init__
+
+    def seen(self, *args, **kwargs):
+        made.append((kwargs["is_backward"], inductor.emulate_precision_casts))
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(GraphLowering, "__init__", seen)
+    net = torch.nn.Linear(3, 3)
+    with inductor.patch(fx_graph_cache=False):
+        CompiledCall(net, net)(torch.ones(2, 3)).sum().backward()
+    assert made == [(False, True), (True, True)]
 
 
 @pytest.mark.parametrize("quantizer", ["statsq", "lsq", "seq", "log2"])

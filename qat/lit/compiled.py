@@ -36,7 +36,8 @@ class CompiledCall:
     """
 
     def __init__(self, function: Callable[[Tensor], Any], net: nn.Module, *, recompute: bool = False) -> None:
-        self._call = torch.compile(function, fullgraph=True, dynamic=False)
+        # Not by `inductor.patch` around a call: backward is compiled later, when it first runs.
+        self._call = torch.compile(function, fullgraph=True, dynamic=False, options=rounding_options())
         self._net = net
         self._largest: dict[tuple[object, ...], int] = {}
         self._recompute = recompute
@@ -48,8 +49,8 @@ class CompiledCall:
             with torch.compiler.set_stance("force_eager"):
                 return self._call(images)
         before = graphs["unique_graphs"]
-        # In force whenever the function is called: it is compiled then, not before.
-        with inductor.patch(rounding_options()), functorch.patch(aggressive_recomputation=self._recompute):
+        # In force whenever the function is called: what is kept for backward is chosen then, not before.
+        with functorch.patch(aggressive_recomputation=self._recompute):
             out = self._call(images)
         if graphs["unique_graphs"] > before:  # else somebody has asked for eager execution
             self._largest[way] = len(images)
