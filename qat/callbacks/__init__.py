@@ -6,7 +6,7 @@ from qat.callbacks.finite import FiniteCheck
 from qat.callbacks.last import BestCheckpoints, LastCheckpoint
 from qat.callbacks.oscillation import IterativeFreezing, Oscillation
 from qat.callbacks.preemption import Preemption
-from qat.callbacks.progress import EpochLog, StepLimit, StepSeed
+from qat.callbacks.progress import EpochLog, GraphSteps, StepLimit, StepSeed
 
 __all__ = [
     "CGA",
@@ -14,6 +14,7 @@ __all__ = [
     "EMAWeightAveraging",
     "EpochLog",
     "FiniteCheck",
+    "GraphSteps",
     "IterativeFreezing",
     "LastCheckpoint",
     "Oscillation",

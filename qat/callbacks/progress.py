@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qat.data.sampler import seed_step
+from qat.lit.compiled import begin_step, own_gradients
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,20 @@ class StepSeed(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seed the generators of this process."""
         seed_step(self.seed, trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank)
+
+
+class GraphSteps(Callback):
+    """Tells CUDA graphs of compiled nets where each step begins, and takes gradients out of their memory where it ends."""
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """Begin a step."""
+        begin_step()
+
+    on_validation_batch_start = on_test_batch_start = on_train_batch_start
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Nothing reads gradients after a step, but the next one where batches accumulate."""
+        own_gradients(pl_module, keep=trainer.accumulate_grad_batches > 1)
 
 
 class StepLimit(Callback):

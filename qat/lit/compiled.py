@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +13,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
+from torch._inductor.cudagraph_utils import cudagraphs_log
+from torch.utils._pytree import tree_map_only
+
+log = logging.getLogger(__name__)
 
 # What has compiled code round as eager code does, where a code may depend on it: division to nearest, no product contracted with a sum,
 # and values of half precision rounded between two operations that are fused. The last two are one setting. C++ does the first two anyway.
@@ -23,6 +30,19 @@ def rounding_options() -> dict[str, bool]:
     return {name: value for name, value in ROUNDING.items() if name in known}
 
 
+@functools.cache  # once each
+def _say(reason: str) -> None:
+    log.warning("compile=graphs: a part of the step runs without CUDA graphs: %s", reason)
+
+
+def _without_graphs(record: logging.LogRecord) -> bool:
+    """Whether torch has to say it: what it runs without a CUDA graph is one line here, many of a stack there."""
+    skipped = re.match(r"\w+ cudagraphs? due to (.+?)\.?(?: Found from.*)?$", record.getMessage().partition("\n")[0].rstrip())
+    if skipped:
+        _say(skipped[1])
+    return not skipped
+
+
 class CompiledCall:
     """Calls a function of images (B, ...) as one compiled graph; batches smaller than those that it was compiled for run eagerly.
 
@@ -33,11 +53,17 @@ class CompiledCall:
         function: calls `net`.
         net: training and evaluation are graphs of their own.
         recompute: let the compiler keep less for backward and make more of it again.
+        graphs: replay CUDA graphs. What modules in the net gave to hooks, and gradients, are then overwritten once the next step begins
+            (`begin_step`, `own_gradients`); what a call gives is not.
     """
 
-    def __init__(self, function: Callable[[Tensor], Any], net: nn.Module, *, recompute: bool = False) -> None:
+    def __init__(self, function: Callable[[Tensor], Any], net: nn.Module, *, recompute: bool = False, graphs: bool = False) -> None:
         # Not by `inductor.patch` around a call: backward is compiled later, when it first runs.
-        self._call = torch.compile(function, fullgraph=True, dynamic=False, options=rounding_options())
+        options: dict[str, Any] = {**rounding_options(), "triton.cudagraphs": graphs}
+        self._call = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+        self._graphs = graphs
+        if graphs:
+            cudagraphs_log.addFilter(_without_graphs)
         self._net = net
         self._largest: dict[tuple[object, ...], int] = {}
         self._recompute = recompute
@@ -54,9 +80,21 @@ class CompiledCall:
             out = self._call(images)
         if graphs["unique_graphs"] > before:  # else somebody has asked for eager execution
             self._largest[way] = len(images)
-        return out
+        return tree_map_only(Tensor, torch.clone, out) if self._graphs else out
 
 
-def compile_in_place(net: nn.Module, *, recompute: bool = False) -> None:
+def compile_in_place(net: nn.Module, *, recompute: bool = False, graphs: bool = False) -> None:
     """Compile a net as `CompiledCall` says; its parameters keep their names, and a copy of it is not compiled."""
-    net._compiled_call_impl = CompiledCall(net._call_impl, net, recompute=recompute)
+    net._compiled_call_impl = CompiledCall(net._call_impl, net, recompute=recompute, graphs=graphs)
+
+
+def begin_step() -> None:
+    """Let CUDA graphs overwrite what they gave in the step before: teacher, net and backward pass of one step are kept apart."""
+    torch.compiler.cudagraph_mark_step_begin()
+
+
+def own_gradients(net: nn.Module, *, keep: bool) -> None:
+    """At the end of a step, leave no gradient in memory that CUDA graphs overwrite: `keep` a copy, to be added to, or none."""
+    for parameter in net.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone() if keep else None

@@ -88,9 +88,9 @@ class Teacher:
         self.net.to(device, dtype)
         return self
 
-    def compile(self) -> None:
+    def compile(self, *, graphs: bool = False) -> None:
         """Compile the way from images to logits; see `CompiledCall`."""
-        self._answer = CompiledCall(self.net, self.net)
+        self._answer = CompiledCall(self.net, self.net, graphs=graphs)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -137,8 +137,8 @@ def check_options(cfg: DictConfig, recipe: QuantRecipe, loss: CompositeLoss) -> 
             f"trainer.precision={precision!r}: a quantized net needs float weights; must be one of 32-true, bf16-mixed, 16-mixed, 64-true"
         )
     if cfg.trainer.get("strategy") == SHARDED:
-        if cfg.compile is True:
-            raise UsageError(f"compile=true: {strategy} gathers weights in the middle of the graph; must be false")
+        if cfg.compile in {True, "graphs"}:
+            raise UsageError(f"compile={str(cfg.compile).lower()}: {strategy} gathers weights in the middle of the graph; must be false")
         if precision == "16-mixed":
             raise UsageError(f"trainer.precision={precision!r}: {strategy} has no scaler of gradients; must be 32-true or bf16-mixed")
         for name, term in loss.terms.items():

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qat.callbacks import CGA, LastCheckpoint, Preemption, StepLimit, StepSeed
+from qat.callbacks import CGA, GraphSteps, LastCheckpoint, Preemption, StepLimit, StepSeed
 from qat.errors import UsageError
 from qat.launch.ranks import environments, local_count
 from qat.lit import Teacher
@@ -109,7 +109,8 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
     # and preemption ends the run after it.
     first = [one for one in callbacks if isinstance(one, CGA)]
     last = [one for one in callbacks if isinstance(one, LastCheckpoint | Preemption)]
-    return [StepSeed(cfg.seed), *first, *(one for one in callbacks if one not in [*first, *last]), *last]
+    others = [one for one in callbacks if one not in [*first, *last]]
+    return [StepSeed(cfg.seed), *first, *others, *([GraphSteps()] if compiles(cfg) == "graphs" else []), *last]
 
 
 def build_loggers(cfg: DictConfig, *, resumed_at: int | None = None) -> list[Logger]:
@@ -177,17 +178,24 @@ def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
         raise UsageError(f"model.grad_checkpointing=true: {cfg.model.name} cannot do that; must be false") from error
 
 
-def compiles(cfg: DictConfig) -> bool:
-    """Whether `compile` asks for compiled nets; `auto` does on CUDA, unless the processes share the weights.
+def compiles(cfg: DictConfig) -> bool | str:
+    """Whether `compile` asks for compiled nets, or for `graphs` of them; `auto` does on CUDA, unless the processes share the weights.
 
     Raises:
-        UsageError: `compile` is not true, false or auto.
+        UsageError: `compile` is not true, false, auto or graphs, or asks for graphs without CUDA.
     """
     asked = cfg.get("compile", False)
-    if asked not in {True, False, "auto"}:
-        raise UsageError(f"compile={asked!r}: must be one of true, false, auto")
+    if asked not in {True, False, "auto", "graphs"}:
+        raise UsageError(f"compile={asked!r}: must be one of true, false, auto, graphs")
     on_cuda = torch.cuda.is_available() and str(cfg.trainer.get("accelerator", "auto")) in {"auto", "gpu", "cuda"}
-    return asked is True or (asked == "auto" and on_cuda and cfg.trainer.get("strategy") != SHARDED)
+    if asked == "graphs" and not on_cuda:
+        raise UsageError(
+            f"compile=graphs: CUDA graphs need CUDA, trainer.accelerator={cfg.trainer.get('accelerator')!r} has none; "
+            "must be one of true, false, auto"
+        )
+    if asked == "auto":
+        return on_cuda and cfg.trainer.get("strategy") != SHARDED  # and "graphs", once a GPU has shown them right
+    return asked
 
 
 def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> None:
@@ -196,20 +204,21 @@ def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> No
     One operation is compiled first: where torch cannot, `auto` leaves nets eager.
 
     Raises:
-        UsageError: torch cannot compile here, and `compile` is true.
+        UsageError: torch cannot compile here, and `compile` is not auto.
     """
-    if not compiles(cfg):
+    way = compiles(cfg)
+    if not way:
         return
     device = next(net.parameters()).device
     try:
         torch.compile(torch.square)(torch.zeros(2, device=device))
     except Exception as error:
         why = f"torch cannot compile for {device.type} here ({str(error).strip().partition(chr(10))[0]})"
-        if cfg.compile is True:
-            raise UsageError(f"compile=true: {why}; must be false") from error
+        if cfg.compile != "auto":
+            raise UsageError(f"compile={str(cfg.compile).lower()}: {why}; must be false") from error
         log.warning("compile=auto: nets are not compiled: %s", why)
         return
     torch.compiler.reset()  # nets of a sweep's earlier jobs count towards the limit of graphs
-    compile_in_place(net, recompute=OmegaConf.select(cfg, "memory") == "recompute")
+    compile_in_place(net, recompute=OmegaConf.select(cfg, "memory") == "recompute", graphs=way == "graphs")
     if teacher is not None:
-        teacher.compile()
+        teacher.compile(graphs=way == "graphs")

@@ -161,6 +161,7 @@ def test_what_looks_at_weights_is_refused(tmp_path, settings, line):
     ("setting", "line"),
     [
         ("compile=true", r"^compile=true: trainer\.strategy='fsdp' .*; must be false$"),
+        ("compile=graphs", r"^compile=graphs: trainer\.strategy='fsdp' .*; must be false$"),
         ("trainer.precision=16-mixed", r"^trainer\.precision='16-mixed': trainer\.strategy='fsdp' .*; must be 32-true or bf16-mixed$"),
     ],
 )

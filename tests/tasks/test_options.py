@@ -36,7 +36,7 @@ def test_checkpointing_switches_the_net():
     assert len(large) < 30  # a block alone keeps as many
 
 
-@pytest.mark.parametrize("asked", ["true", "auto"])
+@pytest.mark.parametrize("asked", ["true", "graphs", "auto"])
 def test_no_compiler(asked, monkeypatch, caplog):
     def broken(*_):
         raise RuntimeError("no C++ compiler found\nand much more")
@@ -50,7 +50,7 @@ def test_no_compiler(asked, monkeypatch, caplog):
         fit.compile_nets(cfg, torch.nn.Linear(2, 2), None)
         assert [r.getMessage() for r in caplog.records] == [f"compile=auto: nets are not compiled: {why}"]
         return
-    with pytest.raises(qat.UsageError, match=re.escape(f"compile=true: {why}; must be false")):
+    with pytest.raises(qat.UsageError, match=re.escape(f"compile={asked}: {why}; must be false")):
         fit.compile_nets(cfg, torch.nn.Linear(2, 2), None)
 
 
@@ -69,7 +69,7 @@ def test_a_compiled_quantized_run_is_two_graphs(tmp_path, caplog):
 @pytest.mark.parametrize("memory", ["recompute", "save"])
 def test_a_compiler_saves_memory_if_asked(memory, monkeypatch):
     asked, net = [], torch.nn.Linear(2, 2)
-    monkeypatch.setattr(fit, "compile_in_place", lambda net, recompute: asked.append((net, recompute)))
+    monkeypatch.setattr(fit, "compile_in_place", lambda net, recompute, **_: asked.append((net, recompute)))
     fit.compile_nets(compose("train", "compile=true", f"++memory={memory}", "run_dir=a"), net, None)
     assert asked == [(net, memory == "recompute")]
 
@@ -81,9 +81,10 @@ def test_a_compiler_saves_memory_if_asked(memory, monkeypatch):
         (("trainer.accelerator=cpu",), False),
         (("compile=false",), False),
         (("trainer.accelerator=cpu", "compile=true"), True),
+        (("compile=graphs",), "graphs"),
         (("trainer=fsdp",), False),
     ],
 )
 def test_auto_compiles_on_cuda(settings, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert fit.compiles(compose("train", "trainer=gpu", *settings, "run_dir=a")) is expected
+    assert fit.compiles(compose("train", "trainer=gpu", *settings, "run_dir=a")) == expected
