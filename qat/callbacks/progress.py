@@ -7,10 +7,10 @@ import logging
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qat.data.sampler import seed_step
-from qat.lit.compiled import begin_step, own_gradients
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +35,15 @@ class GraphSteps(Callback):
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Begin a step."""
-        begin_step()
+        torch.compiler.cudagraph_mark_step_begin()
 
     on_validation_batch_start = on_test_batch_start = on_train_batch_start
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Nothing reads gradients after a step, but the next one where batches accumulate."""
-        own_gradients(pl_module, keep=trainer.accumulate_grad_batches > 1)
+        """Nothing reads gradients after a step, but the next one where batches accumulate, which adds to them: a copy."""
+        for parameter in pl_module.parameters():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone() if trainer.accumulate_grad_batches > 1 else None
 
 
 class StepLimit(Callback):

@@ -53,8 +53,8 @@ class CompiledCall:
         function: calls `net`.
         net: training and evaluation are graphs of their own.
         recompute: let the compiler keep less for backward and make more of it again.
-        graphs: replay CUDA graphs. What modules in the net gave to hooks, and gradients, are then overwritten once the next step begins
-            (`begin_step`, `own_gradients`); what a call gives is not.
+        graphs: replay CUDA graphs. Gradients, and what hooks of modules in the net were given, are then overwritten once the next step
+            begins (`torch.compiler.cudagraph_mark_step_begin`); what a call gives is not.
     """
 
     def __init__(self, function: Callable[[Tensor], Any], net: nn.Module, *, recompute: bool = False, graphs: bool = False) -> None:
@@ -86,15 +86,3 @@ class CompiledCall:
 def compile_in_place(net: nn.Module, *, recompute: bool = False, graphs: bool = False) -> None:
     """Compile a net as `CompiledCall` says; its parameters keep their names, and a copy of it is not compiled."""
     net._compiled_call_impl = CompiledCall(net._call_impl, net, recompute=recompute, graphs=graphs)
-
-
-def begin_step() -> None:
-    """Let CUDA graphs overwrite what they gave in the step before: teacher, net and backward pass of one step are kept apart."""
-    torch.compiler.cudagraph_mark_step_begin()
-
-
-def own_gradients(net: nn.Module, *, keep: bool) -> None:
-    """At the end of a step, leave no gradient in memory that CUDA graphs overwrite: `keep` a copy, to be added to, or none."""
-    for parameter in net.parameters():
-        if parameter.grad is not None:
-            parameter.grad = parameter.grad.clone() if keep else None

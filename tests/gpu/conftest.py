@@ -59,6 +59,21 @@ def anywhere():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+    """A list that grows by one with each CUDA graph that torch records."""
+    from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
+
+    record, graphs = CUDAGraphTreeManager.record_function, []
+
+    def seen(self, *args):
+        graphs.append(self)
+        return record(self, *args)
+
+    monkeypatch.setattr(CUDAGraphTreeManager, "record_function", seen)
+    return graphs
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "golden: compares with cases made by the papers' own code")
     config.addinivalue_line("markers", "long: more than the tests of every change have time for")

@@ -24,6 +24,16 @@ WAYS = {
     "kurtosis, absolute steps, float16": ("compile=false", "loss.kure=0.1", "quant.steps=absolute", "trainer.precision=16-mixed"),
     "seq": ("compile=false", "quant=seq_2bit"),
 }
+# Beside them mixup, dropout, drop path and averaged weights.
+GRAPHS = {
+    "taught, annealed, clipped": (
+        *("loss=kd_features", "quant=seq_2bit", "teacher.ckpt={float}"),
+        *("callbacks=[default,ema,cga]", "callbacks.cga.epochs=1", "trainer.gradient_clip_val=0.1"),
+    ),
+    "scaled, accumulated": (
+        *("trainer.precision=16-mixed", "data.batch_size=64", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=18"),
+    ),
+}
 # Of images: values between two codes go to the one side or the other, and take along what depends on them.
 POINTS = 3.0
 TRAINERS = {"there": "trainer=gpu", "here": "trainer=cpu"}
@@ -36,6 +46,20 @@ def test_a_resumed_run_is_the_run(device, way, tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", *settings)
     stopped = killed_at(5, tmp_path / "run", monkeypatch, *settings)
     run(stopped, "resume=auto", *settings)
+    assert_same_run(stopped, whole)
+
+
+@pytest.mark.parametrize("way", GRAPHS)
+def test_a_resumed_run_of_graphs_is_the_compiled_run(device, way, tmp_path, monkeypatch, recorded):
+    """Gradients that are added to, outputs and a teacher's features, in memory that a later step overwrites."""
+    teacher = run(tmp_path / "float", "quant=fp", *ON_DEVICE, "compile=false") / "checkpoints" / "last.ckpt"
+    settings = [*ON_DEVICE, *(one.format(float=teacher) for one in GRAPHS[way])]
+    whole = run(tmp_path / "whole", *settings, "compile=true")
+    torch._dynamo.utils.counters.clear()
+    stopped = killed_at(5, tmp_path / "run", monkeypatch, *settings, "compile=graphs")
+    run(stopped, "resume=auto", *settings, "compile=graphs")
+    assert len(recorded) > 4  # both ways, in both parts of the run
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     assert_same_run(stopped, whole)
 
 

@@ -41,16 +41,23 @@ class Run:
         self.freezer.attach([self.optimizer])
 
     def step(self):
+        loss = self.backward()
+        self.update()
+        return loss
+
+    def backward(self, scale=lambda loss: loss):
         followed = None if self.teacher is None else self.teacher(self.images)
         with torch.autocast(self.device.type, torch.bfloat16):
             loss, _ = self.loss(StepContext(self.call(self.images), self.target, followed, self.net))
-        loss.backward()
+        scale(loss).backward()
+        return loss.detach()
+
+    def update(self, step=lambda optimizer: optimizer.step()):
         if self.anneals:
             sites = [s for s in qat.iter_quantizers(self.net) if s.role == "weight" and isinstance(s.quantizer, StatsQ)]
             self.freezer.freeze((s.owner.weight, ~near_threshold(s.owner.weight, s.quantizer.spec.bits, 0.005)) for s in sites)
-        self.optimizer.step()
+        step(self.optimizer)
         self.optimizer.zero_grad()
-        return loss.detach()
 
     def state(self):
         return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -80,6 +87,43 @@ def test_a_step_is_one_graph(device, arm):
     assert torch.stack([run.step() for _ in range(3)]).isfinite().all()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def course(device, *, graphs, terms, scaled, accumulated):
+    """Losses, weights, their average and moments of six steps: graphs are warmed up in the first, recorded in the second, then replayed."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = Run(device, terms=terms, anneals=True, call=lambda net: CompiledCall(net, net, graphs=graphs))
+    if run.teacher is not None:
+        run.teacher.compile(graphs=graphs)
+    average = torch.optim.swa_utils.AveragedModel(run.net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    scaler, losses = torch.amp.GradScaler(device.type, enabled=scaled), []
+    for number in range(6 * accumulated):
+        torch.compiler.cudagraph_mark_step_begin()
+        losses.append(run.backward(scaler.scale))
+        if (number + 1) % accumulated:
+            for parameter in run.net.parameters():
+                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
+            continue
+        scaler.unscale_(run.optimizer)
+        torch.nn.utils.clip_grad_norm_(run.net.parameters(), 0.1)
+        run.update(scaler.step)
+        scaler.update()
+        average.update_parameters(run.net)
+    return {"losses": torch.stack(losses), **run.net.state_dict(), **average.state_dict()} | {
+        f"{key} {index}": moment for index, state in run.optimizer.state_dict()["state"].items() for key, moment in state.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("terms", "scaled", "accumulated"), [("ce", False, 1), ("kd", True, 2)], ids=["plain", "taught, scaled, accumulated"]
+)
+def test_steps_of_graphs_are_compiled_ones(device, terms, scaled, accumulated, recorded):
+    expected, found = (course(device, graphs=graphs, terms=terms, scaled=scaled, accumulated=accumulated) for graphs in (False, True))
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    assert len(recorded) >= 2 + (terms == "kd")  # forward, backward, teacher
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert expected["losses"].unique().numel() > 5
 
 
 @pytest.mark.parametrize("anneals", [False, True], ids=["free", "annealed"])

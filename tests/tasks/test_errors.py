@@ -115,7 +115,7 @@ TRAIN = [
     *((f"seed={v}", rf"^seed: Value '{v}' .* could not be converted to Integer$") for v in ("x", "1.5")),
     *((f"{name}=maybe", rf"^{name}: Value 'maybe' is not a valid bool \(type str\)$") for name in FLAGS),
     ("compile=maybe", r"compile='maybe': must be one of true, false, auto, graphs$"),
-    ("compile=graphs trainer.accelerator=cpu", r"^compile=graphs: CUDA graphs need CUDA, .*; must be one of true, false, auto$"),
+    ("compile=graphs trainer.accelerator=cpu", r"compile=graphs: CUDA graphs need CUDA, .*; must be one of true, false, auto$"),
     ("+colour=3", "colour: unknown; must be one of allow_changed_data"),
     ("+model.pretrainde=true", r"model\.pretrainde: unknown; near is pretrained"),
     ("resume=yes", r"resume='yes': must be one of false, true, auto"),

@@ -16,7 +16,6 @@ from tests.callbacks.fitting import batches, differing, module, net
 from tests.callbacks.fitting import fit as fit_lightning
 from tests.conftest import compose
 from tests.tasks.test_resume import assert_same_run, killed_at, run
-from tests.tiny import images
 
 
 class Graphs:
