@@ -28,8 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from evidence.steps import ARMS, FLOAT, TINY, Arm, build, training_step
 from evidence.timing import environment, ratio, table, take_turns
-from qat import kernels
-from qat.kernels import gpu, tiles
+from qat.kernels import attention, gpu, operators, tiles
 from qat.kernels.fused import heads
 from qat.kernels.rows import PLAIN
 
@@ -104,7 +103,9 @@ def cuda_branches(count: Count) -> Generator[None]:
         count.triton += 1
 
     with (
-        mock.patch.object(kernels, "_backend", return_value="gpu"),
+        mock.patch.object(operators, "_on", return_value=gpu),
+        mock.patch.object(attention, "_runs_on", return_value=True),
+        mock.patch.dict(heads.ROWS, cpu=heads.ROWS["cuda"]),
         mock.patch.object(tiles, "device_type", return_value="cpu"),
         mock.patch.object(gpu, "_launch", launch),
         mock.patch.object(heads, "LARGE", 0),

@@ -182,26 +182,26 @@ def test_forbidden_phrases(pattern, reason):
 
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a line in CHANGELOG.md that says why it rises.
 BUDGETS = {
-    "evidence": 26770,
-    "qat": 158520,
+    "evidence": 26800,
+    "qat": 161900,
     "qat/analysis": 11390,
-    "qat/callbacks": 6890,
+    "qat/callbacks": 6990,
     "qat/cli": 2980,
     "qat/data": 9800,
-    "qat/export": 11310,
-    "qat/functional": 9680,
-    "qat/kernels": 16920,
+    "qat/export": 11270,
+    "qat/functional": 9570,
+    "qat/kernels": 19860,
     "qat/launch": 3390,
-    "qat/lit": 6170,
+    "qat/lit": 6370,
     "qat/losses": 1800,
     "qat/model": 19510,
-    "qat/nn": 11230,
+    "qat/nn": 11130,
     "qat/ptq": 8770,
-    "qat/quantizers": 5530,
-    "qat/report": 4400,
-    "qat/tasks": 21060,
+    "qat/quantizers": 5690,
+    "qat/report": 4410,
+    "qat/tasks": 21280,
     "qat/utils": 3370,
-    "tests": 236330,
+    "tests": 243700,
 }
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
 

@@ -66,6 +66,8 @@ class LsqGradients(NamedTuple):
         before: the shape of the offset in front; None without one.
         after: that of the offset after it, if it was asked for.
         dequantized: what `lsq_forward` gave, if it was asked for.
+        norm_weight: that of the weight of a LayerNorm in front, if the kernel went through one.
+        norm_bias: that of its bias.
     """
 
     x: Tensor
@@ -73,6 +75,8 @@ class LsqGradients(NamedTuple):
     before: Tensor | None
     after: Tensor | None
     dequantized: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
 
 
 def step_of(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
@@ -153,6 +157,8 @@ def gradient_scale(x: Tensor, codes: CodeRange, grad_factor: float, sign: Tensor
 
 class LSQFunction(torch.autograd.Function):
     """Keeps the input, the scale and the offset in front for backward, no mask and no codes."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -237,29 +243,11 @@ def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
     return start * change.exp() + (unit - start).clamp(min=0) * change.relu()  # at 0 no version of torch lets a gradient through relu
 
 
-class RelativeStepFunction(torch.autograd.Function):
-    """`relative_step` of a change that is learned, in one node; keeps ds/dt. Can be differentiated once more."""
-
-    @staticmethod
-    def forward(ctx: Any, start: Tensor, change: Tensor, unit: float) -> Tensor:
-        """`relative_step`, the same bits."""
-        grown, ctx.unit = start * change.exp(), unit
-        if not unit:  # no start is below it
-            ctx.save_for_backward(start, change, grown)
-            return grown
-        # Small tensors: operations between them take a third of the time of those with a number or a truth value.
-        lacking, growth = start.clamp(min=unit) - start, change.relu()
-        # As torch differentiates relu: no gradient passes at 0.
-        ctx.save_for_backward(start, change, grown + lacking * growth.sign())
-        return grown + lacking * growth
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        """Of the change alone."""
-        start, change, slope = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            slope = start * change.exp() + (ctx.unit - start).clamp(min=0) * (change > 0)
-        return None, grad * slope, None
+def step_and_slope(start: Tensor, grown: Tensor, change: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    """`relative_step`, the same bits, and its derivative by the change; `grown` = s0 * exp(t)."""
+    # Small tensors: operations between them take a third of the time of those with a number or a truth value.
+    lacking, growth = start.clamp(min=unit) - start, change.relu()
+    return grown + lacking * growth, grown + lacking * growth.sign()  # as torch differentiates relu: no gradient passes at 0
 
 
 def least_unit(qmax: int) -> float:

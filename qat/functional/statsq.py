@@ -76,6 +76,8 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 class StatsQFunction(torch.autograd.Function):
     """Forward on the grid, identity backward: nothing is kept for it."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(w: Tensor, scale: Tensor, bits: int) -> Tensor:
         """`statsq_forward`, in the dtype of `w`."""

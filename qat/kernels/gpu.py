@@ -1,4 +1,4 @@
-"""The kernels on CUDA in one pass over memory each: Triton, outside of `torch.compile`. Nothing in them waits for the device.
+"""The kernels on CUDA in one pass over memory each: Triton. Nothing in them waits for the device.
 
 What a function is given and what it gives is described in `reference`; None where the tensors do not fit.
 """
@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.functional.lsq import CodeRange, LsqGradients
+from qat.functional.lsq import CodeRange
 from qat.kernels import reference
-from qat.kernels.rows import row_stride
-from qat.kernels.tiles import DTYPES, dense, device_type, fit, rows_of, shapes_of, spaced, tiles_of
+from qat.kernels.made import Made
+from qat.kernels.rows import Steps, row_stride, rows_of
+from qat.kernels.tiles import DTYPES, TILE, WIDEST, dense, device_type, fit, spaced, tiles_of
 
 log = logging.getLogger(__name__)
 
 # A row of probabilities is held whole.
 LONGEST = 4096
-# Programs of a backward pass, each of which leaves rows of sums: several for every multiprocessor of a large device.
-PROGRAMS = 1024
+# Programs of a backward pass, each of which leaves rows of sums to be added: two for every multiprocessor of a large device.
+PROGRAMS = 264
+# What the backward pass goes through to what its input was made of.
+GONE_THROUGH = ("", "norm", "none")
 # Without fusion `r * s + c` rounds twice, as it does in two operations.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 
@@ -57,99 +60,104 @@ def _agrees(device: torch.device) -> bool:
     """For values in and out of range and halfway between codes: bit for bit, but for sums."""
     x = torch.linspace(-9, 9, 4 * 37 * 3, device=device, dtype=torch.float32).reshape(3, 4, 37)
     scale, offset, codes = x.new_tensor([0.5, 1.0, 0.3, 2.0]), x.flatten()[:37].clone(), CodeRange(-4, 3, 1)
-    dequantized = lsq_forward(x, scale, offset, offset, codes), reference.lsq_forward(x, scale, offset, offset, codes)
-    weights = statsq_forward(x[0], scale[:, None], 2), reference.statsq_forward(x[0], scale[:, None], 2)
-    steps = lsq_backward(x, x, scale, offset, codes), reference.lsq_backward(x, x, scale, offset, codes)
-    scores = probs_backward(x, x, scale, codes, 0.3, torch.empty_like(x)), reference.probs_backward(x, x, scale, codes, 0.3)
-    return all(ours is not None and torch.equal(ours, expected) for ours, expected in (dequantized, weights)) and all(
-        ours is not None and all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(ours[:2], expected[:2], strict=True))
-        for ours, expected in (steps, scores)
-    )
+    of_x = torch.empty_like(x)
+    sums = lsq_backward(x, x, Steps(scale, offset, offset, None, codes), None, of_x, torch.float32)
+    expected = reference.lsq_backward(x, x, scale, offset, codes)
+    if sums is None or sums[0] is None or sums[3] is None:
+        return False
+    is_near = torch.allclose(sums[0], expected.scale, rtol=1e-4, atol=1e-3)
+    return is_near and torch.equal(of_x, expected.x) and torch.equal(sums[3], reference.lsq_forward(x, scale, offset, offset, codes))
 
 
 def _launch(kernel: Any, programs: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Run a kernel where its first argument is."""
     device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[programs](*args, **constants, **OPTIONS)
+        kernel[programs](*args, **{**OPTIONS, **constants})
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def lsq_forward(  # noqa: PLR0913  (a quantizer, and what is wanted of it)
-    x: Tensor,
-    scale: Tensor,
-    before: Tensor | None,
-    after: Tensor | None,
-    codes: CodeRange,
-    *,
-    sign: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor | None:
+def lsq_forward(x: Tensor, q: Steps, dtype: torch.dtype) -> Tensor | None:
     """`reference.lsq_forward`, rounded to `dtype` as it is written."""
-    fits = fit(x, scale, before, after, sign) and dense(scale, before, after)
-    layout = rows_of(x, scale, shapes_of(before, after), codes) if fits and dtype in DTYPES else None
+    fits = fit(x, *q[:4]) and dense(*q[:3])
+    layout = rows_of(x, q) if fits and dtype in DTYPES else None
     if layout is None:
         return None
     tiles, out = tiles_of(layout), torch.empty(x.shape, dtype=dtype, device=x.device)
     _launch(
-        _kernels().lsq_forward, (tiles.down, tiles.across), x, out, scale, before, after, sign, *map(float, codes.ends),
-        layout.rows, layout.length, layout.stride, layout.steps, HALF=codes.half, BY_COLUMN=layout.by_column, **tiles.block,
+        _kernels().lsq_forward, (tiles.down, tiles.across), x, out, *q[:4], *map(float, q.codes.ends),
+        layout.rows, layout.length, layout.stride, layout.steps, HALF=q.codes.half, BY_COLUMN=layout.by_column, **tiles.block,
     )  # fmt: skip
     return out
 
 
-def lsq_backward(  # noqa: PLR0913  (one pass gives all that may be wanted)
+def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wanted)
     grad: Tensor,
     x: Tensor,
-    scale: Tensor,
-    before: Tensor | None,
-    codes: CodeRange,
-    *,
-    sign: Tensor | None = None,
-    after_shape: torch.Size | None = None,
-    out: Tensor | None = None,
-    dequantized: torch.dtype | None = None,
-    after: Tensor | None = None,
-) -> LsqGradients | None:
-    """`reference.lsq_backward` and more in one pass.
+    q: Steps,
+    after_shape: torch.Size | None,
+    out: Tensor,
+    dequantized: torch.dtype | None,
+    norm: tuple[Tensor | None, Tensor | None] = (None, None),
+    made: Made = Made(),  # noqa: B008  (a tuple)
+) -> tuple[Tensor | None, ...] | None:
+    """`reference.lsq_backward` of what `x` was made into, and more, in one pass.
 
     Args:
         grad: gradient of the result of the forward pass.
-        x: as in the forward pass.
-        scale: as in the forward pass.
-        before: as in the forward pass.
-        codes: as in the forward pass.
-        sign: as in the forward pass.
+        x: what its input was made of.
+        q: the quantizer.
         after_shape: the shape of the offset after it, if its gradient is wanted.
-        out: takes the gradient of `x`, which is rounded to its dtype; may be `grad`. None = new, in the dtype of `x`.
-        dequantized: the dtype in which to give the result of `lsq_forward` as well; None = not.
-        after: the offset after it; only for `dequantized`.
+        out: takes the gradient of `x`, which is rounded to its dtype; may be `grad`.
+        dequantized: the dtype in which to give the result of the forward pass as well; None = not.
+        norm: weight and bias of a LayerNorm.
+        made: how the input was made.
+
+    Returns:
+        Gradients of scale and offsets, the result of the forward pass, gradients of weight and bias; None for what is not wanted.
     """
-    fits = fit(grad, x, scale, before, sign, out, after) and dense(scale, before, after) and dequantized in {None, *DTYPES}
-    wanted = [None if before is None else before.shape, after_shape]
-    layout = rows_of(x, scale, [*shapes_of(after), *(shape for shape in wanted if shape is not None)], codes) if fits else None
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    fits = made.kind in GONE_THROUGH and fit(grad, x, *q[:4], out, *norm) and dense(*q[:3], *norm) and dequantized in {None, *DTYPES}
+    layout = rows_of(x, q, after_shape, *(None if t is None else t.shape for t in norm)) if fits else None
     out_stride = None if layout is None else row_stride(out, layout.length)
-    if layout is None or out_stride is None:
+    is_normed = made.kind == "norm"
+    if layout is None or out_stride is None or (is_normed and not layout.length == x.shape[-1] <= LONGEST):
         return None
     rows, length, stride, steps, by_column = layout
-    tiles, (grad, grad_stride) = tiles_of(layout), spaced(grad, length)
+    tiles, (grad, grad_stride) = tiles_of(layout, LONGEST if is_normed else WIDEST), spaced(grad, length)
     strip = tiles.block["BLOCK_R"] * max(tiles.down * tiles.across // PROGRAMS, 1)
     strips = -(-rows // strip)
     errors = _floats(x, strips, length) if by_column else _floats(x, rows // steps, steps, tiles.across)
-    sums = [None if shape is None else _floats(x, strips, length) for shape in wanted]
+    wanted = (q.before if norm[1] is None else norm[1], after_shape, norm[0])
+    sums = [None if asked is None else _floats(x, strips, length) for asked in wanted]
     y = None if dequantized is None else torch.empty(x.shape, dtype=dequantized, device=x.device)
     _launch(
-        _kernels().lsq_backward, (strips, tiles.across), grad, x, out, scale, before, after, sign, y, errors, *sums,
-        *map(float, codes.ends), rows, length, grad_stride, stride, out_stride, steps, strip,
-        HALF=codes.half, BY_COLUMN=by_column, **tiles.block,
+        _kernels().lsq_backward, (strips, tiles.across), grad, x, out, *q[:4], y, errors, *sums, *norm, *map(float, q.codes.ends),
+        rows, length, grad_stride, stride, out_stride, steps, strip, made.eps,
+        MADE=made.kind, HALF=q.codes.half, BY_COLUMN=by_column, **tiles.block,
     )  # fmt: skip
-    of_scale = errors.sum(0) if by_column else errors.sum((0, 2))
-    of_before, of_after = (None if s is None or shape is None else s.sum(0).view(shape) for s, shape in zip(sums, wanted, strict=True))
-    return LsqGradients(out, of_scale, of_before, of_after, y)
+    of_x, of_after, of_weight = (None if s is None else s.sum(0) for s in sums)
+    # No operator gives one tensor twice.
+    of_bias = None if norm[1] is None or of_x is None else of_x.to(norm[1].dtype, copy=q.before is not None)
+    return (
+        errors.sum(0) if by_column else errors.sum((0, 2)),
+        None if q.before is None or of_x is None else of_x.view(q.before.shape),
+        None if after_shape is None or of_after is None else of_after.view(after_shape),
+        y,
+        None if norm[0] is None or of_weight is None else of_weight.to(norm[0].dtype),
+        of_bias,
+    )
+
+
+def step_and_slope(start: Tensor, grown: Tensor, change: Tensor, unit: float) -> tuple[Tensor, Tensor] | None:
+    """`qat.functional.lsq.step_and_slope`, in one launch where ten are the most of what an eager step launches."""
+    if not (fit(start, grown, change) and dense(start, grown, change) and start.dtype == torch.float32):
+        return None
+    step, slope = torch.empty_like(start), torch.empty_like(start)
+    _launch(_kernels().step_and_slope, (-(-start.numel() // TILE),), step, slope, start, grown, change, start.numel(), unit, BLOCK=TILE)
+    return step, slope
 
 
 def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
@@ -157,7 +165,7 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = tor
     if w.ndim != scale.ndim or dtype not in DTYPES or not (fit(w, scale) and dense(w, scale)):
         return None
     axis = max(range(w.ndim - 1), key=lambda i: scale.shape[i], default=0)
-    layout = rows_of(w, scale, [], CodeRange(0, 0, axis)) if scale.shape[axis] == scale.numel() else None
+    layout = rows_of(w, Steps(scale, None, None, None, CodeRange(0, 0, axis))) if scale.shape[axis] == scale.numel() else None
     if layout is None or layout.by_column:
         return None
     tiles, out = tiles_of(layout), torch.empty(w.shape, dtype=dtype, device=w.device)
@@ -170,7 +178,7 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = tor
 
 def probs_backward(
     grad: Tensor, probs: Tensor, scale: Tensor, codes: CodeRange, factor: float, out: Tensor, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor] | None:
     """`reference.probs_backward`, and the quantized probabilities.
 
     Args:
@@ -182,7 +190,9 @@ def probs_backward(
         out: takes the gradient of the scores, which is rounded to its dtype; may be `grad`.
         dtype: of the quantized probabilities.
     """
-    layout = rows_of(probs, scale, [], codes) if fit(grad, probs, scale, out) and dense(scale) and dtype in DTYPES else None
+    layout = (
+        rows_of(probs, Steps(scale, None, None, None, codes)) if fit(grad, probs, scale, out) and dense(scale) and dtype in DTYPES else None
+    )
     if layout is None or codes.half or layout.by_column or layout.length != probs.shape[-1] or layout.length > LONGEST:
         return None
     rows, length, stride, steps, _ = layout
@@ -195,4 +205,4 @@ def probs_backward(
         _kernels().probs_backward, (tiles.down,), grad, probs, out, scale, y, errors, float(codes.qmin), float(codes.qmax), float(factor),
         rows, length, grad_stride, stride, out_stride, steps, **tiles.block,
     )  # fmt: skip
-    return out, errors.sum(0), y
+    return errors.sum(0), y

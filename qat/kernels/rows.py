@@ -14,6 +14,16 @@ from qat.functional.lsq import CodeRange
 PLAIN: set[type] = {Tensor, torch.nn.Parameter}
 
 
+class Steps(NamedTuple):
+    """What a kernel is given of an LSQ quantizer; see `qat.functional.lsq`."""
+
+    scale: Tensor
+    before: Tensor | None
+    after: Tensor | None
+    sign: Tensor | None
+    codes: CodeRange
+
+
 class Layout(NamedTuple):
     """A tensor seen as rows, all of them of one length, for kernels that walk through memory.
 
@@ -46,37 +56,25 @@ def row_stride(x: Tensor, length: int) -> int | None:
     return x.stride(-2)
 
 
-def layout_of(x: Tensor, codes: CodeRange, n_offsets: int = 0) -> Layout | None:
-    """The rows of `x`, (..., length); None where a kernel that walks through rows does not fit.
-
-    Args:
-        x: the tensor to quantize.
-        codes: its codes.
-        n_offsets: elements of the offsets, which vary over the trailing dimensions of `x`; 0 = none.
-    """
-    if x.ndim == 0 or (codes.axis is not None and not -x.ndim <= codes.axis < x.ndim):
-        return None
-    axis = None if codes.axis is None else codes.axis % x.ndim
-    by_column = axis is not None and axis == x.ndim - 1
-    length = math.prod(x.shape[axis + 1 :]) if axis is not None and not by_column else n_offsets or x.shape[-1]
-    stride = row_stride(x, length) if length and x.numel() else None
-    if stride is None or (n_offsets and n_offsets != length) or (by_column and length != x.shape[-1]):
-        return None
-    steps = 1 if axis is None else x.shape[axis]
-    return Layout(x.numel() // length, length, stride, steps, by_column)
-
-
-def rows_of(x: Tensor, scale: Tensor, offsets: list[torch.Size], codes: CodeRange) -> Layout | None:
-    """Rows of `x`, if each of them, or each of their elements, has a step, and each element of a row an offset.
+def rows_of(x: Tensor, q: Steps, *shapes: torch.Size | None) -> Layout | None:
+    """Rows of `x`, if each of them, or each of their elements, has a step, and each element of a row an offset; else None.
 
     Args:
         x: any shape.
-        scale: the steps.
-        offsets: shapes of the offsets.
-        codes: codes and axis.
+        q: what quantizes it.
+        shapes: of other tensors that vary as offsets do.
     """
-    layout = layout_of(x, codes, math.prod(offsets[0]) if offsets else 0)
-    if layout is None or scale.numel() != layout.steps:
+    axis, offsets = q.codes.axis, [shape for shape in (*(t.shape for t in q[1:3] if t is not None), *shapes) if shape is not None]
+    if x.ndim == 0 or not x.numel() or (axis is not None and not -x.ndim <= axis < x.ndim):
         return None
-    are_trailing = all(math.prod(shape) == layout.length and x.shape[x.ndim - len(shape) :] == shape for shape in offsets)
-    return layout if are_trailing else None
+    axis = None if axis is None else axis % x.ndim
+    by_column = axis == x.ndim - 1
+    if axis is not None and not by_column:
+        length = math.prod(x.shape[axis + 1 :])
+    else:
+        length = x.shape[-1] if by_column or not offsets else math.prod(offsets[0])
+    steps, stride = 1 if axis is None else x.shape[axis], row_stride(x, length)
+    are_trailing = all(math.prod(shape) == length and x.shape[x.ndim - len(shape) :] == shape for shape in offsets)
+    if stride is None or not are_trailing or q.scale.numel() != steps:
+        return None
+    return Layout(x.numel() // length, length, stride, steps, by_column)

@@ -8,15 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.functional.lsq import CodeRange
-from qat.kernels import rows
 from qat.kernels.rows import PLAIN, Layout, row_stride
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of the tile that a program holds, and columns at most.
 TILE, WIDEST = 2048, 1024
-# CUDA launches no more programs beside each other than this.
-MOST_ACROSS = 2**16 - 1
 
 
 class Tiles(NamedTuple):
@@ -51,17 +47,6 @@ def fit(*tensors: Tensor | None) -> bool:
 def dense(*tensors: Tensor | None) -> bool:
     """True if the elements of each lie one after the other."""
     return all(x is None or x.is_contiguous() for x in tensors)
-
-
-def rows_of(x: Tensor, scale: Tensor, offsets: list[torch.Size], codes: CodeRange) -> Layout | None:
-    """`rows.rows_of`; None also where a row has more tiles than can be launched."""
-    layout = rows.rows_of(x, scale, offsets, codes)
-    return None if layout is None or layout.length > MOST_ACROSS * WIDEST else layout
-
-
-def shapes_of(*tensors: Tensor | None) -> list[torch.Size]:
-    """Shapes of those that there are."""
-    return [x.shape for x in tensors if x is not None]
 
 
 def spaced(x: Tensor, length: int) -> tuple[Tensor, int]:

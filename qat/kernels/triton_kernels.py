@@ -16,6 +16,8 @@ MAGIC = constexpr(1.5 * 2.0**23)
 FLOOR = constexpr(1e-5)
 TINY = constexpr(2.0**-126)
 TOP_CLIP = constexpr(1 - 1e-6)
+# Of the normal distribution, for GELU: sqrt(1/2), and its density at 0.
+SQRT_HALF, DENSITY = constexpr(0.7071067811865476), constexpr(0.3989422804014327)
 
 
 @triton.jit
@@ -85,6 +87,37 @@ def _plus(tile: tensor, offset: tensor, column: tensor, length: tensor) -> tenso
 
 
 @triton.jit
+def _remade(
+    x: tensor, weight: tensor, bias: tensor, column: tensor, length: tensor, eps: tensor, MADE: constexpr
+) -> tuple[tensor, tensor, tensor, tensor]:
+    """What was made of x, and what its gradient needs: normalised rows, one over their deviation, the weight; or GELU's share of x."""
+    made, unit, inverse, w = x, x, 1.0, 1.0
+    if MADE == "norm":
+        away = tl.where((column < length)[None, :], x - tl.div_rn(tl.sum(x, 1), 1.0 * length)[:, None], 0.0)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(away * away, 1), 1.0 * length) + eps))[:, None]
+        unit = away * inverse
+        if weight is not None:
+            w = tl.load(weight + column, mask=column < length, other=0.0).to(tl.float32)[None, :]
+        made = _plus(unit * w, bias, column, length)
+    if MADE == "none":
+        unit = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
+        made = x * unit
+    return made, unit, inverse, w
+
+
+@triton.jit
+def _through(grad: tensor, x: tensor, unit: tensor, inverse: tensor, w: tensor, length: tensor, MADE: constexpr) -> tensor:
+    """The gradient of x from that of what was made of it."""
+    if MADE == "norm":
+        grad = grad * w
+        along, across = tl.div_rn(tl.sum(grad, 1), 1.0 * length)[:, None], tl.div_rn(tl.sum(grad * unit, 1), 1.0 * length)[:, None]
+        grad = (grad - along - unit * across) * inverse
+    if MADE == "none":
+        grad = grad * (unit + x * DENSITY * tl.exp(-0.5 * x * x))
+    return grad
+
+
+@triton.jit
 def _errors(grad: tensor, u: tensor, low: tensor, high: tensor, HALF: constexpr) -> tuple[tensor, tensor, tensor]:
     """Gradient of the input, what an element adds to that of the step, 0 where `grad` is, and the value in steps."""
     clamped = _clamped(u, low, high)
@@ -142,6 +175,9 @@ def lsq_backward(  # noqa: PLR0913
     errors: tensor,
     sums_dx: tensor,
     sums_g: tensor,
+    sums_dw: tensor,
+    weight: tensor,
+    bias: tensor,
     low: tensor,
     high: tensor,
     rows: tensor,
@@ -151,6 +187,8 @@ def lsq_backward(  # noqa: PLR0913
     dx_stride: tensor,
     steps: tensor,
     strip: tensor,
+    eps: tensor,
+    MADE: constexpr,
     HALF: constexpr,
     BY_COLUMN: constexpr,
     BLOCK_R: constexpr,
@@ -160,20 +198,26 @@ def lsq_backward(  # noqa: PLR0913
 
     `errors` takes the sums for the steps, (rows, programs across), or, by column, (strips, length); `sums_dx` and `sums_g`, or None, those
     of `dx` and `g` down the strips, (strips, length); `y`, or None, what the forward pass gave. A strip has `strip` rows, a multiple of
-    BLOCK_R.
+    BLOCK_R. Of an input that was made of `x`, by a LayerNorm (MADE = "norm"; whole rows in a tile) or by GELU ("none"), `dx` is the
+    gradient of `x`, `sums_dx` that of the LayerNorm's bias too, and `sums_dw` takes the sums for its weight.
     """
     low, high = _bounds(low, high, sign)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    error = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    sum_dx = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    sum_g = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    zero = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    error, sum_dx, sum_g, sum_dw = zero, zero, zero, zero
     for first in range(0, strip, BLOCK_R):
         row = tl.program_id(0) * strip + first + tl.arange(0, BLOCK_R)
         inside = _inside(row, column, rows, length)
         step = _steps(scale, row, column, rows, length, steps, BY_COLUMN)
         grad = _read(g, _places(row, column, g_stride), inside)
-        shifted = _plus(_read(x, _places(row, column, x_stride), inside), before, column, length)
-        inner, wrong, code = _errors(grad, tl.div_rn(shifted, step), low, high, HALF)
+        value = _read(x, _places(row, column, x_stride), inside)
+        made, unit, inverse, w = _remade(value, weight, bias, column, length, eps, MADE)
+        made = made.to(x.dtype.element_ty).to(tl.float32)
+        inner, wrong, code = _errors(grad, tl.div_rn(_plus(made, before, column, length), step), low, high, HALF)
+        sum_dx, sum_g = sum_dx + inner, sum_g + grad
+        if MADE == "norm":
+            sum_dw += inner * unit
+        inner = _through(inner, value, unit, inverse, w, length, MADE)
         tl.store(dx + _places(row, column, dx_stride), inner, mask=inside)
         if y is not None:
             tl.store(y + _places(row, column, length), _plus(code * step, after, column, length), mask=inside)
@@ -181,12 +225,24 @@ def lsq_backward(  # noqa: PLR0913
             error += wrong
         else:
             tl.store(errors + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.sum(wrong, 1), mask=row < rows)
-        sum_dx += inner
-        sum_g += grad
     if BY_COLUMN:
         _keep(errors, error, column, length)
     _keep(sums_dx, sum_dx, column, length)
     _keep(sums_g, sum_g, column, length)
+    _keep(sums_dw, sum_dw, column, length)
+
+
+@triton.jit(do_not_specialize=["n"])
+def step_and_slope(
+    step: tensor, slope: tensor, start: tensor, grown: tensor, change: tensor, n: tensor, unit: tensor, BLOCK: constexpr
+) -> None:
+    """`step_and_slope` of `qat.functional.lsq`."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    s, g, t = tl.load(start + i, mask=inside), tl.load(grown + i, mask=inside), tl.load(change + i, mask=inside)
+    lacking = tl.where(s < unit, unit, s) - s
+    tl.store(step + i, g + lacking * tl.where(t < 0.0, 0.0, t), mask=inside)
+    tl.store(slope + i, g + lacking * tl.where(t > 0.0, 1.0, tl.where(t == t, 0.0, t)), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])

@@ -14,10 +14,15 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.cudagraph_utils import cudagraphs_log
+from torch._inductor.decomposition import decompositions
 from torch.utils._pytree import tree_map_only
+
+from qat.kernels import operators
 
 log = logging.getLogger(__name__)
 
+# Forward passes are fused with what stands before and after them, at the price of a formula to compile; `ROUNDING` keeps their bits.
+decompositions.update(operators.FORMULAS)
 # What has compiled code round as eager code does, where a code may depend on it: division to nearest, no product contracted with a sum,
 # and values of half precision rounded between two operations that are fused. The last two are one setting. C++ does the first two anyway.
 # The second name is that of division in older versions of torch, spelled so.

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from qat.errors import UsageError
 from qat.functional.qkr import fold_q_bias, fold_qk
-from qat.kernels.fused import QkrOperands, QkrWeights, Scoring, attention, can_fuse, joint_scores, probs_dtype, qkr_attention
+from qat.kernels.fused import QkrOperands, QkrWeights, Scoring, attention, can_fuse, probs_dtype, qkr_attention
 from qat.nn.fusing import is_off, operand_of, weight_params
 from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import QuantModule, is_watched
@@ -202,10 +202,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         product = F.linear(xq, _of_dtype(self.quantized("qk"), xq), self.product_offset)
         # One step per (token, head): index token*h + head.
         keys = self.k_quantizer(product.unflatten(-1, (self.num_heads, -1)).flatten(1, 2))
-        if torch.compiler.is_compiling() and isinstance(keys, Tensor):
-            scores = joint_scores(xq, keys, self.num_heads)
-        else:
-            scores = torch.matmul(xq.unsqueeze(1), keys.unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1))
+        scores = torch.matmul(xq.unsqueeze(1), keys.unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1))
         per_key = self.per_key_weight()
         return scores if per_key is None else scores + F.linear(xq, _of_dtype(per_key, xq)).transpose(1, 2).unsqueeze(2)
 
@@ -231,7 +228,8 @@ class QkrAttention(ScoredAttention, QuantModule):
         operands = [o for o in found if o is not None]
         if len(operands) < 4:
             return None
-        weights = QkrWeights(self.q_weight, self.k_weight, v.weight, v.bias, self.product_offset, self.q_bias)
+        folded = self.latent("qk") if matrix.ready is None or torch.is_grad_enabled() else matrix.ready
+        weights = QkrWeights(folded, v.weight, v.bias, self.product_offset, self.per_key_weight())
         scoring = Scoring(self.num_heads, factor, bias, mask, self.keep_probs)
         return qkr_attention(x, weights, (matrix, of_v), QkrOperands(*operands), scoring)
 

@@ -6,29 +6,27 @@ from torch import nn
 
 from qat.kernels.fused import LSQParams, WeightParams
 from qat.nn.quant_module import QuantModule, is_watched
-from qat.quantizers import LSQ, SEQ, Shifted, StatsQ
+from qat.quantizers import Quantizer
+
+
+def _found(quantizer: nn.Module) -> LSQParams | WeightParams | None:
+    """What a quantizer gives to the Function; None where it gives nothing, or somebody watches it."""
+    inner = getattr(quantizer, "quantizer", quantizer)
+    return quantizer.operand() if isinstance(quantizer, Quantizer) and not (is_watched(quantizer) or is_watched(inner)) else None
 
 
 def operand_of(quantizer: nn.Module) -> LSQParams | None:
-    """An LSQ quantizer with its parameters, with or without offsets over the last dimension; None for all others, and watched ones."""
-    before = after = None
-    if type(quantizer) is Shifted and not is_watched(quantizer) and quantizer.spec.offset_ndim == 1:
-        before, after, quantizer = quantizer.offset_before, quantizer.offset_after, quantizer.quantizer
-    if not isinstance(quantizer, LSQ) or type(quantizer) not in {LSQ, SEQ} or is_watched(quantizer):
-        return None
-    scale = quantizer.scale
-    if scale is None:
-        return None
-    return LSQParams(scale, before, after, quantizer.code_range, quantizer.grad_factor)
+    """A quantizer of an input, with its parameters."""
+    found = _found(quantizer)
+    return found if isinstance(found, LSQParams) else None
 
 
 def weight_params(module: QuantModule, role: str) -> WeightParams | None:
-    """StatsQ or LSQ of the weight with this role; None for all other quantizers, and for one that is watched."""
-    quantizer = getattr(module, f"{role}_quantizer")
-    if type(quantizer) is StatsQ and not is_watched(quantizer):
-        return WeightParams(quantizer.spec.bits, None, module.ready(role))
-    lsq = operand_of(quantizer)
-    return None if lsq is None or lsq.before is not None else WeightParams(lsq.settings, lsq.scale, module.ready(role))
+    """The quantizer of the weight with this role."""
+    found = _found(getattr(module, f"{role}_quantizer"))
+    if isinstance(found, LSQParams):
+        found = WeightParams(found.settings, found.scale) if found.before is None else None
+    return None if found is None else found._replace(ready=module.ready(role))
 
 
 def is_off(dropout: nn.Module) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import timm.layers as timm_layers
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat.kernels import Made
 from qat.kernels.fused import WeightParams, can_fuse, lsq_linear, remember
 from qat.nn.fusing import operand_of, weight_params
 from qat.nn.quant_module import QuantModule, shallow_cast
@@ -69,10 +68,9 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., C) to the same shape."""
         made = super().forward(x)
-        if not _is_kept(x, made):
+        if not (_is_kept(x, made) and len(self.normalized_shape) == 1):
             return made
-        again = functools.partial(F.layer_norm, normalized_shape=self.normalized_shape, eps=self.eps)
-        return remember(made, lambda x, weight, bias: again(x, weight=weight, bias=bias), x, self.weight, self.bias)
+        return remember(made, Made("norm", self.eps), x, self.weight, self.bias)
 
 
 class GELU(nn.GELU):
@@ -81,7 +79,7 @@ class GELU(nn.GELU):
     def forward(self, x: Tensor) -> Tensor:
         """Elementwise."""
         made = super().forward(x)
-        return remember(made, functools.partial(F.gelu, approximate=self.approximate), x) if _is_kept(x, made) else made
+        return remember(made, Made(self.approximate), x) if _is_kept(x, made) else made
 
 
 @register_swap(nn.LayerNorm, "linear")

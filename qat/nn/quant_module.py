@@ -56,7 +56,7 @@ class QuantModule(nn.Module):
     def ready(self, role: str) -> Tensor | None:
         """The quantized weight, without gradient, made when the weight was last changed; None where weights are not kept."""
         quantizer = getattr(self, f"{role}_quantizer")
-        if self.kept_weights is None or torch.compiler.is_compiling() or is_watched(quantizer):
+        if torch.compiler.is_compiling() or self.kept_weights is None or is_watched(quantizer):
             return None
         made_of = [*self.parameters(recurse=False), *quantizer.parameters(), *quantizer.buffers()]
         if any(t.is_inference() for t in made_of):  # such tensors do not count their changes

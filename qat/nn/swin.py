@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 
-from qat.kernels.fused import can_fuse, viewed
+from qat.kernels.fused import can_fuse, unflattened
 from qat.nn.attention import QkrAttention, QuantAttention, RelativeBias, add_window_mask, register_attention, split_heads
 from qat.nn.linear import hint_mlp
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
@@ -74,7 +74,7 @@ class MapMlp(timm_layers.Mlp):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H*W, C) to (B, H*W, C_out)."""
         grid = (-1, self.columns) if self.columns else (1, -1)
-        seen = viewed(x, lambda t: t.unflatten(1, grid)) if can_fuse(x) else x.unflatten(1, grid)
+        seen = unflattened(x, 1, grid) if can_fuse(x) else x.unflatten(1, grid)
         return super().forward(seen).flatten(1, 2)
 
 

@@ -11,14 +11,12 @@ from qat import kernels
 from qat.functional.lsq import (
     SCALE_FLOOR,
     CodeRange,
-    RelativeStepFunction,
     least_unit,
     lsq_codes,
     lsq_init_scale,
     mse_init_scale,
-    relative_step,
 )
-from qat.kernels.rows import PLAIN
+from qat.kernels.fused import LSQParams
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
@@ -68,9 +66,7 @@ class LSQ(Quantizer):
         """See above; a relative step stays above zero whatever an optimizer does, and changes in proportion to its size."""
         if self.change is None:
             return self._parameters["scale"]
-        if torch.compiler.is_compiling() or type(self.change) not in PLAIN:
-            return relative_step(self.start, self.change, self.unit)
-        return RelativeStepFunction.apply(self.start, self.change, self.unit)
+        return kernels.relative_step(self.start, self.change, self.unit)
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
         """One NaN step per slice along the axis."""
@@ -117,6 +113,11 @@ class LSQ(Quantizer):
         if type(self).forward is not LSQ.forward:
             return super().shifted(x, before, after)
         return kernels.lsq(x, self.scale, self.code_range, grad_factor=self.grad_factor, before=before, after=after, sign=self.sign)
+
+    def operand(self) -> LSQParams | None:
+        """Step and codes, where these do not depend on a sign."""
+        scale = self.scale
+        return None if scale is None or self.sign is not None else LSQParams(scale, None, None, self.code_range, self.grad_factor)
 
     def codes(self, x: Tensor) -> Tensor:
         """`lsq_codes` on the learned step."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.kernels.fused import LSQParams, WeightParams
 from qat.quantizers.grid import Grid
 from qat.spec import QuantSpec
 from qat.utils.validate import FLOAT_BITS
@@ -26,10 +27,12 @@ class Quantizer(nn.Module, ABC):
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Who rounds in a way of its own has a grid of its own: that of a class that it inherits from might be wrong."""
+        """Who rounds in a way of its own has a grid and an operand of its own: those of a class that it inherits from might be wrong."""
         super().__init_subclass__(**kwargs)
         if vars(cls).keys() & {"forward", "codes"} and "grid" not in vars(cls):
             cls.grid = Quantizer.grid  # type: ignore[method-assign]
+        if vars(cls).keys() & {"forward", "shifted", "codes", "scale_of"} and "operand" not in vars(cls):
+            cls.operand = Quantizer.operand  # type: ignore[method-assign]
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
@@ -58,6 +61,10 @@ class Quantizer(nn.Module, ABC):
         Returns:
             None for a quantizer without codes, of which nothing is known, or one that would have to read `x`.
         """
+        return None
+
+    def operand(self) -> LSQParams | WeightParams | None:
+        """What a product needs to be one Function with the quantizer; None = the quantizer runs before it, which is as right."""
         return None
 
     @property

@@ -24,6 +24,8 @@ def build_seq(spec: QuantSpec) -> Quantizer:
 class SEQ(LSQ):
     """LSQ with the values (k + 1/2) s, k in [-n, n - 1], n = 2^(b-1): as many below zero as above."""
 
+    operand = LSQ.operand  # said, as `codes` are others
+
     def initial_scale(self, x: Tensor, qmin: int, qmax: int) -> Tensor:
         """2 * mean|x| / n, or near it where the squared error is least (`spec.step_init`)."""
         if self.spec.step_init == "mse":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.kernels.fused import LSQParams
 from qat.quantizers.grid import Grid
 from qat.quantizers.quantizer import Quantizer
 
@@ -48,6 +49,13 @@ class Shifted(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """q(x + a) + c in float32, returned in the dtype of `x`."""
         return self.quantizer.shifted(x, self.offset_before, self.offset_after).to(x.dtype)
+
+    def operand(self) -> LSQParams | None:
+        """That of the quantizer in the middle, with offsets over the last dimension."""
+        found = self.quantizer.operand()
+        if not isinstance(found, LSQParams) or self.spec.offset_ndim != 1:
+            return None
+        return found._replace(before=self.offset_before, after=self.offset_after)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of x + a."""

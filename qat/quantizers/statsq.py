@@ -12,6 +12,7 @@ from torch import Tensor
 from qat import kernels
 from qat.functional.statsq import statsq_codes_with_scale, statsq_rms_scale, statsq_scale
 from qat.functional.ste import mean_abs, view_along
+from qat.kernels.fused import WeightParams
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
@@ -30,6 +31,10 @@ class StatsQ(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """`qat.functional.statsq`."""
         return kernels.statsq(x, self.scale_of(x), self.spec.bits)
+
+    def operand(self) -> WeightParams:
+        """The bits: what else there is to it is read off the weight."""
+        return WeightParams(self.spec.bits)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes in [-2^(b-1), 2^(b-1)-1]."""

@@ -6,15 +6,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evidence.step_count import ROWS, Count, Counting, counted, cuda_branches
 from evidence.steps import TINY, build
-from qat import kernels
 from qat.kernels import CodeRange
 from qat.kernels.rows import PLAIN
+from tests.kernels import calls
 
 N = 4 * 6
 
 
 def lsq(x, scale):
-    return kernels.lsq_forward(x, scale, None, None, CodeRange(-2, 1, 0), dtype=torch.bfloat16)
+    return calls.lsq_forward(x, scale, None, None, CodeRange(-2, 1, 0), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(

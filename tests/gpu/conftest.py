@@ -40,6 +40,20 @@ def _rounds(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
+def _multiplies(monkeypatch):
+    """Have the interpreter multiply bfloat16, which it keeps as the integers that its bits are."""
+    from triton.language import float32
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def of_numbers(self, a, b, *rest):
+        wide = (self.create_fp_ext(x, float32) if str(x.dtype.scalar) == "bf16" else x for x in (a, b))
+        return multiply(self, *wide, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", of_numbers)
+
+
 @pytest.fixture
 def kernels_on(monkeypatch):
     """Type of the device that Triton's kernels run on: `cuda`, or `cpu` in its interpreter."""
@@ -47,6 +61,7 @@ def kernels_on(monkeypatch):
         pytest.skip("Triton is not installed")
     if _interprets():
         _rounds(monkeypatch)
+        _multiplies(monkeypatch)
         return "cpu"
     if not torch.cuda.is_available():
         pytest.skip(f"there is no CUDA device; {COMMAND} has Triton's interpreter run the kernels")

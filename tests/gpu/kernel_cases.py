@@ -9,9 +9,10 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qat.functional.lsq import step_of
+from qat.functional.lsq import step_and_slope, step_of
 from qat.functional.ste import sum_along
-from qat.kernels import CodeRange, gpu, reference
+from qat.kernels import CodeRange, Made, gpu, operators, reference
+from tests.kernels import calls
 
 BOUNDS = {"signed": (-2, 1), "unsigned": (0, 3), "three bits": (-4, 3), "four bits": (0, 15), "eight bits": (-128, 127),
           "half steps": (-2, 1, True), "half steps of three bits": (-4, 3, True)}  # fmt: skip
@@ -72,8 +73,8 @@ def differences(x, scale, before, after, grid, sign=None, grad=None, out=None, d
     expected, sizes = (reference.lsq_backward(g, x, scale, before, grid, sign=sign, after_shape=shape) for g in (grad, grad.abs()))
     furthest = 2 * max(-grid.qmin, grid.qmax) * sum_along(grad.float().abs(), grid.axis)
     expected_y = reference.lsq_forward(x, scale, before, after, grid, sign=sign)
-    is_right = {"forward": same(gpu.lsq_forward(x, scale, before, after, grid, sign=sign, dtype=dtype), expected_y)}
-    found = gpu.lsq_backward(grad, x, scale, before, grid, sign=sign, after_shape=shape, dequantized=dtype, after=after, out=out)
+    is_right = {"forward": same(calls.gpu_forward(x, scale, before, after, grid, sign=sign, dtype=dtype), expected_y)}
+    found = calls.gpu_backward(grad, x, scale, before, grid, sign=sign, after_shape=shape, dequantized=dtype, after=after, out=out)
     is_right["dtype"] = found.dequantized.dtype == dtype and found.x.dtype == (x if out is None else out).dtype
     is_right["levels"] = same(found.dequantized, expected_y)
     is_right["out"] = out is None or found.x is out
@@ -88,7 +89,7 @@ def differences(x, scale, before, after, grid, sign=None, grad=None, out=None, d
 def without_a_number(shape, axis, n_offsets, bounds):
     x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
     scale[-1], x[0, 0] = torch.nan, torch.nan
-    found = gpu.lsq_forward(x, scale, before, after, grid)
+    found = calls.gpu_forward(x, scale, before, after, grid)
     return [] if same(found, reference.lsq_forward(x, scale, before, after, grid)) and found.isnan().any() else ["forward"]
 
 
@@ -97,14 +98,15 @@ def probs(shape, axis, dtype=torch.float32):
     p, grad = x.abs().clamp(max=9).softmax(-1).to(dtype), torch.randn(shape)
     expected, of_scale = reference.probs_backward(grad, p, scale, grid, 0.3)
     size, furthest = grad.abs() * p, 6 * sum_along(grad.abs(), axis)
-    ours, our_scale, _ = gpu.probs_backward(grad, p, scale, grid, 0.3, torch.empty_like(grad))
+    ours = torch.empty_like(grad)
+    our_scale, _ = gpu.probs_backward(grad, p, scale, grid, 0.3, ours)
     right = [
         near(ours, expected, size + size.sum(-1, keepdim=True) * p),
         near(our_scale, of_scale, furthest),
     ]
-    found, _, levels = gpu.probs_backward(grad, p, scale, grid, 0.3, grad)
-    right += [found is grad, torch.equal(grad, ours), same(levels, reference.lsq_forward(p, scale, None, None, grid))]
-    return [name for name, fine in zip(("scores", "scale", "out", "in place", "levels"), right, strict=True) if not fine]
+    _, levels = gpu.probs_backward(grad, p, scale, grid, 0.3, grad)
+    right += [torch.equal(grad, ours), same(levels, reference.lsq_forward(p, scale, None, None, grid))]
+    return [name for name, fine in zip(("scores", "scale", "in place", "levels"), right, strict=True) if not fine]
 
 
 def statsq(shape, axis, bits, dtype=torch.float32):
@@ -121,6 +123,15 @@ def statsq(shape, axis, bits, dtype=torch.float32):
     return [str(d) for d, ours in found.items() if ours.dtype != d or not same(ours, expected)]
 
 
+def steps(n):
+    """Steps around a unit, changes of both signs, none and no number."""
+    start, change = torch.rand(n) + 0.5, torch.randn(n)
+    change[::5], change[1::7], start[2::11] = 0.0, torch.nan, torch.nan
+    given = start, start * change.exp(), change, 1.0
+    pairs = zip(("step", "slope"), gpu.step_and_slope(*given), step_and_slope(*given), strict=True)
+    return [name for name, ours, expected in pairs if not same(ours, expected)]
+
+
 def apart(shape, axis, n_offsets, bounds):
     """The middle third of something, as queries, keys and values are; so are its gradient and what takes that of the input."""
     x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
@@ -129,11 +140,34 @@ def apart(shape, axis, n_offsets, bounds):
     return wrong + differences(x, scale, before, after, grid, grad=torch.ones(1).expand(shape))
 
 
+def through(made, shape, axis, n_offsets, bounds, dtype=torch.float32):
+    """Gradients of what was made into the input of a quantizer, against LayerNorm's or GELU's own backward pass of the reference's."""
+    _, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
+    x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    weight, bias = (torch.rand(shape[-1:]), torch.randn(shape[-1:])) if made.kind == "norm" else (None, None)
+    after_shape = None if after is None else list(after.shape)
+    out, ours = torch.empty_like(x), torch.empty_like(x)
+    given = (grad, x, scale, before, after, None, *grid, after_shape, out, torch.float32, weight, bias, *made)
+    with mock.patch.object(operators, "_on", return_value=None):
+        expected = operators.lsq_backward(*given)
+    found = calls.gpu_backward(grad, x, scale, before, grid, after_shape=None if after is None else after.shape, out=ours,
+                             dequantized=torch.float32, after=after, norm=(weight, bias), made=made)  # fmt: skip
+    assert found.x is ours
+    names = ("x", "scale", "before", "after", "levels", "weight", "bias")
+    pairs = zip(names, found, (out, *expected), strict=True)
+    near_enough = 1e-5 if dtype == torch.float32 else 1e-2
+    return [
+        name
+        for name, a, b in pairs
+        if (a is None) != (b.numel() == 0) or (a is not None and (a.float() - b).norm() > near_enough * b.norm())
+    ]
+
+
 def in_place(shape, axis, n_offsets, bounds):
     x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
     grad = torch.randn(shape)
-    expected = gpu.lsq_backward(grad, x, scale, before, grid, after_shape=after.shape)[:4]
-    found = gpu.lsq_backward(grad, x, scale, before, grid, after_shape=after.shape, out=grad)[:4]
+    expected = calls.gpu_backward(grad, x, scale, before, grid, after_shape=after.shape)[:4]
+    found = calls.gpu_backward(grad, x, scale, before, grid, after_shape=after.shape, out=grad)[:4]
     return [] if all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)) and found[0] is grad else ["in place"]
 
 
@@ -143,7 +177,7 @@ def infinite(shape, axis, n_offsets, bounds):
     x.view(-1)[::3], x.view(-1)[1::3] = torch.inf, -torch.inf
     grad = torch.randn(shape)
     grad.view(-1)[0], grad.view(-1)[-1] = torch.nan, torch.inf
-    found = gpu.lsq_backward(grad, x, scale, before, grid, dequantized=torch.float32, after=after)
+    found = calls.gpu_backward(grad, x, scale, before, grid, dequantized=torch.float32, after=after)
     expected = reference.lsq_backward(grad, x, scale, before, grid)
     levels = reference.lsq_forward(x, scale, before, after, grid)
     right = {
@@ -182,15 +216,16 @@ def gradients_in_half_precision(shape, axis):
     p, wrong = x.abs().clamp(max=9).softmax(-1), []
     for d in (torch.bfloat16, torch.float16):
         grad = torch.randn(shape).to(d)
-        exact = gpu.probs_backward(grad, p, scale, grid, 0.3, torch.empty_like(p))
+        whole = torch.empty_like(p)
+        exact = gpu.probs_backward(grad, p, scale, grid, 0.3, whole)
         found = gpu.probs_backward(grad, p, scale, grid, 0.3, grad, d)
-        right = found[0] is grad, same(found[0], exact[0]), torch.equal(found[1], exact[1]), same(found[2], exact[2])
-        wrong += [] if all(right) and found[2].dtype == d else [f"probabilities {d}"]
+        right = same(grad, whole), torch.equal(found[0], exact[0]), same(found[1], exact[1])
+        wrong += [] if all(right) and found[1].dtype == d else [f"probabilities {d}"]
         given = scale, None, None, grid
-        exact, grad = gpu.lsq_backward(torch.ones(shape), x, scale, None, grid), torch.ones(shape).to(d)
-        found = gpu.lsq_backward(grad, x, scale, None, grid, out=grad)
+        exact, grad = calls.gpu_backward(torch.ones(shape), x, scale, None, grid), torch.ones(shape).to(d)
+        found = calls.gpu_backward(grad, x, scale, None, grid, out=grad)
         wrong += [] if found.x is grad and same(grad, exact.x) and torch.equal(found.scale, exact.scale) else [f"LSQ {d}"]
-        wrong += [] if same(gpu.lsq_forward(x, *given, dtype=d), reference.lsq_forward(x, *given)) else [f"forward {d}"]
+        wrong += [] if same(calls.gpu_forward(x, *given, dtype=d), reference.lsq_forward(x, *given)) else [f"forward {d}"]
     return wrong
 
 
@@ -201,19 +236,18 @@ def declined():
     with FakeTensorMode():
         fake = torch.empty(2, 4, 6)
     given = {
-        "double": gpu.lsq_forward(x.double(), scale, None, None, grid),
-        "turned": gpu.lsq_forward(turned, scale, None, None, grid),
-        "fake": gpu.lsq_forward(fake, scale, None, None, grid),
-        "two offsets": gpu.lsq_forward(x, scale, before, x[0].clone(), grid),
-        "offset of rows": gpu.lsq_forward(x, scale[:1], torch.ones(6, 1), None, CodeRange(-2, 1, None)),
-        "steps": gpu.lsq_forward(x, scale[:1], None, None, grid),
-        "steps apart": gpu.lsq_forward(x, scale.repeat(2)[::2], None, None, grid),
-        "no elements": gpu.lsq_forward(x[:0], scale, None, None, grid),
-        "out": gpu.lsq_backward(x, x, scale, None, grid, out=x.double()),
-        "dtype": gpu.lsq_forward(x, scale, None, None, grid, dtype=torch.float64),
+        "double": calls.gpu_forward(x.double(), scale, None, None, grid),
+        "turned": calls.gpu_forward(turned, scale, None, None, grid),
+        "fake": calls.gpu_forward(fake, scale, None, None, grid),
+        "two offsets": calls.gpu_forward(x, scale, before, x[0].clone(), grid),
+        "offset of rows": calls.gpu_forward(x, scale[:1], torch.ones(6, 1), None, CodeRange(-2, 1, None)),
+        "steps": calls.gpu_forward(x, scale[:1], None, None, grid),
+        "steps apart": calls.gpu_forward(x, scale.repeat(2)[::2], None, None, grid),
+        "no elements": calls.gpu_forward(x[:0], scale, None, None, grid),
+        "out": calls.gpu_backward(x, x, scale, None, grid, out=x.double()),
+        "dtype": calls.gpu_forward(x, scale, None, None, grid, dtype=torch.float64),
         "columns": gpu.statsq_forward(x[0], scale[:1].expand(1, 6).clone(), 2),
-        "expanded": gpu.lsq_forward(torch.ones(1, 1, 1).expand(2, 4, 6), scale, None, None, grid),
-        "wide": gpu.lsq_forward(torch.empty(1, 65_535 * 1024 + 1, dtype=torch.float16), scale[:1], None, None, CodeRange(-2, 1, None)),
+        "expanded": calls.gpu_forward(torch.ones(1, 1, 1).expand(2, 4, 6), scale, None, None, grid),
         "long": gpu.probs_backward(long, long, scale[:1], CodeRange(0, 3, None), 1.0, long),
     }
     return [name for name, found in given.items() if found is not None]
@@ -221,17 +255,28 @@ def declined():
 
 def checked():
     """Kernels that give wrong numbers, and those that do not compile, are not used."""
-    wrong, broken = mock.Mock(side_effect=lambda x, *_: x), mock.Mock(side_effect=OSError("no compiler\nat all"))
+    wrong, broken = (
+        mock.Mock(side_effect=lambda g, x, q, *_: (q.scale, None, None, x)),
+        mock.Mock(side_effect=OSError("no compiler\nat all")),
+    )
     found = [gpu.available()]
     for bad in (wrong, broken):
         gpu.available.cache_clear()
-        with mock.patch.object(gpu, "lsq_forward", bad), mock.patch.object(gpu.log, "info") as said:
+        with mock.patch.object(gpu, "lsq_backward", bad), mock.patch.object(gpu.log, "info") as said:
             found += [gpu.available(), *said.call_args.args[1:]]
     gpu.available.cache_clear()
     return [] if found == [True, False, "its kernels give other numbers here", False, "OSError: no compiler"] else found
 
 
+MADE = {"norm": Made("norm", 1e-5), "gelu": Made("none")}
 CASES = {
+    **{f"through {kind}, {form}, {bounds}": (through, made, *FORMS[form], BOUNDS[bounds])
+       for kind, made in MADE.items()
+       for bounds in ("unsigned", "three bits", "half steps")
+       for form in ("tokens", "tokens, no offsets", "channels", "one step, offsets", "a row wider than a tile", "many short rows")},
+    **{f"through {kind}, {dtype}": (through, made, *FORMS["tokens"], BOUNDS["signed"], dtype)
+       for kind, made in MADE.items()
+       for dtype in (torch.bfloat16, torch.float16)},
     **{f"{form}, {bounds}": (lambda *a: differences(*case(*a)), *FORMS[form], BOUNDS[bounds]) for form in FORMS for bounds in BOUNDS},
     **{f"{name}: {form}": (f, *FORMS[form], (-2, 1))
        for name, f, forms in (
@@ -251,6 +296,7 @@ CASES = {
     "in half precision, wide": (gradients_in_half_precision, (2, 3, 1100), 1),
     "probabilities, one step": (probs, (2, 3, 7, 300), None),
     "probabilities, bfloat16": (probs, (2, 3, 9, 9), -2, torch.bfloat16),
+    **{f"steps {n}": (steps, n) for n in (1, 197, 5000)},
     "declined": (declined,),
     "checked": (checked,),
 }  # fmt: skip

@@ -8,8 +8,9 @@ from unittest import mock
 import torch
 import triton
 
-from qat.kernels import gpu, tiles
+from qat.kernels import Made, Steps, attention, gpu, tiles
 from tests.gpu.kernel_cases import FORMS, case
+from tests.kernels import calls
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,9 +29,15 @@ class NoDriver:
 
 
 def rows(x, scale, before, after, grid, sign=None):
-    gpu.lsq_forward(x, scale, before, after, grid, sign=sign, dtype=x.dtype)
+    calls.gpu_forward(x, scale, before, after, grid, sign=sign, dtype=x.dtype)
     shape, dtype = (None, None) if after is None else (after.shape, x.dtype)
-    gpu.lsq_backward(x, x, scale, before, grid, sign=sign, after_shape=shape, dequantized=dtype, after=after)
+    calls.gpu_backward(x, x, scale, before, grid, sign=sign, after_shape=shape, dequantized=dtype, after=after)
+
+
+def through(made, x, dtype):
+    weight, bias = (torch.ones(x.shape[-1]) for _ in range(2)) if made.kind == "norm" else (None, None)
+    q = Steps(torch.ones(x.shape[1]), torch.ones(x.shape[-1]), None, None, gpu.CodeRange(0, 3, 1))
+    gpu.lsq_backward(x.to(dtype), x, q, None, torch.empty_like(x), dtype, (weight, bias), made)
 
 
 def probabilities(dtype):
@@ -42,16 +49,27 @@ def halves(dtype):
     rows(torch.ones(2, 3, 8, dtype=dtype), torch.ones(3), None, None, gpu.CodeRange(-2, 1, 1))
 
 
+def attentions(dtype):
+    q, k, v = torch.ones(2, 197, 3 * 192, dtype=dtype).chunk(3, -1)
+    settings = torch.ones(197), 0, 3, -2, False, 3, 0.125
+    out, sums = attention.attention_forward(q, k, v, *settings)
+    attention.attention_backward(out, sums, q, k, v, *settings)
+
+
 LAUNCHES = {
     "offsets": lambda: rows(*case(*FORMS["tokens"], (-2, 1))),
     "no offsets": lambda: rows(*case(*FORMS["heads"], (0, 3))),
     "by column": lambda: rows(*case(*FORMS["channels"], (-2, 1))),
     "sign": lambda: rows(*case(*FORMS["pixels"], (-2, 1)), torch.ones(())),
     "weights": lambda: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2),
+    "norm, bfloat16": lambda: through(Made("norm", 1e-5), torch.ones(2, 197, 192), torch.bfloat16),
+    "gelu, bfloat16": lambda: through(Made("none"), torch.ones(2, 197, 768, dtype=torch.bfloat16), torch.bfloat16),
     "probabilities": lambda: probabilities(torch.float32),
     **{name: lambda d=d: halves(d) for name, d in HALVES.items()},
     **{f"weights, {name}": lambda d=d: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2, d) for name, d in HALVES.items()},
     **{f"probabilities, {name}": lambda d=d: probabilities(d) for name, d in HALVES.items()},
+    "attention": lambda: attentions(torch.float32),
+    **{f"attention, {name}": lambda d=d: attentions(d) for name, d in HALVES.items()},
 }
 
 
@@ -63,7 +81,7 @@ def main():
             keep = found[name].append
 
             def compile_only(kernel, programs, *args, keep=keep, **constants):
-                keep(kernel.warmup(*args, grid=programs, **constants, **gpu.OPTIONS).asm["ptx"])
+                keep(kernel.warmup(*args, grid=programs, **{**gpu.OPTIONS, **constants}).asm["ptx"])
 
             with (
                 mock.patch.object(tiles, "device_type", return_value="cpu"),

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from qat import functional as F
 from qat import kernels
-from qat.kernels import CodeRange, compile_cpp, cpu, reference
+from qat.kernels import CodeRange, Steps, compile_cpp, cpu, operators, reference
+from tests.kernels import calls
 from tests.tiny import randn
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
@@ -55,10 +56,10 @@ def test_lsq_agrees(name):
     x, n, before, after, grid = CASES[name]
     scale, grad = steps(n), randn(*x.shape, seed=5)
     expected = reference.lsq_forward(x, scale, before, after, grid)
-    assert torch.equal(kernels.lsq_forward(x, scale, before, after, grid), expected)
+    assert torch.equal(calls.lsq_forward(x, scale, before, after, grid), expected)
     shape = None if after is None else after.shape
     wanted = reference.lsq_backward(grad, x, scale, before, grid, after_shape=shape)
-    found = kernels.lsq_backward(grad, x, scale, before, grid, after_shape=shape, dequantized=torch.float32, after=after)
+    found = calls.lsq_backward(grad, x, scale, before, grid, after_shape=shape, dequantized=torch.float32, after=after)
     assert torch.equal(found.x, wanted.x.to(x.dtype))
     assert torch.equal(found.dequantized, expected)
     assert_close(found[1:4], wanted[1:4], rtol=1e-5, atol=1e-5)
@@ -68,8 +69,8 @@ def test_lsq_agrees(name):
 def test_the_gradient_may_be_overwritten(name):
     x, n, before, after, grid = CASES[name]
     scale, grad = steps(n), randn(*x.shape, seed=5)
-    apart = kernels.lsq_backward(grad, x, scale, before, grid, after_shape=after.shape)
-    same = kernels.lsq_backward(grad, x, scale, before, grid, after_shape=after.shape, out=grad)
+    apart = calls.lsq_backward(grad, x, scale, before, grid, after_shape=after.shape)
+    same = calls.lsq_backward(grad, x, scale, before, grid, after_shape=after.shape, out=grad)
     assert same.x is grad
     assert all(torch.equal(a, b) for a, b in zip(apart[:4], same[:4], strict=True))
 
@@ -78,9 +79,9 @@ def test_the_gradient_may_be_overwritten(name):
 def test_the_sign_is_read_off_a_tensor(sign):
     x, n, before, after, grid = CASES["map"]
     plain = CodeRange(-128, 127, 1) if sign else CodeRange(0, 255, 1)
-    found = kernels.lsq_forward(x, steps(n), before, after, grid, sign=torch.tensor(sign))
+    found = calls.lsq_forward(x, steps(n), before, after, grid, sign=torch.tensor(sign))
     assert torch.equal(found, reference.lsq_forward(x, steps(n), before, after, plain))
-    backward = kernels.lsq_backward(grad := randn(*x.shape), x, steps(n), before, grid, sign=torch.tensor(sign))
+    backward = calls.lsq_backward(grad := randn(*x.shape), x, steps(n), before, grid, sign=torch.tensor(sign))
     assert torch.equal(backward.x, reference.lsq_backward(grad, x, steps(n), before, plain)[0])
 
 
@@ -89,17 +90,17 @@ def test_ties_the_ends_of_the_range_and_what_is_no_number():
     for grid in (CodeRange(-2, 1, -2), CodeRange(0, 3, -2)):
         scale = torch.ones(1)
         assert_close(
-            kernels.lsq_forward(x, scale, None, None, grid),
+            calls.lsq_forward(x, scale, None, None, grid),
             reference.lsq_forward(x, scale, None, None, grid),
             rtol=0,
             atol=0,
             equal_nan=True,
         )
-        ours, theirs = (f(torch.ones_like(x), x, scale, None, grid)[0] for f in (kernels.lsq_backward, reference.lsq_backward))
+        ours, theirs = (f(torch.ones_like(x), x, scale, None, grid)[0] for f in (calls.lsq_backward, reference.lsq_backward))
         assert torch.equal(ours, theirs)
-    assert kernels.lsq_forward(x, torch.tensor([torch.nan]), None, None, CodeRange(-2, 1, -2)).isnan().all()
+    assert calls.lsq_forward(x, torch.tensor([torch.nan]), None, None, CodeRange(-2, 1, -2)).isnan().all()
     assert torch.equal(
-        kernels.lsq_forward(x[:, :6], torch.zeros(1), None, None, CodeRange(-2, 1, -2)), torch.tensor([[-2, -2, -2, -2, 1, 1]]) * 1e-5
+        calls.lsq_forward(x[:, :6], torch.zeros(1), None, None, CodeRange(-2, 1, -2)), torch.tensor([[-2, -2, -2, -2, 1, 1]]) * 1e-5
     )
 
 
@@ -107,13 +108,13 @@ def test_ties_the_ends_of_the_range_and_what_is_no_number():
 def test_statsq_agrees(bits):
     w = torch.cat([randn(7, 33), torch.zeros(1, 33)])
     scale = 2 * w.abs().mean(1, keepdim=True)
-    assert torch.equal(kernels.statsq_forward(w, scale, bits), reference.statsq_forward(w, scale, bits))
+    assert torch.equal(operators.statsq_forward(w, scale, bits, torch.float32), reference.statsq_forward(w, scale, bits))
 
 
 def test_probabilities_agree():
     probs, grid = randn(2, 3, 6, 7).softmax(-1), CodeRange(0, 3, -2)
     grad, scale = randn(2, 3, 6, 7, seed=1), steps(6)
-    of_scores, of_scale, quantized = kernels.probs_backward(grad, probs, scale, grid, 0.125)
+    of_scores, of_scale, quantized = calls.probs_backward(grad, probs, scale, grid, 0.125)
     expected, expected_scale = reference.probs_backward(grad, probs, scale, grid, 0.125)
     assert_close(of_scores, expected, rtol=1e-5, atol=1e-7)
     assert_close(of_scale, expected_scale, rtol=1e-5, atol=1e-6)
@@ -125,7 +126,8 @@ def test_off_means_plain_operations(monkeypatch):
     kernels.use("off")
     try:
         x, n, before, after, grid = CASES["token"]
-        assert torch.equal(kernels.lsq_forward(x, steps(n), before, after, grid), reference.lsq_forward(x, steps(n), before, after, grid))
+        found = kernels.lsq(x, steps(n), grid, before=before, after=after)
+        assert torch.equal(found, reference.lsq_forward(x, steps(n), before, after, grid))
     finally:
         kernels.use("auto")
 
@@ -164,7 +166,8 @@ def test_without_a_compiler_plain_operations_do(monkeypatch, compiler):
     try:
         assert not cpu.available()
         x, n, before, after, grid = CASES["token"]
-        assert torch.equal(kernels.lsq_forward(x, steps(n), before, after, grid), reference.lsq_forward(x, steps(n), before, after, grid))
+        found = kernels.lsq(x, steps(n), grid, before=before, after=after)
+        assert torch.equal(found, reference.lsq_forward(x, steps(n), before, after, grid))
     finally:
         cpu._library.cache_clear()
 
@@ -173,9 +176,9 @@ def test_without_a_compiler_plain_operations_do(monkeypatch, compiler):
 def test_a_step_for_each_row_or_no_kernel(n):
     """Behind its last element a tensor of steps has what is another's."""
     x, grid = CASES["token, no offsets"][0], CodeRange(-4, 3, 1)
-    assert cpu.lsq_forward(x, steps(n), None, None, grid, None) is None
+    assert cpu.lsq_forward(x, Steps(steps(n), None, None, None, grid), torch.float32) is None
     with pytest.raises(RuntimeError, match="must match"):
-        kernels.lsq_forward(x, steps(n), None, None, grid)
+        calls.lsq_forward(x, steps(n), None, None, grid)
 
 
 def test_an_empty_batch():
@@ -196,9 +199,9 @@ def test_what_torch_makes_by_default_is_nothing_to_the_kernels(dtype, device):
         torch.set_default_dtype(dtype)
         with torch.device(device):
             assert cpu.available()
-            found = kernels.lsq_backward(grad, x, scale, before, codes, after_shape=before.shape, dequantized=torch.float32)
-            made = kernels.lsq_forward(x, scale, before, None, codes)
-            probs = kernels.probs_backward(grad, x.softmax(-1), scale, CodeRange(0, 7, -2), 1.0)
+            found = calls.lsq_backward(grad, x, scale, before, codes, after_shape=before.shape, dequantized=torch.float32)
+            made = calls.lsq_forward(x, scale, before, None, codes)
+            probs = calls.probs_backward(grad, x.softmax(-1), scale, CodeRange(0, 7, -2), 1.0)
     finally:
         torch.set_default_dtype(default)
         cpu._library.cache_clear()

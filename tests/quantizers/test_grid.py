@@ -9,7 +9,7 @@ from qat.quantizers import LSQ, Quantizer, UniformGrid
 from qat.spec import QuantSpec
 from tests import tiny
 from tests.analysis.common import KINDS, net_of
-from tests.quantizers.common import build
+from tests.quantizers.common import allocated, build
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,12 +66,21 @@ class Renamed(LSQ):
     """Rounds as LSQ does."""
 
 
-def test_who_rounds_in_another_way_does_not_inherit_the_grid():
+def test_who_rounds_in_another_way_inherits_neither_grid_nor_operand():
     spec = QuantSpec("input", "lsq", 2, axis=None)
-    assert Odd(spec).grid(torch.ones(3)) is Doubled(spec).grid(torch.ones(3)) is None
-    quantizer = Renamed(spec)
-    quantizer.allocate(torch.Size([2, 3, 4]), torch.device("cpu"))
-    assert quantizer.grid().qmax == 1
+    found = {}
+    for cls in (Odd, Doubled, Renamed):
+        quantizer = cls(spec)
+        quantizer.allocate(torch.Size([2, 3, 4]), torch.device("cpu"))
+        found[cls] = quantizer.grid(torch.ones(3)), quantizer.operand()
+    assert found[Odd] == found[Doubled] == (None, None)
+    grid, operand = found[Renamed]
+    assert (grid.qmax, operand.codes) == (1, (-2, 1, None, False))
+
+
+@pytest.mark.parametrize(("name", "fuses"), [("lsq", True), ("seq", True), ("statsq", False), ("minmax_dynamic", False)])
+def test_what_products_are_fused_with(name, fuses):
+    assert (allocated(name, torch.ones(2, 3, 4), signed=True).operand() is not None) is fuses
 
 
 def test_zeros_on_a_step_of_zero_sit_on_the_threshold():

@@ -114,8 +114,6 @@ def test_gradients_of_a_step(accumulated, graphs):
     for a, b in zip(ours, expected, strict=True):
         assert differing(a, b) == []
     assert graphs.steps == 8  # two epochs of four batches
-    if accumulated > 1:  # the oracle notices gradients that are added to where a replay writes
-        assert differing(gradients(compiled=True, **settings)[0], expected[0])
 
 
 def test_validation_and_test_begin_steps(graphs):

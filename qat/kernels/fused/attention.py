@@ -7,72 +7,75 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.kernels.fused import simple
-from qat.kernels.fused.heads import heads_of, product
-from qat.kernels.fused.operand import LSQParams
+from qat.functional.lsq import gradient_scale
+from qat.kernels import attention as in_tiles
+from qat.kernels.fused.heads import heads_of, pad, product
+from qat.kernels.fused.operand import LSQParams, differentiated_once, keep, kept
 from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, softmax
 
 Operands = tuple[LSQParams, LSQParams, LSQParams, LSQParams]
-_N_TENSORS = 3
 
 
-def _scores(qkv: Tensor, operands: Operands, shape: ScoreShape) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantized queries and keys (B, N, h*d), and their scaled scores (h, B, N, N)."""
-    q, k = (o.forward(x, shape.dtype) for o, x in zip(operands[:2], qkv.chunk(3, -1)[:2], strict=True))
-    out = q.new_empty(shape.num_heads, q.shape[0], q.shape[1], q.shape[1])
-    return q, k, product(heads_of(q, shape.num_heads), heads_of(k, shape.num_heads).transpose(-2, -1), out, factor=shape.factor)
+def _quantized(qkv: Tensor, operands: Operands, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys and values, (B, N, h*d) each."""
+    return [o.forward(x, dtype) for o, x in zip(operands[:3], qkv.chunk(3, -1), strict=True)]
 
 
-def _values(qkv: Tensor, operands: Operands, shape: ScoreShape) -> Tensor:
-    v = qkv.chunk(3, -1)[2]
-    return operands[2].forward(v, shape.dtype)
+def _scores(q: Tensor, k: Tensor, shape: ScoreShape) -> Tensor:
+    """Scaled scores (h, B, N, M) of queries (B, N, h*d) and padded keys (B, M, h*d)."""
+    out = q.new_empty(shape.num_heads, q.shape[0], q.shape[1], k.shape[1])
+    return product(heads_of(q, shape.num_heads), heads_of(k, shape.num_heads).transpose(-2, -1), out, factor=shape.factor)
 
 
 class _Attention(torch.autograd.Function):
+    """Where operators take all of it, scores are never in memory, and the sums of their rows are kept in place of probabilities."""
+
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, *args: Any) -> Tensor:
-        tensors, (settings, num_heads, factor, keep_probs) = args[:-1], args[-1]
-        operands = _operands(tensors, settings)
-        ctx.settings, ctx.shape = settings, shape_for(qkv, num_heads, factor)
-        q, k, scores = _scores(qkv, operands, ctx.shape)
-        del q, k
-        probs = softmax(scores, bias, mask, ctx.shape.probs_dtype)
-        del scores
-        ctx.save_for_backward(qkv, bias, mask, probs if keep_probs else None, *tensors)
-        return gather(probs, _values(qkv, operands, ctx.shape), operands[3], ctx.shape)
+        (num_heads, factor, keep_probs), operands = args[:3], _operands(args[3:])
+        shape, probs = shape_for(qkv, num_heads, factor), operands[3]
+        ctx.in_tiles = bias is None and mask is None and in_tiles.fits(qkv, num_heads, probs.scale, probs.codes, shape.dtype)
+        q, k, v = _quantized(qkv, operands, shape.dtype)
+        if ctx.in_tiles:
+            out, held = in_tiles.forward(q, k, v, probs.scale, *probs.codes, num_heads, factor)
+        else:
+            scores = _scores(q, pad(k), shape)
+            del q, k
+            held = softmax(scores, bias, mask, shape.probs_dtype)
+            del scores
+            out = gather(held, pad(v), probs, shape)
+        keep(ctx, qkv, bias, mask, held if ctx.in_tiles or keep_probs else None, shape, *args[3:])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, bias, mask, probs, *tensors = ctx.saved_tensors
-        operands, shape = _operands(tensors, ctx.settings), ctx.shape
-        if torch.is_grad_enabled():
-            with simple.autocast_of(qkv, shape.dtype, enabled=shape.is_autocast):
-                out = simple.attention(qkv, operands, Scoring(shape.num_heads, shape.factor, bias, mask, keep_probs=True))
-            return *simple.gradients(out, [qkv, bias, mask, *tensors], ctx.needs_input_grad, grad), None
-        q, k, scores = _scores(qkv, operands, shape) if probs is None else (None, None, None)
-        if probs is None and scores is not None:
-            probs = softmax(scores, bias, mask, shape.probs_dtype)
-            del scores
+        differentiated_once()
+        qkv, bias, mask, held, shape, *rest = kept(ctx)
+        operands = _operands(rest)
+        q, k, v = _quantized(qkv, operands, shape.dtype)
+        grad, probs, h = grad.to(shape.dtype), operands[3], shape.num_heads
+        if ctx.in_tiles:
+            *grads, of_scale = in_tiles.backward(grad, held, q, k, v, probs.scale, *probs.codes, h, shape.factor)
+            scores = held.unsqueeze(-1).expand(*held.shape, held.shape[-1])
+            of_scale = (of_scale * gradient_scale(scores, probs.codes, probs.grad_factor)).to(probs.scale.dtype)
+            of_bias = None
+        else:
+            k, v = pad(k), pad(v)
+            made = softmax(_scores(q, k, shape), bias, mask, shape.probs_dtype) if held is None else held
+            of_scores, of_v, of_scale, of_bias = gather_backward(grad, made, v, probs, shape, with_bias=bias is not None)
+            of_q, of_k = torch.empty_like(q), torch.empty_like(k)
+            product(of_scores, heads_of(k, h), heads_of(of_q, h))
+            product(of_scores.transpose(-2, -1), heads_of(q, h), heads_of(of_k, h))
+            grads = [of_q, of_k[:, : q.shape[1]], of_v[:, : q.shape[1]]]
         of_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        of_q, of_k, of_v = of_qkv.chunk(3, -1)
-        values = _values(qkv, operands, shape)
-        grads = gather_backward(grad.to(shape.dtype), probs, values, operands[3], shape, with_bias=bias is not None)
-        of_value = operands[2].backward(grads.values, qkv.chunk(3, -1)[2], out=of_v)
-        if q is None or k is None:
-            q, k = (o.forward(x, shape.dtype) for o, x in zip(operands[:2], qkv.chunk(3, -1)[:2], strict=True))
-        h = shape.num_heads
-        back = torch.empty_like(values)
-        product(grads.scores, heads_of(k, h), heads_of(back, h))
-        of_query = operands[0].backward(back, qkv.chunk(3, -1)[0], out=of_q)
-        product(grads.scores.transpose(-2, -1), heads_of(q, h), heads_of(back, h))
-        of_key = operands[1].backward(back, qkv.chunk(3, -1)[1], out=of_k)
-        parts = [(g.scale, g.before, g.after) for g in (of_query, of_key, of_value)]
-        return of_qkv, grads.bias, None, *(t for part in parts for t in part), grads.scale, None, None, None
+        parts = zip(operands[:3], grads, qkv.chunk(3, -1), of_qkv.chunk(3, -1), strict=True)
+        found = [operand.backward(of_x, x, out=out) for operand, of_x, x, out in parts]
+        of_operands = (t for g in found for t in (g.scale, g.before, g.after, None, None))
+        return of_qkv, of_bias, None, None, None, None, *of_operands, of_scale, None, None, None, None
 
 
-def _operands(tensors: Any, settings: Any) -> Operands:
-    n = _N_TENSORS
-    q, k, v, p = (LSQParams(*tensors[n * i : n * i + n], *settings[i]) for i in range(4))
+def _operands(args: Any) -> Operands:
+    q, k, v, p = (LSQParams(*args[i : i + 5]) for i in range(0, 20, 5))
     return q, k, v, p
 
 
@@ -87,6 +90,5 @@ def attention(qkv: Tensor, operands: Operands, scoring: Scoring) -> Tensor:
     Returns:
         (B, N, h*d).
     """
-    tensors = (t for o in operands for t in o.tensors)
-    settings = (tuple(o.settings for o in operands), scoring.num_heads, scoring.factor, scoring.keep_probs)
-    return _Attention.apply(qkv, scoring.bias, scoring.mask, *tensors, settings)
+    score = scoring.bias, scoring.mask, scoring.num_heads, scoring.factor, scoring.keep_probs
+    return _Attention.apply(qkv, *score, *(t for o in operands for t in o))

@@ -8,44 +8,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.kernels.fused import simple
-from qat.kernels.fused.operand import LSQParams, product_dtype
-from qat.kernels.fused.source import keep, recompute
+from qat.kernels.fused.operand import LSQParams, differentiated_once, keep, kept, product_dtype
+from qat.kernels.fused.source import given
 from qat.kernels.fused.weight import WeightParams
 
 
 class _LsqLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        scale, before, after, weight, step, bias, settings, w_settings, ready = args
-        dtype, kept = product_dtype(x), keep(x)
-        ctx.make, ctx.settings, ctx.w_settings, ctx.dtype = kept.make, settings, w_settings, dtype
-        params = WeightParams(w_settings, step, ready).fitted(weight)
-        ctx.save_for_backward(scale, before, after, weight, params.scale, bias, ready, *kept.tensors)
-        xq = LSQParams(scale, before, after, *settings).forward(x, dtype)
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        (made_x, x, *norm, made), q, weight, params, bias = args[:5], LSQParams(*args[5:10]), args[10], WeightParams(*args[11:14]), args[14]
+        dtype, params = product_dtype(x), params.fitted(weight)
+        keep(ctx, x, *norm, made, *q, weight, *params, bias, dtype)
+        xq = q.forward(x if made_x is None else made_x, dtype)
         return F.linear(xq, params.forward(weight, dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scale, before, after, weight, step, bias, ready, *saved = ctx.saved_tensors
-        x = recompute(ctx.make, tuple(saved))
-        operand, params = LSQParams(scale, before, after, *ctx.settings), WeightParams(ctx.w_settings, step, ready)
-        if torch.is_grad_enabled():
-            with simple.autocast_of(x, ctx.dtype, enabled=ctx.dtype != weight.dtype):
-                out = simple.lsq_linear(x, operand, weight, params, bias)
-            return *simple.gradients(out, [x, *operand.tensors, weight, step, bias], ctx.needs_input_grad, grad), None, None, None
+        differentiated_once()
+        x, *norm, made, scale, before, after, codes, grad_factor, weight, settings, step, ready, bias, dtype = kept(ctx)
+        operand, params = LSQParams(scale, before, after, codes, grad_factor), WeightParams(settings, step, ready)
         grad = grad.reshape(-1, grad.shape[-1])
         of_bias = grad.sum(0) if bias is not None or after is not None else None
-        wq = params.forward(weight, ctx.dtype)
+        wq = params.forward(weight, dtype)
         of_xq = (grad @ wq).view(x.shape)
         # The offset after it is a constant row of the input: its gradient goes through the product as the bias's does.
         of_after = None if after is None or of_bias is None else (of_bias.unsqueeze(0) @ wq).squeeze(0).float()
-        learns = any(ctx.needs_input_grad[4:6])
-        found = operand.backward(of_xq, x, with_after=False, in_place=True, dequantized=ctx.dtype if learns else None)
+        learns = ctx.needs_input_grad[10] or ctx.needs_input_grad[12]
+        found = operand.backward(
+            of_xq, x, with_after=False, in_place=True, dequantized=dtype if learns else None, norm=(norm[0], norm[1]), made=made
+        )
         xq = found.dequantized
         of_weight, of_step = (None, None) if xq is None else params.backward(grad.t() @ xq.flatten(0, -2), weight)
         shown = None if bias is None or of_bias is None else of_bias.to(bias.dtype)
-        return found.x, found.scale, found.before, of_after, of_weight, of_step, shown, None, None, None
+        through = None, found.x, found.norm_weight, found.norm_bias, None
+        return *through, found.scale, found.before, of_after, None, None, of_weight, None, of_step, None, shown
 
 
 def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, params: WeightParams, bias: Tensor | None) -> Tensor:
@@ -61,4 +57,4 @@ def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, params: WeightPara
     Returns:
         (..., out), in the dtype of `x`, or autocast's.
     """
-    return _LsqLinear.apply(x, *operand.tensors, weight, params.scale, bias, operand.settings, params.settings, params.ready)
+    return _LsqLinear.apply(*given(x), *operand, weight, *params, bias)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qat import kernels
+from qat.errors import UsageError
 from qat.functional.lsq import gradient_scale
-from qat.kernels import CodeRange, LsqGradients
+from qat.kernels import CodeRange, LsqGradients, Made, Steps, operators
 from qat.kernels.rows import PLAIN
 
 
@@ -42,8 +43,7 @@ class LSQParams(NamedTuple):
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Fake-quantize `x` as the factor of a product in `dtype`: rounded to the dtype of `x`, then to that."""
-        first = through(x, dtype)
-        return kernels.lsq_forward(x, self.scale, self.before, self.after, self.codes, dtype=first).to(dtype)
+        return operators.lsq_forward(x, *self.tensors, None, *self.codes, through(x, dtype)).to(dtype)
 
     def backward(
         self,
@@ -54,6 +54,9 @@ class LSQParams(NamedTuple):
         with_after: bool = True,
         in_place: bool = False,
         dequantized: torch.dtype | None = None,
+        norm: tuple[Tensor | None, Tensor | None] = (None, None),
+        made: Made = Made(),  # noqa: B008  (a tuple)
+        rows: int | None = None,
     ) -> LsqGradients:
         """Gradients, that of the scale complete.
 
@@ -64,23 +67,17 @@ class LSQParams(NamedTuple):
             with_after: whether to sum up that of the offset after it; else it is None.
             in_place: whether `grad` may take the gradient of `x`, which it does if it has its dtype.
             dequantized: the dtype in which to give the result of `forward` as well; None = not.
+            norm: see `operators.lsq_gradients`, as the next.
+            made: how the argument of `forward` was made of `x`.
+            rows: how many rows of `x` (..., rows, C) there are without padding, which LSQ's factor does not count; None = all.
         """
         out = grad if in_place and grad.dtype == x.dtype else out
         shape = self.after.shape if self.after is not None and with_after else None
-        found = kernels.lsq_backward(
-            grad,
-            x,
-            self.scale,
-            self.before,
-            self.codes,
-            after_shape=shape,
-            out=out,
-            dequantized=None if dequantized is None else through(x, dequantized),
-            after=None if dequantized is None else self.after,
-        )
+        q, levels = Steps(*self.tensors, None, self.codes), None if dequantized is None else through(x, dequantized)
+        found = operators.lsq_gradients(grad, x, q, after_shape=shape, out=out, dequantized=levels, norm=norm, made=made)
         if dequantized is not None and found.dequantized is not None:
             found = found._replace(dequantized=found.dequantized.to(dequantized))
-        return found._replace(scale=(found.scale * gradient_scale(x, self.codes, self.grad_factor)).to(self.scale.dtype))
+        return found._replace(scale=(found.scale * gradient_scale(x[..., :rows, :], self.codes, self.grad_factor)).to(self.scale.dtype))
 
 
 def through(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -89,8 +86,27 @@ def through(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def can_fuse(x: Tensor) -> bool:
-    """False under `torch.compile`, and where somebody watches functions of torch, as counts of products do."""
-    return not torch.compiler.is_compiling() and type(x) in PLAIN and torch._C._len_torch_function_stack() == 0
+    """False where kernels are off, or somebody watches functions of torch, as counts of products do."""
+    return not kernels.are_off() and type(x) in PLAIN and torch._C._len_torch_function_stack() == 0
+
+
+def keep(ctx: Any, *args: Any) -> None:
+    """Save for backward what `kept` gives back: tensors the way that torch wants it, the rest beside."""
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args))
+    ctx.rest = tuple(None if isinstance(x, Tensor) else x for x in args)
+
+
+def kept(ctx: Any) -> list[Any]:
+    """See `keep`. To be asked once: under checkpointing it is gone afterwards."""
+    return [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.rest, strict=True)]
+
+
+def differentiated_once() -> None:
+    """Raise `UsageError` in a backward pass that is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise UsageError(
+            "create_graph=True: kernels are differentiated once; kernels=off, qat.kernels.use('off'), is as often as one likes"
+        )
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

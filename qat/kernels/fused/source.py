@@ -2,73 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qat.kernels.made import Made
+
 _NOTE = "qat_source"
 
 
 class Source(NamedTuple):
-    """A pure function and the tensors that gave the tensor.
+    """What gave the tensor.
 
     Attributes:
-        make: makes it again, bit for bit.
-        inputs: its arguments.
+        tensors: input, weight and bias of the operation, as far as it has them.
+        made: the operation.
         version: of the tensor when it was made; another one means that somebody has written into it since.
     """
 
-    make: Callable[..., Tensor]
-    inputs: tuple[Tensor | None, ...]
+    tensors: tuple[Tensor, Tensor | None, Tensor | None]
+    made: Made
     version: int
 
     def __reduce__(self) -> tuple[type[torch.Size], tuple[()]]:
-        """Saved with a tensor as an empty one: functions may be local, inputs be large; `torch.load` takes a Size with `weights_only`."""
+        """Saved with a tensor as an empty one: what it was made of may be large; `torch.load` takes a Size with `weights_only`."""
         return torch.Size, ()
 
 
-def remember(made: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """Note on `made` that it is `make(*inputs)`, all inputs being kept for backward by somebody already.
+def remember(made: Tensor, how: Made, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Note on `made` what it is made of, all of which somebody keeps for backward already.
 
     Returns:
         `made`.
     """
-    setattr(made, _NOTE, Source(make, inputs, made._version))
+    version = 0 if torch.compiler.is_compiling() else made._version  # which a graph cannot ask for
+    setattr(made, _NOTE, Source((x, weight, bias), how, version))
     return made
 
 
-def viewed(x: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:
-    """`view(x)`, a view, which keeps the note of `x`."""
-    made, source = view(x), getattr(x, _NOTE, None)
-    if not source or source.version != x._version:
-        return made
-    return remember(made, lambda *inputs: view(source.make(*inputs)), *source.inputs)
+def _source(x: Tensor) -> Source | None:
+    """The note of `x`, if nobody has written into it, or wants to see its gradient, since."""
+    note: Source | None = getattr(x, _NOTE, None)
+    if not note or torch.compiler.is_compiling():
+        return note or None
+    return None if note.version != x._version or x.retains_grad or x._backward_hooks else note
 
 
-class Kept(NamedTuple):
-    """What a Function keeps of a tensor: the tensor, or what it is made of.
+def unflattened(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """`x.unflatten(dim, sizes)`, a dimension before the last, which keeps the note of `x`."""
+    made, note = x.unflatten(dim, sizes), _source(x)
+    return made if note is None else remember(made, note.made, note.tensors[0].unflatten(dim, sizes), *note.tensors[1:])
 
-    Attributes:
-        tensors: for `save_for_backward`.
-        make: see `Source`; None = the tensor itself is kept.
+
+def given(x: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Made]:
+    """What a Function is given of `x`, of which it keeps all but the first for backward.
+
+    Returns:
+        `x`, without gradient, where it was made of others, else None; what it was made of, through which its gradient goes, or `x` itself;
+        and how.
     """
-
-    tensors: tuple[Tensor | None, ...]
-    make: Callable[..., Tensor] | None
-
-
-def recompute(make: Callable[..., Tensor] | None, saved: tuple[Tensor | None, ...]) -> Tensor:
-    """The tensor, from `Kept.make` and what `save_for_backward` gives back of `Kept.tensors`."""
-    found = saved[0] if make is None else make(*saved)
-    assert found is not None  # noqa: S101  (narrows a type)
-    return found
-
-
-def keep(x: Tensor) -> Kept:
-    """The least that has to be kept of `x`."""
-    source = getattr(x, _NOTE, None)
-    if not source or source.version != x._version:
-        return Kept((x,), None)
-    return Kept(source.inputs, source.make)
+    note = _source(x)
+    return (None, x, None, None, Made()) if note is None else (x.detach(), *note.tensors, note.made)

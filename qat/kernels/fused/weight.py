@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat import kernels
 from qat.functional.lsq import CodeRange
 from qat.functional.statsq import statsq_scale
+from qat.kernels import operators
 from qat.kernels.fused.operand import LSQParams
 
 
@@ -43,7 +43,7 @@ class WeightParams(NamedTuple):
         if self.ready is not None:
             return self.ready.to(dtype)
         if isinstance(self.settings, int) and self.scale is not None:
-            return kernels.statsq_forward(weight, self.scale, self.settings, dtype)
+            return operators.statsq_forward(weight, self.scale, self.settings, dtype)
         lsq = self.lsq
         return weight.to(dtype) if lsq is None else lsq.forward(weight, dtype)
 

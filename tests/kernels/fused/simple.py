@@ -1,25 +1,18 @@
-"""What the fused Functions compute, by Functions of one quantizer each: for what is differentiated twice, and the oracle of tests."""
+"""What the fused Functions compute, by Functions of one quantizer each."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qat.functional.lsq import lsq
-from qat.functional.qkr import fold_q_bias, fold_qk
 from qat.functional.statsq import statsq
 from qat.kernels.fused.heads import heads_of
 from qat.kernels.fused.operand import LSQParams, probs_dtype
 from qat.kernels.fused.scores import Scoring, softmax
 from qat.kernels.fused.weight import WeightParams
-
-
-def autocast_of(x: Tensor, dtype: torch.dtype, *, enabled: bool) -> torch.autocast:
-    """Autocast as it was in the forward, whose products were in `dtype`: the backward that is differentiated may run outside of it."""
-    return torch.autocast(x.device.type, dtype=dtype if enabled else None, enabled=enabled)
 
 
 def quantize(o: LSQParams, x: Tensor) -> Tensor:
@@ -53,18 +46,10 @@ def attention(qkv: Tensor, operands: Any, scoring: Scoring) -> Tensor:
 def qkr_attention(x: Tensor, weights: Any, params: tuple[WeightParams, WeightParams], operands: Any, scoring: Scoring) -> Tensor:
     """See `qat.kernels.fused.qkr_attention`."""
     xq, num_heads = quantize(operands.input, x), scoring.num_heads
-    mapped = F.linear(xq, quantize_weight(params[0], fold_qk(weights.q, weights.k, num_heads)).to(xq.dtype), weights.offset)
+    mapped = F.linear(xq, quantize_weight(params[0], weights.matrix).to(xq.dtype), weights.offset)
     keys = quantize(operands.product, mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2))
     scores = xq @ keys.unflatten(1, (-1, num_heads)).permute(2, 0, 3, 1)
-    if weights.q_bias is not None:
-        scores = scores + F.linear(xq, fold_q_bias(weights.k, weights.q_bias, num_heads).to(xq.dtype)).permute(2, 0, 1).unsqueeze(2)
+    if weights.per_key is not None:
+        scores = scores + F.linear(xq, weights.per_key.to(xq.dtype)).permute(2, 0, 1).unsqueeze(2)
     v = quantize(operands.values, F.linear(xq, quantize_weight(params[1], weights.v), weights.v_bias))
     return _gather(scores * scoring.factor, heads_of(v, num_heads), operands.probs, scoring)
-
-
-def gradients(out: Tensor, inputs: list[Tensor | None], needed: tuple[bool, ...], grad: Tensor) -> list[Tensor | None]:
-    """Gradients of `out` that can be differentiated themselves: one for each of `inputs`, None where there is no tensor or no need."""
-    wanted = [t is not None and n for t, n in zip(inputs, needed, strict=False)]
-    tensors = [t for t, n in zip(inputs, wanted, strict=True) if n and t is not None]
-    found = iter(torch.autograd.grad(out, tensors, grad, create_graph=True, allow_unused=True))
-    return [next(found) if n else None for n in wanted]

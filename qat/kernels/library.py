@@ -1,0 +1,37 @@
+"""Functions as operators of torch, `torch.ops.qat.*`: compiled steps call them by name, eager ones without the way through a dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qat.kernels.rows import PLAIN
+
+_LIBRARY = torch.library.Library("qat", "DEF")
+
+
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the operator of its name. What it gives is never a view of an argument, nor of another result.
+
+    Args:
+        schema: arguments and results, as `torch.library` writes them.
+        fake: gives results of the right shapes for tensors without memory.
+    """
+
+    def register(made: Callable[..., Any]) -> Callable[..., Any]:
+        name = made.__name__
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, made, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"qat::{name}", fake, lib=_LIBRARY)
+        overload = getattr(torch.ops.qat, name).default
+
+        def run(*args: Any) -> Any:
+            return made(*args) if type(args[0]) in PLAIN else overload(*args)
+
+        torch.compiler.substitute_in_graph(run, skip_signature_check=True)(lambda *args: overload(*args))
+        run.__doc__ = made.__doc__
+        return run
+
+    return register

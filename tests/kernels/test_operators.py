@@ -1,0 +1,97 @@
+"""The operators of the kernels. Oracle: `torch.library.opcheck`, and eager mode for what is compiled."""
+
+import pytest
+import torch
+
+import qat
+from qat import kernels
+from qat.kernels import Made
+from tests.nets import FAMILIES
+from tests.tiny import randn
+
+CODES = (-4, 3, -1, False)
+STEPS = torch.linspace(0.2, 1, 6)
+
+
+def sample(name):
+    """Arguments of an operator."""
+    x, offset = randn(2, 5, 6), randn(6, seed=1)
+    lsq, half = (x, STEPS, offset, offset, None, *CODES), (x, STEPS[:5], None, None, None, -4, 3, -2, True)
+    grad = randn(2, 5, 6, seed=2)
+    return {
+        "lsq_forward": (*lsq, torch.float32),
+        "lsq_backward": (grad, *lsq, [6], torch.empty_like(x), None, None, None, *Made()),
+        "lsq_backward levels": (grad, *half, None, torch.empty_like(x), torch.bfloat16, None, None, *Made()),
+        "lsq_backward norm": (grad, *lsq, None, torch.empty_like(x), torch.float32, offset, 2 * offset, *Made("norm", 1e-5)),
+        "lsq_backward gelu": (grad, *half, None, torch.empty_like(x), torch.float32, None, None, *Made("none")),
+        "step_and_slope": (STEPS, STEPS * offset.exp(), offset, 0.5),
+        "statsq_forward": (randn(5, 6), torch.ones(5, 1), 2, torch.float32),
+        "probs_backward": (x, x.softmax(-1), STEPS[:5], 0, 3, -2, False, 0.5, torch.empty_like(x), torch.float32),
+        "heads_product": (randn(3, 2, 5, 4), randn(3, 2, 4, 6), torch.empty(3, 2, 5, 6), 0.3),
+        "sum_of_products": (randn(3, 2, 5, 4), randn(3, 2, 4, 6)),
+    }[name]
+
+
+NAMES = (
+    "lsq_forward",
+    *(f"lsq_backward{kind}" for kind in ("", " levels", " norm", " gelu")),
+    "statsq_forward",
+    "step_and_slope",
+    "probs_backward",
+    "heads_product",
+    "sum_of_products",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operators_are_what_torch_wants_them_to_be(name):
+    torch.library.opcheck(getattr(torch.ops.qat, name.partition(" ")[0]), sample(name))
+
+
+def step(net, function, images):
+    net.zero_grad()
+    out = function(images)
+    out.square().sum().backward()
+    return [out.detach(), *(parameter.grad for parameter in net.parameters() if parameter.grad is not None)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "knobs"), [("ofq", {}), ("ofq", {"attention": "standard"}), ("seq", {}), ("lsq", {}), ("deploy_w4a8", {})]
+)
+def test_a_traced_step_is_the_eager_one_to_the_last_bit(recipe, knobs):
+    family = FAMILIES["deit"]
+    images = family.images(4)
+    net = qat.convert(family.build(), qat.recipe(recipe, **knobs), input_size=family.input_size)
+    qat.initialize_scales(net, [images]).train()
+    eager = step(net, net, images)
+    torch._dynamo.reset()
+    traced = step(net, torch.compile(net, fullgraph=True, backend="aot_eager"), images)
+    assert len(eager) == len(traced)
+    assert all(torch.equal(one, other) for one, other in zip(eager, traced, strict=True))
+
+
+def penalty(net, images):
+    out = torch.autograd.grad(net(images).square().sum(), list(net.parameters()), create_graph=True, allow_unused=True)
+    return sum(one.square().sum() for one in out if one is not None).backward()
+
+
+def one_by_one(net, images):
+    return torch.func.vmap(lambda image: net(image[None]))(images)
+
+
+def gradients(net, images):
+    return torch.func.grad(lambda x: net(x).square().sum())(images)
+
+
+@pytest.mark.parametrize("way", [penalty, one_by_one, gradients])
+@pytest.mark.parametrize("attention", ["qkr", "standard"])
+def test_what_goes_beyond_one_gradient_needs_kernels_off(way, attention, monkeypatch):
+    family = FAMILIES["deit"]
+    images = family.images(2)
+    net = qat.convert(family.build(), qat.recipe("ofq", attention=attention), input_size=family.input_size)
+    qat.initialize_scales(net, [images]).eval()
+    with pytest.raises(qat.UsageError, match="kernels=off"):
+        way(net, images)
+    monkeypatch.setattr(kernels, "_choice", "off")
+    way(net, images)
