@@ -108,5 +108,5 @@ def attention_backward(grad: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tens
 
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor scale, int qmin, int qmax, int? axis, bool half, int num_heads, float factor"
-forward = operator(f"({_ARGUMENTS}) -> (Tensor, Tensor)", attention_forward)(attention_forward)
-backward = operator(f"(Tensor grad, Tensor sums, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", attention_backward)(attention_backward)
+forward = operator(f"({_ARGUMENTS}) -> (Tensor, Tensor)")(attention_forward)
+backward = operator(f"(Tensor grad, Tensor sums, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")(attention_backward)

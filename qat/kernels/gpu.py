@@ -17,7 +17,7 @@ from torch import Tensor
 from qat.functional.lsq import CodeRange
 from qat.kernels import reference
 from qat.kernels.made import Made
-from qat.kernels.rows import Steps, row_stride, rows_of
+from qat.kernels.rows import Layout, Steps, row_stride, rows_of
 from qat.kernels.tiles import DTYPES, TILE, WIDEST, dense, device_type, fit, spaced, tiles_of
 
 log = logging.getLogger(__name__)
@@ -161,18 +161,13 @@ def step_and_slope(start: Tensor, grown: Tensor, change: Tensor, unit: float) ->
 
 
 def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
-    """`reference.statsq_forward`, for a scale that varies along one dimension, not the last; rounded to `dtype` as it is written."""
-    if w.ndim != scale.ndim or dtype not in DTYPES or not (fit(w, scale) and dense(w, scale)):
+    """`reference.statsq_forward` for a scale per row, rounded to `dtype` as it is written."""
+    is_known = scale.shape == (w.shape[0], *[1] * (w.ndim - 1)) and w.numel() and dtype in DTYPES and fit(w, scale) and dense(w, scale)
+    if not is_known:
         return None
-    axis = max(range(w.ndim - 1), key=lambda i: scale.shape[i], default=0)
-    layout = rows_of(w, Steps(scale, None, None, None, CodeRange(0, 0, axis))) if scale.shape[axis] == scale.numel() else None
-    if layout is None or layout.by_column:
-        return None
-    tiles, out = tiles_of(layout), torch.empty(w.shape, dtype=dtype, device=w.device)
-    _launch(
-        _kernels().statsq_forward, (tiles.down, tiles.across), w, out, scale, float(2 ** (bits - 1)),
-        layout.rows, layout.length, layout.steps, **tiles.block,
-    )  # fmt: skip
+    rows, length = w.shape[0], w.numel() // w.shape[0]
+    tiles, out = tiles_of(Layout(rows, length, length, rows, by_column=False)), torch.empty(w.shape, dtype=dtype, device=w.device)
+    _launch(_kernels().statsq_forward, (tiles.down, tiles.across), w, out, scale, float(2 ** (bits - 1)), rows, length, **tiles.block)
     return out
 
 

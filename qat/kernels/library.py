@@ -12,19 +12,20 @@ from qat.kernels.rows import PLAIN
 _LIBRARY = torch.library.Library("qat", "DEF")
 
 
-def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as the operator of its name. What it gives is never a view of an argument, nor of another result.
+
+    It is called with tensors without memory as well, and then computes nothing but shapes.
 
     Args:
         schema: arguments and results, as `torch.library` writes them.
-        fake: gives results of the right shapes for tensors without memory.
     """
 
     def register(made: Callable[..., Any]) -> Callable[..., Any]:
         name = made.__name__
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, made, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"qat::{name}", fake, lib=_LIBRARY)
+        torch.library.register_fake(f"qat::{name}", made, lib=_LIBRARY)
         overload = getattr(torch.ops.qat, name).default
 
         def run(*args: Any) -> Any:

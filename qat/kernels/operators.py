@@ -17,19 +17,17 @@ from qat.functional.ste import in_dtype
 from qat.kernels import cpu, gpu, reference
 from qat.kernels.library import operator
 from qat.kernels.made import Made
-from qat.kernels.rows import Steps
+from qat.kernels.rows import PLAIN, Steps
 
 _CODES = "int qmin, int qmax, int? axis, bool half"
 _LSQ = f"Tensor scale, Tensor? before, Tensor? after, Tensor? sign, {_CODES}"
 
 
 def _on(x: Tensor) -> Any:
-    """The module of kernels for the device."""
+    """The module of kernels for the device; None, which leaves the formula, also for a tensor without memory."""
+    if type(x) not in PLAIN:
+        return None
     return cpu if x.is_cpu else gpu if x.is_cuda and gpu.available() else None
-
-
-def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 def _steps(scale: Tensor, before: Any, after: Any, sign: Any, *codes: Any) -> Steps:
@@ -41,7 +39,7 @@ def _lsq_formula(x: Tensor, *args: Any) -> Tensor:
     return in_dtype(reference.lsq_forward(x, scale, before, after, codes, sign=sign), args[8])
 
 
-@operator(f"(Tensor x, {_LSQ}, ScalarType dtype) -> Tensor", lambda x, *args: _like(x, args[-1]))
+@operator(f"(Tensor x, {_LSQ}, ScalarType dtype) -> Tensor")
 def lsq_forward(x: Tensor, *args: Any) -> Tensor:
     """`reference.lsq_forward`, rounded to a dtype."""
     kernels = _on(x)
@@ -49,18 +47,9 @@ def lsq_forward(x: Tensor, *args: Any) -> Tensor:
     return _lsq_formula(x, *args) if made is None else made
 
 
-def _fake_backward(grad: Tensor, x: Tensor, scale: Tensor, before: Any, *args: Any) -> tuple[Tensor, ...]:
-    after_shape, _, dequantized, weight, bias = args[6:11]
-    shapes = [scale.shape, (0,) if before is None else before.shape, (0,) if after_shape is None else after_shape]
-    sums = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    y = x.new_empty(0) if dequantized is None else _like(x, dequantized)
-    return *sums, y, *(x.new_empty(0) if t is None else torch.empty_like(t) for t in (weight, bias))
-
-
 @operator(
     f"(Tensor grad, Tensor x, {_LSQ}, int[]? after_shape, Tensor(a!) out, ScalarType? dequantized, Tensor? weight, Tensor? bias, "
-    "str kind, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_backward,
+    "str kind, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """`reference.lsq_backward` of what `x` was made into: the gradient of `x` goes to `out`, the others are given, those that are wanted.
@@ -121,7 +110,7 @@ def _statsq_formula(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> 
     return in_dtype(reference.statsq_forward(w, scale, bits), dtype)
 
 
-@operator("(Tensor w, Tensor scale, int bits, ScalarType dtype) -> Tensor", lambda w, scale, bits, dtype: _like(w, dtype))
+@operator("(Tensor w, Tensor scale, int bits, ScalarType dtype) -> Tensor")
 def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """`reference.statsq_forward`, rounded to a dtype."""
     kernels = _on(w)
@@ -129,10 +118,7 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> T
     return _statsq_formula(w, scale, bits, dtype) if made is None else made
 
 
-@operator(
-    f"(Tensor grad, Tensor probs, Tensor scale, {_CODES}, float factor, Tensor(a!) out, ScalarType dtype) -> (Tensor, Tensor)",
-    lambda grad, probs, scale, *args: (torch.empty_like(scale, dtype=torch.float32), _like(probs, args[-1])),
-)
+@operator(f"(Tensor grad, Tensor probs, Tensor scale, {_CODES}, float factor, Tensor(a!) out, ScalarType dtype) -> (Tensor, Tensor)")
 def probs_backward(grad: Tensor, probs: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """`reference.probs_backward`: the gradient of the scores goes to `out`; gives the sum for the scale, and quantized probabilities."""
     kernels, codes, (factor, out, dtype) = _on(probs), CodeRange(*rest[:4]), rest[4:]
@@ -144,10 +130,7 @@ def probs_backward(grad: Tensor, probs: Tensor, scale: Tensor, *rest: Any) -> tu
     return found
 
 
-@operator(
-    "(Tensor start, Tensor grown, Tensor change, float unit) -> (Tensor, Tensor)",
-    lambda start, *args: (torch.empty_like(start), torch.empty_like(start)),
-)
+@operator("(Tensor start, Tensor grown, Tensor change, float unit) -> (Tensor, Tensor)")
 def step_and_slope(start: Tensor, grown: Tensor, change: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     """`qat.functional.lsq.step_and_slope`."""
     found = gpu.step_and_slope(start, grown, change, unit) if _on(start) is gpu else None

@@ -245,15 +245,15 @@ def step_and_slope(
     tl.store(slope + i, g + lacking * tl.where(t > 0.0, 1.0, tl.where(t == t, 0.0, t)), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "steps"])
+@triton.jit(do_not_specialize=["rows"])
 def statsq_forward(  # noqa: PLR0913
-    w: tensor, y: tensor, scale: tensor, n: tensor, rows: tensor, length: tensor, steps: tensor, BLOCK_R: constexpr, BLOCK_C: constexpr
+    w: tensor, y: tensor, scale: tensor, n: tensor, rows: tensor, length: tensor, BLOCK_R: constexpr, BLOCK_C: constexpr
 ) -> None:
     """`reference.statsq_forward`; n = 2^(bits-1)."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside, places = _inside(row, column, rows, length), _places(row, column, length)
-    s = tl.load(scale + row % steps, mask=row < rows, other=1.0).to(tl.float32)[:, None]
+    s = tl.load(scale + row, mask=row < rows, other=1.0).to(tl.float32)[:, None]
     u = _clamped(tl.div_rn(_read(w, places, inside), tl.where(s < TINY, TINY, s)), -1.0, TOP_CLIP)
     tl.store(y + places, tl.div_rn(_rounded(u * n - 0.5) + 0.5, n) * s, mask=inside)
 

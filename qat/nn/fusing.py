@@ -25,7 +25,7 @@ def weight_params(module: QuantModule, role: str) -> WeightParams | None:
     """The quantizer of the weight with this role."""
     found = _found(getattr(module, f"{role}_quantizer"))
     if isinstance(found, LSQParams):
-        found = WeightParams(found.settings, found.scale) if found.before is None else None
+        found = WeightParams(found[3:], found.scale) if found.before is None else None
     return None if found is None else found._replace(ready=module.ready(role))
 
 

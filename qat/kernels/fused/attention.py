@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qat.functional.lsq import gradient_scale
 from qat.kernels import attention as in_tiles
-from qat.kernels.fused.heads import heads_of, pad, product
+from qat.kernels.fused.heads import heads_of, heads_product, pad
 from qat.kernels.fused.operand import LSQParams, differentiated_once, keep, kept
 from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, softmax
 
@@ -24,7 +24,8 @@ def _quantized(qkv: Tensor, operands: Operands, dtype: torch.dtype) -> list[Tens
 def _scores(q: Tensor, k: Tensor, shape: ScoreShape) -> Tensor:
     """Scaled scores (h, B, N, M) of queries (B, N, h*d) and padded keys (B, M, h*d)."""
     out = q.new_empty(shape.num_heads, q.shape[0], q.shape[1], k.shape[1])
-    return product(heads_of(q, shape.num_heads), heads_of(k, shape.num_heads).transpose(-2, -1), out, factor=shape.factor)
+    heads_product(heads_of(q, shape.num_heads), heads_of(k, shape.num_heads).transpose(-2, -1), out, shape.factor)
+    return out
 
 
 class _Attention(torch.autograd.Function):
@@ -64,8 +65,8 @@ class _Attention(torch.autograd.Function):
             made = softmax(_scores(q, k, shape), bias, mask, shape.probs_dtype) if held is None else held
             of_scores, of_v, of_scale, of_bias = gather_backward(grad, made, v, probs, shape, with_bias=bias is not None)
             of_q, of_k = torch.empty_like(q), torch.empty_like(k)
-            product(of_scores, heads_of(k, h), heads_of(of_q, h))
-            product(of_scores.transpose(-2, -1), heads_of(q, h), heads_of(of_k, h))
+            heads_product(of_scores, heads_of(k, h), heads_of(of_q, h), 1.0)
+            heads_product(of_scores.transpose(-2, -1), heads_of(q, h), heads_of(of_k, h), 1.0)
             grads = [of_q, of_k[:, : q.shape[1]], of_v[:, : q.shape[1]]]
         of_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         parts = zip(operands[:3], grads, qkv.chunk(3, -1), of_qkv.chunk(3, -1), strict=True)

@@ -31,17 +31,8 @@ def heads_of(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).permute(2, 0, 1, 3)
 
 
-@operator("(Tensor a, Tensor b, Tensor(a!) out, float factor) -> ()", lambda a, b, out, factor: None)
+@operator("(Tensor a, Tensor b, Tensor(a!) out, float factor) -> ()")
 def heads_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
-    """See `product`."""
-    inside = factor if is_exact(factor) else 1.0
-    for head, one in enumerate(out.unbind(0)):
-        _write_product(a[head] if a.ndim > 3 else a, b[head] if b.ndim > 3 else b, one, inside)
-    if factor != inside:
-        out.mul_(factor)
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, *, factor: float = 1.0) -> Tensor:
     """The products factor * (a @ b) for each head and image, written to `out`.
 
     Args:
@@ -50,8 +41,11 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, factor: float = 1.0) -> Tensor
         out: (h, B, n, m); its heads may lie anywhere.
         factor: a power of two is part of the product, another number is multiplied after it, as a product in two steps would be.
     """
-    heads_product(a, b, out, factor)
-    return out
+    inside = factor if is_exact(factor) else 1.0
+    for head, one in enumerate(out.unbind(0)):
+        _write_product(a[head] if a.ndim > 3 else a, b[head] if b.ndim > 3 else b, one, inside)
+    if factor != inside:
+        out.mul_(factor)
 
 
 def _write_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
@@ -62,7 +56,7 @@ def _write_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
         out.copy_(torch.baddbmm(out.new_empty(()), a, b, beta=0, alpha=factor))
 
 
-@operator("(Tensor a, Tensor b) -> Tensor", lambda a, b: a.new_empty(*a.shape[1:3], b.shape[-1]))
+@operator("(Tensor a, Tensor b) -> Tensor")
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     """The sum over the heads of a (h, B, n, k) @ b (h, B, k, m): (B, n, m), in half precision rounded once, after the sum.
 

@@ -31,19 +31,9 @@ class LSQParams(NamedTuple):
     codes: CodeRange
     grad_factor: float
 
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The parameters, as arguments of a Function."""
-        return self.scale, self.before, self.after
-
-    @property
-    def settings(self) -> tuple[CodeRange, float]:
-        """The rest."""
-        return self.codes, self.grad_factor
-
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Fake-quantize `x` as the factor of a product in `dtype`: rounded to the dtype of `x`, then to that."""
-        return operators.lsq_forward(x, *self.tensors, None, *self.codes, through(x, dtype)).to(dtype)
+        return operators.lsq_forward(x, *self[:3], None, *self.codes, through(x, dtype)).to(dtype)
 
     def backward(
         self,
@@ -73,7 +63,7 @@ class LSQParams(NamedTuple):
         """
         out = grad if in_place and grad.dtype == x.dtype else out
         shape = self.after.shape if self.after is not None and with_after else None
-        q, levels = Steps(*self.tensors, None, self.codes), None if dequantized is None else through(x, dequantized)
+        q, levels = Steps(*self[:3], None, self.codes), None if dequantized is None else through(x, dequantized)
         found = operators.lsq_gradients(grad, x, q, after_shape=shape, out=out, dequantized=levels, norm=norm, made=made)
         if dequantized is not None and found.dequantized is not None:
             found = found._replace(dequantized=found.dequantized.to(dequantized))

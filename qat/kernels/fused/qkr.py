@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.kernels.fused.heads import is_exact, pad, product, sum_of_products
+from qat.kernels.fused.heads import heads_product, is_exact, pad, sum_of_products
 from qat.kernels.fused.operand import LSQParams, differentiated_once, keep, kept
 from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, softmax
 from qat.kernels.fused.source import given
@@ -93,12 +93,12 @@ class _Factors:
     def probs(self, keys: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
         """Probabilities (h, B, N, M), not yet quantized."""
         out = self.x.new_empty(*keys.shape[:2], self.x.shape[1], keys.shape[2])
-        scores = product(self.x, keys.transpose(-2, -1), out, factor=self.shape.factor if is_exact(self.shape.factor) else 1.0)
+        factor = self.shape.factor if is_exact(self.shape.factor) else 1.0
+        heads_product(self.x, keys.transpose(-2, -1), out, factor)
         per_key = self.per_key()
         if per_key is not None:  # times a power of two, both halves of a sum may be multiplied apart
-            scores.add_(per_key * self.shape.factor if is_exact(self.shape.factor) else per_key)
-        scores = scores if is_exact(self.shape.factor) else scores.mul_(self.shape.factor)
-        return softmax(scores, bias, mask, self.shape.probs_dtype)
+            out.add_(per_key * factor)
+        return softmax(out if factor == self.shape.factor else out.mul_(self.shape.factor), bias, mask, self.shape.probs_dtype)
 
     def per_key(self) -> Tensor | None:
         """What is added to the unscaled scores of a key: (h, B, 1, M)."""
@@ -139,7 +139,7 @@ class _Qkr(torch.autograd.Function):
         of_xq, xq = pad(sum_of_products(of_scores, keys)), factors.padded.flatten(0, -2)
         rows = mapped.unflatten(-1, (h, -1)).flatten(1, 2)
         back = torch.empty_like(rows)
-        product(of_scores.transpose(-2, -1), factors.x, factors.by_head(back))
+        heads_product(of_scores.transpose(-2, -1), factors.x, factors.by_head(back), 1.0)
         of_product = factors.steps.backward(back, rows, in_place=True, rows=h * n)
         of_mapped = of_product.x.view(-1, mapped.shape[-1])
         of_xq.view(-1, width).addmm_(of_mapped, factors.matrix.forward(weights.matrix, shape.dtype))

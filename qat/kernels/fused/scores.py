@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from qat.functional.lsq import gradient_scale
 from qat.kernels import operators
-from qat.kernels.fused.heads import heads_of, product
+from qat.kernels.fused.heads import heads_of, heads_product
 from qat.kernels.fused.operand import LSQParams, probs_dtype, product_dtype, through
 
 
@@ -77,7 +77,7 @@ def softmax(scores: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: tor
 def gather(probs: Tensor, values: Tensor, operand: LSQParams, shape: ScoreShape) -> Tensor:
     """Quantized probabilities (h, B, N, M) times quantized, padded values (B, M, h*d): (B, N, h*d)."""
     out = values.new_empty(*probs.shape[1:3], values.shape[-1])
-    product(operand.forward(probs, shape.dtype), heads_of(values, shape.num_heads), heads_of(out, shape.num_heads))
+    heads_product(operand.forward(probs, shape.dtype), heads_of(values, shape.num_heads), heads_of(out, shape.num_heads), 1.0)
     return out
 
 
@@ -112,7 +112,8 @@ def gather_backward(
     """
     h, n = shape.num_heads, probs.shape[-2]
     grads = heads_of(grad, h)
-    of_probs = product(grads, heads_of(values, h).transpose(-2, -1), grad.new_empty(probs.shape))
+    of_probs = grad.new_empty(probs.shape)
+    heads_product(grads, heads_of(values, h).transpose(-2, -1), of_probs, 1.0)
     inner = shape.factor if not with_bias else 1.0
     # What is summed up for a bias is not rounded before.
     out = of_probs if not with_bias or of_probs.dtype == torch.float32 else None
@@ -121,7 +122,7 @@ def gather_backward(
     of_scale, quantized = operators.probs_backward(of_probs, probs, operand.scale, *operand.codes, inner, of_scores, dtype)
     of_scale = (of_scale * gradient_scale(probs[..., :n], operand.codes, operand.grad_factor)).to(operand.scale.dtype)
     of_values = torch.empty_like(values)
-    product(quantized.to(shape.dtype).transpose(-2, -1), grads, heads_of(of_values, h))
+    heads_product(quantized.to(shape.dtype).transpose(-2, -1), grads, heads_of(of_values, h), 1.0)
     del quantized
     of_bias = of_scores[..., :n].sum(1) if with_bias else None
     if with_bias and shape.factor != 1:

@@ -17,7 +17,7 @@ class WeightParams(NamedTuple):
     """StatsQ or LSQ of a weight (out, in), or neither, where the weight is quantized already.
 
     Attributes:
-        settings: bits of StatsQ; `LSQParams.settings` of LSQ; None = the weight is quantized already.
+        settings: bits of StatsQ; codes and factor of LSQ, as `LSQParams` has them; None = the weight is quantized already.
         scale: the step of LSQ, (out,) or (1,); the scale of StatsQ, None until `fitted` finds it.
         ready: the quantized weight, where somebody keeps it; without gradient.
     """
