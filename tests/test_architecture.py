@@ -183,14 +183,14 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a line in CHANGELOG.md that says why it rises.
 BUDGETS = {
     "evidence": 26800,
-    "qat": 161900,
+    "qat": 161420,
     "qat/analysis": 11390,
     "qat/callbacks": 6990,
     "qat/cli": 2980,
     "qat/data": 9800,
     "qat/export": 11270,
     "qat/functional": 9570,
-    "qat/kernels": 19860,
+    "qat/kernels": 19380,
     "qat/launch": 3390,
     "qat/lit": 6370,
     "qat/losses": 1800,

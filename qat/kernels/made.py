@@ -29,8 +29,8 @@ class Made(NamedTuple):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *kept: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of x, weight and bias from that of what was made."""
+        """Gradients of x, weight and bias from that of what was made, which may be written to; it has the dtype of x."""
         if self.kind == "norm":
             wanted = [True, weight is not None, bias is not None]
-            return torch.ops.aten.native_layer_norm_backward(grad.to(x.dtype), x, x.shape[-1:], *kept, weight, bias, wanted)
-        return (torch.ops.aten.gelu_backward(grad.to(x.dtype), x, approximate=self.kind) if self.kind else grad), None, None
+            return torch.ops.aten.native_layer_norm_backward(grad, x, x.shape[-1:], *kept, weight, bias, wanted)
+        return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=self.kind, grad_input=grad), None, None

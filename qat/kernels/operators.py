@@ -67,7 +67,8 @@ def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         quantized, *kept = made.forward(x, *norm)
         plain = lsq_backward(grad, quantized, *args[:11], None, None, *Made())
         of_x, *of_norm = made.backward(out, x, *norm, *kept)
-        out.copy_(of_x)
+        if of_x is not out:
+            out.copy_(of_x)
         found = *plain[:4], *of_norm
     elif found is None:
         y = None if dequantized is None else _lsq_formula(x, *args[:8], dequantized)
