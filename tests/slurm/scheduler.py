@@ -82,7 +82,9 @@ class Scheduler:
 
     def __init__(self, base, *path):
         self.base = Path(base).resolve()
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "HYDRA", "SUBMITIT"))}
+        self.env = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "HYDRA", "SUBMITIT", "MASTER_"))
+        }
         self.env["SLURM_CONF"] = str(self.base / "slurm.conf")
         self.env["PATH"] = ":".join([*map(str, path), str(self.base / "bin"), self.env.get("PATH", ""), "/usr/sbin"])
 
