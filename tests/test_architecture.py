@@ -183,14 +183,14 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a line in CHANGELOG.md that says why it rises.
 BUDGETS = {
     "evidence": 26800,
-    "qat": 161420,
+    "qat": 161490,
     "qat/analysis": 11390,
     "qat/callbacks": 6990,
     "qat/cli": 2980,
     "qat/data": 9800,
     "qat/export": 11270,
     "qat/functional": 9570,
-    "qat/kernels": 19380,
+    "qat/kernels": 19450,
     "qat/launch": 3390,
     "qat/lit": 6370,
     "qat/losses": 1800,
@@ -201,7 +201,7 @@ BUDGETS = {
     "qat/report": 4410,
     "qat/tasks": 21280,
     "qat/utils": 3370,
-    "tests": 243700,
+    "tests": 243970,
 }
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
 

@@ -152,7 +152,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wan
 
 
 def step_and_slope(start: Tensor, grown: Tensor, change: Tensor, unit: float) -> tuple[Tensor, Tensor] | None:
-    """`qat.functional.lsq.step_and_slope`, in one launch where ten are the most of what an eager step launches."""
+    """`qat.functional.lsq.step_and_slope`, in one launch, where its operations are eight."""
     if not (fit(start, grown, change) and dense(start, grown, change) and start.dtype == torch.float32):
         return None
     step, slope = torch.empty_like(start), torch.empty_like(start)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import qat
 from qat import kernels
@@ -95,3 +96,33 @@ def test_what_goes_beyond_one_gradient_needs_kernels_off(way, attention, monkeyp
         way(net, images)
     monkeypatch.setattr(kernels, "_choice", "off")
     way(net, images)
+
+
+class Written(nn.Module):
+    """Writes into what a LayerNorm gave, in place or beside it."""
+
+    def __init__(self, *, in_place):
+        super().__init__()
+        self.norm, self.fc, self.in_place = nn.LayerNorm(8), nn.Linear(8, 8), in_place
+
+    def forward(self, x):
+        x = self.norm(x)
+        if self.in_place:
+            x.mul_(2)
+        else:
+            x = x * 2
+        return self.fc(x)
+
+
+def test_a_graph_does_not_go_through_what_was_written_into():
+    x = randn(4, 3, 5, 8)
+    for in_place in (False, True):
+        net = qat.convert(nn.Sequential(Written(in_place=in_place)), qat.recipe("lsq", bits=4, attention="float"), input_size=(3, 5, 8))
+        qat.initialize_scales(net, [x])
+        expected = step(net, net, x)
+        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+        if in_place:
+            with pytest.raises(Exception, match="writes in place into what a LayerNorm or GELU gave"):
+                compiled(x)
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(step(net, compiled, x), expected, strict=True))

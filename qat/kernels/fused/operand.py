@@ -67,7 +67,9 @@ class LSQParams(NamedTuple):
         found = operators.lsq_gradients(grad, x, q, after_shape=shape, out=out, dequantized=levels, norm=norm, made=made)
         if dequantized is not None and found.dequantized is not None:
             found = found._replace(dequantized=found.dequantized.to(dequantized))
-        return found._replace(scale=(found.scale * gradient_scale(x[..., :rows, :], self.codes, self.grad_factor)).to(self.scale.dtype))
+        return found._replace(
+            scale=(found.scale * gradient_scale(x if rows is None else x[..., :rows, :], self.codes, self.grad_factor)).to(self.scale.dtype)
+        )
 
 
 def through(x: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qat.errors import UsageError
+from qat.kernels.library import operator
 from qat.kernels.made import Made
+from qat.kernels.rows import PLAIN
 
 _NOTE = "qat_source"
 
@@ -41,11 +44,23 @@ def remember(made: Tensor, how: Made, x: Tensor, weight: Tensor | None = None, b
     return made
 
 
+@operator("(Tensor x) -> ()")
+def check_unwritten(x: Tensor) -> None:
+    """Raise `UsageError` while a graph is made in which `x` was written into since it was made, whose note would be wrong."""
+    if x._version and type(x) not in PLAIN:
+        raise UsageError(
+            "compile: a net writes in place into what a LayerNorm or GELU gave; must be false, or the net's x.mul_(2) x = x * 2"
+        )
+
+
 def _source(x: Tensor) -> Source | None:
     """The note of `x`, if nobody has written into it, or wants to see its gradient, since."""
     note: Source | None = getattr(x, _NOTE, None)
-    if not note or torch.compiler.is_compiling():
-        return note or None
+    if not note:
+        return None
+    if torch.compiler.is_compiling():
+        check_unwritten(x)
+        return note
     return None if note.version != x._version or x.retains_grad or x._backward_hooks else note
 
 
