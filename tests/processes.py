@@ -1,4 +1,7 @@
-"""Several processes on one machine that train together, forked from the test's: they import nothing anew."""
+"""Several processes on one machine that train together, forked from a server that has imported all and run nothing.
+
+Autograd refuses to work in the fork of a process that ran compiled steps.
+"""
 
 import os
 import socket
@@ -13,11 +16,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 def in_processes(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[str]:
-    """Call a function in forked processes, as torchrun would place them; gives what each raised, "" for nothing."""
+    """Call a function of a module in processes, as torchrun would place them; gives what each raised, "" for nothing."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("fork")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.conftest", "qat.tasks.train"])
     errors = context.SimpleQueue()
     processes = [context.Process(target=_run, args=(number, count, port, errors, function, args)) for number in range(count)]
     for process in processes:
