@@ -72,6 +72,18 @@ def test_nets_are_the_same(family, kind, unfused):
     same(fused, step(net, x))
 
 
+@pytest.mark.parametrize("recipe", ["deploy_w4a4", "lsq", "seq"])
+def test_a_net_may_write_into_what_a_layer_gave(recipe, unfused):
+    """NaFlexViT adds its positions in place to what its first Linear gave."""
+    net = timm.create_model("naflexvit_base_patch16_gap", embed_dim=48, depth=1, num_heads=3, num_classes=10)
+    qat.convert(net, qat.recipe(recipe, bits=4), input_size=(3, 64, 64))
+    x = torch.randn(2, 3, 64, 64)
+    qat.initialize_scales(net, [x])
+    fused = step(net, x)
+    unfused()
+    same(fused, step(net, x))
+
+
 def deit(knobs, depth, x, recipe="ofq"):
     torch.manual_seed(0)
     net = timm.create_model("deit_tiny_patch16_224", img_size=64, num_classes=10, depth=depth)

@@ -20,7 +20,9 @@ class _LsqLinear(torch.autograd.Function):
         dtype, params = product_dtype(x), params.fitted(weight)
         keep(ctx, x, *norm, made, *q, weight, *params, bias, dtype)
         xq = q.forward(x if made_x is None else made_x, dtype)
-        return F.linear(xq, params.forward(weight, dtype), None if bias is None else bias.to(dtype))
+        out = F.linear(xq.reshape(-1, xq.shape[-1]), params.forward(weight, dtype), None if bias is None else bias.to(dtype))
+        # A net may write into what a Linear gave; autograd forbids that for a view.
+        return torch.ops.aten._unsafe_view(out, (*xq.shape[:-1], len(weight)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
