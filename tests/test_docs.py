@@ -196,7 +196,7 @@ def shortened(command, shelf):
     if script == "ptq.py":
         few = ["ptq.reconstruct.steps=2", "ptq.reconstruct.batch=4"] if "reconstruct" in said.get("ptq", "") else []
         return [script, *arguments, *few, "data.calibration_images=4", "ptq.batch=4", "trainer.limit_test_batches=2", "report=false"]
-    fixed = any(one in arguments for one in TINY_NET) or said.get("model", "").startswith("resnet") or "zoo/" in said.get("ckpt", "")
+    fixed = any(one in arguments for one in TINY_NET) or "model.args.depth" in said or said.get("model", "").startswith("resnet")
     net = () if fixed else TINY_NET
     arguments = [two_values(one) for one in arguments] + (["hydra.sweeper.n_trials=2"] if "hparams_search" in said else [])
     phases = [f"{key}=1" for key in said if key.startswith("callbacks.") and key.endswith(".epochs")]
