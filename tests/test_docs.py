@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 import qat
 from qat.model.checkpoint import describe
 from qat.model.packed import write_packed
+from qat.nn import swap_registry
 from qat.tasks import build
 from tests.commands import typed
 from tests.conftest import ROOT, compose, write_cifar
@@ -82,7 +83,16 @@ def cases():
             found = [command for command in commands(page) if any(word in one for one in command for word in HEAVY) == heavy]
             if found:
                 marks = [pytest.mark.long] if heavy or page.name in LONG else []
-                yield pytest.param(found, id=f"{page.name}{' heavy' * heavy}", marks=marks)
+                yield pytest.param(page, found, id=f"{page.name}{' heavy' * heavy}", marks=marks)
+
+
+def write_named(page, folder):
+    """Files of a reader that the page shows: blocks whose first line is a comment with a path."""
+    for block in fenced(page, "python", "yaml"):
+        if (named := re.match(r"# ([\w/]+\.(?:py|yaml))\n", block)) is not None:
+            path = folder / named[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block)
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +144,8 @@ def composed(script, overrides):
         f"{one.input_line.partition('=')[0]}={next(one.sweep_string_iterator())}" if one.is_sweep_override() else one.input_line
         for one in parsed
     ]
-    return compose(SCRIPTS[script], *single)
+    own = [f"hydra.searchpath=[file://{Path.cwd()}/conf]"] if "--config-dir" in overrides else []
+    return compose(SCRIPTS[script], *own, *single)
 
 
 def with_weights(command, cfg, shelf):
@@ -185,7 +196,7 @@ def shortened(command, shelf):
     if script == "ptq.py":
         few = ["ptq.reconstruct.steps=2", "ptq.reconstruct.batch=4"] if "reconstruct" in said.get("ptq", "") else []
         return [script, *arguments, *few, "data.calibration_images=4", "ptq.batch=4", "trainer.limit_test_batches=2", "report=false"]
-    fixed = any(one in arguments for one in TINY_NET) or said.get("model", "").startswith("resnet") or "zoo/" in said.get("ckpt", "")
+    fixed = any(one in arguments for one in TINY_NET) or "model.args.depth" in said or said.get("model", "").startswith("resnet")
     net = () if fixed else TINY_NET
     arguments = [two_values(one) for one in arguments] + (["hydra.sweeper.n_trials=2"] if "hparams_search" in said else [])
     phases = [f"{key}=1" for key in said if key.startswith("callbacks.") and key.endswith(".epochs")]
@@ -205,8 +216,11 @@ def few_classes(said, shelf):
     return ["data.num_classes=2"] if str(shelf["imagenet"]) == said.get("data.root") else []
 
 
-@pytest.mark.parametrize("wanted", list(cases()))
-def test_commands_do_what_they_should(wanted, shelf, tmp_path):
+@pytest.mark.parametrize(("page", "wanted"), list(cases()))
+def test_commands_do_what_they_should(page, wanted, shelf, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_named(page, tmp_path)
     (tmp_path / "zoo").symlink_to(ROOT / "zoo")
     before = shelf["best.ckpt"].parents[1]
     for number, command in enumerate(wanted):
@@ -235,9 +249,10 @@ def test_commands_do_what_they_should(wanted, shelf, tmp_path):
 def test_python_examples_run(page, code, tmp_path, monkeypatch, shelf):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for block in fenced(page, "python"):
-        if (named := re.match(r"# (\w+\.py)\n", block)) is not None:
-            (tmp_path / named[1]).write_text(block)
+    monkeypatch.setattr(swap_registry, "_SWAPS", dict(swap_registry._SWAPS))
+    for package in re.findall(r"^from (accelerate|transformers) import", code, re.MULTILINE):
+        pytest.importorskip(package)
+    write_named(page, tmp_path)
     write_image(tmp_path / "photo.jpg", 40, 30)
     (tmp_path / "net.ckpt").write_bytes(shelf["best.ckpt"].read_bytes())
     frozen = qat.freeze(qat.load(shelf["quantized"] / "checkpoints" / "best.ckpt"))

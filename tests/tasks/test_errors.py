@@ -1,6 +1,6 @@
 """Mistakes of a first hour: what is typed, and the one line that answers it before the first step. Oracle: the table.
 
-`test_evaluate.py` has those that belong to one feature; docs/errors.md has them all.
+Those that belong to one feature are in the test of that feature, as `test_evaluate.py`.
 """
 
 import os
@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 
 from qat.cli import commands
 from qat.model import pretrained
-from tests.conftest import ROOT, compose, results, tiny
+from tests.conftest import compose, results, tiny
 
 WHOLE = "must be an integer (?:of at least|from)"
 NOTHING_TO_DO = "must be above 0, or there is nothing to do"
@@ -142,14 +142,6 @@ EVAL = [
     ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the net has 10 classes"),
 ]  # fmt: skip
 
-# What docs/errors.md says of a command that is complete; its dots stand for anything.
-PAGE = {
-    typed: ".*".join(map(re.escape, line.split("...")))
-    for typed, line in re.findall(
-        r"^\| `train\.py ([^`]*)` \| `([^`]*)` \|$", (ROOT / "docs" / "errors.md").read_text(), flags=re.MULTILINE
-    )
-}
-
 
 class Payload:
     """What must never run."""
@@ -208,7 +200,6 @@ def test_train(tmp_path, refused, no_step, float_run, places, typed, line):
     message = not_composed(tiny, tmp_path / "run", *overrides(typed, places))
     message = message or refused("train", tiny(tmp_path / "run", *overrides(typed, places)))
     assert re.search(line, message), message
-    assert re.search(PAGE.get(typed, ""), message), message
     assert not list(tmp_path.rglob("*.ckpt"))
     assert contents(float_run) == before
 
@@ -262,11 +253,3 @@ def test_a_checkpoint_that_cannot_be_written_costs_only_itself(tmp_path, refused
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     assert "cannot be written" in results(run)["error"]
-
-
-def test_the_page_of_errors_shows_what_the_table_tries():
-    tried = {typed for typed, _ in TRAIN}
-    complete = {typed for typed in PAGE if not re.search("FILE|DIR", typed)}
-    assert len(complete) > 30
-    for typed in complete - tried:
-        assert re.fullmatch(PAGE[typed], not_composed(compose, "train", typed))  # before there is a config
