@@ -38,10 +38,8 @@ LONG = (
     "ptq.md",
     "analysis.md",
     "sweeps.md",
-    "evolq.md",
+    "methods.md",
     "cluster.md",
-    "oscillation.md",
-    "robustness.md",
     "recipes.md",
 )
 # What only a machine with GPUs or a cluster has.
