@@ -263,6 +263,20 @@ def test_links_and_make_targets_exist(page):
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) - targets == set()
 
 
+def test_the_names_of_the_equations_are_in_their_files():
+    files, rows = (
+        [],
+        [line.split(" | ") for line in (ROOT / "docs" / "equations.md").read_text().splitlines() if "qat/" in line or "| same" in line],
+    )
+    assert len(rows) > 30
+    for *_, names, places in rows:
+        files = (files if "same" in places else []) + re.findall(r"`(qat/\S+)`", places)
+        code = "".join((ROOT / path).read_text() for path in files)
+        assert [name for one in re.findall(r"`([^`]+)`", names) for name in re.findall(r"[A-Za-z_]\w*", one) if name not in code] == [], (
+            places
+        )
+
+
 def test_the_readme_says_of_the_demo_what_its_log_does():
     printed = (ROOT / "docs" / "logs" / "demo.log").read_text().rpartition("results  ")[2]
     scores = re.findall(r"│ W\d+ A\d+ *│ *([\d.]+)", printed)
