@@ -136,13 +136,15 @@ def composed(script, overrides):
 
 
 def with_weights(command, cfg, shelf):
-    """Random weights in a file in place of fetched ones, or of the placeholder FILE."""
+    """Random weights in a file in place of fetched ones, or of the placeholder FILE; a teacher has those of the command before."""
+    if OmegaConf.select(cfg, "teacher.pretrained"):
+        command = [*command, "teacher.pretrained=false", f"teacher.ckpt={shelf['weights']}/w.pt"]
     wants_file = settings(command).get("model.weights") == "FILE"
     if not wants_file and not OmegaConf.select(cfg, "model.pretrained"):
         return command
     # A file has a head as timm's have, here with as many classes as the data.
     kept = [one for one in command if not one.startswith(("model.pretrained=", "model.weights="))]
-    small = [one for one in kept if "=" in one and not one.startswith(("ptq", "search"))]
+    small = [re.sub("^experiment=evolq.*", "data=imagenet", one) for one in kept if "=" in one and not one.startswith(("ptq", "search"))]
     start = build.build_start(compose("train", *small, *TINY_NET, "model.pretrained=false"))
     torch.save(start.net.state_dict(), shelf["weights"] / "w.pt")
     return [*kept, *TINY_NET, "model.pretrained=false", f"model.weights={shelf['weights']}/w.pt"]
