@@ -15,21 +15,20 @@ from tests.nets import FAMILIES, Family
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 INTRO = """# Models
 
-What `qat.convert` does to the families of timm, found by converting a small member of each. `make models-page` writes this page.
+What `qat.convert` quantizes in each timm family. `make models-page` writes this page by converting a small model of each. A family that
+is not listed is converted too; its attention products stay float unless it uses one of the attention classes below.
 
-- **QKR** is query-key reparameterization (`quant.attention=qkr`, the default of `ofq_*`). Where it cannot hold, converting stops with the
-  reason; `quant.attention=standard` and `float` are left, for the net or by `quant.overrides` for some blocks.
-- **Quantized** lists roles of tensors: weights and inputs of all Linears and convolutions, the image, and of an attention either q, k, v
-  and probabilities (`standard`), or `qk` = Wq^T Wk, its product with the input as `k`, v and probabilities (`qkr`). A pooling head has
-  learnt queries and is `standard` in either case. Stem and classifiers have `quant.stem_bits` and `quant.head_bits`.
-- **Stays float** lists classes of modules. "products of activations" marks an attention whose Linears are quantized and whose matrix
-  products are not, because its family has no file of its own in `qat/nn/`. `conversion.txt` of a run has the list by module name.
-- Small nets that turn relative positions into a table of biases (`cpb_mlp`, `rel_pos.mlp`, `meta_mlp`) stay float, and so do the biases:
-  they depend on no image.
-- A convolution inside a net has one scale for its input and no offsets. So has a Linear on a feature map one scale
-  (`quant.map_scales=column`: one per column, as in the paper's code).
-- In a gated MLP (SwiGLU) the input of the last Linear is signed; after GELU, ReLU or SiLU it is unsigned.
-- A family that is not listed takes the generic path, as those do whose attention stays float.
+- **QKR**: whether query-key reparameterization (`quant.attention=qkr`, the default of `ofq_*`) is possible. Where it is not, `convert`
+  says why; use `quant.attention=standard` or `float`, for the model or with `quant.overrides` for some blocks.
+- **Quantized** lists the roles of quantized tensors: weights and inputs of all linear layers and convolutions, the image, and in an
+  attention q, k, v and probabilities. Under QKR `qk` is the product of the query and key weights, and `k` its product with the input. A
+  pooling head is never reparameterized.
+- **Stays float** lists module classes. "products of activations" marks an attention whose linear layers are quantized and whose matrix
+  products are not. `conversion.txt` of a run lists the modules by name.
+- The small networks that compute tables of relative positions stay float: their output depends on no image.
+- A convolution inside a model has one scale for its input and no offsets; a linear layer on a feature map has one scale
+  (`quant.map_scales=column`: one per column).
+- Inputs of a layer after GELU, ReLU or SiLU are unsigned, except after a gated MLP (SwiGLU).
 
 | family | attention | QKR | quantized | stays float |
 |---|---|---|---|---|

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import timm
@@ -22,9 +23,20 @@ from qat.model.transfer import forget_attention_weights, invent_biases
 from qat.nn import QkrAttention
 from qat.quantizers import build_quantizer
 from tests.callbacks.fitting import Steps, fit, module, moved
-from tests.conftest import compose
+from tests.conftest import ROOT, compose
 from tests.nets import ATTENTIONS
 from tests.tiny import DISTILLED, SIZE, converted, images, logits, quantized, randn, sites, vit
+
+
+def test_every_line_of_the_page_has_its_test_and_every_test_its_line():
+    lines = re.split(r"\n(?=- |\n|#)", (ROOT / "docs" / "deviations.md").read_text())
+    ends = [re.search(r"\(((?:`\w+`(?:, )?)+)\)$", line) for line in lines if line.startswith("- ")]
+    assert len(ends) > 50
+    assert all(ends)
+    named = [name for end in ends for name in re.findall(r"\w+", end[1])]
+    files = (path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    tests = [name for text in files for name in re.findall(r"^def test_deviates_from_reference_(\w+)\(", text, re.MULTILINE)]
+    assert sorted(named) == sorted(tests)
 
 
 def test_deviates_from_reference_zero_row():

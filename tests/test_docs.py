@@ -39,10 +39,8 @@ LONG = (
     "ptq.md",
     "analysis.md",
     "sweeps.md",
-    "evolq.md",
+    "methods.md",
     "cluster.md",
-    "oscillation.md",
-    "robustness.md",
     "recipes.md",
 )
 # What only a machine with GPUs or a cluster has.
@@ -149,13 +147,15 @@ def composed(script, overrides):
 
 
 def with_weights(command, cfg, shelf):
-    """Random weights in a file in place of fetched ones, or of the placeholder FILE."""
+    """Random weights in a file in place of fetched ones, or of the placeholder FILE; a teacher has those of the command before."""
+    if OmegaConf.select(cfg, "teacher.pretrained"):
+        command = [*command, "teacher.pretrained=false", f"teacher.ckpt={shelf['weights']}/w.pt"]
     wants_file = settings(command).get("model.weights") == "FILE"
     if not wants_file and not OmegaConf.select(cfg, "model.pretrained"):
         return command
     # A file has a head as timm's have, here with as many classes as the data.
     kept = [one for one in command if not one.startswith(("model.pretrained=", "model.weights="))]
-    small = [one for one in kept if "=" in one and not one.startswith(("ptq", "search"))]
+    small = [re.sub("^experiment=evolq.*", "data=imagenet", one) for one in kept if "=" in one and not one.startswith(("ptq", "search"))]
     start = build.build_start(compose("train", *small, *TINY_NET, "model.pretrained=false"))
     torch.save(start.net.state_dict(), shelf["weights"] / "w.pt")
     return [*kept, *TINY_NET, "model.pretrained=false", f"model.weights={shelf['weights']}/w.pt"]
@@ -278,6 +278,17 @@ def test_links_and_make_targets_exist(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) - targets == set()
+
+
+def test_the_names_of_the_equations_are_in_their_files():
+    lines = (ROOT / "docs" / "equations.md").read_text().splitlines()
+    files, rows = [], [line.split(" | ") for line in lines if ".py" in line or "| same" in line]
+    assert len(rows) > 30
+    for *_, names, places in rows:
+        files = (files if "same" in places else []) + re.findall(r"`(\S+\.py)`", places)
+        code = "".join((ROOT / "qat" / path).read_text() for path in files)
+        words = [name for one in re.findall(r"`([^`]+)`", names) for name in re.findall(r"[A-Za-z_]\w*", one)]
+        assert [name for name in words if name not in code] == [], places
 
 
 def test_the_readme_says_of_the_demo_what_its_log_does():

@@ -1,6 +1,6 @@
 """Terms on weights: kurtosis regularization and dampening.
 
-Sources: KURE, Shkolnik et al., arXiv 2002.07686 (docs/robustness.md); dampening, Nagel et al., arXiv 2203.11086.
+Sources: KURE, Shkolnik et al., arXiv 2002.07686 (docs/methods.md); dampening, Nagel et al., arXiv 2203.11086.
 """
 
 from __future__ import annotations

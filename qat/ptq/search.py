@@ -1,4 +1,4 @@
-"""Evol-Q: search over the scales of a calibrated net, block by block, last block first. Paper: arXiv 2308.10814. See docs/evolq.md."""
+"""Evol-Q: search over the scales of a calibrated net, block by block, last block first. Paper: arXiv 2308.10814. See docs/methods.md."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """The knobs of `search/evolution.yaml`. Source of the numbers: Evol-Q and its code; see docs/evolq.md.
+    """The knobs of `search/evolution.yaml`. Source of the numbers: Evol-Q and its code; see docs/methods.md.
 
     Attributes:
         passes: over all blocks, last block first.

@@ -49,7 +49,7 @@ class LSQ(Quantizer):
         change: t of `qat.functional.relative_step`, (n,), which is what is learned of a relative step; None where steps are absolute.
         unit: u of it: 0 for weights, which are there from the beginning.
         grad_factor: factor on the gradient of `scale`. A trainer sets 1/sqrt(world size x accumulation) on activations, so that
-            LSQ's 1/sqrt(qmax * m) counts the elements of the global batch (docs/deviations.md#lsq-global-batch).
+            LSQ's 1/sqrt(qmax * m) counts the elements of the global batch (docs/deviations.md#lsq).
     """
 
     def __init__(self, spec: QuantSpec) -> None:

@@ -1,6 +1,6 @@
 """StatsQ as a module: no parameters, the scale is read off the tensor in every forward. Paper: arXiv 2302.02210.
 
-StatsQRMS has a range that knows the bits. Source: QuEST, arXiv 2502.05003; docs/deviations.md#statsq-rms.
+StatsQRMS has a range that knows the bits. Source: QuEST, arXiv 2502.05003; docs/deviations.md#statsq.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def test_frozen_codes_are_in_force_from_the_next_forward(preset):
 
 
 @pytest.mark.parametrize("preset", ["ofq", "lsq"])
-def test_frozen_weights_get_no_gradient_and_stay_in_the_middle_of_their_cell(preset):
+def test_deviates_from_reference_frozen_weights_get_no_gradient_and_stay_in_the_middle_of_their_cell(preset):
     _, learner, callback, codes, steps = run(preset)
     for name, site in sites(learner.net).items():
         if name not in callback._frozen:

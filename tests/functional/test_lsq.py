@@ -57,7 +57,7 @@ def test_agrees_with_autograd(shape, axis, qmin, qmax):
 
 
 @pytest.mark.parametrize(("qmin", "qmax"), RANGES)
-def test_closed_range_has_a_gradient(qmin, qmax):
+def test_deviates_from_reference_closed_range_has_a_gradient(qmin, qmax):
     bounds = torch.tensor([float(qmin), float(qmax)])
     outside = torch.nextafter(bounds, torch.tensor([-math.inf, math.inf]))
     x = torch.cat([bounds, outside if qmin else torch.stack([torch.tensor(-1e-6), outside[1]])]).requires_grad_()

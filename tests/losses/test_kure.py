@@ -35,7 +35,7 @@ def test_the_term_is_the_loss_of_the_float_masters(preset, reduction):
     assert not any(value.requires_grad for value in term.watched.values())
 
 
-def test_both_factors_of_the_product_are_pulled():
+def test_deviates_from_reference_both_factors_of_the_product_are_pulled():
     net = quantized("ofq")
     Kure()(step(net)).backward()
     moved = [name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]

@@ -1,6 +1,7 @@
 """The search as a whole: what it may change, what it promises of the fitness, what it refuses; kills; other families."""
 
 import csv
+import dataclasses
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 import qat
 from qat.errors import UsageError
 from qat.model.sites import find_blocks
-from qat.ptq.search import Evaluator, SearchSettings, logits_of, search
+from qat.ptq.search import Evaluator, SearchSettings, logits_of, scale_vectors, search
 from qat.ptq.state import Progress
 from tests import tiny
 from tests.nets import FAMILIES
@@ -32,7 +33,7 @@ def lines(folder):
 
 
 @pytest.mark.parametrize("fitness", ["infonce", "mse", "kl", "cosine"])
-def test_fitness_never_rises_and_only_the_chosen_scales_change(fitness, tmp_path):
+def test_deviates_from_reference_every_fitness_falls_and_only_the_chosen_scales_change(fitness, tmp_path):
     net, targets = quantized()
     before, modes = state(net), [m.training for m in net.modules()]
     result = run(net, targets, tmp_path, fitness=fitness)
@@ -133,6 +134,17 @@ def test_reference_selection_keeps_the_best_on_validation_images_and_says_so():
 def test_deviates_from_reference_no_validation_image_is_looked_at():
     net, targets = quantized()
     assert run(net, targets, passes=1, validate=lambda: pytest.fail("validation images were looked at")).selected_on == "calibration"
+
+
+def test_deviates_from_reference_each_scale_has_a_floor_and_the_noise_of_its_bits():
+    # There a scale may become zero, and the bits of `proj` decide for all of a block.
+    net, _ = quantized()
+    vector = scale_vectors(net, SearchSettings().targets)["blocks.0"]
+    wide = vector.quantizers[0]
+    wide.spec = dataclasses.replace(wide.spec, bits=8)
+    assert vector.radius(None).tolist() == [1e-4] * wide.n_scales + [1e-3] * vector.quantizers[1].n_scales
+    vector.write(torch.zeros(len(vector.read())))
+    assert (vector.read() >= torch.finfo(torch.float32).eps).all()
 
 
 def test_a_fitness_that_is_not_finite_names_block_and_candidate():
