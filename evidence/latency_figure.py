@@ -31,7 +31,7 @@ def read(log: str) -> Tables:
 
 
 def draw(tables: Tables, target: Path) -> None:
-    """Draw a panel for each model: bars for bytes, a mark for each runtime's time with one image, both as a share of float's."""
+    """Draw a panel for each model as SVG: bars for bytes, a mark for each runtime's time with one image, both as a share of float's."""
     with mpl.rc_context(mpl.rcParamsDefault | STYLE):
         figure, axes = panels(1, len(tables), height=3.9)
         for axis, (net, files) in zip(axes, tables.items(), strict=True):
@@ -44,7 +44,7 @@ def draw(tables: Tables, target: Path) -> None:
         axes[len(axes) // 2].set_xlabel("share of the float file's bytes, and of its time in onnxruntime", fontsize=9)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=8, frameon=False)
-        figure.savefig(target, transparent=True, metadata={"Date": None, "Creator": None} if target.suffix == ".svg" else None)
+        figure.savefig(target, transparent=True, metadata={"Date": None, "Creator": None})
 
 
 def _panel(axis: mpl.axes.Axes, files: Mapping[str, Mapping[str, str]]) -> None:
@@ -55,8 +55,7 @@ def _panel(axis: mpl.axes.Axes, files: Mapping[str, Mapping[str, str]]) -> None:
     runtimes = dict.fromkeys(name for row in files.values() for name in row if name.startswith(TIME) and name != f"{TIME}ms")
     for runtime, color, marker in zip(runtimes, PALETTE, "osD^v", strict=False):
         times = {places[file]: float(row[runtime]) for file, row in files.items() if runtime in row}
-        label = f"time, {runtime.removeprefix(TIME)}"
-        axis.plot(list(times.values()), list(times), marker, color=color, markersize=5, linestyle="none", label=label)
+        axis.plot(list(times.values()), list(times), marker, color=color, markersize=5, label=f"time, {runtime.removeprefix(TIME)}")
     axis.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
     axis.set_yticks(list(places.values()), [file.replace("int8 of onnxruntime", "onnxruntime int8") for file in places])
     axis.grid(visible=False, axis="y")
