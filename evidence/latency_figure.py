@@ -52,7 +52,7 @@ def _panel(axis: mpl.axes.Axes, files: Mapping[str, Mapping[str, str]]) -> None:
     base = float(files["float"]["MB"])
     sizes = {places[file]: float(row["MB"]) / base for file, row in files.items() if "MB" in row}
     axis.barh(list(sizes), list(sizes.values()), height=0.55, color=GREY, alpha=0.35, label="bytes")
-    runtimes = dict.fromkeys(name for row in files.values() for name in row if name.startswith(TIME) and name != f"{TIME}ms")
+    runtimes = [name for name in files["float"] if name.startswith(TIME) and name != f"{TIME}ms"]
     for runtime, color, marker in zip(runtimes, PALETTE, "osD^v", strict=False):
         times = {places[file]: float(row[runtime]) for file, row in files.items() if runtime in row}
         axis.plot(list(times.values()), list(times), marker, color=color, markersize=5, label=f"time, {runtime.removeprefix(TIME)}")
