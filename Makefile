@@ -97,7 +97,8 @@ $(PEERS)/.ready: $(READY)
 	touch $@
 
 latency: $(READY) ## time of exported files beside float's in onnxruntime and OpenVINO: DeiT-T, DeiT-S, Swin-T, one image and eight (20 minutes)
-	@$(LOGGED) $(BIN)/python evidence/latency.py | tee docs/logs/latency.log
+	@$(LOGGED) $(BIN)/python evidence/latency.py | tee docs/logs/latency.log && \
+	  $(BIN)/python -m evidence.latency_figure && $(BIN)/python -m evidence.drawing docs/figures/latency.svg
 
 test-gpu: $(READY) ## are kernels, nets and steps right on this machine's GPU; without one in Triton's interpreter and on the CPU (1 minute)
 	@$(BIN)/python -m tests.gpu

@@ -30,6 +30,6 @@ if resource.RLIM_INFINITY != _soft < _wanted:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (_wanted, _hard))
 # Turns of a loop in which a thread of GNU's OpenMP waits for the others before it sleeps: some 0.1 ms. Its own 300,000 take a core from
-# whatever else wants it, the thread that all wait for included. docs/performance.md#threads
+# whatever else wants it, the thread that all wait for included.
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
     os.environ["GOMP_SPINCOUNT"] = "10000"
