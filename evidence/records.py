@@ -58,6 +58,11 @@ class Record:
     date: str
 
     @property
+    def processor(self) -> str:
+        """Type of the CPU."""
+        return self.machine.partition(",")[0]
+
+    @property
     def values(self) -> dict[str, float | None]:
         """The metrics, and `val_end`: the mean of validation top-1 over the last sixth of at least twelve epochs.
 
