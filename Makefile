@@ -73,6 +73,7 @@ weights-figures: $(READY) ## the figures of weights, oscillation and cost in doc
 	cp $(WEIGHTS)/weights/weights_histograms.svg docs/figures/weights-digits.svg
 	cp $(WEIGHTS)/oscillation/oscillation.svg docs/figures/oscillation-digits.svg
 	cp $(WEIGHTS)/cost/cost.svg docs/figures/cost-digits.svg
+	$(BIN)/python -m evidence.drawing $(addprefix docs/figures/,weights-digits.svg oscillation-digits.svg cost-digits.svg)
 
 # Tables go to the screen and to docs/logs.
 LOGGED := set -o pipefail; export PYTHONPATH=. OMP_NUM_THREADS=1;

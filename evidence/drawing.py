@@ -1,10 +1,14 @@
-"""What a figure of a claim shows: points with their seeds, gathered from records, and drawn as files that are the same bytes each time."""
+"""What a figure of a claim shows: points with their seeds, gathered from records, and drawn as files that are the same bytes each time.
+
+`python -m evidence.drawing FILE.svg ...` gives figures of matplotlib the style for dark pages that these have.
+"""
 
 from __future__ import annotations
 
 import io
 import itertools
 import statistics
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +33,18 @@ _PANEL_INCHES = 3.3
 _LETTERS, _TITLE_LETTERS = 92, 34
 # On dark pages. What has no colour of its own, such as text, is black in an SVG.
 DARK = "".join((
-    "path, use { fill: #dde3ea }",
+    "svg { fill: #dde3ea }",
+    '[style*="fill: #ffffff"] { fill: none !important }',
     *(
         f'[style*="{kind}: {light}"] {{ {kind}: {dark} !important }}'
         for kind in ("fill", "stroke")
-        for light, dark in {"#000000": "#dde3ea", "#e6e6e6": "#3a4048", "#767676": "#9aa4af", "#0072b2": "#4aa8e0"}.items()
+        for light, dark in {
+            "#000000": "#dde3ea",
+            "#e6e6e6": "#3a4048",
+            "#767676": "#9aa4af",
+            "#0072b2": "#3f8fd2",
+            "#56b4e9": "#b3e0fa",
+        }.items()
     ),
 ))
 _STYLE: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": "qat", "font.family": "DejaVu Sans"}
@@ -166,12 +177,12 @@ def _scatter(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
     """Means joined in the order of their cost; the last series says what its points are."""
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.margins(x=0.08, y=0.1)
+    axis.margins(x=0.12, y=0.1)
     for number, (name, points) in enumerate(series.items()):
         points = sorted(points, key=lambda point: point.x)
         _bars(axis, number, points, [point.x for point in points], label=name, linewidth=1.4)
     for point in points:
-        axis.annotate(point.name, (point.x, point.mean), (0, -14), textcoords="offset points", ha="center", fontsize=7)
+        axis.annotate(point.name, (point.x, point.mean), (7, -9), textcoords="offset points", fontsize=8)
 
 
 def _curves(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
@@ -212,3 +223,8 @@ def _maps(of: Figure, series: Mapping[str, Any]) -> Canvas:
         bar.ax.tick_params(labelsize=7)
         bar.set_label(f"{of.curve}, seed {record.seed}", fontsize=8)
     return canvas
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        write_text(Path(name), for_dark_pages(Path(name).read_text(encoding="utf-8")))

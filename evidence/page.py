@@ -123,7 +123,7 @@ class Evidence:
         """A claim's text with its numbers.
 
         `{arm.metric}`, `{arm.metric - other.metric:.1f}` of pairs of seeds, `{arm.metric - mean other.metric}`, `{CLAIM/arm.metric}`;
-        `{...:ci}` shows a 95 % interval in place of the deviation, `{...:n}` how many seeds; `{word}` is one of `words`; `{{` is a brace.
+        `{...:interval}` shows a 95 % interval in place of the deviation, `{...:n}` how many seeds; `{word}` is one of `words`; `{{` is a brace.
 
         Raises:
             UsageError: one of them names an arm or a metric that does not exist.
@@ -155,16 +155,17 @@ class _Numbers(string.Formatter):
         return (self.evidence.differences(self.claim, one, than), "+"), field_name  # type: ignore[arg-type]
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        """A word as it is; mean ± deviation, mean and interval (`ci`), or the number of values (`n`)."""
+        """A word as it is; mean ± deviation, mean and `interval`, or the number of values (`n`)."""
         if isinstance(value, str):
             return value
         values, sign = value
-        spec = sign + (format_spec.removesuffix("ci") or DEFAULT).removeprefix("+")
         if not values:
             return MISSING
         if format_spec == "n":
             return str(len(values))
-        return with_interval(values, spec) if format_spec.endswith("ci") else spread(values, spec)
+        if format_spec == "interval":
+            return with_interval(values, sign + DEFAULT)
+        return spread(values, sign + (format_spec or DEFAULT).removeprefix("+"))
 
 
 def read_evidence(claims_dir: Path, records_dir: Path) -> Evidence:
