@@ -31,22 +31,10 @@ FEW = 13
 _PANEL_INCHES = 3.3
 # How many letters of the size of labels go into the width of a figure, and into the title of a panel.
 _LETTERS, _TITLE_LETTERS = 92, 34
-# On dark pages. What has no colour of its own, such as text, is black in an SVG.
-DARK = "".join((
-    "svg { fill: #dde3ea }",
-    '[style*="fill: #ffffff"] { fill: none !important }',
-    *(
-        f'[style*="{kind}: {light}"] {{ {kind}: {dark} !important }}'
-        for kind in ("fill", "stroke")
-        for light, dark in {
-            "#000000": "#dde3ea",
-            "#e6e6e6": "#3a4048",
-            "#767676": "#9aa4af",
-            "#0072b2": "#3f8fd2",
-            "#56b4e9": "#b3e0fa",
-        }.items()
-    ),
-))
+# Colours on dark pages: a light one and what it becomes there. What has no colour of its own, such as text, is black in an SVG.
+_DARK = {"#000000": "#dde3ea", "#e6e6e6": "#3a4048", "#767676": "#9aa4af", "#0072b2": "#3f8fd2", "#56b4e9": "#b3e0fa"}
+_RULES = [f'[style*="{kind}: {light}"] {{{kind}: {dark} !important}}' for light, dark in _DARK.items() for kind in ("fill", "stroke")]
+DARK = " ".join(("svg {fill: #dde3ea}", '[style*="fill: #ffffff"] {fill: none !important}', *_RULES))
 _STYLE: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": "qat", "font.family": "DejaVu Sans"}
 
 

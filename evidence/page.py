@@ -123,7 +123,8 @@ class Evidence:
         """A claim's text with its numbers.
 
         `{arm.metric}`, `{arm.metric - other.metric:.1f}` of pairs of seeds, `{arm.metric - mean other.metric}`, `{CLAIM/arm.metric}`;
-        `{...:interval}` shows a 95 % interval in place of the deviation, `{...:n}` how many seeds; `{word}` is one of `words`; `{{` is a brace.
+        `{...:interval}` shows a 95 % interval in place of the deviation, `{...:n}` how many seeds; `{word}` is one of `words`;
+        `{{` is a brace.
 
         Raises:
             UsageError: one of them names an arm or a metric that does not exist.
