@@ -1,6 +1,6 @@
 """Mistakes of a first hour: what is typed, and the one line that answers it before the first step. Oracle: the table.
 
-`test_evaluate.py` has those that belong to one feature; docs/errors.md has them all.
+`test_evaluate.py` has those that belong to one feature; tests/errors.md has them all.
 """
 
 import os
@@ -142,11 +142,11 @@ EVAL = [
     ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the net has 10 classes"),
 ]  # fmt: skip
 
-# What docs/errors.md says of a command that is complete; its dots stand for anything.
+# What tests/errors.md says of a command that is complete; its dots stand for anything.
 PAGE = {
     typed: ".*".join(map(re.escape, line.split("...")))
     for typed, line in re.findall(
-        r"^\| `train\.py ([^`]*)` \| `([^`]*)` \|$", (ROOT / "docs" / "errors.md").read_text(), flags=re.MULTILINE
+        r"^\| `train\.py ([^`]*)` \| `([^`]*)` \|$", (ROOT / "tests" / "errors.md").read_text(), flags=re.MULTILINE
     )
 }
 
