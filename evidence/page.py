@@ -269,9 +269,10 @@ def verdicts(claims: Sequence[Claim], evidence: Evidence) -> str:
     for claim in claims:
         one = find(claim, evidence)[0]
         mixed |= one.mixed
-        link = f"[{claim.id}](../{PAGES}/{claim.id}.md) {claim.title}"
-        rows.append([link, one.expectation.what, one.difference, one.seeds, one.wanted, one.answer])
-    table = markdown(["claim", "compared", "difference", "seeds", "expected", "verdict"], rows)
+        notes = [f"{len(one.differences)} seeds"] * (len(one.differences) != SEEDS) + [f"expected {one.wanted}"] * (one.wanted != "above 0")
+        what = f"{one.expectation.what} ({'; '.join(notes)})" if notes else one.expectation.what
+        rows.append([f"[{claim.id}](../{PAGES}/{claim.id}.md)", what, f"{one.difference}{MIXED * one.mixed}", one.answer])
+    table = markdown(["claim", "compared", "difference", "verdict"], rows)
     return f"{table}\n\n{MIXED_NOTE}" if mixed else table
 
 
