@@ -264,14 +264,14 @@ def overview(evidence: Evidence, claim: Claim) -> str:
 
 
 def verdicts(claims: Sequence[Claim], evidence: Evidence) -> str:
-    """A table: of each claim its primary expectation, seen from `docs/`."""
+    """A table: of each claim its primary expectation."""
     rows, mixed = [], False
     for claim in claims:
         one = find(claim, evidence)[0]
         mixed |= one.mixed
         notes = [f"{len(one.differences)} seeds"] * (len(one.differences) != SEEDS) + [f"expected {one.wanted}"] * (one.wanted != "above 0")
         what = f"{one.expectation.what} ({'; '.join(notes)})" if notes else one.expectation.what
-        rows.append([f"[{claim.id}](../{PAGES}/{claim.id}.md)", what, f"{one.difference}{MIXED * one.mixed}", one.answer])
+        rows.append([claim.id, what, f"{one.difference}{MIXED * one.mixed}", one.answer])
     table = markdown(["claim", "compared", "difference", "verdict"], rows)
     return f"{table}\n\n{MIXED_NOTE}" if mixed else table
 

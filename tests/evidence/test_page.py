@@ -124,7 +124,7 @@ def test_a_whole_page_and_its_pictures(tmp_path):
     made.runs(tmp_path, "old", [60.0, 61.0, 62.0])
     found, claim = made.evidence(tmp_path)
     shown = page.pages(found)
-    row = "| [C1](../evidence/pages/C1.md) | it | +1.17 [+0.45, +1.88] | confirmed |"
+    row = "| C1 | it | +1.17 [+0.45, +1.88] | confirmed |"
     assert row in page.verdicts([claim], found)
     own = shown["evidence/pages/C1.md"]
     assert "**C1: confirmed.** it: +1.17 [+0.45, +1.88] over 3 seeds; expected above 0.\n\nAs in [ptq](../../docs/ptq.md)." in own
