@@ -73,6 +73,7 @@ weights-figures: $(READY) ## the figures of weights, oscillation and cost in doc
 	cp $(WEIGHTS)/weights/weights_histograms.svg docs/figures/weights-digits.svg
 	cp $(WEIGHTS)/oscillation/oscillation.svg docs/figures/oscillation-digits.svg
 	cp $(WEIGHTS)/cost/cost.svg docs/figures/cost-digits.svg
+	$(BIN)/python -m evidence.drawing $(addprefix docs/figures/,weights-digits.svg oscillation-digits.svg cost-digits.svg)
 
 # Tables go to the screen and to docs/logs.
 LOGGED := set -o pipefail; export PYTHONPATH=. OMP_NUM_THREADS=1;
@@ -103,7 +104,7 @@ latency: $(READY) ## time of exported files beside float's in onnxruntime and Op
 test-gpu: $(READY) ## are kernels, nets and steps right on this machine's GPU; without one in Triton's interpreter and on the CPU (1 minute)
 	@$(BIN)/python -m tests.gpu
 
-gpu-bench: $(READY) ## on a CUDA device: training steps of DeiT-T/S/B in float steps, memory; again for what is left, docs/gpu.md (9 minutes)
+gpu-bench: $(READY) ## on a CUDA device: training steps of DeiT-T/S/B in float steps, memory; again for what is left, evidence/gpu/README.md (9 minutes)
 	@$(BIN)/python -m evidence.gpu
 
 study: $(READY) $(if $(filter PEERS%,$(CLAIM)),$(PEERS)/.ready) ## runs of a claim that have no record yet, and the page: CLAIM=C1 CIFAR10=FOLDER
@@ -117,13 +118,14 @@ quickstart: $(READY) ## run examples/quickstart.ipynb and keep what it shows (3 
 	$(BIN)/python -m tests.notebook
 
 docs: $(READY) ## build site/ of the pages; a broken link is an error. To read it: .venv/bin/python -m http.server --directory site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/theme/pages.py outputs/pages
+	$(BIN)/zensical build --strict --clean
 
-results: $(PEERS)/.ready ## all runs of docs/results.md that have no record yet, and the page: CIFAR10=FOLDER (more than ten hours on 2 cores if evidence/records/ is empty)
+results: $(PEERS)/.ready ## all runs of the claims that have no record yet, and the page: CIFAR10=FOLDER (more than ten hours on 2 cores if evidence/records/ is empty)
 	$(BIN)/python -m evidence run --root "$(CIFAR10)"
 	$(BIN)/python -m evidence page
 
-results-quick: $(READY) ## one small experiment in a temporary folder, and docs/results.md anew from the committed records (1 minute)
+results-quick: $(READY) ## one small experiment in a temporary folder, and all pages anew from the committed records (1 minute)
 	$(BIN)/python -m evidence quick
 
 test: $(READY) ## the tests of every change, all but those of test-long (5 minutes on two cores)

@@ -1,4 +1,4 @@
-"""`python -m evidence run C1`: the runs of a claim that have no record yet. `page`: docs/results.md from all records.
+"""`python -m evidence run C1`: the runs of a claim that have no record yet. `page`: docs/accuracy.md and evidence/pages/ from all records.
 
 `check`: is it what they give. `quick`: a small claim in a temporary folder, then the page. `one CLAIM/ARM`: a single run, again.
 """

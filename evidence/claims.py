@@ -108,7 +108,7 @@ class Figure:
     """A picture.
 
     Attributes:
-        file: its name in `docs/figures/`.
+        file: its name.
         kind: lines, scatter, curves or map.
         series: of lines `{name: {x: arm}}`, of a scatter `{name: {what a point is called: arm}}`, of the others `{name: arm}`.
         metric: of lines and of a scatter, and of the references.
@@ -139,7 +139,7 @@ class Claim:
     id: str
     title: str
     source: str
-    statement: str
+    statement: str = ""
     arms: Mapping[str, Arm] = field(default_factory=dict)
     seeds: Sequence[int] = (0, 1, 2)
     expect: Sequence[Expectation] = ()
@@ -155,10 +155,15 @@ def load_claims(folder: Path) -> dict[str, Claim]:
     Raises:
         UsageError: one line that names the file and what is wrong with it.
     """
-    return {claim.id: claim for claim in map(_load, sorted(folder.glob("*.yaml")))}
+    return {claim.id: claim for claim in map(load_claim, sorted(folder.glob("*.yaml")))}
 
 
-def _load(path: Path) -> Claim:
+def load_claim(path: Path) -> Claim:
+    """One file.
+
+    Raises:
+        UsageError: one line that names the file and what is wrong with it.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         content = {key: value.strip() if isinstance(value, str) else value for key, value in content.items()}

@@ -1,9 +1,14 @@
-"""What a figure of a claim shows: points with their seeds, gathered from records, and drawn as files that are the same bytes each time."""
+"""What a figure of a claim shows: points with their seeds, gathered from records, and drawn as files that are the same bytes each time.
+
+`python -m evidence.drawing FILE.svg ...` gives figures of matplotlib the style for dark pages that these have.
+"""
 
 from __future__ import annotations
 
+import io
 import itertools
 import statistics
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evidence.claims import Claim, Figure
-from qat.utils.files import replacing
+from evidence.intervals import interval
+from qat.utils.files import write_text
 
 if TYPE_CHECKING:  # the heavy libraries are for pictures alone
     from matplotlib.axes import Axes
@@ -25,6 +31,10 @@ FEW = 13
 _PANEL_INCHES = 3.3
 # How many letters of the size of labels go into the width of a figure, and into the title of a panel.
 _LETTERS, _TITLE_LETTERS = 92, 34
+# Colours on dark pages: a light one and what it becomes there. What has no colour of its own, such as text, is black in an SVG.
+_DARK = {"#000000": "#dde3ea", "#e6e6e6": "#3a4048", "#767676": "#9aa4af", "#0072b2": "#3f8fd2", "#56b4e9": "#b3e0fa"}
+_RULES = [f'[style*="{kind}: {light}"] {{{kind}: {dark} !important}}' for light, dark in _DARK.items() for kind in ("fill", "stroke")]
+DARK = " ".join(("svg {fill: #dde3ea}", '[style*="fill: #ffffff"] {fill: none !important}', *_RULES))
 _STYLE: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": "qat", "font.family": "DejaVu Sans"}
 
 
@@ -43,8 +53,9 @@ class Point:
 
     @property
     def around(self) -> float:
-        """Sample deviation; nothing for one seed."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+        """Half of the 95 % interval; nothing below three seeds."""
+        ends = interval(self.values) if len(self.values) > 2 else None  # noqa: PLR2004
+        return (ends[1] - ends[0]) / 2 if ends else 0.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class Gathered:
 def gather(claim: Claim, figure: Figure, evidence: Evidence) -> Gathered:
     """From the records."""
     series: dict[str, Any] = {}
+    unit = 60.0 if figure.along.endswith("seconds") else 1.0  # minutes
     for name, shown in figure.series.items():
         found: Any = []
         if figure.kind == "map":  # of the first seed that has it: the mean of maps would be smoother than each
@@ -71,7 +83,7 @@ def gather(claim: Claim, figure: Figure, evidence: Evidence) -> Gathered:
             for x, arm in shown.items():
                 values, costs = (tuple(evidence.values(claim, arm, metric).values()) for metric in (figure.metric, figure.along))
                 if values and (costs or not figure.along):
-                    found.append(Point(statistics.mean(costs), values, x) if costs else Point(x, values))
+                    found.append(Point(statistics.mean(costs) / unit, values, x) if costs else Point(x, values))
         if found:
             series[name] = found
     across = {name: tuple(evidence.values(claim, arm, figure.metric).values()) for name, arm in figure.reference.items()}
@@ -88,9 +100,17 @@ def write(of: Figure, found: Gathered, folder: Path) -> None:
     """Draw a figure as SVG into a folder."""
     import matplotlib as mpl
 
-    with mpl.rc_context(mpl.rcParamsDefault | _STYLE), replacing(folder / of.file) as temporary:
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(mpl.rcParamsDefault | _STYLE), io.StringIO() as file:
         canvas = _maps(of, found.series) if of.kind == "map" else _draw(of, found)
-        canvas.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
+        canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        write_text(folder / of.file, for_dark_pages(file.getvalue()))
+
+
+def for_dark_pages(svg: str) -> str:
+    """A figure of matplotlib with a style for dark pages: black becomes light, the grid dark, dark blue paler."""
+    head, tag, rest = svg.partition(" <defs>")
+    return f"{head} <style>@media (prefers-color-scheme: dark) {{{DARK}}}</style>\n{tag}{rest}"
 
 
 def _draw(of: Figure, found: Gathered) -> Canvas:
@@ -101,8 +121,7 @@ def _draw(of: Figure, found: Gathered) -> Canvas:
     axis.set(xlabel=of.x, ylabel=of.y)
     {"lines": _lines, "scatter": _scatter, "curves": _curves}[of.kind](axis, found.series)
     for (name, point), dash in zip(found.reference.items(), itertools.cycle(DASHES), strict=False):
-        spread = f" ± {point.around:.2f}" if len(point.values) > 1 else ""
-        axis.axhline(point.mean, color=GREY, linestyle=dash, linewidth=1.2, label=f"{name} {point.mean:.2f}{spread}", zorder=1)
+        axis.axhline(point.mean, color=GREY, linestyle=dash, linewidth=1.2, label=f"{name}: {point.mean:.2f}", zorder=1)
     entries = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     labels = sorted(entries, key=lambda label: label not in found.series)
     columns = max(1, min(len(labels), _LETTERS // (max(map(len, labels)) + 8)))
@@ -111,7 +130,7 @@ def _draw(of: Figure, found: Gathered) -> Canvas:
 
 
 def _bars(axis: Axes, number: int, points: Sequence[Point], xs: Sequence[float], **look: Any) -> None:
-    """Means with their deviation, in the colour and with the marker of the series' number."""
+    """Means with their 95 % intervals, in the colour and with the marker of the series' number."""
     from qat.analysis.analysis import PALETTE
 
     look = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "capsize": 3, **look}
@@ -145,16 +164,17 @@ def _lines(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
 def _scatter(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
     """Means joined in the order of their cost; the last series says what its points are."""
     axis.set_xscale("log")
-    axis.margins(x=0.08, y=0.1)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.margins(x=0.12, y=0.1)
     for number, (name, points) in enumerate(series.items()):
         points = sorted(points, key=lambda point: point.x)
         _bars(axis, number, points, [point.x for point in points], label=name, linewidth=1.4)
     for point in points:
-        axis.annotate(point.name, (point.x, point.mean), (0, -14), textcoords="offset points", ha="center", fontsize=7)
+        axis.annotate(point.name, (point.x, point.mean), (7, -9), textcoords="offset points", fontsize=8)
 
 
 def _curves(axis: Axes, series: Mapping[str, Sequence[Point]]) -> None:
-    """The mean of every arm, over its seeds, which are pale; of a few places with marks and deviation."""
+    """The mean of every arm, over its seeds, which are pale; of a few places with marks and intervals."""
     from qat.analysis.analysis import PALETTE
 
     places = sorted({point.x for points in series.values() for point in points})
@@ -191,3 +211,8 @@ def _maps(of: Figure, series: Mapping[str, Any]) -> Canvas:
         bar.ax.tick_params(labelsize=7)
         bar.set_label(f"{of.curve}, seed {record.seed}", fontsize=8)
     return canvas
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        write_text(Path(name), for_dark_pages(Path(name).read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""`docs/results.md`, `docs/results/CLAIM.md` and the results in the README, made of claims and records alone: the same bytes wherever."""
+"""`docs/accuracy.md`, `evidence/pages/CLAIM.md` and the results in the README, made of claims and records alone."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ import math
 import re
 import statistics
 import string
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from evidence import drawing
-from evidence.claims import Arm, Claim, Expectation, Table, load_claims
+from evidence.claims import Arm, Claim, Expectation, Table, load_claim, load_claims
+from evidence.intervals import interval
 from evidence.records import Record, read_records
 from evidence.timing import table as markdown
 from qat.errors import UsageError
 from qat.utils.files import write_text
 
-CLAIMS, RECORDS, FIGURES, PAGE, README = "evidence/claims", "evidence/records", "docs/figures", "docs/results.md", "README.md"
+CLAIMS, RECORDS, OVERVIEW = "evidence/claims", "evidence/records", "evidence/accuracy.yaml"
+PAGES, PAGE, FIGURES, README = "evidence/pages", "docs/accuracy.md", "docs/figures", "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-RESULTS = "results"  # folder below docs/
-HEADLINE = "AIM"
 MAKE = "python -m evidence page"
 DEFAULT, NONE, MISSING = ".2f", "–", "(not run yet)"
-YES, NO, SMALL, OPEN = "yes", "no", "too small to see", "not decided yet"
-SEEDS, LEVEL = 3, 0.95
-# Shares of images are decimals, which floats only come near to: a margin that is met exactly must come out as equal.
-_DIGITS = 12
-# Links to a claim, and those that are relative to docs/.
-_ANCHOR, _RELATIVE = re.compile(r"\]\(#(\w+)\)"), re.compile(r"\]\((?!#|https?:)([^)\s]+)")
+YES, NO, SMALL, OPEN = "confirmed", "contradicted", "inconclusive", "fewer than 3 seeds"
+SEEDS = 3
+# Marks pairs of which one ran on another type of CPU.
+MIXED = "\\*"
+MIXED_NOTE = f"{MIXED} Some pairs ran on two CPU types, which changes a top-1 by up to 0.2 points."
+# Links in a claim's text, relative to docs/.
+_RELATIVE = re.compile(r"\]\((?!#|https?:)([^)\s]+)")
 
 
 def shown(value: float, spec: str = DEFAULT) -> str:
@@ -103,42 +102,71 @@ class Evidence:
         if not isinstance(other, tuple):
             return [value - other for value in left.values()]
         right = self.measured(claim, *other)
-        alone = [arm.keep and tuple(arm.seeds) == (0,) for arm in (self.arm(claim, one[0]), self.arm(claim, other[0]))]
-        if alone[1] and 0 in right:
+        if self._is_start(claim, other[0]) and 0 in right:
             right = dict.fromkeys(left, right[0])
-        elif alone[0] and 0 in left:
+        elif self._is_start(claim, one[0]) and 0 in left:
             left = dict.fromkeys(right, left[0])
         return [left[seed] - right[seed] for seed in left if seed in right]
 
-    def filled(self, claim: Claim, text: str) -> str:
-        """A claim's text with its numbers: `{arm.metric}`, `{arm.metric - other.metric:.1f}`, `{CLAIM/arm.metric}`; `{{` is a brace.
+    def mixes_cpus(self, claim: Claim, one: str, other: str | float) -> bool:
+        """Whether runs of the same seed of two arms ran on CPUs of different types; models that others start from do not count."""
+        if not isinstance(other, str) or any(self._is_start(claim, arm) for arm in (one, other)):
+            return False
+        left, right = ({record.seed: record.processor for record in self.records(claim, arm)} for arm in (one, other))
+        return any(left[seed] != right[seed] for seed in left.keys() & right.keys())
+
+    def _is_start(self, claim: Claim, name: str) -> bool:
+        arm = self.arm(claim, name)
+        return arm.keep and tuple(arm.seeds) == (0,)
+
+    def filled(self, claim: Claim, text: str, words: Mapping[str, str] | None = None) -> str:
+        """A claim's text with its numbers.
+
+        `{arm.metric}`, `{arm.metric - other.metric:.1f}` of pairs of seeds, `{arm.metric - mean other.metric}`, `{CLAIM/arm.metric}`;
+        `{...:interval}` shows a 95 % interval in place of the deviation, `{...:n}` how many seeds; `{word}` is one of `words`;
+        `{{` is a brace.
 
         Raises:
             UsageError: one of them names an arm or a metric that does not exist.
             ValueError: it is no number.
         """
-        return _Numbers(self, claim).format(text)
+        return _Numbers(self, claim, words or {}).format(text)
 
 
 class _Numbers(string.Formatter):
     """`str.format` whose fields are metrics of arms and differences of two; a number that no run has given yet says so."""
 
-    def __init__(self, evidence: Evidence, claim: Claim) -> None:
-        self.evidence, self.claim = evidence, claim
+    def __init__(self, evidence: Evidence, claim: Claim, words: Mapping[str, str]) -> None:
+        self.evidence, self.claim, self.words = evidence, claim, words
 
-    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[tuple[list[float], str], str]:
-        """Values, and the sign that they are shown with."""
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
+        """A word, or values and the sign that they are shown with."""
+        if field_name in self.words:
+            return self.words[field_name], field_name
         one, *others = [tuple(part.strip().split(".", 1)) for part in field_name.split(" - ")]
         if len(others) > 1 or any(len(part) != 2 for part in (one, *others)):
             raise ValueError(f"{field_name!r} is no number")
         if not others:
             return (list(self.evidence.measured(self.claim, *one).values()), ""), field_name
-        return (self.evidence.differences(self.claim, one, others[0]), "+"), field_name  # type: ignore[arg-type]
+        arm, metric = others[0]  # type: ignore[misc]
+        if arm.startswith("mean "):
+            than: Any = statistics.mean(self.evidence.measured(self.claim, arm.removeprefix("mean "), metric).values())
+        else:
+            than = arm, metric
+        return (self.evidence.differences(self.claim, one, than), "+"), field_name  # type: ignore[arg-type]
 
-    def format_field(self, value: tuple[list[float], str], format_spec: str) -> str:
-        """Mean ± deviation."""
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """A word as it is; mean ± deviation, mean and `interval`, or the number of values (`n`)."""
+        if isinstance(value, str):
+            return value
         values, sign = value
-        return spread(values, sign + (format_spec or DEFAULT).removeprefix("+")) if values else MISSING
+        if not values:
+            return MISSING
+        if format_spec == "n":
+            return str(len(values))
+        if format_spec == "interval":
+            return with_interval(values, sign + DEFAULT)
+        return spread(values, sign + (format_spec or DEFAULT).removeprefix("+"))
 
 
 def read_evidence(claims_dir: Path, records_dir: Path) -> Evidence:
@@ -156,21 +184,21 @@ def read_evidence(claims_dir: Path, records_dir: Path) -> Evidence:
     return Evidence(claims, runs)
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float] | None:
-    """Of the mean of paired differences, 95 %, by Student's t (a paired t-test at 5 %); None of fewer than two."""
-    if len(differences) < 2:
-        return None
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    reach = error * float(stats.t.ppf((1 + LEVEL) / 2, len(differences) - 1))
-    return round(mean - reach, _DIGITS), round(mean + reach, _DIGITS)
+def with_interval(values: Sequence[float], spec: str = DEFAULT) -> str:
+    """Mean and interval, or the mean alone below 3 values; a dash where there is none."""
+    if not values:
+        return NONE
+    mean, around = shown(statistics.mean(values), spec), interval(values)
+    return mean if around is None or len(values) < SEEDS else f"{mean} [{', '.join(shown(end, spec) for end in around)}]"
 
 
 @dataclass(frozen=True)
 class Found:
-    """An expectation, and the differences arm - than of all pairs of seeds."""
+    """An expectation, the differences arm - than of all pairs of seeds, and whether some of these mix types of CPUs."""
 
     expectation: Expectation
     differences: tuple[float, ...]
+    mixed: bool = False
 
     @property
     def answer(self) -> str:
@@ -186,12 +214,13 @@ class Found:
 
     @property
     def difference(self) -> str:
-        """Mean and interval, or the mean alone; a dash where there is none."""
-        spec, around = f"+{self.expectation.format.removeprefix('+')}", interval(self.differences)
-        if not self.differences:
-            return NONE
-        mean = shown(statistics.mean(self.differences), spec)
-        return mean if around is None else f"{mean} [{', '.join(shown(end, spec) for end in around)}]"
+        """Mean and interval."""
+        return with_interval(self.differences, f"+{self.expectation.format.removeprefix('+')}")
+
+    @property
+    def seeds(self) -> str:
+        """How many pairs, marked where they mix types of CPUs."""
+        return f"{len(self.differences)}{MIXED * self.mixed}"
 
     @property
     def wanted(self) -> str:
@@ -210,66 +239,63 @@ def find(claim: Claim, evidence: Evidence) -> list[Found]:
     found = []
     for one in claim.expect:
         than = (one.than, one.metric) if isinstance(one.than, str) else float(one.than)
-        found.append(Found(one, tuple(evidence.differences(claim, (one.arm, one.metric), than))))
+        differences = evidence.differences(claim, (one.arm, one.metric), than)
+        found.append(Found(one, tuple(differences), evidence.mixes_cpus(claim, one.arm, one.than)))
     return found
 
 
 def pages(evidence: Evidence) -> dict[str, str]:
-    """The files: what all claims share, and one for each claim.
+    """The pages of claims, by name.
 
     Raises:
         UsageError: one line that says which file is not as it should be.
     """
-    own = {claim.id.lower(): f"{claim.id}.md" for claim in evidence.claims.values()}
-    introduction = (Path(__file__).parent / "introduction.md").read_text(encoding="utf-8").rstrip()
-    overview = markdown(
-        ["claim", "primary expectation", "difference", "expected", "verdict"],
-        [_overview(claim, evidence) for claim in evidence.claims.values()],
-    )
-    shared = "\n\n".join((introduction, _places(evidence), overview))
-    files = {PAGE: _ANCHOR.sub(lambda found: f"]({RESULTS}/{own[found[1]]})", shared) + "\n"}
-    for claim in evidence.claims.values():
-        body = _RELATIVE.sub(r"](../\1", section(claim, evidence))
-        files[f"docs/{RESULTS}/{claim.id}.md"] = _ANCHOR.sub(lambda found: f"]({own[found[1]]})", body)
-    return files
+    return {f"{PAGES}/{claim.id}.md": section(claim, evidence) for claim in evidence.claims.values()}
+
+
+def overview(evidence: Evidence, claim: Claim) -> str:
+    """`docs/accuracy.md`: the text of `evidence/accuracy.yaml` with its numbers and the verdicts of all claims."""
+    judged = [one for one in evidence.claims.values() if one.expect]
+    papers, own = ([one for one in judged if one.source.startswith("ours") == is_ours] for is_ours in (False, True))
+    answers = [find(one, evidence)[0].answer for one in papers]
+    counts = ", ".join(f"{answers.count(word)} {word}" for word in (YES, NO, SMALL, OPEN) if word in answers)
+    words = {"counts": counts, "papers": verdicts(papers, evidence), "own": verdicts(own, evidence), "places": _places(evidence)}
+    return evidence.filled(claim, claim.why, words) + "\n"
+
+
+def verdicts(claims: Sequence[Claim], evidence: Evidence) -> str:
+    """A table: of each claim its primary expectation."""
+    rows, mixed = [], False
+    for claim in claims:
+        one = find(claim, evidence)[0]
+        mixed |= one.mixed
+        notes = [f"{len(one.differences)} seeds"] * (len(one.differences) != SEEDS) + [f"expected {one.wanted}"] * (one.wanted != "above 0")
+        what = f"{one.expectation.what} ({'; '.join(notes)})" if notes else one.expectation.what
+        rows.append([claim.id, what, f"{one.difference}{MIXED * one.mixed}", one.answer])
+    table = markdown(["claim", "compared", "difference", "verdict"], rows)
+    return f"{table}\n\n{MIXED_NOTE}" if mixed else table
 
 
 def _places(evidence: Evidence) -> str:
-    """Where the runs were made, and with what."""
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for claim in evidence.claims.values():
-        for record in evidence.of_claim(claim):
-            versions = ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items()) if version)
-            groups[f"{record.machine}; {record.device}; {versions}"].append(record)
-    lines = []
-    for place, records in groups.items():
-        days = sorted({record.date for record in records})
-        lines.append(f"- {place}: {spent(records)}, {' to '.join(dict.fromkeys((days[0], days[-1])))}")
-    return "\n".join(("**Where** the runs were made:", "", *sorted(lines)))
-
-
-def _overview(claim: Claim, evidence: Evidence) -> list[str]:
-    """Cells of a claim's line."""
-    measured = "measured" if evidence.of_claim(claim) else "not run yet"
-    cells = ["", "", "", measured if claim.arms else "drawn from the others"]
-    for one in find(claim, evidence)[:1]:
-        cells = [one.expectation.what, one.difference, one.wanted, one.answer]
-    return [f"[{claim.id}](#{claim.id.lower()}) {claim.title}", *cells]
+    """How many runs each type of CPU made."""
+    counts = Counter(record.processor for claim in evidence.claims.values() for record in evidence.of_claim(claim))
+    return ", ".join(f"{name} ({count} runs)" for name, count in sorted(counts.items()))
 
 
 def section(claim: Claim, evidence: Evidence) -> str:
-    """The page of one claim, seen from `docs/`: what is said, what follows, what was measured, and what runs it again."""
+    """The page of one claim: what is said, what follows, what was measured, and what runs it again."""
     found, own = find(claim, evidence), evidence.of_claim(claim)
     source = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", claim.source)
     parts = [f"# {claim.id}: {claim.title}", f"Source: {source}.", f"> {claim.statement}".replace("\n", "\n> ")]
+    parts = [_RELATIVE.sub(r"](../../docs/\1", part) for part in parts]
     for primary in found[:1]:
-        seeds = f"{len(primary.differences)} seed{'s' * (len(primary.differences) != 1)}"
+        seeds = f"{primary.seeds} seed{'s' * (len(primary.differences) != 1)}"
         difference = f"{primary.difference} over {seeds}; " if primary.differences else ""
         parts.append(f"**{claim.id}: {primary.answer}.** {primary.expectation.what}: {difference}expected {primary.wanted}.")
-    parts += [evidence.filled(claim, claim.why), *_shown(claim, evidence, found[1:])]
+    parts += [_RELATIVE.sub(r"](../../docs/\1", evidence.filled(claim, claim.why)), *_shown(claim, evidence, found[1:])]
     if own:
         made = f"`python -m evidence run {claim.id}` makes these runs ({spent(own)})"
-        parts.append(f"{made}; records: [{RECORDS}/{claim.id}.jsonl](../{RECORDS}/{claim.id}.jsonl).")
+        parts.append(f"{made}; records: [{RECORDS}/{claim.id}.jsonl](../records/{claim.id}.jsonl).")
     else:
         parts.append("No runs of its own.")
     retired: dict[str, list[str]] = defaultdict(list)
@@ -278,6 +304,7 @@ def section(claim: Claim, evidence: Evidence) -> str:
             retired[arm.retired].append(f"`{arm.name}`")
     for why, names in retired.items():
         parts.append(f"Made by an older version, whose commit their records name: {', '.join(names)} ({why}).")
+    parts.append(MIXED_NOTE if any(one.mixed for one in found) else "")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -287,8 +314,8 @@ def _shown(claim: Claim, evidence: Evidence, beside: Sequence[Found]) -> Iterato
         yield table.caption
         yield results(claim, table, evidence)
     if beside:
-        yield "Further differences, described and not judged:"
-        rows = [[one.expectation.what, one.difference, one.wanted, str(len(one.differences))] for one in beside]
+        yield "Further differences, not judged:"
+        rows = [[one.expectation.what, one.difference, one.wanted, one.seeds] for one in beside]
         yield markdown(["", "difference", "expected", "seeds"], rows)
     for figure in claim.figures:
         found = drawing.gather(claim, figure, evidence)
@@ -319,22 +346,23 @@ def made(root: Path, evidence: Evidence) -> dict[str, str]:
     Raises:
         UsageError: claims or records are not as they should be.
     """
-    text = (root / README).read_bytes().decode()
-    (before, rest), claim = text.split(BEGIN), evidence.claims[HEADLINE]
+    text, claim = (root / README).read_bytes().decode(), load_claim(root / OVERVIEW)
+    (before, rest) = text.split(BEGIN)
     after = rest.split(END)[1]
-    block = f"{BEGIN}\n\n{evidence.filled(claim, claim.readme)}\n\nAll claims, with runs: [{PAGE}]({PAGE}).\n\n{END}"
-    return pages(evidence) | {README: before + block + after}
+    block = f"{BEGIN}\n\n{evidence.filled(claim, claim.readme)}\n\n{END}"
+    return pages(evidence) | {PAGE: overview(evidence, claim), README: before + block + after}
 
 
 def write(root: Path) -> None:
-    """Write page, figures and the part of the README below the root of the repository, each whole or not at all; of a mistake nothing."""
+    """Write pages, figures and the part of the README below the root of the repository, each whole or not at all; of a mistake nothing."""
     evidence = read_evidence(root / CLAIMS, root / RECORDS)
     files = made(root, evidence)
-    for claim in evidence.claims.values():
+    folders = [(claim, root / PAGES / "figures") for claim in evidence.claims.values()] + [(load_claim(root / OVERVIEW), root / FIGURES)]
+    for claim, folder in folders:
         for figure in claim.figures:
             found = drawing.gather(claim, figure, evidence)
             if found.series:
-                drawing.write(figure, found, root / FIGURES)
+                drawing.write(figure, found, folder)
     for name, text in files.items():
         write_text(root / name, text)
 

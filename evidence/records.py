@@ -39,7 +39,6 @@ class Record:
         versions: of libraries; None where one is not installed.
         git_commit: of this repository, None outside of one.
         date: of the run, year-month-day.
-        format: 1 = `quant.steps` was absolute where the command does not say, but for `seq`; 2 = relative.
     """
 
     claim: str
@@ -57,7 +56,11 @@ class Record:
     versions: Mapping[str, str | None]
     git_commit: str | None
     date: str
-    format: int = 1
+
+    @property
+    def processor(self) -> str:
+        """Type of the CPU."""
+        return self.machine.partition(",")[0]
 
     @property
     def values(self) -> dict[str, float | None]:

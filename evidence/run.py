@@ -206,7 +206,6 @@ def run_one(arm: Arm, seed: int, root: str | None, arms: Arms) -> None:
         versions=results[0]["versions"],
         git_commit=results[0].get("git_commit"),
         date=datetime.date.today().isoformat(),
-        format=2,
     )
     add_record(arms.records, record)
 

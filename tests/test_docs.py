@@ -271,7 +271,7 @@ def test_there_are_commands_and_examples():
     assert fenced(ROOT / "README.md", "python")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "evidence").rglob("*.md"))], ids=lambda page: page.name)
 def test_links_and_make_targets_exist(page):
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]

@@ -1,4 +1,4 @@
-"""What only a CUDA device can answer, in commands of nine minutes: `python -m evidence.gpu`, docs/gpu.md.
+"""What only a CUDA device can answer, in commands of nine minutes: `python -m evidence.gpu`, evidence/gpu/README.md.
 
 Needs neither Hydra nor Lightning.
 """

@@ -1,4 +1,4 @@
-"""python -m evidence.gpu: speed of training steps; with --train FOLDER, accuracy of quantizers trained on CIFAR-10. docs/gpu.md."""
+"""python -m evidence.gpu: speed of training steps; with --train FOLDER, accuracy of quantizers on CIFAR-10. evidence/gpu/README.md."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from qat.utils.files import read_torch, write_torch
 VALIDATION, CLASSES, SIZE = 5000, 10, 32
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 EVAL_BATCH, CALIBRATION = 1000, 128
-# Float nets train from random weights with shifts; quantized ones at half the rate without, as those of docs/results.md do.
+# Float nets train from random weights with shifts; quantized ones at half the rate without, as those of docs/accuracy.md do.
 FLOAT_LR, LR, WEIGHT_DECAY, SHIFT, WARM_UP, TEMPERATURE = 1e-3, 5e-4, 0.05, 4, 0.05, 4.0
 # Seconds that have to be left to begin a run, as its first epoch compiles; and for processes that end late.
 NEEDED, GRACE = 60.0, 15.0

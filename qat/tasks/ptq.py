@@ -106,12 +106,14 @@ def ptq(cfg: DictConfig) -> float:
             figures["calibration"] = _calibrate(quantized, batches, trainer)
             if changes_weights or searching:
                 figures["top1_calibrated"] = _measure(trainer, quantized, "calibrated")["top1"]
+        since = time.monotonic()
         if changes_weights:
             # What follows has to come close to the float net as it was: the weights of this one change.
             teacher = subject.net.to(trainer.strategy.root_device).eval()
             figures |= _fit_weights(cfg, quantized.net, teacher, batches, fitting if method == "reconstruct" else None, trainer)
         if searching is not None:
             figures["search"] = _search(cfg, searching, quantized, batches, trainer, teacher)
+        began -= _seconds_before_resume(figures, since)
         if not cfg.trainer.fast_dev_run and is_first():
             classes = classes_of(quantized.net) or subject.data.named_classes()
             save(quantized.net, Path(cfg.run_dir) / FILE, model=subject.name, data=build.plain(cfg.data), classes=classes)
@@ -187,6 +189,12 @@ def _search(
     found = search(net, batches, targets, settings, run_dir=cfg.run_dir, resume=bool(cfg.resume), validate=accuracy)
     log.info("search: fitness %.6g to %.6g in %.1f s", found.fitness_before, found.fitness, found.seconds)
     return asdict(found)
+
+
+def _seconds_before_resume(figures: dict[str, Any], since: float) -> float:
+    """What reconstruction and search count beside the time after `since`, in which this process did its part of them."""
+    counted = sum(figures[key]["seconds"] for key in ("reconstruction", "search") if key in figures)
+    return max(0.0, counted - (time.monotonic() - since))
 
 
 def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:

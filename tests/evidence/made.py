@@ -25,7 +25,6 @@ RECORD = Record(
     versions={"torch": "2.14"},
     git_commit="abc",
     date="2026-11-21",
-    format=2,
 )
 
 

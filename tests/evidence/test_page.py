@@ -1,5 +1,7 @@
 """Numbers, verdicts, pages. Oracles: worked out by hand, scipy's t-test; of the committed pages, what the records give."""
 
+import re
+
 import pytest
 from omegaconf import OmegaConf
 from scipy import stats
@@ -47,31 +49,31 @@ def test_mean_and_sample_deviation(values, spec, text):
 
 
 @pytest.mark.parametrize("shift", [-1.2, -0.5, 0.0, 0.3, 0.5, 1.2])
-def test_yes_and_no_are_what_a_paired_t_test_at_five_per_cent_tells_apart(shift):
+def test_verdicts_are_what_a_paired_t_test_at_five_per_cent_tells_apart(shift):
     found = [value + shift for value in (-0.7, 0.1, 0.4, -0.2, 0.4)]
     told_apart = stats.ttest_1samp(found, 0.0).pvalue < 0.05
     answer = page.Found(Expectation("it", "top1", "new", "old", "higher"), tuple(found)).answer
-    assert answer == ("too small to see" if not told_apart else "yes" if shift > 0 else "no")
+    assert answer == ("inconclusive" if not told_apart else "confirmed" if shift > 0 else "contradicted")
 
 
 @pytest.mark.parametrize(
     ("direction", "margin", "mean", "said"),
     [
         # All differences lie within 0.1 of their mean, their interval within 0.25.
-        ("higher", 1.0, 1.3, "yes"),
-        ("higher", 1.0, 0.7, "no"),
-        ("higher", 1.0, 1.0, "too small to see"),
-        ("lower", 0.5, -0.8, "yes"),
-        ("within", 2.0, -1.7, "yes"),
-        ("within", 2.0, -2.3, "no"),
-        ("near", 1.0, 0.7, "yes"),
-        ("near", 1.0, 1.3, "no"),
+        ("higher", 1.0, 1.3, "confirmed"),
+        ("higher", 1.0, 0.7, "contradicted"),
+        ("higher", 1.0, 1.0, "inconclusive"),
+        ("lower", 0.5, -0.8, "confirmed"),
+        ("within", 2.0, -1.7, "confirmed"),
+        ("within", 2.0, -2.3, "contradicted"),
+        ("near", 1.0, 0.7, "confirmed"),
+        ("near", 1.0, 1.3, "contradicted"),
     ],
 )
 def test_answers(direction, margin, mean, said):
     expected = Expectation("it", "top1", "new", "old", direction, margin)
     assert page.Found(expected, (mean - 0.1, mean, mean + 0.1)).answer == said
-    assert page.Found(expected, (mean, mean)).answer == "not decided yet"
+    assert page.Found(expected, (mean, mean)).answer == "fewer than 3 seeds"
 
 
 def test_seeds_are_paired_by_number_and_a_kept_start_stands_for_every_seed(tmp_path):
@@ -93,6 +95,9 @@ def test_seeds_are_paired_by_number_and_a_kept_start_stands_for_every_seed(tmp_p
         ("New reaches {new.top1}.", "New reaches 63.00 ± 2.00."),
         ("{ old.top1 - new.top1:.1f}, `{{2,3}}`", "-2.0 ± 1.0, `{2,3}`"),
         ("{C1/new.top1:.0f}, {idle.top1}", "63 ± 2, (not run yet)"),
+        ("{new.top1:interval}, {new.top1:n} {word}", "63.00 [58.03, 67.97], 3 seeds"),
+        ("{new.top1 - old.top1:interval}", "+2.00 [-0.48, +4.48]"),
+        ("{new.top1 - mean old.top1}", "+2.00 ± 2.00"),
         ("{newer.top1}", UsageError("arm 'newer': must be")),
         ("{new.top1 - old.top5}", UsageError("old.top5: must be one of top1")),
     ],
@@ -103,7 +108,7 @@ def test_numbers_in_text(tmp_path, why, text):
     made.runs(tmp_path, "old", [60.0, 61.0, 62.0])
     found, claim = made.evidence(tmp_path)
     if isinstance(text, str):
-        assert found.filled(claim, claim.why) == text
+        assert found.filled(claim, claim.why, {"word": "seeds"}) == text
         return
     with pytest.raises(UsageError) as error:
         found.filled(claim, claim.why)
@@ -114,17 +119,18 @@ def test_a_whole_page_and_its_pictures(tmp_path):
     lines = {"kind": "lines", "x": "bits", "y": "top-1, %", "series": {"New": {2: "new", 3: "idle"}, "Old": {2: "old"}}}
     curves = {"file": "b.svg", "kind": "curves", "curve": "val", "series": {"New": "new"}, "reference": {"old": "old"}}
     table = {"rows": ["new", "old", "idle"], "columns": {"top1": "top-1"}, "labels": {"old": "Older"}}
-    made.claim(tmp_path, expect=[EXPECT], tables=[table], figures=[{"file": "a.svg", **lines}, curves], why="So [C1](#c1) it is.")
+    made.claim(tmp_path, expect=[EXPECT], tables=[table], figures=[{"file": "a.svg", **lines}, curves], why="As in [ptq](ptq.md).")
     made.runs(tmp_path, "new", [61.0, 62.0, 63.5], curves={"val": [[0, 1.0], [1, None], [2, 3.0]]})
     made.runs(tmp_path, "old", [60.0, 61.0, 62.0])
     found, claim = made.evidence(tmp_path)
     shown = page.pages(found)
-    assert "| [C1](results/C1.md) New against old | it | +1.17 [+0.45, +1.88] | above 0 | yes |" in shown["docs/results.md"]
-    own = shown["docs/results/C1.md"]
-    assert "**C1: yes.** it: +1.17 [+0.45, +1.88] over 3 seeds; expected above 0.\n\nSo [C1](C1.md) it is." in own
+    row = "| C1 | it | +1.17 [+0.45, +1.88] | confirmed |"
+    assert row in page.verdicts([claim], found)
+    own = shown["evidence/pages/C1.md"]
+    assert "**C1: confirmed.** it: +1.17 [+0.45, +1.88] over 3 seeds; expected above 0.\n\nAs in [ptq](../../docs/ptq.md)." in own
     assert "| New | 62.17 ± 1.26 | 3 |\n| Older | 61.00 ± 1.00 | 3 |\n| not run | – | 0 |" in own
-    assert "![top-1, % over bits: New, Old](../figures/a.svg)" in own
-    assert "records: [evidence/records/C1.jsonl](../../evidence/records/C1.jsonl)" in own
+    assert "![top-1, % over bits: New, Old](figures/a.svg)" in own
+    assert "records: [evidence/records/C1.jsonl](../records/C1.jsonl)" in own
     points, (curve,) = drawing.gather(claim, claim.figures[0], found), drawing.gather(claim, claim.figures[1], found).series.values()
     assert [(name, point.x, point.values) for name, (point,) in points.series.items()] == [
         ("New", 2, (61.0, 62.0, 63.5)),
@@ -135,6 +141,25 @@ def test_a_whole_page_and_its_pictures(tmp_path):
     first = (tmp_path / "a.svg").read_bytes()
     drawing.write(claim.figures[0], points, tmp_path)
     assert (tmp_path / "a.svg").read_bytes() == first
+
+
+def test_pairs_on_two_types_of_cpu_are_marked(tmp_path):
+    made.claim(tmp_path, expect=[EXPECT])
+    made.runs(tmp_path, "new", [61.0, 62.0, 63.5])
+    made.runs(tmp_path, "old", [60.0, 61.0, 62.0], machine="Some CPU, 4 cores")
+    found, claim = made.evidence(tmp_path)
+    assert page.MIXED not in page.verdicts([claim], found)
+    made.record(tmp_path, arm="old", seed=2, metrics={"top1": 62.0}, machine="Another CPU")
+    found, claim = made.evidence(tmp_path)
+    assert "]\\* |" in page.verdicts([claim], found)
+    assert page.MIXED_NOTE in page.section(claim, found)
+
+
+def test_a_figure_has_other_colours_on_dark_pages():
+    drawn = (ROOT / "docs" / "figures" / "accuracy-bits.svg").read_text()
+    style = drawn.partition("prefers-color-scheme: dark")[2].partition("</style>")[0]
+    assert {"#ffffff", "#000000", "#0072b2"} <= set(re.findall(r"(?:fill|stroke): (#\w{6})\"]", style))
+    assert "#000000" in drawn.partition("</style>")[2]
 
 
 def test_what_is_no_claim_is_named(tmp_path):

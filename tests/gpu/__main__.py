@@ -1,4 +1,4 @@
-"""`python -m tests.gpu [options of pytest]`: are kernels, nets and steps right on this machine's GPU? docs/gpu.md.
+"""`python -m tests.gpu [options of pytest]`: are kernels, nets and steps right on this machine's GPU? evidence/gpu/README.md.
 
 Needs torch, timm, numpy and pytest, with Triton for the kernels; neither Hydra nor Lightning. Without a GPU the kernels run in Triton's
 interpreter, steps and files on the CPU, and the last line says what did not run.

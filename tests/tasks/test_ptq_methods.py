@@ -39,8 +39,13 @@ def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, flo
     assert found["search"]["evaluations"] == 1
     assert {"reconstruct.ckpt", "reconstruct.csv", "search.csv", "quantized.ckpt"} <= {p.name for p in (tmp_path / "q").iterdir()}
     before = qat.load(tmp_path / "q/quantized.ckpt").state_dict()
+    state = torch.load(tmp_path / "q/reconstruct.ckpt", weights_only=True)
+    assert found["wall_seconds"] > state["state"]["seconds"] > 0
+    state["state"]["seconds"] = 3600.0
+    torch.save(state, tmp_path / "q/reconstruct.ckpt")
     again = quantize(tmp_path / "q", float_run, *overrides, "resume=true")
     assert again["top1"] == found["top1"]
+    assert 3600 < again["wall_seconds"] < 4200
     after = qat.load(tmp_path / "q/quantized.ckpt").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [m for m in caplog.messages if m.startswith("resume: ")] == []
