@@ -113,6 +113,8 @@ class Evidence:
     def filled(self, claim: Claim, text: str) -> str:
         """A claim's text with its numbers: `{arm.metric}`, `{arm.metric - other.metric:.1f}`, `{CLAIM/arm.metric}`; `{{` is a brace.
 
+        With the format `interval`, the mean of a difference and its 95 % interval.
+
         Raises:
             UsageError: one of them names an arm or a metric that does not exist.
             ValueError: it is no number.
@@ -136,8 +138,10 @@ class _Numbers(string.Formatter):
         return (self.evidence.differences(self.claim, one, others[0]), "+"), field_name  # type: ignore[arg-type]
 
     def format_field(self, value: tuple[list[float], str], format_spec: str) -> str:
-        """Mean ± deviation."""
+        """Mean ± deviation, or mean and interval."""
         values, sign = value
+        if format_spec == "interval" and values:
+            return with_interval(values, f"+{DEFAULT}")
         return spread(values, sign + (format_spec or DEFAULT).removeprefix("+")) if values else MISSING
 
 
@@ -165,6 +169,12 @@ def interval(differences: Sequence[float]) -> tuple[float, float] | None:
     return round(mean - reach, _DIGITS), round(mean + reach, _DIGITS)
 
 
+def with_interval(differences: Sequence[float], spec: str) -> str:
+    """Mean and interval of paired differences; of one the number alone."""
+    mean, around = shown(statistics.mean(differences), spec), interval(differences)
+    return mean if around is None else f"{mean} [{', '.join(shown(end, spec) for end in around)}]"
+
+
 @dataclass(frozen=True)
 class Found:
     """An expectation, and the differences arm - than of all pairs of seeds."""
@@ -187,11 +197,7 @@ class Found:
     @property
     def difference(self) -> str:
         """Mean and interval, or the mean alone; a dash where there is none."""
-        spec, around = f"+{self.expectation.format.removeprefix('+')}", interval(self.differences)
-        if not self.differences:
-            return NONE
-        mean = shown(statistics.mean(self.differences), spec)
-        return mean if around is None else f"{mean} [{', '.join(shown(end, spec) for end in around)}]"
+        return with_interval(self.differences, f"+{self.expectation.format.removeprefix('+')}") if self.differences else NONE
 
     @property
     def wanted(self) -> str:

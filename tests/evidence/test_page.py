@@ -93,6 +93,7 @@ def test_seeds_are_paired_by_number_and_a_kept_start_stands_for_every_seed(tmp_p
         ("New reaches {new.top1}.", "New reaches 63.00 ± 2.00."),
         ("{ old.top1 - new.top1:.1f}, `{{2,3}}`", "-2.0 ± 1.0, `{2,3}`"),
         ("{C1/new.top1:.0f}, {idle.top1}", "63 ± 2, (not run yet)"),
+        ("{new.top1 - old.top1:interval}", "+2.00 [-0.48, +4.48]"),
         ("{newer.top1}", UsageError("arm 'newer': must be")),
         ("{new.top1 - old.top5}", UsageError("old.top5: must be one of top1")),
     ],
