@@ -71,14 +71,14 @@ def test_homes_grammar_and_sweeps(monkeypatch):
 
 
 LINES = [
-    ("sed=1", "sed: unknown; near is seed"),
-    ("model.pretrainde=true", "model.pretrainde: unknown; near is pretrained"),
-    ("lr=0.01", "lr: unknown; near is optimizer.lr"),
-    ("bits=3", "bits: unknown; near is quant.bits"),
-    ("optimizer.batch_size=8", "optimizer.batch_size: unknown; near is data.batch_size"),
-    ("epochs=3", "epochs: unknown; near are trainer.max_epochs, optimizer.eps, scheduler.warmup_epochs"),
-    ("model=deit_tiny", f"model=deit_tiny: unknown; near is deit_t{commands.ANY_MODEL}"),
-    ("quant=ofq_9bit", "quant=ofq_9bit: unknown; near are ofq_4bit, ofq_3bit, ofq_2bit"),
+    ("sed=1", "sed: unknown; closest: seed"),
+    ("model.pretrainde=true", "model.pretrainde: unknown; closest: pretrained"),
+    ("lr=0.01", "lr: unknown; closest: optimizer.lr"),
+    ("bits=3", "bits: unknown; closest: quant.bits"),
+    ("optimizer.batch_size=8", "optimizer.batch_size: unknown; closest: data.batch_size"),
+    ("epochs=3", "epochs: unknown; closest: trainer.max_epochs, optimizer.eps, scheduler.warmup_epochs"),
+    ("model=deit_tiny", f"model=deit_tiny: unknown; closest: deit_t{commands.ANY_MODEL}"),
+    ("quant=ofq_9bit", "quant=ofq_9bit: unknown; closest: ofq_4bit, ofq_3bit, ofq_2bit"),
     ("trainer=foo", "trainer=foo: unknown; must be one of cpu, ddp, fsdp, gpu, slurm"),
     ("seed=x", "seed: Value 'x' of type 'str' could not be converted to Integer"),
     ("compile=[1]", "compile: Value '[1]' of type 'list' is incompatible with type hint 'Union[bool, str]'"),
@@ -261,7 +261,7 @@ def test_a_stopped_run_says_how_it_goes_on(tmp_path):
     more = re.search(r"stopped by Ctrl-C at step 1: last.ckpt written; the same command goes on with (.*)", said)[1].split()
     code, said = typed("train.py", *given, *more, cwd=tmp_path)
     assert code == 0, said
-    assert "resumed at step 1 from" in said
+    assert "resumed at training step 1 from" in said
 
 
 @pytest.mark.long
@@ -271,7 +271,7 @@ def test_ctrl_c_ends_a_sweep(tmp_path):
     code, said = interrupted(tmp_path, "epoch 2/", ROOT / "train.py", *given)
     assert code == 130
     assert "Traceback" not in said
-    assert re.search(r"stopped by Ctrl-C at step \d+: last.ckpt written; the same command goes on with resume=auto run_dir=.*/run\n", said)
+    assert re.search(r"stopped by Ctrl-C at step \d+: last.ckpt written; the same command resumes with resume=auto run_dir=.*/run\n", said)
     assert not (tmp_path / "run" / "1").exists()
 
 
@@ -305,7 +305,7 @@ def test_ctrl_c_and_a_kill_end_all_processes(tmp_path):
     assert said.count("stopped by Ctrl-C at step") == 1
     given = (*DDP, "trainer.max_epochs=500", "resume=true")
     run = subprocess.Popen([sys.executable, ROOT / "train.py", *given], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    while "resumed at step" not in run.stdout.readline():
+    while "resumed at training step" not in run.stdout.readline():
         assert run.poll() is None
     children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
     run.kill()
