@@ -180,13 +180,14 @@ def test_the_command_line_with_another_run_dir_gives_the_same_again(tmp_path):
 def test_help_has_a_phrase_for_each_setting_and_the_groups_of_its_command(tmp_path, name):
     code, out = typed(f"{name}.py", "--help", cwd=tmp_path)
     assert code == 0
-    groups, lines = (part.splitlines() for part in out.partition("Any value")[0].split("Settings in force"))
+    groups, lines = (part.splitlines() for part in out.partition("Any value")[0].split("Settings and their defaults"))
     own = {one for default in OmegaConf.load(ROOT / "conf" / f"{name}.yaml").defaults if isinstance(default, DictConfig) for one in default}
     assert {line.partition(":")[0] for line in groups if ": " in line} == {one for one in own if one.isidentifier()}
     silent = [line.strip() for line in lines if re.match(r" *\w+: ", line) and " # " not in line]
     # A value of another setting, a class, a group that is off.
     assert [line for line in silent if not re.search(r"\$\{|^_target_|^(logger: null|analysis: null|search: {})", line)] == []
     assert ("optimizer:" in lines) == (name == "train")
+    assert any(line.startswith("  max_epochs:") for line in lines) == (name == "train")
     experiments = [line for line in groups if line.startswith("experiment: ")]
     assert ["demo_fp" in line for line in experiments] == {"train": [True], "ptq": [False]}.get(name, [])
     assert ["evolq_w4a8" in line for line in experiments] == {"train": [False], "ptq": [True]}.get(name, [])
