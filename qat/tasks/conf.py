@@ -23,7 +23,14 @@ from qat.tasks.settings import COMMANDS
 CONF = (Path(__file__).parents[1] / "conf").resolve()
 SWIN_STAGES = 4
 # Arguments of Lightning's trainer that evaluation has no use for.
-OF_TRAINING = ("max_epochs", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches", "log_every_n_steps", "num_sanity_val_steps")
+OF_TRAINING = (
+    "max_epochs",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "log_every_n_steps",
+    "num_sanity_val_steps",
+)
 
 
 def typed(name: str) -> str:

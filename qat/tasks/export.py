@@ -36,7 +36,7 @@ from qat.utils.validate import check_choice, check_int
 log = logging.getLogger(__name__)
 
 NAMES = {"onnx": "net.onnx", "packed": "net.safetensors"}
-_SHOWN = {"latency_ms": "ms an image"}
+_SHOWN = {"latency_ms": "ms per image"}
 
 
 def export(cfg: DictConfig) -> float:
@@ -89,7 +89,7 @@ def export(cfg: DictConfig) -> float:
         results = {"bytes": sizes}
     size = target.stat().st_size
     written = {"file": f"{target}, {size:,} bytes"} | {_SHOWN.get(key, key): _words(value) for key, value in results.items()}
-    log.info("%s\n%s", checked.to_text(), summary.lines("written", written))
+    log.info("%s\n%s", checked.to_text(), summary.lines("written", written | (_of_float(results) if is_onnx else {})))
     write_results(
         cfg,
         model=name,
@@ -148,6 +148,12 @@ def _words(value: Any) -> str:
         joint, between = ("; ", ": ") if any(isinstance(one, dict) for one in value.values()) else (", ", " ")
         return joint.join(f"{key}{between}{_words(one)}" for key, one in value.items())
     return "yes" if value is True else "no" if value is False else "not measured" if value is None else f"{value:,}"
+
+
+def _of_float(results: dict[str, Any]) -> dict[str, str]:
+    """Bytes and times of the file relative to those of the float file in the same runtime, for people."""
+    measured = {"bytes": results["bytes"]} | {f"time in {runtime}": times for runtime, times in (results["latency_ms"] or {}).items()}
+    return {"relative to float": ", ".join(f"{name} {one['this'] / one['float']:.2f}" for name, one in measured.items())}
 
 
 def _beside_float(path: Path, plain: nn.Module, image: torch.Tensor, checked: Checked, repeats: int) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, caplog, full):
 
 def test_where_nothing_is_written_the_line_says_so(tmp_path, monkeypatch, caplog):
     assert stopped(tmp_path / "run", monkeypatch, Send(2, signal.SIGTERM), "callbacks.last=null") == 143
-    assert "stopped by SIGTERM at step 3: this run writes no last.ckpt; the same command goes on" in caplog.text
+    assert "stopped by SIGTERM at step 3: this run writes no last.ckpt; the same command resumes" in caplog.text
 
 
 def test_handlers_are_gone_afterwards_and_lightnings_own_are_not_asked(tmp_path, monkeypatch):

@@ -259,7 +259,7 @@ def test_a_stopped_run_says_how_it_goes_on(tmp_path):
     given = (*TINY, "quant.overrides={blocks.0.*:{bits:8}}", "report=false", "trainer.limit_train_batches=3", *SEND)
     code, said = typed("train.py", *given, "run_dir=run", cwd=tmp_path)
     assert code == 130
-    more = re.search(r"stopped by Ctrl-C at step 1: last.ckpt written; the same command goes on with (.*)", said)[1].split()
+    more = re.search(r"stopped by Ctrl-C at step 1: last.ckpt written; the same command resumes with (.*)", said)[1].split()
     code, said = typed("train.py", *given, *more, cwd=tmp_path)
     assert code == 0, said
     assert "resumed at training step 1 from" in said

@@ -136,7 +136,7 @@ def test_a_split_that_is_another_one_is_refused(tmp_path, case):
     [
         (
             {"name": "torch/no_such"},
-            r"data\.name='torch/no_such': must be a dataset that timm can read; of 'train' it says: AssertionError: Unknown",
+            r"data\.name='torch/no_such': must be a dataset that timm can read; for split 'train' timm reports: AssertionError: Unknown",
         ),
         ({"root": None}, r"data\.root=None: must be the folder that holds the dataset that timm reads, or give a tar file$"),
     ],

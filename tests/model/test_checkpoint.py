@@ -108,7 +108,7 @@ def test_a_net_built_by_hand_is_described_by_its_caller(path):
     net = shake(VisionTransformer(**{**KWARGS, "num_classes": 10}))
     qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
     qat.initialize_scales(net, [images()])
-    with pytest.raises(qat.UsageError, match="give model='timm name'"):
+    with pytest.raises(qat.UsageError, match="set model='timm name'"):
         qat.save(net, path)
     qat.save(net, path, model=VIT, model_kwargs=KWARGS)
     assert torch.equal(logits(qat.load(path)), logits(net))

@@ -130,7 +130,9 @@ def test_a_net_without_weights_is_an_error():
 
 @pytest.mark.parametrize("size", [(1, 9, 9), (3, 8, 8), (1, 16, 16)])
 def test_images_that_do_not_pass(size):
-    with pytest.raises(qat.UsageError, match=rf"input_size=\({size[0]}, {size[1]}, {size[2]}\): no image of this size passes"):
+    with pytest.raises(
+        qat.UsageError, match=rf"input_size=\({size[0]}, {size[1]}, {size[2]}\): the model does not accept images of this size"
+    ):
         qat.convert(vit(), qat.recipe("ofq"), input_size=size)
 
 

@@ -49,7 +49,7 @@ TRAIN = [
     ("quant.overrides={block.0.*:{bits:4}}", r"quant\.overrides\['block\.0\.\*'\] matches no module .* names like 'blocks\.0\.attn"),
     ("quant.offsets=maybe", r"quant\.offsets='maybe': must be true or false"),
     ("+quant.colour=3", r"quant\.colour: must be one of name, bits"),
-    ("+model.args.qk_norm=true", r"quant\.attention='qkr': this net normalises queries and keys.*here it must be one of standard, float"),
+    ("+model.args.qk_norm=true", r"quant\.attention='qkr': this model normalises queries and keys.*here it must be one of standard, float"),
     # the optimizer and its schedule
     *((f"optimizer.lr={v}", rf"optimizer\.lr={s}: {NUMBERS} above 0") for v, s in shown("0 x null")),
     ("optimizer.weight_decay=-1", rf"optimizer\.weight_decay=-1: {NUMBERS} 0"),
@@ -109,7 +109,7 @@ TRAIN = [
     ("loss.label_smoothing=2", r"loss\.label_smoothing=2: must be a number from 0 to below 1"),
     ("loss.terms.ce._target_=torch.nn.Identity ~loss.terms.ce.label_smoothing", r"loss\.terms\.ce: Identity is not a subclass of"),
     ("callbacks.best.monitor=val/loss", r"callbacks\.best\.mode='max': the best val/loss is the lowest; must be min"),
-    ("loss=kd teacher.model=deit_tiny_patch16_224", r"teacher\.model='deit_tiny_patch16_224': give its weights with teacher\.ckpt=FILE"),
+    ("loss=kd teacher.model=deit_tiny_patch16_224", r"teacher\.model='deit_tiny_patch16_224': set its weights with teacher\.ckpt=FILE"),
     # the rest
     *((f"seed={v}", rf"seed={s}: {WHOLE} 0") for v, s in shown("-1 99999999999")),
     *((f"seed={v}", rf"^seed: Value '{v}' .* could not be converted to Integer$") for v in ("x", "1.5")),
@@ -119,7 +119,7 @@ TRAIN = [
     ("+colour=3", "colour: unknown; must be one of allow_changed_data"),
     ("+model.pretrainde=true", r"model\.pretrainde: unknown; closest: pretrained"),
     ("resume=yes", r"resume='yes': must be one of false, true, auto"),
-    ("resume=true", r"resume=true: run_dir='.*' has no checkpoints/last\.ckpt; resume=auto starts"),
+    ("resume=true", r"resume=true: run_dir='.*' has no checkpoints/last\.ckpt; use resume=auto to start"),
     ("ckpt=/nowhere.ckpt", r"ckpt='/nowhere\.ckpt': no such file"),
     ("ckpt=3", "ckpt=3: must be a path"),
     ("ckpt=a.ckpt model.weights=b.pt", "ckpt and model.weights are set: a model starts from one of them"),

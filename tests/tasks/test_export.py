@@ -150,7 +150,9 @@ def test_a_net_of_qat_save_is_checked_on_noise_and_no_line_is_said_but_its_own(t
     assert (json.loads(said["qat.classes"]), json.loads(said["qat.preprocessing"])["size"]) == ([], 8)
 
 
-def test_a_runtime_that_fails_is_not_timed(tmp_path, monkeypatch):
+def test_a_runtime_that_fails_is_not_timed(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+
     def broken(model, runtime, **given):
         if runtime == OPENVINO:
             raise RuntimeError("it cannot")
@@ -162,3 +164,5 @@ def test_a_runtime_that_fails_is_not_timed(tmp_path, monkeypatch):
     found = exported(tmp_path / "out", f"ckpt={tmp_path}/net.ckpt")
     assert found["agrees"] == {"onnxruntime": True, "openvino": False}
     assert set(found["latency_ms"]) == {"onnxruntime"}
+    ratios = [one["this"] / one["float"] for one in (found["bytes"], found["latency_ms"]["onnxruntime"])]
+    assert "relative to float  bytes {:.2f}, time in onnxruntime {:.2f}\n".format(*ratios) in f"{caplog.text}\n"

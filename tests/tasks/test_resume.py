@@ -193,7 +193,7 @@ def test_a_run_of_before_a_knob_was_there_goes_on(tmp_path, monkeypatch, full):
 
 
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(qat.UsageError, match=r"resume=true: run_dir='.*' has no checkpoints/last.ckpt; resume=auto starts"):
+    with pytest.raises(qat.UsageError, match=r"resume=true: run_dir='.*' has no checkpoints/last.ckpt; use resume=auto to start"):
         run(tmp_path / "run", "resume=true")
 
 
@@ -324,7 +324,10 @@ def rename_a_class(folder):
             r"^data: class 0 must be 'cat' as in .*last\.ckpt, is 'ant'; use ckpt=PATH in another run_dir to start a new run$",
         ),
         (lambda folder: shutil.copy(folder / "train/cat/0.png", folder / "train/cat/9.png"), r"^data: the images of train are not those"),
-        (lambda folder: (folder / "val/dog/3.png").unlink(), r"^data: the images of val are not those .*; allow_changed_data=true goes on"),
+        (
+            lambda folder: (folder / "val/dog/3.png").unlink(),
+            r"^data: the images of val are not those .*; set allow_changed_data=true to resume",
+        ),
         (lambda folder: (folder / "val/dog/3.png").rename(folder / "val/dog/4.png"), r"^data: the images of val are not those"),
     ],
     ids=["renamed class", "added", "removed", "another"],
@@ -349,7 +352,7 @@ def test_other_images_are_noticed(change, line, photos, tmp_path, caplog):
             ["optimizer.lr=0.1"],
             r"^optimizer\.lr=0\.1 \(it had 0\.001\): a resumed run keeps its optimizer and schedule; ",
         ),
-        (["trainer.max_epochs=2"], r"^trainer\.max_epochs=2: .*last\.ckpt is 3 epochs old; must be an integer of at least 3$"),
+        (["trainer.max_epochs=2"], r"^trainer\.max_epochs=2: .*last\.ckpt has 3 epochs; must be an integer of at least 3$"),
     ],
     ids=["rate", "epochs"],
 )
@@ -374,6 +377,6 @@ def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
 
 def test_a_dry_run_leaves_a_run_alone(full):
     before = {path: path.read_bytes() for path in full.rglob("*") if path.is_file()}
-    with pytest.raises(qat.UsageError, match=r"trainer\.fast_dev_run: .*would change .*last.ckpt.* which a dry run "):
+    with pytest.raises(qat.UsageError, match=r"trainer\.fast_dev_run: .*would change .*last.ckpt.*; a dry run "):
         run(full, "resume=auto", "overwrite=true", "trainer.fast_dev_run=true")
     assert {path: path.read_bytes() for path in full.rglob("*") if path.is_file()} == before

@@ -118,11 +118,11 @@ def test_any_flipped_bit_is_noticed_and_an_older_file_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("index", "line"),
     [
-        ([["head.weight", [2**40], "c", 0.0, "float32"]], "asks for 1099511627776 numbers"),
-        ([["head.weight", [2**40], "c", 0.0, "float32"], ["head.bias", [-(2**40)], "c", 0.0, "float32"]], "asks for 1099511627776 numbers"),
+        ([["head.weight", [2**40], "c", 0.0, "float32"]], "lists 1099511627776 numbers"),
+        ([["head.weight", [2**40], "c", 0.0, "float32"], ["head.bias", [-(2**40)], "c", 0.0, "float32"]], "lists 1099511627776 numbers"),
         ([["head.weight", [10**9], "f", "float32"]], "not a checkpoint"),
         ([["head.weight", [4], "f", "load"]], "not a checkpoint"),
-        ([], "more in it than its index says"),
+        ([], "more data than its index lists"),
     ],
     ids=["a large constant", "a sum that is small", "more floats than there are", "no dtype", "nothing"],
 )
