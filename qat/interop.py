@@ -110,7 +110,9 @@ def net_from_ofq(
             raise UsageError(f"{setting}={given}: {origin} was trained with {said[key]}, as its own arguments say")
     weight_bits, input_bits = bits or said.get("wq_bitw"), act_bits or said.get("aq_bitw")
     if weight_bits is None:
-        raise UsageError(f"bits=None: {origin} does not say its bits, and no tensor tells them; give bits= (ckpt_bits= in a command)")
+        raise UsageError(
+            f"bits=None: {origin} does not state its bits, and its tensors do not show them; set bits= (ckpt_bits= in a command)"
+        )
     # In a Swin the authors' rule of a step size per position meets (B, H, W, C): there it is one per column.
     columns = {"map_scales": "column"} if swin else {}
     used: QuantRecipe = recipe("ofq" if has_qkr else "ofq_noqkr", bits=weight_bits, act_bits=input_bits, steps="absolute", **columns)
@@ -133,7 +135,7 @@ def _heads_of(model: str, likely: str, kwargs: Mapping[str, Any], *, swin: bool,
         base = timm.create_model(model) if timm.is_model(model) else None
     family = SwinTransformer if swin else VisionTransformer
     if not isinstance(base, family) or base.embed_dim != kwargs["embed_dim"] or hasattr(base, "dist_token") != distilled:
-        raise UsageError(f"model={model!r}: the weights of {origin} are not of its shape; they look like {likely!r}")
+        raise UsageError(f"model={model!r}: the weights of {origin} do not fit it; they look like {likely!r}")
     return {} if qkr or swin else {"num_heads": base.blocks[0].attn.num_heads}  # type: ignore[union-attr, index]
 
 
@@ -217,5 +219,5 @@ def _fill(net: nn.Module, state: Mapping[str, Tensor], *, qkr: bool, origin: str
         taken.add(theirs)
     for name in state.keys() - taken:
         if not (_DEAD.search(name) or (name.endswith("clip_val") and bool((state[name] == 2).all()))):
-            raise UsageError(f"{origin}: nothing in the net corresponds to {name}")
+            raise UsageError(f"{origin}: nothing in the model corresponds to {name}")
     net.load_state_dict(found)

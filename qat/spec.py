@@ -169,7 +169,7 @@ class QuantRecipe:
         changed = [knob for knob, value in {**PRESETS["fp"], "act_bits": FLOAT_BITS}.items() if getattr(self, knob) != value]
         if self.name == "fp" and changed:
             value = getattr(self, changed[0])
-            raise UsageError(f"quant.{changed[0]}={value!r}: quant=fp leaves the net in float; choose another quant=... to set it")
+            raise UsageError(f"quant.{changed[0]}={value!r}: quant=fp leaves the model in float; choose another quant=... to set it")
         weights_float = "float" if self.weight_quantizer == "float" else ""
         acts_float = "float" if self.act_quantizer == "float" else ""
         check_bits("quant.bits", self.bits, weights_float)

@@ -105,16 +105,16 @@ def test_a_net_around_it_is_converted_as_a_whole():
     qat.convert(net, qat.recipe("ofq", bits=4), input_size=FAMILIES["vit"].input_size)
     widths = {name: site.quantizer.spec.bits for name, site in sites(qat.initialize_scales(net, [x])).items() if site.is_weight}
     assert widths["backbone.model.patch_embed.proj.weight_quantizer"] == widths["head.weight_quantizer"] == 8
-    with pytest.raises(qat.UsageError, match="save: this net does not say how timm built it"):
+    with pytest.raises(qat.UsageError, match="save: this model does not record how timm built it"):
         qat.save(net, "never.ckpt")
 
 
 def test_what_needs_classes_says_so(tmp_path):
     net, x = quantized("FeatureGetterNet")
-    with pytest.raises(qat.UsageError, match=r"^export_onnx: the net gives several tensors for an image; must be a classifier"):
+    with pytest.raises(qat.UsageError, match=r"^export_onnx: the model returns several tensors for an image; must be a classifier"):
         qat.export_onnx(net, tmp_path / "net.onnx")
-    with pytest.raises(qat.UsageError, match=r"^search: this net gives no logits \(N, classes\)"):
+    with pytest.raises(qat.UsageError, match=r"^search: the model must return logits \(N, classes\)"):
         logits_of(net, x, 2)
-    with pytest.raises(qat.UsageError, match=r"^model.args: the net gives several tensors for an image"):
+    with pytest.raises(qat.UsageError, match=r"^model.args: the model returns several tensors for an image"):
         train(tiny(tmp_path, "+model.args.features_only=true", "+model.args.out_indices=[0]"))
     assert not list(tmp_path.glob("*.onnx"))

@@ -87,7 +87,7 @@ def test_every_recipe_fits_every_model(model, quant):
     start = build.build_start(cfg)
     recipe = build.build_recipe(cfg)
     if model in NO_QKR and recipe.attention == "qkr":
-        with pytest.raises(qat.UsageError, match="quant.attention='qkr': this net (normalises|rotates) queries and keys"):
+        with pytest.raises(qat.UsageError, match="quant.attention='qkr': this model (normalises|rotates) queries and keys"):
             qat.convert(start.net, recipe, input_size=(1, 8, 8))
         return
     qat.convert(start.net, recipe, input_size=(1, 8, 8))

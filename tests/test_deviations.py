@@ -379,7 +379,7 @@ def test_deviates_from_reference_annealing_masks_under_mixed_precision(precision
 
 def test_deviates_from_reference_annealing_says_when_there_is_nothing_to_do():
     # There a net whose modules have other names than it looks for is trained without masks, and without a word.
-    with pytest.raises(qat.UsageError, match="this net has no weights on half steps"):
+    with pytest.raises(qat.UsageError, match="this model has no weights on a half-step grid"):
         fit(module(quantized("lsq", bits=2)), CGA(start_epoch=0))
 
 

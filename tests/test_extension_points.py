@@ -255,7 +255,7 @@ def test_a_quantizer_of_a_file_is_imported_by_its_user_alone(tmp_path, extended,
     sys.modules.pop("ext_quantizer")  # as in a process of its own
     best = f"ckpt={run}/checkpoints/best.ckpt"
     said = refused("evaluate", compose("eval", best, f"run_dir={tmp_path}/refused"))
-    assert "quantizer='ext_quantizer:Sign': must be built in, or of a module that is imported" in said
+    assert "quantizer='ext_quantizer:Sign': must be built in or from an imported module" in said
     assert "ext_quantizer" not in sys.modules
     assert evaluate(tmp_path / "eval", best, "model.imports=[ext_quantizer]")["top1"] == results(run)["top1"]
 

@@ -73,7 +73,7 @@ class Landscape(Analysis):
         check_choice("analysis.loss", self.loss, tuple(LOSSES))
         check_int("analysis.points", self.points, 3)
         if self.points % 2 == 0:
-            raise UsageError(f"analysis.points={self.points}: must be odd, so that the net as it is lies in the middle")
+            raise UsageError(f"analysis.points={self.points}: must be odd, so that the unchanged model is the middle point")
         # From 0.5 on a scale that is in both directions could reach zero.
         check_number("analysis.radius", self.radius, 0, above=True, below=0.5)
         check_int("analysis.seed", self.seed, 0)
@@ -134,7 +134,7 @@ def plane(net: nn.Module, targets: Sequence[str], seed: int) -> Callable[[float,
                 draws = [2 * torch.rand(len(grid.step), generator=g).to(grid.step) - 1 for g in generators]
                 directions[site.quantizer] = draws
     if not directions:
-        raise UsageError(f"analysis.targets={list(targets)}: match no quantized weight; names are like 'blocks.0.mlp.fc1.weight'")
+        raise UsageError(f"analysis.targets={list(targets)}: must match a quantized weight; names look like 'blocks.0.mlp.fc1.weight'")
 
     def move(x: float, y: float) -> AbstractContextManager[None]:
         forwards: dict[nn.Module, Forward] = {}
@@ -182,5 +182,5 @@ def _contours(grids: Mapping[str, Tensor], places: Sequence[float], loss: str) -
         axis.locator_params(nbins=5)
         drawn.colorbar(filled, ax=axis, shrink=0.8, ticks=MaxNLocator(5)).ax.tick_params(labelsize=7)
         said.append(f"{label}: {centre:.4f} in the middle, from {rises.min():+.4f} to {rises.max():+.4f}")
-    title = f"{loss} above that of the net as it is (+), scales changed by a fraction"
+    title = f"{loss} above that of the unchanged model (+), scales changed by a fraction"
     return Drawing("landscape", title, "; ".join(said), drawn)

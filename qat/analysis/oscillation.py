@@ -39,7 +39,9 @@ class OscillationAnalysis(Analysis):
             curves[studied.label] = read_curves(folder / "metrics.csv")
             at_end = folder / "oscillation.csv"  # of a run that has ended
             if not (curves[studied.label][SHARE] or at_end.is_file()):
-                raise UsageError(f"ckpt={str(studied.path)!r}: its run tracked no oscillation; train with callbacks=[default,oscillation]")
+                raise UsageError(
+                    f"ckpt={str(studied.path)!r}: its run did not track oscillation; train with callbacks=[default,oscillation]"
+                )
             layers += [{"net": studied.label, **row} for row in csv_rows(at_end)] if at_end.is_file() else []
         summary = {label: {name: [*curve.values()][-1] for name, curve in found.items() if curve} for label, found in curves.items()}
         tables = [Table("oscillation", "Layers at the end of the run", layers)] if layers else []

@@ -88,7 +88,7 @@ class Sensitivity(Analysis):
         if self.budget_mb is not None and least > round(self.budget_mb * MB):
             # To the byte: what is printed can be typed.
             raise UsageError(
-                f"analysis.budget_mb={self.budget_mb}: {label} takes at least {least / MB:f} MB, with the lowest bits everywhere"
+                f"analysis.budget_mb={self.budget_mb}: must be at least {least / MB:f}, which {label} takes with the lowest bits everywhere"
             )
 
         points = [EvaluationPoint({}, net)]
@@ -124,7 +124,7 @@ class Sensitivity(Analysis):
             summary["suggestion"] = {"budget_mb": budget, "size_bytes": n_bytes, "expected_loss": expected, **row}
             summary["suggestion"] |= {"bits_of_layers": chosen, "setting": setting}
             log.info(
-                "%s within %g MB: %d bytes, loss %.4f (%.4f if changes added up), top-1 %.2f %%:\n'%s'",
+                "%s within %g MB: %d bytes, loss %.4f (%.4f as the sum of single changes), top-1 %.2f %%:\n'%s'",
                 *(label, budget, n_bytes, row["loss"], expected, row["top1"], setting),
             )
             for name, line in lines.items():

@@ -99,7 +99,7 @@ class CGA(Callback):
             return
         self._first, self._stop = self._span(trainer)
         if any(isinstance(callback, IterativeFreezing) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise UsageError("callbacks.cga: callbacks.freeze holds the same weights; choose one of the two")
+            raise UsageError("callbacks.cga: callbacks.freeze freezes the same weights; use one of the two")
         sites = [
             (site, site.quantizer.grid(site.latent().detach()))
             for site in iter_quantizers(cast(nn.Module, pl_module.net))
@@ -111,7 +111,9 @@ class CGA(Callback):
         self._factors = [f for s in found if s.role == "qk" and self.qk == "freeze" for f in (s.owner.q_weight, s.owner.k_weight)]
         self._products = [(s, BandGate(self.boundary_range)) for s in found if s.role == "qk" and self.qk == "product"]
         if not found:
-            raise UsageError("callbacks.cga: this net has no weights on half steps (statsq, seq); use another quant=... or leave cga out")
+            raise UsageError(
+                "callbacks.cga: this model has no weights on a half-step grid (statsq, seq); use another quant=... or leave cga out"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step, and into the folded matrices if they are gated."""

@@ -59,7 +59,7 @@ class FiniteCheck(Callback):
         self._look(trainer)
         damaged = _damaged(checkpoint["state_dict"])
         if not trainer.strategy.reduce_boolean_decision(damaged is None, all=True):
-            raise _error(f"weights after step {trainer.global_step - 1} are not finite", damaged)
+            raise _error(f"weights after training step {trainer.global_step - 1} are not finite", damaged)
 
     def _note(self, trainer: Trainer, value: Tensor) -> None:
         step = torch.where(value.isfinite(), _NEVER, trainer.global_step)  # on the device: nothing waits for it
@@ -70,7 +70,7 @@ class FiniteCheck(Callback):
             return
         step, self._first_bad = int(trainer.strategy.reduce(self._first_bad, reduce_op="min")), None
         if step != _NEVER:
-            raise _error(f"the loss or a gradient of step {step} is not finite", _first_not_finite(trainer, self._images))
+            raise _error(f"the loss or a gradient of training step {step} is not finite", _first_not_finite(trainer, self._images))
 
 
 def _reading_is_free(pl_module: LightningModule) -> bool:
@@ -83,9 +83,9 @@ def _error(what: str, first: str | None) -> UsageError:
     if dist.is_initialized() and dist.get_world_size() > 1:
         found = [None] * dist.get_world_size()
         dist.all_gather_object(found, first)
-    nothing = "the loss or its gradient (the outputs of the net are finite)"
+    nothing = "the loss or its gradient (the outputs of the model are finite)"
     where = min(filter(None, found), key=lambda one: one.startswith("the output"), default=nothing)  # a weight says more
-    advice = "checkpoints are from before; a lower optimizer.lr or trainer.gradient_clip_val=1 may help"
+    advice = "checkpoints were written before it; a lower optimizer.lr or trainer.gradient_clip_val=1 may help"
     return UsageError(f"training stopped: {what}; first: {where}; {advice}")
 
 
@@ -102,7 +102,7 @@ def _first_not_finite(trainer: Trainer, images: Tensor) -> str | None:
 
     def note(name: str, module: nn.Module, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point():
-            flags.append((f"the output of {name or 'the net'} ({type(module).__name__})", output.isfinite().all()))
+            flags.append((f"the output of {name or 'the model'} ({type(module).__name__})", output.isfinite().all()))
 
     hooks = [m.register_forward_hook(lambda m, _, output, name=name: note(name, m, output)) for name, m in net.named_modules()]
     with torch.compiler.set_stance("force_eager"), probing(net, hooks), trainer.precision_plugin.forward_context():

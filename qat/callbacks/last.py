@@ -54,7 +54,7 @@ class LastCheckpoint(Checkpoint):
             folder = Path(best.dirpath or "")
             paths = {key: str(folder / Path(path).name) if path else "" for key, path in state.items() if key.endswith("_path")}
             if paths["best_model_path"] and not Path(paths["best_model_path"]).is_file():
-                log.warning("resume: %s is not there; the best epoch is chosen among those to come", paths["best_model_path"])
+                log.warning("resume: %s is missing; the best epoch is chosen from the epochs that follow", paths["best_model_path"])
                 continue
             scores = {str(folder / Path(path).name): score for path, score in state["best_k_models"].items()}
             states[best.state_key] = {**state, **paths, "best_k_models": scores, "dirpath": best.dirpath}

@@ -95,7 +95,9 @@ class Oscillation(Callback):
             return
         self._sites = [s for s in iter_quantizers(cast(nn.Module, pl_module.net)) if s.is_weight and s.quantizer.spec.bits <= self.max_bits]
         if not self._sites:
-            raise UsageError(f"callbacks.oscillation.max_bits={self.max_bits}: this net has no quantized weights of so few bits")
+            raise UsageError(
+                f"callbacks.oscillation.max_bits={self.max_bits}: this model has no quantized weights of at most {self.max_bits} bits"
+            )
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
@@ -181,7 +183,7 @@ class IterativeFreezing(Callback):
         found = [site for site in sites if site.role == "weight" and site.quantizer.spec.bits <= MAX_BITS]
         self._sites = [site for site in found if isinstance(site.quantizer.grid(site.latent().detach()), UniformGrid)]
         if not self._sites:
-            raise UsageError(f"callbacks.freeze: this net has no weights of up to {MAX_BITS} bits on evenly spaced values")
+            raise UsageError(f"callbacks.freeze: this model has no weights of up to {MAX_BITS} bits on a uniform grid")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the optimizer's step, and count the steps of the run."""

@@ -43,8 +43,8 @@ logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its fo
 COMMANDS = {
     "train": "train, quantization-aware or in float",
     "eval": "accuracy of a checkpoint, or its predictions",
-    "ptq": "quantize a float net without training",
-    "analyze": "what a checkpoint is like",
+    "ptq": "quantize a float model without training",
+    "analyze": "analyse a checkpoint",
     "export": "a file to deploy",
     "version": "versions of what is installed",
 }
@@ -159,7 +159,7 @@ def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
         if not stop.wants_requeue and found.has_begun() and not run_dir.checkpoints(Path(cfg.run_dir)):
             _write_error(cfg, f"stopped by {stop.name}", found)  # so that the same command may be given again
         where = cfg.sweep_dir or cfg.run_dir
-        hint = f"the same command goes on with resume=auto run_dir={where}" if "resume" in cfg else "the same command does it again"
+        hint = f"the same command resumes with resume=auto run_dir={where}" if "resume" in cfg else "the same command repeats it"
         sys.exit(ranks.leave(stop, Path(cfg.run_dir), hint))
     except Exception as error:
         line = line_of(error)

@@ -121,7 +121,7 @@ def gather_sweep(cfg: DictConfig) -> None:
     from qat.report.sweep import publish
 
     if any(cfg.get(name) is not None for name in ("ckpt", "run", "analysis")):
-        raise UsageError(f"sweep={cfg.sweep!r}: gathers runs and analyses nothing; leave ckpt, run and analysis out")
+        raise UsageError(f"sweep={cfg.sweep!r}: only gathers results; leave ckpt, run and analysis out")
     publish(Path(cfg.sweep).expanduser(), report=cfg.report)
 
 

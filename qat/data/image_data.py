@@ -170,9 +170,10 @@ class ImageData(LightningDataModule, ABC):
     def _check(self, split: str, source: ImageSource) -> None:
         wrong = source.labels[(source.labels < 0) | (source.labels >= self.settings.num_classes)]
         if len(wrong):
-            raise UsageError(f"data.num_classes={self.settings.num_classes}: the {split} split has a label {wrong.max()}")
+            most = self.settings.num_classes
+            raise UsageError(f"data.num_classes={most}: labels must be from 0 to {most - 1}; the {split} split has {wrong.max()}")
         if source.chans != self.settings.in_chans:
-            raise UsageError(f"data.in_chans={self.settings.in_chans}: the images have {source.chans} channels")
+            raise UsageError(f"data.in_chans={self.settings.in_chans}: must be {source.chans}, the channels of the images")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented; the last incomplete batch is left out.

@@ -46,7 +46,7 @@ def data_settings(config: Mapping[str, Any]) -> DataSettings:
     module, _, name = target.rpartition(".")
     dataset = getattr(sys.modules.get(module), name, None)
     if not (isinstance(dataset, type) and issubclass(dataset, ImageData)):
-        raise UsageError(f"data._target_={target!r}: is no dataset of qat, nor one that has been imported; import it, or give its settings")
+        raise UsageError(f"data._target_={target!r}: must be a dataset of qat or of an imported module; import it, or pass its settings")
     return dataset.complete({key: value for key, value in config.items() if key != "_target_"})
 
 

@@ -90,7 +90,9 @@ class ImageFolder(EncodedImageData):
         root = data_folder(self.settings.root, LAYOUT)
         found = {split: root / name for split, names in FOLDERS.items() for name in names[::-1] if (root / name).is_dir()}
         if not found:
-            raise UsageError(f"data.root={str(root)!r}: has no folder train; needed are {LAYOUT}, or one of the others to evaluate alone")
+            raise UsageError(
+                f"data.root={str(root)!r}: has no folder train; training requires {LAYOUT}; evaluation requires one of the other splits"
+            )
         return found
 
     def count_classes(self) -> int:
@@ -120,7 +122,9 @@ class ImageNet(ImageFolder):
         """
         names = super().classes()
         if wrong := [name for name in names if not re.fullmatch(r"n\d{8}", name)]:
-            raise UsageError(f"data.root={self.settings.root!r}: class {wrong[0]} is no wnid like n01440764; data=imagefolder reads others")
+            raise UsageError(
+                f"data.root={self.settings.root!r}: class {wrong[0]} is not a WordNet id like n01440764; data=imagefolder takes other names"
+            )
         return names
 
     def named_classes(self) -> list[str] | None:

@@ -56,7 +56,7 @@ class ParquetImages(EncodedImages):
         except (pa.ArrowException, OSError) as error:
             raise UsageError(f"{where}: cannot be read as parquet ({error})") from error
         if labels.null_count or not pa.types.is_integer(labels.type):
-            raise UsageError(f"{where}: the label of each image must be an integer, has {labels.type} and {labels.null_count} nulls")
+            raise UsageError(f"{where}: labels must be integers; the column has type {labels.type} and {labels.null_count} nulls")
         super().__init__(labels.to_numpy().astype(np.int64), where, settings)
 
     def open(self, index: int) -> Image.Image:

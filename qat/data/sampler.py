@@ -107,7 +107,7 @@ class ResumableLoader(DataLoader):
         images = state.get("images", state["batches"] * self._global_batch)
         if images % self._global_batch:
             now = f"data.batch_size={self.batch_size} in {self.sampler.world_size} processes"
-            raise UsageError(f"resume: the run stopped after {images} images of an epoch, no whole number of batches of {now}")
+            raise UsageError(f"resume: the run stopped after {images} images of an epoch, which is not a whole number of batches of {now}")
         self._skip = images // self._global_batch
 
 

@@ -52,7 +52,7 @@ class FashionMnist(ImageData):
         try:
             found = self.DATASET(root, train=split == "train", download=False)
         except Exception as error:  # on damaged files torchvision raises nearly anything
-            raise UsageError(f"data.root={str(root)!r}: must hold {self.LAYOUT}, whole ({' '.join(f'{error}'.split())})") from error
+            raise UsageError(f"data.root={str(root)!r}: must hold complete {self.LAYOUT} ({' '.join(f'{error}'.split())})") from error
         images = [to_pixels(Image.fromarray(image), self.settings.in_chans) for image in np.asarray(found.data)]
         return ImageArrays(np.stack(images), np.asarray(found.targets, dtype=np.int64))
 

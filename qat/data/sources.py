@@ -100,7 +100,7 @@ def to_pixels(image: Image.Image, chans: int) -> NDArray[np.uint8]:
     if image.mode[0] in "IF":
         values = np.asarray(image)
         if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 2**16 - 1:
-            raise ValueError(f"its pixels have 32 bits (mode {image.mode}), and what is white is not known; save it with 8 or 16")
+            raise ValueError(f"it has 32 bits per pixel (mode {image.mode}) and no defined white level; save it with 8 or 16")
         image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     return np.asarray(image.convert("L" if chans == 1 else "RGB")).reshape(image.height, image.width, -1)
 
@@ -163,7 +163,7 @@ class EncodedImages(ABC):
                 if self.on_error == "raise":
                     raise ImageError(f"{error}; {SKIP}") from error
                 if not self._failed[self.rows[row]]:
-                    log.warning("data.on_error=skip: %s; the next image takes its place", error)
+                    log.warning("data.on_error=skip: %s; the next image is used instead", error)
                     self._failed[self.rows[row]] = True
         raise ImageError(f"data.on_error=skip: {self.where}: no image can be decoded")
 
@@ -227,7 +227,9 @@ def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
     """
     for one, other in itertools.combinations(splits, 2):
         if is_first() and _are_same(splits[one], splits[other]):
-            log.warning("data: %s and %s are the same images; accuracies on %s say nothing of other images", one, other, other)
+            log.warning(
+                "data: %s and %s are the same images; accuracy on %s does not show how the model does on new images", one, other, other
+            )
     if "train" not in splits or "val" in splits:
         return dict(splits)
     kept, out = stratified_split(splits["train"].labels, HELD_OUT)

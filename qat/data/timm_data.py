@@ -71,7 +71,9 @@ class TimmImages(EncodedImages):
             labels = np.asarray([label for _, label in reader.samples] if targets is None else targets).astype(np.int64, casting="safe")
         except Exception as error:  # timm, torchvision and `datasets` raise nearly anything
             why = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UsageError(f"data.name={settings.name!r}: must be a dataset that timm can read; of {split!r} it says: {why}") from error
+            raise UsageError(
+                f"data.name={settings.name!r}: must be a dataset that timm can read; for split {split!r} timm reports: {why}"
+            ) from error
         super().__init__(labels, f"data.name={settings.name!r}, {split!r}", settings)
         # What no other split may have; none of datasets by name.
         self.files: set[str] = set() if settings.name else set(reader.filenames(absolute=True))
@@ -121,7 +123,7 @@ class Timm(EncodedImageData):
                 continue
             images = TimmImages(self.settings, name, next(iter(found.values())).classes if found else None)
             if any(images.files & other.files for other in found.values()):
-                raise UsageError(f"data.{split}_split={name!r}: must be other images than those of train; null for no such split")
+                raise UsageError(f"data.{split}_split={name!r}: must differ from the train split; null for no such split")
             found[split] = images
         return found
 

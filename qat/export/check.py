@@ -159,7 +159,7 @@ def compare(net: nn.Module, logits: Callable[[Tensor], Tensor], open_codes: Call
     layers = ", ".join(f"{n} of {name}" for name, n in found.first.most_common(3)) or "none"
     log.debug("logits within %.1e but on %d; codes that differ first on %d of these: %s", found.largest, len(other), examined, layers)
     if found.problem is None and found.unlike * len(other) > UNLIKE * len(images) * examined:
-        found.problem = f"on {found.unlike} of {examined} images it is not what its graph gives step by step"
+        found.problem = f"on {found.unlike} of {examined} images its output differs from that of its graph run operator by operator"
     return found
 
 

@@ -101,7 +101,7 @@ def export_onnx(
     settings = OnnxSettings(dynamic_batch, target, two_bit)
     done = conversion_of(net)
     if done is None:
-        raise UsageError("export_onnx: a float net; qat.convert(net, qat.recipe(...)) quantizes it")
+        raise UsageError("export_onnx: the model is not quantized; call qat.convert(model, qat.recipe(...)) first")
     if images is None:
         images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0))
     if tuple(images.shape[1:]) != done.input_size:
@@ -111,7 +111,7 @@ def export_onnx(
     shape = check_input(frozen, done.input_size)
     if shape is None or len(shape) != 2:
         raise UsageError(
-            f"export_onnx: the net gives {shape or 'several tensors'} for an image; must be a classifier, which gives (1, classes)"
+            f"export_onnx: the model returns {shape or 'several tensors'} for an image; must be a classifier, which returns (1, classes)"
         )
     is_square = done.input_size[1] == done.input_size[2]
     meta = describe(frozen) | {"preprocessing": preprocessing(data_settings(data_config(net))) if is_square else None}
@@ -131,7 +131,7 @@ def write_checked(target: Path, write: Callable[[Path], Checked]) -> Checked:
         problem, rejected = checked.problem, target.with_name(f"{target.name}.rejected")
         if problem is not None:
             unchecked.replace(rejected)
-            raise UsageError(f"file={str(target)!r}: what was written does not agree with the checkpoint ({problem}); kept as {rejected}")
+            raise UsageError(f"file={str(target)!r}: the written file does not agree with the checkpoint ({problem}); kept as {rejected}")
         rejected.unlink(missing_ok=True)
         unchecked.replace(target)
     finally:
@@ -257,7 +257,7 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
         )
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error
-        raise UsageError(f"format=onnx: torch cannot export this net: {' '.join(str(cause).split())[:300]}") from error
+        raise UsageError(f"format=onnx: torch cannot export this model: {' '.join(str(cause).split())[:300]}") from error
     finally:
         for module in fused:
             module.fused_attn = True

@@ -66,7 +66,7 @@ def to_start(trainer: Mapping[str, Any]) -> int:
     """
     strategy, nodes = str(trainer.get("strategy")), trainer.get("num_nodes", 1)
     if any(word in strategy for word in COPYING):
-        raise UsageError(f"trainer.strategy={strategy!r}: must be one whose processes are started anew: auto, ddp, fsdp")
+        raise UsageError(f"trainer.strategy={strategy!r}: must be one that starts new processes: auto, ddp, fsdp")
     if is_srun_task() or "LOCAL_RANK" in os.environ:
         return 0
     if nodes != 1:

@@ -85,7 +85,7 @@ def lock(run_dir: str) -> None:
                 ) from None
             time.sleep(TICK_S)
         except OSError:
-            log.warning("run_dir=%r: this file system has no locks, so two runs in one directory would not notice each other", str(run_dir))
+            log.warning("run_dir=%r: this file system has no locks; make sure that only one run writes there", str(run_dir))
             _locked[folder] = handle
             return
         os.close(handle)

@@ -37,7 +37,7 @@ def rounding_options() -> dict[str, bool]:
 
 @functools.cache  # once each
 def _say(reason: str) -> None:
-    log.warning("compile=graphs: a part of the step runs without CUDA graphs: %s", reason)
+    log.warning("compile=graphs: part of the training step runs without CUDA graphs: %s", reason)
 
 
 def _without_graphs(record: logging.LogRecord) -> bool:

@@ -225,7 +225,9 @@ class QATModule(LightningModule):
         """
         averages = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         if "averaging_state" in checkpoint and not averages:
-            raise UsageError("resume: the run averages its weights; go on with callbacks=[default,ema], or start from them with ckpt=PATH")
+            raise UsageError(
+                "resume: the run averages its weights; resume with callbacks=[default,ema], or start from the average with ckpt=PATH"
+            )
         for name, state in checkpoint.get(MEANS_KEY, {}).items():
             for key, sums in state.items() if len(state["weight"]) == self.trainer.world_size else ():
                 setattr(self.train_means[name], key, sums[self.global_rank].to(self.device))

@@ -180,7 +180,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             write_torch(path, checkpoint, previous=PREVIOUS.get(Path(path).name))
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise UsageError(f"{path} cannot be written ({reason}); the checkpoint that was there is intact") from error
+            raise UsageError(f"{path} cannot be written ({reason}); the previous checkpoint is intact") from error
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: FBT001  (Lightning's signature)
         """Read plain data and tensors of a file whose checksums fit; `weights_only` is always on."""

@@ -99,7 +99,7 @@ class CompositeLoss(nn.Module):
     def __init__(self, terms: Mapping[str, LossTerm]) -> None:
         super().__init__()
         if not terms:
-            raise UsageError("loss.terms={}: at least one term is needed")
+            raise UsageError("loss.terms={}: must have at least one term")
         for name, term in terms.items():
             if not isinstance(term, LossTerm):
                 raise UsageError(f"loss.terms.{name}: {type(term).__name__} is not a subclass of qat.losses.LossTerm")

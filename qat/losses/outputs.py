@@ -90,6 +90,6 @@ class FeatureDistillation(LossTerm):
         """Scalar, on the part of `weight` that is in force."""
         own, followed = ([tuple(one.shape[1:]) for one in features] for features in (step.features, step.teacher_features))
         if not own or own != followed:
-            raise UsageError(f"loss.features: blocks of the net give {own}, those of the teacher {followed}; must be nets of one shape")
+            raise UsageError(f"loss.features: blocks of the model return {own}, those of the teacher {followed}; must be the same shapes")
         share = 1.0 if self.schedule == "constant" else cosine_between(1.0, 0.0, step.progress)
         return share * feature_distance(step.features, step.teacher_features)

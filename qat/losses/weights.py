@@ -36,7 +36,7 @@ def latent_weights(net: nn.Module) -> list[Tensor]:
     outside = stem_and_heads(net)
     found = {id(weight): weight for layer, weight in weights.values() if layer not in outside}
     if not found:
-        raise UsageError("loss.kure: this net has no Linears or convolutions beside stem and heads")
+        raise UsageError("loss.kure: this model has no linear layers or convolutions besides stem and heads")
     return list(found.values())
 
 
@@ -101,7 +101,5 @@ class Dampening(LossTerm):
                 inside = weight.clamp(*grid.ends(weight.ndim))
                 distances.append((site.quantizer(weight).detach() - inside).square().sum())  # no gradient to the step size
         if not distances:
-            raise UsageError(
-                f"loss term Dampening: max_bits={self.max_bits}: this net has no weights on evenly spaced values of so few bits"
-            )
+            raise UsageError(f"loss term Dampening: max_bits={self.max_bits}: this model has no weights of so few bits on a uniform grid")
         return cosine_between(0.0, 1.0, step.progress) * torch.stack(distances).sum()

@@ -61,7 +61,7 @@ def about_as_large_as(state: Mapping[str, Tensor]) -> Generator[None]:
         if tensor is not None:
             tensors, numbers = tensors - 1, numbers - tensor.numel()
         if min(tensors, numbers) < 0:
-            raise ValueError(f"the net is much larger than the weights of the file, at its {name}")
+            raise ValueError(f"the model is much larger than the weights of the file, at its {name}")
 
     watched = nn.modules.module
     hooks = watched.register_module_parameter_registration_hook(count), watched.register_module_buffer_registration_hook(count)

@@ -80,7 +80,7 @@ def describe(
     name = model or (getattr(net, "pretrained_cfg", None) or {}).get("architecture")
     kwargs = getattr(net, "_model_args", None) if model_kwargs is None else dict(model_kwargs)
     if not name or kwargs is None:
-        raise UsageError("save: this net does not say how timm built it; give model='timm name' and model_kwargs={...}")
+        raise UsageError("save: this model does not record how timm built it; set model='timm name' and model_kwargs={...}")
     num_classes = getattr(net, "num_classes", None)
     if isinstance(num_classes, int):
         kwargs = {**kwargs, "num_classes": num_classes}
@@ -90,7 +90,7 @@ def describe(
         if outputs != num_classes:
             raise UsageError(f"save: the head has {outputs} outputs, num_classes={num_classes}; net.reset_classifier({outputs}) sets both")
     if not is_plain(kwargs):
-        raise UsageError(f"save: model arguments {kwargs} are not plain data; give model_kwargs={{...}} of numbers and text")
+        raise UsageError(f"save: model arguments {kwargs} are not plain data; set model_kwargs={{...}} of numbers and text")
     done, recipe, pool = conversion_of(net), recipe_of(net), getattr(net, "global_pool", None)
     images = {key: value for key, value in (getattr(net, "pretrained_cfg", None) or {}).items() if key in OF_IMAGES and value is not None}
     return {
@@ -181,7 +181,7 @@ def _read_file(path: Path, origin: str) -> Any:
     except Exception as error:
         # Not torch's words, which advise to turn the check off.
         why = (
-            error if isinstance(error, ValueError) else "damaged, or it holds more than tensors and plain data; save the state_dict() alone"
+            error if isinstance(error, ValueError) else "damaged, or it holds more than tensors and plain data; save only the state_dict()"
         )
         raise UsageError(f"{origin}: not a checkpoint that can be read safely ({' '.join(str(why).split())})") from error
 
@@ -233,7 +233,7 @@ def _check_meta(meta: Any, origin: str) -> None:
         if not (all(isinstance(value, kind) for value, kind in kinds) and math.prod(size) <= _MOST_PIXELS):
             raise TypeError("has something of another kind")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UsageError(f"{origin}: is damaged, or not written by qat: its description of the net: {error}") from error
+        raise UsageError(f"{origin}: is damaged, or not written by qat: its description of the model: {error}") from error
     check_images(f"{origin}: its data", data)
 
 
@@ -254,18 +254,18 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
     """The net of a checkpoint of ours, with its weights.
 
     Raises:
-        UsageError: the file does not say what net it holds, or its weights do not fit.
+        UsageError: the file does not say which model it holds, or its weights do not fit.
     """
     origin, meta = f"ckpt={str(checkpoint.path)!r}", checkpoint.meta
     if meta is None:
-        raise UsageError(f"{origin}: does not say what net it holds; give model=...")
+        raise UsageError(f"{origin}: does not say which model it holds; set model=...")
     if (version := meta.get("format_version", 0)) > FORMAT_VERSION:
         raise UsageError(f"{origin}: written by a newer qat (format {version}); this one reads up to {FORMAT_VERSION}")
     try:
         with about_as_large_as(checkpoint.state):
             net = _described(meta, checkpoint.state)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as error:
-        raise UsageError(f"{origin}: cannot build the net it describes ({' '.join(str(error).split())})") from error
+        raise UsageError(f"{origin}: cannot build the model it describes ({' '.join(str(error).split())})") from error
     if is_frozen(net):
         prune_offsets(net, checkpoint.state)
     try:
@@ -381,7 +381,7 @@ def grow_biases(net: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{name} is no Linear")
+            raise ValueError(f"{name} is not a linear layer")
         if linear.bias is None:
             linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
             net.qat_biases = [*grown_biases(net), name]

@@ -61,9 +61,9 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
             as it was.
     """
     if conversion_of(net) is not None:
-        raise UsageError("convert: the net is quantized already; build a fresh one, or load a checkpoint into another recipe with ckpt=")
+        raise UsageError("convert: the model is already quantized; build a new one, or load a checkpoint into another recipe with ckpt=")
     if any(parameter.is_meta for parameter in net.parameters()):
-        raise UsageError("convert: the net is on the meta device; must hold weights: net.to_empty(device=...), then load them")
+        raise UsageError("convert: the model is on the meta device; must hold weights: call model.to_empty(device=...), then load them")
     size: tuple[int, int, int] = tuple(map(int, input_size))  # type: ignore[assignment]
     if recipe.name == "fp":
         _check_rules(net, recipe, [])
@@ -202,7 +202,7 @@ def _put(parent: nn.Module, name: str, new: nn.Module, walk: _Walk) -> nn.Module
 
 
 def _refuse_reparameterization(*_: object, **__: object) -> None:
-    raise UsageError("reparameterize: the net is quantized, and would lose its quantizers; re-parameterize first, then convert")
+    raise UsageError("reparameterize: the model is already quantized and would lose its quantizers; reparameterize first, then convert")
 
 
 def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterable[RemovableHandle] = ()) -> torch.Size | None:
@@ -216,8 +216,8 @@ def check_input(net: nn.Module, input_size: tuple[int, int, int], hooks: Iterabl
             out = net(zero_image(net, input_size))
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = " ".join(str(error).split())
-        fit = "data.image_size and model.args.img_size have to fit"
-        raise UsageError(f"input_size={input_size}: no image of this size passes through the net ({reason}); {fit}") from error
+        fit = "data.image_size and model.args.img_size must agree"
+        raise UsageError(f"input_size={input_size}: the model does not accept images of this size ({reason}); {fit}") from error
     return out.shape if isinstance(out, Tensor) else None
 
 

@@ -182,9 +182,9 @@ def freeze(net: nn.Module) -> nn.Module:
         UsageError: the net is in float or frozen already, a scale was never set, or a quantizer has no fixed grid.
     """
     if conversion_of(net) is None:
-        raise UsageError("freeze: the net is in float; convert and train it first, or load a quantized checkpoint")
+        raise UsageError("freeze: the model is not quantized; convert and train it first, or load a quantized checkpoint")
     if is_frozen(net):
-        raise UsageError("freeze: the net is frozen already")
+        raise UsageError("freeze: the model is already frozen")
     assert_ready(net)
     frozen = freeze_structure(copied(net).float())
     for quantizer in _activations(frozen):

@@ -96,7 +96,7 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         raise ValueError("it is damaged: its checksum does not fit")
     index = json.loads(zlib.decompress(base64.b64decode(metadata["index"])))
     if (constants := sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")) > MOST_CONSTANT:
-        raise ValueError(f"its index asks for {constants} numbers that it does not hold")
+        raise ValueError(f"its index lists {constants} numbers that are missing")
     state, at = {}, {"codes": 0, "floats": 0}
     for name, shape, kind, *more in index:
         if kind == "c":
@@ -110,5 +110,5 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
             part.view(shape).to(_DTYPES[more[0]]) if kind == "f" else unpack_codes(part, more[0], tuple(shape), signed=kind == "s")
         )
     if (at["codes"], at["floats"]) != (codes.numel(), floats.numel()):
-        raise ValueError("there is more in it than its index says")
+        raise ValueError("it holds more data than its index lists")
     return state, json.loads(metadata["qat"])

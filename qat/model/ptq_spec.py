@@ -206,4 +206,4 @@ def check_imported(setting: str, name: str) -> None:
     # Of the module's own names: a lookup of another one might import further modules.
     if not isinstance(vars(sys.modules[module]).get(attribute) if module in sys.modules else None, type):
         hint = f"model.imports=[{module}], in Python qat.load(path, imports=[{module!r}])"
-        raise UsageError(f"{setting}={name!r}: must be built in, or of a module that is imported; a file imports none: {hint}")
+        raise UsageError(f"{setting}={name!r}: must be built in or from an imported module; a file never imports one: {hint}")

@@ -49,7 +49,9 @@ class Site:
             UsageError: the net is frozen, so that its codes are all there is.
         """
         if self.quantizer.held() is not None:
-            raise UsageError(f"{self.name} holds integer codes alone; the float weights are in the checkpoint that the net was frozen from")
+            raise UsageError(
+                f"{self.name} holds only integer codes; the float weights are in the checkpoint that the model was frozen from"
+            )
         if not (self.is_weight and isinstance(self.owner, QuantModule)):
             raise TypeError(f"{self.name} quantizes an activation; only roles {', '.join(WEIGHT_ROLES)} have a float master")
         return self.owner.latent(self.role)

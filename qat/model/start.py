@@ -52,7 +52,7 @@ def check_model(setting: str, model: object) -> None:
         # By their beginnings: names go on with patch and image sizes.
         beginnings = {name[: len(str(model)) + 1]: name for name in reversed(timm.list_models())}
         near = ", ".join(beginnings[found] for found in difflib.get_close_matches(str(model), beginnings, cutoff=0))
-        raise UsageError(f"{setting}={model!r}: timm has no such model; near are {near}")
+        raise UsageError(f"{setting}={model!r}: timm has no such model; closest: {near}")
 
 
 def _create(model: str, kwargs: Mapping[str, Any], **loading: Any) -> nn.Module:
@@ -141,7 +141,7 @@ def from_state(
     except (RuntimeError, KeyError) as error:
         found, asked = (_size(weights, cfg["first_conv"]) for weights in (state, own))
         why = f"it has {found}; asked for {asked}" if found and found != asked else " ".join(str(error).split())[:300]
-        raise UsageError(f"{origin}: its weights are not those of {model} ({why})") from error
+        raise UsageError(f"{origin}: its weights do not fit {model} ({why})") from error
     if keep_head and wrong:
         raise UsageError(f"{origin}: {wrong[0]}{hint}")
     net.pretrained_cfg = net.default_cfg = cfg  # type: ignore[assignment]
@@ -193,7 +193,7 @@ def from_net(model: str, kwargs: Mapping[str, Any], source: nn.Module, *, origin
         UsageError: see `from_state`; another class count needs `reset_head`; the net is frozen and its float weights cannot be recovered.
     """
     if not keeps_weights(source):
-        why = "holds integer codes alone, with folded weights or offsets"
+        why = "holds only integer codes, with folded weights or offsets"
         raise UsageError(f"{origin}: {why}; must be the checkpoint that it was exported from")
     state, biases = timm_state_dict(source), grown_biases(source)
     start = from_state(model, kwargs, state, origin=origin, keep_head=not reset_head, biases=biases, hint=hint)

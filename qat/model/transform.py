@@ -42,10 +42,10 @@ def data_config(net: nn.Module) -> Mapping[str, Any]:
 def _by_timm(net: nn.Module) -> dict[str, Any]:
     config = getattr(net, "pretrained_cfg", None)
     if not config:
-        raise UsageError("transform: this net does not say what data it is for; qat.save(net, path, data={...}) writes it down")
+        raise UsageError("transform: this model does not record its data; qat.save(model, path, data={...}) stores the settings")
     chans, height, width = _input_size(net, config)
     if height != width:
-        raise UsageError(f"transform: the net takes images of {height} x {width} pixels, only squares are made here")
+        raise UsageError(f"transform: the model takes images of {height} x {width} pixels; must be square")
     found = timm.data.resolve_data_config({}, pretrained_cfg=config)
     settings = {name: found[name] for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
     if chans != len(settings["mean"]):

@@ -322,7 +322,9 @@ def register_attention(
         norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
         why = qkr if isinstance(qkr, str) else "normalises queries and keys"
         if isinstance(qkr, str) or any(not isinstance(norm, nn.Identity | None) for norm in norms):
-            raise UsageError(f"quant.attention='qkr': this net {why}, so Wq^T Wk is not its score; here it must be one of standard, float")
+            raise UsageError(
+                f"quant.attention='qkr': this model {why}, so Wq^T Wk is not its score; here it must be one of standard, float"
+            )
         return Swap(qkr(module, context), {"v": "quantized"})
 
     for intent in ("attention", *(["float_attention"] if also_float else [])):

@@ -207,7 +207,7 @@ def swap_net(module: VisionTransformer, context: SwapContext) -> Swap:
         UsageError: its position embedding follows the size of the image.
     """
     if module.dynamic_img_size:
-        raise UsageError("ptq.placement='fqvit': this net takes images of any size, and positions are quantized; here it must be inputs")
+        raise UsageError("ptq.placement='fqvit': this model takes images of any size, and positions are quantized; here it must be inputs")
     ends_in_token = module.global_pool == "token" and isinstance(module.fc_norm, nn.Identity)
     module.__class__ = FqDistilledNet if isinstance(module, VisionTransformerDistilled) else FqNet
     module.add_quantizers(context)  # type: ignore[operator]

@@ -59,7 +59,7 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     """
     found = [(s, s.quantizer) for s in iter_quantizers(net) if type(s.quantizer) is Affine and s.quantizer.n_scales]
     if not found:
-        raise UsageError("calibrate: the net has no affine quantizer; convert it with a qat.PtqRecipe first")
+        raise UsageError("calibrate: the model has no affine quantizer; convert it with a qat.PtqRecipe first")
     for site, quantizer in found:
         if site.is_weight:
             quantizer.calibrate(site.latent(), {})
@@ -76,7 +76,7 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
             net(last)
             images, count = images + len(last), count + 1
     if last is None:
-        raise UsageError("calibrate: there is no batch of images")
+        raise UsageError("calibrate: must have at least one batch of images")
     searching = [quantizer for quantizer in activations if quantizer.method in SEARCHES]
     if searching:
         hooks = [q.register_forward_pre_hook(lambda q, args: q.fill(states[q], args[0])) for q in searching]

@@ -55,9 +55,9 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Sequence[Tensor]) 
                     if site.layer not in left_out:
                         _fold(site, *_channel_fit(ours, theirs, unit, site))
     if left_out:
-        log.info("not compensated, as the float net calls no module for them: %s", ", ".join(left_out))
+        log.info("not compensated, because the float model has no module for them: %s", ", ".join(left_out))
     fitted = sum(map(len, units.values())) - len(left_out)
-    log.info("compensation of %d layers", fitted)
+    log.info("compensated %d layers", fitted)
     return fitted
 
 

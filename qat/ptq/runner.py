@@ -132,7 +132,7 @@ class Runner:
             for name in reversed(names):
                 with self.at(name):
                     if not all(map(torch.equal, outcome(name), expected[name])):
-                        log.warning("%s cannot be run from its input; the whole net is run for it", name)
+                        log.warning("%s cannot run on its own input; the whole model runs instead", name)
                         self._whole.add(name)
                 remembered = [self._inputs[name], *(self._outputs[n] for n in self._needed(name))]
                 storages = [t.untyped_storage() for t in tree_leaves(remembered) if isinstance(t, Tensor)]
@@ -241,7 +241,7 @@ def find_units(net: nn.Module, image: Tensor, setting: str) -> dict[str, list[Si
     layers = [s for s in iter_quantizers(net) if s.role == "weight" and not s.quantizer.is_float]
     unit_of = {site.name: next((b for b in blocks if site.name.startswith(f"{b}.")), site.layer) for site in layers}
     if blocks.keys().isdisjoint(unit_of.values()):
-        raise UsageError(f"{setting}: this net has no blocks with quantized weights; they are looked for in modules called {CONTAINER!r}")
+        raise UsageError(f"{setting}: this model has no blocks with quantized weights in modules called {CONTAINER!r}")
     ran = RunOrder(net, image)
     units: dict[str, list[Site]] = {}
     for site in sorted((s for s in layers if {s.layer, unit_of[s.name]} <= ran.once), key=lambda s: ran.place[s.layer]):
@@ -252,6 +252,4 @@ def find_units(net: nn.Module, image: Tensor, setting: str) -> dict[str, list[Si
 def check_finite(value: Tensor, unit: str, setting: str) -> None:
     """Raise `UsageError` if what enters or leaves a unit holds NaN or infinity."""
     if not bool(value.isfinite().all()):
-        raise UsageError(
-            f"{setting}: the activations of {unit} hold NaN or infinity; look at the weights of ckpt and at data.mean, data.std"
-        )
+        raise UsageError(f"{setting}: the activations of {unit} hold NaN or infinity; check the weights of ckpt, data.mean and data.std")

@@ -87,7 +87,7 @@ class SearchResult:
 
     Attributes:
         selected_on: `calibration`, or `validation`: then accuracy on the validation images is no estimate for others.
-        fitness_before: of the net as it came.
+        fitness_before: of the unchanged model.
         fitness: of the scales that the search ended with; those kept on validation images are not measured again.
         evaluations: candidates.
         accepted: of them, how many became the incumbent.
@@ -112,7 +112,9 @@ def logits_of(net: nn.Module, images: Tensor, micro_batch: int) -> Tensor:
     device = next(net.parameters()).device
     parts = [net(part.to(device)) for part in images.split(micro_batch)]
     if not isinstance(parts[0], Tensor) or parts[0].ndim != 2:
-        raise UsageError("search: this net gives no logits (N, classes), which the fitness is made of; calibrate takes nets of any output")
+        raise UsageError(
+            "search: the model must return logits (N, classes), which the fitness is computed from; calibrate takes models with any output"
+        )
     return torch.cat(parts)
 
 
@@ -157,7 +159,7 @@ def scale_vectors(net: nn.Module, targets: Iterable[str], place: Mapping[str, in
     """
     blocks = find_blocks(net)
     if not blocks:
-        raise UsageError(f"search: this net has no blocks; they are looked for in modules called {CONTAINER!r}")
+        raise UsageError(f"search: this model has no blocks in modules called {CONTAINER!r}")
     vectors: dict[str, ScaleVector] = {}
     known: set[str] = set()
     for block in blocks:
@@ -169,7 +171,7 @@ def scale_vectors(net: nn.Module, targets: Iterable[str], place: Mapping[str, in
             vectors[block] = ScaleVector(sorted(chosen, key=lambda site: (place or {}).get(site.name, 0)))
     if not vectors:
         stored = ", ".join(sorted(known)) or "nothing"
-        raise UsageError(f"search.targets={list(targets)}: no block has such a scale; stored scales are those of {stored}")
+        raise UsageError(f"search.targets={list(targets)}: must match a scale of a block; stored scales are those of {stored}")
     return vectors
 
 
@@ -266,7 +268,7 @@ def search(
         UsageError: nothing to search, or a fitness that is not finite.
     """
     if settings.fitness == "infonce" and min(map(len, batches)) < 2:
-        raise UsageError("search.fitness='infonce': a batch of one image has no others; must be ptq.batch of at least 2, or mse")
+        raise UsageError("search.fitness='infonce': requires ptq.batch of at least 2; here it must be mse")
     if settings.reference_selection and validate is None:
         raise UsageError("search.reference_selection=True: validation images are needed for it")
     assert_ready(net)
@@ -307,7 +309,7 @@ def _start(evaluator: Evaluator, last: str, progress: Progress) -> dict[str, Any
     """The state of a search before its first visit: the net's own scales, measured."""
     began = time.perf_counter()
     fitness, seconds = evaluator.fitness(last), time.perf_counter() - began
-    _check_fitness(fitness, "the net as it came")
+    _check_fitness(fitness, "the unchanged model")
     progress.rows.append((0, "", "incumbent", fitness, 1, f"{seconds:.3f}"))
     counts = {"visits": 0, "evaluations": 0, "accepted": 0, "seconds": seconds}
     state: dict[str, Any] = {**counts, "fitness": fitness, "fitness_before": fitness, "scales": {}, "best": None}

@@ -54,12 +54,12 @@ class Progress:
             content = read_torch(path)
             settings, inputs, rows, state = (content[key] for key in ("settings", "inputs", "rows", "state"))
         except Exception as error:
-            raise UsageError(f"resume: {path} cannot be read; delete it to start anew") from error
+            raise UsageError(f"resume: {path} cannot be read; delete it to start over") from error
         for key, value in self.settings.items():
             if settings.get(key) != value:
                 raise UsageError(f"{key}={value!r}: the run to resume has {settings.get(key)!r} ({path})")
         if inputs != self.inputs:
-            raise UsageError(f"resume: {path} is of a net, or of calibration images, with other values than these")
+            raise UsageError(f"resume: {path} belongs to another model or other calibration images")
         self.rows = rows
         return dict(state)
 

@@ -24,7 +24,7 @@ def register(name: str) -> Callable[[Callable[[QuantSpec], Quantizer]], Callable
 
     def add(builder: Callable[[QuantSpec], Quantizer]) -> Callable[[QuantSpec], Quantizer]:
         if _BUILDERS.setdefault(name, builder) is not builder:
-            raise ValueError(f"quantizer {name!r} is there already")
+            raise ValueError(f"quantizer {name!r} is already registered")
         return builder
 
     return add

@@ -97,7 +97,9 @@ def build_analysis(cfg: DictConfig) -> Analysis:
     """
     if cfg.get("analysis") is None:
         choices = ", ".join(options("analysis"))
-        raise UsageError(f"analysis is not set: must be one of {choices}; or run=DIR to make a report anew; sweep=DIR to gather one")
+        raise UsageError(
+            f"analysis is not set: must be one of {choices}; or set run=DIR to rebuild a report, or sweep=DIR to gather results"
+        )
     analysis = build.instantiate(cfg.analysis, "analysis")
     if not isinstance(analysis, Analysis):
         raise UsageError(f"analysis._target_={cfg.analysis._target_!r}: must be a subclass of qat.analysis.Analysis")

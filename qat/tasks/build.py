@@ -145,7 +145,7 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
     import_modules(cfg)
     given = [name for name in ("ckpt", "model.weights", "model.pretrained") if OmegaConf.select(cfg, name)]
     if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} are set: a net starts from one of them")
+        raise UsageError(f"{' and '.join(given)} are set: a model starts from one of them")
     name, args = cfg.model.name, model_args(cfg)
     if cfg.get("ckpt"):
         checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)

@@ -32,7 +32,7 @@ VAL_METRICS = ("val/top1", "val/top5", "val/loss")
 UNFIT: dict[type[Callback], str] = {
     callbacks.BackboneFinetuning: "optimizer.layer_decay has early layers learn more slowly",
     callbacks.BatchSizeFinder: "set data.batch_size",
-    callbacks.GradientAccumulationScheduler: "set trainer.accumulate_grad_batches, one number for the whole run",
+    callbacks.GradientAccumulationScheduler: "set trainer.accumulate_grad_batches, one value for the whole run",
     callbacks.LearningRateFinder: "a sweep compares learning rates: -m optimizer.lr=1e-4,1e-3",
     callbacks.ModelPruning: "prune the float model, then start from it with ckpt=FILE",
     callbacks.StochasticWeightAveraging: "callbacks=[default,ema] averages weights",
@@ -67,7 +67,7 @@ def _settle_hub(cfg: DictConfig) -> None:
     cfg.model.pretrained = False
     if is_ours(folder):
         if cfg.get("ckpt"):
-            raise UsageError(f"ckpt and model={name} are set: a net starts from one of them")
+            raise UsageError(f"ckpt and model={name} are set: a model starts from one of them")
         cfg.ckpt, cfg.model.name = weights, None
         return
     check_model(f"model={name}: architecture", config.get("architecture"))
@@ -98,11 +98,11 @@ def check_callback(name: str, callback: object) -> None:
 def check_classifier(net: nn.Module, data: ImageData) -> None:
     """Raise `UsageError` unless images of the data pass through the net, and it gives a number for each class."""
     if data.settings.num_classes < 2:
-        raise UsageError(f"data.num_classes={data.settings.num_classes}: must be at least 2, or there is nothing to tell apart")
+        raise UsageError(f"data.num_classes={data.settings.num_classes}: must be at least 2")
     shape = check_input(net, data.input_size)
     if shape is None or len(shape) != 2:
         gives = "several tensors" if shape is None else f"(1, {', '.join(map(str, shape[1:]))})"
-        raise UsageError(f"model.args: the net gives {gives} for an image; a classifier gives (1, classes)")
+        raise UsageError(f"model.args: the model returns {gives} for an image; must be a classifier, which returns (1, classes)")
 
 
 def check_classes(net: nn.Module, data: ImageData, origin: str) -> None:
@@ -134,13 +134,13 @@ def check_options(cfg: DictConfig, recipe: QuantRecipe, loss: CompositeLoss) -> 
     precision, strategy = str(cfg.trainer.precision), f"trainer.strategy={SHARDED!r}"
     if recipe.name != "fp" and precision in HALF_WEIGHTS:
         raise UsageError(
-            f"trainer.precision={precision!r}: a quantized net needs float weights; must be one of 32-true, bf16-mixed, 16-mixed, 64-true"
+            f"trainer.precision={precision!r}: a quantized model needs float weights; must be one of 32-true, bf16-mixed, 16-mixed, 64-true"
         )
     if cfg.trainer.get("strategy") == SHARDED:
         if cfg.compile in {True, "graphs"}:
-            raise UsageError(f"compile={str(cfg.compile).lower()}: {strategy} gathers weights in the middle of the graph; must be false")
+            raise UsageError(f"compile={str(cfg.compile).lower()}: {strategy} gathers weights inside the compiled graph; must be false")
         if precision == "16-mixed":
-            raise UsageError(f"trainer.precision={precision!r}: {strategy} has no scaler of gradients; must be 32-true or bf16-mixed")
+            raise UsageError(f"trainer.precision={precision!r}: {strategy} has no gradient scaler; must be 32-true or bf16-mixed")
         for name, term in loss.terms.items():
             check_sharding(cfg, f"the loss term {name}", term)
 
@@ -167,7 +167,7 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
         check_number("trainer.gradient_clip_val", settings["gradient_clip_val"], 0)
     for name in ("max_steps", "limit_train_batches", "limit_test_batches"):
         if settings.get(name) == 0:
-            raise UsageError(f"trainer.{name}={settings[name]!r}: must be above 0, or there is nothing to do")
+            raise UsageError(f"trainer.{name}={settings[name]!r}: must be above 0")
     if every is not None and epochs is not None and every > epochs:
         setting = f"trainer.check_val_every_n_epoch={every}"
         raise UsageError(f"{setting}: none of the {epochs} epochs would be validated; must be an integer from 1 to {epochs}")

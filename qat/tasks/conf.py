@@ -22,6 +22,15 @@ from qat.tasks.settings import COMMANDS
 # In a clone a link to the folder at the top.
 CONF = (Path(__file__).parents[1] / "conf").resolve()
 SWIN_STAGES = 4
+# Arguments of Lightning's trainer that evaluation has no use for.
+OF_TRAINING = (
+    "max_epochs",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "log_every_n_steps",
+    "num_sanity_val_steps",
+)
 
 
 def typed(name: str) -> str:
@@ -68,14 +77,17 @@ def _overridden(experiment: str) -> set[str]:
 
 
 def config_in_words(*, _root_: DictConfig) -> str:
-    """The settings of a command, each with what `conf/` says of it, for `--help`."""
+    """The settings of a command, each with its comment in `conf/`, for `--help`; those of training only for `train`."""
     said: dict[str, str] = {}
-    for path in (CONF / f"{_root_.command}.yaml", *sorted(CONF.rglob("*.yaml"))):
-        for _, name, words in yaml_lines(path.read_text(encoding="utf-8")):
-            if name and words:
+    command = CONF / f"{_root_.command}.yaml"
+    for path in (command, *sorted(CONF.glob("*/**/*.yaml")), *sorted(CONF.glob("*.yaml"))):
+        for line, name, words in yaml_lines(path.read_text(encoding="utf-8")):
+            is_group = re.fullmatch(r"\w+:( *#.*)?", line)  # another command's words for a whole group do not apply
+            if name and words and not (is_group and path.parent == CONF and path != command):
                 said.setdefault(".".join([*path.relative_to(CONF).parts[:-1], name]), words)
     own = [key for key in map(str, _root_) if not key.startswith(("hydra", "command", "sweep_dir", "default_"))]
-    lines = yaml_lines(OmegaConf.to_yaml(OmegaConf.masked_copy(_root_, own)))
+    hidden = {f"trainer.{name}" for name in OF_TRAINING if _root_.command != "train"}
+    lines = (one for one in yaml_lines(OmegaConf.to_yaml(OmegaConf.masked_copy(_root_, own))) if one[1] not in hidden)
     return "\n".join(f"{line}  # {said[name]}" if name in said else line for line, name, _ in lines).replace("$", "$$")
 
 

@@ -57,7 +57,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     build.import_modules(cfg)
     paths = None if cfg.predict is None else find_images(str(cfg.predict))
     if paths is not None and cfg.split is not None:
-        raise UsageError(f"split={cfg.split!r}: must be null with predict, whose images are no split")
+        raise UsageError(f"split={cfg.split!r}: must be null with predict")
     outputs.check_own(Path(cfg.run_dir), cfg.command, origin(cfg))
     subject = build_subject(cfg)
     subject.data.tested = cfg.split
@@ -106,10 +106,10 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
     check_finite(net, f"ckpt={origin(cfg)!r}")
     done, settings = conversion_of(net), data.settings
     if (classes := getattr(net, "num_classes", settings.num_classes)) != settings.num_classes:
-        raise UsageError(f"data.num_classes={settings.num_classes}: the net has {classes} classes")
+        raise UsageError(f"data.num_classes={settings.num_classes}: the model has {classes} classes")
     if done is not None and done.input_size != data.input_size:
         raise UsageError(
-            f"data.image_size={settings.image_size}: the net is quantized for images of {done.input_size}, got {data.input_size}"
+            f"data.image_size={settings.image_size}: the model is quantized for images of {done.input_size}, got {data.input_size}"
         )
     check_patches(net, data)
     check_classifier(net, data)
@@ -200,13 +200,13 @@ def _net(cfg: DictConfig, checkpoint: Checkpoint | None) -> tuple[nn.Module, str
     if checkpoint is not None and checkpoint.meta is not None:
         held, wanted = checkpoint.meta["model"]["name"], OmegaConf.select(cfg, "model.name")
         if wanted not in {None, held}:
-            raise UsageError(f"model.name={wanted!r}: ckpt={cfg.ckpt!r} holds {held}, and says so itself; leave model out")
+            raise UsageError(f"model.name={wanted!r}: ckpt={cfg.ckpt!r} holds {held}; leave model out")
         return build_from(checkpoint), checkpoint.meta["model"]["name"]
     theirs = None if checkpoint is None else build.authors_net(cfg, checkpoint)
     if theirs is not None:
         log.info("%s", theirs.note)
         return theirs.net, theirs.model
     if OmegaConf.select(cfg, "model.name") is None:
-        what = "ckpt is not set" if checkpoint is None else f"ckpt={cfg.ckpt!r} does not say what net it holds"
-        raise UsageError(f"{what}; give model=... (with model.pretrained=true, model.weights=FILE or ckpt=FILE)")
+        what = "ckpt is not set" if checkpoint is None else f"ckpt={cfg.ckpt!r} does not say which model it holds"
+        raise UsageError(f"{what}; set model=... (with model.pretrained=true, model.weights=FILE or ckpt=FILE)")
     return build.build_start(cfg, keep_head=True).net.eval(), cfg.model.name

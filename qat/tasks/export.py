@@ -36,7 +36,7 @@ from qat.utils.validate import check_choice, check_int
 log = logging.getLogger(__name__)
 
 NAMES = {"onnx": "net.onnx", "packed": "net.safetensors"}
-_SHOWN = {"latency_ms": "ms an image"}
+_SHOWN = {"latency_ms": "ms per image"}
 
 
 def export(cfg: DictConfig) -> float:
@@ -56,7 +56,7 @@ def export(cfg: DictConfig) -> float:
     check_int("latency", cfg.latency, 0)
     check_choice("format.name", cfg.format.name, tuple(NAMES))
     if not cfg.ckpt:
-        raise UsageError("ckpt is not set; export.py writes a checkpoint of train.py or ptq.py: ckpt=PATH")
+        raise UsageError("ckpt is not set: must be a checkpoint of train.py or ptq.py")
     settings, is_onnx = OnnxSettings(dynamic_batch=cfg.dynamic_batch), cfg.format.name == "onnx"
     if is_onnx:
         require_onnx()
@@ -66,7 +66,7 @@ def export(cfg: DictConfig) -> float:
     net, name, prepared, images, data, classes, shown = _net_and_images(cfg)
     done = conversion_of(net)
     if done is None:
-        raise UsageError(f"ckpt={origin(cfg)!r}: holds a float net; export.py writes quantized ones, of train.py and ptq.py")
+        raise UsageError(f"ckpt={origin(cfg)!r}: holds a float model; must be a quantized one, of train.py or ptq.py")
     images = images or list(torch.randn(IMAGES, *done.input_size).split(8))
     frozen = net if is_frozen(net) else freeze(net)
     about = describe(frozen, data=data, classes=classes) | ({"preprocessing": preprocessing(prepared)} if is_onnx else {})
@@ -138,7 +138,7 @@ def _target(cfg: DictConfig) -> Path:
     if target.is_dir():
         raise UsageError(f"file={str(target)!r}: a folder, not a file")
     if target.exists() and not cfg.overwrite:
-        raise UsageError(f"{target} is there already; overwrite=true replaces it, file=... or run_dir=... writes elsewhere")
+        raise UsageError(f"{target} exists already; set overwrite=true to replace it, or file=... or run_dir=... to write elsewhere")
     return target
 
 

@@ -175,7 +175,7 @@ def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
     try:
         net.set_grad_checkpointing(enable=True)  # type: ignore[operator]
     except (AttributeError, TypeError, AssertionError) as error:
-        raise UsageError(f"model.grad_checkpointing=true: {cfg.model.name} cannot do that; must be false") from error
+        raise UsageError(f"model.grad_checkpointing=true: {cfg.model.name} does not support it; must be false") from error
 
 
 def compiles(cfg: DictConfig) -> bool | str:
@@ -216,7 +216,7 @@ def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> No
         why = f"torch cannot compile for {device.type} here ({str(error).strip().partition(chr(10))[0]})"
         if cfg.compile != "auto":
             raise UsageError(f"compile={str(cfg.compile).lower()}: {why}; must be false") from error
-        log.warning("compile=auto: nets are not compiled: %s", why)
+        log.warning("compile=auto: the model is not compiled: %s", why)
         return
     torch.compiler.reset()  # nets of a sweep's earlier jobs count towards the limit of graphs
     compile_in_place(net, recompute=OmegaConf.select(cfg, "memory") == "recompute", graphs=way == "graphs")

@@ -59,7 +59,7 @@ def find_images(where: str) -> list[Path]:
         raise UsageError(f"predict={where!r}: no such file or folder")
     found = sorted(Path(path) for path in files_below(root, hidden=False) if is_image(path))
     if not found:
-        raise UsageError(f"predict={where!r}: the folder holds no images; known are {', '.join(EXTENSIONS)}")
+        raise UsageError(f"predict={where!r}: the folder holds no images; must hold {', '.join(EXTENSIONS)}")
     return found
 
 

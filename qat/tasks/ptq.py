@@ -101,7 +101,7 @@ def ptq(cfg: DictConfig) -> float:
             plain = _measure(trainer, followed, "float")
         figures: dict[str, Any] = {f"{key}_fp": plain.get(key) for key in ("top1", "top5", "loss")} | {"calibration": None}
         if recipe is None:
-            figures["top1_start"] = _measure(trainer, subject, "quantized, as it came,")["top1"]
+            figures["top1_start"] = _measure(trainer, subject, "unchanged quantized")["top1"]
         else:
             figures["calibration"] = _calibrate(quantized, batches, trainer)
             if changes_weights or searching:
@@ -121,7 +121,7 @@ def ptq(cfg: DictConfig) -> float:
     figures |= {"weights": origin(cfg), "wall_seconds": round(time.monotonic() - began, 1)}
     write_results(cfg, model=subject.name, **recipe_fields(quantized.recipe), **found, **figures)
     scores = found["split"], figures["top1_fp"], found["top1"], cfg.run_dir
-    log.info("%s top-1 %.2f %% in float, %.2f %% quantized; outputs in %s", *scores)
+    log.info("%s top-1: float %.2f %%, quantized %.2f %%; outputs in %s", *scores)
     report_run(cfg, quantized.net, subject.data.input_size, is_first=is_first())
     return float(found["top1"])
 
@@ -142,7 +142,7 @@ def _announce(cfg: DictConfig, quantized: EvaluatedNet, batches: list[Tensor], t
 
 def _measure(trainer: Trainer, subject: EvaluatedNet, what: str) -> dict[str, Any]:
     """Evaluate a net, which is on the trainer's device then: keys of `results.json`."""
-    log.info("%s net", what)
+    log.info("evaluating the %s model", what)
     found = measure(subject, trainer, cost(subject.net, subject.data.input_size))
     subject.net.to(trainer.strategy.root_device)  # Lightning takes it to the CPU at the end of a test
     return found
@@ -153,7 +153,7 @@ def _calibrate(quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer)
     since = time.monotonic()
     done = calibrate(quantized.net.to(trainer.strategy.root_device), batches)
     seconds = round(time.monotonic() - since, 2)
-    log.info("%d scales in %.1f s; calibration images: %d", done.scales, seconds, done.images)
+    log.info("calibrated %d scales on %d images in %.1f s", done.scales, done.images, seconds)
     return asdict(done) | {"seconds": seconds, "seed": quantized.data.settings.seed}
 
 
@@ -207,7 +207,7 @@ def build_ptq_recipe(cfg: DictConfig) -> PtqRecipe | None:
     if cfg.ptq.get("name") != KEEP:
         return build.settings_of(PtqRecipe, "ptq", knobs)
     for key in knobs.keys() - {"name"}:
-        raise UsageError(f"ptq.{key}: the net stays as it is; ptq=keep has batch alone")
+        raise UsageError(f"ptq.{key}: ptq=keep leaves the model unchanged and takes only ptq.batch")
     return None
 
 
@@ -225,7 +225,9 @@ def _check_run_dir(cfg: DictConfig) -> None:
     """Raise `UsageError` if `resume` has nothing to go on from, or the directory is another run's."""
     run_dir = Path(cfg.run_dir)
     if cfg.resume is True and not _has_state(run_dir):
-        raise UsageError(f"resume=true: run_dir={str(run_dir)!r} has no {' and no '.join(STATES)}; resume=auto starts where there is none")
+        raise UsageError(
+            f"resume=true: run_dir={str(run_dir)!r} has no {' and no '.join(STATES)}; use resume=auto to start a new run in that case"
+        )
     if cfg.overwrite:
         return
     if cfg.resume:
@@ -246,26 +248,28 @@ def _check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> N
         UsageError: it is not, or there is nothing to be done, or nothing to compare with; or the run to resume had another method.
     """
     if cfg.resume and _has_state(Path(cfg.run_dir)):
-        kept = "a run that goes on keeps its method; resume=false in another run_dir starts anew"
+        kept = "a resumed run keeps its method; use resume=false in another run_dir to start a new run"
         compare_settings(build.plain(OmegaConf.load(Path(cfg.run_dir) / CONFIG)), cfg, ("ptq.",), kept)
     held = None if conversion_of(subject.net) is None else summary.describe_recipe(subject.recipe).partition(":")[0]
     file = f"ckpt={str(cfg.ckpt)!r}"
     if cfg.ptq.get("name") != KEEP:
         if held is not None:
-            refused = f"{file}: is quantized already ({held}); post-training quantization starts from a float net"
+            refused = f"{file}: is quantized already ({held}); post-training quantization starts from a float model"
             raise UsageError(f"{refused}, ptq=keep search=evolution from one like this")
         if cfg.teacher.ckpt is not None:
-            raise UsageError(f"teacher.ckpt={cfg.teacher.ckpt!r}: only with ptq=keep; here the targets are the logits of the net itself")
+            raise UsageError(
+                f"teacher.ckpt={cfg.teacher.ckpt!r}: only with ptq=keep; otherwise the targets are the logits of the float model itself"
+            )
         return
     if is_frozen(subject.net):
-        raise UsageError(f"{file}: holds integer codes alone; must be the checkpoint that it was exported from")
+        raise UsageError(f"{file}: holds only integer codes; must be the checkpoint that it was exported from")
     if held is None:
-        raise UsageError("ptq=keep: the net is a float one; must be a recipe of conf/ptq, e.g. ptq=fqvit_w4a8")
+        raise UsageError("ptq=keep: the model is in float; must be a recipe of conf/ptq, e.g. ptq=fqvit_w4a8")
     if not searches:
         raise UsageError("ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution")
     if cfg.teacher.ckpt is None and getattr(subject.recipe, "method", None) != "calibrate":
         how = "fitted" if isinstance(subject.recipe, PtqRecipe) else "trained"
-        raise UsageError(f"{file}: was {how} quantized ({held}), so it has no float logits to follow; give teacher.ckpt=FILE")
+        raise UsageError(f"{file}: was {how} quantized ({held}), so it has no float logits to follow; set teacher.ckpt=FILE")
     assert_ready(subject.net)
 
 
@@ -280,7 +284,7 @@ def _target_net(cfg: DictConfig, subject: EvaluatedNet) -> nn.Module | None:
         return None
     net = net_of_file(path, subject.name, cast(dict, subject.net._model_args))
     if conversion_of(net) is not None:
-        raise UsageError(f"teacher.ckpt={path!r}: is quantized; the targets of a search are the logits of a float net")
+        raise UsageError(f"teacher.ckpt={path!r}: is quantized; must be a float model, whose logits are the targets of the search")
     fit_teacher(Start(net), cfg, subject.data, "teacher.ckpt")
     return net.eval()
 

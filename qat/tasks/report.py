@@ -37,7 +37,7 @@ def report_run(
             describe_layers(net, input_size, Path(cfg.run_dir))
         _write(Path(cfg.run_dir))
     except Exception as error:
-        log.warning("report.html was not made, everything else was: %s: %s", type(error).__name__, " ".join(str(error).split()))
+        log.warning("report.html could not be written, everything else was: %s: %s", type(error).__name__, " ".join(str(error).split()))
 
 
 def remake(cfg: DictConfig) -> None:
@@ -47,10 +47,10 @@ def remake(cfg: DictConfig) -> None:
         UsageError: there is no run.
     """
     if cfg.get("analysis") is not None:
-        raise UsageError(f"run={cfg.run!r}: makes a report anew and analyses nothing; leave analysis out")
+        raise UsageError(f"run={cfg.run!r}: only rebuilds a report; leave analysis out")
     folder = Path(cfg.run)
     if not any((folder / name).is_file() for name in ("config.yaml", "results.json")):
-        raise UsageError(f"run={cfg.run!r}: neither config.yaml nor results.json is there; must be the directory of a run")
+        raise UsageError(f"run={cfg.run!r}: must be the directory of a run; it has neither config.yaml nor results.json")
     path = min(folder.rglob("*.ckpt"), default=None)  # best.ckpt before last.ckpt
     if path is not None and not (folder / "analysis").is_dir():
         import_modules(cfg)

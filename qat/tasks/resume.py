@@ -64,32 +64,34 @@ def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]
     if cfg.resume is False or (cfg.resume == "auto" and not found):
         return None
     if not found:
-        raise UsageError(f"resume=true: run_dir={str(cfg.run_dir)!r} has no checkpoints/last.ckpt; resume=auto starts where there is none")
+        raise UsageError(
+            f"resume=true: run_dir={str(cfg.run_dir)!r} has no checkpoints/last.ckpt; use resume=auto to start a new run in that case"
+        )
     if cfg.trainer.fast_dev_run:
-        raise UsageError(f"trainer.fast_dev_run: resume={cfg.resume!r} would change {found[0]}, which a dry run may not; set resume=false")
+        raise UsageError(f"trainer.fast_dev_run: resume={cfg.resume!r} would change {found[0]}; a dry run must have resume=false")
     checkpoint = _read_first(found)
     if not checkpoint.training:
-        raise UsageError(f"resume: {checkpoint.path} is no checkpoint of a training")
+        raise UsageError(f"resume: {checkpoint.path} is not a training checkpoint")
     _check_net(checkpoint, cfg, recipe, model_args)
     done = checkpoint.training["epochs"]
     if done > cfg.trainer.max_epochs:
         raise UsageError(
-            f"trainer.max_epochs={cfg.trainer.max_epochs}: {checkpoint.path} is {done} epochs old; must be an integer of at least {done}"
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: {checkpoint.path} has {done} epochs; must be an integer of at least {done}"
         )
-    kept = "a run that goes on keeps its optimizer and its schedule; ckpt=PATH in another run_dir starts a new one"
+    kept = "a resumed run keeps its optimizer and schedule; use ckpt=PATH in another run_dir to start a new run"
     compare_settings((checkpoint.meta or {}).get("run", {}).get("settings"), cfg, _FIXED, kept)
-    log.info("resumed at step %d from %s", checkpoint.step or 0, checkpoint.path)
+    log.info("resumed at training step %d from %s", checkpoint.step or 0, checkpoint.path)
     return checkpoint
 
 
 def _read_first(paths: list[Path]) -> Checkpoint:
     if paths[0].name != NAME:
-        log.warning("resume: %s is not there; going on from %s", paths[0].with_name(NAME), paths[0].name)
+        log.warning("resume: %s is missing; resuming from %s", paths[0].with_name(NAME), paths[0].name)
     for path in paths[:-1]:
         try:
             return read_checkpoint(path, fmt="qat", setting="resume")
         except UsageError as error:
-            log.warning("%s; going on from %s", error, paths[-1].name)
+            log.warning("%s; resuming from %s", error, paths[-1].name)
     return read_checkpoint(paths[-1], fmt="qat", setting="resume")
 
 
@@ -128,7 +130,7 @@ def compare_settings(had: dict[str, Any] | None, cfg: DictConfig, fixed: tuple[s
         shown = ", ".join(f"{name}={new.get(name, _UNSET)!r} (it had {old.get(name, _UNSET)!r})" for name in differ)
         raise UsageError(f"{shown}: {kept}")
     for name in changed if is_first() else ():
-        note = "; the learning rate keeps the schedule that was laid out" if name in _STEPS else ""
+        note = "; the learning rate follows the original schedule" if name in _STEPS else ""
         log.warning("resume: %s was %r, is %r%s", name, old.get(name, _UNSET), new.get(name, _UNSET), note)
 
 
@@ -154,7 +156,7 @@ def check_data(cfg: DictConfig, checkpoint: Checkpoint, data: ImageData) -> None
     if had and has and list(had) != has:
         number, old, new = next((n, a, b) for n, (a, b) in enumerate(zip_longest(had, has)) if a != b)
         raise UsageError(
-            f"data: class {number} must be {old!r} as in {checkpoint.path}, is {new!r}; ckpt=PATH in another run_dir starts anew"
+            f"data: class {number} must be {old!r} as in {checkpoint.path}, is {new!r}; use ckpt=PATH in another run_dir to start a new run"
         )
     prints, now = meta.get("run", {}).get("images"), data.fingerprints()
     changed = [split for split in dict.fromkeys([*prints, *now]) if prints.get(split) != now.get(split)] if prints else []
@@ -162,7 +164,7 @@ def check_data(cfg: DictConfig, checkpoint: Checkpoint, data: ImageData) -> None
         return
     what = f"data: the images of {', '.join(changed)} are not those that {checkpoint.path} was trained with"
     if not cfg.allow_changed_data:
-        raise UsageError(f"{what}; allow_changed_data=true goes on with them, ckpt=PATH in another run_dir starts anew")
+        raise UsageError(f"{what}; set allow_changed_data=true to resume with them, or use ckpt=PATH in another run_dir to start a new run")
     if is_first():
         log.warning("resume: %s (allow_changed_data=true)", what)
 
@@ -188,6 +190,6 @@ def outputs_to_replace(cfg: DictConfig) -> list[Path]:
     # A run that was killed before its first last.ckpt has nothing to go on from.
     unsaved = checkpoints == ["best.ckpt"] or not (checkpoints or outputs.is_finished(run_dir))
     if used and not (cfg.overwrite or (cfg.resume == "auto" and unsaved)):
-        more = f"; resume=true goes on from {NAME}" if NAME in checkpoints else ""
+        more = f"; resume=true resumes from {NAME}" if NAME in checkpoints else ""
         raise UsedError(f"run_dir={str(run_dir)!r} holds {used[0].name} already; choose another run_dir or set overwrite=true{more}")
     return outputs.of_training(run_dir)

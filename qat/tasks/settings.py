@@ -22,7 +22,7 @@ HIGHEST_SEED = 2**32 - 1  # numpy's
 
 # Settings that have gone, with `=` choices of groups that have gone, and what there is now. A star stands for anything.
 REMOVED = {
-    "callbacks.finite.*": "a non-finite loss ends the run; resume=true goes on from the last good checkpoint",
+    "callbacks.finite.*": "a non-finite loss ends the run; resume=true resumes from the last good checkpoint",
     "search=bits": "analyze.py analysis=sensitivity analysis.budget_mb=MB gives the overrides of a mixed net",
     "search=adam*": "search=evolution",
     "search=random": "search=evolution",
@@ -34,12 +34,12 @@ REMOVED = {
     "dynamic_size": "files are for images of one size",
     "threads": "times are of one thread",
     "opset": "the lowest opset that has all types is written",
-    "ckpt_optimizer": "a new run starts with a new optimizer; resume=true goes on with the one that a run had",
+    "ckpt_optimizer": "a new run starts with a new optimizer; resume=true keeps that of the run",
     "optimizer.lr_batch_rule": "optimizer.lr_base_batch=null optimizer.lr=RATE",
     "loss.grad_l1*": "loss.kure=WEIGHT makes weights robust to other step sizes",
     "loss.kure_layers": "all quantized layers but stem and heads are regularized",
     "loss.kure_qk": "the folded query-key matrix is regularized, which is what is quantized",
-    "callbacks.freeze.start_epoch": "callbacks.freeze.threshold, which weights have to exceed, falls from the first step on",
+    "callbacks.freeze.start_epoch": "callbacks.freeze.threshold, which weights must exceed, falls from the first training step",
     "data.in_memory": "data.memory_mb=0 decodes an image each time it is needed",
     "data.class_weights": "a loss term of your own weighs classes",
     "data.erase_*": "random_erasing fills one rectangle with noise",
@@ -49,7 +49,7 @@ REMOVED = {
     "analysis.layers": "weights.csv has every layer; histograms are of the first, the middle, the last and those of highest kurtosis",
     "analysis.boundary": "a weight is near a threshold within 0.005 codes, CGA's band",
     "analysis.factors": "a folded matrix is listed as it is quantized, without the weights that it is made of",
-    "analysis.compare": "the net in float is always beside the quantized one",
+    "analysis.compare": "the float model is always shown beside the quantized one",
     **dict.fromkeys(
         [
             f"analysis.{name}"
@@ -58,7 +58,7 @@ REMOVED = {
         "each analysis answers its question with one table; docs/analysis.md",
     ),
     "callbacks.throughput*": "images a second are in the line of an epoch",
-    "callbacks.oscillation.probe_images": "weights alone are tracked",
+    "callbacks.oscillation.probe_images": "only weights are tracked",
     "logger.*.run_dir": "conf/logger has the save_dir of Lightning's loggers",
     "logger.mlflow.store": "logger.mlflow.tracking_uri=URI",
     "analysis.corruptions*": "the package imagecorruptions makes such images for data=imagefolder",

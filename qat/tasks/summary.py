@@ -48,7 +48,7 @@ def describe_size(net: nn.Module, size_bytes: int) -> str:
     """Bytes, and of which file: `best.ckpt` is larger, as it has what training goes on with."""
     if conversion_of(net) is None:
         return f"{scaled(size_bytes, 'B')} of float weights"
-    return f"about {scaled(size_bytes, 'B')} once packed" + ("" if is_frozen(net) else f", `{typed('export')} format=packed`")
+    return f"about {scaled(size_bytes, 'B')} packed" + ("" if is_frozen(net) else f" (`{typed('export')} format=packed`)")
 
 
 def scores(results: Mapping[str, Any]) -> dict[str, str]:
@@ -117,7 +117,7 @@ def announce_run(
     }
     announce("training", start.net, cfg.model.name, recipe, data.input_size, **more)
     if not (cfg.trainer.fast_dev_run or any(isinstance(c, Checkpointing) for c in trainer.callbacks)):  # type: ignore[attr-defined]
-        log.warning("callbacks: none of them writes checkpoints, so no file will hold this net; callbacks=[default,...] has them")
+        log.warning("callbacks: none of them writes checkpoints, so this model will not be saved; callbacks=[default,...] does")
     if recipe.name != "fp":
         log.info(conversion(start.net, Path(cfg.run_dir)))
 
@@ -136,6 +136,6 @@ def announce_teacher(teacher: Teacher | None, data: ImageData, trainer: Trainer)
     top1, beside = followed, ""
     if teacher.is_one_of_two:
         top1 = evaluate(teacher.net, data.test_dataloader(), data.settings.num_classes, device)["top1"]
-        beside = f", its class head alone; {top1:.2f} % with both heads"
+        beside = f", class head only; {top1:.2f} % with both heads"
     log.info("teacher: %s top-1 %.2f %%%s", data.evaluation_split, followed, beside)
     return top1 if conversion_of(teacher.net) is None else None

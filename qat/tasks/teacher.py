@@ -24,7 +24,7 @@ from qat.tasks.checks import check_classes
 
 log = logging.getLogger(__name__)
 
-QUANTIZED = "is quantized already and no float teacher; give teacher.ckpt=FILE or teacher.pretrained=true"
+QUANTIZED = "is already quantized and cannot be the float teacher; set teacher.ckpt=FILE or teacher.pretrained=true"
 # What every vision transformer takes; the rest of the student's arguments may not fit another model.
 COMMON_ARGS = ("img_size", "patch_size", "in_chans", "num_classes")
 # What may give weights, the first that is set.
@@ -43,10 +43,10 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
     given = [f"teacher.{name}={cfg.teacher[name]!r}" for name in ("ckpt", "pretrained") if cfg.teacher[name]]
     if not loss.needs_teacher:
         if given:
-            log.warning("%s: no term of the loss follows a teacher, so it is not read", given[0])
+            log.warning("%s: no loss term uses a teacher, so it is not loaded", given[0])
         return None
     if len(given) > 1:
-        raise UsageError(f"{', '.join(given)}: a teacher comes from one of them")
+        raise UsageError(f"{', '.join(given)}: a teacher comes from only one of them")
     start = Start(_own_teacher(cfg)) if given or cfg.teacher.model else _students_start(cfg)
     name = next((key for key in TEACHERS if OmegaConf.select(cfg, key)), "model.name")
     fit_teacher(start, cfg, data, name)
@@ -113,7 +113,7 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
     if cfg.teacher.ckpt:
         return net_of_file(cfg.teacher.ckpt, name, args, cfg.teacher.model)
     if not cfg.teacher.pretrained:
-        raise UsageError(f"teacher.model={name!r}: give its weights with teacher.ckpt=FILE or teacher.pretrained=true")
+        raise UsageError(f"teacher.model={name!r}: set its weights with teacher.ckpt=FILE or teacher.pretrained=true")
     try:
         return from_pretrained(name, args, keep_head=True).net
     except UsageError as error:
@@ -123,9 +123,9 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
 def _students_start(cfg: DictConfig) -> Start:
     if not (cfg.ckpt or cfg.model.weights or cfg.model.pretrained):
         if not cfg.trainer.fast_dev_run:
-            instead = "give teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights"
+            instead = "set teacher.ckpt=FILE, teacher.pretrained=true, or start from float weights"
             raise UsageError(f"loss with distillation: no teacher; {instead}")
-        log.warning("no teacher: random weights serve as one, which only a dry run (trainer.fast_dev_run) may do")
+        log.warning("no teacher: this dry run (trainer.fast_dev_run) uses random weights as the teacher")
     start = build_start(cfg, keep_head=True)
     if start.source is not None and conversion_of(start.source) is not None:
         raise UsageError(f"ckpt={cfg.ckpt!r} {QUANTIZED}")
@@ -152,7 +152,7 @@ def net_of_file(path: str, name: str, args: dict[str, Any], typed: str | None = 
         return from_state(name, args, checkpoint.state, origin=origin, keep_head=True).net
     held = str(checkpoint.meta.get("model", {}).get("name"))
     if typed is not None and typed.partition(".")[0] != held.partition(".")[0]:
-        raise UsageError(f"teacher.model={typed!r}: {origin} holds {held}, which need not be named; must be null")
+        raise UsageError(f"teacher.model={typed!r}: must be null; {origin} holds {held}")
     net = build_from(checkpoint)
     check_finite(net, origin)
     return net

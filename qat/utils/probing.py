@@ -73,5 +73,5 @@ def images_of(batch: Any, net: nn.Module) -> Tensor:
         what = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise UsageError(f"calibration: a batch is {what}; must be float images (B, C, H, W), or (images, ...), in a list or a loader")
     if not images.isfinite().all():
-        raise UsageError("calibration images hold NaN or infinity; look at data.mean, data.std and the files")
+        raise UsageError("calibration images hold NaN or infinity; check data.mean, data.std and the files")
     return images.to(next(net.parameters()))

@@ -52,7 +52,7 @@ def unlearned(results: Mapping[str, Any]) -> str:
     top1, images, share = (results.get(key) for key in ("top1", "images", "majority_share"))
     if top1 is None or not images or share is None or top1 - share > 2 * math.sqrt(share * (100 - share) / images):
         return ""
-    return f"not clearly more than nothing learned: the most frequent class alone gives {share:.2f} %"
+    return f"not clearly better than always predicting the most frequent class, which gives {share:.2f} %"
 
 
 def duration(seconds: float) -> str:

@@ -28,7 +28,7 @@ def unknown(setting: str, name: str, known: Iterable[str], elsewhere: Sequence[s
     full = {one.rpartition(".")[2]: one for one in reversed(elsewhere)} | dict(zip(choices, choices, strict=True))
     near = [name] if name in full else close(choices) or close(full)
     near = near[: 1 if near and name.startswith(near[0]) else 3]
-    how = "must be one of" if not near else "near are" if near[1:] else "near is"
+    how = "closest:" if near else "must be one of"
     return f"{setting}: unknown; {how} {', '.join(full[one] for one in near or choices)}"
 
 
@@ -60,7 +60,7 @@ def check_int(setting: str, value: object, lowest: int, highest: int = HIGHEST_W
 def check_text(setting: str, value: object) -> None:
     """Raise `UsageError` unless `value` is a text that is not empty."""
     if not isinstance(value, str) or not value:
-        raise UsageError(f"{setting}={value!r}: must be a text that is not empty")
+        raise UsageError(f"{setting}={value!r}: must be a non-empty string")
 
 
 def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:

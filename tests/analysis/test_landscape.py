@@ -115,7 +115,7 @@ def test_several_nets():
     ("settings", "message"),
     [
         ({"loss": "mse"}, "analysis.loss='mse': must be one of ce, infonce"),
-        ({"points": 4}, "analysis.points=4: must be odd, so that the net as it is lies in the middle"),
+        ({"points": 4}, "analysis.points=4: must be odd, so that the unchanged model is the middle point"),
         ({"points": 1}, "analysis.points=1: must be an integer of at least 3"),
         ({"radius": 0.5}, "analysis.radius=0.5: must be a number above 0 to below 0.5"),
         ({"targets": []}, "analysis.targets=[]: must be a list of globs such as attn.*.weight"),
@@ -129,5 +129,5 @@ def test_settings_that_cannot_work(settings, message):
 
 @pytest.mark.parametrize("net", [tiny.vit, lambda: net_of("ofq2")], ids=["float", "quantized"])
 def test_nets_that_a_plane_does_not_fit(net):
-    with pytest.raises(UsageError, match=r"analysis.targets=\['conv\*'\]: match no quantized weight; names are like 'blocks.0"):
+    with pytest.raises(UsageError, match=r"analysis.targets=\['conv\*'\]: must match a quantized weight; names look like 'blocks.0"):
         plane(net(), ["conv*"], 0)

@@ -61,8 +61,8 @@ def test_a_run_that_tracked_nothing_says_what_turns_it_on(tmp_path, lines):
     net = write_run(tmp_path / "run", lines)
     with pytest.raises(UsageError) as error:
         analysed(net)
-    assert str(error.value) == f"ckpt={str(net.path)!r}: its run tracked no oscillation; train with callbacks=[default,oscillation]"
-    with pytest.raises(UsageError, match=r"ckpt='None': its run tracked no oscillation"):
+    assert str(error.value) == f"ckpt={str(net.path)!r}: its run did not track oscillation; train with callbacks=[default,oscillation]"
+    with pytest.raises(UsageError, match=r"ckpt='None': its run did not track oscillation"):
         analysed(StudiedNet("net", torch.nn.Identity(), (1, 8, 8)))
 
 

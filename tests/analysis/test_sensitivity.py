@@ -182,7 +182,7 @@ def test_a_suggestion_is_evaluated_as_a_whole(kind, caplog):
 def test_the_smallest_size_that_is_printed_can_be_typed():
     with pytest.raises(UsageError) as error:
         run(net_of("ofq2"), bits=[2, 8], budget_mb=0.001)
-    printed = re.search(r"net takes at least ([\d.]+) MB", str(error.value))[1]
+    printed = re.search(r"must be at least ([\d.]+), which net takes", str(error.value))[1]
     assert {*run(net_of("ofq2"), bits=[2, 8], budget_mb=float(printed))[1]["suggestion"]["bits_of_layers"].values()} == {2}
 
 

@@ -49,6 +49,6 @@ def test_a_best_that_is_gone_is_forgotten(tmp_path, killed, caplog):
     path = run_dir / "checkpoints" / "best.ckpt"
     path.unlink()
     run(run_dir, "resume=true")
-    assert f"resume: {path} is not there; the best epoch is chosen among those to come" in caplog.text
+    assert f"resume: {path} is missing; the best epoch is chosen from the epochs that follow" in caplog.text
     assert best(run_dir)["global_step"] == 27
     assert results(run_dir)["weights"] == "best.ckpt"

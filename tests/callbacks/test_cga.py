@@ -196,8 +196,8 @@ def test_impossible_settings(settings, message):
     [
         ("ofq", [CGA(start_epoch=2)], r"callbacks\.cga\.start_epoch=2: must be from 0 to below trainer\.max_epochs=2"),
         ("ofq", [CGA(epochs=3)], r"callbacks\.cga\.epochs=3: must be an integer from 1 to trainer\.max_epochs=2"),
-        ("lsq", [CGA()], r"callbacks\.cga: this net has no weights on half steps"),
-        ("ofq", [IterativeFreezing(), CGA()], r"callbacks\.cga: callbacks\.freeze holds the same weights"),
+        ("lsq", [CGA()], r"callbacks\.cga: this model has no weights on a half-step grid"),
+        ("ofq", [IterativeFreezing(), CGA()], r"callbacks\.cga: callbacks\.freeze freezes the same weights"),
     ],
 )
 def test_runs_that_it_cannot_anneal(start, callbacks, message):

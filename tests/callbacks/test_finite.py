@@ -127,7 +127,7 @@ class SpoilGradient(Callback):
     [
         (Poison(3, spoil_first_layer), {}, "0.weight"),
         (Poison(3, spoil_activation), {}, r"the output of 1 \(Identity\)"),
-        (SpoilGradient(), {}, r"the loss or its gradient \(the outputs of the net are finite\)"),
+        (SpoilGradient(), {}, r"the loss or its gradient \(the outputs of the model are finite\)"),
         (Callback(), {"images": images_with_nan()}, "the images of the batch"),
     ],
     ids=["weight", "activation", "gradient", "images"],
@@ -144,7 +144,8 @@ def test_where_looking_is_free_the_step_is_not_taken(callback, settings, first):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals(), "FiniteCheck", Watch)
         message = stopped(module, callback, **settings)
-    expected = rf"training stopped: the loss or a gradient of step 3 is not finite; first: {first}; checkpoints are from before; a lower "
+    what = "training stopped: the loss or a gradient of training step 3 is not finite"
+    expected = rf"{what}; first: {first}; checkpoints were written before it; a lower "
     assert re.match(expected, message)
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
 
@@ -176,7 +177,7 @@ class SickProcess(LossTerm):
 
 def test_a_loss_of_one_process_ends_all_of_them():
     learner = module(net(), terms={"sick": SickProcess()})
-    with pytest.raises(Exception, match=r"the loss or a gradient of step 1 is not finite; first: the loss or its gradient"):
+    with pytest.raises(Exception, match=r"the loss or a gradient of training step 1 is not finite; first: the loss or its gradient"):
         fit_net(learner, FiniteCheck(), strategy="ddp_fork", devices=2, max_epochs=2, limit_train_batches=2)
 
 
@@ -207,7 +208,7 @@ def test_damaged_weights_reach_no_file_and_the_run_goes_on_from_the_last_good_on
     monkeypatch.setattr(finite, "_reading_is_free", lambda module: not is_late)
     run = tmp_path / "run"
     message = poisoned(monkeypatch, refused, run, Poison(3, damage))
-    assert "training stopped: the loss or a gradient of step 3 is not finite; first: " in message
+    assert "training stopped: the loss or a gradient of training step 3 is not finite; first: " in message
     assert is_late or "first: blocks.0.mlp.fc1.weight; " in message
     assert checkpoints(run) == {"last.ckpt": 2}
     train(run, *SIX, "resume=true")

@@ -118,5 +118,5 @@ def test_resumed_equals_uninterrupted(tmp_path):
 
 def test_nothing_to_freeze():
     learner = module(net(overrides={"blocks.*": {"bits": 8}}))
-    with pytest.raises(qat.UsageError, match=r"callbacks\.freeze: this net has no weights of up to 4 bits on evenly spaced values"):
+    with pytest.raises(qat.UsageError, match=r"callbacks\.freeze: this model has no weights of up to 4 bits on a uniform grid"):
         fit(learner, IterativeFreezing())

@@ -95,5 +95,5 @@ def test_the_table(tmp_path):
 @pytest.mark.parametrize("start", ["fp", "8 bit"])
 def test_nothing_to_track(start):
     learner = module(vit()) if start == "fp" else module(net(overrides={"blocks.*": {"bits": 8}}))
-    with pytest.raises(qat.UsageError, match=r"callbacks\.oscillation\.max_bits=4: this net has no quantized weights of so few bits"):
+    with pytest.raises(qat.UsageError, match=r"callbacks\.oscillation\.max_bits=4: this model has no quantized weights of at most 4 bits"):
         fit(learner, Oscillation())

@@ -71,14 +71,14 @@ def test_homes_grammar_and_sweeps(monkeypatch):
 
 
 LINES = [
-    ("sed=1", "sed: unknown; near is seed"),
-    ("model.pretrainde=true", "model.pretrainde: unknown; near is pretrained"),
-    ("lr=0.01", "lr: unknown; near is optimizer.lr"),
-    ("bits=3", "bits: unknown; near is quant.bits"),
-    ("optimizer.batch_size=8", "optimizer.batch_size: unknown; near is data.batch_size"),
-    ("epochs=3", "epochs: unknown; near are trainer.max_epochs, optimizer.eps, scheduler.warmup_epochs"),
-    ("model=deit_tiny", f"model=deit_tiny: unknown; near is deit_t{commands.ANY_MODEL}"),
-    ("quant=ofq_9bit", "quant=ofq_9bit: unknown; near are ofq_4bit, ofq_3bit, ofq_2bit"),
+    ("sed=1", "sed: unknown; closest: seed"),
+    ("model.pretrainde=true", "model.pretrainde: unknown; closest: pretrained"),
+    ("lr=0.01", "lr: unknown; closest: optimizer.lr"),
+    ("bits=3", "bits: unknown; closest: quant.bits"),
+    ("optimizer.batch_size=8", "optimizer.batch_size: unknown; closest: data.batch_size"),
+    ("epochs=3", "epochs: unknown; closest: trainer.max_epochs, optimizer.eps, scheduler.warmup_epochs"),
+    ("model=deit_tiny", f"model=deit_tiny: unknown; closest: deit_t{commands.ANY_MODEL}"),
+    ("quant=ofq_9bit", "quant=ofq_9bit: unknown; closest: ofq_4bit, ofq_3bit, ofq_2bit"),
     ("trainer=foo", "trainer=foo: unknown; must be one of cpu, ddp, fsdp, gpu, slurm"),
     ("seed=x", "seed: Value 'x' of type 'str' could not be converted to Integer"),
     ("compile=[1]", "compile: Value '[1]' of type 'list' is incompatible with type hint 'Union[bool, str]'"),
@@ -180,13 +180,14 @@ def test_the_command_line_with_another_run_dir_gives_the_same_again(tmp_path):
 def test_help_has_a_phrase_for_each_setting_and_the_groups_of_its_command(tmp_path, name):
     code, out = typed(f"{name}.py", "--help", cwd=tmp_path)
     assert code == 0
-    groups, lines = (part.splitlines() for part in out.partition("Any value")[0].split("Settings in force"))
+    groups, lines = (part.splitlines() for part in out.partition("Any value")[0].split("Settings and their defaults"))
     own = {one for default in OmegaConf.load(ROOT / "conf" / f"{name}.yaml").defaults if isinstance(default, DictConfig) for one in default}
     assert {line.partition(":")[0] for line in groups if ": " in line} == {one for one in own if one.isidentifier()}
     silent = [line.strip() for line in lines if re.match(r" *\w+: ", line) and " # " not in line]
     # A value of another setting, a class, a group that is off.
     assert [line for line in silent if not re.search(r"\$\{|^_target_|^(logger: null|analysis: null|search: {})", line)] == []
     assert ("optimizer:" in lines) == (name == "train")
+    assert any(line.startswith("  max_epochs:") for line in lines) == (name == "train")
     experiments = [line for line in groups if line.startswith("experiment: ")]
     assert ["demo_fp" in line for line in experiments] == {"train": [True], "ptq": [False]}.get(name, [])
     assert ["evolq_w4a8" in line for line in experiments] == {"train": [False], "ptq": [True]}.get(name, [])
@@ -258,10 +259,10 @@ def test_a_stopped_run_says_how_it_goes_on(tmp_path):
     given = (*TINY, "quant.overrides={blocks.0.*:{bits:8}}", "report=false", "trainer.limit_train_batches=3", *SEND)
     code, said = typed("train.py", *given, "run_dir=run", cwd=tmp_path)
     assert code == 130
-    more = re.search(r"stopped by Ctrl-C at step 1: last.ckpt written; the same command goes on with (.*)", said)[1].split()
+    more = re.search(r"stopped by Ctrl-C at step 1: last.ckpt written; the same command resumes with (.*)", said)[1].split()
     code, said = typed("train.py", *given, *more, cwd=tmp_path)
     assert code == 0, said
-    assert "resumed at step 1 from" in said
+    assert "resumed at training step 1 from" in said
 
 
 @pytest.mark.long
@@ -271,7 +272,7 @@ def test_ctrl_c_ends_a_sweep(tmp_path):
     code, said = interrupted(tmp_path, "epoch 2/", ROOT / "train.py", *given)
     assert code == 130
     assert "Traceback" not in said
-    assert re.search(r"stopped by Ctrl-C at step \d+: last.ckpt written; the same command goes on with resume=auto run_dir=.*/run\n", said)
+    assert re.search(r"stopped by Ctrl-C at step \d+: last.ckpt written; the same command resumes with resume=auto run_dir=.*/run\n", said)
     assert not (tmp_path / "run" / "1").exists()
 
 
@@ -305,7 +306,7 @@ def test_ctrl_c_and_a_kill_end_all_processes(tmp_path):
     assert said.count("stopped by Ctrl-C at step") == 1
     given = (*DDP, "trainer.max_epochs=500", "resume=true")
     run = subprocess.Popen([sys.executable, ROOT / "train.py", *given], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    while "resumed at step" not in run.stdout.readline():
+    while "resumed at training step" not in run.stdout.readline():
         assert run.poll() is None
     children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
     run.kill()

@@ -52,8 +52,8 @@ def test_the_same_command_goes_on(swept):
     code, out = typed("train.py", *given, "resume=auto", cwd=cwd)
     assert code == 0, out
     assert "3 jobs: 3 done" in out
-    assert "resumed at step 4" in out, "the one that was done is not trained again"
-    assert "resumed at step 2" in out
+    assert "resumed at training step 4" in out, "the one that was done is not trained again"
+    assert "resumed at training step 2" in out
     assert (cwd / "sweep" / "0" / "checkpoints" / "last.ckpt").read_bytes() == first
     found = [results(cwd / "sweep" / str(number)) for number in range(3)]
     assert [one["seed"] for one in found] == [1, 2, 3]
@@ -74,7 +74,7 @@ def test_analyze_gathers_it_again(swept):
     ("typed_in", "line"),
     [
         ("sweep=/nowhere", "sweep='/nowhere': must be a folder with runs below it"),
-        ("sweep=a ckpt=b", "sweep='a': gathers runs and analyses nothing; leave ckpt, run and analysis out"),
+        ("sweep=a ckpt=b", "sweep='a': only gathers results; leave ckpt, run and analysis out"),
         ("sweep=a analysis=cost", "sweep='a': gathers runs"),
     ],
 )
@@ -119,7 +119,7 @@ def test_a_study_survives_a_failed_trial_and_goes_on_behind_its_trials(tmp_path)
     assert [one["optimizer.lr"] for one in after[:4]] == [one["optimizer.lr"] for one in before]
     assert len({one["optimizer.lr"] for one in after}) == 5
     assert results(tmp_path / "study" / str(killed))["val_top1"] == first[killed]["val_top1"]
-    assert out.count("resumed at step") == 4 - len(failed)
+    assert out.count("resumed at training step") == 4 - len(failed)
 
 
 @pytest.mark.parametrize("search", sorted(path.stem for path in (ROOT / "conf" / "hparams_search").glob("*.yaml")))

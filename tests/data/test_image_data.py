@@ -137,12 +137,13 @@ def test_repeats_without_augmentation_would_be_the_same_image_again():
 def test_a_label_that_is_no_class_is_refused(first, classes, label):
     data = Numbered(**{**SETTINGS, "num_classes": classes})
     data.first_label = first
-    with pytest.raises(qat.UsageError, match=rf"data\.num_classes={classes}: the train split has a label {label}"):
+    message = rf"data\.num_classes={classes}: labels must be from 0 to {classes - 1}; the train split has {label}"
+    with pytest.raises(qat.UsageError, match=message):
         data.train_dataloader()
 
 
 def test_images_with_another_number_of_channels_are_refused():
     data = Numbered(**SETTINGS)
     data.shape = (8, 8, 3)
-    with pytest.raises(qat.UsageError, match=r"data\.in_chans=1: the images have 3 channels"):
+    with pytest.raises(qat.UsageError, match=r"data\.in_chans=1: must be 3, the channels of the images"):
         data.train_dataloader()

@@ -86,7 +86,7 @@ def test_a_dataset_from_outside_is_known_once_it_is_imported():
 
 @pytest.mark.parametrize("target", ["os.system", "my_package.data.Mine", "qat.data.sampler.mix", "qat.data.image_transform", "Digits"])
 def test_code_named_in_a_config_is_not_imported(target):
-    with pytest.raises(qat.UsageError, match=rf"^data\._target_='{target}': is no dataset of qat, nor one that has been imported"):
+    with pytest.raises(qat.UsageError, match=rf"^data\._target_='{target}': must be a dataset of qat or of an imported module"):
         image_transform({"_target_": target, **DIGITS})
 
 

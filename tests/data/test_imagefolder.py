@@ -84,7 +84,7 @@ def test_a_split_that_is_another_one_is_named(tmp_path, caplog, way, split, memo
     SAME[way](root / "train", root / split)
     found = data(root, memory_mb=memory_mb)
     assert len(found.split("train")) + len(found.split("val")) >= 40
-    line = f"data: train and {split} are the same images; accuracies on {split} say nothing of other images"
+    line = f"data: train and {split} are the same images; accuracy on {split} does not show how the model does on new images"
     assert caplog.messages == ([line] if way in {"link", "links", "hard links", "copies"} else [])
 
 
@@ -205,5 +205,7 @@ def test_classes_of_imagenet_are_the_sorted_wnids(tmp_path):
     assert found.split("val").name(0).startswith(f"{root}/val/{WNIDS[0]}/")
     assert found.named_classes()[1].startswith("goldfish")
     write_image(root / "val" / "tench" / "a.png", 12, 12)
-    with pytest.raises(qat.UsageError, match=rf"data\.root='{root}': class tench is no wnid like n01440764; data=imagefolder reads others"):
+    with pytest.raises(
+        qat.UsageError, match=rf"data\.root='{root}': class tench is not a WordNet id like n01440764; data=imagefolder takes other names"
+    ):
         ImageNet(**UNSET, root=str(root)).val_dataloader()

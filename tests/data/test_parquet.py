@@ -57,7 +57,7 @@ def test_cifar(tmp_path):
     assert same(again.split("val"), found.split("val").images)
     images, _ = next(iter(found.val_dataloader()))
     assert images.shape == (4, 3, 8, 8)
-    with pytest.raises(qat.UsageError, match=r"data\.num_classes=3: the train split has a label 3"):
+    with pytest.raises(qat.UsageError, match=r"data\.num_classes=3: labels must be from 0 to 2; the train split has 3"):
         Cifar10(**{**SETTINGS, "num_classes": 3}, root=str(tmp_path)).train_dataloader()
 
 
@@ -141,8 +141,8 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path, kind):
 @pytest.mark.parametrize(
     ("labels", "line"),
     [
-        (pa.array([0, None]), "train.parquet ... train.parquet: the label of each image must be an integer, has int64 and 1 nulls"),
-        (pa.array(["a", "b"]), "train.parquet ... train.parquet: the label of each image must be an integer, has string and 0 nulls"),
+        (pa.array([0, None]), "train.parquet ... train.parquet: labels must be integers; the column has type int64 and 1 nulls"),
+        (pa.array(["a", "b"]), "train.parquet ... train.parquet: labels must be integers; the column has type string and 0 nulls"),
     ],
 )
 def test_labels_that_are_no_class_ids_are_refused(tmp_path, labels, line):
@@ -158,4 +158,6 @@ def test_a_copy_of_train_is_named(tmp_path, caplog):
     (folder / "test.parquet").write_bytes((folder / "train.parquet").read_bytes())
     data(tmp_path).split("train")
     pairs = [("train", "val"), ("train", "test"), ("val", "test")]
-    assert caplog.messages == [f"data: {a} and {b} are the same images; accuracies on {b} say nothing of other images" for a, b in pairs]
+    assert caplog.messages == [
+        f"data: {a} and {b} are the same images; accuracy on {b} does not show how the model does on new images" for a, b in pairs
+    ]

@@ -92,7 +92,7 @@ def test_16_bit_grey_is_scaled_and_not_cut_off():
     assert found.tolist() == np.rint(values / 257).astype(int).tolist()
     assert np.array_equal(to_pixels(open_image(content), 3), found[..., None].repeat(3, axis=2))
     for odd in (np.array([[70000]], np.int32), np.zeros((2, 2), np.float32)):
-        with pytest.raises(ValueError, match="what is white is not known"):
+        with pytest.raises(ValueError, match="no defined white level"):
             to_pixels(Image.fromarray(odd), 1)
 
 

@@ -127,7 +127,7 @@ def test_a_split_without_a_class_has_the_ids_of_train(tmp_path):
 def test_a_split_that_is_another_one_is_refused(tmp_path, case):
     root = tar(tmp_path) if case == "a tar file" else write_folder(tmp_path / "data", (("train", 20),))
     changes = {"val_split": "train"} if case == "one split twice" else {}
-    with pytest.raises(qat.UsageError, match=r"^data\.val_split='\w+': must be other images than those of train; null for no such split$"):
+    with pytest.raises(qat.UsageError, match=r"^data\.val_split='\w+': must differ from the train split; null for no such split$"):
         data(root, **changes).train_dataloader()
 
 
@@ -136,7 +136,7 @@ def test_a_split_that_is_another_one_is_refused(tmp_path, case):
     [
         (
             {"name": "torch/no_such"},
-            r"data\.name='torch/no_such': must be a dataset that timm can read; of 'train' it says: AssertionError: Unknown",
+            r"data\.name='torch/no_such': must be a dataset that timm can read; for split 'train' timm reports: AssertionError: Unknown",
         ),
         ({"root": None}, r"data\.root=None: must be the folder that holds the dataset that timm reads, or give a tar file$"),
     ],

@@ -308,7 +308,7 @@ def test_a_file_that_disagrees_is_kept_under_another_name(net, tmp_path, monkeyp
     [
         ({"target": "gpu"}, r"format.target='gpu': must be one of cpu, tensorrt"),
         ({"two_bit": "int3"}, r"format.two_bit='int3': must be one of int4, int2"),
-        ({"net": tiny.vit()}, r"export_onnx: a float net; qat.convert\(net, qat.recipe\(...\)\) quantizes it"),
+        ({"net": tiny.vit()}, r"export_onnx: the model is not quantized; call qat.convert\(model, qat.recipe\(...\)\) first"),
         ({"net": made(qat.recipe("ofq", bits=2)), "target": "tensorrt"}, r"format.target=tensorrt: .* must have one scale"),
     ],
 )
@@ -347,7 +347,7 @@ def test_a_runtime_that_is_not_what_its_graph_gives_has_a_problem(net):
     net = net.eval()
     x = torch.randn(10, 1, 8, 8)
     found = check.compare(net, lambda x: net(x) + 1, lambda: lambda image: check.net_codes(net, image), [x])
-    assert found.problem == "on 10 of 10 images it is not what its graph gives step by step"
+    assert found.problem == "on 10 of 10 images its output differs from that of its graph run operator by operator"
     assert (found.same_top1, found.other_logits, found.largest) == (10, 10, 0.0)
 
 

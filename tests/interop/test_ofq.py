@@ -118,12 +118,12 @@ def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
 @pytest.mark.parametrize(
     ("change", "knobs", "message"),
     [
-        ({}, {}, "bits=None: {} does not say its bits, and no tensor tells them; give bits= (ckpt_bits= in a command)"),
+        ({}, {}, "bits=None: {} does not state its bits, and its tensors do not show them; set bits= (ckpt_bits= in a command)"),
         ({}, {"bits": 2, "qkr": False}, "qkr=False: {} holds attn.q and attn.k (qkr=True)"),
-        ({}, {"bits": 2, "model": "nope"}, f"model='nope': the weights of {{}} are not of its shape; they look like '{TINY}'"),
-        ({}, {"bits": 2, "model": SWIN}, f"model='{SWIN}': the weights of {{}} are not of its shape; they look like '{TINY}'"),
+        ({}, {"bits": 2, "model": "nope"}, f"model='nope': the weights of {{}} do not fit it; they look like '{TINY}'"),
+        ({}, {"bits": 2, "model": SWIN}, f"model='{SWIN}': the weights of {{}} do not fit it; they look like '{TINY}'"),
         ({"head.weight": None}, {"bits": 2}, "{}: tensor head.weight is missing"),
-        ({"blocks.0.gamma": torch.ones(1)}, {"bits": 2}, "{}: nothing in the net corresponds to blocks.0.gamma"),
+        ({"blocks.0.gamma": torch.ones(1)}, {"bits": 2}, "{}: nothing in the model corresponds to blocks.0.gamma"),
         (
             {"blocks.0.mlp.fc1.input_quant_fn.s": torch.ones(5)},
             {"bits": 2},
@@ -153,7 +153,7 @@ def test_a_file_that_would_run_code_is_refused_with_a_way_out(tmp_path, state):
     path = written(tmp_path, {"state_dict": state, "logger": Foreign()})
     with pytest.raises(qat.UsageError) as error:
         qat.load_ofq_checkpoint(path, bits=2)
-    assert "it holds more than tensors and plain data; save the state_dict() alone" in str(error.value)
+    assert "it holds more than tensors and plain data; save only the state_dict()" in str(error.value)
     assert "\n" not in str(error.value)
 
 

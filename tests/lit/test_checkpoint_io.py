@@ -37,7 +37,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(error, tmp_path, monkeypatch)
         raise error
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(qat.UsageError, match=r"last.ckpt cannot be written \(.*\); the checkpoint that was there is intact"):
+    with pytest.raises(qat.UsageError, match=r"last.ckpt cannot be written \(.*\); the previous checkpoint is intact"):
         AtomicCheckpointIO().save_checkpoint({"a": 2}, path)
     assert AtomicCheckpointIO().load_checkpoint(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]

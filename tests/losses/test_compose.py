@@ -45,7 +45,7 @@ def test_terms_that_read_other_blocks_are_refused():
 
 
 def test_no_terms_are_refused():
-    with pytest.raises(qat.UsageError, match=r"loss\.terms=\{\}: at least one term"):
+    with pytest.raises(qat.UsageError, match=r"loss\.terms=\{\}: must have at least one term"):
         CompositeLoss({})
 
 

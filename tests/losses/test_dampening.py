@@ -56,7 +56,7 @@ def test_the_gradient_pulls_to_the_level(preset):
 
 def test_a_net_without_such_weights():
     with pytest.raises(
-        qat.UsageError, match=r"loss term Dampening: max_bits=4: this net has no weights on evenly spaced values of so few bits"
+        qat.UsageError, match=r"loss term Dampening: max_bits=4: this model has no weights of so few bits on a uniform grid"
     ):
         Dampening()(step(vit()))
 

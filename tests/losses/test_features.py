@@ -90,5 +90,5 @@ def test_a_teacher_of_another_shape_is_refused(teacher):
     step = StepContext(
         torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), None, nn.Identity(), features=(torch.zeros(2, 5, 8),), teacher_features=teacher
     )
-    with pytest.raises(qat.UsageError, match=r"loss\.features: blocks of the net give \[\(5, 8\)\], those of the teacher"):
+    with pytest.raises(qat.UsageError, match=r"loss\.features: blocks of the model return \[\(5, 8\)\], those of the teacher"):
         FeatureDistillation(1.0)(step)

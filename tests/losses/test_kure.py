@@ -120,5 +120,5 @@ def test_convolutions_of_a_net_are_found_but_the_first():
 
 
 def test_nothing_to_act_on():
-    with pytest.raises(qat.UsageError, match=r"loss.kure: this net has no Linears or convolutions beside stem and heads"):
+    with pytest.raises(qat.UsageError, match=r"loss.kure: this model has no linear layers or convolutions besides stem and heads"):
         Kure().prepare(torch.nn.Sequential(torch.nn.LayerNorm(3)))

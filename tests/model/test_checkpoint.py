@@ -108,7 +108,7 @@ def test_a_net_built_by_hand_is_described_by_its_caller(path):
     net = shake(VisionTransformer(**{**KWARGS, "num_classes": 10}))
     qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
     qat.initialize_scales(net, [images()])
-    with pytest.raises(qat.UsageError, match="give model='timm name'"):
+    with pytest.raises(qat.UsageError, match="set model='timm name'"):
         qat.save(net, path)
     qat.save(net, path, model=VIT, model_kwargs=KWARGS)
     assert torch.equal(logits(qat.load(path)), logits(net))
@@ -205,8 +205,8 @@ def changed(path, change):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c["qat"].update(format_version="2"), "its description of the net: has something of another kind"),
-        (lambda c: c["qat"].update(data={"model": 7}), "its description of the net: has something of another kind"),
+        (lambda c: c["qat"].update(format_version="2"), "its description of the model: has something of another kind"),
+        (lambda c: c["qat"].update(data={"model": 7}), "its description of the model: has something of another kind"),
         (lambda c: c["qat"].update(data={"in_chans": [3], "mean": [0.5]}), "its data.mean=[0.5]: must be a finite number for each"),
         (lambda c: c["qat"].update(format_version=2), "written by a newer qat (format 2); this one reads up to 1"),
         (lambda c: c["state_dict"].update({"head.bias": torch.zeros(7)}), f"weights do not fit {VIT}"),
@@ -234,7 +234,7 @@ def test_content_without_weights(path, content, said):
 
 def test_a_plain_state_dict_does_not_say_what_it_is(path):
     torch.save(vit().state_dict(), path)
-    refused(path, "does not say what net it holds; give model=")
+    refused(path, "does not say which model it holds; set model=")
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_plain_state_dict_does_not_say_what_it_is(path):
 )
 def test_a_description_that_cannot_be_followed(path, meta, said):
     changed(path, lambda c: c.update(qat={"format_version": 1, **meta}))
-    refused(path, "cannot build the net it describes", said)
+    refused(path, "cannot build the model it describes", said)
 
 
 @pytest.mark.parametrize("knob", ["weight_quantizer", "act_quantizer", "overrides"])
@@ -263,7 +263,7 @@ def test_a_file_imports_nothing(path, tmp_path, monkeypatch, knob):
     monkeypatch.syspath_prepend(tmp_path)
     name = {"blocks.*": {"weight_quantizer": "stranger:X"}} if knob == "overrides" else "stranger:X"
     changed(path, lambda c: c["qat"]["recipe"].update({knob: name}))
-    refused(path, "quantizer='stranger:X': must be built in, or of a module that is imported", "qat.load(path, imports=['stranger'])")
+    refused(path, "quantizer='stranger:X': must be built in or from an imported module", "qat.load(path, imports=['stranger'])")
     assert "stranger" not in sys.modules
     with contextlib.suppress(qat.UsageError):  # its weights are those of another quantizer
         qat.load(path, imports=["stranger"])
@@ -297,9 +297,9 @@ ANY_SIZE, LARGE = {"pos_embed": "none", "dynamic_img_size": True}, {"in_chans": 
     ("change", "said"),
     [
         (lambda c: c["qat"]["model"]["kwargs"].update(depth=10**9), "argument depth=1000000000 must be at most"),
-        (lambda c: c["qat"]["model"]["kwargs"].update(depth=50_000), "the net is much larger than the weights of the file"),
-        (lambda c: c["qat"]["model"]["kwargs"].update(embed_dim=12_000), "the net is much larger than the weights of the file"),
-        (lambda c: c["qat"]["model"]["kwargs"].update(img_size=100_000), "the net is much larger than the weights of the file"),
+        (lambda c: c["qat"]["model"]["kwargs"].update(depth=50_000), "the model is much larger than the weights of the file"),
+        (lambda c: c["qat"]["model"]["kwargs"].update(embed_dim=12_000), "the model is much larger than the weights of the file"),
+        (lambda c: c["qat"]["model"]["kwargs"].update(img_size=100_000), "the model is much larger than the weights of the file"),
         (
             lambda c: c["qat"].update(model={"name": VIT, "kwargs": {**KWARGS, **ANY_SIZE}}, input_size=[1, 5000, 5000]),
             "an image of (1, 5000, 5000) takes much more memory than the weights of the file",
@@ -308,10 +308,10 @@ ANY_SIZE, LARGE = {"pos_embed": "none", "dynamic_img_size": True}, {"in_chans": 
             lambda c: c["qat"].update(model={"name": VIT, "kwargs": {**KWARGS, **ANY_SIZE}}, recipe=None, input_size=None, data=LARGE),
             "an image of (1, 8000, 8000) takes much more memory than the weights of the file",
         ),
-        (lambda c: c["qat"].update(input_size=[1, 10**6, 10**6]), "its description of the net: has something of another kind"),
-        (lambda c: c["qat"].update(data={"nested": nested(150)}), "its description of the net: is nested more than 32 deep"),
-        (lambda c: c["qat"].update(classes=shared(30)), "its description of the net: holds more than 1000000 values"),
-        (lambda c: c["qat"].update(data={"_target_": ["qat.data.Digits"]}), "its description of the net: has something of another kind"),
+        (lambda c: c["qat"].update(input_size=[1, 10**6, 10**6]), "its description of the model: has something of another kind"),
+        (lambda c: c["qat"].update(data={"nested": nested(150)}), "its description of the model: is nested more than 32 deep"),
+        (lambda c: c["qat"].update(classes=shared(30)), "its description of the model: holds more than 1000000 values"),
+        (lambda c: c["qat"].update(data={"_target_": ["qat.data.Digits"]}), "its description of the model: has something of another kind"),
     ],
     ids=["depth", "blocks", "width", "positions", "tokens", "data", "image", "nested", "shared", "target"],
 )

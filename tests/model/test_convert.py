@@ -117,20 +117,22 @@ def test_report_lists_every_quantizer_and_what_stays_float():
 
 
 def test_converting_twice_is_an_error():
-    with pytest.raises(qat.UsageError, match="the net is quantized already; build a fresh one"):
+    with pytest.raises(qat.UsageError, match="the model is already quantized; build a new one"):
         qat.convert(converted(), qat.recipe("ofq"), input_size=SIZE)
 
 
 def test_a_net_without_weights_is_an_error():
     with torch.device("meta"):
         net = timm.create_model("vit_tiny_patch16_224", img_size=16)
-    with pytest.raises(qat.UsageError, match="the net is on the meta device; must hold weights"):
+    with pytest.raises(qat.UsageError, match="the model is on the meta device; must hold weights"):
         qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
 
 
 @pytest.mark.parametrize("size", [(1, 9, 9), (3, 8, 8), (1, 16, 16)])
 def test_images_that_do_not_pass(size):
-    with pytest.raises(qat.UsageError, match=rf"input_size=\({size[0]}, {size[1]}, {size[2]}\): no image of this size passes"):
+    with pytest.raises(
+        qat.UsageError, match=rf"input_size=\({size[0]}, {size[1]}, {size[2]}\): the model does not accept images of this size"
+    ):
         qat.convert(vit(), qat.recipe("ofq"), input_size=size)
 
 
@@ -345,7 +347,7 @@ def test_a_net_that_dropped_tokens_is_quantized_after_training():
 def test_a_quantized_net_is_not_reparameterized():
     net = timm.create_model("repvgg_a0", num_classes=5)
     qat.convert(net, qat.recipe("lsq", bits=4), input_size=(3, 32, 32))
-    with pytest.raises(qat.UsageError, match="re-parameterize first, then convert"):
+    with pytest.raises(qat.UsageError, match="reparameterize first, then convert"):
         timm.utils.reparameterize_model(net)
 
 

@@ -220,8 +220,8 @@ def test_a_float_net_of_timm(tmp_path, cache):
     [
         ({"model_args": {"pretrained_cfg": {"url": "http://elsewhere"}}}, "its arguments would read something else"),
         ({"model_args": {"weight_init": "${oc.env:HOME}"}}, r"it holds '\$\{', which would be resolved"),
-        ({"model_args": {"img_size": 100_000}}, "the net is much larger than the weights of the file, at its pos_embed"),
-        ({"model_args": {"depth": 100_000}}, "the net is much larger than the weights of the file"),
+        ({"model_args": {"img_size": 100_000}}, "the model is much larger than the weights of the file, at its pos_embed"),
+        ({"model_args": {"depth": 100_000}}, "the model is much larger than the weights of the file"),
         ({"pretrained_cfg": {"std": [0.5, 0.5, 0]}}, r"pretrained_cfg.std=\[0.5, 0.5, 0\]: must be a finite number above 0 for each"),
         ({"pretrained_cfg": {"mean": ["${oc.env:HOME}", 0, 0]}}, r"it holds '\$\{', which would be resolved"),
     ],

@@ -133,13 +133,13 @@ def test_colour_weights_are_summed_for_grey_images(path):
 )
 def test_weights_of_another_net(path, state, why):
     torch.save(state, path)
-    with pytest.raises(qat.UsageError, match=rf"ckpt='{path}': its weights are not those of {VIT} \({why}") as caught:
+    with pytest.raises(qat.UsageError, match=rf"ckpt='{path}': its weights do not fit {VIT} \({why}") as caught:
         start(path)
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_model_shows_what_is_near():
-    with pytest.raises(qat.UsageError, match=r"model.name='deit_tinny': timm has no such model; near are .*deit"):
+    with pytest.raises(qat.UsageError, match=r"model.name='deit_tinny': timm has no such model; closest: .*deit"):
         from_scratch("deit_tinny", {})
 
 

@@ -83,7 +83,7 @@ def test_what_is_frozen_stays_frozen(make, frozen, kept):
     ],
 )
 def test_reparameterization_is_refused(cls, settings, reason):
-    message = f"quant.attention='qkr': this net {reason}, so .* here it must be one of standard, float"
+    message = f"quant.attention='qkr': this model {reason}, so .* here it must be one of standard, float"
     with pytest.raises(qat.UsageError, match=message):
         swapped(plain(cls, **settings), qat.recipe("ofq"), TOKENS)
 

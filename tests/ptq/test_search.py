@@ -162,7 +162,7 @@ def test_a_fitness_that_is_not_finite_names_block_and_candidate():
     assert not {name for name in changed(before, net) if name.startswith("blocks.0")}
     with torch.no_grad():
         net.head.bias[0] = float("nan")
-    with pytest.raises(UsageError, match="fitness of the net as it came is nan"):
+    with pytest.raises(UsageError, match="fitness of the unchanged model is nan"):
         run(net, targets, passes=1)
 
 
@@ -174,10 +174,18 @@ def flat():
 @pytest.mark.parametrize(
     ("build", "knobs", "message"),
     [
-        (quantized, {"targets": ["nope"]}, r"search.targets=\['nope'\]: no block has such a scale; stored scales are those of attn.k, "),
+        (
+            quantized,
+            {"targets": ["nope"]},
+            r"search.targets=\['nope'\]: must match a scale of a block; stored scales are those of attn.k, ",
+        ),
         (quantized, {"reference_selection": True}, "reference_selection=True: validation images"),
-        (lambda: quantized(preset="ofq_noqkr", weight_quantizer="statsq"), {}, r"\['attn\*.\*.weight', 'attn\*.qk'\]: no block has such"),
-        (lambda: (flat(), quantized()[1]), {}, "no blocks; they are looked for in modules called 'blocks'"),
+        (
+            lambda: quantized(preset="ofq_noqkr", weight_quantizer="statsq"),
+            {},
+            r"\['attn\*.\*.weight', 'attn\*.qk'\]: must match a scale of a block",
+        ),
+        (lambda: (flat(), quantized()[1]), {}, "this model has no blocks in modules called 'blocks'"),
         (lambda: (tiny.converted("minmax"), quantized()[1]), {}, "not initialised"),
     ],
 )
@@ -247,14 +255,14 @@ def test_resume_demands_the_same_search(tmp_path):
     run(net, targets, tmp_path)
     for knobs, images, message in (
         ({"cycles": 5}, batches(), r"^search\.cycles=5: the run to resume has 3 \(.*search\.ckpt\)"),
-        ({}, [b + 1 for b in batches()], "of a net, or of calibration images, with other values"),
+        ({}, [b + 1 for b in batches()], "belongs to another model or other calibration images"),
     ):
         with pytest.raises(UsageError, match=message):
             search(quantized()[0], images, targets, settings(**knobs), run_dir=tmp_path, resume=True)
     whole = (tmp_path / "search.ckpt").read_bytes()
     for damaged in (whole[:-1], whole[:10], b""):
         (tmp_path / "search.ckpt").write_bytes(damaged)
-        with pytest.raises(UsageError, match=r"^resume: .*search\.ckpt cannot be read; delete it to start anew$"):
+        with pytest.raises(UsageError, match=r"^resume: .*search\.ckpt cannot be read; delete it to start over$"):
             run(quantized()[0], targets, tmp_path, resume=True)
     run(quantized()[0], targets, tmp_path)  # without resume it starts anew
     assert len(lines(tmp_path)) == 13
@@ -279,4 +287,4 @@ def test_scales_of_every_attention_change_for_the_better(name, caplog):
     names = changed(before, net)
     assert names
     assert all(name.endswith("weight_quantizer.scale") and ".attn" in name for name in names)
-    assert "cannot be run" not in caplog.text
+    assert "cannot run" not in caplog.text

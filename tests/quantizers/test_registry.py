@@ -52,7 +52,7 @@ def test_register_makes_a_name(monkeypatch):
 
 
 def test_a_name_is_given_once():
-    with pytest.raises(ValueError, match="quantizer 'lsq' is there already"):
+    with pytest.raises(ValueError, match="quantizer 'lsq' is already registered"):
         register("lsq")(Float)
 
 

@@ -95,7 +95,7 @@ def test_of_a_calibration(tmp_path, search):
     scores = {"top1_fp": 91.25, "top5_fp": 99.5, "loss_fp": 0.7125, "top1_calibrated": 77.5}
     found = read(write_report(write_run(tmp_path / "run", command="ptq", **scores, **search))).text
     assert ("Search" in found, "Calibration" in found) == (bool(search), not search)
-    for text in ("91.25", "99.5", "0.7125", "77.5", "Size once packed"):
+    for text in ("91.25", "99.5", "0.7125", "77.5", "Size, packed"):
         assert text in found
     assert "–" not in found
 
@@ -103,7 +103,7 @@ def test_of_a_calibration(tmp_path, search):
 def test_of_few_classes_and_of_a_run_that_learned_nothing(tmp_path):
     found = read(write_report(write_run(tmp_path / "run", top5=None, top1=43.33, images=60, majority_share=40.0))).text
     assert "Top-5" not in found
-    assert "Top-1 is not clearly more than nothing learned: the most frequent class alone gives 40.00 %." in found
+    assert "Top-1 is not clearly better than always predicting the most frequent class, which gives 40.00 %." in found
 
 
 def test_layers_are_folded_where_they_are_not_the_subject(tmp_path):

@@ -110,8 +110,8 @@ def test_labels_are_the_shortest_ends_that_differ(paths, labels):
         ),
         (["trainer.devices=2"], "trainer.devices=2: analyses run on one device; must be 1"),
         (["trainer.precision=bf16-mixed"], "trainer.precision='bf16-mixed': analyses run in float32; must be 32-true"),
-        (["analysis=oscillation"], "ckpt='{four}': its run tracked no oscillation; train with callbacks=[default,oscillation]"),
-        (["analysis=weights", "ckpt={frozen}", "data=digits"], "patch_embed.proj.weight_quantizer holds integer codes alone; "),
+        (["analysis=oscillation"], "ckpt='{four}': its run did not track oscillation; train with callbacks=[default,oscillation]"),
+        (["analysis=weights", "ckpt={frozen}", "data=digits"], "patch_embed.proj.weight_quantizer holds only integer codes; "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

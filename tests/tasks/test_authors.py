@@ -77,15 +77,15 @@ def test_a_swin_of_theirs_keeps_the_biases_of_its_mergings(tmp_path):
         (
             "evaluate",
             ["data=digits", "data.image_size=16"],
-            "data.image_size=16: the net is quantized for images of (1, 8, 8), got (1, 16, 16)",
+            "data.image_size=16: the model is quantized for images of (1, 8, 8), got (1, 16, 16)",
         ),
         ("evaluate", ["ckpt_format=qat"], "ckpt='{}': not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq"),
         (
             "train",
             [*NET, "model=deit_s_distilled"],
-            "model='deit_small_distilled_patch16_224': the weights of ckpt='{}' are not of its shape",
+            "model='deit_small_distilled_patch16_224': the weights of ckpt='{}' do not fit it",
         ),
-        ("train", [*NET, "loss=kd"], "ckpt='{}' is quantized already and no float teacher; give teacher.ckpt=FILE"),
+        ("train", [*NET, "loss=kd"], "ckpt='{}' is already quantized and cannot be the float teacher; set teacher.ckpt=FILE"),
         ("train", [*NET, "data.num_classes=4"], "ckpt='{}': has 10 classes, the data 4; model.reset_head=true gives it a new head"),
     ],
 )

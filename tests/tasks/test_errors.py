@@ -20,7 +20,7 @@ from qat.model import pretrained
 from tests.conftest import compose, results, tiny
 
 WHOLE = "must be an integer (?:of at least|from)"
-NOTHING_TO_DO = "must be above 0, or there is nothing to do"
+NOTHING_TO_DO = "must be above 0"
 SHARE = r"it has to be in \[0\.0, 1\.0\] or an int"
 NUMBERS = "must be a number(?: of at least| from)?"
 FLAGS = ("overwrite", "model.pretrained", "model.reset_head", "teacher.pretrained")
@@ -49,12 +49,12 @@ TRAIN = [
     ("quant.overrides={block.0.*:{bits:4}}", r"quant\.overrides\['block\.0\.\*'\] matches no module .* names like 'blocks\.0\.attn"),
     ("quant.offsets=maybe", r"quant\.offsets='maybe': must be true or false"),
     ("+quant.colour=3", r"quant\.colour: must be one of name, bits"),
-    ("+model.args.qk_norm=true", r"quant\.attention='qkr': this net normalises queries and keys.*here it must be one of standard, float"),
+    ("+model.args.qk_norm=true", r"quant\.attention='qkr': this model normalises queries and keys.*here it must be one of standard, float"),
     # the optimizer and its schedule
     *((f"optimizer.lr={v}", rf"optimizer\.lr={s}: {NUMBERS} above 0") for v, s in shown("0 x null")),
     ("optimizer.weight_decay=-1", rf"optimizer\.weight_decay=-1: {NUMBERS} 0"),
     ("optimizer.betas=[2,3]", r"optimizer\.opt='adamw' does not take .*'betas': \[2, 3\]"),
-    ("optimizer.opt=adammw", r"optimizer\.opt='adammw': unknown; near are .*adamw"),
+    ("optimizer.opt=adammw", r"optimizer\.opt='adammw': unknown; closest: .*adamw"),
     ("scheduler.interval=batch", r"scheduler\.interval='batch': must be one of epoch, step"),
     ("scheduler.warmup_epochs=50", rf"scheduler\.warmup_epochs=50\.0: {NUMBERS} 0 to below 1"),
     ("~optimizer", "missing mandatory value: optimizer"),
@@ -75,9 +75,9 @@ TRAIN = [
     *((f"data.batch_size={v}", rf"data\.batch_size={s}: {WHOLE} 1") for v, s in shown("0 x")),
     ("data.num_workers=-1", rf"data\.num_workers=-1: {WHOLE} 0"),
     ("data.image_size=10", r"data\.image_size=10: must be a multiple of the model's patch size 4"),
-    ("data.num_classes=3", r"data\.num_classes=3: the train split has a label 9"),
+    ("data.num_classes=3", r"data\.num_classes=3: labels must be from 0 to 2; the train split has 9"),
     ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': must be the folder that holds "),
-    ("model.name=vit_tinny_patch16_224", r"model\.name='vit_tinny_patch16_224': timm has no such model; near are .*vit_tiny_patch16_224"),
+    ("model.name=vit_tinny_patch16_224", r"model\.name='vit_tinny_patch16_224': timm has no such model; closest: .*vit_tiny_patch16_224"),
     ("model.name=resnet18", r"model\.name='resnet18' with .*unexpected keyword argument 'img_size'"),
     ("model.args.num_heads=5", r"model\.name='vit_tiny_patch16_224' with .*'num_heads': 5.*divisible by num_heads"),
     ("model.imports=[nope.nope]", r"model\.imports='nope\.nope': No module named 'nope'"),
@@ -86,7 +86,7 @@ TRAIN = [
     ("loss.features_blocks=first", r"loss\.features_blocks='first': must be one of all, last"),
     ("memory=less", r"memory='less': must be one of save, recompute"),
     ("kernels=fast", r"kernels='fast': must be one of auto, triton, off"),
-    ("loss=kd", r"no teacher; give teacher\.ckpt=FILE"),
+    ("loss=kd", r"no teacher; set teacher\.ckpt=FILE"),
     ("loss.terms.ce._target_=qat.losses.Nope", r"loss\.terms\.ce\._target_='qat\.losses\.Nope'"),
     ("+callbacks.x._target_=nowhere.Nope", r"callbacks\.x\._target_='nowhere\.Nope'"),
     *(
@@ -98,7 +98,7 @@ TRAIN = [
     ("checkpoint.every_n_steps=0", rf"checkpoint\.every_n_steps=0: {WHOLE} 1"),
     ("+logger.x._target_=nowhere.Nope", r"logger\.x\._target_='nowhere\.Nope'"),
     ("+logger.x._target_=torch.nn.Identity", r"logger: Identity is not a subclass of"),
-    ("quant=fp quant.bits=4", r"quant\.bits=4: quant=fp leaves the net in float"),
+    ("quant=fp quant.bits=4", r"quant\.bits=4: quant=fp leaves the model in float"),
     ("quant.weight_quantizer=foo", r"quant\.weight_quantizer='foo': must be one of statsq, statsq_rms, lsq, seq, minmax, float"),
     ("data.augment=bad", r"data\.augment='bad': must be one of none, light, timm"),
     ("+data.colour=3", "unexpected keyword argument 'colour'"),
@@ -109,7 +109,7 @@ TRAIN = [
     ("loss.label_smoothing=2", r"loss\.label_smoothing=2: must be a number from 0 to below 1"),
     ("loss.terms.ce._target_=torch.nn.Identity ~loss.terms.ce.label_smoothing", r"loss\.terms\.ce: Identity is not a subclass of"),
     ("callbacks.best.monitor=val/loss", r"callbacks\.best\.mode='max': the best val/loss is the lowest; must be min"),
-    ("loss=kd teacher.model=deit_tiny_patch16_224", r"teacher\.model='deit_tiny_patch16_224': give its weights with teacher\.ckpt=FILE"),
+    ("loss=kd teacher.model=deit_tiny_patch16_224", r"teacher\.model='deit_tiny_patch16_224': set its weights with teacher\.ckpt=FILE"),
     # the rest
     *((f"seed={v}", rf"seed={s}: {WHOLE} 0") for v, s in shown("-1 99999999999")),
     *((f"seed={v}", rf"^seed: Value '{v}' .* could not be converted to Integer$") for v in ("x", "1.5")),
@@ -117,12 +117,12 @@ TRAIN = [
     ("compile=maybe", r"compile='maybe': must be one of true, false, auto, graphs$"),
     ("compile=graphs trainer.accelerator=cpu", r"compile=graphs: CUDA graphs need CUDA, .*; must be one of true, false, auto$"),
     ("+colour=3", "colour: unknown; must be one of allow_changed_data"),
-    ("+model.pretrainde=true", r"model\.pretrainde: unknown; near is pretrained"),
+    ("+model.pretrainde=true", r"model\.pretrainde: unknown; closest: pretrained"),
     ("resume=yes", r"resume='yes': must be one of false, true, auto"),
-    ("resume=true", r"resume=true: run_dir='.*' has no checkpoints/last\.ckpt; resume=auto starts"),
+    ("resume=true", r"resume=true: run_dir='.*' has no checkpoints/last\.ckpt; use resume=auto to start"),
     ("ckpt=/nowhere.ckpt", r"ckpt='/nowhere\.ckpt': no such file"),
     ("ckpt=3", "ckpt=3: must be a path"),
-    ("ckpt=a.ckpt model.weights=b.pt", "ckpt and model.weights are set: a net starts from one of them"),
+    ("ckpt=a.ckpt model.weights=b.pt", "ckpt and model.weights are set: a model starts from one of them"),
     ("ckpt={run}", r"ckpt='.*': a folder, not a file"),
     ("ckpt={run}/config.yaml", r"ckpt='.*config\.yaml': not a checkpoint .*damaged"),
     ("ckpt={files}/empty.ckpt", r"ckpt='.*empty\.ckpt': not a checkpoint .*damaged"),
@@ -134,12 +134,12 @@ TRAIN = [
 ]  # fmt: skip
 
 EVAL = [
-    ("", r"ckpt is not set; give model=\.\.\."),
+    ("", r"ckpt is not set; set model=\.\.\."),
     ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged"),
-    ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not say what net it holds; give model=\.\.\."),
-    ("ckpt={files}/resnet.pt model=vit_tiny_demo", r"ckpt='.*resnet\.pt': its weights are not those of vit_tiny_patch16_224"),
+    ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not say which model it holds; set model=\.\.\."),
+    ("ckpt={files}/resnet.pt model=vit_tiny_demo", r"ckpt='.*resnet\.pt': its weights do not fit vit_tiny_patch16_224"),
     ("ckpt={best} model=deit_t", r"model\.name='deit_tiny_patch16_224': ckpt='.*' holds vit_tiny_patch16_224"),
-    ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the net has 10 classes"),
+    ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the model has 10 classes"),
 ]  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_only_itself(tmp_path, refused
     monkeypatch.setattr(torch, "save", fails_later)
     run = tmp_path / "run"
     message = refused("train", tiny(run, "trainer.limit_train_batches=6", "checkpoint.every_n_steps=2"))
-    assert re.search(rf"last\.ckpt cannot be written \(.*{error.strerror}.*\); the checkpoint that was there is intact", message)
+    assert re.search(rf"last\.ckpt cannot be written \(.*{error.strerror}.*\); the previous checkpoint is intact", message)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     assert "cannot be written" in results(run)["error"]

@@ -82,7 +82,7 @@ def test_an_average_is_where_the_weights_are_trained():
 
 def test_averages_are_not_dropped_on_resume(tmp_path):
     train(tmp_path / "run", "callbacks=[default,ema]")
-    with pytest.raises(qat.UsageError, match=r"resume: the run averages its weights; go on with callbacks=\[default,ema\]"):
+    with pytest.raises(qat.UsageError, match=r"resume: the run averages its weights; resume with callbacks=\[default,ema\]"):
         train(tmp_path / "run", "resume=true", "trainer.max_epochs=2")
 
 

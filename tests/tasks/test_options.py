@@ -48,7 +48,7 @@ def test_no_compiler(asked, monkeypatch, caplog):
     why = "torch cannot compile for cpu here (no C++ compiler found)"
     if asked == "auto":
         fit.compile_nets(cfg, torch.nn.Linear(2, 2), None)
-        assert [r.getMessage() for r in caplog.records] == [f"compile=auto: nets are not compiled: {why}"]
+        assert [r.getMessage() for r in caplog.records] == [f"compile=auto: the model is not compiled: {why}"]
         return
     with pytest.raises(qat.UsageError, match=re.escape(f"compile={asked}: {why}; must be false")):
         fit.compile_nets(cfg, torch.nn.Linear(2, 2), None)

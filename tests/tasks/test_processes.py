@@ -198,5 +198,7 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     run_and_kill(tmp_path / "odd", *settings, "data.batch_size=120")
     rest = ("data.batch_size=64", "resume=true", "trainer.devices=2", "trainer.strategy=ddp")
     errors = in_processes(2, run, tmp_path / "odd", *settings, *rest)
-    message = "resume: the run stopped after 480 images of an epoch, no whole number of batches of data.batch_size=64 in 2 processes"
+    message = (
+        "resume: the run stopped after 480 images of an epoch, which is not a whole number of batches of data.batch_size=64 in 2 processes"
+    )
     assert all(message in error for error in errors)

@@ -145,14 +145,14 @@ def test_mistakes_are_one_line(tmp_path, float_run, refused, overrides, message)
 def test_a_quantized_checkpoint_is_refused(tmp_path, refused, run_4bit, quantized_run):
     for path, name in ((last(run_4bit), "ofq"), (quantized_run / "quantized.ckpt", "fqvit")):
         line = refused("ptq", compose("ptq", f"run_dir={tmp_path}", f"ckpt={path}"))
-        assert f"is quantized already ({name}); post-training quantization starts from a float net" in line
+        assert f"is quantized already ({name}); post-training quantization starts from a float model" in line
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (("resume=maybe",), "resume='maybe': must be one of false, true, auto"),
-        (("resume=true",), "has no search.ckpt and no reconstruct.ckpt; resume=auto starts where there is none"),
+        (("resume=true",), "has no search.ckpt and no reconstruct.ckpt; use resume=auto to start a new run in that case"),
         (("+search.colour=red",), "search.colour: must be one of passes, cycles"),
     ],
 )

@@ -79,7 +79,7 @@ def test_its_targets_are_the_teachers_logits(tmp_path, lsq_run, float_run):
 def test_a_net_with_statsq_weights_has_scales_of_activations(tmp_path, run_4bit, float_run, refused):
     start = (*KEEP, f"ckpt={last(run_4bit)}", f"teacher.ckpt={last(float_run)}")
     line = refused("ptq", compose("ptq", *start, f"run_dir={tmp_path}/refused"))
-    assert "search.targets=['attn*.*.weight', 'attn*.qk']: no block has such a scale; stored scales are those of attn.input, " in line
+    assert "search.targets=['attn*.*.weight', 'attn*.qk']: must match a scale of a block; stored scales are those of attn.input, " in line
     found = quantize(tmp_path / "run", *start, ACTIVATIONS)
     names = changed(last(run_4bit), tmp_path / "run" / "quantized.ckpt")
     assert names
@@ -101,17 +101,17 @@ def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
 @pytest.mark.parametrize(
     ("start", "overrides", "message"),
     [
-        ("float", KEEP, "ptq=keep: the net is a float one; must be a recipe of conf/ptq"),
+        ("float", KEEP, "ptq=keep: the model is in float; must be a recipe of conf/ptq"),
         ("lsq", ("ptq=keep", *SMALL), "ptq=keep: there is nothing to do; add a search over the scales, e.g. search=evolution"),
-        ("lsq", KEEP, "was trained quantized (lsq), so it has no float logits to follow; give teacher.ckpt=FILE"),
-        ("lsq", (*KEEP, "+ptq.bits=8"), "ptq.bits: the net stays as it is; ptq=keep has batch alone"),
-        ("lsq", (*KEEP, "teacher.ckpt={lsq}"), "is quantized; the targets of a search are the logits of a float net"),
+        ("lsq", KEEP, "was trained quantized (lsq), so it has no float logits to follow; set teacher.ckpt=FILE"),
+        ("lsq", (*KEEP, "+ptq.bits=8"), "ptq.bits: ptq=keep leaves the model unchanged and takes only ptq.batch"),
+        ("lsq", (*KEEP, "teacher.ckpt={lsq}"), "is quantized; must be a float model, whose logits are the targets of the search"),
         ("lsq", (*KEEP, "teacher.ckpt=nowhere.ckpt"), "teacher.ckpt='nowhere.ckpt': no such file"),
-        ("lsq", (*SEARCH, *SMALL), "starts from a float net, ptq=keep search=evolution from one like this"),
+        ("lsq", (*SEARCH, *SMALL), "starts from a float model, ptq=keep search=evolution from one like this"),
         (
             "float",
             (*SEARCH, *SMALL, "teacher.ckpt={float}"),
-            "only with ptq=keep; here the targets are the logits of the net itself",
+            "only with ptq=keep; otherwise the targets are the logits of the float model itself",
         ),
     ],
 )

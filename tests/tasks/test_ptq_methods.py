@@ -29,7 +29,7 @@ def test_compensation_survives_evaluation_packing_and_export(tmp_path, float_run
     packed = tmp_path / "packed" / NAMES["packed"]
     assert evaluate(tmp_path / "p", f"ckpt={packed}")["top1"] == found["top1"]
     line = refused("ptq", compose("ptq", f"run_dir={tmp_path / 'k'}", f"ckpt={file}", "ptq=keep", "search=evolution", *SMALL))
-    assert "was fitted quantized (compensate), so it has no float logits to follow; give teacher.ckpt=FILE" in line
+    assert "was fitted quantized (compensate), so it has no float logits to follow; set teacher.ckpt=FILE" in line
 
 
 def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, float_run, caplog):
@@ -51,7 +51,7 @@ def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, flo
     assert [m for m in caplog.messages if m.startswith("resume: ")] == []
     quantize(tmp_path / "q", float_run, *overrides, "resume=true", "trainer.precision=bf16-mixed")
     assert "resume: trainer.precision was '32-true', is 'bf16-mixed'" in caplog.messages
-    with pytest.raises(qat.UsageError, match=r"ptq\.method='compensate' \(it had 'reconstruct'\): a run that goes on keeps its method"):
+    with pytest.raises(qat.UsageError, match=r"ptq\.method='compensate' \(it had 'reconstruct'\): a resumed run keeps its method"):
         quantize(tmp_path / "q", float_run, *overrides, "resume=true", "ptq.method=compensate")
 
 

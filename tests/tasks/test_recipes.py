@@ -125,7 +125,7 @@ def test_a_dry_run_needs_neither_downloads_nor_a_teacher(tmp_path, family, caplo
     with caplog.at_level(logging.INFO):
         train(recipe_of(f"{family}_t_w2a2", "data=digits", "trainer.fast_dev_run=true", f"run_dir={tmp_path}", *SMALL[family]))
     assert results(tmp_path)["weights"] == "final"
-    assert "no teacher: random weights serve as one, which only a dry run (trainer.fast_dev_run) may do" in caplog.text
+    assert "no teacher: this dry run (trainer.fast_dev_run) uses random weights as the teacher" in caplog.text
     batch = 140 if family == "deit" else 64
     base, lr = (560, "0.000547") if family == "deit" else (512, "0.0005")
     assert f"global batch {batch}, adamw lr {float(lr) * batch / base:.3g}," in caplog.text

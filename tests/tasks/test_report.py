@@ -73,7 +73,7 @@ def test_a_page_that_fails_fails_no_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(report, "describe_layers", broken)
     train(tmp_path / "run", "quant=fp", "report=true")
     (record,) = [r for r in caplog.records if "report.html" in r.getMessage()]
-    assert record.getMessage() == "report.html was not made, everything else was: RuntimeError: no ink at all"
+    assert record.getMessage() == "report.html could not be written, everything else was: RuntimeError: no ink at all"
 
 
 @pytest.mark.parametrize("is_finished", [True, False])

@@ -193,7 +193,7 @@ def test_a_run_of_before_a_knob_was_there_goes_on(tmp_path, monkeypatch, full):
 
 
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(qat.UsageError, match=r"resume=true: run_dir='.*' has no checkpoints/last.ckpt; resume=auto starts"):
+    with pytest.raises(qat.UsageError, match=r"resume=true: run_dir='.*' has no checkpoints/last.ckpt; use resume=auto to start"):
         run(tmp_path / "run", "resume=true")
 
 
@@ -223,7 +223,7 @@ def test_a_last_that_is_damaged_or_gone(damage, tmp_path, full, caplog):
     assert resumed(tmp_path).path == before
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "last.ckpt" in warning
-    assert warning.endswith("going on from last.prev.ckpt")
+    assert warning.endswith("resuming from last.prev.ckpt")
     DAMAGES[damage](before, before.read_bytes())
     if damage == "gone":
         assert resumed(tmp_path) is None
@@ -242,13 +242,13 @@ def test_no_room_for_the_checkpoint(tmp_path, monkeypatch, full, refused):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     path = run_dir / "checkpoints" / "last.ckpt"
-    assert line == f"error: {path} cannot be written (File too large); the checkpoint that was there is intact"
+    assert line == f"error: {path} cannot be written (File too large); the previous checkpoint is intact"
     assert {path.name: path.read_bytes() for path in (run_dir / "checkpoints").iterdir()} == before
     run(run_dir, "resume=auto")
     assert_same_run(run_dir, full)
 
 
-IN_STEPS = "; the learning rate keeps the schedule that was laid out"
+IN_STEPS = "; the learning rate follows the original schedule"
 
 
 def said(run_dir, caplog, *overrides):
@@ -319,9 +319,15 @@ def rename_a_class(folder):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (rename_a_class, r"^data: class 0 must be 'cat' as in .*last\.ckpt, is 'ant'; ckpt=PATH in another run_dir starts anew$"),
+        (
+            rename_a_class,
+            r"^data: class 0 must be 'cat' as in .*last\.ckpt, is 'ant'; use ckpt=PATH in another run_dir to start a new run$",
+        ),
         (lambda folder: shutil.copy(folder / "train/cat/0.png", folder / "train/cat/9.png"), r"^data: the images of train are not those"),
-        (lambda folder: (folder / "val/dog/3.png").unlink(), r"^data: the images of val are not those .*; allow_changed_data=true goes on"),
+        (
+            lambda folder: (folder / "val/dog/3.png").unlink(),
+            r"^data: the images of val are not those .*; set allow_changed_data=true to resume",
+        ),
         (lambda folder: (folder / "val/dog/3.png").rename(folder / "val/dog/4.png"), r"^data: the images of val are not those"),
     ],
     ids=["renamed class", "added", "removed", "another"],
@@ -344,9 +350,9 @@ def test_other_images_are_noticed(change, line, photos, tmp_path, caplog):
     [
         (
             ["optimizer.lr=0.1"],
-            r"^optimizer\.lr=0\.1 \(it had 0\.001\): a run that goes on keeps its optimizer and its schedule; ",
+            r"^optimizer\.lr=0\.1 \(it had 0\.001\): a resumed run keeps its optimizer and schedule; ",
         ),
-        (["trainer.max_epochs=2"], r"^trainer\.max_epochs=2: .*last\.ckpt is 3 epochs old; must be an integer of at least 3$"),
+        (["trainer.max_epochs=2"], r"^trainer\.max_epochs=2: .*last\.ckpt has 3 epochs; must be an integer of at least 3$"),
     ],
     ids=["rate", "epochs"],
 )
@@ -371,6 +377,6 @@ def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
 
 def test_a_dry_run_leaves_a_run_alone(full):
     before = {path: path.read_bytes() for path in full.rglob("*") if path.is_file()}
-    with pytest.raises(qat.UsageError, match=r"trainer\.fast_dev_run: .*would change .*last.ckpt.* which a dry run "):
+    with pytest.raises(qat.UsageError, match=r"trainer\.fast_dev_run: .*would change .*last.ckpt.*; a dry run "):
         run(full, "resume=auto", "overwrite=true", "trainer.fast_dev_run=true")
     assert {path: path.read_bytes() for path in full.rglob("*") if path.is_file()} == before

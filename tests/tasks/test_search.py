@@ -35,7 +35,7 @@ def test_a_row_is_what_its_name_says(name):
     ("override", "line"),
     [
         ("+search.cycle=3", "search.cycle: must be one of passes, cycles"),
-        ("search.targets=[head]", "search.targets=['head']: no block has such a scale; stored scales are those of "),
+        ("search.targets=[head]", "search.targets=['head']: must match a scale of a block; stored scales are those of "),
     ],
 )
 def test_mistakes(override, line, refused, tmp_path):

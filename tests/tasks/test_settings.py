@@ -53,7 +53,7 @@ def test_lightnings_arguments_go_by_their_names():
     ("typed", "line"),
     [
         ("+colour=3", "colour: unknown; must be one of allow_changed_data, callbacks, "),
-        ("+model.pretrainde=true", "model.pretrainde: unknown; near is pretrained"),
+        ("+model.pretrainde=true", "model.pretrainde: unknown; closest: pretrained"),
         ("ckpt=''", "ckpt='': must be a path; null = none"),
         ("teacher.ckpt=''", "teacher.ckpt='': must be a path; null = none"),
         ("ckpt_format=zip", "ckpt_format='zip': must be one of auto, qat, timm, ofq"),

@@ -42,8 +42,8 @@ def test_model_in_words():
 def test_a_size_says_of_which_file():
     assert summary.describe_size(converted("fp"), 1_802_152) == "1.8 MB of float weights"
     net = quantized("ofq", bits=2)
-    assert re.fullmatch(r"about 190 kB once packed, `.*export.* format=packed`", summary.describe_size(net, 190_236))
-    assert summary.describe_size(qat.freeze(net), 182_360) == "about 182 kB once packed"
+    assert re.fullmatch(r"about 190 kB packed \(`.*export.* format=packed`\)", summary.describe_size(net, 190_236))
+    assert summary.describe_size(qat.freeze(net), 182_360) == "about 182 kB packed"
 
 
 def test_a_net_of_digits_has_its_alias():
@@ -58,7 +58,7 @@ def test_a_net_of_digits_has_its_alias():
 def test_scores_say_where_nothing_may_be_learned(top1, images, share, says):
     # Two standard errors of 40 % of 60 images: 2 * sqrt(40 * 60 / 60) = 12.65.
     found = summary.scores({"top1": top1, "top5": None, "images": images, "majority_share": share})
-    note = "not clearly more than nothing learned: the most frequent class alone gives 40.00 %"
+    note = "not clearly better than always predicting the most frequent class, which gives 40.00 %"
     assert found == {"top-1": f"{top1:.2f} %"} | ({"note": note} if says else {})
 
 

@@ -312,7 +312,7 @@ def test_a_class_head_alone_is_evaluated_beside_the_net(tmp_path, caplog, head):
     distilled = train(tmp_path / "run", "model=deit_t_distilled", "loss=kd", f"ckpt={tmp_path}/net.ckpt", f"loss.teacher_head={head}")
     own = evaluate(tmp_path / "eval", f"ckpt={tmp_path}/net.ckpt")["top1"]
     assert results(distilled)["top1_fp"] == pytest.approx(own)
-    assert (f"its class head alone; {own:.2f} % with both heads" in caplog.text) == (head == "cls")
+    assert (f"class head only; {own:.2f} % with both heads" in caplog.text) == (head == "cls")
 
 
 def test_a_limit_of_time_ends_a_run(tmp_path, caplog):

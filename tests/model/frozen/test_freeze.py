@@ -105,12 +105,12 @@ def test_offsets_are_folded_where_that_is_exact():
 
 
 def test_what_cannot_be_frozen_is_refused():
-    with pytest.raises(qat.UsageError, match="freeze: the net is in float"):
+    with pytest.raises(qat.UsageError, match="freeze: the model is not quantized"):
         qat.freeze(tiny.vit())
     with pytest.raises(qat.UsageError, match="scales of patch_embed.proj.input_quantizer are not initialised"):
         qat.freeze(tiny.converted())
     net = made(RECIPES["ofq_2bit"])
-    with pytest.raises(qat.UsageError, match="freeze: the net is frozen already"):
+    with pytest.raises(qat.UsageError, match="freeze: the model is already frozen"):
         qat.freeze(qat.freeze(net))
     present = tiny.quantized("ofq_noqkr", act_quantizer="statsq")
     with pytest.raises(qat.UsageError, match="patch_embed.proj.input_quantizer is quantized by statsq, whose values have no fixed grid"):

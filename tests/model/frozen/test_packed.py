@@ -118,11 +118,11 @@ def test_any_flipped_bit_is_noticed_and_an_older_file_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("index", "line"),
     [
-        ([["head.weight", [2**40], "c", 0.0, "float32"]], "asks for 1099511627776 numbers"),
-        ([["head.weight", [2**40], "c", 0.0, "float32"], ["head.bias", [-(2**40)], "c", 0.0, "float32"]], "asks for 1099511627776 numbers"),
+        ([["head.weight", [2**40], "c", 0.0, "float32"]], "lists 1099511627776 numbers"),
+        ([["head.weight", [2**40], "c", 0.0, "float32"], ["head.bias", [-(2**40)], "c", 0.0, "float32"]], "lists 1099511627776 numbers"),
         ([["head.weight", [10**9], "f", "float32"]], "not a checkpoint"),
         ([["head.weight", [4], "f", "load"]], "not a checkpoint"),
-        ([], "more in it than its index says"),
+        ([], "more data than its index lists"),
     ],
     ids=["a large constant", "a sum that is small", "more floats than there are", "no dtype", "nothing"],
 )
@@ -153,8 +153,8 @@ def test_a_net_starts_from_the_numbers_that_codes_stand_for(recipe, tmp_path):
 def test_nothing_goes_on_from_folded_weights(name, tmp_path):
     written(qat.freeze(made(RECIPES[name])), tmp_path / "net.safetensors")
     net = qat.load(tmp_path / "net.safetensors")
-    line = "ckpt='net': holds integer codes alone, with folded weights or offsets; must be the checkpoint that it was exported from"
+    line = "ckpt='net': holds only integer codes, with folded weights or offsets; must be the checkpoint that it was exported from"
     with pytest.raises(qat.UsageError, match=line):
         from_net(tiny.VIT, tiny.KWARGS, net, origin="ckpt='net'", reset_head=False)
-    with pytest.raises(qat.UsageError, match="weight_quantizer holds integer codes alone; the float weights are in the checkpoint"):
+    with pytest.raises(qat.UsageError, match="weight_quantizer holds only integer codes; the float weights are in the checkpoint"):
         next(site for site in qat.iter_quantizers(net) if site.is_weight).latent()
