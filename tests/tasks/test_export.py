@@ -125,14 +125,14 @@ def test_mistakes_are_one_line(line, run_2bit, tmp_path):
 
 def test_a_float_net_is_refused(tmp_path):
     run = train(tmp_path / "fp", "quant=fp")
-    with pytest.raises(qat.UsageError, match="holds a float net; export.py writes quantized ones"):
+    with pytest.raises(qat.UsageError, match="holds a float model; must be a quantized one"):
         exported(tmp_path, f"ckpt={last(run)}")
 
 
 def test_a_file_that_is_there_stays(onnx_file, run_2bit):
     path, _ = onnx_file
     before = path.read_bytes()
-    with pytest.raises(qat.UsageError, match="net.onnx is there already; overwrite=true replaces it"):
+    with pytest.raises(qat.UsageError, match="net.onnx exists already; set overwrite=true to replace it"):
         exported(path.parent, f"ckpt={last(run_2bit)}")
     assert path.read_bytes() == before
 
