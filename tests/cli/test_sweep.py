@@ -75,7 +75,7 @@ def test_analyze_gathers_it_again(swept):
     [
         ("sweep=/nowhere", "sweep='/nowhere': must be a folder with runs below it"),
         ("sweep=a ckpt=b", "sweep='a': only gathers results; leave ckpt, run and analysis out"),
-        ("sweep=a analysis=cost", "sweep='a': gathers runs"),
+        ("sweep=a analysis=cost", "sweep='a': only gathers results"),
     ],
 )
 def test_what_cannot_be_gathered_is_one_line(tmp_path, refused, typed_in, line):

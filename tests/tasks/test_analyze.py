@@ -137,4 +137,4 @@ def test_mistakes_are_one_line_and_leave_an_older_run_as_it_was(tmp_path, run_4b
 
 def test_an_analysis_has_to_be_chosen(tmp_path, refused):
     choices = "cost, landscape, oscillation, robustness, sensitivity, weights"
-    assert f"analysis is not set: must be one of {choices}; or run=DIR" in refused("analyze", compose("analyze", f"run_dir={tmp_path}"))
+    assert f"analysis is not set: must be one of {choices}; or set run=DIR" in refused("analyze", compose("analyze", f"run_dir={tmp_path}"))
