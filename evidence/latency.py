@@ -1,4 +1,4 @@
-"""The table of docs/deployment.md: exported files beside float's file of the same net, in onnxruntime and OpenVINO, in turns.
+"""The table of docs/deployment.md#time: exported files beside float's file of the same net, in onnxruntime and OpenVINO, in turns.
 
 Run by `make latency`: nets with random weights and offsets, whose times are those of trained ones.
 """

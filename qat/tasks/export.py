@@ -143,11 +143,10 @@ def _target(cfg: DictConfig) -> Path:
 
 
 def _words(value: Any) -> str:
-    """A result for people: `float 1,794,374, this 476,290 (0.27 of float)`, by runtime where it is known by runtime."""
+    """A result for people: `float 1,794,374, int8 476,290`, by runtime where it is known by runtime."""
     if isinstance(value, dict):
         joint, between = ("; ", ": ") if any(isinstance(one, dict) for one in value.values()) else (", ", " ")
-        ratio = f" ({value['this'] / value['float']:.2f} of float)" if {"float", "this"} <= value.keys() else ""
-        return joint.join(f"{key}{between}{_words(one)}" for key, one in value.items()) + ratio
+        return joint.join(f"{key}{between}{_words(one)}" for key, one in value.items())
     return "yes" if value is True else "no" if value is False else "not measured" if value is None else f"{value:,}"
 
 

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 from evidence.latency_figure import DOCS, TITLES, draw, read
 
 LOG = (DOCS / "logs" / "latency.log").read_text()
-COLUMNS = ("MB", "batch 1, onnxruntime", "batch 1, OpenVINO")
+COLUMNS = ("MB", "batch 1, onnxruntime", "batch 1, openvino")
 
 
 def test_the_page_has_the_numbers_of_the_log():

@@ -150,9 +150,7 @@ def test_a_net_of_qat_save_is_checked_on_noise_and_no_line_is_said_but_its_own(t
     assert (json.loads(said["qat.classes"]), json.loads(said["qat.preprocessing"])["size"]) == ([], 8)
 
 
-def test_a_runtime_that_fails_is_not_timed(tmp_path, monkeypatch, caplog):
-    caplog.set_level("INFO")
-
+def test_a_runtime_that_fails_is_not_timed(tmp_path, monkeypatch):
     def broken(model, runtime, **given):
         if runtime == OPENVINO:
             raise RuntimeError("it cannot")
@@ -164,5 +162,3 @@ def test_a_runtime_that_fails_is_not_timed(tmp_path, monkeypatch, caplog):
     found = exported(tmp_path / "out", f"ckpt={tmp_path}/net.ckpt")
     assert found["agrees"] == {"onnxruntime": True, "openvino": False}
     assert set(found["latency_ms"]) == {"onnxruntime"}
-    taken = found["latency_ms"]["onnxruntime"]
-    assert f"this {taken['this']} ({taken['this'] / taken['float']:.2f} of float)" in caplog.text  # also where it is above 1
