@@ -8,6 +8,7 @@ from scipy import stats
 
 from evidence import drawing, page
 from evidence.claims import Expectation
+from evidence.records import read_records
 from evidence.run import Arms
 from qat.errors import UsageError
 from tests.conftest import ROOT, compose
@@ -27,6 +28,12 @@ EXPECT = {"what": "it", "metric": "top1", "arm": "new", "than": "old", "directio
 
 def test_pages_and_readme_are_what_the_records_give():
     assert page.check(ROOT) == []
+
+
+def test_recorded_commands_say_how_step_sizes_are_learned():
+    commands = [record.command for record in read_records(ROOT / "evidence" / "records") if " quant=ofq" in record.command]
+    assert len(commands) > 200
+    assert [command for command in commands if "quant.steps=" not in command] == []
 
 
 @pytest.mark.parametrize("name", HEADLINE)
