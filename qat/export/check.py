@@ -1,4 +1,4 @@
-"""Files in onnxruntime, OpenVINO and ExecuTorch: what they give on images, beside the net that they were made from, and how long they take."""
+"""Files in onnxruntime, OpenVINO and ExecuTorch: what they give on images, compared with their net, and how long they take."""
 
 from __future__ import annotations
 
@@ -131,7 +131,9 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
     return checked
 
 
-def compare(net: nn.Module, logits: Callable[[Tensor], Tensor], open_codes: Callable[[], CodesOf] | None, batches: Iterable[Tensor]) -> Agreement:
+def compare(
+    net: nn.Module, logits: Callable[[Tensor], Tensor], open_codes: Callable[[], CodesOf] | None, batches: Iterable[Tensor]
+) -> Agreement:
     """Compare another form of a net with it.
 
     Args:
@@ -153,7 +155,9 @@ def compare(net: nn.Module, logits: Callable[[Tensor], Tensor], open_codes: Call
     found = Agreement(len(images), int((theirs.argmax(1) == mine.argmax(1)).sum()), len(other), max([0.0, *apart[same].tolist()]))
     found.apart = float(apart.max() / theirs.abs().max().clamp_min(TOLERANCE))
     if open_codes is None:
-        found.problem = None if found.apart <= SHARE else f"logits differ by {found.apart:.1%} of the largest one; must be at most {SHARE:.0%}"
+        found.problem = (
+            None if found.apart <= SHARE else f"logits differ by {found.apart:.1%} of the largest one; must be at most {SHARE:.0%}"
+        )
         return found
     codes_of: Any = open_codes() if other else None
     for i in other[:EXAMINED]:

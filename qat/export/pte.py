@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import UsageError
-from qat.export.check import EXECUTORCH, Agreement, Checked, compare, logits_of, open_session, quiet
+from qat.export.check import EXECUTORCH, Checked, compare, logits_of, open_session, quiet
 from qat.export.codes import StoredWeight, store_weight
 from qat.export.write import require_int8
 from qat.model.frozen import FrozenActivation, FrozenWeight
@@ -38,7 +38,7 @@ def write_pte(path: Path, frozen: nn.Module, net: nn.Module, images: Sequence[Te
         images: (B, C, H, W) each.
 
     Returns:
-        How far both agree, and what `to_pte` says of the file.
+        How far both agree; what `to_pte` says of the file, and `logits_apart`, the largest difference as a share of the largest logit.
 
     Raises:
         UsageError: ExecuTorch cannot hold the net.
@@ -46,8 +46,8 @@ def write_pte(path: Path, frozen: nn.Module, net: nn.Module, images: Sequence[Te
     data, about = to_pte(frozen, images[0][:1])
     path.write_bytes(data)
     logits = functools.partial(logits_of, open_session(path, EXECUTORCH), batch=1)
-    found: Agreement = compare(net, logits, None, images)
-    return Checked({EXECUTORCH: found}), about
+    found = compare(net, logits, None, images)
+    return Checked({EXECUTORCH: found}), about | {"logits_apart": round(found.apart, 6)}
 
 
 @quiet()
@@ -75,7 +75,7 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
     require_int8("format=executorch", net, stored)
     for module in net.modules():
         if getattr(module, "fused_attn", False):  # in float: torch writes it as many more operators
-            module.fused_attn = False
+            module.fused_attn = False  # type: ignore[assignment]
     rounded = _write_operators(net, stored)
     try:
         net(image)
@@ -115,7 +115,7 @@ def _round(step: float, lowest: int, highest: int, x: Tensor) -> Tensor:
 def _multiply_codes(layer: Any, grid: FrozenActivation, weight: StoredWeight) -> None:
     """Let a linear layer be one of XNNPACK, with an 8-bit input and a weight of 4 or 8 bits."""
     step, operators, frozen = float(grid.scale), torch.ops.quantized_decomposed, weight.frozen
-    bounds = (-8, 7) if -8 <= int(weight.codes.min()) and int(weight.codes.max()) <= 7 else (LOWEST, HIGHEST)
+    bounds = (-8, 7) if int(weight.codes.min()) >= -8 and int(weight.codes.max()) <= 7 else (LOWEST, HIGHEST)
     frozen.stored, frozen.scale = F.pad(weight.codes, (0, 2)), weight.scale.expand(len(weight.codes)).contiguous()
     frozen.shift = torch.zeros(len(weight.codes), dtype=torch.int64)
     layer.register_buffer("ends", None)

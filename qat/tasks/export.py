@@ -37,7 +37,12 @@ from qat.utils.validate import check_choice, check_int
 log = logging.getLogger(__name__)
 
 NAMES = {"onnx": "net.onnx", "packed": "net.safetensors", "executorch": "net.pte"}
-_SHOWN = {"latency_ms": "ms an image", "float_products": "products in float", "outside_xnnpack": "outside XNNPACK"}
+_SHOWN = {
+    "latency_ms": "ms an image",
+    "float_products": "products in float",
+    "outside_xnnpack": "outside XNNPACK",
+    "logits_apart": "logits differ by",
+}
 
 
 def export(cfg: DictConfig) -> float:
@@ -93,7 +98,8 @@ def export(cfg: DictConfig) -> float:
     if form != "packed":
         results |= _beside_float(target, built_alike(frozen, recipe("fp"), done.input_size), images[0][:1], checked, cfg.latency)
     size = target.stat().st_size
-    written = {"file": f"{target}, {size:,} bytes"} | {_SHOWN.get(key, key): _words(value) for key, value in results.items() if key != "time_of_float"}
+    shown_results = {_SHOWN.get(key, key): _words(value) for key, value in results.items() if key != "time_of_float"}
+    written = {"file": f"{target}, {size:,} bytes"} | shown_results
     log.info("%s\n%s", checked.to_text(), summary.lines("written", written))
     for runtime, share in (results.get("time_of_float") or {}).items():
         log.info("runs at %.2f of float's time in %s (this machine, 1 thread)", share, runtime)
