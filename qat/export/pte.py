@@ -66,13 +66,13 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
     Raises:
         UsageError: a quantizer is none that XNNPACK can hold, or torch or ExecuTorch cannot export the net.
     """
+    net = copied(net).cpu().eval()
+    stored = {name: store_weight(module, 8) for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
+    require_int8("format=executorch", net, stored)
     import torch.ao.quantization.fx._decomposed  # noqa: F401, PLC0415  (registers the operators)
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # noqa: PLC0415  (an extra)
     from executorch.exir import to_edge_transform_and_lower  # noqa: PLC0415  (an extra)
 
-    net = copied(net).cpu().eval()
-    stored = {name: store_weight(module, 8) for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
-    require_int8("format=executorch", net, stored)
     for module in net.modules():
         if getattr(module, "fused_attn", False):  # in float: torch writes it as many more operators
             module.fused_attn = False  # type: ignore[assignment]
