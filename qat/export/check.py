@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import io
 import logging
+import os
 import statistics
 import sys
 import time
@@ -285,9 +286,17 @@ def _open_executorch(given: bytes) -> Session:
     from executorch.extension.pybindings import portable_lib  # noqa: PLC0415  (an extra)
     from executorch.runtime import Runtime  # noqa: PLC0415  (an extra)
 
-    portable_lib._unsafe_reset_threadpool(1)
-    program: Any = Runtime.get().load_program(given)
-    method = program.load_method("forward")
+    # It writes what it finds out of the processor to the process's stderr.
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        portable_lib._unsafe_reset_threadpool(1)
+        program: Any = Runtime.get().load_program(given)
+        method = program.load_method("forward")
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
     def run(names: Sequence[str], images: np.ndarray, kept: Any = program) -> list[np.ndarray]:  # the method does not hold its program
         return [out.numpy() for out in method.execute([torch.from_numpy(images)])]
