@@ -41,7 +41,7 @@ _SHOWN = {
     "latency_ms": "ms an image",
     "float_products": "products in float",
     "outside_xnnpack": "outside XNNPACK",
-    "logits_apart": "logits differ by",
+    "logits_apart": "difference / largest logit",
 }
 
 
