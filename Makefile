@@ -97,7 +97,7 @@ $(PEERS)/.ready: $(READY)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo $(PEERS)/lib/python3*/site-packages)/qat.pth
 	touch $@
 
-latency: $(READY) ## time of exported files beside float's in onnxruntime and OpenVINO: DeiT-T, DeiT-S, Swin-T, one image and eight (20 minutes)
+latency: $(READY) ## time of exported files beside float's in onnxruntime and OpenVINO, and in ExecuTorch where it is installed: DeiT-T, DeiT-S, Swin-T, one image and eight (20 minutes)
 	@$(LOGGED) $(BIN)/python evidence/latency.py | tee docs/logs/latency.log && \
 	  $(BIN)/python -m evidence.latency_figure && $(BIN)/python -m evidence.drawing docs/figures/latency.svg
 

@@ -1,4 +1,4 @@
-"""The table of docs/deployment.md#time: exported files beside float's file of the same net, in onnxruntime and OpenVINO, in turns.
+"""The table of docs/deployment.md#time: exported files beside float's, in onnxruntime, OpenVINO and ExecuTorch, in turns.
 
 Run by `make latency`: nets with random weights and offsets, whose times are those of trained ones.
 """
@@ -6,6 +6,7 @@ Run by `make latency`: nets with random weights and offsets, whose times are tho
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import re
 import tempfile
@@ -18,8 +19,9 @@ from torch import nn
 
 import qat
 from evidence.timing import machine, table
-from qat.export.check import INPUT, ONNXRUNTIME, OPENVINO, has_openvino, milliseconds, open_session, quantize_8bit
+from qat.export.check import EXECUTORCH, INPUT, ONNXRUNTIME, OPENVINO, has_openvino, milliseconds, open_session, quantize_8bit
 from qat.export.onnx_file import export_float, to_onnx
+from qat.export.pte import to_pte
 
 NETS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224"]
 RECIPES = ["ofq_2bit", "ofq_noqkr_2bit", "ofq_noqkr_4bit", "seq_2bit", "seq_4bit", "deploy_w8a8", "deploy_w4a4"]
@@ -46,8 +48,12 @@ def main() -> None:
             if has_openvino():  # its default where the processor has it
                 rows["float, in bfloat16"] = {}
                 opened[f"float, in bfloat16/{OPENVINO}"] = open_session(files["float"], OPENVINO, threads=1, precision="bf16")
+            if importlib.util.find_spec(EXECUTORCH):  # its files are for one image
+                data = write_pte_files(name, args.recipes)
+                opened |= {f"{file}/{EXECUTORCH}": open_session(one, EXECUTORCH) for file, one in data.items()}
             for batch in args.batches:
-                taken = milliseconds(opened, torch.randn(batch, *SIZE), max(args.images // batch, 5))
+                fitting = {key: one for key, one in opened.items() if batch == 1 or not key.endswith(EXECUTORCH)}
+                taken = milliseconds(fitting, torch.randn(batch, *SIZE), max(args.images // batch, 5))
                 baseline = taken[f"float/{ONNXRUNTIME}"]
                 for key, one in taken.items():
                     file, runtime = key.split("/")
@@ -79,6 +85,13 @@ def write_files(name: str, recipes: list[str], folder: Path) -> dict[str, Path]:
     for file in recipes:
         onnx.save(to_onnx(qat.freeze(random_net(name, file)), image), str(paths[file]))
     return paths
+
+
+def write_pte_files(name: str, recipes: list[str]) -> dict[str, bytes]:
+    """A .pte file of the float net, and of each recipe that XNNPACK can hold."""
+    image = torch.randn(1, *SIZE)
+    nets = {"float": of_timm(name)} | {file: qat.freeze(random_net(name, file)) for file in recipes if file.startswith("deploy")}
+    return {file: to_pte(net, image)[0] for file, net in nets.items()}
 
 
 def of_timm(name: str) -> nn.Module:

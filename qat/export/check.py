@@ -1,4 +1,4 @@
-"""ONNX files in onnxruntime and OpenVINO: what they give on images, beside the net that they were made from, and how long they take."""
+"""Files in onnxruntime, OpenVINO and ExecuTorch: what they give on images, compared with their net, and how long they take."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import io
 import logging
+import os
 import statistics
 import sys
 import time
@@ -28,7 +29,7 @@ from qat.utils.probing import probing
 log = logging.getLogger(__name__)
 
 INPUT, OUTPUT = "image", "logits"
-ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
+ONNXRUNTIME, OPENVINO, EXECUTORCH = "onnxruntime", "openvino", "executorch"
 # Of logits.
 TOLERANCE = 1e-4
 # Of images with other logits, how many are looked into.
@@ -129,13 +130,16 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> Checked
     return checked
 
 
-def compare(net: nn.Module, logits: Callable[[Tensor], Tensor], open_codes: Callable[[], CodesOf], batches: Iterable[Tensor]) -> Agreement:
+def compare(
+    net: nn.Module, logits: Callable[[Tensor], Tensor], open_codes: Callable[[], CodesOf] | None, batches: Iterable[Tensor]
+) -> Agreement:
     """Compare another form of a net with it.
 
     Args:
         net: quantized, frozen or not.
         logits: of the other form.
-        open_codes: gives what gives logits and codes of the other form for one image (1, C, H, W).
+        open_codes: gives what gives logits and codes of the other form for one image (1, C, H, W); None = logits alone can be compared,
+            and no problem is found.
         batches: images (B, C, H, W) each.
     """
     images: list[Tensor] = []
@@ -150,6 +154,8 @@ def compare(net: nn.Module, logits: Callable[[Tensor], Tensor], open_codes: Call
     other = (~same).nonzero().flatten().tolist()
     found = Agreement(len(images), int((theirs.argmax(1) == mine.argmax(1)).sum()), len(other), max([0.0, *apart[same].tolist()]))
     found.apart = float(apart.max() / theirs.abs().max().clamp_min(TOLERANCE))
+    if open_codes is None:
+        return found
     codes_of: Any = open_codes() if other else None
     for i in other[:EXAMINED]:
         step_by_step = codes_of(images[i])
@@ -217,6 +223,19 @@ def graph_codes(model: Any, runtime: str) -> CodesOf:
     return run
 
 
+@contextlib.contextmanager
+def quiet() -> Generator[None]:
+    """Without what exporters and quantizers of others log, warn of and print."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 @functools.cache
 def _openvino() -> Any:
     """One for as long as the process lives: with it goes the stack that OpenVINO gave to signal handlers, and the next signal crashes."""
@@ -232,11 +251,13 @@ def open_session(model: Path | bytes, runtime: str = ONNXRUNTIME, *, threads: in
 
     Args:
         model: which.
-        runtime: `onnxruntime` or `openvino`.
-        threads: 0 = a thread a core.
+        runtime: `onnxruntime`, `openvino` or `executorch`.
+        threads: 0 = a thread a core; ExecuTorch has one number of threads for all files, and here it is 1.
         precision: in OpenVINO, of what is not on integers; its own choice is `bf16` where the processor has it.
     """
     given = model if isinstance(model, bytes) else model.read_bytes()
+    if runtime == EXECUTORCH:
+        return _open_executorch(given)
     if runtime == OPENVINO:
         # Where only weights are quantized it would quantize activations to 8 bits on processors that have integer products.
         config = {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "INFERENCE_NUM_THREADS": str(threads)}
@@ -254,6 +275,29 @@ def open_session(model: Path | bytes, runtime: str = ONNXRUNTIME, *, threads: in
     settings.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(given, settings, providers=["CPUExecutionProvider"])
     return lambda names, images: session.run(list(names), {INPUT: images})
+
+
+@quiet()
+def _open_executorch(given: bytes) -> Session:
+    from executorch.extension.pybindings import portable_lib  # noqa: PLC0415  (an extra)
+    from executorch.runtime import Runtime  # noqa: PLC0415  (an extra)
+
+    # It writes what it finds out of the processor to the process's stderr.
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        portable_lib._unsafe_reset_threadpool(1)
+        program: Any = Runtime.get().load_program(given)
+        method = program.load_method("forward")
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
+
+    def run(names: Sequence[str], images: np.ndarray, kept: Any = program) -> list[np.ndarray]:  # the method does not hold its program
+        return [out.numpy() for out in method.execute([torch.from_numpy(images)])]
+
+    return run
 
 
 def has_openvino() -> bool:
@@ -277,19 +321,6 @@ def milliseconds(sessions: Mapping[str, Session], image: Tensor, repeats: int) -
             session([OUTPUT], array)
             taken[name].append(1e3 * (time.perf_counter() - began))
     return {name: statistics.median(times[1:]) for name, times in taken.items()}  # the first one allocates
-
-
-@contextlib.contextmanager
-def quiet() -> Generator[None]:
-    """Without what exporters and quantizers of others log, warn of and print."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 @quiet()

@@ -97,7 +97,7 @@ def export_onnx(
     """
     from qat.data.image_transform import data_settings  # noqa: PLC0415  (brings Lightning with it)
 
-    require_onnx()
+    require_installed("onnx")
     settings = OnnxSettings(dynamic_batch, target, two_bit)
     done = conversion_of(net)
     if done is None:
@@ -176,11 +176,12 @@ def preprocessing(settings: DataSettings) -> dict[str, Any]:
     }
 
 
-def require_onnx() -> None:
-    """Raise `UsageError` unless what writes and runs ONNX files is installed."""
-    for name in ("onnx", "onnxruntime", "onnxscript"):
+def require_installed(form: str) -> None:
+    """Raise `UsageError` unless what writes and runs files of a format, `onnx` or `executorch`, is installed."""
+    extra = "export" if form == "onnx" else form
+    for name in ("onnx", "onnxruntime", "onnxscript") if form == "onnx" else (form,):
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"format=onnx: {name} is not installed; pip install -e '.[export]'")
+            raise UsageError(f"format={form}: {name} is not installed; pip install -e '.[{extra}]'")
 
 
 @quiet()

@@ -164,6 +164,19 @@ class Writer(nn.Module):
         return _dequantize([x.codes, self.one if scale is None else scale, x.zero], None)
 
 
+def require_int8(setting: str, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
+    """Raise `UsageError` unless every quantizer of a frozen net is one that integer kernels take as it is."""
+    for name, grid in net.named_modules():
+        form = stored.get(name)
+        breaks = form is not None and not (form.zero_point is None and form.constant is None)
+        if isinstance(grid, FrozenActivation):
+            has_zero = grid.zero_point is not None and bool(grid.zero_point.any())
+            breaks = grid.scale.numel() > 1 or has_zero or grid.after is not None or grid.qmax > 127
+        if breaks:
+            rule = "must have one scale, no zero point, half steps or offset, and codes within int8, as of quant=deploy_w8a8"
+            raise UsageError(f"{setting}: {name} {rule}")
+
+
 class TensorRT:
     """Writes quantizers down for compilers that place integer kernels themselves; what they give are numbers.
 
@@ -179,15 +192,8 @@ class TensorRT:
     """
 
     def __init__(self, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
-        for name, grid in net.named_modules():
-            form = stored.get(name)
-            breaks = form is not None and not (form.zero_point is None and form.constant is None)
-            if isinstance(grid, FrozenActivation):
-                has_zero = grid.zero_point is not None and bool(grid.zero_point.any())
-                breaks = grid.scale.numel() > 1 or has_zero or grid.after is not None or grid.qmax > 127
-            if breaks:
-                rule = "must have one scale, no zero point, half steps or offset, and codes within int8, as of quant=deploy_w8a8"
-                raise UsageError(f"format.target=tensorrt: {name} {rule}")
+        require_int8("format.target=tensorrt", net, stored)
+        for grid in net.modules():
             if isinstance(grid, FrozenActivation):
                 _set_buffers(grid, grid.scale.reshape(()), torch.zeros((), dtype=torch.int8))
 

@@ -16,8 +16,9 @@ from torch import nn
 from qat.data import DataSettings
 from qat.data.image_transform import data_settings
 from qat.errors import UsageError
-from qat.export.check import Checked, compare, milliseconds, net_codes, open_session, quantize_8bit
-from qat.export.onnx_file import IMAGES, OnnxSettings, export_float, preprocessing, require_onnx, write_checked, write_onnx
+from qat.export.check import EXECUTORCH, Checked, compare, milliseconds, net_codes, open_session, quantize_8bit
+from qat.export.onnx_file import IMAGES, OnnxSettings, export_float, preprocessing, require_installed, write_checked, write_onnx
+from qat.export.pte import to_pte, write_pte
 from qat.launch import run_dir as outputs
 from qat.model.checkpoint import build_from, built_alike, describe, load, read_checkpoint
 from qat.model.convert import conversion_of
@@ -35,8 +36,13 @@ from qat.utils.validate import check_choice, check_int
 
 log = logging.getLogger(__name__)
 
-NAMES = {"onnx": "net.onnx", "packed": "net.safetensors"}
-_SHOWN = {"latency_ms": "ms per image"}
+NAMES = {"onnx": "net.onnx", "packed": "net.safetensors", "executorch": "net.pte"}
+_SHOWN = {
+    "latency_ms": "ms per image",
+    "float_products": "products in float",
+    "outside_xnnpack": "outside XNNPACK",
+    "logits_apart": "difference / largest logit",
+}
 
 
 def export(cfg: DictConfig) -> float:
@@ -57,9 +63,10 @@ def export(cfg: DictConfig) -> float:
     check_choice("format.name", cfg.format.name, tuple(NAMES))
     if not cfg.ckpt:
         raise UsageError("ckpt is not set: must be a checkpoint of train.py or ptq.py")
-    settings, is_onnx = OnnxSettings(dynamic_batch=cfg.dynamic_batch), cfg.format.name == "onnx"
-    if is_onnx:
-        require_onnx()
+    settings, form = OnnxSettings(dynamic_batch=cfg.dynamic_batch), cfg.format.name
+    if form != "packed":
+        require_installed(form)
+    if form == "onnx":
         settings = OnnxSettings(cfg.dynamic_batch, cfg.format.target, cfg.format.two_bit)
     build.import_modules(cfg)
     target = _target(cfg)
@@ -69,27 +76,33 @@ def export(cfg: DictConfig) -> float:
         raise UsageError(f"ckpt={origin(cfg)!r}: holds a float model; must be a quantized one, of train.py or ptq.py")
     images = images or list(torch.randn(IMAGES, *done.input_size).split(8))
     frozen = net if is_frozen(net) else freeze(net)
-    about = describe(frozen, data=data, classes=classes) | ({"preprocessing": preprocessing(prepared)} if is_onnx else {})
+    about = describe(frozen, data=data, classes=classes) | ({"preprocessing": preprocessing(prepared)} if form == "onnx" else {})
     more = {"weights": origin(cfg), "checked on": shown, "file": str(target)}
     summary.announce("export", net, name, done.recipe, done.input_size, **more)
     record_run(cfg)
 
-    if is_onnx:
-        checked = write_checked(target, lambda path: write_onnx(path, frozen, net, about, images, settings))
-        results = _beside_float(target, built_alike(frozen, recipe("fp"), done.input_size), images[0][:1], checked, cfg.latency)
-    else:
-        sizes: dict[str, int] = {}
+    results: dict[str, Any] = {}
 
-        def write(path: Path) -> Checked:
-            sizes.update(write_packed(frozen, path, about))
-            again = load(path)
-            return Checked({"qat.load": compare(net, again, lambda: partial(net_codes, again), images)})
+    def write(path: Path) -> Checked:
+        if form == "onnx":
+            return write_onnx(path, frozen, net, about, images, settings)
+        if form == "executorch":
+            checked, stays = write_pte(path, frozen, net, images)
+            results.update(stays)
+            return checked
+        results["bytes"] = write_packed(frozen, path, about)
+        again = load(path)
+        return Checked({"qat.load": compare(net, again, lambda: partial(net_codes, again), images)})
 
-        checked = write_checked(target, write)
-        results = {"bytes": sizes}
+    checked = write_checked(target, write)
+    if form != "packed":
+        results |= _beside_float(target, built_alike(frozen, recipe("fp"), done.input_size), images[0][:1], checked, cfg.latency)
     size = target.stat().st_size
-    written = {"file": f"{target}, {size:,} bytes"} | {_SHOWN.get(key, key): _words(value) for key, value in results.items()}
+    shown_results = {_SHOWN.get(key, key): _words(value) for key, value in results.items() if key != "time_of_float"}
+    written = {"file": f"{target}, {size:,} bytes"} | shown_results
     log.info("%s\n%s", checked.to_text(), summary.lines("written", written))
+    for runtime, share in (results.get("time_of_float") or {}).items():
+        log.info("runs at %.2f of float's time in %s (this machine, 1 thread)", share, runtime)
     write_results(
         cfg,
         model=name,
@@ -144,6 +157,8 @@ def _target(cfg: DictConfig) -> Path:
 
 def _words(value: Any) -> str:
     """A result for people: `float 1,794,374, int8 476,290`, by runtime where it is known by runtime."""
+    if isinstance(value, list):
+        return ", ".join(value)
     if isinstance(value, dict):
         joint, between = ("; ", ": ") if any(isinstance(one, dict) for one in value.values()) else (", ", " ")
         return joint.join(f"{key}{between}{_words(one)}" for key, one in value.items())
@@ -151,13 +166,16 @@ def _words(value: Any) -> str:
 
 
 def _beside_float(path: Path, plain: nn.Module, image: torch.Tensor, checked: Checked, repeats: int) -> dict[str, Any]:
-    """Bytes of the file and of the same net in float and with weights of 8 bits (values random), and milliseconds where it runs."""
-    import onnx
-
+    """Bytes of the file and of the same net in float and, in ONNX, with weights of 8 bits (values random); its time where it runs."""
     with tempfile.TemporaryDirectory() as folder:
-        files = {"float": Path(folder) / "float.onnx", "int8": Path(folder) / "int8.onnx", "this": path}
-        onnx.save(export_float(plain, image), str(files["float"]))
-        quantize_8bit(files["float"], files["int8"])
+        files = {"float": Path(folder) / "float"}
+        if EXECUTORCH in checked.agreement:
+            files["float"].write_bytes(to_pte(plain, image)[0])
+        else:
+            files["float"].write_bytes(export_float(plain, image).SerializeToString())
+            files["int8"] = Path(folder) / "int8"
+            quantize_8bit(files["float"], files["int8"])
+        files["this"] = path
         times: dict[str, dict[str, float]] = {}
         for runtime, found in checked.agreement.items() if repeats else ():
             if found.images:
@@ -165,4 +183,5 @@ def _beside_float(path: Path, plain: nn.Module, image: torch.Tensor, checked: Ch
                 times[runtime] = {name: round(one, 3) for name, one in milliseconds(sessions, image, repeats).items()}
         sizes = {name: file.stat().st_size for name, file in files.items()}
     agrees = {runtime: found.problem is None for runtime, found in checked.agreement.items()}
-    return {"bytes": sizes, "agrees": agrees, "latency_ms": times or None}
+    shares = {runtime: round(taken["this"] / taken["float"], 3) for runtime, taken in times.items()}
+    return {"bytes": sizes, "agrees": agrees, "latency_ms": times or None, "time_of_float": shares or None}

@@ -1,6 +1,8 @@
 """`export.py`. Oracle: the checkpoint's own logits; what is left where a file disagrees."""
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -19,6 +21,9 @@ from qat.tasks.export import export
 from tests.conftest import ROOT, compose, results, train
 
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 24, "depth": 1, "num_heads": 3}
+
+
+RATIO = r"^runs at \d+\.\d\d of float's time in %s \(this machine, 1 thread\)$"
 
 
 def exported(run_dir, *overrides):
@@ -49,6 +54,8 @@ def test_an_onnx_file(onnx_file, run_2bit):
     assert found["size_bytes"] == path.stat().st_size == found["bytes"]["this"] < found["bytes"]["float"]
     assert all(set(times) == {"float", "int8", "this"} for times in found["latency_ms"].values())
     assert set(found["latency_ms"]) == {"onnxruntime", "openvino"}
+    for runtime, taken in found["latency_ms"].items():
+        assert found["time_of_float"][runtime] == pytest.approx(taken["this"] / taken["float"], rel=0.01)
     assert list(path.parent.glob(".*")) == []
 
 
@@ -72,6 +79,43 @@ def test_the_example_needs_no_torch(onnx_file, run_2bit, tmp_path):
     shares = net(qat.transform(net)(tmp_path / "image.png")[None]).softmax(-1)[0]
     expected = [f"{100 * shares[i]:5.1f} %  {i}" for i in shares.argsort(descending=True)[:5]]
     assert done.stdout.splitlines() == expected
+
+
+@pytest.fixture(scope="module")
+def deployable(tmp_path_factory):
+    net = qat.convert(timm.create_model("vit_tiny_patch16_224", **SMALL), qat.recipe("deploy_w4a8"), input_size=(1, 8, 8))
+    path = tmp_path_factory.mktemp("deployable") / "net.ckpt"
+    qat.save(qat.initialize_scales(net, [torch.randn(8, 1, 8, 8)]), path)
+    return path
+
+
+def test_the_time_is_given_as_a_share_of_floats_where_it_was_measured(deployable, tmp_path, caplog):
+    caplog.set_level("INFO")
+    exported(tmp_path / "timed", f"ckpt={deployable}")
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert all(re.search(RATIO % runtime, said, re.MULTILINE) for runtime in ("onnxruntime", "openvino"))
+    caplog.clear()
+    assert exported(tmp_path / "not", f"ckpt={deployable}", "latency=0")["time_of_float"] is None
+    assert "of float's time" not in "".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.slow
+def test_an_executorch_file(deployable, tmp_path, caplog):
+    pytest.importorskip("executorch.runtime")
+    caplog.set_level("INFO")
+    found = exported(tmp_path, f"ckpt={deployable}", "format=executorch")
+    assert (found["agreement"], found["agrees"]) == (100, {"executorch": True})
+    assert found["size_bytes"] == (tmp_path / "net.pte").stat().st_size == found["bytes"]["this"] < found["bytes"]["float"]
+    assert set(found["latency_ms"]["executorch"]) == {"float", "this"}
+    assert found["float_products"] == ["patch_embed.proj", "blocks.*.attn"]
+    assert re.search(RATIO % "executorch", "\n".join(record.getMessage() for record in caplog.records), re.MULTILINE)
+
+
+def test_executorch_that_is_not_installed_is_one_line(deployable, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(qat.UsageError, match=r"^format=executorch: executorch is not installed; pip install -e '.\[executorch\]'$"):
+        exported(tmp_path, f"ckpt={deployable}", "format=executorch")
+    assert list(tmp_path.glob("net*")) == []
 
 
 def test_a_packed_file(run_2bit, tmp_path):
@@ -107,7 +151,7 @@ MISTAKES = {
     "ckpt='nowhere.ckpt': no such file": ["ckpt=nowhere.ckpt"],
     "format.two_bit='int3': must be one of int4, int2": ["format.two_bit=int3"],
     "format.target='gpu': must be one of cpu, tensorrt": ["format.target=gpu"],
-    "format.name='tflite': must be one of onnx, packed": ["format.name=tflite"],
+    "format.name='tflite': must be one of onnx, packed, executorch": ["format.name=tflite"],
     "dynamic_batch=False: only for format=onnx": ["format=packed", "dynamic_batch=false"],
     "images=0: must be an integer of at least 1": ["images=0"],
     "file='net.bin': must end in .onnx with format=onnx": ["file=net.bin"],

@@ -1,0 +1,50 @@
+"""Files of ExecuTorch. Oracle: the net itself, run by torch."""
+
+import pytest
+import torch
+
+import qat
+from qat.export import pte
+from qat.export.check import EXECUTORCH, logits_of, open_session
+from qat.export.pte import to_pte, write_pte
+from tests import tiny
+from tests.model.frozen.test_freeze import made
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (qat.recipe("ofq", bits=2, offsets=False), r"_quantizer must have one scale"),
+        (qat.recipe("lsq", bits=8, act_scales="tensor"), r"_quantizer must have one scale, .* codes within int8"),
+        (qat.recipe("lsq", bits=4, act_scales="tensor", offsets=True), r"_quantizer must have one scale, .* or offset"),
+    ],
+    ids=["token", "unsigned", "offsets"],
+)
+def test_what_xnnpack_cannot_hold_is_one_line(recipe, said):
+    with pytest.raises(qat.UsageError, match=rf"^format=executorch: .*{said}"):
+        to_pte(qat.freeze(made(recipe)), tiny.images(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        qat.recipe("deploy_w4a8"),
+        pytest.param(qat.recipe("deploy_w8a8"), marks=pytest.mark.long),
+        pytest.param(qat.recipe("deploy_w4a4", weight_quantizer="statsq"), marks=pytest.mark.long),
+    ],
+    ids=["w4a8", "w8a8", "half steps"],
+)
+def test_a_file_gives_the_logits_of_the_net(recipe, tmp_path, monkeypatch):
+    pytest.importorskip("executorch.runtime")
+    net, x, path = made(recipe), tiny.images(32, 1), tmp_path / "net.pte"
+    frozen = qat.freeze(net)
+    checked, about = write_pte(path, frozen, net, [x])
+    assert checked.problem is None
+    assert about["float_products"] == ["patch_embed.proj", "blocks.*.attn"]
+    assert about["outside_xnnpack"]["native_layer_norm"] == 5
+    apart = (logits_of(open_session(path, EXECUTORCH), x, batch=1) - frozen(x)).abs().amax(1)
+    assert (apart < 1e-5).float().mean() > 0.8  # the codes of the net, but for values on thresholds
+    monkeypatch.setattr(pte, "to_pte", lambda *_: (path.read_bytes(), {}))
+    net.head.bias.data += torch.linspace(0, 10, 10)
+    assert "logits differ by" in write_pte(path, frozen, net, [x])[0].problem
