@@ -20,6 +20,7 @@ from qat import kernels
 from qat.functional.log2 import fake_quantize_log2
 from qat.functional.lsq import CodeRange
 from qat.functional.statsq import statsq_scale
+from qat.kernels import LSQParams
 from qat.lit import QATModule, Teacher, build_optimizer
 from qat.lit.compiled import CompiledCall, compile_in_place
 from qat.losses import CompositeLoss, Distillation
@@ -136,8 +137,8 @@ def test_gradients_pass_a_compiled_quantizer(quantizer):
     step = torch.tensor([0.2], requires_grad=True)
     calls = {
         "statsq": lambda w: kernels.statsq(w, statsq_scale(w), 2),
-        "lsq": lambda w: kernels.lsq(w, step, CodeRange(-2, 1, None)),
-        "seq": lambda w: kernels.lsq(w, step, CodeRange(-2, 1, None, half=True)),
+        "lsq": lambda w: kernels.lsq(w, LSQParams(step, None, None, None, CodeRange(-2, 1, None))),
+        "seq": lambda w: kernels.lsq(w, LSQParams(step, None, None, None, CodeRange(-2, 1, None, half=True))),
         "log2": lambda w: fake_quantize_log2(w, 4),
     }
     found = []
