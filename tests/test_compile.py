@@ -6,6 +6,7 @@ images are counted, not logits compared; a net with one bit more shows that the 
 
 import copy
 import functools
+import types
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from lightning.pytorch import Callback, Trainer
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.graph import GraphLowering
+from torch._inductor.utils import fresh_cache
+from torch.compiler import config as compiler
 
 import qat.lit.compiled
 from qat import kernels
@@ -22,9 +25,10 @@ from qat.functional.lsq import CodeRange
 from qat.functional.statsq import statsq_scale
 from qat.kernels import LSQParams
 from qat.lit import QATModule, Teacher, build_optimizer
-from qat.lit.compiled import CompiledCall, compile_in_place
+from qat.lit.compiled import CompiledCall, compile_in_place, source_hash
 from qat.losses import CompositeLoss, Distillation
 from qat.quantizers import StatsQ
+from qat.spec import QuantSpec
 from tests.callbacks.fitting import QUIET, batches
 from tests.nets import ATTENTIONS
 from tests.tiny import DISTILLED, images, kept_bytes, logits, quantized, vit
@@ -113,6 +117,31 @@ def test_a_compiled_quantizer_gives_the_bits_of_an_eager_one(preset):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
         else:
             assert torch.equal(ours, theirs), quantizer
+
+
+def test_a_hash_is_that_of_all_files_of_a_package(tmp_path):
+    package, found = types.ModuleType("package"), set()
+    package.__path__ = [str(tmp_path)]
+    (tmp_path / "inner").mkdir()
+    for path, text in (("a.py", "x = 1"), ("a.py", "x = 2"), ("inner/b.py", "x = 3")):
+        (tmp_path / path).write_text(text)
+        found.add(source_hash(package))
+    assert len(found) == 3
+    assert compiler.cache_key_tag.endswith(source_hash(qat.functional, kernels))
+
+
+@pytest.mark.slow
+def test_a_graph_of_other_formulas_is_not_taken_from_a_cache():
+    net, x, found = StatsQ(QuantSpec("weight", "statsq", 2, signed=True, axis=0)), torch.ones(2, 3), []
+    with fresh_cache():
+        for tag in ("one", "one", "other"):
+            dynamo.reset()
+            dynamo.utils.counters.clear()
+            with compiler.patch(cache_key_tag=tag), torch.no_grad():
+                CompiledCall(net, net)(x)
+            counts = dynamo.utils.counters
+            found.append(counts["aot_autograd"]["autograd_cache_hit"] + counts["inductor"]["fxgraph_cache_hit"])
+    assert [hits > 0 for hits in found] == [False, True, False]
 
 
 @pytest.mark.slow
