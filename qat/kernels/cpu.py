@@ -18,18 +18,9 @@ from qat.functional.statsq import TOP_CLIP
 from qat.kernels import compile_cpp, reference
 from qat.kernels.library import works
 from qat.kernels.made import Made
-from qat.kernels.rows import LSQParams, fit, params_of, row_stride, rows_of, scaled_rows
+from qat.kernels.rows import PLAIN, LSQParams, fit, params_of, row_stride, rows_of, scaled_rows
 
-
-class _Pointer:
-    """How C++ is given a tensor, or None."""
-
-    @staticmethod
-    def from_param(x: Tensor | None) -> ctypes.c_void_p | None:
-        return None if x is None else ctypes.c_void_p(x.data_ptr())
-
-
-_P, _N, _F, _I = _Pointer, ctypes.c_size_t, ctypes.c_float, ctypes.c_int
+_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, ctypes.c_int
 # Of what C++ writes into; torch's default dtype and device may be others.
 _FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 _SIGNATURES = {
@@ -60,6 +51,11 @@ def _fits(*tensors: Tensor | None) -> bool:
     return fit((torch.float32,), *tensors)
 
 
+def _run(name: str, *args: Any) -> None:
+    """Call a function of cpu.cpp, to which tensors are pointers, and which takes the number of threads last."""
+    getattr(_library(), name)(*[x.data_ptr() if type(x) in PLAIN else x for x in args], torch.get_num_threads())
+
+
 def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
     """`reference.lsq_forward`, rounded to a dtype."""
     x, (q, dtype) = x.float(), params_of(args)
@@ -67,9 +63,7 @@ def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
     if layout is None:
         return None
     (rows, length, stride, *steps), out = layout, torch.empty(x.shape, **_FLOATS)
-    _library().lsq_forward(
-        x, stride, out, rows, length, q.scale, *steps, q.before, q.after, *q.codes.ends, q.codes.half, q.sign, torch.get_num_threads()
-    )
+    _run("lsq_forward", x, stride, out, rows, length, q.scale, *steps, q.before, q.after, *q.codes.ends, q.codes.half, q.sign)
     return out.to(dtype)
 
 
@@ -100,9 +94,9 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
     errors = torch.zeros(threads, length, **_FLOATS) if layout.by_column else torch.empty(rows, **_FLOATS)
     sums = [None if t is None else torch.zeros(threads, length, **_FLOATS) for t in like]
     y = None if dequantized is None else torch.empty(x.shape, **_FLOATS)
-    _library().lsq_backward(
-        grad, grad_stride, x, stride, place, out_stride, rows, length, q.scale, *steps, q.before, *q.codes.ends, q.codes.half, q.sign,
-        errors, *sums, q.after, y, is_softmax, made.number, threads,
+    _run(
+        "lsq_backward", grad, grad_stride, x, stride, place, out_stride, rows, length, q.scale, *steps, q.before, *q.codes.ends,
+        q.codes.half, q.sign, errors, *sums, q.after, y, is_softmax, made.number,
     )  # fmt: skip
     if place is not out:
         out.copy_(place)
@@ -118,5 +112,5 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> T
     if layout is None:
         return None
     out = torch.empty_like(w)
-    _library().statsq_forward(w, out, layout.rows, layout.length, scale, bits, TOP_CLIP, torch.get_num_threads())
+    _run("statsq_forward", w, out, layout.rows, layout.length, scale, bits, TOP_CLIP)
     return out.to(dtype)
