@@ -195,7 +195,7 @@ BUDGETS = {
     "qat/data": 9800,
     "qat/export": 11270,
     "qat/functional": 9570,
-    "qat/kernels": 19450,
+    "qat/kernels": 17760,
     "qat/launch": 3390,
     "qat/lit": 6370,
     "qat/losses": 1800,

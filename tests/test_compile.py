@@ -6,6 +6,7 @@ images are counted, not logits compared; a net with one bit more shows that the 
 
 import copy
 import functools
+import types
 
 import pytest
 import torch
@@ -14,16 +15,20 @@ from lightning.pytorch import Callback, Trainer
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.graph import GraphLowering
+from torch._inductor.utils import fresh_cache
+from torch.compiler import config as compiler
 
 import qat.lit.compiled
 from qat import kernels
 from qat.functional.log2 import fake_quantize_log2
 from qat.functional.lsq import CodeRange
 from qat.functional.statsq import statsq_scale
+from qat.kernels import LSQParams
 from qat.lit import QATModule, Teacher, build_optimizer
-from qat.lit.compiled import CompiledCall, compile_in_place
+from qat.lit.compiled import CompiledCall, compile_in_place, source_hash
 from qat.losses import CompositeLoss, Distillation
 from qat.quantizers import StatsQ
+from qat.spec import QuantSpec
 from tests.callbacks.fitting import QUIET, batches
 from tests.nets import ATTENTIONS
 from tests.tiny import DISTILLED, images, kept_bytes, logits, quantized, vit
@@ -114,6 +119,31 @@ def test_a_compiled_quantizer_gives_the_bits_of_an_eager_one(preset):
             assert torch.equal(ours, theirs), quantizer
 
 
+def test_a_hash_is_that_of_all_files_of_a_package(tmp_path):
+    package, found = types.ModuleType("package"), set()
+    package.__path__ = [str(tmp_path)]
+    (tmp_path / "inner").mkdir()
+    for path, text in (("a.py", "x = 1"), ("a.py", "x = 2"), ("inner/b.py", "x = 3")):
+        (tmp_path / path).write_text(text)
+        found.add(source_hash(package))
+    assert len(found) == 3
+    assert compiler.cache_key_tag.endswith(source_hash(qat.functional, kernels))
+
+
+@pytest.mark.slow
+def test_a_graph_of_other_formulas_is_not_taken_from_a_cache():
+    net, x, found = StatsQ(QuantSpec("weight", "statsq", 2, signed=True, axis=0)), torch.ones(2, 3), []
+    with fresh_cache():
+        for tag in ("one", "one", "other"):
+            dynamo.reset()
+            dynamo.utils.counters.clear()
+            with compiler.patch(cache_key_tag=tag), torch.no_grad():
+                CompiledCall(net, net)(x)
+            counts = dynamo.utils.counters
+            found.append(counts["aot_autograd"]["autograd_cache_hit"] + counts["inductor"]["fxgraph_cache_hit"])
+    assert [hits > 0 for hits in found] == [False, True, False]
+
+
 @pytest.mark.slow
 def test_forward_and_backward_round_as_eager_code_does(monkeypatch):
     made, begin = [], GraphLowering.__init__
@@ -136,8 +166,8 @@ def test_gradients_pass_a_compiled_quantizer(quantizer):
     step = torch.tensor([0.2], requires_grad=True)
     calls = {
         "statsq": lambda w: kernels.statsq(w, statsq_scale(w), 2),
-        "lsq": lambda w: kernels.lsq(w, step, CodeRange(-2, 1, None)),
-        "seq": lambda w: kernels.lsq(w, step, CodeRange(-2, 1, None, half=True)),
+        "lsq": lambda w: kernels.lsq(w, LSQParams(step, None, None, None, CodeRange(-2, 1, None))),
+        "seq": lambda w: kernels.lsq(w, LSQParams(step, None, None, None, CodeRange(-2, 1, None, half=True))),
         "log2": lambda w: fake_quantize_log2(w, 4),
     }
     found = []

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -156,7 +155,7 @@ def gradient_scale(x: Tensor, codes: CodeRange, grad_factor: float, sign: Tensor
 
 
 class LSQFunction(torch.autograd.Function):
-    """Keeps the input, the scale and the offset in front for backward, no mask and no codes."""
+    """Keeps the input and its parameters for backward, no mask and no codes."""
 
     generate_vmap_rule = True
 
@@ -171,21 +170,15 @@ class LSQFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         """What backward needs."""
         x, scale, before, after, sign, ctx.codes, ctx.grad_factor = inputs
-        ctx.after_shape = None if after is None else after.shape
-        ctx.save_for_backward(x, scale, before, sign)
+        ctx.save_for_backward(x, scale, before, after, sign)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """`lsq_backward`, that of the scale times LSQ's factor."""
-        return all_gradients(ctx, grad, lsq_backward)
-
-
-def all_gradients(ctx: Any, grad: Tensor, formula: Callable[..., LsqGradients]) -> tuple[Tensor | None, ...]:
-    """What `LSQFunction.backward` returns, by `lsq_backward` or a faster form of it."""
-    x, scale, before, sign = ctx.saved_tensors
-    found = formula(grad, x, scale, before, ctx.codes, sign=sign, after_shape=ctx.after_shape)
-    of_scale = (found.scale * gradient_scale(x, ctx.codes, ctx.grad_factor, sign)).to(scale.dtype) if ctx.needs_input_grad[1] else None
-    return found.x.to(x.dtype), of_scale, found.before, found.after, None, None, None
+        x, scale, before, after, sign = ctx.saved_tensors
+        found = lsq_backward(grad, x, scale, before, ctx.codes, sign=sign, after_shape=None if after is None else after.shape)
+        of_scale = (found.scale * gradient_scale(x, ctx.codes, ctx.grad_factor, sign)).to(scale.dtype) if ctx.needs_input_grad[1] else None
+        return found.x.to(x.dtype), of_scale, found.before, found.after, None, None, None
 
 
 def lsq(  # noqa: PLR0913, PLR0917  (a grid, and what may stand around it)

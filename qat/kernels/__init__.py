@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.functional.lsq import CodeRange, LSQFunction, LsqGradients, all_gradients
+from qat.functional.lsq import CodeRange, LSQFunction
 from qat.functional.lsq import relative_step as formula_of_step
 from qat.functional.statsq import StatsQFunction
 from qat.kernels import gpu, operators
 from qat.kernels.made import Made
-from qat.kernels.rows import PLAIN, Steps
+from qat.kernels.rows import PLAIN, LSQParams
 
 CHOICES = ("auto", "triton", "off")
 _choice = "auto"
@@ -48,10 +48,6 @@ def are_off() -> bool:
     return _choice == "off"
 
 
-def _gradients(grad: Tensor, x: Tensor, scale: Tensor, before: Tensor | None, codes: CodeRange, **how: Any) -> LsqGradients:
-    return operators.lsq_gradients(grad, x, Steps(scale, before, None, how["sign"], codes), after_shape=how["after_shape"])
-
-
 class _LSQ(LSQFunction):
     @staticmethod
     def forward(
@@ -62,22 +58,17 @@ class _LSQ(LSQFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # What is differentiated once more has to be made of operations that autograd knows.
-        return LSQFunction.backward(ctx, grad) if torch.is_grad_enabled() else all_gradients(ctx, grad, _gradients)
+        if torch.is_grad_enabled():
+            return LSQFunction.backward(ctx, grad)
+        x, scale, before, after, sign = ctx.saved_tensors
+        found = operators.gradients(LSQParams(scale, before, after, sign, ctx.codes, ctx.grad_factor), grad, x)
+        return *found[:4], None, None, None
 
 
-def lsq(  # noqa: PLR0913  (what `qat.functional.lsq` takes)
-    x: Tensor,
-    scale: Tensor,
-    codes: CodeRange,
-    *,
-    grad_factor: float = 1.0,
-    before: Tensor | None = None,
-    after: Tensor | None = None,
-    sign: Tensor | None = None,
-) -> Tensor:
+def lsq(x: Tensor, q: LSQParams) -> Tensor:
     """`qat.functional.lsq`."""
     function = LSQFunction if are_off() else _LSQ
-    return function.apply(x, scale, before, after, sign, codes, grad_factor)
+    return function.apply(x, *q)
 
 
 class _StatsQ(StatsQFunction):
@@ -117,4 +108,4 @@ def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
     return _RelativeStep.apply(start, change, unit)
 
 
-__all__ = ["CHOICES", "CodeRange", "LsqGradients", "Made", "Steps", "are_off", "lsq", "operators", "relative_step", "statsq", "use"]
+__all__ = ["CHOICES", "CodeRange", "LSQParams", "Made", "are_off", "lsq", "operators", "relative_step", "statsq", "use"]

@@ -89,6 +89,15 @@ inline void backward_columns(const float* g, const float* x, const float* a, flo
     }
 }
 
+// From the gradient `dx` of the probabilities `p` of a softmax to that of its scores, which it was given times a factor.
+inline void through_softmax(float* dx, const float* p, size_t length, float factor) {
+    float dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (size_t i = 0; i < length; i++) dot += dx[i] * p[i];
+#pragma omp simd
+    for (size_t i = 0; i < length; i++) dx[i] = (dx[i] - dot) * p[i] * factor;
+}
+
 inline void add(float* sum, const float* row, size_t length) {
 #pragma omp simd
     for (size_t i = 0; i < length; i++) sum[i] += row[i];
@@ -123,11 +132,12 @@ void forward(const float* x, size_t x_stride, float* y, size_t rows, size_t leng
 }
 
 // errors: one a row, or one a column for every thread, zero at first. sums: two rows for every thread, zero at first, or null: of dx and of g.
-// levels: what the forward pass gave, or null; not by column.
+// levels: what the forward pass gave, or null; not by column, and neither is softmax: whether x, then of whole rows, is what a softmax gave, and
+// dx the gradient of its scores.
 template <bool HALF>
 void backward(const float* g, size_t g_stride, const float* x, size_t x_stride, float* dx, size_t dx_stride, size_t rows, size_t length,
               const float* scale, size_t steps, int by_column, const float* before, float low, float high, const float* sign, float* errors,
-              float* sum_dx, float* sum_g, const float* after, float* levels, int threads) {
+              float* sum_dx, float* sum_g, const float* after, float* levels, int softmax, float factor, int threads) {
     choose_bounds(sign, low, high);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int thread = 0; thread < threads; thread++) {
@@ -147,6 +157,7 @@ void backward(const float* g, size_t g_stride, const float* x, size_t x_stride, 
                 errors[r] = row(grad, in, before, after, out, y, length, s, low, high);
             }
             if (sum_dx) add(sum_dx + thread * length, out, length);
+            if (softmax) through_softmax(out, in, length, factor);
         }
     }
 }
@@ -162,9 +173,10 @@ void lsq_forward(const float* x, size_t x_stride, float* y, size_t rows, size_t 
 
 void lsq_backward(const float* g, size_t g_stride, const float* x, size_t x_stride, float* dx, size_t dx_stride, size_t rows, size_t length,
                   const float* scale, size_t steps, int by_column, const float* before, float low, float high, int half, const float* sign,
-                  float* errors, float* sum_dx, float* sum_g, const float* after, float* levels, int threads) {
+                  float* errors, float* sum_dx, float* sum_g, const float* after, float* levels, int softmax, float factor,
+                  int threads) {
     (half ? backward<true> : backward<false>)(g, g_stride, x, x_stride, dx, dx_stride, rows, length, scale, steps, by_column, before, low, high,
-                                              sign, errors, sum_dx, sum_g, after, levels, threads);
+                                              sign, errors, sum_dx, sum_g, after, levels, softmax, factor, threads);
 }
 
 void statsq_forward(const float* w, float* y, size_t rows, size_t length, const float* scale, int bits, float top_clip, int threads) {
@@ -177,29 +189,6 @@ void statsq_forward(const float* w, float* y, size_t rows, size_t length, const 
             const float u = clamped(w[r * length + i] / divisor, -1.0f, top_clip);
             y[r * length + i] = (rintf(u * n - 0.5f) + 0.5f) / n * s;
         }
-    }
-}
-
-void probs_backward(const float* g, const float* p, float* ds, size_t rows, size_t length, const float* scale, size_t steps, float low, float high,
-                    float factor, float* errors, float* levels, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (size_t r = 0; r < rows; r++) {
-        const float *grad = g + r * length, *prob = p + r * length;
-        float* out = ds + r * length;
-        const float s = at_least_floor(scale[r % steps]);
-        float error = 0, dot = 0;
-#pragma omp simd reduction(+ : error, dot)
-        for (size_t i = 0; i < length; i++) {
-            const float u = prob[i] / s, code = clamped(u, low, high);
-            const float upstream = grad[i], inner = passed(upstream, u, code);  // out may be grad
-            error += upstream * rintf(code) - inner * code;
-            dot += inner * prob[i];
-            out[i] = inner;
-            if (levels) levels[r * length + i] = rintf(code) * s;
-        }
-        errors[r] = error;
-#pragma omp simd
-        for (size_t i = 0; i < length; i++) out[i] = (out[i] - dot) * prob[i] * factor;
     }
 }
 

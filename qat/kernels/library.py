@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from qat.kernels.rows import PLAIN
+
+log = logging.getLogger(__name__)
 
 _LIBRARY = torch.library.Library("qat", "DEF")
 
@@ -36,3 +39,14 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return run
 
     return register
+
+
+def works(what: str, agrees: Callable[[], bool]) -> bool:
+    """Whether kernels can be had and agree with the formulas; if not, a line in the log says why."""
+    try:
+        found, reason = agrees(), "its kernels give other numbers here"
+    except Exception as error:  # driver, compiler, linker: whatever it is, everything works without
+        found, reason = False, f"{type(error).__name__}: {error}".partition("\n")[0]
+    if not found:
+        log.info("quantizers take several passes over memory: no %s (%s)", what, reason)
+    return found

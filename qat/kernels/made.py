@@ -10,27 +10,35 @@ from torch.nn import functional as F
 
 
 class Made(NamedTuple):
-    """How the input of a quantizer was made of another tensor x.
+    """How the input of a quantizer was made of another tensor.
 
     Attributes:
-        kind: `norm` = LayerNorm over the last dimension, `none` or `tanh` = GELU with this approximation, empty = it is x itself.
-        eps: of the LayerNorm.
+        kind: `norm` = LayerNorm over the last dimension of x, `none` or `tanh` = GELU of x with this approximation, `softmax` = x itself,
+            which is one over the last dimension, with gradients of what it was made of; empty = x itself.
+        number: eps of the LayerNorm; what scores are multiplied by before the softmax.
     """
 
     kind: str = ""
-    eps: float = 0.0
+    number: float = 0.0
+
+    @property
+    def is_other(self) -> bool:
+        """Whether the input is another tensor than x."""
+        return self.kind not in {"", "softmax"}
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
         """What is quantized, the bits of torch's modules, and what `backward` wants of it."""
         if self.kind == "norm":
-            return torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.eps)
-        return (F.gelu(x, approximate=self.kind) if self.kind else x,)
+            return torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.number)
+        return (F.gelu(x, approximate=self.kind) if self.is_other else x,)
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *kept: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of x, weight and bias from that of what was made, which may be written to; it has the dtype of x."""
+        """Gradients of x, or scores, of weight and bias from that of what was made, which may be written to; it has the dtype of x."""
         if self.kind == "norm":
             wanted = [True, weight is not None, bias is not None]
             return torch.ops.aten.native_layer_norm_backward(grad, x, x.shape[-1:], *kept, weight, bias, wanted)
-        return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=self.kind, grad_input=grad), None, None
+        if self.is_other:
+            return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=self.kind, grad_input=grad), None, None
+        return (grad - (grad * x).sum(-1, keepdim=True)) * x * self.number if self.kind else grad, None, None

@@ -1,27 +1,37 @@
-"""What every form of the kernels has to give: the formulas of `qat.functional`, and what is made of them."""
+"""What every form of the kernels has to give: the formulas of `qat.functional`; and whether one does."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from qat.functional.lsq import CodeRange, lsq_backward, lsq_forward
 from qat.functional.statsq import statsq_forward
+from qat.kernels.made import Made
+from qat.kernels.rows import LSQParams
 
-__all__ = ["lsq_backward", "lsq_forward", "probs_backward", "statsq_forward"]
+__all__ = ["agrees", "lsq_backward", "lsq_forward", "statsq_forward"]
 
 
-def probs_backward(grad: Tensor, probs: Tensor, scale: Tensor, codes: CodeRange, factor: float) -> tuple[Tensor, Tensor]:
-    """Gradients after `lsq_forward(softmax(factor * scores))`.
+@torch.no_grad()
+def agrees(forward: Callable[..., Any], backward: Callable[..., Any], device: str, *grids: CodeRange) -> bool:
+    """Whether forms of LSQ's passes give the bits of the formulas, but for sums: in and out of range, halfway between codes.
 
     Args:
-        grad: gradient of the quantized probabilities, (..., N, M).
-        probs: the probabilities, (..., N, M), not quantized.
-        scale: (N,) or (1,), as `codes.axis` says.
-        codes: codes and axis.
-        factor: what the scores are multiplied by before the softmax.
-
-    Returns:
-        The gradient of the scores, and `lsq_backward`'s sum for the scale.
+        forward: of `cpu` or `gpu`, as the next.
+        backward: see there.
+        device: where to try them.
+        grids: what to try, for tensors (3, 4, 37).
     """
-    inner, of_scale, *_ = lsq_backward(grad, probs, scale, None, codes)
-    return (inner - (inner * probs).sum(-1, keepdim=True)) * probs * factor, of_scale
+    x = torch.linspace(-9, 9, 4 * 37 * 3, device=device, dtype=torch.float32).reshape(3, 4, 37)
+    scale, offset = torch.tensor([0.5, 1.0, 0.3, 2.0], device=device, dtype=torch.float32), x.flatten()[:37].clone()
+    for codes in grids:
+        q, of_x = LSQParams(scale, offset, offset, None, codes), torch.empty_like(x)
+        sums = backward(x, x, q, of_x, torch.float32, None, None, Made(), with_after=False)
+        expected, wanted = lsq_backward(x, x, scale, offset, codes), lsq_forward(x, scale, offset, offset, codes)
+        same = sums is not None and torch.allclose(sums[0], expected.scale, rtol=1e-4, atol=1e-3) and torch.equal(of_x, expected.x)
+        if not (same and torch.equal(sums[3], wanted) and torch.equal(forward(x, *q[:4], *codes, torch.float32), wanted)):
+            return False
+    return True

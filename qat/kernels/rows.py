@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +14,30 @@ from qat.functional.lsq import CodeRange
 PLAIN: set[type] = {Tensor, torch.nn.Parameter}
 
 
-class Steps(NamedTuple):
-    """What a kernel is given of an LSQ quantizer; see `qat.functional.lsq`."""
+class LSQParams(NamedTuple):
+    """What a kernel is given of an LSQ quantizer with its offsets; see `qat.functional.lsq`.
+
+    Attributes:
+        scale: (n,).
+        before: offset before it, over the last dimensions, or None.
+        after: offset after it, over the last dimensions, or None.
+        sign: see `CodeRange.bounds`.
+        codes: codes and axis.
+        grad_factor: factor on the gradient of the scale.
+    """
 
     scale: Tensor
     before: Tensor | None
     after: Tensor | None
     sign: Tensor | None
     codes: CodeRange
+    grad_factor: float = 1.0
+
+
+def params_of(args: Any) -> tuple[Any, ...]:
+    """The quantizer among the arguments of an operator, and those after it."""
+    scale, before, after, sign, *codes = args[:8]
+    return LSQParams(scale, before, after, sign, CodeRange(*codes)), *args[8:]
 
 
 class Layout(NamedTuple):
@@ -56,15 +72,26 @@ def row_stride(x: Tensor, length: int) -> int | None:
     return x.stride(-2)
 
 
-def rows_of(x: Tensor, q: Steps, *shapes: torch.Size | None) -> Layout | None:
+def fit(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
+    """True for plain tensors on one device, those that are not None, in one of the dtypes each."""
+    device = None
+    for x in tensors:
+        if x is not None:
+            device = x.device if device is None else device
+            if type(x) not in PLAIN or x.dtype not in dtypes or x.device != device:
+                return False
+    return True
+
+
+def rows_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:
     """Rows of `x`, if each of them, or each of their elements, has a step, and each element of a row an offset; else None.
 
     Args:
         x: any shape.
         q: what quantizes it.
-        shapes: of other tensors that vary as offsets do.
+        others: tensors that vary as offsets do.
     """
-    axis, offsets = q.codes.axis, [shape for shape in (*(t.shape for t in q[1:3] if t is not None), *shapes) if shape is not None]
+    axis, beside = q.codes.axis, [t for t in (*q[1:3], *others) if t is not None]
     if x.ndim == 0 or not x.numel() or (axis is not None and not -x.ndim <= axis < x.ndim):
         return None
     axis = None if axis is None else axis % x.ndim
@@ -72,9 +99,19 @@ def rows_of(x: Tensor, q: Steps, *shapes: torch.Size | None) -> Layout | None:
     if axis is not None and not by_column:
         length = math.prod(x.shape[axis + 1 :])
     else:
-        length = x.shape[-1] if by_column or not offsets else math.prod(offsets[0])
+        length = x.shape[-1] if by_column or not beside else beside[0].numel()
     steps, stride = 1 if axis is None else x.shape[axis], row_stride(x, length)
-    are_trailing = all(math.prod(shape) == length and x.shape[x.ndim - len(shape) :] == shape for shape in offsets)
-    if stride is None or not are_trailing or q.scale.numel() != steps:
+    for t in beside:
+        if t.numel() != length or x.shape[x.ndim - t.ndim :] != t.shape or not t.is_contiguous():
+            return None
+    if stride is None or q.scale.numel() != steps or not q.scale.is_contiguous():
         return None
     return Layout(x.numel() // length, length, stride, steps, by_column)
+
+
+def scaled_rows(w: Tensor, scale: Tensor) -> Layout | None:
+    """Rows of `w` along its first dimension, if all is in one piece and `scale` has one for each, (rows, 1, ...); else None."""
+    if not w.numel() or scale.shape != (w.shape[0], *[1] * (w.ndim - 1)) or not (w.is_contiguous() and scale.is_contiguous()):
+        return None
+    length = w.numel() // w.shape[0]
+    return Layout(w.shape[0], length, length, w.shape[0], by_column=False)

@@ -88,13 +88,13 @@ def _plus(tile: tensor, offset: tensor, column: tensor, length: tensor) -> tenso
 
 @triton.jit
 def _remade(
-    x: tensor, weight: tensor, bias: tensor, column: tensor, length: tensor, eps: tensor, MADE: constexpr
+    x: tensor, weight: tensor, bias: tensor, column: tensor, length: tensor, number: tensor, MADE: constexpr
 ) -> tuple[tensor, tensor, tensor, tensor]:
     """What was made of x, and what its gradient needs: normalised rows, one over their deviation, the weight; or GELU's share of x."""
     made, unit, inverse, w = x, x, 1.0, 1.0
     if MADE == "norm":
         away = tl.where((column < length)[None, :], x - tl.div_rn(tl.sum(x, 1), 1.0 * length)[:, None], 0.0)
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(away * away, 1), 1.0 * length) + eps))[:, None]
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(away * away, 1), 1.0 * length) + number))[:, None]
         unit = away * inverse
         if weight is not None:
             w = tl.load(weight + column, mask=column < length, other=0.0).to(tl.float32)[None, :]
@@ -106,7 +106,9 @@ def _remade(
 
 
 @triton.jit
-def _through(grad: tensor, x: tensor, unit: tensor, inverse: tensor, w: tensor, length: tensor, MADE: constexpr) -> tensor:
+def _through(  # noqa: PLR0913
+    grad: tensor, x: tensor, unit: tensor, inverse: tensor, w: tensor, length: tensor, number: tensor, MADE: constexpr
+) -> tensor:
     """The gradient of x from that of what was made of it."""
     if MADE == "norm":
         grad = grad * w
@@ -114,6 +116,8 @@ def _through(grad: tensor, x: tensor, unit: tensor, inverse: tensor, w: tensor, 
         grad = (grad - along - unit * across) * inverse
     if MADE == "none":
         grad = grad * (unit + x * DENSITY * tl.exp(-0.5 * x * x))
+    if MADE == "softmax":
+        grad = (grad - tl.sum(grad * x, 1)[:, None]) * x * number
     return grad
 
 
@@ -187,7 +191,7 @@ def lsq_backward(  # noqa: PLR0913
     dx_stride: tensor,
     steps: tensor,
     strip: tensor,
-    eps: tensor,
+    number: tensor,
     MADE: constexpr,
     HALF: constexpr,
     BY_COLUMN: constexpr,
@@ -199,7 +203,8 @@ def lsq_backward(  # noqa: PLR0913
     `errors` takes the sums for the steps, (rows, programs across), or, by column, (strips, length); `sums_dx` and `sums_g`, or None, those
     of `dx` and `g` down the strips, (strips, length); `y`, or None, what the forward pass gave. A strip has `strip` rows, a multiple of
     BLOCK_R. Of an input that was made of `x`, by a LayerNorm (MADE = "norm"; whole rows in a tile) or by GELU ("none"), `dx` is the
-    gradient of `x`, `sums_dx` that of the LayerNorm's bias too, and `sums_dw` takes the sums for its weight.
+    gradient of `x`, `sums_dx` that of the LayerNorm's bias too, and `sums_dw` takes the sums for its weight. Of an `x` that a softmax gave
+    ("softmax"; whole rows, too) `dx` is the gradient of its scores.
     """
     low, high = _bounds(low, high, sign)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -211,13 +216,13 @@ def lsq_backward(  # noqa: PLR0913
         step = _steps(scale, row, column, rows, length, steps, BY_COLUMN)
         grad = _read(g, _places(row, column, g_stride), inside)
         value = _read(x, _places(row, column, x_stride), inside)
-        made, unit, inverse, w = _remade(value, weight, bias, column, length, eps, MADE)
+        made, unit, inverse, w = _remade(value, weight, bias, column, length, number, MADE)
         made = made.to(x.dtype.element_ty).to(tl.float32)
         inner, wrong, code = _errors(grad, tl.div_rn(_plus(made, before, column, length), step), low, high, HALF)
         sum_dx, sum_g = sum_dx + inner, sum_g + grad
         if MADE == "norm":
             sum_dw += inner * unit
-        inner = _through(inner, value, unit, inverse, w, length, MADE)
+        inner = _through(inner, value, unit, inverse, w, length, number, MADE)
         tl.store(dx + _places(row, column, dx_stride), inner, mask=inside)
         if y is not None:
             tl.store(y + _places(row, column, length), _plus(code * step, after, column, length), mask=inside)
@@ -256,35 +261,3 @@ def statsq_forward(  # noqa: PLR0913
     s = tl.load(scale + row, mask=row < rows, other=1.0).to(tl.float32)[:, None]
     u = _clamped(tl.div_rn(_read(w, places, inside), tl.where(s < TINY, TINY, s)), -1.0, TOP_CLIP)
     tl.store(y + places, tl.div_rn(_rounded(u * n - 0.5) + 0.5, n) * s, mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows", "steps"])
-def probs_backward(  # noqa: PLR0913
-    g: tensor,
-    p: tensor,
-    ds: tensor,
-    scale: tensor,
-    y: tensor,
-    errors: tensor,
-    low: tensor,
-    high: tensor,
-    factor: tensor,
-    rows: tensor,
-    length: tensor,
-    g_stride: tensor,
-    p_stride: tensor,
-    ds_stride: tensor,
-    steps: tensor,
-    BLOCK_R: constexpr,
-    BLOCK_C: constexpr,
-) -> None:
-    """`reference.probs_backward`; a tile has whole rows, `errors` takes the sums for the steps, (rows,), `y` the levels."""
-    row, column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
-    inside = _inside(row, column, rows, length)
-    grad, prob = _read(g, _places(row, column, g_stride), inside), _read(p, _places(row, column, p_stride), inside)
-    step = _step(scale, row % steps, row < rows)[:, None]
-    inner, wrong, code = _errors(grad, tl.div_rn(prob, step), low, high, HALF=False)
-    tl.store(y + _places(row, column, length), code * step, mask=inside)
-    tl.store(errors + row, tl.sum(wrong, 1), mask=row < rows)
-    dot = tl.sum(inner * prob, 1)[:, None]
-    tl.store(ds + _places(row, column, ds_stride), (inner - dot) * prob * factor, mask=inside)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,14 +18,29 @@ from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.cudagraph_utils import cudagraphs_log
 from torch._inductor.decomposition import decompositions
+from torch.compiler import config as compiler
 from torch.utils._pytree import tree_map_only
 
+from qat import functional, kernels
 from qat.kernels import operators
 
 log = logging.getLogger(__name__)
 
 # Forward passes are fused with what stands before and after them, at the price of a formula to compile; `ROUNDING` keeps their bits.
 decompositions.update(operators.FORMULAS)
+
+
+def source_hash(*packages: ModuleType) -> str:
+    """Of the Python files of packages."""
+    found = hashlib.sha256()
+    for package in packages:
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+# Torch finds a compiled graph in its caches by the names of its operators: those of other formulas shall not be found.
+compiler.cache_key_tag += source_hash(functional, kernels)
 # What has compiled code round as eager code does, where a code may depend on it: division to nearest, no product contracted with a sum,
 # and values of half precision rounded between two operations that are fused. The last two are one setting. C++ does the first two anyway.
 # The second name is that of division in older versions of torch, spelled so.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from qat.kernels.fused import LSQParams, WeightParams
+from qat.kernels import LSQParams
+from qat.kernels.fused import WeightParams
 from qat.nn.quant_module import QuantModule, is_watched
 from qat.quantizers import Quantizer
 
@@ -25,7 +26,7 @@ def weight_params(module: QuantModule, role: str) -> WeightParams | None:
     """The quantizer of the weight with this role."""
     found = _found(getattr(module, f"{role}_quantizer"))
     if isinstance(found, LSQParams):
-        found = WeightParams(found[3:], found.scale) if found.before is None else None
+        found = WeightParams(found[4:], found.scale) if found.before is None else None
     return None if found is None else found._replace(ready=module.ready(role))
 
 

@@ -16,7 +16,7 @@ from qat.functional.lsq import (
     lsq_init_scale,
     mse_init_scale,
 )
-from qat.kernels.fused import LSQParams
+from qat.kernels import LSQParams
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.registry import register
@@ -106,18 +106,21 @@ class LSQ(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`qat.functional.lsq` on the learned step."""
-        return kernels.lsq(x, self.scale, self.code_range, grad_factor=self.grad_factor, sign=self.sign)
+        return kernels.lsq(x, self._params())
 
     def shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
         """`qat.functional.lsq` between two offsets, of which only the input is kept for backward."""
         if type(self).forward is not LSQ.forward:
             return super().shifted(x, before, after)
-        return kernels.lsq(x, self.scale, self.code_range, grad_factor=self.grad_factor, before=before, after=after, sign=self.sign)
+        return kernels.lsq(x, self._params()._replace(before=before, after=after))
 
     def operand(self) -> LSQParams | None:
         """Step and codes, where these do not depend on a sign."""
-        scale = self.scale
-        return None if scale is None or self.sign is not None else LSQParams(scale, None, None, self.code_range, self.grad_factor)
+        found = self._params()
+        return None if found.scale is None or found.sign is not None else found
+
+    def _params(self) -> LSQParams:
+        return LSQParams(self.scale, None, None, self.sign, self.code_range, self.grad_factor)
 
     def codes(self, x: Tensor) -> Tensor:
         """`lsq_codes` on the learned step."""

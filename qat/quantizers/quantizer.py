@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.kernels.fused import LSQParams, WeightParams
+from qat.kernels import LSQParams
+from qat.kernels.fused import WeightParams
 from qat.quantizers.grid import Grid
 from qat.spec import QuantSpec
 from qat.utils.validate import FLOAT_BITS

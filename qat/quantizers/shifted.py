@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.kernels.fused import LSQParams
+from qat.kernels import LSQParams
 from qat.quantizers.grid import Grid
 from qat.quantizers.quantizer import Quantizer
 

@@ -11,9 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qat.functional.lsq import step_and_slope, step_of
 from qat.functional.ste import sum_along
-from qat.kernels import CodeRange, Made, gpu, operators, reference
+from qat.kernels import CodeRange, Made, gpu, library, operators, reference
 from tests.kernels import calls
 
+SOFTMAX = Made("softmax", 0.3)
 BOUNDS = {"signed": (-2, 1), "unsigned": (0, 3), "three bits": (-4, 3), "four bits": (0, 15), "eight bits": (-128, 127),
           "half steps": (-2, 1, True), "half steps of three bits": (-4, 3, True)}  # fmt: skip
 # Shape, axis, and the number of dimensions that offsets vary over.
@@ -74,7 +75,7 @@ def differences(x, scale, before, after, grid, sign=None, grad=None, out=None, d
     furthest = 2 * max(-grid.qmin, grid.qmax) * sum_along(grad.float().abs(), grid.axis)
     expected_y = reference.lsq_forward(x, scale, before, after, grid, sign=sign)
     is_right = {"forward": same(calls.gpu_forward(x, scale, before, after, grid, sign=sign, dtype=dtype), expected_y)}
-    found = calls.gpu_backward(grad, x, scale, before, grid, sign=sign, after_shape=shape, dequantized=dtype, after=after, out=out)
+    found = calls.gpu_backward(grad, x, scale, before, grid, sign=sign, dequantized=dtype, after=after, out=out)
     is_right["dtype"] = found.dequantized.dtype == dtype and found.x.dtype == (x if out is None else out).dtype
     is_right["levels"] = same(found.dequantized, expected_y)
     is_right["out"] = out is None or found.x is out
@@ -96,16 +97,13 @@ def without_a_number(shape, axis, n_offsets, bounds):
 def probs(shape, axis, dtype=torch.float32):
     x, scale, _, _, grid = case(shape, axis, 0, (0, 3))
     p, grad = x.abs().clamp(max=9).softmax(-1).to(dtype), torch.randn(shape)
-    expected, of_scale = reference.probs_backward(grad, p, scale, grid, 0.3)
+    expected, of_scale = calls.softmax_reference(grad, p, scale, grid, 0.3)
     size, furthest = grad.abs() * p, 6 * sum_along(grad.abs(), axis)
-    ours = torch.empty_like(grad)
-    our_scale, _ = gpu.probs_backward(grad, p, scale, grid, 0.3, ours)
-    right = [
-        near(ours, expected, size + size.sum(-1, keepdim=True) * p),
-        near(our_scale, of_scale, furthest),
-    ]
-    _, levels = gpu.probs_backward(grad, p, scale, grid, 0.3, grad)
-    right += [torch.equal(grad, ours), same(levels, reference.lsq_forward(p, scale, None, None, grid))]
+    how = {"made": SOFTMAX, "dequantized": torch.float32}
+    ours = calls.gpu_backward(grad, p, scale, None, grid, out=torch.empty_like(grad), **how)
+    right = [near(ours.x, expected, size + size.sum(-1, keepdim=True) * p), near(ours.scale, of_scale, furthest)]
+    levels = calls.gpu_backward(grad, p, scale, None, grid, out=grad, **how).dequantized
+    right += [torch.equal(grad, ours.x), same(levels, reference.lsq_forward(p, scale, None, None, grid))]
     return [name for name, fine in zip(("scores", "scale", "in place", "levels"), right, strict=True) if not fine]
 
 
@@ -145,13 +143,12 @@ def through(made, shape, axis, n_offsets, bounds, dtype=torch.float32):
     _, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
     x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     weight, bias = (torch.rand(shape[-1:]), torch.randn(shape[-1:])) if made.kind == "norm" else (None, None)
-    after_shape = None if after is None else list(after.shape)
     out, ours = torch.empty_like(x), torch.empty_like(x)
-    given = (grad, x, scale, before, after, None, *grid, after_shape, out, torch.float32, weight, bias, *made)
+    given = (grad, x, scale, before, after, None, *grid, after is not None, out, torch.float32, weight, bias, *made)
     with mock.patch.object(operators, "_on", return_value=None):
         expected = operators.lsq_backward(*given)
-    found = calls.gpu_backward(grad, x, scale, before, grid, after_shape=None if after is None else after.shape, out=ours,
-                             dequantized=torch.float32, after=after, norm=(weight, bias), made=made)  # fmt: skip
+    how = {"dequantized": torch.float32, "after": after, "norm": (weight, bias), "made": made}
+    found = calls.gpu_backward(grad, x, scale, before, grid, out=ours, **how)
     assert found.x is ours
     names = ("x", "scale", "before", "after", "levels", "weight", "bias")
     pairs = zip(names, found, (out, *expected), strict=True)
@@ -166,8 +163,8 @@ def through(made, shape, axis, n_offsets, bounds, dtype=torch.float32):
 def in_place(shape, axis, n_offsets, bounds):
     x, scale, before, after, grid = case(shape, axis, n_offsets, bounds)
     grad = torch.randn(shape)
-    expected = calls.gpu_backward(grad, x, scale, before, grid, after_shape=after.shape)[:4]
-    found = calls.gpu_backward(grad, x, scale, before, grid, after_shape=after.shape, out=grad)[:4]
+    expected = calls.gpu_backward(grad, x, scale, before, grid, after=after)[:4]
+    found = calls.gpu_backward(grad, x, scale, before, grid, after=after, out=grad)[:4]
     return [] if all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)) and found[0] is grad else ["in place"]
 
 
@@ -216,11 +213,10 @@ def gradients_in_half_precision(shape, axis):
     p, wrong = x.abs().clamp(max=9).softmax(-1), []
     for d in (torch.bfloat16, torch.float16):
         grad = torch.randn(shape).to(d)
-        whole = torch.empty_like(p)
-        exact = gpu.probs_backward(grad, p, scale, grid, 0.3, whole)
-        found = gpu.probs_backward(grad, p, scale, grid, 0.3, grad, d)
-        right = same(grad, whole), torch.equal(found[0], exact[0]), same(found[1], exact[1])
-        wrong += [] if all(right) and found[1].dtype == d else [f"probabilities {d}"]
+        exact = calls.gpu_backward(grad, p, scale, None, grid, made=SOFTMAX, dequantized=torch.float32)
+        found = calls.gpu_backward(grad, p, scale, None, grid, made=SOFTMAX, dequantized=d, out=grad)
+        right = same(grad, exact.x), torch.equal(found.scale, exact.scale), same(found.dequantized, exact.dequantized)
+        wrong += [] if all(right) and found.dequantized.dtype == d else [f"probabilities {d}"]
         given = scale, None, None, grid
         exact, grad = calls.gpu_backward(torch.ones(shape), x, scale, None, grid), torch.ones(shape).to(d)
         found = calls.gpu_backward(grad, x, scale, None, grid, out=grad)
@@ -246,9 +242,9 @@ def declined():
         "no elements": calls.gpu_forward(x[:0], scale, None, None, grid),
         "out": calls.gpu_backward(x, x, scale, None, grid, out=x.double()),
         "dtype": calls.gpu_forward(x, scale, None, None, grid, dtype=torch.float64),
-        "columns": gpu.statsq_forward(x[0], scale[:1].expand(1, 6).clone(), 2),
+        "columns": gpu.statsq_forward(x[0], scale[:1].expand(1, 6).clone(), 2, torch.float32),
         "expanded": calls.gpu_forward(torch.ones(1, 1, 1).expand(2, 4, 6), scale, None, None, grid),
-        "long": gpu.probs_backward(long, long, scale[:1], CodeRange(0, 3, None), 1.0, long),
+        "long": calls.gpu_backward(long, long, scale[:1], None, CodeRange(0, 3, None), made=SOFTMAX),
     }
     return [name for name, found in given.items() if found is not None]
 
@@ -256,14 +252,14 @@ def declined():
 def checked():
     """Kernels that give wrong numbers, and those that do not compile, are not used."""
     wrong, broken = (
-        mock.Mock(side_effect=lambda g, x, q, *_: (q.scale, None, None, x)),
+        mock.Mock(side_effect=lambda g, x, q, *_, **__: (q.scale, None, None, x)),
         mock.Mock(side_effect=OSError("no compiler\nat all")),
     )
     found = [gpu.available()]
     for bad in (wrong, broken):
         gpu.available.cache_clear()
-        with mock.patch.object(gpu, "lsq_backward", bad), mock.patch.object(gpu.log, "info") as said:
-            found += [gpu.available(), *said.call_args.args[1:]]
+        with mock.patch.object(gpu, "lsq_backward", bad), mock.patch.object(library.log, "info") as said:
+            found += [gpu.available(), said.call_args.args[2]]
     gpu.available.cache_clear()
     return [] if found == [True, False, "its kernels give other numbers here", False, "OSError: no compiler"] else found
 

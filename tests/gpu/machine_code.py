@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 import triton
 
-from qat.kernels import Made, Steps, attention, gpu, tiles
+from qat.kernels import Made, attention, gpu, tiles
 from tests.gpu.kernel_cases import FORMS, case
 from tests.kernels import calls
 
@@ -30,19 +30,19 @@ class NoDriver:
 
 def rows(x, scale, before, after, grid, sign=None):
     calls.gpu_forward(x, scale, before, after, grid, sign=sign, dtype=x.dtype)
-    shape, dtype = (None, None) if after is None else (after.shape, x.dtype)
-    calls.gpu_backward(x, x, scale, before, grid, sign=sign, after_shape=shape, dequantized=dtype, after=after)
+    calls.gpu_backward(x, x, scale, before, grid, sign=sign, dequantized=None if after is None else x.dtype, after=after)
 
 
 def through(made, x, dtype):
     weight, bias = (torch.ones(x.shape[-1]) for _ in range(2)) if made.kind == "norm" else (None, None)
-    q = Steps(torch.ones(x.shape[1]), torch.ones(x.shape[-1]), None, None, gpu.CodeRange(0, 3, 1))
-    gpu.lsq_backward(x.to(dtype), x, q, None, torch.empty_like(x), dtype, (weight, bias), made)
+    steps, before, grid = torch.ones(x.shape[1]), torch.ones(x.shape[-1]), gpu.CodeRange(0, 3, 1)
+    calls.gpu_backward(x.to(dtype), x, steps, before, grid, dequantized=dtype, norm=(weight, bias), made=made)
 
 
 def probabilities(dtype):
     grad, probs = (torch.ones(2, 3, 3, dtype=dtype) for _ in range(2))
-    gpu.probs_backward(grad, probs, torch.ones(3), gpu.CodeRange(0, 3, -2), 0.3, grad, dtype)
+    grid = gpu.CodeRange(0, 3, -2)
+    calls.gpu_backward(grad, probs, torch.ones(3), None, grid, out=grad, dequantized=dtype, made=Made("softmax", 0.3))
 
 
 def halves(dtype):
@@ -61,7 +61,7 @@ LAUNCHES = {
     "no offsets": lambda: rows(*case(*FORMS["heads"], (0, 3))),
     "by column": lambda: rows(*case(*FORMS["channels"], (-2, 1))),
     "sign": lambda: rows(*case(*FORMS["pixels"], (-2, 1)), torch.ones(())),
-    "weights": lambda: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2),
+    "weights": lambda: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2, torch.float32),
     "norm, bfloat16": lambda: through(Made("norm", 1e-5), torch.ones(2, 197, 192), torch.bfloat16),
     "gelu, bfloat16": lambda: through(Made("none"), torch.ones(2, 197, 768, dtype=torch.bfloat16), torch.bfloat16),
     "probabilities": lambda: probabilities(torch.float32),

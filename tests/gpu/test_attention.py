@@ -8,8 +8,8 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
-from qat.kernels import CodeRange, attention
-from qat.kernels.fused import LSQParams, Scoring
+from qat.kernels import CodeRange, LSQParams, attention
+from qat.kernels.fused import Scoring
 from qat.kernels.fused import attention as whole
 
 NAMES = ("attention_forward", "attention_backward")
@@ -22,10 +22,10 @@ def parts(tokens, heads, size, axis=-2, scale=None, batch=2):
     width, steps = heads * size, 1 if axis is None else tokens
     qkv = torch.randn(batch, tokens, 3 * width, requires_grad=True)
     signed = CodeRange(-2, 1, -2)
-    operands = [LSQParams((0.5 + torch.rand(tokens)).requires_grad_(), None, None, signed, 0.5) for _ in range(3)]
+    operands = [LSQParams((0.5 + torch.rand(tokens)).requires_grad_(), None, None, None, signed, 0.5) for _ in range(3)]
     operands[2] = operands[2]._replace(before=torch.randn(width).requires_grad_(), after=torch.randn(width).requires_grad_())
     step = (0.5 + torch.rand(steps)) / tokens if scale is None else torch.full((steps,), scale)
-    return qkv, (*operands, LSQParams(step.requires_grad_(), None, None, CodeRange(0, 3, axis), 1.0))
+    return qkv, (*operands, LSQParams(step.requires_grad_(), None, None, None, CodeRange(0, 3, axis)))
 
 
 def results(qkv, operands, heads, monkeypatch, *, in_tiles):

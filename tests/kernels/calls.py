@@ -2,28 +2,44 @@
 
 import torch
 
-from qat.kernels import Steps, gpu, operators
+from qat.functional.lsq import LsqGradients
+from qat.kernels import LSQParams, Made, gpu, operators, reference
+
+ITSELF = Made()
 
 
 def lsq_forward(x, scale, before, after, codes, *, sign=None, dtype=torch.float32):
     return operators.lsq_forward(x, scale, before, after, sign, *codes, dtype)
 
 
-def lsq_backward(grad, x, scale, before, codes, *, sign=None, after=None, **how):
-    return operators.lsq_gradients(grad, x, Steps(scale, before, after, sign, codes), **how)
+def lsq_backward(grad, x, scale, before, codes, *, sign=None, after=None, out=None, dequantized=None, norm=(None, None), made=ITSELF):
+    """The gradient of `x` and what the operator gives, that of the scale without LSQ's factor."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    with_after = after is not None
+    found = operators.lsq_backward(grad, x, scale, before, after, sign, *codes, with_after, out, dequantized, *norm, *made)
+    wanted = (scale, before, after, dequantized, *norm)
+    return LsqGradients(out, *(None if asked is None else t for asked, t in zip(wanted, found, strict=True)))
 
 
-def probs_backward(grad, probs, scale, codes, factor):
-    out = torch.empty_like(probs)
-    return out, *operators.probs_backward(grad, probs, scale, *codes, factor, out, torch.float32)
+def softmax_backward(grad, probs, scale, codes, factor):
+    """Gradients of scores, `factor` times which a softmax made into `probs`, and of the scale; the quantized probabilities."""
+    found = lsq_backward(grad, probs, scale, None, codes, dequantized=torch.float32, made=Made("softmax", factor))
+    return found.x, found.scale, found.dequantized
+
+
+def softmax_reference(grad, probs, scale, codes, factor):
+    """The first two of `softmax_backward`."""
+    inner, of_scale, *_ = reference.lsq_backward(grad, probs, scale, None, codes)
+    return torch.ops.aten._softmax_backward_data(inner, probs.float(), -1, torch.float32) * factor, of_scale
 
 
 def gpu_forward(x, scale, before, after, codes, *, sign=None, dtype=torch.float32):
-    return gpu.lsq_forward(x, Steps(scale, before, after, sign, codes), dtype)
+    return gpu.lsq_forward(x, scale, before, after, sign, *codes, dtype)
 
 
-def gpu_backward(grad, x, scale, before, codes, *, sign=None, after=None, after_shape=None, out=None, dequantized=None, **through):
+def gpu_backward(grad, x, scale, before, codes, *, sign=None, after=None, out=None, dequantized=None, norm=(None, None), made=ITSELF):
     """The gradient of `x` and what the kernel gives; None where it does not fit."""
     out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    found = gpu.lsq_backward(grad, x, Steps(scale, before, after, sign, codes), after_shape, out, dequantized, **through)
-    return None if found is None else operators.LsqGradients(out, *found)
+    q = LSQParams(scale, before, after, sign, codes)
+    found = gpu.lsq_backward(grad, x, q, out, dequantized, *norm, made, with_after=after is not None)
+    return None if found is None else LsqGradients(out, *found)

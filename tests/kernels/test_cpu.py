@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from qat import functional as F
 from qat import kernels
-from qat.kernels import CodeRange, Steps, compile_cpp, cpu, operators, reference
+from qat.kernels import CodeRange, LSQParams, compile_cpp, cpu, operators, reference
 from tests.kernels import calls
 from tests.tiny import randn
 
@@ -59,7 +59,7 @@ def test_lsq_agrees(name):
     assert torch.equal(calls.lsq_forward(x, scale, before, after, grid), expected)
     shape = None if after is None else after.shape
     wanted = reference.lsq_backward(grad, x, scale, before, grid, after_shape=shape)
-    found = calls.lsq_backward(grad, x, scale, before, grid, after_shape=shape, dequantized=torch.float32, after=after)
+    found = calls.lsq_backward(grad, x, scale, before, grid, dequantized=torch.float32, after=after)
     assert torch.equal(found.x, wanted.x.to(x.dtype))
     assert torch.equal(found.dequantized, expected)
     assert_close(found[1:4], wanted[1:4], rtol=1e-5, atol=1e-5)
@@ -69,8 +69,8 @@ def test_lsq_agrees(name):
 def test_the_gradient_may_be_overwritten(name):
     x, n, before, after, grid = CASES[name]
     scale, grad = steps(n), randn(*x.shape, seed=5)
-    apart = calls.lsq_backward(grad, x, scale, before, grid, after_shape=after.shape)
-    same = calls.lsq_backward(grad, x, scale, before, grid, after_shape=after.shape, out=grad)
+    apart = calls.lsq_backward(grad, x, scale, before, grid, after=after)
+    same = calls.lsq_backward(grad, x, scale, before, grid, after=after, out=grad)
     assert same.x is grad
     assert all(torch.equal(a, b) for a, b in zip(apart[:4], same[:4], strict=True))
 
@@ -114,8 +114,8 @@ def test_statsq_agrees(bits):
 def test_probabilities_agree():
     probs, grid = randn(2, 3, 6, 7).softmax(-1), CodeRange(0, 3, -2)
     grad, scale = randn(2, 3, 6, 7, seed=1), steps(6)
-    of_scores, of_scale, quantized = calls.probs_backward(grad, probs, scale, grid, 0.125)
-    expected, expected_scale = reference.probs_backward(grad, probs, scale, grid, 0.125)
+    of_scores, of_scale, quantized = calls.softmax_backward(grad, probs, scale, grid, 0.125)
+    expected, expected_scale = calls.softmax_reference(grad, probs, scale, grid, 0.125)
     assert_close(of_scores, expected, rtol=1e-5, atol=1e-7)
     assert_close(of_scale, expected_scale, rtol=1e-5, atol=1e-6)
     assert torch.equal(quantized, reference.lsq_forward(probs, scale, None, None, grid))
@@ -126,7 +126,7 @@ def test_off_means_plain_operations(monkeypatch):
     kernels.use("off")
     try:
         x, n, before, after, grid = CASES["token"]
-        found = kernels.lsq(x, steps(n), grid, before=before, after=after)
+        found = kernels.lsq(x, LSQParams(steps(n), before, after, None, grid))
         assert torch.equal(found, reference.lsq_forward(x, steps(n), before, after, grid))
     finally:
         kernels.use("auto")
@@ -162,13 +162,15 @@ def test_without_a_compiler_plain_operations_do(monkeypatch, compiler):
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(OSError, match=r"neither \$CXX nor c\+\+|fails"):
         compile_cpp.load(SOURCE)
+    cpu.available.cache_clear()
     cpu._library.cache_clear()
     try:
         assert not cpu.available()
         x, n, before, after, grid = CASES["token"]
-        found = kernels.lsq(x, steps(n), grid, before=before, after=after)
+        found = kernels.lsq(x, LSQParams(steps(n), before, after, None, grid))
         assert torch.equal(found, reference.lsq_forward(x, steps(n), before, after, grid))
     finally:
+        cpu.available.cache_clear()
         cpu._library.cache_clear()
 
 
@@ -176,7 +178,7 @@ def test_without_a_compiler_plain_operations_do(monkeypatch, compiler):
 def test_a_step_for_each_row_or_no_kernel(n):
     """Behind its last element a tensor of steps has what is another's."""
     x, grid = CASES["token, no offsets"][0], CodeRange(-4, 3, 1)
-    assert cpu.lsq_forward(x, Steps(steps(n), None, None, None, grid), torch.float32) is None
+    assert cpu.lsq_forward(x, steps(n), None, None, None, *grid, torch.float32) is None
     with pytest.raises(RuntimeError, match="must match"):
         calls.lsq_forward(x, steps(n), None, None, grid)
 
@@ -194,19 +196,21 @@ def test_what_torch_makes_by_default_is_nothing_to_the_kernels(dtype, device):
     x, scale, before, grad = randn(7, 5, 33), randn(5, seed=1).abs() + 0.1, offset(33), randn(7, 5, 33, seed=2)
     codes, default = CodeRange(-4, 3, 1), torch.get_default_dtype()
     expected = reference.lsq_backward(grad, x, scale, before, codes, after_shape=before.shape)
+    cpu.available.cache_clear()
     cpu._library.cache_clear()
     try:
         torch.set_default_dtype(dtype)
         with torch.device(device):
             assert cpu.available()
-            found = calls.lsq_backward(grad, x, scale, before, codes, after_shape=before.shape, dequantized=torch.float32)
-            made = calls.lsq_forward(x, scale, before, None, codes)
-            probs = calls.probs_backward(grad, x.softmax(-1), scale, CodeRange(0, 7, -2), 1.0)
+            found = calls.lsq_backward(grad, x, scale, before, codes, after=before, dequantized=torch.float32)
+            made = calls.lsq_forward(x, scale, before, before, codes)
+            probs = calls.softmax_backward(grad, x.softmax(-1), scale, CodeRange(0, 7, -2), 1.0)
     finally:
         torch.set_default_dtype(default)
+        cpu.available.cache_clear()
         cpu._library.cache_clear()
     for name in ("x", "scale", "before", "after"):
         assert_close(getattr(found, name), getattr(expected, name))
     assert torch.equal(found.dequantized, made)
-    assert torch.equal(made, reference.lsq_forward(x, scale, before, None, codes))
-    assert_close(probs[0], reference.probs_backward(grad, x.softmax(-1), scale, CodeRange(0, 7, -2), 1.0)[0])
+    assert torch.equal(made, reference.lsq_forward(x, scale, before, before, codes))
+    assert_close(probs[0], calls.softmax_reference(grad, x.softmax(-1), scale, CodeRange(0, 7, -2), 1.0)[0])

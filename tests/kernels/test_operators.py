@@ -21,13 +21,23 @@ def sample(name):
     grad = randn(2, 5, 6, seed=2)
     return {
         "lsq_forward": (*lsq, torch.float32),
-        "lsq_backward": (grad, *lsq, [6], torch.empty_like(x), None, None, None, *Made()),
-        "lsq_backward levels": (grad, *half, None, torch.empty_like(x), torch.bfloat16, None, None, *Made()),
-        "lsq_backward norm": (grad, *lsq, None, torch.empty_like(x), torch.float32, offset, 2 * offset, *Made("norm", 1e-5)),
-        "lsq_backward gelu": (grad, *half, None, torch.empty_like(x), torch.float32, None, None, *Made("none")),
+        "lsq_backward": (grad, *lsq, True, torch.empty_like(x), None, None, None, *Made()),
+        "lsq_backward levels": (grad, *half, False, torch.empty_like(x), torch.bfloat16, None, None, *Made()),
+        "lsq_backward norm": (grad, *lsq, False, torch.empty_like(x), torch.float32, offset, 2 * offset, *Made("norm", 1e-5)),
+        "lsq_backward gelu": (grad, *half, False, torch.empty_like(x), torch.float32, None, None, *Made("none")),
         "step_and_slope": (STEPS, STEPS * offset.exp(), offset, 0.5),
         "statsq_forward": (randn(5, 6), torch.ones(5, 1), 2, torch.float32),
-        "probs_backward": (x, x.softmax(-1), STEPS[:5], 0, 3, -2, False, 0.5, torch.empty_like(x), torch.float32),
+        "lsq_backward softmax": (
+            grad,
+            x.softmax(-1),
+            *half[1:],
+            False,
+            torch.empty_like(x),
+            torch.float32,
+            None,
+            None,
+            *Made("softmax", 0.5),
+        ),
         "heads_product": (randn(3, 2, 5, 4), randn(3, 2, 4, 6), torch.empty(3, 2, 5, 6), 0.3),
         "sum_of_products": (randn(3, 2, 5, 4), randn(3, 2, 4, 6)),
     }[name]
@@ -35,10 +45,9 @@ def sample(name):
 
 NAMES = (
     "lsq_forward",
-    *(f"lsq_backward{kind}" for kind in ("", " levels", " norm", " gelu")),
+    *(f"lsq_backward{kind}" for kind in ("", " levels", " norm", " gelu", " softmax")),
     "statsq_forward",
     "step_and_slope",
-    "probs_backward",
     "heads_product",
     "sum_of_products",
 )

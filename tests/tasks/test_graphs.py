@@ -77,15 +77,15 @@ def test_nets_and_callbacks_of_a_run(asked, expected, graphs, monkeypatch):
     assert any(isinstance(callback, GraphSteps) for callback in fit.build_callbacks(cfg)) is expected
 
 
-def test_what_a_call_gives_stays(graphs):
+@pytest.mark.parametrize("copies", [True, False])
+def test_what_a_call_gives_stays_as_it_is_a_copy(copies, graphs):
     linear = nn.Linear(3, 2)
-    call = CompiledCall(linear, linear, graphs=True)
+    call = CompiledCall(linear, linear, graphs=copies)
     found = []
     for x in (torch.ones(4, 3), torch.zeros(4, 3)):
         graphs.begin()
         found.append((call(x), linear(x)))
-    for ours, theirs in found:
-        assert torch.equal(ours, theirs)
+    assert [torch.equal(ours, theirs) for ours, theirs in found] == [copies, True]
 
 
 class Grads(Callback):
@@ -114,6 +114,14 @@ def test_gradients_of_a_step(accumulated, graphs):
     for a, b in zip(ours, expected, strict=True):
         assert differing(a, b) == []
     assert graphs.steps == 8  # two epochs of four batches
+
+
+def test_gradients_that_stay_in_the_memory_of_a_graph_are_overwritten(graphs, monkeypatch):
+    settings = {"accumulate_grad_batches": 2}
+    expected = gradients(**settings)
+    monkeypatch.setattr(GraphSteps, "on_train_batch_end", lambda *_: None)
+    ours = gradients(GraphSteps(), compiled=True, **settings)
+    assert all(differing(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_validation_and_test_begin_steps(graphs):

@@ -6,14 +6,13 @@ Same values as the quantizers and products apart, bit for bit, or within roundin
 
 from qat.kernels.fused.attention import attention
 from qat.kernels.fused.linear import lsq_linear
-from qat.kernels.fused.operand import LSQParams, can_fuse, probs_dtype
+from qat.kernels.fused.operand import can_fuse, probs_dtype
 from qat.kernels.fused.qkr import QkrOperands, QkrWeights, qkr_attention
 from qat.kernels.fused.scores import Scoring
 from qat.kernels.fused.source import remember, unflattened
 from qat.kernels.fused.weight import WeightParams
 
 __all__ = [
-    "LSQParams",
     "QkrOperands",
     "QkrWeights",
     "Scoring",

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from qat.functional.lsq import gradient_scale
+from qat.kernels import LSQParams, operators
 from qat.kernels import attention as in_tiles
 from qat.kernels.fused.heads import heads_of, heads_product, pad
-from qat.kernels.fused.operand import LSQParams, differentiated_once, keep, kept
+from qat.kernels.fused.operand import differentiated_once, flat, keep, kept, of_params, params
 from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, softmax
 
-Operands = tuple[LSQParams, LSQParams, LSQParams, LSQParams]
 
-
-def _quantized(qkv: Tensor, operands: Operands, dtype: torch.dtype) -> list[Tensor]:
+def _quantized(qkv: Tensor, operands: list[LSQParams], dtype: torch.dtype) -> list[Tensor]:
     """Queries, keys and values, (B, N, h*d) each."""
-    return [o.forward(x, dtype) for o, x in zip(operands[:3], qkv.chunk(3, -1), strict=True)]
+    return [operators.quantize(o, x, dtype) for o, x in zip(operands[:3], qkv.chunk(3, -1), strict=True)]
 
 
 def _scores(q: Tensor, k: Tensor, shape: ScoreShape) -> Tensor:
@@ -33,7 +32,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, *args: Any) -> Tensor:
-        (num_heads, factor, keep_probs), operands = args[:3], _operands(args[3:])
+        (num_heads, factor, keep_probs), operands = args[:3], params(args[3:])
         shape, probs = shape_for(qkv, num_heads, factor), operands[3]
         ctx.in_tiles = bias is None and mask is None and in_tiles.fits(qkv, num_heads, probs.scale, probs.codes, shape.dtype)
         q, k, v = _quantized(qkv, operands, shape.dtype)
@@ -52,14 +51,13 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         differentiated_once()
         qkv, bias, mask, held, shape, *rest = kept(ctx)
-        operands = _operands(rest)
+        operands = params(rest)
         q, k, v = _quantized(qkv, operands, shape.dtype)
-        grad, probs, h = grad.to(shape.dtype), operands[3], shape.num_heads
+        grad, probs, h, of_bias = grad.to(shape.dtype), operands[3], shape.num_heads, None
         if ctx.in_tiles:
             *grads, of_scale = in_tiles.backward(grad, held, q, k, v, probs.scale, *probs.codes, h, shape.factor)
             scores = held.unsqueeze(-1).expand(*held.shape, held.shape[-1])
             of_scale = (of_scale * gradient_scale(scores, probs.codes, probs.grad_factor)).to(probs.scale.dtype)
-            of_bias = None
         else:
             k, v = pad(k), pad(v)
             made = softmax(_scores(q, k, shape), bias, mask, shape.probs_dtype) if held is None else held
@@ -70,17 +68,11 @@ class _Attention(torch.autograd.Function):
             grads = [of_q, of_k[:, : q.shape[1]], of_v[:, : q.shape[1]]]
         of_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         parts = zip(operands[:3], grads, qkv.chunk(3, -1), of_qkv.chunk(3, -1), strict=True)
-        found = [operand.backward(of_x, x, out=out) for operand, of_x, x, out in parts]
-        of_operands = (t for g in found for t in (g.scale, g.before, g.after, None, None))
-        return of_qkv, of_bias, None, None, None, None, *of_operands, of_scale, None, None, None, None
+        found = [operators.gradients(operand, of_x, x, out=out) for operand, of_x, x, out in parts]
+        return of_qkv, of_bias, None, None, None, None, *of_params(found), of_scale, None, None, None, None, None
 
 
-def _operands(args: Any) -> Operands:
-    q, k, v, p = (LSQParams(*args[i : i + 5]) for i in range(0, 20, 5))
-    return q, k, v, p
-
-
-def attention(qkv: Tensor, operands: Operands, scoring: Scoring) -> Tensor:
+def attention(qkv: Tensor, operands: tuple[LSQParams, ...], scoring: Scoring) -> Tensor:
     """q(softmax(factor * q(Q) q(K)^T + bias + mask)) q(V).
 
     Args:
@@ -92,4 +84,4 @@ def attention(qkv: Tensor, operands: Operands, scoring: Scoring) -> Tensor:
         (B, N, h*d).
     """
     score = scoring.bias, scoring.mask, scoring.num_heads, scoring.factor, scoring.keep_probs
-    return _Attention.apply(qkv, *score, *(t for o in operands for t in o))
+    return _Attention.apply(qkv, *score, *flat(operands))

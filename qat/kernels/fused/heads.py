@@ -43,17 +43,14 @@ def heads_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
     """
     inside = factor if is_exact(factor) else 1.0
     for head, one in enumerate(out.unbind(0)):
-        _write_product(a[head] if a.ndim > 3 else a, b[head] if b.ndim > 3 else b, one, inside)
+        left, right = (t[head] if t.ndim > 3 else t for t in (a, b))
+        # What does not lie in one piece is multiplied image by image: for small ones the calls cost more than to move the result does.
+        if one.is_contiguous() or one.is_cuda or one.shape[-2] * one.shape[-1] >= LARGE:
+            torch.baddbmm(one, left, right, beta=0, alpha=inside, out=one)
+        else:
+            one.copy_(torch.baddbmm(one.new_empty(()), left, right, beta=0, alpha=inside))
     if factor != inside:
         out.mul_(factor)
-
-
-def _write_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
-    """What does not lie in one piece is multiplied image by image: for small ones the calls cost more than to move the result does."""
-    if out.is_contiguous() or out.is_cuda or out.shape[-2] * out.shape[-1] >= LARGE:
-        torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
-    else:
-        out.copy_(torch.baddbmm(out.new_empty(()), a, b, beta=0, alpha=factor))
 
 
 @operator("(Tensor a, Tensor b) -> Tensor")

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from qat.kernels.fused.operand import LSQParams, differentiated_once, keep, kept, product_dtype
+from qat.kernels import LSQParams, operators
+from qat.kernels.fused.operand import differentiated_once, keep, kept, linear, product_dtype
 from qat.kernels.fused.source import given
 from qat.kernels.fused.weight import WeightParams
 
@@ -16,34 +16,34 @@ from qat.kernels.fused.weight import WeightParams
 class _LsqLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        (made_x, x, *norm, made), q, weight, params, bias = args[:5], LSQParams(*args[5:10]), args[10], WeightParams(*args[11:14]), args[14]
-        dtype, params = product_dtype(x), params.fitted(weight)
+        (made_x, x, *norm, made), q, (weight, *settings, bias) = args[:5], LSQParams(*args[5:11]), args[11:]
+        dtype, params = product_dtype(x), WeightParams(*settings).fitted(weight)
         keep(ctx, x, *norm, made, *q, weight, *params, bias, dtype)
-        xq = q.forward(x if made_x is None else made_x, dtype)
-        out = F.linear(xq.reshape(-1, xq.shape[-1]), params.forward(weight, dtype), None if bias is None else bias.to(dtype))
+        xq = operators.quantize(q, x if made_x is None else made_x, dtype)
+        out = linear(xq.reshape(-1, xq.shape[-1]), params.forward(weight, dtype), bias)
         # A net may write into what a Linear gave; autograd forbids that for a view.
         return torch.ops.aten._unsafe_view(out, (*xq.shape[:-1], len(weight)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         differentiated_once()
-        x, *norm, made, scale, before, after, codes, grad_factor, weight, settings, step, ready, bias, dtype = kept(ctx)
-        operand, params = LSQParams(scale, before, after, codes, grad_factor), WeightParams(settings, step, ready)
-        grad = grad.reshape(-1, grad.shape[-1])
-        of_bias = grad.sum(0) if bias is not None or after is not None else None
+        x, weight_, bias_, made, *rest = kept(ctx)
+        q, (weight, *settings, bias, dtype) = LSQParams(*rest[:6]), rest[6:]
+        params, grad = WeightParams(*settings), grad.reshape(-1, grad.shape[-1])
+        of_bias = grad.sum(0) if bias is not None or q.after is not None else None
         wq = params.forward(weight, dtype)
         of_xq = (grad @ wq).view(x.shape)
         # The offset after it is a constant row of the input: its gradient goes through the product as the bias's does.
-        of_after = None if after is None or of_bias is None else (of_bias.unsqueeze(0) @ wq).squeeze(0).float()
-        learns = ctx.needs_input_grad[10] or ctx.needs_input_grad[12]
-        found = operand.backward(
-            of_xq, x, with_after=False, in_place=True, dequantized=dtype if learns else None, norm=(norm[0], norm[1]), made=made
+        of_after = None if q.after is None or of_bias is None else (of_bias.unsqueeze(0) @ wq).squeeze(0).float()
+        learns = ctx.needs_input_grad[11] or ctx.needs_input_grad[13]
+        found = operators.gradients(
+            q, grad=of_xq, x=x, with_after=False, in_place=True, dequantized=dtype if learns else None, norm=(weight_, bias_), made=made
         )
         xq = found.dequantized
         of_weight, of_step = (None, None) if xq is None else params.backward(grad.t() @ xq.flatten(0, -2), weight)
         shown = None if bias is None or of_bias is None else of_bias.to(bias.dtype)
         through = None, found.x, found.norm_weight, found.norm_bias, None
-        return *through, found.scale, found.before, of_after, None, None, of_weight, None, of_step, None, shown
+        return *through, found.scale, found.before, of_after, None, None, None, of_weight, None, of_step, None, shown
 
 
 def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, params: WeightParams, bias: Tensor | None) -> Tensor:

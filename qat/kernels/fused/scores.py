@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.functional.lsq import gradient_scale
-from qat.kernels import operators
+from qat.kernels import LSQParams, Made, operators
 from qat.kernels.fused.heads import heads_of, heads_product
-from qat.kernels.fused.operand import LSQParams, probs_dtype, product_dtype, through
+from qat.kernels.fused.operand import probs_dtype, product_dtype
 
 
 class Scoring(NamedTuple):
@@ -77,29 +76,14 @@ def softmax(scores: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: tor
 def gather(probs: Tensor, values: Tensor, operand: LSQParams, shape: ScoreShape) -> Tensor:
     """Quantized probabilities (h, B, N, M) times quantized, padded values (B, M, h*d): (B, N, h*d)."""
     out = values.new_empty(*probs.shape[1:3], values.shape[-1])
-    heads_product(operand.forward(probs, shape.dtype), heads_of(values, shape.num_heads), heads_of(out, shape.num_heads), 1.0)
+    quantized = operators.quantize(operand, probs, shape.dtype)
+    heads_product(quantized, heads_of(values, shape.num_heads), heads_of(out, shape.num_heads), 1.0)
     return out
-
-
-class ScoreGradients(NamedTuple):
-    """What `gather_backward` gives.
-
-    Attributes:
-        scores: of the unscaled scores (h, B, N, M), in the dtype of products.
-        values: of the quantized values (B, M, h*d).
-        scale: of the scale of the probabilities.
-        bias: (h, N, N) or None.
-    """
-
-    scores: Tensor
-    values: Tensor
-    scale: Tensor
-    bias: Tensor | None
 
 
 def gather_backward(
     grad: Tensor, probs: Tensor, values: Tensor, operand: LSQParams, shape: ScoreShape, *, with_bias: bool
-) -> ScoreGradients:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `gather(softmax(factor * scores + bias))`.
 
     Args:
@@ -109,22 +93,21 @@ def gather_backward(
         operand: as in the forward pass.
         shape: as in the forward pass.
         with_bias: whether there was one.
+
+    Returns:
+        Those of the unscaled scores (h, B, N, M), in the dtype of products, of the quantized values (B, M, h*d), of the scale of the
+        probabilities, and of the bias, (h, N, N) or None.
     """
-    h, n = shape.num_heads, probs.shape[-2]
-    grads = heads_of(grad, h)
-    of_probs = grad.new_empty(probs.shape)
-    heads_product(grads, heads_of(values, h).transpose(-2, -1), of_probs, 1.0)
-    inner = shape.factor if not with_bias else 1.0
+    h, real = shape.num_heads, probs[..., : probs.shape[-2]]
+    grads, of_values = heads_of(grad, h), torch.empty_like(values)
+    of_scores = grad.new_empty(probs.shape)
+    heads_product(grads, heads_of(values, h).transpose(-2, -1), of_scores, 1.0)
     # What is summed up for a bias is not rounded before.
-    out = of_probs if not with_bias or of_probs.dtype == torch.float32 else None
-    dtype = through(probs, shape.dtype)
-    of_scores = torch.empty_like(probs, dtype=torch.float32) if out is None else out
-    of_scale, quantized = operators.probs_backward(of_probs, probs, operand.scale, *operand.codes, inner, of_scores, dtype)
-    of_scale = (of_scale * gradient_scale(probs[..., :n], operand.codes, operand.grad_factor)).to(operand.scale.dtype)
-    of_values = torch.empty_like(values)
-    heads_product(quantized.to(shape.dtype).transpose(-2, -1), grads, heads_of(of_values, h), 1.0)
-    del quantized
-    of_bias = of_scores[..., :n].sum(1) if with_bias else None
+    out = torch.empty_like(probs, dtype=torch.float32) if with_bias and of_scores.dtype != torch.float32 else of_scores
+    made = Made("softmax", 1.0 if with_bias else shape.factor)
+    found = operators.gradients(operand, of_scores, probs, out=out, dequantized=shape.dtype, made=made, counted=real)
+    heads_product(found.dequantized.transpose(-2, -1), grads, heads_of(of_values, h), 1.0)  # type: ignore[union-attr]  # it is asked for
+    of_bias = out[..., : real.shape[-1]].sum(1) if with_bias else None
     if with_bias and shape.factor != 1:
-        of_scores = of_scores.mul_(shape.factor)
-    return ScoreGradients(of_scores.to(shape.dtype), of_values, of_scale, of_bias)
+        out.mul_(shape.factor)
+    return out.to(shape.dtype), of_values, found.scale, of_bias

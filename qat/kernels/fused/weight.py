@@ -9,8 +9,7 @@ from torch import Tensor
 
 from qat.functional.lsq import CodeRange
 from qat.functional.statsq import statsq_scale
-from qat.kernels import operators
-from qat.kernels.fused.operand import LSQParams
+from qat.kernels import LSQParams, operators
 
 
 class WeightParams(NamedTuple):
@@ -31,7 +30,7 @@ class WeightParams(NamedTuple):
         """LSQ, which learns its step; None for all else."""
         if not isinstance(self.settings, tuple) or self.scale is None:
             return None
-        return LSQParams(self.scale, None, None, *self.settings)
+        return LSQParams(self.scale, None, None, None, *self.settings)
 
     def fitted(self, weight: Tensor) -> WeightParams:
         """With the scale that StatsQ finds in `weight`, if it is needed and not yet known."""
@@ -45,7 +44,7 @@ class WeightParams(NamedTuple):
         if isinstance(self.settings, int) and self.scale is not None:
             return operators.statsq_forward(weight, self.scale, self.settings, dtype)
         lsq = self.lsq
-        return weight.to(dtype) if lsq is None else lsq.forward(weight, dtype)
+        return weight.to(dtype) if lsq is None else operators.quantize(lsq, weight, dtype)
 
     def backward(self, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of the weight, in its dtype, and of LSQ's step.
@@ -57,5 +56,5 @@ class WeightParams(NamedTuple):
         lsq = self.lsq
         if lsq is None:
             return grad.to(weight.dtype), None
-        found = lsq.backward(grad, weight, in_place=True)
+        found = operators.gradients(lsq, grad, weight, in_place=True)
         return found.x, found.scale

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from qat.functional.lsq import lsq
 from qat.functional.statsq import statsq
+from qat.kernels import LSQParams
 from qat.kernels.fused.heads import heads_of
-from qat.kernels.fused.operand import LSQParams, probs_dtype
+from qat.kernels.fused.operand import probs_dtype
 from qat.kernels.fused.scores import Scoring, softmax
 from qat.kernels.fused.weight import WeightParams
 

@@ -7,9 +7,8 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from qat.kernels import CodeRange, Made
+from qat.kernels import CodeRange, LSQParams, Made
 from qat.kernels.fused import (
-    LSQParams,
     QkrOperands,
     QkrWeights,
     Scoring,
@@ -35,7 +34,7 @@ def randn(*shape, seed=0, scale=1.0):
 def operand(n, grid, offsets=2, seed=0, channels=C):
     scale = (0.2 + torch.rand(n, generator=torch.Generator().manual_seed(seed))).requires_grad_()
     before, after = (randn(channels, seed=seed + i, scale=0.2) if i <= offsets else None for i in (1, 2))
-    return LSQParams(scale, before, after, grid, 0.5)
+    return LSQParams(scale, before, after, None, grid, 0.5)
 
 
 def leaves(*parts):
