@@ -61,3 +61,15 @@ def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...],
     if signed:
         codes = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
     return codes.to(torch.int8 if signed else torch.uint8).view(shape)
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """`pack_codes` of each row (..., n) by itself: (..., ceil(n * bits / 8)); `bits` is 2, 4 or 8."""
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % (_BYTE // bits)))
+    return pack_codes(codes, bits).view(*codes.shape[:-1], codes.shape[-1] * bits // _BYTE)
+
+
+def unpack_rows(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The n codes of each row that `pack_rows` was given, uint8."""
+    shape = (*packed.shape[:-1], packed.shape[-1] * _BYTE // bits)
+    return unpack_codes(packed.flatten(), bits, shape, signed=False)[..., :n]

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
+from qat.functional.block_floats import BLOCK_FORMATS, block_float, tensor_scale
 from qat.functional.lsq import CodeRange, LSQFunction, LsqGradients, all_gradients
 from qat.functional.lsq import relative_step as formula_of_step
 from qat.functional.statsq import StatsQFunction
 from qat.kernels import gpu, operators
+from qat.kernels.blocks import BlockFloatKernel
 from qat.kernels.made import Made
 from qat.kernels.rows import PLAIN, Steps
 
@@ -117,4 +119,23 @@ def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
     return _RelativeStep.apply(start, change, unit)
 
 
-__all__ = ["CHOICES", "CodeRange", "LsqGradients", "Made", "Steps", "are_off", "lsq", "operators", "relative_step", "statsq", "use"]
+def block_floats(x: Tensor, name: str, bits: int) -> Tensor:
+    """`qat.functional.block_float` in the format of `BLOCK_FORMATS[name, bits]`."""
+    form = BLOCK_FORMATS[name, bits]
+    return block_float(x, form) if are_off() else BlockFloatKernel.apply(x, tensor_scale(x, form), (name, bits))
+
+
+__all__ = [
+    "CHOICES",
+    "CodeRange",
+    "LsqGradients",
+    "Made",
+    "Steps",
+    "are_off",
+    "block_floats",
+    "lsq",
+    "operators",
+    "relative_step",
+    "statsq",
+    "use",
+]

@@ -15,6 +15,7 @@ from qat.functional.lsq import CodeRange, LsqGradients
 from qat.functional.lsq import step_and_slope as formula_of_steps
 from qat.functional.ste import in_dtype
 from qat.kernels import cpu, gpu, reference
+from qat.kernels.blocks import round_blocks_formula
 from qat.kernels.library import operator
 from qat.kernels.made import Made
 from qat.kernels.rows import PLAIN, Steps
@@ -143,4 +144,5 @@ FORMULAS: dict[Any, Callable[..., Any]] = {
     torch.ops.qat.lsq_forward.default: _lsq_formula,
     torch.ops.qat.statsq_forward.default: _statsq_formula,
     torch.ops.qat.step_and_slope.default: formula_of_steps,
+    torch.ops.qat.round_blocks.default: round_blocks_formula,
 }
