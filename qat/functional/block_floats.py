@@ -17,6 +17,8 @@ from qat.functional.ste import TINY, in_dtype
 # Largest finite value of E4M3, and the exponents of float32 beside its bias.
 _E4M3_MAX = 448.0
 _EXPONENTS, _MANTISSA_BITS, _BIAS = 0x7F800000, 23, 127
+# By code.
+_E2M1 = [sign * size for sign in (1.0, -1.0) for size in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
 
 
 class BlockFormat(NamedTuple):
@@ -61,63 +63,58 @@ def nearest_float(u: Tensor, form: BlockFormat) -> Tensor:
 
 
 def tensor_scale(x: Tensor, form: BlockFormat) -> Tensor | None:
-    """T = max|x| / (6 * 448) of a format of two levels, a scalar in float32; None for others."""
+    """The number t = max|x| / (6 * 448) of a format of two levels, a scalar in float32; None for others."""
     if not form.two_level:
         return None
     low, high = x.detach().aminmax() if x.numel() else (x.new_zeros(()),) * 2
     return torch.maximum(high, -low).float() / (form.highest * _E4M3_MAX)
 
 
-def _parts(x: Tensor, form: BlockFormat) -> Iterator[Tensor]:
-    """(..., k, block) of whole blocks, then (..., 1, n) of a short one: padding it would have torch 2.14 compile reads beyond it."""
-    whole = x.shape[-1] // form.block * form.block
-    if whole:
-        yield x[..., :whole].unflatten(-1, (-1, form.block))
-    if whole < x.shape[-1]:
-        yield x[..., whole:].unsqueeze(-2)
-
-
-def _factors(part: Tensor, form: BlockFormat, t: Tensor | None) -> Tensor:
+def _factors(blocks: Tensor, form: BlockFormat, t: Tensor | None) -> Tensor:
     """What each block's scale is made of t: E4M3 values; where there is no t, the scale, a power of two. (..., k, 1)."""
-    largest = part.abs().amax(-1, keepdim=True)
+    largest = blocks.abs().amax(-1, keepdim=True)
     if t is not None:
         return nearest_float(largest / form.highest / torch.where(t == 0, torch.inf, t), _SCALES)
-    exponent = math.frexp(form.highest)[1] - 1
+    exponent = int(math.log2(form.highest))
     scale = (_power_below(largest) * 2.0**-exponent).clamp(max=2.0 ** (_BIAS + 1 - exponent))
     return torch.where(largest.isnan(), largest, torch.where(scale < TINY, 0.0, scale))
 
 
 def _scaled(x: Tensor, form: BlockFormat, t: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each part: the values over their scales, 0 where a scale is 0; the scales; what these are made of t."""
-    for part in _parts(x.float(), form):
-        factors = _factors(part, form, t)
-        scales = factors if t is None else factors * t
-        yield part / torch.where(scales == 0, torch.inf, scales), scales, factors
+    """Of whole blocks and of a short one: the values over their scales, 0 where a scale is 0; the scales; what these are made of t.
+
+    The short one is apart: padding it would have torch 2.14 compile reads beyond it.
+    """
+    for part in x.float().tensor_split([x.shape[-1] // form.block * form.block], -1):
+        if part.shape[-1]:
+            blocks = part.unflatten(-1, (-1, min(form.block, part.shape[-1])))
+            factors = _factors(blocks, form, t)
+            scales = factors if t is None else factors * t
+            yield blocks / torch.where(scales == 0, torch.inf, scales), scales, factors
 
 
-def _joined(parts: list[Tensor], x: Tensor) -> Tensor:
+def _joined(parts: list[Tensor]) -> Tensor:
     flat = [part.flatten(-2) for part in parts]
-    return flat[0] if len(flat) == 1 else torch.cat(flat, -1) if flat else x.float().clone()
+    return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
 
 
-def block_float_forward(x: Tensor, form: BlockFormat, t: Tensor | None) -> Tensor:
-    """The nearest value of x / s, times s, for the scale s of each block; float32.
+def round_blocks(x: Tensor, form: BlockFormat, t: Tensor | None, grad: Tensor | None = None) -> Tensor:
+    """The nearest value of x / s, times s, for the scale s of each block; or gradients, zero where |x / s| is above the largest value.
 
     A power of two is s = 2^(floor(log2(max|block|)) - e), e = exponent of the largest value; with two levels it is
     E4M3(max|block| / 6 / t) * t. A block of zeros, or whose s is too small for a normal number, becomes zeros; one with a NaN is NaN.
 
     Args:
-        x: (..., n), any float dtype.
+        x: (..., n), any float dtype; computed in float32.
         form: one of `BLOCK_FORMATS`.
         t: `tensor_scale` of `x`.
+        grad: None, or gradients of the rounded values, which are then what is given for `x`.
+
+    Returns:
+        The shape and dtype of `x`.
     """
-    return _joined([nearest_float(u, form) * scales for u, scales, _ in _scaled(x, form, t)], x)
-
-
-def block_float_backward(grad: Tensor, x: Tensor, form: BlockFormat, t: Tensor | None) -> Tensor:
-    """`grad`, zero where |x / s| is above the largest value; float32, the shape of `x`."""
-    kept = [u.abs() > form.highest for u, *_ in _scaled(x, form, t)]
-    return torch.where(_joined(kept, x).bool(), 0.0, grad.float())
+    parts = [nearest_float(u, form) * s if grad is None else u.abs() > form.highest for u, s, _ in _scaled(x, form, t)]
+    return in_dtype(_joined(parts) if grad is None else torch.where(_joined(parts), 0.0, grad.float()), x.dtype)
 
 
 class BlockFloatFunction(torch.autograd.Function):
@@ -127,8 +124,8 @@ class BlockFloatFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, t: Tensor | None, form: BlockFormat) -> Tensor:
-        """`block_float_forward`, in the dtype of `x`."""
-        return in_dtype(block_float_forward(x, form, t), x.dtype)
+        """`round_blocks`."""
+        return round_blocks(x, form, t)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -138,13 +135,13 @@ class BlockFloatFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """`block_float_backward`."""
+        """`round_blocks` of the gradient; can be differentiated once more."""
         x, t = ctx.saved_tensors
-        return in_dtype(block_float_backward(grad, x, ctx.form, t), grad.dtype), None, None
+        return round_blocks(x, ctx.form, t, grad), None, None
 
 
 def block_float(x: Tensor, form: BlockFormat) -> Tensor:
-    """Quantize blocks along the last dimension of `x`: `block_float_forward` with its `tensor_scale`.
+    """Quantize blocks along the last dimension of `x`: `round_blocks` with its `tensor_scale`.
 
     Args:
         x: (..., n), any float dtype; computed in float32.
@@ -175,17 +172,11 @@ def block_float_codes(x: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor, Ten
         place = float_place(nearest_float(u, form), form).nan_to_num()
         codes.append((place.abs() + place.signbit() * 2 ** (form.bits - 1)).to(torch.uint8))
         factors.append(factor)
-    return _joined(codes, x), _joined(factors, x), t
+    return _joined(codes), _joined(factors), t
 
 
 def float_values(codes: Tensor, form: BlockFormat) -> Tensor:
     """The values of codes in units of their scale, float32."""
-    sign = 2 ** (form.bits - 1)
-    place = (codes.int() % sign).float()
-    exponent = (place * 2.0**-form.mantissa).floor().sub(1).clamp(min=0)
-    size = (
-        (place - exponent * 2**form.mantissa)
-        * ((exponent.int() + _BIAS) << _MANTISSA_BITS).view(torch.float32)
-        * 2.0 ** (form.lowest - form.mantissa)
-    )
-    return torch.where(codes >= sign, -size, size)
+    if form.bits == _SCALES.bits:
+        return codes.view(torch.float8_e4m3fn).float()
+    return torch.tensor(_E2M1, device=codes.device)[codes.int()]

@@ -63,13 +63,12 @@ def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...],
     return codes.to(torch.int8 if signed else torch.uint8).view(shape)
 
 
-def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """`pack_codes` of each row (..., n) by itself: (..., ceil(n * bits / 8)); `bits` is 2, 4 or 8."""
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % (_BYTE // bits)))
-    return pack_codes(codes, bits).view(*codes.shape[:-1], codes.shape[-1] * bits // _BYTE)
+def pack_pairs(codes: Tensor) -> Tensor:
+    """Two 4-bit codes a byte, the first in the lower half: (..., n) to (..., ceil(n / 2)), uint8."""
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return codes[..., ::2] | codes[..., 1::2] << 4
 
 
-def unpack_rows(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The n codes of each row that `pack_rows` was given, uint8."""
-    shape = (*packed.shape[:-1], packed.shape[-1] * _BYTE // bits)
-    return unpack_codes(packed.flatten(), bits, shape, signed=False)[..., :n]
+def unpack_pairs(packed: Tensor, n: int) -> Tensor:
+    """The n codes of each row that `pack_pairs` was given."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[..., :n]

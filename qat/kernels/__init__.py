@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.functional.block_floats import BLOCK_FORMATS, block_float, tensor_scale
+from qat.functional.block_floats import BlockFormat, block_float, tensor_scale
 from qat.functional.lsq import CodeRange, LSQFunction, LsqGradients, all_gradients
 from qat.functional.lsq import relative_step as formula_of_step
 from qat.functional.statsq import StatsQFunction
@@ -119,10 +119,9 @@ def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
     return _RelativeStep.apply(start, change, unit)
 
 
-def block_floats(x: Tensor, name: str, bits: int) -> Tensor:
-    """`qat.functional.block_float` in the format of `BLOCK_FORMATS[name, bits]`."""
-    form = BLOCK_FORMATS[name, bits]
-    return block_float(x, form) if are_off() else BlockFloatKernel.apply(x, tensor_scale(x, form), (name, bits))
+def block_floats(x: Tensor, form: BlockFormat) -> Tensor:
+    """`qat.functional.block_float`."""
+    return block_float(x, form) if are_off() else BlockFloatKernel.apply(x, tensor_scale(x, form), form)
 
 
 __all__ = [

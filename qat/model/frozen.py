@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qat.errors import UsageError
 from qat.functional.affine import correct_mean_and_std
 from qat.functional.block_floats import block_float_codes
-from qat.functional.packing import pack_rows
+from qat.functional.packing import pack_pairs
 from qat.functional.ste import code_dtype, view_along
 from qat.model.convert import conversion_of
 from qat.model.scales import assert_ready
@@ -115,8 +115,9 @@ class FrozenBlocks(FrozenWeight):
 
     def packed(self) -> dict[str, Tensor]:
         """What torchao's `MXTensor` and `NVFP4Tensor` hold: `qdata`, two E2M1 codes a byte, `scale`, `per_tensor_scale`."""
-        qdata = pack_rows(self.stored.movedim(self.empty.dim, -1), self.spec.bits)
-        found = {"qdata": qdata.view(torch.float8_e4m3fn) if self.spec.bits == 8 else qdata, "scale": self.scale.view(self.scale_dtype)}
+        codes = self.stored.movedim(self.empty.dim, -1)
+        qdata = pack_pairs(codes) if self.spec.bits == 4 else codes.contiguous().view(torch.float8_e4m3fn)
+        found = {"qdata": qdata, "scale": self.scale.view(self.scale_dtype)}
         return found if self.per_tensor_scale is None else found | {"per_tensor_scale": self.per_tensor_scale}
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.functional.packing import pack_codes, packed_bytes, unpack_codes, unpack_rows
+from qat.functional.packing import pack_codes, packed_bytes, unpack_codes, unpack_pairs
 from qat.model.frozen import OFFSETS, FrozenBlocks, FrozenWeight
 from qat.utils.files import MOST_CONSTANT, replacing
 
@@ -63,10 +63,9 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
     packed = base64.b64encode(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)).decode()
     tensors = {"codes": torch.cat([torch.zeros(0, dtype=torch.uint8), *codes]), "floats": torch.cat([torch.zeros(0), *floats])}
     for name, module in blocks.items():
-        own = {f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in module.packed().items()}
-        sums["codes"] += own[f"{name}.qdata"].numel()
-        sums["scales"] += sum(t.nbytes for t in own.values()) - own[f"{name}.qdata"].numel()
-        tensors |= own
+        for part, tensor in module.packed().items():
+            tensors[f"{name}.{part}"] = tensor.cpu()
+            sums["codes" if part == "qdata" else "scales"] += tensor.nbytes
     metadata = {"format": FORMATS[bool(blocks)], "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed}
     metadata["crc32"] = _checksum(tensors, *metadata.values())
     with replacing(path) as temporary:
@@ -115,11 +114,10 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
             state[name] = torch.full(shape, more[0], dtype=_DTYPES[more[1]])
             continue
         if kind == "b":
-            own = {key.removeprefix(f"{name}."): key for key in list(tensors) if key.startswith(f"{name}.")}
-            parts = {part: tensors.pop(key) for part, key in own.items()}
-            codes_of = unpack_rows(parts.pop("qdata").view(torch.uint8), more[0], shape[more[1]])
-            state[f"{name}.stored"] = codes_of.movedim(-1, more[1])
-            state |= {f"{name}.{part}": t.view(torch.uint8) if part == "scale" else t for part, t in parts.items()}
+            parts = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.")}
+            qdata, dim = parts.pop(f"{name}.qdata").view(torch.uint8), more[1]
+            state[f"{name}.stored"] = (unpack_pairs(qdata, shape[dim]) if more[0] == 4 else qdata).movedim(-1, dim)
+            state |= {key: t.view(torch.uint8) if key.endswith(".scale") else t for key, t in parts.items()}
             continue
         n, which = torch.Size(shape).numel(), "floats" if kind == "f" else "codes"
         size = n if kind == "f" else packed_bytes(n, more[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +86,7 @@ class BlockFloat(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`qat.functional.block_float`."""
-        return kernels.block_floats(x.movedim(self.dim, -1), self.spec.quantizer, self.spec.bits).movedim(-1, self.dim)
+        return kernels.block_floats(x.movedim(self.dim, -1), self.form).movedim(-1, self.dim)
 
     def codes(self, x: Tensor) -> Tensor:
         """Bits of E2M1 (0 to 15) or E4M3, uint8."""
@@ -98,12 +99,9 @@ class BlockFloat(Quantizer):
         if x is None:
             return grid
         _, factors, t = block_float_codes(x.detach().movedim(self.dim, -1), self.form)
-        return FloatGrid(qmin=-most, qmax=most, form=self.form, dim=self.dim, factors=factors.movedim(-1, self.dim), tensor_scale=t)
-
-    def n_groups(self, shape: torch.Size) -> int:
-        """Number of blocks."""
-        return shape.numel() // shape[self.dim] * -(-shape[self.dim] // self.form.block)
+        return dataclasses.replace(grid, factors=factors.movedim(-1, self.dim), tensor_scale=t)
 
     def scale_bytes(self, shape: torch.Size) -> int:
         """What the scales of a tensor take: a byte for each block, with two levels a float32 for the tensor."""
-        return self.n_groups(shape) + 4 * self.form.two_level
+        n = shape[self.dim]
+        return shape.numel() // n * -(-n // self.form.block) + 4 * self.form.two_level
