@@ -179,4 +179,4 @@ def float_values(codes: Tensor, form: BlockFormat) -> Tensor:
     """The values of codes in units of their scale, float32."""
     if form.bits == _SCALES.bits:
         return codes.view(torch.float8_e4m3fn).float()
-    return torch.tensor(_E2M1, device=codes.device)[codes.int()]
+    return torch.tensor(_E2M1, dtype=torch.float32, device=codes.device)[codes.int()]
