@@ -22,14 +22,14 @@ inline float float_of(uint32_t bits) {
 
 inline float power_below(float x) { return float_of(bits_of(x) & 0x7F800000u); }
 
-// spacing: of values between 1 and 2. lowest: the smallest normal value.
+// spacing: of values between 1 and 2. lowest: the smallest normal value. A large number of the size that is added leaves the digits that stay.
 inline float nearest(float u, float spacing, float lowest, float highest) {
-    u = u < -highest ? -highest : u;
-    u = u > highest ? highest : u;
-    float power = power_below(u);
+    float size = fabsf(u);
+    size = size > highest ? highest : size;
+    float power = power_below(size);
     power = power < lowest ? lowest : power;
-    const float step = power * spacing, inverse = float_of((254u << 23) - bits_of(step));
-    return rintf(u * inverse) * step;
+    const float large = power * (spacing * 12582912.0f);
+    return float_of(bits_of((size + large) - large) | (bits_of(u) & 0x80000000u));
 }
 
 // Non-negative floats are ordered as their bits are, and NaN is above infinity.
