@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from qat.errors import UsageError
-from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_text
+from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, check_bits, check_choice, check_text
 
 ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
 # Where post-training quantization also rounds what leaves a layer.
 OUTPUT_ROLES = ("qkv", "scores", "output", "residual")
 PLACES = ("stem", "block", "head")
-QUANTIZERS = ("statsq", "statsq_rms", "lsq", "seq", "minmax", "float")
+QUANTIZERS = ("statsq", "statsq_rms", "lsq", "seq", "minmax", *BLOCK_FLOATS, "float")
 ATTENTIONS = ("qkr", "standard", "float")
 QK_BIASES = ("drop", "fold")
 OFFSETS = ("none", "before", "both")
@@ -26,7 +26,7 @@ ACT_SCALES = ("token", "tensor")
 RULE_BITS = ("both", "weights")
 
 # StatsQ is for the blocks: stem and heads have 8-bit learned steps in OFQ (spec of the paper, section 3).
-_OUTSIDE_BLOCKS = {"statsq": "lsq", "statsq_rms": "lsq", "seq": "lsq"}
+_OUTSIDE_BLOCKS = {name: "lsq" for name in ("statsq", "statsq_rms", "seq", *BLOCK_FLOATS)}
 # The range of a weight is read from the weight itself in every forward; that of an activation is calibrated.
 _WEIGHT_VARIANT = {"minmax": "minmax_dynamic"}
 
@@ -48,7 +48,7 @@ class QuantSpec:
         quantizer: registered name, or `package.module:Class`.
         bits: width of a code; 32 with the float quantizer.
         signed: codes in [-2^(b-1), 2^(b-1)-1] or [0, 2^b-1]; None = found from the data when scales are initialised.
-        axis: dimension that keeps scales of its own, None = one scale for the tensor.
+        axis: dimension that keeps scales of its own, None = one scale for the tensor; of `BLOCK_FLOATS` the one along which blocks lie.
         offsets: learnable offsets around the quantizer: none, before it, or both before and after.
         offset_ndim: number of trailing dimensions over which an offset varies (1 = channel, 2 = a map over pixels).
         map_scales: for the input of a Linear on a feature map (B, H, W, C): one scale for the `tensor`, or `column`: along `axis`.
@@ -98,6 +98,13 @@ _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "probs": {"signed": False, "axis": -2},
     "image": {"signed": None, "axis": 1, "offsets": "both", "offset_ndim": 2},
 }
+
+
+def summed_axis(role: str) -> int:
+    """Dimension over which the product of a tensor sums: tokens of values, input channels of a weight (out, in, ...), else the last one."""
+    return {"v": -2, "weight": 1}.get(role, -1)
+
+
 # What `attention=float` leaves alone.
 _SCORED = ("q", "k", "v", "probs")
 
@@ -171,9 +178,8 @@ class QuantRecipe:
             value = getattr(self, changed[0])
             raise UsageError(f"quant.{changed[0]}={value!r}: quant=fp leaves the model in float; choose another quant=... to set it")
         weights_float = "float" if self.weight_quantizer == "float" else ""
-        acts_float = "float" if self.act_quantizer == "float" else ""
-        check_bits("quant.bits", self.bits, weights_float)
-        check_bits("quant.act_bits", self.act_bits, acts_float)
+        check_bits("quant.bits", self.bits, self.weight_quantizer)
+        check_bits("quant.act_bits", self.act_bits, self.act_quantizer)
         check_bits("quant.stem_bits", self.stem_bits, weights_float)
         check_bits("quant.head_bits", self.head_bits, weights_float)
         check_choice("quant.attention", self.attention, ATTENTIONS)
@@ -185,6 +191,8 @@ class QuantRecipe:
         for knob in ("offsets", "fits_int8"):
             if not isinstance(getattr(self, knob), bool):
                 raise UsageError(f"quant.{knob}={getattr(self, knob)!r}: must be true or false")
+        if self.offsets and self.act_quantizer in BLOCK_FLOATS:
+            raise UsageError(f"quant.offsets=True: must be false with {self.act_quantizer}, whose blocks follow the heads")
         self._check_overrides()
 
     def _settle_rule_bits(self) -> None:
@@ -229,7 +237,8 @@ class QuantRecipe:
         name = self.weight_quantizer if place == "block" else _OUTSIDE_BLOCKS.get(self.weight_quantizer, self.weight_quantizer)
         bits = {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         bits = FLOAT_BITS if name == "float" else bits
-        return QuantSpec(role, _WEIGHT_VARIANT.get(name, name), bits, signed=True, axis=0, step_init=self.step_init, steps=self.steps)
+        axis = summed_axis(role) if name in BLOCK_FLOATS else 0
+        return QuantSpec(role, _WEIGHT_VARIANT.get(name, name), bits, signed=True, axis=axis, step_init=self.step_init, steps=self.steps)
 
     def act_spec(self, role: str, place: str, *, signed: bool | None = True) -> QuantSpec:
         """Spec of an activation.
@@ -245,9 +254,13 @@ class QuantRecipe:
         if place == "head" or self.act_scales == "tensor":
             layout["axis"] = None
         bits = {"stem": self.stem_bits, "block": self.act_bits, "head": self.head_bits}[place]
-        if self.fits_int8 and bits == 8 and not layout["signed"]:
-            bits, layout["signed"] = (7, False) if role == "probs" else (8, True)
         name = "float" if self.attention == "float" and role in _SCORED else self.act_quantizer
+        if place != "block" and name in BLOCK_FLOATS:
+            name = "lsq"
+        if name in BLOCK_FLOATS:
+            layout["axis"] = summed_axis(role)
+        elif self.fits_int8 and bits == 8 and not layout["signed"]:
+            bits, layout["signed"] = (7, False) if role == "probs" else (8, True)
         if not self.offsets or name == "float":
             layout["offsets"] = "none"
         return QuantSpec(
@@ -271,6 +284,9 @@ _DEPLOY: dict[str, Any] = {
     "act_scales": "tensor",
     "fits_int8": True,
 }
+
+# Floats in blocks; around them what integer kernels can have.
+_BLOCK_FLOATS: dict[str, Any] = {"attention": "standard", "bits": 4, "offsets": False, "step_init": "mse", "steps": "relative"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fp": {
@@ -299,6 +315,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "deploy_w8a8": {**_DEPLOY, "bits": 8},
     "deploy_w4a8": {**_DEPLOY, "bits": 4, "act_bits": 8},
     "deploy_w4a4": {**_DEPLOY, "bits": 4},
+    "mxfp4": {**_BLOCK_FLOATS, "weight_quantizer": "mxfp", "act_quantizer": "mxfp"},
+    "nvfp4": {**_BLOCK_FLOATS, "weight_quantizer": "nvfp4", "act_quantizer": "nvfp4"},
 }
 
 
@@ -306,7 +324,8 @@ def recipe(name: str, **knobs: Any) -> QuantRecipe:
     """A named recipe with knobs turned.
 
     Args:
-        name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (weights alone), lsq, seq, minmax, deploy_w8a8, deploy_w4a8, deploy_w4a4.
+        name: one of `PRESETS`: fp, ofq, ofq_noqkr, statsq (weights alone), lsq, seq, minmax, deploy_w8a8, deploy_w4a8, deploy_w4a4,
+            mxfp4, nvfp4 (floats of 4 bits in blocks; `act_bits=8` with mxfp4).
         knobs: fields of `QuantRecipe`; rules of `overrides` come after those of the recipe itself.
 
     Raises:

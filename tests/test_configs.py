@@ -31,6 +31,7 @@ ELSEWHERE = {"ptq", "search", "analysis", "format"}
 RECIPES = {f"{name}_{bits}bit": (name, {"bits": bits}) for name in PRESETS for bits in (2, 3, 4, 8)} | {
     name: (name, {}) for name in PRESETS
 }
+RECIPES |= {"nvfp4_w4a4": ("nvfp4", {}), "mxfp4_w4a4": ("mxfp4", {}), "mxfp4_w4a8": ("mxfp4", {"act_bits": 8})}
 # One of each kind, for the tests of every change.
 OFTEN = {"deit_t", "deit_t_distilled", "vit_tiny_demo", "resnet_tiny_demo", "swin_t", "swinv2_t", "eva02_t"}
 # Queries and keys of these are rotated or normalised.

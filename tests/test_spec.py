@@ -13,7 +13,7 @@ WRONG_KNOBS = [
     ({"attention": "linear"}, "quant.attention='linear': must be one of qkr, standard, float"),
     (
         {"weight_quantizer": "lsqq"},
-        "quant.weight_quantizer='lsqq': must be one of statsq, statsq_rms, lsq, seq, minmax, float or package.module:Class",
+        "quant.weight_quantizer='lsqq': must be one of statsq, statsq_rms, lsq, seq, minmax, mxfp, nvfp4, float or package.module:Class",
     ),
     ({"act_quantizer": "my module:Class"}, "quant.act_quantizer='my module:Class': must be"),
     ({"offsets": "both"}, "quant.offsets='both': must be true or false"),
@@ -43,6 +43,8 @@ def test_presets():
         "lsq": ("standard", "lsq", "lsq", False),
         "seq": ("standard", "seq", "seq", True),
         "minmax": ("standard", "minmax", "minmax", False),
+        "mxfp4": ("standard", "mxfp", "mxfp", False),
+        "nvfp4": ("standard", "nvfp4", "nvfp4", False),
         **dict.fromkeys(("deploy_w8a8", "deploy_w4a8", "deploy_w4a4"), ("standard", "lsq", "lsq", False)),
     }
     assert recipe("ofq").qk_bias == "drop"

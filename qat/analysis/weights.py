@@ -94,7 +94,7 @@ def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
     grid = quantizer.grid(x)
     low, high = (quantizer.spec.qmin, quantizer.spec.qmax) if grid is None else (grid.qmin, grid.qmax)
     # A code outside of the bounds, which a user's own quantizer may have, counts as the outermost one.
-    codes = quantizer.codes(x).flatten().long().clamp(low, high) - low
+    codes = (quantizer.codes(x) if grid is None else grid.in_order(quantizer.codes(x))).flatten().long().clamp(low, high) - low
     shares = torch.bincount(codes, minlength=high - low + 1) / codes.numel()
     row: Row = {"unused levels": int((shares == 0).sum()), "at the end codes, %": 100 * float(shares[0] + shares[-1])}
     if grid is not None:

@@ -93,11 +93,11 @@ class Oscillation(Callback):
         """Find the weights."""
         if stage != "fit":
             return
-        self._sites = [s for s in iter_quantizers(cast(nn.Module, pl_module.net)) if s.is_weight and s.quantizer.spec.bits <= self.max_bits]
+        sites = iter_quantizers(cast(nn.Module, pl_module.net))
+        self._sites = [s for s in sites if s.is_weight and s.quantizer.spec.bits <= self.max_bits and not s.quantizer.in_blocks]
         if not self._sites:
-            raise UsageError(
-                f"callbacks.oscillation.max_bits={self.max_bits}: this model has no quantized weights of at most {self.max_bits} bits"
-            )
+            why = "this model has no quantized weights of so few bits, floats in blocks aside"
+            raise UsageError(f"callbacks.oscillation.max_bits={self.max_bits}: {why}")
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:

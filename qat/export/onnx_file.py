@@ -24,6 +24,7 @@ from qat.export.write import CODES, SITE, TensorRT, Writer, write_in_graph
 from qat.model.checkpoint import describe
 from qat.model.convert import check_input, conversion_of
 from qat.model.frozen import FrozenWeight, freeze, is_frozen
+from qat.model.sites import iter_quantizers
 from qat.model.transform import data_config
 from qat.utils.files import replacing
 from qat.utils.probing import copied
@@ -204,6 +205,10 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings
 
     from qat.export.rewrite import divide_apart, narrow_weights, simplify  # noqa: PLC0415  (an extra)
 
+    floats = next((site for site in iter_quantizers(net) if site.quantizer.in_blocks), None)
+    if floats is not None:
+        why = f"{floats.name} has blocks of {floats.quantizer.spec.quantizer}, which onnxruntime 1.31 does not run on a CPU"
+        raise UsageError(f"format=onnx: {why}; must be format=packed")
     net = copied(net).eval()
     smallest = 8 if settings.target == "tensorrt" else TWO_BIT[settings.two_bit]
     stored = {name: store_weight(module, smallest) for name, module in net.named_modules() if isinstance(module, FrozenWeight)}

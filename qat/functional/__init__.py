@@ -12,6 +12,7 @@ from qat.functional.affine import (
     fake_quantize_affine_,
     min_max,
 )
+from qat.functional.block_floats import block_float, block_float_codes
 from qat.functional.confidence import near_threshold
 from qat.functional.distillation import distillation_loss, feature_distance, soft_cross_entropy
 from qat.functional.infonce import info_nce, logit_fitness
@@ -39,6 +40,8 @@ __all__ = [
     "affine_from_range",
     "affine_from_state",
     "affine_scale",
+    "block_float",
+    "block_float_codes",
     "code_range",
     "correct_mean_and_std",
     "distillation_loss",

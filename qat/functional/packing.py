@@ -61,3 +61,14 @@ def unpack_codes(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...],
     if signed:
         codes = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
     return codes.to(torch.int8 if signed else torch.uint8).view(shape)
+
+
+def pack_pairs(codes: Tensor) -> Tensor:
+    """Two 4-bit codes a byte, the first in the lower half: (..., n) to (..., ceil(n / 2)), uint8."""
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def unpack_pairs(packed: Tensor, n: int) -> Tensor:
+    """The n codes of each row that `pack_pairs` was given."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[..., :n]

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
+from qat.functional.block_floats import BlockFormat, block_float, tensor_scale
 from qat.functional.lsq import CodeRange, LSQFunction
 from qat.functional.lsq import relative_step as formula_of_step
 from qat.functional.statsq import StatsQFunction
 from qat.kernels import gpu, operators
+from qat.kernels.blocks import BlockFloatKernel
 from qat.kernels.made import Made
 from qat.kernels.rows import PLAIN, LSQParams
 
@@ -108,4 +110,9 @@ def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
     return _RelativeStep.apply(start, change, unit)
 
 
-__all__ = ["CHOICES", "CodeRange", "LSQParams", "Made", "are_off", "lsq", "operators", "relative_step", "statsq", "use"]
+def block_floats(x: Tensor, form: BlockFormat) -> Tensor:
+    """`qat.functional.block_float`."""
+    return block_float(x, form) if are_off() else BlockFloatKernel.apply(x, tensor_scale(x, form), form)
+
+
+__all__ = ["CHOICES", "CodeRange", "LSQParams", "Made", "are_off", "block_floats", "lsq", "operators", "relative_step", "statsq", "use"]

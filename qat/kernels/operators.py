@@ -16,6 +16,7 @@ from qat.functional.lsq import LsqGradients, gradient_scale
 from qat.functional.lsq import step_and_slope as formula_of_steps
 from qat.functional.ste import in_dtype
 from qat.kernels import cpu, gpu, reference
+from qat.kernels.blocks import round_blocks_formula
 from qat.kernels.library import operator
 from qat.kernels.made import Made
 from qat.kernels.rows import PLAIN, LSQParams, params_of
@@ -139,3 +140,6 @@ def gradients(  # noqa: PLR0913  (what else comes out of the one pass over memor
     before, after, y, *of_norm = (None if asked is None else t for asked, t in zip(wanted, others, strict=True))
     of_scale = of_scale * gradient_scale(x if counted is None else counted, q.codes, q.grad_factor, q.sign)
     return LsqGradients(out, of_scale.to(q.scale.dtype), before, after, y if y is None else y.to(dequantized), *of_norm)
+
+
+FORMULAS[torch.ops.qat.round_blocks.default] = round_blocks_formula

@@ -18,7 +18,7 @@ from qat.functional.packing import packed_bytes
 from qat.model.frozen import FrozenActivation, FrozenWeight
 from qat.model.sites import Site, iter_quantizers
 from qat.nn import QkrAttention, QuantAttention, ScoredAttention
-from qat.quantizers import LSQ, Quantizer
+from qat.quantizers import LSQ, BlockFloat, Quantizer
 from qat.utils.probing import probing, zero_image
 from qat.utils.validate import FLOAT_BITS
 
@@ -208,7 +208,10 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
             # As deployed also scales that training makes from the weight; where a bias is corrected, each row has a scale, a zero point and
             # a constant.
             rows = len(latent)
-            found["scale_bytes"] += FLOAT_BYTES * (2 * (rows - n_scales) if spec.bias_correction else 0 if n_scales else rows)
+            if isinstance(site.quantizer, BlockFloat):
+                found["scale_bytes"] += site.quantizer.scale_bytes(latent.shape)
+            else:
+                found["scale_bytes"] += FLOAT_BYTES * (2 * (rows - n_scales) if spec.bias_correction else 0 if n_scales else rows)
             found["offset_bytes"] += FLOAT_BYTES * rows * spec.bias_correction
         found["code_bytes"] += packed_bytes(latent.numel(), spec.bits)
     for name, parameter in net.named_parameters():
@@ -217,7 +220,7 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if name in kept and id(tensor) not in masters:
             layer, kind = _place(name, sites)
-            sums[layer][kind] += tensor.numel() * FLOAT_BYTES
+            sums[layer][kind] += tensor.numel() * (1 if tensor.dtype == torch.uint8 else FLOAT_BYTES)
     return sums
 
 

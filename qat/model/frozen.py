@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.functional.affine import correct_mean_and_std
+from qat.functional.block_floats import block_float_codes
+from qat.functional.packing import pack_pairs
 from qat.functional.ste import code_dtype, view_along
 from qat.model.convert import conversion_of
 from qat.model.scales import assert_ready
@@ -20,7 +22,7 @@ from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import QuantModule
 from qat.nn.swin import QuantWindowAttention
 from qat.nn.vit import QuantVitAttention
-from qat.quantizers import Grid, Quantizer, UniformGrid
+from qat.quantizers import BlockFloat, FloatGrid, Grid, Quantizer, UniformGrid
 from qat.spec import QuantSpec
 from qat.utils.probing import copied
 
@@ -61,7 +63,7 @@ class FrozenWeight(Frozen):
     shift: Tensor
     after: Tensor | None
 
-    def __init__(self, spec: QuantSpec, axis: int | None, name: str, parts: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
+    def __init__(self, spec: QuantSpec, axis: int | None, name: str, parts: tuple[Tensor, Tensor, Tensor | None, Tensor | None]) -> None:
         super().__init__(spec, axis, name)
         for key, value in zip(("stored", "scale", "shift", "after"), parts, strict=True):
             self.register_buffer(key, value)
@@ -78,12 +80,45 @@ class FrozenWeight(Frozen):
         """`stored`."""
         return self.stored
 
-    def grid(self, x: Tensor | None = None) -> UniformGrid:
+    def grid(self, x: Tensor | None = None) -> Grid:
         """Of the float weight that is gone."""
         lowest = -(2 ** (self.spec.bits - 1)) if self.stored.dtype == torch.int8 else 0
         highest = lowest + 2**self.spec.bits - 1
         after = None if self.after is None else view_along(self.after, self.stored.ndim, self.axis)
         return UniformGrid(qmin=lowest, qmax=highest, step=self.scale, zero_point=-self.shift, axis=self.axis, after=after)
+
+
+class FrozenBlocks(FrozenWeight):
+    """Floats in blocks.
+
+    Attributes:
+        stored: codes of the weight, bits of E2M1 or E4M3, uint8, its shape.
+        scale: bytes of the scales of blocks, E4M3 or E8M0, uint8; blocks are the last dimension.
+        per_tensor_scale: what E4M3 scales are multiplied with, a scalar in float32; None where they are powers of two.
+    """
+
+    in_blocks = True
+    per_tensor_scale: Tensor | None
+
+    def __init__(self, quantizer: BlockFloat, name: str, weight: Tensor) -> None:
+        codes, factors, t = block_float_codes(weight.movedim(quantizer.dim, -1), quantizer.form)
+        self.scale_dtype = torch.float8_e8m0fnu if t is None else torch.float8_e4m3fn
+        scale = factors.to(self.scale_dtype).view(torch.uint8)
+        super().__init__(quantizer.spec, quantizer.axis, name, (codes.movedim(-1, quantizer.dim).contiguous(), scale, None, None))
+        self.register_buffer("per_tensor_scale", t)
+        self.empty = quantizer.grid()
+
+    def grid(self, x: Tensor | None = None) -> FloatGrid:
+        """Of the float weight that is gone."""
+        factors = self.scale.view(self.scale_dtype).float().movedim(-1, self.empty.dim)
+        return dataclasses.replace(self.empty, factors=factors, tensor_scale=self.per_tensor_scale)
+
+    def packed(self) -> dict[str, Tensor]:
+        """What torchao's `MXTensor` and `NVFP4Tensor` hold: `qdata`, two E2M1 codes a byte, `scale`, `per_tensor_scale`."""
+        codes = self.stored.movedim(self.empty.dim, -1)
+        qdata = pack_pairs(codes) if self.spec.bits == 4 else codes.contiguous().view(torch.float8_e4m3fn)
+        found = {"qdata": qdata, "scale": self.scale.view(self.scale_dtype)}
+        return found if self.per_tensor_scale is None else found | {"per_tensor_scale": self.per_tensor_scale}
 
 
 class FrozenActivation(Frozen):
@@ -145,7 +180,7 @@ class FrozenNonuniform(Frozen):
 
     def __init__(self, quantizer: Quantizer, name: str) -> None:
         super().__init__(quantizer.spec, quantizer.axis, name)
-        self.quantizer = quantizer
+        self.quantizer, self.in_blocks = quantizer, quantizer.in_blocks
 
     def forward(self, x: Tensor) -> Tensor:
         """What the quantizer gives."""
@@ -285,6 +320,8 @@ def _frozen(site: Site) -> Quantizer:
     grid = quantizer.grid(weight)
     if isinstance(grid, UniformGrid):
         return FrozenActivation(quantizer.spec, site.name, grid) if weight is None else _weight(site, grid, weight)
+    if weight is not None and isinstance(quantizer, BlockFloat):
+        return FrozenBlocks(quantizer, site.name, weight)
     if grid is None or weight is not None or grid.before is not None:
         why = f"{site.name} is quantized by {quantizer.spec.quantizer}, whose values have no fixed grid"
         raise UsageError(f"freeze: {why}; must be a quantizer whose method grid says where its values lie")

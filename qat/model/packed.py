@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UsageError
-from qat.functional.packing import pack_codes, packed_bytes, unpack_codes
-from qat.model.frozen import OFFSETS, FrozenWeight
+from qat.functional.packing import pack_codes, packed_bytes, unpack_codes, unpack_pairs
+from qat.model.frozen import OFFSETS, FrozenBlocks, FrozenWeight
 from qat.utils.files import MOST_CONSTANT, replacing
 
-FORMAT = "packed-1"
+# The second one, with blocks of floats, which are tensors of their own.
+FORMATS = "packed-1", "packed-2"
 _BYTES_OF_FLOAT = 4
 _DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 
@@ -41,11 +42,15 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
         Bytes of codes, scales (with zero points), offsets, the rest that stays in float, and the header (index, recipe, classes).
     """
     widths = {f"{name}.stored": module.spec.bits for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
+    blocks = {name: module for name, module in net.named_modules() if isinstance(module, FrozenBlocks)}
     codes, floats, index = [], [], []
     sums = {"codes": 0, "scales": 0, "offsets": 0, "rest": 0}
     for name, tensor in net.state_dict().items():
-        shape = list(tensor.shape)
-        if name in widths:
+        shape, (owner, _, kind) = list(tensor.shape), name.rpartition(".")
+        if owner in blocks:
+            if kind == "stored":
+                index.append([owner, shape, "b", widths[name], blocks[owner].empty.dim])
+        elif name in widths:
             codes.append(pack_codes(tensor.cpu(), widths[name]))
             index.append([name, shape, "s" if tensor.dtype == torch.int8 else "u", widths[name]])
             sums["codes"] += len(codes[-1])
@@ -57,8 +62,12 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
             sums[_kind(name)] += _BYTES_OF_FLOAT * tensor.numel()
     packed = base64.b64encode(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)).decode()
     tensors = {"codes": torch.cat([torch.zeros(0, dtype=torch.uint8), *codes]), "floats": torch.cat([torch.zeros(0), *floats])}
-    metadata = {"format": FORMAT, "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed}
-    metadata["crc32"] = _checksum(tensors["codes"], tensors["floats"], *metadata.values())
+    for name, module in blocks.items():
+        for part, tensor in module.packed().items():
+            tensors[f"{name}.{part}"] = tensor.cpu()
+            sums["codes" if part == "qdata" else "scales"] += tensor.nbytes
+    metadata = {"format": FORMATS[bool(blocks)], "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed}
+    metadata["crc32"] = _checksum(tensors, *metadata.values())
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
     return sums | {"header": Path(path).stat().st_size - sum(sums.values())}
@@ -71,9 +80,10 @@ def _kind(name: str) -> str:
     return "offsets" if last in OFFSETS else "scales"
 
 
-def _checksum(codes: Tensor, floats: Tensor, *said: str) -> str:
-    """CRC-32 of all bytes of the two tensors and of the texts of the header, in this order, as eight digits."""
-    content = codes.numpy().tobytes() + floats.numpy().tobytes() + "".join(said).encode()
+def _checksum(tensors: Mapping[str, Tensor], *said: str) -> str:
+    """CRC-32 of all bytes of codes and floats, of other tensors by name, and of the texts of the header, in this order, as eight digits."""
+    names = ["codes", "floats", *sorted(tensors.keys() - {"codes", "floats"})]
+    content = b"".join(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes() for name in names) + "".join(said).encode()
     return f"{zlib.crc32(content):08x}"
 
 
@@ -88,11 +98,12 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         metadata = file.metadata() or {}
         if "qat" not in metadata:
             return None
-        if metadata.get("format") != FORMAT:
-            raise UsageError(f"{str(path)!r}: format {metadata.get('format')!r}; this version of qat reads {FORMAT!r}")
-        codes, floats = file.get_tensor("codes"), file.get_tensor("floats")
+        if metadata.get("format") not in FORMATS:
+            raise UsageError(f"{str(path)!r}: format {metadata.get('format')!r}; this version of qat reads {' and '.join(FORMATS)}")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    codes, floats = tensors["codes"], tensors["floats"]
     said = (metadata["format"], metadata["qat"], metadata["index"])
-    if metadata["crc32"] not in {_checksum(codes, floats, *said), _checksum(codes, floats)}:  # older files: of the tensors alone
+    if metadata["crc32"] not in {_checksum(tensors, *said), _checksum(tensors)}:  # older files: of the tensors alone
         raise ValueError("it is damaged: its checksum does not fit")
     index = json.loads(zlib.decompress(base64.b64decode(metadata["index"])))
     if (constants := sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")) > MOST_CONSTANT:
@@ -102,6 +113,12 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         if kind == "c":
             state[name] = torch.full(shape, more[0], dtype=_DTYPES[more[1]])
             continue
+        if kind == "b":
+            parts = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.")}
+            qdata, dim = parts.pop(f"{name}.qdata").view(torch.uint8), more[1]
+            state[f"{name}.stored"] = (unpack_pairs(qdata, shape[dim]) if more[0] == 4 else qdata).movedim(-1, dim)
+            state |= {key: t.view(torch.uint8) if key.endswith(".scale") else t for key, t in parts.items()}
+            continue
         n, which = torch.Size(shape).numel(), "floats" if kind == "f" else "codes"
         size = n if kind == "f" else packed_bytes(n, more[0])
         part = (floats if kind == "f" else codes)[at[which] : at[which] + size]
@@ -109,6 +126,6 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         state[name] = (
             part.view(shape).to(_DTYPES[more[0]]) if kind == "f" else unpack_codes(part, more[0], tuple(shape), signed=kind == "s")
         )
-    if (at["codes"], at["floats"]) != (codes.numel(), floats.numel()):
+    if (at["codes"], at["floats"], len(tensors)) != (codes.numel(), floats.numel(), 2):
         raise ValueError("it holds more data than its index lists")
     return state, json.loads(metadata["qat"])

@@ -10,17 +10,17 @@ from typing import Any, ClassVar
 
 from qat.errors import UsageError
 from qat.functional.observers import OBSERVERS
-from qat.spec import QuantRecipe, QuantSpec
-from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_text
+from qat.spec import QuantRecipe, QuantSpec, summed_axis
+from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, check_bits, check_choice, check_text
 
 # A single tensor has no channels that powers of two could tell apart.
 _ACT_OBSERVERS = tuple(name for name in OBSERVERS if name != "ptf")
 _CHOICES = {
     "placement": ("inputs", "fqvit"),
     "attention": ("standard", "float"),
-    "weight_quantizer": ("affine", "float"),
-    "act_quantizer": ("affine", "float"),
-    "softmax_quantizer": ("affine", "log2", "float"),
+    "weight_quantizer": ("affine", *BLOCK_FLOATS, "float"),
+    "act_quantizer": ("affine", *BLOCK_FLOATS, "float"),
+    "softmax_quantizer": ("affine", "log2", *BLOCK_FLOATS, "float"),
     "weight_observer": OBSERVERS,
     "act_observer": _ACT_OBSERVERS,
     "residual_observer": OBSERVERS,
@@ -39,6 +39,9 @@ _FOLLOWS = {
     "head_bits": "bits",
     "residual_observer": "act_observer",
 }
+_OUTSIDE = ("stem_bits", "head_bits", "outer_act_bits")
+# What floats in blocks can have: nothing else is defined by their scales alone.
+_WITH_BLOCKS = {"method": "calibrate", "placement": "inputs", "bias_correction": False}
 # Knobs of training, which `QuantRecipe` has; they mean nothing here.
 _OF_TRAINING = ("qk_bias", "offsets", "map_scales", "step_init", "steps", "fits_int8")
 # Axis of activations with more scales than one: heads of scores (B, h, N, M), channels of an image (B, C, H, W); the last one of all else.
@@ -61,9 +64,9 @@ class PtqRecipe(QuantRecipe):
             block (`reconstruct`). After the last two the weights are not those of the float net any more.
         placement: `inputs` (what enters a product, as in training) or `fqvit` (what leaves a layer too; FQ-ViT, arXiv 2111.13824).
         attention: `standard`, or `float` (only the Linears of an attention are quantized).
-        weight_quantizer: `affine` or `float`.
-        act_quantizer: `affine` or `float`.
-        softmax_quantizer: `affine`, `log2` (powers of two) or `float`; None = `act_quantizer`.
+        weight_quantizer: `affine`, `mxfp`, `nvfp4` (floats in blocks; stem and heads are affine then) or `float`.
+        act_quantizer: the same.
+        softmax_quantizer: the same, or `log2` (powers of two); None = `act_quantizer`.
         weight_observer: how the range of a weight is found, one of `OBSERVERS`.
         act_observer: how the range of an activation is found, one of `OBSERVERS`.
         residual_observer: how the range is found of sums on the residual stream (`fqvit`); `ptf` = a power of two per channel;
@@ -124,7 +127,11 @@ class PtqRecipe(QuantRecipe):
             (("softmax_bits",), str(self.softmax_quantizer)),
         ):
             for knob in knobs:
-                check_bits(f"ptq.{knob}", getattr(self, knob), quantizer)
+                check_bits(f"ptq.{knob}", getattr(self, knob), "" if knob in _OUTSIDE and quantizer in BLOCK_FLOATS else quantizer)
+        blocks = [q for q in (self.weight_quantizer, self.act_quantizer, str(self.softmax_quantizer)) if q in BLOCK_FLOATS]
+        for knob, only in _WITH_BLOCKS.items():
+            if blocks and getattr(self, knob) != only:
+                raise UsageError(f"ptq.{knob}={getattr(self, knob)!r}: must be {only} with {blocks[0]}")
         if self.layernorm == "integer" and (self.placement, self.act_quantizer) != ("fqvit", "affine"):
             raise UsageError("ptq.layernorm='integer': needs the scales on both sides of a norm; must be with ptq.placement=fqvit")
         self._check_overrides()
@@ -136,16 +143,20 @@ class PtqRecipe(QuantRecipe):
 
     def weight_spec(self, place: str, role: str = "weight") -> QuantSpec:
         """Spec of a weight (out, ...) at `place`."""
-        name, bits = self.weight_quantizer, {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
+        name, bits = self._at(place, self.weight_quantizer), {"stem": self.stem_bits, "block": self.bits, "head": self.head_bits}[place]
         return QuantSpec(
             role,
             name,
             FLOAT_BITS if name == "float" else int(bits or 0),
             signed=self.weight_signed,
-            axis=0 if self.weight_scales == "channel" else None,
+            axis=summed_axis(role) if name in BLOCK_FLOATS else 0 if self.weight_scales == "channel" else None,
             observer=self.weight_observer,
             bias_correction=self.bias_correction and name != "float",
         )
+
+    @staticmethod
+    def _at(place: str, quantizer: str) -> str:
+        return "affine" if place != "block" and quantizer in BLOCK_FLOATS else quantizer
 
     def act_spec(self, role: str, place: str, *, signed: bool | None = True) -> QuantSpec:
         """Spec of an activation; its sign does not matter: the zero point serves any range.
@@ -155,14 +166,14 @@ class PtqRecipe(QuantRecipe):
             place: one of `PLACES`.
             signed: as `QuantRecipe` has it.
         """
-        name, bits = self.act_quantizer, self.act_bits if place == "block" else self.outer_act_bits
+        name, bits = self._at(place, self.act_quantizer), self.act_bits if place == "block" else self.outer_act_bits
         if role == "probs":
             name, bits = str(self.softmax_quantizer), self.softmax_bits
         if self.attention == "float" and role in {"q", "k", "v", "qkv", "scores", "probs"}:
             name = "float"
         observer = self.residual_observer if role == "residual" else self.act_observer
         usual = {"tensor": None, "token": -2, "channel": -1}[self.act_scales]
-        axis = -1 if observer == "ptf" else _AXES[self.act_scales].get(role, usual)
+        axis = summed_axis(role) if name in BLOCK_FLOATS else -1 if observer == "ptf" else _AXES[self.act_scales].get(role, usual)
         return QuantSpec(
             role,
             name,

@@ -46,7 +46,9 @@ def _learning_as(source: Tensor, t: Tensor) -> nn.Parameter:
 
 
 def _quantized(t: Tensor, quantizer: nn.Module) -> Tensor:
-    """Quantize (B, h, N, d) as (B, N, h*d)."""
+    """Quantize (B, h, N, d) as (B, N, h*d), but as it is where blocks of values share scales: a score sums over d."""
+    if getattr(quantizer, "in_blocks", False):
+        return quantizer(t)
     return split_heads(quantizer(t.transpose(1, 2).flatten(2)), t.shape[1])
 
 

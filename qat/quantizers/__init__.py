@@ -1,6 +1,7 @@
 """Quantizer modules: thin shells with parameters around `qat.functional`."""
 
 from qat.quantizers.affine import Affine, DynamicMinMax, MinMax
+from qat.quantizers.block_floats import BlockFloat, FloatGrid
 from qat.quantizers.grid import Grid, UniformGrid
 from qat.quantizers.log2 import Log2
 from qat.quantizers.lsq import LSQ, AutoSignLSQ
@@ -16,8 +17,10 @@ __all__ = [
     "ActStatsQ",
     "Affine",
     "AutoSignLSQ",
+    "BlockFloat",
     "DynamicMinMax",
     "Float",
+    "FloatGrid",
     "Grid",
     "Log2",
     "MinMax",

@@ -36,6 +36,10 @@ class Grid(ABC):
     def dequantize(self, codes: Tensor) -> Tensor:
         """Values that codes stand for, float32; the shape of the tensor."""
 
+    def in_order(self, codes: Tensor) -> Tensor:
+        """Codes as numbers from qmin to qmax that grow with the value."""
+        return codes
+
     @property
     @abstractmethod
     def unit(self) -> Tensor | float:

@@ -27,6 +27,9 @@ class Quantizer(nn.Module, ABC):
         spec: how the tensor is quantized.
     """
 
+    # Whether values that a product sums share a scale: heads, over which none does, are then apart from each other (B, h, N, d).
+    in_blocks = False
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Who rounds in a way of its own has a grid and an operand of its own: those of a class that it inherits from might be wrong."""
         super().__init_subclass__(**kwargs)

@@ -14,6 +14,8 @@ from qat.errors import UsageError
 
 FLOAT_BITS = 32
 LOWEST_BITS, HIGHEST_BITS = 2, 8
+# Of floats in blocks that share a scale.
+BLOCK_FLOATS = {"mxfp": (4, 8), "nvfp4": (4,)}
 # Larger counts overflow in torch, or are typing mistakes.
 HIGHEST_WHOLE = 2**31 - 1
 HIGHEST_NUMBER = sys.float_info.max
@@ -108,3 +110,5 @@ def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
         return
     if isinstance(bits, bool) or not isinstance(bits, int) or not LOWEST_BITS <= bits <= HIGHEST_BITS:
         raise UsageError(f"{setting}={bits!r}: must be an integer from {LOWEST_BITS} to {HIGHEST_BITS}")
+    if bits not in BLOCK_FLOATS.get(quantizer, (bits,)):
+        raise UsageError(f"{setting}={bits!r}: must be {' or '.join(map(str, BLOCK_FLOATS[quantizer]))} with {quantizer}")

@@ -1,0 +1,86 @@
+"""Frozen and packed floats in blocks. Oracles: the net they were made of, bit for bit; torchao's tensors."""
+
+import pytest
+import safetensors.torch
+import torch
+
+import qat
+from qat.export.onnx_file import to_onnx
+from qat.functional.packing import unpack_pairs
+from qat.model.cost import size_bytes
+from tests import tiny
+from tests.model.frozen.test_packed import written
+from tests.quantizers.test_block_floats import RECIPES
+
+MADE = {**RECIPES, "mxfp8": ("mxfp4", {"bits": 8}), "fold": ("mxfp4", {"attention": "qkr", "qk_bias": "fold"})}
+WEIGHT = "blocks.0.mlp.fc2.weight_quantizer"
+
+
+def made(name):
+    preset, knobs = MADE[name]
+    return tiny.quantized(preset, **knobs)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_files_give_the_logits_of_the_net(name, tmp_path):
+    net = made(name)
+    expected, frozen = tiny.logits(net), qat.freeze(net)
+    assert torch.equal(tiny.logits(frozen), expected)
+    assert abs(size_bytes(frozen) - size_bytes(net)) < 0.02 * size_bytes(net)
+    sizes = written(frozen, tmp_path / "net.safetensors")
+    assert sum(sizes.values()) == (tmp_path / "net.safetensors").stat().st_size
+    for file, saved in (("trained.pt", net), ("frozen.pt", frozen)):
+        qat.save(saved, tmp_path / file)
+    for file in ("net.safetensors", "trained.pt", "frozen.pt"):
+        assert torch.equal(tiny.logits(qat.load(tmp_path / file)), expected)
+    again = qat.load(tmp_path / "net.safetensors").state_dict()
+    assert all(torch.equal(again[key], value) for key, value in frozen.state_dict().items())
+
+
+def test_rows_of_an_odd_length(tmp_path):
+    net = qat.convert(torch.nn.Sequential(torch.nn.Linear(8, 21), torch.nn.Linear(21, 19)), qat.recipe("nvfp4"), input_size=(3, 8, 8))
+    qat.initialize_scales(net.eval(), [tiny.randn(2, 3, 8, 8)])
+    frozen = qat.freeze(net)
+    assert torch.equal(frozen(tiny.randn(2, 3, 8, 8)), net(tiny.randn(2, 3, 8, 8)))
+    weight = frozen[1].weight_quantizer
+    parts = weight.packed()
+    assert (parts["qdata"].shape, parts["scale"].shape) == ((19, 11), (19, 2))
+    assert torch.equal(unpack_pairs(parts["qdata"], 21), weight.codes())
+
+
+def test_a_damaged_file_is_noticed(tmp_path):
+    path = tmp_path / "net.safetensors"
+    written(qat.freeze(made("nvfp4")), path)
+    at = len(path.read_bytes()) // 2
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(qat.UsageError, match="damaged"):
+        qat.load(path)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8"])
+def test_torchao_opens_a_weight(name, tmp_path):
+    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+    nvfp4 = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
+    net = made(name)
+    written(qat.freeze(net), tmp_path / "net.safetensors")
+    file = safetensors.torch.load_file(tmp_path / "net.safetensors")
+    parts = {key: file.get(f"{WEIGHT}.{key}") for key in ("qdata", "scale", "per_tensor_scale")}
+    if name == "nvfp4":
+        theirs = nvfp4.NVFP4Tensor(parts["qdata"], parts["scale"], 16, torch.float32, parts["per_tensor_scale"])
+    else:
+        kind = torch.float8_e4m3fn if name == "mxfp8" else torch.float4_e2m1fn_x2
+        preference = mx.KernelPreference.EMULATED
+        theirs = mx.MXTensor(parts["qdata"], parts["scale"], kind, 32, torch.float32, preference, None, False)
+    ours = net.blocks[0].mlp.fc2.quantized("weight")
+    assert theirs.shape == ours.shape
+    assert torch.equal(theirs.dequantize(torch.float32), ours)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4_a8"])
+def test_onnx_is_refused(name):
+    pytest.importorskip("onnxscript")
+    message = "format=onnx: blocks.0.attn.v_quantizer has blocks of (nvfp4|mxfp), which onnxruntime 1.31 does not run on a CPU; must be"
+    with pytest.raises(qat.UsageError, match=message):
+        to_onnx(qat.freeze(made(name)), tiny.images(1))
