@@ -187,18 +187,18 @@ def test_forbidden_phrases(pattern, reason):
 
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a line in CHANGELOG.md that says why it rises.
 BUDGETS = {
-    "evidence": 26800,
+    "evidence": 28390,
     "qat": 161490,
     "qat/analysis": 11390,
     "qat/callbacks": 6990,
     "qat/cli": 2980,
     "qat/data": 9800,
-    "qat/export": 11270,
+    "qat/export": 12790,
     "qat/functional": 10620,
     "qat/kernels": 17760,
     "qat/launch": 3390,
     "qat/lit": 6370,
-    "qat/losses": 1800,
+    "qat/losses": 1790,
     "qat/model": 19810,
     "qat/nn": 11130,
     "qat/ptq": 8770,
@@ -206,7 +206,7 @@ BUDGETS = {
     "qat/report": 4410,
     "qat/tasks": 21280,
     "qat/utils": 3370,
-    "tests": 243970,
+    "tests": 252670,
 }
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
 
