@@ -129,8 +129,8 @@ class Arms:
         """Overrides of the arm's command, without run_dir and data.root."""
         chosen = [*preset(arm.use), *arm.set]
         if arm.best_of:
-            scores = {f"{one.claim}/{one.arm}": one.metrics["val_top1"] for one in reversed(read_records(self.records))}
-            chosen += self[max(arm.best_of, key=lambda path: scores[path] or 0.0)].set
+            scores = {f"{one.claim}/{one.arm}": one.metrics.get("val_top1") for one in reversed(read_records(self.records))}
+            chosen += self[max(arm.best_of, key=lambda path: scores.get(path) or 0.0)].set
         sources = {"ckpt": arm.ckpt, "teacher.ckpt": arm.teacher}
         return [*chosen, *(f"{key}={self.checkpoint(of, seed)}" for key, of in sources.items() if of), f"seed={seed}"]
 
