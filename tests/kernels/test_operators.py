@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import qat
+import qat.kernels.fused  # noqa: F401  (registers operators)
 from qat import kernels
 from qat.kernels import Made
 from tests.nets import FAMILIES
