@@ -255,7 +255,7 @@ def pages(evidence: Evidence) -> dict[str, str]:
 
 def overview(evidence: Evidence, claim: Claim) -> str:
     """`docs/accuracy.md`: the text of `evidence/accuracy.yaml` with its numbers and the verdicts of all claims."""
-    judged = [one for one in evidence.claims.values() if one.expect]
+    judged = [one for one in evidence.claims.values() if one.expect and find(one, evidence)[0].differences]
     papers, own = ([one for one in judged if one.source.startswith("ours") == is_ours] for is_ours in (False, True))
     answers = [find(one, evidence)[0].answer for one in papers]
     counts = ", ".join(f"{answers.count(word)} {word}" for word in (YES, NO, SMALL, OPEN) if word in answers)
