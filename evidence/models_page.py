@@ -69,7 +69,7 @@ def _qkr(family: Family, attentions: list[str]) -> str:
     try:
         net = qat.convert(family.build(), qat.recipe("ofq"), input_size=family.input_size)
     except qat.UsageError as error:
-        return "no: it " + str(error).partition("this net ")[2].partition(", so ")[0]
+        return "no: it " + str(error).partition("this model ")[2].partition(", so ")[0]
     if not attentions:
         return "no attention"
     return "yes" if any(site.role == "qk" for site in qat.iter_quantizers(net)) else "no: attention stays float"

@@ -96,7 +96,7 @@ class Oscillation(Callback):
         sites = iter_quantizers(cast(nn.Module, pl_module.net))
         self._sites = [s for s in sites if s.is_weight and s.quantizer.spec.bits <= self.max_bits and not s.quantizer.in_blocks]
         if not self._sites:
-            why = "this model has no quantized weights of so few bits, floats in blocks aside"
+            why = f"this model has no quantized weights of at most {self.max_bits} bits, floats in blocks aside"
             raise UsageError(f"callbacks.oscillation.max_bits={self.max_bits}: {why}")
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ def test_nothing_is_unpickled_unless_the_sums_are_the_published_ones(tmp_path, c
         (tmp_path / "cifar-10-batches-py" / file).write_bytes(b"anything")
     monkeypatch.setattr("pickle.load", lambda *_, **__: pytest.fail("unpickled"))
     layout = r"train\*\.parquet and test\*\.parquet, or cifar-10-batches-py"
-    with pytest.raises(qat.UsageError, match=rf"^data\.root='{tmp_path}': must hold {layout}, whole \(Dataset not found or corrupted"):
+    with pytest.raises(qat.UsageError, match=rf"^data\.root='{tmp_path}': must hold complete {layout} \(Dataset not found or corrupted"):
         Cifar10(**COLOURS, root=str(tmp_path)).train_dataloader()
 
 
@@ -73,7 +73,7 @@ def test_missing_and_damaged_files_are_one_line(tmp_path, content):
     write_fashion_mnist(tmp_path)
     path = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
     path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(qat.UsageError, match=rf"^data\.root='{tmp_path}': must hold FashionMNIST/raw/.*, whole \(.*\)$") as caught:
+    with pytest.raises(qat.UsageError, match=rf"^data\.root='{tmp_path}': must hold complete FashionMNIST/raw/.* \(.*\)$") as caught:
         FashionMnist(**{**COLOURS, **GREY}, root=str(tmp_path)).train_dataloader()
     assert "\n" not in str(caught.value)
 

@@ -124,16 +124,16 @@ def test_regularizers():
     step = StepContext(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), None, net)
     Kure()(step).backward()
     assert all(s.owner.weight.grad.any() for n, s in tiny.sites(net).items() if s.is_weight and n.startswith("blocks"))
-    with pytest.raises(qat.UsageError, match="Dampening: max_bits=4: this net has no weights on evenly spaced values"):
+    with pytest.raises(qat.UsageError, match="Dampening: max_bits=4: this model has no weights of so few bits on a uniform grid"):
         Dampening()(step)
 
 
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (IterativeFreezing, "callbacks.freeze: this net has no weights of up to 4 bits on evenly spaced values"),
-        (CGA, "callbacks.cga: this net has no weights on half steps"),
-        (Oscillation, "callbacks.oscillation.max_bits=4: this net has no quantized weights of so few bits, floats in blocks aside"),
+        (IterativeFreezing, "callbacks.freeze: this model has no weights of up to 4 bits on a uniform grid"),
+        (CGA, "callbacks.cga: this model has no weights on a half-step grid"),
+        (Oscillation, "callbacks.oscillation.max_bits=4: this model has no quantized weights of at most 4 bits, floats in blocks aside"),
     ],
 )
 def test_callbacks_that_need_steps(callback, message):
@@ -171,7 +171,7 @@ def test_post_training():
     ours = {name: s.quantizer.spec for name, s in tiny.sites(net).items() if name.startswith("blocks")}
     assert {n: (s.quantizer, s.bits, s.axis) for n, s in ours.items()} == {n: (s.quantizer, s.bits, s.axis) for n, s in trained.items()}
     assert torch.equal(tiny.logits(qat.freeze(net)), tiny.logits(net))
-    message = r"search.targets=\['attn.qkv.weight'\]: no block has such a scale; stored scales are those of nothing"
+    message = r"search.targets=\['attn.qkv.weight'\]: must match a scale of a block; stored scales are those of nothing"
     with pytest.raises(qat.UsageError, match=message):
         scale_vectors(net, ["attn.qkv.weight"])
 
