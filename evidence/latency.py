@@ -1,4 +1,4 @@
-"""The table of docs/deployment.md#time: exported files beside float's, in onnxruntime, OpenVINO and ExecuTorch, in turns.
+"""The table of docs/deployment.md#time-and-bytes: exported files beside float's, in onnxruntime, OpenVINO and ExecuTorch, in turns.
 
 Run by `make latency`: nets with random weights and offsets, whose times are those of trained ones.
 """

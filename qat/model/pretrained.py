@@ -185,7 +185,7 @@ def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) 
         "Recipe": "float" if recipe is None else f"`{_words(recipe.name)}`: weights {recipe.bits} bit, activations {recipe.act_bits} bit",
         "Data": _words((config["data"] or {}).get("_target_", "not stated")),
         "Accuracy": ", ".join(f"{key} {_words(value)}" for key, value in results.items()) or "not measured",
-        "Size": f"{config['size_bytes']:,} bytes",
+        "Packed file": f"{config['size_bytes']:,} bytes",
     }
     data = huggingface_hub.ModelCardData(
         library_name=LIBRARY,

@@ -48,7 +48,7 @@ def describe_size(net: nn.Module, size_bytes: int) -> str:
     """Bytes, and of which file: `best.ckpt` is larger, as it has what training goes on with."""
     if conversion_of(net) is None:
         return f"{scaled(size_bytes, 'B')} of float weights"
-    return f"about {scaled(size_bytes, 'B')} packed" + ("" if is_frozen(net) else f" (`{typed('export')} format=packed`)")
+    return f"packed size {scaled(size_bytes, 'B')}" + ("" if is_frozen(net) else f" (`{typed('export')} format=packed` writes the file)")
 
 
 def scores(results: Mapping[str, Any]) -> dict[str, str]:

@@ -95,7 +95,7 @@ def test_of_a_calibration(tmp_path, search):
     scores = {"top1_fp": 91.25, "top5_fp": 99.5, "loss_fp": 0.7125, "top1_calibrated": 77.5}
     found = read(write_report(write_run(tmp_path / "run", command="ptq", **scores, **search))).text
     assert ("Search" in found, "Calibration" in found) == (bool(search), not search)
-    for text in ("91.25", "99.5", "0.7125", "77.5", "Size, packed"):
+    for text in ("91.25", "99.5", "0.7125", "77.5", "Packed size"):
         assert text in found
     assert "–" not in found
 

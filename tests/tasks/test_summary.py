@@ -42,8 +42,8 @@ def test_model_in_words():
 def test_a_size_says_of_which_file():
     assert summary.describe_size(converted("fp"), 1_802_152) == "1.8 MB of float weights"
     net = quantized("ofq", bits=2)
-    assert re.fullmatch(r"about 190 kB packed \(`.*export.* format=packed`\)", summary.describe_size(net, 190_236))
-    assert summary.describe_size(qat.freeze(net), 182_360) == "about 182 kB packed"
+    assert re.fullmatch(r"packed size 190 kB \(`.*export.* format=packed` writes the file\)", summary.describe_size(net, 190_236))
+    assert summary.describe_size(qat.freeze(net), 182_360) == "packed size 182 kB"
 
 
 def test_a_net_of_digits_has_its_alias():
