@@ -10,6 +10,7 @@ from qat.functional.packing import unpack_pairs
 from qat.model.cost import size_bytes
 from tests import tiny
 from tests.model.frozen.test_packed import written
+from tests.nets import FAMILIES
 from tests.quantizers.test_block_floats import RECIPES
 
 MADE = {**RECIPES, "mxfp8": ("mxfp4", {"bits": 8}), "fold": ("mxfp4", {"attention": "qkr", "qk_bias": "fold"})}
@@ -35,6 +36,16 @@ def test_files_give_the_logits_of_the_net(name, tmp_path):
         assert torch.equal(tiny.logits(qat.load(tmp_path / file)), expected)
     again = qat.load(tmp_path / "net.safetensors").state_dict()
     assert all(torch.equal(again[key], value) for key, value in frozen.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_a_frozen_net_is_the_evaluated_one_to_the_last_bit(family):
+    """NVFP4's scale of a tensor would carry another order of sums in the stem into every block."""
+    family = FAMILIES[family]
+    net = qat.convert(family.build(), qat.recipe("nvfp4"), input_size=family.input_size)
+    x = family.images(4)
+    qat.initialize_scales(net, [x])
+    assert torch.equal(tiny.logits(qat.freeze(net), x), tiny.logits(net, x))
 
 
 def test_rows_of_an_odd_length(tmp_path):
