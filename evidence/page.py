@@ -6,7 +6,7 @@ import math
 import re
 import statistics
 import string
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,7 +259,7 @@ def overview(evidence: Evidence, claim: Claim) -> str:
     papers, own = ([one for one in judged if one.source.startswith("ours") == is_ours] for is_ours in (False, True))
     answers = [find(one, evidence)[0].answer for one in papers]
     counts = ", ".join(f"{answers.count(word)} {word}" for word in (YES, NO, SMALL, OPEN) if word in answers)
-    words = {"counts": counts, "papers": verdicts(papers, evidence), "own": verdicts(own, evidence), "places": _places(evidence)}
+    words = {"counts": counts, "papers": verdicts(papers, evidence), "own": verdicts(own, evidence)}
     return evidence.filled(claim, claim.why, words) + "\n"
 
 
@@ -274,12 +274,6 @@ def verdicts(claims: Sequence[Claim], evidence: Evidence) -> str:
         rows.append([claim.id, what, f"{one.difference}{MIXED * one.mixed}", one.answer])
     table = markdown(["claim", "compared", "difference", "verdict"], rows)
     return f"{table}\n\n{MIXED_NOTE}" if mixed else table
-
-
-def _places(evidence: Evidence) -> str:
-    """How many runs each type of CPU made."""
-    counts = Counter(record.processor for claim in evidence.claims.values() for record in evidence.of_claim(claim))
-    return ", ".join(f"{name} ({count} runs)" for name, count in sorted(counts.items()))
 
 
 def section(claim: Claim, evidence: Evidence) -> str:
