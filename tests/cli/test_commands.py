@@ -59,10 +59,10 @@ def test_a_path_is_what_was_typed(path):
 
 def test_homes_grammar_and_sweeps(monkeypatch):
     monkeypatch.setenv("HOME", "/home of/me")
-    given = ["data.root=~/x y", "ckpt=~", "ckpt=~me/x", "model=~x", "model=hf-hub:a/b"]
+    given = ["data.root=~/x y", "ckpt=~", "ckpt=~me/x", "model=~x", "model=hf-hub:a/b", "quant.overrides={head:{bits:4}}"]
     assert commands.prepared(given) == [
         *("data.root='/home of/me/x y'", "ckpt='/home of/me'", "ckpt='~me/x'", "model=~x"),
-        *("model=_hub", "model.name=hf-hub:a/b"),
+        *("model=_hub", "model.name=hf-hub:a/b", "++quant.overrides={head:{bits:4}}"),
     ]
     for grammar in ("ckpt='a b'", "ckpt=${oc.env:HOME}/a b", "ckpt=null", "quant.bits=2,3", "~logger", "ckpt=[a,b]"):
         assert commands.prepared([grammar]) == [grammar]
