@@ -135,9 +135,9 @@ TRAIN = [
 ]  # fmt: skip
 
 EVAL = [
-    ("", r"ckpt is not set; set model=\.\.\."),
+    ("", r"ckpt is not set: must be a checkpoint; or set model="),
     ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged"),
-    ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not say which model it holds; set model=\.\.\."),
+    ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not say which model it holds; set model=NAME"),
     ("ckpt={files}/resnet.pt model=vit_tiny_demo", r"ckpt='.*resnet\.pt': its weights do not fit vit_tiny_patch16_224"),
     ("ckpt={best} model=deit_t", r"model\.name='deit_tiny_patch16_224': ckpt='.*' holds vit_tiny_patch16_224"),
     ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the model has 10 classes"),
