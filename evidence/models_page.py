@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 from torch import nn
@@ -23,9 +22,10 @@ is not listed is converted too; its attention products stay float unless it uses
 - **Quantized** lists the roles of quantized tensors: weights and inputs of all linear layers and convolutions, the image, and in an
   attention q, k, v and probabilities. Under QKR `qk` is the product of the query and key weights, and `k` its product with the input. A
   pooling head is never reparameterized.
-- **Stays float** lists module classes. "products of activations" marks an attention whose linear layers are quantized and whose matrix
-  products are not. `conversion.txt` of a run lists the modules by name.
-- The small networks that compute tables of relative positions stay float: their output depends on no image.
+- **Stays float** lists classes of modules. In every model norms, tokens, position embeddings and factors of residual branches stay float,
+  so a block or an attention is listed for such parameters of its own. "products of activations": the linear layers of this attention
+  are quantized, its matrix products are not. `Linear` is part of a small network that computes relative positions, whose output depends
+  on no image. `conversion.txt` of a run lists all modules by name.
 - A convolution inside a model has one scale for its input and no offsets; a linear layer on a feature map has one scale
   (`quant.map_scales=column`: one per column).
 - Inputs of a layer after GELU, ReLU or SiLU are unsigned, except after a gated MLP (SwiGLU).
@@ -50,13 +50,13 @@ def row(family: Family) -> list[str]:
     report = qat.conversion_report(net)
     found = {row.role for row in report.rows}
     roles = [role for role in ROLES if role in found]
-    floats = Counter(cls for _, cls in report.stays_float)
+    floats = {cls for _, cls in report.stays_float} - {type(net).__name__}
     return [
         family.title,
         ", ".join(f"`{cls}`" for cls in attentions) or "none",
         qkr,
         ", ".join(roles),
-        ", ".join(f"{cls} x{n}" if n > 1 else cls for cls, n in sorted(floats.items())),
+        ", ".join(sorted(floats)),
     ]
 
 

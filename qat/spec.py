@@ -205,11 +205,11 @@ class QuantRecipe:
         if self.overrides is None:  # how a yaml file says that there are none
             object.__setattr__(self, "overrides", {})
         if not isinstance(self.overrides, Mapping):
-            raise UsageError(f"{self.GROUP}.overrides={self.overrides!r}: must be a mapping of module globs to knobs")
+            raise UsageError(f"{self.GROUP}.overrides={self.overrides!r}: must be {{module glob: {{setting: value}}}}")
         knobs = {f.name for f in dataclasses.fields(self)} - self.NET_WIDE
         for pattern, rule in self.overrides.items():
             if not isinstance(rule, Mapping) or set(rule) - knobs:
-                raise UsageError(f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: its knobs must be among {', '.join(sorted(knobs))}")
+                raise UsageError(f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: its settings must be among {', '.join(sorted(knobs))}")
             try:
                 dataclasses.replace(self, overrides={}, **self._with_following(rule))
             except UsageError as error:

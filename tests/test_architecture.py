@@ -185,7 +185,7 @@ def test_forbidden_phrases(pattern, reason):
     assert found == [], reason
 
 
-# Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a line in CHANGELOG.md that says why it rises.
+# Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 28390,
     "qat": 161490,

@@ -17,10 +17,10 @@ WRONG_KNOBS = [
     ),
     ({"act_quantizer": "my module:Class"}, "quant.act_quantizer='my module:Class': must be"),
     ({"offsets": "both"}, "quant.offsets='both': must be true or false"),
-    ({"overrides": ["blocks.0"]}, r"quant.overrides=\['blocks.0'\]: must be a mapping of module globs to knobs"),
+    ({"overrides": ["blocks.0"]}, r"quant.overrides=\['blocks.0'\]: must be {module glob: {setting: value}}"),
     (
         {"overrides": {"blocks.0.*": {"bit": 8}}},
-        r"quant.overrides\['blocks.0.\*'\]={'bit': 8}: its knobs must be among act_bits, .*, bits, ",
+        r"quant.overrides\['blocks.0.\*'\]={'bit': 8}: its settings must be among act_bits, .*, bits, ",
     ),
     ({"overrides": {"blocks.0.*": {"bits": 99}}}, "quant.bits=99: must be"),
 ]

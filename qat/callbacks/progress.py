@@ -65,7 +65,9 @@ class StepLimit(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """See whether that was the last step."""
-        trainer.should_stop |= trainer.global_step >= self.steps
+        if trainer.global_step >= self.steps and not trainer.should_stop:
+            log.info("trainer.max_steps=%d is reached", self.steps)
+            trainer.should_stop = True
 
 
 class EpochLog(Callback):

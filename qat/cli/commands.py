@@ -55,6 +55,7 @@ PLAIN, GRAMMAR = re.compile(r"[A-Za-z0-9_./:+%@-]*"), re.compile(r"['\"\[]|.*\$\
 SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
 ANY_MODEL = "; any model of timm: model=hf-hub:timm/NAME, or model=vit_t (resnet18 for a CNN) with model.name=NAME"
 FULL_ERROR = "HYDRA_FULL_ERROR"
+RULES = {"quant.overrides", "ptq.overrides"}  # a recipe that has rules takes more
 OTHERS_WAIT_S = 10
 _FILES = re.compile(r"[Tt]oo many open files|received 0 items of ancdata")
 _LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|remote process exited|Broken pipe|failed to recv")
@@ -122,6 +123,7 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         name = key.lstrip("+")
+        key = f"++{name}" if name in RULES else key
         value = re.sub(r"^~(?=/|$)", lambda _: os.path.expanduser("~"), value)
         is_sweep = SWEEP.search(value) and {"-m", "--multirun"} & set(arguments)
         if name in PATHS and not (PLAIN.fullmatch(value) or GRAMMAR.match(value) or is_sweep):
@@ -244,7 +246,7 @@ def line_of(error: BaseException | None) -> str | None:
             ]
             return _unknown(str(error.full_key or error.key), str(error.key), known, names)
         if isinstance(error, OmegaConfBaseException):
-            line, name = str(error).partition("\n")[0], str(error.full_key or "")
+            line, name = str(error).partition("\n")[0].rpartition(" raised while resolving interpolation: ")[2], str(error.full_key or "")
             return f"{name}: {line}" if name not in line else line
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}:
             return f"{error.filename}: cannot be read or written ({error.strerror})"

@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -176,7 +177,8 @@ class EncodedImages(ABC):
         try:
             return to_pixels(self.open(index), self.chans)
         except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-            raise ImageError(f"{self.name(index)} cannot be decoded ({' '.join(f'{error}'.split())})") from error
+            reason = re.sub(r" <[^>]*>", "", " ".join(str(error).split()))  # not where an object lies in memory
+            raise ImageError(f"{self.name(index)} cannot be decoded ({reason})") from error
 
 
 ImageSource = ImageArrays | EncodedImages

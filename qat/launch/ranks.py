@@ -203,7 +203,7 @@ def leave(stop: Preempted, run_dir: Path, resume_hint: str) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which SLURM sends to a job that is requeued
     requeues = stop.wants_requeue and job() is not None
     if is_first():
-        where = "outside training" if stop.step is None else f"at step {stop.step}: "
+        where = "outside training" if stop.step is None else f"after training step {stop.step}: "
         if stop.step is not None:
             where += f"{stop.saved.name} written" if stop.saved else "this run writes no last.ckpt"
         what = f"{'preempted' if stop.wants_requeue else 'stopped'} by {stop.name} {where}"

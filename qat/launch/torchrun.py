@@ -1,4 +1,4 @@
-"""`torch.distributed.run` as a script: a signal gives its exit code, a rank that fails the table of ranks, neither a traceback.
+"""`torch.distributed.run` as a script: a signal gives its exit code, a rank that a signal ended the table of ranks, neither a traceback.
 
 It holds the lock of the run directory as long as a rank lives.
 """
@@ -20,11 +20,11 @@ def remove_lock() -> None:
 
 
 if __name__ == "__main__":
-    logging.disable(logging.ERROR)  # ranks write their own lines
+    logging.disable(logging.ERROR)  # ranks write their own lines, also before they exit with 1
     try:
         main()
     except ChildFailedError as failed:
-        sys.exit(str(failed))
+        sys.exit(1 if failed.get_first_failure()[1].exitcode == 1 else str(failed))
     except SignalException as stop:
         remove_lock()
         os._exit(128 + stop.sigval)

@@ -166,7 +166,7 @@ class Checkpoint:
 
 def _read_file(path: Path, origin: str) -> Any:
     if not path.is_file():
-        raise UsageError(f"{origin}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+        raise UsageError(f"{origin}: {'must be a file, not a folder' if path.is_dir() else 'no such file'}")
     try:
         if path.suffix == ".safetensors":
             packed = read_packed(path)

@@ -103,9 +103,7 @@ def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> 
         if pattern not in own and not fnmatch.filter(reached, pattern):
             names = [*reached, *(name for name, _ in net.named_modules())]
             example = next((n for n in names if n.count(".") >= 2), names[-1])
-            raise UsageError(
-                f"{recipe.GROUP}.overrides[{pattern!r}] matches no module that is quantized; patterns see names like {example!r}"
-            )
+            raise UsageError(f"{recipe.GROUP}.overrides[{pattern!r}]: must match a quantized module; names look like {example!r}")
 
 
 def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:

@@ -207,6 +207,7 @@ def _net(cfg: DictConfig, checkpoint: Checkpoint | None) -> tuple[nn.Module, str
         log.info("%s", theirs.note)
         return theirs.net, theirs.model
     if OmegaConf.select(cfg, "model.name") is None:
-        what = "ckpt is not set" if checkpoint is None else f"ckpt={cfg.ckpt!r} does not say which model it holds"
-        raise UsageError(f"{what}; set model=... (with model.pretrained=true, model.weights=FILE or ckpt=FILE)")
+        if checkpoint is None:
+            raise UsageError("ckpt is not set: must be a checkpoint; or set model=NAME with model.pretrained=true or model.weights=FILE")
+        raise UsageError(f"ckpt={cfg.ckpt!r} does not say which model it holds; set model=NAME")
     return build.build_start(cfg, keep_head=True).net.eval(), cfg.model.name

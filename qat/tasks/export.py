@@ -149,7 +149,7 @@ def _target(cfg: DictConfig) -> Path:
     if target.suffix != suffix:
         raise UsageError(f"file={str(target)!r}: must end in {suffix} with format={cfg.format.name}")
     if target.is_dir():
-        raise UsageError(f"file={str(target)!r}: a folder, not a file")
+        raise UsageError(f"file={str(target)!r}: must be a file, not a folder")
     if target.exists() and not cfg.overwrite:
         raise UsageError(f"{target} exists already; set overwrite=true to replace it, or file=... or run_dir=... to write elsewhere")
     return target

@@ -254,8 +254,7 @@ def _check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> N
     file = f"ckpt={str(cfg.ckpt)!r}"
     if cfg.ptq.get("name") != KEEP:
         if held is not None:
-            refused = f"{file}: is quantized already ({held}); post-training quantization starts from a float model"
-            raise UsageError(f"{refused}, ptq=keep search=evolution from one like this")
+            raise UsageError(f"{file}: is quantized already ({held}); must be a float model, or ptq=keep search=evolution be set")
         if cfg.teacher.ckpt is not None:
             raise UsageError(
                 f"teacher.ckpt={cfg.teacher.ckpt!r}: only with ptq=keep; otherwise the targets are the logits of the float model itself"

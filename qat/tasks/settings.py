@@ -219,7 +219,6 @@ class Analyze(Shared):
     labels: Any
     images: int | None
     split: str | None
-    resume: bool | str = False
 
 
 @dataclass(kw_only=True)

@@ -149,6 +149,6 @@ def _write(
         costs = cost(module.net, data.input_size)
     facts = data.evaluation_facts(module.confusion) | outcome
     results = write_results(cfg, **recipe_fields(recipe), **measured(metrics, costs, data.settings.num_classes), **facts)
-    scores = ", ".join(" ".join(one) for one in summary.scores(results).items())
+    scores = ", ".join(f"{key} {text}".removeprefix("note ") for key, text in summary.scores(results).items())
     size = summary.describe_size(module.net, costs.size_bytes)
     log.info("%s %s (%s); %s; outputs in %s", results["split"], scores, outcome["weights"], size, cfg.run_dir)

@@ -71,7 +71,9 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, caplog, full):
         assert stopped(run_dir, monkeypatch, sender, "resume=auto") == code
         assert last(run_dir)["global_step"] == saved_at
         (line,) = [record.getMessage() for record in caplog.records if "last.ckpt written" in record.getMessage()]
-        assert line == f"{verb} at step {saved_at}: last.ckpt written; the same command resumes with resume=auto run_dir={run_dir}"
+        assert (
+            line == f"{verb} after training step {saved_at}: last.ckpt written; the same command resumes with resume=auto run_dir={run_dir}"
+        )
         assert not (run_dir / "results.json").exists()
     run(run_dir, "resume=auto")
     assert_same_run(run_dir, full)
@@ -80,7 +82,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, caplog, full):
 
 def test_where_nothing_is_written_the_line_says_so(tmp_path, monkeypatch, caplog):
     assert stopped(tmp_path / "run", monkeypatch, Send(2, signal.SIGTERM), "callbacks.last=null") == 143
-    assert "stopped by SIGTERM at step 3: this run writes no last.ckpt; the same command resumes" in caplog.text
+    assert "stopped by SIGTERM after training step 3: this run writes no last.ckpt; the same command resumes" in caplog.text
 
 
 def test_handlers_are_gone_afterwards_and_lightnings_own_are_not_asked(tmp_path, monkeypatch):

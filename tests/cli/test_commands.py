@@ -59,10 +59,10 @@ def test_a_path_is_what_was_typed(path):
 
 def test_homes_grammar_and_sweeps(monkeypatch):
     monkeypatch.setenv("HOME", "/home of/me")
-    given = ["data.root=~/x y", "ckpt=~", "ckpt=~me/x", "model=~x", "model=hf-hub:a/b"]
+    given = ["data.root=~/x y", "ckpt=~", "ckpt=~me/x", "model=~x", "model=hf-hub:a/b", "quant.overrides={head:{bits:4}}"]
     assert commands.prepared(given) == [
         *("data.root='/home of/me/x y'", "ckpt='/home of/me'", "ckpt='~me/x'", "model=~x"),
-        *("model=_hub", "model.name=hf-hub:a/b"),
+        *("model=_hub", "model.name=hf-hub:a/b", "++quant.overrides={head:{bits:4}}"),
     ]
     for grammar in ("ckpt='a b'", "ckpt=${oc.env:HOME}/a b", "ckpt=null", "quant.bits=2,3", "~logger", "ckpt=[a,b]"):
         assert commands.prepared([grammar]) == [grammar]
@@ -259,7 +259,7 @@ def test_a_stopped_run_says_how_it_goes_on(tmp_path):
     given = (*TINY, "quant.overrides={blocks.0.*:{bits:8}}", "report=false", "trainer.limit_train_batches=3", *SEND)
     code, said = typed("train.py", *given, "run_dir=run", cwd=tmp_path)
     assert code == 130
-    more = re.search(r"stopped by Ctrl-C at step 1: last.ckpt written; the same command resumes with (.*)", said)[1].split()
+    more = re.search(r"stopped by Ctrl-C after training step 1: last.ckpt written; the same command resumes with (.*)", said)[1].split()
     code, said = typed("train.py", *given, *more, cwd=tmp_path)
     assert code == 0, said
     assert "resumed at training step 1 from" in said
@@ -272,7 +272,9 @@ def test_ctrl_c_ends_a_sweep(tmp_path):
     code, said = interrupted(tmp_path, "epoch 2/", ROOT / "train.py", *given)
     assert code == 130
     assert "Traceback" not in said
-    assert re.search(r"stopped by Ctrl-C at step \d+: last.ckpt written; the same command resumes with resume=auto run_dir=.*/run\n", said)
+    assert re.search(
+        r"stopped by Ctrl-C after training step \d+: last.ckpt written; the same command resumes with resume=auto run_dir=.*/run\n", said
+    )
     assert not (tmp_path / "run" / "1").exists()
 
 
@@ -285,8 +287,7 @@ def test_several_processes(tmp_path):
     code, out, err = command("train.py", *DDP, "optimizer.lr=-1", cwd=tmp_path)
     assert code == 1, out + err
     assert out == "error: optimizer.lr=-1: must be a number above 0\n"
-    assert "FAILED" in err
-    assert "Root Cause" in err
+    assert "FAILED" not in err
     assert results(tmp_path / "run")["error"] == "optimizer.lr=-1: must be a number above 0"
     code, out, err = command("train.py", *DDP, *TINY[3:], cwd=tmp_path)
     assert code == 0, out + err
@@ -303,7 +304,7 @@ def test_ctrl_c_and_a_kill_end_all_processes(tmp_path):
     code, said = interrupted(tmp_path, "epoch 2/500", ROOT / "train.py", *DDP, "trainer.max_epochs=500")
     assert code == 130, said
     assert "Traceback" not in said
-    assert said.count("stopped by Ctrl-C at step") == 1
+    assert said.count("stopped by Ctrl-C after training step") == 1
     given = (*DDP, "trainer.max_epochs=500", "resume=true")
     run = subprocess.Popen([sys.executable, ROOT / "train.py", *given], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     while "resumed at training step" not in run.stdout.readline():

@@ -6,6 +6,7 @@ Oracle: Pillow's own `convert("RGB")`, as torchvision and timm load images, and 
 import io
 import logging
 import os
+import re
 import struct
 import zlib
 
@@ -114,7 +115,7 @@ def test_damaged_ones_are_one_line(tmp_path, monkeypatch, kind):
     path.write_bytes(DAMAGED[kind]())
     with pytest.raises(ImageError, match=rf"^{path} cannot be decoded \(.+\)$") as caught:
         image_transform(SETTINGS)(path)
-    assert "\n" not in str(caught.value)
+    assert not re.search(r"\n| at 0x", str(caught.value))
     assert not (tmp_path / "was_run").exists()
 
 

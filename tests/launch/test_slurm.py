@@ -151,7 +151,7 @@ def left(caplog, stop, run_dir="runs/a"):
 def test_a_preempted_job_is_requeued_and_waits_for_its_end(place, scontrol, caplog, tmp_path):
     asked = scontrol()
     place(JOB)
-    line = "preempted by SIGUSR1 at step 123: last.ckpt written, requeueing job 17"
+    line = "preempted by SIGUSR1 after training step 123: last.ckpt written, requeueing job 17"
     assert left(caplog, Preempted(signal.SIGUSR1, 123, tmp_path / "last.ckpt")) == (138, [line])
     assert asked() == (["requeue 17"], [ranks.SAID_S, ranks.KILL_S])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -185,7 +185,7 @@ def test_a_job_that_cannot_be_requeued_says_why_and_how_to_go_on(place, scontrol
     asked = scontrol(1, "slurm_requeue error: Requested operation is presently disabled")
     place(JOB)
     lines = [
-        "preempted by SIGUSR1 at step 5: last.ckpt written, requeueing job 17",
+        "preempted by SIGUSR1 after training step 5: last.ckpt written, requeueing job 17",
         "job 17 not requeued (slurm_requeue error: Requested operation is presently disabled); WAY ON",
     ]
     assert left(caplog, Preempted(signal.SIGUSR1, 5, tmp_path / "last.ckpt")) == (138, lines)
@@ -195,7 +195,7 @@ def test_a_job_that_cannot_be_requeued_says_why_and_how_to_go_on(place, scontrol
 @pytest.mark.parametrize(
     ("variables", "stop", "line"),
     [
-        (JOB, Preempted(signal.SIGTERM, 5), "stopped by SIGTERM at step 5: this run writes no last.ckpt; WAY ON"),
+        (JOB, Preempted(signal.SIGTERM, 5), "stopped by SIGTERM after training step 5: this run writes no last.ckpt; WAY ON"),
         ({}, Preempted(signal.SIGUSR1), "preempted by SIGUSR1 outside training; WAY ON"),
     ],
     ids=["cancelled", "elsewhere"],

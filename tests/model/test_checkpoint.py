@@ -142,7 +142,7 @@ def test_a_file_of_something_else(path, content):
 
 def test_missing_file(tmp_path):
     refused(tmp_path / "nowhere.ckpt", "no such file")
-    refused(tmp_path, "a folder, not a file")
+    refused(tmp_path, "must be a file, not a folder")
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.999])

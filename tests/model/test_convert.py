@@ -207,9 +207,7 @@ def test_rules_for_one_block_stay_there():
 
 @pytest.mark.parametrize("pattern", ["blocks.7.*", "nothing", "blocks.0", "norm", "blocks.0.attn.qkv"])
 def test_a_rule_that_changes_nothing_is_an_error(pattern):
-    message = (
-        rf"quant.overrides\['{pattern.replace('*', '.')}'\] matches no module that is quantized; patterns see names like 'blocks.0.attn"
-    )
+    message = rf"quant.overrides\['{pattern.replace('*', '.')}'\]: must match a quantized module; names look like 'blocks.0.attn"
     with pytest.raises(qat.UsageError, match=message):
         converted(overrides={pattern: {"bits": 8}})
 

@@ -16,7 +16,7 @@ WRONG = [
     ({"layernorm": "integer", "placement": "inputs"}, "ptq.layernorm='integer': needs the scales on both sides of a norm"),
     (
         {"overrides": {"head": {"placement": "inputs"}}},
-        r"ptq.overrides\['head'\]={'placement': 'inputs'}: its knobs must be among act_bits",
+        r"ptq.overrides\['head'\]={'placement': 'inputs'}: its settings must be among act_bits",
     ),
     ({"overrides": {"head": {"bits": 99}}}, r"ptq.overrides\['head'\]: ptq.bits=99: must be"),
 ]

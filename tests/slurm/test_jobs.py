@@ -168,7 +168,7 @@ def test_cancelled_it_saves_and_stays_cancelled(jobs, scheduler):
     job.signal_when_held()
     said = job.ended("CANCELLED")
     way = f"the same command resumes with resume=auto run_dir={job.run_dir}"
-    assert f"stopped by SIGTERM at step {HELD_AT + 1}: last.ckpt written; {way}" in said
+    assert f"stopped by SIGTERM after training step {HELD_AT + 1}: last.ckpt written; {way}" in said
     assert last(job.run_dir)["global_step"] == HELD_AT + 1
     assert scheduler.job(job.number)["Restarts"] == "0"
 
@@ -195,7 +195,7 @@ def test_without_srun_several_tasks_are_refused(jobs):
 def test_preempted_in_mid_epoch_a_job_of_two_nodes_goes_on_under_its_number(preempted, scheduler, folder, sweep):
     job, said = preempted
     lines = [
-        f"preempted by SIGUSR1 at step {STOPPED_AT}: last.ckpt written, requeueing job {job.number}",
+        f"preempted by SIGUSR1 after training step {STOPPED_AT}: last.ckpt written, requeueing job {job.number}",
         f"job {job.number}, restart 1: resume=auto",
         f"resumed at training step {STOPPED_AT} from {job.run_dir}/checkpoints/last.ckpt",
         "epoch 1/2",
@@ -212,7 +212,7 @@ def test_preempted_in_mid_epoch_a_job_of_two_nodes_goes_on_under_its_number(pree
 def test_in_a_sweep_a_job_that_gets_sigusr2_goes_on(sweep):
     array, root = sweep
     log = (root / "0" / "train.log").read_text()
-    assert f"preempted by SIGUSR2 at step {STOPPED_AT}: last.ckpt written, requeueing job {array}_0" in log
+    assert f"preempted by SIGUSR2 after training step {STOPPED_AT}: last.ckpt written, requeueing job {array}_0" in log
     assert f"resumed at training step {STOPPED_AT} from {root}/0/checkpoints/last.ckpt" in log
     assert_same(root / "0", root / "1")
 

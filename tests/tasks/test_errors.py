@@ -45,8 +45,8 @@ TRAIN = [
     # the recipe
     *((f"quant.bits={v}", rf"quant\.bits={s}: {WHOLE} 2 to 8") for v, s in shown("1 9 1.5 x")),
     ("quant.overrides={blocks.0.*:{bits:9}}", rf"quant\.overrides\['blocks\.0\.\*'\]: quant\.bits=9: {WHOLE} 2 to 8"),
-    ("quant.overrides={blocks.0:{attention:standard}}", r"quant\.overrides\['blocks\.0'\] matches no module .* 'blocks\.0\.attn"),
-    ("quant.overrides={block.0.*:{bits:4}}", r"quant\.overrides\['block\.0\.\*'\] matches no module .* names like 'blocks\.0\.attn"),
+    ("quant.overrides={blocks.0:{attention:standard}}", r"quant\.overrides\['blocks\.0'\]: must match .* 'blocks\.0\.attn"),
+    ("quant.overrides={block.0.*:{bits:4}}", r"quant\.overrides\['block\.0\.\*'\]: must match .* names look like 'blocks\.0\.attn"),
     ("quant.offsets=maybe", r"quant\.offsets='maybe': must be true or false"),
     ("+quant.colour=3", r"quant\.colour: must be one of name, bits"),
     ("+model.args.qk_norm=true", r"quant\.attention='qkr': this model normalises queries and keys.*here it must be one of standard, float"),
@@ -65,6 +65,7 @@ TRAIN = [
     ("trainer.precision=foo", r"trainer\.precision='foo': Precision 'foo' is invalid\. Allowed precision values: .*bf16-mixed"),
     *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: {NOTHING_TO_DO}") for v, s in shown("0")),
     *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: .*{SHARE}") for v, s in shown("2.5")),
+    ("+trainer.max_time=5min", r"trainer\.max_time='5min': .*DD:HH:MM:SS"),
     ("trainer.max_steps=0", rf"trainer\.max_steps=0: {NOTHING_TO_DO}"),
     ("trainer.check_val_every_n_epoch=0", rf"trainer\.check_val_every_n_epoch=0: {WHOLE} 1"),
     ("trainer.check_val_every_n_epoch=5", r"check_val_every_n_epoch=5: none of the 1 epochs would be validated; must be .* 1 to 1$"),
@@ -123,7 +124,7 @@ TRAIN = [
     ("ckpt=/nowhere.ckpt", r"ckpt='/nowhere\.ckpt': no such file"),
     ("ckpt=3", "ckpt=3: must be a path"),
     ("ckpt=a.ckpt model.weights=b.pt", "ckpt and model.weights are set: a model starts from one of them"),
-    ("ckpt={run}", r"ckpt='.*': a folder, not a file"),
+    ("ckpt={run}", r"ckpt='.*': must be a file, not a folder"),
     ("ckpt={run}/config.yaml", r"ckpt='.*config\.yaml': not a checkpoint .*damaged"),
     ("ckpt={files}/empty.ckpt", r"ckpt='.*empty\.ckpt': not a checkpoint .*damaged"),
     ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged"),
@@ -134,9 +135,9 @@ TRAIN = [
 ]  # fmt: skip
 
 EVAL = [
-    ("", r"ckpt is not set; set model=\.\.\."),
+    ("", r"ckpt is not set: must be a checkpoint; or set model="),
     ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged"),
-    ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not say which model it holds; set model=\.\.\."),
+    ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not say which model it holds; set model=NAME"),
     ("ckpt={files}/resnet.pt model=vit_tiny_demo", r"ckpt='.*resnet\.pt': its weights do not fit vit_tiny_patch16_224"),
     ("ckpt={best} model=deit_t", r"model\.name='deit_tiny_patch16_224': ckpt='.*' holds vit_tiny_patch16_224"),
     ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the model has 10 classes"),

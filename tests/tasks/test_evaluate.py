@@ -127,7 +127,7 @@ def test_a_head_that_nobody_trained_is_refused(command, setting, tmp_path, refus
 
 def test_nothing_to_evaluate_is_refused(tmp_path, refused):
     message = refused("evaluate", compose("eval", f"run_dir={tmp_path}"))
-    assert "ckpt is not set; set model=... (with model.pretrained=true, model.weights=FILE or ckpt=FILE)" in message
+    assert "ckpt is not set: must be a checkpoint; or set model=NAME with model.pretrained=true or model.weights=FILE" in message
     assert results(tmp_path)["command"] == "eval"
     assert "ckpt is not set" in results(tmp_path)["error"]
 

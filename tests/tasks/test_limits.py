@@ -60,8 +60,10 @@ def test_a_run_with_a_limit_of_steps_goes_on(step, tmp_path, monkeypatch, ten):
     assert metrics(run_dir) == metrics(ten)
 
 
-def test_a_later_limit_of_steps_loses_no_image(tmp_path, ten, whole):
+def test_a_later_limit_of_steps_loses_no_image(tmp_path, ten, whole, caplog):
+    caplog.set_level("INFO")
     run_dir = run(tmp_path / "run", *EPOCHS, "trainer.max_steps=6")
+    assert caplog.messages.count("trainer.max_steps=6 is reached") == 1
     assert last(run_dir)["global_step"] == 6
     run(run_dir, *EPOCHS, "trainer.max_steps=10", "resume=true")
     assert_same(run_dir, ten)

@@ -131,7 +131,7 @@ def test_other_recipes_and_models(tmp_path, overrides):
         (("ptq.batch=0",), "ptq.batch=0: must be an integer of at least 1"),
         (("data.calibration_images=50",), "data.calibration_images=50: less than one batch; must be an integer of at least ptq.batch=100"),
         (("ptq.batch=2000", "data.calibration_images=2000"), "ptq.batch=2000: the data have 1257 training images"),
-        (("ptq.overrides={nothing:{bits:8}}",), "ptq.overrides['nothing'] matches no module"),
+        (("ptq.overrides={nothing:{bits:8}}",), "ptq.overrides['nothing']: must match a quantized module"),
         (("ckpt=missing.ckpt",), "ckpt='missing.ckpt': no such file"),
     ],
 )
@@ -145,7 +145,7 @@ def test_mistakes_are_one_line(tmp_path, float_run, refused, overrides, message)
 def test_a_quantized_checkpoint_is_refused(tmp_path, refused, run_4bit, quantized_run):
     for path, name in ((last(run_4bit), "ofq"), (quantized_run / "quantized.ckpt", "fqvit")):
         line = refused("ptq", compose("ptq", f"run_dir={tmp_path}", f"ckpt={path}"))
-        assert f"is quantized already ({name}); post-training quantization starts from a float model" in line
+        assert f"is quantized already ({name}); must be a float model" in line
 
 
 @pytest.mark.parametrize(
