@@ -51,6 +51,14 @@ def test_a_frozen_net_is_the_evaluated_one_to_the_last_bit(family, tmp_path):
     assert torch.equal(tiny.logits(qat.load(tmp_path / "net.safetensors"), x), expected)
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "qkr"])
+def test_a_frozen_net_of_another_dtype(name):
+    frozen = qat.freeze(made(name))
+    expected = tiny.logits(frozen)
+    torch.testing.assert_close(tiny.logits(frozen.double(), tiny.images().double()).float(), expected, rtol=1e-5, atol=1e-5)
+    assert tiny.logits(frozen.bfloat16(), tiny.images().bfloat16()).dtype == torch.bfloat16
+
+
 def test_rows_of_an_odd_length(tmp_path):
     net = qat.convert(torch.nn.Sequential(torch.nn.Linear(8, 21), torch.nn.Linear(21, 19)), qat.recipe("nvfp4"), input_size=(3, 8, 8))
     qat.initialize_scales(net.eval(), [tiny.randn(2, 3, 8, 8)])
