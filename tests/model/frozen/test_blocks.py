@@ -47,8 +47,9 @@ def test_a_frozen_net_is_the_evaluated_one_to_the_last_bit(family, tmp_path):
     qat.initialize_scales(net, [x])
     frozen, expected = qat.freeze(net), tiny.logits(net, x)
     assert torch.equal(tiny.logits(frozen, x), expected)
-    written(frozen, tmp_path / "net.safetensors")
+    sizes = written(frozen, tmp_path / "net.safetensors")
     assert torch.equal(tiny.logits(qat.load(tmp_path / "net.safetensors"), x), expected)
+    assert sum(sizes.values()) - sizes["header"] == pytest.approx(size_bytes(net), abs=16)  # bounds of codes
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "qkr"])
