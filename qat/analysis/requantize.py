@@ -118,7 +118,7 @@ def weight_sites(net: nn.Module, input_size: tuple[int, int, int], float_axis: i
             rule, bits = (symmetric, FLOAT_BITS) if quantizer.is_float else (quantizer, quantizer.spec.bits)
             found.append(WeightSite(site.layer, places.get(site.layer, "block"), quantizer, rule, bits, weight.shape))
         else:
-            log.warning("%s: the quantizer has no known grid; this weight is left unchanged", site.name)
+            log.warning("%s: its quantizer has no uniform grid; this weight is left unchanged", site.name)
     return net, found
 
 

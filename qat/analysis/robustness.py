@@ -80,7 +80,7 @@ class Robustness(Analysis):
         """The two curves of each net, their numbers, and the accuracy with powers of two.
 
         Raises:
-            UsageError: a part that was requested by name needs quantized weights, and a net has none.
+            UsageError: a part that was requested by name needs quantized weights, and a net has none; or no grid of its blocks is uniform.
         """
         summary: dict[str, Any] = {}
         table: list[Row] = []
@@ -107,6 +107,8 @@ class Robustness(Analysis):
         """The net as it is, then part by part."""
         net, weights = weight_sites(studied.net, studied.input_size, FLOAT_SCALES[self.float_scales])
         blocks = in_blocks(weights)
+        if not blocks:
+            raise UsageError(f"analysis=robustness: {studied.label} has no weights in blocks on a uniform grid")
         # What all changes of step sizes start from: the quantized weights of the net, or those of a float net quantized here.
         base: dict[str, Any] = {}
         sites, parts = [site for site in weights if site.bits != FLOAT_BITS], {*(self.parts or PARTS)}
@@ -122,7 +124,7 @@ class Robustness(Analysis):
         def point(part: str, of: Sequence[WeightSite] = (), key: Mapping[str, float] | None = None, **change: Any) -> EvaluationPoint:
             return EvaluationPoint({"net": studied.label, "part": part} | dict(key or {}), net, functools.partial(changed, of, **change))
 
-        width = sum(site.bits * site.shape.numel() for site in blocks) / max(sum(site.shape.numel() for site in blocks), 1)
+        width = sum(site.bits * site.shape.numel() for site in blocks) / sum(site.shape.numel() for site in blocks)
         points = [point("clean", key={"bits": width if width % 1 else int(width)})]
         if STEPS in parts:
             ratios = torch.linspace(float(self.low), float(self.high), self.ratios, dtype=torch.float64).tolist()

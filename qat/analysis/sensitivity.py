@@ -104,7 +104,7 @@ class Sensitivity(Analysis):
         as_is, *rows = measure(points, images)
         lines: dict[str, Row] = {}
         for name in rounding:
-            numel, has = (weights[name].shape.numel(), weights[name].bits) if name in weights else (0, None)
+            numel, has = (weights[name].shape.numel(), weights[name].bits) if name in weights else (None, None)
             lines[name] = {"net": label, "layer": name, "weights": numel, "bits": has}
         for row in rows:
             lines[row["layer"]][f"{row['change']}: loss change"] = row["loss"] - as_is["loss"]

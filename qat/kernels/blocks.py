@@ -14,20 +14,24 @@ from qat.functional.block_floats import BLOCK_FORMATS, BlockFloatFunction, Block
 from qat.functional.block_floats import round_blocks as formula
 from qat.functional.ste import in_dtype
 from qat.kernels import compile_cpp, cpu
-from qat.kernels.library import operator
+from qat.kernels.library import operator, works
 from qat.kernels.rows import PLAIN
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float
 
 
 @functools.cache
-def _function() -> Any:
-    """That of blocks.cpp, None where compiled code cannot be had, or rounds in another way."""
-    if not cpu.available():
-        return None
+def _compiled() -> Any:
+    """That of blocks.cpp."""
     function = compile_cpp.load(Path(__file__).with_name("blocks.cpp").read_text()).round_blocks
     function.argtypes, function.restype = (_P, _P, _P, _N, _N, _N, _F, _F, _F, _P, ctypes.c_int), None
     return function
+
+
+@functools.cache
+def _function() -> Any:
+    """`_compiled`, None where compiled code cannot be had, or rounds in another way."""
+    return _compiled() if cpu.available() and works("C++ for floats in blocks", lambda: callable(_compiled())) else None
 
 
 def _form(t: Tensor | None, bits: int) -> BlockFormat:

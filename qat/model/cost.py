@@ -213,7 +213,9 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
             else:
                 found["scale_bytes"] += FLOAT_BYTES * (2 * (rows - n_scales) if spec.bias_correction else 0 if n_scales else rows)
             found["offset_bytes"] += FLOAT_BYTES * rows * spec.bias_correction
-        found["code_bytes"] += packed_bytes(latent.numel(), spec.bits)
+        # Rows of blocks begin with a byte of their own.
+        length = latent.shape[spec.axis or 0] if site.quantizer.in_blocks else latent.numel()
+        found["code_bytes"] += latent.numel() // length * packed_bytes(length, spec.bits)
     for name, parameter in net.named_parameters():
         sums[_place(name, sites)[0]]["n_params"] += parameter.numel()
     kept = net.state_dict().keys()  # tables that a net makes anew, as Swin's indices, are in no file

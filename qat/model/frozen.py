@@ -99,6 +99,7 @@ class FrozenBlocks(FrozenWeight):
 
     in_blocks = True
     per_tensor_scale: Tensor | None
+    like: Tensor
 
     def __init__(self, quantizer: BlockFloat, name: str, weight: Tensor) -> None:
         codes, factors, t = block_float_codes(weight.movedim(quantizer.dim, -1), quantizer.form)
@@ -106,7 +107,12 @@ class FrozenBlocks(FrozenWeight):
         scale = factors.to(self.scale_dtype).view(torch.uint8)
         super().__init__(quantizer.spec, quantizer.axis, name, (codes.movedim(-1, quantizer.dim).contiguous(), scale, None, None))
         self.register_buffer("per_tensor_scale", t)
+        self.register_buffer("like", weight.new_empty(0), persistent=False)  # of the net's dtype
         self.empty = quantizer.grid()
+
+    def held(self) -> Tensor:
+        """The weight, in the dtype of the net."""
+        return self().to(self.like.dtype)
 
     def grid(self, x: Tensor | None = None) -> FloatGrid:
         """Of the float weight that is gone."""

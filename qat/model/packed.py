@@ -64,7 +64,7 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
     tensors = {"codes": torch.cat([torch.zeros(0, dtype=torch.uint8), *codes]), "floats": torch.cat([torch.zeros(0), *floats])}
     for name, module in blocks.items():
         for part, tensor in module.packed().items():
-            tensors[f"{name}.{part}"] = tensor.cpu()
+            tensors[f"{name}.{part}"] = tensor.cpu().contiguous()
             sums["codes" if part == "qdata" else "scales"] += tensor.nbytes
     metadata = {"format": FORMATS[bool(blocks)], "qat": json.dumps(dict(meta), separators=(",", ":")), "index": packed}
     metadata["crc32"] = _checksum(tensors, *metadata.values())

@@ -200,4 +200,4 @@ def test_a_quantizer_that_is_not_known_is_left_alone(caplog):
     _, sites = weight_sites(net, tiny.SIZE)
     assert len(sites) == 6
     assert not any(site.name.startswith("blocks.0.") for site in sites)
-    assert "blocks.0.mlp.fc1.weight_quantizer: the quantizer has no known grid; this weight is left unchanged" in caplog.text
+    assert "blocks.0.mlp.fc1.weight_quantizer: its quantizer has no uniform grid; this weight is left unchanged" in caplog.text

@@ -132,3 +132,8 @@ def test_mistakes(settings, line):
     with pytest.raises(UsageError) as error:
         Robustness(**settings).run([studied(tiny.vit())], image_set())
     assert str(error.value).startswith(line)
+
+
+def test_floats_in_blocks_have_no_step_sizes_to_change():
+    with pytest.raises(UsageError, match="analysis=robustness: net has no weights in blocks on a uniform grid"):
+        Robustness().run([studied(tiny.quantized("nvfp4"))], image_set())

@@ -1,6 +1,7 @@
 """Floats in blocks. Oracles: the values of E2M1 and E4M3 listed one by one, torch's cast to E4M3, torchao's casts."""
 
 import itertools
+import subprocess
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from qat.functional.block_floats import (
     tensor_scale,
 )
 from qat.functional.packing import pack_pairs, unpack_pairs
+from qat.kernels import blocks, compile_cpp
 from tests.tiny import randn
 
 MXFP4, MXFP8, NVFP4 = BLOCK_FORMATS["mxfp", 4], BLOCK_FORMATS["mxfp", 8], BLOCK_FORMATS["nvfp4", 4]
@@ -154,6 +156,20 @@ def test_kernels_give_the_bits_of_the_formula(form, dtype, case):
     assert same(y, y_kernel)
     assert torch.equal(y.signbit(), y_kernel.signbit()) or y.isnan().any()
     assert same(of_x, of_x_kernel)
+
+
+def test_what_cannot_be_compiled_is_done_by_the_formula(monkeypatch):
+    def fails(_):
+        raise subprocess.TimeoutExpired("c++", 60)
+
+    monkeypatch.setattr(compile_cpp, "load", fails)
+    x = randn(3, 40)
+    try:
+        for cached in (blocks._compiled, blocks._function):
+            cached.cache_clear()
+        assert torch.equal(kernels.block_floats(x, NVFP4), block_float(x, NVFP4))
+    finally:
+        blocks._function.cache_clear()
 
 
 @FORMATS

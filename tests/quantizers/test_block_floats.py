@@ -54,6 +54,17 @@ def test_the_grid(name, bits):
         _ = quantizer.grid().scales
 
 
+@FORMATS
+def test_the_default_dtype_and_device_do_not_matter(name, bits):
+    quantizer = build(name, bits=bits, axis=-1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert quantizer.grid().qmax == {4: 7, 8: 126}[bits]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_is_quantized(recipe):
     preset, knobs = RECIPES[recipe]

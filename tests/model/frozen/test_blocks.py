@@ -38,14 +38,26 @@ def test_files_give_the_logits_of_the_net(name, tmp_path):
     assert all(torch.equal(again[key], value) for key, value in frozen.state_dict().items())
 
 
-@pytest.mark.parametrize("family", ["vit", "swin"])
-def test_a_frozen_net_is_the_evaluated_one_to_the_last_bit(family):
+@pytest.mark.parametrize("family", ["vit", "swin", "pvt_v2"])
+def test_a_frozen_net_is_the_evaluated_one_to_the_last_bit(family, tmp_path):
     """NVFP4's scale of a tensor would carry another order of sums in the stem into every block."""
     family = FAMILIES[family]
     net = qat.convert(family.build(), qat.recipe("nvfp4"), input_size=family.input_size)
     x = family.images(4)
     qat.initialize_scales(net, [x])
-    assert torch.equal(tiny.logits(qat.freeze(net), x), tiny.logits(net, x))
+    frozen, expected = qat.freeze(net), tiny.logits(net, x)
+    assert torch.equal(tiny.logits(frozen, x), expected)
+    sizes = written(frozen, tmp_path / "net.safetensors")
+    assert torch.equal(tiny.logits(qat.load(tmp_path / "net.safetensors"), x), expected)
+    assert sum(sizes.values()) - sizes["header"] == pytest.approx(size_bytes(net), abs=16)  # bounds of codes
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "qkr"])
+def test_a_frozen_net_of_another_dtype(name):
+    frozen = qat.freeze(made(name))
+    expected = tiny.logits(frozen)
+    torch.testing.assert_close(tiny.logits(frozen.double(), tiny.images().double()).float(), expected, rtol=1e-5, atol=1e-5)
+    assert tiny.logits(frozen.bfloat16(), tiny.images().bfloat16()).dtype == torch.bfloat16
 
 
 def test_rows_of_an_odd_length(tmp_path):
