@@ -94,7 +94,7 @@ class BlockFloat(Quantizer):
 
     def grid(self, x: Tensor | None = None) -> FloatGrid:
         """That of `x`; of None one that knows its format alone."""
-        most = round(float(float_place(torch.tensor(self.form.highest, dtype=torch.float32, device="cpu"), self.form)))
+        most = {4: 7, 8: 126}[self.form.bits]  # E4M3's last code is NaN
         grid = FloatGrid(qmin=-most, qmax=most, form=self.form, dim=self.dim)
         if x is None:
             return grid
