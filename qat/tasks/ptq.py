@@ -254,7 +254,8 @@ def _check_start(cfg: DictConfig, subject: EvaluatedNet, *, searches: bool) -> N
     file = f"ckpt={str(cfg.ckpt)!r}"
     if cfg.ptq.get("name") != KEEP:
         if held is not None:
-            raise UsageError(f"{file}: is quantized already ({held}); must be a float model, or ptq=keep search=evolution be set")
+            refused = f"{file}: is quantized already ({held}); must be a float model"
+            raise UsageError(f"{refused}; ptq=keep search=evolution takes a quantized one")
         if cfg.teacher.ckpt is not None:
             raise UsageError(
                 f"teacher.ckpt={cfg.teacher.ckpt!r}: only with ptq=keep; otherwise the targets are the logits of the float model itself"

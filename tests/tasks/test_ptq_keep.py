@@ -107,7 +107,7 @@ def test_a_search_goes_on_where_another_ended(tmp_path, calibrated):
         ("lsq", (*KEEP, "+ptq.bits=8"), "ptq.bits: ptq=keep leaves the model unchanged and takes only ptq.batch"),
         ("lsq", (*KEEP, "teacher.ckpt={lsq}"), "is quantized; must be a float model, whose logits are the targets of the search"),
         ("lsq", (*KEEP, "teacher.ckpt=nowhere.ckpt"), "teacher.ckpt='nowhere.ckpt': no such file"),
-        ("lsq", (*SEARCH, *SMALL), "starts from a float model, ptq=keep search=evolution from one like this"),
+        ("lsq", (*SEARCH, *SMALL), "must be a float model; ptq=keep search=evolution takes a quantized one"),
         (
             "float",
             (*SEARCH, *SMALL, "teacher.ckpt={float}"),
