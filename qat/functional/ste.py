@@ -33,14 +33,14 @@ def view_along(scale: Tensor, ndim: int, axis: int | None) -> Tensor:
 def sum_along(x: Tensor, axis: int | None) -> Tensor:
     """Sum over every dimension but `axis`: shape (x.shape[axis],), or (1,) for None.
 
-    Two stages, trailing dimensions first: inductor vectorises `sum(-1).sum(0)` and not `sum((0, 2))`.
+    Two stages, trailing dimensions first: inductor vectorises `sum(-1).sum(0)` and not `sum((0, 2))`. Batched gradients know no `flatten`.
     """
     if axis is None:
         return x.sum().reshape(1)
     axis %= x.ndim
     if axis < x.ndim - 1:
-        x = x.flatten(axis + 1).sum(-1)
-    return x.flatten(0, axis - 1).sum(0) if axis else x
+        x = x.reshape(*x.shape[: axis + 1], math.prod(x.shape[axis + 1 :])).sum(-1)
+    return x.reshape(math.prod(x.shape[:axis]), x.shape[-1]).sum(0) if axis else x
 
 
 def group_size(x: Tensor, axis: int | None) -> int:

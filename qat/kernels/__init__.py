@@ -40,14 +40,14 @@ def use(choice: str) -> None:
 
 
 def are_off() -> bool:
-    """Whether quantizers are plain tensor operations, which can be differentiated as often as one likes.
+    """Whether quantizers are plain tensor operations, which can be differentiated as often as one likes, and traced by `torch.jit`.
 
     Raises:
         UsageError: `torch.func` is at work, whose transforms the kernels do not know.
     """
     if _choice != "off" and torch._C._are_functorch_transforms_active():
         raise UsageError("torch.func: its transforms do not go through the kernels; kernels=off, qat.kernels.use('off'), takes them")
-    return _choice == "off"
+    return _choice == "off" or torch.jit.is_tracing()
 
 
 class _LSQ(LSQFunction):

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from qat.errors import UsageError
 from qat.kernels.rows import PLAIN
 
 log = logging.getLogger(__name__)
 
 _LIBRARY = torch.library.Library("qat", "DEF")
+# In force while `make_fx` writes down what the dispatcher sees, which is not what C++ does.
+_PROXY: Any = torch._C._TorchDispatchModeKey.PROXY
 
 
 def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -32,7 +35,11 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         overload = getattr(torch.ops.qat, name).default
 
         def run(*args: Any) -> Any:
-            return made(*args) if type(args[0]) in PLAIN else overload(*args)
+            if type(args[0]) not in PLAIN or torch._C._get_dispatch_mode(_PROXY) is not None:
+                return overload(*args)
+            if not torch._C._has_storage(args[0]):
+                raise UsageError("vmap: gradients of kernels are made one at a time; kernels=off, qat.kernels.use('off'), is for vmap")
+            return made(*args)
 
         torch.compiler.substitute_in_graph(run, skip_signature_check=True)(lambda *args: overload(*args))
         run.__doc__ = made.__doc__

@@ -146,9 +146,7 @@ class QuantAttention(ScoredAttention):
             bias: (h, N, N) or None.
             mask: (W, N, N) for the W windows of an image, or None.
         """
-        is_plain = (
-            isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity) and self.groups == 1 and is_off(self.attn_drop)
-        )
+        is_plain = self.groups == 1 and all(is_off(module) for module in (self.q_norm, self.k_norm, self.attn_drop))
         if not (is_plain and can_fuse(qkv)):
             return None
         q, k, v, p = (operand_of(o) for o in (self.q_quantizer, self.k_quantizer, self.v_quantizer, self.probs_quantizer))
@@ -221,7 +219,9 @@ class QkrAttention(ScoredAttention, QuantModule):
     def fused(self, x: Tensor, factor: float, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor | None:
         """`gather(scores(xq) * factor + bias + mask, v(xq))` of the quantized x (B, N, C) in one Function, None where it cannot be."""
         v = self.v
-        if not (isinstance(v, QuantLinear) and not is_watched(v) and self.groups == 1 and is_off(self.attn_drop) and can_fuse(x)):
+        if not (isinstance(v, QuantLinear) and not is_watched(v) and is_off(v.input_quantizer)):
+            return None
+        if not (self.groups == 1 and is_off(self.attn_drop) and can_fuse(x)):
             return None
         matrix, of_v = weight_params(self, "qk"), weight_params(v, "weight")
         if matrix is None or of_v is None:

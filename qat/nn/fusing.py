@@ -30,6 +30,6 @@ def weight_params(module: QuantModule, role: str) -> WeightParams | None:
     return None if found is None else found._replace(ready=module.ready(role))
 
 
-def is_off(dropout: nn.Module) -> bool:
-    """True for a dropout that lets everything through."""
-    return not dropout.training or isinstance(dropout, nn.Identity) or getattr(dropout, "p", 1.0) == 0.0
+def is_off(module: nn.Module) -> bool:
+    """True for a dropout or an identity that lets everything through, and that nobody watches."""
+    return isinstance(module, nn.Dropout | nn.Identity) and not (module.training and getattr(module, "p", False)) and not is_watched(module)

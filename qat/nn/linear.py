@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from qat.kernels import Made
 from qat.kernels.fused import WeightParams, can_fuse, lsq_linear, remember
 from qat.nn.fusing import operand_of, weight_params
-from qat.nn.quant_module import QuantModule, shallow_cast
+from qat.nn.quant_module import QuantModule, is_watched, shallow_cast
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 from qat.quantizers import Quantizer
 
@@ -58,8 +58,9 @@ def hint_mlp(module: nn.Module, context: SwapContext) -> Swap:
     return Swap(module, {"fc2": "unsigned"} if behind_activation else {})
 
 
-def _is_kept(x: Tensor, made: Tensor) -> bool:
-    return can_fuse(x) and torch.is_grad_enabled() and made.requires_grad and made.dtype == x.dtype
+def _is_kept(module: nn.Module, x: Tensor, made: Tensor) -> bool:
+    # What a hook is given may be differentiated by later on.
+    return can_fuse(x) and torch.is_grad_enabled() and made.requires_grad and made.dtype == x.dtype and not is_watched(module)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -68,7 +69,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., C) to the same shape."""
         made = super().forward(x)
-        if not (_is_kept(x, made) and len(self.normalized_shape) == 1):
+        if not (_is_kept(self, x, made) and len(self.normalized_shape) == 1):
             return made
         return remember(made, Made("norm", self.eps), x, self.weight, self.bias)
 
@@ -79,7 +80,7 @@ class GELU(nn.GELU):
     def forward(self, x: Tensor) -> Tensor:
         """Elementwise."""
         made = super().forward(x)
-        return remember(made, Made(self.approximate), x) if _is_kept(x, made) else made
+        return remember(made, Made(self.approximate), x) if _is_kept(self, x, made) else made
 
 
 @register_swap(nn.LayerNorm, "linear")

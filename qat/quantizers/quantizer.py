@@ -33,10 +33,10 @@ class Quantizer(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Who rounds in a way of its own has a grid and an operand of its own: those of a class that it inherits from might be wrong."""
         super().__init_subclass__(**kwargs)
-        if vars(cls).keys() & {"forward", "codes"} and "grid" not in vars(cls):
-            cls.grid = Quantizer.grid  # type: ignore[method-assign]
-        if vars(cls).keys() & {"forward", "shifted", "codes", "scale_of"} and "operand" not in vars(cls):
-            cls.operand = Quantizer.operand  # type: ignore[method-assign]
+        for told, *rounding in ("grid", "forward", "codes"), ("operand", "forward", "shifted", "codes", "scale_of"):
+            # The first class that says something of it may be a mixin.
+            if told not in next(names for base in cls.__mro__ if (names := vars(base)).keys() & {told, *rounding}):
+                setattr(cls, told, getattr(Quantizer, told))
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import qat
 import qat.kernels.fused  # noqa: F401  (registers operators)
@@ -95,7 +96,11 @@ def gradients(net, images):
     return torch.func.grad(lambda x: net(x).square().sum())(images)
 
 
-@pytest.mark.parametrize("way", [penalty, one_by_one, gradients])
+def jacobian(net, images):
+    return torch.autograd.functional.jacobian(lambda x: net(x).sum(0), images, vectorize=True)
+
+
+@pytest.mark.parametrize("way", [penalty, one_by_one, gradients, jacobian])
 @pytest.mark.parametrize("attention", ["qkr", "standard"])
 def test_what_goes_beyond_one_gradient_needs_kernels_off(way, attention, monkeypatch):
     family = FAMILIES["deit"]
@@ -106,6 +111,20 @@ def test_what_goes_beyond_one_gradient_needs_kernels_off(way, attention, monkeyp
         way(net, images)
     monkeypatch.setattr(kernels, "_choice", "off")
     way(net, images)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "trace", [lambda net, x: torch.jit.trace(net, x, check_trace=False), lambda net, x: make_fx(net)(x)], ids=["jit", "fx"]
+)
+@pytest.mark.parametrize("attention", ["qkr", "standard"])
+@pytest.mark.filterwarnings("ignore")  # torch's, of `torch.jit` and of sizes that become constants
+def test_what_traces_a_net_sees_what_it_computes(trace, attention):
+    family = FAMILIES["deit"]
+    net = qat.convert(family.build(), qat.recipe("ofq", attention=attention), input_size=family.input_size)
+    qat.initialize_scales(net, [family.images(2)]).eval()
+    traced, images = trace(net, family.images(2)), family.images(2, seed=1)
+    assert torch.equal(traced(images), net(images))
 
 
 class Written(nn.Module):

@@ -116,6 +116,28 @@ def test_blocks_may_be_run_again_instead_of_kept():
     same(*grads)
 
 
+@pytest.mark.parametrize(
+    ("attention", "name"), [("standard", "attn_drop"), ("standard", "q_norm"), ("qkr", "attn_drop"), ("qkr", "v.input_quantizer")]
+)
+def test_a_hook_is_called_in_a_fused_attention_too(attention, name):
+    net, seen = quantized(attention=attention), []
+    net.get_submodule(f"blocks.0.attn.{name}").register_forward_hook(lambda *_: seen.append(name))
+    net(images())
+    assert seen == [name]
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2", "mlp.act"])
+def test_what_a_hook_was_given_can_be_differentiated_by(name, unfused):
+    net, seen, found = quantized(attention="standard").train(), [], []
+    net.get_submodule(f"blocks.0.{name}").register_forward_hook(lambda m, given, out: seen.append(out))
+    for switch in (lambda: None, unfused):
+        switch()
+        out = net(images()).square().sum()
+        found.append(torch.autograd.grad(out, seen[-1])[0])
+    assert found[1].abs().sum() > 0
+    assert_close(*found)
+
+
 def nodes(out):
     """Names of the nodes of a graph."""
     found, waiting = [], [out.grad_fn]

@@ -62,6 +62,17 @@ class Doubled(LSQ):
         return 2 * super().forward(x)
 
 
+class Noise:
+    """A mixin."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.01
+
+
+class Noisy(Noise, LSQ):
+    """Rounds in a way that is not its own."""
+
+
 class Renamed(LSQ):
     """Rounds as LSQ does."""
 
@@ -69,11 +80,11 @@ class Renamed(LSQ):
 def test_who_rounds_in_another_way_inherits_neither_grid_nor_operand():
     spec = QuantSpec("input", "lsq", 2, axis=None)
     found = {}
-    for cls in (Odd, Doubled, Renamed):
+    for cls in (Odd, Doubled, Noisy, Renamed):
         quantizer = cls(spec)
         quantizer.allocate(torch.Size([2, 3, 4]), torch.device("cpu"))
         found[cls] = quantizer.grid(torch.ones(3)), quantizer.operand()
-    assert found[Odd] == found[Doubled] == (None, None)
+    assert found[Odd] == found[Doubled] == found[Noisy] == (None, None)
     grid, operand = found[Renamed]
     assert (grid.qmax, operand.codes) == (1, (-2, 1, None, False))
 

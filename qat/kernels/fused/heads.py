@@ -61,8 +61,8 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.dtype != torch.float32:
         return torch.bmm(a.permute(1, 2, 3, 0).flatten(2), b.permute(1, 2, 0, 3).flatten(1, 2))
-    total = torch.bmm(a[0], b[0])
-    for one, other in zip(a[1:].unbind(0), b[1:].unbind(0), strict=True):
+    total = a.new_zeros(*a.shape[1:3], b.shape[-1])  # written in place, which leaves autocast out of it
+    for one, other in zip(a.unbind(0), b.unbind(0), strict=True):
         total.baddbmm_(one, other)
     return total
 

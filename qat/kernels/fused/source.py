@@ -21,7 +21,7 @@ class Source(NamedTuple):
     Attributes:
         tensors: input, weight and bias of the operation, as far as it has them.
         made: the operation.
-        version: of the tensor when it was made; another one means that somebody has written into it since.
+        version: those of the tensor and of the input, added; another sum means that somebody has written into one since.
     """
 
     tensors: tuple[Tensor, Tensor | None, Tensor | None]
@@ -39,7 +39,7 @@ def remember(made: Tensor, how: Made, x: Tensor, weight: Tensor | None = None, b
     Returns:
         `made`.
     """
-    version = 0 if torch.compiler.is_compiling() else made._version  # which a graph cannot ask for
+    version = 0 if torch.compiler.is_compiling() else made._version + x._version  # which a graph cannot ask for
     setattr(made, _NOTE, Source((x, weight, bias), how, version))
     return made
 
@@ -61,7 +61,7 @@ def _source(x: Tensor) -> Source | None:
     if torch.compiler.is_compiling():
         check_unwritten(x)
         return note
-    return None if note.version != x._version or x.retains_grad or x._backward_hooks else note
+    return None if note.version != x._version + note.tensors[0]._version or x.retains_grad or x._backward_hooks else note
 
 
 def unflattened(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:

@@ -120,6 +120,16 @@ def test_a_tensor_written_into_is_kept_itself():
     compare(lsq_linear(made, o, w, params, b), simple.lsq_linear(2 * F.gelu(x), o, w, params, b), leaves(x, o, w, b))
 
 
+def test_an_input_written_into_is_an_error():
+    """As it is where the Linear is float: neither LayerNorm nor GELU can be made again."""
+    x, o, w, params, b = linear_parts()
+    x = x * 1
+    made = remember(F.gelu(x), Made("none"), x)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        lsq_linear(made, o, w, params, b).sum().backward()
+
+
 def attention_parts(seed=40):
     qkv = randn(B, N, 3 * C, seed=seed)
     token, channel = CodeRange(-2, 1, -2), CodeRange(-2, 1, -1)
@@ -198,6 +208,16 @@ def test_qkr(factor, per_key, kind, keep):
     parts = qkr_parts(per_key)
     scoring = Scoring(H, factor, *extras(kind), keep)
     compare(qkr_attention(*parts, scoring), simple.qkr_attention(*parts, scoring), leaves(*parts, scoring))
+
+
+def test_a_backward_pass_inside_autocast_whose_forward_pass_was_not():
+    parts, scoring = qkr_parts(per_key=True), Scoring(H, 0.07, None, None, keep_probs=True)
+    out, tensors = qkr_attention(*parts, scoring), leaves(*parts)
+    expected = torch.autograd.grad(out, tensors, torch.ones_like(out), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=0.1, atol=0.02 * other.abs().max().item())
 
 
 @pytest.mark.parametrize("ready", [True, False])
