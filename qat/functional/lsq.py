@@ -236,11 +236,11 @@ def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
     return start * change.exp() + (unit - start).clamp(min=0) * change.relu()  # at 0 no version of torch lets a gradient through relu
 
 
-def step_and_slope(start: Tensor, grown: Tensor, change: Tensor, unit: float) -> tuple[Tensor, Tensor]:
-    """`relative_step`, the same bits, and its derivative by the change; `grown` = s0 * exp(t)."""
+def step_and_slope(start: Tensor, growth: Tensor, change: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    """`relative_step`, the same bits, and its derivative by the change; `growth` = exp(t)."""
     # Small tensors: operations between them take a third of the time of those with a number or a truth value.
-    lacking, growth = start.clamp(min=unit) - start, change.relu()
-    return grown + lacking * growth, grown + lacking * growth.sign()  # as torch differentiates relu: no gradient passes at 0
+    grown, lacking, more = start * growth, start.clamp(min=unit) - start, change.relu()
+    return grown + lacking * more, grown + lacking * more.sign()  # as torch differentiates relu: no gradient passes at 0
 
 
 def least_unit(qmax: int) -> float:

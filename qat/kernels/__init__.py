@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.functional.block_floats import BlockFormat, block_float, tensor_scale
+from qat.functional.block_floats import BlockFloatFunction, BlockFormat, block_float, tensor_scale
 from qat.functional.lsq import CodeRange, LSQFunction
 from qat.functional.lsq import relative_step as formula_of_step
 from qat.functional.statsq import StatsQFunction
+from qat.functional.statsq import statsq_scale as formula_of_scale
 from qat.kernels import gpu, operators
-from qat.kernels.blocks import BlockFloatKernel
 from qat.kernels.made import Made
 from qat.kernels.rows import PLAIN, LSQParams
 
@@ -69,8 +69,12 @@ class _LSQ(LSQFunction):
 
 def lsq(x: Tensor, q: LSQParams) -> Tensor:
     """`qat.functional.lsq`."""
-    function = LSQFunction if are_off() else _LSQ
-    return function.apply(x, *q)
+    return (LSQFunction if are_off() else _LSQ).apply(x, *q)
+
+
+def statsq_scale(w: Tensor) -> Tensor:
+    """`qat.functional.statsq_scale`."""
+    return formula_of_scale(w) if are_off() else operators.statsq_scale(w.detach())
 
 
 class _StatsQ(StatsQFunction):
@@ -81,16 +85,15 @@ class _StatsQ(StatsQFunction):
 
 def statsq(w: Tensor, scale: Tensor, bits: int) -> Tensor:
     """`qat.functional.statsq_with_scale`."""
-    function = StatsQFunction if are_off() else _StatsQ
-    return function.apply(w, scale, bits)
+    return (StatsQFunction if are_off() else _StatsQ).apply(w, scale, bits)
 
 
 class _RelativeStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, start: Tensor, change: Tensor, unit: float) -> Tensor:
-        step = slope = start * change.exp()
-        if unit:  # else no start is below it
-            step, slope = operators.step_and_slope(start, slope, change, unit)
+        growth = change.exp()
+        # Of a unit of 0 no start is below it.
+        step, slope = operators.step_and_slope(start, growth, change, unit) if unit else (start * growth,) * 2
         ctx.unit = unit
         ctx.save_for_backward(start, change, slope)
         return step
@@ -110,9 +113,35 @@ def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
     return _RelativeStep.apply(start, change, unit)
 
 
+class _BlockFloat(BlockFloatFunction):
+    @staticmethod
+    def forward(x: Tensor, t: Tensor | None, form: BlockFormat) -> Tensor:
+        return operators.round_blocks(x, t, None, form.bits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            return BlockFloatFunction.backward(ctx, grad)
+        x, t = ctx.saved_tensors
+        return operators.round_blocks(x, t, grad, ctx.form.bits), None, None
+
+
 def block_floats(x: Tensor, form: BlockFormat) -> Tensor:
     """`qat.functional.block_float`."""
-    return block_float(x, form) if are_off() else BlockFloatKernel.apply(x, tensor_scale(x, form), form)
+    return block_float(x, form) if are_off() else _BlockFloat.apply(x, tensor_scale(x, form), form)
 
 
-__all__ = ["CHOICES", "CodeRange", "LSQParams", "Made", "are_off", "block_floats", "lsq", "operators", "relative_step", "statsq", "use"]
+__all__ = [
+    "CHOICES",
+    "CodeRange",
+    "LSQParams",
+    "Made",
+    "are_off",
+    "block_floats",
+    "lsq",
+    "operators",
+    "relative_step",
+    "statsq",
+    "statsq_scale",
+    "use",
+]

@@ -50,14 +50,12 @@ def _launch(name: str, block: int, given: tuple[Tensor, ...], scale: Tensor, oth
     """Run a kernel on queries, keys and values. Blocks of float32, which fills twice the registers, have half the rows."""
     if type(given[0]) not in PLAIN:  # shapes are all that is asked for
         return
-    from qat.kernels import triton_attention  # not every system has Triton
-
     (images, tokens, length), (_, highest, _, _, heads, factor) = given[0].shape, settings
     itemsize, size = given[0].itemsize, length // heads
     block //= itemsize // 2
     tensors, strides = zip(*(spaced(x, length) for x in given), strict=True)
     gpu._launch(
-        getattr(triton_attention, name), (-(-tokens // block), heads, images),
+        name, (-(-tokens // block), heads, images),
         *tensors, scale.expand(tokens).contiguous(), *others, float(highest), float(factor), tokens, *strides,
         SIZE=size, BLOCK_D=_side(size), BLOCK_N=block, BLOCK_M=block if name == "attention_keys" else _side(tokens),
         num_warps=4 if itemsize == 2 and size <= 64 else 8, num_stages=2,

@@ -1,12 +1,10 @@
-// One pass over memory for what functional/block_floats.py does in several, with the same bits: see cpu.cpp.
+// One pass over memory for what functional/block_floats.py does in several, with the same bits: see cpu.cpp, which it follows.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
 namespace {
-
-const float TINY = 1.17549435e-38f;
 
 inline uint32_t bits_of(float x) {
     uint32_t bits;

@@ -27,13 +27,15 @@ _SIGNATURES = {
     "lsq_forward": (_P, _N, _P, _N, _N, _P, _N, _I, _P, _P, _F, _F, _I, _P, _I),
     "lsq_backward": (_P, _N, _P, _N, _P, _N, _N, _N, _P, _N, _I, _P, _F, _F, _I, _P, _P, _P, _P, _P, _P, _I, _F, _I),
     "statsq_forward": (_P, _P, _N, _N, _P, _I, _F, _I),
+    "round_blocks": (_P, _P, _P, _N, _N, _N, _F, _F, _F, _P, _I),
 }
 
 
 @functools.cache
 def _library() -> Any:
-    """The functions of cpu.cpp."""
-    library = compile_cpp.load(Path(__file__).with_name("cpu.cpp").read_text())
+    """The functions of cpu.cpp and blocks.cpp."""
+    sources = (Path(__file__).with_name(name).read_text() for name in ("cpu.cpp", "blocks.cpp"))
+    library = compile_cpp.load("".join(sources))
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
@@ -52,7 +54,7 @@ def _fits(*tensors: Tensor | None) -> bool:
 
 
 def _run(name: str, *args: Any) -> None:
-    """Call a function of cpu.cpp, to which tensors are pointers, and which takes the number of threads last."""
+    """Call a function in C++, to which tensors are pointers, and which takes the number of threads last."""
     getattr(_library(), name)(*[x.data_ptr() if type(x) in PLAIN else x for x in args], torch.get_num_threads())
 
 
@@ -114,3 +116,15 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> T
     out = torch.empty_like(w)
     _run("statsq_forward", w, out, layout.rows, layout.length, scale, bits, TOP_CLIP)
     return out.to(dtype)
+
+
+def round_blocks(x: Tensor, t: Tensor | None, grad: Tensor | None, bits: int) -> Tensor | None:
+    """`reference.round_blocks`, rounded to the dtype of `x`."""
+    if not x.numel():
+        return None
+    form, length, values = reference.block_format(t, bits), x.shape[-1], x.float().contiguous()
+    upstream, out = None if grad is None else grad.float().contiguous(), torch.empty_like(values)
+    _run(
+        "round_blocks", values, upstream, out, x.numel() // length, length, form.block, 2.0**-form.mantissa, 2.0**form.lowest, form.highest, t,
+    )  # fmt: skip
+    return out.to(x.dtype)

@@ -29,13 +29,6 @@ OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 
 
 @functools.cache
-def _kernels() -> Any:
-    from qat.kernels import triton_kernels  # not every system has Triton
-
-    return triton_kernels
-
-
-@functools.cache
 def available() -> bool:
     """True if Triton and a device are there and agree with `reference`. The first call compiles, and waits for the device."""
     if importlib.util.find_spec("triton") is None or (device_type() == "cuda" and not torch.cuda.is_available()):
@@ -43,9 +36,11 @@ def available() -> bool:
     return works("Triton", lambda: reference.agrees(lsq_forward, lsq_backward, device_type(), CodeRange(-4, 3, 1)))
 
 
-def _launch(kernel: Any, programs: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Run a kernel where its first argument is."""
-    device = args[0].device
+def _launch(name: str, programs: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Run the kernel of a name where its first argument is."""
+    from qat.kernels import triton_attention, triton_kernels  # not every system has Triton
+
+    kernel, device = getattr(triton_attention, name, None) or getattr(triton_kernels, name), args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[programs](*args, **{**OPTIONS, **constants})
 
@@ -62,7 +57,7 @@ def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
         return None
     (block, programs), out = tiles_of(layout), torch.empty(x.shape, dtype=dtype, device=x.device)
     _launch(
-        _kernels().lsq_forward, programs, x, out, *q[:4], *map(float, q.codes.ends), *layout[:4],
+        "lsq_forward", programs, x, out, *q[:4], *map(float, q.codes.ends), *layout[:4],
         HALF=q.codes.half, BY_COLUMN=layout.by_column, **block,
     )  # fmt: skip
     return out
@@ -112,7 +107,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wan
     sums = [None if t is None else _floats(x, strips, length) for t in like]
     y = None if dequantized is None else torch.empty(x.shape, dtype=dequantized, device=x.device)
     _launch(
-        _kernels().lsq_backward, (strips, across), grad, x, out, *q[:4], y, errors, *sums, weight, bias, *map(float, q.codes.ends),
+        "lsq_backward", (strips, across), grad, x, out, *q[:4], y, errors, *sums, weight, bias, *map(float, q.codes.ends),
         rows, length, grad_stride, stride, out_stride, steps, strip, made.number,
         MADE=made.kind, HALF=q.codes.half, BY_COLUMN=by_column, **block,
     )  # fmt: skip
@@ -122,13 +117,24 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wan
     return errors.sum(0) if by_column else errors.sum((0, 2)), before, after, y, *norm
 
 
-def step_and_slope(start: Tensor, grown: Tensor, change: Tensor, unit: float) -> tuple[Tensor, Tensor] | None:
-    """`qat.functional.lsq.step_and_slope`, in one launch, where its operations are eight."""
-    if not (fit((torch.float32,), start) and fit(DTYPES, start, grown, change) and all(x.is_contiguous() for x in (start, grown, change))):
+def step_and_slope(start: Tensor, growth: Tensor, change: Tensor, unit: float) -> tuple[Tensor, Tensor] | None:
+    """`qat.functional.lsq.step_and_slope`, in one launch, where its operations are nine."""
+    if not (fit((torch.float32,), start, growth, change) and all(x.is_contiguous() for x in (start, growth, change))):
         return None
     step, slope = torch.empty_like(start), torch.empty_like(start)
-    _launch(_kernels().step_and_slope, (-(-start.numel() // TILE),), step, slope, start, grown, change, start.numel(), unit, BLOCK=TILE)
+    _launch("step_and_slope", (-(-start.numel() // TILE),), step, slope, start, growth, change, start.numel(), unit, BLOCK=TILE)
     return step, slope
+
+
+def statsq_scale(w: Tensor) -> Tensor | None:
+    """`qat.functional.statsq_scale` of a matrix."""
+    scale = _floats(w, len(w), 1)
+    layout = scaled_rows(w, scale) if fit(DTYPES, w) else None
+    if layout is None:
+        return None
+    block, (programs, _) = tiles_of(layout)
+    _launch("statsq_scale", (programs,), w, scale, *layout[:2], **block)
+    return scale
 
 
 def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor | None:
@@ -137,5 +143,5 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> T
     if layout is None:
         return None
     (block, programs), out = tiles_of(layout), torch.empty(w.shape, dtype=dtype, device=w.device)
-    _launch(_kernels().statsq_forward, programs, w, out, scale, float(2 ** (bits - 1)), *layout[:2], **block)
+    _launch("statsq_forward", programs, w, out, scale, float(2 ** (bits - 1)), *layout[:2], **block)
     return out

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qat.functional.lsq import LsqGradients, gradient_scale
 from qat.functional.lsq import step_and_slope as formula_of_steps
+from qat.functional.statsq import statsq_scale as formula_of_scale
 from qat.functional.ste import in_dtype
 from qat.kernels import cpu, gpu, reference
-from qat.kernels.blocks import round_blocks_formula
 from qat.kernels.library import operator
 from qat.kernels.made import Made
 from qat.kernels.rows import PLAIN, LSQParams, params_of
@@ -64,7 +64,7 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> T
     return in_dtype(reference.statsq_forward(w, scale, bits), dtype)
 
 
-step_and_slope = _with_forms("(Tensor start, Tensor grown, Tensor change, float unit) -> (Tensor, Tensor)")(formula_of_steps)
+step_and_slope = _with_forms("(Tensor start, Tensor growth, Tensor change, float unit) -> (Tensor, Tensor)")(formula_of_steps)
 
 
 @operator(
@@ -139,7 +139,10 @@ def gradients(  # noqa: PLR0913  (what else comes out of the one pass over memor
     wanted = (q.before, q.after if with_after else None, dequantized, *norm)
     before, after, y, *of_norm = (None if asked is None else t for asked, t in zip(wanted, others, strict=True))
     of_scale = of_scale * gradient_scale(x if counted is None else counted, q.codes, q.grad_factor, q.sign)
-    return LsqGradients(out, of_scale.to(q.scale.dtype), before, after, y if y is None else y.to(dequantized), *of_norm)
+    return LsqGradients(out, of_scale, before, after, y if y is None else y.to(dequantized), *of_norm)
 
 
-FORMULAS[torch.ops.qat.round_blocks.default] = round_blocks_formula
+statsq_scale = _with_forms("(Tensor w) -> Tensor")(formula_of_scale)
+# A compiler would add it up in another order.
+del FORMULAS[torch.ops.qat.statsq_scale.default]
+round_blocks = _with_forms("(Tensor x, Tensor? t, Tensor? grad, int bits) -> Tensor")(reference.round_blocks)

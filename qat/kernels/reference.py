@@ -6,13 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from qat.functional.block_floats import BLOCK_FORMATS, BlockFormat
+from qat.functional.block_floats import round_blocks as formula_of_blocks
 from qat.functional.lsq import CodeRange, lsq_backward, lsq_forward
 from qat.functional.statsq import statsq_forward
 from qat.kernels.made import Made
 from qat.kernels.rows import LSQParams
 
-__all__ = ["agrees", "lsq_backward", "lsq_forward", "statsq_forward"]
+__all__ = ["agrees", "lsq_backward", "lsq_forward", "round_blocks", "statsq_forward"]
+
+
+def block_format(t: Tensor | None, bits: int) -> BlockFormat:
+    """That with a scale `t` of the tensor, or without."""
+    return BLOCK_FORMATS["mxfp" if t is None else "nvfp4", bits]
+
+
+def round_blocks(x: Tensor, t: Tensor | None, grad: Tensor | None, bits: int) -> Tensor:
+    """`qat.functional.block_floats.round_blocks`."""
+    return formula_of_blocks(x, block_format(t, bits), t, grad)
 
 
 @torch.no_grad()

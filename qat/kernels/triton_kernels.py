@@ -239,15 +239,26 @@ def lsq_backward(  # noqa: PLR0913
 
 @triton.jit(do_not_specialize=["n"])
 def step_and_slope(
-    step: tensor, slope: tensor, start: tensor, grown: tensor, change: tensor, n: tensor, unit: tensor, BLOCK: constexpr
+    step: tensor, slope: tensor, start: tensor, growth: tensor, change: tensor, n: tensor, unit: tensor, BLOCK: constexpr
 ) -> None:
     """`step_and_slope` of `qat.functional.lsq`."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
-    s, g, t = tl.load(start + i, mask=inside), tl.load(grown + i, mask=inside), tl.load(change + i, mask=inside)
-    lacking = tl.where(s < unit, unit, s) - s
+    s, t = tl.load(start + i, mask=inside), tl.load(change + i, mask=inside)
+    g, lacking = s * tl.load(growth + i, mask=inside), tl.where(s < unit, unit, s) - s
     tl.store(step + i, g + lacking * tl.where(t < 0.0, 0.0, t), mask=inside)
     tl.store(slope + i, g + lacking * tl.where(t > 0.0, 1.0, tl.where(t == t, 0.0, t)), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def statsq_scale(w: tensor, scale: tensor, rows: tensor, length: tensor, BLOCK_R: constexpr, BLOCK_C: constexpr) -> None:
+    """`statsq_scale` of `qat.functional` for rows."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for first in range(0, length, BLOCK_C):
+        column = first + tl.arange(0, BLOCK_C)
+        total += tl.abs(_read(w, _places(row, column, length), _inside(row, column, rows, length)))
+    tl.store(scale + row, 2.0 * tl.div_rn(tl.sum(total, 1), 1.0 * length), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -152,7 +152,7 @@ class QuantAttention(ScoredAttention):
         q, k, v, p = (operand_of(o) for o in (self.q_quantizer, self.k_quantizer, self.v_quantizer, self.probs_quantizer))
         if q is None or k is None or v is None or p is None:
             return None
-        return attention(qkv, (q, k, v, p), Scoring(self.num_heads, factor, bias, mask, self.keep_probs))
+        return attention(qkv, (q, k, v, p), Scoring(bias, mask, self.num_heads, factor, self.keep_probs))
 
 
 class QkrAttention(ScoredAttention, QuantModule):
@@ -232,7 +232,7 @@ class QkrAttention(ScoredAttention, QuantModule):
             return None
         folded = self.latent("qk") if matrix.ready is None or torch.is_grad_enabled() else matrix.ready
         weights = QkrWeights(folded, v.weight, v.bias, self.product_offset, self.per_key_weight())
-        scoring = Scoring(self.num_heads, factor, bias, mask, self.keep_probs)
+        scoring = Scoring(bias, mask, self.num_heads, factor, self.keep_probs)
         return qkr_attention(x, weights, (matrix, of_v), QkrOperands(*operands), scoring)
 
     def timm_weights(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import dataclasses
 from torch import Tensor
 
 from qat import kernels
-from qat.functional.statsq import statsq_codes_with_scale, statsq_rms_scale, statsq_scale
+from qat.functional.statsq import statsq_codes_with_scale, statsq_rms_scale
 from qat.functional.ste import mean_abs, view_along
 from qat.kernels.fused import WeightParams
 from qat.quantizers.grid import UniformGrid
@@ -42,7 +42,7 @@ class StatsQ(Quantizer):
 
     def scale_of(self, x: Tensor) -> Tensor:
         """The scale in force for `x`; broadcasts against it."""
-        return statsq_scale(x)
+        return kernels.statsq_scale(x)
 
     def grid(self, x: Tensor | None = None) -> UniformGrid | None:
         """That of `x`, in half steps: code k stands for (k + 1/2) s / 2^(b-1)."""

@@ -18,7 +18,7 @@ from qat.functional.block_floats import (
     tensor_scale,
 )
 from qat.functional.packing import pack_pairs, unpack_pairs
-from qat.kernels import blocks, compile_cpp
+from qat.kernels import compile_cpp, cpu
 from tests.tiny import randn
 
 MXFP4, MXFP8, NVFP4 = BLOCK_FORMATS["mxfp", 4], BLOCK_FORMATS["mxfp", 8], BLOCK_FORMATS["nvfp4", 4]
@@ -163,13 +163,13 @@ def test_what_cannot_be_compiled_is_done_by_the_formula(monkeypatch):
         raise subprocess.TimeoutExpired("c++", 60)
 
     monkeypatch.setattr(compile_cpp, "load", fails)
-    x = randn(3, 40)
+    x, caches = randn(3, 40), (cpu._library, cpu.available)
     try:
-        for cached in (blocks._compiled, blocks._function):
+        for cached in caches:
             cached.cache_clear()
         assert torch.equal(kernels.block_floats(x, NVFP4), block_float(x, NVFP4))
     finally:
-        blocks._function.cache_clear()
+        cpu.available.cache_clear()
 
 
 @FORMATS

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qat.functional.lsq import step_and_slope, step_of
+from qat.functional.statsq import statsq_scale
 from qat.functional.ste import sum_along
 from qat.kernels import CodeRange, Made, gpu, library, operators, reference
 from tests.kernels import calls
@@ -121,11 +122,21 @@ def statsq(shape, axis, bits, dtype=torch.float32):
     return [str(d) for d, ours in found.items() if ours.dtype != d or not same(ours, expected)]
 
 
+def scales(rows, length, dtype=torch.float32):
+    """Of weights with a row of zeros, one of equal weights and one with a value that is no number."""
+    w = torch.randn(rows, length).to(dtype)
+    w[0], w[1], w[2, 0] = 0.0, 0.75, torch.nan
+    ours, expected = gpu.statsq_scale(w), statsq_scale(w)
+    near_enough = torch.allclose(ours, expected, rtol=1e-6, atol=0, equal_nan=True)
+    right = {"like": ours.dtype == torch.float32 and ours.shape == expected.shape, "sums": near_enough, "equal": ours[1] == 1.5}
+    return [name for name, fine in right.items() if not fine]
+
+
 def steps(n):
     """Steps around a unit, changes of both signs, none and no number."""
     start, change = torch.rand(n) + 0.5, torch.randn(n)
     change[::5], change[1::7], start[2::11] = 0.0, torch.nan, torch.nan
-    given = start, start * change.exp(), change, 1.0
+    given = start, change.exp(), change, 1.0
     pairs = zip(("step", "slope"), gpu.step_and_slope(*given), step_and_slope(*given), strict=True)
     return [name for name, ours, expected in pairs if not same(ours, expected)]
 
@@ -243,6 +254,9 @@ def declined():
         "out": calls.gpu_backward(x, x, scale, None, grid, out=x.double()),
         "dtype": calls.gpu_forward(x, scale, None, None, grid, dtype=torch.float64),
         "columns": gpu.statsq_forward(x[0], scale[:1].expand(1, 6).clone(), 2, torch.float32),
+        "scales of rows that lie apart": gpu.statsq_scale(x.flatten(0, 1)[::2]),
+        "scales of a convolution": gpu.statsq_scale(torch.ones(2, 3, 2, 2)),
+        "scales of double": gpu.statsq_scale(x[0].double()),
         "expanded": calls.gpu_forward(torch.ones(1, 1, 1).expand(2, 4, 6), scale, None, None, grid),
         "long": calls.gpu_backward(long, long, scale[:1], None, CodeRange(0, 3, None), made=SOFTMAX),
     }
@@ -286,6 +300,8 @@ CASES = {
        ) for form in forms},
     **{f"statsq {shape} {axis} {bits}": (statsq, shape, axis, bits)
        for shape, axis in (((5, 24), 0), ((4, 3, 2, 2), 0)) for bits in (2, 8)},
+    **{f"scales {length}": (scales, 5, length) for length in (1, 24, 197, 3000)},
+    "scales bfloat16": (scales, 5, 768, torch.bfloat16),
     "statsq bfloat16": (statsq, (5, 24), 0, 4, torch.bfloat16),
     "probabilities": (probs, (2, 3, 9, 9), -2),
     "in half precision": (gradients_in_half_precision, (2, 3, 9, 9), -2),

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 import triton
 
-from qat.kernels import Made, attention, gpu, tiles
+from qat.kernels import Made, attention, gpu, tiles, triton_attention, triton_kernels
 from tests.gpu.kernel_cases import FORMS, case
 from tests.kernels import calls
 
@@ -62,6 +62,7 @@ LAUNCHES = {
     "by column": lambda: rows(*case(*FORMS["channels"], (-2, 1))),
     "sign": lambda: rows(*case(*FORMS["pixels"], (-2, 1)), torch.ones(())),
     "weights": lambda: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2, torch.float32),
+    "scales of weights": lambda: gpu.statsq_scale(torch.ones(3, 8)),
     "norm, bfloat16": lambda: through(Made("norm", 1e-5), torch.ones(2, 197, 192), torch.bfloat16),
     "gelu, bfloat16": lambda: through(Made("none"), torch.ones(2, 197, 768, dtype=torch.bfloat16), torch.bfloat16),
     "probabilities": lambda: probabilities(torch.float32),
@@ -80,7 +81,8 @@ def main():
         for name, launch in LAUNCHES.items():
             keep = found[name].append
 
-            def compile_only(kernel, programs, *args, keep=keep, **constants):
+            def compile_only(name, programs, *args, keep=keep, **constants):
+                kernel = getattr(triton_attention, name, None) or getattr(triton_kernels, name)
                 keep(kernel.warmup(*args, grid=programs, **{**gpu.OPTIONS, **constants}).asm["ptx"])
 
             with (

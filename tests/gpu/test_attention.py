@@ -30,7 +30,7 @@ def parts(tokens, heads, size, axis=-2, scale=None, batch=2):
 
 def results(qkv, operands, heads, monkeypatch, *, in_tiles):
     monkeypatch.setattr(attention, "fits", lambda *_: in_tiles)
-    out = whole(qkv, operands, Scoring(heads, 0.3, None, None, True))
+    out = whole(qkv, operands, Scoring(None, None, heads, 0.3, True))
     leaves = [t for t in (qkv, *(t for o in operands for t in o[:3])) if t is not None]
     torch.manual_seed(1)
     return out.detach(), *torch.autograd.grad(out, leaves, torch.randn(out.shape))

@@ -57,7 +57,7 @@ class _Attention(torch.autograd.Function):
         if ctx.in_tiles:
             *grads, of_scale = in_tiles.backward(grad, held, q, k, v, probs.scale, *probs.codes, h, shape.factor)
             scores = held.unsqueeze(-1).expand(*held.shape, held.shape[-1])
-            of_scale = (of_scale * gradient_scale(scores, probs.codes, probs.grad_factor)).to(probs.scale.dtype)
+            of_scale = of_scale * gradient_scale(scores, probs.codes, probs.grad_factor)
         else:
             k, v = pad(k), pad(v)
             made = softmax(_scores(q, k, shape), bias, mask, shape.probs_dtype) if held is None else held
@@ -83,5 +83,4 @@ def attention(qkv: Tensor, operands: tuple[LSQParams, ...], scoring: Scoring) ->
     Returns:
         (B, N, h*d).
     """
-    score = scoring.bias, scoring.mask, scoring.num_heads, scoring.factor, scoring.keep_probs
-    return _Attention.apply(qkv, *score, *flat(operands))
+    return _Attention.apply(qkv, *scoring, *flat(operands))

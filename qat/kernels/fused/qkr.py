@@ -119,7 +119,7 @@ class _Qkr(torch.autograd.Function):
         def through(of_y: Tensor, weight: Tensor, found: WeightParams, of: Tensor | None) -> tuple[Tensor | None, ...]:
             """Add the gradient by a product with a weight, and give those of weight, step and bias."""
             of_xq.view(-1, x.shape[-1]).addmm_(of_y, found.forward(weight, dtype))
-            return *found.backward(of_y.t() @ flat_x, weight), None if of is None else of_y.sum(0).to(of.dtype)
+            return *found.backward(of_y.t() @ flat_x, weight), None if of is None else of_y.sum(0)
 
         of_product = operators.gradients(product, back, rows, in_place=True, counted=rows[:, : h * n])
         of_matrix, of_step, of_offset = through(of_product.x.view(-1, mapped.shape[-1]), weights.matrix, of_m, weights.offset)
@@ -149,5 +149,4 @@ def qkr_attention(x: Tensor, weights: QkrWeights, params: Params, operands: QkrO
     Returns:
         (B, N, h*d).
     """
-    score = scoring.bias, scoring.mask, scoring.num_heads, scoring.factor, scoring.keep_probs
-    return _Qkr.apply(*given(x), *score, *weights, *flat((*params, *operands)))
+    return _Qkr.apply(*given(x), *scoring, *weights, *flat((*params, *operands)))

@@ -17,17 +17,17 @@ class Scoring(NamedTuple):
     """What happens to scores, and how.
 
     Attributes:
-        num_heads: h.
-        factor: what they are multiplied by.
         bias: (h, N, N), added for every image, or None.
         mask: (W, N, N) without gradient, added to the W windows that follow each other along the batch, or None.
+        num_heads: h.
+        factor: what they are multiplied by.
         keep_probs: keep the probabilities for backward; else they are made again.
     """
 
-    num_heads: int
-    factor: float
     bias: Tensor | None
     mask: Tensor | None
+    num_heads: int
+    factor: float
     keep_probs: bool
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from qat.functional.lsq import CodeRange
-from qat.functional.statsq import statsq_scale
 from qat.kernels import LSQParams, operators
 
 
@@ -35,7 +34,7 @@ class WeightParams(NamedTuple):
     def fitted(self, weight: Tensor) -> WeightParams:
         """With the scale that StatsQ finds in `weight`, if it is needed and not yet known."""
         is_missing = isinstance(self.settings, int) and self.ready is None and self.scale is None
-        return self._replace(scale=statsq_scale(weight)) if is_missing else self
+        return self._replace(scale=operators.statsq_scale(weight)) if is_missing else self
 
     def forward(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The factor of a product in `dtype`."""
@@ -47,7 +46,7 @@ class WeightParams(NamedTuple):
         return weight.to(dtype) if lsq is None else operators.quantize(lsq, weight, dtype)
 
     def backward(self, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the weight, in its dtype, and of LSQ's step.
+        """Gradients of the weight and of LSQ's step.
 
         Args:
             grad: of the result of `forward`; may take the gradient of the weight.
@@ -55,6 +54,6 @@ class WeightParams(NamedTuple):
         """
         lsq = self.lsq
         if lsq is None:
-            return grad.to(weight.dtype), None
+            return grad, None
         found = operators.gradients(lsq, grad, weight, in_place=True)
         return found.x, found.scale

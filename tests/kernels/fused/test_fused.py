@@ -156,8 +156,8 @@ def rows(request, monkeypatch):
 def test_attention(factor, kind, keep):
     qkv, operands = attention_parts()
     bias, mask = extras(kind)
-    fused = attention(qkv, operands, Scoring(H, factor, bias, mask, keep))
-    plain = simple.attention(qkv, operands, Scoring(H, factor, bias, mask, keep))
+    fused = attention(qkv, operands, Scoring(bias, mask, H, factor, keep))
+    plain = simple.attention(qkv, operands, Scoring(bias, mask, H, factor, keep))
     compare(fused, plain, leaves(qkv, operands, bias))
 
 
@@ -169,7 +169,7 @@ def test_products_see_rows_of_eight(monkeypatch):
         found = sys.modules[f"qat.kernels.fused.{module}"]
         monkeypatch.setattr(found, "heads_product", lambda a, b, out, f: seen.append((a.shape[-1], out.shape)) or product(a, b, out, f))
     qkv, operands = attention_parts()
-    attention(qkv, operands, Scoring(H, 0.3, None, None, keep_probs=False)).sum().backward()
+    attention(qkv, operands, Scoring(None, None, H, 0.3, keep_probs=False)).sum().backward()
     assert seen == [
         (D, (H, B, N, 8)),  # scores, twice; the gradient of the probabilities
         (8, (H, B, N, D)),  # what leaves the heads
@@ -206,12 +206,12 @@ def qkr_parts(per_key=False, params=TWO_WIDTHS):
 @pytest.mark.parametrize("factor", [0.125, 0.07])
 def test_qkr(factor, per_key, kind, keep):
     parts = qkr_parts(per_key)
-    scoring = Scoring(H, factor, *extras(kind), keep)
+    scoring = Scoring(*extras(kind), H, factor, keep)
     compare(qkr_attention(*parts, scoring), simple.qkr_attention(*parts, scoring), leaves(*parts, scoring))
 
 
 def test_a_backward_pass_inside_autocast_whose_forward_pass_was_not():
-    parts, scoring = qkr_parts(per_key=True), Scoring(H, 0.07, None, None, keep_probs=True)
+    parts, scoring = qkr_parts(per_key=True), Scoring(None, None, H, 0.07, keep_probs=True)
     out, tensors = qkr_attention(*parts, scoring), leaves(*parts)
     expected = torch.autograd.grad(out, tensors, torch.ones_like(out), retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -223,7 +223,7 @@ def test_a_backward_pass_inside_autocast_whose_forward_pass_was_not():
 @pytest.mark.parametrize("ready", [True, False])
 def test_qkr_with_learned_steps_of_weights(ready):
     parts = qkr_parts(per_key=True, params=(learned(H * C), learned(C, half=True)))
-    scoring = Scoring(H, 0.07, None, None, keep_probs=True)
+    scoring = Scoring(None, None, H, 0.07, keep_probs=True)
     plain = simple.qkr_attention(*parts, scoring)
     x, weights, params, operands = parts
     if ready:
