@@ -45,7 +45,7 @@ def _library() -> Any:
 @functools.cache
 def available() -> bool:
     """True if there are compiled kernels that agree with `reference`; the first call compiles them."""
-    grids = (CodeRange(-4, 3, 1, half=half) for half in (False, True))
+    grids = CodeRange(-4, 3, 1), CodeRange(-4, 3, 1, half=True)
     return works("C++", lambda: reference.agrees(lsq_forward, lsq_backward, "cpu", *grids))
 
 
@@ -125,6 +125,7 @@ def round_blocks(x: Tensor, t: Tensor | None, grad: Tensor | None, bits: int) ->
     form, length, values = reference.block_format(t, bits), x.shape[-1], x.float().contiguous()
     upstream, out = None if grad is None else grad.float().contiguous(), torch.empty_like(values)
     _run(
-        "round_blocks", values, upstream, out, x.numel() // length, length, form.block, 2.0**-form.mantissa, 2.0**form.lowest, form.highest, t,
+        "round_blocks", values, upstream, out, x.numel() // length, length, form.block,
+        2.0**-form.mantissa, 2.0**form.lowest, form.highest, t,
     )  # fmt: skip
     return out.to(x.dtype)

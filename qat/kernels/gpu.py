@@ -5,7 +5,6 @@ What a function is given and what it gives is described in `reference`; None whe
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 from typing import Any
@@ -40,8 +39,8 @@ def _launch(name: str, programs: tuple[int, ...], *args: Any, **constants: Any) 
     """Run the kernel of a name where its first argument is."""
     from qat.kernels import triton_attention, triton_kernels  # not every system has Triton
 
-    kernel, device = getattr(triton_attention, name, None) or getattr(triton_kernels, name), args[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    kernel = getattr(triton_attention, name, None) or getattr(triton_kernels, name)
+    with torch.cuda.device(args[0].get_device()):  # -1, which is none, in the interpreter
         kernel[programs](*args, **{**OPTIONS, **constants})
 
 
@@ -126,22 +125,18 @@ def step_and_slope(start: Tensor, growth: Tensor, change: Tensor, unit: float) -
     return step, slope
 
 
-def statsq_scale(w: Tensor) -> Tensor | None:
-    """`qat.functional.statsq_scale` of a matrix."""
-    scale = _floats(w, len(w), 1)
-    layout = scaled_rows(w, scale) if fit(DTYPES, w) else None
-    if layout is None:
-        return None
-    block, (programs, _) = tiles_of(layout)
-    _launch("statsq_scale", (programs,), w, scale, *layout[:2], **block)
-    return scale
-
-
-def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor | None:
-    """`reference.statsq_forward` for a scale per row, rounded to `dtype` as it is written."""
+def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, *, find: bool = False) -> Tensor | None:
+    """`reference.statsq_forward` for a scale per row, rounded to `dtype` as it is written; `find` writes `scale` first."""
     layout = scaled_rows(w, scale) if dtype in DTYPES and fit(DTYPES, w, scale) else None
     if layout is None:
         return None
     (block, programs), out = tiles_of(layout), torch.empty(w.shape, dtype=dtype, device=w.device)
-    _launch("statsq_forward", programs, w, out, scale, float(2 ** (bits - 1)), *layout[:2], **block)
+    _launch("statsq_forward", programs[:1], w, out, scale, float(2 ** (bits - 1)), *layout[:2], FIND=find, **block)
     return out
+
+
+def statsq(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """StatsQ of a matrix, and its scale, in one launch."""
+    scale = _floats(w, len(w), 1)
+    out = statsq_forward(w, scale, bits, dtype, find=True)
+    return None if out is None else (out, scale)

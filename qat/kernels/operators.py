@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qat.functional.lsq import LsqGradients, gradient_scale
 from qat.functional.lsq import step_and_slope as formula_of_steps
-from qat.functional.statsq import statsq_scale as formula_of_scale
+from qat.functional.statsq import statsq_scale
 from qat.functional.ste import in_dtype
 from qat.kernels import cpu, gpu, reference
 from qat.kernels.library import operator
@@ -64,6 +64,14 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> T
     return in_dtype(reference.statsq_forward(w, scale, bits), dtype)
 
 
+@_with_forms("(Tensor w, int bits, ScalarType dtype) -> (Tensor, Tensor)")
+def statsq(w: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`qat.functional.statsq`, rounded to a dtype, and its scale."""
+    scale = statsq_scale(w)
+    return statsq_forward(w, scale, bits, dtype), scale
+
+
+del FORMULAS[torch.ops.qat.statsq.default]  # a compiler would add up the scale in another order
 step_and_slope = _with_forms("(Tensor start, Tensor growth, Tensor change, float unit) -> (Tensor, Tensor)")(formula_of_steps)
 
 
@@ -142,7 +150,4 @@ def gradients(  # noqa: PLR0913  (what else comes out of the one pass over memor
     return LsqGradients(out, of_scale, before, after, y if y is None else y.to(dequantized), *of_norm)
 
 
-statsq_scale = _with_forms("(Tensor w) -> Tensor")(formula_of_scale)
-# A compiler would add it up in another order.
-del FORMULAS[torch.ops.qat.statsq_scale.default]
 round_blocks = _with_forms("(Tensor x, Tensor? t, Tensor? grad, int bits) -> Tensor")(reference.round_blocks)

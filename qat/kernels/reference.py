@@ -39,7 +39,7 @@ def agrees(forward: Callable[..., Any], backward: Callable[..., Any], device: st
         grids: what to try, for tensors (3, 4, 37).
     """
     x = torch.linspace(-9, 9, 4 * 37 * 3, device=device, dtype=torch.float32).reshape(3, 4, 37)
-    scale, offset = torch.tensor([0.5, 1.0, 0.3, 2.0], device=device, dtype=torch.float32), x.flatten()[:37].clone()
+    scale, offset = torch.tensor([0.5, 1.0, 0.3, 2.0], device=device, dtype=torch.float32), x.flatten()[:37]
     for codes in grids:
         q, of_x = LSQParams(scale, offset, offset, None, codes), torch.empty_like(x)
         sums = backward(x, x, q, of_x, torch.float32, None, None, Made(), with_after=False)

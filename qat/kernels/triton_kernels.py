@@ -251,24 +251,31 @@ def step_and_slope(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def statsq_scale(w: tensor, scale: tensor, rows: tensor, length: tensor, BLOCK_R: constexpr, BLOCK_C: constexpr) -> None:
-    """`statsq_scale` of `qat.functional` for rows."""
+def statsq_forward(  # noqa: PLR0913
+    w: tensor,
+    y: tensor,
+    scale: tensor,
+    n: tensor,
+    rows: tensor,
+    length: tensor,
+    FIND: constexpr,
+    BLOCK_R: constexpr,
+    BLOCK_C: constexpr,
+) -> None:
+    """`reference.statsq_forward`; n = 2^(bits-1). With FIND, `scale` takes the scales of the rows, which are found before."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    if FIND:
+        total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for first in range(0, length, BLOCK_C):
+            column = first + tl.arange(0, BLOCK_C)
+            total += tl.abs(_read(w, _places(row, column, length), _inside(row, column, rows, length)))
+        s = 2.0 * tl.div_rn(tl.sum(total, 1), 1.0 * length)
+        tl.store(scale + row, s, mask=row < rows)
+    else:
+        s = tl.load(scale + row, mask=row < rows, other=1.0).to(tl.float32)
+    s = s[:, None]
     for first in range(0, length, BLOCK_C):
         column = first + tl.arange(0, BLOCK_C)
-        total += tl.abs(_read(w, _places(row, column, length), _inside(row, column, rows, length)))
-    tl.store(scale + row, 2.0 * tl.div_rn(tl.sum(total, 1), 1.0 * length), mask=row < rows)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def statsq_forward(  # noqa: PLR0913
-    w: tensor, y: tensor, scale: tensor, n: tensor, rows: tensor, length: tensor, BLOCK_R: constexpr, BLOCK_C: constexpr
-) -> None:
-    """`reference.statsq_forward`; n = 2^(bits-1)."""
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside, places = _inside(row, column, rows, length), _places(row, column, length)
-    s = tl.load(scale + row, mask=row < rows, other=1.0).to(tl.float32)[:, None]
-    u = _clamped(tl.div_rn(_read(w, places, inside), tl.where(s < TINY, TINY, s)), -1.0, TOP_CLIP)
-    tl.store(y + places, tl.div_rn(_rounded(u * n - 0.5) + 0.5, n) * s, mask=inside)
+        inside, places = _inside(row, column, rows, length), _places(row, column, length)
+        u = _clamped(tl.div_rn(_read(w, places, inside), tl.where(s < TINY, TINY, s)), -1.0, TOP_CLIP)
+        tl.store(y + places, tl.div_rn(_rounded(u * n - 0.5) + 0.5, n) * s, mask=inside)

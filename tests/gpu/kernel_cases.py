@@ -126,9 +126,14 @@ def scales(rows, length, dtype=torch.float32):
     """Of weights with a row of zeros, one of equal weights and one with a value that is no number."""
     w = torch.randn(rows, length).to(dtype)
     w[0], w[1], w[2, 0] = 0.0, 0.75, torch.nan
-    ours, expected = gpu.statsq_scale(w), statsq_scale(w)
+    (levels, ours), expected = gpu.statsq(w, 2, torch.float32), statsq_scale(w)
     near_enough = torch.allclose(ours, expected, rtol=1e-6, atol=0, equal_nan=True)
-    right = {"like": ours.dtype == torch.float32 and ours.shape == expected.shape, "sums": near_enough, "equal": ours[1] == 1.5}
+    right = {
+        "like": ours.dtype == torch.float32 and ours.shape == expected.shape,
+        "sums": near_enough,
+        "equal": ours[1] == 1.5,
+        "levels": same(levels, reference.statsq_forward(w, ours, 2)),
+    }
     return [name for name, fine in right.items() if not fine]
 
 
@@ -254,9 +259,9 @@ def declined():
         "out": calls.gpu_backward(x, x, scale, None, grid, out=x.double()),
         "dtype": calls.gpu_forward(x, scale, None, None, grid, dtype=torch.float64),
         "columns": gpu.statsq_forward(x[0], scale[:1].expand(1, 6).clone(), 2, torch.float32),
-        "scales of rows that lie apart": gpu.statsq_scale(x.flatten(0, 1)[::2]),
-        "scales of a convolution": gpu.statsq_scale(torch.ones(2, 3, 2, 2)),
-        "scales of double": gpu.statsq_scale(x[0].double()),
+        "scales of rows that lie apart": gpu.statsq(x.flatten(0, 1)[::2], 2, torch.float32),
+        "scales of a convolution": gpu.statsq(torch.ones(2, 3, 2, 2), 2, torch.float32),
+        "scales of double": gpu.statsq(x[0].double(), 2, torch.float32),
         "expanded": calls.gpu_forward(torch.ones(1, 1, 1).expand(2, 4, 6), scale, None, None, grid),
         "long": calls.gpu_backward(long, long, scale[:1], None, CodeRange(0, 3, None), made=SOFTMAX),
     }

@@ -62,7 +62,7 @@ LAUNCHES = {
     "by column": lambda: rows(*case(*FORMS["channels"], (-2, 1))),
     "sign": lambda: rows(*case(*FORMS["pixels"], (-2, 1)), torch.ones(())),
     "weights": lambda: gpu.statsq_forward(torch.ones(3, 8), torch.ones(3, 1), 2, torch.float32),
-    "scales of weights": lambda: gpu.statsq_scale(torch.ones(3, 8)),
+    "scales of weights": lambda: gpu.statsq(torch.ones(3, 8), 2, torch.float32),
     "norm, bfloat16": lambda: through(Made("norm", 1e-5), torch.ones(2, 197, 192), torch.bfloat16),
     "gelu, bfloat16": lambda: through(Made("none"), torch.ones(2, 197, 768, dtype=torch.bfloat16), torch.bfloat16),
     "probabilities": lambda: probabilities(torch.float32),

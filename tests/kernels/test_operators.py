@@ -28,7 +28,7 @@ def sample(name):
         "lsq_backward norm": (grad, *lsq, False, torch.empty_like(x), torch.float32, offset, 2 * offset, *Made("norm", 1e-5)),
         "lsq_backward gelu": (grad, *half, False, torch.empty_like(x), torch.float32, None, None, *Made("none")),
         "step_and_slope": (STEPS, offset.exp(), offset, 0.5),
-        "statsq_scale": (randn(5, 6),),
+        "statsq": (randn(5, 6), 2, torch.bfloat16),
         "statsq_forward": (randn(5, 6), torch.ones(5, 1), 2, torch.float32),
         "lsq_backward softmax": (
             grad,
@@ -50,7 +50,7 @@ NAMES = (
     "lsq_forward",
     *(f"lsq_backward{kind}" for kind in ("", " levels", " norm", " gelu", " softmax")),
     "statsq_forward",
-    "statsq_scale",
+    "statsq",
     "step_and_slope",
     "heads_product",
     "sum_of_products",

@@ -17,10 +17,11 @@ class _LsqLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         (made_x, x, *norm, made), q, (weight, *settings, bias) = args[:5], LSQParams(*args[5:11]), args[11:]
-        dtype, params = product_dtype(x), WeightParams(*settings).fitted(weight)
+        dtype = product_dtype(x)
+        wq, params = WeightParams(*settings).begin(weight, dtype)
         keep(ctx, x, *norm, made, *q, weight, *params, bias, dtype)
         xq = operators.quantize(q, x if made_x is None else made_x, dtype)
-        out = linear(xq.reshape(-1, xq.shape[-1]), params.forward(weight, dtype), bias)
+        out = linear(xq.reshape(-1, xq.shape[-1]), wq, bias)
         # A net may write into what a Linear gave; autograd forbids that for a view.
         return torch.ops.aten._unsafe_view(out, (*xq.shape[:-1], len(weight)))
 
@@ -42,8 +43,8 @@ class _LsqLinear(torch.autograd.Function):
         xq = found.dequantized
         of_weight, of_step = (None, None) if xq is None else params.backward(grad.t() @ xq.flatten(0, -2), weight)
         of_x = None, found.x, found.norm_weight, found.norm_bias, None
-        of_params = found.scale, found.before, of_after, None, None, None
-        return *of_x, *of_params, of_weight, None, of_step, None, None if bias is None else of_bias
+        shown = None if bias is None else of_bias
+        return *of_x, found.scale, found.before, of_after, None, None, None, of_weight, None, of_step, None, shown
 
 
 def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, params: WeightParams, bias: Tensor | None) -> Tensor:

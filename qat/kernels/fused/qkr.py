@@ -85,11 +85,12 @@ class _Qkr(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         (made_x, x, *norm, made), (bias, mask, num_heads, factor, keep_probs), rest = args[:5], args[5:10], args[10:]
         weights, (of_m, of_v), operands = _unpack(rest)
-        shape, of_m, of_v = shape_for(x, num_heads, factor), of_m.fitted(weights.matrix), of_v.fitted(weights.v)
+        shape = shape_for(x, num_heads, factor)
+        (matrix, of_m), (v, of_v) = of_m.begin(weights.matrix, shape.dtype), of_v.begin(weights.v, shape.dtype)
         xq = operators.quantize(operands.input, x if made_x is None else made_x, shape.dtype)
         padded = pad(xq)
-        mapped = linear(padded, of_m.forward(weights.matrix, shape.dtype), weights.offset)
-        values = linear(padded, of_v.forward(weights.v, shape.dtype), weights.v_bias)
+        mapped = linear(padded, matrix, weights.offset)
+        values = linear(padded, v, weights.v_bias)
         rows = mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2)
         keys = operators.quantize(_padded(operands.product, rows, x, num_heads), rows, shape.dtype)
         probs = _probs(xq, padded, _by_head(keys, num_heads), weights.per_key, bias, mask, shape)

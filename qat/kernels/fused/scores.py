@@ -66,8 +66,7 @@ def softmax(scores: Tensor, bias: Tensor | None, mask: Tensor | None, dtype: tor
     if bias is not None:
         scores = scores + bias.unsqueeze(1)
     if mask is not None:
-        windows = scores.unflatten(1, (-1, mask.shape[0]))
-        scores = (windows + mask).flatten(1, 2)
+        scores = (scores.unflatten(1, (-1, mask.shape[0])) + mask).flatten(1, 2)
     if more:
         scores[..., -more:] = -torch.inf
     return scores.softmax(-1, dtype=dtype)

@@ -16,7 +16,7 @@ class WeightParams(NamedTuple):
 
     Attributes:
         settings: bits of StatsQ; codes and factor of LSQ, as `LSQParams` has them; None = the weight is quantized already.
-        scale: the step of LSQ, (out,) or (1,); the scale of StatsQ, None until `fitted` finds it.
+        scale: the step of LSQ, (out,) or (1,); the scale of StatsQ, None until `begin` finds it.
         ready: the quantized weight, where somebody keeps it; without gradient.
     """
 
@@ -31,10 +31,12 @@ class WeightParams(NamedTuple):
             return None
         return LSQParams(self.scale, None, None, None, *self.settings)
 
-    def fitted(self, weight: Tensor) -> WeightParams:
-        """With the scale that StatsQ finds in `weight`, if it is needed and not yet known."""
-        is_missing = isinstance(self.settings, int) and self.ready is None and self.scale is None
-        return self._replace(scale=operators.statsq_scale(weight)) if is_missing else self
+    def begin(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, WeightParams]:
+        """`forward`, and what makes the same again: the scale that StatsQ finds in `weight` is kept."""
+        if isinstance(self.settings, int) and self.ready is None:
+            made, scale = operators.statsq(weight, self.settings, dtype)
+            return made, self._replace(scale=scale)
+        return self.forward(weight, dtype), self
 
     def forward(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The factor of a product in `dtype`."""
