@@ -35,6 +35,7 @@ from qat.launch import ranks, run_dir, signals
 from qat.launch.signals import Preempted
 from qat.tasks import settings
 from qat.tasks.conf import CONF, options, typed, yaml_lines
+from qat.utils.text import printable
 from qat.utils.validate import unknown
 
 log = logging.getLogger(__name__)
@@ -249,7 +250,7 @@ def line_of(error: BaseException | None) -> str | None:
             line, name = str(error).partition("\n")[0].rpartition(" raised while resolving interpolation: ")[2], str(error.full_key or "")
             return f"{name}: {line}" if name not in line else line
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}:
-            return f"{error.filename}: cannot be read or written ({error.strerror})"
+            return f"{error.filename or 'a file'}: cannot be read or written ({error.strerror})"
         if isinstance(error, OSError | RuntimeError) and _FILES.search(text):
             return "too many open files; data.num_workers must be fewer, or the limit higher (ulimit -n)"
         if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
@@ -287,6 +288,10 @@ class TerminalHandler(logging.StreamHandler):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, in which a name of a file or a class can neither move the cursor nor stop the output."""
+        return printable(super().format(record))
 
     @property
     def stream(self) -> TextIO:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,8 +21,10 @@ from qat.data.settings import DataSettings
 from qat.data.sources import EncodedImages, ImageArrays, ImageSource, hold_out, load
 from qat.data.transforms import BatchMixup, Transform, eval_transform, train_transform
 from qat.errors import UsageError
+from qat.launch.ranks import is_first
 from qat.launch.signals import ignore_signals
 
+log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 # Of files written when there were these settings.
 REMOVED = {"cache", "in_memory", "class_weights", "erase_mode", "erase_count", "mixup_mode"}
@@ -168,10 +171,13 @@ class ImageData(LightningDataModule, ABC):
         return {"split": self.evaluation_split, "images": int(counts.sum()), "majority_share": round(float(share), 4)}
 
     def _check(self, split: str, source: ImageSource) -> None:
-        wrong = source.labels[(source.labels < 0) | (source.labels >= self.settings.num_classes)]
+        most = self.settings.num_classes
+        wrong = source.labels[(source.labels < 0) | (source.labels >= most)]
         if len(wrong):
-            most = self.settings.num_classes
             raise UsageError(f"data.num_classes={most}: labels must be from 0 to {most - 1}; the {split} split has {wrong.max()}")
+        absent = np.setdiff1d(np.arange(most), source.labels)
+        if split == "train" and len(absent) and is_first():
+            log.warning("data.num_classes=%d: %d of them have no training images, the first is class %d", most, len(absent), absent[0])
         if source.chans != self.settings.in_chans:
             raise UsageError(f"data.in_chans={self.settings.in_chans}: must be {source.chans}, the channels of the images")
 

@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from qat.errors import UsageError
-from qat.utils.validate import CROP_MODES, INTERPOLATIONS, MOST_SIDE, check_channels, check_choice, check_int, check_number
+from qat.utils.validate import (
+    CROP_MODES,
+    HIGHEST_CROP,
+    INTERPOLATIONS,
+    LOWEST_CROP,
+    MOST_SIDE,
+    check_channels,
+    check_choice,
+    check_int,
+    check_number,
+)
 
 CHOICES = {
     "on_error": ("raise", "skip"),
@@ -33,7 +43,7 @@ INTS = {
     "shift": (0,),
 }
 LOWEST_NUMBERS = ("memory_mb", "mixup", "cutmix")
-SHARES = ("hflip", "random_erasing", "mixup_prob", "mixup_switch_prob", "crop_pct")
+SHARES = ("hflip", "random_erasing", "mixup_prob", "mixup_switch_prob")
 MAY_BE_NONE = {"interpolation", "crop_pct", "crop_mode", "patch_size", "shift", "num_workers"}
 FEW_IMAGES, MOST_WORKERS = 1000, 8
 
@@ -128,9 +138,9 @@ class DataSettings:
             if name in set_values:
                 check(f"data.{name}", set_values[name], *bounds)
         for name in SHARES:
-            if name in set_values:
-                is_crop = name == "crop_pct"  # of VOLO 1.15: a border around the image
-                check_number(f"data.{name}", set_values[name], 0, above=is_crop, highest=2 if is_crop else 1)
+            check_number(f"data.{name}", set_values[name], 0, highest=1)
+        if self.crop_pct is not None:
+            check_number("data.crop_pct", self.crop_pct, LOWEST_CROP, highest=HIGHEST_CROP)
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UsageError(f"data.scale={self.scale}: must be two shares of the image's area [lowest, highest], above 0 to 1")
         for name, lowest in (("mean", -math.inf), ("std", 0.0)):

@@ -122,6 +122,8 @@ class EncodedImages(ABC):
     """
 
     def __init__(self, labels: NDArray[np.int64], where: str, settings: DataSettings) -> None:
+        if not len(labels):
+            raise UsageError(f"{where}: holds no images")
         self.labels, self.where, self.rows, self.on_error = labels, where, np.arange(len(labels)), settings.on_error
         self._failed = torch.zeros(len(labels), dtype=torch.bool).share_memory_()  # by row; workers say it once, all together
         self.chans = 1 if settings.in_chans == 1 else 3

@@ -64,7 +64,8 @@ def evaluate(cfg: DictConfig) -> float | None:
     if is_first():
         record_run(cfg)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
-    connect(trainer)
+    if paths is None:  # predictions are made by one process, which `predict` says
+        connect(trainer)
     data = subject.data
     shown = {
         "data": summary.describe_data(data) if paths is None else f"{count(len(paths), 'image')} of {cfg.predict}",

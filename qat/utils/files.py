@@ -98,9 +98,9 @@ def remove_unfinished(folders: Iterable[Path]) -> list[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically; bytes of a name that UTF-8 cannot hold are escaped."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def csv_lines(rows: Iterable[Iterable[Any]]) -> str:

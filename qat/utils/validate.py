@@ -21,6 +21,8 @@ HIGHEST_WHOLE = 2**31 - 1
 HIGHEST_NUMBER = sys.float_info.max
 # How an image is prepared: side in pixels at most, crops, interpolations.
 MOST_SIDE = 2**14
+# A tenth makes an image ten times as large before it is cropped; VOLO has 1.15, a border around the image.
+LOWEST_CROP, HIGHEST_CROP = 0.1, 2
 CROP_MODES, INTERPOLATIONS = ("center", "squash", "border"), ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -95,7 +97,7 @@ def check_images(where: str, said: Mapping[str, Any]) -> None:
         if name in given:
             check_channels(f"{where}.{name}", given[name], chans, lowest)
     if "crop_pct" in given:
-        check_number(f"{where}.crop_pct", given["crop_pct"], 0, above=True, highest=2)  # timm has 1.15
+        check_number(f"{where}.crop_pct", given["crop_pct"], LOWEST_CROP, highest=HIGHEST_CROP)
     for name, allowed in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
         if name in given:
             check_choice(f"{where}.{name}", given[name], allowed)

@@ -83,6 +83,7 @@ LINES = [
     ("seed=x", "seed: Value 'x' of type 'str' could not be converted to Integer"),
     ("compile=[1]", "compile: Value '[1]' of type 'list' is incompatible with type hint 'Union[bool, str]'"),
     ("logger=null", "Config group override must be a string or a list. Got NoneType"),
+    ("run_dir=", "run_dir='': must be a non-empty string"),
     ("run_dir=file/run", "run_dir='file/run': must be a folder that is or can be made (Not a directory)"),
     ("callbacks.finite.policy=skip", f"callbacks.finite.policy: was removed; use: {settings.removed('callbacks.finite.policy')}"),
     (
@@ -132,6 +133,7 @@ def test_the_traceback_comes_through_where_it_is_wanted(tmp_path, monkeypatch, w
         (RuntimeError("received 0 items of ancdata"), "too many open files; data.num_workers must be fewer"),
         (OSError(errno.EMFILE, "Too many open files", "x"), "too many open files"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), "x: cannot be read or written (No space left on device)"),
+        (OSError(errno.ENOSPC, "No space left on device"), "a file: cannot be read or written (No space left on device)"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "x: cannot be read or written (Permission denied)"),
         (
             RuntimeError("Connection closed by peer [1.2.3.4]\nmore"),

@@ -151,6 +151,13 @@ def test_labels_that_are_no_class_ids_are_refused(tmp_path, labels, line):
         data(tmp_path).train_dataloader()
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_without_rows_is_refused(tmp_path, split):
+    write(tmp_path, (("train", 20), (split, 0)))
+    with pytest.raises(qat.UsageError, match=rf"{split}\.parquet: holds no images$"):
+        data(tmp_path).split("train")
+
+
 def test_a_copy_of_train_is_named(tmp_path, caplog):
     write(tmp_path, (("train", 12),))
     folder = tmp_path / "data"

@@ -10,6 +10,8 @@ import torch
 import qat
 from qat.data import Cifar10, FashionMnist, ImageNet
 from qat.tasks.predict import class_names
+from qat.utils.text import printable
+from tests.commands import typed
 from tests.conftest import compose, results, train
 from tests.data.files import write_folder, write_image
 
@@ -156,3 +158,23 @@ def test_names_that_are_no_text_cost_no_predictions(tmp_path, run_4bit):
         os.link(tmp_path / "photos" / "x.png", os.path.join(os.fsencode(tmp_path / "photos"), name))
     _, rows = predict(tmp_path, f"ckpt={last(run_4bit)}", f"predict={tmp_path}/photos")
     assert [row[0] for row in rows] == [f"{tmp_path}/photos/{name}" for name in (r"\x1b[31m.png", "x.png", r"\xff.png")]
+
+
+@pytest.mark.parametrize("name", [b"\xff.png", b"\x1b[31m.png"])
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_names_that_are_no_text_can_be_shown_and_logged(tmp_path, run_4bit, name, is_damaged):
+    path = write_image(tmp_path / "photos" / "x.png", 16, 16).rename(tmp_path / "photos" / os.fsdecode(name))
+    if is_damaged:
+        path.write_bytes(b"no image")
+    code, out = typed("eval.py", f"ckpt={last(run_4bit)}", "predict=photos", "run_dir=run", cwd=tmp_path)
+    assert code == is_damaged
+    assert f"photos/{printable(path.name)}" in out
+    assert "\x1b" not in out
+    assert all(sign not in out for sign in ("Logging error", "could not be written"))
+    assert ".png" in (tmp_path / "run" / "eval.log").read_text()
+
+
+def test_one_device_is_required_before_the_run_waits_for_others(tmp_path, photos, run_4bit, refused, monkeypatch):
+    monkeypatch.setattr("qat.tasks.evaluate.connect", lambda trainer: pytest.fail(f"waits for {trainer.world_size} processes"))
+    asked = (f"ckpt={last(run_4bit)}", f"predict={photos[0]}", "trainer.devices=2", f"run_dir={tmp_path}/run")
+    assert "trainer.devices=2: predictions are made on one device; must be 1" in refused("evaluate", compose("eval", *asked))
