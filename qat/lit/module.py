@@ -218,7 +218,7 @@ class QATModule(LightningModule):
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the means of the epoch that was under way; under another number of processes they begin anew.
+        """Go on with the means of the epoch that was under way; those of other terms, or under other processes, begin anew.
 
         Raises:
             UsageError: the run averaged its weights, and no callback would go on with that.
@@ -228,8 +228,9 @@ class QATModule(LightningModule):
             raise UsageError(
                 "resume: the run averages its weights; resume with callbacks=[default,ema], or start from the average with ckpt=PATH"
             )
-        for name, state in checkpoint.get(MEANS_KEY, {}).items():
-            for key, sums in state.items() if len(state["weight"]) == self.trainer.world_size else ():
+        sums_of = checkpoint.get(MEANS_KEY, {})
+        for name in self.train_means.keys() & sums_of.keys():
+            for key, sums in sums_of[name].items() if len(sums_of[name]["weight"]) == self.trainer.world_size else ():
                 setattr(self.train_means[name], key, sums[self.global_rank].to(self.device))
 
 

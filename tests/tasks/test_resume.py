@@ -363,6 +363,13 @@ def test_what_a_run_cannot_take_any_more_is_refused(changes, line, full):
     assert (full / "config.yaml").read_bytes() == before
 
 
+def test_another_loss_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
+    short = ("trainer.max_epochs=1", "trainer.limit_train_batches=4")
+    run_dir = killed_at(3, tmp_path / "run", monkeypatch, *short)
+    run(run_dir, *short, "resume=true", "~loss.terms.ce", "+loss.terms.again={_target_:qat.losses.CrossEntropy}")
+    assert last(run_dir)["global_step"] == 4
+
+
 def test_auto_starts_behind_a_best_alone(tmp_path, monkeypatch, full):
     run_dir = killed_at(5, tmp_path / "run", monkeypatch)
     folder = run_dir / "checkpoints"
