@@ -293,6 +293,11 @@ class TerminalHandler(logging.StreamHandler):
         """The line, in which a name of a file or a class can neither move the cursor nor stop the output."""
         return printable(super().format(record))
 
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Nothing for a reader that is gone (`| head`), as the lines are in the log file too; else what Python does."""
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
+
     @property
     def stream(self) -> TextIO:
         """The present standard output."""

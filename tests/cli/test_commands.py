@@ -1,6 +1,7 @@
 """The commands: arguments, lines on the terminal, exit codes. Oracles: Hydra's own grammar, `conf/`, and what a shell would see."""
 
 import errno
+import logging
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import cloudpickle
 import hydra
@@ -145,6 +147,13 @@ def test_the_traceback_comes_through_where_it_is_wanted(tmp_path, monkeypatch, w
 def test_a_machine_that_is_in_the_way_is_no_bug_of_ours(error, said):
     line = commands.line_of(error)
     assert line is None if said is None else line.startswith(said)
+
+
+@pytest.mark.parametrize(("error", "is_shown"), [(BrokenPipeError(), False), (ValueError("closed"), True)])
+def test_a_reader_that_is_gone_costs_no_tracebacks(monkeypatch, capsys, error, is_shown):
+    monkeypatch.setattr(sys.stdout, "write", mock.Mock(side_effect=error))
+    commands.TerminalHandler().handle(logging.makeLogRecord({"msg": "epoch 1"}))
+    assert ("Logging error" in capsys.readouterr().err) == is_shown
 
 
 @pytest.mark.long
