@@ -39,6 +39,7 @@ from qat.utils.text import printable
 from qat.utils.validate import unknown
 
 log = logging.getLogger(__name__)
+logging.raiseExceptions = False  # a line for a reader that is gone (`| head`) costs no traceback; the log file has it
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache on a fresh machine
 
 COMMANDS = {
@@ -292,11 +293,6 @@ class TerminalHandler(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         """The line, in which a name of a file or a class can neither move the cursor nor stop the output."""
         return printable(super().format(record))
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Nothing for a reader that is gone (`| head`), as the lines are in the log file too; else what Python does."""
-        if not isinstance(sys.exc_info()[1], BrokenPipeError):
-            super().handleError(record)
 
     @property
     def stream(self) -> TextIO:

@@ -21,7 +21,6 @@ from omegaconf import DictConfig, OmegaConf
 from qat.errors import UsageError
 from qat.launch import ranks, run_dir
 from qat.utils.text import printable, read_file
-from qat.utils.validate import check_text
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,6 @@ def _enter(config: DictConfig, folder: str) -> None:
     try:
         if config.hydra.mode == RunMode.MULTIRUN and "submitit" not in config.hydra.launcher._target_ and ranks.to_start(trainer):
             raise UsageError(SEVERAL.format(trainer["devices"]))
-        check_text("run_dir", folder)  # an empty one is a variable of a shell that is not set
         run_dir.lock(folder)
     except UsageError as error:
         sys.exit(f"error: {error}")

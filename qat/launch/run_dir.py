@@ -19,6 +19,7 @@ from pathlib import Path
 from qat.errors import UsageError
 from qat.launch import ranks
 from qat.utils.text import json_object
+from qat.utils.validate import check_text
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,10 @@ def lock(run_dir: str) -> None:
     """Lock a directory from here on; nothing in a process that is not the first of its run, or where it is locked already.
 
     Raises:
+        UsageError: it has no name, as of a variable of a shell that is not set.
         UsedError: another run writes into it.
     """
+    check_text("run_dir", run_dir)
     folder = Path(run_dir).resolve()
     if folder in _locked or not ranks.is_first() or os.environ.get(ranks.HELD) == str(folder / LOCK):
         return

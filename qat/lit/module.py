@@ -245,4 +245,8 @@ def steps_per_epoch(trainer: Trainer) -> int:
         return max(int(trainer.estimated_stepping_batches) // max(trainer.max_epochs or 1, 1), 1)
     batches, limit = len(datamodule.train_dataloader()), trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)  # a count, or a share
+    every = trainer.val_check_interval
+    if isinstance(every, int) and every > batches and trainer.check_val_every_n_epoch:
+        more = "more with trainer.check_val_every_n_epoch=null"
+        raise UsageError(f"trainer.val_check_interval={every}: must be at most the {batches} batches of an epoch; {more}")
     return max(math.ceil(batches / trainer.accumulate_grad_batches), 1)

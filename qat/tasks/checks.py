@@ -165,7 +165,7 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
             check_int(f"trainer.{name}", settings[name], 1)
     if settings.get("gradient_clip_val") is not None:
         check_number("trainer.gradient_clip_val", settings["gradient_clip_val"], 0)
-    for name in ("max_steps", "limit_train_batches", "limit_test_batches"):
+    for name in ("max_steps", "limit_train_batches", "limit_test_batches", "val_check_interval"):
         if settings.get(name) == 0:
             raise UsageError(f"trainer.{name}={settings[name]!r}: must be above 0")
     if every is not None and epochs is not None and every > epochs:

@@ -149,11 +149,10 @@ def test_a_machine_that_is_in_the_way_is_no_bug_of_ours(error, said):
     assert line is None if said is None else line.startswith(said)
 
 
-@pytest.mark.parametrize(("error", "is_shown"), [(BrokenPipeError(), False), (ValueError("closed"), True)])
-def test_a_reader_that_is_gone_costs_no_tracebacks(monkeypatch, capsys, error, is_shown):
-    monkeypatch.setattr(sys.stdout, "write", mock.Mock(side_effect=error))
+def test_a_reader_that_is_gone_costs_no_tracebacks(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "write", mock.Mock(side_effect=BrokenPipeError))
     commands.TerminalHandler().handle(logging.makeLogRecord({"msg": "epoch 1"}))
-    assert ("Logging error" in capsys.readouterr().err) == is_shown
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.long

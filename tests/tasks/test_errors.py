@@ -66,6 +66,7 @@ TRAIN = [
     *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: {NOTHING_TO_DO}") for v, s in shown("0")),
     *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: .*{SHARE}") for v, s in shown("2.5")),
     ("+trainer.max_time=5min", r"trainer\.max_time='5min': .*DD:HH:MM:SS"),
+    ("+trainer.val_check_interval=0", rf"trainer\.val_check_interval=0: {NOTHING_TO_DO}"),
     ("trainer.max_steps=0", rf"trainer\.max_steps=0: {NOTHING_TO_DO}"),
     ("trainer.check_val_every_n_epoch=0", rf"trainer\.check_val_every_n_epoch=0: {WHOLE} 1"),
     ("trainer.check_val_every_n_epoch=5", r"check_val_every_n_epoch=5: none of the 1 epochs would be validated; must be .* 1 to 1$"),
@@ -203,6 +204,11 @@ def test_train(tmp_path, refused, no_step, float_run, places, typed, line):
     assert re.search(line, message), message
     assert not list(tmp_path.rglob("*.ckpt"))
     assert contents(float_run) == before
+
+
+def test_a_validation_that_no_epoch_reaches(tmp_path, refused):
+    line = r"trainer\.val_check_interval=99: must be at most the \d+ batches of an epoch; more with "
+    assert re.search(line, refused("train", tiny(tmp_path / "run", "+trainer.val_check_interval=99")))
 
 
 @pytest.mark.parametrize(("typed", "line"), EVAL, ids=[typed for typed, _ in EVAL])
