@@ -117,21 +117,20 @@ def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:
         )
 
 
-def _as_names(value: object) -> set[str]:
-    return {value} if isinstance(value, str) else set(value) if isinstance(value, Iterable) else set()
-
-
 def stem_and_heads(net: nn.Module) -> dict[str, str]:
-    """Names of the first convolution (`stem`) and the classifiers (`head`), from timm's own description of the net.
+    """Names of the first convolution (`stem`) and the classifiers (`head`), from timm's own description of the net or of one in it.
 
     In a net of `features_only=True` modules may have other names than the description says: there the first convolution is looked for.
     """
-    described = getattr(net, "pretrained_cfg", None) or {}
-    modules = dict(net.named_modules())
-    first_conv = next((name for name, m in modules.items() if isinstance(m, nn.Conv2d)), "")
-    stems = _as_names(described.get("first_conv")) & modules.keys() or {first_conv}
-    heads = _as_names(described.get("classifier")) or {"head"}
-    return dict.fromkeys(stems, "stem") | dict.fromkeys(heads, "head")
+    modules, places = dict(net.named_modules()), {"head": "head"}
+    for name, module in modules.items():
+        described = getattr(module, "pretrained_cfg", None) or {}
+        for key, place in (("classifier", "head"), ("first_conv", "stem")):
+            parts = described.get(key) or ()
+            places |= {f"{name}.{part}".lstrip("."): place for part in ([parts] if isinstance(parts, str) else parts)}
+    if "stem" not in {places.get(name) for name in modules}:
+        places |= {next((name for name, m in modules.items() if isinstance(m, nn.Conv2d)), ""): "stem"}
+    return places
 
 
 def recipe_of(net: nn.Module) -> QuantRecipe | None:

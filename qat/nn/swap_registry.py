@@ -107,7 +107,7 @@ def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
         return None
     if (type(module), "qkr_attention") in _SWAPS and attention == "qkr_attention":
         for name, child in module.named_children():  # what makes queries, keys and values is taken apart
-            if name in _TAKEN_APART and hasattr(child, "weight") and (is_watched(child) or not is_plain(child)):
+            if name in _TAKEN_APART and type(child) is not nn.Identity and (is_watched(child) or not is_plain(child)):
                 why = f"its {name} is a {type(child).__name__} with more than a weight and a bias, or with hooks, and would be taken apart"
                 raise UsageError(f"quant.attention='qkr': {why}; here it must be one of standard, float")
     return next((_SWAPS[type(module), intent] for intent in intents if (type(module), intent) in _SWAPS), None)

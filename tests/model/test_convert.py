@@ -296,6 +296,41 @@ def test_layers_that_are_more_than_a_linear_stay_float_or_are_refused(way, recip
     assert "blocks.0.mlp.fc2" not in floats
 
 
+class Beside(nn.Module):
+    """An adapter that stands around a layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.more = base, nn.Linear(base.in_features, base.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.more(x)
+
+
+def test_an_adapter_around_a_layer_is_kept_or_refused():
+    net = vit()
+    net.blocks[1].attn.qkv = Beside(net.blocks[1].attn.qkv)
+    with pytest.raises(qat.UsageError, match=r"^quant\.attention='qkr': its qkv is a Beside with more than a weight and a bias"):
+        qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
+    qat.convert(net, qat.recipe("ofq_noqkr"), input_size=SIZE)
+    assert {"blocks.1.attn.qkv.base.weight_quantizer", "blocks.1.attn.qkv.more.weight_quantizer"} <= sites(net).keys()
+
+
+WRAPPED = {
+    "sequential": lambda net: nn.Sequential(nn.Identity(), net),
+    "data parallel": nn.DataParallel,
+    "compiled": lambda net: torch.compile(net, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("way", WRAPPED)
+def test_first_and_last_layers_of_a_net_are_found_in_what_stands_around_it(way):
+    expected = {name: site.quantizer.spec.bits for name, site in sites(converted("ofq", bits=2)).items()}
+    net = WRAPPED[way](vit())
+    found = {name: site.quantizer.spec.bits for name, site in sites(qat.convert(net, qat.recipe("ofq", bits=2), input_size=SIZE)).items()}
+    assert {name.partition(".")[2]: bits for name, bits in found.items()} == expected
+
+
 @pytest.mark.parametrize("recipe", ["ofq", "ofq_noqkr"])
 def test_what_was_added_to_an_attention_stays(recipe):
     net = vit()
