@@ -139,6 +139,8 @@ def save(
     Raises:
         UsageError: see `describe`.
     """
+    if [name for name, _ in net.named_children()] == ["module"]:  # an average, or what trains in several processes
+        net = net.get_submodule("module")
     meta = describe(net, model=model, model_kwargs=model_kwargs, data=data, classes=classes)
     write_torch(path, {META_KEY: meta, "state_dict": net.state_dict()})
 
@@ -247,7 +249,7 @@ def _training_of(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bare(key: str) -> str:
-    return re.sub(r"^(_orig_mod\.)?(module\.)?(_orig_mod\.)?", "", key)
+    return re.sub(r"^(_orig_mod\.)?module\.|_orig_mod\.", "", key)
 
 
 def build_from(checkpoint: Checkpoint) -> nn.Module:

@@ -66,10 +66,10 @@ def images_of(batch: Any, net: nn.Module) -> Tensor:
     """The images of a batch for calibration, as a net takes them: the batch itself, or the first of what a loader gives.
 
     Raises:
-        UsageError: it is neither, or there are values that are not finite.
+        UsageError: it is neither, holds no image, or there are values that are not finite.
     """
     images = batch[0] if isinstance(batch, tuple | list) else batch
-    if not (isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()):
+    if not (isinstance(images, Tensor) and images.ndim == 4 and len(images) and images.is_floating_point()):
         what = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise UsageError(f"calibration: a batch is {what}; must be float images (B, C, H, W), or (images, ...), in a list or a loader")
     if not images.isfinite().all():

@@ -15,7 +15,9 @@ import pytest
 import safetensors.torch
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import qat
 from qat.model.checkpoint import build_from, classes_of, data_of, read_checkpoint
@@ -421,6 +423,32 @@ def test_wrappers_leave_no_trace(path, key, prefix):
     state = {prefix + k: v for k, v in vit().state_dict().items()}
     torch.save({key: state, "epoch": 3} if key else state, path)
     assert read_checkpoint(path).state.keys() == vit().state_dict().keys()
+
+
+def test_a_compiled_block_leaves_no_trace(path, tmp_path):
+    net = quantized()
+    expected = logits(net)
+    net.blocks[1] = torch.compile(net.blocks[1], backend="eager")
+    qat.save(net, path)
+    assert torch.equal(logits(qat.load(path)), expected)
+    assert (
+        qat.from_pretrained(qat.save_pretrained(net, tmp_path / "shared")).state_dict().keys()
+        == qat.freeze(quantized()).state_dict().keys()
+    )
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, ModelEmaV3])
+def test_what_stands_around_a_net_is_not_saved(path, wrap):
+    net = quantized()
+    qat.save(wrap(net), path)
+    assert torch.equal(logits(qat.load(path)), logits(net))
+
+
+def test_a_net_with_more_than_what_stands_in_it_is_not_taken_apart(path):
+    net = nn.DataParallel(quantized())
+    net.more = nn.Linear(2, 2)
+    with pytest.raises(qat.UsageError):
+        qat.save(net, path)
 
 
 @pytest.mark.long

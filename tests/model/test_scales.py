@@ -42,7 +42,12 @@ def test_no_data_is_an_error(batches):
 
 
 @pytest.mark.parametrize(
-    ("batch", "line"), [(images() * torch.nan, "NaN or infinity"), ({"image": images()}, "a batch is dict; must be float images")]
+    ("batch", "line"),
+    [
+        (images() * torch.nan, "NaN or infinity"),
+        ({"image": images()}, "a batch is dict; must be float images"),
+        (images(0), r"a batch is torch.float32 \(0, 1, 8, 8\); must be float images"),
+    ],
 )
 def test_what_holds_no_finite_images_is_an_error(batch, line):
     with pytest.raises(qat.UsageError, match=line):
