@@ -39,7 +39,6 @@ from qat.utils.text import printable
 from qat.utils.validate import unknown
 
 log = logging.getLogger(__name__)
-logging.raiseExceptions = False  # a line for a reader that is gone (`| head`) costs no traceback; the log file has it
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache on a fresh machine
 
 COMMANDS = {
@@ -293,6 +292,9 @@ class TerminalHandler(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         """The line, in which a name of a file or a class can neither move the cursor nor stop the output."""
         return printable(super().format(record))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: a reader may be gone (`| head`), and the log file has the line."""
 
     @property
     def stream(self) -> TextIO:

@@ -177,7 +177,7 @@ class ImageData(LightningDataModule, ABC):
             raise UsageError(f"data.num_classes={most}: labels must be from 0 to {most - 1}; the {split} split has {wrong.max()}")
         absent = np.setdiff1d(np.arange(most), source.labels)
         if split == "train" and len(absent) and is_first():
-            log.warning("data.num_classes=%d: %d of them have no training images, the first is class %d", most, len(absent), absent[0])
+            log.warning("data.num_classes=%d: %d without training images, the first is class %d", most, len(absent), absent[0])
         if source.chans != self.settings.in_chans:
             raise UsageError(f"data.in_chans={self.settings.in_chans}: must be {source.chans}, the channels of the images")
 

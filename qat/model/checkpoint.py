@@ -80,7 +80,8 @@ def describe(
     name = model or (getattr(net, "pretrained_cfg", None) or {}).get("architecture")
     kwargs = getattr(net, "_model_args", None) if model_kwargs is None else dict(model_kwargs)
     if not name or kwargs is None:
-        raise UsageError("save: this model does not record how timm built it; set model='timm name' and model_kwargs={...}")
+        how = "save net.module if it is a wrapper, else set model='timm name' and model_kwargs={...}"
+        raise UsageError(f"save: this model does not record how timm built it; {how}")
     num_classes = getattr(net, "num_classes", None)
     if isinstance(num_classes, int):
         kwargs = {**kwargs, "num_classes": num_classes}
@@ -139,8 +140,6 @@ def save(
     Raises:
         UsageError: see `describe`.
     """
-    if [name for name, _ in net.named_children()] == ["module"]:  # an average, or what trains in several processes
-        net = net.get_submodule("module")
     meta = describe(net, model=model, model_kwargs=model_kwargs, data=data, classes=classes)
     write_torch(path, {META_KEY: meta, "state_dict": net.state_dict()})
 

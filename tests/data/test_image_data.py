@@ -149,9 +149,7 @@ def test_images_with_another_number_of_channels_are_refused():
         data.train_dataloader()
 
 
-@pytest.mark.parametrize(
-    ("classes", "lines"), [(10, []), (12, ["data.num_classes=12: 2 of them have no training images, the first is class 10"])]
-)
+@pytest.mark.parametrize(("classes", "lines"), [(10, []), (12, ["data.num_classes=12: 2 without training images, the first is class 10"])])
 def test_classes_without_training_images_are_named(caplog, classes, lines):
     settings = {"image_size": 8, "patch_size": 4, "in_chans": 1, "mean": [0.5], "std": [0.5]}
     assert Digits(**settings, num_classes=classes).splits == ("train", "val", "test")
