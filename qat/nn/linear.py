@@ -83,6 +83,20 @@ class GELU(nn.GELU):
         return remember(made, Made(self.approximate), x) if _is_kept(self, x, made) else made
 
 
+class Dropout(nn.Dropout):
+    """Torch's; what it lets through whole keeps the note of how it was made, in a compiled graph too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise."""
+        return super().forward(x) if self.training and self.p else x
+
+
+@register_swap(nn.Dropout, "linear")
+def swap_dropout(module: nn.Module, context: SwapContext) -> Swap:  # noqa: ARG001  (as any swap)
+    """Between an activation and a quantized Linear."""
+    return Swap(shallow_cast(Dropout, module))
+
+
 @register_swap(nn.LayerNorm, "linear")
 @register_swap(timm_layers.LayerNorm, "linear")
 def swap_norm(module: nn.Module, context: SwapContext) -> Swap:

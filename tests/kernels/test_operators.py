@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import qat
@@ -83,6 +85,22 @@ def test_a_traced_step_is_the_eager_one_to_the_last_bit(recipe, knobs):
     traced = step(net, torch.compile(net, fullgraph=True, backend="aot_eager"), images)
     assert len(eager) == len(traced)
     assert all(torch.equal(one, other) for one, other in zip(eager, traced, strict=True))
+
+
+def test_a_traced_step_goes_back_through_norms_and_gelus_in_the_pass_of_the_quantizer():
+    family, kinds = FAMILIES["deit"], []
+    images = family.images(4)
+    net = qat.convert(family.build(), qat.recipe("ofq"), input_size=family.input_size)
+    qat.initialize_scales(net, [images]).train()
+
+    def seen(graph, _):
+        nodes = [node for node in graph.graph.nodes if torch.ops.qat.lsq_backward.default in {node.target, *node.args[:1]}]
+        kinds.extend(next(x for x in (*node.kwargs.values(), *node.args) if isinstance(x, str)) for node in nodes)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    step(net, torch.compile(net, fullgraph=True, backend=aot_autograd(fw_compiler=seen, bw_compiler=seen)), images)
+    assert (kinds.count("norm"), kinds.count("none"), kinds.count("softmax")) == (2 * len(net.blocks), len(net.blocks), len(net.blocks))
 
 
 def penalty(net, images):
