@@ -44,13 +44,16 @@ compiler.cache_key_tag += source_hash(functional, kernels)
 # What has compiled code round as eager code does, where a code may depend on it: division to nearest, no product contracted with a sum,
 # and values of half precision rounded between two operations that are fused. The last two are one setting. C++ does the first two anyway.
 # The second name is that of division in older versions of torch, spelled so.
+# And rows lie as operators want them, who would copy others.
 ROUNDING = {"eager_numerics.division_rounding": True, "emulate_divison_rounding": True, "emulate_precision_casts": True}
+ROUNDING |= {"comprehensive_padding": False}
 
 
 def rounding_options() -> dict[str, bool]:
-    """Those of `ROUNDING` that this version of torch has."""
+    """Those of `ROUNDING` that this version of torch has; with `trainer.deterministic` nothing is chosen by what was fastest just then."""
     known = inductor.get_config_copy()
-    return {name: value for name, value in ROUNDING.items() if name in known}
+    wanted = {**ROUNDING, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    return {name: value for name, value in wanted.items() if name in known}
 
 
 @functools.cache  # once each
