@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from evidence.steps import ARMS, FLOAT, TINY, Arm, build, training_step
 from evidence.timing import environment, ratio, table, take_turns
 from qat.kernels import attention, gpu, operators, tiles
-from qat.kernels.fused import heads
+from qat.kernels.fused import heads, weight
 from qat.kernels.rows import PLAIN
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
@@ -112,6 +112,7 @@ def cuda_branches(count: Count | None = None) -> Generator[None]:
         mock.patch.object(operators, "_on", _always(gpu)),
         mock.patch.object(attention, "_runs_on", _always(value=True)),
         mock.patch.dict(heads.ROWS, cpu=heads.ROWS["cuda"]),
+        mock.patch.object(weight, "KEPT", {"cpu"}),
         mock.patch.object(tiles, "device_type", _always("cpu")),
         mock.patch.object(gpu, "_launch", launch),
         mock.patch.object(heads, "LARGE", 0),

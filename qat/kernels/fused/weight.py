@@ -10,6 +10,9 @@ from torch import Tensor
 from qat.functional.lsq import CodeRange
 from qat.kernels import LSQParams, operators
 
+# Where the result of quantizing a weight is kept for backward: a launch costs more there than memory of the size of the weights does.
+KEPT = {"cuda"}
+
 
 class WeightParams(NamedTuple):
     """StatsQ or LSQ of a weight (out, in), or neither, where the weight is quantized already.
@@ -32,11 +35,12 @@ class WeightParams(NamedTuple):
         return LSQParams(self.scale, None, None, None, *self.settings)
 
     def begin(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, WeightParams]:
-        """`forward`, and what makes the same again: the scale that StatsQ finds in `weight` is kept."""
+        """`forward`, and what makes the same again: the result, or the scale that StatsQ finds in `weight`."""
+        made, scale = None, self.scale
         if isinstance(self.settings, int) and self.ready is None:
             made, scale = operators.statsq(weight, self.settings, dtype)
-            return made, self._replace(scale=scale)
-        return self.forward(weight, dtype), self
+        made = self.forward(weight, dtype) if made is None else made
+        return made, self._replace(scale=scale, ready=made if made.device.type in KEPT else self.ready)
 
     def forward(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The factor of a product in `dtype`."""
