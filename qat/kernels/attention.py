@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def _launch(name: str, block: int, given: tuple[Tensor, ...], scale: Tensor, oth
     tensors, strides = zip(*(spaced(x, length) for x in given), strict=True)
     gpu._launch(
         name, (-(-tokens // block), heads, images),
-        *tensors, scale.expand(tokens).contiguous(), *others, float(highest), float(factor), tokens, *strides,
+        *tensors, scale.expand(tokens).contiguous(), *others, float(highest), factor / math.log(2), float(factor), tokens, *strides,
         SIZE=size, BLOCK_D=_side(size), BLOCK_N=block, BLOCK_M=block if name == "attention_keys" else _side(tokens),
         num_warps=4 if itemsize == 2 and size <= 64 else 8, num_stages=2,
     )  # fmt: skip
@@ -74,7 +75,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *settings:
         settings: what `CodeRange` takes, for the probabilities; h; the factor.
 
     Returns:
-        (B, N, h*d), and the logarithms of the rows' sums, (B, h, N), float32.
+        (B, N, h*d), and the base-2 logarithms of the rows' sums, (B, h, N), float32.
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     sums = q.new_empty(q.shape[0], settings[4], q.shape[1], dtype=torch.float32)

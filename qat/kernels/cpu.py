@@ -15,10 +15,11 @@ from torch import Tensor
 
 from qat.functional.lsq import CodeRange
 from qat.functional.statsq import TOP_CLIP
-from qat.kernels import compile_cpp, reference
+from qat.kernels import reference
 from qat.kernels.library import works
 from qat.kernels.made import Made
 from qat.kernels.rows import PLAIN, LSQParams, fit, params_of, row_stride, rows_of, scaled_rows
+from qat.utils import compile_cpp
 
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, ctypes.c_int
 # Of what C++ writes into; torch's default dtype and device may be others.
@@ -80,7 +81,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
     made: Made,
     *,
     with_after: bool,
-) -> tuple[Tensor | None, ...] | None:
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """`reference.lsq_backward` with the gradient of `x` written to `out`, whose rows may lie apart; not through a LayerNorm or GELU."""
     grad, x = grad.float(), x.float()
     place = out if out.dtype == torch.float32 else torch.empty(x.shape, **_FLOATS)
@@ -94,17 +95,17 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
         return None
     threads, like = torch.get_num_threads(), (q.before, q.after if with_after else None)
     errors = torch.zeros(threads, length, **_FLOATS) if layout.by_column else torch.empty(rows, **_FLOATS)
-    sums = [None if t is None else torch.zeros(threads, length, **_FLOATS) for t in like]
+    sums = torch.zeros(sum(t is not None for t in like), threads, length, **_FLOATS)
+    each = iter(sums)
     y = None if dequantized is None else torch.empty(x.shape, **_FLOATS)
     _run(
         "lsq_backward", grad, grad_stride, x, stride, place, out_stride, rows, length, q.scale, *steps, q.before, *q.codes.ends,
-        q.codes.half, q.sign, errors, *sums, q.after, y, is_softmax, made.number,
+        q.codes.half, q.sign, errors, *(None if t is None else next(each) for t in like), q.after, y, is_softmax, made.number,
     )  # fmt: skip
     if place is not out:
         out.copy_(place)
     total = errors.sum(0) if layout.by_column else errors.view(-1, layout.steps).sum(0)
-    offsets = (None if s is None or t is None else s.sum(0).view(t.shape) for s, t in zip(sums, like, strict=True))
-    return total, *offsets, y if y is None else y.to(dequantized)
+    return total, sums.sum(1).flatten(), y if y is None else y.to(dequantized)
 
 
 def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor | None:

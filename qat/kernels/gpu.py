@@ -21,8 +21,8 @@ from qat.kernels.tiles import DTYPES, TILE, WIDEST, device_type, spaced, tiles_o
 
 # Rows that a LayerNorm or a softmax gave are held whole.
 WHOLE, LONGEST = ("norm", "softmax"), 4096
-# Programs of a backward pass that leave rows of sums to be added: two for every multiprocessor of a large device.
-PROGRAMS = 264
+# Programs of a backward pass that leave rows of sums to be added: four for every multiprocessor of a large device.
+PROGRAMS = 528
 # Without fusion `r * s + c` rounds twice, as it does in two operations.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 
@@ -73,7 +73,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wan
     made: Made,
     *,
     with_after: bool,
-) -> tuple[Tensor | None, ...] | None:
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """`reference.lsq_backward` of what `x` was made into, and more, in one pass.
 
     Args:
@@ -88,7 +88,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wan
         with_after: whether the gradient of the offset after it is wanted.
 
     Returns:
-        Gradients of scale and offsets, the result of the forward pass, gradients of weight and bias; None for what is not wanted.
+        What the operator gives.
     """
     fits = made.kind != "tanh" and dequantized in {None, *DTYPES} and fit(DTYPES, grad, x, *q[:4], out, weight, bias)
     layout = rows_of(x, q, weight, bias) if fits else None
@@ -97,23 +97,22 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wan
     if layout is None or out_stride is None or (is_whole and not layout.length == x.shape[-1] <= LONGEST):
         return None
     rows, length, stride, steps, by_column = layout
-    (block, (down, across)), (grad, grad_stride) = tiles_of(layout, LONGEST if is_whole else WIDEST), spaced(grad, length)
+    (block, (down, across)), (grad, grad_stride) = tiles_of(layout, LONGEST if is_whole else None), spaced(grad, length)
     # Nothing is summed up over rows of probabilities.
-    strip = block["BLOCK_R"] * (1 if made.kind == "softmax" else max(down * across // PROGRAMS, 1))
+    strip = block["BLOCK_R"] * (1 if made.kind == "softmax" else -(-down * across // PROGRAMS))
     strips = -(-rows // strip)
     errors = _floats(x, strips, length) if by_column else _floats(x, rows // steps, steps, across)
-    like = (q.before if bias is None else bias, q.after if with_after else None, weight)
-    sums = [None if t is None else _floats(x, strips, length) for t in like]
+    wanted = tuple(int(t is not None) for t in (q.before, q.after if with_after else None, weight, bias))
+    sums = _floats(x, strips, sum(wanted), length)
     y = None if dequantized is None else torch.empty(x.shape, dtype=dequantized, device=x.device)
+    lengths = length, grad_stride, stride, out_stride
+    unit = 1 if any(n % 8 for n in lengths) else 8
     _launch(
-        "lsq_backward", (strips, across), grad, x, out, *q[:4], y, errors, *sums, weight, bias, *map(float, q.codes.ends),
-        rows, length, grad_stride, stride, out_stride, steps, strip, made.number,
-        MADE=made.kind, HALF=q.codes.half, BY_COLUMN=by_column, **block,
+        "lsq_backward", (strips, across), grad, x, out, *q[:4], y, errors, sums, weight, bias,
+        *map(float, q.codes.ends), rows, *(n // unit for n in lengths), steps, strip, made.number,
+        UNIT=unit, WANTED=wanted, MADE=made.kind, HALF=q.codes.half, BY_COLUMN=by_column, num_warps=8, **block,
     )  # fmt: skip
-    totals = zip((q.before, like[1], weight, bias), (*sums, sums[0]), strict=True)
-    before, after, *norm = (None if t is None or s is None else s.sum(0).view(t.shape) for t, s in totals)
-    norm = [s if t is None or s is None else s.to(t.dtype) for t, s in zip((weight, bias), norm, strict=True)]
-    return errors.sum(0) if by_column else errors.sum((0, 2)), before, after, y, *norm
+    return errors.sum(0) if by_column else errors.sum((0, 2)), sums.sum(0).flatten(), y
 
 
 def step_and_slope(start: Tensor, growth: Tensor, change: Tensor, unit: float) -> tuple[Tensor, Tensor] | None:
@@ -130,7 +129,7 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, *, f
     layout = scaled_rows(w, scale) if dtype in DTYPES and fit(DTYPES, w, scale) else None
     if layout is None:
         return None
-    (block, programs), out = tiles_of(layout), torch.empty(w.shape, dtype=dtype, device=w.device)
+    (block, programs), out = tiles_of(layout, WIDEST), torch.empty(w.shape, dtype=dtype, device=w.device)
     _launch("statsq_forward", programs[:1], w, out, scale, float(2 ** (bits - 1)), *layout[:2], FIND=find, **block)
     return out
 

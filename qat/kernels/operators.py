@@ -75,31 +75,36 @@ del FORMULAS[torch.ops.qat.statsq.default]  # a compiler would add up the scale 
 step_and_slope = _with_forms("(Tensor start, Tensor growth, Tensor change, float unit) -> (Tensor, Tensor)")(formula_of_steps)
 
 
+def _joined(*sums: Tensor | None) -> Tensor:
+    return torch.cat([t.flatten().float() for t in sums if t is not None])
+
+
 @operator(
     f"(Tensor grad, Tensor x, {_LSQ}, bool with_after, Tensor(a!) out, ScalarType? dequantized, Tensor? weight, Tensor? bias, "
-    "str kind, float number) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "str kind, float number) -> (Tensor, Tensor, Tensor)"
 )
-def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """`reference.lsq_backward` of what `x` was made into: the gradient of `x` goes to `out`, the others are given, those that are wanted.
+def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.lsq_backward` of what `x` was made into: the gradient of `x` goes to `out`.
 
-    These are of the scale, of both offsets, then what the forward pass gave, then gradients of a LayerNorm's weight and bias.
+    Given are the gradient of the scale; those of both offsets and of a LayerNorm's weight and bias, as far as they are wanted, one after
+    the other in one tensor; and what the forward pass gave.
     """
     (q, with_after, out, dequantized, *norm), made, kernels = params_of(args[:13]), Made(*args[13:]), _on(x)
     found: Any = None if kernels is None else kernels.lsq_backward(grad, x, q, out, dequantized, *norm, made, with_after=with_after)
     if found is None and made.is_other:
         quantized, *kept = made.forward(x, *norm)
-        plain = lsq_backward(grad, quantized, *args[:11], None, None, *Made())
+        scale, sums, y = lsq_backward(grad, quantized, *args[:11], None, None, *Made())
         of_x, *of_norm = made.backward(out, x, *norm, *kept)
         if of_x is not out:
             out.copy_(of_x)
-        found = *plain[:4], *of_norm
+        found = scale, _joined(sums, *of_norm), y
     elif found is None:
         y = None if dequantized is None else lsq_forward(x, *args[:8], dequantized)
         shape = q.after.shape if with_after else None
-        of_x, *sums = reference.lsq_backward(grad, x, q.scale, q.before, q.codes, sign=q.sign, after_shape=shape)[:4]
+        of_x, scale, *offsets = reference.lsq_backward(grad, x, q.scale, q.before, q.codes, sign=q.sign, after_shape=shape)[:4]
         out.copy_(made.backward(of_x, x, None, None)[0])
-        found = *sums, y
-    return tuple(out.new_empty(0) if t is None else t for t in (*found, None, None)[:6])
+        found = scale, _joined(scale.new_empty(0), *offsets), y
+    return tuple(out.new_empty(0) if t is None else t for t in found)
 
 
 def _through(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -143,11 +148,16 @@ def gradients(  # noqa: PLR0913  (what else comes out of the one pass over memor
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     with_after = with_after and q.after is not None
     levels = None if dequantized is None else _through(x, dequantized)
-    of_scale, *others = lsq_backward(grad, x, *q[:4], *q.codes, with_after, out, levels, *norm, *made)
-    wanted = (q.before, q.after if with_after else None, dequantized, *norm)
-    before, after, y, *of_norm = (None if asked is None else t for asked, t in zip(wanted, others, strict=True))
+    of_scale, sums, y = lsq_backward(grad, x, *q[:4], *q.codes, with_after, out, levels, *norm, *made)
     of_scale = of_scale * gradient_scale(x if counted is None else counted, q.codes, q.grad_factor, q.sign)
-    return LsqGradients(out, of_scale, before, after, y if y is None else y.to(dequantized), *of_norm)
+    before, after, *of_norm = split(sums, q.before, q.after if with_after else None, *norm)
+    return LsqGradients(out, of_scale, before, after, None if dequantized is None else y.to(dequantized), *of_norm)
+
+
+def split(sums: Tensor, *like: Tensor | None) -> list[Tensor | None]:
+    """Gradients that `lsq_backward` gives in one tensor, as those they are of."""
+    parts = iter(sums.split([t.numel() for t in like if t is not None]))
+    return [None if t is None else next(parts).view(t.shape).to(t.dtype) for t in like]
 
 
 round_blocks = _with_forms("(Tensor x, Tensor? t, Tensor? grad, int bits) -> Tensor")(reference.round_blocks)

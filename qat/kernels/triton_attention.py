@@ -1,7 +1,8 @@
 """Attention whose probabilities are quantized: a program has a tile of queries or keys of one head and image, and scores stay inside.
 
-All passes make a probability by the same operations, from the logarithm of its row's sum, so that they see the same codes. Products add up
-in float32; `triton_kernels` says the rest. Programs are (tiles, heads, images). The `rows` of an image follow each other, and images too,
+All passes make a probability by the same operations, from the base-2 logarithm of its row's sum, so that they see the same codes; `factor`
+holds what turns a power of e into one of 2, and a probability in steps is its product with the reciprocal of the step. Products add up in
+float32; `triton_kernels` says the rest. Programs are (tiles, heads, images). The `rows` of an image follow each other, and images too,
 with `stride` elements from one row to the next; SIZE of these belong to a head, which a tile of BLOCK_D holds.
 """
 
@@ -41,6 +42,13 @@ def _product(a: tensor, b: tensor) -> tensor:
 
 
 @triton.jit
+def _in_steps(s: tensor, total: tensor, inverse: tensor) -> tuple[tensor, tensor]:
+    """Probabilities of scores, and the same in steps."""
+    p = tl.exp2(s - total)
+    return p, p * inverse
+
+
+@triton.jit
 def attention_queries(  # noqa: PLR0913  (a kernel is given where everything lies)
     q: tensor,
     k: tensor,
@@ -53,6 +61,7 @@ def attention_queries(  # noqa: PLR0913  (a kernel is given where everything lie
     errors: tensor,
     high: tensor,
     factor: tensor,
+    gradient: tensor,
     rows: tensor,
     q_stride: tensor,
     k_stride: tensor,
@@ -64,8 +73,8 @@ def attention_queries(  # noqa: PLR0913  (a kernel is given where everything lie
 ) -> None:
     """A tile of queries and all keys: forward, or, with a gradient `g` of its result, backward; `out` takes the result or that of `q`.
 
-    Of each row, `sums` takes the logarithm of its sum; in backward, which reads that, `dots` what is subtracted from the gradients of its
-    probabilities, and `errors` its part in the gradient of its step.
+    Of each row, `sums` takes the base-2 logarithm of its sum; in backward, which reads that, `dots` what is subtracted from the gradients
+    of its probabilities, and `errors` its part in the gradient of its step.
     """
     n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     place, inside = _place(n, rows), n < rows
@@ -74,24 +83,24 @@ def attention_queries(  # noqa: PLR0913  (a kernel is given where everything lie
     s = tl.where((m < rows)[None, :], s, float("-inf"))
     if g is None:
         highest = tl.max(s, 1)
-        total = highest + tl.log(tl.sum(tl.exp(s - highest[:, None]), 1))
+        total = highest + tl.log2(tl.sum(tl.exp2(s - highest[:, None]), 1))
         tl.store(sums + place, total, mask=inside)
     else:
         total = tl.load(sums + place, mask=inside, other=0.0)
-    p = tl.exp(s - total[:, None])
     step = _step(scale, n, inside)[:, None]
+    p, u = _in_steps(s, total[:, None], tl.div_rn(1.0, step))
     v_tile = _read(v, m, rows, v_stride, SIZE, BLOCK_D)
     if g is None:
-        level = _rounded(_clamped(tl.div_rn(p, step), 0.0, high)) * step
+        level = _rounded(_clamped(u, None, high)) * step
         _write(out, _product(level.to(v_tile.dtype), v_tile), n, rows, SIZE, BLOCK_D)
     else:
         dp = _product(_read(g, n, rows, tl.num_programs(1) * SIZE, SIZE, BLOCK_D), tl.trans(v_tile))
-        inner, wrong, _ = _errors(dp, tl.div_rn(p, step), 0.0, high, HALF=False)
+        inner, wrong, _ = _errors(dp, u, None, high, HALF=False)
         dot = tl.sum(inner * p, 1)
         tl.store(errors + place, tl.sum(wrong, 1), mask=inside)
         tl.store(dots + place, dot, mask=inside)
-        ds = (inner - dot[:, None]) * p * factor
-        _write(out, _product(ds.to(k_tile.dtype), k_tile), n, rows, SIZE, BLOCK_D)
+        ds = (inner - dot[:, None]) * p
+        _write(out, _product(ds.to(k_tile.dtype), k_tile) * gradient, n, rows, SIZE, BLOCK_D)
 
 
 @triton.jit
@@ -107,6 +116,7 @@ def attention_keys(  # noqa: PLR0913
     dv: tensor,
     high: tensor,
     factor: tensor,
+    gradient: tensor,
     rows: tensor,
     q_stride: tensor,
     k_stride: tensor,
@@ -128,11 +138,11 @@ def attention_keys(  # noqa: PLR0913
         g_tile = _read(g, n, rows, tl.num_programs(1) * SIZE, SIZE, BLOCK_D)
         # An infinite sum makes the probabilities of a row that is not there zero.
         total = tl.load(sums + place, mask=inside, other=float("inf"))[None, :]
-        p = tl.exp(_product(k_tile, tl.trans(q_tile)) * factor - total)
         step = _step(scale, n, inside)[None, :]
-        inner, _, code = _errors(_product(v_tile, tl.trans(g_tile)), tl.div_rn(p, step), 0.0, high, HALF=False)
+        p, u = _in_steps(_product(k_tile, tl.trans(q_tile)) * factor, total, tl.div_rn(1.0, step))
+        inner, _, code = _errors(_product(v_tile, tl.trans(g_tile)), u, None, high, HALF=False)
         of_values += _product((code * step).to(g_tile.dtype), g_tile)
-        ds = (inner - tl.load(dots + place, mask=inside, other=0.0)[None, :]) * p * factor
+        ds = (inner - tl.load(dots + place, mask=inside, other=0.0)[None, :]) * p
         of_keys += _product(ds.to(q_tile.dtype), q_tile)
-    _write(dk, of_keys, m, rows, SIZE, BLOCK_D)
+    _write(dk, of_keys * gradient, m, rows, SIZE, BLOCK_D)
     _write(dv, of_values, m, rows, SIZE, BLOCK_D)

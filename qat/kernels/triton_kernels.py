@@ -13,6 +13,8 @@ from triton.language import constexpr, tensor
 
 # Adding and subtracting it rounds whatever is below 2^22, half to even.
 MAGIC = constexpr(1.5 * 2.0**23)
+# Quotients from here on are not corrected: they are out of the range of every code, or infinite.
+FAR = constexpr(2.0**22)
 FLOOR = constexpr(1e-5)
 TINY = constexpr(2.0**-126)
 TOP_CLIP = constexpr(1 - 1e-6)
@@ -32,15 +34,27 @@ def _bounds(low: tensor, high: tensor, sign: tensor) -> tuple[tensor, tensor]:
 
 @triton.jit
 def _clamped(u: tensor, low: tensor, high: tensor) -> tensor:
-    u = tl.where(u < low, low, u)
+    if low is not None:
+        u = tl.where(u < low, low, u)
     return tl.where(u > high, high, u)
 
 
 @triton.jit
+def _quotient(x: tensor, step: tensor) -> tensor:
+    """`x / step` to nearest: x times the reciprocal, corrected by what is left over. Unlike a division it has no branches.
+
+    With a reciprocal that is rounded to nearest one correction is enough (P. Markstein, IBM J. Res. Dev. 34, 1990).
+    """
+    inverse = tl.div_rn(1.0, step)
+    u = x * inverse
+    return tl.where(tl.abs(u) < FAR, tl.fma(tl.fma(-u, step, x), inverse, u), u)
+
+
+@triton.jit
 def _rounded(u: tensor) -> tensor:
-    """Half to even, with the sign of a zero."""
-    whole = (u + MAGIC) - MAGIC
-    return tl.where(whole == 0.0, u * 0.0, whole)
+    """Half to even, with the sign of a zero, which is that of `u`."""
+    whole, sign = (u + MAGIC) - MAGIC, u.to(tl.int32, bitcast=True) & -(2**31)
+    return (whole.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -59,12 +73,6 @@ def _step(scale: tensor, index: tensor, inside: tensor) -> tensor:
 
 
 @triton.jit
-def _steps(scale: tensor, row: tensor, column: tensor, rows: tensor, length: tensor, steps: tensor, BY_COLUMN: constexpr) -> tensor:
-    """Steps of a tile, (rows, 1) or (1, columns)."""
-    return _step(scale, column, column < length)[None, :] if BY_COLUMN else _step(scale, row % steps, row < rows)[:, None]
-
-
-@triton.jit
 def _inside(row: tensor, column: tensor, rows: tensor, length: tensor) -> tensor:
     return (row < rows)[:, None] & (column < length)[None, :]
 
@@ -80,39 +88,43 @@ def _read(x: tensor, places: tensor, inside: tensor) -> tensor:
 
 
 @triton.jit
-def _plus(tile: tensor, offset: tensor, column: tensor, length: tensor) -> tensor:
-    if offset is not None:
-        tile += tl.load(offset + column, mask=column < length, other=0.0).to(tl.float32)[None, :]
-    return tile
+def _columns(x: tensor, column: tensor, length: tensor) -> tensor:
+    """One number for each column, (1, columns)."""
+    return tl.load(x + column, mask=column < length, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _remade(
-    x: tensor, weight: tensor, bias: tensor, column: tensor, length: tensor, number: tensor, MADE: constexpr
-) -> tuple[tensor, tensor, tensor, tensor]:
-    """What was made of x, and what its gradient needs: normalised rows, one over their deviation, the weight; or GELU's share of x."""
-    made, unit, inverse, w = x, x, 1.0, 1.0
+def _plus(tile: tensor, offset: tensor) -> tensor:
+    return tile if offset is None else tile + offset
+
+
+@triton.jit
+def _remade(  # noqa: PLR0913, PLR0917
+    x: tensor, weight: tensor, bias: tensor, column: tensor, length: tensor, number: tensor, MADE: constexpr, DTYPE: constexpr
+) -> tuple[tensor, tensor, tensor]:
+    """What was made of x, and what its gradient needs: normalised rows and one over their deviation; or GELU's share of x."""
+    made, unit, inverse = x, x, 1.0
     if MADE == "norm":
-        away = tl.where((column < length)[None, :], x - tl.div_rn(tl.sum(x, 1), 1.0 * length)[:, None], 0.0)
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(away * away, 1), 1.0 * length) + number))[:, None]
+        each = tl.div_rn(1.0, 1.0 * length)
+        away = tl.where((column < length)[None, :], x - (tl.sum(x, 1) * each)[:, None], 0.0)
+        inverse = tl.rsqrt(tl.sum(away * away, 1) * each + number)[:, None]
         unit = away * inverse
-        if weight is not None:
-            w = tl.load(weight + column, mask=column < length, other=0.0).to(tl.float32)[None, :]
-        made = _plus(unit * w, bias, column, length)
+        made = _plus(unit if weight is None else unit * weight, bias)
     if MADE == "none":
         unit = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
         made = x * unit
-    return made, unit, inverse, w
+    return made.to(DTYPE).to(tl.float32), unit, inverse
 
 
 @triton.jit
 def _through(  # noqa: PLR0913
-    grad: tensor, x: tensor, unit: tensor, inverse: tensor, w: tensor, length: tensor, number: tensor, MADE: constexpr
+    grad: tensor, x: tensor, unit: tensor, inverse: tensor, weight: tensor, length: tensor, number: tensor, MADE: constexpr
 ) -> tensor:
     """The gradient of x from that of what was made of it."""
     if MADE == "norm":
-        grad = grad * w
-        along, across = tl.div_rn(tl.sum(grad, 1), 1.0 * length)[:, None], tl.div_rn(tl.sum(grad * unit, 1), 1.0 * length)[:, None]
+        grad = grad if weight is None else grad * weight
+        each = tl.div_rn(1.0, 1.0 * length)
+        along, across = (tl.sum(grad, 1) * each)[:, None], (tl.sum(grad * unit, 1) * each)[:, None]
         grad = (grad - along - unit * across) * inverse
     if MADE == "none":
         grad = grad * (unit + x * DENSITY * tl.exp(-0.5 * x * x))
@@ -125,15 +137,31 @@ def _through(  # noqa: PLR0913
 def _errors(grad: tensor, u: tensor, low: tensor, high: tensor, HALF: constexpr) -> tuple[tensor, tensor, tensor]:
     """Gradient of the input, what an element adds to that of the step, 0 where `grad` is, and the value in steps."""
     clamped = _clamped(u, low, high)
-    inner, code = tl.where((u < low) | (u > high), 0.0, grad), _level(clamped, high, HALF)
+    is_out = u > high if low is None else (u < low) | (u > high)
+    inner, code = tl.where(is_out, 0.0, grad), _level(clamped, high, HALF)
     return inner, grad * code - inner * clamped, code
 
 
 @triton.jit
-def _keep(sums: tensor, tile: tensor, column: tensor, length: tensor) -> None:
-    """Write the sums of the columns, if somebody wants them."""
-    if sums is not None:
-        tl.store(sums + tl.program_id(0).to(tl.int64) * length + column, tl.sum(tile, 0), mask=column < length)
+def _keep(sums: tensor, tile: tensor, column: tensor, length: tensor, place: tensor) -> None:
+    """Write the sums of the columns as the row at `place`."""
+    tl.store(sums + place.to(tl.int64) * length + column, tl.sum(tile, 0), mask=column < length)
+
+
+@triton.jit
+def _keep_wanted(
+    sums: tensor, of_input: tensor, of_grad: tensor, of_weight: tensor, column: tensor, length: tensor, WANTED: constexpr
+) -> None:
+    """Write a row for each that is WANTED: the offset before, the one after, a LayerNorm's weight and its bias."""
+    place = tl.program_id(0) * (WANTED[0] + WANTED[1] + WANTED[2] + WANTED[3])
+    if WANTED[0]:
+        _keep(sums, of_input, column, length, place)
+    if WANTED[1]:
+        _keep(sums, of_grad, column, length, place + WANTED[0])
+    if WANTED[2]:
+        _keep(sums, of_weight, column, length, place + WANTED[0] + WANTED[1])
+    if WANTED[3]:
+        _keep(sums, of_input, column, length, place + WANTED[0] + WANTED[1] + WANTED[2])
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
@@ -160,10 +188,14 @@ def lsq_forward(  # noqa: PLR0913  (a kernel is given where everything lies)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = _inside(row, column, rows, length)
-    step = _steps(scale, row, column, rows, length, steps, BY_COLUMN)
-    shifted = _plus(_read(x, _places(row, column, stride), inside), before, column, length)
-    level = _level(_clamped(tl.div_rn(shifted, step), low, high), high, HALF) * step
-    tl.store(y + _places(row, column, length), _plus(level, after, column, length), mask=inside)
+    step = _step(scale, column, column < length)[None, :] if BY_COLUMN else _step(scale, row % steps, row < rows)[:, None]
+    shifted = _read(x, _places(row, column, stride), inside)
+    if before is not None:
+        shifted += _columns(before, column, length)
+    level = _level(_clamped(_quotient(shifted, step), low, high), high, HALF) * step
+    if after is not None:
+        level += _columns(after, column, length)
+    tl.store(y + _places(row, column, length), level, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "steps", "strip"])
@@ -177,9 +209,7 @@ def lsq_backward(  # noqa: PLR0913
     sign: tensor,
     y: tensor,
     errors: tensor,
-    sums_dx: tensor,
-    sums_g: tensor,
-    sums_dw: tensor,
+    sums: tensor,
     weight: tensor,
     bias: tensor,
     low: tensor,
@@ -192,6 +222,8 @@ def lsq_backward(  # noqa: PLR0913
     steps: tensor,
     strip: tensor,
     number: tensor,
+    UNIT: constexpr,
+    WANTED: constexpr,
     MADE: constexpr,
     HALF: constexpr,
     BY_COLUMN: constexpr,
@@ -200,41 +232,41 @@ def lsq_backward(  # noqa: PLR0913
 ) -> None:
     """`reference.lsq_backward`; a program walks down a strip of rows.
 
-    `errors` takes the sums for the steps, (rows, programs across), or, by column, (strips, length); `sums_dx` and `sums_g`, or None, those
-    of `dx` and `g` down the strips, (strips, length); `y`, or None, what the forward pass gave. A strip has `strip` rows, a multiple of
-    BLOCK_R. Of an input that was made of `x`, by a LayerNorm (MADE = "norm"; whole rows in a tile) or by GELU ("none"), `dx` is the
-    gradient of `x`, `sums_dx` that of the LayerNorm's bias too, and `sums_dw` takes the sums for its weight. Of an `x` that a softmax gave
-    ("softmax"; whole rows, too) `dx` is the gradient of its scores.
+    `errors` takes the sums for the steps, (rows, programs across), or, by column, (strips, length); `sums` those WANTED of columns,
+    (strips, k, length); `y`, or None, what the forward pass gave. A strip has `strip` rows, a multiple of BLOCK_R. Of an input that was
+    made of `x`, by a LayerNorm (MADE = "norm"; whole rows in a tile) or by GELU ("none"), `dx` is the gradient of `x`. Of an `x` that a
+    softmax gave ("softmax"; whole rows, too) `dx` is the gradient of its scores. Length and strides of rows are in UNITs: what is a
+    multiple of 16 Triton finds out by itself, and 8 elements of half precision are the 16 bytes that one instruction reads.
     """
     low, high = _bounds(low, high, sign)
+    length, g_stride, x_stride, dx_stride = length * UNIT, g_stride * UNIT, x_stride * UNIT, dx_stride * UNIT
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    zero = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    # Not in the loop, where each would be waited for.
+    shift = None if before is None else _columns(before, column, length)
+    shift_back = None if after is None else _columns(after, column, length)
+    weights = None if weight is None else _columns(weight, column, length)
+    biases = None if bias is None else _columns(bias, column, length)
+    step_row, zero = _step(scale, column, (column < length) & BY_COLUMN)[None, :], tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     error, sum_dx, sum_g, sum_dw = zero, zero, zero, zero
     for first in range(0, strip, BLOCK_R):
         row = tl.program_id(0) * strip + first + tl.arange(0, BLOCK_R)
         inside = _inside(row, column, rows, length)
-        step = _steps(scale, row, column, rows, length, steps, BY_COLUMN)
-        grad = _read(g, _places(row, column, g_stride), inside)
-        value = _read(x, _places(row, column, x_stride), inside)
-        made, unit, inverse, w = _remade(value, weight, bias, column, length, number, MADE)
-        made = made.to(x.dtype.element_ty).to(tl.float32)
-        inner, wrong, code = _errors(grad, tl.div_rn(_plus(made, before, column, length), step), low, high, HALF)
-        sum_dx, sum_g = sum_dx + inner, sum_g + grad
-        if MADE == "norm":
-            sum_dw += inner * unit
-        inner = _through(inner, value, unit, inverse, w, length, number, MADE)
-        tl.store(dx + _places(row, column, dx_stride), inner, mask=inside)
+        step = step_row if BY_COLUMN else _step(scale, row % steps, row < rows)[:, None]
+        grad, value = _read(g, _places(row, column, g_stride), inside), _read(x, _places(row, column, x_stride), inside)
+        made, unit, inverse = _remade(value, weights, biases, column, length, number, MADE, x.dtype.element_ty)
+        inner, wrong, code = _errors(grad, _quotient(_plus(made, shift), step), low, high, HALF)
+        sum_dx, sum_g, sum_dw = sum_dx + inner, sum_g + grad, sum_dw + inner * unit
+        of_x = _through(inner, value, unit, inverse, weights, length, number, MADE)
+        tl.store(dx + _places(row, column, dx_stride), of_x, mask=inside)
         if y is not None:
-            tl.store(y + _places(row, column, length), _plus(code * step, after, column, length), mask=inside)
+            tl.store(y + _places(row, column, length), _plus(code * step, shift_back), mask=inside)
         if BY_COLUMN:
             error += wrong
         else:
             tl.store(errors + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.sum(wrong, 1), mask=row < rows)
     if BY_COLUMN:
-        _keep(errors, error, column, length)
-    _keep(sums_dx, sum_dx, column, length)
-    _keep(sums_g, sum_g, column, length)
-    _keep(sums_dw, sum_dw, column, length)
+        _keep(errors, error, column, length, tl.program_id(0))
+    _keep_wanted(sums, sum_dx, sum_g, sum_dw, column, length, WANTED)
 
 
 @triton.jit(do_not_specialize=["n"])

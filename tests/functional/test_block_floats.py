@@ -18,7 +18,8 @@ from qat.functional.block_floats import (
     tensor_scale,
 )
 from qat.functional.packing import pack_pairs, unpack_pairs
-from qat.kernels import compile_cpp, cpu
+from qat.kernels import cpu
+from qat.utils import compile_cpp
 from tests.tiny import randn
 
 MXFP4, MXFP8, NVFP4 = BLOCK_FORMATS["mxfp", 4], BLOCK_FORMATS["mxfp", 8], BLOCK_FORMATS["nvfp4", 4]

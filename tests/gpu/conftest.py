@@ -54,6 +54,17 @@ def _multiplies(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", of_numbers)
 
 
+def _contracts(monkeypatch):
+    """Have the interpreter round `fma` once, as a device does."""
+    from triton.runtime import interpreter
+
+    def once(self, a, b, c):
+        total = a.data.astype("float64") * b.data + c.data
+        return interpreter.TensorHandle(total.astype(a.data.dtype), a.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", once)
+
+
 @pytest.fixture
 def kernels_on(monkeypatch):
     """Type of the device that Triton's kernels run on: `cuda`, or `cpu` in its interpreter."""
@@ -62,6 +73,7 @@ def kernels_on(monkeypatch):
     if _interprets():
         _rounds(monkeypatch)
         _multiplies(monkeypatch)
+        _contracts(monkeypatch)
         return "cpu"
     if not torch.cuda.is_available():
         pytest.skip(f"there is no CUDA device; {COMMAND} has Triton's interpreter run the kernels")

@@ -1,7 +1,7 @@
 """Triton's kernels: their numbers on the device or in Triton's interpreter, and what its compiler makes of them for a Hopper GPU.
 
 Oracle: `reference`, bit for bit; sums within 1e-6 of the magnitudes added. Of the compiler's output: IEEE division, and no product
-contracted with a sum; either would change bits, and the interpreter does not show it.
+contracted with a sum but where a quotient is corrected; either would change bits, and the interpreter does not show it.
 """
 
 import importlib.util
@@ -60,12 +60,12 @@ def test_in_a_cuda_graph(device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = run()
-    for tensor in found:
+    for tensor in found[:5]:
         tensor.zero_()
     graph.replay()
     torch.cuda.synchronize()
     eager = run()
-    assert all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found[:5], eager[:5], strict=True))
     assert same(found.dequantized, levels)
     assert same(found.x, expected.x)
 
@@ -83,9 +83,9 @@ def test_on_a_device_that_is_not_the_current_one(device):
 
 def test_the_same_bits_in_every_run(device):
     run, _ = both_passes(device, (64, 197, 192))
-    first = [tensor.clone() for tensor in run()]
+    first = [tensor.clone() for tensor in run()[:5]]
     for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(run()[:5], first, strict=True))
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((140_000, 1024), None), ((9_000_000, 16), None), ((2, 70_000, 600), 1)])
@@ -125,8 +125,11 @@ def test_machine_code():
     assert {len(kernels) for kernels in found.values()} == {1, 2, 3}
     for name, kernels in found.items():
         for code in kernels:
-            # A logarithm, an exponential and an error function are made of such products, by a library.
-            ptx = re.sub(r"(fma\.rn|abs|ex2\.approx)\.ftz\.f32", "", code) if re.match("attention|gelu", name) else code
+            # A logarithm, an exponential, an error function and a root are made of such products, by a library.
+            ptx = re.sub(r"(fma\.rn|abs|ex2\.approx|rsqrt\.approx)\.ftz\.f32", "", code) if re.match("attention|gelu|norm", name) else code
+            # A quotient is corrected by two of them unless its absolute value is large.
+            assert len(re.findall(r"\bfma\.rn\.f32", ptx)) == 2 * len(re.findall(r"\babs\.f32", ptx)), name
+            ptx = ptx.replace("fma.rn.f32", "")
             assert set(re.findall(r"\bcvt\.(\w+)\.(?:bf16|f16)\w*\.f32", ptx)) <= {"rn"}, name
             assert bool(re.search(r"\bcvt\.rn\.b?f16", ptx)) == ("float16" in name), name
             assert set(re.findall(r"\bdiv[.\w]*f32", ptx)) == {"div.rn.f32"}, name

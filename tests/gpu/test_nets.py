@@ -148,8 +148,9 @@ def test_bfloat16_autocast_is_finite(anywhere, arm):
 
 
 def test_a_file_goes_from_device_to_device(anywhere, tmp_path):
-    net, images = quantized(NETS[1], anywhere, 2)
-    qat.save(net, tmp_path / "net.ckpt")
+    family = NETS[1]
+    net, images = quantized(family, anywhere, 2)
+    qat.save(net, tmp_path / "net.ckpt", model=family.name, model_kwargs=family.kwargs)  # which older versions of timm do not note
     again = qat.load(tmp_path / "net.ckpt")
     assert {p.device.type for p in again.parameters()} == {"cpu"}
     with torch.no_grad():

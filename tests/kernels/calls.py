@@ -16,9 +16,15 @@ def lsq_backward(grad, x, scale, before, codes, *, sign=None, after=None, out=No
     """The gradient of `x` and what the operator gives, that of the scale without LSQ's factor."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     with_after = after is not None
-    found = operators.lsq_backward(grad, x, scale, before, after, sign, *codes, with_after, out, dequantized, *norm, *made)
-    wanted = (scale, before, after, dequantized, *norm)
-    return LsqGradients(out, *(None if asked is None else t for asked, t in zip(wanted, found, strict=True)))
+    q = LSQParams(scale, before, after, sign, codes)
+    found = operators.lsq_backward(grad, x, *q[:4], *codes, with_after, out, dequantized, *norm, *made)
+    return _named(found, q, with_after, out, norm, dequantized)
+
+
+def _named(found, q, with_after, out, norm, dequantized):
+    of_scale, sums, y = found
+    before, after, *of_norm = operators.split(sums, q.before, q.after if with_after else None, *norm)
+    return LsqGradients(out, of_scale, before, after, None if dequantized is None else y, *of_norm)
 
 
 def softmax_backward(grad, probs, scale, codes, factor):
@@ -39,7 +45,7 @@ def gpu_forward(x, scale, before, after, codes, *, sign=None, dtype=torch.float3
 
 def gpu_backward(grad, x, scale, before, codes, *, sign=None, after=None, out=None, dequantized=None, norm=(None, None), made=ITSELF):
     """The gradient of `x` and what the kernel gives; None where it does not fit."""
-    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    out = x.new_empty(x.shape) if out is None else out
     q = LSQParams(scale, before, after, sign, codes)
     found = gpu.lsq_backward(grad, x, q, out, dequantized, *norm, made, with_after=after is not None)
-    return None if found is None else LsqGradients(out, *found)
+    return None if found is None else _named(found, q, after is not None, out, norm, dequantized)

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from qat import functional as F
 from qat import kernels
-from qat.kernels import CodeRange, LSQParams, compile_cpp, cpu, operators, reference
+from qat.kernels import CodeRange, LSQParams, cpu, operators, reference
+from qat.utils import compile_cpp
 from tests.kernels import calls
 from tests.tiny import randn
 
