@@ -7,8 +7,11 @@ neighbours in time.
 from __future__ import annotations
 
 import argparse
+import collections
+import cProfile
 import gc
 import json
+import pstats
 import random
 import statistics
 import tempfile
@@ -27,7 +30,10 @@ from qat.lit.compiled import compile_in_place
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
 WARM_UP, ROUNDS, STEPS = 3, 7, 3
-ORDER = ((256, "compiled"), (256, "eager"), (256, "compiled + graph"), (64, "compiled"), (64, "eager"), (64, "compiled + graph"))
+ORDER = (
+    *((256, mode) for mode in ("compiled", "graphs", "eager", "compiled + graph")),
+    *((64, mode) for mode in ("compiled", "eager", "compiled + graph")),
+)
 # Seconds that a group's first steps may take, and those of a turn; a group is begun only with this much left.
 PREPARATION, TURN, NEEDED, RESERVE = 200.0, 60.0, 60.0, 60.0
 GIB = 2**30
@@ -38,7 +44,7 @@ _ready: dict[Variant, Callable[[], Any]] = {}  # in the process of a variant: it
 class Variant(NamedTuple):
     """A step that is timed: timm's name, images, one of `ARMS`, and how it runs.
 
-    Modes: `compiled`, `compiled + graph` (in a CUDA graph, optimizer included), `eager`.
+    Modes: `compiled`, `graphs` (as `compile=graphs` compiles), `compiled + graph` (in a CUDA graph, optimizer included), `eager`.
     """
 
     model: str
@@ -62,7 +68,7 @@ def prepare(variant: Variant, device: str) -> Row:
     """The first steps; asked for again after it ran out of memory, what is compiled already is there."""
     _give_back()
     model, batch, arm, mode = variant
-    is_try, is_compiled = device == "cpu", mode.startswith("compiled")
+    is_try, is_compiled, graphs = device == "cpu", mode != "eager", mode == "graphs"
     # Not "auto" for what is measured with kernels: a device on which they fail would be timed without them.
     kernels.use("triton" if mode == "eager" and arm != FLOAT and not is_try else "auto")
     began = time.monotonic()
@@ -71,10 +77,11 @@ def prepare(variant: Variant, device: str) -> Row:
         images = torch.randn(batch, 3, *[sizes.get("img_size", 224)] * 2, device=device)
         net, teacher = build(model, ARMS[arm], images, **sizes), teacher_of(model, ARMS[arm], images, **sizes)
         if is_compiled and not is_try:
-            compile_in_place(net)
+            compile_in_place(net, graphs=graphs)
             if teacher is not None:
-                teacher.compile()
-        _ready[variant] = training_step(net, images, teacher, half=True)
+                teacher.compile(graphs=graphs)
+        step = training_step(net, images, teacher, half=True)
+        _ready[variant] = (lambda: (torch.compiler.cudagraph_mark_step_begin(), step())[1]) if graphs else step
     loss, first = _ready[variant]().item(), time.monotonic() - began
     if mode.endswith("graph") and not is_try:
         _ready[variant] = captured(_ready[variant])
@@ -82,8 +89,8 @@ def prepare(variant: Variant, device: str) -> Row:
     return {"first_s": first, "loss": loss}
 
 
-def captured(step: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    """A CUDA graph of a whole step, weights' update included."""
+def captured(step: Callable[[], torch.Tensor]) -> Callable[[], object]:
+    """A CUDA graph of a whole step, weights' update included; it holds the step, whose tensors it works on."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -94,7 +101,7 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+    return lambda: (graph.replay(), step)
 
 
 def turn(variant: Variant, times: int, device: str) -> Row:
@@ -127,10 +134,14 @@ def turn(variant: Variant, times: int, device: str) -> Row:
 
 
 def idleness(variant: Variant, times: int, device: str) -> Row:
-    """Milliseconds of a step in which the device does something, and how many kernels that are."""
+    """Milliseconds of a step in which the device does something, how many kernels that are, and where both device and host spend theirs."""
     if device == "cpu":
         return {}
     torch.cuda.synchronize()
+    with cProfile.Profile() as host:
+        for _ in range(times):
+            _ready[variant]()
+    spent = sorted(pstats.Stats(host).get_stats_profile().func_profiles.items(), key=lambda item: -item[1].tottime)[:40]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(times):
             _ready[variant]()
@@ -138,18 +149,20 @@ def idleness(variant: Variant, times: int, device: str) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profile.export_chrome_trace(str(path))
-        return busy(json.loads(path.read_text())["traceEvents"], times)
+        found = busy(json.loads(path.read_text())["traceEvents"], times)
+    return {**found, "host": [(name, 1000 * one.tottime / times, one.ncalls) for name, one in spent]}
 
 
 def busy(events: list[dict[str, Any]], times: int) -> Row:
     """From the events of a trace, in microseconds: what overlaps counts once."""
     found = sorted((e for e in events if e.get("cat") in {"kernel", "gpu_memcpy", "gpu_memset"}), key=lambda e: e["ts"])
-    total, last = 0.0, float("-inf")
+    total, last, longest = 0.0, float("-inf"), collections.Counter[str]()
     for event in found:
+        longest[event["name"][:80]] += event["dur"] / 1000 / times
         end = event["ts"] + event["dur"]
         total += max(end - max(event["ts"], last), 0)
         last = max(last, end)
-    return {"busy_ms": total / 1000 / times, "kernels": len(found) / times}
+    return {"busy_ms": total / 1000 / times, "kernels": len(found) / times, "longest": longest.most_common(40)}
 
 
 def _give_back() -> None:

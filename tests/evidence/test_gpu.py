@@ -96,9 +96,9 @@ def test_what_fails_in_a_process_is_a_row_and_ends_nothing():
 
 
 def test_busy_time_counts_overlaps_once_and_rows_are_ratios_of_rounds():
-    events = [{"cat": kind, "ts": start, "dur": length} for kind, start, length in (("kernel", 0, 2000), ("kernel", 1000, 2000))]
-    events += [{"cat": "gpu_memcpy", "ts": 10000, "dur": 1000}, {"cat": "gpu_user_annotation", "ts": 0, "dur": 99999}]
-    assert speed.busy(events, 2) == {"busy_ms": 2.0, "kernels": 1.5}
+    given = [("kernel", 0, 2000), ("kernel", 1000, 2000), ("gpu_memcpy", 10000, 1000), ("gpu_user_annotation", 0, 99999)]
+    events = [{"cat": kind, "name": kind, "ts": start, "dur": length} for kind, start, length in given]
+    assert speed.busy(events, 2) == {"busy_ms": 2.0, "kernels": 1.5, "longest": [("kernel", 2.0), ("gpu_memcpy", 0.5)]}
     row = {"host_ms": [1.0], "peak": [5], "busy_ms": 1.5, "kernels": 9.0}
     text = speed.report([{"name": "net, 8, float, eager", "ms": [1.0, 2.0]} | row, {"name": "net, 8, ofq, eager", "ms": [2.0, 6.0]} | row])
     assert "| ofq | eager | 4.00 | 2.50 [2.00, 3.00] | | 2000 | 1.00 | 0.38 | 9 | 0.00 | 1.00 |" in text
