@@ -109,7 +109,7 @@ class Quantizers(torch.nn.Module):
 @pytest.mark.parametrize("preset", ["ofq", "seq"])
 def test_a_compiled_quantizer_gives_the_bits_of_an_eager_one(preset):
     made = Quantizers(preset)
-    with inductor.patch(qat.lit.compiled.rounding_options()), torch.no_grad():
+    with inductor.patch(qat.lit.compiled.compile_options()), torch.no_grad():
         expected, found = made(made.given), torch.compile(made, fullgraph=True)(made.given)
     assert len(found) > 6
     for quantizer, ours, theirs in zip(made.all, found, expected, strict=True):

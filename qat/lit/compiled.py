@@ -44,15 +44,16 @@ compiler.cache_key_tag += source_hash(functional, kernels)
 # What has compiled code round as eager code does, where a code may depend on it: division to nearest, no product contracted with a sum,
 # and values of half precision rounded between two operations that are fused. The last two are one setting. C++ does the first two anyway.
 # The second name is that of division in older versions of torch, spelled so.
-# And rows lie as operators want them, who would copy others.
 ROUNDING = {"eager_numerics.division_rounding": True, "emulate_divison_rounding": True, "emulate_precision_casts": True}
-ROUNDING |= {"comprehensive_padding": False}
 
 
-def rounding_options() -> dict[str, bool]:
-    """Those of `ROUNDING` that this version of torch has; with `trainer.deterministic` nothing is chosen by what was fastest just then."""
+def compile_options() -> dict[str, bool]:
+    """What compiled code is asked for beside `ROUNDING`, as far as this version of torch knows it.
+
+    Rows without padding, as operators would copy others; with `trainer.deterministic` no choice by what was fastest just then.
+    """
     known = inductor.get_config_copy()
-    wanted = {**ROUNDING, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    wanted = {**ROUNDING, "comprehensive_padding": False, "deterministic": torch.are_deterministic_algorithms_enabled()}
     return {name: value for name, value in wanted.items() if name in known}
 
 
@@ -85,7 +86,7 @@ class CompiledCall:
 
     def __init__(self, function: Callable[[Tensor], Any], net: nn.Module, *, recompute: bool = False, graphs: bool = False) -> None:
         # Not by `inductor.patch` around a call: backward is compiled later, when it first runs.
-        options: dict[str, Any] = {**rounding_options(), "triton.cudagraphs": graphs}
+        options: dict[str, Any] = {**compile_options(), "triton.cudagraphs": graphs}
         self._call = torch.compile(function, fullgraph=True, dynamic=False, options=options)
         self._graphs = graphs
         if graphs:

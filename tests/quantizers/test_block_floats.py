@@ -123,7 +123,7 @@ def test_a_compiled_pass_gives_the_bits_of_the_formula(length):
     x, grads = randn(5, length), [randn(5, length, seed=i) for i in range(3)]
     x[0, 3], x[-1] = 0.0, 0.0
     torch._dynamo.reset()
-    *found, of_x = run(torch.compile(each, fullgraph=True, options=compiled.rounding_options()), kernels.block_floats)
+    *found, of_x = run(torch.compile(each, fullgraph=True, options=compiled.compile_options()), kernels.block_floats)
     torch._dynamo.reset()
     *expected, expected_of_x = run(each, block_float)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -19,6 +19,7 @@ from qat.kernels.fused import (
     qkr_attention,
     remember,
 )
+from qat.kernels.fused import weight as of_weight
 from tests import tiny
 from tests.kernels.fused import simple
 from tests.tiny import kept_bytes
@@ -91,6 +92,16 @@ def test_a_weight_that_is_kept_is_not_quantized_again(params):
     ready = simple.quantize_weight(params, parts[2]).detach()
     kept = (*parts[:3], params._replace(ready=ready), parts[4])
     compare(lsq_linear(*kept), lsq_linear(*parts), leaves(*parts))
+
+
+@pytest.mark.parametrize("params", [STATSQ, WEIGHTS["lsq"], WeightParams(None)], ids=["statsq", "lsq", "none"])
+def test_backward_with_the_quantized_weight_at_hand_gives_the_same_bits(params, monkeypatch):
+    found = []
+    for kept in (set(), {"cpu"}):
+        monkeypatch.setattr(of_weight, "KEPT", kept)
+        parts = linear_parts(params=params)
+        found.append(torch.autograd.grad(lsq_linear(*parts).square().sum(), leaves(*parts)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("how", [Made("norm", 1e-5), Made("none"), Made("tanh")], ids=["norm", "gelu", "gelu of tanh"])
