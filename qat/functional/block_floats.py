@@ -6,11 +6,10 @@ Blocks lie along the last dimension; a short one at its end is a block of its ow
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.functional.ste import TINY, in_dtype
 
@@ -80,22 +79,17 @@ def _factors(blocks: Tensor, form: BlockFormat, t: Tensor | None) -> Tensor:
     return torch.where(largest.isnan(), largest, torch.where(scale < TINY, 0.0, scale))
 
 
-def _scaled(x: Tensor, form: BlockFormat, t: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of whole blocks and of a short one: the values over their scales, 0 where a scale is 0; the scales; what these are made of t.
-
-    The short one is apart: padding it would have torch 2.14 compile reads beyond it.
-    """
-    for part in x.float().tensor_split([x.shape[-1] // form.block * form.block], -1):
-        if part.shape[-1]:
-            blocks = part.unflatten(-1, (-1, min(form.block, part.shape[-1])))
-            factors = _factors(blocks, form, t)
-            scales = factors if t is None else factors * t
-            yield blocks / torch.where(scales == 0, torch.inf, scales), scales, factors
+def _blocks(x: Tensor, form: BlockFormat) -> Tensor:
+    """(..., k, n) for (..., up to k * n), with zeros behind a short one."""
+    return nn.functional.pad(x, (0, -x.shape[-1] % form.block)).unflatten(-1, (-1, form.block))
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    flat = [part.flatten(-2) for part in parts]
-    return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
+def _scaled(x: Tensor, form: BlockFormat, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `_blocks`: the values over their scales, 0 where a scale is 0; the scales; what these are made of t."""
+    blocks = _blocks(x.float(), form)
+    factors = _factors(blocks, form, t)
+    scales = factors if t is None else factors * t
+    return blocks / torch.where(scales == 0, torch.inf, scales), scales, factors
 
 
 def round_blocks(x: Tensor, form: BlockFormat, t: Tensor | None, grad: Tensor | None = None) -> Tensor:
@@ -113,8 +107,10 @@ def round_blocks(x: Tensor, form: BlockFormat, t: Tensor | None, grad: Tensor | 
     Returns:
         The shape and dtype of `x`.
     """
-    parts = [nearest_float(u, form) * s if grad is None else u.abs() > form.highest for u, s, _ in _scaled(x, form, t)]
-    return in_dtype(_joined(parts) if grad is None else torch.where(_joined(parts), 0.0, grad.float()), x.dtype)
+    u, scales, _ = _scaled(x, form, t)
+    out = nearest_float(u, form) * scales if grad is None else torch.where(u.abs() > form.highest, 0.0, _blocks(grad, form))
+    # Rounded before it is flat: a compiler makes one pass of what has one shape.
+    return in_dtype(out, x.dtype).flatten(-2)[..., : x.shape[-1]]
 
 
 class BlockFloatFunction(torch.autograd.Function):
@@ -167,12 +163,11 @@ def block_float_codes(x: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor, Ten
         uint8, the shape of `x` (0 for NaN, whose scale is NaN); (..., ceil(n / block)) float32, of which each block's scale is made by
         multiplying with t; t, or None where they are the scales.
     """
-    t, codes, factors = tensor_scale(x, form), [], []
-    for u, _, factor in _scaled(x, form, t):
-        place = float_place(nearest_float(u, form), form).nan_to_num()
-        codes.append((place.abs() + place.signbit() * 2 ** (form.bits - 1)).to(torch.uint8))
-        factors.append(factor)
-    return _joined(codes), _joined(factors), t
+    t = tensor_scale(x, form)
+    u, _, factors = _scaled(x, form, t)
+    place = float_place(nearest_float(u, form), form).nan_to_num()
+    codes = (place.abs() + place.signbit() * 2 ** (form.bits - 1)).to(torch.uint8)
+    return codes.flatten(-2)[..., : x.shape[-1]], factors.flatten(-2), t
 
 
 def float_values(codes: Tensor, form: BlockFormat) -> Tensor:

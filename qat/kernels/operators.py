@@ -160,4 +160,10 @@ def split(sums: Tensor, *like: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else next(parts).view(t.shape).to(t.dtype) for t in like]
 
 
-round_blocks = _with_forms("(Tensor x, Tensor? t, Tensor? grad, int bits) -> Tensor")(reference.round_blocks)
+@_with_forms("(Tensor x, Tensor? t, Tensor? grad, int bits) -> Tensor")
+def round_blocks(x: Tensor, *args: Any) -> Tensor:
+    """`reference.round_blocks`, in one piece."""
+    return reference.round_blocks(x, *args).contiguous()
+
+
+FORMULAS[torch.ops.qat.round_blocks.default] = reference.round_blocks  # a compiler would need a second pass for the piece

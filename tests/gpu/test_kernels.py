@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._inductor import metrics
 
-from qat.kernels import CodeRange, gpu, reference, tiles
+from qat.functional.block_floats import BLOCK_FORMATS, round_blocks, tensor_scale
+from qat.kernels import CodeRange, gpu, operators, reference, tiles
+from qat.lit.compiled import compile_options
 from tests.gpu.kernel_cases import CASES, case, same
 from tests.kernels import calls
 
@@ -109,6 +112,19 @@ def test_more_elements_than_32_bits_count(device):
     assert same(
         found[-5:].contiguous(), reference.lsq_forward(tail, torch.full((1,), 0.7, device=device), None, None, CodeRange(-2, 1, None))
     )
+
+
+@pytest.mark.parametrize("length", [192, 197])
+@pytest.mark.parametrize(("name", "bits"), BLOCK_FORMATS)
+def test_blocks_of_floats_are_compiled_to_one_pass(device, name, bits, length):
+    form, x = BLOCK_FORMATS[name, bits], torch.randn(3, 50, length, device=device, dtype=torch.bfloat16)
+    t = tensor_scale(x, form)
+    for grad in (None, torch.randn_like(x)):
+        torch._dynamo.reset()
+        metrics.reset()
+        found = torch.compile(operators.round_blocks, fullgraph=True, options=compile_options())(x, t, grad, bits)
+        assert torch.equal(found, round_blocks(x, form, t, grad))
+        assert metrics.generated_kernel_count == 1
 
 
 def test_machine_code():

@@ -43,6 +43,7 @@ def sample(name):
             None,
             *Made("softmax", 0.5),
         ),
+        "round_blocks": (randn(2, 5, 37), None, None, 4),
         "heads_product": (randn(3, 2, 5, 4), randn(3, 2, 4, 6), torch.empty(3, 2, 5, 6), 0.3),
         "sum_of_products": (randn(3, 2, 5, 4), randn(3, 2, 4, 6)),
     }[name]
@@ -54,6 +55,7 @@ NAMES = (
     "statsq_forward",
     "statsq",
     "step_and_slope",
+    "round_blocks",
     "heads_product",
     "sum_of_products",
 )
