@@ -65,8 +65,10 @@ def tensor_scale(x: Tensor, form: BlockFormat) -> Tensor | None:
     """The number t = max|x| / (6 * 448) of a format of two levels, a scalar in float32; None for others."""
     if not form.two_level:
         return None
-    low, high = x.detach().aminmax() if x.numel() else (x.new_zeros(()),) * 2
-    return torch.maximum(high, -low).float() / (form.highest * _E4M3_MAX)
+    x = x.detach() if x.numel() else x.new_zeros(1)
+    # The same number: one is a sixth of the other's time on a CPU, and a launch more on CUDA.
+    largest = torch.linalg.vector_norm(x, torch.inf) if x.is_cuda else torch.stack(x.aminmax()).abs().amax()
+    return largest.float() / (form.highest * _E4M3_MAX)
 
 
 def _factors(blocks: Tensor, form: BlockFormat, t: Tensor | None) -> Tensor:
