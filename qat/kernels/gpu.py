@@ -20,7 +20,7 @@ from qat.kernels.rows import LSQParams, fit, params_of, row_stride, rows_of, sca
 from qat.kernels.tiles import DTYPES, TILE, WIDEST, device_type, spaced, tiles_of
 
 # Rows that a LayerNorm or a softmax gave are held whole.
-WHOLE, LONGEST = ("norm", "softmax"), 4096
+WHOLE, LONGEST = ("norm", "scores"), 4096
 # Programs of a backward pass that leave rows of sums to be added: four for every multiprocessor of a large device.
 PROGRAMS = 528
 # Without fusion `r * s + c` rounds twice, as it does in two operations.
@@ -90,7 +90,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wan
     Returns:
         What the operator gives.
     """
-    fits = made.kind != "tanh" and dequantized in {None, *DTYPES} and fit(DTYPES, grad, x, *q[:4], out, weight, bias)
+    fits = made.kind not in {"tanh", "softmax"} and dequantized in {None, *DTYPES} and fit(DTYPES, grad, x, *q[:4], out, weight, bias)
     layout = rows_of(x, q, weight, bias) if fits else None
     out_stride = None if layout is None else row_stride(out, layout.length)
     is_whole = made.kind in WHOLE
@@ -99,11 +99,11 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wan
     rows, length, stride, steps, by_column = layout
     (block, (down, across)), (grad, grad_stride) = tiles_of(layout, LONGEST if is_whole else None), spaced(grad, length)
     # Nothing is summed up over rows of probabilities.
-    strip = block["BLOCK_R"] * (1 if made.kind == "softmax" else -(-down * across // PROGRAMS))
+    strip = block["BLOCK_R"] * (1 if made.kind == "scores" else -(-down * across // PROGRAMS))
     strips = -(-rows // strip)
     errors = _floats(x, strips, length) if by_column else _floats(x, rows // steps, steps, across)
-    wanted = tuple(int(t is not None) for t in (q.before, q.after if with_after else None, weight, bias))
-    sums = _floats(x, strips, sum(wanted), length)
+    wanted = tuple(t is not None for t in (q.before, q.after if with_after else None, weight, bias))
+    sums = _floats(x, sum(wanted), strips, length)
     y = None if dequantized is None else torch.empty(x.shape, dtype=dequantized, device=x.device)
     lengths = length, grad_stride, stride, out_stride
     unit = 1 if any(n % 8 for n in lengths) else 8
@@ -112,7 +112,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wan
         *map(float, q.codes.ends), rows, *(n // unit for n in lengths), steps, strip, made.number,
         UNIT=unit, WANTED=wanted, MADE=made.kind, HALF=q.codes.half, BY_COLUMN=by_column, num_warps=8, **block,
     )  # fmt: skip
-    return errors.sum(0) if by_column else errors.sum((0, 2)), sums.sum(0).flatten(), y
+    return errors.sum(0) if by_column else errors.sum((0, 2)), sums.sum(1).flatten(), y
 
 
 def step_and_slope(start: Tensor, growth: Tensor, change: Tensor, unit: float) -> tuple[Tensor, Tensor] | None:

@@ -13,8 +13,8 @@ class Made(NamedTuple):
     """How the input of a quantizer was made of another tensor.
 
     Attributes:
-        kind: `norm` = LayerNorm over the last dimension of x, `none` or `tanh` = GELU of x with this approximation, `softmax` = x itself,
-            which is one over the last dimension, with gradients of what it was made of; empty = x itself.
+        kind: `norm` = LayerNorm over the last dimension of x, `none` or `tanh` = GELU of x with this approximation, `scores` = softmax of
+            x over it in float32, `softmax` = x itself, which is one, with gradients of what it was made of; empty = x itself.
         number: eps of the LayerNorm; what scores are multiplied by before the softmax.
     """
 
@@ -30,6 +30,8 @@ class Made(NamedTuple):
         """What is quantized, the bits of torch's modules, and what `backward` wants of it."""
         if self.kind == "norm":
             return torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.number)
+        if self.kind == "scores":
+            return (x.softmax(-1, dtype=torch.float32),) * 2
         return (F.gelu(x, approximate=self.kind) if self.is_other else x,)
 
     def backward(
@@ -39,6 +41,7 @@ class Made(NamedTuple):
         if self.kind == "norm":
             wanted = [True, weight is not None, bias is not None]
             return torch.ops.aten.native_layer_norm_backward(grad, x, x.shape[-1:], *kept, weight, bias, wanted)
-        if self.is_other:
+        if self.kind in {"none", "tanh"}:
             return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=self.kind, grad_input=grad), None, None
-        return (grad - (grad * x).sum(-1, keepdim=True)) * x * self.number if self.kind else grad, None, None
+        probs = kept[0] if kept else x
+        return (grad - (grad * probs).sum(-1, keepdim=True)) * probs * self.number if self.kind else grad, None, None

@@ -74,13 +74,8 @@ def row_stride(x: Tensor, length: int) -> int | None:
 
 def fit(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
     """True for plain tensors on one device, those that are not None, in one of the dtypes each."""
-    device = None
-    for x in tensors:
-        if x is not None:
-            device = x.device if device is None else device
-            if type(x) not in PLAIN or x.dtype not in dtypes or x.device != device:
-                return False
-    return True
+    found = [x for x in tensors if x is not None]
+    return all(type(x) in PLAIN and x.dtype in dtypes and x.device == found[0].device for x in found)
 
 
 def rows_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:
@@ -110,8 +105,6 @@ def rows_of(x: Tensor, q: LSQParams, *others: Tensor | None) -> Layout | None:
 
 
 def scaled_rows(w: Tensor, scale: Tensor) -> Layout | None:
-    """Rows of `w` along its first dimension, if all is in one piece and `scale` has one for each, (rows, 1, ...); else None."""
-    if not w.numel() or scale.shape != (w.shape[0], *[1] * (w.ndim - 1)) or not (w.is_contiguous() and scale.is_contiguous()):
-        return None
-    length = w.numel() // w.shape[0]
-    return Layout(w.shape[0], length, length, w.shape[0], by_column=False)
+    """Rows of `w` along its first dimension, if all is in one piece and `scale` (rows, 1, ...) has one for each; else None."""
+    layout = rows_of(w, LSQParams(scale, None, None, None, CodeRange(0, 0, 0)))
+    return layout if layout and w.is_contiguous() and scale.ndim == w.ndim > 1 else None

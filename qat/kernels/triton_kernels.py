@@ -102,7 +102,7 @@ def _plus(tile: tensor, offset: tensor) -> tensor:
 def _remade(  # noqa: PLR0913, PLR0917
     x: tensor, weight: tensor, bias: tensor, column: tensor, length: tensor, number: tensor, MADE: constexpr, DTYPE: constexpr
 ) -> tuple[tensor, tensor, tensor]:
-    """What was made of x, and what its gradient needs: normalised rows and one over their deviation; or GELU's share of x."""
+    """What was made of x, and what its gradient needs: normalised rows and one over their deviation, GELU's share of x, probabilities."""
     made, unit, inverse = x, x, 1.0
     if MADE == "norm":
         each = tl.div_rn(1.0, 1.0 * length)
@@ -113,6 +113,11 @@ def _remade(  # noqa: PLR0913, PLR0917
     if MADE == "none":
         unit = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
         made = x * unit
+    if MADE == "scores":
+        scores = tl.where((column < length)[None, :], x, float("-inf"))
+        power = tl.exp(scores - tl.max(scores, 1)[:, None])
+        unit = power * tl.div_rn(1.0, tl.sum(power, 1))[:, None]
+        return unit, unit, inverse
     return made.to(DTYPE).to(tl.float32), unit, inverse
 
 
@@ -128,8 +133,8 @@ def _through(  # noqa: PLR0913
         grad = (grad - along - unit * across) * inverse
     if MADE == "none":
         grad = grad * (unit + x * DENSITY * tl.exp(-0.5 * x * x))
-    if MADE == "softmax":
-        grad = (grad - tl.sum(grad * x, 1)[:, None]) * x * number
+    if MADE == "scores":
+        grad = (grad - tl.sum(grad * unit, 1)[:, None]) * unit * number
     return grad
 
 
@@ -149,19 +154,13 @@ def _keep(sums: tensor, tile: tensor, column: tensor, length: tensor, place: ten
 
 
 @triton.jit
-def _keep_wanted(
-    sums: tensor, of_input: tensor, of_grad: tensor, of_weight: tensor, column: tensor, length: tensor, WANTED: constexpr
-) -> None:
-    """Write a row for each that is WANTED: the offset before, the one after, a LayerNorm's weight and its bias."""
-    place = tl.program_id(0) * (WANTED[0] + WANTED[1] + WANTED[2] + WANTED[3])
-    if WANTED[0]:
-        _keep(sums, of_input, column, length, place)
-    if WANTED[1]:
-        _keep(sums, of_grad, column, length, place + WANTED[0])
-    if WANTED[2]:
-        _keep(sums, of_weight, column, length, place + WANTED[0] + WANTED[1])
-    if WANTED[3]:
-        _keep(sums, of_input, column, length, place + WANTED[0] + WANTED[1] + WANTED[2])
+def _keep_wanted(sums: tensor, tiles: tensor, column: tensor, length: tensor, WANTED: constexpr) -> None:
+    """Write the sums of the columns of WANTED tiles: a row of a program behind the other's, tile by tile."""
+    place = tl.program_id(0)
+    for i in tl.static_range(4):
+        if WANTED[i]:
+            _keep(sums, tiles[i], column, length, place)
+            place += tl.num_programs(0)
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
@@ -232,11 +231,11 @@ def lsq_backward(  # noqa: PLR0913
 ) -> None:
     """`reference.lsq_backward`; a program walks down a strip of rows.
 
-    `errors` takes the sums for the steps, (rows, programs across), or, by column, (strips, length); `sums` those WANTED of columns,
-    (strips, k, length); `y`, or None, what the forward pass gave. A strip has `strip` rows, a multiple of BLOCK_R. Of an input that was
-    made of `x`, by a LayerNorm (MADE = "norm"; whole rows in a tile) or by GELU ("none"), `dx` is the gradient of `x`. Of an `x` that a
-    softmax gave ("softmax"; whole rows, too) `dx` is the gradient of its scores. Length and strides of rows are in UNITs: what is a
-    multiple of 16 Triton finds out by itself, and 8 elements of half precision are the 16 bytes that one instruction reads.
+    `errors` takes the sums for the steps, (rows, programs across), or, by column, (strips, length); `sums` those WANTED of columns, for
+    the offset before, the one after, a LayerNorm's weight and its bias, (k, strips, length); `y`, or None, what the forward pass gave. A
+    strip has `strip` rows, a multiple of BLOCK_R. Of an input that was made of `x`, by a LayerNorm (MADE = "norm"; whole rows in a tile),
+    by GELU ("none") or by a softmax ("scores"; whole rows, too), `dx` is the gradient of `x`. Length and strides of rows are in UNITs:
+    what is a multiple of 16 Triton finds out by itself, and 8 elements of half precision are the 16 bytes that one instruction reads.
     """
     low, high = _bounds(low, high, sign)
     length, g_stride, x_stride, dx_stride = length * UNIT, g_stride * UNIT, x_stride * UNIT, dx_stride * UNIT
@@ -266,7 +265,7 @@ def lsq_backward(  # noqa: PLR0913
             tl.store(errors + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.sum(wrong, 1), mask=row < rows)
     if BY_COLUMN:
         _keep(errors, error, column, length, tl.program_id(0))
-    _keep_wanted(sums, sum_dx, sum_g, sum_dw, column, length, WANTED)
+    _keep_wanted(sums, (sum_dx, sum_g, sum_dw, sum_dx), column, length, WANTED)
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -39,6 +39,7 @@ FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "chec
 NET_PREFIX = "net."
 FORMATS = ("auto", "qat", "timm", "ofq")
 _AVERAGED, _TRAINED = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # under which scripts keep weights
+_WRAPPED = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")  # what wrappers put before names
 _DATA, _CLASSES = "qat_data", "qat_classes"  # where a net keeps what its file said of its data
 _MOST_PIXELS = 2**25  # of an image that a file says its net takes
 
@@ -210,7 +211,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
     if fmt == "qat" and meta is None:
         raise UsageError(f"{origin}: not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq")
     state = next((content[k] for k in (*(() if fmt == "ofq" else _AVERAGED), *_TRAINED) if isinstance(content.get(k), Mapping)), content)
-    tensors = timm_names({_bare(k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)})
+    tensors = timm_names({_WRAPPED.sub("", k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)})
     if not tensors:
         raise UsageError(f"{origin}: holds no weights")
     check_tensors(tensors, origin, path.stat().st_size)
@@ -245,10 +246,6 @@ def _training_of(content: Mapping[str, Any]) -> dict[str, Any]:
         groups = [(sorted({*map(str, group)} - {"params"}), len(group["params"])) for group in state["param_groups"]]
         return {"epochs": epochs, "groups": groups}
     return {}
-
-
-def _bare(key: str) -> str:
-    return re.sub(r"^(_orig_mod\.)?module\.|_orig_mod\.", "", key)
 
 
 def build_from(checkpoint: Checkpoint) -> nn.Module:

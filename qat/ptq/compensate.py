@@ -65,7 +65,9 @@ def _channel_fit(ours: Runner, theirs: Runner, unit: str, site: Site) -> tuple[T
     """Gain and bias (out,) of one layer, float64."""
     sums, rows = torch.zeros(()), 0
     for i in range(len(ours.batches)):
-        y, target = (_rows(runner.output(site.layer, i)[1], site.owner) for runner in (ours, theirs))
+        pair = (runner.output(site.layer, i)[1] for runner in (ours, theirs))
+        # (rows, channels) float64
+        y, target = ((t.movedim(1, -1) if isinstance(site.owner, nn.Conv2d) else t).flatten(0, -2).double() for t in pair)
         check_finite(y, unit, _SETTING)
         check_finite(target, unit, _SETTING)
         found = torch.stack([y.sum(0), target.sum(0), y.square().sum(0), (y * target).sum(0)])
@@ -84,11 +86,6 @@ def _ridge_gain(variance: Tensor, covariance: Tensor, square: Tensor) -> Tensor:
     floor = (1e-12 * square).clamp(min=torch.finfo(torch.float32).tiny)
     gain = (covariance + RIDGE * variance) / ((1 + RIDGE) * variance).clamp(min=floor)
     return torch.where(variance > floor, gain, 1.0).clamp(*_GAINS)
-
-
-def _rows(y: Tensor, layer: nn.Module) -> Tensor:
-    """(rows, channels) float64."""
-    return (y.movedim(1, -1) if isinstance(layer, nn.Conv2d) else y).flatten(0, -2).double()
 
 
 @torch.no_grad()

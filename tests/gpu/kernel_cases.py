@@ -15,7 +15,7 @@ from qat.functional.ste import sum_along
 from qat.kernels import CodeRange, Made, gpu, library, operators, reference
 from tests.kernels import calls
 
-SOFTMAX = Made("softmax", 0.3)
+SCORES = Made("scores", 0.3)
 BOUNDS = {"signed": (-2, 1), "unsigned": (0, 3), "three bits": (-4, 3), "four bits": (0, 15), "eight bits": (-128, 127),
           "half steps": (-2, 1, True), "half steps of three bits": (-4, 3, True)}  # fmt: skip
 # Shape, axis, and the number of dimensions that offsets vary over.
@@ -95,15 +95,18 @@ def without_a_number(shape, axis, n_offsets, bounds):
     return [] if same(found, reference.lsq_forward(x, scale, before, after, grid)) and found.isnan().any() else ["forward"]
 
 
-def probs(shape, axis, dtype=torch.float32):
+def probs(shape, axis, dtype=torch.float32, hidden=0):
     x, scale, _, _, grid = case(shape, axis, 0, (0, 3))
-    p, grad = x.abs().clamp(max=9).softmax(-1).to(dtype), torch.randn(shape)
+    scores, grad = x.abs().clamp(max=9).to(dtype), torch.randn(shape)
+    if hidden:
+        scores[..., -hidden:] = -torch.inf
+    p = scores.softmax(-1, dtype=torch.float32)
     expected, of_scale = calls.softmax_reference(grad, p, scale, grid, 0.3)
     size, furthest = grad.abs() * p, 6 * sum_along(grad.abs(), axis)
-    how = {"made": SOFTMAX, "dequantized": torch.float32}
-    ours = calls.gpu_backward(grad, p, scale, None, grid, out=torch.empty_like(grad), **how)
+    how = {"made": SCORES, "dequantized": torch.float32}
+    ours = calls.gpu_backward(grad, scores, scale, None, grid, out=torch.empty_like(grad), **how)
     right = [near(ours.x, expected, size + size.sum(-1, keepdim=True) * p), near(ours.scale, of_scale, furthest)]
-    levels = calls.gpu_backward(grad, p, scale, None, grid, out=grad, **how).dequantized
+    levels = calls.gpu_backward(grad, scores, scale, None, grid, out=grad, **how).dequantized
     right += [torch.equal(grad, ours.x), same(levels, reference.lsq_forward(p, scale, None, None, grid))]
     return [name for name, fine in zip(("scores", "scale", "in place", "levels"), right, strict=True) if not fine]
 
@@ -222,11 +225,11 @@ def other_dtypes(*form):
 def gradients_in_half_precision(shape, axis):
     """What is written in half precision is float32's, rounded once, also over the gradient that came."""
     x, scale, _, _, grid = case(shape, axis, 0, (0, 3))
-    p, wrong = x.abs().clamp(max=9).softmax(-1), []
+    scores, wrong = x.abs().clamp(max=9), []
     for d in (torch.bfloat16, torch.float16):
         grad = torch.randn(shape).to(d)
-        exact = calls.gpu_backward(grad, p, scale, None, grid, made=SOFTMAX, dequantized=torch.float32)
-        found = calls.gpu_backward(grad, p, scale, None, grid, made=SOFTMAX, dequantized=d, out=grad)
+        exact = calls.gpu_backward(grad, scores, scale, None, grid, made=SCORES, dequantized=torch.float32)
+        found = calls.gpu_backward(grad, scores, scale, None, grid, made=SCORES, dequantized=d, out=grad)
         right = same(grad, exact.x), torch.equal(found.scale, exact.scale), same(found.dequantized, exact.dequantized)
         wrong += [] if all(right) and found.dequantized.dtype == d else [f"probabilities {d}"]
         given = scale, None, None, grid
@@ -259,7 +262,7 @@ def declined():
         "scales of a convolution": gpu.statsq(torch.ones(2, 3, 2, 2), 2, torch.float32),
         "scales of double": gpu.statsq(x[0].double(), 2, torch.float32),
         "expanded": calls.gpu_forward(torch.ones(1, 1, 1).expand(2, 4, 6), scale, None, None, grid),
-        "long": calls.gpu_backward(long, long, scale[:1], None, CodeRange(0, 3, None), made=SOFTMAX),
+        "long": calls.gpu_backward(long, long, scale[:1], None, CodeRange(0, 3, None), made=SCORES),
     }
     return [name for name, found in given.items() if found is not None]
 
@@ -307,6 +310,7 @@ CASES = {
     "probabilities": (probs, (2, 3, 9, 9), -2),
     "in half precision": (gradients_in_half_precision, (2, 3, 9, 9), -2),
     "in half precision, wide": (gradients_in_half_precision, (2, 3, 1100), 1),
+    "probabilities, hidden keys": (probs, (2, 3, 9, 16), -2, torch.float16, 7),
     "probabilities, one step": (probs, (2, 3, 7, 300), None),
     "probabilities, bfloat16": (probs, (2, 3, 9, 9), -2, torch.bfloat16),
     **{f"steps {n}": (steps, n) for n in (1, 197, 5000)},

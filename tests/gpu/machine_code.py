@@ -40,9 +40,9 @@ def through(made, x, dtype):
 
 
 def probabilities(dtype):
-    grad, probs = (torch.ones(2, 3, 3, dtype=dtype) for _ in range(2))
+    grad, scores = (torch.ones(2, 3, 3, dtype=dtype) for _ in range(2))
     grid = gpu.CodeRange(0, 3, -2)
-    calls.gpu_backward(grad, probs, torch.ones(3), None, grid, out=grad, dequantized=dtype, made=Made("softmax", 0.3))
+    calls.gpu_backward(grad, scores, torch.ones(3), None, grid, out=grad, dequantized=dtype, made=Made("scores", 0.3))
 
 
 def halves(dtype):

@@ -32,6 +32,7 @@ def sample(name):
         "step_and_slope": (STEPS, offset.exp(), offset, 0.5),
         "statsq": (randn(5, 6), 2, torch.bfloat16),
         "statsq_forward": (randn(5, 6), torch.ones(5, 1), 2, torch.float32),
+        "lsq_backward scores": (grad, *half, False, torch.empty_like(x), torch.float32, None, None, *Made("scores", 0.5)),
         "lsq_backward softmax": (
             grad,
             x.softmax(-1),
@@ -51,7 +52,7 @@ def sample(name):
 
 NAMES = (
     "lsq_forward",
-    *(f"lsq_backward{kind}" for kind in ("", " levels", " norm", " gelu", " softmax")),
+    *(f"lsq_backward{kind}" for kind in ("", " levels", " norm", " gelu", " scores", " softmax")),
     "statsq_forward",
     "statsq",
     "step_and_slope",

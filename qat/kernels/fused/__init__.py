@@ -1,7 +1,7 @@
 """Quantizer and matrix product in one autograd Function: what is cheap to make again is not kept for backward.
 
-Same values as the quantizers and products apart, bit for bit, or within rounding where scores are never in memory
-(`kernels/attention.py`).
+Same values as the quantizers and products apart, bit for bit, or within rounding on CUDA, where a softmax is made
+again in backward, in the pass of its quantizer or of the whole attention.
 """
 
 from qat.kernels.fused.attention import attention

@@ -12,7 +12,7 @@ from qat.kernels import LSQParams, operators
 from qat.kernels import attention as in_tiles
 from qat.kernels.fused.heads import heads_of, heads_product, pad
 from qat.kernels.fused.operand import differentiated_once, flat, keep, kept, of_params, params
-from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, softmax
+from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, to_keep
 
 
 def _quantized(qkv: Tensor, operands: list[LSQParams], dtype: torch.dtype) -> list[Tensor]:
@@ -41,7 +41,7 @@ class _Attention(torch.autograd.Function):
         else:
             scores = _scores(q, pad(k), shape)
             del q, k
-            held = softmax(scores, bias, mask, shape.probs_dtype)
+            held = to_keep(scores, bias, mask, shape)
             del scores
             out = gather(held, pad(v), probs, shape)
         keep(ctx, qkv, bias, mask, held if ctx.in_tiles or keep_probs else None, shape, *args[3:])
@@ -60,7 +60,7 @@ class _Attention(torch.autograd.Function):
             of_scale = of_scale * gradient_scale(scores, probs.codes, probs.grad_factor)
         else:
             k, v = pad(k), pad(v)
-            made = softmax(_scores(q, k, shape), bias, mask, shape.probs_dtype) if held is None else held
+            made = to_keep(_scores(q, k, shape), bias, mask, shape) if held is None else held
             of_scores, of_v, of_scale, of_bias = gather_backward(grad, made, v, probs, shape, with_bias=bias is not None)
             of_q, of_k = torch.empty_like(q), torch.empty_like(k)
             heads_product(of_scores, heads_of(k, h), heads_of(of_q, h), 1.0)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from qat.kernels import LSQParams, operators
 from qat.kernels.fused.heads import heads_product, is_exact, pad, sum_of_products
 from qat.kernels.fused.operand import differentiated_once, flat, keep, kept, linear, of_params, params
-from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, softmax
+from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, to_keep
 from qat.kernels.fused.source import given
 from qat.kernels.fused.weight import WeightParams
 
@@ -68,16 +68,16 @@ def _by_head(rows: Tensor, num_heads: int) -> Tensor:
     return rows.unflatten(1, (-1, num_heads)).permute(2, 0, 1, 3)
 
 
-def _probs(  # noqa: PLR0913
+def _held(  # noqa: PLR0913
     xq: Tensor, padded: Tensor, keys: Tensor, per_key: Tensor | None, bias: Tensor | None, mask: Tensor | None, shape: ScoreShape
 ) -> Tensor:
-    """Probabilities (h, B, N, M) of the quantized input, not and padded, and of keys, not yet quantized."""
+    """What is kept for backward, (h, B, N, M), of the quantized input, not and padded, and of keys, not yet quantized."""
     out = xq.new_empty(*keys.shape[:2], xq.shape[1], keys.shape[2])
     factor = shape.factor if is_exact(shape.factor) else 1.0
     heads_product(xq, keys.transpose(-2, -1), out, factor)
     if per_key is not None:  # times a power of two, both halves of a sum may be multiplied apart
         out.add_(F.linear(padded, per_key.to(shape.dtype)).permute(2, 0, 1).unsqueeze(2) * factor)
-    return softmax(out if factor == shape.factor else out.mul_(shape.factor), bias, mask, shape.probs_dtype)
+    return to_keep(out if factor == shape.factor else out.mul_(shape.factor), bias, mask, shape)
 
 
 class _Qkr(torch.autograd.Function):
@@ -93,27 +93,27 @@ class _Qkr(torch.autograd.Function):
         values = linear(padded, v, weights.v_bias)
         rows = mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2)
         keys = operators.quantize(_padded(operands.product, rows, x, num_heads), rows, shape.dtype)
-        probs = _probs(xq, padded, _by_head(keys, num_heads), weights.per_key, bias, mask, shape)
-        known = bias, mask, shape, mapped, values, probs if keep_probs else None
-        keep(ctx, x, *norm, made, *known, *weights, *of_m, *of_v, *rest[11:])
-        return gather(probs, operators.quantize(operands.values, values, shape.dtype), operands.probs, shape)
+        held = _held(xq, padded, _by_head(keys, num_heads), weights.per_key, bias, mask, shape)
+        known = held if keep_probs else None
+        keep(ctx, x, *norm, made, bias, mask, shape, mapped, values, known, *weights, *of_m, *of_v, *rest[11:])
+        return gather(held, operators.quantize(operands.values, values, shape.dtype), operands.probs, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         differentiated_once()
-        x, *norm, made, bias, mask, shape, mapped, values, probs = (args := kept(ctx))[:10]
+        x, *norm, made, bias, mask, shape, mapped, values, held = (args := kept(ctx))[:10]
         weights, (of_m, of_v), operands = _unpack(args[10:])
         h, n, dtype = shape.num_heads, x.shape[1], shape.dtype
         xq = operators.quantize(operands.input, made.forward(x, *norm)[0], dtype)
         padded, rows = pad(xq), mapped.unflatten(-1, (h, -1)).flatten(1, 2)
         product = _padded(operands.product, rows, x, h)
         keys = _by_head(operators.quantize(product, rows, dtype), h)
-        probs = _probs(xq, padded, keys, weights.per_key, bias, mask, shape) if probs is None else probs
+        held = _held(xq, padded, keys, weights.per_key, bias, mask, shape) if held is None else held
         quantized = operators.quantize(operands.values, values, dtype)
         of_scores, of_values, of_probs, of_bias = gather_backward(
-            grad.to(dtype), probs, quantized, operands.probs, shape, with_bias=bias is not None
+            grad.to(dtype), held, quantized, operands.probs, shape, with_bias=bias is not None
         )
-        del probs, quantized, args
+        del held, quantized, args
         of_xq, flat_x, back = pad(sum_of_products(of_scores, keys)), padded.flatten(0, -2), torch.empty_like(rows)
         heads_product(of_scores.transpose(-2, -1), xq, _by_head(back, h), 1.0)
 

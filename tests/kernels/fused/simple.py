@@ -12,7 +12,7 @@ from qat.functional.statsq import statsq
 from qat.kernels import LSQParams
 from qat.kernels.fused.heads import heads_of
 from qat.kernels.fused.operand import probs_dtype
-from qat.kernels.fused.scores import Scoring, softmax
+from qat.kernels.fused.scores import ScoreShape, Scoring, to_keep
 from qat.kernels.fused.weight import WeightParams
 
 
@@ -35,7 +35,9 @@ def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, params: WeightPara
 
 
 def _gather(scores: Tensor, values: Tensor, probs: LSQParams, scoring: Scoring) -> Tensor:
-    return (quantize(probs, softmax(scores, scoring.bias, scoring.mask, probs_dtype(scores))) @ values).permute(1, 2, 0, 3).flatten(2)
+    shape = ScoreShape(scoring.num_heads, scoring.factor, scores.dtype, probs_dtype(scores))
+    made = to_keep(scores, scoring.bias, scoring.mask, shape)
+    return (quantize(probs, made) @ values).permute(1, 2, 0, 3).flatten(2)
 
 
 def attention(qkv: Tensor, operands: Any, scoring: Scoring) -> Tensor:
