@@ -87,7 +87,7 @@ step-time: $(READY) ## time and memory of a quantized training step in those of 
 	    --models deit_tiny_distilled_patch16_224 deit_small_distilled_patch16_224 swin_tiny_patch4_window7_224; \
 	} | tee docs/logs/step-time.log
 
-step-count: $(READY) ## bytes, kernels and host time of a training step on CUDA beside float's, counted without a GPU: DeiT-T, -S, -B (10 minutes)
+step-count: $(READY) ## bytes, kernels and host time of a training step on CUDA beside float's, counted without a GPU: DeiT-T, -S, -B (15 minutes)
 	@$(LOGGED) $(BIN)/python evidence/step_count.py | tee docs/logs/step-count.log
 
 PEER_PACKAGES := torchao==0.18.0 brevitas==0.13.4 dependencies==2.0.1 unfoldNd==0.2.3

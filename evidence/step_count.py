@@ -4,6 +4,7 @@ Run by `make step-count`. Counted: a step of forward, loss, backward and fused A
 and no memory, with the branches of CUDA taken. An operation of torch is a kernel that reads its inputs and writes its outputs once; a view
 is none; a factor of a product that cuBLAS cannot read where it lies is copied before. Ours in Triton count as they are launched. Fused
 attention is one operation forward and one backward. What stays in a cache, and what a compiler would fuse, is not known here.
+Kept: what the graph of a compiled forward pass hands to that of backward, by torch's own partitioning.
 
 Host: process time of the same step with a net of the same blocks and tiny tensors on the CPU, in turns with the float one's; launches of
 Triton are left out of it (10 to 20 us each by Triton's own account), operations of torch count with what they take for a few numbers.
@@ -21,7 +22,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,6 +38,7 @@ from qat.kernels.rows import PLAIN
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
 ROWS = {name: arm for name, arm in ARMS.items() if not arm.teacher} | {"seq_2bit": Arm({}, recipe="seq")}
+BATCHES, ROUNDS = (64, 256), 9
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"}
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
 
@@ -124,12 +129,19 @@ def cuda_branches(count: Count | None = None) -> Generator[None]:
             PLAIN.discard(FakeTensor)
 
 
-def counted(net: nn.Module, batch: int, side: int = 224) -> Count:
-    """The second step of a net whose tensors are replaced by fake ones; the first makes the optimizer's state."""
-    count = Count()
+@contextlib.contextmanager
+def without_memory(net: nn.Module, count: Count | None = None) -> Generator[None]:
+    """The tensors of a net are replaced by fake ones, and all that it does goes the way of CUDA."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, cuda_branches(count):
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         net._apply(mode.from_tensor)
+        yield
+
+
+def counted(net: nn.Module, batch: int, side: int = 224) -> Count:
+    """The second step of a net; the first makes the optimizer's state."""
+    count = Count()
+    with without_memory(net, count):
         run = training_step(net, torch.randn(batch, 3, side, side), half=True)
         run()
         count.bytes = count.kernels = count.triton = 0
@@ -138,28 +150,52 @@ def counted(net: nn.Module, batch: int, side: int = 224) -> Count:
     return count
 
 
+def kept(net: nn.Module, batch: int, side: int = 224) -> int:
+    """Bytes that a compiled forward pass keeps for backward beside parameters and images, each storage once."""
+    storages: dict[int, int] = {}
+
+    def forward(graph: fx.GraphModule, given: Any) -> Any:
+        for node in graph.graph.output_node().args[0]:  # type: ignore[union-attr]
+            if isinstance(node, fx.Node) and node.op != "placeholder":
+                storage = node.meta["val"].untyped_storage()
+                storages[storage._cdata] = storage.nbytes()
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    decompositions = {**select_decomp_table(), **operators.FORMULAS}
+    compiler = aot_autograd(
+        fw_compiler=forward, bw_compiler=forward, decompositions=decompositions, partition_fn=min_cut_rematerialization_partition
+    )
+    with without_memory(net), torch.autocast("cpu", torch.bfloat16):
+        torch.compile(net, fullgraph=True, backend=compiler)(torch.randn(batch, 3, side, side))
+    return sum(storages.values())
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--batches", nargs="+", type=int, default=[64, 256])
-    parser.add_argument("--rounds", type=int, default=9, help="of the host's time")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(environment())
+    few = torch.randn(2, 3, 224, 224)
     for model in args.models:
-        for batch in args.batches:
-            counts = {name: counted(build(model, arm, torch.randn(2, 3, 224, 224)), batch) for name, arm in ROWS.items()}
+        for batch in BATCHES:
+            counts = {name: counted(build(model, arm, few), batch) for name, arm in ROWS.items()}
             base, rows = counts[FLOAT], []
             for name, one in counts.items():
                 shares = f"{one.bytes / base.bytes:.2f}", f"{one.kernels} ({one.triton})", f"{one.kernels / base.kernels:.2f}"
                 rows.append([name, f"{one.bytes / 1e9:.1f}", *shares])
             print(f"\n{model}, batch {batch}, bfloat16 autocast\n")
             print(table(["step", "GB moved", "x float", "kernels (Triton)", "x float"], rows), flush=True)
+    print(f"\nKept for backward by a compiled step, batch {BATCHES[-1]}: GiB (x float)\n")
+    memory = {name: [kept(build(model, arm, few), BATCHES[-1]) for model in args.models] for name, arm in ROWS.items()}
+    rows = [[n, *(f"{a / 2**30:.2f} ({a / b:.2f})" for a, b in zip(own, memory[FLOAT], strict=True))] for n, own in memory.items()]
+    print(table(["step", *args.models], rows), flush=True)
     images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"])
     steps = {name: training_step(build(MODELS[0], arm, images, **TINY), images, half=True) for name, arm in ROWS.items()}
     with cuda_branches():
-        times = take_turns(steps, args.rounds)
+        times = take_turns(steps, ROUNDS)
     print("\nHost, 12 blocks\n")
     rows = [[name, f"{1000 * statistics.median(one.cpu):.1f}", ratio(one, times[FLOAT])] for name, one in times.items()]
     print(table(["step", "ms", "x float: CPU [range], wall"], rows))

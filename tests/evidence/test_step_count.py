@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evidence.step_count import ROWS, Count, Counting, counted, cuda_branches
+from evidence.step_count import ROWS, Count, Counting, counted, cuda_branches, kept
 from evidence.steps import TINY, build
 from qat.kernels import CodeRange
 from qat.kernels.rows import PLAIN
@@ -47,3 +47,11 @@ def test_a_step_of_each_row_moves_more_than_the_float_step():
     assert found["float"].triton == 0
     assert all(one.triton > 10 for name, one in found.items() if name != "float")
     assert {torch.Tensor, torch.nn.Parameter} == PLAIN
+
+
+def test_a_compiled_step_keeps_less_than_the_float_step():
+    images = torch.randn(2, 3, TINY["img_size"], TINY["img_size"])
+    arms = ("float", "linears", "ofq without qkr")
+    found = [kept(build("deit_tiny_patch16_224", ROWS[name], images, **TINY, depth=1), 16, TINY["img_size"]) for name in arms]
+    assert min(found) == found[1] > 0
+    assert max(found) == found[0]
