@@ -126,7 +126,7 @@ def gradients(  # noqa: PLR0913  (what else comes out of the one pass over memor
     with_after: bool = True,
     in_place: bool = False,
     dequantized: torch.dtype | None = None,
-    norm: tuple[Tensor | None, Tensor | None] = (None, None),
+    norm: tuple[Tensor | None, ...] = (None, None),
     made: Made = Made(),  # noqa: B008  (a tuple)
     counted: Tensor | None = None,
 ) -> LsqGradients:

@@ -46,7 +46,7 @@ def sample(name):
         ),
         "round_blocks": (randn(2, 5, 37), None, None, 4),
         "heads_product": (randn(3, 2, 5, 4), randn(3, 2, 4, 6), torch.empty(3, 2, 5, 6), 0.3),
-        "sum_of_products": (randn(3, 2, 5, 4), randn(3, 2, 4, 6)),
+        "add_products": (randn(3, 2, 5, 4), randn(3, 2, 4, 6), randn(2, 5, 6, seed=1)),
     }[name]
 
 
@@ -58,7 +58,7 @@ NAMES = (
     "step_and_slope",
     "round_blocks",
     "heads_product",
-    "sum_of_products",
+    "add_products",
 )
 
 

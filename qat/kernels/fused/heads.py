@@ -53,18 +53,17 @@ def heads_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
         out.mul_(factor)
 
 
-@operator("(Tensor a, Tensor b) -> Tensor")
-def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """The sum over the heads of a (h, B, n, k) @ b (h, B, k, m): (B, n, m), in half precision rounded once, after the sum.
+@operator("(Tensor a, Tensor b, Tensor(a!) out) -> ()")
+def add_products(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Add the products a (h, B, n, k) @ b (h, B, k, m) of all heads to `out` (B, n, m), in half precision rounded once, after the sum.
 
     For that it is one product over all heads there, which costs a copy of `a`, and one of `b` unless its (B, k, h, m) is in one piece.
     """
     if a.dtype != torch.float32:
-        return torch.bmm(a.permute(1, 2, 3, 0).flatten(2), b.permute(1, 2, 0, 3).flatten(1, 2))
-    total = a.new_zeros(*a.shape[1:3], b.shape[-1])  # written in place, which leaves autocast out of it
+        out.baddbmm_(a.permute(1, 2, 3, 0).flatten(2), b.permute(1, 2, 0, 3).flatten(1, 2))
+        return
     for one, other in zip(a.unbind(0), b.unbind(0), strict=True):
-        total.baddbmm_(one, other)
-    return total
+        out.baddbmm_(one, other)
 
 
 def is_exact(x: float) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat.kernels import LSQParams, operators
-from qat.kernels.fused.heads import heads_product, is_exact, pad, sum_of_products
+from qat.kernels.fused.heads import add_products, heads_product, is_exact, pad
 from qat.kernels.fused.operand import differentiated_once, flat, keep, kept, linear, of_params, params
 from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, to_keep
 from qat.kernels.fused.source import given
@@ -94,8 +94,7 @@ class _Qkr(torch.autograd.Function):
         rows = mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2)
         keys = operators.quantize(_padded(operands.product, rows, x, num_heads), rows, shape.dtype)
         held = _held(xq, padded, _by_head(keys, num_heads), weights.per_key, bias, mask, shape)
-        known = held if keep_probs else None
-        keep(ctx, x, *norm, made, bias, mask, shape, mapped, values, known, *weights, *of_m, *of_v, *rest[11:])
+        keep(ctx, x, *norm, made, bias, mask, shape, mapped, values, held if keep_probs else None, *weights, *of_m, *of_v, *rest[11:])
         return gather(held, operators.quantize(operands.values, values, shape.dtype), operands.probs, shape)
 
     @staticmethod
@@ -104,8 +103,8 @@ class _Qkr(torch.autograd.Function):
         x, *norm, made, bias, mask, shape, mapped, values, held = (args := kept(ctx))[:10]
         weights, (of_m, of_v), operands = _unpack(args[10:])
         h, n, dtype = shape.num_heads, x.shape[1], shape.dtype
-        xq = operators.quantize(operands.input, made.forward(x, *norm)[0], dtype)
-        padded, rows = pad(xq), mapped.unflatten(-1, (h, -1)).flatten(1, 2)
+        padded = pad(operators.quantize(operands.input, made.forward(x, *norm)[0], dtype))
+        xq, rows = padded[:, :n], mapped.unflatten(-1, (h, -1)).flatten(1, 2)
         product = _padded(operands.product, rows, x, h)
         keys = _by_head(operators.quantize(product, rows, dtype), h)
         held = _held(xq, padded, keys, weights.per_key, bias, mask, shape) if held is None else held
@@ -114,27 +113,33 @@ class _Qkr(torch.autograd.Function):
             grad.to(dtype), held, quantized, operands.probs, shape, with_bias=bias is not None
         )
         del held, quantized, args
-        of_xq, flat_x, back = pad(sum_of_products(of_scores, keys)), padded.flatten(0, -2), torch.empty_like(rows)
+        flat_x, back = padded.flatten(0, -2), torch.empty_like(rows)
+        of_xq: Any = None
         heads_product(of_scores.transpose(-2, -1), xq, _by_head(back, h), 1.0)
 
         def through(of_y: Tensor, weight: Tensor, found: WeightParams, of: Tensor | None) -> tuple[Tensor | None, ...]:
             """Add the gradient by a product with a weight, and give those of weight, step and bias."""
-            of_xq.view(-1, x.shape[-1]).addmm_(of_y, found.forward(weight, dtype))
+            nonlocal of_xq
+            wq = found.forward(weight, dtype)
+            # Written in place, which leaves autocast out of it.
+            of_xq = torch.mm(of_y, wq, out=torch.empty_like(flat_x)) if of_xq is None else of_xq.addmm_(of_y, wq)
             return *found.backward(of_y.t() @ flat_x, weight), None if of is None else of_y.sum(0)
 
         of_product = operators.gradients(product, back, rows, in_place=True, counted=rows[:, : h * n])
         of_matrix, of_step, of_offset = through(of_product.x.view(-1, mapped.shape[-1]), weights.matrix, of_m, weights.offset)
         of_vectors = None
         if weights.per_key is not None:
-            of_vectors, *_ = through(of_scores.sum(2).permute(1, 2, 0).flatten(0, 1), weights.per_key, WeightParams(None), None)
+            of_vectors = through(of_scores.sum(2).permute(1, 2, 0).flatten(0, 1), weights.per_key, WeightParams(None), None)[0]
         of_value = operators.gradients(operands.values, of_values, values, in_place=True, counted=values[:, :n])
         of_v_weight, of_v_step, of_v_bias = through(of_value.x.flatten(0, -2), weights.v, of_v, weights.v_bias)
-        of_input = operators.gradients(operands.input, of_xq[:, :n].contiguous(), x, in_place=True, norm=(norm[0], norm[1]), made=made)
-        of_product = of_product._replace(scale=of_product.scale[: operands.product.scale.numel()])
+        of_xq = of_xq.view_as(padded)[:, :n]
+        add_products(of_scores, keys, of_xq)
+        of_input = operators.gradients(operands.input, of_xq.contiguous(), x, in_place=True, norm=tuple(norm), made=made)
         of_x = None, of_input.x, of_input.norm_weight, of_input.norm_bias, None
         of_weights = of_matrix, of_v_weight, of_v_bias, of_offset, of_vectors, None, of_step, None, None, of_v_step, None
-        parts = of_params((of_input, of_product, of_value))
-        return *of_x, of_bias, None, None, None, None, *of_weights, *parts, of_probs, None, None, None, None, None
+        of_product = of_product._replace(scale=of_product.scale[: operands.product.scale.numel()])
+        of_quantizers = *of_params((of_input, of_product, of_value)), of_probs, None, None, None, None, None
+        return *of_x, of_bias, None, None, None, None, *of_weights, *of_quantizers
 
 
 def qkr_attention(x: Tensor, weights: QkrWeights, params: Params, operands: QkrOperands, scoring: Scoring) -> Tensor:

@@ -33,6 +33,7 @@ def test_a_sum_over_heads_in_half_precision_is_rounded_once():
     torch.manual_seed(0)
     a, rows = torch.randn(12, 2, 5, 7).bfloat16(), torch.randn(2, 7 * 12, 4).bfloat16()
     b = rows.unflatten(1, (-1, 12)).permute(2, 0, 1, 3)
-    found, exact = heads.sum_of_products(a, b), (a.double() @ b.double()).sum(0)
-    assert found.dtype == torch.bfloat16
+    start = torch.randn(2, 5, 4).bfloat16()
+    found, exact = start.clone(), start + (a.double() @ b.double()).sum(0)
+    heads.add_products(a, b, found)
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
