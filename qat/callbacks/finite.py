@@ -51,7 +51,7 @@ class FiniteCheck(Callback):
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             gradients = [own(p.grad) for p in pl_module.parameters() if p.grad is not None and own(p.grad).numel()]
             self._note(trainer, torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).to(pl_module.device))
-        if pl_module.device.type == "cpu" or (trainer.global_step + 1) % self.every_n_steps == 0:
+        if _reading_is_free(pl_module) or (trainer.global_step + 1) % self.every_n_steps == 0:
             self._look(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -71,6 +71,10 @@ class FiniteCheck(Callback):
         step, self._first_bad = int(trainer.strategy.reduce(self._first_bad, reduce_op="min")), None
         if step != _NEVER:
             raise _error(f"the loss or a gradient of training step {step} is not finite", _first_not_finite(trainer, self._images))
+
+
+def _reading_is_free(pl_module: LightningModule) -> bool:
+    return pl_module.device.type == "cpu"
 
 
 def _error(what: str, first: str | None) -> UsageError:

@@ -65,9 +65,11 @@ def _channel_fit(ours: Runner, theirs: Runner, unit: str, site: Site) -> tuple[T
     """Gain and bias (out,) of one layer, float64."""
     sums, rows = torch.zeros(()), 0
     for i in range(len(ours.batches)):
-        pair = (runner.output(site.layer, i)[1] for runner in (ours, theirs))
         # (rows, channels) float64
-        y, target = ((t.movedim(1, -1) if isinstance(site.owner, nn.Conv2d) else t).flatten(0, -2).double() for t in pair)
+        y, target = (
+            (t.movedim(1, -1) if isinstance(site.owner, nn.Conv2d) else t).flatten(0, -2).double()
+            for t in (runner.output(site.layer, i)[1] for runner in (ours, theirs))
+        )
         check_finite(y, unit, _SETTING)
         check_finite(target, unit, _SETTING)
         found = torch.stack([y.sum(0), target.sum(0), y.square().sum(0), (y * target).sum(0)])
