@@ -113,16 +113,13 @@ class _Qkr(torch.autograd.Function):
             grad.to(dtype), held, quantized, operands.probs, shape, with_bias=bias is not None
         )
         del held, quantized, args
-        flat_x, back = padded.flatten(0, -2), torch.empty_like(rows)
-        of_xq: Any = None
+        flat_x, back, of_xq = padded.flatten(0, -2), torch.empty_like(rows), torch.zeros_like(padded)
+        add_products(of_scores, keys, of_xq[:, :n])
         heads_product(of_scores.transpose(-2, -1), xq, _by_head(back, h), 1.0)
 
         def through(of_y: Tensor, weight: Tensor, found: WeightParams, of: Tensor | None) -> tuple[Tensor | None, ...]:
             """Add the gradient by a product with a weight, and give those of weight, step and bias."""
-            nonlocal of_xq
-            wq = found.forward(weight, dtype)
-            # Written in place, which leaves autocast out of it.
-            of_xq = torch.mm(of_y, wq, out=torch.empty_like(flat_x)) if of_xq is None else of_xq.addmm_(of_y, wq)
+            of_xq.view(-1, x.shape[-1]).addmm_(of_y, found.forward(weight, dtype))
             return *found.backward(of_y.t() @ flat_x, weight), None if of is None else of_y.sum(0)
 
         of_product = operators.gradients(product, back, rows, in_place=True, counted=rows[:, : h * n])
@@ -132,9 +129,7 @@ class _Qkr(torch.autograd.Function):
             of_vectors = through(of_scores.sum(2).permute(1, 2, 0).flatten(0, 1), weights.per_key, WeightParams(None), None)[0]
         of_value = operators.gradients(operands.values, of_values, values, in_place=True, counted=values[:, :n])
         of_v_weight, of_v_step, of_v_bias = through(of_value.x.flatten(0, -2), weights.v, of_v, weights.v_bias)
-        of_xq = of_xq.view_as(padded)[:, :n]
-        add_products(of_scores, keys, of_xq)
-        of_input = operators.gradients(operands.input, of_xq.contiguous(), x, in_place=True, norm=tuple(norm), made=made)
+        of_input = operators.gradients(operands.input, of_xq[:, :n].contiguous(), x, in_place=True, norm=tuple(norm), made=made)
         of_x = None, of_input.x, of_input.norm_weight, of_input.norm_bias, None
         of_weights = of_matrix, of_v_weight, of_v_bias, of_offset, of_vectors, None, of_step, None, None, of_v_step, None
         of_product = of_product._replace(scale=of_product.scale[: operands.product.scale.numel()])
