@@ -18,6 +18,7 @@ from qat.functional.lsq import relative_step as formula_of_step
 from qat.functional.statsq import StatsQFunction
 from qat.functional.statsq import statsq_scale as formula_of_scale
 from qat.kernels import gpu, operators
+from qat.kernels.library import differentiated_once
 from qat.kernels.made import Made
 from qat.kernels.rows import PLAIN, LSQParams
 
@@ -52,16 +53,12 @@ def are_off() -> bool:
 
 class _LSQ(LSQFunction):
     @staticmethod
-    def forward(
-        x: Tensor, scale: Tensor, before: Tensor | None, after: Tensor | None, sign: Tensor | None, codes: CodeRange, grad_factor: float
-    ) -> Tensor:
-        return operators.lsq_forward(x, scale, before, after, sign, *codes, x.dtype)
+    def forward(x: Tensor, *q: Any) -> Tensor:
+        return operators.lsq_forward(x, *q[:4], *q[4], x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # What is differentiated once more has to be made of operations that autograd knows.
-        if torch.is_grad_enabled():
-            return LSQFunction.backward(ctx, grad)
+        differentiated_once()
         x, scale, before, after, sign = ctx.saved_tensors
         found = operators.gradients(LSQParams(scale, before, after, sign, ctx.codes, ctx.grad_factor), grad, x)
         return *found[:4], None, None, None
@@ -94,20 +91,17 @@ class _RelativeStep(torch.autograd.Function):
         growth = change.exp()
         # Of a unit of 0 no start is below it.
         step, slope = operators.step_and_slope(start, growth, change, unit) if unit else (start * growth,) * 2
-        ctx.unit = unit
-        ctx.save_for_backward(start, change, slope)
+        ctx.save_for_backward(slope)
         return step
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        start, change, slope = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            slope = start * change.exp() + (ctx.unit - start).clamp(min=0) * (change > 0)
-        return None, grad * slope, None
+        differentiated_once()
+        return None, grad * ctx.saved_tensors[0], None
 
 
 def relative_step(start: Tensor, change: Tensor, unit: float) -> Tensor:
-    """`qat.functional.relative_step` of a change that is learned, in one node, which keeps ds/dt; can be differentiated once more."""
+    """`qat.functional.relative_step` of a change that is learned, in one node, which keeps ds/dt."""
     if are_off() or type(change) not in PLAIN:
         return formula_of_step(start, change, unit)
     return _RelativeStep.apply(start, change, unit)
@@ -120,8 +114,7 @@ class _BlockFloat(BlockFloatFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled():
-            return BlockFloatFunction.backward(ctx, grad)
+        differentiated_once()
         x, t = ctx.saved_tensors
         return operators.round_blocks(x, t, grad, ctx.form.bits), None, None
 
@@ -131,17 +124,4 @@ def block_floats(x: Tensor, form: BlockFormat) -> Tensor:
     return block_float(x, form) if are_off() else _BlockFloat.apply(x, tensor_scale(x, form), form)
 
 
-__all__ = [
-    "CHOICES",
-    "CodeRange",
-    "LSQParams",
-    "Made",
-    "are_off",
-    "block_floats",
-    "lsq",
-    "operators",
-    "relative_step",
-    "statsq",
-    "statsq_scale",
-    "use",
-]
+__all__ = ["CodeRange", "LSQParams", "Made", "operators"]

@@ -57,7 +57,7 @@ def _launch(name: str, block: int, given: tuple[Tensor, ...], scale: Tensor, oth
     tensors, strides = zip(*(spaced(x, length) for x in given), strict=True)
     gpu._launch(
         name, (-(-tokens // block), heads, images),
-        *tensors, scale.expand(tokens).contiguous(), *others, float(highest), factor / math.log(2), float(factor), tokens, *strides,
+        (*tensors, scale.expand(tokens).contiguous(), *others), float(highest), factor / math.log(2), float(factor), tokens, *strides,
         SIZE=size, BLOCK_D=_side(size), BLOCK_N=block, BLOCK_M=block if name == "attention_keys" else _side(tokens),
         num_warps=4 if itemsize == 2 and size <= 64 else 8, num_stages=2,
     )  # fmt: skip

@@ -22,8 +22,6 @@ from qat.kernels.rows import PLAIN, LSQParams, fit, params_of, row_stride, rows_
 from qat.utils import compile_cpp
 
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, ctypes.c_int
-# Of what C++ writes into; torch's default dtype and device may be others.
-_FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 _SIGNATURES = {
     "lsq_forward": (_P, _N, _P, _N, _N, _P, _N, _I, _P, _P, _F, _F, _I, _P, _I),
     "lsq_backward": (_P, _N, _P, _N, _P, _N, _N, _N, _P, _N, _I, _P, _F, _F, _I, _P, _P, _P, _P, _P, _P, _I, _F, _I),
@@ -65,7 +63,7 @@ def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
     layout = rows_of(x, q) if _fits(x, *q[:4]) else None
     if layout is None:
         return None
-    (rows, length, stride, *steps), out = layout, torch.empty(x.shape, **_FLOATS)
+    (rows, length, stride, *steps), out = layout, x.new_empty(x.shape)
     _run("lsq_forward", x, stride, out, rows, length, q.scale, *steps, q.before, q.after, *q.codes.ends, q.codes.half, q.sign)
     return out.to(dtype)
 
@@ -84,7 +82,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """`reference.lsq_backward` with the gradient of `x` written to `out`, whose rows may lie apart; not through a LayerNorm or GELU."""
     grad, x = grad.float(), x.float()
-    place = out if out.dtype == torch.float32 else torch.empty(x.shape, **_FLOATS)
+    place = out if out.dtype == torch.float32 else x.new_empty(x.shape)
     layout = rows_of(x, q) if not made.is_other and _fits(x, *q[:4], grad, place) else None
     if layout is None:
         return None
@@ -94,10 +92,10 @@ def lsq_backward(  # noqa: PLR0913, PLR0917
     if grad_stride is None or out_stride is None or not is_plain:
         return None
     threads, like = torch.get_num_threads(), (q.before, q.after if with_after else None)
-    errors = torch.zeros(threads, length, **_FLOATS) if layout.by_column else torch.empty(rows, **_FLOATS)
-    sums = torch.zeros(sum(t is not None for t in like), threads, length, **_FLOATS)
+    errors = x.new_zeros(threads, length) if layout.by_column else x.new_empty(rows)
+    sums = x.new_zeros(sum(t is not None for t in like), threads, length)
     each = iter(sums)
-    y = None if dequantized is None else torch.empty(x.shape, **_FLOATS)
+    y = None if dequantized is None else x.new_empty(x.shape)
     _run(
         "lsq_backward", grad, grad_stride, x, stride, place, out_stride, rows, length, q.scale, *steps, q.before, *q.codes.ends,
         q.codes.half, q.sign, errors, *(None if t is None else next(each) for t in like), q.after, y, is_softmax, made.number,

@@ -25,6 +25,8 @@ WHOLE, LONGEST = ("norm", "scores"), 4096
 PROGRAMS = 528
 # Without fusion `r * s + c` rounds twice, as it does in two operations.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
+# Compiled kernels by all that they depend on. To find one, Triton takes four times as long as to launch it.
+_COMPILED: dict[Any, Any] = {}
 
 
 @functools.cache
@@ -35,17 +37,27 @@ def available() -> bool:
     return works("Triton", lambda: reference.agrees(lsq_forward, lsq_backward, device_type(), CodeRange(-4, 3, 1)))
 
 
-def _launch(name: str, programs: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Run the kernel of a name where its first argument is."""
-    from qat.kernels import triton_attention, triton_kernels  # not every system has Triton
+def _launch(name: str, programs: tuple[int, ...], tensors: tuple[Any, ...], *numbers: float, **constants: Any) -> None:
+    """Run the kernel of a name, whose arguments are tensors, of which the first is there, then numbers and constants."""
+    device = tensors[0].get_device()  # -1, which is none, in the interpreter
+    pointers = [x if x is None else x.data_ptr() for x in tensors]
+    kinds = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
+    key = name, device, *kinds, *numbers, *constants.values()
+    with torch.cuda.device(device):
+        if key in _COMPILED:
+            kernel, rest = _COMPILED[key]
+            kernel[*programs, 1, 1](*pointers, *numbers, *rest)
+            return
+        from qat.kernels import triton_attention, triton_kernels  # not every system has Triton
 
-    kernel = getattr(triton_attention, name, None) or getattr(triton_kernels, name)
-    with torch.cuda.device(args[0].get_device()):  # -1, which is none, in the interpreter
-        kernel[programs](*args, **{**OPTIONS, **constants})
+        source = getattr(triton_attention, name, None) or getattr(triton_kernels, name)
+        kernel = source[programs](*tensors, *numbers, **{**OPTIONS, **constants})
+        if kernel:
+            _COMPILED[key] = kernel, [constants[name] for name in source.arg_names if name in constants]
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
@@ -54,9 +66,9 @@ def lsq_forward(x: Tensor, *args: Any) -> Tensor | None:
     layout = rows_of(x, q) if dtype in DTYPES and fit(DTYPES, x, *q[:4]) else None
     if layout is None:
         return None
-    (block, programs), out = tiles_of(layout), torch.empty(x.shape, dtype=dtype, device=x.device)
+    (block, programs), out = tiles_of(layout), x.new_empty(x.shape, dtype=dtype)
     _launch(
-        "lsq_forward", programs, x, out, *q[:4], *map(float, q.codes.ends), *layout[:4],
+        "lsq_forward", programs, (x, out, *q[:4]), *map(float, q.codes.ends), *layout[:4],
         HALF=q.codes.half, BY_COLUMN=layout.by_column, **block,
     )  # fmt: skip
     return out
@@ -104,11 +116,11 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wan
     errors = _floats(x, strips, length) if by_column else _floats(x, rows // steps, steps, across)
     wanted = tuple(t is not None for t in (q.before, q.after if with_after else None, weight, bias))
     sums = _floats(x, sum(wanted), strips, length)
-    y = None if dequantized is None else torch.empty(x.shape, dtype=dequantized, device=x.device)
+    y = None if dequantized is None else x.new_empty(x.shape, dtype=dequantized)
     lengths = length, grad_stride, stride, out_stride
     unit = 1 if any(n % 8 for n in lengths) else 8
     _launch(
-        "lsq_backward", (strips, across), grad, x, out, *q[:4], y, errors, sums, weight, bias,
+        "lsq_backward", (strips, across), (grad, x, out, *q[:4], y, errors, sums, weight, bias),
         *map(float, q.codes.ends), rows, *(n // unit for n in lengths), steps, strip, made.number,
         UNIT=unit, WANTED=wanted, MADE=made.kind, HALF=q.codes.half, BY_COLUMN=by_column, num_warps=8, **block,
     )  # fmt: skip
@@ -120,7 +132,7 @@ def step_and_slope(start: Tensor, growth: Tensor, change: Tensor, unit: float) -
     if not (fit((torch.float32,), start, growth, change) and all(x.is_contiguous() for x in (start, growth, change))):
         return None
     step, slope = torch.empty_like(start), torch.empty_like(start)
-    _launch("step_and_slope", (-(-start.numel() // TILE),), step, slope, start, growth, change, start.numel(), unit, BLOCK=TILE)
+    _launch("step_and_slope", (-(-start.numel() // TILE),), (step, slope, start, growth, change), start.numel(), unit, BLOCK=TILE)
     return step, slope
 
 
@@ -129,8 +141,8 @@ def statsq_forward(w: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, *, f
     layout = scaled_rows(w, scale) if dtype in DTYPES and fit(DTYPES, w, scale) else None
     if layout is None:
         return None
-    (block, programs), out = tiles_of(layout, WIDEST), torch.empty(w.shape, dtype=dtype, device=w.device)
-    _launch("statsq_forward", programs[:1], w, out, scale, float(2 ** (bits - 1)), *layout[:2], FIND=find, **block)
+    (block, programs), out = tiles_of(layout, WIDEST), w.new_empty(w.shape, dtype=dtype)
+    _launch("statsq_forward", programs[:1], (w, out, scale), float(2 ** (bits - 1)), *layout[:2], FIND=find, **block)
     return out
 
 

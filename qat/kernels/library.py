@@ -48,6 +48,14 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
+def differentiated_once() -> None:
+    """Raise `UsageError` in a backward pass that is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise UsageError(
+            "create_graph=True: kernels are differentiated once; kernels=off, qat.kernels.use('off'), is as often as one likes"
+        )
+
+
 def works(what: str, agrees: Callable[[], bool]) -> bool:
     """Whether kernels can be had and agree with the formulas; if not, a line in the log says why."""
     try:

@@ -81,9 +81,9 @@ def main():
         for name, launch in LAUNCHES.items():
             keep = found[name].append
 
-            def compile_only(name, programs, *args, keep=keep, **constants):
+            def compile_only(name, programs, tensors, *numbers, keep=keep, **constants):
                 kernel = getattr(triton_attention, name, None) or getattr(triton_kernels, name)
-                keep(kernel.warmup(*args, grid=programs, **{**gpu.OPTIONS, **constants}).asm["ptx"])
+                keep(kernel.warmup(*tensors, *numbers, grid=programs, **{**gpu.OPTIONS, **constants}).asm["ptx"])
 
             with (
                 mock.patch.object(tiles, "device_type", return_value="cpu"),

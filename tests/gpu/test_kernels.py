@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -125,6 +126,22 @@ def test_blocks_of_floats_are_compiled_to_one_pass(device, name, bits, length):
         found = torch.compile(operators.round_blocks, fullgraph=True, options=compile_options())(x, t, grad, bits)
         assert torch.equal(found, round_blocks(x, form, t, grad))
         assert metrics.generated_kernel_count == 1
+
+
+def test_a_kernel_is_looked_up_once_for_what_it_depends_on(monkeypatch):
+    triton_kernels = pytest.importorskip("qat.kernels.triton_kernels")
+    source, compiled = mock.MagicMock(arg_names=["x", "y", "n", "B", "A"]), mock.MagicMock()
+    source.__getitem__.return_value.return_value = compiled
+    monkeypatch.setattr(triton_kernels, "mine", source, raising=False)
+    monkeypatch.setattr(gpu, "_COMPILED", {})
+    x = torch.ones(9)
+    for given, n in ((x, 3), (x[1:], 3), (x.double(), 3), (x, 4), (None, 3)) * 2:
+        gpu._launch("mine", (5, 2), (x, given), n, A=1, B=2, num_warps=4)
+    assert source.__getitem__.return_value.call_count == 5
+    assert compiled.__getitem__.call_args_list == [mock.call((5, 2, 1, 1))] * 5
+    launches = compiled.__getitem__.return_value.call_args_list
+    assert launches[1] == mock.call(x.data_ptr(), x.data_ptr() + 4, 3, 2, 1)
+    assert launches[4] == mock.call(x.data_ptr(), None, 3, 2, 1)
 
 
 def test_machine_code():

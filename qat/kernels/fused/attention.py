@@ -11,8 +11,9 @@ from qat.functional.lsq import gradient_scale
 from qat.kernels import LSQParams, operators
 from qat.kernels import attention as in_tiles
 from qat.kernels.fused.heads import heads_of, heads_product, pad
-from qat.kernels.fused.operand import differentiated_once, flat, keep, kept, of_params, params
+from qat.kernels.fused.operand import flat, keep, kept, of_params, params
 from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, to_keep
+from qat.kernels.library import differentiated_once
 
 
 def _quantized(qkv: Tensor, operands: list[LSQParams], dtype: torch.dtype) -> list[Tensor]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from qat.kernels import LSQParams, operators
-from qat.kernels.fused.operand import differentiated_once, keep, kept, linear, product_dtype
+from qat.kernels.fused.operand import keep, kept, linear, product_dtype
 from qat.kernels.fused.source import given
 from qat.kernels.fused.weight import WeightParams
+from qat.kernels.library import differentiated_once
 
 
 class _LsqLinear(torch.autograd.Function):

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat import kernels
-from qat.errors import UsageError
 from qat.functional.lsq import LsqGradients
 from qat.kernels import LSQParams
 from qat.kernels.rows import PLAIN
@@ -30,14 +29,6 @@ def keep(ctx: Any, *args: Any) -> None:
 def kept(ctx: Any) -> list[Any]:
     """See `keep`. To be asked once: under checkpointing it is gone afterwards."""
     return [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.rest, strict=True)]
-
-
-def differentiated_once() -> None:
-    """Raise `UsageError` in a backward pass that is to be differentiated itself."""
-    if torch.is_grad_enabled():
-        raise UsageError(
-            "create_graph=True: kernels are differentiated once; kernels=off, qat.kernels.use('off'), is as often as one likes"
-        )
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from qat.kernels import LSQParams, operators
 from qat.kernels.fused.heads import add_products, heads_product, is_exact, pad
-from qat.kernels.fused.operand import differentiated_once, flat, keep, kept, linear, of_params, params
+from qat.kernels.fused.operand import flat, keep, kept, linear, of_params, params
 from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, to_keep
 from qat.kernels.fused.source import given
 from qat.kernels.fused.weight import WeightParams
+from qat.kernels.library import differentiated_once
 
 
 class QkrWeights(NamedTuple):
