@@ -8,7 +8,6 @@ from torch import nn
 
 import qat
 from qat.model.report import float_products
-from qat.spec import ROLES
 from tests.nets import FAMILIES, Family
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -17,11 +16,11 @@ INTRO = """# Models
 What `qat.convert` quantizes in each timm family. `make models-page` writes this page by converting a small model of each. A family that
 is not listed is converted too; its attention products stay float unless it uses one of the attention classes below.
 
-- **QKR**: whether query-key reparameterization (`quant.attention=qkr`, the default of `ofq_*`) is possible. Where it is not, `convert`
-  says why; use `quant.attention=standard` or `float`, for the model or with `quant.overrides` for some blocks.
-- **Quantized** lists the roles of quantized tensors: weights and inputs of all linear layers and convolutions, the image, and in an
-  attention q, k, v and probabilities. Under QKR `qk` is the product of the query and key weights, and `k` its product with the input. A
-  pooling head is never reparameterized.
+- **Quantized** in every model: the image, weights and inputs of all linear layers and convolutions, and in an attention queries, keys,
+  values and probabilities.
+- **QKR**: whether query-key reparameterization (`quant.attention=qkr`, the default of `ofq_*`) is possible. It quantizes the product of
+  the query and key weights, and the product of that with the input, in place of queries and keys; never in a pooling head. Where it is
+  not possible, use `quant.attention=standard` or `float`, for the model or with `quant.overrides` for some blocks.
 - **Stays float** lists classes of modules. In every model norms, tokens, position embeddings and factors of residual branches stay float,
   so a block or an attention is listed for such parameters of its own. "products of activations": the linear layers of this attention
   are quantized, its matrix products are not. `Linear` is part of a small network that computes relative positions, whose output depends
@@ -30,34 +29,28 @@ is not listed is converted too; its attention products stay float unless it uses
   (`quant.map_scales=column`: one per column).
 - Inputs of a layer after GELU, ReLU or SiLU are unsigned, except after a gated MLP (SwiGLU).
 
-| family | attention | QKR | quantized | stays float |
-|---|---|---|---|---|
+| family | attention | QKR | stays float |
+|---|---|---|---|
 """
 
 
 def page() -> str:
     """The whole page."""
-    return INTRO + "".join(f"| {' | '.join(row(family))} |\n" for family in FAMILIES.values())
+    titles: dict[str, list[str]] = {}
+    for family in FAMILIES.values():
+        titles.setdefault(row(family), []).append(family.title)
+    return INTRO + "".join(f"| {', '.join(families)} | {cells} |\n" for cells, families in titles.items())
 
 
-def row(family: Family) -> list[str]:
-    """Title, attention classes, whether QKR holds, roles, float classes."""
+def row(family: Family) -> str:
+    """Attention classes, whether QKR holds, float classes: the cells of a family, and of all that are like it."""
     plain = family.build()
     in_float = qat.convert(family.build(), qat.recipe("ofq", attention="float"), input_size=family.input_size)
     attentions = _classes(plain, float_products(in_float))
     qkr = _qkr(family, attentions)
     net = qat.convert(family.build(), qat.recipe("ofq", attention=family.attention), input_size=family.input_size)
-    report = qat.conversion_report(net)
-    found = {row.role for row in report.rows}
-    roles = [role for role in ROLES if role in found]
-    floats = {cls for _, cls in report.stays_float} - {type(net).__name__}
-    return [
-        family.title,
-        ", ".join(f"`{cls}`" for cls in attentions) or "none",
-        qkr,
-        ", ".join(roles),
-        ", ".join(sorted(floats)),
-    ]
+    floats = {cls for _, cls in qat.conversion_report(net).stays_float} - {type(net).__name__}
+    return " | ".join((", ".join(f"`{cls}`" for cls in attentions) or "none", qkr, ", ".join(sorted(floats))))
 
 
 def _classes(net: nn.Module, names: tuple[str, ...]) -> list[str]:
