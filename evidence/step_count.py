@@ -108,9 +108,9 @@ def _always(value: Any) -> Callable[..., Any]:
 def cuda_branches(count: Count | None = None) -> Generator[None]:
     """Everything goes the way that it goes on CUDA, on tensors of a CPU; our kernels are not run, and counted if there is a `count`."""
 
-    def launch(name: str, programs: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    def launch(name: str, programs: tuple[int, ...], tensors: tuple[Tensor | None, ...], *numbers: float, **constants: Any) -> None:
         if count is not None:
-            count.add([x for x in args if isinstance(x, Tensor)])
+            count.add([x for x in tensors if x is not None])
             count.triton += 1
 
     with (

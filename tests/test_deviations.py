@@ -31,7 +31,7 @@ from tests.tiny import DISTILLED, SIZE, converted, images, logits, quantized, ra
 def test_every_line_of_the_page_has_its_test_and_every_test_its_line():
     lines = re.split(r"\n(?=- |\n|#)", (ROOT / "docs" / "deviations.md").read_text())
     ends = [re.search(r"\(((?:`\w+`(?:, )?)+)\)$", line) for line in lines if line.startswith("- ")]
-    assert len(ends) > 50
+    assert len(ends) > 40
     assert all(ends)
     named = [name for end in ends for name in re.findall(r"\w+", end[1])]
     files = (path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))

@@ -53,8 +53,8 @@ def are_off() -> bool:
 
 class _LSQ(LSQFunction):
     @staticmethod
-    def forward(x: Tensor, *q: Any) -> Tensor:
-        return operators.lsq_forward(x, *q[:4], *q[4], x.dtype)
+    def forward(x: Tensor, scale: Any, before: Any, after: Any, sign: Any, codes: Any, grad_factor: float) -> Tensor:
+        return operators.lsq_forward(x, scale, before, after, sign, *codes, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

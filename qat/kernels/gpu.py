@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def lsq_backward(  # noqa: PLR0913, PLR0917  (one pass gives all that may be wan
     sums = _floats(x, sum(wanted), strips, length)
     y = None if dequantized is None else x.new_empty(x.shape, dtype=dequantized)
     lengths = length, grad_stride, stride, out_stride
-    unit = 1 if any(n % 8 for n in lengths) else 8
+    unit = math.gcd(8, *lengths)
     _launch(
         "lsq_backward", (strips, across), (grad, x, out, *q[:4], y, errors, sums, weight, bias),
         *map(float, q.codes.ends), rows, *(n // unit for n in lengths), steps, strip, made.number,

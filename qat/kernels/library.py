@@ -42,7 +42,6 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             return made(*args)
 
         torch.compiler.substitute_in_graph(run, skip_signature_check=True)(lambda *args: overload(*args))
-        run.__doc__ = made.__doc__
         return run
 
     return register
