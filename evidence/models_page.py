@@ -16,13 +16,13 @@ INTRO = """# Models
 What `qat.convert` quantizes in each timm family. `make models-page` writes this page by converting a small model of each. A family that
 is not listed is converted too; its attention products stay float unless it uses one of the attention classes below.
 
-- **Quantized** in every model: the image, weights and inputs of all linear layers and convolutions, and in an attention queries, keys,
-  values and probabilities.
+- **Quantized** in every model: the image, weights and inputs of all linear layers and convolutions; in an attention that does not stay
+  float, queries, keys, values and probabilities too.
 - **QKR**: whether query-key reparameterization (`quant.attention=qkr`, the default of `ofq_*`) is possible. It quantizes the product of
   the query and key weights, and the product of that with the input, in place of queries and keys; never in a pooling head. Where it is
   not possible, use `quant.attention=standard` or `float`, for the model or with `quant.overrides` for some blocks.
 - **Stays float** lists classes of modules. In every model norms, tokens, position embeddings and factors of residual branches stay float,
-  so a block or an attention is listed for such parameters of its own. "products of activations": the linear layers of this attention
+  so a block or an attention with such parameters is listed. "products of activations": the linear layers of this attention
   are quantized, its matrix products are not. `Linear` is part of a small network that computes relative positions, whose output depends
   on no image. `conversion.txt` of a run lists all modules by name.
 - A convolution inside a model has one scale for its input and no offsets; a linear layer on a feature map has one scale
