@@ -253,10 +253,10 @@ def test_python_examples_run(page, code, tmp_path, monkeypatch, shelf):
     for package in re.findall(r"^from (accelerate|transformers) import", code, re.MULTILINE):
         pytest.importorskip(package)
     write_named(page, tmp_path)
-    write_image(tmp_path / "photo.jpg", 40, 30)
-    for name in ("net.ckpt", "runs/4bit/checkpoints/best.ckpt"):
+    for name in ("net.ckpt", "runs/4bit/checkpoints/best.ckpt", "PHOTOS/cat.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(shelf["best.ckpt"].read_bytes())
+    write_image(tmp_path / "PHOTOS" / "cat.jpg", 40, 30)
     frozen = qat.freeze(qat.load(shelf["quantized"] / "checkpoints" / "best.ckpt"))
     write_packed(frozen, tmp_path / "net.safetensors", describe(frozen))
     code = code.replace('"deit_tiny_patch16_224", ', '"deit_tiny_patch16_224", depth=2, ')  # twelve blocks take a minute to export

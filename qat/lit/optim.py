@@ -119,7 +119,7 @@ def build_optimizer(
     try:
         optimizer = timm.optim.create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, **options)
     except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as error:
-        raise UsageError(f"optimizer.opt={opt!r} does not take {options} ({error})") from error
+        raise UsageError(f"optimizer.opt={opt!r} does not take {options} ({error}); conf/optimizer has values that it takes") from error
     # Else torch hands a scaler's factor to a fused optimizer, and Lightning cannot clip gradients, which it has not unscaled then.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer

@@ -83,7 +83,7 @@ def warn_of_normalization(start: Start, cfg: DictConfig, data: ImageData) -> Non
     had, has = _trained_with(start, cfg, data, setting), _normalization(data)
     if had != has and is_first():
         names = ("mean {} and std {}".format(*pair) for pair in (had, has))
-        log.warning("%s=%r: trained on images of {}; those of the data have {}".format(*names), setting, OmegaConf.select(cfg, setting))
+        log.warning("%s=%r: trained on images of {}; data.mean and data.std set {}".format(*names), setting, OmegaConf.select(cfg, setting))
 
 
 def _normalization(data: ImageData) -> tuple[list[float], list[float]]:

@@ -269,7 +269,7 @@ def test_a_teacher_of_other_normalization_is_as_good_as_alone(tmp_path, caplog, 
     file = float_run / "checkpoints" / "best.ckpt"
     run = train(tmp_path / "run", "loss=kd", f"{setting}={file}", "data.mean=[0.9]", "data.std=[0.02]")
     assert results(run)["top1_fp"] == pytest.approx(results(float_run)["top1"], abs=0.3)  # an image at a boundary
-    line = f"ckpt='{file}': trained on images of mean [0.3051] and std [0.3759]; those of the data have mean [0.9] and std [0.02]"
+    line = f"ckpt='{file}': trained on images of mean [0.3051] and std [0.3759]; data.mean and data.std set mean [0.9] and std [0.02]"
     assert [r.getMessage() for r in caplog.records if "trained on images" in r.getMessage()] == ([line] if setting == "ckpt" else [])
 
 
