@@ -141,7 +141,7 @@ class DataSettings:
             check_number(f"data.{name}", set_values[name], 0, highest=1)
         if self.crop_pct is not None:
             check_number("data.crop_pct", self.crop_pct, LOWEST_CROP, highest=HIGHEST_CROP)
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+        if not isinstance(self.scale, Sequence) or len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UsageError(f"data.scale={self.scale}: must be two shares of the image's area [lowest, highest], above 0 to 1")
         for name, lowest in (("mean", -math.inf), ("std", 0.0)):
             check_channels(f"data.{name}", getattr(self, name), self.in_chans, lowest)

@@ -168,6 +168,7 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     for name in ("max_steps", "limit_train_batches", "limit_test_batches", "val_check_interval"):
         if settings.get(name) == 0:
             raise UsageError(f"trainer.{name}={settings[name]!r}: must be above 0")
-    if every is not None and epochs is not None and every > epochs:
-        setting = f"trainer.check_val_every_n_epoch={every}"
-        raise UsageError(f"{setting}: none of the {epochs} epochs would be validated; must be an integer from 1 to {epochs}")
+    if isinstance(settings.get("max_time"), int):
+        raise UsageError(f"trainer.max_time={settings['max_time']}: must be DD:HH:MM:SS")
+    if every is not None and every > epochs:
+        raise UsageError(f"trainer.check_val_every_n_epoch={every}: no epoch would be validated; must be an integer from 1 to {epochs}")

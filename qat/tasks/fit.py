@@ -159,8 +159,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         message = " ".join(str(error).split())
         # The settings whose name or text the message has, else those of where a net runs.
-        named = [name for name in settings if re.search(rf"(?<![A-Za-z]){name}\b", message)]
-        named = named or [name for name, value in settings.items() if isinstance(value, str) and repr(value) in message]
+        named = [name for name, value in settings.items() if re.search(rf"(?<![A-Za-z]){name}\b", message) or f"'{value}'" in message]
         named = named or ["accelerator", "devices", "strategy"]
         raise UsageError(f"{', '.join(f'trainer.{name}={cfg.trainer.get(name)!r}' for name in named)}: {message}") from error
 
