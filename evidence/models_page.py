@@ -13,8 +13,8 @@ from tests.nets import FAMILIES, Family
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 INTRO = """# Models
 
-What `qat.convert` quantizes in each timm family. `make models-page` writes this page by converting a small model of each. A family that
-is not listed is converted too; its attention products stay float unless it uses one of the attention classes below.
+What `qat.convert` quantizes in each timm family. A family that is not listed is converted too; its
+attention products stay float unless it uses one of the attention classes below.
 
 - **Quantized** in every model: the image, weights and inputs of all linear layers and convolutions; in an attention that does not stay
   float, queries, keys, values and probabilities too.

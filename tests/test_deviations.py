@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import qat
 from qat import functional as F
-from qat.callbacks import CGA
+from qat.callbacks import CGA, Oscillation
 from qat.data import Digits
 from qat.data.sampler import SeededSampler
 from qat.lit import Teacher
@@ -31,7 +31,7 @@ from tests.tiny import DISTILLED, SIZE, converted, images, logits, quantized, ra
 def test_every_line_of_the_page_has_its_test_and_every_test_its_line():
     lines = re.split(r"\n(?=- |\n|#)", (ROOT / "docs" / "deviations.md").read_text())
     ends = [re.search(r"\(((?:`\w+`(?:, )?)+)\)$", line) for line in lines if line.startswith("- ")]
-    assert len(ends) > 40
+    assert len(ends) > 50
     assert all(ends)
     named = [name for end in ends for name in re.findall(r"\w+", end[1])]
     files = (path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
@@ -284,6 +284,15 @@ def test_deviates_from_reference_weights_can_be_rebuilt_from_codes(bits):
     assert_close((2 * codes + 1) * scale / 2**bits, site.quantizer(weight).detach(), rtol=1e-6, atol=0)
 
 
+def test_deviates_from_reference_no_device_is_asked_for():
+    # There every constructor asks for CUDA, so that nothing runs without it, and nothing on a second card.
+    with torch.device("meta"):
+        wanted = build_quantizer(qat.recipe("ofq").act_spec("input", "block"))
+        wanted.allocate(torch.Size((2, 5, 8)), torch.device("meta"))
+    assert {p.device.type for p in wanted.parameters()} == {"meta"}
+    assert {t.device.type for t in converted("ofq").state_dict().values()} == {"cpu"}
+
+
 def test_deviates_from_reference_bits_of_a_teacher_are_its_own():
     # There `--quant-teacher` writes 4 over the bits of the student, which its masks then have.
     student = converted("ofq", bits=2)
@@ -383,6 +392,19 @@ def test_deviates_from_reference_a_mask_is_on_the_grid_of_its_own_weight():
         changed = moved(steps, 0, name)
         assert not (changed & ~F.near_threshold(steps.before[0][name], bits, 0.05)).any()
         assert (changed & ~F.near_threshold(steps.before[0][name], other, 0.05)).any()
+
+
+def test_deviates_from_reference_oscillations_are_measured():
+    # There the tracker is never made in a training run, so the oscillations that the paper speaks of cannot be seen.
+    logged = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            logged.append({k: v.item() for k, v in trainer.logged_metrics.items() if k.startswith("osc/")})
+
+    fit(module(quantized(bits=2), lr=0.03), Oscillation(), Look(), log_every_n_steps=8)
+    assert 0 < logged[-1]["osc/share"] < 1
+    assert logged[-1]["osc/flips"] > 0
 
 
 @pytest.mark.parametrize(("map_scales", "scales"), [("tensor", 1), ("column", 8)])
