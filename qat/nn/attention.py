@@ -24,20 +24,10 @@ def split_heads(t: Tensor, num_heads: int) -> Tensor:
     return t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def qkv_bias(attention: nn.Module) -> Tensor | None:
+def _bias_beside(attention: Any) -> Tensor | None:
     """(3*h*d,), zeros for keys, of modules that keep `q_bias` and `v_bias` beside their `qkv`; None where they have none."""
     q_bias, v_bias = attention.q_bias, attention.v_bias
-    if q_bias is None or v_bias is None:
-        return None
-    assert isinstance(q_bias, Tensor)  # noqa: S101  (narrows a type)
-    assert isinstance(v_bias, Tensor)  # noqa: S101
-    return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-
-
-def biased_qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values (B, N, h*d) each, of x (B, N, C), with the biases beside `qkv`."""
-    qkv, bias = attention.qkv(x), qkv_bias(attention)  # type: ignore[operator]
-    return (qkv if bias is None else qkv + bias).chunk(3, dim=-1)
+    return None if q_bias is None or v_bias is None else torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
 
 
 def _learning_as(source: Tensor, t: Tensor) -> nn.Parameter:
@@ -78,6 +68,7 @@ class ScoredAttention(nn.Module):
     def __init__(self, attention: Any, context: SwapContext) -> None:
         super().__init__()
         self.num_heads: int = attention.num_heads
+        self.scale: float = getattr(attention, "scale", 1.0)  # cosine attention learns its own
         self.head_dim: int = attention.head_dim if hasattr(attention, "head_dim") else attention.proj.in_features // attention.num_heads
         self.groups: int = getattr(attention, "num_kv_groups", 1)
         self.v_quantizer = context.act("v")
@@ -124,7 +115,13 @@ class ScoredAttention(nn.Module):
 
 
 class QuantAttention(ScoredAttention):
-    """Attention with quantized q, k, v and probabilities; a family adds `forward` and its own Linears for q, k and v."""
+    """Attention with quantized q, k, v and probabilities; a family adds `forward`. Keeps timm's names.
+
+    Attributes:
+        qkv: timm's; None in a family that has Linears of its own for q, k and v.
+        q_bias: (h*d,), of families that keep biases beside `qkv`, else None.
+        v_bias: the same of values.
+    """
 
     def __init__(self, attention: Any, context: SwapContext) -> None:
         super().__init__(attention, context)
@@ -132,6 +129,17 @@ class QuantAttention(ScoredAttention):
         self.k_norm = getattr(attention, "k_norm", nn.Identity())
         self.q_quantizer = context.act("q")
         self.k_quantizer = context.act("k")
+        self.qkv: Any = getattr(attention, "qkv", None)
+        self.q_bias, self.v_bias = getattr(attention, "q_bias", None), getattr(attention, "v_bias", None)
+
+    def projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values (B, N, h*d) each, of x (B, N, C), with the biases beside `qkv`."""
+        qkv, bias = self.qkv(x), _bias_beside(self)
+        return (qkv if bias is None else qkv + bias).chunk(3, dim=-1)
+
+    def heads(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, h*d) to (B, h, N, d), normalised; fewer heads of keys where groups of heads share theirs."""
+        return self.q_norm(split_heads(q, self.num_heads)), self.k_norm(split_heads(k, self.num_heads // self.groups))
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Unscaled scores (B, h, N, M) of q (B, h, N, d) and k (B, h, M, d), each with one step per token, shared by the heads."""
@@ -163,18 +171,19 @@ class QkrAttention(ScoredAttention, QuantModule):
     Args:
         attention: the timm module, with its weights in `qkv`.
         context: recipe and place.
-        bias: (3*h*d,) of queries, keys and values, or None. The key's is dropped: a softmax is blind to it.
 
     Attributes:
         q_weight: Wq (h*d, C), rows grouped by head.
         k_weight: Wk (h*d, C), rows grouped by head.
-        q_bias: (h*d,) under `qk_bias=fold`, else None: the paper's code drops it, which changes the function.
+        q_bias: (h*d,) under `qk_bias=fold`, else None: the paper's code drops it, which changes the function. A key's is
+            never kept: a softmax is blind to it.
         folded_bias: (h, C), what a frozen net keeps of the query bias.
         product_offset: (h*C,) learnable offset before the product's quantizer: a bias of the folded linear map.
     """
 
-    def __init__(self, attention: Any, context: SwapContext, bias: Tensor | None) -> None:
+    def __init__(self, attention: Any, context: SwapContext) -> None:
         super().__init__(attention, context)
+        bias = _bias_beside(attention) if hasattr(attention, "q_bias") else attention.qkv.bias
         wq, wk, wv = (third.clone() for third in attention.qkv.weight.detach().chunk(3))
         bq, _, bv = (None, None, None) if bias is None else (third.clone() for third in bias.detach().chunk(3))
         of_q, of_v = (getattr(attention, name, attention.qkv.bias) for name in ("q_bias", "v_bias"))
@@ -221,7 +230,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         v = self.v
         if not (isinstance(v, QuantLinear) and not is_watched(v) and is_off(v.input_quantizer)):
             return None
-        if not (self.groups == 1 and is_off(self.attn_drop) and can_fuse(x)):
+        if not (is_off(self.attn_drop) and can_fuse(x)):
             return None
         matrix, of_v = weight_params(self, "qk"), weight_params(v, "weight")
         if matrix is None or of_v is None:
@@ -279,7 +288,7 @@ def set_execution(net: nn.Module, *, memory: str = "save") -> nn.Module:
 
 
 class RelativeBias(nn.Module):
-    """timm's table of biases, one per head and pair of relative positions; float, added to scaled scores.
+    """To be named before an attention: timm's table of biases, one per head and pair of relative positions, float.
 
     Attributes:
         relative_position_bias_table: (relative positions, h).
@@ -289,13 +298,13 @@ class RelativeBias(nn.Module):
     relative_position_bias_table: nn.Parameter
     relative_position_index: Tensor
 
-    def take_table(self, attention: Any) -> None:
-        """Take over the table and its index."""
+    def __init__(self, attention: Any, context: SwapContext) -> None:
+        super().__init__(attention, context)
         self.relative_position_bias_table = attention.relative_position_bias_table
         self.register_buffer("relative_position_index", attention.relative_position_index, persistent=False)
 
     def position_bias(self) -> Tensor:
-        """(h, N, N)."""
+        """(h, N, N), to be added to scaled scores."""
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from timm.models.beit import Attention
 from torch import Tensor
 
-from qat.nn.attention import QkrAttention, QuantAttention, RelativeBias, biased_qkv, qkv_bias, register_attention, split_heads
-from qat.nn.swap_registry import SwapContext
+from qat.nn.attention import QkrAttention, QuantAttention, RelativeBias, register_attention
 
 
 class _BeitBias(RelativeBias):
@@ -19,30 +18,18 @@ class _BeitBias(RelativeBias):
         return scores if shared is None else scores + shared
 
 
-class QuantBeitAttention(QuantAttention, _BeitBias):
-    """Standard attention. Keeps timm's names."""
-
-    def __init__(self, attention: Attention, context: SwapContext) -> None:
-        super().__init__(attention, context)
-        self.scale = attention.scale
-        self.qkv = attention.qkv
-        self.q_bias, self.v_bias = attention.q_bias, attention.v_bias
-        self.take_table(attention)
+class QuantBeitAttention(_BeitBias, QuantAttention):
+    """Standard attention."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
-        q, k, v = biased_qkv(self, x)
-        scores = self.scores(split_heads(q, self.num_heads), split_heads(k, self.num_heads)) * self.scale
+        q, k, v = self.projected(x)
+        scores = self.scores(*self.heads(q, k)) * self.scale
         return self.attend(self.biased(scores, shared_rel_pos_bias), v, x)
 
 
-class QkrBeitAttention(QkrAttention, _BeitBias):
+class QkrBeitAttention(_BeitBias, QkrAttention):
     """Query-key reparameterization; timm's `v_bias` is the bias of `v`."""
-
-    def __init__(self, attention: Attention, context: SwapContext) -> None:
-        super().__init__(attention, context, qkv_bias(attention))
-        self.scale = attention.scale
-        self.take_table(attention)
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""

@@ -7,25 +7,22 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor
 
-from qat.nn.attention import QuantAttention, biased_qkv, register_attention, split_heads
+from qat.nn.attention import QuantAttention, register_attention
 from qat.nn.swap_registry import SwapContext
 from qat.nn.vit import masked
 
 
 class QuantRopeAttention(QuantAttention):
-    """Attention whose queries and keys are rotated by position, then quantized. Keeps timm's names, `qkv` fused or not.
+    """Attention whose queries and keys are rotated by position, then quantized; `qkv` fused or not.
 
     Keys and values may have fewer heads than queries (grouped queries): each is quantized once, then shared by its group.
     """
 
     def __init__(self, attention: EvaAttention | AttentionRope, context: SwapContext) -> None:
         super().__init__(attention, context)
-        self.scale = attention.scale
         self.num_prefix_tokens = attention.num_prefix_tokens
         self.rotate_half = attention.rotate_half
-        self.qkv = attention.qkv
-        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
-        self.q_bias, self.v_bias = getattr(attention, "q_bias", None), getattr(attention, "v_bias", None)
+        self.q_proj, self.k_proj, self.v_proj = (getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj"))
 
     def forward(
         self,
@@ -35,17 +32,14 @@ class QuantRopeAttention(QuantAttention):
         is_causal: bool = False,  # noqa: FBT001, FBT002  (timm's signature)
     ) -> Tensor:
         """Map (B, N, C) to (B, N, C_out); rope (N - prefix, 2*d) or broadcastable, as timm makes it."""
-        q, k, v = self._projected(x)
-        q = self._rotated(self.q_norm(split_heads(q, self.num_heads)), rope)
-        k = self._rotated(self.k_norm(split_heads(k, self.num_heads // self.groups)), rope)
+        q, k, v = self.projected(x)
+        q, k = (self._rotated(t, rope) for t in self.heads(q, k))
         scores = self.scores(q, k) * self.scale
         return self.attend(masked(scores, attn_mask, is_causal=is_causal), v, x)
 
-    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+    def projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries (B, N, h*d), keys and values."""
-        if self.qkv is None:
-            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return biased_qkv(self, x)
+        return (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if self.qkv is None else super().projected(x)
 
     def _rotated(self, t: Tensor, rope: Tensor | None) -> Tensor:
         if rope is None:

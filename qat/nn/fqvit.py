@@ -63,7 +63,6 @@ class FqAttention(ScoredAttention):
 
     def __init__(self, attention: Any, context: SwapContext) -> None:
         super().__init__(attention, context)
-        self.scale = attention.scale
         self.qkv = attention.qkv
         self.v_quantizer = nn.Identity()  # type: ignore[assignment]
         self.qkv_quantizer = context.act("qkv")
@@ -95,18 +94,11 @@ class FqVitAttention(FqAttention):
 
 
 class FqBlock(Block):
-    """`Block` with quantizers after its MLP and after both sums."""
+    """`Block` with quantizers after its MLP and after both sums; made by `shallow_cast`."""
 
-    norm1: nn.Module
-    norm2: nn.Module
-
-    def __init__(self, block: Block, context: SwapContext) -> None:
-        nn.Module.__init__(self)
-        self._modules.update(block._modules)
-        self.norm1, self.norm2 = wanted_norm(block.norm1, context), wanted_norm(block.norm2, context)
-        self.residual1_quantizer = context.act("residual")
-        self.mlp_quantizer = context.act("output")
-        self.residual2_quantizer = context.act("residual")
+    residual1_quantizer: nn.Module
+    mlp_quantizer: nn.Module
+    residual2_quantizer: nn.Module
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (timm's signature)
         """Map (B, N, C) to the same shape."""
@@ -115,27 +107,27 @@ class FqBlock(Block):
         return self.residual2_quantizer(x + self.drop_path2(self.ls2(self.mlp_quantizer(self.mlp(self.norm2(x))))))
 
 
-class FqPatchEmbed(timm_layers.PatchEmbed):
-    """`PatchEmbed` with a quantizer after it; made by `shallow_cast`."""
+class _FqOutput(nn.Module):
+    """To be named before a module that has a quantizer after it; made by `shallow_cast`."""
 
     output_quantizer: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, I, H, W) to (B, N, C), or what else timm makes of it."""
+        """What the module makes of `x`, quantized."""
         out: Tensor = self.output_quantizer(super().forward(x))
         return out
 
 
-class FqHead(QuantLinear):
-    """A classifier with quantized logits."""
+class FqPatchEmbed(_FqOutput, timm_layers.PatchEmbed):
+    """`PatchEmbed`: (B, I, H, W) to (B, N, C), or what else timm makes of it."""
 
-    def __init__(self, linear: nn.Linear, context: SwapContext) -> None:
-        super().__init__(linear, context.input_quantizer(), context.weight())
-        self.output_quantizer = context.act("output")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., in) to (..., classes)."""
-        return self.output_quantizer(super().forward(x))
+class FqPatchMerging(_FqOutput, PatchMerging):
+    """Patch merging: (B, H, W, C) to (B, H/2, W/2, C_out)."""
+
+
+class FqHead(_FqOutput, QuantLinear):
+    """A classifier with quantized logits: (..., in) to (..., classes)."""
 
 
 class FqNet(VisionTransformer):
@@ -147,13 +139,9 @@ class FqNet(VisionTransformer):
         self.positions_quantizer = nn.Identity() if self.pos_embed is None else context.act("output")
         self.embedding_quantizer = context.act("residual")
 
-    def prefix(self) -> list[Tensor]:
-        """Class, distillation and register tokens, (1, n, C) each, in timm's order."""
-        found = (getattr(self, name, None) for name in ("cls_token", "dist_token", "reg_token"))
-        return [token for token in found if token is not None]
-
     def _pos_embed(self, x: Tensor) -> Tensor:
-        tokens = [token.expand(x.shape[0], -1, -1) for token in self.prefix()]
+        found = (getattr(self, name, None) for name in ("cls_token", "dist_token", "reg_token"))  # in timm's order
+        tokens = [token.expand(x.shape[0], -1, -1) for token in found if token is not None]
         positions = None if self.pos_embed is None else self.positions_quantizer(self.pos_embed)
         if positions is not None and self.no_embed_class:
             x = x + positions
@@ -217,17 +205,15 @@ def swap_net(module: VisionTransformer, context: SwapContext) -> Swap:
 @register_swap(nn.Linear, "fqvit")
 def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
     """A Linear; the logits of a head are quantized."""
-    if context.place == "head":
-        return Swap(FqHead(module, context))
-    return Swap(QuantLinear(module, context.input_quantizer(), context.weight()))
+    made = QuantLinear(module, context.input_quantizer(), context.weight())
+    return _with_output(FqHead, made, context) if context.place == "head" else Swap(made)
 
 
-class FqWindowAttention(FqAttention, RelativeBias):
+class FqWindowAttention(RelativeBias, FqAttention):
     """Window attention; the table of biases and the biased scores have quantizers of their own."""
 
     def __init__(self, attention: WindowAttention, context: SwapContext) -> None:
         super().__init__(attention, context)
-        self.take_table(attention)
         self.table_quantizer = context.act("output")
         self.biased_quantizer = context.act("scores")
 
@@ -254,32 +240,19 @@ class FqSwinBlock(SwinTransformerBlock):
         return out.view_as(x)
 
 
-class FqPatchMerging(PatchMerging):
-    """Patch merging with a quantizer after it; made by `shallow_cast`."""
-
-    output_quantizer: nn.Module
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) to (B, H/2, W/2, C_out)."""
-        out: Tensor = self.output_quantizer(super().forward(x))
-        return out
-
-
-_MADE: dict[type[nn.Module], Any] = {timm_layers.Attention: FqVitAttention, Block: FqBlock, WindowAttention: FqWindowAttention}
-
-
 @register_swap(timm_layers.Attention, "fqvit")
-@register_swap(Block, "fqvit")
 @register_swap(WindowAttention, "fqvit")
-def swap_attention(module: nn.Module, context: SwapContext) -> Swap:
-    """Attention, window attention, and block of ViT."""
-    return Swap(_MADE[type(module)](module, context))
+def swap_attention(module: Any, context: SwapContext) -> Swap:
+    """Attention and window attention."""
+    return Swap((FqWindowAttention if isinstance(module, WindowAttention) else FqVitAttention)(module, context))
 
 
+@register_swap(Block, "fqvit")
 @register_swap(SwinTransformerBlock, "fqvit")
-def swap_swin_block(module: nn.Module, context: SwapContext) -> Swap:
-    """Block of Swin."""
-    made = shallow_cast(FqSwinBlock, module)
+def swap_block(module: Block | SwinTransformerBlock, context: SwapContext) -> Swap:
+    """Block of ViT or Swin."""
+    made: Any = shallow_cast(FqBlock if isinstance(module, Block) else FqSwinBlock, module)
+    made.norm1, made.norm2 = wanted_norm(module.norm1, context), wanted_norm(module.norm2, context)
     made.residual1_quantizer, made.mlp_quantizer, made.residual2_quantizer = (context.act(r) for r in ("residual", "output", "residual"))
     return Swap(made)
 
@@ -288,6 +261,10 @@ def swap_swin_block(module: nn.Module, context: SwapContext) -> Swap:
 @register_swap(PatchMerging, "fqvit")
 def swap_output(module: nn.Module, context: SwapContext) -> Swap:
     """Patch embedding and patch merging."""
-    made: Any = shallow_cast(FqPatchEmbed if isinstance(module, timm_layers.PatchEmbed) else FqPatchMerging, module)
+    return _with_output(FqPatchEmbed if isinstance(module, timm_layers.PatchEmbed) else FqPatchMerging, module, context)
+
+
+def _with_output(cls: type[_FqOutput], module: nn.Module, context: SwapContext) -> Swap:
+    made = shallow_cast(cls, module)
     made.output_quantizer = context.act("output")
     return Swap(made)

@@ -6,7 +6,7 @@ from timm.layers import RelPosMlp
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
-from qat.nn.attention import QkrAttention, QuantAttention, register_attention, split_heads
+from qat.nn.attention import QkrAttention, QuantAttention, register_attention
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
@@ -18,26 +18,23 @@ def _biased(scores: Tensor, rel_pos: nn.Module | None, shared: Tensor | None) ->
 
 
 class QuantRelPosAttention(QuantAttention):
-    """Standard attention. Keeps timm's names."""
+    """Standard attention."""
 
     def __init__(self, attention: RelPosAttention, context: SwapContext) -> None:
         super().__init__(attention, context)
-        self.scale = attention.scale
-        self.qkv, self.rel_pos = attention.qkv, attention.rel_pos
+        self.rel_pos = attention.rel_pos
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to the same shape."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k = self.q_norm(split_heads(q, self.num_heads)), self.k_norm(split_heads(k, self.num_heads))
-        return self.attend(_biased(self.scores(q, k) * self.scale, self.rel_pos, shared_rel_pos), v, x)
+        q, k, v = self.projected(x)
+        return self.attend(_biased(self.scores(*self.heads(q, k)) * self.scale, self.rel_pos, shared_rel_pos), v, x)
 
 
 class QkrRelPosAttention(QkrAttention):
     """Query-key reparameterization."""
 
     def __init__(self, attention: RelPosAttention, context: SwapContext) -> None:
-        super().__init__(attention, context, attention.qkv.bias)
-        self.scale = attention.scale
+        super().__init__(attention, context)
         self.rel_pos = attention.rel_pos
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:

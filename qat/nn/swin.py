@@ -11,19 +11,13 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 
 from qat.kernels.fused import can_fuse, unflattened
-from qat.nn.attention import QkrAttention, QuantAttention, RelativeBias, add_window_mask, register_attention, split_heads
+from qat.nn.attention import QkrAttention, QuantAttention, RelativeBias, add_window_mask, register_attention
 from qat.nn.linear import hint_mlp
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
-class QuantWindowAttention(QuantAttention, RelativeBias):
-    """Standard window attention. Keeps timm's `qkv`, `proj` and `relative_position_bias_table`."""
-
-    def __init__(self, attention: WindowAttention, context: SwapContext) -> None:
-        super().__init__(attention, context)
-        self.scale = attention.scale
-        self.qkv = attention.qkv
-        self.take_table(attention)
+class QuantWindowAttention(RelativeBias, QuantAttention):
+    """Standard window attention."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map (B*windows, N, C) to the same shape; the mask (windows, N, N) is that of a cyclic shift."""
@@ -32,17 +26,12 @@ class QuantWindowAttention(QuantAttention, RelativeBias):
         if out is not None:
             return self.project(out, x)
         q, k, v = qkv.chunk(3, dim=-1)
-        scores = self.scores(split_heads(q, self.num_heads), split_heads(k, self.num_heads)) * self.scale
+        scores = self.scores(*self.heads(q, k)) * self.scale
         return self.attend(add_window_mask(scores + self.position_bias(), mask), v, x)
 
 
-class QkrWindowAttention(QkrAttention, RelativeBias):
+class QkrWindowAttention(RelativeBias, QkrAttention):
     """Query-key reparameterization inside each window."""
-
-    def __init__(self, attention: WindowAttention, context: SwapContext) -> None:
-        super().__init__(attention, context, attention.qkv.bias)
-        self.scale = attention.scale
-        self.take_table(attention)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map (B*windows, N, C) to the same shape; the mask (windows, N, N) is that of a cyclic shift."""

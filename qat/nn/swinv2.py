@@ -10,7 +10,7 @@ from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.nn.attention import QuantAttention, add_window_mask, biased_qkv, register_attention, split_heads
+from qat.nn.attention import QuantAttention, add_window_mask, register_attention
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 # Swin v2, section 3.2: the learnt temperature is kept above 0.01, the bias between 0 and 16.
@@ -19,7 +19,7 @@ _HIGHEST_BIAS = 16
 
 
 class QuantCosineAttention(QuantAttention):
-    """Window attention on normalised queries and keys, which are quantized after the norm. Keeps timm's names.
+    """Window attention on normalised queries and keys, which are quantized after the norm.
 
     `cpb_mlp` stays float: its output is a table that depends on no image.
     """
@@ -29,8 +29,6 @@ class QuantCosineAttention(QuantAttention):
 
     def __init__(self, attention: WindowAttention, context: SwapContext) -> None:
         super().__init__(attention, context)
-        self.qkv = attention.qkv
-        self.q_bias, self.v_bias = attention.q_bias, attention.v_bias
         self.logit_scale = attention.logit_scale
         self.cpb_mlp = attention.cpb_mlp
         for name in ("relative_coords_table", "relative_position_index"):
@@ -38,8 +36,8 @@ class QuantCosineAttention(QuantAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map (B*windows, N, C) to the same shape; the mask (windows, N, N) is that of a cyclic shift."""
-        q, k, v = biased_qkv(self, x)
-        q, k = (F.normalize(split_heads(t, self.num_heads), dim=-1) for t in (q, k))
+        q, k, v = self.projected(x)
+        q, k = (F.normalize(t, dim=-1) for t in self.heads(q, k))
         scores = self.scores(q, k) * self.logit_scale.clamp(max=-math.log(_LOWEST_TEMPERATURE)).exp()
         return self.attend(add_window_mask(scores + self._position_bias(), mask), v, x)
 

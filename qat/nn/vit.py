@@ -7,7 +7,7 @@ from timm.layers import AttentionPoolLatent
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor
 
-from qat.nn.attention import QkrAttention, QuantAttention, register_attention, split_heads
+from qat.nn.attention import QkrAttention, QuantAttention, register_attention
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
@@ -17,12 +17,7 @@ def masked(scores: Tensor, attn_mask: Tensor | None, *, is_causal: bool) -> Tens
 
 
 class QuantVitAttention(QuantAttention):
-    """Standard attention. Keeps timm's `qkv` and `proj`."""
-
-    def __init__(self, attention: timm_layers.Attention, context: SwapContext) -> None:
-        super().__init__(attention, context)
-        self.scale = attention.scale
-        self.qkv = attention.qkv
+    """Standard attention."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (timm's signature)
         """Map (B, N, C) to (B, N, C_out)."""
@@ -31,17 +26,12 @@ class QuantVitAttention(QuantAttention):
         if out is not None:
             return self.project(out, x)
         q, k, v = qkv.chunk(3, dim=-1)
-        q, k = split_heads(q, self.num_heads), split_heads(k, self.num_heads)
-        scores = self.scores(self.q_norm(q), self.k_norm(k)) * self.scale
+        scores = self.scores(*self.heads(q, k)) * self.scale
         return self.attend(masked(scores, attn_mask, is_causal=is_causal), v, x)
 
 
 class QkrVitAttention(QkrAttention):
     """Query-key reparameterization."""
-
-    def __init__(self, attention: timm_layers.Attention, context: SwapContext) -> None:
-        super().__init__(attention, context, attention.qkv.bias)
-        self.scale = attention.scale
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (timm's signature)
         """Map (B, N, C) to (B, N, C_out)."""
@@ -57,7 +47,7 @@ register_attention(timm_layers.Attention, QuantVitAttention, QkrVitAttention)
 
 
 class QuantAttentionPool(QuantAttention):
-    """SigLIP's head (arXiv 2303.15343), where learnt queries gather the tokens, quantized as standard attention. Keeps timm's names.
+    """SigLIP's head (arXiv 2303.15343), where learnt queries gather the tokens, quantized as standard attention.
 
     Its queries are parameters, not tokens, so query-key reparameterization has nothing to fold: every recipe but `float` gives
     this form.
@@ -65,7 +55,6 @@ class QuantAttentionPool(QuantAttention):
 
     def __init__(self, attention: AttentionPoolLatent, context: SwapContext) -> None:
         super().__init__(attention, context)
-        self.scale = attention.scale
         self.pool = attention.pool
         self.latent, self.pos_embed = attention.latent, attention.pos_embed
         self.q, self.kv = attention.q, attention.kv
@@ -77,8 +66,7 @@ class QuantAttentionPool(QuantAttention):
             x = x + self.pos_embed.to(x.dtype)
         q = self.q(self.latent.expand(x.shape[0], -1, -1))
         k, v = self.kv(x).chunk(2, dim=-1)
-        q, k = self.q_norm(split_heads(q, self.num_heads)), self.k_norm(split_heads(k, self.num_heads))
-        scores = maybe_add_mask(self.scores(q, k) * self.scale, attn_mask)
+        scores = maybe_add_mask(self.scores(*self.heads(q, k)) * self.scale, attn_mask)
         out = self.proj_drop(self.proj(self.gather(scores, v)))
         if self.mlp is not None:
             out = out + self.mlp(self.norm(out))
