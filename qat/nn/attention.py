@@ -15,7 +15,7 @@ from qat.kernels.fused import QkrOperands, QkrWeights, Scoring, attention, can_f
 from qat.nn.fusing import is_off, operand_of, weight_params
 from qat.nn.linear import QuantLinear
 from qat.nn.quant_module import QuantModule, is_watched
-from qat.nn.swap_registry import Swap, SwapContext, register_swap
+from qat.nn.swap_registry import Swap, SwapContext, is_plain, register_swap
 from qat.utils.validate import check_choice
 
 
@@ -329,14 +329,15 @@ def register_attention(
     def swap_standard(module: nn.Module, context: SwapContext) -> Swap:
         return Swap(standard(module, context), inputs or {})
 
-    def swap_qkr(module: nn.Module, context: SwapContext) -> Swap:
+    def swap_qkr(module: Any, context: SwapContext) -> Swap:
+        why = f"this model {qkr if isinstance(qkr, str) else 'normalises queries and keys'}, so Wq^T Wk is not its score"
         norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
-        why = qkr if isinstance(qkr, str) else "normalises queries and keys"
-        if isinstance(qkr, str) or any(not isinstance(norm, nn.Identity | None) for norm in norms):
-            raise UsageError(
-                f"quant.attention='qkr': this model {why}, so Wq^T Wk is not its score; here it must be one of standard, float"
-            )
-        return Swap(qkr(module, context), {"v": "quantized"})
+        if not isinstance(qkr, str) and all(isinstance(norm, nn.Identity | None) for norm in norms):
+            if is_plain(module.qkv) and not is_watched(module.qkv):
+                return Swap(qkr(module, context), {"v": "quantized"})
+            kind = type(module.qkv).__name__
+            why = f"its qkv is a {kind} with more than a weight and a bias, or with hooks, and would be taken apart"
+        raise UsageError(f"quant.attention='qkr': {why}; here it must be one of standard, float")
 
     for intent in ("attention", *(["float_attention"] if also_float else [])):
         register_swap(cls, intent)(swap_standard)

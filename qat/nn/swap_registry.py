@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from qat.errors import UsageError
-from qat.nn.quant_module import is_watched
 from qat.quantizers import Quantizer, build_quantizer
 from qat.spec import QuantRecipe
 
@@ -70,7 +69,6 @@ class Swap:
     children: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
-_TAKEN_APART = frozenset({"qkv", "q", "k", "v", "kv", "q_proj", "k_proj", "v_proj"})
 # Of the class that it is registered for.
 SwapFunction = Callable[[Any, SwapContext], Swap]
 _SWAPS: dict[tuple[type[nn.Module], str], SwapFunction] = {}
@@ -97,19 +95,11 @@ def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
     """The swap for a module, or None where it stays as it is, as layers do that are more than a Linear or a convolution (`is_plain`).
 
     An attention class without a swap of the recipe's intent stays float around its quantized Linears.
-
-    Raises:
-        UsageError: query-key reparameterization would take such a layer apart.
     """
     attention = {"qkr": "qkr_attention", "standard": "attention", "float": "float_attention"}[context.recipe.attention]
-    intents = (*(("fqvit",) if context.recipe.placement == "fqvit" else ()), attention, "linear", "conv")
+    intents = (context.recipe.placement, attention, "linear", "conv")
     if "forward" in vars(module) or (isinstance(module, nn.Linear | nn.Conv2d) and not is_plain(module)):
         return None
-    if (type(module), "qkr_attention") in _SWAPS and attention == "qkr_attention":
-        for name, child in module.named_children():  # what makes queries, keys and values is taken apart
-            if name in _TAKEN_APART and type(child) is not nn.Identity and (is_watched(child) or not is_plain(child)):
-                why = f"its {name} is a {type(child).__name__} with more than a weight and a bias, or with hooks, and would be taken apart"
-                raise UsageError(f"quant.attention='qkr': {why}; here it must be one of standard, float")
     return next((_SWAPS[type(module), intent] for intent in intents if (type(module), intent) in _SWAPS), None)
 
 

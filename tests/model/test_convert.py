@@ -356,6 +356,17 @@ def test_reparameterization_loses_no_hook():
         qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
 
 
+@pytest.mark.parametrize("recipe", ["ofq", "ofq_noqkr"])
+def test_a_hook_in_a_pool_that_nothing_takes_apart_stays(recipe):
+    net, calls = timm.create_model("vit_base_patch16_siglip_224", **KWARGS), []
+    net.attn_pool.kv.register_forward_hook(lambda *_: calls.append(1))
+    converted_net = qat.convert(net, qat.recipe(recipe), input_size=SIZE)
+    qat.initialize_scales(converted_net, [randn(2, *SIZE)])
+    calls.clear()
+    converted_net(randn(2, *SIZE))
+    assert calls == [1]
+
+
 DROPPING = [(VIT, KWARGS), ("eva02_tiny_patch14_224", KWARGS), ("hiera_tiny_224", {"num_classes": 5, "in_chans": 1, "img_size": 224})]
 
 
