@@ -34,15 +34,15 @@ def import_quantizer(path: str) -> type[Quantizer]:
     """The class `package.module:Class`, its module imported: for a name that the user typed, never for one that a file holds.
 
     Raises:
-        UsageError: there is no such class, or it is no subclass of `Quantizer`.
+        UsageError: there is no such class, or it is no subclass of `Quantizer` with the methods that one must have.
     """
     module_name, class_name = path.split(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"quantizer={path!r}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Quantizer)):
-        raise UsageError(f"quantizer={path!r}: must be a subclass of qat.quantizers.Quantizer")
+    if not (isinstance(found, type) and issubclass(found, Quantizer)) or found.__abstractmethods__:
+        raise UsageError(f"quantizer={path!r}: must be a subclass of qat.quantizers.Quantizer that has forward and codes")
     return found
 
 
