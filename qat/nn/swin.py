@@ -8,11 +8,12 @@ from __future__ import annotations
 import timm.layers as timm_layers
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.kernels.fused import can_fuse, unflattened
 from qat.nn.attention import QkrAttention, QuantAttention, RelativeBias, add_window_mask, register_attention
 from qat.nn.linear import hint_mlp
+from qat.nn.quant_module import shallow_cast
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
@@ -48,17 +49,13 @@ class QkrWindowAttention(RelativeBias, QkrAttention):
 
 
 class MapMlp(timm_layers.Mlp):
-    """timm's `Mlp` on the tokens of a map, seen as the map they are: (B, H*W, C) is worked on as (B, H, W, C).
+    """timm's `Mlp` on the tokens of a map, seen as the map they are: (B, H*W, C) is worked on as (B, H, W, C); made by `shallow_cast`.
 
-    Args:
-        mlp: the module whose layers are taken over.
+    Attributes:
         columns: W, or 0 = one row of any length, where nothing depends on the shape of the map.
     """
 
-    def __init__(self, mlp: timm_layers.Mlp, columns: int) -> None:
-        nn.Module.__init__(self)
-        self._modules.update(mlp._modules)
-        self.columns = columns
+    columns: int
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H*W, C) to (B, H*W, C_out)."""
@@ -77,5 +74,6 @@ register_attention(WindowAttention, QuantWindowAttention, QkrWindowAttention)
 @register_swap(SwinTransformerV2Block, "linear")
 def see_map(module: SwinTransformerBlock | SwinTransformerV2Block, context: SwapContext) -> Swap:
     """The block stays; its `mlp`, to which timm hands a flattened map, learns the map's shape."""
-    _, columns = timm_layers.to_2tuple(module.input_resolution) if context.recipe.map_scales == "column" else (0, 0)
-    return Swap(module, children={"mlp": MapMlp(module.mlp, columns)})
+    mlp = shallow_cast(MapMlp, module.mlp)
+    mlp.columns = timm_layers.to_2tuple(module.input_resolution)[1] if context.recipe.map_scales == "column" else 0
+    return Swap(module, children={"mlp": mlp})

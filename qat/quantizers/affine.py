@@ -27,7 +27,7 @@ class Affine(Quantizer):
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
-        self.qmin, self.qmax = code_range(spec.bits, signed=bool(spec.signed))
+        self.qmin, self.qmax = spec.qmin, spec.qmax
         self.scale: Tensor
         self.zero_point: Tensor
         self.register_buffer("scale", None)

@@ -8,14 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qat import kernels
-from qat.functional.lsq import (
-    SCALE_FLOOR,
-    CodeRange,
-    least_unit,
-    lsq_codes,
-    lsq_init_scale,
-    mse_init_scale,
-)
+from qat.functional.affine import code_range
+from qat.functional.lsq import SCALE_FLOOR, CodeRange, least_unit, lsq_codes, lsq_init_scale, mse_init_scale
 from qat.kernels import LSQParams
 from qat.quantizers.grid import UniformGrid
 from qat.quantizers.quantizer import Quantizer
@@ -147,8 +141,7 @@ class AutoSignLSQ(LSQ):
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
-        low, high = 2 ** (spec.bits - 1), 2**spec.bits
-        self.bounds = {True: (-low, low - 1), False: (0, high - 1)}
+        self.bounds = {signed: code_range(spec.bits, signed=signed) for signed in (True, False)}
         self.signed: Tensor
         self.register_buffer("signed", torch.tensor(torch.nan))
 

@@ -20,9 +20,12 @@ from qat.spec import QuantSpec
 
 
 @register("statsq")
+@register("statsq_rms")
 def build_statsq(spec: QuantSpec) -> Quantizer:
-    """StatsQ for a weight, or `ActStatsQ` for an activation."""
-    return StatsQ(spec) if spec.role in {"weight", "qk"} else ActStatsQ(dataclasses.replace(spec, signed=True))
+    """StatsQ or StatsQRMS for a weight; activations, for which that was not made, have `ActStatsQ`."""
+    if spec.role not in {"weight", "qk"}:
+        return ActStatsQ(dataclasses.replace(spec, signed=True))
+    return StatsQRMS(spec) if spec.quantizer == "statsq_rms" else StatsQ(spec)
 
 
 class StatsQ(Quantizer):
@@ -52,7 +55,7 @@ class StatsQ(Quantizer):
         return UniformGrid(qmin=-n, qmax=n - 1, step=self.scale_of(x).flatten() / n, zero_point=-0.5, axis=self._axis_of(x))
 
     def _axis_of(self, x: Tensor) -> int | None:
-        """Dimension that keeps scales of its own: the rows, also of the heads of a folded matrix."""
+        """Dimension that keeps scales of its own."""
         return 1 if x.ndim == 3 else 0
 
 
@@ -65,12 +68,6 @@ class ActStatsQ(StatsQ):
 
     def _axis_of(self, x: Tensor) -> int | None:
         return self.axis
-
-
-@register("statsq_rms")
-def build_statsq_rms(spec: QuantSpec) -> Quantizer:
-    """StatsQRMS for a weight; activations, for which it was not made, have StatsQ."""
-    return StatsQRMS(spec) if spec.role in {"weight", "qk"} else ActStatsQ(dataclasses.replace(spec, signed=True))
 
 
 class StatsQRMS(StatsQ):
