@@ -162,12 +162,7 @@ def cost(net: nn.Module, input_size: tuple[int, int, int]) -> Cost:
 
 def total(parts: list[ModuleCost]) -> Cost:
     """The sum of what modules cost."""
-    return Cost(
-        n_params=sum(part.n_params for part in parts),
-        size_bytes=sum(part.size_bytes for part in parts),
-        macs=sum(part.macs for part in parts),
-        bitops=sum(part.bitops for part in parts),
-    )
+    return Cost(**{field.name: sum(getattr(part, field.name) for part in parts) for field in dataclasses.fields(Cost)})
 
 
 def module_costs(net: nn.Module, input_size: tuple[int, int, int]) -> list[ModuleCost]:
@@ -228,10 +223,8 @@ def _stored(net: nn.Module) -> dict[str, Counter[str]]:
 
 def _place(name: str, sites: dict[str, Site]) -> tuple[str, str]:
     """The module that a tensor counts for, that of its quantizer where it has one, and the kind of its bytes."""
-    parts = name.split(".")
-    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
-    site = next((prefix for prefix in prefixes if prefix in sites), None)
-    kind = "offset_bytes" if parts[-1] in _OFFSETS else "float_bytes" if site is None else "scale_bytes"
+    site = next((site for site in sites if name.startswith(f"{site}.")), None)
+    kind = "offset_bytes" if name.rpartition(".")[2] in _OFFSETS else "float_bytes" if site is None else "scale_bytes"
     return (site or name).rpartition(".")[0], kind
 
 

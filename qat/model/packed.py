@@ -101,7 +101,6 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
         if metadata.get("format") not in FORMATS:
             raise UsageError(f"{str(path)!r}: format {metadata.get('format')!r}; this version of qat reads {' and '.join(FORMATS)}")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    codes, floats = tensors["codes"], tensors["floats"]
     said = (metadata["format"], metadata["qat"], metadata["index"])
     if metadata["crc32"] not in {_checksum(tensors, *said), _checksum(tensors)}:  # older files: of the tensors alone
         raise ValueError("it is damaged: its checksum does not fit")
@@ -121,11 +120,11 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
             continue
         n, which = torch.Size(shape).numel(), "floats" if kind == "f" else "codes"
         size = n if kind == "f" else packed_bytes(n, more[0])
-        part = (floats if kind == "f" else codes)[at[which] : at[which] + size]
+        part = tensors[which][at[which] : at[which] + size]
         at[which] += size
         state[name] = (
             part.view(shape).to(_DTYPES[more[0]]) if kind == "f" else unpack_codes(part, more[0], tuple(shape), signed=kind == "s")
         )
-    if (at["codes"], at["floats"], len(tensors)) != (codes.numel(), floats.numel(), 2):
+    if at != {name: tensor.numel() for name, tensor in tensors.items()}:
         raise ValueError("it holds more data than its index lists")
     return state, json.loads(metadata["qat"])

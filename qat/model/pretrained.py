@@ -145,7 +145,6 @@ def save_pretrained(
     if meta["data"]:
         meta["data"] = _without_paths({key: value for key, value in meta["data"].items() if key != "root"})
     write_packed(frozen, place / WEIGHTS, meta)
-    size = (place / WEIGHTS).stat().st_size
     config = {
         "library_name": LIBRARY,
         "architecture": meta["model"]["name"],
@@ -153,7 +152,7 @@ def save_pretrained(
         "num_classes": getattr(net, "num_classes", None),
         "label_names": meta["classes"],
         **{key: meta[key] for key in ("format_version", "input_size", "recipe", "data")},
-        "size_bytes": size,
+        "size_bytes": (place / WEIGHTS).stat().st_size,
         "results": _without_paths(measured),
     }
     write_text(place / CONFIG, json_text(config))
@@ -179,7 +178,7 @@ def _card(net: nn.Module, config: Mapping[str, Any], license: str, source: str) 
     """The model card: what the net is, how good, how large, how to load it (`source`: `user/name`, or a file)."""
     done, results = conversion_of(net), config["results"]
     is_file = source.endswith(".safetensors")
-    recipe = None if done is None or done.recipe.name == "fp" else done.recipe
+    recipe = None if done is None else done.recipe
     rows = {
         "Architecture": f"`{_words(config['architecture'])}` of timm",
         "Recipe": "float" if recipe is None else f"`{_words(recipe.name)}`: weights {recipe.bits} bit, activations {recipe.act_bits} bit",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -67,15 +68,12 @@ def initialize_scales(net: nn.Module, batches: Iterable[Any]) -> nn.Module:
     pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]
     if not pending:
         return net
-    with probing(net, [quantizer.register_forward_pre_hook(_calibrating({})) for quantizer in pending]):
+    with probing(net, [quantizer.register_forward_pre_hook(functools.partial(_calibrate, {})) for quantizer in pending]):
         for batch in batches:
             net(images_of(batch, net))
         assert_ready(net)
     return net
 
 
-def _calibrating(state: dict[str, Any]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: Any, args: tuple[Tensor, ...]) -> None:
-        module.calibrate(args[0], state)
-
-    return hook
+def _calibrate(state: dict[str, Any], quantizer: Any, args: tuple[Tensor, ...]) -> None:
+    quantizer.calibrate(args[0], state)

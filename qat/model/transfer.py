@@ -36,7 +36,7 @@ def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
         state |= {prefix + name: tensor for name, tensor in module.timm_weights().items()}
         consumed = {"v"}
     else:
-        own = {*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))}
+        own = module._parameters.keys() | module._buffers.keys()
         state |= {prefix + k: v.detach() for k, v in module.state_dict().items() if k in own}
         if isinstance(codes := getattr(module, "weight_quantizer", None), FrozenWeight):
             state[f"{prefix}weight"] = codes()
@@ -60,14 +60,10 @@ def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[s
     have = {site.name: site for site in iter_quantizers(source)}
     copied, missing = [], []
     for site in iter_quantizers(target):
-        state = site.quantizer.state_dict()
-        if not state:
+        if not site.quantizer.state_dict():
             continue
         donor = have.get(site.name)
-        if donor is None or not is_ready(donor.quantizer):
-            missing.append(site.name)
-            continue
-        if not (_copy_affine(donor.quantizer, site.quantizer) or _copy_alike(donor.quantizer, site.quantizer)):
+        if donor is None or not _copy_state(donor.quantizer, site.quantizer):
             missing.append(site.name)
             continue
         copied.append(site.name)
@@ -88,10 +84,11 @@ def forget_attention_weights(net: nn.Module) -> list[str]:
     for name, module in net.named_modules():
         if not isinstance(module, QkrAttention | QuantAttention):
             continue
-        lost = {child for child, layer in module.named_children() if child in {"qkv", "proj"} and isinstance(layer, nn.Linear)}
-        for child in sorted(lost, reverse=True):
-            module.get_submodule(child).reset_parameters()  # type: ignore[operator]
-            reset.append(f"{name}.{child}")
+        for child in ("qkv", "proj"):
+            layer = getattr(module, child, None)
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+                reset.append(f"{name}.{child}")
         table = getattr(module, _TABLE, None)
         if isinstance(table, nn.Parameter):
             nn.init.trunc_normal_(table, std=_TABLE_STD)
@@ -113,18 +110,21 @@ def invent_biases(net: nn.Module) -> list[str]:
     return names
 
 
-def _copy_alike(donor: Quantizer, target: Quantizer) -> bool:
+def _copy_state(donor: Quantizer, target: Quantizer) -> bool:
     """Give a quantizer the state of one of its spec and shapes, whether steps are relative or absolute there; False where it differs."""
+    if not is_ready(donor):
+        return False
+    if _copy_affine(donor, target):
+        return True
     if donor.spec != target.spec or donor.n_scales != target.n_scales:
         return False
-    steps = [(a, b) for a, b in zip(donor.modules(), target.modules(), strict=True) if isinstance(a, LSQ) and isinstance(b, LSQ)]
     given, state = donor.state_dict(), target.state_dict()
     shared = state.keys() & given.keys()
     if any(given[name].shape != state[name].shape for name in shared):
         return False
     target.load_state_dict({name: given[name] for name in shared}, strict=False)
-    for a, b in steps:
-        if (a.change is None) != (b.change is None):
+    for a, b in zip(donor.modules(), target.modules(), strict=True):
+        if isinstance(a, LSQ) and isinstance(b, LSQ) and (a.change is None) != (b.change is None):
             b.set_scale(a.scale.detach())
     return True
 
