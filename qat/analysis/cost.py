@@ -12,10 +12,9 @@ from torch import nn
 
 from qat.analysis.analysis import PALETTE, Analysis, Drawing, ImageSet, Outcome, Row, StudiedNet, Table, panels
 from qat.errors import UsageError
-from qat.model.checkpoint import built_alike
+from qat.model.checkpoint import float_twin
 from qat.model.convert import conversion_of, stem_and_heads
 from qat.model.cost import ModuleCost, module_costs, total
-from qat.spec import recipe
 from qat.utils.text import scaled
 
 # The order of the bars, each kind with the same colour in every picture.
@@ -48,7 +47,7 @@ def _in_float(studied: StudiedNet) -> Row:
     if conversion_of(studied.net) is None:
         return {}
     try:
-        twin = built_alike(studied.net, recipe("fp"), studied.input_size)
+        twin = float_twin(studied.net)
     except UsageError:
         return {}
     return {"in_float": dataclasses.asdict(total(module_costs(twin, studied.input_size)))}

@@ -26,8 +26,7 @@ from qat.model.frozen import freeze_structure, is_frozen, prune_offsets
 from qat.model.packed import read_packed
 from qat.model.ptq_spec import recipe_from
 from qat.model.scales import assert_ready
-from qat.spec import QuantRecipe
-from qat.utils.files import check_bounds, check_tensors, damage_of, write_torch
+from qat.utils.files import check_bounds, check_tensors, read_torch, write_torch
 from qat.utils.validate import check_choice, check_images
 
 FORMAT_VERSION = 1
@@ -40,7 +39,6 @@ NET_PREFIX = "net."
 FORMATS = ("auto", "qat", "timm", "ofq")
 _AVERAGED, _TRAINED = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # under which scripts keep weights
 _WRAPPED = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")  # what wrappers put before names
-_DATA, _CLASSES = "qat_data", "qat_classes"  # where a net keeps what its file said of its data
 _MOST_PIXELS = 2**25  # of an image that a file says its net takes
 
 
@@ -75,10 +73,12 @@ def describe(
     Raises:
         UsageError: the net does not say how it was built, or not in plain data; data or classes are not of their kind.
     """
-    data, classes = data_of(net) if data is None else dict(data), classes_of(net) if classes is None else list(classes)
-    if not is_plain(data) or not all(type(name) is str for name in classes or []):
+    data, classes = data_of(net) if data is None else data, classes_of(net) if classes is None else classes
+    fits = isinstance(data, Mapping | None) and isinstance(classes, list | tuple | None)
+    if not fits or not is_plain(data and dict(data)) or not all(type(name) is str for name in classes or []):
         raise UsageError("save: data must be a dict of Python's own numbers, text, lists and dicts, classes a list of names")
-    name = model or (getattr(net, "pretrained_cfg", None) or {}).get("architecture")
+    config = getattr(net, "pretrained_cfg", None) or {}
+    name = model or config.get("architecture")
     kwargs = getattr(net, "_model_args", None) if model_kwargs is None else dict(model_kwargs)
     if not name or kwargs is None:
         how = "save net.module if it is a wrapper, else set model='timm name' and model_kwargs={...}"
@@ -94,29 +94,28 @@ def describe(
     if not is_plain(kwargs):
         raise UsageError(f"save: model arguments {kwargs} are not plain data; set model_kwargs={{...}} of numbers and text")
     done, recipe, pool = conversion_of(net), recipe_of(net), getattr(net, "global_pool", None)
-    images = {key: value for key, value in (getattr(net, "pretrained_cfg", None) or {}).items() if key in OF_IMAGES and value is not None}
     return {
         "format_version": FORMAT_VERSION,
         "model": {"name": name, "kwargs": dict(kwargs)},
-        "pretrained_cfg": {key: list(value) if isinstance(value, tuple) else value for key, value in images.items()},
+        "pretrained_cfg": {key: value for key, value in config.items() if key in OF_IMAGES and value is not None},
         "pool": pool if isinstance(pool, str) else None,
         "biases": grown_biases(net),
         "recipe": None if recipe is None else recipe.to_dict(),
         "input_size": None if done is None else list(done.input_size),
         "frozen": is_frozen(net),
-        "data": data,
-        "classes": classes,
+        "data": data and dict(data),
+        "classes": classes and list(classes),
     }
 
 
 def data_of(net: nn.Module) -> dict[str, Any] | None:
     """Config of the data that a net was trained on, as its file had it; None where it came from no such file."""
-    return getattr(net, _DATA, None)
+    return getattr(net, "qat_data", None)
 
 
 def classes_of(net: nn.Module) -> list[str] | None:
     """Names of a net's classes, in the order of its outputs; None if they are not known."""
-    return getattr(net, _CLASSES, None)
+    return getattr(net, "qat_classes", None)
 
 
 def save(
@@ -173,18 +172,16 @@ def _read_file(path: Path, origin: str) -> Any:
         if path.suffix == ".safetensors":
             packed = read_packed(path)
             return safetensors.torch.load_file(path) if packed is None else {"state_dict": packed[0], META_KEY: packed[1]}
-        if (damage := damage_of(path)) is not None:
-            raise ValueError(f"the file is damaged: {damage}")
         # timm writes its training arguments into its checkpoints; nothing else than plain data and tensors is read.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return read_torch(path)
     except UsageError:
         raise
     except Exception as error:
         # Not torch's words, which advise to turn the check off.
-        why = (
-            error if isinstance(error, ValueError) else "damaged, or it holds more than tensors and plain data; save only the state_dict()"
-        )
+        why: object = "damaged, or it holds more than tensors and plain data; save only the state_dict()"
+        if isinstance(error, ValueError) or getattr(error, "filename", None):
+            why = getattr(error, "strerror", error)
         raise UsageError(f"{origin}: not a checkpoint that can be read safely ({' '.join(str(why).split())})") from error
 
 
@@ -229,10 +226,12 @@ def _check_meta(meta: Any, origin: str) -> None:
     try:
         check_bounds(meta)
         model, data, size, config = meta["model"], meta.get("data") or {}, meta.get("input_size") or [1], meta.get("pretrained_cfg") or {}
-        kinds: list[tuple[Any, type]] = [(part, dict) for part in (model["kwargs"], data, config, meta.get("run", {}))]
-        kinds += [(model["name"], str), (data.get("_target_", ""), str), (data.get("model") or "", str)]
-        kinds += [(meta.get("format_version", 0), int)]
-        if not (all(isinstance(value, kind) for value, kind in kinds) and math.prod(size) <= _MOST_PIXELS):
+        kinds: dict[type, tuple[Any, ...]] = {
+            dict: (model["kwargs"], data, config, meta.get("run", {})),
+            str: (model["name"], data.get("_target_", ""), data.get("model") or ""),
+            int: (meta.get("format_version", 0),),
+        }
+        if not (all(isinstance(value, kind) for kind in kinds for value in kinds[kind]) and math.prod(size) <= _MOST_PIXELS):
             raise TypeError("has something of another kind")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"{origin}: is damaged, or not written by qat: its description of the model: {error}") from error
@@ -272,8 +271,7 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
         raise UsageError(f"{origin}: weights do not fit {meta['model']['name']} ({' '.join(str(error).split())[:300]})") from error
     with contextlib.suppress(UsageError):  # a file without scales gives a net that raises when it is called
         assert_ready(net)
-    setattr(net, _DATA, meta.get("data"))
-    setattr(net, _CLASSES, meta.get("classes"))
+    net.qat_data, net.qat_classes = meta.get("data"), meta.get("classes")  # type: ignore[assignment]
     return net.eval()
 
 
@@ -296,23 +294,21 @@ def _described(meta: Mapping[str, Any], weights: Mapping[str, Tensor] | None = N
         net.pretrained_cfg = net.default_cfg = config  # type: ignore[assignment]
     grow_biases(net, meta.get("biases") or [])
     if meta.get("recipe") is not None:
-        channels, height, width = meta["input_size"]
-        convert(net, recipe_from(meta["recipe"]), input_size=(channels, height, width))
+        convert(net, recipe_from(meta["recipe"]), input_size=meta["input_size"])
         if meta.get("frozen"):
             freeze_structure(net)
     return net
 
 
-def built_alike(net: nn.Module, recipe: QuantRecipe, input_size: tuple[int, int, int]) -> nn.Module:
-    """A net of the same constructor with fresh weights, under another recipe; in eval mode.
+def float_twin(net: nn.Module) -> nn.Module:
+    """A float net of the same constructor with fresh weights; in eval mode.
 
     Raises:
-        UsageError: the net does not say how timm built it, or the recipe does not fit.
+        UsageError: the net does not say how timm built it.
         LookupError, TypeError, ValueError, RuntimeError: what it says cannot be built.
     """
     with torch.random.fork_rng(devices=[]):  # the weights, drawn on the CPU, are not looked at: nobody's draws move
-        alike = _described({**describe(net), "recipe": recipe.to_dict(), "input_size": list(input_size)})
-    return alike.eval()
+        return _described({**describe(net), "recipe": None}).eval()
 
 
 def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:
@@ -387,5 +383,4 @@ def grow_biases(net: nn.Module, names: Iterable[str]) -> None:
 
 def grown_biases(net: nn.Module) -> list[str]:
     """Names of the Linears of `net` that `grow_biases` gave a bias."""
-    found = getattr(net, "qat_biases", None)
-    return list(found) if isinstance(found, list) else []
+    return list(getattr(net, "qat_biases", []))

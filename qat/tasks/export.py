@@ -20,12 +20,11 @@ from qat.export.check import EXECUTORCH, Checked, compare, milliseconds, net_cod
 from qat.export.onnx_file import IMAGES, OnnxSettings, export_float, preprocessing, require_installed, write_checked, write_onnx
 from qat.export.pte import to_pte, write_pte
 from qat.launch import run_dir as outputs
-from qat.model.checkpoint import build_from, built_alike, describe, load, read_checkpoint
+from qat.model.checkpoint import build_from, describe, float_twin, load, read_checkpoint
 from qat.model.convert import conversion_of
 from qat.model.frozen import freeze, is_frozen
 from qat.model.packed import write_packed
 from qat.model.transform import data_config
-from qat.spec import recipe
 from qat.tasks import build, summary
 from qat.tasks.checks import check_settings
 from qat.tasks.evaluate import build_subject, origin
@@ -96,7 +95,7 @@ def export(cfg: DictConfig) -> float:
 
     checked = write_checked(target, write)
     if form != "packed":
-        results |= _beside_float(target, built_alike(frozen, recipe("fp"), done.input_size), images[0][:1], checked, cfg.latency)
+        results |= _beside_float(target, float_twin(frozen), images[0][:1], checked, cfg.latency)
     size = target.stat().st_size
     shown_results = {_SHOWN.get(key, key): _words(value) for key, value in results.items() if key != "time_of_float"}
     written = {"file": f"{target}, {size:,} bytes"} | shown_results
