@@ -44,9 +44,6 @@ class Frozen(Quantizer):
         super().__init__(dataclasses.replace(spec, offsets="none"))
         self.axis, self.name = axis, name
 
-    def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """Nothing: everything is there."""
-
 
 class FrozenWeight(Frozen):
     """(codes + shift) * scale + after.
@@ -220,7 +217,8 @@ def freeze(net: nn.Module) -> nn.Module:
         The frozen net, in evaluation mode. Its quantizers are found by `qat.iter_quantizers`, of which `codes()` gives those of a weight.
 
     Raises:
-        UsageError: the net is in float or frozen already, a scale was never set, or a quantizer has no fixed grid.
+        UsageError: the net is in float or frozen already, a scale was never set, a quantizer has no fixed grid, or a layer's weight is
+            made from other tensors (pruning, parametrizations).
     """
     if conversion_of(net) is None:
         raise UsageError("freeze: the model is not quantized; convert and train it first, or load a quantized checkpoint")
@@ -228,11 +226,7 @@ def freeze(net: nn.Module) -> nn.Module:
         raise UsageError("freeze: the model is already frozen")
     assert_ready(net)
     frozen = freeze_structure(copied(net).float())
-    for quantizer in _activations(frozen):
-        for name in OFFSETS:
-            offset = getattr(quantizer, name)
-            if offset is not None and not offset.any():
-                setattr(quantizer, name, None)
+    prune_offsets(frozen, {name for name, tensor in frozen.state_dict().items() if tensor.any()})
     return frozen
 
 
@@ -305,11 +299,11 @@ def _add_to_bias(linear: QuantLinear, rows: slice, what: Tensor) -> None:
     linear.bias = nn.Parameter(bias, requires_grad=False)
 
 
-def prune_offsets(net: nn.Module, state: Collection[str]) -> None:
-    """Let go of offsets that a file does not have: they were zero when it was written."""
+def prune_offsets(net: nn.Module, others: Collection[str]) -> None:
+    """Let go of offsets that are not among `others`, by name: those of zeros, which no file has."""
     offsets = ((name, module, kind) for name, module in net.named_modules() if isinstance(module, FrozenActivation) for kind in OFFSETS)
     for name, module, kind in offsets:
-        if f"{name}.{kind}" not in state:
+        if f"{name}.{kind}" not in others:
             setattr(module, kind, None)
 
 
@@ -323,6 +317,9 @@ def _frozen(site: Site) -> Quantizer:
     if quantizer.is_float:
         return quantizer
     weight = site.latent().detach() if site.is_weight else None
+    if weight is not None and not ({"q_weight", "k_weight"} if site.role == "qk" else {"weight"}) <= site.owner._parameters.keys():
+        how = "prune.remove and parametrize.remove_parametrizations of torch.nn.utils keep the values"
+        raise UsageError(f"freeze: {site.layer} is pruned or parametrized; must have plain weights: {how}")
     grid = quantizer.grid(weight)
     if isinstance(grid, UniformGrid):
         return FrozenActivation(quantizer.spec, site.name, grid) if weight is None else _weight(site, grid, weight)
@@ -338,15 +335,14 @@ def _weight(site: Site, grid: UniformGrid, weight: Tensor) -> FrozenWeight:
     spec = site.quantizer.spec
     codes = site.quantizer.codes(weight).to(torch.int8 if grid.qmin < 0 else torch.uint8)
     scale, shift = grid.step.clone(), torch.zeros_like(grid.step) - grid.zero_point
-    if grid.after is None:
-        made = FrozenWeight(spec, grid.axis, site.name, (codes, scale, shift, None))
-        return _corrected(made, weight) if spec.bias_correction else made
-    axis = grid.axis or 0
-    n = weight.shape[axis]
-    rows = grid.after.detach().float().expand_as(weight).movedim(axis, 0).flatten(1)
-    if (rows != rows[:, :1]).any():
-        raise UsageError(f"freeze: {site.name} has an offset after its quantizer that differs within a row; must be one for each row")
-    made = FrozenWeight(spec, axis, site.name, (codes, scale.expand(n).clone(), shift.expand(n).clone(), rows[:, 0].clone()))
+    axis, after = grid.axis, None
+    if grid.after is not None:
+        axis = axis or 0
+        rows = grid.after.detach().float().expand_as(weight).movedim(axis, 0).flatten(1)
+        if (rows != rows[:, :1]).any():
+            raise UsageError(f"freeze: {site.name} has an offset after its quantizer that differs within a row; must be one for each row")
+        scale, shift, after = scale.expand(len(rows)).clone(), shift.expand(len(rows)).clone(), rows[:, 0].clone()
+    made = FrozenWeight(spec, axis, site.name, (codes, scale, shift, after))
     return _corrected(made, weight) if spec.bias_correction else made
 
 

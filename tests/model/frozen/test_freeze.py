@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.utils import parametrizations, prune
 
 import qat
 from qat.export.check import compare, net_codes
@@ -115,6 +116,16 @@ def test_what_cannot_be_frozen_is_refused():
     present = tiny.quantized("ofq_noqkr", act_quantizer="statsq")
     with pytest.raises(qat.UsageError, match="patch_embed.proj.input_quantizer is quantized by statsq, whose values have no fixed grid"):
         qat.freeze(present)
+
+
+@pytest.mark.parametrize("recipe", ["ofq_2bit", "lsq_4bit"])
+@pytest.mark.parametrize("change", [parametrizations.weight_norm, partial(prune.l1_unstructured, amount=0.5)])
+def test_weights_that_are_made_from_others_are_refused(recipe, change):
+    net = made(RECIPES[recipe])
+    layer, name = ("blocks.0.attn", "q_weight") if recipe == "ofq_2bit" else ("blocks.0.mlp.fc1", "weight")
+    change(net.get_submodule(layer), name)
+    with pytest.raises(qat.UsageError, match=rf"^freeze: {layer} is pruned or parametrized; must have plain weights"):
+        qat.freeze(net)
 
 
 def test_a_net_in_bfloat16_is_frozen_in_float32():
