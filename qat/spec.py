@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,14 +16,16 @@ ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
 OUTPUT_ROLES = ("qkv", "scores", "output", "residual")
 PLACES = ("stem", "block", "head")
 QUANTIZERS = ("statsq", "statsq_rms", "lsq", "seq", "minmax", *BLOCK_FLOATS, "float")
-ATTENTIONS = ("qkr", "standard", "float")
-QK_BIASES = ("drop", "fold")
 OFFSETS = ("none", "before", "both")
-MAP_SCALES = ("tensor", "column")
-STEP_INITS = ("lsq", "mse")
-STEPS = ("relative", "absolute")
-ACT_SCALES = ("token", "tensor")
-RULE_BITS = ("both", "weights")
+_CHOICES = {
+    "rule_bits": ("both", "weights"),
+    "attention": ("qkr", "standard", "float"),
+    "qk_bias": ("drop", "fold"),
+    "map_scales": ("tensor", "column"),
+    "step_init": ("lsq", "mse"),
+    "steps": ("relative", "absolute"),
+    "act_scales": ("token", "tensor"),
+}
 
 # StatsQ is for the blocks: stem and heads have 8-bit learned steps in OFQ (spec of the paper, section 3).
 _OUTSIDE_BLOCKS = {name: "lsq" for name in ("statsq", "statsq_rms", "seq", *BLOCK_FLOATS)}
@@ -177,20 +179,12 @@ class QuantRecipe:
         if self.name == "fp" and changed:
             value = getattr(self, changed[0])
             raise UsageError(f"quant.{changed[0]}={value!r}: quant=fp leaves the model in float; choose another quant=... to set it")
-        weights_float = "float" if self.weight_quantizer == "float" else ""
+        all_float = "float" if self.weight_quantizer == self.act_quantizer == "float" else ""
         check_bits("quant.bits", self.bits, self.weight_quantizer)
         check_bits("quant.act_bits", self.act_bits, self.act_quantizer)
-        check_bits("quant.stem_bits", self.stem_bits, weights_float)
-        check_bits("quant.head_bits", self.head_bits, weights_float)
-        check_choice("quant.attention", self.attention, ATTENTIONS)
-        check_choice("quant.qk_bias", self.qk_bias, QK_BIASES)
-        check_choice("quant.map_scales", self.map_scales, MAP_SCALES)
-        check_choice("quant.step_init", self.step_init, STEP_INITS)
-        check_choice("quant.steps", self.steps, STEPS)
-        check_choice("quant.act_scales", self.act_scales, ACT_SCALES)
-        for knob in ("offsets", "fits_int8"):
-            if not isinstance(getattr(self, knob), bool):
-                raise UsageError(f"quant.{knob}={getattr(self, knob)!r}: must be true or false")
+        check_bits("quant.stem_bits", self.stem_bits, all_float)
+        check_bits("quant.head_bits", self.head_bits, all_float)
+        self._check_choices(_CHOICES, ("offsets", "fits_int8"))
         if self.offsets and self.act_quantizer in BLOCK_FLOATS:
             raise UsageError(f"quant.offsets=True: must be false with {self.act_quantizer}, whose blocks follow the heads")
         self._check_overrides()
@@ -199,21 +193,24 @@ class QuantRecipe:
         """To be called before `act_bits` is put for None."""
         if self.rule_bits is None:
             object.__setattr__(self, "rule_bits", "both" if self.act_bits is None else "weights")
-        check_choice(f"{self.GROUP}.rule_bits", self.rule_bits, RULE_BITS)
+
+    def _check_choices(self, choices: Mapping[str, tuple[str, ...]], switches: Sequence[str]) -> None:
+        for knob, allowed in choices.items():
+            check_choice(f"{self.GROUP}.{knob}", getattr(self, knob), allowed)
+        for knob in switches:
+            if not isinstance(getattr(self, knob), bool):
+                raise UsageError(f"{self.GROUP}.{knob}={getattr(self, knob)!r}: must be true or false")
 
     def _check_overrides(self) -> None:
         if self.overrides is None:  # how a yaml file says that there are none
             object.__setattr__(self, "overrides", {})
-        if not isinstance(self.overrides, Mapping):
+        if not isinstance(self.overrides, Mapping) or not all(isinstance(pattern, str) for pattern in self.overrides):
             raise UsageError(f"{self.GROUP}.overrides={self.overrides!r}: must be {{module glob: {{setting: value}}}}")
         knobs = {f.name for f in dataclasses.fields(self)} - self.NET_WIDE
         for pattern, rule in self.overrides.items():
             if not isinstance(rule, Mapping) or set(rule) - knobs:
                 raise UsageError(f"{self.GROUP}.overrides[{pattern!r}]={rule!r}: its settings must be among {', '.join(sorted(knobs))}")
-            try:
-                dataclasses.replace(self, overrides={}, **self._with_following(rule))
-            except UsageError as error:
-                raise UsageError(f"{self.GROUP}.overrides[{pattern!r}]: {error}") from error
+            self._under(pattern, self._with_following(rule))
         object.__setattr__(self, "overrides", {p: dict(rule) for p, rule in self.overrides.items()})
 
     def at(self, module_name: str) -> QuantRecipe:
@@ -225,7 +222,13 @@ class QuantRecipe:
         for pattern, rule in self.overrides.items():
             if fnmatch.fnmatchcase(module_name, pattern):
                 knobs |= self._with_following(rule)
-        return dataclasses.replace(self, overrides={}, **knobs) if knobs else self
+        return self._under(module_name, knobs) if knobs else self
+
+    def _under(self, where: str, knobs: Mapping[str, Any]) -> QuantRecipe:
+        try:
+            return dataclasses.replace(self, overrides={}, **knobs)
+        except UsageError as error:
+            raise UsageError(f"{self.GROUP}.overrides[{where!r}]: {error}") from error
 
     def _with_following(self, rule: Mapping[str, Any]) -> dict[str, Any]:
         """A rule and what its `bits` sets beside it."""

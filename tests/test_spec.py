@@ -17,7 +17,9 @@ WRONG_KNOBS = [
     ),
     ({"act_quantizer": "my module:Class"}, "quant.act_quantizer='my module:Class': must be"),
     ({"offsets": "both"}, "quant.offsets='both': must be true or false"),
+    ({"stem_bits": 32, "weight_quantizer": "float"}, "quant.stem_bits=32: must be an integer from 2 to 8"),
     ({"overrides": ["blocks.0"]}, r"quant.overrides=\['blocks.0'\]: must be {module glob: {setting: value}}"),
+    ({"overrides": {3: {"bits": 8}}}, r"quant.overrides={3: {'bits': 8}}: must be {module glob: {setting: value}}"),
     (
         {"overrides": {"blocks.0.*": {"bit": 8}}},
         r"quant.overrides\['blocks.0.\*'\]={'bit': 8}: its settings must be among act_bits, .*, bits, ",
@@ -70,6 +72,14 @@ def test_rules_apply_where_their_glob_matches():
     assert made.at("blocks.3.mlp.fc1") == made
     assert made.at("blocks.11.attn.proj") == made
     assert made.at("Blocks.3.attn.proj") == made
+
+
+def test_rules_that_do_not_go_together_are_named_where_they_meet():
+    blocks = {"weight_quantizer": "nvfp4", "act_quantizer": "nvfp4"}
+    made = recipe("lsq", overrides={"blocks.*": blocks, "blocks.0.*": {"bits": 8}})
+    assert made.at("blocks.1.attn").weight_quantizer == "nvfp4"
+    with pytest.raises(qat.UsageError, match=r"^quant.overrides\['blocks.0.attn'\]: quant.bits=8: must be 4 with nvfp4$"):
+        made.at("blocks.0.attn")
 
 
 def test_rules_of_a_stored_recipe_keep_their_meaning():

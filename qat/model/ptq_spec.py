@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 from qat.errors import UsageError
 from qat.functional.observers import OBSERVERS
 from qat.spec import QuantRecipe, QuantSpec, summed_axis
-from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, check_bits, check_choice, check_text
+from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, check_bits, check_text
 
 # A single tensor has no channels that powers of two could tell apart.
 _ACT_OBSERVERS = tuple(name for name in OBSERVERS if name != "ptf")
 _CHOICES = {
+    "rule_bits": ("both", "weights"),
     "placement": ("inputs", "fqvit"),
     "attention": ("standard", "float"),
     "weight_quantizer": ("affine", *BLOCK_FLOATS, "float"),
@@ -112,15 +113,13 @@ class PtqRecipe(QuantRecipe):
 
     def __post_init__(self) -> None:
         check_text("ptq.name", self.name)
+        if self.name == "fp":
+            raise UsageError("ptq.name='fp': must be another name, as a recipe called fp leaves the model in float")
         self._settle_rule_bits()
         for knob, source in _FOLLOWS.items():
             if getattr(self, knob) is None:
                 object.__setattr__(self, knob, getattr(self, source))
-        for knob, allowed in _CHOICES.items():
-            check_choice(f"ptq.{knob}", getattr(self, knob), allowed)
-        for knob in ("weight_signed", "act_signed", "bias_correction"):
-            if not isinstance(getattr(self, knob), bool):
-                raise UsageError(f"ptq.{knob}={getattr(self, knob)!r}: must be true or false")
+        self._check_choices(_CHOICES, ("weight_signed", "act_signed", "bias_correction"))
         for knobs, quantizer in (
             (("bits", "stem_bits", "head_bits"), self.weight_quantizer),
             (("act_bits", "outer_act_bits"), self.act_quantizer),
@@ -206,9 +205,9 @@ def recipe_from(stored: Mapping[str, Any]) -> QuantRecipe:
 
 def custom_quantizers(recipe: QuantRecipe) -> list[str]:
     """The quantizers `package.module:Class` that a recipe names, its overrides included."""
-    rules = [{"weight": recipe.weight_quantizer, "act": recipe.act_quantizer}]
-    rules += [{key: rule[key] for key in ("weight_quantizer", "act_quantizer") if key in rule} for rule in recipe.overrides.values()]
-    return [name for name in dict.fromkeys(value for rule in rules for value in rule.values()) if ":" in name]
+    rules: list[Mapping[str, Any]] = [vars(recipe), *recipe.overrides.values()]
+    named = [rule.get(knob, "") for rule in rules for knob in ("weight_quantizer", "act_quantizer")]
+    return [name for name in dict.fromkeys(named) if ":" in name]
 
 
 def check_imported(setting: str, name: str) -> None:

@@ -9,6 +9,9 @@ from qat.model.ptq_spec import PtqRecipe, recipe_from
 from qat.spec import OUTPUT_ROLES, ROLES
 
 WRONG = [
+    ({"name": "fp"}, "ptq.name='fp': must be another name"),
+    ({"act_signed": "yes"}, "ptq.act_signed='yes': must be true or false"),
+    ({"rule_bits": "all"}, "ptq.rule_bits='all': must be one of both, weights"),
     ({"bits": 9}, "ptq.bits=9: must be an integer from 2 to 8"),
     ({"placement": "outputs"}, "ptq.placement='outputs': must be one of inputs, fqvit"),
     ({"weight_observer": "max"}, "ptq.weight_observer='max': must be one of minmax, percentile, omse, mse, ptf, ema"),
