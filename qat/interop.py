@@ -20,13 +20,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from qat.errors import UsageError
+from qat.model.bounds import check_net
 from qat.model.checkpoint import Checkpoint, grow_biases, read_checkpoint
 from qat.model.convert import convert
-from qat.spec import QuantRecipe, recipe
+from qat.spec import recipe
 
 # In their files and nowhere here: an offset after the key or the product shifts whole softmax rows, and StatsQ's clip_val is always 2.
 _DEAD = re.compile(r"(move_qkx_aft|move_k_aft)\.bias$")
-_DEIT_BY_WIDTH = {192: "tiny", 384: "small", 768: "base"}
 
 # Our names and theirs: the first pattern that is found in a name of ours decides. Swin's layers have timm's names once the file is read.
 _NAMES = (
@@ -96,6 +96,8 @@ def net_from_ofq(
         name, kwargs, has_qkr = _swin(state) if swin else _deit(state)
     except KeyError as error:
         raise UsageError(f"{origin}: tensor {error.args[0]} is missing") from error
+    except (IndexError, ValueError, ArithmeticError) as error:
+        raise UsageError(f"{origin}: its shapes are those of no {'Swin' if swin else 'DeiT'} ({error})") from error
     if qkr is not None and qkr != has_qkr:
         has = "attn.q and attn.k (qkr=True)" if has_qkr else "attn.qkv (qkr=False)"
         raise UsageError(f"qkr={qkr}: {origin} holds {has}")
@@ -108,15 +110,16 @@ def net_from_ofq(
     for setting, given, key in (("bits", bits, "wq_bitw"), ("act_bits", act_bits, "aq_bitw")):
         if given is not None and said.get(key, given) != given:
             raise UsageError(f"{setting}={given}: {origin} was trained with {said[key]}, as its own arguments say")
-    weight_bits, input_bits = bits or said.get("wq_bitw"), act_bits or said.get("aq_bitw")
+    weight_bits, input_bits = said.get("wq_bitw", bits), said.get("aq_bitw", act_bits)
     if weight_bits is None:
         raise UsageError(
             f"bits=None: {origin} does not state its bits, and its tensors do not show them; set bits= (ckpt_bits= in a command)"
         )
     # In a Swin the authors' rule of a step size per position meets (B, H, W, C): there it is one per column.
     columns = {"map_scales": "column"} if swin else {}
-    used: QuantRecipe = recipe("ofq" if has_qkr else "ofq_noqkr", bits=weight_bits, act_bits=input_bits, steps="absolute", **columns)
+    used = recipe("ofq" if has_qkr else "ofq_noqkr", bits=weight_bits, act_bits=input_bits, steps="absolute", **columns)
     try:
+        check_net(name, kwargs, state)
         net: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         raise UsageError(f"{origin}: its shapes are those of no {name} ({' '.join(str(error).split())})") from error
@@ -166,7 +169,7 @@ def _deit(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], bool]:
         "num_heads": state[f"{first}.move_qkx_b4.bias"].numel() // width if qkr else max(width // 64, 1),
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
     }
-    size = _DEIT_BY_WIDTH.get(width, "base")
+    size = {192: "tiny", 384: "small"}.get(width, "base")
     return f"deit_{size}{'_distilled' if 'dist_token' in state else ''}_patch16_224", kwargs, qkr
 
 

@@ -15,6 +15,7 @@ from tests.interop import authors
 from tests.tiny import logits, randn
 
 TINY, SWIN = "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"
+TABLE = "relative_position_bias_table"
 GOLDENS = sorted(path.stem for path in (FOLDER / "interop").glob("*.npz"))
 
 
@@ -119,10 +120,24 @@ def test_bits_come_from_the_file_where_it_says_them(tmp_path, state):
     ("change", "knobs", "message"),
     [
         ({}, {}, "bits=None: {} does not state its bits, and its tensors do not show them; set bits= (ckpt_bits= in a command)"),
+        ({}, {"bits": 0}, "quant.bits=0: must be an integer from 2 to 8"),
+        ({}, {"bits": 2, "act_bits": 0}, "quant.act_bits=0: must be an integer from 2 to 8"),
         ({}, {"bits": 2, "qkr": False}, "qkr=False: {} holds attn.q and attn.k (qkr=True)"),
         ({}, {"bits": 2, "model": "nope"}, f"model='nope': the weights of {{}} do not fit it; they look like '{TINY}'"),
         ({}, {"bits": 2, "model": SWIN}, f"model='{SWIN}': the weights of {{}} do not fit it; they look like '{TINY}'"),
         ({"head.weight": None}, {"bits": 2}, "{}: tensor head.weight is missing"),
+        ({"cls_token": torch.ones(())}, {"bits": 2}, "{}: its shapes are those of no DeiT (tuple index out of range)"),
+        ({"cls_token": torch.ones(1, 1, 0)}, {"bits": 2}, "{}: its shapes are those of no DeiT (integer division or modulo by zero)"),
+        (
+            {f"layers.0.{TABLE}": torch.ones(9, 1), "head.fc.weight": torch.ones(2, 2)},
+            {"bits": 2},
+            f"{{}}: tensor layers.0.blocks.0.attn.{TABLE} is missing",
+        ),
+        (
+            {TABLE: torch.ones(9, 1), "head.fc.weight": torch.ones(2, 2)},
+            {"bits": 2},
+            "{}: its shapes are those of no Swin (list index out of range)",
+        ),
         ({"blocks.0.gamma": torch.ones(1)}, {"bits": 2}, "{}: nothing in the model corresponds to blocks.0.gamma"),
         (
             {"blocks.0.mlp.fc1.input_quant_fn.s": torch.ones(5)},
@@ -137,6 +152,13 @@ def test_what_does_not_fit_is_one_line(tmp_path, state, change, knobs, message):
     with pytest.raises(qat.UsageError) as error:
         qat.load_ofq_checkpoint(path, **knobs)
     assert str(error.value) == message.format(f"ckpt={str(path)!r}")
+
+
+@pytest.mark.parametrize("depth", [2000, 10**9])
+def test_a_file_describes_no_net_that_is_much_larger_than_itself(tmp_path, state, depth):
+    path = written(tmp_path, {**state, f"blocks.{depth}.gamma": torch.ones(1)})
+    with pytest.raises(qat.UsageError, match=f"its shapes are those of no {TINY} .*(much larger than the weights|must be at most)"):
+        qat.load_ofq_checkpoint(path, bits=2)
 
 
 def test_a_file_of_another_code_is_refused(tmp_path):
