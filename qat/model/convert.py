@@ -21,6 +21,7 @@ from qat.nn import FqNet, Swap, SwapContext, find_swap, is_attention, swap_net
 from qat.quantizers import Quantizer
 from qat.spec import PRESETS, QuantRecipe
 from qat.utils.probing import probing, zero_image
+from qat.utils.validate import check_images
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ class Conversion:
 
 def conversion_of(net: nn.Module) -> Conversion | None:
     """How `net` was converted, or None for a float net."""
-    found = getattr(net, "qat_conversion", None)
-    return found if isinstance(found, Conversion) else None
+    return getattr(net, "qat_conversion", None)
 
 
 def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, int]) -> nn.Module:
@@ -60,11 +60,14 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
             hold, no image of `input_size` passes through, or tokens with scales of their own are dropped in training. The net is then
             as it was.
     """
-    if conversion_of(net) is not None:
+    if any(conversion_of(module) is not None for module in net.modules()):
         raise UsageError("convert: the model is already quantized; build a new one, or load a checkpoint into another recipe with ckpt=")
     if any(parameter.is_meta for parameter in net.parameters()):
         raise UsageError("convert: the model is on the meta device; must hold weights: call model.to_empty(device=...), then load them")
-    size: tuple[int, int, int] = tuple(map(int, input_size))  # type: ignore[assignment]
+    if not isinstance(recipe, QuantRecipe):
+        raise UsageError(f"convert: recipe={recipe!r}: must be what qat.recipe(...) gives")
+    check_images("convert", {"input_size": input_size})
+    size: tuple[int, int, int] = tuple(input_size)  # type: ignore[assignment]
     if recipe.name == "fp":
         _check_rules(net, recipe, [])
         check_input(net, size)

@@ -116,9 +116,28 @@ def test_report_lists_every_quantizer_and_what_stays_float():
     assert {n for n in owned if "_quantizer" not in n} <= listed
 
 
-def test_converting_twice_is_an_error():
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: nn.Sequential(net), lambda net: nn.Sequential(qat.freeze(net))])
+@pytest.mark.parametrize("recipe", ["ofq", "fp"])
+def test_converting_twice_is_an_error(wrap, recipe):
+    net = quantized()
     with pytest.raises(qat.UsageError, match="the model is already quantized; build a new one"):
-        qat.convert(converted(), qat.recipe("ofq"), input_size=SIZE)
+        qat.convert(wrap(net), qat.recipe(recipe), input_size=SIZE)
+    qat.assert_ready(net)
+
+
+IMAGES_LINE = r"^convert\.input_size=.*: must be channels, height and width, integers from 1 to 16384$"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size", "line"),
+    [
+        ("ofq", SIZE, r"^convert: recipe='ofq': must be what qat\.recipe\(\.\.\.\) gives$"),
+        *((qat.recipe("ofq"), size, IMAGES_LINE) for size in (8, (8, 8), "abc", (1, 8, 0), (1, 8, 8.0))),
+    ],
+)
+def test_arguments_of_another_kind(recipe, size, line):
+    with pytest.raises(qat.UsageError, match=line):
+        qat.convert(vit(), recipe, input_size=size)
 
 
 def test_a_net_without_weights_is_an_error():
