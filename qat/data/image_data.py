@@ -47,9 +47,9 @@ def data_folder(root: str | None, holds: str) -> Path:
     Raises:
         UsageError: it is not set, or no folder.
     """
-    if root is None or not Path(str(root)).is_dir():
+    if not root or not (folder := Path(str(root))).is_dir():
         raise UsageError(f"data.root={root!r}: must be the folder that holds {holds}")
-    return Path(root)
+    return folder
 
 
 class TransformedImages(Dataset[tuple[Tensor, int]]):
@@ -102,7 +102,7 @@ class ImageData(LightningDataModule, ABC):
         self._splits: dict[str, ImageSource] = {}
         try:
             train_transform(self.settings)
-        except (AssertionError, ValueError, IndexError) as error:  # timm's and torchvision's, not in the middle of an epoch
+        except Exception as error:  # timm and torchvision raise nearly anything; better here than in the middle of an epoch
             found = f"data.rand_augment={self.settings.rand_augment!r}, data.color_jitter={self.settings.color_jitter!r}"
             raise UsageError(f"{found}: must be what timm's augmentation takes ({error})") from error
 
@@ -196,9 +196,11 @@ class ImageData(LightningDataModule, ABC):
             UsageError: batches have an odd number of images.
         """
         # Not in the settings, which a checkpoint holds too: evaluation takes batches of any size.
-        if self.settings.mixes and self.settings.batch_size % 2:
+        if not self.settings.mixes:
+            return None
+        if self.settings.batch_size % 2:
             raise UsageError(f"data.batch_size={self.settings.batch_size}: must be even with data.mixup or data.cutmix")
-        return BatchMixup(self.settings) if self.settings.mixes else None
+        return BatchMixup(self.settings)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mix a training batch on its device; Lightning calls this before every step."""
@@ -239,8 +241,7 @@ class ImageData(LightningDataModule, ABC):
             raise UsageError(f"trainer.devices: {world} processes are more than the {len(images)} images of the {split} split")
         # Copies without augmentation would be the same image again.
         repeats = self.settings.repeats if self.settings.augment != "none" else 1
-        options = {"rank": rank, "world_size": world, "repeats": repeats}
-        sampler = SeededSampler(len(images), seed=self.settings.seed, shuffle=shuffle, **options)
+        sampler = SeededSampler(len(images), seed=self.settings.seed, shuffle=shuffle, rank=rank, world_size=world, repeats=repeats)
         workers = self.settings.workers(len(images))
         loader = ResumableLoader if shuffle else DataLoader
         return loader(
@@ -290,7 +291,10 @@ class EncodedImageData(ImageData):
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
         """The settings; what is None of how images are prepared (`IMAGENET`) = that of `model`, else ImageNet's usual values."""
-        config = timm.get_pretrained_cfg(settings["model"]) if settings.get("model") else None
+        try:
+            config = timm.get_pretrained_cfg(settings["model"]) if settings.get("model") else None
+        except Exception as error:
+            raise UsageError(f"data.model={settings['model']!r}: must be a name of timm's ({error})") from error
         values = {name: getattr(config, name, None) or usual for name, usual in IMAGENET.items() if settings.get(name) is None}
         if settings.get("in_chans") == 1:
             values |= {name: [sum(values[name]) / len(values[name])] for name in {"mean", "std"} & set(values)}
@@ -300,7 +304,7 @@ class EncodedImageData(ImageData):
         """All splits that there are; without val a tenth of train is held out."""
         found: dict[str, ImageSource] = {}
         for split, images in hold_out(self.encoded()).items():
-            source = load(images, self.settings)
+            source = load(images, self.settings.memory_mb)
             found[split] = replace(source, known_as=images.fingerprint()) if isinstance(source, ImageArrays) else source
         return found
 

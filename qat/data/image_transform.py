@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from qat.data.image_data import ImageData
-from qat.data.imagefolder import FileImages
 from qat.data.settings import DataSettings
-from qat.data.sources import to_pil, to_pixels
+from qat.data.sources import decode, open_file, to_pil
 from qat.data.transforms import eval_transform
 from qat.errors import UsageError
 
@@ -36,13 +36,15 @@ def image_transform(settings: DataSettings | Mapping[str, Any]) -> Callable[[Any
         UsageError: the settings cannot work, or `_target_` is a dataset that is not known here.
     """
     known = settings if isinstance(settings, DataSettings) else data_settings(settings)
+    if known.in_chans not in {1, 3}:
+        raise UsageError(f"data.in_chans={known.in_chans}: must be 1 or 3, the channels of an image")
     transform = eval_transform(known)
     return lambda image: transform(_pixels(image, known))
 
 
 def data_settings(config: Mapping[str, Any]) -> DataSettings:
     """Complete settings of a data config as checkpoints hold it; see `image_transform`."""
-    target = config.get("_target_", "qat.data.ImageData")
+    target = str(config.get("_target_", "qat.data.ImageData"))
     module, _, name = target.rpartition(".")
     dataset = getattr(sys.modules.get(module), name, None)
     if not (isinstance(dataset, type) and issubclass(dataset, ImageData)):
@@ -53,10 +55,10 @@ def data_settings(config: Mapping[str, Any]) -> DataSettings:
 def _pixels(image: AnyImage, settings: DataSettings) -> NDArray[np.uint8]:
     """(H, W, in_chans)."""
     if isinstance(image, str | Path):
-        return FileImages([(str(image), 0)], "", settings).decode(0)
+        return decode(functools.partial(open_file, image), settings.in_chans, str(image))
+    kind = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in {2, 3} and image[..., None].shape[2] in {1, 3}:
-        image = to_pil(image.reshape(*image.shape[:2], -1))
+        image = to_pil(np.atleast_3d(image))
     if not isinstance(image, Image.Image):
-        kind = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UsageError(f"image of type {kind}: must be a path, Pillow's image, or an array (H, W[, 1 or 3]) of uint8")
-    return to_pixels(image, settings.in_chans)
+    return decode(lambda: image, settings.in_chans, f"image of type {kind}")

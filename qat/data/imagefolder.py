@@ -13,10 +13,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from qat.data.image_data import EncodedImageData, data_folder
 from qat.data.settings import DataSettings
-from qat.data.sources import EncodedImages, digest, open_image
+from qat.data.sources import EncodedImages, digest, open_file
 from qat.errors import UsageError
 from qat.utils.files import files_below
-from qat.utils.text import read_file
 
 # Of a GIF the first picture is read.
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
@@ -40,7 +39,7 @@ class FileImages(EncodedImages):
 
     def open(self, index: int) -> Image.Image:
         """One image."""
-        return open_image(read_file(self.name(index)))
+        return open_file(self.name(index))
 
     def name(self, index: int) -> str:
         """Its path."""

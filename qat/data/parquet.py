@@ -15,7 +15,7 @@ from qat.data.settings import DataSettings
 from qat.data.sources import EncodedImages, digest, open_image
 from qat.errors import UsageError
 
-COLUMNS = {"image": ("img", "image"), "label": ("label", "labels", "fine_label")}
+IMAGES, LABELS = ("img", "image"), ("label", "labels", "fine_label")
 
 
 def find_parquet(root: Path, split: str) -> list[Path]:
@@ -36,7 +36,7 @@ class ParquetImages(EncodedImages):
 
     Args:
         files: parquet files with the same columns.
-        settings: with `image_column` and `label_column`; None = one of `COLUMNS`.
+        settings: with `image_column` and `label_column`; None = one of `IMAGES`, of `LABELS`.
 
     Raises:
         UsageError: the files are not such parquet, or a label is missing.
@@ -48,8 +48,8 @@ class ParquetImages(EncodedImages):
         try:
             dataset = pq.ParquetDataset(files)
             there = dataset.schema.names
-            usual = {"image": settings.image_column, "label": settings.label_column}
-            columns = [next((c for c in ([named] if named else COLUMNS[kind]) if c in there), None) for kind, named in usual.items()]
+            wanted = ((settings.image_column, IMAGES), (settings.label_column, LABELS))
+            columns = [next((c for c in ([named] if named else usual) if c in there), None) for named, usual in wanted]
             if None in columns:
                 raise UsageError(f"{where}: data.image_column and data.label_column must be two of {', '.join(there)}")
             self.cells, labels = dataset.read(columns).columns
@@ -81,17 +81,14 @@ class HfParquet(EncodedImageData):
     evaluated.
     """
 
-    def encoded(self) -> dict[str, EncodedImages]:
+    def encoded(self) -> dict[str, ParquetImages]:
         """All splits that there are.
 
         Raises:
             UsageError: `data.root` is not set or holds no such files, or a file is not of this kind.
         """
         root = data_folder(self.settings.root, "train*.parquet, and validation*.parquet or test*.parquet")
-        images: dict[str, EncodedImages] = {}
-        for split in SPLITS:
-            if files := find_parquet(root, split):
-                images[split] = ParquetImages(files, self.settings)
+        images = {split: ParquetImages(files, self.settings) for split in SPLITS if (files := find_parquet(root, split))}
         if "test" in images and np.all(images["test"].labels == -1):  # not published
             del images["test"]
         if not images:

@@ -76,5 +76,4 @@ class Cifar10(FashionMnist):
         files = {split: find_parquet(data_folder(self.settings.root, self.LAYOUT), split) for split in ("train", "test")}
         if not all(files.values()):
             return super().read()
-        encoded = hold_out({split: ParquetImages(found, self.settings) for split, found in files.items()})
-        return {split: load(images, self.settings) for split, images in encoded.items()}
+        return hold_out({split: load(ParquetImages(found, self.settings)) for split, found in files.items()})

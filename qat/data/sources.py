@@ -7,10 +7,13 @@ import hashlib
 import io
 import itertools
 import logging
+import math
+import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -21,6 +24,7 @@ from PIL import Image
 from qat.data.settings import DataSettings
 from qat.errors import UsageError
 from qat.launch.ranks import is_first
+from qat.utils.text import read_file
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +110,27 @@ def to_pixels(image: Image.Image, chans: int) -> NDArray[np.uint8]:
     return np.asarray(image.convert("L" if chans == 1 else "RGB")).reshape(image.height, image.width, -1)
 
 
+def open_file(path: str | os.PathLike[str]) -> Image.Image:
+    """Pillow's image of a file; only its header is decoded."""
+    return open_image(read_file(path))
+
+
 def open_image(content: bytes) -> Image.Image:
     """Pillow's image of an encoded one; only its header is decoded."""
     return Image.open(io.BytesIO(content), formats=FORMATS)
+
+
+def decode(opened: Callable[[], Image.Image], chans: int, name: str) -> NDArray[np.uint8]:
+    """An image (H, W, C), grey where `chans` is 1, else RGB.
+
+    Raises:
+        ImageError: it cannot be opened or decoded; names it and the reason.
+    """
+    try:
+        return to_pixels(opened(), chans)
+    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
+        reason = re.sub(r" <[^>]*>", "", " ".join(str(error).split()))  # not where an object lies in memory
+        raise ImageError(f"{name} cannot be decoded ({reason})") from error
 
 
 class EncodedImages(ABC):
@@ -161,7 +183,7 @@ class EncodedImages(ABC):
         """
         for row in itertools.chain(range(index, len(self)), range(index)):
             try:
-                return self.decode(row), int(self.labels[row])
+                return decode(partial(self.open, row), self.chans, self.name(row)), int(self.labels[row])
             except ImageError as error:
                 if self.on_error == "raise":
                     raise ImageError(f"{error}; {SKIP}") from error
@@ -170,30 +192,20 @@ class EncodedImages(ABC):
                     self._failed[self.rows[row]] = True
         raise ImageError(f"data.on_error=skip: {self.where}: no image can be decoded")
 
-    def decode(self, index: int) -> NDArray[np.uint8]:
-        """One image (H, W, C), grey where `in_chans` is 1, else RGB.
-
-        Raises:
-            ImageError: it cannot be decoded; names it and the reason.
-        """
-        try:
-            return to_pixels(self.open(index), self.chans)
-        except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-            reason = re.sub(r" <[^>]*>", "", " ".join(str(error).split()))  # not where an object lies in memory
-            raise ImageError(f"{self.name(index)} cannot be decoded ({reason})") from error
-
 
 ImageSource = ImageArrays | EncodedImages
 
 
-def load(encoded: EncodedImages, settings: DataSettings) -> ImageSource:
+def load(encoded: EncodedImages, memory_mb: float = math.inf) -> ImageSource:
     """In memory where all images are of one size and fit into `memory_mb`, else decoded when needed."""
     images: list[NDArray[np.uint8]] = []
-    for image, _ in map(encoded.__getitem__, range(len(encoded))):
-        if image.nbytes * len(encoded) > settings.memory_mb * 1e6 or image.shape != (images or [image])[0].shape:
+    labels = np.empty_like(encoded.labels)  # an image that is skipped has another one's
+    for row in range(len(encoded)):
+        image, labels[row] = encoded[row]
+        if image.nbytes * len(encoded) > memory_mb * 1e6 or image.shape != (images or [image])[0].shape:
             return encoded
         images.append(image)
-    return ImageArrays(np.stack(images), encoded.labels)
+    return ImageArrays(np.stack(images), labels)
 
 
 def _are_same(one: ImageSource, other: ImageSource) -> bool:

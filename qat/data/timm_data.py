@@ -13,9 +13,9 @@ from PIL import Image
 
 from qat.data.image_data import SPLITS, EncodedImageData, data_folder
 from qat.data.settings import DataSettings
-from qat.data.sources import EncodedImages, digest, open_image
+from qat.data.sources import EncodedImages, digest, open_file, open_image
 from qat.errors import UsageError
-from qat.utils.text import MOST_READ, read_file
+from qat.utils.text import MOST_READ
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,12 @@ class TimmSettings(DataSettings):
     test_split: str | None = None
     download: bool = False
 
-
-def _load(path: str) -> Image.Image:
-    return open_image(read_file(path))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.download, bool):
+            raise UsageError(f"data.download={self.download!r}: must be true or false")
+        if self.train_split is self.val_split is self.test_split is None:
+            raise UsageError("data.train_split, data.val_split and data.test_split are null: one must be the name of a split")
 
 
 class TimmImages(EncodedImages):
@@ -55,19 +58,19 @@ class TimmImages(EncodedImages):
 
     def __init__(self, settings: TimmSettings, split: str, class_map: Mapping[str, int] | None = None) -> None:
         options: dict[str, Any] = {}
-        if settings.name.startswith("hfds/"):
+        if str(settings.name).startswith("hfds/"):
             options = {"input_key": settings.image_column, "target_key": settings.label_column}
-        elif settings.root and settings.root.endswith(".tar"):
+        elif str(settings.root).endswith(".tar"):
             options = {"cache_tarfiles": False}  # worker processes would share one open file, and its position
         else:
             data_folder(settings.root, "the dataset that timm reads, or give a tar file")
         try:
-            options |= {"root": settings.root, "split": split, "download": settings.download, "class_map": class_map}
-            dataset = timm.data.create_dataset(settings.name, **options)
+            options |= {"split": split, "download": settings.download, "class_map": class_map}
+            dataset = timm.data.create_dataset(settings.name, root=settings.root and str(settings.root), **options)
             self.reader = reader = getattr(dataset, "reader", dataset)
             targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else getattr(reader, "targets", None)
             if hasattr(reader, "loader"):  # torchvision's, to which every format of Pillow is an image
-                reader.loader = _load
+                reader.loader = open_file
             labels = np.asarray([label for _, label in reader.samples] if targets is None else targets).astype(np.int64, casting="safe")
         except Exception as error:  # timm, torchvision and `datasets` raise nearly anything
             why = " ".join(f"{type(error).__name__}: {error}".split())
@@ -84,7 +87,7 @@ class TimmImages(EncodedImages):
         row = int(self.rows[index])
         samples = getattr(self.reader, "samples", None)
         if samples is not None and isinstance(path := samples[row][0], str):
-            return _load(path)
+            return open_file(path)
         found = self.reader[row][0]
         if isinstance(found, Image.Image):
             return found
@@ -122,14 +125,14 @@ class Timm(EncodedImageData):
             if name is None:
                 continue
             images = TimmImages(self.settings, name, next(iter(found.values())).classes if found else None)
-            if any(images.files & other.files for other in found.values()):
-                raise UsageError(f"data.{split}_split={name!r}: must differ from the train split; null for no such split")
+            for other in (other for other, theirs in found.items() if images.files & theirs.files):
+                raise UsageError(f"data.{split}_split={name!r}: must differ from the {other} split; null for no such split")
             found[split] = images
         return found
 
     def named_classes(self) -> list[str] | None:
         """Names as the reader has them; None where it has none, or there is nothing to read."""
-        if self.settings.root is None and not self.settings.name.startswith("hfds/"):
+        if self.settings.root is None and not str(self.settings.name).startswith("hfds/"):
             return None
         classes = next(iter(self._images.values())).classes
         return sorted(classes, key=classes.__getitem__) if len(classes) == self.settings.num_classes else None

@@ -84,7 +84,7 @@ def test_a_dataset_from_outside_is_known_once_it_is_imported():
     assert image_transform({"_target_": f"{__name__}.Own", **DIGITS})(np.zeros((4, 4), np.uint8)).shape == (1, 8, 8)
 
 
-@pytest.mark.parametrize("target", ["os.system", "my_package.data.Mine", "qat.data.sampler.mix", "qat.data.image_transform", "Digits"])
+@pytest.mark.parametrize("target", ["os.system", "my_package.data.Mine", "qat.data.sampler.mix", "qat.data.image_transform", "Digits", 5])
 def test_code_named_in_a_config_is_not_imported(target):
     with pytest.raises(qat.UsageError, match=rf"^data\._target_='{target}': must be a dataset of qat or of an imported module"):
         image_transform({"_target_": target, **DIGITS})
@@ -97,6 +97,9 @@ def test_code_named_in_a_config_is_not_imported(target):
         (torch.zeros(3, 8, 8), "image of type Tensor: must be"),
         (np.zeros((8, 8)), r"image of type float64 array \(8, 8\): must be"),
         (np.zeros((3, 8, 8), np.uint8), r"image of type uint8 array \(3, 8, 8\): must be"),
+        (np.zeros((0, 5), np.uint8), r"image of type uint8 array \(0, 5\) cannot be decoded \("),
+        (Image.new("F", (8, 8)), r"image of type Image cannot be decoded \(it has 32 bits per pixel"),
+        (Image.open(io.BytesIO(png()[:400])), r"image of type PngImageFile cannot be decoded \("),
         ("/no/such.png", r"/no/such\.png cannot be decoded \(.*No such file"),
     ],
 )
@@ -109,3 +112,7 @@ def test_what_is_no_image_is_refused(image, message):
 def test_settings_that_cannot_work_are_named():
     with pytest.raises(qat.UsageError, match=r"data: DataSettings\.__init__\(\) got an unexpected keyword argument 'colour'"):
         image_transform({**COLOURS, "colour": 1})
+    with pytest.raises(qat.UsageError, match=r"^data\.in_chans=4: must be 1 or 3, the channels of an image$"):
+        image_transform({**COLOURS, "in_chans": 4, "mean": [0.5] * 4, "std": [0.5] * 4})
+    with pytest.raises(qat.UsageError, match=r"^data\.model='resnet18\.nope': must be a name of timm's \(Invalid pretrained tag"):
+        image_transform({**COLOURS, "_target_": "qat.data.ImageFolder", "model": "resnet18.nope"})

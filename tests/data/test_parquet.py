@@ -55,6 +55,7 @@ def test_cifar(tmp_path):
     assert sorted(found.split("val").labels.tolist()) == [0, 1, 2, 3]
     again = Cifar10(**{**SETTINGS, "num_classes": 4}, root=str(tmp_path), seed=2, memory_mb=0)
     assert same(again.split("val"), found.split("val").images)
+    assert again.fingerprints() == found.fingerprints()
     images, _ = next(iter(found.val_dataloader()))
     assert images.shape == (4, 3, 8, 8)
     with pytest.raises(qat.UsageError, match=r"data\.num_classes=3: labels must be from 0 to 2; the train split has 3"):
@@ -121,6 +122,8 @@ def test_the_folder_has_to_be_there(tmp_path):
     for root, line in (
         (None, r"data\.root=None: must be the folder that holds train\*\.parquet"),
         ("/no/such", r"data\.root='/no/such': must be the folder"),
+        ("", r"data\.root='': must be the folder"),
+        (5, r"data\.root=5: must be the folder"),
         (str(tmp_path), rf"data\.root='{tmp_path}': holds no train\*\.parquet"),
     ):
         with pytest.raises(qat.UsageError, match=line):

@@ -143,6 +143,14 @@ def test_skipped_the_next_image_takes_its_place(tmp_path, caplog, memory_mb):
         data(tmp_path, memory_mb=memory_mb, on_error="skip").split("train")[0]
 
 
+@pytest.mark.parametrize("memory_mb", [4096, 0])
+def test_an_image_that_takes_another_ones_place_has_its_own_label(tmp_path, memory_mb):
+    root = write_folder(tmp_path, size=10)
+    (root / "train" / "ant" / "019.JPEG").write_bytes(b"")  # the last one of its class
+    source = data(root, num_classes=2, memory_mb=memory_mb, on_error="skip").split("train")
+    assert [source[i][1] for i in range(40)] == [0] * 19 + [1] * 21
+
+
 def test_workers_say_once_what_they_skip(tmp_path):
     handler = logging.FileHandler(tmp_path / "log")
     logging.getLogger("qat.data.sources").addHandler(handler)

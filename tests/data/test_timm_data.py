@@ -11,7 +11,7 @@ import timm.data
 import torch
 
 import qat
-from qat.data import Timm
+from qat.data import ImageFolder, Timm
 from tests.conftest import encoded
 from tests.data.files import GREY, write_fashion_mnist, write_folder, write_image
 from tests.data.files import SETTINGS as SMALL
@@ -44,6 +44,13 @@ def test_a_folder_is_timms(tmp_path, size):
             assert source[i][1] == label
     assert (found.named_classes(), found.evaluation_split) == (["ant", "bee"], "val")
     assert Timm(**SETTINGS).named_classes() is None
+
+
+def test_a_folder_may_be_a_number_or_a_path(tmp_path, monkeypatch):
+    write_folder(tmp_path / "2024", SPLITS)
+    monkeypatch.chdir(tmp_path)
+    for root in (2024, tmp_path / "2024"):  # as the command line reads it
+        assert len(Timm(**SETTINGS, root=root).split("train")) == len(ImageFolder(**SETTINGS, root=root).split("train")) == 40
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
@@ -123,11 +130,13 @@ def test_a_split_without_a_class_has_the_ids_of_train(tmp_path):
     assert data(tmp_path).split("val").labels.tolist() == [1] * 4
 
 
-@pytest.mark.parametrize("case", ["no such folder in the split's name", "one split twice", "a tar file"])
+@pytest.mark.parametrize("case", ["no such folder in the split's name", "one split twice", "a tar file", "val is test"])
 def test_a_split_that_is_another_one_is_refused(tmp_path, case):
-    root = tar(tmp_path) if case == "a tar file" else write_folder(tmp_path / "data", (("train", 20),))
-    changes = {"val_split": "train"} if case == "one split twice" else {}
-    with pytest.raises(qat.UsageError, match=r"^data\.val_split='\w+': must differ from the train split; null for no such split$"):
+    splits = SPLITS if case == "val is test" else (("train", 20),)
+    root = tar(tmp_path) if case == "a tar file" else write_folder(tmp_path / "data", splits)
+    changes = {"one split twice": {"val_split": "train"}, "val is test": {"test_split": "validation"}}.get(case, {})
+    one, other = ("test", "val") if case == "val is test" else ("val", "train")
+    with pytest.raises(qat.UsageError, match=rf"^data\.{one}_split='\w+': must differ from the {other} split; null for no such split$"):
         data(root, **changes).train_dataloader()
 
 
@@ -138,6 +147,9 @@ def test_a_split_that_is_another_one_is_refused(tmp_path, case):
             {"name": "torch/no_such"},
             r"data\.name='torch/no_such': must be a dataset that timm can read; for split 'train' timm reports: AssertionError: Unknown",
         ),
+        ({"name": None}, r"data\.name=None: must be a dataset that timm can read"),
+        ({"download": "no"}, r"data\.download='no': must be true or false$"),
+        ({"train_split": None, "val_split": None}, r"data\.train_split, data\.val_split and data\.test_split are null: one must be"),
         ({"root": None}, r"data\.root=None: must be the folder that holds the dataset that timm reads, or give a tar file$"),
     ],
 )
