@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qat.errors import UsageError
@@ -21,29 +22,34 @@ from qat.utils.validate import (
     check_number,
 )
 
-CHOICES = {
-    "on_error": ("raise", "skip"),
-    "crop_mode": CROP_MODES,
-    "augment": ("none", "light", "timm"),
-    "train_interpolation": ("random", "nearest", "bilinear", "bicubic"),
-    "interpolation": INTERPOLATIONS,
+_share = partial(check_number, lowest=0, highest=1)
+# Of integers the lowest, and the highest where a typing mistake would ask for more processes or pixels than a machine survives.
+CHECKS: dict[str, tuple[Any, ...]] = {
+    "on_error": (check_choice, ("raise", "skip")),
+    "crop_mode": (check_choice, CROP_MODES),
+    "augment": (check_choice, ("none", "light", "timm")),
+    "train_interpolation": (check_choice, ("random", "nearest", "bilinear", "bicubic")),
+    "interpolation": (check_choice, INTERPOLATIONS),
+    "image_size": (check_int, 1, MOST_SIDE),
+    "patch_size": (check_int, 1, MOST_SIDE),
+    "in_chans": (check_int, 1),
+    "num_classes": (check_int, 1),
+    "batch_size": (check_int, 1),
+    "num_workers": (check_int, 0, 256),
+    "calibration_images": (check_int, 1),
+    "seed": (check_int, 0),
+    "repeats": (check_int, 1, 1000),
+    "mixup_off_epoch": (check_int, 0),
+    "shift": (check_int, 0),
+    "memory_mb": (check_number, 0),
+    "mixup": (check_number, 0),
+    "cutmix": (check_number, 0),
+    "hflip": (_share,),
+    "random_erasing": (_share,),
+    "mixup_prob": (_share,),
+    "mixup_switch_prob": (_share,),
+    "crop_pct": (partial(check_number, lowest=LOWEST_CROP, highest=HIGHEST_CROP),),
 }
-# Lowest, and highest where a typing mistake would ask for more processes or pixels than a machine survives.
-INTS = {
-    "image_size": (1, MOST_SIDE),
-    "patch_size": (1, MOST_SIDE),
-    "in_chans": (1,),
-    "num_classes": (1,),
-    "batch_size": (1,),
-    "num_workers": (0, 256),
-    "calibration_images": (1,),
-    "seed": (0,),
-    "repeats": (1, 1000),
-    "mixup_off_epoch": (0,),
-    "shift": (0,),
-}
-LOWEST_NUMBERS = ("memory_mb", "mixup", "cutmix")
-SHARES = ("hflip", "random_erasing", "mixup_prob", "mixup_switch_prob")
 MAY_BE_NONE = {"interpolation", "crop_pct", "crop_mode", "patch_size", "shift", "num_workers"}
 FEW_IMAGES, MOST_WORKERS = 1000, 8
 
@@ -128,21 +134,12 @@ class DataSettings:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        set_values = {name: value for name, value in vars(self).items() if value is not None or name not in MAY_BE_NONE}
-        checks: list[tuple[Any, str, tuple[Any, ...]]] = [
-            *((check_choice, name, (allowed,)) for name, allowed in CHOICES.items()),
-            *((check_int, name, bounds) for name, bounds in INTS.items()),
-            *((check_number, name, (0,)) for name in LOWEST_NUMBERS),
-        ]
-        for check, name, bounds in checks:
-            if name in set_values:
-                check(f"data.{name}", set_values[name], *bounds)
-        for name in SHARES:
-            check_number(f"data.{name}", set_values[name], 0, highest=1)
-        if self.crop_pct is not None:
-            check_number("data.crop_pct", self.crop_pct, LOWEST_CROP, highest=HIGHEST_CROP)
-        if not isinstance(self.scale, Sequence) or len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise UsageError(f"data.scale={self.scale}: must be two shares of the image's area [lowest, highest], above 0 to 1")
+        for name, (check, *bounds) in CHECKS.items():
+            if (value := getattr(self, name)) is not None or name not in MAY_BE_NONE:
+                check(f"data.{name}", value, *bounds)
+        scale = self.scale if isinstance(self.scale, Sequence) else ()
+        if [isinstance(share, int | float) for share in scale] != [True, True] or not 0 < scale[0] <= scale[1] <= 1:
+            raise UsageError(f"data.scale={self.scale!r}: must be two shares of the image's area [lowest, highest], above 0 to 1")
         for name, lowest in (("mean", -math.inf), ("std", 0.0)):
             check_channels(f"data.{name}", getattr(self, name), self.in_chans, lowest)
 

@@ -28,6 +28,8 @@ WRONG = [
     ("scale", [0.5], "must be two shares of the image's area [lowest, highest], above 0 to 1"),
     ("scale", [0.5, 0.4], "must be two shares"),
     ("scale", [0, 1], "must be two shares"),
+    ("scale", ["0.1", "1"], "must be two shares"),
+    ("scale", 0.5, "must be two shares"),
     ("repeats", 0, "must be an integer from 1 to 1000"),
     ("on_error", "ignore", "must be one of raise, skip"),
     ("mixup", -1, "must be a number of at least 0"),
@@ -53,7 +55,9 @@ def test_bad_settings_name_themselves(name, value, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("wrong", [{"rand_augment": text} for text in ("rand-x9", "random-m9", "v1")] + [{"color_jitter": [0.1]}])
+@pytest.mark.parametrize(
+    "wrong", [{"rand_augment": text} for text in ("rand-x9", "random-m9", "v1")] + [{"color_jitter": [0.1]}, {"color_jitter": {"hue": 0.1}}]
+)
 def test_what_timms_augmentation_does_not_take_is_refused_before_the_run(wrong):
     with pytest.raises(qat.UsageError, match=r"^data\.rand_augment=.*, data\.color_jitter=.*: must be what timm's augmentation takes \("):
         Digits(**SETTINGS, augment="timm", **({"rand_augment": None} | wrong))
