@@ -49,11 +49,8 @@ class SeededSampler(Sampler[Key]):
             return [(self.epoch, index) for index in range(self.rank, self.length, self.world_size)]
         order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mix(self.seed, self.epoch)))
         places = torch.arange(self.rank, self.length - self.length % self.world_size, self.world_size)
-        indices = order[places // self.repeats].tolist()
-        if self.repeats == 1:
-            return [(self.epoch, index) for index in indices]
-        copies = (places % self.repeats).tolist()
-        return [(self.epoch, index, copy) for index, copy in zip(indices, copies, strict=True)]
+        keys = zip(order[places // self.repeats].tolist(), (places % self.repeats).tolist(), strict=True)
+        return [(self.epoch, index, copy)[: 2 if self.repeats == 1 else 3] for index, copy in keys]
 
     def __iter__(self) -> Iterator[Key]:
         skip, self.skip = self.skip, 0

@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 from qat.data.sampler import isolated_rng
 from qat.data.settings import DataSettings
 from qat.data.sources import resize_square, to_pil
+from qat.errors import UsageError
 
 # Keeps the draws of mixing apart from those of augmentation, whose numbers are (seed, epoch, index).
 STREAM = 0x6D6978
@@ -64,8 +65,9 @@ def eval_transform(settings: DataSettings) -> Transform:
     """
     if settings.crop_pct is None:
         return Transform(v2.Compose([partial(resize_square, size=settings.image_size), _to_tensor]), finish=_normalise(settings))
-    scaling = {"crop_pct": settings.crop_pct, "crop_mode": settings.crop_mode, "interpolation": settings.interpolation or "bicubic"}
-    return Transform(v2.Compose([to_pil, _timm_transform(settings, **scaling)]))
+    interpolation = settings.interpolation or "bicubic"
+    scaled = _timm_transform(settings, crop_pct=settings.crop_pct, crop_mode=settings.crop_mode, interpolation=interpolation)
+    return Transform(v2.Compose([to_pil, scaled]))
 
 
 def train_transform(settings: DataSettings) -> Transform:
@@ -140,9 +142,14 @@ class BatchMixup:
 
         Returns:
             Images of the same dtype and probabilities (B, K), float32; the arguments themselves in an epoch without mixing.
+
+        Raises:
+            UsageError: B is odd.
         """
         if self.off_epoch and epoch >= self.off_epoch:
             return images, target
+        if len(images) % 2:  # where there are fewer training images than `batch_size`
+            raise UsageError(f"data.mixup, data.cutmix: pairs are mixed; the number of images must be even, a batch has {len(images)}")
         exact = torch.promote_types(images.dtype, torch.float32)  # timm gives shares of classes the dtype of the images
         with isolated_rng(self.seed, step, rank, STREAM):
             mixed, shares = self._mixup(images.to(exact, copy=True), target)

@@ -127,3 +127,6 @@ def test_an_odd_batch_size_trains_no_mixed_batches_but_evaluates(alpha):
         data.batch_mixup()
     assert sum(len(target) for _, target in data.test_dataloader()) == 360
     assert Digits(**SETTINGS, batch_size=25).batch_mixup() is None
+    (whole,) = Digits(**SETTINGS, batch_size=1258, **{alpha: 1.0}).train_dataloader()  # one more than there are
+    with pytest.raises(qat.UsageError, match=r"^data\.mixup, data\.cutmix: .* must be even, a batch has 1257$"):
+        mixing()(*whole, epoch=0, step=0)
