@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -103,28 +103,27 @@ class CompositeLoss(nn.Module):
         for name, term in terms.items():
             if not isinstance(term, LossTerm):
                 raise UsageError(f"loss.terms.{name}: {type(term).__name__} is not a subclass of qat.losses.LossTerm")
-        self._all = tuple(terms.values())
-        blocks = {term.blocks for term in self._all if term.blocks}
+        blocks = {term.blocks for term in terms.values() if term.blocks}
         if len(blocks) > 1:
             raise UsageError(f"loss.terms: blocks are {sorted(blocks)}; must be the same for all terms that read blocks")
         self.blocks = next(iter(blocks), None)
-        self.needs_teacher = any(term.needs_teacher for term in self._all)
-        self.terms = nn.ModuleDict(dict(terms))
+        self.needs_teacher = any(term.needs_teacher for term in terms.values())
+        try:
+            self.terms: Any = nn.ModuleDict(dict(terms))
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"loss.terms: a term has a name that a module cannot have: {error}") from error
 
     def prepare(self, net: nn.Module) -> None:
         """Have every term find what it works on; see `LossTerm.prepare`."""
-        for term in self._all:
+        for term in self.terms.values():
             term.prepare(net)
 
     def watched(self) -> dict[str, Tensor]:
         """What the terms of the last step have to log beside their values."""
-        return {name: value for term in self._all for name, value in term.watched.items()}
+        return {name: value for term in self.terms.values() for name, value in term.watched.items()}
 
     def forward(self, step: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum, and each term's unweighted value (detached) by name."""
         values = {name: term(step) for name, term in self.terms.items()}
-        weighted = [cast(LossTerm, self.terms[name]).weight * value for name, value in values.items()]
-        total = weighted[0]
-        for value in weighted[1:]:
-            total = total + value
-        return total, {name: value.detach() for name, value in values.items()}
+        weighted = [self.terms[name].weight * value for name, value in values.items()]
+        return sum(weighted[1:], weighted[0]), {name: value.detach() for name, value in values.items()}

@@ -14,9 +14,6 @@ from qat.functional.oscillation import cosine_between
 from qat.losses.compose import LossTerm, StepContext
 from qat.utils.validate import check_choice, check_number
 
-WHICH = ("all", "last")
-SCHEDULES = ("constant", "cosine")
-
 
 class CrossEntropy(LossTerm):
     """Cross-entropy of the prediction, in float32; targets are class ids or probabilities.
@@ -63,8 +60,15 @@ class Distillation(LossTerm):
         if step.teacher_logits is None:
             raise ValueError("Distillation needs teacher logits; build QATModule with a teacher")
         cls, dist = step.heads
-        settings = {"label_smoothing": self.label_smoothing, "hard_weight": self.hard_weight, "temperature": self.temperature}
-        return distillation_loss(cls, dist, step.teacher_logits, step.target, **settings)
+        return distillation_loss(
+            cls,
+            dist,
+            step.teacher_logits,
+            step.target,
+            label_smoothing=self.label_smoothing,
+            hard_weight=self.hard_weight,
+            temperature=self.temperature,
+        )
 
 
 class FeatureDistillation(LossTerm):
@@ -80,8 +84,8 @@ class FeatureDistillation(LossTerm):
 
     def __init__(self, weight: float = 1.0, blocks: str = "all", schedule: str = "constant") -> None:
         check_number("loss.features", weight, 0)
-        check_choice("loss.features_blocks", blocks, WHICH)
-        check_choice("loss.features_schedule", schedule, SCHEDULES)
+        check_choice("loss.features_blocks", blocks, ("all", "last"))
+        check_choice("loss.features_schedule", schedule, ("constant", "cosine"))
         super().__init__(weight)
         self.blocks = blocks
         self.schedule = schedule

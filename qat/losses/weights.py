@@ -30,11 +30,11 @@ def latent_weights(net: nn.Module) -> list[Tensor]:
     Raises:
         UsageError: there are none.
     """
-    weights = {site.name: (site.layer, site.latent()) for site in iter_quantizers(net) if site.is_weight} or {
-        name: (name, module.weight) for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
-    }
+    weights = [(site.layer, site.latent()) for site in iter_quantizers(net) if site.is_weight] or [
+        (name, module.weight) for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
     outside = stem_and_heads(net)
-    found = {id(weight): weight for layer, weight in weights.values() if layer not in outside}
+    found = {id(weight): weight for layer, weight in weights if layer not in outside}
     if not found:
         raise UsageError("loss.kure: this model has no linear layers or convolutions besides stem and heads")
     return list(found.values())

@@ -54,6 +54,12 @@ def test_a_term_of_another_class_is_refused_by_name():
         CompositeLoss({"mine": nn.Linear(1, 1)})
 
 
+@pytest.mark.parametrize("name", ["training", "values", "a.b", "", 5])
+def test_a_name_that_a_module_cannot_have_is_refused(name):
+    with pytest.raises(qat.UsageError, match=r"^loss\.terms: a term has a name that a module cannot have: "):
+        CompositeLoss({name: CrossEntropy()})
+
+
 def test_the_prediction_is_the_mean_of_two_heads():
     first, second = torch.tensor([[1.0, 3.0]]), torch.tensor([[5.0, -1.0]])
     two, one = step((first, second)), step(first)
