@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from qat.errors import UsageError
 from qat.launch.signals import Preempted
 from qat.utils.files import csv_rows, write_text
 
@@ -47,9 +48,12 @@ class _Writer(ExperimentWriter):
         super().__init__(log_dir)
         self._last = ""
         path = Path(self.metrics_file_path)
-        there = csv_rows(path) if resumed_at and path.is_file() else []
-        rows = [{key: value for key, value in row.items() if value != ""} for row in there if int(row["step"]) < (resumed_at or 0)]
-        self.metrics_keys = sorted(set().union(*rows))
+        try:
+            there = csv_rows(path) if resumed_at and path.is_file() else []
+            rows = [{key: value for key, value in row.items() if value != ""} for row in there if int(row["step"]) < (resumed_at or 0)]
+            self.metrics_keys = sorted(set().union(*rows))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"resume: {path} is damaged ({error}); resuming without it begins a new one") from error
         if rows:
             self._write(rows)
         else:

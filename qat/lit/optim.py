@@ -34,11 +34,13 @@ def parameter_groups(
         Groups for an optimizer; `lr_scale` is the key by which timm's schedulers scale a group's rate.
 
     Raises:
-        UsageError: `layer_decay` is not in (0, 1].
+        UsageError: `layer_decay` is not in (0, 1], or the net is one whose layers timm does not number.
     """
     layers: dict[str, int] = {}
     if layer_decay is not None:
         check_number("optimizer.layer_decay", layer_decay, 0, above=True, highest=1)
+        if not hasattr(net, "group_matcher"):
+            raise UsageError(f"optimizer.layer_decay={layer_decay}: timm does not number the layers of {type(net).__name__}; must be null")
         # As timm counts them: 0 = embedding, the highest = head.
         layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
     scales, _ = quantizer_parameters(net)
@@ -50,13 +52,11 @@ def parameter_groups(
             continue
         kind = "scales" if parameter in scales else "no_decay" if name in without else "decay"
         groups[kind, layers.get(name, last)].append(parameter)
-    settings = {"decay": (weight_decay, 1.0), "no_decay": (0.0, 1.0), "scales": (0.0, scale_lr_factor)}
-    factor = 1.0 if layer_decay is None else layer_decay
     return [
         {
             "params": parameters,
-            "weight_decay": settings[kind][0],
-            "lr_scale": settings[kind][1] * factor ** (last - layer),
+            "weight_decay": weight_decay if kind == "decay" else 0.0,
+            "lr_scale": (scale_lr_factor if kind == "scales" else 1.0) * (layer_decay or 1.0) ** (last - layer),
             "name": kind if layer_decay is None else f"layer{layer}_{kind}",
         }
         for (kind, layer), parameters in groups.items()
@@ -108,13 +108,13 @@ def build_optimizer(
     check_number("optimizer.lr", lr, 0, above=True)
     check_number("optimizer.scale_lr_factor", scale_lr_factor, 0, above=True)
     check_number("optimizer.weight_decay", weight_decay, 0)
-    if str(opt).lower() not in timm.optim.list_optimizers():
-        raise UsageError(unknown(f"optimizer.opt={opt!r}", str(opt), map(str, timm.optim.list_optimizers())))
+    known = [*map(str, timm.optim.list_optimizers())]
+    if str(opt).lower() not in known:
+        raise UsageError(unknown(f"optimizer.opt={opt!r}", str(opt), known))
     groups = parameter_groups(net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor, layer_decay=layer_decay)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    if opt.lower() in _FUSED and all(type(p) is nn.Parameter for p in parameters):  # not where processes share them
+    if opt.lower() in _FUSED and all(type(parameter) is nn.Parameter for parameter in net.parameters()):  # not where processes share them
         options.setdefault("fused", True)  # torch updates all parameters in one operation
     try:
         optimizer = timm.optim.create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, **options)
@@ -148,5 +148,5 @@ def cosine_schedule(
         # timm multiplies by lr_scale in every update: the base it starts from must not hold it already.
         group["initial_lr"] = group["lr"] / group.get("lr_scale", 1.0)
     return CosineLRScheduler(
-        optimizer, t_initial=periods, lr_min=min_lr, warmup_t=warmup, warmup_lr_init=warmup_lr, t_in_epochs=interval == "epoch"
+        optimizer, t_initial=max(periods, 1), lr_min=min_lr, warmup_t=warmup, warmup_lr_init=warmup_lr, t_in_epochs=interval == "epoch"
     )

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 from lightning.pytorch.loggers import WandbLogger
 
+import qat
 from qat.launch.signals import Preempted
 from qat.lit.loggers import CSVLog, closing
 from qat.utils import files
@@ -55,6 +56,15 @@ def test_half_a_row_is_dropped(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     log(tmp_path, ROWS[3:], resumed_at=6)
     assert read(tmp_path) == texts(ROWS)
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "a,step\n1,3.5\n", "a,step\n1,2,3\n", "\ufeff\xff"], ids=ascii)
+def test_a_damaged_file_is_named(tmp_path, text):
+    (tmp_path / "metrics.csv").write_text(text, encoding="utf-16")
+    if text.isascii():
+        (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(qat.UsageError, match=rf"^resume: {tmp_path}/metrics\.csv is damaged \("):
+        log(tmp_path, ROWS, resumed_at=6)
 
 
 # A new file, a row at its end, a column more.

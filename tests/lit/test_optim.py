@@ -125,6 +125,16 @@ def rates(net, groups, scale_lr_factor=1.0):
     return {known[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
 
 
+def test_a_schedule_shorter_than_its_unit_is_one_unit():
+    schedule = cosine_schedule(build_optimizer(nn.Linear(2, 2), lr=0.1, weight_decay=0.0), periods=0, min_lr=0.01)
+    assert [schedule._get_lr(epoch)[0] for epoch in range(3)] == [0.1, 0.01, 0.01]
+
+
+def test_layer_decay_needs_layers_that_timm_numbers():
+    with pytest.raises(qat.UsageError, match=r"^optimizer\.layer_decay=0\.5: timm does not number the layers of Linear; must be null$"):
+        parameter_groups(nn.Linear(2, 2), weight_decay=0.0, layer_decay=0.5)
+
+
 def test_layer_decay_is_timms():
     model = vit(DISTILLED, depth=2)
     theirs = rates(model, timm.optim.param_groups_layer_decay(model, layer_decay=0.6))
