@@ -31,7 +31,6 @@ from qat.utils.validate import check_choice
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 MEANS_KEY = "epoch_means"
 MOST_CONFUSED = 2000  # classes; the matrix of more would be larger than a net
-LSQ_GRAD_BATCHES = ("global", "process")
 SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
 
 
@@ -63,7 +62,7 @@ class QATModule(LightningModule):
         lsq_grad_batch: str = "global",
     ) -> None:
         super().__init__()
-        check_choice("lsq_grad_batch", lsq_grad_batch, LSQ_GRAD_BATCHES)
+        check_choice("lsq_grad_batch", lsq_grad_batch, ("global", "process"))
         if loss.needs_teacher and hasattr(net, "set_distilled_training"):
             net.set_distilled_training(enable=True)  # type: ignore[operator]  # a distilled timm net then gives both heads' logits in training
         loss.prepare(net)
@@ -72,7 +71,7 @@ class QATModule(LightningModule):
         self.loss = loss
         self.teacher = teacher
         self._optimizer, self._scheduler, self._describe = optimizer, scheduler, describe
-        self._outputs = Outputs.of_blocks(net, loss.blocks) if loss.blocks else None
+        self._outputs = Outputs.of_blocks(net, loss.blocks)
         self._steps = math.inf  # of the whole run, known once the loader is set up
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")
@@ -122,21 +121,18 @@ class QATModule(LightningModule):
     def context(self, batch: tuple[Tensor, Tensor], progress: float = 0.0) -> StepContext:
         """Run teacher and net on a batch (images, targets), for the loss to compare."""
         images, target = batch
-        if self.teacher is None or self._outputs is None:
-            teacher_logits = None if self.teacher is None else self.teacher(images)
-            return StepContext(self.net(images), target, teacher_logits, self.net, progress)
-        teacher_logits, followed = self.teacher.with_features(images, str(self.loss.blocks))
+        teacher_logits, followed = self.teacher.with_features(images, self.loss.blocks) if self.teacher else (None, [])
         with self._outputs.of_pass() as features:
             logits = self.net(images)
         return StepContext(logits, target, teacher_logits, self.net, progress, features, followed)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accumulate validation metrics."""
-        self._evaluate(batch, self.val_metrics, self.val_loss, "val")
+        self._evaluate(batch, self.val_metrics, self.val_loss)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accumulate test metrics."""
-        logits = self._evaluate(batch, self.test_metrics, self.test_loss, "test")
+        logits = self._evaluate(batch, self.test_metrics, self.test_loss)
         if self.test_confusion is not None:
             self.test_confusion.update(logits, batch[1])
 
@@ -146,13 +142,13 @@ class QATModule(LightningModule):
             self.confusion = self.test_confusion.compute().cpu()
             self.test_confusion.reset()
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanLoss, stage: str) -> Tensor:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, mean_loss: MeanLoss) -> Tensor:
         images, target = batch
         logits = self.net(images).float()
         metrics.update(logits, target)
         mean_loss.update(nn.functional.cross_entropy(logits, target), weight=len(images))
         self.log_dict(metrics, batch_size=len(images))
-        self.log(f"{stage}/loss", mean_loss, batch_size=len(images))
+        self.log(f"{metrics.prefix}loss", mean_loss, batch_size=len(images))
         return logits
 
     def configure_optimizers(self) -> Any:
@@ -247,6 +243,8 @@ def steps_per_epoch(trainer: Trainer) -> int:
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)  # a count, or a share
     every = trainer.val_check_interval
     if isinstance(every, int) and every > batches and trainer.check_val_every_n_epoch:
-        more = "more with trainer.check_val_every_n_epoch=null"
-        raise UsageError(f"trainer.val_check_interval={every}: must be at most the {batches} batches of an epoch; {more}")
+        raise UsageError(
+            f"trainer.val_check_interval={every}: must be at most the {batches} batches of an epoch; "
+            "more with trainer.check_val_every_n_epoch=null"
+        )
     return max(math.ceil(batches / trainer.accumulate_grad_batches), 1)

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -55,16 +55,6 @@ def data_parallel(*, find_unused_parameters: bool = False) -> DDPStrategy:
 BLOCKS = "blocks"  # what timm calls the list of a net's, or of a stage's, blocks
 
 
-def apply_fsdp(net: nn.Module, mesh: DeviceMesh | None) -> None:
-    """Leave each process its part of every parameter of a net, in place; a block's are whole while the block is computed.
-
-    A parameter is cut along its first dimension. What is in no block is a group of its own, whole during forward and backward pass.
-    """
-    blocks = [module for name, module in net.named_modules() if name.split(".")[-2:-1] == [BLOCKS]]
-    for module in (*reversed(blocks), net):  # inner ones first
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
-
-
 def shared_modules(net: nn.Module) -> list[FSDPModule]:
     """The modules of a net that gather and share out weights; none in a net that is whole."""
     return [module for module in net.modules() if isinstance(module, FSDPModule)]
@@ -79,13 +69,20 @@ class ShardedStrategy(DDPStrategy):
     """
 
     def configure_ddp(self) -> None:
-        """Share out the net, which is first made the same in all processes; once, also where a run goes back and fits again."""
+        """Share out the net, which is first made the same in all processes; once, also where a run goes back and fits again.
+
+        Each process keeps its part of every parameter, cut along its first dimension; a block's are whole while the block is computed.
+        What is in no block is a group of its own, whole during forward and backward pass.
+        """
         net = self._net
         if shared_modules(net):
             return
         for tensor in (*net.parameters(), *net.buffers()):
             dist.broadcast(tensor.detach(), 0)
-        apply_fsdp(net, init_device_mesh(self.root_device.type, (dist.get_world_size(),)))
+        mesh = init_device_mesh(self.root_device.type, (dist.get_world_size(),))
+        blocks = [module for name, module in net.named_modules() if name.split(".")[-2:-1] == [BLOCKS]]
+        for module in (*reversed(blocks), net):  # inner ones first
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Share out a state that optimizers begin with."""
@@ -136,8 +133,7 @@ class ShardedStrategy(DDPStrategy):
 
     @property
     def _net(self) -> nn.Module:
-        module = cast(LightningModule, self.lightning_module)
-        net: nn.Module = getattr(module, "net", module)
+        net: nn.Module = cast(Any, self.lightning_module).net
         return net
 
     def _share_out_states(self) -> None:

@@ -14,8 +14,6 @@ from qat.model.sites import find_blocks
 from qat.nn.quant_module import keep_weights
 from qat.utils.validate import check_choice
 
-HEADS = ("cls", "mean")
-
 
 class Outputs:
     """Remembers what modules give in the passes inside `of_pass`.
@@ -31,9 +29,9 @@ class Outputs:
             module.register_forward_hook(self._see)
 
     @classmethod
-    def of_blocks(cls, net: nn.Module, which: str = "all") -> Outputs:
-        """Of `all` blocks of a net or the `last`."""
-        blocks = list(find_blocks(net).values())
+    def of_blocks(cls, net: nn.Module, which: str | None) -> Outputs:
+        """Of `all` blocks of a net, the `last`, or none."""
+        blocks = list(find_blocks(net).values()) if which else []
         return cls(blocks[-1:] if which == "last" else blocks)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Outputs:
@@ -65,14 +63,14 @@ class Teacher:
     """
 
     def __init__(self, net: nn.Module, head: str = "cls") -> None:
-        check_choice("loss.teacher_head", head, HEADS)
+        check_choice("loss.teacher_head", head, ("cls", "mean"))
         self.net = net.eval().requires_grad_(requires_grad=False)
         keep_weights(net, keep=True)  # a quantized teacher's never change
         self.head = head
         self._answer: Callable[[Tensor], Tensor] = net
-        self._outputs: dict[str, Outputs] = {}
+        self._outputs: dict[str | None, Outputs] = {}
         # Which features its head gets is the net's own affair: a token in a distilled DeiT, their mean in LeViT.
-        self._class_head = Outputs([net.head]) if self.is_one_of_two else None  # type: ignore[list-item]
+        self._class_head = Outputs([net.head] if self.is_one_of_two else [])  # type: ignore[list-item]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Teacher:
         """The same teacher: it never changes, and a copy of a module that holds it (averaged weights) need not hold another."""
@@ -98,16 +96,14 @@ class Teacher:
         return self._logits(images)
 
     @torch.no_grad()
-    def with_features(self, images: Tensor, which: str) -> tuple[Tensor, list[Tensor]]:
-        """Logits (B, K) of images (B, C, H, W), and what `all` blocks or the `last` give."""
+    def with_features(self, images: Tensor, which: str | None) -> tuple[Tensor, list[Tensor]]:
+        """Logits (B, K) of images (B, C, H, W), and what `all` blocks, the `last` or none give."""
         if which not in self._outputs:
             self._outputs[which] = Outputs.of_blocks(self.net, which)
         with self._outputs[which].of_pass() as features:
             return self._logits(images), features
 
     def _logits(self, images: Tensor) -> Tensor:
-        if self._class_head is None:
-            return self._answer(images)
         with self._class_head.of_pass() as found:
-            self._answer(images)
-        return found[0]
+            logits: Tensor = self._answer(images)
+        return found[0] if found else logits
