@@ -81,7 +81,7 @@ class Oscillation(Callback):
         dirpath: str | None = None,
     ) -> None:
         check_number("callbacks.oscillation.momentum", momentum, 0, above=True, below=1)
-        check_number("callbacks.oscillation.threshold", threshold, 0)
+        check_number("callbacks.oscillation.threshold", threshold, 0, below=1)
         check_int("callbacks.oscillation.every_n_steps", every_n_steps, 1)
         check_int("callbacks.oscillation.max_bits", max_bits, 2)
         self.momentum, self.threshold = momentum, threshold
@@ -154,7 +154,7 @@ class IterativeFreezing(Callback):
     finds takes effect in the next forward. The folded matrix of QKR has no latent of its own and is left alone.
 
     Args:
-        threshold: on the oscillation frequency, at the start; above 0.
+        threshold: on the oscillation frequency, at the start; above 0, below 1.
         final_threshold: at the end of the run; two to three times `momentum` at least catches only repeated flips.
         momentum: of the frequency and of the mean code.
 
@@ -165,10 +165,9 @@ class IterativeFreezing(Callback):
     needs_whole_weights = True
 
     def __init__(self, threshold: float = 0.1, final_threshold: float = 0.01, momentum: float = 0.01) -> None:
-        check_number("callbacks.freeze.threshold", threshold, 0, above=True)
-        check_number("callbacks.freeze.final_threshold", final_threshold, 0, above=True)
-        check_number("callbacks.freeze.momentum", momentum, 0, above=True, below=1)
         self.threshold, self.final_threshold, self.momentum = threshold, final_threshold, momentum
+        for name in ("threshold", "final_threshold", "momentum"):
+            check_number(f"callbacks.freeze.{name}", getattr(self, name), 0, above=True, below=1)
         self._steps = math.inf
         self._sites: list[Site] = []
         self._codes: dict[str, OscillationState] = {}

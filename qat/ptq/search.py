@@ -70,10 +70,9 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         check_choice("search.fitness", self.fitness, FITNESSES)
-        for name in ("cycles", "population", "tournament", "micro_batch"):
+        for name in ("passes", "cycles", "population", "tournament", "micro_batch"):
             check_int(f"search.{name}", getattr(self, name), 1)
-        for name in ("passes", "seed"):
-            check_int(f"search.{name}", getattr(self, name), 0)
+        check_int("search.seed", self.seed, 0)
         check_number("search.temperature", self.temperature, 0, above=True)
         check_number("search.cache_gib", self.cache_gib, 0)
         if self.radius is not None:

@@ -112,12 +112,11 @@ def test_targets(preset, knobs, targets, expected):
     assert {name.rpartition(".")[0].split(".", 2)[2] for name in changed(before, net)} == expected
 
 
-@pytest.mark.parametrize(("targets", "passes"), [([torch.zeros(n, 10) for n in (8, 8, 5)], 1), (None, 0)])
-def test_deviates_from_reference_equal_losses_are_no_error_and_change_nothing(targets, passes):
-    net, logits = quantized()
+def test_deviates_from_reference_equal_losses_are_no_error_and_change_nothing():
+    net, _ = quantized()
     before = state(net)
-    result = run(net, targets or logits, passes=passes)
-    assert (result.accepted, result.evaluations, result.fitness) == (0, 6 * passes, result.fitness_before)
+    result = run(net, [torch.zeros(n, 10) for n in (8, 8, 5)], passes=1)
+    assert (result.accepted, result.evaluations, result.fitness) == (0, 6, result.fitness_before)
     assert changed(before, net) == set()
 
 
