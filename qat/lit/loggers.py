@@ -29,10 +29,10 @@ class CSVLog(CSVLogger):
 
     Attributes:
         resumed_at: optimizer steps of the checkpoint that the run is resumed from: rows of later steps are dropped, as they come again.
-            None = a new run, which replaces the file.
+            0 = a new run, which replaces the file.
     """
 
-    resumed_at: int | None = None
+    resumed_at: int = 0
 
     @property
     @rank_zero_experiment
@@ -44,16 +44,16 @@ class CSVLog(CSVLogger):
 
 
 class _Writer(ExperimentWriter):
-    def __init__(self, log_dir: str, resumed_at: int | None) -> None:
+    def __init__(self, log_dir: str, resumed_at: int) -> None:
         super().__init__(log_dir)
         self._last = ""
         path = Path(self.metrics_file_path)
         try:
             there = csv_rows(path) if resumed_at and path.is_file() else []
-            rows = [{key: value for key, value in row.items() if value != ""} for row in there if int(row["step"]) < (resumed_at or 0)]
+            rows = [{key: value for key, value in row.items() if value != ""} for row in there if int(row["step"]) < resumed_at]
             self.metrics_keys = sorted(set().union(*rows))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"resume: {path} is damaged ({error}); resuming without it begins a new one") from error
+        except Exception as error:
+            raise UsageError(f"{path}: must be the table that this run wrote; without it the run resumes, too ({error})") from error
         if rows:
             self._write(rows)
         else:

@@ -114,12 +114,13 @@ def build_optimizer(
     groups = parameter_groups(net, weight_decay=weight_decay, scale_lr_factor=scale_lr_factor, layer_decay=layer_decay)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
+    given = ", ".join(f"optimizer.{name}={value!r}" for name, value in {**options, "opt": opt}.items())
     if opt.lower() in _FUSED and all(type(parameter) is nn.Parameter for parameter in net.parameters()):  # not where processes share them
         options.setdefault("fused", True)  # torch updates all parameters in one operation
     try:
         optimizer = timm.optim.create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, **options)
     except (TypeError, ValueError, LookupError, AssertionError, RuntimeError) as error:
-        raise UsageError(f"optimizer.opt={opt!r} does not take {options} ({error}); conf/optimizer has values that it takes") from error
+        raise UsageError(f"{given}: do not work together ({error}); conf/optimizer has values that do") from error
     # Else torch hands a scaler's factor to a fused optimizer, and Lightning cannot clip gradients, which it has not unscaled then.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
