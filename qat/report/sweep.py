@@ -82,7 +82,9 @@ def grouped(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
     names = [name for name in varied(jobs) if name != "seed"]
     groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for job in jobs:
-        groups.setdefault(tuple(given(job, names).items()), []).append(job)
+        # The checkpoint that a job starts from may have its seed in its name.
+        settings = ((name, re.sub(r"(seed[-_=]?)\d+", r"\1*", text)) for name, text in given(job, names).items())
+        groups.setdefault(tuple(settings), []).append(job)
     return [(dict(settings), group) for settings, group in groups.items()]
 
 

@@ -107,6 +107,13 @@ def test_a_sweep_of_few_classes_has_no_top5(tmp_path, capsys):
     assert "top-5" not in out
 
 
+def test_a_checkpoint_for_each_seed_splits_no_group(tmp_path):
+    for seed, top1 in enumerate([90.0, 92.0]):
+        job(tmp_path / str(seed), f"seed={seed}", f"ckpt=runs/float-seed{seed}/best.ckpt", "quant=ofq_2bit", seed=seed, top1=top1)
+    (row,) = group_rows(gather(tmp_path))
+    assert (row["ckpt"], row["n"], row["top-1 %"]) == ("runs/float-seed*/best.ckpt", "2", "91.00 ± 1.41")
+
+
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(UsageError, match="sweep='.*nowhere': must be a folder with runs below it"):
         publish(tmp_path / "nowhere", report=False)
