@@ -10,6 +10,7 @@ from qat.launch import startup  # noqa: F401  (first: Ctrl-C)
 # isort: split
 import contextlib
 import errno
+import importlib
 import importlib.metadata
 import logging
 import math
@@ -106,15 +107,16 @@ def run(name: str) -> int:
     os.environ[FULL_ERROR] = "1"  # Hydra raises what it would write at length
     sys.argv[1:] = prepared(sys.argv[1:])
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+        finally:
+            sweep.summarize()
     except Exception as error:
         line = line_of(error) or (None if has_begun else " ".join(str(error).split()))
         if line is None or with_traceback:
             raise
         sys.stderr.write(f"error: {line}\n")
         return 1
-    finally:
-        sweep.summarize()
     return 1 if sweep.failures else 0
 
 
@@ -150,8 +152,9 @@ def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
     if HydraConfig.initialized():
         cfg.run_dir = HydraConfig.get().runtime.output_dir
         cfg.sweep_dir = str(Path(cfg.run_dir).parent) if in_sweep else None  # for what its jobs share
-    Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-    found = run_dir.RunDirState(Path(cfg.run_dir))
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = run_dir.RunDirState(folder)
     if not ranks.is_first():
         logging.getLogger().setLevel(logging.ERROR)
     try:
@@ -159,11 +162,11 @@ def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:
         with run_dir.locked(cfg.run_dir), signals.listening():
             return sweep.reported(task(cfg))
     except Preempted as stop:
-        if not stop.wants_requeue and found.has_begun() and not run_dir.checkpoints(Path(cfg.run_dir)):
+        if not stop.wants_requeue and found.has_begun() and not run_dir.checkpoints(folder):
             _write_error(cfg, f"stopped by {stop.name}", found)  # so that the same command may be given again
         where = cfg.sweep_dir or cfg.run_dir
         hint = f"the same command resumes with resume=auto run_dir={where}" if "resume" in cfg else "the same command repeats it"
-        sys.exit(ranks.leave(stop, Path(cfg.run_dir), hint))
+        sys.exit(ranks.leave(stop, folder, hint))
     except Exception as error:
         line = line_of(error)
         if with_traceback or (line is None and not in_sweep):
@@ -200,30 +203,11 @@ def _start(cfg: DictConfig, *, in_sweep: bool, with_traceback: bool) -> Callable
         name = [cfg.command] if typed("").startswith("qat") else []
         ranks.become_torchrun(count, [sys.argv[0], *name, *given, *prepared([f"run_dir={cfg.run_dir}"])])
     if "resume" in cfg:
-        cfg.resume = ranks.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=bool(cfg.get("overwrite")))
+        cfg.resume = ranks.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=cfg.overwrite)
     if cfg.get("sweep") is not None:
         return sweep.gather_sweep
-    match cfg.command:
-        case "train":
-            from qat.tasks.train import train
-
-            return train
-        case "eval":
-            from qat.tasks.evaluate import evaluate
-
-            return evaluate
-        case "ptq":
-            from qat.tasks.ptq import ptq
-
-            return ptq
-        case "analyze":
-            from qat.tasks.analyze import analyze
-
-            return analyze
-        case _:
-            from qat.tasks.export import export
-
-            return export
+    task = "evaluate" if cfg.command == "eval" else cfg.command
+    return getattr(importlib.import_module(f"qat.tasks.{task}"), task)
 
 
 def line_of(error: BaseException | None) -> str | None:
@@ -249,10 +233,10 @@ def line_of(error: BaseException | None) -> str | None:
         if isinstance(error, OmegaConfBaseException):
             line, name = str(error).partition("\n")[0].rpartition(" raised while resolving interpolation: ")[2], str(error.full_key or "")
             return f"{name}: {line}" if name not in line else line
-        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}:
-            return f"{error.filename or 'a file'}: cannot be read or written ({error.strerror})"
         if isinstance(error, OSError | RuntimeError) and _FILES.search(text):
             return "too many open files; data.num_workers must be fewer, or the limit higher (ulimit -n)"
+        if isinstance(error, OSError) and (error.filename or error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}):
+            return f"{error.filename or 'a file'}: cannot be read or written ({error.strerror})"
         if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
             return f"{text}; memory may be short: data.num_workers fewer, data.batch_size smaller, on Docker --shm-size larger"
         if isinstance(error, RuntimeError) and _LOST.search(text):

@@ -52,7 +52,7 @@ class SweepCallback(Callback):
         """Begin the summary; a search repeats its draws, so `resume` goes on with it as with any other sweep."""
         _enter(config, config.hydra.sweep.dir)
         self.folder = str(Path(config.hydra.sweep.dir).absolute())
-        self.report = bool(config.get("report", True))
+        self.report = config.report
         OmegaConf.save(config, Path(self.folder) / "multirun.yaml")  # some sweepers do so, others do not
         _running.append(self)
         if "optuna" in config.hydra.sweeper._target_:
@@ -72,10 +72,6 @@ class SweepCallback(Callback):
         if self.folder:
             _note_error(Path(config.hydra.runtime.output_dir), failed[0] if failed else "")
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Show its summary."""
-        summarize()
-
 
 def _enter(config: DictConfig, folder: str) -> None:
     """Lock the directory of a command; Hydra makes warnings of what its callbacks raise, so a mistake ends the process here."""
@@ -84,6 +80,8 @@ def _enter(config: DictConfig, folder: str) -> None:
         if config.hydra.mode == RunMode.MULTIRUN and "submitit" not in config.hydra.launcher._target_ and ranks.to_start(trainer):
             raise UsageError(SEVERAL.format(trainer["devices"]))
         run_dir.lock(folder)
+        if (log_file := Path(folder, f"{config.hydra.job.name}.log")).exists() and not log_file.is_file():
+            raise UsageError(f"run_dir={folder!r}: {log_file.name} is there and must be a file")
     except UsageError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -101,7 +99,6 @@ def summarize() -> None:
     if not _running or not ranks.is_first():
         return
     callback = _running.pop()
-    _running.clear()
     folder = Path(callback.folder)
     errors = {str(path.parents[1].relative_to(folder)): read_file(path).decode() for path in folder.rglob(str(ERROR)) if path.is_file()}
     failures.extend(errors.values())
@@ -122,7 +119,7 @@ def gather_sweep(cfg: DictConfig) -> None:
 
     if any(cfg.get(name) is not None for name in ("ckpt", "run", "analysis")):
         raise UsageError(f"sweep={cfg.sweep!r}: only gathers results; leave ckpt, run and analysis out")
-    publish(Path(cfg.sweep).expanduser(), report=cfg.report)
+    publish(Path(cfg.sweep), report=cfg.report)
 
 
 def _note_error(folder: Path, error: str) -> None:

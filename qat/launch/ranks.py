@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Strategies of Lightning that copy the running process.
 HIGHEST_COUNT = 1024  # more is a typing mistake that no machine survives
+# Strategies of Lightning that copy the running process.
 COPYING = ("spawn", "fork", "notebook")
 # Seconds between a signal and the kill, of torchrun: a run saves after the step under way, or after the validation.
 SAVE_S = 600
@@ -92,7 +92,7 @@ def local_count(trainer: Mapping[str, Any]) -> int:
     return 1
 
 
-def broadcast_value(name: str, value: str) -> str:
+def broadcast_value(value: str) -> str:
     """A text that is the same in all processes of torchrun, also of those that it starts again: the first one's first value."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return value
@@ -100,8 +100,8 @@ def broadcast_value(name: str, value: str) -> str:
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     if is_first():
-        store.compare_set(f"qat/{name}", "", value)
-    return store.get(f"qat/{name}").decode()
+        store.compare_set("qat", "", value)
+    return store.get("qat").decode()
 
 
 def connect(trainer: Trainer) -> None:
@@ -127,12 +127,12 @@ def job() -> str | None:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
-def tasks_per_node() -> int:
+def slurm_tasks_per_node() -> int:
     """What a config file calls `${slurm_tasks_per_node:}`: processes on each node, 1 outside SLURM."""
     return env_number("SLURM_NTASKS_PER_NODE")
 
 
-def nodes() -> int:
+def slurm_nodes() -> int:
     """What a config file calls `${slurm_nodes:}`: 1 outside SLURM."""
     return env_number("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
@@ -151,14 +151,14 @@ def check_place(trainer: Mapping[str, Any]) -> None:
             ways = "start them with: srun python ..., or one alone with: srun --nodes=1 --ntasks=1 python ..."
             raise UsageError(f"SLURM has {tasks} tasks for this job, and this process is not one of them; {ways}")
         return
-    wanted = (("devices", local_count(trainer), tasks_per_node()), ("num_nodes", trainer.get("num_nodes", 1), nodes()))
+    wanted = (("devices", local_count(trainer), slurm_tasks_per_node()), ("num_nodes", trainer.get("num_nodes", 1), slurm_nodes()))
     for name, requested, there in wanted:
         if requested != there:
             what = "nodes" if name == "num_nodes" else "tasks on each node"
             raise UsageError(
                 f"trainer.{name}={trainer.get(name, 1)!r}: SLURM has {there} {what}; must be {there}, which trainer=slurm sets"
             )
-    if nodes() == 1:
+    if slurm_nodes() == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # a name of the node may not resolve
 
 
@@ -203,9 +203,8 @@ def leave(stop: Preempted, run_dir: Path, resume_hint: str) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which SLURM sends to a job that is requeued
     requeues = stop.wants_requeue and job() is not None
     if is_first():
-        where = "outside training" if stop.step is None else f"after training step {stop.step}: "
-        if stop.step is not None:
-            where += f"{stop.saved.name} written" if stop.saved else "this run writes no last.ckpt"
+        saved = f"{stop.saved.name} written" if stop.saved else "this run writes no last.ckpt"
+        where = "outside training" if stop.step is None else f"after training step {stop.step}: {saved}"
         what = f"{'preempted' if stop.wants_requeue else 'stopped'} by {stop.name} {where}"
         log.warning("%s%s", what, f", requeueing job {job()}" if requeues else f"; {resume_hint}")
         failure = _requeue(run_dir) if requeues else None

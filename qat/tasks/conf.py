@@ -103,7 +103,7 @@ def alias(name: str, args: Mapping[str, Any]) -> str:
 def run_name() -> str:
     """The job of SLURM, else date and time, the same in all processes of a run."""
     job = os.environ.get("SLURM_JOB_ID")
-    return f"slurm-{job}" if job else ranks.broadcast_value("run_name", f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
+    return f"slurm-{job}" if job else ranks.broadcast_value(f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}")
 
 
 def swin_patch(image_size: int, wanted: int | None) -> int:
@@ -139,12 +139,13 @@ def pick(net: str | None, bits: int, table: Mapping[str, Any]) -> Any:
 
 
 def _register() -> None:
-    functions: tuple[Callable[..., Any], ...] = (typed, config_groups, config_in_words, swin_patch, swin_window, none_of, pick)
+    functions: tuple[Callable[..., Any], ...] = (
+        *(typed, config_groups, config_in_words, swin_patch, swin_window, none_of, pick),
+        *(ranks.slurm_tasks_per_node, ranks.slurm_nodes),
+    )
     for function in functions:
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("slurm_tasks_per_node", ranks.tasks_per_node, replace=True)
-    OmegaConf.register_new_resolver("slurm_nodes", ranks.nodes, replace=True)
     store = ConfigStore.instance()
     for name, schema in COMMANDS.items():
         store.store(name=f"_{name}", node=schema, provider="qat")

@@ -61,6 +61,14 @@ def test_a_second_run_is_refused_in_one_line_and_leaves_no_trace(tmp_path, argum
         assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_log_that_is_no_file_is_refused_in_one_line(tmp_path, make):
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / "train.log")
+    code, _ = typed("train.py", *TINY, "run_dir=run", cwd=tmp_path)
+    assert code == "error: run_dir='run': train.log is there and must be a file"
+
+
 def test_a_job_whose_directory_is_in_use_fails_alone(tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr("qat.tasks.train.train", lambda cfg: trained.append(cfg.seed))
