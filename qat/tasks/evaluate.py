@@ -55,7 +55,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     began = time.monotonic()
     check_settings(cfg)
     build.import_modules(cfg)
-    paths = None if cfg.predict is None else find_images(str(cfg.predict))
+    paths = None if cfg.predict is None else find_images(cfg.predict)
     if paths is not None and cfg.split is not None:
         raise UsageError(f"split={cfg.split!r}: must be null with predict")
     outputs.check_own(Path(cfg.run_dir), cfg.command, origin(cfg))
@@ -81,17 +81,17 @@ def evaluate(cfg: DictConfig) -> float | None:
         else:
             predict(cfg, subject, paths, trainer)
             found = {"data": None, **sizes(costs)}
-    top1 = write_results(
+    write_results(
         cfg,
         model=subject.name,
         **recipe_fields(subject.recipe),
         weights=origin(cfg),
         **found,
         wall_seconds=round(time.monotonic() - began, 1),
-    )["top1"]
+    )
     if paths is None:
-        report_run(cfg, is_first=is_first())
-    return None if top1 is None else float(top1)
+        report_run(cfg)
+    return found.get("top1")
 
 
 def build_subject(cfg: DictConfig) -> EvaluatedNet:
@@ -100,7 +100,7 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
     Raises:
         UsageError: a setting or file cannot work, or they do not fit.
     """
-    checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format) if cfg.get("ckpt") else None
+    checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format) if cfg.ckpt else None
     settle_data(cfg, checkpoint)
     data = build.build_data(cfg)
     net, name = _net(cfg, checkpoint)
@@ -116,7 +116,7 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
     check_classifier(net, data)
     if cfg.get("predict") is None:
         check_classes(net, data, f"ckpt={origin(cfg)!r}")
-    names = class_names(classes_of(net), data, settings.num_classes)
+    names = class_names(classes_of(net), data)
     return EvaluatedNet(net, name, recipe("fp") if done is None else done.recipe, data, names)
 
 
@@ -193,21 +193,21 @@ def _stored_data(meta: Mapping[str, Any], cfg: DictConfig) -> dict[str, Any]:
 
 def origin(cfg: DictConfig) -> str:
     """Where the weights come from, in a word or as a path."""
-    pretrained = "timm's pretrained" if OmegaConf.select(cfg, "model.pretrained") else "random"
-    return str(cfg.get("ckpt") or OmegaConf.select(cfg, "model.weights") or pretrained)
+    pretrained = "timm's pretrained" if cfg.model.pretrained else "random"
+    return str(cfg.ckpt or cfg.model.weights or pretrained)
 
 
 def _net(cfg: DictConfig, checkpoint: Checkpoint | None) -> tuple[nn.Module, str]:
     if checkpoint is not None and checkpoint.meta is not None:
-        held, wanted = checkpoint.meta["model"]["name"], OmegaConf.select(cfg, "model.name")
+        held, wanted = checkpoint.meta["model"]["name"], cfg.model.name
         if wanted not in {None, held}:
             raise UsageError(f"model.name={wanted!r}: ckpt={cfg.ckpt!r} holds {held}; leave model out")
-        return build_from(checkpoint), checkpoint.meta["model"]["name"]
+        return build_from(checkpoint), held
     theirs = None if checkpoint is None else build.authors_net(cfg, checkpoint)
     if theirs is not None:
         log.info("%s", theirs.note)
         return theirs.net, theirs.model
-    if OmegaConf.select(cfg, "model.name") is None:
+    if cfg.model.name is None:
         if checkpoint is None:
             raise UsageError("ckpt is not set: must be a checkpoint; or set model=NAME with model.pretrained=true or model.weights=FILE")
         raise UsageError(f"ckpt={cfg.ckpt!r} does not say which model it holds; set model=NAME")

@@ -62,11 +62,10 @@ def export(cfg: DictConfig) -> float:
     check_choice("format.name", cfg.format.name, tuple(NAMES))
     if not cfg.ckpt:
         raise UsageError("ckpt is not set: must be a checkpoint of train.py or ptq.py")
-    settings, form = OnnxSettings(dynamic_batch=cfg.dynamic_batch), cfg.format.name
+    form = cfg.format.name
     if form != "packed":
         require_installed(form)
-    if form == "onnx":
-        settings = OnnxSettings(cfg.dynamic_batch, cfg.format.target, cfg.format.two_bit)
+    settings = OnnxSettings(cfg.dynamic_batch, cfg.format.target, cfg.format.two_bit) if form == "onnx" else OnnxSettings()
     build.import_modules(cfg)
     target = _target(cfg)
     net, name, prepared, images, data, classes, shown = _net_and_images(cfg)

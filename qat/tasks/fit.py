@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import re
 import sys
 import warnings
@@ -78,9 +77,8 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
     """A function from (optimizer, epochs, steps per epoch) to (schedule, interval)."""
     settings = plain(cfg.scheduler)
     warmup_epochs, cooldown_epochs = settings.pop("warmup_epochs"), settings.pop("cooldown_epochs")
-    max_epochs = cfg.trainer.max_epochs if cfg.trainer.max_epochs > 0 else math.inf
-    check_number("scheduler.warmup_epochs", warmup_epochs, 0, below=max_epochs)
-    check_number("scheduler.cooldown_epochs", cooldown_epochs, 0, below=max_epochs - warmup_epochs)
+    check_number("scheduler.warmup_epochs", warmup_epochs, 0, below=cfg.trainer.max_epochs)
+    check_number("scheduler.cooldown_epochs", cooldown_epochs, 0, below=cfg.trainer.max_epochs - warmup_epochs)
     if cfg.trainer.fast_dev_run:
         warmup_epochs = cooldown_epochs = 0
 
@@ -95,7 +93,7 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
     """The callbacks of `cfg.callbacks`; checkpoints go to `checkpoints/` in the run directory."""
     callbacks: list[Callback] = []
-    for name, callback_cfg in (cfg.get("callbacks") or {}).items():
+    for name, callback_cfg in (cfg.callbacks or {}).items():
         if callback_cfg is None:  # switched off: callbacks.best=null
             continue
         callback = instantiate(callback_cfg, f"callbacks.{name}")
@@ -105,17 +103,17 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
         if not isinstance(callback, ProgressBar) or sys.stdout.isatty():
             callbacks.append(callback)
+    if compiles(cfg) == "graphs":
+        callbacks.append(GraphSteps())
     # Annealing sets the learning rate and takes weights back before others log or average them. `last.ckpt` has the state of all others,
     # and preemption ends the run after it.
-    first = [one for one in callbacks if isinstance(one, CGA)]
-    last = [one for one in callbacks if isinstance(one, LastCheckpoint | Preemption)]
-    others = [one for one in callbacks if one not in [*first, *last]]
-    return [StepSeed(cfg.seed), *first, *others, *([GraphSteps()] if compiles(cfg) == "graphs" else []), *last]
+    callbacks.sort(key=lambda one: isinstance(one, LastCheckpoint | Preemption) - isinstance(one, CGA))
+    return [StepSeed(cfg.seed), *callbacks]
 
 
-def build_loggers(cfg: DictConfig, *, resumed_at: int | None = None) -> list[Logger]:
+def build_loggers(cfg: DictConfig, *, resumed_at: int = 0) -> list[Logger]:
     """The loggers of `cfg.logger`; `metrics.csv` of a run that is resumed at a step keeps the rows before it."""
-    loggers = [instantiate(one, f"logger.{name}") for name, one in (cfg.get("logger") or {}).items() if one is not None]
+    loggers = [instantiate(one, f"logger.{name}") for name, one in (cfg.logger or {}).items() if one is not None]
     for logger in loggers:
         if not isinstance(logger, Logger):
             raise UsageError(f"logger: {type(logger).__name__} is not a subclass of lightning.pytorch.loggers.Logger")
@@ -171,7 +169,7 @@ def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:
         UsageError: the model cannot do the latter.
     """
     set_execution(net, memory=cfg.memory)
-    if not OmegaConf.select(cfg, "model.grad_checkpointing"):
+    if not cfg.model.grad_checkpointing:
         return
     try:
         net.set_grad_checkpointing(enable=True)  # type: ignore[operator]
@@ -220,6 +218,6 @@ def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> No
         log.warning("compile=auto: the model is not compiled: %s", why)
         return
     torch.compiler.reset()  # nets of a sweep's earlier jobs count towards the limit of graphs
-    compile_in_place(net, recompute=OmegaConf.select(cfg, "memory") == "recompute", graphs=way == "graphs")
+    compile_in_place(net, recompute=cfg.memory == "recompute", graphs=way == "graphs")
     if teacher is not None:
         teacher.compile(graphs=way == "graphs")

@@ -77,8 +77,8 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
         batch_size=settings.batch_size,
         num_workers=settings.workers(len(paths)),
     )
-    device, net = trainer.strategy.root_device, subject.net.to(trainer.strategy.root_device).eval()
-    rows = []
+    device, rows = trainer.strategy.root_device, []
+    net = subject.net.to(device).eval()
     for numbers, images in loader:
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
             shares, classes = (found.cpu().tolist() for found in net(images.to(device)).float().softmax(dim=-1).topk(ranks))
@@ -88,10 +88,11 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
     if not rows:
         raise UsageError(f"data.on_error=skip: none of {len(paths)} images below predict={str(cfg.predict)!r} can be decoded")
     columns = [f"{what}_{rank}" for rank in range(1, ranks + 1) for what in ("class", "probability")]
-    write_text(Path(cfg.run_dir) / FILE, csv_lines([["path", *columns], *(map(printable, row) for row in rows)]))
+    file = Path(cfg.run_dir) / FILE
+    write_text(file, csv_lines([["path", *columns], *(map(printable, row) for row in rows)]))
     shown = {row[0]: f"{row[1].partition(',')[0]} {100 * float(row[2]):.1f} %" for row in rows[:SHOWN_IMAGES]}
     log.info(summary.lines("predictions", shown))
-    log.info("%d of %d images: %s", len(rows), len(paths), Path(cfg.run_dir) / FILE)
+    log.info("%d of %d images: %s", len(rows), len(paths), file)
 
 
 class _Files(Dataset[tuple[int, Tensor]]):
@@ -113,9 +114,8 @@ class _Files(Dataset[tuple[int, Tensor]]):
             return -1, torch.zeros(self.settings.in_chans, self.settings.image_size, self.settings.image_size)
 
 
-def class_names(stored: object, data: ImageData, count: int) -> list[str]:
-    """Names of `count` classes: those stored with the net, else those known for the data, else ids."""
-    for names in (stored, data.named_classes()):
-        if isinstance(names, list) and len(names) == count:
-            return [str(name) for name in names]
-    return [str(number) for number in range(count)]
+def class_names(stored: object, data: ImageData) -> list[str]:
+    """Names of the classes of the data: those stored with the net, else those known for the data, else ids."""
+    ids = range(data.settings.num_classes)
+    found = (names for names in (stored, data.named_classes()) if isinstance(names, list) and len(names) == len(ids))
+    return [str(name) for name in next(found, ids)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -122,7 +121,7 @@ def ptq(cfg: DictConfig) -> float:
     write_results(cfg, model=subject.name, **recipe_fields(quantized.recipe), **found, **figures)
     scores = found["split"], figures["top1_fp"], found["top1"], cfg.run_dir
     log.info("%s top-1: float %.2f %%, quantized %.2f %%; outputs in %s", *scores)
-    report_run(cfg, quantized.net, subject.data.input_size, is_first=is_first())
+    report_run(cfg, quantized.net, subject.data.input_size)
     return float(found["top1"])
 
 
@@ -154,7 +153,7 @@ def _calibrate(quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer)
     done = calibrate(quantized.net.to(trainer.strategy.root_device), batches)
     seconds = round(time.monotonic() - since, 2)
     log.info("calibrated %d scales on %d images in %.1f s", done.scales, done.images, seconds)
-    return asdict(done) | {"seconds": seconds, "seed": quantized.data.settings.seed}
+    return dataclasses.asdict(done) | {"seconds": seconds, "seed": quantized.data.settings.seed}
 
 
 def _fit_weights(
@@ -165,8 +164,8 @@ def _fit_weights(
     layers = compensate(net, teacher, batches)
     if fitting is None:
         return {"compensation": {"layers": layers, "seconds": round(time.monotonic() - since, 1)}}
-    place, context = {"run_dir": cfg.run_dir, "resume": bool(cfg.resume)}, trainer.precision_plugin.forward_context
-    return {"reconstruction": reconstruct(net, teacher, torch.cat(batches), fitting, context=context, **place)}
+    context, resume = trainer.precision_plugin.forward_context, bool(cfg.resume)
+    return {"reconstruction": reconstruct(net, teacher, torch.cat(batches), fitting, context=context, run_dir=cfg.run_dir, resume=resume)}
 
 
 def _search(
@@ -188,7 +187,7 @@ def _search(
 
     found = search(net, batches, targets, settings, run_dir=cfg.run_dir, resume=bool(cfg.resume), validate=accuracy)
     log.info("search: fitness %.6g to %.6g in %.1f s", found.fitness_before, found.fitness, found.seconds)
-    return asdict(found)
+    return dataclasses.asdict(found)
 
 
 def _seconds_before_resume(figures: dict[str, Any], since: float) -> float:
@@ -217,7 +216,7 @@ def build_search(cfg: DictConfig) -> SearchSettings | None:
     Raises:
         UsageError: it has a key that is no setting, or a value that cannot work.
     """
-    settings = build.plain(OmegaConf.select(cfg, "search"))
+    settings = build.plain(cfg.search)
     return build.settings_of(SearchSettings, "search", settings) if settings else None
 
 

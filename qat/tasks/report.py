@@ -13,24 +13,22 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from qat.errors import UsageError
+from qat.launch.ranks import is_first
 from qat.model.checkpoint import build_from, read_checkpoint
 from qat.tasks.build import import_modules
 
 log = logging.getLogger(__name__)
 
 
-def report_run(
-    cfg: DictConfig, net: nn.Module | None = None, input_size: tuple[int, int, int] | None = None, *, is_first: bool = True
-) -> None:
-    """Make the page of a run that ends; whatever goes wrong is one line in the log, and the run is what it was.
+def report_run(cfg: DictConfig, net: nn.Module | None = None, input_size: tuple[int, int, int] | None = None) -> None:
+    """Make the page of a run that ends, in its first process; whatever goes wrong is one line in the log, and the run is what it was.
 
     Args:
         cfg: the job's config.
         net: the quantized model whose layers it shows.
         input_size: of its images.
-        is_first: this process is the one that writes.
     """
-    if cfg.get("report") is not True or not is_first or OmegaConf.select(cfg, "trainer.fast_dev_run"):
+    if not cfg.report or not is_first() or OmegaConf.select(cfg, "trainer.fast_dev_run"):
         return
     try:
         if net is not None and input_size is not None:
@@ -46,7 +44,7 @@ def remake(cfg: DictConfig) -> None:
     Raises:
         UsageError: there is no run.
     """
-    if cfg.get("analysis") is not None:
+    if cfg.analysis is not None:
         raise UsageError(f"run={cfg.run!r}: only rebuilds a report; leave analysis out")
     folder = Path(cfg.run)
     if not any((folder / name).is_file() for name in ("config.yaml", "results.json")):

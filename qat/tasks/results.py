@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import platform
 import shlex
 import subprocess
@@ -23,7 +22,7 @@ from qat.model.cost import Cost
 from qat.spec import QuantRecipe
 from qat.tasks.conf import recorded, typed
 from qat.utils.files import csv_lines, csv_text, json_text, write_text
-from qat.utils.text import printable
+from qat.utils.text import count, printable
 
 CLASSES, CONFUSION = "classes.csv", "confusion.csv"
 MOST_PAIRS = 10
@@ -57,7 +56,7 @@ def record_run(cfg: DictConfig) -> None:
     if HydraConfig.initialized():
         found = HydraConfig.get()
         known = {"command": f"{found.job.name}.py", "program": typed(found.job.name), "overrides": list(found.overrides.task)}
-        write_text(Path(cfg.run_dir) / "command.json", json.dumps(known, indent=2) + "\n")
+        write_text(Path(cfg.run_dir) / "command.json", json_text(known))
 
 
 def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
 
     Args:
         cfg: the job's config; gives command, model, quant, data and seed unless `values` do.
-        values: keys of `KEYS`, or `error`.
+        values: keys of `KEYS`, `error`, and what one command alone has to say.
 
     Returns:
         What was written; accuracies are in percent, sizes in bytes, times in seconds.
@@ -122,8 +121,7 @@ def _device(cfg: DictConfig) -> str:
     """What computes, by its name."""
     if _selected(cfg, "trainer.accelerator") not in {"cpu", None} and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{platform.machine()} CPU, {count(torch.get_num_threads(), 'thread')}"
 
 
 def library_versions(*more: str) -> dict[str, str]:

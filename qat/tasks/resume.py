@@ -142,10 +142,12 @@ def compared(cfg: DictConfig) -> dict[str, Any]:
 
 def _flat(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Settings by name, those that are compared; older versions have nested ones in their checkpoints."""
-    if isinstance(node, dict) and name not in NOT_COMPARED:
+    if name in NOT_COMPARED:
+        return
+    if isinstance(node, dict):
         for key, value in node.items():
             yield from _flat(value, f"{name}.{key}" if name else str(key))
-    elif name not in NOT_COMPARED:
+    else:
         yield name, node
 
 
@@ -172,8 +174,7 @@ def check_data(cfg: DictConfig, checkpoint: Checkpoint, data: ImageData) -> None
 def check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
     """Raise `UsageError` unless the optimizer of a run that goes on is the one that it had: torch fails on it later, or mixes the two."""
     had = checkpoint.training.get("groups")
-    groups = [(sorted(set(group) - {"params"}), len(group["params"])) for group in optimizer.state_dict()["param_groups"]]
-    have = [(sorted({*keys, "initial_lr"}), count) for keys, count in groups]
+    have = [(sorted({*group, "initial_lr"} - {"params"}), len(group["params"])) for group in optimizer.state_dict()["param_groups"]]
     if had is None or [(sorted({*keys, "initial_lr"}), count) for keys, count in had] != have:
         raise UsageError(f"resume: {checkpoint.path} has another optimizer, or one of other parameters; use ckpt=PATH to start from it")
 

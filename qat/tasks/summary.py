@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint as Checkpointing
 from omegaconf import DictConfig
 from torch import nn
 
@@ -116,7 +115,7 @@ def announce_run(
         "outputs": str(cfg.run_dir),
     }
     announce("training", start.net, cfg.model.name, recipe, data.input_size, **more)
-    if not (cfg.trainer.fast_dev_run or any(isinstance(c, Checkpointing) for c in trainer.callbacks)):  # type: ignore[attr-defined]
+    if not (cfg.trainer.fast_dev_run or trainer.checkpoint_callbacks):
         log.warning("callbacks: none of them writes checkpoints, so this model will not be saved; callbacks=[default,...] does")
     if recipe.name != "fp":
         log.info(conversion(start.net, Path(cfg.run_dir)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def train(cfg: DictConfig) -> float:
     check_options(cfg, recipe, loss)
     resume = find_resume(cfg, recipe, args)
     replaced = [] if resume else outputs_to_replace(cfg)
-    trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg, resumed_at=resume.step if resume else None))
+    trainer = fit.build_trainer(cfg, fit.build_callbacks(cfg), fit.build_loggers(cfg, resumed_at=(resume and resume.step) or 0))
     optimizer, scheduler = fit.build_optimizer_factory(cfg, trainer), fit.build_scheduler_factory(cfg)
 
     data = build.build_data(cfg)
@@ -93,10 +92,16 @@ def train(cfg: DictConfig) -> float:
         (metrics,) = trainer.test(module, datamodule=data, verbose=False)
 
     earlier = next((one.earlier_seconds for one in trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)), 0.0)
+    with torch.compiler.set_stance("force_eager"):  # its hooks belong to no compiled graph
+        costs = cost(module.net, data.input_size)
+    found = measured(metrics, costs, data.settings.num_classes) | data.evaluation_facts(module.confusion)
     seconds = round(time.monotonic() - began + earlier, 1)
     outcome = {"weights": weights, "val_top1": val_top1, "top1_fp": top1_fp, "wall_seconds": seconds}
-    _write(cfg, recipe, data, module, metrics, outcome)
-    report_run(cfg, module.net, data.input_size, is_first=trainer.is_global_zero)
+    results = write_results(cfg, **recipe_fields(recipe), **found, **outcome)
+    scores = ", ".join(f"{key} {text}".removeprefix("note ") for key, text in summary.scores(results).items())
+    size = summary.describe_size(module.net, costs.size_bytes)
+    log.info("%s %s (%s); %s; outputs in %s", results["split"], scores, weights, size, cfg.run_dir)
+    report_run(cfg, module.net, data.input_size)
     return val_top1
 
 
@@ -106,7 +111,7 @@ def _start(
     """The net, quantized, on its device, as the run begins or is resumed."""
     if resume:
         check_data(cfg, resume, data)
-        start = build.build_resumed(resume)
+        start = Start(build_from(resume).train(), [f"step {resume.step} of this run ({resume.path.name})"])
     else:
         start = build.build_start(cfg)
         if start.source is not None:
@@ -128,9 +133,10 @@ def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[fl
     Returns:
         Validation top-1 of these weights in percent, and what they are called.
     """
-    best: Any = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor and c.best_model_path), None)  # type: ignore[attr-defined]
+    found = (one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint))
+    best: Any = next((one for one in found if one.monitor and one.best_model_score is not None), None)
     name = "final"
-    if best is not None and best.best_model_score is not None:
+    if best is not None:
         module.net.load_state_dict(build_from(read_checkpoint(best.best_model_path)).state_dict())
         name = Path(best.best_model_path).name
         if best.monitor == "val/top1":
@@ -139,16 +145,3 @@ def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[fl
     trainer.validate(module, datamodule=data, verbose=False)
     trainer.loggers = loggers
     return float(trainer.callback_metrics.get("val/top1", torch.nan)), name
-
-
-def _write(
-    cfg: DictConfig, recipe: QuantRecipe, data: ImageData, module: QATModule, metrics: Mapping[str, float], outcome: dict[str, Any]
-) -> None:
-    """Write `results.json`; log the scores."""
-    with torch.compiler.set_stance("force_eager"):  # its hooks belong to no compiled graph
-        costs = cost(module.net, data.input_size)
-    facts = data.evaluation_facts(module.confusion) | outcome
-    results = write_results(cfg, **recipe_fields(recipe), **measured(metrics, costs, data.settings.num_classes), **facts)
-    scores = ", ".join(f"{key} {text}".removeprefix("note ") for key, text in summary.scores(results).items())
-    size = summary.describe_size(module.net, costs.size_bytes)
-    log.info("%s %s (%s); %s; outputs in %s", results["split"], scores, outcome["weights"], size, cfg.run_dir)

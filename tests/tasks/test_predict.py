@@ -144,12 +144,12 @@ def test_known_classes():
     # The orders in which the makers of the data number their classes.
     photos = {"image_size": 32, "patch_size": 4, "in_chans": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
     grey = {"image_size": 28, "patch_size": 4, "in_chans": 1, "mean": [0.5], "std": [0.5]}
-    assert class_names(None, Cifar10(**photos, num_classes=10), 10)[2:4] == ["bird", "cat"]
-    assert class_names(None, Cifar10(**photos, num_classes=4), 4) == ["0", "1", "2", "3"]
-    assert class_names(None, FashionMnist(**grey, num_classes=10), 10)[::9] == ["T-shirt/top", "Ankle boot"]
-    assert class_names(None, ImageNet(**photos, num_classes=1000), 1000)[1] == "goldfish, Carassius auratus"
-    assert class_names(["a", "b"], Cifar10(**photos, num_classes=2), 2) == ["a", "b"]
-    assert class_names(["a", "b"], Cifar10(**photos, num_classes=3), 3) == ["0", "1", "2"]
+    assert class_names(None, Cifar10(**photos, num_classes=10))[2:4] == ["bird", "cat"]
+    assert class_names(None, Cifar10(**photos, num_classes=4)) == ["0", "1", "2", "3"]
+    assert class_names(None, FashionMnist(**grey, num_classes=10))[::9] == ["T-shirt/top", "Ankle boot"]
+    assert class_names(None, ImageNet(**photos, num_classes=1000))[1] == "goldfish, Carassius auratus"
+    assert class_names(["a", "b"], Cifar10(**photos, num_classes=2)) == ["a", "b"]
+    assert class_names(["a", "b"], Cifar10(**photos, num_classes=3)) == ["0", "1", "2"]
 
 
 def test_names_that_are_no_text_cost_no_predictions(tmp_path, run_4bit):
