@@ -95,7 +95,7 @@ def build_analysis(cfg: DictConfig) -> Analysis:
     Raises:
         UsageError: there is none, or it has a setting that cannot work.
     """
-    if cfg.get("analysis") is None:
+    if cfg.analysis is None:
         choices = ", ".join(options("analysis"))
         raise UsageError(
             f"analysis is not set: must be one of {choices}; or set run=DIR to rebuild a report, or sweep=DIR to gather results"
@@ -123,7 +123,7 @@ def make_labels(given: Sequence[str] | None, paths: Sequence[str]) -> list[str]:
         UsageError: they are not as many as the paths, or not all different.
     """
     if given is not None:
-        labels = [str(label) for label in given]
+        labels = list(given)
         if len(labels) != len(paths) or len(set(labels)) < len(labels):
             raise UsageError(f"labels={labels}: must be as many as there are checkpoints ({len(paths)}), all different")
         return labels

@@ -16,7 +16,7 @@ from qat.data import ImageData
 from qat.errors import UsageError
 from qat.interop import OfqNet, is_ofq, net_from_ofq
 from qat.losses import CompositeLoss
-from qat.model.checkpoint import Checkpoint, build_from, read_checkpoint
+from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.model.convert import convert
 from qat.model.ptq_spec import custom_quantizers
 from qat.model.scales import assert_ready, initialize_scales
@@ -58,8 +58,10 @@ def settings_of(kind: type[T], group: str, settings: Mapping[str, Any]) -> T:
     """The dataclass that consumes a group of settings.
 
     Raises:
-        UsageError: a key is no field of it, or a value cannot work.
+        UsageError: they are not settings by name, a key is no field of it, or a value cannot work.
     """
+    if not isinstance(settings, Mapping):
+        raise UsageError(f"{group}={settings!r}: must be a group of settings")
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in settings:
         if key not in names:
@@ -111,10 +113,10 @@ def import_modules(cfg: DictConfig) -> None:
     Raises:
         UsageError: one of them cannot be imported.
     """
-    for name in OmegaConf.select(cfg, "model.imports") or ():
+    for name in cfg.model.imports or ():
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except (ImportError, TypeError, ValueError) as error:
             raise UsageError(f"model.imports={name!r}: {error}") from error
 
 
@@ -125,7 +127,7 @@ def authors_net(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
         UsageError: the file cannot be read as what it should be.
     """
     if cfg.ckpt_format == "ofq" or (cfg.ckpt_format == "auto" and checkpoint.meta is None and is_ofq(checkpoint.state)):
-        return net_from_ofq(checkpoint, OmegaConf.select(cfg, "model.name"), cfg.ckpt_bits, cfg.ckpt_act_bits)
+        return net_from_ofq(checkpoint, cfg.model.name, cfg.ckpt_bits, cfg.ckpt_act_bits)
     for setting in ("ckpt_bits", "ckpt_act_bits"):
         if cfg[setting] is not None:
             raise UsageError(f"{setting}={cfg[setting]!r}: only for files of the paper's code (ckpt_format=ofq), others say their bits")
@@ -140,19 +142,16 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
         keep_head: weights of another class count are an error, not given a new head.
 
     Raises:
-        UsageError: more than one of them is set, or the one that is does not work.
+        UsageError: it does not work.
     """
     import_modules(cfg)
-    given = [name for name in ("ckpt", "model.weights", "model.pretrained") if OmegaConf.select(cfg, name)]
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} are set: a model starts from one of them")
     name, args = cfg.model.name, model_args(cfg)
-    if cfg.get("ckpt"):
+    if cfg.ckpt:
         checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
         theirs = authors_net(cfg, checkpoint)
         if theirs is None:
-            return from_checkpoint(name, args, checkpoint, reset_head=bool(cfg.model.reset_head), keep_head=keep_head)
-        start = from_net(name, args, theirs.net, origin=f"ckpt={str(cfg.ckpt)!r}", reset_head=bool(cfg.model.reset_head))
+            return from_checkpoint(name, args, checkpoint, reset_head=cfg.model.reset_head, keep_head=keep_head)
+        start = from_net(name, args, theirs.net, origin=f"ckpt={str(cfg.ckpt)!r}", reset_head=cfg.model.reset_head)
         start.notes.append(theirs.note)
         return start
     if cfg.model.weights:
@@ -161,12 +160,7 @@ def build_start(cfg: DictConfig, *, keep_head: bool = False) -> Start:
     return from_pretrained(name, args, keep_head=keep_head) if cfg.model.pretrained else from_scratch(name, args)
 
 
-def build_resumed(checkpoint: Checkpoint) -> Start:
-    """The net of a run that is continued, whatever it started from."""
-    return Start(build_from(checkpoint).train(), [f"step {checkpoint.step} of this run ({checkpoint.path.name})"])
-
-
-def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str = "full", processes: int = 1) -> list[str]:
+def quantize(start: Start, recipe: QuantRecipe, data: ImageData, *, init: str, processes: int) -> list[str]:
     """Convert the net in place and fill its scales: copied where the start has them, else from data.
 
     Args:

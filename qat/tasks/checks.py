@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, callbacks, seed_everything
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from qat import kernels
@@ -27,6 +27,18 @@ from qat.utils.validate import check_int, check_number
 
 log = logging.getLogger(__name__)
 HALF_WEIGHTS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
+# Settings of Lightning's trainer that it compares with numbers before it asks whether they are any. -1 is all, or no end.
+WHOLE = {
+    "max_epochs": 1,
+    "accumulate_grad_batches": 1,
+    "num_nodes": 1,
+    "check_val_every_n_epoch": 1,
+    "max_steps": -1,
+    "min_steps": 0,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
+}
+NUMBERS = ("gradient_clip_val", "limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches")
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
 # Callbacks of Lightning that change what a schedule was laid out for, or want another module; what there is instead.
 UNFIT: dict[type[Callback], str] = {
@@ -57,28 +69,29 @@ def _settle_hub(cfg: DictConfig) -> None:
     """Write out what `model=hf-hub:user/name` stands for: the `ckpt` of a net of ours, or timm's architecture, arguments and weights.
 
     Raises:
-        UsageError: it cannot be fetched, is no net of timm's, or `ckpt` is set as well.
+        UsageError: it cannot be fetched, is no net of timm's, or is one of ours and another start is set as well.
     """
-    name = OmegaConf.select(cfg, "model.name")
-    if not isinstance(name, str) or not name.startswith(PREFIX):
+    name = cfg.model.name
+    if not (name or "").startswith(PREFIX):
         return
     folder = fetch(name.removeprefix(PREFIX), f"model={name}")
-    config, wanted, weights = json_object(folder / CONFIG), bool(cfg.model.pretrained), str(folder / WEIGHTS)
+    config, wanted, weights = json_object(folder / CONFIG), cfg.model.pretrained, str(folder / WEIGHTS)
     cfg.model.pretrained = False
     if is_ours(folder):
-        if cfg.get("ckpt"):
-            raise UsageError(f"ckpt and model={name} are set: a model starts from one of them")
+        if cfg.ckpt or cfg.model.weights:
+            raise UsageError(f"{'ckpt' if cfg.ckpt else 'model.weights'} and model={name} are set: a model starts from one of them")
         cfg.ckpt, cfg.model.name = weights, None
         return
     check_model(f"model={name}: architecture", config.get("architecture"))
     with open_dict(cfg):
         given = {key: value for key, value in cfg.model.args.items_ex(resolve=False) if value is not None}
         cfg.model.args = {**(config.get("model_args") or {}), **given}
-    # A checkpoint takes the place of the hub's weights, as it does of others.
-    cfg.model.name, cfg.model.weights = config["architecture"], weights if wanted and not cfg.get("ckpt") else None
+    cfg.model.name = config["architecture"]
+    if wanted:
+        cfg.model.weights = weights
     described = config.get("pretrained_cfg") or {}
     for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
-        if key in cfg.get("data", {}) and cfg.data[key] is None and isinstance(described, dict):
+        if key in cfg.data and cfg.data[key] is None and isinstance(described, dict):
             cfg.data[key] = described.get(key)
 
 
@@ -158,17 +171,17 @@ def check_patches(net: nn.Module, data: ImageData) -> None:
 
 def check_trainer(settings: Mapping[str, Any]) -> None:
     """Raise `UsageError` on the first of Lightning's settings that it would take and then train on nothing, or never validate."""
-    epochs, every = settings.get("max_epochs"), settings.get("check_val_every_n_epoch")
-    check_int("trainer.max_epochs", epochs, 1)
-    for name in ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch"):
+    for name, lowest in WHOLE.items():
+        if settings.get(name) is not None or name == "max_epochs":
+            check_int(f"trainer.{name}", settings.get(name), lowest)
+    for name in NUMBERS:
         if settings.get(name) is not None:
-            check_int(f"trainer.{name}", settings[name], 1)
-    if settings.get("gradient_clip_val") is not None:
-        check_number("trainer.gradient_clip_val", settings["gradient_clip_val"], 0)
+            check_number(f"trainer.{name}", settings[name], 0)
     for name in ("max_steps", "limit_train_batches", "limit_test_batches", "val_check_interval"):
         if settings.get(name) == 0:
             raise UsageError(f"trainer.{name}={settings[name]!r}: must be above 0")
-    if isinstance(settings.get("max_time"), int):
+    if isinstance(settings.get("max_time"), int | float):
         raise UsageError(f"trainer.max_time={settings['max_time']}: must be DD:HH:MM:SS")
+    epochs, every = settings["max_epochs"], settings.get("check_val_every_n_epoch")
     if every is not None and every > epochs:
         raise UsageError(f"trainer.check_val_every_n_epoch={every}: no epoch would be validated; must be an integer from 1 to {epochs}")

@@ -94,15 +94,21 @@ class Model:
 
 
 @dataclass
-class TeacherSettings:
-    """`teacher.*`: the net that a distilling loss or a search follows."""
+class SearchTeacher:
+    """`teacher.*` of a search: the net that it follows."""
 
-    model: str | None = None
     ckpt: str | None = None
-    pretrained: bool = False
 
     def __post_init__(self) -> None:
         _check_paths({"teacher.ckpt": self.ckpt})
+
+
+@dataclass
+class LossTeacher(SearchTeacher):
+    """`teacher.*` of a distilling loss."""
+
+    model: str | None = None
+    pretrained: bool = False
 
 
 @dataclass
@@ -142,8 +148,11 @@ class Shared:
         check_int("seed", self.seed, 0, HIGHEST_SEED)
         check_choice("ckpt_format", self.ckpt_format, CKPT_FORMATS)
         _check_paths({name: getattr(self, name, None) for name in ("predict", "run", "sweep", "file")})
-        for one in self.ckpt if isinstance(self.ckpt, list) and self.command == "analyze" else [self.ckpt]:
+        for one in self.ckpt if self.ckpt and isinstance(self.ckpt, list) and self.command == "analyze" else [self.ckpt]:
             _check_paths({"ckpt": one})
+        starts = {"ckpt": self.ckpt, "model.weights": self.model.weights, "model.pretrained": self.model.pretrained}
+        if len(given := [name for name, value in starts.items() if value]) > 1:
+            raise UsageError(f"{' and '.join(given)} are set: a model starts from one of them")
         if getattr(self, "resume", False) not in {True, False, "auto"}:
             raise UsageError(f"resume={self.resume!r}: must be one of false, true, auto")  # type: ignore[attr-defined]
         if getattr(self, "images", None) is not None:
@@ -167,7 +176,7 @@ class Train(Shared):
     scheduler: Schedule
     trainer: dict[str, Any]
     callbacks: dict[str, Any] | None = None
-    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    teacher: LossTeacher = field(default_factory=LossTeacher)
     checkpoint: dict[str, Any]
     compile: bool | str
     memory: str
@@ -202,7 +211,7 @@ class Ptq(Shared):
     default_data: dict[str, Any]
     ptq: dict[str, Any]
     search: dict[str, Any] = field(default_factory=dict)
-    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    teacher: SearchTeacher = field(default_factory=SearchTeacher)
     resume: bool | str
     overwrite: bool
 
@@ -216,7 +225,7 @@ class Analyze(Shared):
     analysis: dict[str, Any] | None = None
     run: str | None
     sweep: str | None
-    labels: Any
+    labels: list[str] | None
     images: int | None
     split: str | None
 

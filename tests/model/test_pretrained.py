@@ -176,8 +176,9 @@ def test_a_repository_of_ours(tmp_path, net, cache):
     code, out = typed("eval.py", "model=hf-hub:me/net", "run_dir=eval", cwd=tmp_path)
     assert code == 0, out
     assert results(tmp_path / "eval")["quant"] == "ofq_4bit"
-    code, out = typed("eval.py", "model=hf-hub:me/net", "ckpt=other.ckpt", "run_dir=eval", cwd=tmp_path)
-    assert (code, "ckpt and model=hf-hub:me/net are set" in out) == (1, True)
+    for other in ("ckpt", "model.weights"):
+        code, out = typed("eval.py", "model=hf-hub:me/net", f"{other}=other.ckpt", "run_dir=eval", cwd=tmp_path)
+        assert (code, f"{other} and model=hf-hub:me/net are set" in out) == (1, True)
 
 
 def test_a_float_net_of_timm(tmp_path, cache):
@@ -204,7 +205,11 @@ def test_a_float_net_of_timm(tmp_path, cache):
         "report=false",
         "run_dir=run",
     )
-    code, out = typed("train.py", "model=hf-hub:timm/tiny", *arguments, *(one for one in TINY if "model" not in one), cwd=tmp_path)
+    few = [one for one in TINY if "model" not in one]
+    torch.save(teacher.state_dict(), tmp_path / "own.pt")
+    code, out = typed("train.py", "model=hf-hub:timm/tiny", "model.weights=own.pt", *arguments, *few, "run_dir=own", cwd=tmp_path)
+    assert (code, "weights of model.weights='own.pt'" in out) == (0, True), out
+    code, out = typed("train.py", "model=hf-hub:timm/tiny", *arguments, *few, cwd=tmp_path)
     assert code == 0, out
     assert f"weights of model.weights='{folder}/model.safetensors'; new head for 2 classes (the file has 7)" in out
     recorded = (tmp_path / "run" / "config.yaml").read_text()

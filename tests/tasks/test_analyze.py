@@ -103,6 +103,7 @@ def test_labels_are_the_shortest_ends_that_differ(paths, labels):
         (["ckpt=[{four},{four}]"], "ckpt=['{four}', '{four}']: their names do not differ; set labels"),
         (["ckpt=[{four},{float}]", "labels=[a,a]"], "labels=['a', 'a']: must be as many as there are checkpoints (2), all different"),
         (["ckpt=[{four},3]"], "ckpt=3: must be a path"),
+        (["ckpt=[]"], "ckpt=[]: must be a path"),
         (["ckpt=[{four},{large}]"], "ckpt='{large}': its data have mean [0.5], those of '{four}' [0.3051]; set data=... for both"),
         (
             ["ckpt=[{four},{fashion}]"],

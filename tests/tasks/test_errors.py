@@ -29,7 +29,7 @@ FLAGS = ("overwrite", "model.pretrained", "model.reset_head", "teacher.pretraine
 def shown(values):
     """Pairs of what is typed and what a message shows."""
     words = {"x": "'x'", "null": "None", "true": "True"}
-    return [(value, words.get(value, value)) for value in values.split()]
+    return [(value, words.get(value, value).replace(",", ", ")) for value in values.split()]
 
 
 # Callbacks of Lightning that end a run in its middle, or change what it has laid out.
@@ -53,7 +53,7 @@ TRAIN = [
     # the optimizer and its schedule
     *((f"optimizer.lr={v}", rf"optimizer\.lr={s}: {NUMBERS} above 0") for v, s in shown("0 x null")),
     ("optimizer.weight_decay=-1", rf"optimizer\.weight_decay=-1: {NUMBERS} 0"),
-    ("optimizer.betas=[2,3]", r"optimizer\.opt='adamw' does not take .*'betas': \[2, 3\]"),
+    *((f"optimizer.betas={v}", rf"optimizer\.betas={re.escape(s)}, .*opt='adamw': do not work together") for v, s in shown("[2,3] [0.9]")),
     ("optimizer.opt=adammw", r"optimizer\.opt='adammw': unknown; closest: .*adamw"),
     ("scheduler.interval=batch", r"scheduler\.interval='batch': must be one of epoch, step"),
     ("scheduler.warmup_epochs=50", rf"scheduler\.warmup_epochs=50\.0: {NUMBERS} 0 to below 1"),
@@ -63,10 +63,13 @@ TRAIN = [
     *((f"trainer.accumulate_grad_batches={v}", rf"accumulate_grad_batches={s}: must be an integer") for v, s in shown("0 1.5 x")),
     ("trainer.gradient_clip_val=-1", rf"trainer\.gradient_clip_val=-1: {NUMBERS} 0"),
     ("trainer.precision=foo", r"trainer\.precision='foo': Precision 'foo' is invalid\. Allowed precision values: .*bf16-mixed"),
+    *((f"trainer.max_steps={v}", rf"trainer\.max_steps={s}: {WHOLE} -1") for v, s in shown("-5 1.5 x true")),
+    *((f"trainer.{name}=x", rf"{name}='x': {WHOLE} -?[01]$") for name in ("min_steps", "log_every_n_steps", "num_sanity_val_steps")),
+    *((f"trainer.{name}=x", rf"{name}='x': {NUMBERS} 0$") for name in ("limit_train_batches", "limit_val_batches", "overfit_batches")),
     *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: {NOTHING_TO_DO}") for v, s in shown("0")),
     *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: .*{SHARE}") for v, s in shown("2.5")),
     ("+trainer.max_time=5min", r"trainer\.max_time='5min': .*DD:HH:MM:SS"),
-    ("+trainer.max_time=5", r"trainer\.max_time=5: must be DD:HH:MM:SS"),
+    *((f"+trainer.max_time={v}", rf"trainer\.max_time={v}: must be DD:HH:MM:SS") for v in ("5", "3.5")),
     ("data.scale=0.5", r"data\.scale=0\.5: must be two shares of the image's area"),
     ("+trainer.val_check_interval=0", rf"trainer\.val_check_interval=0: {NOTHING_TO_DO}"),
     ("trainer.max_steps=0", rf"trainer\.max_steps=0: {NOTHING_TO_DO}"),
@@ -85,6 +88,7 @@ TRAIN = [
     ("model.name=resnet18", r"model\.name='resnet18' with .*unexpected keyword argument 'img_size'"),
     ("model.args.num_heads=5", r"model\.name='vit_tiny_patch16_224' with .*'num_heads': 5.*divisible by num_heads"),
     ("model.imports=[nope.nope]", r"model\.imports='nope\.nope': No module named 'nope'"),
+    *((f"model.imports=['{name}']", rf"model\.imports='{name}': ") for name in ("", ".x")),
     # losses, callbacks, loggers
     ("loss.kure=-1", r"loss\.kure=-1: must be a number of at least 0"),
     ("loss.features_blocks=first", r"loss\.features_blocks='first': must be one of all, last"),
@@ -98,6 +102,8 @@ TRAIN = [
         for name, instead in UNFIT.items()
     ),
     ("+callbacks.x._target_=torch.nn.Identity", r"callbacks\.x: Identity is not a subclass of lightning\.pytorch\.Callback"),
+    ("callbacks=[default,freeze] callbacks.freeze.threshold=3", rf"callbacks\.freeze\.threshold=3: {NUMBERS} above 0 to below 1"),
+    ("callbacks=[default,oscillation] callbacks.oscillation.threshold=1", rf"oscillation\.threshold=1: {NUMBERS} 0 to below 1"),
     ("callbacks.best.monitor=val/nope", r"callbacks\.best\.monitor='val/nope': must be one of .* val/top1, val/top5, val/loss"),
     ("checkpoint.every_n_steps=0", rf"checkpoint\.every_n_steps=0: {WHOLE} 1"),
     ("+logger.x._target_=nowhere.Nope", r"logger\.x\._target_='nowhere\.Nope'"),
@@ -143,6 +149,7 @@ EVAL = [
     ("ckpt={files}/resnet.pt", r"ckpt='.*resnet\.pt' does not say which model it holds; set model=NAME"),
     ("ckpt={files}/resnet.pt model=vit_tiny_demo", r"ckpt='.*resnet\.pt': its weights do not fit vit_tiny_patch16_224"),
     ("ckpt={best} model=deit_t", r"model\.name='deit_tiny_patch16_224': ckpt='.*' holds vit_tiny_patch16_224"),
+    ("ckpt={best} model=vit_tiny_demo model.pretrained=true", "ckpt and model.pretrained are set: a model starts from one of them"),
     ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the model has 10 classes"),
 ]  # fmt: skip
 

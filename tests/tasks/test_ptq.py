@@ -128,6 +128,7 @@ def test_other_recipes_and_models(tmp_path, overrides):
     [
         (("ptq.bits=9",), "ptq.bits=9: must be an integer from 2 to 8"),
         (("+ptq.colour=red",), "ptq.colour: must be one of name, bits"),
+        (("ptq.reconstruct=3",), "ptq.reconstruct=3: must be a group of settings"),
         (("ptq.batch=0",), "ptq.batch=0: must be an integer of at least 1"),
         (("data.calibration_images=50",), "data.calibration_images=50: less than one batch; must be an integer of at least ptq.batch=100"),
         (("ptq.batch=2000", "data.calibration_images=2000"), "ptq.batch=2000: the data have 1257 training images"),
@@ -153,6 +154,7 @@ def test_a_quantized_checkpoint_is_refused(tmp_path, refused, run_4bit, quantize
     [
         (("resume=maybe",), "resume='maybe': must be one of false, true, auto"),
         (("resume=true",), "has no search.ckpt and no reconstruct.ckpt; use resume=auto to start a new run in that case"),
+        (("search=evolution", "search.passes=0"), "search.passes=0: must be an integer of at least 1"),
         (("+search.colour=red",), "search.colour: must be one of passes, cycles"),
     ],
 )

@@ -33,8 +33,14 @@ def test_the_configs_are_valid_and_typed(command):
         if setting in {"command", "run_dir"}:
             continue
         with pytest.raises(ConfigCompositionException) as caught:
-            compose(command, "run_dir=a", f"++{setting}={'x' if setting == 'model.imports' else '[[1]]'}")
+            compose(command, "run_dir=a", f"++{setting}={'x' if setting in {'model.imports', 'labels'} else '[[1]]'}")
         assert re.search(rf"\b{re.escape(setting)}\b", line_of(caught.value)), setting
+
+
+def test_a_search_follows_a_file_alone():
+    with pytest.raises(ConfigCompositionException) as caught:
+        compose("ptq", "run_dir=a", "teacher.pretrained=true")
+    assert line_of(caught.value).startswith("teacher.pretrained: unknown")
 
 
 def test_values_get_their_type():
