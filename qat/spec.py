@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from qat.errors import UsageError
-from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, check_bits, check_choice, check_text
+from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, check_bits, check_bool, check_choice, check_text
 
 ROLES = ("weight", "input", "q", "k", "v", "qk", "probs", "image")
 # Where post-training quantization also rounds what leaves a layer.
@@ -198,8 +198,7 @@ class QuantRecipe:
         for knob, allowed in choices.items():
             check_choice(f"{self.GROUP}.{knob}", getattr(self, knob), allowed)
         for knob in switches:
-            if not isinstance(getattr(self, knob), bool):
-                raise UsageError(f"{self.GROUP}.{knob}={getattr(self, knob)!r}: must be true or false")
+            check_bool(f"{self.GROUP}.{knob}", getattr(self, knob))
 
     def _check_overrides(self) -> None:
         if self.overrides is None:  # how a yaml file says that there are none

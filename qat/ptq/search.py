@@ -22,7 +22,7 @@ from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
 from qat.ptq.runner import GIB, Forward, Runner, RunOrder, patched
 from qat.ptq.state import Progress, fingerprint
 from qat.utils.probing import probing
-from qat.utils.validate import check_choice, check_globs, check_int, check_number
+from qat.utils.validate import check_bool, check_choice, check_globs, check_int, check_number
 
 STATE_NAME = "search"
 COLUMNS = ("pass", "block", "cycle", "fitness", "accepted", "seconds")
@@ -72,6 +72,8 @@ class SearchSettings:
         check_choice("search.fitness", self.fitness, FITNESSES)
         for name in ("passes", "cycles", "population", "tournament", "micro_batch"):
             check_int(f"search.{name}", getattr(self, name), 1)
+        for name in ("relative", "reference_selection"):
+            check_bool(f"search.{name}", getattr(self, name))
         check_int("search.seed", self.seed, 0)
         check_number("search.temperature", self.temperature, 0, above=True)
         check_number("search.cache_gib", self.cache_gib, 0)
@@ -267,7 +269,7 @@ def search(
         UsageError: nothing to search, or a fitness that is not finite.
     """
     if settings.fitness == "infonce" and min(map(len, batches)) < 2:
-        raise UsageError("search.fitness='infonce': requires ptq.batch of at least 2; here it must be mse")
+        raise UsageError("search.fitness='infonce': requires ptq.batch of at least 2; here it must be one of mse, kl, cosine")
     if settings.reference_selection and validate is None:
         raise UsageError("search.reference_selection=True: validation images are needed for it")
     assert_ready(net)

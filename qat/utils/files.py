@@ -177,8 +177,7 @@ def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> An
         pickle.UnpicklingError: it holds something else.
         RuntimeError, EOFError: it is no file of `torch.save`.
     """
-    damage = damage_of(path)
-    if damage is not None:
+    if damage := damage_of(path):
         raise OSError(errno.EIO, f"it is damaged ({damage})", str(path))
     return torch.load(path, map_location=map_location, weights_only=True)
 

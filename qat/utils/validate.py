@@ -61,6 +61,12 @@ def check_int(setting: str, value: object, lowest: int, highest: int = HIGHEST_W
         raise UsageError(f"{setting}={value!r}: must be an integer {bound}")
 
 
+def check_bool(setting: str, value: object) -> None:
+    """Raise `UsageError` unless `value` is true or false: of a text, Python would take any for true."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{setting}={value!r}: must be true or false")
+
+
 def check_text(setting: str, value: object) -> None:
     """Raise `UsageError` unless `value` is a text that is not empty."""
     if not isinstance(value, str) or not value:

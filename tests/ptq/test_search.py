@@ -200,6 +200,9 @@ def test_what_cannot_be_searched(build, knobs, message):
         ("temperature", 0, "a number above 0"),
         ("radius", 0, "a number above 0"),
         ("targets", [], "a list of globs"),
+        ("passes", 0, "an integer of at least 1"),
+        ("relative", "no", "true or false"),
+        ("reference_selection", "no", "true or false"),
     ],
 )
 def test_settings_that_cannot_work(knob, value, allowed):

@@ -35,6 +35,7 @@ def test_a_row_is_what_its_name_says(name):
     ("override", "line"),
     [
         ("+search.cycle=3", "search.cycle: must be one of passes, cycles"),
+        ("search.reference_selection=no", "search.reference_selection='no': must be true or false"),
         ("search.targets=[head]", "search.targets=['head']: must match a scale of a block; stored scales are those of "),
     ],
 )
