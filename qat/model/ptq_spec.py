@@ -13,8 +13,8 @@ from qat.functional.observers import OBSERVERS
 from qat.spec import QuantRecipe, QuantSpec, summed_axis
 from qat.utils.validate import BLOCK_FLOATS, FLOAT_BITS, check_bits, check_text
 
-# A single tensor has no channels that powers of two could tell apart.
-_ACT_OBSERVERS = tuple(name for name in OBSERVERS if name != "ptf")
+# Powers of two tell the channels of sums apart; those of a weight have scales of their own, other activations one scale.
+_WITHOUT_PTF = tuple(name for name in OBSERVERS if name != "ptf")
 _CHOICES = {
     "rule_bits": ("both", "weights"),
     "placement": ("inputs", "fqvit"),
@@ -22,8 +22,8 @@ _CHOICES = {
     "weight_quantizer": ("affine", *BLOCK_FLOATS, "float"),
     "act_quantizer": ("affine", *BLOCK_FLOATS, "float"),
     "softmax_quantizer": ("affine", "log2", *BLOCK_FLOATS, "float"),
-    "weight_observer": OBSERVERS,
-    "act_observer": _ACT_OBSERVERS,
+    "weight_observer": _WITHOUT_PTF,
+    "act_observer": _WITHOUT_PTF,
     "residual_observer": OBSERVERS,
     "act_scales": ("tensor", "token", "channel"),
     "weight_scales": ("channel", "tensor"),
@@ -68,8 +68,8 @@ class PtqRecipe(QuantRecipe):
         weight_quantizer: `affine`, `mxfp`, `nvfp4` (floats in blocks; stem and heads are affine then) or `float`.
         act_quantizer: the same.
         softmax_quantizer: the same, or `log2` (powers of two); None = `act_quantizer`.
-        weight_observer: how the range of a weight is found, one of `OBSERVERS`.
-        act_observer: how the range of an activation is found, one of `OBSERVERS`.
+        weight_observer: how the range of a weight is found, one of `OBSERVERS` but `ptf`.
+        act_observer: how the range of an activation is found, one of `OBSERVERS` but `ptf`.
         residual_observer: how the range is found of sums on the residual stream (`fqvit`); `ptf` = a power of two per channel;
             None = `act_observer`.
         weight_signed: symmetric signed codes; False = unsigned ones with a zero point.

@@ -28,7 +28,7 @@ PTQ = {
     "ptq3": {"bits": 3, "weight_observer": "omse", "bias_correction": True},
     "signed": {"bits": 4, "weight_signed": True, "weight_observer": "mse"},
     "corrected": {"bits": 2, "bias_correction": True, "weight_observer": "percentile"},
-    "ptf": {"bits": 4, "weight_observer": "ptf"},
+    "ptf": {"bits": 4, "residual_observer": "ptf"},
     "inputs": {"bits": 4, "placement": "inputs"},
 }
 KINDS = (*QAT, *PTQ)

@@ -14,7 +14,8 @@ WRONG = [
     ({"rule_bits": "all"}, "ptq.rule_bits='all': must be one of both, weights"),
     ({"bits": 9}, "ptq.bits=9: must be an integer from 2 to 8"),
     ({"placement": "outputs"}, "ptq.placement='outputs': must be one of inputs, fqvit"),
-    ({"weight_observer": "max"}, "ptq.weight_observer='max': must be one of minmax, percentile, omse, mse, ptf, ema"),
+    ({"weight_observer": "ptf"}, "ptq.weight_observer='ptf': must be one of minmax, percentile, omse, mse, ema"),
+    ({"residual_observer": "max"}, "ptq.residual_observer='max': must be one of minmax, percentile, omse, mse, ptf, ema"),
     ({"act_observer": "ptf"}, "ptq.act_observer='ptf': must be one of minmax, percentile, omse, mse, ema"),
     ({"layernorm": "integer", "placement": "inputs"}, "ptq.layernorm='integer': needs the scales on both sides of a norm"),
     (
