@@ -176,7 +176,7 @@ def _fit(
         return float(torch.stack([loss_of(i) for i in range(len(goal))]).mean())
 
     def generator(n: int, kind: int, device: torch.device | str = "cpu") -> torch.Generator:
-        return torch.Generator(device).manual_seed(((settings.seed * 1_000_003 + number) * 1_000_003 + n) * 2 + kind)
+        return torch.Generator(device).manual_seed((((settings.seed * 1_000_003 + number) * 1_000_003 + n) * 2 + kind) % 2**64)
 
     def loss_at(step: int) -> Tensor:
         """On a batch and a mixture that are functions of seed, unit and step."""

@@ -46,6 +46,12 @@ def test_weights_biases_and_all_steps_of_quantizers_are_learned_and_nothing_else
     assert all(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.parametrize("seed", [20261127, 2**31 - 1])
+def test_a_large_seed(seed):
+    net, reference = pair(method="reconstruct")
+    assert reconstruct(net, reference, IMAGES[:4], ReconstructSettings(steps=1, batch=4, seed=seed))["units"] == 4
+
+
 def layers_of(net):
     return [site.name.rpartition(".")[0] for site in qat.iter_quantizers(net) if site.is_weight]
 
