@@ -8,7 +8,9 @@ import torch
 from torch.testing import assert_close
 
 import qat
+from qat.model.checkpoint import describe
 from qat.model.cost import size_bytes
+from qat.model.packed import write_packed
 from qat.ptq.compensate import RIDGE, compensate
 from tests import tiny
 from tests.ptq.fitting import KNOBS, error, outputs, pair
@@ -70,6 +72,22 @@ def test_files_of_before_load(tmp_path):
     content["qat"]["recipe"]["compensation"] = "affine"
     torch.save(content, tmp_path / "older.ckpt")
     assert torch.equal(tiny.logits(qat.load(tmp_path / "older.ckpt"), ALL), tiny.logits(net, ALL))
+
+
+@pytest.mark.parametrize("said", [{}, {"compensation": "matrix"}], ids=["of others", "of before"])
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_files_with_matrices_after_blocks_are_refused(suffix, said, tmp_path):
+    net, path = pair()[0], tmp_path / f"net.{suffix}"
+    net = qat.freeze(net) if suffix == "safetensors" else net
+    net.blocks[1].add_module("compensation", torch.nn.Linear(32, 32))
+    meta = describe(net)
+    meta["recipe"] |= said
+    if suffix == "safetensors":
+        write_packed(net, path, meta)
+    else:
+        torch.save({"qat": meta, "state_dict": net.state_dict()}, path)
+    with pytest.raises(qat.UsageError, match=r"weights do not fit vit_tiny_patch16_224 \(.*\"blocks.1.compensation.weight\""):
+        qat.load(path)
 
 
 def test_one_scale_for_a_weight_takes_a_bias_alone():
