@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat.errors import UsageError
 from qat.model.frozen import FrozenWeight
+from qat.model.sites import iter_quantizers
 
 # By the width of a stored type, the opset from which a Cast takes it.
 OPSETS = {2: 25, 4: 21, 8: 13}
@@ -139,6 +141,19 @@ def _rows(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def store_weights(form: str, net: nn.Module, smallest: int) -> dict[str, StoredWeight]:
+    """The weights of a frozen net by their names, each as `store_weight` has it.
+
+    Raises:
+        UsageError: the net has floats in blocks, for which no runtime has kernels on a CPU.
+    """
+    for site in iter_quantizers(net):
+        if site.quantizer.in_blocks:
+            why = f"{site.name} has blocks of {site.quantizer.spec.quantizer}, which its runtimes do not run on a CPU"
+            raise UsageError(f"format={form}: {why}; must be format=packed")
+    return {name: store_weight(module, smallest) for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
+
+
 def store_weight(weight: FrozenWeight, smallest: int = 4) -> StoredWeight:
     """Choose the smallest type that holds a weight exactly, and that is read where its file is to run. Facts: docs/deployment.md.
 
@@ -158,7 +173,7 @@ def store_weight(weight: FrozenWeight, smallest: int = 4) -> StoredWeight:
     if not bool((shift % 1 != 0).any()):
         zero_point = (-shift).to(torch.int8) if bool(shift.any()) else None
     elif bits < 8 and bool((shift == 0.5).all()):
-        scale, is_doubled = scale / 2, 2**bits > 2 ** (size - 1)
+        scale, is_doubled = scale / 2, bits == size  # 2k + 1 takes a bit more
         codes = codes if is_doubled else 2 * codes + 1
     else:
         constant = scale * shift if constant is None else constant + scale * shift

@@ -18,17 +18,16 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.export.check import INPUT, OUTPUT, Checked, check_onnx, quiet
-from qat.export.codes import OPSETS, store_weight
+from qat.export.codes import OPSETS, store_weights
 from qat.export.plan import Planner
-from qat.export.write import CODES, SITE, TensorRT, Writer, write_in_graph
+from qat.export.write import CODES, SITE, TensorRT, Writer, unfused, write_in_graph
 from qat.model.checkpoint import describe
 from qat.model.convert import check_input, conversion_of
-from qat.model.frozen import FrozenWeight, freeze, is_frozen
-from qat.model.sites import iter_quantizers
+from qat.model.frozen import freeze, is_frozen
 from qat.model.transform import data_config
 from qat.utils.files import replacing
 from qat.utils.probing import copied
-from qat.utils.validate import check_choice
+from qat.utils.validate import check_bool, check_choice
 
 if TYPE_CHECKING:
     import onnx
@@ -60,6 +59,7 @@ class OnnxSettings:
     two_bit: str = "int4"
 
     def __post_init__(self) -> None:
+        check_bool("dynamic_batch", self.dynamic_batch)
         check_choice("format.target", self.target, ("cpu", "tensorrt"))
         check_choice("format.two_bit", self.two_bit, tuple(TWO_BIT))
 
@@ -105,8 +105,8 @@ def export_onnx(
         raise UsageError("export_onnx: the model is not quantized; call qat.convert(model, qat.recipe(...)) first")
     if images is None:
         images = torch.randn(IMAGES, *done.input_size, generator=torch.Generator().manual_seed(0))
-    if tuple(images.shape[1:]) != done.input_size:
-        raise UsageError(f"images of {tuple(images.shape)}: must be (at least 1, *{done.input_size})")
+    if tuple(images.shape[1:]) != done.input_size or not len(images) or not images.isfinite().all():
+        raise UsageError(f"images of {tuple(images.shape)}: must be (at least 1, *{done.input_size}), all numbers finite")
     net = copied(net).cpu().float()
     frozen = net if is_frozen(net) else freeze(net)
     shape = check_input(frozen, done.input_size)
@@ -191,7 +191,7 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings
     """Write a frozen net down in standard operators.
 
     Args:
-        net: of `qat.freeze`.
+        net: of `qat.freeze`; stays as it is.
         image: (1, C, H, W), of the size that the net takes.
         settings: how.
 
@@ -205,24 +205,19 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings
 
     from qat.export.rewrite import divide_apart, narrow_weights, simplify  # noqa: PLC0415  (an extra)
 
-    floats = next((site for site in iter_quantizers(net) if site.quantizer.in_blocks), None)
-    if floats is not None:
-        why = f"{floats.name} has blocks of {floats.quantizer.spec.quantizer}, which onnxruntime 1.31 does not run on a CPU"
-        raise UsageError(f"format=onnx: {why}; must be format=packed")
-    net = copied(net).eval()
-    smallest = 8 if settings.target == "tensorrt" else TWO_BIT[settings.two_bit]
-    stored = {name: store_weight(module, smallest) for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
-    if settings.target == "tensorrt":
+    net, is_tensorrt = unfused(net), settings.target == "tensorrt"
+    stored = store_weights("onnx", net, 8 if is_tensorrt else TWO_BIT[settings.two_bit])
+    if is_tensorrt:
         write_in_graph(net, stored, TensorRT(net, stored))
-        model = _trace(net, image, dynamic_batch=settings.dynamic_batch)
     else:
         planner = Planner(net)
         write_in_graph(net, stored, planner)
         net(image)
         writer = net.onnx = Writer(net, planner)
         write_in_graph(net, stored, writer)
-        with net.register_forward_pre_hook(writer.restart):
-            model = _trace(net, image, dynamic_batch=settings.dynamic_batch)
+        net.register_forward_pre_hook(writer.restart)
+    model = _trace(net, image, dynamic_batch=settings.dynamic_batch)
+    if not is_tensorrt:
         divide_apart(model)
     simplify(model)
     narrow_weights(model, stored)
@@ -237,7 +232,7 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings
 @torch.no_grad()
 def export_float(net: nn.Module, image: Tensor) -> onnx.ModelProto:
     """Any net in ONNX, for any number of images, by torch's exporter."""
-    return _to_proto(_trace(net, image, dynamic_batch=True))
+    return _to_proto(_trace(unfused(net), image, dynamic_batch=True))
 
 
 def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Model:
@@ -245,10 +240,6 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
 
     # An example of one image would be taken for a net of one image.
     images = image.expand(2, -1, -1, -1).contiguous() if dynamic_batch else image
-    # torch translates timm's fused attention for four axes alone; Hiera has five.
-    fused: list[Any] = [module for module in net.modules() if getattr(module, "fused_attn", False)]
-    for module in fused:
-        module.fused_attn = False
     try:
         program: Any = torch.onnx.export(
             net,
@@ -264,9 +255,6 @@ def _trace(net: nn.Module, image: Tensor, *, dynamic_batch: bool) -> onnx_ir.Mod
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error
         raise UsageError(f"format=onnx: torch cannot export this model: {' '.join(str(cause).split())[:300]}") from error
-    finally:
-        for module in fused:
-            module.fused_attn = True
 
     def should_fold(node: onnx_ir.Node) -> bool | None:
         """False of the codes of a weight, which would be stored as float numbers; None = the optimizer decides."""

@@ -19,11 +19,10 @@ from torch.nn import functional as F
 
 from qat.errors import UsageError
 from qat.export.check import EXECUTORCH, Checked, compare, logits_of, open_session, quiet
-from qat.export.codes import StoredWeight, store_weight
-from qat.export.write import require_int8
-from qat.model.frozen import FrozenActivation, FrozenWeight
+from qat.export.codes import StoredWeight, store_weights
+from qat.export.write import require_int8, unfused
+from qat.model.frozen import FrozenActivation
 from qat.nn.linear import QuantLinear
-from qat.utils.probing import copied
 
 LOWEST, HIGHEST = -128, 127
 # By which logits may differ, as a share of the largest one, or twice what float rounding of the images changes.
@@ -72,17 +71,14 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
     Raises:
         UsageError: a quantizer is none that XNNPACK can hold, or torch or ExecuTorch cannot export the net.
     """
-    net = copied(net).cpu().eval()
-    stored = {name: store_weight(module, 8) for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
+    net = unfused(net).cpu()
+    stored = store_weights("executorch", net, 8)
     require_int8("format=executorch", net, stored)
     import torch.ao.quantization.fx._decomposed  # noqa: F401, PLC0415  (registers the operators)
     from executorch.backends.xnnpack._passes.remove_noop_expand_copy_pass import RemoveNoopExpandCopyPass  # noqa: PLC0415  (an extra)
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # noqa: PLC0415  (an extra)
     from executorch.exir import to_edge_transform_and_lower  # noqa: PLC0415  (an extra)
 
-    for module in net.modules():
-        if getattr(module, "fused_attn", False):  # in float: torch writes it as many more operators
-            module.fused_attn = False  # type: ignore[assignment]
     rounded = _write_operators(net, stored)
     try:
         net(image)
@@ -99,14 +95,14 @@ def to_pte(net: nn.Module, image: Tensor) -> tuple[bytes, dict[str, Any]]:
 def _write_operators(net: nn.Module, stored: dict[str, StoredWeight]) -> list[str]:
     """Have linear layers and quantizers run as operators that XNNPACK knows; layers that stay float, `*` for their number."""
     on_codes = set()
-    for name, layer in net.named_modules():
-        weight = stored.get(f"{name}.weight_quantizer")
-        if weight is not None and isinstance(layer, QuantLinear) and isinstance(layer.input_quantizer, FrozenActivation):
+    for name, weight in stored.items():
+        layer = net.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, QuantLinear) and isinstance(layer.input_quantizer, FrozenActivation):
             _multiply_codes(layer, layer.input_quantizer, weight)
             on_codes.add(layer.input_quantizer)
-        elif weight is not None:
+        else:
             weight.frozen.stored = weight.value
-            weight.frozen.in_graph = functools.partial(lambda frozen, _: frozen.stored, weight.frozen)
+            weight.frozen.in_graph = lambda _, frozen=weight.frozen: frozen.stored
     rest = [module for module in net.modules() if isinstance(module, FrozenActivation) and module not in on_codes]
     for grid in rest:
         grid.in_graph = functools.partial(_round, float(grid.scale), grid.qmin, grid.qmax)

@@ -17,6 +17,7 @@ from qat.export.plan import Planner, added_code, whole_zero
 from qat.functional.ste import view_along
 from qat.model.frozen import FrozenActivation, FrozenWeight
 from qat.spec import OUTPUT_ROLES
+from qat.utils.probing import copied
 
 # What leaves these goes into sums and norms, not into products.
 _NUMBERS = frozenset(OUTPUT_ROLES) - {"qkv"}
@@ -24,6 +25,15 @@ _NUMBERS = frozenset(OUTPUT_ROLES) - {"qkv"}
 SITE = "qat.site"
 # The buffer of a weight that is stored in a narrower type afterwards.
 CODES = "onnx_codes"
+
+
+def unfused(net: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, its float attentions in single operators: torch translates timm's fused one for four axes alone."""
+    net = copied(net).eval()
+    for module in net.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]
+    return net
 
 
 def write_in_graph(net: nn.Module, stored: Mapping[str, StoredWeight], graph: Planner | Writer | TensorRT) -> None:

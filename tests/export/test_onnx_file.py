@@ -277,9 +277,11 @@ def test_a_net_converted_in_python(net, tmp_path):
     assert (said["qat.preprocessing"]["size"], said["qat"]["recipe"]["name"]) == (8, "deploy")
 
 
-@pytest.mark.parametrize("images", [torch.zeros(1, 8, 8), torch.zeros(2, 1, 16, 8)])
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 8, 8), torch.zeros(2, 1, 16, 8), torch.zeros(0, 1, 8, 8), torch.full((2, 1, 8, 8), torch.nan)]
+)
 def test_images_that_do_not_fit(net, tmp_path, images):
-    with pytest.raises(qat.UsageError, match=r"images of \(.*\): must be \(at least 1, \*\(1, 8, 8\)\)"):
+    with pytest.raises(qat.UsageError, match=r"images of \(.*\): must be \(at least 1, \*\(1, 8, 8\)\), all numbers finite"):
         qat.export_onnx(net, tmp_path / "net.onnx", images=images)
     assert list(tmp_path.iterdir()) == []
 
@@ -308,6 +310,7 @@ def test_a_file_that_disagrees_is_kept_under_another_name(net, tmp_path, monkeyp
     [
         ({"target": "gpu"}, r"format.target='gpu': must be one of cpu, tensorrt"),
         ({"two_bit": "int3"}, r"format.two_bit='int3': must be one of int4, int2"),
+        ({"dynamic_batch": "no"}, r"dynamic_batch='no': must be true or false"),
         ({"net": tiny.vit()}, r"export_onnx: the model is not quantized; call qat.convert\(model, qat.recipe\(...\)\) first"),
         ({"net": made(qat.recipe("ofq", bits=2)), "target": "tensorrt"}, r"format.target=tensorrt: .* must have one scale"),
     ],

@@ -6,6 +6,7 @@ import torch
 
 import qat
 from qat.export.onnx_file import to_onnx
+from qat.export.pte import to_pte
 from qat.functional.packing import unpack_pairs
 from qat.model.cost import size_bytes
 from tests import tiny
@@ -102,8 +103,9 @@ def test_torchao_opens_a_weight(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4_a8"])
-def test_onnx_is_refused(name):
+@pytest.mark.parametrize("write", [to_onnx, to_pte])
+def test_files_for_cpus_are_refused(name, write):
     pytest.importorskip("onnxscript")
-    message = "format=onnx: blocks.0.attn.v_quantizer has blocks of (nvfp4|mxfp), which onnxruntime 1.31 does not run on a CPU; must be"
+    message = "^format=(onnx|executorch): blocks.0.attn.v_quantizer has blocks of (nvfp4|mxfp), .* on a CPU; must be format=packed"
     with pytest.raises(qat.UsageError, match=message):
-        to_onnx(qat.freeze(made(name)), tiny.images(1))
+        write(qat.freeze(made(name)), tiny.images(1))
