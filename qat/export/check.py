@@ -72,11 +72,6 @@ class Agreement:
     first: Counter[str] = field(default_factory=Counter)
     problem: str | None = None
 
-    @property
-    def top1(self) -> float:
-        """Percent of the images on which both name the same class."""
-        return 100 * self.same_top1 / max(self.images, 1)
-
     def to_text(self) -> str:
         """What matters in a line for people."""
         return f"same class on {self.same_top1} of {self.images} images"
@@ -99,8 +94,8 @@ class Checked:
 
     @property
     def top1(self) -> float:
-        """Percent, the lowest of the runtimes that run the file."""
-        return min(found.top1 for found in self.agreement.values() if found.images)
+        """Percent of the images on which both name the same class, the lowest of the runtimes that run the file."""
+        return min(100 * found.same_top1 / found.images for found in self.agreement.values() if found.images)
 
     def to_text(self) -> str:
         """Lines for people."""

@@ -44,7 +44,7 @@ class Plan(nn.Module):
         constant: added after the scale; of a Linear its bias, too.
         later: what the constant is multiplied with.
         left: (..., 1 or N, K), offset of the left factor, multiplied with the right codes, then with left_scale.
-        weight_scale: (out,) or (1,), of the codes of a weight.
+        weight_scale: (out,) or (), of the codes of a weight.
     """
 
     def __init__(self, *, on_codes: bool = True, blocks: int = 0, **tensors: Tensor | None) -> None:
@@ -248,7 +248,7 @@ def _with_weight(a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None, 
     is_split = int(blocks > 0)
     return Plan(
         blocks=blocks,
-        weight_scale=(stored.scale.double() * one * columns).float(),
+        weight_scale=(stored.scale.double() * one * columns).float().squeeze(),
         row=shaped(row) if row.any() else None,
         ones=torch.ones(a.shape[-1], 1, dtype=torch.int8) if sums.any() else None,
         sums=shaped(sums) if sums.any() else None,
@@ -261,7 +261,7 @@ def _with_weight(a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None, 
 def _offset_in_shift(x: QuantizedTensor, dim: int) -> QuantizedTensor:
     """An offset that stays the same along a summed dimension is part of the shift."""
     after = smallest(x.after)
-    if after is None or after.shape[dim] > 1 or x.scale is None:
+    if after is None or after.shape[dim] > 1:
         return x
     return dataclasses.replace(x, shift=x.shift + after / x.scale, after=None)
 

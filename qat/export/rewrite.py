@@ -39,7 +39,7 @@ def _array(value: ir.Value | None) -> np.ndarray | None:
 def _split(node: ir.Node) -> Any:
     """What an operator changes, and the constant that it takes; None where it takes no constant."""
     for moving, constant in (node.inputs, reversed(node.inputs)):
-        if moving is not None and (array := _array(constant)) is not None:
+        if (array := _array(constant)) is not None:
             return moving, array
     return None
 

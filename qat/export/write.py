@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def write_in_graph(net: nn.Module, stored: Mapping[str, StoredWeight], graph: Pl
 
 def _prepare_weight(weight: FrozenWeight, stored: StoredWeight) -> None:
     """Give a weight its buffers. A product takes a matrix transposed: stored like this, no operator has to do that."""
-    scale = stored.scale.reshape(()) if stored.scale.numel() == 1 else stored.scale
+    scale = stored.scale.squeeze()  # a scalar where it is one for all rows
     zero = None if stored.zero_point is None else stored.zero_point.expand(stored.scale.shape).reshape(scale.shape).contiguous()
     codes = stored.codes.t().contiguous() if stored.codes.ndim == 2 else stored.codes
     for name, tensor in ((CODES, codes), ("onnx_zero", zero), ("onnx_factor", scale), ("onnx_constant", stored.constant)):
@@ -80,7 +80,7 @@ class Writer(nn.Module):
     def __init__(self, net: nn.Module, planner: Planner) -> None:
         super().__init__()
         self.plans, self.position = nn.ModuleList(planner.plans), 0
-        self.register_buffer("one", torch.ones(()))
+        self.one: Any = nn.Buffer(torch.ones(()))
         for grid in net.modules():
             if isinstance(grid, FrozenActivation):
                 is_divided = grid in planner.divided
@@ -112,7 +112,7 @@ class Writer(nn.Module):
             return self._weight(x)
         plan = self._next()
         is_alone = plan.row is None and plan.scale.numel() == 1
-        y = self._dequantized(x, plan.scale.reshape(()) if is_alone else None)
+        y = self._dequantized(x, plan.scale.squeeze() if is_alone else None)
         y = y if plan.row is None else y + plan.row
         y = y if is_alone else y * plan.scale
         return y if plan.constant is None else y + plan.constant
@@ -143,17 +143,12 @@ class Writer(nn.Module):
         is_flat = is_weight and a.ndim == 2
         a = a.unsqueeze(1) if is_flat else a
         left = self._dequantized(a)
-        if is_weight:
-            axis = None if plan.weight_scale.numel() == 1 else 1
-            scale = plan.weight_scale.reshape(()) if axis is None else plan.weight_scale
-            right = _dequantize([b.frozen.onnx_codes, scale, b.frozen.onnx_zero], axis)
-        else:
-            right = self._dequantized(b)
+        right = _dequantize(b.frozen.onnx_codes, plan.weight_scale, b.frozen.onnx_zero) if is_weight else self._dequantized(b)
         y = torch.matmul(left, right)
         if plan.row is not None:
             y = y + plan.row
         if plan.sums is not None:
-            y = y + torch.matmul(left, _dequantize([plan.ones, self.one], None)) * plan.sums
+            y = y + torch.matmul(left, _dequantize(plan.ones, self.one)) * plan.sums
         if plan.columns is not None:
             y = y + right.sum(-2, keepdim=True) * plan.columns
         y = y.unflatten(-1, (plan.blocks, -1)) if plan.blocks else y
@@ -171,7 +166,7 @@ class Writer(nn.Module):
         return self.plans[self.position - 1]
 
     def _dequantized(self, x: QuantizedTensor, scale: Tensor | None = None) -> Tensor:
-        return _dequantize([x.codes, self.one if scale is None else scale, x.zero], None)
+        return _dequantize(x.codes, self.one if scale is None else scale, x.zero)
 
 
 def require_int8(setting: str, net: nn.Module, stored: Mapping[str, StoredWeight]) -> None:
@@ -210,13 +205,13 @@ class TensorRT:
     def activation(self, grid: Any, x: Tensor) -> Tensor:
         """Rounded numbers."""
         codes = _quantize(x if grid.before is None else x + grid.before, grid)
-        return _dequantize([codes, grid.onnx_step, grid.onnx_added], None)
+        return _dequantize(codes, grid.onnx_step, grid.onnx_added)
 
     def number(self, weight: StoredWeight) -> Tensor:
         """Codes by their scale."""
         frozen: Any = weight.frozen
         is_matrix = weight.codes.ndim == 2
-        y = _dequantize([frozen.onnx_codes, frozen.onnx_factor], int(is_matrix) if frozen.onnx_factor.ndim else None)
+        y = _dequantize(frozen.onnx_codes, frozen.onnx_factor, axis=int(is_matrix))
         return y.t() if is_matrix else y
 
 
@@ -228,9 +223,9 @@ def _quantize(u: Tensor, grid: Any) -> Tensor:
     return codes
 
 
-def _dequantize(tensors: Sequence[Any], axis: int | None) -> Tensor:
-    """DequantizeLinear of codes, scale and zero point, float32."""
-    codes, *_ = given = [t for t in tensors if t is not None]
-    along: dict[str, Any] = {} if axis is None else {"axis": axis}
+def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None, axis: int = 1) -> Tensor:
+    """DequantizeLinear, float32, with one scale or one for each place along an axis."""
+    given = (codes, scale) if zero is None else (codes, scale, zero)
+    along: dict[str, Any] = {"axis": axis} if scale.ndim else {}
     y: Tensor = torch.onnx.ops.symbolic("DequantizeLinear", given, along, dtype=torch.float32, shape=codes.shape)
     return y
