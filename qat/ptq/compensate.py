@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,10 +71,9 @@ def _channel_fit(ours: Runner, theirs: Runner, unit: str, site: Site) -> tuple[T
             (t.movedim(1, -1) if isinstance(site.owner, nn.Conv2d) else t).flatten(0, -2).double()
             for t in (runner.output(site.layer, i)[1] for runner in (ours, theirs))
         )
-        check_finite(y, unit, _SETTING)
-        check_finite(target, unit, _SETTING)
-        found = torch.stack([y.sum(0), target.sum(0), y.square().sum(0), (y * target).sum(0)])
-        sums, rows = found if rows == 0 else sums + found, rows + len(y)
+        sums = sums + torch.stack([y.sum(0), target.sum(0), y.square().sum(0), (y * target).sum(0)])
+        rows += len(y)
+    check_finite(sums, unit, _SETTING)
     mean_y, mean_t, square, product = sums / rows
     if site.owner.bias is None:
         mean_y, mean_t = torch.zeros_like(mean_y), torch.zeros_like(mean_t)
@@ -90,13 +90,11 @@ def _ridge_gain(variance: Tensor, covariance: Tensor, square: Tensor) -> Tensor:
     return torch.where(variance > floor, gain, 1.0).clamp(*_GAINS)
 
 
-@torch.no_grad()
 def _fold(site: Site, gain: Tensor, bias: Tensor) -> None:
-    weight, old = site.owner.weight, site.owner.bias
-    assert isinstance(weight, Tensor)  # noqa: S101  (narrows a type)
-    factor = gain.to(weight)
-    weight.mul_(factor.view(-1, *[1] * (weight.ndim - 1)))
+    layer: Any = site.owner
+    factor = gain.to(layer.weight)
+    layer.weight.mul_(factor.view(-1, *[1] * (layer.weight.ndim - 1)))
     if site.quantizer.n_scales == len(factor):
         site.quantizer.set_scale(site.quantizer.scale * factor)  # type: ignore[operator]
-    if isinstance(old, Tensor):
-        old.mul_(factor).add_(bias.to(old))
+    if layer.bias is not None:
+        layer.bias.mul_(factor).add_(bias.to(factor))

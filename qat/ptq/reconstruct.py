@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,13 @@ from torch import Tensor, nn
 
 from qat.errors import UsageError
 from qat.model.sites import Site, iter_quantizers
-from qat.ptq.runner import Runner, StopForward, check_finite, find_units, patched
-from qat.ptq.state import Progress, fingerprint
+from qat.ptq.runner import LOWEST_SCALE, Runner, StopForward, check_finite, find_units, patched
+from qat.ptq.state import Progress
 from qat.utils.probing import probing
 from qat.utils.validate import check_int, check_number
 
 _SETTING = "ptq.method='reconstruct'"
-STATE_NAME = "reconstruct"
 COLUMNS = ("unit", "steps", "loss_before", "loss", "seconds")
-# As in calibration.
-_LOWEST_SCALE = torch.finfo(torch.float32).eps
 log = logging.getLogger(__name__)
 
 
@@ -108,9 +105,8 @@ def reconstruct(
     """
     device = next(net.parameters()).device
     batches = [batch.to(device) for batch in split_batches(images, settings.batch)]
-    named = {f"ptq.reconstruct.{key}": value for key, value in asdict(settings).items()}
-    inputs = fingerprint([*net.state_dict().values(), *reference.state_dict().values(), *batches])
-    progress = Progress(run_dir, STATE_NAME, COLUMNS, named, inputs)
+    tensors = [*net.state_dict().values(), *reference.state_dict().values(), *batches]
+    progress = Progress(run_dir, "ptq.reconstruct", COLUMNS, settings, tensors)
     state = (progress.resume() if resume else None) or {"units": [], "tensors": {}, "seconds": 0.0}
     frozen = [(p, p.requires_grad) for n in (net, reference) for p in n.parameters()]
     try:
@@ -213,13 +209,12 @@ def _train(scaled: list[Any], layers: list[Site], settings: ReconstructSettings,
     changes = [torch.zeros_like(start, requires_grad=True) for start in starts]
     owners = dict.fromkeys(site.owner for site in layers)
     weights = [p.requires_grad_() for owner in owners for p in owner.parameters(recurse=False)]
-    groups = [{"params": weights, "lr": settings.lr}, {"params": changes, "lr": settings.scale_lr}]
-    adam = torch.optim.Adam([group for group in groups if group["params"]])
+    adam = torch.optim.Adam([{"params": weights, "lr": settings.lr}, {"params": changes, "lr": settings.scale_lr}])
     cosine = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: (1 + math.cos(math.pi * step / settings.steps)) / 2)
     buffers = [quantizer._buffers["scale"] for quantizer in scaled]
 
     def scales() -> list[Tensor]:
-        return [(start * change.exp()).clamp(min=_LOWEST_SCALE) for start, change in zip(starts, changes, strict=True)]
+        return [(start * change.exp()).clamp(min=LOWEST_SCALE) for start, change in zip(starts, changes, strict=True)]
 
     try:
         for step in range(settings.steps):

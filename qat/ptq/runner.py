@@ -21,7 +21,8 @@ from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
 from qat.utils.probing import probing
 
 Forward = Callable[..., Any]
-GIB = 2**30
+# A scale divides; calibration keeps the same distance from zero.
+LOWEST_SCALE = torch.finfo(torch.float32).eps
 log = logging.getLogger(__name__)
 
 
@@ -117,7 +118,6 @@ class Runner:
         self._whole = {name for name, entry in self.entries.items() if not self.order.once.issuperset({name, entry})}
         self._check(to_the_end=to_the_end)
 
-    @torch.no_grad()
     def _check(self, *, to_the_end: bool) -> None:
         """Find the modules from which the net does not go on to the same output, bit for bit: what is before them is read again later."""
         given, self.batches = self.batches, [self.batches[0][:2]]
@@ -166,7 +166,6 @@ class Runner:
         self._at = i
         return self.net(self.batches[i])
 
-    @torch.no_grad()
     def output(self, module: str, i: int) -> tuple[tuple[Any, ...], Any]:
         """Positional arguments and output of a module for batch `i`; what follows it does not run."""
         seen: list[tuple[tuple[Any, ...], Any]] = []
@@ -246,7 +245,7 @@ def find_units(net: nn.Module, image: Tensor, setting: str) -> dict[str, list[Si
     units: dict[str, list[Site]] = {}
     for site in sorted((s for s in layers if {s.layer, unit_of[s.name]} <= ran.once), key=lambda s: ran.place[s.layer]):
         units.setdefault(unit_of[site.name], []).append(site)
-    return {name: units[name] for name in sorted(units, key=lambda name: ran.place[name])}
+    return {name: units[name] for name in ran.place if name in units}
 
 
 def check_finite(value: Tensor, unit: str, setting: str) -> None:

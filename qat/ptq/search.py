@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from qat.functional.evolution import POPULATION, TOURNAMENT, Draw, best, draw, e
 from qat.functional.infonce import FITNESSES, TEMPERATURE, logit_fitness
 from qat.model.scales import assert_ready
 from qat.model.sites import CONTAINER, Site, find_blocks, iter_quantizers
-from qat.ptq.runner import GIB, Forward, Runner, RunOrder, patched
-from qat.ptq.state import Progress, fingerprint
+from qat.ptq.runner import LOWEST_SCALE, Forward, Runner, RunOrder, patched
+from qat.ptq.state import Progress
 from qat.utils.probing import probing
 from qat.utils.validate import check_bool, check_choice, check_globs, check_int, check_number
 
-STATE_NAME = "search"
 COLUMNS = ("pass", "block", "cycle", "fitness", "accepted", "seconds")
 # The weights of attentions, whatever follows their name (LeViT: attn_downsample).
 TARGETS = ("attn*.*.weight", "attn*.qk")
@@ -119,10 +118,6 @@ def logits_of(net: nn.Module, images: Tensor, micro_batch: int) -> Tensor:
     return torch.cat(parts)
 
 
-# A scale divides; the calibration keeps the same distance from zero.
-LOWEST_SCALE = torch.finfo(torch.float32).eps
-
-
 class ScaleVector:
     """Stored scales of several sites, one after the other, each flat; those inside offsets too."""
 
@@ -147,7 +142,7 @@ class ScaleVector:
         return torch.cat([torch.full((n,), radius, dtype=torch.float64) for n, radius in radii])
 
 
-def scale_vectors(net: nn.Module, targets: Iterable[str], place: Mapping[str, int] | None = None) -> dict[str, ScaleVector]:
+def scale_vectors(net: nn.Module, targets: Iterable[str], place: Mapping[str, int] = {}) -> dict[str, ScaleVector]:
     """The vector of every block that has one, first block first.
 
     Args:
@@ -169,7 +164,7 @@ def scale_vectors(net: nn.Module, targets: Iterable[str], place: Mapping[str, in
         known.update(called.values())
         chosen = [site for site in inside if any(fnmatch.fnmatchcase(called[site], glob) for glob in targets)]
         if chosen:
-            vectors[block] = ScaleVector(sorted(chosen, key=lambda site: (place or {}).get(site.name, 0)))
+            vectors[block] = ScaleVector(sorted(chosen, key=lambda site: place.get(site.name, 0)))
     if not vectors:
         stored = ", ".join(sorted(known)) or "nothing"
         raise UsageError(f"search.targets={list(targets)}: must match a scale of a block; stored scales are those of {stored}")
@@ -203,7 +198,7 @@ class Evaluator:
             name: [site.name for site in vector.sites] if all(site.is_weight for site in vector.sites) else [name]
             for name, vector in self.vectors.items()
         }
-        self.runner = Runner(net, entries, [part for _, part in parts], settings.cache_gib * GIB, to_the_end=True)
+        self.runner = Runner(net, entries, [part for _, part in parts], settings.cache_gib * 2**30, to_the_end=True)
 
     @torch.no_grad()
     def fitness(self, block: str) -> float:
@@ -273,8 +268,7 @@ def search(
     if settings.reference_selection and validate is None:
         raise UsageError("search.reference_selection=True: validation images are needed for it")
     assert_ready(net)
-    inputs = fingerprint([*net.state_dict().values(), *batches, *targets])
-    progress = Progress(run_dir, STATE_NAME, COLUMNS, {f"search.{key}": value for key, value in asdict(settings).items()}, inputs)
+    progress = Progress(run_dir, "search", COLUMNS, settings, [*net.state_dict().values(), *batches, *targets])
     state = progress.resume() if resume else None
     with probing(net, ()):
         evaluator = Evaluator(net, batches, targets, settings)
@@ -286,12 +280,12 @@ def search(
             for name, values in state["scales"].items():
                 vectors[name].write(values)
             log.info("search resumed after %d visits, fitness %.6f", state["visits"], state["fitness"])
-        numbers = {name: number for number, name in enumerate(find_blocks(net))}
+        blocks = list(find_blocks(net))
         for number, name in [(number, name) for number in range(settings.passes) for name in order][state["visits"] :]:
             if name == order[0]:
                 evaluator.runner.forget()
             before = state["fitness"]
-            _visit(evaluator, name, (number, numbers[name]), settings, state, progress)
+            _visit(evaluator, name, (number, blocks.index(name)), settings, state, progress)
             if settings.reference_selection and validate is not None:
                 accuracy = validate()
                 # The reference's rule: after the first pass the best accuracy stays, during it the latest.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,28 @@ from qat.errors import UsageError
 from qat.utils.files import csv_lines, read_torch, write_text, write_torch
 
 
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Digest of the values of some tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 class Progress:
     """NAME.ckpt and NAME.csv of work that is done part by part.
 
     Args:
         folder: the run directory; None = nothing is written.
-        name: of the files.
+        group: of the settings, as `ptq.reconstruct`; the last part is the name of the files.
         columns: of the table.
-        settings: of the work, by their full names.
-        inputs: `fingerprint` of all it starts from.
+        settings: of the work, a dataclass.
+        tensors: all that it starts from.
 
     Attributes:
         rows: of the table, so far.
     """
 
-    def __init__(self, folder: str | Path | None, name: str, columns: tuple[str, ...], settings: Mapping[str, Any], inputs: str) -> None:
+    def __init__(self, folder: str | Path | None, group: str, columns: tuple[str, ...], settings: Any, tensors: Iterable[Tensor]) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.name, self.columns, self.settings, self.inputs = name, columns, dict(settings), inputs
+        self.name, self.columns = group.rpartition(".")[2], columns
+        self.settings = {f"{group}.{key}": value for key, value in asdict(settings).items()}
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        self.inputs = digest.hexdigest()
         self.rows: list[tuple[Any, ...]] = []
 
     def resume(self) -> dict[str, Any] | None:
@@ -47,8 +45,7 @@ class Progress:
         Raises:
             UsageError: it is of other work, or cannot be read.
         """
-        path = None if self.folder is None else self.folder / f"{self.name}.ckpt"
-        if path is None or not path.is_file():
+        if self.folder is None or not (path := self.folder / f"{self.name}.ckpt").is_file():
             return None
         try:
             content = read_torch(path)

@@ -29,9 +29,7 @@ from qat.model.scales import assert_ready
 from qat.model.start import Start
 from qat.ptq import calibrate, in_float
 from qat.ptq.compensate import compensate
-from qat.ptq.reconstruct import STATE_NAME as RECONSTRUCTED
 from qat.ptq.reconstruct import ReconstructSettings, reconstruct, split_batches
-from qat.ptq.search import STATE_NAME as SEARCHED
 from qat.ptq.search import SearchSettings, logits_of, scale_vectors, search
 from qat.spec import recipe as preset
 from qat.tasks import build, fit, summary
@@ -49,7 +47,7 @@ from qat.utils.validate import check_int
 log = logging.getLogger(__name__)
 
 FILE, KEEP = "quantized.ckpt", "keep"
-STATES = [f"{name}.ckpt" for name in (SEARCHED, RECONSTRUCTED)]
+STATES = ("search.ckpt", "reconstruct.ckpt")
 
 
 def ptq(cfg: DictConfig) -> float:
