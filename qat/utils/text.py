@@ -34,10 +34,9 @@ def _escaped(found: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-def scaled(value: float | None, unit: str = "") -> str:
+def scaled(value: float, unit: str = "") -> str:
     """Three significant digits and a prefix of powers of 1000: `190 kB`."""
-    if value is None:
-        return MISSING
+    value = float(f"{value:.3g}")  # 999,600 is 1 M
     power = 0 if value < 1 else min(int(math.log10(value) // 3), len(PREFIXES) - 1)
     return f"{value / 1000**power:.3g} {PREFIXES[power]}{unit}".rstrip()
 

@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from qat.utils.files import csv_rows
-from qat.utils.text import json_object, printable, read_file
+from qat.utils.text import json_object, printable, read_file, scaled
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,12 @@ def test_printable(text, shown):
 def test_nothing_that_a_terminal_acts_upon_is_left():
     shown = printable("".join(map(chr, range(0x3000))))
     assert {c for c in shown if unicodedata.category(c) in {"Cc", "Cs", "Zl", "Zp"}} == {"\t", "\n"}
+
+
+def test_three_digits_and_a_prefix():
+    values = (0.25, 999, 999.6, 1000, 190236, 999_499, 999_500, 8.22e6, 2e20)
+    assert [scaled(value) for value in values] == ["0.25", "999", "1 k", "1 k", "190 k", "999 k", "1 M", "8.22 M", "2e+05 P"]
+    assert scaled(999_950, "B") == "1 MB"
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "sparse", "folder", "nothing"])
