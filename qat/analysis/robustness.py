@@ -17,19 +17,14 @@ import torch
 from qat.analysis.analysis import PALETTE, Analysis, Drawing, EvaluationPoint, ImageSet, Outcome, Row, StudiedNet, Table, measure, panels
 from qat.analysis.requantize import STEPS_FROM, WeightSite, changed, in_blocks, is_float, nearest_power_of_two, weight_sites
 from qat.errors import UsageError
-from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_int, check_number
+from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_int, check_list, check_number
 
 STEPS, BITS, POWER_OF_TWO = PARTS = ("steps", "bits", "power_of_two")
 FLOAT_SCALES = {"channel": 0, "tensor": None}
-# Name, column, title, axis.
+# Name, title, axis.
 FIGURES = {
-    STEPS: (
-        "step_sizes",
-        "ratio",
-        "Accuracy when all step sizes of the weights change",
-        "step size, as a multiple of its own",
-    ),
-    BITS: ("bit_widths", "bits", "Accuracy at other bit-widths of the weights", "bits of the weights"),
+    STEPS: ("step_sizes", "Accuracy when all step sizes of the weights change", "step size, as a multiple of its own"),
+    BITS: ("bit_widths", "Accuracy at other bit-widths of the weights", "bits of the weights"),
 }
 FLOAT_AT = 10  # where float stands on an axis of bits
 
@@ -64,9 +59,9 @@ class Robustness(Analysis):
     name: ClassVar[str] = "robustness"
 
     def __post_init__(self) -> None:
-        for part in self.parts or ():
+        for part in () if self.parts is None else check_list("analysis.parts", self.parts):
             check_choice("analysis.parts", part, PARTS)
-        for bits in self.bits:
+        for bits in check_list("analysis.bits", self.bits):
             check_bits("analysis.bits", bits, "float")
         check_number("analysis.low", self.low, 0, above=True)
         check_number("analysis.high", self.high, self.low, above=True)
@@ -91,15 +86,14 @@ class Robustness(Analysis):
             found: dict[str, Any] = {"top1": rows[0]["top1"], "bits": rows[0]["bits"]}
             if steps:
                 worst, percents = min(steps, key=operator.itemgetter("top1")), {row["ratio"]: row["top1"] for row in steps}
-                found[STEPS] = {"at_1": percents[1], "lowest": worst["top1"], "lowest_at": worst["ratio"]}
-                found[STEPS]["mean"] = statistics.fmean(percents.values())
+                mean = statistics.fmean(percents.values())
+                found[STEPS] = {"at_1": percents[1], "lowest": worst["top1"], "lowest_at": worst["ratio"], "mean": mean}
             if widths:
-                found["widths"] = {_named(row["bits"]): row["top1"] for row in widths}
+                found["widths"] = {_place(row): row["top1"] for row in widths}
             if powers:
                 found[POWER_OF_TWO] = powers[0]["top1"]
             summary[studied.label] = found
-            columns = {"net": "net", "part": "part", "ratio": "ratio", "bits": "bits", "top1": "top-1 (%)", "loss": "loss"}
-            table += [{title: row.get(name) for name, title in columns.items()} for row in rows]
+            table += [{"top-1 (%)" if name == "top1" else name: value for name, value in row.items()} for row in rows]
         drawings = [_draw(part, rows) for part in FIGURES if (rows := [row for row in table if row["part"] == part])]
         return Outcome(summary, [Table("robustness", "Accuracy with other step sizes and bit-widths of the weights", table)], drawings)
 
@@ -121,14 +115,16 @@ class Robustness(Analysis):
                 )
             parts = {BITS}
 
+        known = {"net": studied.label, "part": "", "ratio": None, "bits": None}
+
         def point(part: str, of: Sequence[WeightSite] = (), key: Mapping[str, float] | None = None, **change: Any) -> EvaluationPoint:
-            return EvaluationPoint({"net": studied.label, "part": part} | dict(key or {}), net, functools.partial(changed, of, **change))
+            return EvaluationPoint({**known, "part": part, **(key or {})}, net, functools.partial(changed, of, **change))
 
         width = sum(site.bits * site.shape.numel() for site in blocks) / sum(site.shape.numel() for site in blocks)
         points = [point("clean", key={"bits": width if width % 1 else int(width)})]
         if STEPS in parts:
             ratios = torch.linspace(float(self.low), float(self.high), self.ratios, dtype=torch.float64).tolist()
-            for ratio in sorted({1.0, *(round(value, 6) for value in ratios)}):
+            for ratio in sorted({1.0, *(float(f"{value:.6g}") for value in ratios)}):
                 points.append(point(STEPS, sites, {"ratio": ratio}, **base, resize=functools.partial(operator.mul, ratio)))
         for bits in sorted(self.bits) if BITS in parts else ():
             others = [site for site in blocks if site.bits != bits]  # a weight of this width keeps its trained step sizes
@@ -141,18 +137,19 @@ class Robustness(Analysis):
 def _draw(part: str, table: Sequence[Row]) -> Drawing:
     """A curve of each net over ratios or bits."""
     (drawn, (axis,)), said = panels(), []
-    name, column, title, xlabel = FIGURES[part]
+    name, title, xlabel = FIGURES[part]
     axis.set(xlabel=xlabel, ylabel="top-1 accuracy (%)")
     for number, label in enumerate(dict.fromkeys(row["net"] for row in table)):
         rows = [row for row in table if row["net"] == label]
-        places, percents = [min(row[column], FLOAT_AT) for row in rows], [row["top-1 (%)"] for row in rows]
+        places = [row["ratio"] or min(row["bits"], FLOAT_AT) for row in rows]
+        percents, names = [row["top-1 (%)"] for row in rows], [_place(row) for row in rows]
         axis.plot(places, percents, "-o", color=PALETTE[number % len(PALETTE)], markersize=3.5, linewidth=1.4, label=label)
-        said.append(f"{label}: " + ", ".join(f"{row['top-1 (%)']:.1f} % at {_named(row[column])}" for row in rows))
+        said.append(f"{label}: " + ", ".join(f"{percent:.1f} % at {name}" for percent, name in zip(percents, names, strict=True)))
         if part == BITS:
-            axis.set_xticks(places, [_named(row[column]) for row in rows])
+            axis.set_xticks(places, names)
     drawn.legend(loc="outside upper left", ncols=3, fontsize=8, frameon=False)
     return Drawing(name, title, f"{title}. {'; '.join(said)}.", drawn)
 
 
-def _named(x: float) -> str:
-    return "float" if x == FLOAT_BITS else f"{x:g}"
+def _place(row: Row) -> str:
+    return "float" if row["bits"] == FLOAT_BITS else f"{row['ratio'] or row['bits']:g}"

@@ -25,7 +25,7 @@ from qat.model.sites import iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq.runner import Forward, patched
 from qat.quantizers import Quantizer
-from qat.utils.validate import FLOAT_BITS, check_bits, check_number
+from qat.utils.validate import FLOAT_BITS, check_bits, check_list, check_number
 
 log = logging.getLogger(__name__)
 MB = 10**6
@@ -53,7 +53,7 @@ class Sensitivity(Analysis):
     split: ClassVar[str | None] = "val"
 
     def __post_init__(self) -> None:
-        for width in self.bits:
+        for width in check_list("analysis.bits", self.bits):
             check_bits("analysis.bits", width)
         if self.budget_mb is not None:
             check_number("analysis.budget_mb", self.budget_mb, 0, above=True)
@@ -104,8 +104,8 @@ class Sensitivity(Analysis):
         as_is, *rows = measure(points, images)
         lines: dict[str, Row] = {}
         for name in rounding:
-            numel, has = (weights[name].shape.numel(), weights[name].bits) if name in weights else (None, None)
-            lines[name] = {"net": label, "layer": name, "weights": numel, "bits": has}
+            weight = weights.get(name)
+            lines[name] = {"net": label, "layer": name, "weights": weight and weight.shape.numel(), "bits": weight and weight.bits}
         for row in rows:
             lines[row["layer"]][f"{row['change']}: loss change"] = row["loss"] - as_is["loss"]
             lines[row["layer"]][f"{row['change']}: top-1 change (points)"] = row["top1"] - as_is["top1"]

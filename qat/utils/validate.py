@@ -7,7 +7,6 @@ import functools
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from qat.errors import UsageError
@@ -73,6 +72,13 @@ def check_text(setting: str, value: object) -> None:
         raise UsageError(f"{setting}={value!r}: must be a non-empty string")
 
 
+def check_list(setting: str, value: object) -> Sequence[Any]:
+    """A list of settings, to check one by one; raises `UsageError` unless it is a list that is not empty."""
+    if not isinstance(value, list | tuple) or not value:
+        raise UsageError(f"{setting}={value!r}: must be a non-empty list")
+    return value
+
+
 def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
     """One glob or several as a tuple; raises `UsageError` unless `value` is a text or a list of texts that are not empty."""
     found = (value,) if isinstance(value, str) else value
@@ -84,7 +90,7 @@ def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
 def check_channels(setting: str, values: Any, chans: int | None, lowest: float = -math.inf) -> None:
     """Raise `UsageError` unless there is a finite number above `lowest` for each of `chans` channels (None: of any)."""
     fits = isinstance(values, Sequence) and not isinstance(values, str) and (chans is None or chans == len(values))
-    if not (fits and all(isinstance(value, Real) and lowest < float(value) < math.inf for value in values)):
+    if not (fits and all(isinstance(value, int | float) and lowest < value < math.inf for value in values)):
         above = f" above {lowest:g}" if lowest > -math.inf else ""
         raise UsageError(f"{setting}={values!r}: must be a finite number{above} for each of the {chans or 'image'} channels")
 

@@ -107,6 +107,14 @@ def test_two_nets_are_compared(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+@torch.no_grad()
+def test_ratios_are_drawn_where_they_are():
+    (drawing,) = Robustness(parts=["steps"], low=1e-7, high=32, ratios=2).run([studied(net_of("ofq2"))], image_set()).drawings
+    assert [*drawing.figure.axes[0].lines[0].get_xdata()] == [1e-7, 1, 32]
+    assert drawing.alt.endswith(" % at 32.")
+    assert " % at 1e-07, " in drawing.alt
+
+
 def test_the_yaml_has_every_setting_at_its_default():
     found = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "analysis" / "robustness.yaml"))
     assert found.pop("_target_") == "qat.analysis.robustness.Robustness"
@@ -118,6 +126,8 @@ def test_the_yaml_has_every_setting_at_its_default():
     ("settings", "line"),
     [
         ({"parts": ["step"]}, "analysis.parts='step': must be one of steps, bits, power_of_two"),
+        ({"parts": "steps"}, "analysis.parts='steps': must be a non-empty list"),
+        ({"bits": 4}, "analysis.bits=4: must be a non-empty list"),
         ({"low": 0}, "analysis.low=0: must be a number above 0"),
         ({"low": 1.3}, "analysis.high=1.3: must be a number above 1.3"),
         ({"ratios": 1}, "analysis.ratios=1: must be an integer of at least 2"),

@@ -190,6 +190,7 @@ def test_the_smallest_size_that_is_printed_can_be_typed():
     ("settings", "message"),
     [
         ({"bits": [1]}, "analysis.bits=1: must be an integer from 2 to 8"),
+        ({"bits": []}, "analysis.bits=[]: must be a non-empty list"),
         ({"budget_mb": 0}, "analysis.budget_mb=0: must be a number above 0"),
     ],
 )
