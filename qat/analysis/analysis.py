@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ import matplotlib as mpl
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -203,6 +205,15 @@ def panels(
     return figure, grid
 
 
+def save_figure(file: Path | io.BytesIO, figure: Figure, title: str, words: str, kind: str = "svg") -> None:
+    """Save a figure: text stays text, dollar signs in it too, and the same figure is the same file: no date, no random names."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # type: ignore[attr-defined]
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "path.simplify_threshold": 0.5}):
+        metadata = {"Date": None, "Title": title, "Description": words} if kind == "svg" else None
+        figure.savefig(file, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
+
+
 def write_outcome(folder: Path, name: str, settings: Mapping[str, Any], outcome: Outcome, *, png: bool = True) -> None:
     """Write tables as CSV, pictures as SVG and PNG, and last `<name>.json`, which names them all.
 
@@ -216,12 +227,9 @@ def write_outcome(folder: Path, name: str, settings: Mapping[str, Any], outcome:
     for table in outcome.tables:
         write_text(folder / f"{table.name}.csv", csv_text(table.rows))
     for drawing in outcome.drawings:
-        # Text stays text, and the same picture is the same file: no date, no random names in it.
-        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": drawing.name}):
-            for kind in ("svg", "png") if png else ("svg",):
-                with replacing(folder / f"{drawing.name}.{kind}") as temporary:
-                    metadata = {"Date": None, "Title": drawing.title, "Description": drawing.alt} if kind == "svg" else None
-                    drawing.figure.savefig(temporary, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
+        for kind in ("svg", "png") if png else ("svg",):
+            with replacing(folder / f"{drawing.name}.{kind}") as temporary:
+                save_figure(temporary, drawing.figure, drawing.title, drawing.alt, kind)
     index = {
         "analysis": name,
         "settings": settings,

@@ -9,11 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qat.analysis.analysis import PALETTE, panels
+from qat.analysis.analysis import PALETTE, panels, save_figure
 from qat.utils.text import MISSING
 
 WIDTH = 4.6  # inches
@@ -32,7 +31,7 @@ CURVES = {
 def number(value: object) -> float | None:
     """The number that a value is or spells, else None; NaN and infinity are numbers too."""
     try:
-        return None if isinstance(value, bool) else float(str(value))
+        return float(str(value))
     except ValueError:
         return None
 
@@ -61,9 +60,7 @@ def data_url(svg: bytes) -> str:
 def picture(title: str, words: str, drawn: Figure) -> dict[str, str]:
     """A figure of a page: its title, what it shows in words, and its source."""
     content = io.BytesIO()
-    # Text stays text, and a dollar sign in it too.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "text.parse_math": False, "path.simplify_threshold": 0.5}):
-        drawn.savefig(content, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    save_figure(content, drawn, title, words)
     return {"title": title, "alt": words, "source": data_url(content.getvalue())}
 
 

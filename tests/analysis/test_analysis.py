@@ -109,6 +109,7 @@ def test_a_sample_is_spread_over_its_split(count, expected):
 def outcome():
     made, (axis,) = panels()
     axis.set(xlabel="ratio", ylabel="top-1 (%)")
+    axis.set_yticks([10, 90], [r"a$\no$", "$b$"])
     axis.plot([0.7, 1, 1.3], [10, 90, 20])
     rows = [{"net": "a, b", "ratio": 0.7, "top-1 (%)": 10.25}, {"net": 'say "c"', "ratio": 1.0, "loss": math.nan}]
     drawing = Drawing("curve", "A curve", "Falls from 90 % to 10 %.", made)
@@ -140,7 +141,7 @@ def test_a_picture_is_text_with_its_words_and_a_png_of_its_width(tmp_path):
         write_outcome(tmp_path / folder, "robustness", {}, outcome())
     root = ET.parse(tmp_path / "one" / "curve.svg").getroot()
     words = {element.text for element in root.iter() if element.tag.endswith(("}text", "}title", "}description"))}
-    assert {"ratio", "top-1 (%)", "A curve", "Falls from 90 % to 10 %."} <= words
+    assert {"ratio", "top-1 (%)", r"a$\no$", "$b$", "A curve", "Falls from 90 % to 10 %."} <= words
     assert 1000 < Image.open(tmp_path / "one" / "curve.png").width <= 1100  # 7.2 inches, 150 pixels each
     for name in ("curve.svg", "curve.png"):  # the same picture is the same file
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -92,6 +92,7 @@ def test_long_numbers_are_shortened_where_they_are_shown(tmp_path):
 def test_nothing_in_a_sweep_is_taken_for_markup(tmp_path):
     job(tmp_path / "0", f"ckpt={HOSTILE}", top1=90.0)
     job(tmp_path / "1", "ckpt=b", top1=None, error=HOSTILE)
+    job(tmp_path / "2", r"ckpt=$\no$", top1=80.0)
     publish(tmp_path, report=True)
     found = read(tmp_path / "report.html")
     assert found.text.count("document.title='hacked'") > 2
