@@ -17,7 +17,7 @@ from qat.model.entry_freezer import EntryFreezer
 from qat.model.sites import Site, iter_quantizers
 from qat.quantizers import UniformGrid
 from qat.utils.files import csv_text, write_text
-from qat.utils.validate import check_int, check_number
+from qat.utils.validate import HIGHEST_BITS, LOWEST_BITS, check_int, check_number
 
 FILE = "oscillation.csv"
 BOUNDARY = 0.005  # half-width of the band that `osc/band` counts, in codes: that of CGA
@@ -40,21 +40,24 @@ def log_share(trainer: Trainer, pl_module: LightningModule, name: str, masks: Se
 
 
 def track(state: OscillationState | None, codes: Tensor, momentum: float) -> OscillationState:
-    """`oscillation_step` with a state of six bytes an entry: codes and direction in int8, and the sum of flips alone.
+    """`oscillation_step` with a state of seven bytes an entry: codes in int16, direction in int8, and the sum of flips alone.
 
     Args:
         state: of the last look, wherever a checkpoint has put it; None before the first.
         codes: of at most 8 bits.
         momentum: weight of this look in the frequency.
     """
-    before = None if state is None else OscillationState(*(t.to(codes.device) for t in state))
-    seen = oscillation_step(None if before is None else before._replace(flips=torch.zeros_like(before.frequency)), codes, momentum)
-    flips = seen.flips.sum(dtype=torch.int64) + (0 if before is None else before.flips)
-    return OscillationState(seen.codes.to(torch.int8), seen.direction.to(torch.int8), seen.frequency, flips)
+    flips: Tensor | int = 0
+    if state is not None:
+        state = OscillationState(*(t.to(codes.device) for t in state))
+        flips, state = state.flips, state._replace(flips=torch.zeros_like(state.frequency))
+    seen = oscillation_step(state, codes, momentum)
+    flips = flips + seen.flips.sum(dtype=torch.int64)
+    return OscillationState(seen.codes.to(torch.int16), seen.direction.to(torch.int8), seen.frequency, flips)
 
 
 class Oscillation(Callback):
-    """Tracks the codes of weights before every n-th optimizer step; 6 bytes for each tracked weight.
+    """Tracks the codes of weights before every n-th optimizer step; 7 bytes for each tracked weight.
 
     Logs `osc/share` of weights that oscillate, `osc/band` = share near a threshold, the mean `osc/frequency`, and `osc/flips` so far. The
     end of the run writes a table with a row for each layer.
@@ -83,7 +86,7 @@ class Oscillation(Callback):
         check_number("callbacks.oscillation.momentum", momentum, 0, above=True, below=1)
         check_number("callbacks.oscillation.threshold", threshold, 0, below=1)
         check_int("callbacks.oscillation.every_n_steps", every_n_steps, 1)
-        check_int("callbacks.oscillation.max_bits", max_bits, 2)
+        check_int("callbacks.oscillation.max_bits", max_bits, LOWEST_BITS, HIGHEST_BITS)
         self.momentum, self.threshold = momentum, threshold
         self.every_n_steps, self.max_bits, self.dirpath = every_n_steps, max_bits, dirpath
         self._sites: list[Site] = []
@@ -141,9 +144,7 @@ class Oscillation(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with it."""
-        states = state_dict["weights"]
-        is_of_today = all("frequency" in state for state in states.values())  # else of an older version: frequencies begin anew
-        self._states = {name: OscillationState(**state) for name, state in states.items()} if is_of_today else {}
+        self._states = {name: OscillationState(**state) for name, state in state_dict["weights"].items()}
 
 
 class IterativeFreezing(Callback):
@@ -213,14 +214,14 @@ class IterativeFreezing(Callback):
     @torch.no_grad()
     def _center(self) -> None:
         """Put frozen latents that strayed back into the middle of their cells."""
-        for site in [one for one in self._sites if one.name in self._frozen]:
+        for site in self._sites:
             weight, state = site.latent(), self._frozen[site.name]
             grid = cast(UniformGrid, site.quantizer.grid(weight))
             strayed = state.frozen & ((grid.to_code_coordinates(weight) - state.codes).abs() > _STRAY)
             weight.copy_(torch.where(strayed, grid.dequantize(state.codes).to(weight.dtype), weight))
 
     def state_dict(self) -> dict[str, Any]:
-        """Codes, frequencies and frozen integers of every weight: 12 bytes for each of its entries."""
+        """Codes, frequencies and frozen integers of every weight: 13 bytes for each of its entries."""
         return {"codes": {k: v._asdict() for k, v in self._codes.items()}, "frozen": {k: v._asdict() for k, v in self._frozen.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

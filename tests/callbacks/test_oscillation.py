@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 import qat
 from qat import functional as F
 from qat.callbacks import Oscillation
+from qat.callbacks.oscillation import track
 from tests.callbacks.fitting import fit, module, net
 from tests.tiny import sites, vit
 
@@ -61,6 +62,21 @@ def test_tracked_are_weights_of_few_bits():
     wider = Oscillation(max_bits=8)
     fit(module(net()), wider, max_epochs=1)
     assert set(wider._states) - set(callback._states) == {"patch_embed.proj.weight_quantizer", "head.weight_quantizer"}
+
+
+@pytest.mark.parametrize("bits", [1, 32])
+def test_floats_have_no_codes_to_track(bits):
+    with pytest.raises(qat.UsageError, match=f"callbacks.oscillation.max_bits={bits}: must be an integer from 2 to 8"):
+        Oscillation(max_bits=bits)
+
+
+def test_codes_of_eight_bits_without_a_sign_are_tracked():
+    looks, state = torch.tensor([[126.0, 0], [127, 255], [128, 0], [127, 255], [255, 254]]), None
+    for codes in looks:
+        state = track(state, codes, 0.1)
+    expected = exact([{"": codes} for codes in looks], "", 0.1)
+    assert torch.equal(state.frequency, expected.frequency)
+    assert state.flips.item() == expected.flips.sum().item() == 5
 
 
 def test_what_is_logged():
