@@ -37,7 +37,7 @@ from qat.errors import UsageError
 from qat.functional.infonce import info_nce
 from qat.model.sites import iter_quantizers
 from qat.ptq.calibrate import in_float
-from qat.ptq.runner import Forward, patched
+from qat.ptq.runner import patched
 from qat.quantizers import UniformGrid
 from qat.utils.validate import check_choice, check_globs, check_int, check_number
 
@@ -86,9 +86,10 @@ class Landscape(Analysis):
         points = []
         for studied in nets:
             move, score = plane(studied.net, self.targets, self.seed), self._score(studied.net, images)
-            for y, x in itertools.product(places, places):
-                key, change = {"net": studied.label, "x": x, "y": y}, functools.partial(move, x, y)
-                points.append(EvaluationPoint(key, studied.net, change, score))
+            points += [
+                EvaluationPoint({"net": studied.label, "x": x, "y": y}, studied.net, functools.partial(move, x, y), score)
+                for y, x in itertools.product(places, places)
+            ]
         rows = measure(points, images)
         losses = torch.tensor([row["loss" if self.loss == "ce" else self.loss] for row in rows], dtype=torch.float64)
         grids = dict(zip([studied.label for studied in nets], losses.view(-1, self.points, self.points), strict=True))
@@ -131,16 +132,12 @@ def plane(net: nn.Module, targets: Sequence[str], seed: int) -> Callable[[float,
         if site.is_weight and isinstance(grid := site.quantizer.grid(site.latent().detach()), UniformGrid):
             name = f".{site.layer}.{site.role}"
             if any(fnmatch.fnmatch(name, f"*.{glob}") for glob in targets):
-                draws = [2 * torch.rand(len(grid.step), generator=g).to(grid.step) - 1 for g in generators]
-                directions[site.quantizer] = draws
+                directions[site.quantizer] = [2 * torch.rand(len(grid.step), generator=g).to(grid.step) - 1 for g in generators]
     if not directions:
         raise UsageError(f"analysis.targets={list(targets)}: must match a quantized weight; names look like 'blocks.0.mlp.fc1.weight'")
 
     def move(x: float, y: float) -> AbstractContextManager[None]:
-        forwards: dict[nn.Module, Forward] = {}
-        for quantizer, (u, v) in directions.items():
-            forwards[quantizer] = functools.partial(requantized, quantizer, resize=(1 + (x * u + y * v)).mul)
-        return patched(forwards)
+        return patched({q: functools.partial(requantized, q, resize=(1 + (x * u + y * v)).mul) for q, (u, v) in directions.items()})
 
     return move
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +39,12 @@ class OscillationAnalysis(Analysis):
             folder = folder.parent if folder.name == "checkpoints" else folder
             curves[studied.label] = read_curves(folder / "metrics.csv")
             at_end = folder / "oscillation.csv"  # of a run that has ended
-            if not (curves[studied.label][SHARE] or at_end.is_file()):
+            rows = csv_rows(at_end) if at_end.is_file() else []
+            if not (curves[studied.label][SHARE] or rows):
                 raise UsageError(
                     f"ckpt={str(studied.path)!r}: its run did not track oscillation; train with callbacks=[default,oscillation]"
                 )
-            layers += [{"net": studied.label, **row} for row in csv_rows(at_end)] if at_end.is_file() else []
+            layers += [{"net": studied.label, **row} for row in rows]
         summary = {label: {name: [*curve.values()][-1] for name, curve in found.items() if curve} for label, found in curves.items()}
         tables = [Table("oscillation", "Layers at the end of the run", layers)] if layers else []
         return Outcome(summary, tables, [_draw(curves)] if any(summary.values()) else [])
@@ -56,10 +58,10 @@ def read_curves(path: Path) -> dict[str, Curve]:
         found = {int(float(row["step"])): float(row[column]) for row in rows if row.get(column)}
         return dict(sorted(found.items()))
 
-    flips = [*logged("osc/flips").items()]
+    flips = itertools.pairwise(logged("osc/flips").items())
     return {
         SHARE: {step: 100 * share for step, share in logged("osc/share").items()},
-        FLIPS: {b: (later - earlier) / (b - a) for (a, earlier), (b, later) in zip(flips, flips[1:], strict=False)},
+        FLIPS: {b: (later - earlier) / (b - a) for (a, earlier), (b, later) in flips},
     }
 
 

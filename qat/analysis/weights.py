@@ -91,10 +91,11 @@ def latent_weights(net: nn.Module) -> Iterator[LatentWeight]:
 @torch.no_grad()
 def use_of_codes(quantizer: Quantizer, x: Tensor) -> Row:
     """How a tensor uses the codes of a quantizer; `clipped` is what lies beyond the outermost levels by more than half a step size."""
-    grid = quantizer.grid(x)
-    low, high = (quantizer.spec.qmin, quantizer.spec.qmax) if grid is None else (grid.qmin, grid.qmax)
+    grid, codes = quantizer.grid(x), quantizer.codes(x)
+    ends = quantizer.spec if grid is None else grid
+    low, high = ends.qmin, ends.qmax
     # A code outside of the bounds, which a user's own quantizer may have, counts as the outermost one.
-    codes = (quantizer.codes(x) if grid is None else grid.in_order(quantizer.codes(x))).flatten().long().clamp(low, high) - low
+    codes = (codes if grid is None else grid.in_order(codes)).flatten().long().clamp(low, high) - low
     shares = torch.bincount(codes, minlength=high - low + 1) / codes.numel()
     row: Row = {"unused levels": int((shares == 0).sum()), "at the end codes, %": 100 * float(shares[0] + shares[-1])}
     if grid is not None:
@@ -111,8 +112,7 @@ def activation_rows(net: nn.Module, images: Tensor) -> list[Row]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             spec, x = site.quantizer.spec, args[0].detach().float()
             known = {"quantizer of": site.name, "role": site.role, "quantizer": spec.quantizer, "bits": spec.bits}
-            values = {"values from": float(x.min()), "values to": float(x.max())}
-            rows[site.name] = {**known, **values, **use_of_codes(site.quantizer, x)}
+            rows[site.name] = {**known, "values from": float(x.min()), "values to": float(x.max()), **use_of_codes(site.quantizer, x)}
 
         return hook
 
@@ -124,7 +124,7 @@ def activation_rows(net: nn.Module, images: Tensor) -> list[Row]:
 
 def _summary(rows: Sequence[Row]) -> Row:
     coded = [row for row in rows if row["bits"] < FLOAT_BITS]
-    found = {"weights": sum(row["weights"] for row in rows), "quantized_weights": sum(row["weights"] for row in coded)}
+    found = {name: sum(row["weights"] for row in of) for name, of in (("weights", rows), ("quantized_weights", coded))}
     found["kurtosis_highest"] = max(row["kurtosis"] for row in rows)
     for name, column in (("clipped_percent", "clipped, %"), ("near_threshold_percent", "near a threshold, %")):
         known = [row for row in coded if column in row]

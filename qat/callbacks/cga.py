@@ -100,13 +100,9 @@ class CGA(Callback):
         self._first, self._stop = self._span(trainer)
         if any(isinstance(callback, IterativeFreezing) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise UsageError("callbacks.cga: callbacks.freeze freezes the same weights; use one of the two")
-        sites = [
-            (site, site.quantizer.grid(site.latent().detach()))
-            for site in iter_quantizers(cast(nn.Module, pl_module.net))
-            if site.is_weight
-        ]
+        sites = [site for site in iter_quantizers(cast(nn.Module, pl_module.net)) if site.is_weight]
         # The paper's thresholds lie between two values of one magnitude.
-        found = [site for site, grid in sites if isinstance(grid, UniformGrid) and grid.is_half_step]
+        found = [s for s in sites if isinstance(grid := s.quantizer.grid(s.latent().detach()), UniformGrid) and grid.is_half_step]
         self._sites = [site for site in found if site.role == "weight"]
         self._factors = [f for s in found if s.role == "qk" and self.qk == "freeze" for f in (s.owner.q_weight, s.owner.k_weight)]
         self._products = [(s, BandGate(self.boundary_range)) for s in found if s.role == "qk" and self.qk == "product"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -100,11 +101,11 @@ def _first_not_finite(trainer: Trainer, images: Tensor) -> str | None:
     net: Any = trainer.lightning_module.net
     flags: list[tuple[str, Tensor]] = []
 
-    def note(name: str, module: nn.Module, output: Any) -> None:
+    def note(name: str, module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point():
             flags.append((f"the output of {name or 'the model'} ({type(module).__name__})", output.isfinite().all()))
 
-    hooks = [m.register_forward_hook(lambda m, _, output, name=name: note(name, m, output)) for name, m in net.named_modules()]
+    hooks = [module.register_forward_hook(functools.partial(note, name)) for name, module in net.named_modules()]
     with torch.compiler.set_stance("force_eager"), probing(net, hooks), trainer.precision_plugin.forward_context():
         net(images)  # in all processes, also where the cause is known: they may share the weights
     if not images.isfinite().all():

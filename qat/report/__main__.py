@@ -24,9 +24,8 @@ def main(run_dirs: list[str]) -> int:
         runs.append(results | {"status": "done", "from": run_dir} | {GIVEN + name: value for name, value in settings.items()})
     rows, shown = [], [one for one in ("top1", "top5", "size_bytes") if values(runs, one)]
     for _, group in grouped(runs):
-        row = {"recipe": str(group[0].get("quant")), "bits": bits_of(group[0].get("recipe")) or "W32 A32"}
-        row |= {MEASURES[one][0]: mean(group, one) for one in shown}
-        rows.append(row | {"from": " ".join(run["from"] for run in group)})
+        what = {"recipe": str(group[0].get("quant")), "bits": bits_of(group[0].get("recipe")) or "W32 A32"}
+        rows.append({**what, **{MEASURES[one][0]: mean(group, one) for one in shown}, "from": " ".join(run["from"] for run in group)})
     Console().print(rich_table(rows, "results"))
     return 0
 

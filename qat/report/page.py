@@ -138,12 +138,11 @@ def _analyses(folder: Path) -> list[dict[str, Any]]:
             if "analysis" not in index or "tables" not in index:
                 continue
             tables = [(one["title"], place / one["file"]) for one in index["tables"]]
-            drawn = [(one["title"], one["alt"], place / one["file"]) for one in index["figures"]]
             found.append({
                 "name": index["analysis"],
                 "is_folded": place != folder,
                 "pictures": [
-                    {"title": title, "alt": alt, "source": data_url(read_file(file))} for title, alt, file in drawn if file.is_file()
+                    {**one, "source": data_url(read_file(file))} for one in index["figures"] if (file := place / one["file"]).is_file()
                 ],
                 "tables": [
                     (title, file.name, _table(file, LAYERS.get(file.name, ())))

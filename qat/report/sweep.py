@@ -152,13 +152,13 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
             "links": {job["job"]: f"{job['job']}/{FILE}" for job in jobs if (folder / job["job"] / FILE).is_file()},
         }
         write_page("sweep.html.j2", folder, context)
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(counted, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    console.print(counted)
     console.print(rich_table(group_rows(jobs)))
     for job in jobs:
         if error := job["error"] or (refused or {}).get(job["job"]):
-            console.print(f"job {job['job']} ({label(given(job, names))}): {error}", soft_wrap=True, markup=False, highlight=False)
-    console.print(f"in {folder}: sweep.csv{', report.html' if report else ''}", soft_wrap=True, markup=False, highlight=False)
+            console.print(f"job {job['job']} ({label(given(job, names))}): {error}", soft_wrap=True)
+    console.print(f"in {folder}: sweep.csv{', report.html' if report else ''}", soft_wrap=True)
 
 
 def _figure(jobs: Sequence[Row]) -> dict[str, str]:
