@@ -80,12 +80,12 @@ def given(job: Row, names: Sequence[str]) -> dict[str, str]:
 def grouped(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
     """Jobs that differ in nothing but their seed, together, with the settings by which they differ from others."""
     names = [name for name in varied(jobs) if name != "seed"]
-    groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for job in jobs:
         # The checkpoint that a job starts from may have its seed in its name.
-        settings = ((name, re.sub(r"(seed[-_=]?)\d+", r"\1*", text)) for name, text in given(job, names).items())
-        groups.setdefault(tuple(settings), []).append(job)
-    return [(dict(settings), group) for settings, group in groups.items()]
+        texts = (re.sub(r"(seed[-_=]?)\d+", r"\1*", str(job.get(GIVEN + name, MISSING))) for name in names)
+        groups.setdefault(tuple(texts), []).append(job)
+    return [(given({GIVEN + name: text for name, text in zip(names, texts, strict=True)}, names), jobs) for texts, jobs in groups.items()]
 
 
 def label(settings: Mapping[str, str]) -> str:

@@ -82,10 +82,10 @@ def test_nested_sweeps_are_gathered_together(folder):
 
 
 def test_long_numbers_are_shortened_where_they_are_shown(tmp_path):
-    for number, rate in enumerate(("0.00024156772025296256", "0.001")):
+    for number, rate in enumerate(("0.00024156772025296256", "0.001", "0.00024156")):  # two that look alike are two
         job(tmp_path / str(number), f"optimizer.lr={rate}", top1=90.0)
     publish(tmp_path, report=True)
-    assert [row["optimizer.lr"] for row in group_rows(gather(tmp_path))] == ["0.0002416", "0.001"]
+    assert [row["optimizer.lr"] for row in group_rows(gather(tmp_path))] == ["0.0002416", "0.001", "0.0002416"]
     assert "0.00024156772025296256" in (tmp_path / "sweep.csv").read_text()
 
 
