@@ -21,6 +21,7 @@ from matplotlib.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat.errors import UsageError
 from qat.nn.quant_module import kept_weights
 from qat.utils.files import csv_text, json_text, replacing, write_text
 from qat.utils.probing import probing
@@ -171,6 +172,13 @@ class Analysis(ABC):
         """
 
 
+def check_list(setting: str, value: object) -> Sequence[Any]:
+    """A list of settings, to check one by one; raises `UsageError` unless it is a list that is not empty."""
+    if not isinstance(value, list | tuple) or not value:
+        raise UsageError(f"{setting}={value!r}: must be a non-empty list")
+    return value
+
+
 def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:
     """Evaluate every point; each net is as before afterwards.
 
@@ -208,7 +216,7 @@ def panels(
 def save_figure(file: Path | io.BytesIO, figure: Figure, title: str, words: str, kind: str = "svg") -> None:
     """Save a figure: text stays text, dollar signs in it too, and the same figure is the same file: no date, no random names."""
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # type: ignore[attr-defined]
+        text.set_parse_math(False)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "path.simplify_threshold": 0.5}):
         metadata = {"Date": None, "Title": title, "Description": words} if kind == "svg" else None
         figure.savefig(file, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")

@@ -8,16 +8,29 @@ from __future__ import annotations
 import functools
 import operator
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from qat.analysis.analysis import PALETTE, Analysis, Drawing, EvaluationPoint, ImageSet, Outcome, Row, StudiedNet, Table, measure, panels
+from qat.analysis.analysis import (
+    PALETTE,
+    Analysis,
+    Drawing,
+    EvaluationPoint,
+    ImageSet,
+    Outcome,
+    Row,
+    StudiedNet,
+    Table,
+    check_list,
+    measure,
+    panels,
+)
 from qat.analysis.requantize import STEPS_FROM, WeightSite, changed, in_blocks, is_float, nearest_power_of_two, weight_sites
 from qat.errors import UsageError
-from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_int, check_list, check_number
+from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_int, check_number
 
 STEPS, BITS, POWER_OF_TWO = PARTS = ("steps", "bits", "power_of_two")
 FLOAT_SCALES = {"channel": 0, "tensor": None}
@@ -109,26 +122,27 @@ class Robustness(Analysis):
         if is_float(weights) and self.float_bits is not None:
             sites, base = blocks, {"bits": self.float_bits, "steps_from": self.steps_from}
         elif not sites:
-            if BITS not in parts:
+            if self.parts is not None and parts != {BITS}:
                 raise UsageError(
                     f"analysis.parts={self.parts}: {studied.label} has no quantized weights; set analysis.float_bits, e.g. to 4"
                 )
             parts = {BITS}
 
-        known = {"net": studied.label, "part": "", "ratio": None, "bits": None}
-
-        def point(part: str, of: Sequence[WeightSite] = (), key: Mapping[str, float] | None = None, **change: Any) -> EvaluationPoint:
-            return EvaluationPoint({**known, "part": part, **(key or {})}, net, functools.partial(changed, of, **change))
+        def point(
+            part: str, of: Sequence[WeightSite] = (), *, ratio: float | None = None, width: float | None = None, **change: Any
+        ) -> EvaluationPoint:
+            key = {"net": studied.label, "part": part, "ratio": ratio, "bits": width}
+            return EvaluationPoint(key, net, functools.partial(changed, of, **change))
 
         width = sum(site.bits * site.shape.numel() for site in blocks) / sum(site.shape.numel() for site in blocks)
-        points = [point("clean", key={"bits": width if width % 1 else int(width)})]
+        points = [point("clean", width=width if width % 1 else int(width))]
         if STEPS in parts:
-            ratios = torch.linspace(float(self.low), float(self.high), self.ratios, dtype=torch.float64).tolist()
+            ratios = torch.linspace(self.low, self.high, self.ratios, dtype=torch.float64).tolist()
             for ratio in sorted({1.0, *(float(f"{value:.6g}") for value in ratios)}):
-                points.append(point(STEPS, sites, {"ratio": ratio}, **base, resize=functools.partial(operator.mul, ratio)))
+                points.append(point(STEPS, sites, ratio=ratio, **base, resize=functools.partial(operator.mul, ratio)))
         for bits in sorted(self.bits) if BITS in parts else ():
             others = [site for site in blocks if site.bits != bits]  # a weight of this width keeps its trained step sizes
-            points.append(point(BITS, others, {"bits": bits}, bits=bits, steps_from=self.steps_from))
+            points.append(point(BITS, others, width=bits, bits=bits, steps_from=self.steps_from))
         if POWER_OF_TWO in parts:
             points.append(point(POWER_OF_TWO, sites, **base, resize=nearest_power_of_two))
         return points

@@ -15,7 +15,20 @@ import torch
 from matplotlib.colors import SymLogNorm
 from torch import nn
 
-from qat.analysis.analysis import WIDTH, Analysis, Drawing, EvaluationPoint, ImageSet, Outcome, Row, StudiedNet, Table, measure, panels
+from qat.analysis.analysis import (
+    WIDTH,
+    Analysis,
+    Drawing,
+    EvaluationPoint,
+    ImageSet,
+    Outcome,
+    Row,
+    StudiedNet,
+    Table,
+    check_list,
+    measure,
+    panels,
+)
 from qat.analysis.requantize import WeightSite, in_blocks, is_float, requantized, weight_sites
 from qat.errors import UsageError
 from qat.functional.packing import packed_bytes
@@ -25,7 +38,7 @@ from qat.model.sites import iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq.runner import Forward, patched
 from qat.quantizers import Quantizer
-from qat.utils.validate import FLOAT_BITS, check_bits, check_list, check_number
+from qat.utils.validate import FLOAT_BITS, check_bits, check_number
 
 log = logging.getLogger(__name__)
 MB = 10**6
@@ -118,14 +131,18 @@ class Sensitivity(Analysis):
             rises = {name: {bits: float(lines[name].get(f"{bits} bits: loss change", 0.0)) for bits in of} for name, of in sizes.items()}
             chosen = greedy_bits(sizes, rises, round(budget * MB) - rest)
             (row,) = measure([EvaluationPoint({}, net, functools.partial(with_bits, sites, chosen))], images)
-            n_bytes = rest + sum(sizes[name][bits] for name, bits in chosen.items())
-            expected = as_is["loss"] + sum(rises[name][bits] for name, bits in chosen.items())
-            setting = as_setting(conversion, chosen)
-            summary["suggestion"] = {"budget_mb": budget, "size_bytes": n_bytes, "expected_loss": expected, **row}
-            summary["suggestion"] |= {"bits_of_layers": chosen, "setting": setting}
+            suggestion = summary["suggestion"] = {
+                "budget_mb": budget,
+                "size_bytes": rest + sum(sizes[name][bits] for name, bits in chosen.items()),
+                "expected_loss": as_is["loss"] + sum(rises[name][bits] for name, bits in chosen.items()),
+                **row,
+                "bits_of_layers": chosen,
+                "setting": as_setting(conversion, chosen),
+            }
             log.info(
-                "%s within %g MB: %d bytes, loss %.4f (%.4f as the sum of single changes), top-1 %.2f %%:\n'%s'",
-                *(label, budget, n_bytes, row["loss"], expected, row["top1"], setting),
+                "%(net)s within %(budget_mb)g MB: %(size_bytes)d bytes, "
+                "loss %(loss).4f (%(expected_loss).4f as the sum of single changes), top-1 %(top1).2f %%:\n'%(setting)s'",
+                {"net": label, **suggestion},
             )
             for name, line in lines.items():
                 line[f"bits for {budget:g} MB"] = chosen.get(name)

@@ -27,10 +27,11 @@ CROP_MODES, INTERPOLATIONS = ("center", "squash", "border"), ("nearest", "biline
 
 def unknown(setting: str, name: str, known: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
     """What to say of a name that there is not: the nearest of those that there are, here or in another group, or all that are here."""
-    choices, close = sorted(known), functools.partial(difflib.get_close_matches, name, n=3)
-    full = {one.rpartition(".")[2]: one for one in reversed(elsewhere)} | dict(zip(choices, choices, strict=True))
+    choices, close = sorted(known), functools.partial(difflib.get_close_matches, name)
+    full = {one.rpartition(".")[2]: one for one in reversed(elsewhere)} | {one: one for one in choices}
     near = [name] if name in full else close(choices) or close(full)
-    near = near[: 1 if near and name.startswith(near[0]) else 3]
+    if near and name.startswith(near[0]):
+        near = near[:1]
     how = "closest:" if near else "must be one of"
     return f"{setting}: unknown; {how} {', '.join(full[one] for one in near or choices)}"
 
@@ -70,13 +71,6 @@ def check_text(setting: str, value: object) -> None:
     """Raise `UsageError` unless `value` is a text that is not empty."""
     if not isinstance(value, str) or not value:
         raise UsageError(f"{setting}={value!r}: must be a non-empty string")
-
-
-def check_list(setting: str, value: object) -> Sequence[Any]:
-    """A list of settings, to check one by one; raises `UsageError` unless it is a list that is not empty."""
-    if not isinstance(value, list | tuple) or not value:
-        raise UsageError(f"{setting}={value!r}: must be a non-empty list")
-    return value
 
 
 def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:

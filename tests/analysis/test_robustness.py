@@ -135,6 +135,7 @@ def test_the_yaml_has_every_setting_at_its_default():
         ({"steps_from": "max"}, "analysis.steps_from='max': must be one of own, mse"),
         ({"float_bits": 32}, "analysis.float_bits=32: must be an integer from 2 to 8"),
         ({"float_scales": "row"}, "analysis.float_scales='row': must be one of channel, tensor"),
+        ({"parts": ["bits", "steps"]}, "analysis.parts=['bits', 'steps']: net has no quantized weights; set analysis.float_bits"),
         ({"parts": ["steps"]}, "analysis.parts=['steps']: net has no quantized weights; set analysis.float_bits, e.g. to 4"),
     ],
 )
