@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -108,23 +109,20 @@ def activation_rows(net: nn.Module, images: Tensor) -> list[Row]:
     """What some images (B, C, H, W) make of the codes of each activation quantizer; a row for each, in the order in which they ran."""
     rows: dict[str, Row] = {}
 
-    def watching(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            spec, x = site.quantizer.spec, args[0].detach().float()
-            known = {"quantizer of": site.name, "role": site.role, "quantizer": spec.quantizer, "bits": spec.bits}
-            rows[site.name] = {**known, "values from": float(x.min()), "values to": float(x.max()), **use_of_codes(site.quantizer, x)}
-
-        return hook
+    def watch(site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        spec, x = site.quantizer.spec, args[0].detach().float()
+        known = {"quantizer of": site.name, "role": site.role, "quantizer": spec.quantizer, "bits": spec.bits}
+        rows[site.name] = {**known, "values from": float(x.min()), "values to": float(x.max()), **use_of_codes(site.quantizer, x)}
 
     sites = [site for site in iter_quantizers(net) if not site.is_weight and not site.quantizer.is_float]
-    with probing(net, [site.quantizer.register_forward_pre_hook(watching(site)) for site in sites]):
+    with probing(net, [site.quantizer.register_forward_pre_hook(functools.partial(watch, site)) for site in sites]):
         net(images)
     return list(rows.values())
 
 
 def _summary(rows: Sequence[Row]) -> Row:
     coded = [row for row in rows if row["bits"] < FLOAT_BITS]
-    found = {name: sum(row["weights"] for row in of) for name, of in (("weights", rows), ("quantized_weights", coded))}
+    found = {"weights": sum(row["weights"] for row in rows), "quantized_weights": sum(row["weights"] for row in coded)}
     found["kurtosis_highest"] = max(row["kurtosis"] for row in rows)
     for name, column in (("clipped_percent", "clipped, %"), ("near_threshold_percent", "near a threshold, %")):
         known = [row for row in coded if column in row]

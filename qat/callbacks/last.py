@@ -121,18 +121,13 @@ class LastCheckpoint(Checkpoint):
         """Count on from them."""
         self.earlier_seconds = float(state_dict.get("seconds", 0.0))
 
-    def save(self, trainer: Trainer) -> Path | None:
-        """Save after a step, or after the validation that follows it: Lightning takes that for done when it goes on from before it.
-
-        Returns:
-            The file, which is there before the next step; None where none is written.
-        """
+    def save(self, trainer: Trainer) -> None:
+        """Save after a step, or after the validation that follows it: Lightning takes that for done when it goes on from before it."""
         if _validates_now(trainer):
             self._waits = True
         elif self._saved_at != trainer.global_step:
             log_before_saving(trainer, epoch=False)
             self._save(trainer)
-        return self._path(trainer)
 
     def saved(self, trainer: Trainer) -> Path | None:
         """The file, if it is of the step that was the last."""

@@ -132,11 +132,12 @@ class Oscillation(Callback):
         sites, counts = zip(*self._measured(), strict=True)
         table = torch.stack(counts).cpu().double()
         rows: list[dict[str, Any]] = [{"layer": s.layer, "role": s.role, "bits": s.quantizer.spec.bits} for s in sites]
-        for row, numbers in zip([*rows, total := {"layer": "total"}], [*table, table.sum(0)], strict=True):
+        rows.append({"layer": "total"})
+        for row, numbers in zip(rows, [*table, table.sum(0)], strict=True):
             n, oscillating, frequency, near, flips = numbers.tolist()
             row |= {"weights": int(n), "oscillating": int(oscillating), "in_band": int(near), "flips": int(flips)}
             row["mean_frequency"] = frequency / n
-        write_text(Path(self.dirpath) / FILE, csv_text([*rows, total]))
+        write_text(Path(self.dirpath) / FILE, csv_text(rows))
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far."""
@@ -180,7 +181,7 @@ class IterativeFreezing(Callback):
         if stage != "fit":
             return
         sites = iter_quantizers(cast(nn.Module, pl_module.net))
-        found = [site for site in sites if site.role == "weight" and site.quantizer.spec.bits <= MAX_BITS]
+        found = (site for site in sites if site.role == "weight" and site.quantizer.spec.bits <= MAX_BITS)
         self._sites = [site for site in found if isinstance(site.quantizer.grid(site.latent().detach()), UniformGrid)]
         if not self._sites:
             raise UsageError(f"callbacks.freeze: this model has no weights of up to {MAX_BITS} bits on a uniform grid")
@@ -200,11 +201,12 @@ class IterativeFreezing(Callback):
         threshold = self.threshold_at(trainer.global_step)
         frozen: list[tuple[Tensor, Tensor]] = []
         for site in self._sites:
-            weight, before = site.latent(), self._frozen.get(site.name)
-            before = None if before is None else FreezingState(*(t.to(weight.device) for t in before))  # a checkpoint's are on the CPU
-            codes = with_frozen(before, site.quantizer.codes(weight))
+            weight, state = site.latent(), self._frozen.get(site.name)
+            if state is not None:
+                state = FreezingState(*(t.to(weight.device) for t in state))  # a checkpoint's are on the CPU
+            codes = with_frozen(state, site.quantizer.codes(weight))
             seen = self._codes[site.name] = track(self._codes.get(site.name), codes, self.momentum)
-            state = freezing_step(before, codes, seen.frequency, threshold, self.momentum)
+            state = freezing_step(state, codes, seen.frequency, threshold, self.momentum)
             if state is not None:
                 self._frozen[site.name] = state._replace(codes=state.codes.to(torch.int8))
                 frozen.append((weight, state.frozen))

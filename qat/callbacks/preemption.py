@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,14 +32,13 @@ class Preemption(Checkpoint):
         self._group: Any = None
         self._asked: tuple[dist.Work, Tensor] | None = None
         self._signal = 0
-        self._saved: Path | None = None
         self._looked_at = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on signals wait for the end of a step."""
         signals.defer(on=True)
         signals.listen()  # Lightning's own handlers, set a moment ago, would requeue the job from a checkpoint of their own
-        self._asked, self._signal, self._saved, self._looked_at = None, 0, None, trainer.global_step
+        self._asked, self._signal, self._looked_at = None, 0, trainer.global_step
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
             _end_exchange_of_lightning(trainer)
@@ -51,9 +49,8 @@ class Preemption(Checkpoint):
             return
         self._looked_at = trainer.global_step
         self._signal = self._exchange()
-        if self._signal and not trainer.is_last_batch:
-            last = _writer(trainer)
-            self._saved = None if last is None else last.save(trainer)
+        if self._signal and not trainer.is_last_batch and (last := _writer(trainer)):
+            last.save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop before the next step: by now the figures of the last one are logged."""
@@ -72,15 +69,14 @@ class Preemption(Checkpoint):
         """Stop if a signal has arrived in any process up to now; the processes wait for each other."""
         if not self._signal:
             self._signal = max(self._exchange(), self._exchange(wait=True))
-        last = _writer(trainer)
-        self._saved = None if last is None else last.saved(trainer)
         self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:
         if self._signal:
             signals.forget()
             signals.defer(on=True)  # whatever comes now finds a run that is leaving already
-            raise Preempted(self._signal, trainer.global_step, self._saved)
+            last = _writer(trainer)
+            raise Preempted(self._signal, trainer.global_step, None if last is None else last.saved(trainer))
 
     def _exchange(self, *, wait: bool = False) -> int:
         """Start an exchange; the outcome of the one before it, or of this one, the same in all processes."""

@@ -88,9 +88,9 @@ class EpochLog(Callback):
             return
         done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
         seconds = time.monotonic() - self._start
-        shown = {"train/loss": "loss {:.4g}"} | (
-            {} if done % (trainer.check_val_every_n_epoch or 1) else {"val/top1": "val accuracy {:.2f} %"}
-        )
+        shown = {"train/loss": "loss {:.4g}"}
+        if done % (trainer.check_val_every_n_epoch or 1) == 0:
+            shown["val/top1"] = "val accuracy {:.2f} %"
         values = [text.format(metrics[key]) for key, text in shown.items() if key in metrics]
         group = trainer.optimizers[0].param_groups[0]
         rate = group["lr"] / group.get("lr_scale", 1.0)

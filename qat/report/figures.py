@@ -68,8 +68,8 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Losses, validation accuracy, learning rate, oscillation and annealing, as far as rows of `metrics.csv` have them."""
     columns = sorted({column for row in rows for column, value in row.items() if value != ""})
     named = {title: next((one for one in columns if re.fullmatch(name, one)), "") for title, name in CURVES.items()}
-    curves = {title: _curve(title, [(row.get("step"), row.get(name)) for row in rows]) for title, name in named.items()}
-    return [curve for curve in curves.values() if curve]
+    curves = (_curve(title, [(row.get("step"), row.get(name)) for row in rows]) for title, name in named.items())
+    return [curve for curve in curves if curve]
 
 
 def search_figure(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

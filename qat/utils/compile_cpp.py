@@ -35,9 +35,8 @@ def load(source: str) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory() as temporary:
             return ctypes.CDLL(str(_compiled(source, compiler, Path(temporary) / "kernels.so")))
     library = folder / f"kernels-{_key(source, compiler)}.so"
-    if library.exists():
-        with contextlib.suppress(OSError):  # damaged: made again
-            return ctypes.CDLL(str(library))
+    with contextlib.suppress(OSError):  # not there, or damaged: made again
+        return ctypes.CDLL(str(library))
     return ctypes.CDLL(str(_compiled(source, compiler, library)))
 
 
