@@ -188,7 +188,7 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 28390,
-    "qat": 161800,
+    "qat": 160200,
     "qat/analysis": 11390,
     "qat/callbacks": 6990,
     "qat/cli": 2980,
