@@ -340,6 +340,6 @@ def recipe(name: str, **knobs: Any) -> QuantRecipe:
     """
     check_choice("recipe", name, tuple(PRESETS))
     own, given = PRESETS[name].get("overrides", {}), knobs.get("overrides")
-    if isinstance(given, Mapping):
-        knobs["overrides"] = {**own, **given}
+    if isinstance(given, Mapping | None):
+        knobs["overrides"] = {**own, **(given or {})}
     return QuantRecipe(**{"name": name, **PRESETS[name], **knobs})

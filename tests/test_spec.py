@@ -56,6 +56,7 @@ def test_rules_of_a_preset_stay_beside_others_and_can_be_replaced():
     own = {"*.attn.proj": {"act_quantizer": "lsq"}}
     assert recipe("seq", overrides={"blocks.0.*": {"bits": 8}}).overrides == {**own, "blocks.0.*": {"bits": 8}}
     assert recipe("seq", overrides={"*.attn.proj": {"act_quantizer": "seq"}}).overrides == {"*.attn.proj": {"act_quantizer": "seq"}}
+    assert recipe("seq", overrides=None).overrides == own
 
 
 def test_recipes_to_deploy_have_one_step_a_tensor_and_codes_of_int8():
