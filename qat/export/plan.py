@@ -26,7 +26,20 @@ from qat.nn.fqvit import FqAttention
 
 _RIGHT = frozenset({"k", "v"})
 ONE = torch.ones(())
-_CONSTANTS = "scale", "columns_scale", "row", "ones", "sums", "columns", "constant", "later", "left", "left_scale", "weight_scale"
+_CONSTANTS = (
+    "scale",
+    "columns_scale",
+    "row",
+    "ones",
+    "sums",
+    "columns",
+    "constant",
+    "later",
+    "left",
+    "left_scale",
+    "weight_scale",
+    "weight_zero",
+)
 
 
 class Plan(nn.Module):
@@ -45,6 +58,7 @@ class Plan(nn.Module):
         later: what the constant is multiplied with.
         left: (..., 1 or N, K), offset of the left factor, multiplied with the right codes, then with left_scale.
         weight_scale: (out,) or (), of the codes of a weight.
+        weight_zero: their zero point, of the same shape, which a step size for each channel may have made larger than it was.
     """
 
     def __init__(self, *, on_codes: bool = True, blocks: int = 0, **tensors: Tensor | None) -> None:
@@ -246,9 +260,11 @@ def _with_weight(a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None, 
         return None if t is None else t.float().reshape([1] * (max(a.ndim, 3) + more - t.ndim) + list(t.shape))
 
     is_split = int(blocks > 0)
+    weight_scale, zero = (stored.scale.double() * one * columns).float().squeeze(), stored.zero_point
     return Plan(
         blocks=blocks,
-        weight_scale=(stored.scale.double() * one * columns).float().squeeze(),
+        weight_scale=weight_scale,
+        weight_zero=None if zero is None else zero.squeeze().expand_as(weight_scale).clone(),
         row=shaped(row) if row.any() else None,
         ones=torch.ones(a.shape[-1], 1, dtype=torch.int8) if sums.any() else None,
         sums=shaped(sums) if sums.any() else None,

@@ -77,6 +77,8 @@ class Writer(nn.Module):
         planner: has seen the net.
     """
 
+    one: Tensor
+
     def __init__(self, net: nn.Module, planner: Planner) -> None:
         super().__init__()
         self.plans, self.position = nn.ModuleList(planner.plans), 0
@@ -143,7 +145,7 @@ class Writer(nn.Module):
         is_flat = is_weight and a.ndim == 2
         a = a.unsqueeze(1) if is_flat else a
         left = self._dequantized(a)
-        right = _dequantize(b.frozen.onnx_codes, plan.weight_scale, b.frozen.onnx_zero) if is_weight else self._dequantized(b)
+        right = _dequantize(b.frozen.onnx_codes, plan.weight_scale, plan.weight_zero) if is_weight else self._dequantized(b)
         y = torch.matmul(left, right)
         if plan.row is not None:
             y = y + plan.row

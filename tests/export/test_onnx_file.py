@@ -127,6 +127,20 @@ def test_post_training_quantization(name, tmp_path):
     assert_agrees(net.eval(), tmp_path / "net.onnx", family.images(8, 1), dynamic_batch=False)
 
 
+def test_a_zero_point_has_the_shape_of_its_scale():
+    """Of a weight with one of each, of whose outputs each channel is divided by a step size."""
+    net = tiny.vit()
+    for block in net.blocks:
+        block.attn.qkv.weight.data += 0.5
+    net = qat.convert(net, qat.PtqRecipe(bits=4, placement="inputs", weight_scales="tensor"), input_size=tiny.SIZE)
+    qat.ptq.calibrate(net, [tiny.images()])
+    graph = to_onnx(qat.freeze(net.eval()), tiny.images(1)).graph
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    inputs = [node.input for node in graph.node if node.op_type == "DequantizeLinear" and len(node.input) == 3]
+    assert [shapes[scale] for _, scale, zero in inputs if shapes[zero] == (96,)] == [(96,), (96,)]
+    assert all(shapes[scale] == shapes[zero] for _, scale, zero in inputs)
+
+
 @pytest.mark.slow
 def test_a_stem_of_convolutions_keeps_its_layout_in_onnxruntime(tmp_path):
     torch.manual_seed(0)
