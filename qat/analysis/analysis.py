@@ -21,7 +21,6 @@ from matplotlib.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.errors import UsageError
 from qat.nn.quant_module import kept_weights
 from qat.utils.files import csv_text, json_text, replacing, write_text
 from qat.utils.probing import probing
@@ -170,13 +169,6 @@ class Analysis(ABC):
         Raises:
             UsageError: a setting does not fit the nets.
         """
-
-
-def check_list(setting: str, value: object) -> Sequence[Any]:
-    """A list of settings, to check one by one; raises `UsageError` unless it is a list that is not empty."""
-    if not isinstance(value, list | tuple) or not value:
-        raise UsageError(f"{setting}={value!r}: must be a non-empty list")
-    return value
 
 
 def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:

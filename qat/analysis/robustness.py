@@ -14,23 +14,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from qat.analysis.analysis import (
-    PALETTE,
-    Analysis,
-    Drawing,
-    EvaluationPoint,
-    ImageSet,
-    Outcome,
-    Row,
-    StudiedNet,
-    Table,
-    check_list,
-    measure,
-    panels,
-)
+from qat.analysis.analysis import PALETTE, Analysis, Drawing, EvaluationPoint, ImageSet, Outcome, Row, StudiedNet, Table, measure, panels
 from qat.analysis.requantize import STEPS_FROM, WeightSite, changed, in_blocks, is_float, nearest_power_of_two, weight_sites
 from qat.errors import UsageError
-from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_int, check_number
+from qat.utils.validate import FLOAT_BITS, check_bits, check_choice, check_int, check_list, check_number
 
 STEPS, BITS, POWER_OF_TWO = PARTS = ("steps", "bits", "power_of_two")
 FLOAT_SCALES = {"channel": 0, "tensor": None}

@@ -15,20 +15,7 @@ import torch
 from matplotlib.colors import SymLogNorm
 from torch import nn
 
-from qat.analysis.analysis import (
-    WIDTH,
-    Analysis,
-    Drawing,
-    EvaluationPoint,
-    ImageSet,
-    Outcome,
-    Row,
-    StudiedNet,
-    Table,
-    check_list,
-    measure,
-    panels,
-)
+from qat.analysis.analysis import WIDTH, Analysis, Drawing, EvaluationPoint, ImageSet, Outcome, Row, StudiedNet, Table, measure, panels
 from qat.analysis.requantize import WeightSite, in_blocks, is_float, requantized, weight_sites
 from qat.errors import UsageError
 from qat.functional.packing import packed_bytes
@@ -38,7 +25,7 @@ from qat.model.sites import iter_quantizers
 from qat.nn.fqvit import IntegerLayerNorm
 from qat.ptq.runner import Forward, patched
 from qat.quantizers import Quantizer
-from qat.utils.validate import FLOAT_BITS, check_bits, check_number
+from qat.utils.validate import FLOAT_BITS, check_bits, check_list, check_number
 
 log = logging.getLogger(__name__)
 MB = 10**6

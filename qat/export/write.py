@@ -82,7 +82,7 @@ class Writer(nn.Module):
     def __init__(self, net: nn.Module, planner: Planner) -> None:
         super().__init__()
         self.plans, self.position = nn.ModuleList(planner.plans), 0
-        self.one: Any = nn.Buffer(torch.ones(()))
+        self.register_buffer("one", torch.ones(()))
         for grid in net.modules():
             if isinstance(grid, FrozenActivation):
                 is_divided = grid in planner.divided

@@ -73,6 +73,13 @@ def check_text(setting: str, value: object) -> None:
         raise UsageError(f"{setting}={value!r}: must be a non-empty string")
 
 
+def check_list(setting: str, value: object) -> Sequence[Any]:
+    """A list of settings, to check one by one; raises `UsageError` unless it is a list that is not empty."""
+    if not isinstance(value, list | tuple) or not value:
+        raise UsageError(f"{setting}={value!r}: must be a non-empty list")
+    return value
+
+
 def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
     """One glob or several as a tuple; raises `UsageError` unless `value` is a text or a list of texts that are not empty."""
     found = (value,) if isinstance(value, str) else value
@@ -91,22 +98,22 @@ def check_channels(setting: str, values: Any, chans: int | None, lowest: float =
 
 def check_images(where: str, said: Mapping[str, Any]) -> None:
     """Raise `UsageError` if what a file says of how images are prepared, as timm's `pretrained_cfg` or as a data config, cannot be."""
-    given = {name: value for name, value in said.items() if value is not None}
-    chans, size = given.get("in_chans"), given.get("input_size")
+    chans, size = said.get("in_chans"), said.get("input_size")
     if size is not None:
         if not (isinstance(size, list | tuple) and len(size) == 3 and all(type(side) is int and 0 < side <= MOST_SIDE for side in size)):
             raise UsageError(f"{where}.input_size={size!r}: must be channels, height and width, integers from 1 to {MOST_SIDE}")
         chans = size[0]
-    if "image_size" in given:
-        check_int(f"{where}.image_size", given["image_size"], 1, MOST_SIDE)
-    for name, lowest in (("mean", -math.inf), ("std", 0.0)):
-        if name in given:
-            check_channels(f"{where}.{name}", given[name], chans, lowest)
-    if "crop_pct" in given:
-        check_number(f"{where}.crop_pct", given["crop_pct"], LOWEST_CROP, highest=HIGHEST_CROP)
-    for name, allowed in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
-        if name in given:
-            check_choice(f"{where}.{name}", given[name], allowed)
+    checks: dict[str, tuple[Any, ...]] = {
+        "image_size": (check_int, 1, MOST_SIDE),
+        "mean": (check_channels, chans),
+        "std": (check_channels, chans, 0.0),
+        "crop_pct": (functools.partial(check_number, highest=HIGHEST_CROP), LOWEST_CROP),
+        "crop_mode": (check_choice, CROP_MODES),
+        "interpolation": (check_choice, INTERPOLATIONS),
+    }
+    for name, (check, *bounds) in checks.items():
+        if (value := said.get(name)) is not None:
+            check(f"{where}.{name}", value, *bounds)
 
 
 def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
@@ -116,7 +123,6 @@ def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
     """
     if quantizer == "float" and bits == FLOAT_BITS:
         return
-    if isinstance(bits, bool) or not isinstance(bits, int) or not LOWEST_BITS <= bits <= HIGHEST_BITS:
-        raise UsageError(f"{setting}={bits!r}: must be an integer from {LOWEST_BITS} to {HIGHEST_BITS}")
+    check_int(setting, bits, LOWEST_BITS, HIGHEST_BITS)
     if bits not in BLOCK_FLOATS.get(quantizer, (bits,)):
         raise UsageError(f"{setting}={bits!r}: must be {' or '.join(map(str, BLOCK_FLOATS[quantizer]))} with {quantizer}")
