@@ -37,7 +37,7 @@ from qat.launch.signals import Preempted
 from qat.tasks import settings
 from qat.tasks.conf import CONF, options, typed, yaml_lines
 from qat.utils.text import printable
-from qat.utils.validate import unknown
+from qat.utils.validate import check_choice, unknown
 
 log = logging.getLogger(__name__)
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache on a fresh machine
@@ -190,6 +190,7 @@ def _start(cfg: DictConfig, *, in_sweep: bool, with_traceback: bool) -> Callable
     Raises:
         UsageError: the run cannot have the processes that it asks for.
     """
+    check_choice("command", cfg.command, tuple(settings.COMMANDS))
     trainer = cfg.get("trainer") or {}
     ranks.check_place(trainer)
     is_alone = cfg.command in {"analyze", "export"} or cfg.get("predict") is not None  # they refuse several devices themselves

@@ -58,7 +58,7 @@ class Plan(nn.Module):
         later: what the constant is multiplied with.
         left: (..., 1 or N, K), offset of the left factor, multiplied with the right codes, then with left_scale.
         weight_scale: (out,) or (), of the codes of a weight.
-        weight_zero: their zero point, of the same shape, which a step size for each channel may have made larger than it was.
+        weight_zero: their zero point, one for each of these scales; None = 0.
     """
 
     def __init__(self, *, on_codes: bool = True, blocks: int = 0, **tensors: Tensor | None) -> None:

@@ -85,7 +85,8 @@ def grouped(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
         # The checkpoint that a job starts from may have its seed in its name.
         texts = (re.sub(r"(seed[-_=]?)\d+", r"\1*", str(job.get(GIVEN + name, MISSING))) for name in names)
         groups.setdefault(tuple(texts), []).append(job)
-    return [(given({GIVEN + name: text for name, text in zip(names, texts, strict=True)}, names), jobs) for texts, jobs in groups.items()]
+    keys = [GIVEN + name for name in names]
+    return [(given(dict(zip(keys, texts, strict=True)), names), group) for texts, group in groups.items()]
 
 
 def label(settings: Mapping[str, str]) -> str:

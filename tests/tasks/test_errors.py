@@ -42,6 +42,7 @@ UNFIT = {
     "StochasticWeightAveraging +callbacks.x.swa_lrs=0.001": re.escape("callbacks=[default,ema]"),
 }
 TRAIN = [
+    ("command=os", "^error: command='os': must be one of train, eval, ptq, analyze, export"),
     # the recipe
     *((f"quant.bits={v}", rf"quant\.bits={s}: {WHOLE} 2 to 8") for v, s in shown("1 9 1.5 x")),
     ("quant.overrides={blocks.0.*:{bits:9}}", rf"quant\.overrides\['blocks\.0\.\*'\]: quant\.bits=9: {WHOLE} 2 to 8"),
