@@ -18,11 +18,12 @@ import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from qat.errors import UsageError
 from qat.model.bounds import about_as_large_as, check_net
 from qat.model.convert import conversion_of, convert, recipe_of
-from qat.model.frozen import freeze_structure, is_frozen, prune_offsets
+from qat.model.frozen import NOT_PLAIN, freeze_structure, is_frozen, prune_offsets
 from qat.model.packed import read_packed
 from qat.model.ptq_spec import recipe_from
 from qat.model.scales import assert_ready
@@ -138,8 +139,10 @@ def save(
         classes: names of the classes, in the order of the net's outputs.
 
     Raises:
-        UsageError: see `describe`.
+        UsageError: see `describe`; or weights are made from other tensors (pruning, parametrizations).
     """
+    if prune.is_pruned(net) or any(map(parametrize.is_parametrized, net.modules())):
+        raise UsageError(f"save: the net {NOT_PLAIN}")
     meta = describe(net, model=model, model_kwargs=model_kwargs, data=data, classes=classes)
     write_torch(path, {META_KEY: meta, "state_dict": net.state_dict()})
 

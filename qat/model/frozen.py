@@ -28,6 +28,7 @@ from qat.utils.probing import copied
 
 # Of activations: added before the rounding, and after it.
 OFFSETS = ("before", "after")
+NOT_PLAIN = "is pruned or parametrized; must have plain weights: prune.remove and remove_parametrizations of torch.nn.utils keep the values"
 
 
 class Frozen(Quantizer):
@@ -318,8 +319,7 @@ def _frozen(site: Site) -> Quantizer:
         return quantizer
     weight = site.latent().detach() if site.is_weight else None
     if weight is not None and not ({"q_weight", "k_weight"} if site.role == "qk" else {"weight"}) <= site.owner._parameters.keys():
-        how = "prune.remove and parametrize.remove_parametrizations of torch.nn.utils keep the values"
-        raise UsageError(f"freeze: {site.layer} is pruned or parametrized; must have plain weights: {how}")
+        raise UsageError(f"freeze: {site.layer} {NOT_PLAIN}")
     grid = quantizer.grid(weight)
     if isinstance(grid, UniformGrid):
         return FrozenActivation(quantizer.spec, site.name, grid) if weight is None else _weight(site, grid, weight)

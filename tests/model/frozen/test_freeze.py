@@ -120,12 +120,15 @@ def test_what_cannot_be_frozen_is_refused():
 
 @pytest.mark.parametrize("recipe", ["ofq_2bit", "lsq_4bit"])
 @pytest.mark.parametrize("change", [parametrizations.weight_norm, partial(prune.l1_unstructured, amount=0.5)])
-def test_weights_that_are_made_from_others_are_refused(recipe, change):
+def test_weights_that_are_made_from_others_are_refused(recipe, change, tmp_path):
     net = made(RECIPES[recipe])
     layer, name = ("blocks.0.attn", "q_weight") if recipe == "ofq_2bit" else ("blocks.0.mlp.fc1", "weight")
     change(net.get_submodule(layer), name)
     with pytest.raises(qat.UsageError, match=rf"^freeze: {layer} is pruned or parametrized; must have plain weights"):
         qat.freeze(net)
+    with pytest.raises(qat.UsageError, match="^save: the net is pruned or parametrized; must have plain weights"):
+        qat.save(net, tmp_path / "net.pt")
+    assert not (tmp_path / "net.pt").exists()
 
 
 def test_a_net_in_bfloat16_is_frozen_in_float32():
