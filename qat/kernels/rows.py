@@ -66,9 +66,10 @@ def row_stride(x: Tensor, length: int) -> int | None:
         return None
     expected = x.stride(-2)
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
-        if size > 1 and stride != expected:
-            return None
-        expected = size * stride if size > 1 else expected
+        if size > 1:
+            if stride != expected:
+                return None
+            expected = size * stride
     return x.stride(-2)
 
 

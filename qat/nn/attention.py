@@ -62,7 +62,7 @@ class ScoredAttention(nn.Module):
         context: recipe and place.
 
     Attributes:
-        keep_probs: keep the probabilities for backward, which is faster; else they are made again, which takes less memory.
+        keep_probs: see `Scoring`.
     """
 
     def __init__(self, attention: Any, context: SwapContext) -> None:
@@ -271,8 +271,9 @@ def set_execution(net: nn.Module, *, memory: str = "save") -> nn.Module:
 
     Args:
         net: a converted net; another one stays as it is.
-        memory: `save` keeps the probabilities of quantized attentions for backward; `recompute` makes them again from queries and
-            keys, in less memory and a few percent more time. In compiled nets the compiler decides what is kept.
+        memory: `save` keeps for backward what takes long to make; `recompute` makes probabilities of quantized attentions again, and
+            the products of reparameterized ones with their matrices, in less memory and up to 15 % more time. Of what compiled nets
+            keep the compiler decides.
 
     Returns:
         `net` itself.

@@ -68,8 +68,10 @@ class _Attention(torch.autograd.Function):
             heads_product(of_scores.transpose(-2, -1), heads_of(q, h), heads_of(of_k, h), 1.0)
             grads = [of_q, of_k[:, : q.shape[1]], of_v[:, : q.shape[1]]]
         of_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        parts = zip(operands[:3], grads, qkv.chunk(3, -1), of_qkv.chunk(3, -1), strict=True)
-        found = [operators.gradients(operand, of_x, x, out=out) for operand, of_x, x, out in parts]
+        found = [
+            operators.gradients(operand, of_x, x, out=out)
+            for operand, of_x, x, out in zip(operands[:3], grads, qkv.chunk(3, -1), of_qkv.chunk(3, -1), strict=True)
+        ]
         return of_qkv, of_bias, None, None, None, None, *of_params(found), of_scale, None, None, None, None, None
 
 

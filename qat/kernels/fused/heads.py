@@ -43,7 +43,7 @@ def heads_product(a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
         out: (h, B, n, m); its heads may lie anywhere.
         factor: a power of two is part of the product, another number is multiplied after it, as a product in two steps would be.
     """
-    inside = factor if is_exact(factor) else 1.0
+    inside = exact_part(factor)
     for head, one in enumerate(out.unbind(0)):
         left, right = (t[head] if t.ndim > 3 else t for t in (a, b))
         # What does not lie in one piece is multiplied image by image: for small ones the calls cost more than to move the result does.
@@ -68,6 +68,6 @@ def add_products(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.baddbmm_(one, other)
 
 
-def is_exact(x: float) -> bool:
-    """True for a power of two: a product with it is not rounded."""
-    return math.frexp(x)[0] == 0.5
+def exact_part(factor: float) -> float:
+    """A power of two itself, as a product with it is not rounded; else 1."""
+    return factor if math.frexp(factor)[0] == 0.5 else 1.0

@@ -37,15 +37,13 @@ class _LsqLinear(torch.autograd.Function):
         of_xq = (grad @ wq).view(x.shape)
         # The offset after it is a constant row of the input: its gradient goes through the product as the bias's does.
         of_after = None if q.after is None or of_bias is None else (of_bias.unsqueeze(0) @ wq).squeeze(0)
-        learns = ctx.needs_input_grad[11] or ctx.needs_input_grad[13]
-        found = operators.gradients(
-            q, grad=of_xq, x=x, with_after=False, in_place=True, dequantized=dtype if learns else None, norm=(weight_, bias_), made=made
-        )
+        wanted = dtype if ctx.needs_input_grad[11] or ctx.needs_input_grad[13] else None
+        found = operators.gradients(q, of_xq, x, with_after=False, in_place=True, dequantized=wanted, norm=(weight_, bias_), made=made)
         xq = found.dequantized
         of_weight, of_step = (None, None) if xq is None else params.backward(grad.t() @ xq.flatten(0, -2), weight)
         of_x = None, found.x, found.norm_weight, found.norm_bias, None
-        shown = None if bias is None else of_bias
-        return *of_x, found.scale, found.before, of_after, None, None, None, of_weight, None, of_step, None, shown
+        others = of_weight, None, of_step, None, None if bias is None else of_bias
+        return *of_x, found.scale, found.before, of_after, None, None, None, *others
 
 
 def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, params: WeightParams, bias: Tensor | None) -> Tensor:

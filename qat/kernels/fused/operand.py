@@ -55,7 +55,7 @@ def params(args: Any) -> list[LSQParams]:
 
 def of_params(found: Iterable[LsqGradients]) -> Any:
     """Gradients of what `flat` made of LSQ quantizers."""
-    return flat((one.scale, one.before, one.after, None, None, None) for one in found)
+    return flat((*one[1:4], None, None, None) for one in found)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

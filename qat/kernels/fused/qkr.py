@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat.kernels import LSQParams, operators
-from qat.kernels.fused.heads import add_products, heads_product, is_exact, pad
+from qat.kernels.fused.heads import add_products, exact_part, heads_product, pad
 from qat.kernels.fused.operand import flat, keep, kept, linear, of_params, params
 from qat.kernels.fused.scores import ScoreShape, Scoring, gather, gather_backward, shape_for, to_keep
 from qat.kernels.fused.source import given
@@ -60,7 +60,8 @@ def _unpack(args: Any) -> tuple[QkrWeights, Params, QkrOperands]:
 
 def _padded(product: LSQParams, rows: Tensor, x: Tensor, num_heads: int) -> LSQParams:
     """The quantizer of the folded product, with a step for each row (B, M*h, C) of padded tokens where there is one for each of x's."""
-    real, more = num_heads * x.shape[1], rows.shape[1] - num_heads * x.shape[1]
+    real = num_heads * x.shape[1]
+    more = rows.shape[1] - real
     return product._replace(scale=F.pad(product.scale, (0, more), value=1.0)) if more and product.scale.numel() == real else product
 
 
@@ -74,7 +75,7 @@ def _held(  # noqa: PLR0913
 ) -> Tensor:
     """What is kept for backward, (h, B, N, M), of the quantized input, not and padded, and of keys, not yet quantized."""
     out = xq.new_empty(*keys.shape[:2], xq.shape[1], keys.shape[2])
-    factor = shape.factor if is_exact(shape.factor) else 1.0
+    factor = exact_part(shape.factor)
     heads_product(xq, keys.transpose(-2, -1), out, factor)
     if per_key is not None:  # times a power of two, both halves of a sum may be multiplied apart
         out.add_(F.linear(padded, per_key.to(shape.dtype)).permute(2, 0, 1).unsqueeze(2) * factor)
@@ -95,16 +96,20 @@ class _Qkr(torch.autograd.Function):
         rows = mapped.unflatten(-1, (num_heads, -1)).flatten(1, 2)
         keys = operators.quantize(_padded(operands.product, rows, x, num_heads), rows, shape.dtype)
         held = _held(xq, padded, _by_head(keys, num_heads), weights.per_key, bias, mask, shape)
-        keep(ctx, x, *norm, made, bias, mask, shape, mapped, values, held if keep_probs else None, *weights, *of_m, *of_v, *rest[11:])
+        again = (mapped, held) if keep_probs else (None, None)
+        keep(ctx, x, *norm, made, bias, mask, shape, *again, values, *weights, *of_m, *of_v, *rest[11:])
         return gather(held, operators.quantize(operands.values, values, shape.dtype), operands.probs, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         differentiated_once()
-        x, *norm, made, bias, mask, shape, mapped, values, held = (args := kept(ctx))[:10]
+        x, *norm, made, bias, mask, shape, mapped, held, values = (args := kept(ctx))[:10]
         weights, (of_m, of_v), operands = _unpack(args[10:])
         h, n, dtype = shape.num_heads, x.shape[1], shape.dtype
         padded = pad(operators.quantize(operands.input, made.forward(x, *norm)[0], dtype))
+        if mapped is None:
+            with torch.autocast(x.device.type, enabled=False):  # there may be one around backward
+                mapped = linear(padded, of_m.forward(weights.matrix, dtype), weights.offset)
         xq, rows = padded[:, :n], mapped.unflatten(-1, (h, -1)).flatten(1, 2)
         product = _padded(operands.product, rows, x, h)
         keys = _by_head(operators.quantize(product, rows, dtype), h)
@@ -114,20 +119,20 @@ class _Qkr(torch.autograd.Function):
             grad.to(dtype), held, quantized, operands.probs, shape, with_bias=bias is not None
         )
         del held, quantized, args
-        flat_x, back, of_xq = padded.flatten(0, -2), torch.empty_like(rows), torch.zeros_like(padded)
+        back, of_xq = torch.empty_like(rows), torch.zeros_like(padded)
         add_products(of_scores, keys, of_xq[:, :n])
         heads_product(of_scores.transpose(-2, -1), xq, _by_head(back, h), 1.0)
 
         def through(of_y: Tensor, weight: Tensor, found: WeightParams, of: Tensor | None) -> tuple[Tensor | None, ...]:
             """Add the gradient by a product with a weight, and give those of weight, step and bias."""
             of_xq.view(-1, x.shape[-1]).addmm_(of_y, found.forward(weight, dtype))
-            return *found.backward(of_y.t() @ flat_x, weight), None if of is None else of_y.sum(0)
+            return *found.backward(of_y.t() @ padded.flatten(0, -2), weight), None if of is None else of_y.sum(0)
 
         of_product = operators.gradients(product, back, rows, in_place=True, counted=rows[:, : h * n])
         of_matrix, of_step, of_offset = through(of_product.x.view(-1, mapped.shape[-1]), weights.matrix, of_m, weights.offset)
-        of_vectors = None
-        if weights.per_key is not None:
-            of_vectors = through(of_scores.sum(2).permute(1, 2, 0).flatten(0, 1), weights.per_key, WeightParams(None), None)[0]
+        of_vectors = weights.per_key
+        if of_vectors is not None:
+            of_vectors = through(of_scores.sum(2).permute(1, 2, 0).flatten(0, 1), of_vectors, WeightParams(None), None)[0]
         of_value = operators.gradients(operands.values, of_values, values, in_place=True, counted=values[:, :n])
         of_v_weight, of_v_step, of_v_bias = through(of_value.x.flatten(0, -2), weights.v, of_v, weights.v_bias)
         of_input = operators.gradients(operands.input, of_xq[:, :n].contiguous(), x, in_place=True, norm=tuple(norm), made=made)

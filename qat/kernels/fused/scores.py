@@ -21,7 +21,7 @@ class Scoring(NamedTuple):
         mask: (W, N, N) without gradient, added to the W windows that follow each other along the batch, or None.
         num_heads: h.
         factor: what they are multiplied by.
-        keep_probs: keep the probabilities for backward; else they are made again.
+        keep_probs: keep the probabilities for backward, and the product with the folded matrix; else they are made again.
     """
 
     bias: Tensor | None
@@ -106,16 +106,16 @@ def gather_backward(
         Those of the unscaled scores (h, B, N, M), in the dtype of products, of the quantized values (B, M, h*d), of the scale of the
         probabilities, and of the bias, (h, N, N) or None.
     """
-    h, real = shape.num_heads, found[..., : found.shape[-2]]
+    h, n = shape.num_heads, found.shape[-2]
     grads, of_values = heads_of(grad, h), torch.empty_like(values)
     of_scores = grad.new_empty(found.shape)
     heads_product(grads, heads_of(values, h).transpose(-2, -1), of_scores, 1.0)
     # What is summed up for a bias is not rounded before.
     out = torch.empty_like(found, dtype=torch.float32) if with_bias and of_scores.dtype != torch.float32 else of_scores
     made = Made(shape.kind, 1.0 if with_bias else shape.factor)
-    grads_of = operators.gradients(operand, of_scores, found, out=out, dequantized=shape.dtype, made=made, counted=real)
+    grads_of = operators.gradients(operand, of_scores, found, out=out, dequantized=shape.dtype, made=made, counted=found[..., :n])
     heads_product(grads_of.dequantized.transpose(-2, -1), grads, heads_of(of_values, h), 1.0)  # type: ignore[union-attr]  # it is asked for
-    of_bias = out[..., : real.shape[-1]].sum(1) if with_bias else None
+    of_bias = out[..., :n].sum(1) if with_bias else None
     if with_bias and shape.factor != 1:
         out.mul_(shape.factor)
     return out.to(shape.dtype), of_values, grads_of.scale, of_bias

@@ -36,10 +36,10 @@ class WeightParams(NamedTuple):
 
     def begin(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, WeightParams]:
         """`forward`, and what makes the same again: the result, or the scale that StatsQ finds in `weight`."""
-        made, scale = None, self.scale
         if isinstance(self.settings, int) and self.ready is None:
             made, scale = operators.statsq(weight, self.settings, dtype)
-        made = self.forward(weight, dtype) if made is None else made
+        else:
+            made, scale = self.forward(weight, dtype), self.scale
         return made, self._replace(scale=scale, ready=made if made.device.type in KEPT else self.ready)
 
     def forward(self, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -221,8 +221,9 @@ def test_qkr(factor, per_key, kind, keep):
     compare(qkr_attention(*parts, scoring), simple.qkr_attention(*parts, scoring), leaves(*parts, scoring))
 
 
-def test_a_backward_pass_inside_autocast_whose_forward_pass_was_not():
-    parts, scoring = qkr_parts(per_key=True), Scoring(None, None, H, 0.07, keep_probs=True)
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_backward_pass_inside_autocast_whose_forward_pass_was_not(keep):
+    parts, scoring = qkr_parts(per_key=True), Scoring(None, None, H, 0.07, keep)
     out, tensors = qkr_attention(*parts, scoring), leaves(*parts)
     expected = torch.autograd.grad(out, tensors, torch.ones_like(out), retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
