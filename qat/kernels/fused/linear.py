@@ -42,8 +42,8 @@ class _LsqLinear(torch.autograd.Function):
         xq = found.dequantized
         of_weight, of_step = (None, None) if xq is None else params.backward(grad.t() @ xq.flatten(0, -2), weight)
         of_x = None, found.x, found.norm_weight, found.norm_bias, None
-        others = of_weight, None, of_step, None, None if bias is None else of_bias
-        return *of_x, found.scale, found.before, of_after, None, None, None, *others
+        of_bias = None if bias is None else of_bias
+        return *of_x, found.scale, found.before, of_after, None, None, None, of_weight, None, of_step, None, of_bias
 
 
 def lsq_linear(x: Tensor, operand: LSQParams, weight: Tensor, params: WeightParams, bias: Tensor | None) -> Tensor:

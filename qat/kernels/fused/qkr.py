@@ -130,9 +130,9 @@ class _Qkr(torch.autograd.Function):
 
         of_product = operators.gradients(product, back, rows, in_place=True, counted=rows[:, : h * n])
         of_matrix, of_step, of_offset = through(of_product.x.view(-1, mapped.shape[-1]), weights.matrix, of_m, weights.offset)
-        of_vectors = weights.per_key
-        if of_vectors is not None:
-            of_vectors = through(of_scores.sum(2).permute(1, 2, 0).flatten(0, 1), of_vectors, WeightParams(None), None)[0]
+        of_vectors = None
+        if weights.per_key is not None:
+            of_vectors = through(of_scores.sum(2).permute(1, 2, 0).flatten(0, 1), weights.per_key, WeightParams(None), None)[0]
         of_value = operators.gradients(operands.values, of_values, values, in_place=True, counted=values[:, :n])
         of_v_weight, of_v_step, of_v_bias = through(of_value.x.flatten(0, -2), weights.v, of_v, weights.v_bias)
         of_input = operators.gradients(operands.input, of_xq[:, :n].contiguous(), x, in_place=True, norm=tuple(norm), made=made)
