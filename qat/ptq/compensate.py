@@ -6,7 +6,7 @@ Sources: the regression is that of Quantization without Tears (arXiv 2411.13918)
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qat.model.sites import Site
 from qat.ptq.runner import Runner, check_finite, find_units
-from qat.utils.probing import probing
+from qat.utils.probing import images_of, probing
 
 # Of the mean square of a regressor: how far an estimate is drawn to "no change".
 RIDGE = 1e-3
@@ -24,7 +24,7 @@ _SETTING = "ptq.method='compensate'"
 log = logging.getLogger(__name__)
 
 
-def compensate(net: nn.Module, reference: nn.Module, batches: Sequence[Tensor]) -> int:
+def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> int:
     """Fit layer after layer of a calibrated net to what the float net gives after the same layer; in place.
 
     After every quantized Linear and convolution, in the order in which they run, y <- g * y + b for each output channel is the ridge
@@ -35,7 +35,7 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Sequence[Tensor]) 
     Args:
         net: converted with a `PtqRecipe`, scales filled; runs in eval mode.
         reference: the float net that it was made of, with modules of the same names, on the same device.
-        batches: images (B, C, H, W) each.
+        batches: images (B, C, H, W) each, or what a loader gives, (images, labels).
 
     Returns:
         Number of layers that were fitted.
@@ -43,11 +43,10 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Sequence[Tensor]) 
     Raises:
         UsageError: nothing to fit, or activations that are not finite.
     """
-    device = next(net.parameters()).device
-    batches = [batch.to(device) for batch in batches]
+    images = [images_of(batch, net) for batch in batches]
     with probing(net, []), probing(reference, []):
-        units = find_units(net, batches[0][:1], _SETTING)
-        ours, theirs = (Runner(n, {unit: [unit] for unit in units}, batches) for n in (net, reference))
+        units = find_units(net, images[0][:1], _SETTING)
+        ours, theirs = (Runner(n, {unit: [unit] for unit in units}, images) for n in (net, reference))
         # Some attentions multiply by `qkv.weight` in float and call no module.
         left_out = [site.layer for layers in units.values() for site in layers if site.layer not in theirs.order.place]
         for unit, layers in units.items():

@@ -46,7 +46,7 @@ def test_codes_of_weights_stay_and_nothing_is_added():
 def test_the_logits_come_closer(bits):
     net, reference = pair(bits=bits, act_bits=bits)
     before = error(net, reference, ALL)
-    compensate(net, reference, IMAGES)
+    compensate(net, reference, ((batch, None) for batch in IMAGES))  # as a loader gives them
     assert error(net, reference, ALL) < before
 
 
