@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -68,10 +69,16 @@ def initialize_scales(net: nn.Module, batches: Iterable[Any]) -> nn.Module:
     pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]
     if not pending:
         return net
-    with probing(net, [quantizer.register_forward_pre_hook(functools.partial(_calibrate, {})) for quantizer in pending]):
-        for batch in batches:
-            net(images_of(batch, net))
-        assert_ready(net)
+    unset = [copy.deepcopy(quantizer.state_dict()) for quantizer in pending]
+    try:
+        with probing(net, [quantizer.register_forward_pre_hook(functools.partial(_calibrate, {})) for quantizer in pending]):
+            for batch in batches:
+                net(images_of(batch, net))
+            assert_ready(net)
+    except BaseException:  # scales of some batches would look like those of all
+        for quantizer, state in zip(pending, unset, strict=True):
+            quantizer.load_state_dict(state)
+        raise
     return net
 
 

@@ -49,9 +49,11 @@ def test_no_data_is_an_error(batches):
         (images(0), r"a batch is torch.float32 \(0, 1, 8, 8\); must be float images"),
     ],
 )
-def test_what_holds_no_finite_images_is_an_error(batch, line):
+def test_what_holds_no_finite_images_is_an_error_and_leaves_no_scale(batch, line):
+    net = converted()
     with pytest.raises(qat.UsageError, match=line):
-        qat.initialize_scales(converted(), [images(), batch])
+        qat.initialize_scales(net, [5 * images(), batch])
+    assert torch.equal(logits(qat.initialize_scales(net, [images()])), logits(quantized()))
 
 
 def test_a_loader_of_images_and_labels_is_taken_as_it_is():
