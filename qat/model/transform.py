@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import timm.data
 import torch
+from timm.models import get_model_args, get_model_input_config
 from torch import Tensor, nn
 
 from qat.errors import UsageError
@@ -43,7 +44,9 @@ def _by_timm(net: nn.Module) -> dict[str, Any]:
     config = getattr(net, "pretrained_cfg", None)
     if not config:
         raise UsageError("transform: this model does not record its data; qat.save(model, path, data={...}) stores the settings")
-    chans, height, width = _input_size(net, config)
+    done = conversion_of(net)
+    chans, height, width = done.input_size if done else get_model_input_config(net)["input_size"]
+    chans = get_model_args(net).get("in_chans", chans)
     if height != width:
         raise UsageError(f"transform: the model takes images of {height} x {width} pixels; must be square")
     found = timm.data.resolve_data_config({}, pretrained_cfg=config)
@@ -52,17 +55,6 @@ def _by_timm(net: nn.Module) -> dict[str, Any]:
         settings |= {name: [sum(settings[name]) / len(settings[name])] * chans for name in ("mean", "std")}
     classes = getattr(net, "num_classes", None) or config.get("num_classes") or 1  # a backbone has none, and images do not depend on it
     return settings | {"image_size": height, "patch_size": None, "in_chans": chans, "num_classes": classes}
-
-
-def _input_size(net: nn.Module, config: Mapping[str, Any]) -> tuple[int, int, int]:
-    done = conversion_of(net)
-    if done is not None:
-        return done.input_size
-    args: dict[str, Any] = getattr(net, "_model_args", None) or {}
-    chans, *sides = config["input_size"]
-    size = args.get("img_size", sides)
-    height, width = (size, size) if isinstance(size, int) else size
-    return args.get("in_chans", chans), height, width
 
 
 def renormalize(net: nn.Module, given: Sequence[Any], own: Sequence[Any]) -> None:
