@@ -17,6 +17,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from timm.models import get_model_args
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -94,12 +95,12 @@ def describe(
             raise UsageError(f"save: the head has {outputs} outputs, num_classes={num_classes}; net.reset_classifier({outputs}) sets both")
     if not is_plain(kwargs):
         raise UsageError(f"save: model arguments {kwargs} are not plain data; set model_kwargs={{...}} of numbers and text")
-    done, recipe, pool = conversion_of(net), recipe_of(net), getattr(net, "global_pool", None)
+    done, recipe = conversion_of(net), recipe_of(net)
     return {
         "format_version": FORMAT_VERSION,
         "model": {"name": name, "kwargs": dict(kwargs)},
         "pretrained_cfg": {key: value for key, value in config.items() if key in OF_IMAGES and value is not None},
-        "pool": pool if isinstance(pool, str) else None,
+        "pool": get_model_args(net).get("global_pool"),
         "biases": grown_biases(net),
         "recipe": None if recipe is None else recipe.to_dict(),
         "input_size": None if done is None else list(done.input_size),
@@ -139,12 +140,23 @@ def save(
         classes: names of the classes, in the order of the net's outputs.
 
     Raises:
-        UsageError: see `describe`; or weights are made from other tensors (pruning, parametrizations).
+        UsageError: see `describe`; or weights are made from other tensors (pruning, parametrizations). Also after writing, if `load`
+            cannot rebuild the net.
     """
     if prune.is_pruned(net) or any(map(parametrize.is_parametrized, net.modules())):
         raise UsageError(f"save: the net {NOT_PLAIN}")
     meta = describe(net, model=model, model_kwargs=model_kwargs, data=data, classes=classes)
     write_torch(path, {META_KEY: meta, "state_dict": net.state_dict()})
+    check_loads(path)
+
+
+def check_loads(path: str | os.PathLike[str]) -> None:
+    """Raise `UsageError` if `load` cannot rebuild a net that was just written: somebody has changed its modules since timm built it."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            load(path)
+        except UsageError as error:
+            raise UsageError(f"save: written, but qat.load cannot rebuild the model: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -289,8 +301,8 @@ def _described(meta: Mapping[str, Any], weights: Mapping[str, Tensor] | None = N
         data = meta.get("data") or {}
         check_net(name, kwargs, weights, meta.get("input_size") or [data.get("in_chans"), *[data.get("image_size")] * 2])
     net: nn.Module = timm.create_model(name, **kwargs)
-    if meta.get("pool") is not None and isinstance(getattr(net, "global_pool", None), str):
-        net.global_pool = meta["pool"]
+    if meta.get("pool") not in {None, get_model_args(net).get("global_pool")}:
+        net.reset_classifier(net.num_classes, meta["pool"])  # type: ignore[operator]
     if images := {key: value for key, value in (meta.get("pretrained_cfg") or {}).items() if key in OF_IMAGES}:
         config = {**net.pretrained_cfg, **images}  # type: ignore[dict-item]
         check_images("pretrained_cfg", config)

@@ -21,7 +21,7 @@ from torch import nn
 
 from qat.errors import UsageError
 from qat.model.bounds import check_net
-from qat.model.checkpoint import FETCHING_ARGS, describe, load
+from qat.model.checkpoint import FETCHING_ARGS, check_loads, describe, load
 from qat.model.convert import conversion_of
 from qat.model.frozen import freeze, is_frozen
 from qat.model.packed import write_packed
@@ -145,6 +145,7 @@ def save_pretrained(
     if meta["data"]:
         meta["data"] = _without_paths({key: value for key, value in meta["data"].items() if key != "root"})
     write_packed(frozen, place / WEIGHTS, meta)
+    check_loads(place / WEIGHTS)
     config = {
         "library_name": LIBRARY,
         "architecture": meta["model"]["name"],

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import qat
 from qat.model.checkpoint import build_from, classes_of, data_of, read_checkpoint
+from tests.nets import FAMILIES
 from tests.tiny import DISTILLED, KWARGS, SIZE, VIT, converted, images, logits, quantized, shake, vit
 
 
@@ -64,14 +65,27 @@ def test_missing_scales_survive_as_missing(path):
         qat.assert_ready(qat.load(path))
 
 
-def test_a_new_head_is_rebuilt(path):
-    net = vit()
-    net.reset_classifier(3)
-    qat.convert(net, qat.recipe("lsq"), input_size=SIZE)
-    qat.initialize_scales(net, [images()])
+@pytest.mark.parametrize(
+    ("name", "pool"), [("vit", None), ("vit", "avg"), ("siglip", "avg"), ("swin", "max"), ("swin", ""), ("hiera", "max")]
+)
+def test_a_new_head_is_rebuilt(path, name, pool):
+    net, x = FAMILIES[name].build(), FAMILIES[name].images()
+    net.reset_classifier(3, pool)
+    qat.convert(net, qat.recipe("lsq"), input_size=FAMILIES[name].input_size)
+    qat.initialize_scales(net, [x])
     qat.save(net, path)
-    assert torch.equal(logits(qat.load(path)), logits(net))
-    assert logits(qat.load(path)).shape == (8, 3)
+    assert torch.equal(logits(qat.load(path), x), logits(net, x))
+    assert logits(net, x).shape[-1] == 3
+
+
+def test_what_cannot_be_rebuilt_is_written_and_said(path, tmp_path):
+    net = quantized("lsq")
+    net.prune_intermediate_layers([0])
+    with pytest.raises(qat.UsageError, match="^save: written, but qat.load cannot rebuild"):
+        qat.save(net, path)
+    assert read_checkpoint(path).state.keys() == net.state_dict().keys()
+    with pytest.raises(qat.UsageError, match="^save: written, but qat.load cannot rebuild"):
+        qat.save_pretrained(net, tmp_path)
 
 
 @pytest.mark.parametrize("preset", ["ofq", "lsq", "minmax"])
