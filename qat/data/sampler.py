@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from qat.errors import UsageError
 
@@ -17,8 +17,10 @@ from qat.errors import UsageError
 Key = tuple[int, ...]
 
 
-class SeededSampler(Sampler[Key]):
+class SeededSampler(DistributedSampler[Key]):
     """Yields (epoch, index) for one process; with repeats (epoch, index, copy).
+
+    Torch's by its class alone: Lightning would share out the images of any other once more among the processes.
 
     Args:
         length: number of images.

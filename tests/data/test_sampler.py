@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DistributedSampler
 
 from qat.data.sampler import SeededSampler, isolated_rng, mix
 
@@ -55,6 +56,7 @@ def test_evaluation_shards_hold_every_image_exactly_once(world):
     samplers = [SeededSampler(103, seed=0, shuffle=False, rank=r, world_size=world) for r in range(world)]
     assert sorted(sum((indices(s) for s in samplers), [])) == list(range(103))
     assert [len(s) for s in samplers] == [len(indices(s)) for s in samplers]
+    assert isinstance(samplers[0], DistributedSampler)  # which Lightning's trainer does not share out again
 
 
 def test_mixed_seeds_depend_on_every_number_and_its_place():
