@@ -123,7 +123,8 @@ class LastCheckpoint(Checkpoint):
 
     def save(self, trainer: Trainer) -> None:
         """Save after a step, or after the validation that follows it: Lightning takes that for done when it goes on from before it."""
-        if _validates_now(trainer):
+        loops = trainer.fit_loop
+        if loops.epoch_loop._should_check_val_fx(loops._data_fetcher):  # type: ignore[arg-type]
             self._waits = True
         elif self._saved_at != trainer.global_step:
             log_before_saving(trainer, epoch=False)
@@ -141,18 +142,6 @@ class LastCheckpoint(Checkpoint):
         if path is not None:
             trainer.save_checkpoint(path)
             self._saved_at = trainer.global_step
-
-
-def _validates_now(trainer: Trainer) -> bool:
-    """True if Lightning validates after the batch that was the last."""
-    if not trainer.fit_loop.epoch_loop._should_check_val_epoch():
-        return False
-    if trainer.should_stop and trainer.fit_loop._can_stop_early:
-        return True
-    every = trainer.val_check_batch
-    across_epochs = trainer.check_val_every_n_epoch is None
-    number = trainer.fit_loop.total_batch_idx if across_epochs else trainer.fit_loop.batch_idx
-    return isinstance(every, int) and (number + 1) % every == 0
 
 
 class BestCheckpoints(ModelCheckpoint):

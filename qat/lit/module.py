@@ -176,25 +176,16 @@ class QATModule(LightningModule):
             self.net = build_from(Checkpoint(Path("last.ckpt"), state, self._describe))
 
     def on_validation_start(self) -> None:
-        """Validate one net, not one a process, whose weights do not change meanwhile."""
+        """Validate or test one net, not one a process, whose weights do not change meanwhile."""
         self._average_batch_norms()
-        self._keep_weights(keep=True)
+        # Weights that processes share are gathered anew for every use, which torch does not count as a change.
+        keep_weights(self.net, keep=not shared_modules(self.net))
 
     def on_validation_end(self) -> None:
         """Other weights may come back now: those in training, if an average was validated."""
-        self._keep_weights(keep=False)
+        keep_weights(self.net, keep=False)
 
-    def on_test_start(self) -> None:
-        """Weights do not change from here on."""
-        self._keep_weights(keep=True)
-
-    def on_test_end(self) -> None:
-        """They may from here on."""
-        self._keep_weights(keep=False)
-
-    def _keep_weights(self, *, keep: bool) -> None:
-        # Weights that processes share are gathered anew for every use, which torch does not count as a change.
-        keep_weights(self.net, keep=keep and not shared_modules(self.net))
+    on_test_start, on_test_end = on_validation_start, on_validation_end
 
     def _average_batch_norms(self) -> None:
         """Give batch norms the mean of the processes' running statistics, in place."""
