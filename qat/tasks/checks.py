@@ -38,7 +38,7 @@ WHOLE = {
     "log_every_n_steps": 0,
     "num_sanity_val_steps": -1,
 }
-NUMBERS = ("gradient_clip_val", "limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches")
+NUMBERS = ("gradient_clip_val", "limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches", "val_check_interval")
 VAL_METRICS = ("val/top1", "val/top5", "val/loss")
 # Callbacks of Lightning that change what a schedule was laid out for, or want another module; what there is instead.
 UNFIT: dict[type[Callback], str] = {
@@ -99,11 +99,19 @@ def check_callback(name: str, callback: object) -> None:
     """Raise `UsageError` unless it is a callback that can work, and what it monitors may exist: Lightning says so after an epoch."""
     if not isinstance(callback, Callback):
         raise UsageError(f"callbacks.{name}: {type(callback).__name__} is not a subclass of lightning.pytorch.Callback")
-    for instead in (instead for kind, instead in UNFIT.items() if isinstance(callback, kind)):
-        raise UsageError(f"callbacks.{name}: a run cannot have {type(callback).__name__}; {instead}")
+    for kind, instead in UNFIT.items():
+        if isinstance(callback, kind):
+            raise UsageError(f"callbacks.{name}: a run cannot have {type(callback).__name__}; {instead}")
     monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
-    if mode == "max" and "loss" in str(monitor):
-        raise UsageError(f"callbacks.{name}.mode='max': the best {monitor} is the lowest; must be min")
+    best = "min" if "loss" in str(monitor) else "max" if "/top" in str(monitor) else mode
+    if mode not in {None, best}:
+        where = "lowest" if best == "min" else "highest"
+        raise UsageError(f"callbacks.{name}.mode={mode!r}: the best {monitor} is the {where}; must be {best}")
+    kept, file = getattr(callback, "save_top_k", 1), getattr(callback, "filename", None)
+    if kept not in {0, 1} and "{" not in (file or "{") and not getattr(callback, "_enable_version_counter", True):
+        raise UsageError(
+            f"callbacks.{name}.save_top_k={kept}: must be 1 where all files are {file}.ckpt; callbacks=[default,best_k] keeps several"
+        )
     if isinstance(monitor, str) and (monitor.startswith("val") or "/" not in monitor) and monitor not in VAL_METRICS:
         raise UsageError(f"callbacks.{name}.monitor={monitor!r}: must be one of those of the validation: {', '.join(VAL_METRICS)}")
 

@@ -15,7 +15,7 @@ import timm.scheduler.scheduler
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -63,6 +63,8 @@ def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
     settings = plain(cfg.optimizer)
     check_number("optimizer.lr", settings["lr"], 0, above=True)
     settings["lr"] = scaled_lr(settings["lr"], global_batch=global_batch(cfg, trainer), lr_base_batch=settings.pop("lr_base_batch", None))
+    if cfg.scheduler.min_lr > settings["lr"]:
+        log.warning("scheduler.min_lr=%r: is above the learning rate %.4g (optimizer.lr)", cfg.scheduler.min_lr, settings["lr"])
     build_optimizer(nn.Linear(1, 1), **settings | {"layer_decay": None})
     return partial(build_optimizer, **settings)
 
@@ -103,6 +105,10 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
         if not isinstance(callback, ProgressBar) or sys.stdout.isatty():
             callbacks.append(callback)
+    if any(isinstance(one, WeightAveraging) for one in callbacks) and any(getattr(one, "save_weights_only", False) for one in callbacks):
+        raise UsageError(
+            "callbacks: save_weights_only=true writes the weights in training, not their average; must be false with an average"
+        )
     if compiles(cfg) == "graphs":
         callbacks.append(GraphSteps())
     # Annealing sets the learning rate and takes weights back before others log or average them. `last.ckpt` has the state of all others,
@@ -136,24 +142,27 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     if settings.get("strategy") == SHARDED or compiles(cfg):
         settings["inference_mode"] = False
     settings["strategy"] = strategy_of(settings.get("strategy", "auto"), local_count(settings) * settings.get("num_nodes", 1))
-    known = inspect.signature(Trainer).parameters
-    for name in settings.keys() - known.keys():
-        raise UsageError(unknown(f"trainer.{name}={settings[name]!r}", name, known))
     if settings.get("max_steps", -1) > 0:
         callbacks = [StepLimit(settings.pop("max_steps")), *callbacks]
     callbacks = [one for one in callbacks if loggers or not isinstance(one, LearningRateMonitor)]
+    own: dict[str, Any] = {
+        "callbacks": callbacks,
+        "logger": loggers or False,
+        "plugins": [AtomicCheckpointIO(), *environments()],
+        "default_root_dir": cfg.run_dir,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(one, Checkpointing) for one in callbacks),  # else Lightning adds one of its own
+        "enable_progress_bar": any(isinstance(one, ProgressBar) for one in callbacks),
+    }
+    known = inspect.signature(Trainer).parameters
+    for name, value in settings.items():
+        if name in own:
+            raise UsageError(f"trainer.{name}={value!r}: must be left out; it follows from callbacks, logger and run_dir")
+        if name not in known:
+            raise UsageError(unknown(f"trainer.{name}={value!r}", name, known))
     try:
-        return Trainer(
-            **settings,
-            callbacks=callbacks,
-            logger=loggers or False,
-            plugins=[AtomicCheckpointIO(), *environments()],
-            default_root_dir=cfg.run_dir,
-            use_distributed_sampler=False,
-            enable_model_summary=False,
-            enable_checkpointing=any(isinstance(one, Checkpointing) for one in callbacks),  # else Lightning adds one of its own
-            enable_progress_bar=any(isinstance(one, ProgressBar) for one in callbacks),
-        )
+        return Trainer(**settings, **own)
     except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         message = " ".join(str(error).split())
         # The settings whose name or text the message has, else those of where a net runs.

@@ -123,7 +123,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_choice("scheduler.interval", self.interval, ("epoch", "step"))
-        for name in ("warmup_epochs", "warmup_lr", "cooldown_epochs", "min_lr"):
+        for name in ("warmup_lr", "min_lr"):  # the epochs beside trainer.max_epochs
             check_number(f"scheduler.{name}", getattr(self, name), 0)
 
 

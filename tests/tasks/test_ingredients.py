@@ -152,6 +152,7 @@ def test_two_batches_by_heart(watched):
 def test_the_rate_follows_the_batch(watched, caplog):
     caplog.set_level("INFO")
     scaling = ("optimizer.lr_base_batch=32", "data.batch_size=16", "trainer.accumulate_grad_batches=4", "trainer.limit_train_batches=4")
-    run_dir, _ = watched("optimizer.lr=0.001", *scaling, "trainer.log_every_n_steps=1")
+    run_dir, _ = watched("optimizer.lr=0.001", "scheduler.min_lr=0.01", *scaling, "trainer.log_every_n_steps=1")
     assert "global batch 64, adamw lr 0.002," in caplog.text
+    assert "scheduler.min_lr=0.01: is above the learning rate 0.002 (optimizer.lr)" in caplog.text
     assert column(run_dir, "lr-AdamW/decay")[0] == pytest.approx(0.002)
