@@ -41,12 +41,11 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> 
         Number of layers that were fitted.
 
     Raises:
-        UsageError: nothing to fit, or activations that are not finite.
+        UsageError: nothing to fit, a reference that is quantized, or activations that are not finite.
     """
     images = [images_of(batch, net) for batch in batches]
     with probing(net, []), probing(reference, []):
-        units = find_units(net, images[0][:1], _SETTING)
-        ours, theirs = (Runner(n, {unit: [unit] for unit in units}, images) for n in (net, reference))
+        units, ours, theirs = find_units(net, reference, images, _SETTING)
         # Some attentions multiply by `qkv.weight` in float and call no module.
         left_out = [site.layer for layers in units.values() for site in layers if site.layer not in theirs.order.place]
         for unit, layers in units.items():

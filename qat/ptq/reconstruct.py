@@ -101,7 +101,7 @@ def reconstruct(
         `units` (how many), `steps` of each, `images`, `seconds` (those before a resume too).
 
     Raises:
-        UsageError: nothing to reconstruct, too few images, or activations that are not finite.
+        UsageError: nothing to reconstruct, a reference that is quantized, too few images, or activations that are not finite.
     """
     device = next(net.parameters()).device
     batches = [batch.to(device) for batch in split_batches(images, settings.batch)]
@@ -113,8 +113,7 @@ def reconstruct(
         for parameter, _ in frozen:
             parameter.requires_grad = False
         with probing(net, []), probing(reference, []):
-            units = find_units(net, batches[0][:1], _SETTING)
-            ours, theirs = (Runner(n, {unit: [unit] for unit in units}, batches) for n in (net, reference))
+            units, ours, theirs = find_units(net, reference, batches, _SETTING)
             net.load_state_dict(state["tensors"], strict=False)
             done = len(state["units"])
             if done:

@@ -222,30 +222,37 @@ class Runner:
                     self.net(batch)
 
 
-def find_units(net: nn.Module, image: Tensor, setting: str) -> dict[str, list[Site]]:
+def find_units(
+    net: nn.Module, reference: nn.Module, batches: Sequence[Tensor], setting: str
+) -> tuple[dict[str, list[Site]], Runner, Runner]:
     """What is fitted piece by piece: blocks, and quantized layers outside of them, in the order in which they run.
 
     Args:
         net: converted; its scales are filled.
-        image: (1, C, H, W), on the device of the net.
+        reference: the float net that it was made of.
+        batches: images (B, C, H, W) each, on the device of the nets.
         setting: what asks for them, for messages.
 
     Returns:
-        Per block or layer the sites of its quantized weights, in the order in which they run.
+        Per block or layer the sites of its quantized weights, in the order in which they run; then what runs them in either net.
 
     Raises:
-        UsageError: the net has no blocks, or none with a quantized weight.
+        UsageError: the net has no blocks, or none with a quantized weight; or the reference is quantized.
     """
+    if not all(site.quantizer.is_float for site in iter_quantizers(reference)):
+        raise UsageError(f"{setting}: the reference is quantized; must be a copy of the model made before qat.convert")
     blocks = find_blocks(net)
     layers = [s for s in iter_quantizers(net) if s.role == "weight" and not s.quantizer.is_float]
     unit_of = {site.name: next((b for b in blocks if site.name.startswith(f"{b}.")), site.layer) for site in layers}
     if blocks.keys().isdisjoint(unit_of.values()):
         raise UsageError(f"{setting}: this model has no blocks with quantized weights in modules called {CONTAINER!r}")
-    ran = RunOrder(net, image)
+    ran = RunOrder(net, batches[0][:1])
     units: dict[str, list[Site]] = {}
     for site in sorted((s for s in layers if {s.layer, unit_of[s.name]} <= ran.once), key=lambda s: ran.place[s.layer]):
         units.setdefault(unit_of[site.name], []).append(site)
-    return {name: units[name] for name in ran.place if name in units}
+    units = {name: units[name] for name in ran.place if name in units}
+    ours, theirs = (Runner(n, {unit: [unit] for unit in units}, batches) for n in (net, reference))
+    return units, ours, theirs
 
 
 def check_finite(value: Tensor, unit: str, setting: str) -> None:

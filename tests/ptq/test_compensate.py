@@ -105,3 +105,5 @@ def test_activations_that_are_not_finite_are_refused():
         reference.blocks[1].mlp.fc1.bias[0] = torch.inf
     with pytest.raises(qat.UsageError, match=r"the activations of blocks\.1 hold NaN or infinity"):
         compensate(net, reference, IMAGES)
+    with pytest.raises(qat.UsageError, match="the reference is quantized"):
+        compensate(net, net, IMAGES)

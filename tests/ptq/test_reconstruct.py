@@ -106,6 +106,8 @@ def test_inputs_that_are_not_finite():
         reference.pos_embed[0, 0, 0] = torch.inf
     with pytest.raises(qat.UsageError, match=r"the activations of blocks\.0 hold NaN or infinity"):
         reconstruct(net, reference, IMAGES, SETTINGS)
+    with pytest.raises(qat.UsageError, match="the reference is quantized"):
+        reconstruct(net, net, IMAGES, SETTINGS)
 
 
 def test_a_backbone():
