@@ -134,7 +134,7 @@ def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[fl
         Validation top-1 of these weights in percent, and what they are called.
     """
     saved: Any = trainer.checkpoint_callbacks
-    best = next((one for one in saved if isinstance(one, ModelCheckpoint) and one.monitor and one.best_model_score is not None), None)
+    best: Any = next((one for one in saved if isinstance(one, ModelCheckpoint) and one.monitor and one.best_model_score is not None), None)
     name = "final"
     if best is not None:
         module.net.load_state_dict(build_from(read_checkpoint(best.best_model_path)).state_dict())
