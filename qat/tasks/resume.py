@@ -34,9 +34,6 @@ NOT_COMPARED = {
     *("checkpoint.every_n_steps", "trainer.log_every_n_steps", "trainer.profiler"),
     *(f"data.{name}" for name in ("root", "num_workers", "in_memory", "memory_mb", "cache")),
     *(f"callbacks.{name}" for name in ("last", "progress", "epoch_log", "throughput", "learning_rate", "preemption", "finite")),
-    *("loss.kure_layers", "loss.regularizers.kure.layers", "callbacks.freeze.start_epoch"),  # of older versions
-    *("callbacks.freeze.max_bits", "callbacks.oscillation.boundary_range", "optimizer.lr_batch_rule"),  # of older versions
-    *("ckpt_optimizer", "loss.grad_l1", "loss.grad_l1_layers", "loss.regularizers.grad_l1"),  # of older versions
 }
 # A difference in these is refused; the net's own are compared with the net in the checkpoint.
 _FIXED, _OF_THE_NET = ("optimizer.", "scheduler."), ("model.args", "model.name", "quant.")
