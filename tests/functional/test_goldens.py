@@ -20,18 +20,23 @@ def bits_of(case: str) -> int:
     return int(case.partition("_b")[2][:1] or 2)
 
 
+def of(case, name):
+    """One array of the authors' case."""
+    return golden.tensor(OFQ, f"{case}/{name}")
+
+
 @golden.parametrize(OFQ, r"statsq(2d|3d|_ties|_zero_row|_qk).*")
 def test_statsq(case):
-    w = golden.tensor(OFQ, f"{case}/w").requires_grad_()
+    w = of(case, "w").requires_grad_()
     bits = bits_of(case)
     out = F.statsq(w, bits)
-    expected = golden.tensor(OFQ, f"{case}/out").nan_to_num(0.0)  # the reference gives NaN for an all-zero row
+    expected = of(case, "out").nan_to_num(0.0)  # the reference gives NaN for an all-zero row
     assert_close(out, expected, **FORWARD)
     if golden.has(OFQ, f"{case}/scale"):
-        assert_close(F.statsq_scale(w).flatten(), golden.tensor(OFQ, f"{case}/scale").flatten(), **FORWARD)
+        assert_close(F.statsq_scale(w).flatten(), of(case, "scale").flatten(), **FORWARD)
     if golden.has(OFQ, f"{case}/upstream"):
-        out.backward(golden.tensor(OFQ, f"{case}/upstream"))
-        assert torch.equal(w.grad, golden.tensor(OFQ, f"{case}/grad_w"))
+        out.backward(of(case, "upstream"))
+        assert torch.equal(w.grad, of(case, "grad_w"))
 
 
 def lsq_axis(case: str) -> int | None:
@@ -42,54 +47,54 @@ def lsq_axis(case: str) -> int | None:
 @golden.parametrize(OFQ, r"lsq_.*")
 def test_lsq(case):
     axis = lsq_axis(case)
-    qmin, qmax = (int(t) for t in golden.tensor(OFQ, f"{case}/thd"))
-    x = golden.tensor(OFQ, f"{case}/x").requires_grad_()
-    s = golden.tensor(OFQ, f"{case}/s").requires_grad_()
+    qmin, qmax = (int(t) for t in of(case, "thd"))
+    x = of(case, "x").requires_grad_()
+    s = of(case, "s").requires_grad_()
     out = F.lsq(x, s, qmin, qmax, axis)
-    assert_close(out, golden.tensor(OFQ, f"{case}/out"), **FORWARD)
-    out.backward(golden.tensor(OFQ, f"{case}/upstream"))
-    assert_close(x.grad, golden.tensor(OFQ, f"{case}/grad_x"), **GRADIENT)
-    assert_close(s.grad, golden.tensor(OFQ, f"{case}/grad_s"), **GRADIENT)
+    assert_close(out, of(case, "out"), **FORWARD)
+    out.backward(of(case, "upstream"))
+    assert_close(x.grad, of(case, "grad_x"), **GRADIENT)
+    assert_close(s.grad, of(case, "grad_s"), **GRADIENT)
 
 
 @golden.parametrize(OFQ, r"lsq_.*")
 def test_lsq_first_scale(case):
-    qmin, qmax = (int(t) for t in golden.tensor(OFQ, f"{case}/thd"))
-    scale = F.lsq_init_scale(golden.tensor(OFQ, f"{case}/x_init"), qmin, qmax, lsq_axis(case))
+    qmin, qmax = (int(t) for t in of(case, "thd"))
+    scale = F.lsq_init_scale(of(case, "x_init"), qmin, qmax, lsq_axis(case))
     factor = 0.5 if "image_unsigned" in case else 1.0  # images have factor 2 whatever the sign
-    assert_close(scale * factor, golden.tensor(OFQ, f"{case}/s_init"), **FORWARD)
+    assert_close(scale * factor, of(case, "s_init"), **FORWARD)
 
 
 @golden.parametrize(OFQ, r"qkr_product_b\d")
 def test_qkr_product(case):
-    wq = golden.tensor(OFQ, f"{case}/wq").requires_grad_()
-    wk = golden.tensor(OFQ, f"{case}/wk").requires_grad_()
-    heads = golden.tensor(OFQ, f"{case}/product").shape[0] // wq.shape[1]
+    wq = of(case, "wq").requires_grad_()
+    wk = of(case, "wk").requires_grad_()
+    heads = of(case, "product").shape[0] // wq.shape[1]
     product = F.fold_qk(wq, wk, heads)
-    assert_close(product, golden.tensor(OFQ, f"{case}/product"), **FORWARD)
+    assert_close(product, of(case, "product"), **FORWARD)
     out = F.statsq(product, bits_of(case.replace("product", "")))
-    assert_close(out, golden.tensor(OFQ, f"{case}/out"), **FORWARD)
-    out.backward(golden.tensor(OFQ, f"{case}/upstream"))
-    assert_close(wq.grad, golden.tensor(OFQ, f"{case}/grad_wq"), **GRADIENT)
-    assert_close(wk.grad, golden.tensor(OFQ, f"{case}/grad_wk"), **GRADIENT)
+    assert_close(out, of(case, "out"), **FORWARD)
+    out.backward(of(case, "upstream"))
+    assert_close(wq.grad, of(case, "grad_wq"), **GRADIENT)
+    assert_close(wk.grad, of(case, "grad_wk"), **GRADIENT)
 
 
 @golden.parametrize(OFQ, r"kd_loss_.*")
 def test_distillation_loss(case):
     single = golden.has(OFQ, f"{case}/student")
     names = ("student", "student", "teacher") if single else ("student_cls", "student_dist", "teacher_cls")
-    inputs = {name: golden.tensor(OFQ, f"{case}/{name}").requires_grad_() for name in set(names)}
-    loss = F.distillation_loss(*(inputs[name] for name in names), golden.tensor(OFQ, f"{case}/target"))
-    assert_close(loss.detach(), golden.tensor(OFQ, f"{case}/loss"), **FORWARD)
+    inputs = {name: of(case, name).requires_grad_() for name in set(names)}
+    loss = F.distillation_loss(*(inputs[name] for name in names), of(case, "target"))
+    assert_close(loss.detach(), of(case, "loss"), **FORWARD)
     loss.backward()
     for name, value in inputs.items():
         if golden.has(OFQ, f"{case}/grad_{name}"):
-            assert_close(value.grad, golden.tensor(OFQ, f"{case}/grad_{name}"), **GRADIENT)
+            assert_close(value.grad, of(case, f"grad_{name}"), **GRADIENT)
 
 
 @golden.parametrize(OFQ, r"lr_.*")
 def test_learning_rate_per_epoch(case):
-    expected = golden.tensor(OFQ, f"{case}/lr_per_epoch").double()
+    expected = of(case, "lr_per_epoch").double()
     warmup = 5 if math.isclose(expected[0].item(), 1e-6, rel_tol=1e-3) else 0
     peak = 1e-6 + warmup * (expected[1].item() - 1e-6) if warmup else expected[0].item()
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)

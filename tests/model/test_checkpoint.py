@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import qat
 from qat.model.checkpoint import build_from, classes_of, data_of, read_checkpoint
+from tests.campaign.checkpoints import Payload
 from tests.nets import FAMILIES
 from tests.tiny import DISTILLED, KWARGS, SIZE, VIT, converted, images, logits, quantized, shake, vit
 
@@ -191,25 +192,13 @@ def test_a_flipped_byte_anywhere_is_noticed_or_harmless(path):
     assert noticed > 200
 
 
-class Malicious:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        import os
-
-        return os.mkdir, (self.folder,)
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("legacy", [True, False])
 def test_code_in_a_pickle_is_not_run(path, tmp_path, legacy):
     victim = tmp_path / "executed"
-    torch.save({"state_dict": {"w": torch.ones(1)}, "x": Malicious(str(victim))}, path, _use_new_zipfile_serialization=not legacy)
+    torch.save({"state_dict": {"w": torch.ones(1)}, "x": Payload(victim)}, path, _use_new_zipfile_serialization=not legacy)
     refused(path, "not a checkpoint that can be read safely")
-    path.write_bytes(pickle.dumps(Malicious(str(victim))))
+    path.write_bytes(pickle.dumps(Payload(victim)))
     refused(path, "not a checkpoint that can be read safely")
     assert not victim.exists()
 

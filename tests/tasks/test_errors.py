@@ -3,7 +3,6 @@
 Those that belong to one feature are in the test of that feature, as `test_evaluate.py`.
 """
 
-import os
 import pickle
 import re
 import socket
@@ -17,6 +16,7 @@ from lightning.pytorch import Trainer
 
 from qat.cli import commands
 from qat.model import pretrained
+from tests.campaign.checkpoints import Payload
 from tests.conftest import compose, results, tiny
 
 WHOLE = "must be an integer (?:of at least|from)"
@@ -158,16 +158,6 @@ EVAL = [
     ("ckpt={best} model=vit_tiny_demo model.pretrained=true", "ckpt and model.pretrained are set: a model starts from one of them"),
     ("ckpt={best} data=digits data.num_classes=12", r"data\.num_classes=12: the model has 10 classes"),
 ]  # fmt: skip
-
-
-class Payload:
-    """What must never run."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
 
 
 @pytest.fixture(scope="module")
