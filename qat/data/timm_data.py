@@ -16,6 +16,7 @@ from qat.data.settings import DataSettings
 from qat.data.sources import EncodedImages, digest, open_file, open_image
 from qat.errors import UsageError
 from qat.utils.text import MOST_READ
+from qat.utils.validate import check_bool
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ class TimmSettings(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.download, bool):
-            raise UsageError(f"data.download={self.download!r}: must be true or false")
+        check_bool("data.download", self.download)
         if self.train_split is self.val_split is self.test_split is None:
             raise UsageError("data.train_split, data.val_split and data.test_split are null: one must be the name of a split")
 
@@ -50,13 +50,12 @@ class TimmImages(EncodedImages):
     Args:
         settings: name, root, columns.
         split: what timm calls it.
-        class_map: class ids by name, for folders and tar files; None = those of the sorted names.
 
     Raises:
         UsageError: it cannot be read, or its labels are not class ids.
     """
 
-    def __init__(self, settings: TimmSettings, split: str, class_map: Mapping[str, int] | None = None) -> None:
+    def __init__(self, settings: TimmSettings, split: str) -> None:
         options: dict[str, Any] = {}
         if str(settings.name).startswith("hfds/"):
             options = {"input_key": settings.image_column, "target_key": settings.label_column}
@@ -65,8 +64,8 @@ class TimmImages(EncodedImages):
         else:
             data_folder(settings.root, "the dataset that timm reads, or give a tar file")
         try:
-            options |= {"split": split, "download": settings.download, "class_map": class_map}
-            dataset = timm.data.create_dataset(settings.name, root=settings.root and str(settings.root), **options)
+            root = settings.root and str(settings.root)
+            dataset = timm.data.create_dataset(settings.name, root=root, split=split, download=settings.download, **options)
             self.reader = reader = getattr(dataset, "reader", dataset)
             targets = list(reader.iter_targets()) if hasattr(reader, "iter_targets") else getattr(reader, "targets", None)
             if hasattr(reader, "loader"):  # torchvision's, to which every format of Pillow is an image
@@ -113,7 +112,7 @@ class Timm(EncodedImageData):
         """The splits that are asked for.
 
         Raises:
-            UsageError: one cannot be read, or is another one too.
+            UsageError: one cannot be read, is another one too, or has a class that the first has not.
         """
         return self._images
 
@@ -124,9 +123,15 @@ class Timm(EncodedImageData):
             name = getattr(self.settings, f"{split}_split")
             if name is None:
                 continue
-            images = TimmImages(self.settings, name, next(iter(found.values())).classes if found else None)
+            images = TimmImages(self.settings, name)
             for other in (other for other, theirs in found.items() if images.files & theirs.files):
                 raise UsageError(f"data.{split}_split={name!r}: must differ from the {other} split; null for no such split")
+            classes = next(iter(found.values()), images).classes
+            if images.classes != classes:
+                for unknown in sorted(images.classes.keys() - classes.keys()):
+                    raise UsageError(f"data.{split}_split={name!r}: class {unknown!r} must be one of the {next(iter(found))} split's")
+                own = {number: name for name, number in images.classes.items()}
+                images.labels = np.array([classes[own[label]] for label in images.labels.tolist()])
             found[split] = images
         return found
 

@@ -124,10 +124,14 @@ def test_fingerprints_tell_files_and_labels_apart_wherever_they_are(tmp_path):
     assert (changed["train"] == first["train"], changed["val"] == first["val"]) == (False, True)
 
 
-def test_a_split_without_a_class_has_the_ids_of_train(tmp_path):
+@pytest.mark.parametrize("name", ["", "torch/image_folder"])
+def test_a_split_has_the_classes_of_train_with_their_ids(tmp_path, name):
     write_folder(tmp_path, (("train", 20),))
     write_folder(tmp_path, (("validation", 4),), classes=("bee",))
-    assert data(tmp_path).split("val").labels.tolist() == [1] * 4
+    assert data(tmp_path, name=name).split("val").labels.tolist() == [1] * 4
+    write_folder(tmp_path, (("validation", 4),), classes=("Ant",))
+    with pytest.raises(qat.UsageError, match=r"^data\.val_split='validation': class 'Ant' must be one of the train split's$"):
+        data(tmp_path, name=name).split("val")
 
 
 @pytest.mark.parametrize("case", ["no such folder in the split's name", "one split twice", "a tar file", "val is test"])
