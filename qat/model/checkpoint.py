@@ -223,7 +223,10 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
     if fmt == "qat" and meta is None:
         raise UsageError(f"{origin}: not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq")
     state = next((content[k] for k in (*(() if fmt == "ofq" else _AVERAGED), *_TRAINED) if isinstance(content.get(k), Mapping)), content)
-    tensors = timm_names({_WRAPPED.sub("", k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)})
+    named = {_WRAPPED.sub("", k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    # Where all are below one module, as a net in a LightningModule is.
+    module = "" if meta else "".join(os.path.commonprefix([*named]).rpartition(".")[:2])
+    tensors = timm_names({k.removeprefix(module): v for k, v in named.items()})
     if not tensors:
         raise UsageError(f"{origin}: holds no weights")
     check_tensors(tensors, origin, path.stat().st_size)

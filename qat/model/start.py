@@ -152,9 +152,10 @@ def from_state(
 
 
 def _size(state: Mapping[str, Tensor], stem: str) -> str:
-    """Blocks and width of the net that weights are of, for people; nothing where there are no blocks."""
+    """Blocks and width of the net that weights are of, or what they are called, for people; nothing where there are no blocks."""
     blocks = {found[0] for name in state if (found := re.match(r".*\bblocks\.\d+", name))}
-    return f"{len(blocks)} blocks, {len(state.get(f'{stem}.weight', ()))} wide" if blocks else ""
+    first = state.get(f"{stem}.weight")
+    return f"weights such as {min(state)}" if first is None else f"{len(blocks)} blocks, {len(first)} wide" if blocks else ""
 
 
 def check_finite(net: nn.Module, origin: str) -> None:

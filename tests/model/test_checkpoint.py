@@ -424,7 +424,7 @@ def test_safetensors(tmp_path):
 
 
 @pytest.mark.parametrize("key", [None, "state_dict", "model", "state_dict_ema"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.net."])
 def test_wrappers_leave_no_trace(path, key, prefix):
     state = {prefix + k: v for k, v in vit().state_dict().items()}
     torch.save({key: state, "epoch": 3} if key else state, path)
