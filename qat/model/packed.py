@@ -26,7 +26,6 @@ from qat.utils.files import MOST_CONSTANT, replacing
 
 # The second one, with blocks of floats, which are tensors of their own.
 FORMATS = "packed-1", "packed-2"
-_BYTES_OF_FLOAT = 4
 _DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 
 
@@ -59,7 +58,7 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
         else:
             floats.append(tensor.detach().cpu().float().flatten())
             index.append([name, shape, "f", str(tensor.dtype).removeprefix("torch.")])
-            sums[_kind(name)] += _BYTES_OF_FLOAT * tensor.numel()
+            sums[_kind(name)] += floats[-1].nbytes
     packed = base64.b64encode(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)).decode()
     tensors = {"codes": torch.cat([torch.zeros(0, dtype=torch.uint8), *codes]), "floats": torch.cat([torch.zeros(0), *floats])}
     for name, module in blocks.items():
@@ -104,7 +103,8 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     said = (metadata["format"], metadata["qat"], metadata["index"])
     if metadata["crc32"] not in {_checksum(tensors, *said), _checksum(tensors)}:  # older files: of the tensors alone
         raise ValueError("it is damaged: its checksum does not fit")
-    index = json.loads(zlib.decompress(base64.b64decode(metadata["index"])))
+    # At most this many bytes, of which a tensor takes less than a hundred: two megabytes may unpack to two gigabytes.
+    index = json.loads(zlib.decompressobj().decompress(base64.b64decode(metadata["index"]), 2**23))
     if (constants := sum(max(math.prod(shape), 0) for _, shape, kind, *_ in index if kind == "c")) > MOST_CONSTANT:
         raise ValueError(f"its index lists {constants} numbers that are missing")
     state, at = {}, {"codes": 0, "floats": 0}

@@ -123,8 +123,9 @@ def test_any_flipped_bit_is_noticed_and_an_older_file_is_read(tmp_path):
         ([["head.weight", [10**9], "f", "float32"]], "not a checkpoint"),
         ([["head.weight", [4], "f", "load"]], "not a checkpoint"),
         ([], "more data than its index lists"),
+        ([["n" * 2**24, [1], "c", 0.0, "float32"]], "Unterminated string"),
     ],
-    ids=["a large constant", "a sum that is small", "more floats than there are", "no dtype", "nothing"],
+    ids=["a large constant", "a sum that is small", "more floats than there are", "no dtype", "nothing", "a large index"],
 )
 def test_a_file_that_lies_is_one_line(index, line, tmp_path):
     path = tmp_path / "net.safetensors"
