@@ -37,7 +37,18 @@ class CostAnalysis(Analysis):
             kind_of = module_kinds(studied.net)
             summary[studied.label] = dataclasses.asdict(total(parts)) | _in_float(studied)
             kinds += [{"net": studied.label, **row} for row in _by_kind(parts, kind_of)]
-            modules += [{"net": studied.label, **_module_row(part, kind_of)} for part in parts]
+            modules += [
+                {
+                    "net": studied.label,
+                    "module": part.module or "(net)",
+                    "kind": kind_of[part.module],
+                    "bits of operands": ", ".join(dict.fromkeys(f"{a} x {b}" for a, b in (product.bits for product in part.products))),
+                    "bytes": part.size_bytes,
+                    "MACs": part.macs,
+                    "bit operations": part.bitops,
+                }
+                for part in parts
+            ]
         tables = [Table("cost", "Cost by kind of layer", kinds), Table("cost_modules", "Cost by module", modules)]
         return Outcome(summary, tables, [_bars(kinds)])
 
@@ -81,17 +92,6 @@ def _by_kind(parts: Sequence[ModuleCost], kind_of: Mapping[str, str]) -> list[Ro
             row["MACs"] += product.macs
             row["bit operations"] += product.bitops
     return [{"kind": kind, **row} for kind, row in rows.items() if any(row.values())]
-
-
-def _module_row(part: ModuleCost, kind_of: Mapping[str, str]) -> Row:
-    return {
-        "module": part.module or "(net)",
-        "kind": kind_of[part.module],
-        "bits of operands": ", ".join(dict.fromkeys(f"{a} x {b}" for a, b in (product.bits for product in part.products))),
-        "bytes": part.size_bytes,
-        "MACs": part.macs,
-        "bit operations": part.bitops,
-    }
 
 
 def _bars(rows: Sequence[Row]) -> Drawing:

@@ -12,9 +12,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from torch import Tensor, nn
 from qat.model.sites import iter_quantizers
 from qat.quantizers import UniformGrid
 from qat.utils.probing import probing
-
-log = logging.getLogger(__name__)
 
 INPUT, OUTPUT = "image", "logits"
 ONNXRUNTIME, OPENVINO, EXECUTORCH = "onnxruntime", "openvino", "executorch"
@@ -59,7 +56,6 @@ class Agreement:
         largest: largest difference of the logits of the other images.
         apart: largest difference of the logits, as a share of the largest logit.
         unlike: of the images with other logits that were looked into, those on which the file is not what its graph gives step by step.
-        first: quantizers whose codes are the first that differ, and how many codes, over these images.
         problem: why the file must not be used in this runtime; None if it agrees.
     """
 
@@ -69,7 +65,6 @@ class Agreement:
     largest: float = 0.0
     apart: float = 0.0
     unlike: int = 0
-    first: Counter[str] = field(default_factory=Counter)
     problem: str | None = None
 
     def to_text(self) -> str:
@@ -155,22 +150,19 @@ def compare(
     for i in other[:EXAMINED]:
         step_by_step = codes_of(images[i])
         found.unlike += not bool(((mine[i] - step_by_step[0]).abs() <= TOLERANCE).all())
-        found.problem = found.problem or _first_difference(found, net_codes(net, images[i]), step_by_step)
+        found.problem = found.problem or _first_difference(net_codes(net, images[i]), step_by_step)
     examined = min(len(other), EXAMINED)
-    layers = ", ".join(f"{n} of {name}" for name, n in found.first.most_common(3)) or "none"
-    log.debug("logits within %.1e but on %d; codes that differ first on %d of these: %s", found.largest, len(other), examined, layers)
     if found.problem is None and found.unlike * len(other) > UNLIKE * len(images) * examined:
         found.problem = f"on {found.unlike} of {examined} images its output differs from that of its graph run operator by operator"
     return found
 
 
-def _first_difference(found: Agreement, theirs: tuple[Tensor, Codes], mine: tuple[Tensor, Codes]) -> str | None:
-    """Note the first quantizer whose codes differ; what is wrong unless the values that they were made of lie on a threshold."""
+def _first_difference(theirs: tuple[Tensor, Codes], mine: tuple[Tensor, Codes]) -> str | None:
+    """What is wrong with the first quantizer whose codes differ, unless the values that they were made of lie on a threshold."""
     for name, (place, codes) in mine[1].items():
         other_place, others = (t.reshape(codes.shape) for t in theirs[1][name])
         differs = codes != others
         if differs.any():
-            found.first[name] += int(differs.sum())
             is_near = (place - other_place)[differs].abs().max() <= ROUNDING * (1 + codes.abs().max())
             return None if is_near else f"codes of {name} differ away from a threshold"
     apart = float((theirs[0] - mine[0]).abs().max())
