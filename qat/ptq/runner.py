@@ -251,8 +251,8 @@ def find_units(
     for site in sorted((s for s in layers if {s.layer, unit_of[s.name]} <= ran.once), key=lambda s: ran.place[s.layer]):
         units.setdefault(unit_of[site.name], []).append(site)
     units = {name: units[name] for name in ran.place if name in units}
-    ours, theirs = (Runner(n, {unit: [unit] for unit in units}, batches) for n in (net, reference))
-    return units, ours, theirs
+    entries = {name: [name] for name in units}
+    return units, Runner(net, entries, batches), Runner(reference, entries, batches)
 
 
 def check_finite(value: Tensor, unit: str, setting: str) -> None:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 NOT_COMPARED = {
     *("run_dir", "sweep_dir", "resume", "overwrite", "report", "allow_changed_data", "logger", "debug", "defaults", "follows"),
     *("checkpoint.every_n_steps", "trainer.log_every_n_steps", "trainer.profiler"),
-    *(f"data.{name}" for name in ("root", "num_workers", "in_memory", "memory_mb", "cache")),
+    *(f"data.{name}" for name in ("root", "num_workers", "memory_mb")),
     *(f"callbacks.{name}" for name in ("last", "progress", "epoch_log", "throughput", "learning_rate", "preemption", "finite")),
 }
 # A difference in these is refused; the net's own are compared with the net in the checkpoint.
