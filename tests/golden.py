@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+OFQ = "ofq_goldens.npz"
 FOLDER = Path(os.environ.get("QAT_GOLDENS", Path(__file__).parent / "goldens"))
 
 
@@ -36,6 +37,11 @@ def parametrize(file: str, pattern: str):
 def tensor(file: str, key: str) -> torch.Tensor:
     """One array of a case, as a tensor of its own."""
     return torch.from_numpy(np.array(_arrays(file)[key]))
+
+
+def of(case: str, name: str) -> torch.Tensor:
+    """One array of a case of OFQ."""
+    return tensor(OFQ, f"{case}/{name}")
 
 
 def scalar(file: str, key: str) -> torch.Tensor:

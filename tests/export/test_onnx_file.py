@@ -258,16 +258,21 @@ def test_what_tensorrt_asks_for(name, tmp_path):
     assert check_onnx(net, tmp_path / "net.onnx", [tiny.images(16, 1)]).problem is None
 
 
+NO_INTEGERS = {
+    "token": (qat.recipe("ofq", bits=2, offsets=False), r"_quantizer must have one scale"),
+    "unsigned": (qat.recipe("lsq", bits=8, act_scales="tensor"), r"_quantizer must have one scale, .* codes within int8"),
+    "offsets": (qat.recipe("lsq", bits=4, act_scales="tensor", offsets=True), r"_quantizer must have one scale, .* or offset"),
+}
+
+
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        (qat.recipe("ofq", bits=2, offsets=False), r"_quantizer must have one scale"),
-        (qat.recipe("lsq", bits=8, act_scales="tensor"), r"_quantizer must have one scale, .* codes within int8"),
+        *NO_INTEGERS.values(),
         (qat.recipe("seq", bits=4, act_scales="tensor", offsets=False), r"_quantizer must have one scale, no zero point, half steps"),
-        (qat.recipe("lsq", bits=4, act_scales="tensor", offsets=True), r"_quantizer must have one scale, .* or offset"),
         (qat.recipe("deploy_w8a8", weight_quantizer="statsq"), r"weight_quantizer must have one scale, no zero point"),
     ],
-    ids=["token", "unsigned", "half steps", "offsets", "weights"],
+    ids=[*NO_INTEGERS, "half steps", "weights"],
 )
 def test_what_tensorrt_cannot_have_is_one_line(recipe, said):
     with pytest.raises(qat.UsageError, match=rf"format.target=tensorrt: .*{said}"):

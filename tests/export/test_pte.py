@@ -8,18 +8,11 @@ from qat.export import pte
 from qat.export.check import EXECUTORCH, logits_of, open_session
 from qat.export.pte import to_pte, write_pte
 from tests import tiny
+from tests.export.test_onnx_file import NO_INTEGERS
 from tests.model.frozen.test_freeze import made
 
 
-@pytest.mark.parametrize(
-    ("recipe", "said"),
-    [
-        (qat.recipe("ofq", bits=2, offsets=False), r"_quantizer must have one scale"),
-        (qat.recipe("lsq", bits=8, act_scales="tensor"), r"_quantizer must have one scale, .* codes within int8"),
-        (qat.recipe("lsq", bits=4, act_scales="tensor", offsets=True), r"_quantizer must have one scale, .* or offset"),
-    ],
-    ids=["token", "unsigned", "offsets"],
-)
+@pytest.mark.parametrize(("recipe", "said"), NO_INTEGERS.values(), ids=NO_INTEGERS)
 def test_what_xnnpack_cannot_hold_is_one_line(recipe, said):
     with pytest.raises(qat.UsageError, match=rf"^format=executorch: .*{said}"):
         to_pte(qat.freeze(made(recipe)), tiny.images(1))

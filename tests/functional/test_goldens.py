@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from qat import functional as F
 from qat.lit.optim import cosine_schedule
 from tests import golden
+from tests.golden import OFQ, of
 
-OFQ = "ofq_goldens.npz"
 FORWARD = {"rtol": 1e-6, "atol": 1e-6}
 GRADIENT = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -18,11 +18,6 @@ def bits_of(case: str) -> int:
     if golden.has(OFQ, f"{case}/bits"):
         return int(golden.number(OFQ, f"{case}/bits"))
     return int(case.partition("_b")[2][:1] or 2)
-
-
-def of(case, name):
-    """One array of the authors' case."""
-    return golden.tensor(OFQ, f"{case}/{name}")
 
 
 @golden.parametrize(OFQ, r"statsq(2d|3d|_ties|_zero_row|_qk).*")

@@ -13,8 +13,7 @@ from torch.testing import assert_close
 
 import qat
 from tests import golden
-
-OFQ = "ofq_goldens.npz"
+from tests.golden import OFQ, of
 
 # The reference's names (right) for ours (left); the image map is stored flat there.
 RENAMES = [
@@ -112,7 +111,7 @@ class Drop(nn.Module):
 
 def converted(case):
     """Our module with the state of the case, and the entries that found no place."""
-    sd, x = golden.below(OFQ, f"{case}/sd"), golden.tensor(OFQ, f"{case}/x")
+    sd, x = golden.below(OFQ, f"{case}/sd"), of(case, "x")
     bits, act_bits = (int(b) for b in re.search(r"w(\d)a(\d)", case).groups())
     attention = "qkr" if "qkr" in case else "standard"
     recipe = qat.recipe("ofq", bits=bits, act_bits=act_bits, attention=attention, steps="absolute")
@@ -141,7 +140,7 @@ FAMILIES = r"q(linear|mlp|attn|attn_qkr|block_qkr|head|patch|swin|swin_qkr)_w\da
 @golden.parametrize(OFQ, FAMILIES)
 def test_output(case):
     made = converted(case)
-    assert_close(made.module(made.x), golden.tensor(OFQ, f"{case}/out"), rtol=1e-5, atol=1e-5)
+    assert_close(made.module(made.x), of(case, "out"), rtol=1e-5, atol=1e-5)
 
 
 @golden.parametrize(OFQ, FAMILIES + "/sd")
@@ -155,8 +154,8 @@ def test_gradients(case):
     case = case.removesuffix("/grad")
     made = converted(case)
     x = made.x.requires_grad_()
-    made.module(x).backward(golden.tensor(OFQ, f"{case}/upstream"))
-    assert_close(x.grad, golden.tensor(OFQ, f"{case}/grad_x"), rtol=1e-4, atol=1e-4)
+    made.module(x).backward(of(case, "upstream"))
+    assert_close(x.grad, of(case, "grad_x"), rtol=1e-4, atol=1e-4)
     expected = renamed(golden.below(OFQ, f"{case}/grad"))
     ours = {name: p.grad for name, p in made.owner.named_parameters()}
     assert set(expected) == set(ours)
