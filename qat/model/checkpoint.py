@@ -35,8 +35,7 @@ FORMAT_VERSION = 1
 META_KEY = "qat"
 # Of timm's `pretrained_cfg`: which weights, and how images are prepared for them; other tags of one model differ in it.
 OF_IMAGES = ("tag", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-# Arguments of a net that would read or fetch further files.
-FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}  # would read further files
 NET_PREFIX = "net."
 FORMATS = ("auto", "qat", "timm", "ofq")
 _AVERAGED, _TRAINED = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # under which scripts keep weights
@@ -140,8 +139,7 @@ def save(
         classes: names of the classes, in the order of the net's outputs.
 
     Raises:
-        UsageError: see `describe`; or weights are made from other tensors (pruning, parametrizations). Also after writing, if `load`
-            cannot rebuild the net.
+        UsageError: see `describe`; weights are made from others (pruning, parametrizations); or, once written, `load` cannot read them.
     """
     if prune.is_pruned(net) or any(map(parametrize.is_parametrized, net.modules())):
         raise UsageError(f"save: the net {NOT_PLAIN}")
@@ -224,8 +222,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
         raise UsageError(f"{origin}: not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq")
     state = next((content[k] for k in (*(() if fmt == "ofq" else _AVERAGED), *_TRAINED) if isinstance(content.get(k), Mapping)), content)
     named = {_WRAPPED.sub("", k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    # Where all are below one module, as a net in a LightningModule is.
-    module = "" if meta else "".join(os.path.commonprefix([*named]).rpartition(".")[:2])
+    module = "" if meta else "".join(os.path.commonprefix([*named]).rpartition(".")[:2])  # such as `net.` of a LightningModule
     tensors = timm_names({k.removeprefix(module): v for k, v in named.items()})
     if not tensors:
         raise UsageError(f"{origin}: holds no weights")
@@ -334,8 +331,7 @@ def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Mod
 
     Args:
         path: the file.
-        imports: modules to import first, with the quantizers `package.module:Class` and the models that the file names; of itself a
-            file imports nothing.
+        imports: modules to import first, with quantizers `package.module:Class` and models that the file names; it imports none itself.
 
     Raises:
         ImportError: one of `imports` cannot be imported.
