@@ -158,7 +158,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     known = inspect.signature(Trainer).parameters
     for name, value in settings.items():
         if name in own:
-            raise UsageError(f"trainer.{name}={value!r}: must be left out; it follows from callbacks, logger and run_dir")
+            raise UsageError(f"trainer.{name}={value!r}: must be left out; qat sets it (callbacks, logger, run_dir)")
         if name not in known:
             raise UsageError(unknown(f"trainer.{name}={value!r}", name, known))
     try:
