@@ -39,7 +39,7 @@ def tensor(file: str, key: str) -> torch.Tensor:
     return torch.from_numpy(np.array(_arrays(file)[key]))
 
 
-def of(case: str, name: str) -> torch.Tensor:
+def ofq(case: str, name: str) -> torch.Tensor:
     """One array of a case of OFQ."""
     return tensor(OFQ, f"{case}/{name}")
 

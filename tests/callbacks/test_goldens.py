@@ -16,7 +16,7 @@ from qat.callbacks import CGA
 from qat.lit import QATModule, build_optimizer
 from qat.losses import CompositeLoss, CrossEntropy
 from tests import golden
-from tests.golden import OFQ, of
+from tests.golden import OFQ, ofq
 from tests.nn.test_goldens import heads_of, renamed
 
 ALIVE = 1e-5  # a gradient below it may be rounding noise
@@ -71,8 +71,8 @@ class TakeNoise(Callback):
 @golden.parametrize(OFQ, r"cga_mask_b\d_br[\d.]+")
 def test_mask(case):
     boundary = float(case.partition("_br")[2])
-    near = F.near_threshold(of(case, "w"), bits_of(case), boundary)
-    assert torch.equal(~near, of(case, "frozen"))
+    near = F.near_threshold(ofq(case, "w"), bits_of(case), boundary)
+    assert torch.equal(~near, ofq(case, "frozen"))
 
 
 class Prescribed(LightningModule):
@@ -100,26 +100,26 @@ class Prescribed(LightningModule):
 @golden.parametrize(OFQ, r"cga_weight_b\d")
 def test_weight(case):
     n = sum(golden.has(OFQ, f"{case}/grad{t}") for t in range(100))
-    expected = [of(case, f"w{t}") for t in range(n + 1)]
+    expected = [ofq(case, f"w{t}") for t in range(n + 1)]
     for t in range(n):
-        assert torch.equal(~F.near_threshold(expected[t], bits_of(case), 0.05), of(case, f"frozen{t}"))
+        assert torch.equal(~F.near_threshold(expected[t], bits_of(case), 0.05), ofq(case, f"frozen{t}"))
     module, steps = Prescribed(expected[0].clone(), bits_of(case)), Steps()
-    gradients = torch.stack([of(case, f"grad{t}") for t in range(n)])
+    gradients = torch.stack([ofq(case, f"grad{t}") for t in range(n)])
     fit(module, DataLoader(TensorDataset(gradients)), CGA(boundary_range=0.05, start_epoch=0, lr=1e-3), steps)
     for t in range(n):
-        found, frozen = steps.parameters[t]["0.weight"], of(case, f"frozen{t}")
+        found, frozen = steps.parameters[t]["0.weight"], ofq(case, f"frozen{t}")
         assert_close(found, expected[t + 1], rtol=1e-6, atol=1e-6)
         before = steps.parameters[t - 1]["0.weight"] if t else expected[0]
         assert torch.equal(found[frozen], before[frozen])
     state = module.optimizer.state[module.weight]
     for name in ("exp_avg", "exp_avg_sq"):
-        assert_close(state[name], of(case, name), rtol=1e-6, atol=1e-6)
+        assert_close(state[name], ofq(case, name), rtol=1e-6, atol=1e-6)
 
 
 def small_vit(case):
     """The net of a case with its state: the patch embedding float, the rest quantized."""
     theirs = golden.below(OFQ, f"{case}/sd0")
-    state, image = renamed(theirs), of(case, "x0").shape[1:]
+    state, image = renamed(theirs), ofq(case, "x0").shape[1:]
     dim, _, patch, _ = theirs["patch_embed.proj.weight"].shape
     settings = {
         "img_size": image[1],
@@ -150,8 +150,8 @@ def test_net(case):
     theirs = {str(name): torch.zeros(()) for name in golden._arrays(OFQ)[f"{case}/decay_names"]}
     assert {names[id(p)] for p in decayed["params"]} == set(renamed(theirs))
 
-    images = torch.cat([of(case, f"x{t}") for t in range(3)])
-    target = torch.cat([of(case, f"y{t}") for t in range(3)])
+    images = torch.cat([ofq(case, f"x{t}") for t in range(3)])
+    target = torch.cat([ofq(case, f"y{t}") for t in range(3)])
     gradients, *theirs = (renamed(golden.below(OFQ, f"{case}/{part}")) for part in ("grad0", "param1", "param3"))
     module = QATModule(net.train(), CompositeLoss({"ce": CrossEntropy()}), num_classes=5, optimizer=optimizer)
     annealing = CGA(boundary_range=number(f"{case}/boundary_range"), start_epoch=0, lr=number(f"{case}/lr"), qk="reference")
@@ -185,16 +185,16 @@ def test_what_moves_is_near_a_threshold(case):
 
 @golden.parametrize(OFQ, r"osc_\w+")
 def test_tracker(case):
-    x, momentum, threshold = (of(case, k) for k in ("x_int", "momentum", "threshold"))
+    x, momentum, threshold = (ofq(case, k) for k in ("x_int", "momentum", "threshold"))
     state = frozen = None
     for t, raw in enumerate(x):
         codes = F.with_frozen(frozen, raw)
-        assert torch.equal(codes, of(case, "out")[t])
+        assert torch.equal(codes, ofq(case, "out")[t])
         state = F.oscillation_step(state, codes, float(momentum))
         frozen = F.freezing_step(frozen, codes, state.frequency, float(threshold), float(momentum))
-        assert torch.equal(state.frequency, of(case, "ema")[t])
-    assert torch.equal(state.flips, of(case, "total"))
+        assert torch.equal(state.frequency, ofq(case, "ema")[t])
+    assert torch.equal(state.flips, ofq(case, "total"))
     if golden.has(OFQ, f"{case}/frozen"):
-        assert torch.equal(frozen.frozen, of(case, "frozen"))
-        assert torch.equal(frozen.codes, of(case, "frozen_x_int"))
-        assert torch.equal(frozen.mean, of(case, "ema_x_int"))
+        assert torch.equal(frozen.frozen, ofq(case, "frozen"))
+        assert torch.equal(frozen.codes, ofq(case, "frozen_x_int"))
+        assert torch.equal(frozen.mean, ofq(case, "ema_x_int"))

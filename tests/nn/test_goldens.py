@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import qat
 from tests import golden
-from tests.golden import OFQ, of
+from tests.golden import OFQ, ofq
 
 # The reference's names (right) for ours (left); the image map is stored flat there.
 RENAMES = [
@@ -111,7 +111,7 @@ class Drop(nn.Module):
 
 def converted(case):
     """Our module with the state of the case, and the entries that found no place."""
-    sd, x = golden.below(OFQ, f"{case}/sd"), of(case, "x")
+    sd, x = golden.below(OFQ, f"{case}/sd"), ofq(case, "x")
     bits, act_bits = (int(b) for b in re.search(r"w(\d)a(\d)", case).groups())
     attention = "qkr" if "qkr" in case else "standard"
     recipe = qat.recipe("ofq", bits=bits, act_bits=act_bits, attention=attention, steps="absolute")
@@ -140,7 +140,7 @@ FAMILIES = r"q(linear|mlp|attn|attn_qkr|block_qkr|head|patch|swin|swin_qkr)_w\da
 @golden.parametrize(OFQ, FAMILIES)
 def test_output(case):
     made = converted(case)
-    assert_close(made.module(made.x), of(case, "out"), rtol=1e-5, atol=1e-5)
+    assert_close(made.module(made.x), ofq(case, "out"), rtol=1e-5, atol=1e-5)
 
 
 @golden.parametrize(OFQ, FAMILIES + "/sd")
@@ -154,8 +154,8 @@ def test_gradients(case):
     case = case.removesuffix("/grad")
     made = converted(case)
     x = made.x.requires_grad_()
-    made.module(x).backward(of(case, "upstream"))
-    assert_close(x.grad, of(case, "grad_x"), rtol=1e-4, atol=1e-4)
+    made.module(x).backward(ofq(case, "upstream"))
+    assert_close(x.grad, ofq(case, "grad_x"), rtol=1e-4, atol=1e-4)
     expected = renamed(golden.below(OFQ, f"{case}/grad"))
     ours = {name: p.grad for name, p in made.owner.named_parameters()}
     assert set(expected) == set(ours)

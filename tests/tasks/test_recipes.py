@@ -74,9 +74,9 @@ def rates(name, world_size):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("case", golden.cases("ofq_goldens.npz", r"lr_.*"))
+@pytest.mark.parametrize("case", golden.cases(golden.OFQ, r"lr_.*"))
 def test_learning_rates_of_both_stages(case):
-    expected = golden.tensor("ofq_goldens.npz", f"{case}/lr_per_epoch").double().tolist()
+    expected = golden.ofq(case, "lr_per_epoch").double().tolist()
     kind = case.removeprefix("lr_")
     for row in SCHEDULES[kind]:
         assert rates(row, GPUS[kind]) + rates(f"{row}_cga", GPUS[kind]) == pytest.approx(expected, rel=1e-6)
