@@ -159,6 +159,8 @@ class QATModule(LightningModule):
         if self._scheduler is None:
             return optimizer
         epochs = self.trainer.max_epochs or 1
+        if epochs < 0:
+            raise UsageError("trainer.max_epochs=-1: must be at least 1: schedules are laid out for epochs")
         schedule, interval = self._scheduler(optimizer, epochs, steps_per_epoch(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
 

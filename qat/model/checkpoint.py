@@ -220,7 +220,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, fmt: str = "auto", setting:
     meta = content.get(META_KEY) if fmt in {"auto", "qat"} else None
     if fmt == "qat" and meta is None:
         raise UsageError(f"{origin}: not a checkpoint of qat (ckpt_format=qat); here it must be one of auto, timm, ofq")
-    state = next((content[k] for k in (*(() if fmt == "ofq" else _AVERAGED), *_TRAINED) if isinstance(content.get(k), Mapping)), content)
+    state = next((v for k in (*(() if fmt == "ofq" else _AVERAGED), *_TRAINED) if isinstance(v := content.get(k), Mapping) and v), content)
     named = {_WRAPPED.sub("", k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     module = "" if meta else "".join(os.path.commonprefix([*named]).rpartition(".")[:2])  # such as `net.` of a LightningModule
     tensors = timm_names({k.removeprefix(module): v for k, v in named.items()})

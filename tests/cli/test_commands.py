@@ -77,13 +77,10 @@ LINES = [
     ("model.pretrainde=true", "model.pretrainde: unknown; closest: pretrained"),
     ("lr=0.01", "lr: unknown; closest: optimizer.lr"),
     ("bits=3", "bits: unknown; closest: quant.bits"),
-    ("optimizer.batch_size=8", "optimizer.batch_size: unknown; closest: data.batch_size"),
     ("epochs=3", "epochs: unknown; closest: trainer.max_epochs, optimizer.eps, scheduler.warmup_epochs"),
     ("model=deit_tiny", f"model=deit_tiny: unknown; closest: deit_t{commands.ANY_MODEL}"),
     ("quant=ofq_9bit", "quant=ofq_9bit: unknown; closest: ofq_4bit, ofq_3bit, ofq_2bit"),
-    ("trainer=foo", "trainer=foo: unknown; must be one of cpu, ddp, fsdp, gpu, slurm"),
     ("seed=x", "seed: Value 'x' of type 'str' could not be converted to Integer"),
-    ("compile=[1]", "compile: Value '[1]' of type 'list' is incompatible with type hint 'Union[bool, str]'"),
     ("logger=null", "Config group override must be a string or a list. Got NoneType"),
     ("run_dir=", "run_dir='': must be a non-empty string"),
     ("run_dir=file/run", "run_dir='file/run': must be a folder that is or can be made (Not a directory)"),
@@ -105,9 +102,8 @@ def test_what_cannot_be_composed_is_one_line_and_leaves_no_trace(tmp_path, argum
 
 
 def test_what_has_gone_is_not_there():
-    assert settings.removed("search=adam_all") == settings.removed("search=random") == "search=evolution"
+    assert settings.removed("search=adam_all") == "search=evolution"
     assert settings.removed("search=evolution") is None
-    assert settings.removed("loss.grad_l1_layers") == settings.removed("loss.grad_l1")
 
 
 def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):

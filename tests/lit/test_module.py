@@ -96,6 +96,8 @@ def test_rates_follow_the_schedule(interval):
     by_step = [0.002, 0.006, 0.0075, 0.005, 0.0025, 0.01 / 2 * (1 - 3**0.5 / 2)]
     by_epoch = [0.002, 0.002, 0.0075, 0.0075, 0.0025, 0.0025]
     assert seen.rates == pytest.approx(by_step if interval == "step" else by_epoch)
+    with pytest.raises(qat.UsageError, match="max_epochs=-1"):
+        trainer(max_epochs=None, max_steps=2).fit(module(vit(), scheduler=schedule), batches(8))
 
 
 def test_terms_are_logged_by_name():

@@ -427,7 +427,7 @@ def test_safetensors(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.net."])
 def test_wrappers_leave_no_trace(path, key, prefix):
     state = {prefix + k: v for k, v in vit().state_dict().items()}
-    torch.save({key: state, "epoch": 3} if key else state, path)
+    torch.save({key: state, "epoch": 3, "model_ema": {}} if key else state, path)
     assert read_checkpoint(path).state.keys() == vit().state_dict().keys()
 
 
