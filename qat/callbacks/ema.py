@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch import LightningModule, Trainer, callbacks
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -21,17 +19,16 @@ class EMAWeightAveraging(callbacks.EMAWeightAveraging):
         decay: weight of the old average in an update, 0 to below 1.
         update_every_n_steps: optimizer steps between updates.
         use_buffers: average buffers too; else they are copied.
-        options: of Lightning's callback: `update_starting_at_step`, `update_starting_at_epoch`.
 
     Raises:
         UsageError: with these values the average would stay what it was at first.
     """
 
-    def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1, *, use_buffers: bool = False, **options: Any) -> None:
+    def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1, *, use_buffers: bool = False) -> None:
         check_number("callbacks.ema.decay", decay, 0, below=1)
         check_int("callbacks.ema.update_every_n_steps", update_every_n_steps, 1)
         self._decay = decay
-        super().__init__(use_buffers=use_buffers, decay=decay, update_every_n_steps=update_every_n_steps, **options)
+        super().__init__(use_buffers=use_buffers, decay=decay, update_every_n_steps=update_every_n_steps)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the weights to where they are trained; count updates where nothing waits for the count, and update all in one operation."""

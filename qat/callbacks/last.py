@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from qat.lit.loggers import log_before_saving
@@ -48,7 +48,7 @@ class LastCheckpoint(Checkpoint):
         """Keep the record of the best checkpoint, also of a run that was moved to another directory, but not of a file that is gone."""
         states = checkpoint.get("callbacks", {})
         for best in [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]:
-            state = states.pop(best.state_key, None) or states.pop(best.state_key.replace("Model", "Best", 1), None)  # an older version's
+            state = states.pop(best.state_key, None)
             if not state:
                 continue
             folder = Path(best.dirpath or "")
@@ -58,11 +58,18 @@ class LastCheckpoint(Checkpoint):
                 continue
             scores = {str(folder / Path(path).name): score for path, score in state["best_k_models"].items()}
             states[best.state_key] = {**state, **paths, "best_k_models": scores, "dirpath": best.dirpath}
+        for stop in trainer.early_stopping_callbacks:
+            if state := states.get(stop.state_key):
+                state["patience"] = stop.patience
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that had stopped early stays stopped: Lightning forgets it at every start, and would train one epoch more each time."""
-        stops = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
-        trainer.should_stop |= any(callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED for callback in stops)
+        """A run that had stopped early stays stopped: Lightning forgets it at every start, and would train one epoch more each time.
+
+        Not where it has more patience now.
+        """
+        goes_on = EarlyStoppingReason.NOT_STOPPED, EarlyStoppingReason.PATIENCE_EXHAUSTED
+        stops = trainer.early_stopping_callbacks
+        trainer.should_stop |= any(stop.wait_count >= stop.patience or stop.stopping_reason not in goes_on for stop in stops)
         self._began, self._saved_at, self._waits = None, -1, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

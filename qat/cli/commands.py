@@ -242,6 +242,8 @@ def line_of(error: BaseException | None) -> str | None:
             return f"{text}; memory may be short: data.num_workers fewer, data.batch_size smaller, on Docker --shm-size larger"
         if isinstance(error, RuntimeError) and _LOST.search(text):
             return f"another process of this run is gone: {text}"
+        if isinstance(error, RuntimeError) and text.startswith("Early stopping conditioned on"):
+            return text
         if error.__cause__ is None and type(error).__module__.partition(".")[0] in {"hydra", "lightning"}:
             return text
         error = error.__cause__

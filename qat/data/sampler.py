@@ -98,16 +98,15 @@ class ResumableLoader(DataLoader):
         return {"batches": self._handed_out, "images": self._handed_out * self._global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next epoch begins after the images of `state`, which as many processes or as few may have seen.
+        """The next epoch begins after the batches of `state`, of as many images; Lightning counts on from their number.
 
         Raises:
-            UsageError: that is in the middle of a batch of all processes.
+            UsageError: batches of all processes have another size now.
         """
-        images = state.get("images", state["batches"] * self._global_batch)
-        if images % self._global_batch:
+        self._skip = state["batches"]
+        if state.get("images", self._skip * self._global_batch) != self._skip * self._global_batch:
             now = f"data.batch_size={self.batch_size} in {self.sampler.world_size} processes"
-            raise UsageError(f"resume: the run stopped after {images} images of an epoch, which is not a whole number of batches of {now}")
-        self._skip = images // self._global_batch
+            raise UsageError(f"resume: {now}: must be {state['images'] // self._skip} images a step, as before, to end this epoch")
 
 
 def mix(*numbers: int) -> int:

@@ -177,9 +177,12 @@ class QATModule(LightningModule):
             state = {name: whole(value).cpu() for name, value in self.net.state_dict().items()}
             self.net = build_from(Checkpoint(Path("last.ckpt"), state, self._describe))
 
-    def on_validation_start(self) -> None:
-        """Validate or test one net, not one a process, whose weights do not change meanwhile."""
+    def on_validation_epoch_start(self) -> None:
+        """Validate one net, not one a process; an average of weights is in its place by now."""
         self._average_batch_norms()
+
+    def on_validation_start(self) -> None:
+        """Validate or test a net whose weights do not change meanwhile."""
         # Weights that processes share are gathered anew for every use, which torch does not count as a change.
         keep_weights(self.net, keep=not shared_modules(self.net))
 

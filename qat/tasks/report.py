@@ -49,7 +49,7 @@ def remake(cfg: DictConfig) -> None:
     folder = Path(cfg.run)
     if not any((folder / name).is_file() for name in ("config.yaml", "results.json")):
         raise UsageError(f"run={cfg.run!r}: must be the directory of a run; it has neither config.yaml nor results.json")
-    path = min(folder.rglob("*.ckpt"), default=None)  # best.ckpt before last.ckpt
+    path = next((path for name in ("best", "last", "quantized") for path in folder.rglob(f"{name}.ckpt")), None)
     if path is not None and not (folder / "analysis").is_dir():
         import_modules(cfg)
         checkpoint = read_checkpoint(path, fmt="qat")

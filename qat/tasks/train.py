@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from omegaconf import DictConfig
 
 from qat.callbacks import LastCheckpoint
@@ -142,6 +142,8 @@ def _take_best(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[fl
         if best.monitor == "val/top1":
             return float(best.best_model_score), name
     loggers, trainer.loggers = trainer.loggers, []  # the rows of metrics are there already
+    # An average would take the place of these weights.
+    trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, WeightAveraging)]  # type: ignore[attr-defined]
     trainer.validate(module, datamodule=data, verbose=False)
     trainer.loggers = loggers
     return float(trainer.callback_metrics.get("val/top1", torch.nan)), name

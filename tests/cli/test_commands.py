@@ -133,8 +133,7 @@ def test_the_traceback_comes_through_where_it_is_wanted(tmp_path, monkeypatch, w
         (OSError(errno.ENOSPC, "No space left on device", "x"), "x: cannot be read or written (No space left on device)"),
         (OSError(errno.ENOSPC, "No space left on device"), "a file: cannot be read or written (No space left on device)"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "x: cannot be read or written (Permission denied)"),
-        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), "x: cannot be read or written (Is a directory)"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "x: cannot be read or written (No such file or directory)"),
+        (RuntimeError("Early stopping conditioned on metric `x`"), "Early stopping conditioned on metric `x`"),
         (
             RuntimeError("Connection closed by peer [1.2.3.4]\nmore"),
             "another process of this run is gone: Connection closed by peer [1.2.3.4] more",

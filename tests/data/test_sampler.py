@@ -22,9 +22,7 @@ def shuffled(seed=0, epoch=0, **kwargs):
 
 
 def test_every_image_once_in_an_order_of_its_own():
-    order = indices(shuffled())
-    assert sorted(order) == list(range(103))
-    assert order != list(range(103))
+    assert sorted(order := indices(shuffled())) == list(range(103)) != order
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
@@ -38,17 +36,11 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_training_shards_are_disjoint_and_of_equal_length(world):
-    shards = [indices(shuffled(rank=r, world_size=world)) for r in range(world)]
-    assert [len(s) for s in shards] == [103 // world] * world
-    assert [len(shuffled(rank=r, world_size=world)) for r in range(world)] == [103 // world] * world
-    assert len(set().union(*shards)) == 103 - 103 % world
-
-
-def test_shards_interleave_to_the_order_of_one_process():
+def test_shards_interleave_to_the_order_of_one_process(world):
     # A step sees the same images whatever the number of processes.
-    shards = [indices(shuffled(epoch=2, rank=r, world_size=2)) for r in range(2)]
-    assert [i for pair in zip(*shards, strict=True) for i in pair] == indices(shuffled(epoch=2))[:102]
+    samplers = [shuffled(epoch=2, rank=r, world_size=world) for r in range(world)]
+    assert [i for step in zip(*map(indices, samplers), strict=True) for i in step] == indices(shuffled(epoch=2))[: 103 - 103 % world]
+    assert {len(sampler) for sampler in samplers} == {103 // world}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

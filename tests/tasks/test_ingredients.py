@@ -80,10 +80,13 @@ def test_an_average_is_where_the_weights_are_trained():
     assert {tensor.device.type for tensor in average._average_model.parameters()} == {"meta"}
 
 
-def test_averages_are_not_dropped_on_resume(tmp_path):
-    train(tmp_path / "run", "callbacks=[default,ema]")
+def test_averages_end_with_the_training_and_are_not_dropped_on_resume(tmp_path):
+    noisy = ("callbacks.best.monitor=val/loss", "callbacks.best.mode=min", "trainer.max_epochs=3", "optimizer.lr=1")
+    train(tmp_path / "run", "callbacks=[default,ema]", "callbacks.ema.decay=0", *noisy)
+    found = evaluate(tmp_path / "best", f"ckpt={tmp_path}/run/checkpoints/best.ckpt", "split=val")
+    assert results(tmp_path / "run")["val_top1"] == pytest.approx(found["top1"])
     with pytest.raises(qat.UsageError, match=r"resume: the run averages its weights; resume with callbacks=\[default,ema\]"):
-        train(tmp_path / "run", "resume=true", "trainer.max_epochs=2")
+        train(tmp_path / "run", "resume=true", *noisy[:2], "trainer.max_epochs=4", "optimizer.lr=1")
 
 
 def test_accumulated_batches_are_one_large_one(watched):

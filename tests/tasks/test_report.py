@@ -82,6 +82,7 @@ def test_run_makes_the_page_anew_with_layers_of_the_checkpoint(tmp_path, run_4bi
     shutil.copytree(run_4bit, run)
     if not is_finished:
         (run / "results.json").unlink()
+    (run / "checkpoints/best-epoch000.ckpt").touch()
     before = {path.name for path in run.iterdir()}
     remake(compose("analyze", f"run={run}", f"run_dir={tmp_path}/log"))
     assert {path.name for path in run.iterdir()} - before == {"report.html", "analysis"}

@@ -192,6 +192,8 @@ def test_stopping_early_and_the_best_checkpoints_are_choices(tmp_path):
     train(run, "trainer.max_epochs=9", "callbacks.best_k.save_top_k=2", *chosen, "resume=true")
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == last["global_step"]
     assert epochs_and_scores(run) == rows
+    train(run, "trainer.max_epochs=9", "callbacks.best_k.save_top_k=2", *chosen[:2], "callbacks.early_stop.patience=3", "resume=true")
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 3
     train(run, "overwrite=true")
     assert not list((run / "checkpoints").glob("best-epoch*"))
 
