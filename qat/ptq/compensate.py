@@ -33,7 +33,7 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> 
     a bias alone, and without a bias a gain alone.
 
     Args:
-        net: converted with a `PtqRecipe`, scales filled; runs in eval mode.
+        net: converted with a `PtqRecipe`, but not to floats in blocks, whose scales follow the weights; scales filled; runs in eval mode.
         reference: the float net that it was made of, with modules of the same names, on the same device.
         batches: images (B, C, H, W) each, or what a loader gives, (images, labels).
 
