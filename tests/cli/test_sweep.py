@@ -88,7 +88,7 @@ def test_where_results_are_there_already_all_jobs_are_refused_and_stay(tmp_path)
     assert typed("train.py", *given, cwd=tmp_path)[0] == 0
     code, out = typed("train.py", *given, "optimizer.lr=0.5", cwd=tmp_path)
     assert code == 1
-    assert "1 jobs: 1 done" in out
+    assert "1 job: 1 done" in out
     assert "job 0 (seed=1): run_dir='" in out
     assert "holds best.ckpt already" in (tmp_path / "sweep" / "0" / ".hydra" / "error.txt").read_text()
     assert "error" not in results(tmp_path / "sweep" / "0")
