@@ -27,7 +27,7 @@ attention products stay float unless it uses one of the attention classes below.
   on no image. `conversion.txt` of a run lists all modules by name.
 - A convolution inside a model has one scale for its input and no offsets; a linear layer on a feature map has one scale
   (`quant.map_scales=column`: one per column).
-- The second layer of timm's `Mlp` has unsigned inputs after GELU, ReLU or SiLU (not in `deploy_w8a8` and `deploy_w4a8`); other inputs of layers are signed.
+- After GELU, ReLU or SiLU the second layer of timm's `Mlp` has unsigned inputs (not in `deploy_w8a8`, `deploy_w4a8`); others are signed.
 
 | family | attention | QKR | stays float |
 |---|---|---|---|
