@@ -170,7 +170,6 @@ STOPPED: dict[str, Callable[..., Any]] = {
     "no loops": saved(lambda content: {k: v for k, v in content.items() if k != "loops"}),
     "no optimizer_states": saved(lambda content: {k: v for k, v in content.items() if k != "optimizer_states"}),
     "optimizer_states of fewer groups": edited("optimizer_states", 0, "param_groups", value=lambda groups: groups[:1]),
-    "no epoch": saved(lambda content: {k: v for k, v in content.items() if k != "epoch"}),
 }
 
 
