@@ -103,10 +103,10 @@ class ResumableLoader(DataLoader):
         Raises:
             UsageError: batches of all processes have another size now.
         """
-        self._skip = state["batches"]
-        if state.get("images", self._skip * self._global_batch) != self._skip * self._global_batch:
+        self._skip, images = state["batches"], state.get("images")
+        if images not in {None, self._skip * self._global_batch}:
             now = f"data.batch_size={self.batch_size} in {self.sampler.world_size} processes"
-            raise UsageError(f"resume: {now}: must be {state['images'] // self._skip} images a step, as before, to end this epoch")
+            raise UsageError(f"resume: {now}: must be {images // self._skip} images a step, as before, to end this epoch")
 
 
 def mix(*numbers: int) -> int:

@@ -140,11 +140,12 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def check_own(run_dir: Path, command: str, weights: str | None = None) -> None:
-    """Raise `UsedError` if there are checkpoints, or results of another command or, where they are given, of other weights.
+    """Raise `UsedError` if there are checkpoints or results of another command or, where they are given, results of other weights.
 
     For commands that write into a directory of theirs again: what is there would be replaced by what says nothing of it.
     """
-    saved = sorted(run_dir.glob("checkpoints/*.ckpt")) if command == "ptq" else checkpoints(run_dir)
+    names = ("checkpoints/*",) if command == "ptq" else ("checkpoints/*", "quantized", "reconstruct", "search")
+    saved = [path for name in names for path in sorted(run_dir.glob(f"{name}.ckpt"))]
     found = {} if not is_finished(run_dir) else json_object(run_dir / RESULTS)
     another = found.get("command") not in {None, command} or (weights is not None and found.get("weights") not in {None, weights})
     if saved or another:

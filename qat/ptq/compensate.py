@@ -29,11 +29,11 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> 
 
     After every quantized Linear and convolution, in the order in which they run, y <- g * y + b for each output channel is the ridge
     regression of the float layer's output on the quantized one's, each in its own net. Gain and bias are folded: the rows of the weight
-    and their scales are multiplied by g, so its codes stay, and the bias becomes g * bias + b. With one scale for a whole weight there is
-    a bias alone, and without a bias a gain alone.
+    and their scales are multiplied by g, so its codes stay, and the bias becomes g * bias + b. Without a scale for each channel
+    (one for a whole weight, floats in blocks) there is a bias alone, and without a bias a gain alone.
 
     Args:
-        net: converted with a `PtqRecipe`, but not to floats in blocks, whose scales follow the weights; scales filled; runs in eval mode.
+        net: converted with a `PtqRecipe`, scales filled; runs in eval mode.
         reference: the float net that it was made of, with modules of the same names, on the same device.
         batches: images (B, C, H, W) each, or what a loader gives, (images, labels).
 
@@ -76,7 +76,7 @@ def _channel_fit(ours: Runner, theirs: Runner, unit: str, site: Site) -> tuple[T
     if site.owner.bias is None:
         mean_y, mean_t = torch.zeros_like(mean_y), torch.zeros_like(mean_t)
     gain = _ridge_gain(square - mean_y.square(), product - mean_y * mean_t, square)
-    if site.quantizer.n_scales == 1 < len(gain):
+    if site.quantizer.n_scales != len(gain):
         gain = torch.ones_like(gain)
     return gain, mean_t - gain * mean_y
 

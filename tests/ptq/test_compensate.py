@@ -30,8 +30,9 @@ def test_a_channel_is_left_with_the_mean_of_the_float_net_and_no_gain_to_win():
         assert (covariance.abs() <= 10 * RIDGE * (y - y.mean(0)).square().mean(0) + 1e-6).all()
 
 
-def test_codes_of_weights_stay_and_nothing_is_added():
-    net, reference = pair()
+@pytest.mark.parametrize("knobs", [{}, {"method": "calibrate", "bits": 4, "weight_quantizer": "nvfp4"}])
+def test_codes_of_weights_stay_and_nothing_is_added(knobs):
+    net, reference = pair(**knobs)
     before = {s.name: s.quantizer.codes(s.latent()) for s in qat.iter_quantizers(net) if s.is_weight}
     size = size_bytes(net)
     done = compensate(net, reference, IMAGES)
