@@ -73,14 +73,14 @@ def test_homes_grammar_and_sweeps(monkeypatch):
 
 
 LINES = [
-    ("sed=1", "sed: unknown; closest: seed"),
     ("model.pretrainde=true", "model.pretrainde: unknown; closest: pretrained"),
     ("lr=0.01", "lr: unknown; closest: optimizer.lr"),
-    ("bits=3", "bits: unknown; closest: quant.bits"),
     ("epochs=3", "epochs: unknown; closest: trainer.max_epochs, optimizer.eps, scheduler.warmup_epochs"),
     ("model=deit_tiny", f"model=deit_tiny: unknown; closest: deit_t{commands.ANY_MODEL}"),
     ("quant=ofq_9bit", "quant=ofq_9bit: unknown; closest: ofq_4bit, ofq_3bit, ofq_2bit"),
+    ("trainer=foo", "trainer=foo: unknown; must be one of cpu, ddp, fsdp, gpu, slurm"),
     ("seed=x", "seed: Value 'x' of type 'str' could not be converted to Integer"),
+    ("compile=[1]", "compile: Value '[1]' of type 'list' is incompatible with type hint 'Union[bool, str]'"),
     ("logger=null", "Config group override must be a string or a list. Got NoneType"),
     ("run_dir=", "run_dir='': must be a non-empty string"),
     ("run_dir=file/run", "run_dir='file/run': must be a folder that is or can be made (Not a directory)"),
