@@ -14,7 +14,7 @@ OLDEST := .venv-oldest
 # Commands and tests start many processes: where no bytecode may be kept each of them compiles its libraries again, 20 s a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: docs quickstart zoo step-count wheel latency study results results-quick gpu-bench step-time help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-fast test-long test-gpu test-slurm system-packages check lint types imports clean test-oldest
+.PHONY: docs quickstart zoo step-count wheel latency study results results-quick gpu-bench step-time help setup demo demo-seeds golden-deviations stress models-page search-cost weights-figures test test-cpus test-fast test-long test-gpu test-slurm system-packages check lint types imports clean test-oldest
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -160,6 +160,13 @@ test-slurm: $(READY) ## cluster jobs on the real SLURM, in a private directory; 
 
 test-long: $(READY) ## what the tests of every change have no time for: compilers, processes, all families of nets, all mistakes
 	$(BIN)/python -m pytest -q $(PARALLEL) -m long
+	$(MAKE) test-cpus
+
+test-cpus: $(READY) ## golden, kernel and export tests as on CPUs without AVX-512, with 1, 2 and 4 threads (30 minutes)
+	for isa in default avx2; do for threads in 1 2 4; do \
+	  ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=$$isa QAT_TEST_THREADS=$$threads \
+	    $(BIN)/python -m pytest -q $(PARALLEL) tests/functional tests/quantizers tests/kernels tests/ptq tests/export tests/test_zoo.py || exit 1; \
+	done; done
 
 check: lint types imports test ## everything that must be green: style, types, import directions, tests
 

@@ -20,7 +20,7 @@ from torch import nn
 import qat
 from evidence.timing import machine, table
 from qat.export.check import EXECUTORCH, INPUT, ONNXRUNTIME, OPENVINO, has_openvino, milliseconds, open_session, quantize_8bit
-from qat.export.onnx_file import export_float, to_onnx
+from qat.export.onnx_file import OnnxSettings, export_float, to_onnx
 from qat.export.pte import to_pte
 
 NETS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224"]
@@ -83,7 +83,12 @@ def write_files(name: str, recipes: list[str], folder: Path) -> dict[str, Path]:
     kind = {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
     quantize_static(str(paths["float"]), str(paths[STATIC]), Batches(), op_types_to_quantize=["MatMul", "Gemm", "Conv"], **kind)
     for file in recipes:
-        onnx.save(to_onnx(qat.freeze(random_net(name, file)), image), str(paths[file]))
+        frozen = qat.freeze(random_net(name, file))
+        onnx.save(to_onnx(frozen, image, OnnxSettings(cpu="fast")), str(paths[file]))
+        if file.startswith("deploy"):
+            any_cpu = f"{file}, format.cpu=any"
+            paths[any_cpu] = folder / f"{any_cpu}.onnx"
+            onnx.save(to_onnx(frozen, image), str(paths[any_cpu]))
     return paths
 
 

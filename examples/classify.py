@@ -5,6 +5,7 @@ python examples/classify.py net.onnx cat.png
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -53,7 +54,12 @@ def prepare(
 
 def main(path: str, image: str) -> None:
     """Print the five likeliest classes."""
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # A file of format.cpu=fast needs this on an x86 processor without VNNI; docs/deployment.md.
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and "vnni" not in cpuinfo.read_text():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     # What the file says of itself: treatment of images, names of classes.
     said = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items() if key.startswith("qat.")}
     (logits,) = session.run(["logits"], {"image": prepare(Image.open(image, formats=FORMATS), **said["qat.preprocessing"])})

@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 # Nets here are too small for threads to help, and threads that wait for a busy core cost more than all else.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("QAT_TEST_THREADS", "1")))
 # `make test &` has its processes ignore Ctrl-C, which tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

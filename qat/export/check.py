@@ -260,8 +260,27 @@ def open_session(model: Path | bytes, runtime: str = ONNXRUNTIME, *, threads: in
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.intra_op_num_threads = threads
+    if saturates():  # then products with int8 weights are computed with uint8 weights
+        settings.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(given, settings, providers=["CPUExecutionProvider"])
     return lambda names, images: session.run(list(names), {INPUT: images})
+
+
+@functools.cache
+def saturates() -> bool:
+    """Return whether onnxruntime's sums of uint8 times int8 saturate on this processor, as they do on x86 without VNNI."""
+    import onnxruntime  # noqa: PLC0415  (an extra)
+    from onnx import TensorProto, helper, numpy_helper  # noqa: PLC0415  (an extra)
+
+    largest = np.full((16, 16), 127, np.int8)
+    node = helper.make_node("MatMulInteger", ["left", "right"], ["sums"])
+    left = helper.make_tensor_value_info("left", TensorProto.UINT8, (16, 16))
+    sums = helper.make_tensor_value_info("sums", TensorProto.INT32, (16, 16))
+    graph = helper.make_graph([node], "product", [left], [sums], [numpy_helper.from_array(largest, "right")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {"left": np.full((16, 16), 255, np.uint8)})
+    return bool((result != 16 * 255 * 127).any())
 
 
 @quiet()

@@ -21,6 +21,9 @@ from qat.model.sites import iter_quantizers
 
 # By the width of a stored type, the opset from which a Cast takes it.
 OPSETS = {2: 25, 4: 21, 8: 13}
+# Kernels of x86 processors without VNNI add two products of uint8 and int8 in 16 bits, which saturates beyond 32,767. Two products with a
+# code of at most this size fit: 2 * 255 * 64 = 32,640. uint8 times uint8 has kernels that do not saturate.
+LARGEST_INT8 = 64
 _VIEWS = frozenset({"transpose", "permute", "flatten", "unflatten", "unsqueeze", "repeat_interleave", "narrow", "chunk"})
 
 
@@ -107,10 +110,10 @@ class StoredWeight(_OnCodes):
     Attributes:
         frozen: the weight.
         width: of the ONNX type of the stored codes, in bits.
-        codes: int8 that fit it.
+        codes: int8 that fit it; uint8, 128 more, where int8 could saturate (`LARGEST_INT8`).
         is_doubled: the factors are 2 * codes + 1.
         scale: (n,), a scale a row, or (1,).
-        zero_point: (n,) or (1,), int8, or None = 0.
+        zero_point: (n,) or (1,), the type of `codes`, or None = 0.
         constant: (n,), what is added to a row: half a step of 8-bit StatsQ, or what bias correction adds; None = 0.
         graph: as of `QuantizedTensor`; None before a graph is written.
     """
@@ -141,7 +144,7 @@ def _rows(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def store_weights(form: str, net: nn.Module, smallest: int) -> dict[str, StoredWeight]:
+def store_weights(form: str, net: nn.Module, smallest: int, cpu: str = "fast") -> dict[str, StoredWeight]:
     """The weights of a frozen net by their names, each as `store_weight` has it.
 
     Raises:
@@ -151,10 +154,11 @@ def store_weights(form: str, net: nn.Module, smallest: int) -> dict[str, StoredW
         if site.quantizer.in_blocks:
             why = f"{site.name} has blocks of {site.quantizer.spec.quantizer}, which its runtimes do not run on a CPU"
             raise UsageError(f"format={form}: {why}; must be format=packed")
-    return {name: store_weight(module, smallest) for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
+    weights = {name: module for name, module in net.named_modules() if isinstance(module, FrozenWeight)}
+    return {name: store_weight(weight, smallest, cpu) for name, weight in weights.items()}
 
 
-def store_weight(weight: FrozenWeight, smallest: int = 4) -> StoredWeight:
+def store_weight(weight: FrozenWeight, smallest: int = 4, cpu: str = "fast") -> StoredWeight:
     """Choose the smallest type that holds a weight exactly, and that is read where its file is to run. Facts: docs/deployment.md.
 
     The levels of half-step grids (StatsQ, SEQ) lie half a step size beside those of an integer type: products take the odd numbers 2k+1
@@ -164,6 +168,7 @@ def store_weight(weight: FrozenWeight, smallest: int = 4) -> StoredWeight:
     Args:
         weight: frozen.
         smallest: width of the smallest type that may be used: 2, 4, which OpenVINO reads, or 8, which TensorRT does.
+        cpu: `any` stores codes beyond `LARGEST_INT8` as uint8; `fast` stores all as int8.
     """
     bits, signed = weight.spec.bits, weight.stored.dtype == torch.int8
     size = next(width for width in OPSETS if width >= max(bits, smallest))
@@ -177,4 +182,9 @@ def store_weight(weight: FrozenWeight, smallest: int = 4) -> StoredWeight:
         codes = codes if is_doubled else 2 * codes + 1
     else:
         constant = scale * shift if constant is None else constant + scale * shift
+    can_saturate = size == 8 and bool((codes.abs() > LARGEST_INT8).any())
+    if cpu == "any" and can_saturate:
+        codes = codes + 128
+        zero_point = 128 + (torch.zeros(1) if zero_point is None else zero_point.float())
+        return StoredWeight(weight, size, codes.to(torch.uint8), is_doubled, scale, zero_point.to(torch.uint8), constant)
     return StoredWeight(weight, size, codes.to(torch.int8), is_doubled, scale, zero_point, constant)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 LOWEST_OPSET = 20
 LARGEST_CONSTANT = 4096
 TWO_BIT = {"int4": 4, "int2": 2}
+CPUS = ("any", "fast")
 # Of noise, on which a file is checked where there are no others.
 IMAGES = 16
 
@@ -51,17 +52,20 @@ class OnnxSettings:
     Attributes:
         dynamic_batch: any number of images.
         target: `cpu`, products on integers for onnxruntime and OpenVINO, or `tensorrt`, QuantizeLinear and DequantizeLinear.
+        cpu: for which processors, with target `cpu`: `any`, or `fast`, for those with VNNI and for ARM.
         two_bit: `int4` stores weights of 2 bits in INT4, which OpenVINO reads, `int2` in INT2: half the bytes. Only for `cpu`.
     """
 
     dynamic_batch: bool = True
     target: str = "cpu"
     two_bit: str = "int4"
+    cpu: str = "any"
 
     def __post_init__(self) -> None:
         check_bool("dynamic_batch", self.dynamic_batch)
         check_choice("format.target", self.target, ("cpu", "tensorrt"))
         check_choice("format.two_bit", self.two_bit, tuple(TWO_BIT))
+        check_choice("format.cpu", self.cpu, CPUS)
 
 
 def export_onnx(
@@ -72,6 +76,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     target: str = "cpu",
     two_bit: str = "int4",
+    cpu: str = "any",
 ) -> Checked:
     """Write a quantized net to an ONNX file, run both on the same images, and give the file its name if they agree.
 
@@ -84,6 +89,7 @@ def export_onnx(
         dynamic_batch: any number of images, or one at a time.
         target: `cpu` (products on integers, onnxruntime and OpenVINO) or `tensorrt` (QuantizeLinear and DequantizeLinear around products).
         two_bit: `int4` or `int2`, which takes half the bytes and OpenVINO does not read.
+        cpu: `any` = right on every processor, `fast` = products of 8-bit codes as uint8 times int8, which saturate on x86 without VNNI.
 
     Returns:
         How far net and file agree, as text by `to_text()`.
@@ -99,7 +105,7 @@ def export_onnx(
     from qat.data.image_transform import data_settings  # noqa: PLC0415  (brings Lightning with it)
 
     require_installed("onnx")
-    settings = OnnxSettings(dynamic_batch, target, two_bit)
+    settings = OnnxSettings(dynamic_batch, target, two_bit, cpu)
     done = conversion_of(net)
     if done is None:
         raise UsageError("export_onnx: the model is not quantized; call qat.convert(model, qat.recipe(...)) first")
@@ -206,11 +212,11 @@ def to_onnx(net: nn.Module, image: Tensor, settings: OnnxSettings = OnnxSettings
     from qat.export.rewrite import divide_apart, narrow_weights, simplify  # noqa: PLC0415  (an extra)
 
     net, is_tensorrt = unfused(net), settings.target == "tensorrt"
-    stored = store_weights("onnx", net, 8 if is_tensorrt else TWO_BIT[settings.two_bit])
+    stored = store_weights("onnx", net, 8 if is_tensorrt else TWO_BIT[settings.two_bit], "fast" if is_tensorrt else settings.cpu)
     if is_tensorrt:
         write_in_graph(net, stored, TensorRT(net, stored))
     else:
-        planner = Planner(net)
+        planner = Planner(net, settings.cpu)
         write_in_graph(net, stored, planner)
         net(image)
         writer = net.onnx = Writer(net, planner)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.export.codes import QuantizedTensor, StoredWeight, number
+from qat.export.codes import LARGEST_INT8, QuantizedTensor, StoredWeight, number
 from qat.functional.ste import view_along
 from qat.model.frozen import DIRECT, FrozenActivation, FrozenWeight
 from qat.nn.attention import QkrAttention, ScoredAttention
@@ -73,6 +73,7 @@ class Planner:
 
     Args:
         net: frozen; the factors of scores in its attentions are 1 afterwards.
+        cpu: `any` or `fast`, as `added_code` takes it.
 
     Attributes:
         plans: of all products and numbers, in the order in which they run.
@@ -84,7 +85,8 @@ class Planner:
             quantized.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, cpu: str) -> None:
+        self.cpu = cpu
         self.plans: list[Plan] = []
         self.divided: set[nn.Module] = set()
         self.rows: dict[nn.Module, Tensor] = {}
@@ -107,7 +109,7 @@ class Planner:
         whole = whole_zero(grid)
         scale, shift = (t.float().expand(x.shape) for t in (view_along(grid.scale, x.ndim, grid.axis), whole - zero))
         after = None if grid.after is None else grid.after.float().expand(x.shape)
-        return QuantizedTensor(x, scale, shift, after, grid.name, added_code(grid) + whole, self)
+        return QuantizedTensor(x, scale, shift, after, grid.name, added_code(grid, self.cpu) + whole, self)
 
     def number(self, x: QuantizedTensor | StoredWeight) -> Tensor:
         """(codes + shift) * scale + after."""
@@ -211,10 +213,19 @@ def whole_zero(grid: FrozenActivation) -> int:
     return int(min(max(zero, grid.qmin), grid.qmax))
 
 
-def added_code(grid: FrozenActivation) -> Tensor:
-    """What makes codes fit their type of 8 bits: on the right of a product one with a sign, since runtimes are fast at uint8 times int8."""
-    if grid.spec.role in _RIGHT:
-        return torch.tensor(-128 if grid.qmax > 127 else 0, dtype=torch.int8)
+def added_code(grid: FrozenActivation, cpu: str) -> Tensor:
+    """Return what is added to codes so that they fit a type of 8 bits: (), of that type.
+
+    Runtimes are fastest at uint8 times int8, so the right factor of a product is int8, unless that could saturate.
+
+    Args:
+        grid: the quantizer of the codes.
+        cpu: `any` chooses uint8 on the right for codes beyond `LARGEST_INT8`; `fast` always chooses int8 there.
+    """
+    added = -128 if grid.qmax > 127 else 0
+    is_small = max(-(grid.qmin + added), grid.qmax + added) <= LARGEST_INT8
+    if grid.spec.role in _RIGHT and (is_small or cpu == "fast"):
+        return torch.tensor(added, dtype=torch.int8)
     return torch.tensor(max(-grid.qmin, 0), dtype=torch.uint8)
 
 

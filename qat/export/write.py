@@ -90,7 +90,7 @@ class Writer(nn.Module):
                 has_step = grid.scale.numel() == 1 and grid.zero_point is None and not is_divided
                 inverse = None if has_step or is_divided else 1 / grid.scale
                 step = grid.scale.reshape(()) if has_step else torch.ones(())
-                _set_buffers(grid, step, added_code(grid), inverse)
+                _set_buffers(grid, step, added_code(grid, planner.cpu), inverse)
 
     def restart(self, *_: Any) -> None:
         """The net runs from its beginning."""

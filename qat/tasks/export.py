@@ -65,7 +65,7 @@ def export(cfg: DictConfig) -> float:
     form = cfg.format.name
     if form != "packed":
         require_installed(form)
-    settings = OnnxSettings(cfg.dynamic_batch, cfg.format.target, cfg.format.two_bit) if form == "onnx" else OnnxSettings()
+    settings = _onnx_settings(cfg)
     build.import_modules(cfg)
     target = _target(cfg)
     net, name, prepared, images, data, classes, shown = _net_and_images(cfg)
@@ -114,6 +114,12 @@ def export(cfg: DictConfig) -> float:
     )
     report_run(cfg, None if is_frozen(net) else net, done.input_size)
     return checked.top1
+
+
+def _onnx_settings(cfg: DictConfig) -> OnnxSettings:
+    if cfg.format.name != "onnx":
+        return OnnxSettings()
+    return OnnxSettings(cfg.dynamic_batch, cfg.format.target, cfg.format.two_bit, cfg.format.cpu)
 
 
 def _net_and_images(

@@ -69,3 +69,16 @@ def test_the_opset_follows_from_the_types():
     for bits, lowest, opset in ((2, 2, 25), (2, 4, 21), (8, 4, 13)):
         forms = [store_weight(weight, lowest) for weight in weights(qat.recipe("ofq", bits=bits)).values()]
         assert max(OPSETS[form.width] for form in forms) == opset
+
+
+@pytest.mark.parametrize(
+    ("bits", "cpu", "dtype"),
+    [(8, "any", torch.uint8), (8, "fast", torch.int8), (7, "any", torch.int8), (4, "any", torch.int8)],
+)
+def test_codes_that_could_saturate_are_unsigned(bits, cpu, dtype):
+    weight = weights(qat.recipe("lsq", bits=bits))["blocks.0.mlp.fc2.weight_quantizer"]
+    weight.stored[0, 0] = 2 ** (bits - 1) - 1
+    form = store_weight(weight, cpu=cpu)
+    assert form.codes.dtype == dtype
+    assert form.zero_point is None or form.zero_point.dtype == dtype
+    assert torch.equal(form.value, weight())
