@@ -28,7 +28,7 @@ from qat.lit import Teacher
 from qat.lit.compiled import compile_in_place
 from qat.lit.loggers import CSVLog
 from qat.lit.optim import build_optimizer, cosine_schedule, scaled_lr
-from qat.lit.strategies import SHARDED, AtomicCheckpointIO, strategy_of
+from qat.lit.strategies import SHARDED, AtomicCheckpointIO, SyncBatchNorms, strategy_of
 from qat.nn.attention import set_execution
 from qat.tasks.build import instantiate, plain
 from qat.tasks.checks import check_callback, check_sharding
@@ -148,7 +148,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     own: dict[str, Any] = {
         "callbacks": callbacks,
         "logger": loggers or False,
-        "plugins": [AtomicCheckpointIO(), *environments()],
+        "plugins": [AtomicCheckpointIO(), *environments(), *([SyncBatchNorms()] if settings.get("sync_batchnorm") else [])],
         "default_root_dir": cfg.run_dir,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
@@ -162,13 +162,16 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         if name not in known:
             raise UsageError(unknown(f"trainer.{name}={value!r}", name, known))
     try:
-        return Trainer(**settings, **own)
+        trainer = Trainer(**settings, **own)
     except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         message = " ".join(str(error).split())
         # The settings whose name or text the message has, else those of where a net runs.
         named = [name for name, value in settings.items() if re.search(rf"(?<![A-Za-z]){name}\b", message) or f"'{value}'" in message]
         named = named or ["accelerator", "devices", "strategy"]
         raise UsageError(f"{', '.join(f'trainer.{name}={cfg.trainer.get(name)!r}' for name in named)}: {message}") from error
+    if settings.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
+        raise UsageError("trainer.sync_batchnorm=true: torch does not synchronize batch norms on CPUs; must be false")
+    return trainer
 
 
 def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:

@@ -80,6 +80,7 @@ TRAIN = [
     ("trainer.check_val_every_n_epoch=5", r"check_val_every_n_epoch=5: no epoch would be validated; must be .* 1 to 1$"),
     ("trainer.devices=0", r"trainer\.devices=0: .*not a valid input using cpu"),
     ("trainer.accelerator=foo", r"trainer\.accelerator='foo': .*Available names are: auto, .*cpu"),
+    ("trainer.sync_batchnorm=true", r"trainer\.sync_batchnorm=true: torch does not .* on CPUs; must be false$"),
     ("trainer.colour=3", r"trainer\.colour=3: unknown; must be one of accelerator, "),
     # data and model
     *((f"data.batch_size={v}", rf"data\.batch_size={s}: {WHOLE} 1") for v, s in shown("0 x")),
