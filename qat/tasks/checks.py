@@ -43,6 +43,7 @@ VAL_METRICS = ("val/top1", "val/top5", "val/loss")
 # Callbacks of Lightning that change what a schedule was laid out for, or want another module; what there is instead.
 UNFIT: dict[type[Callback], str] = {
     callbacks.BackboneFinetuning: "optimizer.layer_decay has early layers learn more slowly",
+    callbacks.BaseFinetuning: "train what stays frozen in a second run with ckpt=FILE",
     callbacks.BatchSizeFinder: "set data.batch_size",
     callbacks.GradientAccumulationScheduler: "set trainer.accumulate_grad_batches, one value for the whole run",
     callbacks.LearningRateFinder: "a sweep compares learning rates: -m optimizer.lr=1e-4,1e-3",

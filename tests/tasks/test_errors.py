@@ -35,6 +35,7 @@ def shown(values):
 # Callbacks of Lightning that end a run in its middle, or change what it has laid out.
 UNFIT = {
     "BackboneFinetuning": "optimizer.layer_decay",
+    "BaseFinetuning": "a second run with ckpt=FILE",
     "BatchSizeFinder": "data.batch_size",
     "GradientAccumulationScheduler +callbacks.x.scheduling={1:4}": "trainer.accumulate_grad_batches",
     "LearningRateFinder": "optimizer.lr",
