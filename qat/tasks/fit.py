@@ -81,6 +81,9 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
     warmup_epochs, cooldown_epochs = settings.pop("warmup_epochs"), settings.pop("cooldown_epochs")
     check_number("scheduler.warmup_epochs", warmup_epochs, 0, below=cfg.trainer.max_epochs)
     check_number("scheduler.cooldown_epochs", cooldown_epochs, 0, below=cfg.trainer.max_epochs - warmup_epochs)
+    for name, epochs in (("warmup", warmup_epochs), ("cooldown", cooldown_epochs)):
+        if settings["interval"] == "epoch" and epochs % 1:
+            raise UsageError(f"scheduler.{name}_epochs={epochs}: must be an integer with scheduler.interval=epoch; step takes fractions")
     if cfg.trainer.fast_dev_run:
         warmup_epochs = cooldown_epochs = 0
 
@@ -105,7 +108,10 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
         if not isinstance(callback, ProgressBar) or sys.stdout.isatty():
             callbacks.append(callback)
-    if any(isinstance(one, WeightAveraging) for one in callbacks) and any(getattr(one, "save_weights_only", False) for one in callbacks):
+    averages = any(isinstance(one, WeightAveraging) for one in callbacks)
+    if averages and not any(isinstance(one, Checkpointing) for one in callbacks):
+        raise UsageError("callbacks: none of them saves the averaged weights; must be callbacks=[default,ema]")
+    if averages and any(getattr(one, "save_weights_only", False) for one in callbacks):
         raise UsageError(
             "callbacks: save_weights_only=true writes the weights in training, not their average; must be false with an average"
         )
