@@ -188,16 +188,16 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 28390,
-    "qat": 160200,
+    "qat": 161130,
     "qat/analysis": 11390,
     "qat/callbacks": 6990,
-    "qat/cli": 2980,
+    "qat/cli": 3030,
     "qat/data": 9800,
     "qat/export": 12790,
     "qat/functional": 10620,
     "qat/kernels": 17750,
     "qat/launch": 3390,
-    "qat/lit": 6370,
+    "qat/lit": 6680,
     "qat/losses": 1790,
     "qat/model": 19900,
     "qat/nn": 11130,
@@ -205,8 +205,8 @@ BUDGETS = {
     "qat/quantizers": 6280,
     "qat/report": 4410,
     "qat/tasks": 21280,
-    "qat/utils": 3880,
-    "tests": 252670,
+    "qat/utils": 3950,
+    "tests": 254130,
 }
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
 
