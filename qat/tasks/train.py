@@ -63,7 +63,7 @@ def train(cfg: DictConfig) -> float:
     start = _start(cfg, resume, recipe, data, trainer, optimizer)
     fit.use_less_memory(cfg, start.net)
     teacher = build_teacher(cfg, loss, data)
-    taught_by = teacher and digest_of(teacher.net.state_dict().values())
+    taught_by = None if teacher is None else digest_of(teacher.net.state_dict().values())
     if resume:
         check_teacher(resume, taught_by)
     # What checkpoints of the run hold beside weights: how to build the net, and what resuming compares.
