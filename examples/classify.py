@@ -30,8 +30,11 @@ def prepare(
     crop_mode: str = "center",
 ) -> np.ndarray:
     """An image as the net saw images, (1, C, H, W) float32: cropped to a square, or squeezed into it where there is no `crop_pct`."""
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode[0] in "IF":  # more than 8 bits, which Pillow would cut off at 255
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 2**16 - 1:
+            sys.exit(f"error: the image has 32 bits per pixel (mode {image.mode}) and no defined white level; save it with 8 or 16")
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     image = image.convert("L" if len(mean) == 1 else "RGB")
     if crop_pct is None:
         image = image.resize((size, size), INTERPOLATIONS["bicubic"])

@@ -50,11 +50,17 @@ COMMANDS = {
     "export": "a file to deploy",
     "version": "versions of what is installed",
 }
-# Settings whose values are paths, which are typed as the shell knows them.
-PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run", "sweep", "file", "run_dir")
+# Settings whose values are paths, which are typed as the shell knows them; the second by the last part of their names.
+PATHS = {"predict", "run", "sweep", "file", "run_dir"}
+PATHS_OF_GROUPS = {"ckpt", "weights", "root", "dir", "dirpath", "save_dir"}
+# A quoted text, or a whole element that Hydra would read as a number or a truth value.
+QUOTED = r"((['\"])(?:\\.|(?!\2).)*\2)"
+NUMBER_LIKE = r"(?<![^\[(,\s])(?:[+-]?(?:[.\d][\w.+-]*|inf|nan)|true|false)(?![^\]),\s])"
+ELEMENT = re.compile(f"{QUOTED}|{NUMBER_LIKE}", re.IGNORECASE)
 # What needs no quotes in Hydra's grammar, and what is grammar itself.
 PLAIN, GRAMMAR = re.compile(r"[A-Za-z0-9_./:+%@-]*"), re.compile(r"['\"\[]|.*\$\{")
 SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
+OF_NUMBERS = re.compile(r"\b(range|interval)\(")
 ANY_MODEL = "; any model of timm: model=hf-hub:timm/NAME, or model=vit_t (resnet18 for a CNN) with model.name=NAME"
 FULL_ERROR = "HYDRA_FULL_ERROR"
 RULES = {"quant.overrides", "ptq.overrides"}  # a recipe that has rules takes more
@@ -129,9 +135,12 @@ def prepared(arguments: Sequence[str]) -> list[str]:
         key = f"++{name}" if name in RULES else key
         value = re.sub(r"^~(?=/|$)", lambda _: os.path.expanduser("~"), value)
         is_sweep = SWEEP.search(value) and {"-m", "--multirun"} & set(arguments)
-        if name in PATHS and not (PLAIN.fullmatch(value) or GRAMMAR.match(value) or is_sweep):
+        is_path = name in PATHS or name.rpartition(".")[2] in PATHS_OF_GROUPS
+        if is_path and not (PLAIN.fullmatch(value) or GRAMMAR.match(value) or is_sweep):
             inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
             value = f"'{inner}'"
+        if is_path and not OF_NUMBERS.search(value):
+            value = ELEMENT.sub(lambda found: found[1] or f"'{found[0]}'", value)
         done += ["model=_hub", f"model.name={value}"] if name == "model" and value.startswith("hf-hub:") else [f"{key}{equals}{value}"]
     return done
 

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat.errors import UsageError
 from qat.launch import ranks, run_dir
+from qat.tasks.settings import check_paths
 from qat.utils.text import printable, read_file
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def _enter(config: DictConfig, folder: str) -> None:
     try:
         if config.hydra.mode == RunMode.MULTIRUN and "submitit" not in config.hydra.launcher._target_ and ranks.to_start(trainer):
             raise UsageError(SEVERAL.format(trainer["devices"]))
+        check_paths({"run_dir": None if config.run_dir == "" else config.run_dir})  # an empty one is refused below
         run_dir.lock(folder)
         if (log_file := Path(folder, f"{config.hydra.job.name}.log")).exists() and not log_file.is_file():
             raise UsageError(f"run_dir={folder!r}: {log_file.name} is there and must be a file")

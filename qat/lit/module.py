@@ -72,6 +72,9 @@ class QATModule(LightningModule):
         self.teacher = teacher
         self._optimizer, self._scheduler, self._describe = optimizer, scheduler, describe
         self._outputs = Outputs.of_blocks(net, loss.blocks)
+        self._accumulated = 1  # batches of the step under way
+        self._groups = 0  # of the optimizer when training starts
+        self._frozen: list[nn.Parameter] = []  # when training starts
         self._steps = math.inf  # of the whole run, known once the loader is set up
         self.val_metrics = accuracy_metrics(num_classes, "val/")
         self.test_metrics = accuracy_metrics(num_classes, "test/")
@@ -87,11 +90,16 @@ class QATModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Count the global batch in LSQ's gradient scale."""
-        if stage == "fit" and self.lsq_grad_batch == "global":
-            processes_and_batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        if stage == "fit":
+            self._accumulate(self.trainer.accumulate_grad_batches)
+
+    def _accumulate(self, batches: int) -> None:
+        """Have the next step accumulate so many batches."""
+        self._accumulated = batches
+        if self.lsq_grad_batch == "global":
             for site in iter_quantizers(self.net):
                 for step in () if site.is_weight else (m for m in site.quantizer.modules() if isinstance(m, LSQ)):
-                    step.grad_factor = processes_and_batches**-0.5
+                    step.grad_factor = (self.trainer.world_size * batches) ** -0.5
 
     def on_fit_start(self) -> None:
         """Bring the teacher to where the net is now, and to its dtype: Lightning does not know of it."""
@@ -101,6 +109,8 @@ class QATModule(LightningModule):
     def on_train_start(self) -> None:
         """Put the learning rate where the schedule has it now: a resumed run begins in the middle of it."""
         self._steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
+        self._groups = sum(len(optimizer.param_groups) for optimizer in self.trainer.optimizers)
+        self._frozen = [parameter for parameter in self.net.parameters() if not parameter.requires_grad]
         for config in self.trainer.lr_scheduler_configs:
             schedule: Any = config.scheduler
             schedule.step(self.current_epoch)
@@ -109,6 +119,12 @@ class QATModule(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch (images, targets)."""
         images, _ = batch
+        full = self.trainer.accumulate_grad_batches
+        batches_left = self.trainer.num_training_batches - batch_idx // full * full
+        # Less than `full` where the batches of an epoch do not fill its last step.
+        accumulated = int(min(full, batches_left))
+        if accumulated != self._accumulated:
+            self._accumulate(accumulated)
         total, parts = self.loss(self.context(batch, self.global_step / self._steps))
         self.log("train/loss_step", total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=len(images))
         self.log_dict({f"train/{name}": value for name, value in self.loss.watched().items()}, on_step=True, on_epoch=False)
@@ -117,6 +133,23 @@ class QATModule(LightningModule):
             mean.update(value, weight=len(images))
             self.log(f"train/{name}", mean, on_step=False, on_epoch=True, batch_size=len(images))
         return total
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients; Lightning has divided the loss by the batches of a full step, where the mean of this step's counts."""
+        super().backward(loss * (self.trainer.accumulate_grad_batches / self._accumulated), *args, **kwargs)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse weights that a callback unfreezes during the run: the schedule and weight decay know only those of its start.
+
+        Raises:
+            UsageError: parameters that were frozen train now, or the optimizer has got another group.
+        """
+        groups = sum(len(one.param_groups) for one in self.trainer.optimizers)
+        if groups != self._groups or any(parameter.requires_grad for parameter in self._frozen):
+            raise UsageError(
+                "callbacks: weights were unfrozen during the run, where neither schedule nor weight decay apply to them; "
+                "must be frozen to the end, and trained in a second run with ckpt=FILE"
+            )
 
     def context(self, batch: tuple[Tensor, Tensor], progress: float = 0.0) -> StepContext:
         """Run teacher and net on a batch (images, targets), for the loss to compare."""

@@ -11,8 +11,10 @@ from typing import Any, cast
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning_utilities.core.apply_func import apply_to_collection
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -165,6 +167,30 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
     if not isinstance(other, DTensor) or isinstance(tensor, DTensor) or tensor.shape != other.shape:
         return tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+class SyncBatchNorms(TorchSyncBatchNorm):
+    """Batch norms that are synchronized by timm's conversion, which keeps the activation that timm's own batch norms apply."""
+
+    def __init__(self) -> None:
+        self._originals: dict[nn.Module, nn.Module] = {}
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """The same model with synchronized batch norms, which share all tensors with the original ones."""
+        originals = dict(model.named_modules(remove_duplicate=False))
+        model = convert_sync_batchnorm(model)
+        for name, module in model.named_modules(remove_duplicate=False):
+            if module is not originals[name]:
+                self._originals[module] = originals[name]
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """The same model with its original batch norms, which take over parameters and statistics."""
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if original := self._originals.get(module):
+                original.__dict__.update(_parameters=module._parameters, _buffers=module._buffers, training=module.training)
+                model.set_submodule(name, original)
+        return model
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from qat.errors import UsageError
 from qat.model.scales import guard
 from qat.model.sites import iter_quantizers, no_weight_decay
-from qat.nn import FqNet, Swap, SwapContext, find_swap, is_attention, swap_net
+from qat.nn import FqNet, QkrAttention, Swap, SwapContext, find_swap, is_attention, swap_net
 from qat.quantizers import Quantizer
 from qat.spec import PRESETS, QuantRecipe
 from qat.utils.probing import probing, zero_image
@@ -79,6 +79,7 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
         _walk(net, "", _Walk(recipe, stem_and_heads(net), swapped), swap_net(net, SwapContext(recipe.at(""), "block")))
         if isinstance(net, FqNet):
             net.connect()
+        _check_tied(net, swapped)
         _allocate(net, size, swapped)
         _check_rules(net, recipe, attentions)
         _check_dropping(net, recipe)
@@ -89,7 +90,9 @@ def convert(net: nn.Module, recipe: QuantRecipe, *, input_size: tuple[int, int, 
         raise
     net.qat_conversion = Conversion(recipe, size)  # type: ignore[assignment]
     # timm's hook; what it names stays, as all parameters are there from here on.
-    net.no_weight_decay = functools.partial(set, no_weight_decay(net))  # type: ignore[assignment]
+    # timm takes patterns: `torch.compile` puts a prefix before names, and asks the net that it wraps.
+    names = no_weight_decay(net)
+    net.no_weight_decay = functools.partial(set, names | {f"*.{name}" for name in names})  # type: ignore[assignment]
     for module in net.modules():  # timm.utils.reparameterize_model calls what a module has of these
         for method in ("fuse", "reparameterize", "switch_to_deploy"):
             if hasattr(type(module), method):
@@ -107,6 +110,16 @@ def _check_rules(net: nn.Module, recipe: QuantRecipe, attentions: list[str]) -> 
             names = [*reached, *(name for name, _ in net.named_modules())]
             example = next((n for n in names if n.count(".") >= 2), names[-1])
             raise UsageError(f"{recipe.GROUP}.overrides[{pattern!r}]: must match a quantized module; names look like {example!r}")
+
+
+def _check_tied(net: nn.Module, swapped: list[tuple[nn.Module, str, nn.Module]]) -> None:
+    """Query-key reparameterization gives an attention weights of its own: those that another layer uses too would be tied no more."""
+    used = set(net.parameters())
+    for old in dict.fromkeys(old for parent, name, old in swapped if isinstance(getattr(parent, name), QkrAttention)):
+        own = set(old.qkv.parameters())  # type: ignore[union-attr]
+        if own & used:
+            raise UsageError("quant.attention='qkr': this model ties qkv to another layer; here it must be one of standard, float")
+        used |= own
 
 
 def _check_dropping(net: nn.Module, recipe: QuantRecipe) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qat.errors import UsageError
-from qat.utils.files import csv_lines, read_torch, write_text, write_torch
+from qat.utils.files import csv_lines, digest_of, read_torch, write_text, write_torch
 
 
 class Progress:
@@ -33,10 +31,7 @@ class Progress:
         self.folder = None if folder is None else Path(folder)
         self.name, self.columns = group.rpartition(".")[2], columns
         self.settings = {f"{group}.{key}": value for key, value in asdict(settings).items()}
-        digest = hashlib.sha256()
-        for tensor in tensors:
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        self.inputs = digest.hexdigest()
+        self.inputs = digest_of(tensors)
         self.rows: list[tuple[Any, ...]] = []
 
     def resume(self) -> dict[str, Any] | None:

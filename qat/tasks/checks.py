@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ VAL_METRICS = ("val/top1", "val/top5", "val/loss")
 # Callbacks of Lightning that change what a schedule was laid out for, or want another module; what there is instead.
 UNFIT: dict[type[Callback], str] = {
     callbacks.BackboneFinetuning: "optimizer.layer_decay has early layers learn more slowly",
+    callbacks.BaseFinetuning: "train what stays frozen in a second run with ckpt=FILE",
     callbacks.BatchSizeFinder: "set data.batch_size",
     callbacks.GradientAccumulationScheduler: "set trainer.accumulate_grad_batches, one value for the whole run",
     callbacks.LearningRateFinder: "a sweep compares learning rates: -m optimizer.lr=1e-4,1e-3",
@@ -188,8 +190,11 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     for name in ("max_steps", "limit_train_batches", "limit_test_batches", "val_check_interval"):
         if settings.get(name) == 0:
             raise UsageError(f"trainer.{name}={settings[name]!r}: must be above 0")
-    if isinstance(settings.get("max_time"), int | float):
-        raise UsageError(f"trainer.max_time={settings['max_time']}: must be DD:HH:MM:SS")
+    time = settings.get("max_time")
+    if isinstance(time, int | float):
+        raise UsageError(f"trainer.max_time={time}: must be DD:HH:MM:SS")
+    if time is not None and not re.search("[1-9]", str(time)):  # `00:00:00:00`, or {hours: 0}
+        raise UsageError(f"trainer.max_time={str(time)!r}: must be above 0, so that at least one step is taken")
     epochs, every = settings["max_epochs"], settings.get("check_val_every_n_epoch")
     if every is not None and every > epochs:
         raise UsageError(f"trainer.check_val_every_n_epoch={every}: no epoch would be validated; must be an integer from 1 to {epochs}")

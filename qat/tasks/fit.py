@@ -28,7 +28,7 @@ from qat.lit import Teacher
 from qat.lit.compiled import compile_in_place
 from qat.lit.loggers import CSVLog
 from qat.lit.optim import build_optimizer, cosine_schedule, scaled_lr
-from qat.lit.strategies import SHARDED, AtomicCheckpointIO, strategy_of
+from qat.lit.strategies import SHARDED, AtomicCheckpointIO, SyncBatchNorms, strategy_of
 from qat.nn.attention import set_execution
 from qat.tasks.build import instantiate, plain
 from qat.tasks.checks import check_callback, check_sharding
@@ -81,6 +81,9 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
     warmup_epochs, cooldown_epochs = settings.pop("warmup_epochs"), settings.pop("cooldown_epochs")
     check_number("scheduler.warmup_epochs", warmup_epochs, 0, below=cfg.trainer.max_epochs)
     check_number("scheduler.cooldown_epochs", cooldown_epochs, 0, below=cfg.trainer.max_epochs - warmup_epochs)
+    for name, epochs in (("warmup", warmup_epochs), ("cooldown", cooldown_epochs)):
+        if settings["interval"] == "epoch" and epochs % 1:
+            raise UsageError(f"scheduler.{name}_epochs={epochs}: must be an integer with scheduler.interval=epoch; step takes fractions")
     if cfg.trainer.fast_dev_run:
         warmup_epochs = cooldown_epochs = 0
 
@@ -105,7 +108,10 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
         if not isinstance(callback, ProgressBar) or sys.stdout.isatty():
             callbacks.append(callback)
-    if any(isinstance(one, WeightAveraging) for one in callbacks) and any(getattr(one, "save_weights_only", False) for one in callbacks):
+    averages = any(isinstance(one, WeightAveraging) for one in callbacks)
+    if averages and not any(isinstance(one, Checkpointing) for one in callbacks):
+        raise UsageError("callbacks: none of them saves the averaged weights; must be callbacks=[default,ema]")
+    if averages and any(getattr(one, "save_weights_only", False) for one in callbacks):
         raise UsageError(
             "callbacks: save_weights_only=true writes the weights in training, not their average; must be false with an average"
         )
@@ -148,7 +154,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     own: dict[str, Any] = {
         "callbacks": callbacks,
         "logger": loggers or False,
-        "plugins": [AtomicCheckpointIO(), *environments()],
+        "plugins": [AtomicCheckpointIO(), *environments(), *([SyncBatchNorms()] if settings.get("sync_batchnorm") else [])],
         "default_root_dir": cfg.run_dir,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
@@ -162,13 +168,16 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         if name not in known:
             raise UsageError(unknown(f"trainer.{name}={value!r}", name, known))
     try:
-        return Trainer(**settings, **own)
+        trainer = Trainer(**settings, **own)
     except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         message = " ".join(str(error).split())
         # The settings whose name or text the message has, else those of where a net runs.
         named = [name for name, value in settings.items() if re.search(rf"(?<![A-Za-z]){name}\b", message) or f"'{value}'" in message]
         named = named or ["accelerator", "devices", "strategy"]
         raise UsageError(f"{', '.join(f'trainer.{name}={cfg.trainer.get(name)!r}' for name in named)}: {message}") from error
+    if settings.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
+        raise UsageError("trainer.sync_batchnorm=true: torch does not synchronize batch norms on CPUs; must be false")
+    return trainer
 
 
 def use_less_memory(cfg: DictConfig, net: nn.Module) -> None:

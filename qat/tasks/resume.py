@@ -168,6 +168,16 @@ def check_data(cfg: DictConfig, checkpoint: Checkpoint, data: ImageData) -> None
         log.warning("resume: %s (allow_changed_data=true)", what)
 
 
+def check_teacher(checkpoint: Checkpoint, digest: str | None) -> None:
+    """Raise `UsageError` unless a run continues with the weights of the teacher that it had; its file may have another name now."""
+    had = (checkpoint.meta or {}).get("run", {}).get("teacher")
+    if had and digest and had != digest:
+        raise UsageError(
+            f"resume: {checkpoint.path} was trained with other weights of the teacher (teacher.*, or the start where that is the teacher); "
+            "use ckpt=PATH in another run_dir to start a new run"
+        )
+
+
 def check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
     """Raise `UsageError` unless the optimizer of a run that goes on is the one that it had: torch fails on it later, or mixes the two."""
     had = checkpoint.training.get("groups")

@@ -54,7 +54,7 @@ class Model:
     name: str | None = None
     row: str | None = None
     pretrained: bool = False
-    weights: str | None = None
+    weights: Any = None  # here and below: a typed path would turn 1.10 into "1.1" before anybody sees it
     reset_head: bool = False
     imports: list[str] | None = None
     init: str = "full"
@@ -64,17 +64,17 @@ class Model:
 
     def __post_init__(self) -> None:
         check_choice("model.init", self.init, ("full", "reference"))
-        _check_paths({"model.weights": self.weights})
+        check_paths({"model.weights": self.weights})
 
 
 @dataclass
 class SearchTeacher:
     """`teacher.*` of a search: the net that it follows."""
 
-    ckpt: str | None = None
+    ckpt: Any = None
 
     def __post_init__(self) -> None:
-        _check_paths({"teacher.ckpt": self.ckpt})
+        check_paths({"teacher.ckpt": self.ckpt})
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Shared:
 
     command: str
     seed: int
-    run_dir: str
+    run_dir: Any
     sweep_dir: str | None = None
     report: bool
     ckpt: Any = None  # analyze.py takes a list as well
@@ -121,9 +121,10 @@ class Shared:
     def __post_init__(self) -> None:
         check_int("seed", self.seed, 0, HIGHEST_SEED)
         check_choice("ckpt_format", self.ckpt_format, CKPT_FORMATS)
-        _check_paths({name: getattr(self, name, None) for name in ("predict", "run", "sweep", "file")})
+        check_paths({name: getattr(self, name, None) for name in ("run_dir", "predict", "run", "sweep", "file")})
+        check_paths({"data.root": self.data.get("root")})
         for one in self.ckpt if self.ckpt and isinstance(self.ckpt, list) and self.command == "analyze" else [self.ckpt]:
-            _check_paths({"ckpt": one})
+            check_paths({"ckpt": one})
         starts = {"ckpt": self.ckpt, "model.weights": self.model.weights, "model.pretrained": self.model.pretrained}
         if len(given := [name for name, value in starts.items() if value]) > 1:
             raise UsageError(f"{' and '.join(given)} are set: a model starts from one of them")
@@ -174,7 +175,7 @@ class Eval(Shared):
     default_photos: dict[str, Any]
     kernels: str
     split: str | None
-    predict: str | None
+    predict: Any
 
 
 @dataclass(kw_only=True)
@@ -197,8 +198,8 @@ class Analyze(Shared):
     trainer: dict[str, Any]
     default_data: dict[str, Any]
     analysis: dict[str, Any] | None = None
-    run: str | None
-    sweep: str | None
+    run: Any
+    sweep: Any
     labels: list[str] | None
     images: int | None
     split: str | None
@@ -210,7 +211,7 @@ class Export(Shared):
 
     format: dict[str, Any]
     default_data: dict[str, Any]
-    file: str | None
+    file: Any
     dynamic_batch: bool
     images: int | None
     split: str | None
@@ -241,8 +242,12 @@ def _refuse_unknown(group: Any, below: str = "") -> None:
             _refuse_unknown(value, f"{below}{name}.")
 
 
-def _check_paths(given: dict[str, Any]) -> None:
-    """An empty path is a variable of a shell that is not set: a run would start from other weights than was meant."""
+def check_paths(given: dict[str, Any]) -> None:
+    """Raise `UsageError` on a path that YAML has read as a number, and on an empty one.
+
+    An empty path is a variable of a shell that is not set: a run would start from other weights than was meant.
+    """
     for setting, value in given.items():
         if value is not None and not (isinstance(value, str) and value):
-            raise UsageError(f"{setting}={value!r}: must be a path{'' if value else '; null = none'}")
+            hint = "; null = none" if value == "" else ", in quotes where it looks like a number"
+            raise UsageError(f"{setting}={value!r}: must be a path{hint}")

@@ -26,9 +26,10 @@ from qat.tasks import build, fit, summary
 from qat.tasks.checks import check_classes, check_classifier, check_options, check_patches, check_settings
 from qat.tasks.report import report_run
 from qat.tasks.results import measured, recipe_fields, record_run, write_results
-from qat.tasks.resume import check_data, check_optimizer, compared, find_resume, outputs_to_replace
+from qat.tasks.resume import check_data, check_optimizer, check_teacher, compared, find_resume, outputs_to_replace
 from qat.tasks.summary import announce_run, announce_teacher
 from qat.tasks.teacher import build_teacher, warn_of_normalization
+from qat.utils.files import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,9 @@ def train(cfg: DictConfig) -> float:
     start = _start(cfg, resume, recipe, data, trainer, optimizer)
     fit.use_less_memory(cfg, start.net)
     teacher = build_teacher(cfg, loss, data)
+    taught_by = None if teacher is None else digest_of(teacher.net.state_dict().values())
+    if resume:
+        check_teacher(resume, taught_by)
     # What checkpoints of the run hold beside weights: how to build the net, and what resuming compares.
     description = describe(start.net, model=cfg.model.name, model_kwargs=args, data=build.plain(cfg.data), classes=data.named_classes())
     module = QATModule(
@@ -72,7 +76,7 @@ def train(cfg: DictConfig) -> float:
         scheduler=scheduler,
         teacher=teacher,
         lsq_grad_batch=cfg.lsq_grad_batch,
-        describe=description | {"run": {"settings": compared(cfg), "images": data.fingerprints()}},
+        describe=description | {"run": {"settings": compared(cfg), "images": data.fingerprints(), "teacher": taught_by}},
     )
 
     connect(trainer)

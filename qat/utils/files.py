@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import json
 import math
@@ -180,6 +181,14 @@ def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> An
     if damage := damage_of(path):
         raise OSError(errno.EIO, f"it is damaged ({damage})", str(path))
     return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """A digest of the values of tensors, in their order: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def files_below(folder: str | os.PathLike[str], *, hidden: bool = True) -> list[str]:

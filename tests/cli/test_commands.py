@@ -15,6 +15,7 @@ import cloudpickle
 import hydra
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from qat.cli import commands, sweep
@@ -50,12 +51,13 @@ PATHS = (
     "#1 & co: 50 %",
     "é\u0301 咖",
     "/plain/p_1.ckpt",
+    *("2026_11", "1.10", "1e3", "-1", "+.5", "inf", "True", "."),
 )
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_path_is_what_was_typed(path):
-    for key in ("data.root", "+ckpt", "run_dir"):
+    for key in ("data.root", "+ckpt", "run_dir", "hydra.run.dir", "callbacks.best.dirpath"):
         assert value(commands.prepared([f"{key}={path}"])[0]) == path
 
 
@@ -70,6 +72,29 @@ def test_homes_grammar_and_sweeps(monkeypatch):
         assert commands.prepared([grammar]) == [grammar]
     assert commands.prepared(["-m", "ckpt=a,b"])[1] == "ckpt=a,b"
     assert value(commands.prepared(["ckpt=a,b"])[0]) == "a,b"
+
+
+@pytest.mark.parametrize(
+    ("given", "elements"),
+    [
+        ("ckpt=[2026_11, a/1.10,'b, 1_0 ',null,1.50]", ["2026_11", "a/1.10", "b, 1_0 ", None, "1.50"]),
+        ("data.root=2024_01,1.50,x", ["2024_01", "1.50", "x"]),
+        ("data.root=choice(1.10, true)", ["1.10", "true"]),
+        ("data.root=range(1,3)", [1, 2]),
+    ],
+)
+def test_paths_of_a_list_or_a_sweep_are_what_was_typed(given, elements):
+    override = PARSER.parse_override(commands.prepared(["-m", given])[1])
+    found = override.sweep_iterator() if override.is_sweep_override() else override.value()
+    assert [one.text if isinstance(one, QuotedString) else one for one in found] == elements
+
+
+def test_a_path_that_yaml_has_read_as_a_number_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nrun_dir: 1.10\n")
+    code, out = typed("train.py", "-cd", "conf", "experiment=mine", cwd=tmp_path)
+    assert (code, out) == ("error: run_dir=1.1: must be a path, in quotes where it looks like a number", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["conf"]
 
 
 LINES = [

@@ -54,6 +54,42 @@ class Gradients(Callback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
+@pytest.mark.parametrize("batch", [1, 2], ids=["one batch left", "two left"])
+def test_the_last_step_of_an_epoch_counts_its_own_batches(batch):
+    """Four batches to a step, and five or six in the epoch. Oracle: a step on one batch of the images that are left."""
+    net, left = quantized("lsq"), 2 * batch
+    many, one = Gradients(), Gradients()
+    still = {"optimizer": lambda n: build_optimizer(n, lr=1e-30, weight_decay=0.0)}
+    trainer(callbacks=[many], accumulate_grad_batches=4).fit(module(copy.deepcopy(net), **still), batches(2, 8 + left))
+    rest = TensorDataset(images(8 + left)[8:], CLASSES[8 : 8 + left])
+    trainer(callbacks=[one]).fit(module(copy.deepcopy(net), **still), DataLoader(rest, batch_size=left))
+    assert len(many.steps) == 2
+    assert_close(many.steps[1], one.steps[0], rtol=1e-4, atol=1e-6)
+
+
+class Unfreeze(Callback):
+    """Freezes the blocks before the optimizer is built; later they train, with a group of their own or without."""
+
+    def __init__(self, *, group):
+        self.group = group
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.net.blocks.requires_grad_(requires_grad=False)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            pl_module.net.blocks.requires_grad_(requires_grad=True)
+            if self.group:
+                trainer.optimizers[0].add_param_group({"params": list(pl_module.net.blocks.parameters())})
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_weights_that_are_unfrozen_during_the_run_are_refused(group):
+    with pytest.raises(qat.UsageError, match="^callbacks: weights were unfrozen during the run"):
+        trainer(max_epochs=2, callbacks=[Unfreeze(group=group)]).fit(module(vit()), batches(8))
+    trainer(max_epochs=1, callbacks=[Unfreeze(group=group)]).fit(module(vit()), batches(8))
+
+
 def lsq_factors(net, *, weights):
     return [m.grad_factor for s in sites(net).values() if s.is_weight == weights for m in s.quantizer.modules() if isinstance(m, LSQ)]
 

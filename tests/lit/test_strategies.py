@@ -1,8 +1,11 @@
 """Which strategy a name stands for."""
 
 import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
 
-from qat.lit.strategies import strategy_of
+from qat.lit.strategies import SyncBatchNorms, strategy_of
 
 
 @pytest.mark.parametrize(("name", "searches"), [("ddp", False), ("ddp_find_unused_parameters_true", True)])
@@ -11,3 +14,19 @@ def test_no_form_of_ddp_sends_buffers(name, searches):
     options = strategy_of(name, 2)._ddp_kwargs
     assert options["find_unused_parameters"] is searches
     assert [value for key, value in options.items() if key in {"broadcast_buffers", "forward_sync_buffers"}] == [False]
+
+
+def test_synchronized_batch_norms_keep_activations_and_go_back():
+    """Oracle: the outputs of the net before; parameters and statistics that training changes meanwhile come back."""
+    net = nn.ModuleDict({"net": nn.Sequential(BatchNormAct2d(3), nn.BatchNorm2d(3))}).eval()
+    x = torch.randn(2, 3, 4, 4)
+    before, classes, plugin = net["net"](x), [type(module) for module in net.modules()], SyncBatchNorms()
+    synced = plugin.apply(net)
+    assert all(isinstance(module, nn.SyncBatchNorm) for module in synced["net"])
+    assert torch.equal(synced["net"](x), before)
+    synced["net"][0].running_mean = synced["net"][0].running_mean + 1
+    after = synced["net"](x)
+    assert not torch.equal(after, before)
+    reverted = plugin.revert(synced)
+    assert [type(module) for module in reverted.modules()] == classes
+    assert torch.equal(reverted["net"](x), after)

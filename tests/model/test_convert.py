@@ -421,3 +421,18 @@ def test_no_weights_share_their_storage(tmp_path, recipe):
     again = converted(recipe)
     load_model(again, str(tmp_path / "net.safetensors"))
     assert torch.equal(logits(again), logits(net))
+
+
+@pytest.mark.parametrize("tie", ["layer", "weight"])
+def test_a_tied_qkv_is_refused_under_qkr_and_stays_tied_elsewhere(tie):
+    net = vit()
+    first, second = (block.attn for block in net.blocks)
+    if tie == "layer":
+        second.qkv = first.qkv
+    else:
+        second.qkv.weight = first.qkv.weight
+    with pytest.raises(qat.UsageError, match=r"^quant\.attention='qkr': this model ties qkv to another layer"):
+        qat.convert(net, qat.recipe("ofq"), input_size=SIZE)
+    assert (net.blocks[0].attn, net.blocks[1].attn) == (first, second)
+    qat.convert(net, qat.recipe("ofq", attention="standard"), input_size=SIZE)
+    assert net.blocks[0].attn.qkv.weight is net.blocks[1].attn.qkv.weight

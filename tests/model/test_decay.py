@@ -41,3 +41,10 @@ def test_timms_optimizers_find_it(net, copied):
     wanted = {name for name, _ in net.named_parameters()} - qat.no_weight_decay(net)
     assert decayed(create_optimizer_v2(net, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups, net) == wanted
     assert decayed(param_groups_weight_decay(net, 0.05, no_weight_decay_list=net.no_weight_decay()), net) == wanted
+
+
+def test_it_is_found_in_a_compiled_net(net):
+    compiled = torch.compile(net)
+    wanted = {name for name, _ in compiled.named_parameters()} - qat.no_weight_decay(compiled)
+    assert len(wanted) == 8
+    assert decayed(create_optimizer_v2(compiled, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups, compiled) == wanted

@@ -137,3 +137,13 @@ def test_every_crop_is_timms(mode, share):
 
 def test_the_example_opens_what_data_opens():
     assert classify.FORMATS == sources.FORMATS
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("int32", 2**16), ("int32", -1), ("float32", 0.5)])
+def test_the_example_refuses_32_bits_as_data_does(dtype, value):
+    image = Image.fromarray(np.full((8, 8), value, dtype))
+    with pytest.raises(SystemExit, match="32 bits per pixel") as stop:
+        prepare(image, 8, [0.5], [0.5], "bicubic", None)
+    with pytest.raises(ValueError, match="32 bits per pixel") as refusal:
+        sources.to_pixels(image, 1)
+    assert str(stop.value).endswith(str(refusal.value).removeprefix("it has"))

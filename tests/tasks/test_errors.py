@@ -35,6 +35,7 @@ def shown(values):
 # Callbacks of Lightning that end a run in its middle, or change what it has laid out.
 UNFIT = {
     "BackboneFinetuning": "optimizer.layer_decay",
+    "BaseFinetuning": "a second run with ckpt=FILE",
     "BatchSizeFinder": "data.batch_size",
     "GradientAccumulationScheduler +callbacks.x.scheduling={1:4}": "trainer.accumulate_grad_batches",
     "LearningRateFinder": "optimizer.lr",
@@ -58,6 +59,10 @@ TRAIN = [
     ("optimizer.opt=adammw", r"optimizer\.opt='adammw': unknown; closest: .*adamw"),
     ("scheduler.interval=batch", r"scheduler\.interval='batch': must be one of epoch, step"),
     ("scheduler.warmup_epochs=50", rf"scheduler\.warmup_epochs=50\.0: {NUMBERS} 0 to below 1"),
+    *(
+        (f"scheduler.interval=epoch scheduler.{name}=0.5", rf"scheduler\.{name}=0\.5: must be an integer with scheduler\.interval=epoch")
+        for name in ("warmup_epochs", "cooldown_epochs")
+    ),
     ("~optimizer", "missing mandatory value: optimizer"),
     # the trainer
     *((f"trainer.max_epochs={v}", rf"trainer\.max_epochs={s}: must be an integer") for v, s in shown("0 1.5 x")),
@@ -71,6 +76,7 @@ TRAIN = [
     *((f"trainer.limit_train_batches={v}", rf"limit_train_batches={s}: .*{SHARE}") for v, s in shown("2.5")),
     ("+trainer.max_time=5min", r"trainer\.max_time='5min': .*DD:HH:MM:SS"),
     *((f"+trainer.max_time={v}", rf"trainer\.max_time={v}: must be DD:HH:MM:SS") for v in ("5", "3.5")),
+    *((f"+trainer.max_time={v}", r"trainer\.max_time=.*: must be above 0") for v in ("00:00:00:00", "{hours:0}")),
     ("data.scale=0.5", r"data\.scale=0\.5: must be two shares of the image's area"),
     ("+trainer.val_check_interval=0", rf"trainer\.val_check_interval=0: {NOTHING_TO_DO}"),
     ("+trainer.val_check_interval=00:00:10:00", rf"val_check_interval='00:00:10:00': {NUMBERS} 0$"),
@@ -80,6 +86,7 @@ TRAIN = [
     ("trainer.check_val_every_n_epoch=5", r"check_val_every_n_epoch=5: no epoch would be validated; must be .* 1 to 1$"),
     ("trainer.devices=0", r"trainer\.devices=0: .*not a valid input using cpu"),
     ("trainer.accelerator=foo", r"trainer\.accelerator='foo': .*Available names are: auto, .*cpu"),
+    ("trainer.sync_batchnorm=true", r"trainer\.sync_batchnorm=true: torch does not .* on CPUs; must be false$"),
     ("trainer.colour=3", r"trainer\.colour=3: unknown; must be one of accelerator, "),
     # data and model
     *((f"data.batch_size={v}", rf"data\.batch_size={s}: {WHOLE} 1") for v, s in shown("0 x")),
@@ -124,6 +131,7 @@ TRAIN = [
     ("callbacks.best.monitor=val/loss", r"callbacks\.best\.mode='max': the best val/loss is the lowest; must be min"),
     ("callbacks.best.mode=min", r"callbacks\.best\.mode='min': the best val/top1 is the highest; must be max"),
     ("+callbacks.best.save_top_k=-1", r"callbacks\.best\.save_top_k=-1: must be 1 where all files are best\.ckpt; .*best_k"),
+    ("callbacks=ema", r"callbacks: none of them saves the averaged weights; must be callbacks=\[default,ema\]"),
     ("callbacks=[default,ema] +callbacks.best.save_weights_only=true", "callbacks: save_weights_only=true .* must be false"),
     ("loss=kd teacher.model=deit_tiny_patch16_224", r"teacher\.model='deit_tiny_patch16_224': set its weights with teacher\.ckpt=FILE"),
     # the rest

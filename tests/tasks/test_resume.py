@@ -13,7 +13,7 @@ import qat
 from qat.lit.strategies import AtomicCheckpointIO
 from qat.tasks import build, fit
 from qat.tasks.resume import find_resume
-from tests.conftest import compose, results
+from tests.conftest import compose, results, train
 
 # Nine steps an epoch, three epochs. Order, repeated augmentation, shifted crops, mixup, cutmix, dropout and drop path draw random
 # numbers in loader and step; the averaged weights are state of a callback.
@@ -280,6 +280,22 @@ def said(run_dir, caplog, *overrides):
 )
 def test_every_setting_that_changes_is_named(overrides, lines, full, caplog):
     assert said(full, caplog, *overrides) == [f"resume: {line}" for line in lines]
+
+
+@pytest.mark.parametrize("setting", ["teacher.ckpt", "ckpt"])
+def test_a_teacher_of_other_weights_is_refused(tmp_path, float_run, setting):
+    """The file keeps its name; with its old weights, also under another name, the run continues."""
+    own, other = tmp_path / "own.ckpt", tmp_path / "moved.ckpt"
+    shutil.copy(float_run / "checkpoints" / "best.ckpt", own)
+    shutil.copy(own, other)
+    first = (tmp_path / "run", "quant=fp", "loss=kd")
+    train(*first, f"{setting}={own}")
+    net = qat.load(own)
+    torch.nn.init.zeros_(net.head.weight)
+    qat.save(net, own)
+    with pytest.raises(qat.UsageError, match=r"^resume: .*last\.ckpt was trained with other weights of the teacher"):
+        train(*first, f"{setting}={own}", "resume=true")
+    train(*first, f"{setting}={other}", "resume=true")
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,7 @@ def test_lightnings_arguments_go_by_their_names():
         ("+model.pretrainde=true", "model.pretrainde: unknown; closest: pretrained"),
         ("ckpt=''", "ckpt='': must be a path; null = none"),
         ("teacher.ckpt=''", "teacher.ckpt='': must be a path; null = none"),
+        *((f"{name}=1.10", f"{name}=1.1: must be a path") for name in ("ckpt", "model.weights", "teacher.ckpt", "data.root")),
         ("ckpt_format=zip", "ckpt_format='zip': must be one of auto, qat, timm, ofq"),
         ("ckpt_bits=4", "ckpt_bits=4: only for files of the paper's code (ckpt_format=ofq); set ckpt=FILE"),
         ("resume=yes", "resume='yes': must be one of false, true, auto"),
