@@ -188,7 +188,7 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 28390,
-    "qat": 160200,
+    "qat": 161300,
     "qat/analysis": 11390,
     "qat/callbacks": 6990,
     "qat/cli": 2980,
@@ -205,8 +205,8 @@ BUDGETS = {
     "qat/quantizers": 6280,
     "qat/report": 4410,
     "qat/tasks": 21280,
-    "qat/utils": 3880,
-    "tests": 252670,
+    "qat/utils": 4580,
+    "tests": 254670,
 }
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
 
