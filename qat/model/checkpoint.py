@@ -193,7 +193,7 @@ def _read_file(path: Path, origin: str) -> Any:
     except Exception as error:
         # Not torch's words, which advise to turn the check off.
         why: object = "damaged, or it holds more than tensors and plain data; save only the state_dict()"
-        if isinstance(error, ValueError) or getattr(error, "filename", None):
+        if isinstance(error, ValueError | OverflowError) or getattr(error, "filename", None):
             why = getattr(error, "strerror", error)
         raise UsageError(f"{origin}: not a checkpoint that can be read safely ({' '.join(str(why).split())})") from error
 

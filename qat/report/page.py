@@ -42,9 +42,9 @@ def write_report(folder: Path) -> Path:
     Returns:
         The file.
     """
-    results, typed, config = json_object(folder / "results.json"), json_object(folder / "command.json"), folder / "config.yaml"
+    results, typed, config = _json(folder / "results.json", folder), _json(folder / "command.json", folder), folder / "config.yaml"
     command = str(results.get("command") or typed.get("command", "run")).removesuffix(".py")
-    cost = json_object(folder / ANALYSES / "cost.json").get("summary", {})
+    cost = _json(folder / ANALYSES / "cost.json", folder).get("summary", {})
     in_float = next((one.get("in_float") or {} for one in cost.values()), {})
     context = {
         "kind": command,
@@ -53,13 +53,13 @@ def write_report(folder: Path) -> Path:
         "note": unlearned(results),
         "figures": _figures(results, in_float),
         "rows": _exported(results) if command == "export" else _measured(results, in_float),
-        "curves": training_curves(_table(folder / "metrics.csv")),
-        "search": search_figure(_table(folder / "search.csv")),
-        "oscillation": _table(folder / "oscillation.csv"),
+        "curves": training_curves(_table(folder / "metrics.csv", folder)),
+        "search": search_figure(_table(folder / "search.csv", folder)),
+        "oscillation": _table(folder / "oscillation.csv", folder),
         "analyses": _analyses(folder),
         "typed": typed and f"{typed.get('program') or f'python {command}.py'} {shlex.join(typed['overrides'])}",
         "facts": {key: results.get(key) for key in FACTS} | (results.get("versions") or {}),
-        "config": read_file(config).decode(errors="replace") if config.is_file() else None,
+        "config": read_file(config).decode(errors="replace") if _is_inside(config, folder) else None,
     }
     return write_page("run.html.j2", folder, context)
 
@@ -87,9 +87,19 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     return [(name, name != kept[0] and all(text[0] in "+-−–.0123456789" for text in texts[name])) for name in kept]
 
 
-def _table(path: Path, names: Sequence[str] = ()) -> list[Row]:
-    """Rows of a CSV file, numbers as such; of some columns only, and without the name of a model that is the same in all."""
-    rows = csv_rows(path) if path.is_file() else []
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path is a file in a folder, after `..` and links: a directory from elsewhere may name any file."""
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+
+
+def _json(path: Path, folder: Path) -> dict[str, Any]:
+    """Contents of a JSON file in a folder; empty where it is not in it."""
+    return json_object(path) if _is_inside(path, folder) else {}
+
+
+def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
+    """Rows of a CSV file in a folder, numbers as such; of some columns only, without the name of a model that is the same in all."""
+    rows = csv_rows(path) if _is_inside(path, folder) else []
     left_out = "net" if len({row.get("net") for row in rows}) == 1 else ""
     kept = [name for name in (rows[0] if rows else ()) if name != left_out and (name in names or not names)]
     return [{name: row[name] if (value := number(row[name])) is None else value for name in kept} for row in rows]
@@ -134,22 +144,25 @@ def _analyses(folder: Path) -> list[dict[str, Any]]:
     """What analyses left, in the run directory (of the command `analyze`) and in `analysis/` (of the run's own model)."""
     found = []
     for place in (folder, folder / ANALYSES):
-        for index in map(json_object, sorted(place.glob("*.json"))):
+        for index in (_json(path, folder) for path in sorted(place.glob("*.json"))):
             if "analysis" not in index or "tables" not in index:
                 continue
-            tables = [(one["title"], place / one["file"]) for one in index["tables"]]
+            named = [(one["title"], place / one["file"]) for one in index["tables"]]
+            tables = [(title, file) for title, file in named if _is_inside(file, folder)]
             found.append({
                 "name": index["analysis"],
                 "is_folded": place != folder,
                 "pictures": [
-                    {**one, "source": data_url(read_file(file))} for one in index["figures"] if (file := place / one["file"]).is_file()
+                    {**one, "source": data_url(read_file(file))}
+                    for one in index["figures"]
+                    if _is_inside(file := place / one["file"], folder)
                 ],
                 "tables": [
-                    (title, file.name, _table(file, LAYERS.get(file.name, ())))
+                    (title, file.name, _table(file, folder, LAYERS.get(file.name, ())))
                     for title, file in tables
                     if place == folder or file.name in LAYERS
                 ],
-                "files": [file.relative_to(folder) for _, file in tables],
+                "files": [file.resolve().relative_to(folder.resolve()) for _, file in tables],
             })
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import statistics
 import sys
@@ -32,6 +33,7 @@ MEASURES = {
 }
 # Prefix of the columns with settings of the command line, and settings that make no job another experiment.
 GIVEN, IGNORED = "overrides.", {"run_dir", "resume", "overwrite", "report"}
+MOST_MEASURED = 1e100
 MOST_DRAWN = 40  # groups: names of more cannot be read
 
 
@@ -60,8 +62,10 @@ def overrides_of(folder: Path) -> dict[str, str]:
     """
     listed, path = json_object(folder / "command.json").get("overrides"), folder / ".hydra" / "overrides.yaml"
     if listed is None and path.is_file():
-        listed = yaml.safe_load(read_file(path))
-    parts = (one.partition("=") for one in listed or ())
+        with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):  # half a file, as a kill leaves it
+            listed = yaml.safe_load(read_file(path))
+    texts = listed if isinstance(listed, list) else []
+    parts = (one.partition("=") for one in texts if isinstance(one, str))
     return {left.lstrip("+~"): right for left, _, right in parts}
 
 
@@ -95,8 +99,9 @@ def label(settings: Mapping[str, str]) -> str:
 
 
 def values(jobs: Sequence[Row], measure: str) -> list[float]:
-    """The known numbers of a measure, of the jobs that are done."""
-    return [job[measure] for job in jobs if job["status"] == "done" and job.get(measure) is not None]
+    """The known numbers of a measure, of the jobs that are done; the spread of larger ones than `MOST_MEASURED` overflows."""
+    measured = [job.get(measure) for job in jobs if job["status"] == "done"]
+    return [value for value in measured if isinstance(value, int | float) and abs(value) < MOST_MEASURED]
 
 
 def mean(jobs: Sequence[Row], measure: str) -> str:

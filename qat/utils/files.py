@@ -13,11 +13,14 @@ import io
 import json
 import math
 import os
+import pickle
+import pickletools
 import shutil
 import zipfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +33,23 @@ _FOLDER_MARK = 0x10
 MOST_DEPTH, MOST_VALUES = 32, 10**6
 # What weights may be made of: codes of two bits in the bytes of the file, and constant tensors, which take none.
 MOST_PER_BYTE, MOST_CONSTANT = 4, 2**26
+# Functions that a pickle may call, of those that torch allows: results of the others may be far larger than the file.
+_CALLABLE = (
+    "argparse.Namespace",
+    "builtins.complex",
+    "builtins.set",
+    "__builtin__.set",
+    "__builtin__.complex",
+    "torch.Size",
+    "torch.device",
+    "torch.serialization._get_layout",
+    "torch.torch_version.TorchVersion",
+)
+_CALLABLE_PREFIXES = ("collections.", "torch._utils._rebuild_", "torch._tensor._rebuild_")
+_ARCHIVE_START = b"PK\x03\x04"
+_LEGACY_PICKLES = 5  # before the weights of a file that torch < 1.6 wrote
+# Opcodes that leave their first value on the stack. A list or dict counts as one value: unlike a tuple, it is never hashed.
+_UNCHANGED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD", "MEMOIZE", "DUP"}
 
 
 @contextlib.contextmanager
@@ -175,11 +195,13 @@ def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> An
 
     Raises:
         OSError: it is damaged.
+        OverflowError: it holds too many values.
         pickle.UnpicklingError: it holds something else.
         RuntimeError, EOFError: it is no file of `torch.save`.
     """
     if damage := damage_of(path):
         raise OSError(errno.EIO, f"it is damaged ({damage})", str(path))
+    _check_pickles(path)
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
@@ -189,6 +211,82 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _check_pickles(path: str | os.PathLike[str]) -> None:
+    """Raise an error if reading the pickles of a file could take much more than the file; none is executed."""
+    with contextlib.suppress(EOFError), open(path, "rb") as file:
+        # What torch looks at: a file may begin as a pickle and end as an archive.
+        is_archive = file.read(len(_ARCHIVE_START)) == _ARCHIVE_START
+        file.seek(0)
+        for _ in range(0 if is_archive else _LEGACY_PICKLES):
+            _check_opcodes(file)
+    if not is_archive:
+        return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.filename.lower().endswith(".pkl"):
+                with archive.open(entry) as file:
+                    _check_opcodes(file)
+
+
+@dataclass
+class _Slot:
+    """A value on the stack of a pickle: name of a global or text, and number of values in it, each use counted."""
+
+    name: str = ""
+    values: int = 1
+
+
+def _check_opcodes(file: IO[bytes]) -> None:
+    """Follow the stack of one pickle up to its end; raise an error for a call or a size that no checkpoint needs."""
+    mark = _Slot("mark")
+    stack: list[_Slot] = []
+    memo: dict[int, _Slot] = {}
+    opcodes: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]] = pickletools.genops(file)
+    try:
+        for number, (opcode, argument, _) in enumerate(opcodes):
+            if number > 2 * MOST_VALUES:
+                raise OverflowError(f"holds more than {MOST_VALUES} values")
+            popped = _pop(stack, opcode, mark)
+            if opcode.name in {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"}:
+                _check_call(popped[0].name if popped else str(argument))
+            slot = _Slot(str(argument).replace(" ", ".") if opcode.name == "GLOBAL" else "", 1 + sum(one.values for one in popped))
+            if opcode.name == "STACK_GLOBAL":
+                slot.name = ".".join(one.name for one in popped)
+            elif "UNICODE" in opcode.name:
+                slot.name = argument
+            elif opcode.name in _UNCHANGED:
+                slot = popped[0]
+            elif "GET" in opcode.name:
+                slot = memo[argument]
+            if slot.values > MOST_VALUES:
+                raise OverflowError(f"holds more than {MOST_VALUES} values")
+            if opcode.name == "MEMOIZE":
+                memo[len(memo)] = slot
+            elif "PUT" in opcode.name:
+                memo[argument] = stack[-1]
+            stack += [mark if opcode.name == "MARK" else slot] * len(opcode.stack_after)
+    except (LookupError, ValueError) as error:
+        raise pickle.UnpicklingError(f"its pickle is damaged ({error})") from error
+
+
+def _pop(stack: list[_Slot], opcode: pickletools.OpcodeInfo, mark: _Slot) -> list[_Slot]:
+    """Take from a stack what an opcode takes, lowest first, without the mark."""
+    taken = opcode.stack_before
+    above: list[_Slot] = []
+    if pickletools.markobject in taken:
+        while (slot := stack.pop()) is not mark:
+            above.append(slot)
+        taken = taken[: taken.index(pickletools.markobject)]
+    below = [stack.pop() for _ in taken]
+    return below[::-1] + above[::-1]
+
+
+def _check_call(name: str) -> None:
+    registered = {f"{one.__module__}.{one.__qualname__}" for one in torch.serialization.get_safe_globals() if callable(one)}
+    if not (name.startswith(_CALLABLE_PREFIXES) or name in {*_CALLABLE, *registered}):
+        raise pickle.UnpicklingError(f"calls {name}, which no checkpoint needs")
 
 
 def files_below(folder: str | os.PathLike[str], *, hidden: bool = True) -> list[str]:

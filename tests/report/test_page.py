@@ -1,5 +1,6 @@
 """The page of a run. Oracle: what was written into the run directory, and the rules of HTML."""
 
+import base64
 import json
 
 import pytest
@@ -134,3 +135,37 @@ def test_numbers_and_columns():
     recipes = (None, {"name": "fp"}, {"name": "ofq", "bits": 2, "act_bits": 3})
     assert [bits_of(recipe) for recipe in recipes] == [None, None, "W2 A3"]
     assert columns([{"a": 1, "b": "−3 ± 1", "c": "x", "d": ""}]) == [("a", False), ("b", True), ("c", False)]
+
+
+@pytest.mark.parametrize("kind", ["tables", "figures"])
+@pytest.mark.parametrize("name", ["../secret", "{outside}/secret", "link", "linked/secret", "../run/../secret"])
+def test_a_directory_cannot_show_files_from_elsewhere(tmp_path, kind, name):
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "secret").write_text("TOPSECRET,x\n1,2\n")
+    (run / "link").symlink_to(tmp_path / "secret")
+    (run / "linked").symlink_to(tmp_path)
+    index = {"analysis": "x", "settings": {}, "summary": {}, "tables": [], "figures": []}
+    index[kind] = [{"file": name.format(outside=tmp_path), "title": "t", "alt": "a"}]
+    (run / "x.json").write_text(json.dumps(index))
+    text = write_report(run).read_text()
+    assert "TOPSECRET" not in text
+    assert base64.b64encode(b"TOPSECRET")[:11].decode() not in text
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml", "results.json", "command.json", "analysis/weights.csv"])
+def test_links_out_of_a_directory_are_not_followed(tmp_path, name):
+    run = write_run(tmp_path / "run")
+    outside = tmp_path / "outside"
+    outside.write_text((run / name).read_text() + "\n")
+    before = write_report(run).read_text()
+    (run / name).unlink()
+    without = write_report(run).read_text()
+    (run / name).symlink_to(outside)
+    assert write_report(run).read_text() == without != before
+
+
+def test_a_run_directory_may_be_a_link(tmp_path):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "link").symlink_to(run)
+    assert write_report(tmp_path / "link").read_text().replace("/link", "/run") == write_report(run).read_text()

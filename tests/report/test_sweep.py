@@ -129,3 +129,19 @@ def test_a_table_of_several_runs(folder, capsys):
     assert ["fp", "W32 A32", "96.00 ± 1.41"] in rows
     assert main([str(folder / "10")]) == 1
     assert capsys.readouterr().err == f"error: {folder / '10'}: must be the directory of a run; there is no results.json\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        *((".hydra/overrides.yaml", text) for text in ("- a=1\n- 'b=", "5", "- {a: 1}\n", "\x00")),
+        *(("command.json", json.dumps({"overrides": value})) for value in (5, "a=1", [5, None])),
+        *(("results.json", text) for text in ('{"top1": "x"}', '{"top1": NaN}', '{"top1": 1e308}', '{"top1": [1]}', "[", "5")),
+    ],
+)
+def test_a_damaged_job_leaves_the_rest_of_the_table(folder, capsys, file, text):
+    (folder / "2" / file).write_text(text)
+    publish(folder, report=True)
+    out = capsys.readouterr().out
+    assert "ofq_4bit" in out
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 7

@@ -1,11 +1,14 @@
 """Atomic files. Oracle: what a reader finds afterwards."""
 
+import argparse
 import contextlib
 import json
 import math
 import os
+import pickle
 import resource
 import signal
+import zipfile
 
 import pytest
 import torch
@@ -128,6 +131,57 @@ def test_a_damaged_file_is_refused_or_read_as_it_was(tmp_path):
     as_it_was = [one for one in found if one is not None]
     assert len(as_it_was) < len(flipped) / 2
     assert all(one.keys() == content.keys() and torch.equal(one["a"], content["a"]) and one["b"] == "text" for one in as_it_was)
+
+
+def pickled(name, *arguments):
+    """A pickle that calls a global with texts or integers."""
+    module, _, function = name.rpartition(".")
+    body = b"".join(pickle.dumps(one, protocol=2)[2:-1] for one in arguments)
+    return f"c{module}\n{function}\n(".encode() + body + b"tR"
+
+
+def nested(opening, closing, depth=45):
+    """A value of 2**depth uses of an empty tuple."""
+    pairs = b"".join(b"h%ch%c" % (i, i) + b"\x86q" + bytes([i + 1]) for i in range(depth))
+    return b")q\x00" + pairs + opening + b"h%c" % depth + closing
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "value",
+    [
+        pickled("builtins.bytearray", 10**7),
+        pickled("_codecs.encode", "a", "hex_codec"),
+        pickled("torch.FloatStorage", 10**7),
+        nested(b"}", b"Ns"),
+        nested(b"ctorch\nSize\n", b"R"),
+    ],
+    ids=["bytearray", "codec", "storage", "nested_key", "nested_argument"],
+)
+def test_a_pickle_that_asks_for_much_is_refused_before_it_is_read(tmp_path, value, legacy):
+    path = tmp_path / "x.ckpt"
+    if legacy:
+        path.write_bytes(b"\x80\x02" + value + b".")
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", b"\x80\x02" + value + b".")
+    with pytest.raises((pickle.UnpicklingError, OverflowError), match="no checkpoint needs|more than"):
+        read_torch(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_checkpoints_hold_is_read(tmp_path, legacy):
+    shared = [1, "a"]
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    content = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "weight": net.weight, "lists": [shared, shared]}
+    content |= {"args": argparse.Namespace(lr=0.1), "size": net.weight.size(), "device": net.weight.device, "set": {1, 2}}
+    torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not legacy)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        found = read_torch(tmp_path / "x.ckpt")
+    assert str(found) == str(content)
 
 
 @pytest.mark.parametrize(
