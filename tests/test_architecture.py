@@ -188,11 +188,11 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 28390,
-    "qat": 160200,
+    "qat": 161600,
     "qat/analysis": 11390,
     "qat/callbacks": 6990,
-    "qat/cli": 2980,
-    "qat/data": 9800,
+    "qat/cli": 3500,
+    "qat/data": 10100,
     "qat/export": 12790,
     "qat/functional": 10620,
     "qat/kernels": 17750,
@@ -206,7 +206,7 @@ BUDGETS = {
     "qat/report": 4410,
     "qat/tasks": 21280,
     "qat/utils": 3880,
-    "tests": 252670,
+    "tests": 254970,
 }
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
 

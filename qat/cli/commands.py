@@ -31,6 +31,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 import qat
 from qat.cli import sweep
+from qat.cli.corrections import correction, refuse_flags
 from qat.errors import UsageError
 from qat.launch import ranks, run_dir, signals
 from qat.launch.signals import Preempted
@@ -105,14 +106,18 @@ def run(name: str) -> int:
 
     job.__module__ = name  # Hydra calls the job so
     os.environ[FULL_ERROR] = "1"  # Hydra raises what it would write at length
-    sys.argv[1:] = prepared(sys.argv[1:])
+    arguments = sys.argv[1:]
     try:
+        refuse_flags(arguments)
+        sys.argv[1:] = prepared(arguments)
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
         finally:
             sweep.summarize()
     except Exception as error:
-        line = line_of(error) or (None if has_begun else " ".join(str(error).split()))
+        line = (None if has_begun else correction(arguments)) or line_of(error)
+        if line is None and not has_begun:
+            line = " ".join(str(error).split())
         if line is None or with_traceback:
             raise
         sys.stderr.write(f"error: {line}\n")

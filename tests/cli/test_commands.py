@@ -17,7 +17,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from qat.cli import commands, sweep
+from qat.cli import commands, corrections, sweep
 from qat.errors import UsageError
 from qat.tasks import settings
 from tests.commands import typed
@@ -72,16 +72,41 @@ def test_homes_grammar_and_sweeps(monkeypatch):
     assert value(commands.prepared(["ckpt=a,b"])[0]) == "a,b"
 
 
+# As other tools name it, and what it is here.
+CORRECTED = [
+    ("epochs=3", "trainer.max_epochs=3"),
+    ("lr=0.01", "optimizer.lr=0.01"),
+    ("data=.", "data=imagefolder data.root=."),
+    ("data=/my photos/all", "data=imagefolder data.root=/my photos/all"),
+    ("data.path=photos", "data.root=photos"),
+    ("data.img_size=32", "data.image_size=32"),
+    ("model.num_classes=3", "data.num_classes=3"),
+    ("model=nets/a.pth", "ckpt=nets/a.pth"),
+    ("checkpoint=a.ckpt", "ckpt=a.ckpt"),
+    ("teacher=a.ckpt", "teacher.ckpt=a.ckpt"),
+    ("optimizer=adam", "optimizer.opt=adam"),
+    ("quant.weight_bits=4", "quant.bits=4"),
+    ("quant=w4a4", "quant=deploy_w4a4 or quant=seq_4bit or quant=minmax_4bit"),
+    ("quant=int8", "quant=deploy_w8a8 or quant=minmax_8bit"),
+    ("quant=none", "quant=fp"),
+    ("logger=null", "~logger"),
+    ("callbacks=null", "~callbacks"),
+]
+FLAGS = [
+    ("--epochs 3", "trainer.max_epochs=3"),
+    ("--batch-size=8", "data.batch_size=8"),
+    ("--seed 1", "seed=1"),
+    ("--overwrite seed=1", "overwrite=VALUE"),
+]
 LINES = [
     ("model.pretrainde=true", "model.pretrainde: unknown; closest: pretrained"),
-    ("lr=0.01", "lr: unknown; closest: optimizer.lr"),
-    ("epochs=3", "epochs: unknown; closest: trainer.max_epochs, optimizer.eps, scheduler.warmup_epochs"),
+    ("warmup=1", "warmup: unknown; closest: scheduler.warmup_lr, scheduler.warmup_epochs"),
+    *((typed, f"{typed}: must be {instead}") for typed, instead in CORRECTED),
     ("model=deit_tiny", f"model=deit_tiny: unknown; closest: deit_t{commands.ANY_MODEL}"),
     ("quant=ofq_9bit", "quant=ofq_9bit: unknown; closest: ofq_4bit, ofq_3bit, ofq_2bit"),
     ("trainer=foo", "trainer=foo: unknown; must be one of cpu, ddp, fsdp, gpu, slurm"),
     ("seed=x", "seed: Value 'x' of type 'str' could not be converted to Integer"),
     ("compile=[1]", "compile: Value '[1]' of type 'list' is incompatible with type hint 'Union[bool, str]'"),
-    ("logger=null", "Config group override must be a string or a list. Got NoneType"),
     ("run_dir=", "run_dir='': must be a non-empty string"),
     ("run_dir=file/run", "run_dir='file/run': must be a folder that is or can be made (Not a directory)"),
     ("callbacks.finite.policy=skip", f"callbacks.finite.policy: was removed; use: {settings.removed('callbacks.finite.policy')}"),
@@ -99,6 +124,23 @@ def test_what_cannot_be_composed_is_one_line_and_leaves_no_trace(tmp_path, argum
     assert (out or code) in {f"error: {line}\n", f"error: {line}"}
     assert code
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("arguments", "instead"), FLAGS)
+def test_a_setting_is_typed_without_dashes(tmp_path, arguments, instead):
+    code, out = typed("train.py", *arguments.split(), cwd=tmp_path)
+    flag = arguments.removesuffix(" seed=1")
+    assert (code, out) == (1, f"error: {flag}: must be {instead}\n")
+
+
+@pytest.mark.parametrize("setting", corrections.NAMES)
+def test_corrections_name_settings_that_there_are(setting):
+    compose("train", f"{setting}=1", "run_dir=a")
+
+
+def test_an_argument_that_is_right_needs_no_correction():
+    given = ["data=digits", "data.root=x", "quant=seq_2bit", "quant.bits=4", "~logger", "callbacks=[default,ema]", "model.args.depth=4"]
+    assert corrections.correction(given) is None
 
 
 def test_what_has_gone_is_not_there():
