@@ -191,7 +191,7 @@ BUDGETS = {
     "qat": 161600,
     "qat/analysis": 11390,
     "qat/callbacks": 6990,
-    "qat/cli": 3500,
+    "qat/cli": 3600,
     "qat/data": 10100,
     "qat/export": 12790,
     "qat/functional": 10620,
