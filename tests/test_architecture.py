@@ -191,7 +191,7 @@ BUDGETS = {
     "qat": 161600,
     "qat/analysis": 11390,
     "qat/callbacks": 6990,
-    "qat/cli": 3600,
+    "qat/cli": 3700,
     "qat/data": 10100,
     "qat/export": 12790,
     "qat/functional": 10620,
@@ -204,7 +204,7 @@ BUDGETS = {
     "qat/ptq": 8770,
     "qat/quantizers": 6280,
     "qat/report": 4410,
-    "qat/tasks": 21280,
+    "qat/tasks": 21600,
     "qat/utils": 3880,
     "tests": 254970,
 }

@@ -56,9 +56,10 @@ PATHS = ("ckpt", "teacher.ckpt", "model.weights", "data.root", "predict", "run",
 # What needs no quotes in Hydra's grammar, and what is grammar itself.
 PLAIN, GRAMMAR = re.compile(r"[A-Za-z0-9_./:+%@-]*"), re.compile(r"['\"\[]|.*\$\{")
 SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
-ANY_MODEL = "; any model of timm: model=hf-hub:timm/NAME, or model=vit_t (resnet18 for a CNN) with model.name=NAME"
+ANY_MODEL = "; any model of timm: model=NAME, or model=hf-hub:timm/NAME"
 FULL_ERROR = "HYDRA_FULL_ERROR"
-RULES = {"quant.overrides", "ptq.overrides"}  # a recipe that has rules takes more
+# Groups that take keys that they do not have yet.
+OPEN = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
 OTHERS_WAIT_S = 10
 _FILES = re.compile(r"[Tt]oo many open files|received 0 items of ancdata")
 _LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|remote process exited|Broken pipe|failed to recv")
@@ -126,19 +127,31 @@ def run(name: str) -> int:
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
-    """The arguments for Hydra: `~` expanded, paths quoted where its grammar would not take them, `model=hf-hub:user/name` written out."""
+    """The arguments for Hydra: `~` expanded, paths quoted where its grammar would not take them, a model by its name written out."""
     done = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         name = key.lstrip("+")
-        key = f"++{name}" if name in RULES else key
+        key = f"++{name}" if OPEN.fullmatch(name) else key
         value = re.sub(r"^~(?=/|$)", lambda _: os.path.expanduser("~"), value)
         is_sweep = SWEEP.search(value) and {"-m", "--multirun"} & set(arguments)
         if name in PATHS and not (PLAIN.fullmatch(value) or GRAMMAR.match(value) or is_sweep):
             inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
             value = f"'{inner}'"
-        done += ["model=_hub", f"model.name={value}"] if name == "model" and value.startswith("hf-hub:") else [f"{key}{equals}{value}"]
+        done += _named_model(value) if name == "model" else [f"{key}{equals}{value}"]
     return done
+
+
+def _named_model(name: str) -> list[str]:
+    """`model=NAME` in Hydra's words: one of ours, of a repository on the hub, or any of timm's."""
+    if name.startswith("hf-hub:"):
+        return ["model=_hub", f"model.name={name}"]
+    if name in options("model") or not PLAIN.fullmatch(name):
+        return [f"model={name}"]
+    import timm
+
+    timms = name.removeprefix("timm/")
+    return ["model=_timm", f"model.name={timms}"] if timm.is_model(timms) else [f"model={name}"]
 
 
 def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:

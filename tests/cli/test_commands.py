@@ -62,9 +62,11 @@ def test_a_path_is_what_was_typed(path):
 def test_homes_grammar_and_sweeps(monkeypatch):
     monkeypatch.setenv("HOME", "/home of/me")
     given = ["data.root=~/x y", "ckpt=~", "ckpt=~me/x", "model=~x", "model=hf-hub:a/b", "quant.overrides={head:{bits:4}}"]
+    given += ["model.args.depth=4", "model=resnet26d", "model=timm/resnet18", "model=deit_t", "model=nope"]
     assert commands.prepared(given) == [
         *("data.root='/home of/me/x y'", "ckpt='/home of/me'", "ckpt='~me/x'", "model=~x"),
-        *("model=_hub", "model.name=hf-hub:a/b", "++quant.overrides={head:{bits:4}}"),
+        *("model=_hub", "model.name=hf-hub:a/b", "++quant.overrides={head:{bits:4}}", "++model.args.depth=4"),
+        *("model=_timm", "model.name=resnet26d", "model=_timm", "model.name=resnet18", "model=deit_t", "model=nope"),
     ]
     for grammar in ("ckpt='a b'", "ckpt=${oc.env:HOME}/a b", "ckpt=null", "quant.bits=2,3", "~logger", "ckpt=[a,b]"):
         assert commands.prepared([grammar]) == [grammar]
