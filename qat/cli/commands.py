@@ -31,6 +31,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 import qat
 from qat.cli import sweep
+from qat.cli.corrections import correction, refuse_flags
 from qat.errors import UsageError
 from qat.launch import ranks, run_dir, signals
 from qat.launch.signals import Preempted
@@ -61,9 +62,10 @@ ELEMENT = re.compile(f"{QUOTED}|{NUMBER_LIKE}", re.IGNORECASE)
 PLAIN, GRAMMAR = re.compile(r"[A-Za-z0-9_./:+%@-]*"), re.compile(r"['\"\[]|.*\$\{")
 SWEEP = re.compile(r",|\b(choice|range|interval|glob|tag|sort|shuffle)\(")
 OF_NUMBERS = re.compile(r"\b(range|interval)\(")
-ANY_MODEL = "; any model of timm: model=hf-hub:timm/NAME, or model=vit_t (resnet18 for a CNN) with model.name=NAME"
+ANY_MODEL = "; any model of timm: model=NAME, or model=hf-hub:timm/NAME"
 FULL_ERROR = "HYDRA_FULL_ERROR"
-RULES = {"quant.overrides", "ptq.overrides"}  # a recipe that has rules takes more
+# Groups that take keys that they do not have yet.
+OPEN = re.compile(r"(quant|ptq)\.overrides|model\.args\..*")
 OTHERS_WAIT_S = 10
 _FILES = re.compile(r"[Tt]oo many open files|received 0 items of ancdata")
 _LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|remote process exited|Broken pipe|failed to recv")
@@ -111,14 +113,18 @@ def run(name: str) -> int:
 
     job.__module__ = name  # Hydra calls the job so
     os.environ[FULL_ERROR] = "1"  # Hydra raises what it would write at length
-    sys.argv[1:] = prepared(sys.argv[1:])
+    arguments = sys.argv[1:]
     try:
+        refuse_flags(arguments)
+        sys.argv[1:] = prepared(arguments)
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
         finally:
             sweep.summarize()
     except Exception as error:
-        line = line_of(error) or (None if has_begun else " ".join(str(error).split()))
+        line = (None if has_begun else correction(arguments)) or line_of(error)
+        if line is None and not has_begun:
+            line = " ".join(str(error).split())
         if line is None or with_traceback:
             raise
         sys.stderr.write(f"error: {line}\n")
@@ -127,12 +133,12 @@ def run(name: str) -> int:
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
-    """The arguments for Hydra: `~` expanded, paths quoted where its grammar would not take them, `model=hf-hub:user/name` written out."""
+    """The arguments for Hydra: `~` expanded, paths quoted where its grammar would not take them, a model by its name written out."""
     done = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         name = key.lstrip("+")
-        key = f"++{name}" if name in RULES else key
+        key = f"++{name}" if OPEN.fullmatch(name) else key
         value = re.sub(r"^~(?=/|$)", lambda _: os.path.expanduser("~"), value)
         is_sweep = SWEEP.search(value) and {"-m", "--multirun"} & set(arguments)
         is_path = name in PATHS or name.rpartition(".")[2] in PATHS_OF_GROUPS
@@ -141,8 +147,20 @@ def prepared(arguments: Sequence[str]) -> list[str]:
             value = f"'{inner}'"
         if is_path and not OF_NUMBERS.search(value):
             value = ELEMENT.sub(lambda found: found[1] or f"'{found[0]}'", value)
-        done += ["model=_hub", f"model.name={value}"] if name == "model" and value.startswith("hf-hub:") else [f"{key}{equals}{value}"]
+        done += _named_model(value) if name == "model" else [f"{key}{equals}{value}"]
     return done
+
+
+def _named_model(name: str) -> list[str]:
+    """`model=NAME` in Hydra's words: one of ours, of a repository on the hub, or any of timm's."""
+    if name.startswith("hf-hub:"):
+        return ["model=_hub", f"model.name={name}"]
+    if name in options("model") or not PLAIN.fullmatch(name):
+        return [f"model={name}"]
+    import timm
+
+    timms = name.removeprefix("timm/")
+    return ["model=_timm", f"model.name={timms}"] if timm.is_model(timms) else [f"model={name}"]
 
 
 def run_task(cfg: DictConfig, *, with_traceback: bool = False) -> float | None:

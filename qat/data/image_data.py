@@ -87,6 +87,7 @@ class ImageData(LightningDataModule, ABC):
 
     Attributes:
         tested: the split that an evaluation takes; None = `test`, or `val` where there is no test split.
+        evaluates_whole: images that come without splits are all tested, not split for a training.
 
     Raises:
         UsageError: unknown setting, or a value that cannot work.
@@ -99,6 +100,7 @@ class ImageData(LightningDataModule, ABC):
         super().__init__()
         self.settings = self.complete(settings)
         self.tested: str | None = None
+        self.evaluates_whole = False
         self._splits: dict[str, ImageSource] = {}
         try:
             train_transform(self.settings)
@@ -275,18 +277,18 @@ class EncodedImageData(ImageData):
     """Base of datasets of image files: of any size, scaled and cropped as the model's pretrained weights expect it.
 
     Args:
-        settings: fields of `DataSettings`; None in `mean`, `std`, `crop_pct`, `crop_mode` and `interpolation` = that of `model`.
+        settings: fields of `DataSettings`; None in `mean`, `std`, `crop_pct`, `crop_mode` and `interpolation` = that of `model`,
+            in `num_classes` = as many as the data have.
 
     Raises:
-        UsageError: a value that cannot work, or `num_classes` is None: the line says how many the data have.
+        UsageError: a value that cannot work.
     """
 
     def __init__(self, **settings: Any) -> None:
         is_unset = settings.get("num_classes", 1) is None
         super().__init__(**settings | ({"num_classes": 1} if is_unset else {}))
-        if is_unset:  # the model is built from the config, so the number has to stand there, not only here
-            found = self.count_classes()
-            raise UsageError(f"data.num_classes is not set: data.root={self.settings.root!r} has {found}; set data.num_classes={found}")
+        if is_unset:
+            self.settings = replace(self.settings, num_classes=max(self.count_classes(), 1))
 
     @classmethod
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:

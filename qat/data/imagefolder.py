@@ -54,6 +54,7 @@ class FileImages(EncodedImages):
 class ImageFolder(EncodedImageData):
     """`root/{train,val|validation|valid,test}/<class>/*`; class ids are those of the sorted folder names of train.
 
+    `root/<class>/*` is all train, or with `evaluates_whole` all test.
     Without val a tenth of train is held out, always the same images. Without test, or where it has no class folders, val is
     evaluated. Without train a net can be evaluated where another split has a folder for every class.
     """
@@ -88,6 +89,8 @@ class ImageFolder(EncodedImageData):
         """The folder of each split that there is; the first one says what classes there are."""
         root = data_folder(self.settings.root, LAYOUT)
         found = {split: root / name for split, names in FOLDERS.items() for name in names[::-1] if (root / name).is_dir()}
+        if not found and _are_classes(root):
+            return {"test" if self.evaluates_whole else "train": root}
         if not found:
             raise UsageError(
                 f"data.root={str(root)!r}: has no folder train; training requires {LAYOUT}; evaluation requires one of the other splits"
@@ -132,6 +135,12 @@ class ImageNet(ImageFolder):
         known = info.label_names()
         wnids = super().named_classes() or (known if self.settings.num_classes == len(known) else [])
         return [info.label_name_to_description(wnid) if wnid in known else wnid for wnid in wnids] or None
+
+
+def _are_classes(root: Path) -> bool:
+    """True if there are folders, and each of them has an image."""
+    names = class_names(root)
+    return bool(names) and all(any(map(is_image, files_below(root / name))) for name in names)
 
 
 def class_names(folder: Path) -> list[str]:

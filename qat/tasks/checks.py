@@ -22,6 +22,7 @@ from qat.model.convert import check_input
 from qat.model.pretrained import CONFIG, PREFIX, WEIGHTS, fetch, is_ours
 from qat.model.start import check_model
 from qat.spec import QuantRecipe
+from qat.tasks.build import build_data
 from qat.tasks.settings import check
 from qat.utils.text import json_object
 from qat.utils.validate import check_int, check_number
@@ -61,6 +62,8 @@ def check_settings(cfg: DictConfig) -> None:
     """
     check(cfg)
     _settle_hub(cfg)
+    if "_target_" in cfg.data and cfg.data.get("num_classes", 0) is None:
+        cfg.data.num_classes = build_data(cfg).settings.num_classes  # the model is built from the config
     kernels.use(cfg.get("kernels", kernels.CHOICES[0]))
     if cfg.command != "export":
         check_trainer(cfg.trainer)

@@ -6,6 +6,7 @@ Imports nothing heavy, so that `--help` answers at once.
 from __future__ import annotations
 
 import datetime
+import inspect
 import os
 import re
 import sys
@@ -120,6 +121,17 @@ def swin_window(image_size: int, patch: int, own: int) -> int:
     return next((window for window in (own, *range(own - 1, 1, -1)) if side % window == 0 and window < side), own)
 
 
+def timm_argument(model: str, name: str, value: Any) -> Any:
+    """The value for an argument of `timm.create_model`; None where the classes of the model's family do not take it."""
+    import timm
+
+    if not timm.is_model(model):
+        return None  # which is an error later
+    family = vars(sys.modules[timm.model_entrypoint(model).__module__]).values()
+    signatures = [inspect.signature(one).parameters for one in family if inspect.isclass(one) and one.__module__.startswith("timm.models")]
+    return value if any({name, "num_classes"} <= set(signature) for signature in signatures) else None
+
+
 def none_of(*values: object) -> bool:
     """True if no value is set: a recipe's own start gives way to another one, and to a dry run that downloads nothing."""
     return not any(values)
@@ -140,7 +152,7 @@ def pick(net: str | None, bits: int, table: Mapping[str, Any]) -> Any:
 
 def _register() -> None:
     functions: tuple[Callable[..., Any], ...] = (
-        *(typed, config_groups, config_in_words, swin_patch, swin_window, none_of, pick),
+        *(typed, config_groups, config_in_words, swin_patch, swin_window, timm_argument, none_of, pick),
         *(ranks.slurm_tasks_per_node, ranks.slurm_nodes),
     )
     for function in functions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,6 +104,7 @@ def build_subject(cfg: DictConfig) -> EvaluatedNet:
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format) if cfg.ckpt else None
     settle_data(cfg, checkpoint)
     data = build.build_data(cfg)
+    data.evaluates_whole = cfg.get("split") is None and not _is_trained_on(checkpoint, data)
     net, name = _net(cfg, checkpoint)
     check_finite(net, f"ckpt={origin(cfg)!r}")
     done, settings = conversion_of(net), data.settings
@@ -189,6 +191,13 @@ def _stored_data(meta: Mapping[str, Any], cfg: DictConfig) -> dict[str, Any]:
         raise UsageError(f"ckpt={cfg.ckpt!r} was trained on {name!r}, which may be downloaded; choose it with data=timm data.name={name}")
     shared = {field.name for field in dataclasses.fields(DataSettings)}
     return {"_target_": "qat.data.ImageFolder", **{key: value for key, value in stored.items() if key in shared}}
+
+
+def _is_trained_on(checkpoint: Checkpoint | None, data: ImageData) -> bool:
+    """True if a checkpoint names the folder of the data as its own: some of its images are then in the training."""
+    meta = checkpoint.meta if checkpoint is not None else None
+    stored = ((meta or {}).get("data") or {}).get("root")
+    return bool(stored and data.settings.root) and os.path.realpath(str(stored)) == os.path.realpath(str(data.settings.root))
 
 
 def origin(cfg: DictConfig) -> str:

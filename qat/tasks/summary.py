@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from qat.utils.files import write_text
 from qat.utils.text import count, scaled, unlearned
 
 log = logging.getLogger(__name__)
+FEW_STEPS = 100  # of a whole training
 
 
 def lines(title: str, entries: dict[str, str]) -> str:
@@ -100,6 +102,31 @@ def conversion(net: nn.Module, folder: Path) -> str:
     return lines("quantized", dict(zip(("quantizers", "stays float"), shown, strict=True)) | {"layer by layer": "conversion.txt"})
 
 
+def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str:
+    """Epochs, training steps of each, and images that no step of an epoch uses; warns where steps are few."""
+    loader = data.train_dataloader()
+    images = len(loader.sampler)  # type: ignore[arg-type]
+    batches = len(loader)
+    left_out = max(images - batches * data.settings.batch_size, 0) * trainer.world_size
+    limit = cfg.trainer.limit_train_batches
+    is_whole = limit == 1.0 and isinstance(limit, float)
+    if not is_whole:
+        batches = min(batches, int(limit if isinstance(limit, int) else limit * batches))
+    steps = math.ceil(batches / cfg.trainer.accumulate_grad_batches)
+    epochs = cfg.trainer.max_epochs
+    said = f"{count(epochs, 'epoch')} x {count(steps, 'step')}"
+    if left_out and is_whole:
+        said += f", {left_out} of {images * trainer.world_size} images left out of each"
+    is_short = is_whole and not cfg.trainer.fast_dev_run and steps * epochs < FEW_STEPS
+    if is_short and data.settings.batch_size > 1:
+        log.warning(
+            "data.batch_size=%d: %s in all, which hardly train a model; smaller batches make more steps, as does trainer.max_epochs",
+            data.settings.batch_size,
+            count(steps * epochs, "training step"),
+        )
+    return said
+
+
 def announce_run(
     cfg: DictConfig, recipe: QuantRecipe, data: ImageData, start: Start, module: QATModule, trainer: Trainer, lr: float
 ) -> None:
@@ -109,7 +136,7 @@ def announce_run(
         "data": describe_data(data),
         "start": "; ".join(start.notes),
         "loss": ", ".join(module.loss.terms),
-        "training": f"{count(cfg.trainer.max_epochs, 'epoch')}, global batch {fit.global_batch(cfg, trainer)}, {optimizer.opt} "
+        "training": f"{describe_training(cfg, data, trainer)}, global batch {fit.global_batch(cfg, trainer)}, {optimizer.opt} "
         f"lr {lr:.3g}, weight decay {optimizer.weight_decay:g}, seed {cfg.seed}",
         "device": f"{describe_device(trainer)}, precision {trainer.precision}",
         "outputs": str(cfg.run_dir),

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from qat.cli import commands, sweep
+from qat.cli import commands, corrections, sweep
 from qat.errors import UsageError
 from qat.tasks import settings
 from tests.commands import typed
@@ -64,9 +64,11 @@ def test_a_path_is_what_was_typed(path):
 def test_homes_grammar_and_sweeps(monkeypatch):
     monkeypatch.setenv("HOME", "/home of/me")
     given = ["data.root=~/x y", "ckpt=~", "ckpt=~me/x", "model=~x", "model=hf-hub:a/b", "quant.overrides={head:{bits:4}}"]
+    given += ["model.args.depth=4", "model=resnet26d", "model=timm/resnet18", "model=deit_t", "model=nope"]
     assert commands.prepared(given) == [
         *("data.root='/home of/me/x y'", "ckpt='/home of/me'", "ckpt='~me/x'", "model=~x"),
-        *("model=_hub", "model.name=hf-hub:a/b", "++quant.overrides={head:{bits:4}}"),
+        *("model=_hub", "model.name=hf-hub:a/b", "++quant.overrides={head:{bits:4}}", "++model.args.depth=4"),
+        *("model=_timm", "model.name=resnet26d", "model=_timm", "model.name=resnet18", "model=deit_t", "model=nope"),
     ]
     for grammar in ("ckpt='a b'", "ckpt=${oc.env:HOME}/a b", "ckpt=null", "quant.bits=2,3", "~logger", "ckpt=[a,b]"):
         assert commands.prepared([grammar]) == [grammar]
@@ -97,16 +99,41 @@ def test_a_path_that_yaml_has_read_as_a_number_is_refused_before_anything_is_wri
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]
 
 
+# As other tools name it, and what it is here.
+CORRECTED = [
+    ("epochs=3", "trainer.max_epochs=3"),
+    ("lr=0.01", "optimizer.lr=0.01"),
+    ("data=.", "data=imagefolder data.root=."),
+    ("data=/my photos/all", "data=imagefolder data.root=/my photos/all"),
+    ("data.path=photos", "data.root=photos"),
+    ("data.img_size=32", "data.image_size=32"),
+    ("model.num_classes=3", "data.num_classes=3"),
+    ("model=nets/a.pth", "ckpt=nets/a.pth"),
+    ("checkpoint=a.ckpt", "ckpt=a.ckpt"),
+    ("teacher=a.ckpt", "teacher.ckpt=a.ckpt"),
+    ("optimizer=adam", "optimizer.opt=adam"),
+    ("quant.weight_bits=4", "quant.bits=4"),
+    ("quant=w4a4", "quant=deploy_w4a4 or quant=seq_4bit or quant=minmax_4bit"),
+    ("quant=int8", "quant=deploy_w8a8 or quant=minmax_8bit"),
+    ("quant=none", "quant=fp"),
+    ("logger=null", "~logger"),
+    ("callbacks=null", "~callbacks"),
+]
+FLAGS = [
+    ("--epochs 3", "trainer.max_epochs=3"),
+    ("--batch-size=8", "data.batch_size=8"),
+    ("--seed 1", "seed=1"),
+    ("--overwrite seed=1", "overwrite=VALUE"),
+]
 LINES = [
     ("model.pretrainde=true", "model.pretrainde: unknown; closest: pretrained"),
-    ("lr=0.01", "lr: unknown; closest: optimizer.lr"),
-    ("epochs=3", "epochs: unknown; closest: trainer.max_epochs, optimizer.eps, scheduler.warmup_epochs"),
+    ("warmup=1", "warmup: unknown; closest: scheduler.warmup_lr, scheduler.warmup_epochs"),
+    *((typed, f"{typed}: must be {instead}") for typed, instead in CORRECTED),
     ("model=deit_tiny", f"model=deit_tiny: unknown; closest: deit_t{commands.ANY_MODEL}"),
     ("quant=ofq_9bit", "quant=ofq_9bit: unknown; closest: ofq_4bit, ofq_3bit, ofq_2bit"),
     ("trainer=foo", "trainer=foo: unknown; must be one of cpu, ddp, fsdp, gpu, slurm"),
     ("seed=x", "seed: Value 'x' of type 'str' could not be converted to Integer"),
     ("compile=[1]", "compile: Value '[1]' of type 'list' is incompatible with type hint 'Union[bool, str]'"),
-    ("logger=null", "Config group override must be a string or a list. Got NoneType"),
     ("run_dir=", "run_dir='': must be a non-empty string"),
     ("run_dir=file/run", "run_dir='file/run': must be a folder that is or can be made (Not a directory)"),
     ("callbacks.finite.policy=skip", f"callbacks.finite.policy: was removed; use: {settings.removed('callbacks.finite.policy')}"),
@@ -124,6 +151,23 @@ def test_what_cannot_be_composed_is_one_line_and_leaves_no_trace(tmp_path, argum
     assert (out or code) in {f"error: {line}\n", f"error: {line}"}
     assert code
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("arguments", "instead"), FLAGS)
+def test_a_setting_is_typed_without_dashes(tmp_path, arguments, instead):
+    code, out = typed("train.py", *arguments.split(), cwd=tmp_path)
+    flag = arguments.removesuffix(" seed=1")
+    assert (code, out) == (1, f"error: {flag}: must be {instead}\n")
+
+
+@pytest.mark.parametrize("setting", corrections.NAMES)
+def test_corrections_name_settings_that_there_are(setting):
+    compose("train", f"{setting}=1", "run_dir=a")
+
+
+def test_an_argument_that_is_right_needs_no_correction():
+    given = ["data=digits", "data.root=x", "quant=seq_2bit", "quant.bits=4", "~logger", "callbacks=[default,ema]", "model.args.depth=4"]
+    assert corrections.correction(given) is None
 
 
 def test_what_has_gone_is_not_there():

@@ -13,6 +13,7 @@ from torchvision import datasets
 import qat
 from qat.data import ImageArrays, ImageFolder, ImageNet
 from qat.tasks import build
+from tests.commands import typed
 from tests.conftest import TINY, compose, evaluate, results, train
 from tests.data.files import SETTINGS, write_folder, write_image
 
@@ -99,11 +100,42 @@ def test_other_files_are_left_alone(tmp_path):
 
 def test_the_number_of_classes_has_to_be_that_of_the_folders(tmp_path):
     root = write_folder(tmp_path, classes=("a", "b", "c"))
-    with pytest.raises(qat.UsageError, match=rf"data\.num_classes is not set: data\.root='{root}' has 3; set data\.num_classes=3$"):
-        data(root, num_classes=None)
+    assert data(root, num_classes=None).settings.num_classes == 3
+    assert lines(None, num_classes=None).startswith("data.root=None: must be the folder")
+    (tmp_path / "none" / "train").mkdir(parents=True)
+    assert "has 0 class folders" in lines(tmp_path / "none", num_classes=None)
     for classes in (2, 4):
         with pytest.raises(qat.UsageError, match=rf"^data\.num_classes={classes}: data\.root='{root}' has 3 class folders in train"):
             data(root, num_classes=classes).train_dataloader()
+
+
+def test_class_folders_without_splits_are_split_for_a_training_and_evaluated_whole(tmp_path):
+    root = write_folder(tmp_path, (("train", 20),))
+    flat, split = data(root / "train"), data(root)
+    assert flat.splits == ("train", "val")
+    assert [flat.split(name).labels.tolist() for name in flat.splits] == [split.split(name).labels.tolist() for name in flat.splits]
+    assert torch.equal(images_of(flat.val_dataloader()), images_of(split.val_dataloader()))
+    whole = data(root / "train")
+    whole.evaluates_whole = True
+    assert (whole.splits, len(whole.split("test"))) == (("test",), 40)
+    (root / "train" / "notes").mkdir()
+    assert "has no folder train" in lines(root / "train")
+
+
+def test_a_model_learns_and_is_evaluated_on_class_folders(tmp_path):
+    """A model that timm knows and `conf/` does not, with an argument of its own, and as many classes as there are folders."""
+    flat = write_folder(tmp_path / "data", (("train", 20),), classes=("a", "b", "c")) / "train"
+    given = [f"data.root={flat}", "data.image_size=32", "data.num_workers=0", "data.batch_size=8", "model=timm/vit_tiny_patch16_384"]
+    given += ["model.args.depth=1", "model.args.embed_dim=24", "quant=fp", "trainer.fast_dev_run=false", "trainer.max_epochs=1"]
+    code, out = typed("train.py", "data=imagefolder", *given, "report=false", "run_dir=run", cwd=tmp_path)
+    assert code == 0, out
+    assert "54 train, 6 val images, 3 classes" in out
+    best = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    again = evaluate(tmp_path / "again", f"ckpt={best}")
+    assert (again["split"], again["images"]) == ("val", 6)
+    other = shutil.copytree(flat, tmp_path / "other")
+    found = evaluate(tmp_path / "eval", f"ckpt={best}", f"data.root={other}")
+    assert (found["split"], found["images"]) == ("test", 60)
 
 
 @pytest.mark.parametrize("source", ["train", "val"])

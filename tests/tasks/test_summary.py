@@ -3,11 +3,13 @@
 import re
 
 import pytest
+from lightning.pytorch import Trainer
 
 import qat
 from qat.data import Digits
-from qat.tasks import summary
+from qat.tasks import build, summary
 from qat.tasks.conf import alias
+from tests.conftest import compose
 from tests.tasks.test_evaluate import DIGITS
 from tests.tiny import converted, quantized
 
@@ -31,6 +33,29 @@ def test_recipe_in_words():
 
 def test_data_in_words():
     assert summary.describe_data(Digits(**DIGITS)) == "digits: 1257 train, 180 val, 360 test images, 10 classes"
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "is_short"),
+    [
+        # 1,257 images: 19 batches of 64 and 41 more; 2 of 512 and 233 more.
+        ({}, "30 epochs x 19 steps, 41 of 1257 images left out of each", False),
+        ({"data.batch_size": 512}, "30 epochs x 2 steps, 233 of 1257 images left out of each", True),
+        ({"data.batch_size": 419}, "30 epochs x 3 steps", True),
+        ({"data.batch_size": 2048}, "30 epochs x 1 step", True),
+        ({"trainer.accumulate_grad_batches": 4}, "30 epochs x 5 steps, 41 of 1257 images left out of each", False),
+        ({"trainer.limit_train_batches": 3}, "30 epochs x 3 steps", False),
+        ({"trainer.limit_train_batches": 0.5}, "30 epochs x 9 steps", False),
+        ({"trainer.max_epochs": 1, "trainer.fast_dev_run": True}, "1 epoch x 19 steps, 41 of 1257 images left out of each", False),
+    ],
+)
+def test_steps_and_unused_images_are_counted(caplog, changes, steps, is_short):
+    cfg = compose("train", "run_dir=a", *(f"{name}={value}" for name, value in changes.items()))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    assert summary.describe_training(cfg, build.build_data(cfg), trainer) == steps
+    warnings = [line for line in caplog.messages if line.startswith("data.batch_size=")]
+    assert len(warnings) == is_short
+    assert all("training step" in line for line in warnings)
 
 
 def test_model_in_words():
