@@ -23,6 +23,7 @@ from qat.errors import UsageError
 from qat.model.bounds import check_net
 from qat.model.checkpoint import Checkpoint, grow_biases, read_checkpoint
 from qat.model.convert import convert
+from qat.model.scales import check_finite
 from qat.spec import recipe
 
 # In their files and nowhere here: an offset after the key or the product shifts whole softmax rows, and StatsQ's clip_val is always 2.
@@ -127,6 +128,7 @@ def net_from_ofq(
     grow_biases(net, [n for n, _ in net.named_modules() if n.endswith("reduction") and f"{n}.bias" in state])
     convert(net, used, input_size=(kwargs["in_chans"], kwargs["img_size"], kwargs["img_size"]))
     _fill(net, state, qkr=has_qkr, origin=origin)
+    check_finite(net, origin, unset=True)
     dead = sum(bool(_DEAD.search(one)) for one in state)
     note = f"weights, step sizes and offsets of {origin}, read as {used.name} W{used.bits}A{used.act_bits}"
     return OfqNet(net.eval(), name, note + (f"; {dead} offsets that change no output are left out" if dead else ""))

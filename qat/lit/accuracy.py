@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+
+from qat.errors import UsageError
 
 
 class PercentAccuracy(MulticlassAccuracy):
@@ -43,6 +46,23 @@ class MeanLoss(MeanMetric):
         self.weight += weight
 
 
+def mean_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy of a batch, (); NaN where a logit is not finite, also one that the loss does not depend on."""
+    return F.cross_entropy(logits, target) + (0 * logits).sum()
+
+
+def check_logits(loss: float, what: str) -> None:
+    """Raise `UsageError` if `loss`, a mean of `mean_cross_entropy`, is NaN.
+
+    Args:
+        loss: of all images.
+        what: was evaluated, for the message.
+    """
+    if math.isnan(loss):
+        widest = "trainer.precision=32-true has the widest range"
+        raise UsageError(f"{what}: the model's logits hold NaN or infinity; must be finite ({widest})")
+
+
 @torch.no_grad()
 def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable, num_classes: int, device: torch.device) -> dict[str, float]:
     """Top-1 and top-5 in percent, and mean cross-entropy.
@@ -60,5 +80,5 @@ def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable, num_classes
     for images, target in batches:
         logits, classes = predict(images.to(device)).float(), target.to(device)
         metrics.update(logits, classes)
-        loss.update(F.cross_entropy(logits, classes), weight=len(images))
+        loss.update(mean_cross_entropy(logits, classes), weight=len(images))
     return {name: float(value) for name, value in {**metrics.compute(), "loss": loss.compute()}.items()}

@@ -18,7 +18,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from qat.errors import UsageError
-from qat.lit.accuracy import MeanLoss, accuracy_metrics
+from qat.lit.accuracy import MeanLoss, accuracy_metrics, check_logits, mean_cross_entropy
 from qat.lit.strategies import shared_modules, whole
 from qat.lit.teacher import Outputs, Teacher
 from qat.losses import CompositeLoss, StepContext
@@ -170,7 +170,12 @@ class QATModule(LightningModule):
             self.test_confusion.update(logits, batch[1])
 
     def on_test_epoch_end(self) -> None:
-        """Gather the confusion matrix of all processes while they are connected."""
+        """Gather the confusion matrix of all processes while they are connected.
+
+        Raises:
+            UsageError: a logit was not finite.
+        """
+        check_logits(float(self.test_loss.compute()), "evaluation")
         if self.test_confusion is not None:
             self.confusion = self.test_confusion.compute().cpu()
             self.test_confusion.reset()
@@ -179,7 +184,7 @@ class QATModule(LightningModule):
         images, target = batch
         logits = self.net(images).float()
         metrics.update(logits, target)
-        mean_loss.update(nn.functional.cross_entropy(logits, target), weight=len(images))
+        mean_loss.update(mean_cross_entropy(logits, target), weight=len(images))
         self.log_dict(metrics, batch_size=len(images))
         self.log(f"{metrics.prefix}loss", mean_loss, batch_size=len(images))
         return logits

@@ -27,7 +27,7 @@ from qat.model.convert import conversion_of, convert, recipe_of
 from qat.model.frozen import NOT_PLAIN, freeze_structure, is_frozen, prune_offsets
 from qat.model.packed import read_packed
 from qat.model.ptq_spec import recipe_from
-from qat.model.scales import assert_ready
+from qat.model.scales import assert_ready, check_finite
 from qat.utils.files import check_bounds, check_tensors, read_torch, write_torch
 from qat.utils.validate import check_choice, check_images
 
@@ -266,7 +266,7 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
     """The net of a checkpoint of ours, with its weights.
 
     Raises:
-        UsageError: the file does not say which model it holds, or its weights do not fit.
+        UsageError: the file does not say which model it holds, or its weights do not fit or are not finite.
     """
     origin, meta = f"ckpt={str(checkpoint.path)!r}", checkpoint.meta
     if meta is None:
@@ -284,6 +284,7 @@ def build_from(checkpoint: Checkpoint) -> nn.Module:
         net.load_state_dict(checkpoint.state, strict=True)
     except RuntimeError as error:
         raise UsageError(f"{origin}: weights do not fit {meta['model']['name']} ({' '.join(str(error).split())[:300]})") from error
+    check_finite(net, origin, unset=True)
     with contextlib.suppress(UsageError):  # a file without scales gives a net that raises when it is called
         assert_ready(net)
     net.qat_data, net.qat_classes = meta.get("data"), meta.get("classes")  # type: ignore[assignment]

@@ -33,13 +33,40 @@ def assert_ready(net: nn.Module) -> None:
             module._forward_pre_hooks.pop(key, None)
 
 
+def check_finite(net: nn.Module, origin: str, *, unset: bool = False) -> None:
+    """Raise `UsageError` if a tensor of a net from `origin` is NaN or infinite: whatever it computes would be, too.
+
+    Args:
+        net: converted or float.
+        origin: how an error calls it, `ckpt='x.pt'`.
+        unset: scales that were never set, which are NaN, are allowed.
+    """
+    quantizers = [site.quantizer for site in iter_quantizers(net)]
+    scales = {id(t) for quantizer in quantizers for t in (*quantizer.parameters(), *quantizer.buffers())}
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        is_scale = id(tensor) in scales
+        damaged = tensor.isinf() if is_scale and unset else ~tensor.isfinite()
+        if damaged.any():
+            what = "weight" if isinstance(tensor, nn.Parameter) else "buffer"
+            raise UsageError(
+                f"{origin}: its {what} {name} holds NaN or infinity: a run that diverged, or scales that were never initialised"
+            )
+
+
 def guard(net: nn.Module) -> None:
     """Have `net` raise when it is called, until the first call, or `assert_ready`, that finds all scales set.
 
     A quantizer or a layer called by itself is not checked, nor is a compiled or exported graph. A net whose quantizers hold no
-    tensors has nothing to check.
+    tensors has nothing to check. Loading a state dict that lacks scales begins it again.
     """
     if any(site.quantizer.state_dict() for site in iter_quantizers(net)):
+        net.register_forward_pre_hook(_check_before_forward, prepend=True)
+        net.register_load_state_dict_post_hook(_check_after_load)
+
+
+def _check_after_load(net: nn.Module, _: Any) -> None:
+    unguarded = _check_before_forward not in net._forward_pre_hooks.values()
+    if unguarded and not all(is_ready(site.quantizer) for site in iter_quantizers(net)):
         net.register_forward_pre_hook(_check_before_forward, prepend=True)
 
 

@@ -17,6 +17,7 @@ from qat.errors import UsageError
 from qat.model.checkpoint import Checkpoint, build_from, grow_biases, grown_biases
 from qat.model.frozen import keeps_weights
 from qat.model.pretrained import WEIGHTS, find_cached, require_host
+from qat.model.scales import check_finite
 from qat.model.transfer import timm_state_dict
 
 NEW_HEAD = "; model.reset_head=true gives it a new head"
@@ -156,15 +157,6 @@ def _size(state: Mapping[str, Tensor], stem: str) -> str:
     blocks = {found[0] for name in state if (found := re.match(r".*\bblocks\.\d+", name))}
     first = state.get(f"{stem}.weight")
     return f"weights such as {min(state)}" if first is None else f"{len(blocks)} blocks, {len(first)} wide" if blocks else ""
-
-
-def check_finite(net: nn.Module, origin: str) -> None:
-    """Raise `UsageError` if a weight of a net from `origin` is NaN or infinite: whatever it computes would be, too."""
-    damaged = next((name for name, weight in net.named_parameters() if not weight.isfinite().all()), None)
-    if damaged is not None:
-        raise UsageError(
-            f"{origin}: its weight {damaged} holds NaN or infinity: a run that diverged, or scales that were never initialised"
-        )
 
 
 def from_checkpoint(model: str, kwargs: Mapping[str, Any], checkpoint: Checkpoint, *, reset_head: bool, keep_head: bool = False) -> Start:

@@ -26,7 +26,7 @@ from qat.losses import CompositeLoss, CrossEntropy
 from qat.model.checkpoint import Checkpoint, build_from, classes_of, read_checkpoint
 from qat.model.convert import conversion_of
 from qat.model.cost import Cost, cost
-from qat.model.start import check_finite
+from qat.model.scales import check_finite
 from qat.model.transform import data_config
 from qat.spec import recipe
 from qat.tasks import build, fit, summary

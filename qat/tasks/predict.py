@@ -16,6 +16,7 @@ from qat.data import DataSettings, ImageData, image_transform
 from qat.data.imagefolder import EXTENSIONS, is_image
 from qat.data.sources import SKIP, ImageError
 from qat.errors import UsageError
+from qat.lit.accuracy import check_logits
 from qat.spec import QuantRecipe
 from qat.tasks import summary
 from qat.utils.files import csv_lines, files_below, write_text
@@ -67,7 +68,8 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
     """Write `predictions.csv` into the run directory, a line per image: path, then class and probability by rank; show its first lines.
 
     Raises:
-        UsageError: more than one device is asked for, or an image cannot be decoded (under `data.on_error=skip`, all of them).
+        UsageError: more than one device is asked for, or an image cannot be decoded (under `data.on_error=skip`, all of them),
+            or a logit is not finite.
     """
     if trainer.world_size > 1:
         raise UsageError(f"trainer.devices={cfg.trainer.devices!r}: predictions are made on one device; must be 1")
@@ -81,7 +83,9 @@ def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: 
     net = subject.net.to(device).eval()
     for numbers, images in loader:
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
-            shares, classes = (found.cpu().tolist() for found in net(images.to(device)).float().softmax(dim=-1).topk(ranks))
+            logits = net(images.to(device)).float()
+            shares, classes = (found.cpu().tolist() for found in logits.softmax(dim=-1).topk(ranks))
+        check_logits(float((0 * logits).sum()), f"predict={str(cfg.predict)!r}")
         for number, best in zip(numbers.tolist(), map(zip, classes, shares), strict=True):
             if number >= 0:
                 rows.append([str(paths[number]), *(cell for one, share in best for cell in (subject.classes[one], f"{share:.6f}"))])

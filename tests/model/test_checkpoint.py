@@ -482,3 +482,30 @@ def test_arguments_of_timms_trainer_are_read(path):
 
     torch.save({"state_dict": vit().state_dict(), "args": argparse.Namespace(lr=0.1)}, path)
     assert read_checkpoint(path).state.keys() == vit().state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("blocks.0.mlp.fc1.weight", "its weight blocks.0.mlp.fc1.weight holds NaN or infinity"),
+        ("pos_embed", "its weight pos_embed holds NaN or infinity"),
+        ("running_mean", "its buffer running_mean holds NaN or infinity"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("make", [quantized, converted, vit])
+def test_numbers_that_are_not_finite_are_refused(path, monkeypatch, make, damage, said, value):
+    net = make()
+    content = saved(net, path)
+    content["state_dict"] |= {"running_mean": torch.zeros(2)}
+    content["state_dict"][damage].view(-1)[-1] = value
+    torch.save(content, path)
+    create = qat.model.checkpoint._described
+
+    def with_statistics(*arguments):
+        built = create(*arguments)
+        built.register_buffer("running_mean", torch.zeros(2))
+        return built
+
+    monkeypatch.setattr(qat.model.checkpoint, "_described", with_statistics)
+    refused(path, said)

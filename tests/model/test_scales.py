@@ -167,6 +167,20 @@ def test_a_net_with_scales_runs_and_is_checked_no_more(way):
     assert hooks(copy.deepcopy(net)) == []
 
 
+@pytest.mark.parametrize("around", [lambda net: net, torch.nn.Sequential, AveragedModel, copy.deepcopy], ids=str)
+@pytest.mark.parametrize("assign", [False, True])
+def test_scales_that_are_loaded_as_nan_are_found(around, assign):
+    net = around(quantized())
+    state = copy.deepcopy(net.state_dict())
+    net.load_state_dict(state, assign=assign)
+    assert hooks(net) == []
+    net.load_state_dict({name: t * torch.nan if name.endswith("start") else t for name, t in state.items()}, assign=assign)
+    assert refuses(net)
+    net.load_state_dict(state)
+    assert logits(net).isfinite().all()
+    assert hooks(net) == []
+
+
 def test_scales_that_a_partial_load_leaves_out_are_named():
     net = converted()
     state = quantized().state_dict()

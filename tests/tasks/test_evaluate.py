@@ -5,6 +5,7 @@ import shutil
 import pytest
 import timm
 import torch
+from torch import nn
 
 import qat
 from qat.data import Cifar10, Digits
@@ -113,6 +114,20 @@ def test_a_timm_model_from_a_weight_file(tmp_path):
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert (found["model"], found["quant"]) == ("vit_tiny_patch16_224", "fp")
     assert found["weights"] == f"{tmp_path}/w.pt"
+
+
+@pytest.mark.parametrize("to", ["split=test", "predict={photo}"])
+@pytest.mark.parametrize("bias", [torch.inf, -torch.inf, torch.nan])
+def test_logits_that_are_not_finite_are_an_error(tmp_path, refused, float_run, monkeypatch, bias, to):
+    photo, heads = write_image(tmp_path / "a.png", 8, 8), nn.Linear.forward
+
+    def forward(layer, x):
+        out = heads(layer, x)
+        return torch.cat([out[:, :-1], out[:, -1:] + bias], 1) if layer.out_features == 10 else out
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    message = refused("evaluate", compose("eval", f"ckpt={last(float_run)}", f"run_dir={tmp_path}/eval", to.format(photo=photo)))
+    assert ": the model's logits hold NaN or infinity; must be finite" in message
 
 
 @pytest.mark.parametrize("command", ["eval", "ptq"])
