@@ -34,6 +34,13 @@ TRAINING = (
     "events.out.tfevents.*",
     *(f"analysis/{name}{rest}" for name in ("cost", "weights") for rest in (".csv", ".json", "_*.csv", "_*.svg")),
 )
+# What the commands write.
+WRITTEN = (
+    *TRAINING,
+    *("quantized.ckpt", "reconstruct.csv", "reconstruct.ckpt", "search.csv", "search.ckpt"),
+    *("classes.csv", "confusion.csv", "predictions.csv"),
+    *(f"{prefix}net.{suffix}" for prefix in ("", ".unchecked.") for suffix in ("onnx", "safetensors", "pte")),
+)
 # Directories that this process has locked, and the open file of each.
 _locked: dict[Path, int] = {}
 

@@ -40,7 +40,6 @@ from qat.tasks.report import report_run
 from qat.tasks.results import recipe_fields, record_run, write_results
 from qat.tasks.resume import compare_settings
 from qat.tasks.teacher import fit_teacher, net_of_file
-from qat.utils.files import remove_unfinished
 from qat.utils.probing import copied
 from qat.utils.validate import check_int
 
@@ -69,8 +68,6 @@ def ptq(cfg: DictConfig) -> float:
     fitting = build.settings_of(ReconstructSettings, "ptq.reconstruct", build.plain(cfg.ptq).get("reconstruct") or {})
     method = "keep" if recipe is None else recipe.method
     _check_run_dir(cfg)
-    if is_first():
-        remove_unfinished([Path(cfg.run_dir)])
     build.import_modules(cfg)
     subject = build_subject(cfg)
     _check_start(cfg, subject, searches=searching is not None)

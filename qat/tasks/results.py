@@ -18,10 +18,11 @@ from torch import Tensor
 
 import qat
 from qat.launch.ranks import is_first
+from qat.launch.run_dir import WRITTEN
 from qat.model.cost import Cost
 from qat.spec import QuantRecipe
 from qat.tasks.conf import recorded, typed
-from qat.utils.files import csv_lines, csv_text, json_text, write_text
+from qat.utils.files import csv_lines, csv_text, json_text, remove_unfinished, write_text
 from qat.utils.text import count, printable
 
 CLASSES, CONFUSION = "classes.csv", "confusion.csv"
@@ -51,7 +52,11 @@ KEYS = (
 
 
 def record_run(cfg: DictConfig) -> None:
-    """Write `config.yaml` of a run, and its command line beside it; of a call from Python there is none."""
+    """Write `config.yaml` of a run, and its command line beside it; of a call from Python there is none.
+
+    Delete what killed writes have left there: the directory is this run's by now.
+    """
+    remove_unfinished(Path(cfg.run_dir), WRITTEN)
     write_text(Path(cfg.run_dir) / "config.yaml", recorded(cfg))
     if HydraConfig.initialized():
         found = HydraConfig.get()

@@ -24,7 +24,6 @@ from qat.launch.run_dir import UsedError
 from qat.lit.strategies import PREVIOUS
 from qat.model.checkpoint import Checkpoint, read_checkpoint
 from qat.spec import QuantRecipe
-from qat.utils.files import remove_unfinished
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +47,12 @@ _UNSET = "not set"
 def find_resume(cfg: DictConfig, recipe: QuantRecipe, model_args: dict[str, Any]) -> Checkpoint | None:
     """What `resume` asks for: None to start, else the checkpoint to go on from.
 
-    A `last.ckpt` that is gone or cannot be read gives way to the one before it, with a warning. What writes that were killed have left is
-    deleted.
+    A `last.ckpt` that is gone or cannot be read gives way to the one before it, with a warning.
 
     Raises:
         UsageError: there is nothing to go on from under `true`, or the run had another model, recipe, optimizer or schedule.
     """
     folder = Path(cfg.run_dir) / "checkpoints"
-    if is_first():
-        remove_unfinished([folder.parent, folder])
     found = [path for name in (NAME, PREVIOUS[NAME]) if (path := folder / name).is_file()]
     if cfg.resume is False or (cfg.resume == "auto" and not found):
         return None

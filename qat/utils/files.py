@@ -110,12 +110,25 @@ def _keep(present: Path, previous: Path) -> None:
     link.replace(previous)
 
 
-def remove_unfinished(folders: Iterable[Path]) -> list[Path]:
-    """Delete what writes that were killed have left in some folders of a run that nobody else writes to; gives what it was."""
-    found = [path for folder in folders for path in sorted(folder.glob(f".*{_UNFINISHED}"))]
-    for path in found:
-        path.unlink(missing_ok=True)
-    return found
+def remove_unfinished(run_dir: Path, files: Iterable[str]) -> list[Path]:
+    """Delete what killed writes have left.
+
+    Args:
+        run_dir: a directory that no other process writes to.
+        files: patterns below it of the files that were written; unfinished files of other names stay.
+
+    Returns:
+        The deleted paths.
+    """
+    removed = []
+    for pattern in files:
+        folder, _, name = pattern.rpartition("/")
+        for path in sorted((run_dir / folder).glob(f".{name}.*{_UNFINISHED}")):
+            process = path.name.removesuffix(_UNFINISHED).rpartition(".")[2]
+            if process.isdigit():
+                path.unlink(missing_ok=True)
+                removed.append(path)
+    return removed
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -167,7 +167,9 @@ def test_a_net_with_scales_runs_and_is_checked_no_more(way):
     assert hooks(copy.deepcopy(net)) == []
 
 
-@pytest.mark.parametrize("around", [lambda net: net, torch.nn.Sequential, AveragedModel, copy.deepcopy], ids=str)
+@pytest.mark.parametrize(
+    "around", [lambda net: net, torch.nn.Sequential, AveragedModel, copy.deepcopy], ids=["itself", "sequential", "averaged", "copy"]
+)
 @pytest.mark.parametrize("assign", [False, True])
 def test_scales_that_are_loaded_as_nan_are_found(around, assign):
     net = around(quantized())

@@ -102,9 +102,12 @@ def test_what_killed_writes_have_left_is_removed(tmp_path):
     die_writing(tmp_path)
     (left,) = tmp_path.iterdir()
     (tmp_path / ".last.prev.ckpt.123.part").write_text("a link")
-    (tmp_path / ".mine").write_text("x")
-    assert {p.name for p in remove_unfinished([tmp_path, tmp_path / "none"])} == {left.name, ".last.prev.ckpt.123.part"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine"]
+    others = [".last.ckpt.part", ".mine", ".thesis.docx.123.part"]
+    for name in others:
+        (tmp_path / name).write_text("x")
+    removed = remove_unfinished(tmp_path, ("last.ckpt", "last.prev.ckpt", "none/a.csv"))
+    assert {p.name for p in removed} == {left.name, ".last.prev.ckpt.123.part"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == others
 
 
 def read(path):
