@@ -191,13 +191,13 @@ BUDGETS = {
     "qat": 164700,
     "qat/analysis": 11390,
     "qat/callbacks": 6990,
-    "qat/cli": 3700,
+    "qat/cli": 3800,
     "qat/data": 10200,
     "qat/export": 12790,
     "qat/functional": 10620,
     "qat/kernels": 17750,
     "qat/launch": 3390,
-    "qat/lit": 6700,
+    "qat/lit": 6800,
     "qat/losses": 1790,
     "qat/model": 20300,
     "qat/nn": 11130,
@@ -233,8 +233,8 @@ def test_every_folder_has_a_budget():
     assert folders | {"qat", "tests", "evidence"} == set(BUDGETS)
 
 
-def test_no_file_is_longer_than_400_lines():
-    long = {str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text().splitlines())) > 400}
+def test_no_file_is_longer_than_500_lines():
+    long = {str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text().splitlines())) > 500}
     assert long == {}
 
 
