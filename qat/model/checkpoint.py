@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +174,7 @@ class Checkpoint:
     meta: dict[str, Any] | None
     step: int | None = None
     args: dict[str, Any] | None = None
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 def _read_file(path: Path, origin: str) -> Any:

@@ -12,11 +12,7 @@ NEAR = 4e-5
 
 
 class Ties:
-    """Watches the activation quantizers of a net; a `with` block begins a run.
-
-    Attributes:
-        candidates: (distance from the threshold, quantizer, call, element, code on the other side) of the last run, nearest first.
-    """
+    """Watches the activation quantizers of a net for codes on a threshold."""
 
     def __init__(self, net):
         self.net = net
@@ -24,9 +20,13 @@ class Ties:
 
     @contextlib.contextmanager
     def run(self, flips=()):
-        """Note values near a threshold; let the codes named in `flips` take the other side."""
-        self.candidates, calls = [], {}
-        forced = {(name, call, element): code for _, name, call, element, code in flips}
+        """Let the codes named in `flips` take the other side in what runs inside the `with` block.
+
+        Yields:
+            (quantizer, call, element, code on the other side) of every value near a threshold; filled while the net runs.
+        """
+        candidates, calls = [], {}
+        forced = {(name, call, element): code for name, call, element, code in flips}
 
         def hook(name):
             def note(quantizer, args, output):
@@ -38,7 +38,7 @@ class Ties:
                 codes = quantizer.codes(args[0]).flatten().float()
                 for element in ((distance < NEAR) & inside).nonzero().flatten().tolist():
                     other = float(2 * place[element].floor() + 1 - codes[element])
-                    self.candidates.append((float(distance[element]), name, call, element, other))
+                    candidates.append((name, call, element, other))
                 mine = {element: code for (site, at, element), code in forced.items() if (site, at) == (name, call)}
                 if not mine:
                     return None
@@ -53,11 +53,10 @@ class Ties:
 
         handles = [site.quantizer.register_forward_hook(hook(site.name)) for site in self.sites]
         try:
-            yield self
+            yield candidates
         finally:
             for handle in handles:
                 handle.remove()
-        self.candidates.sort()
 
     def explain(self, compute, difference, tolerance, most=4):
         """Flip codes on thresholds, one by one, until what is computed agrees.
@@ -72,19 +71,19 @@ class Ties:
             The flips: none where it agrees at once, None where no flips explain the difference.
         """
         flips = ()
-        with self.run():
+        with self.run() as candidates:
             best = difference(compute())
         while best > tolerance and len(flips) < most:
             tried = []
-            for candidate in [c for c in self.candidates if c[1:4] not in {f[1:4] for f in flips}]:
-                candidates = self.candidates
-                with self.run((*flips, candidate)):
-                    tried.append((difference(compute()), candidate))
-                self.candidates = candidates
+            flipped = {flip[:3] for flip in flips}
+            for candidate in candidates:
+                if candidate[:3] not in flipped:
+                    with self.run((*flips, candidate)):
+                        tried.append((difference(compute()), candidate))
             if not tried or min(tried)[0] >= best:
                 return None
             best, flip = min(tried)
             flips = (*flips, flip)
-            with self.run(flips):
+            with self.run(flips) as candidates:
                 compute()
         return flips if best <= tolerance else None
